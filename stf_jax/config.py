@@ -1,0 +1,291 @@
+"""What can be configured: frozen dataclasses, one field a line with its unit.
+
+A config file (``configs/*.py``) defines ``get_config(arg) -> ml_collections.ConfigDict``: it starts from
+:func:`default_config`, which holds every key there is, and changes what it wants. The command line may change more
+(``--config.mesh.fsdp=8``). :func:`resolve` then freezes the result into one :class:`TrainConfig` a stage. A key that
+does not exist is refused at each of these steps, with the nearest key that does.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+
+class UserError(Exception):
+    """The input cannot be used: one sentence that names the thing and the mend. Verbs end with exit status 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionConfig:
+    """How the tapped states of the vision tower become image tokens of the language model (models/fusion.py)."""
+
+    fusion: str = "mbtf_stf"  # mlp | avg_pool | pixel_shuffle | stf | mbtf | mbtf_stf
+    taps: tuple[int, ...] = ()  # tower blocks, deepest first, 1-based (0: embedding); (): eight evenly spaced
+    kernel: int = 2  # patches a side that STF, avg_pool and pixel_shuffle merge into one token
+    mbtf_hidden: int = 0  # channels between MBTF's two layers; 0: half of all tapped channels (8192 → 4096)
+    mbtf_width: int = 0  # channels MBTF gives; 0: the tower's width (1024)
+    stf_hidden: int = 0  # channels between STF's two layers; 0: 4·kernel²·its input width (16384)
+    variant: str = "code"  # code: what the authors' program computes | paper: what their figure draws
+    init: str = "torch"  # torch | kaiming | xavier | normal
+    pad_grid: bool = False  # pad a patch grid that the kernel does not divide, by zeros at the right and bottom
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which tower, which language model, what joins them, and how they are computed."""
+
+    vision: str = "clip-l-14-336"  # a vision preset (models/presets.py)
+    llm: str = "vicuna-7b"  # a language model preset (models/presets.py)
+    fusion: FusionConfig = FusionConfig()
+    precision: str = "bfloat16"  # bfloat16: frozen weights and compute | float32: everything
+    scan_layers: bool = True  # one compiled block looped over, or each layer written out
+    remat: str = "full"  # what backward recomputes: none | dots (all but matrix products) | full
+    attention: str = "auto"  # auto | reference | xla | cudnn (models/attention.py)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScenesConfig:
+    """The embedded procedural pictures (data/scenes.py)."""
+
+    task: str = "conversations"  # documents | captions | mixture | conversations
+    size: int = 20_000  # records in one epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where records come from and how they become rows of tokens and pictures."""
+
+    source: str = "llava"  # llava: annotations + images | scenes: embedded
+    annotations: str = ""  # LLaVA JSON file
+    images: str = ""  # folder that the annotations' image paths start from
+    scenes: ScenesConfig = ScenesConfig()
+    tokenizer: str = ""  # folder with a tokenizer that transformers reads; "miniature": the embedded one
+    template: str = "v1"  # plain | v1 (data/conversation.py)
+    aspect: str = "square"  # square: resize and centre-crop | pad: to a square with the mean colour
+    max_length: int = 2048  # tokens a row, image slots included
+    packing: bool = False  # several conversations a row, kept apart by segment ids
+    images_per_row: int = 1  # picture places a row (M)
+    threads: int = 2  # threads that read and decode on each host
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as torch and LLaVA run it."""
+
+    learning_rate: float = 1e-3  # at the peak
+    schedule: str = "cosine"  # cosine (to zero) | constant (after warm-up)
+    warmup_ratio: float = 0.03  # share of all steps with a linearly rising rate
+    weight_decay: float = 0.0  # of matrices; biases and norms are spared
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 0.0  # global gradient norm; 0: no clipping, as in the authors' runs
+    accumulation_steps: int = 1  # microbatches a step
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one axis may be -1: all that are left."""
+
+    data: int = -1  # batch; parameters whole
+    fsdp: int = 1  # batch; parameters and moments sharded
+    tensor: int = 1  # heads, feed-forward and vocabulary sharded
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What of a run is kept on disk."""
+
+    every_steps: int = 500  # steps between checkpoints; the last step is always saved
+    keep_last: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # steps; checkpoints at its multiples are kept for good; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One stage of training."""
+
+    name: str = "train"  # what logs and tables call it
+    seed: int = 0  # of initialisation and data order
+    steps: int = 0  # optimizer steps; 0: as many as the epochs need
+    epochs: float = 1.0  # passes over the data, where steps is 0; packed data need steps
+    global_batch_size: int = 256  # rows a step, over all devices and microbatches
+    log_every_steps: int = 10  # steps between lines of metrics.jsonl
+    init_from: str = ""  # folders of weights or runs to start from, separated by commas; "miniatures": embedded
+    init_missing: tuple[str, ...] = ()  # patterns of parameters that init_from may lack; they are initialised
+    rules: tuple[tuple[str, str], ...] = ((".*", "train"),)  # (pattern of parameter path, train | freeze), first wins
+    benchmark: str = ""  # measured at the end of the run: scenes
+    benchmark_pictures: int = 128  # held-out pictures to measure on
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+_CHOICES = {
+    "model.fusion.variant": ("code", "paper"),
+    "model.fusion.init": ("torch", "kaiming", "xavier", "normal"),
+    "model.precision": ("bfloat16", "float32"),
+    "model.remat": ("none", "dots", "full"),
+    "model.attention": ("auto", "reference", "xla", "cudnn"),
+    "data.source": ("llava", "scenes"),
+    "data.scenes.task": ("documents", "captions", "mixture", "conversations"),
+    "data.aspect": ("square", "pad"),
+    "optimizer.schedule": ("cosine", "constant"),
+    "benchmark": ("", "scenes"),
+}
+_AT_LEAST_ONE = (
+    "global_batch_size",
+    "log_every_steps",
+    "benchmark_pictures",
+    "model.fusion.kernel",
+    "data.max_length",
+    "data.images_per_row",
+    "data.threads",
+    "data.scenes.size",
+    "optimizer.accumulation_steps",
+    "checkpoint.every_steps",
+    "checkpoint.keep_last",
+)
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """A clause that names the nearest known spelling, or lists what is known."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every key of :class:`TrainConfig` at its default, and ``stages``: name → the keys in which a stage differs.
+
+    Returns a locked ``ConfigDict``: assigning to an unknown key raises.
+    """
+    config = ml_collections.ConfigDict(dataclasses.asdict(TrainConfig()))
+    config.stages = ml_collections.ConfigDict()
+    return config.lock()
+
+
+def parse_arg(arg: str | None, **known: Any) -> ml_collections.ConfigDict:
+    """Reads ``"key=value,…"`` after a config file's name, each value in the type of its default.
+
+    Args:
+      arg: the text after the colon of ``--config=FILE:arg``, or None.
+      **known: the keys that the config file takes, with their defaults.
+
+    Raises:
+      UserError: an unknown key, or a value of another type.
+    """
+    result = ml_collections.ConfigDict(known)
+    for item in filter(None, (arg or "").split(",")):
+        key, equals, value = item.partition("=")
+        if key not in known or not equals:
+            raise UserError(f"Config argument {item!r} is not known; {nearest(key, [f'{k}=' for k in known])}")
+        result[key] = _convert(known[key], value, key)
+    return result
+
+
+def _convert(default, text, key):
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        return type(default)(text)
+    except (ValueError, KeyError):
+        raise UserError(f"{key}={text!r} should be of type {type(default).__name__}.") from None
+
+
+def resolve(config: Mapping[str, Any]) -> list[TrainConfig]:
+    """Freezes a ``ConfigDict`` into its stages, in order; a config without ``stages`` is one stage.
+
+    Raises:
+      UserError: an unknown key, a value of the wrong type or out of range, or a key set both for the whole run and
+        by a stage (the stage's would win without a word).
+    """
+    base = ml_collections.ConfigDict(config).to_dict()
+    stages = base.pop("stages", {})
+    if not stages:
+        return [_validated(_build(TrainConfig, base, ""))]
+    defaults = _flatten(default_config().to_dict())
+    resolved = []
+    for name, overrides in stages.items():
+        flat = _flatten(base)
+        for key, value in _flatten(overrides).items():
+            if key not in flat:
+                raise UserError(f"Unknown config key stages.{name}.{key}: {nearest(key, flat)}")
+            if flat[key] != defaults[key]:
+                raise UserError(f"Config key {key} is set by stage {name!r}; set stages.{name}.{key} instead.")
+            flat[key] = value
+        resolved.append(_validated(_build(TrainConfig, _unflatten(flat | {"name": name}), "")))
+    return resolved
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain data, for ``config.json``."""
+    return dataclasses.asdict(config)
+
+
+def from_json(data: Mapping[str, Any]) -> TrainConfig:
+    """Inverse of :func:`to_json` after a trip through JSON. Raises UserError as :func:`resolve` does."""
+    return _validated(_build(TrainConfig, data, ""))
+
+
+def _flatten(tree, prefix=""):
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _unflatten(flat):
+    tree = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def _build(cls, values, prefix):
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"Unknown config key {prefix}{key}: {nearest(key, fields)}")
+    return cls(**{key: _typed(fields[key].type, value, prefix + key) for key, value in values.items()})
+
+
+def _typed(kind, value, key):
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, Mapping):
+            return _build(kind, value, f"{key}.")
+    elif typing.get_origin(kind) is tuple:
+        if isinstance(value, (tuple, list)):
+            inner, *rest = typing.get_args(kind)
+            kinds = [inner] * len(value) if rest == [...] else [inner, *rest]
+            if len(kinds) == len(value):
+                return tuple(_typed(k, v, key) for k, v in zip(kinds, value, strict=True))
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"Config key {key} is {value!r}, which is not of type {getattr(kind, '__name__', kind)}.")
+
+
+def _validated(config):
+    flat = _flatten(dataclasses.asdict(config))
+    for key, choices in _CHOICES.items():
+        if flat[key] not in choices:
+            raise UserError(f"Config key {key} is {flat[key]!r}: {nearest(str(flat[key]), filter(None, choices))}")
+    for key in _AT_LEAST_ONE:
+        if flat[key] < 1:
+            raise UserError(f"Config key {key} is {flat[key]}; it must be at least 1.")
+    for key in ("steps", "epochs", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_norm"):
+        if flat[key] < 0:
+            raise UserError(f"Config key {key} is {flat[key]}; it must not be negative.")
+    return config

@@ -1,0 +1,190 @@
+"""The parts that the tower, the fusion and the decoder share, and the one way to declare a parameter.
+
+A parameter is declared once, by :func:`parameter`: shape, logical axes and initialiser. Sharding (runtime/mesh.py),
+restore targets and exports derive from that declaration. Every parameter is float32 here; what is frozen is cast when
+the training state is made. A layer computes in the type of its input.
+
+Axis letters: B batch, T positions, L layers, D width, H heads, K kv heads, F feed-forward.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+Axis = tuple[int, str]  # size, logical name
+
+
+def parameter(rngs: nnx.Rngs, axes: Sequence[Axis], init: Init) -> nnx.Param:
+    """Declares a float32 parameter with the given (size, logical name) axes."""
+    shape = tuple(size for size, _ in axes)
+    return nnx.Param(init(rngs.params(), shape), axes=tuple(name for _, name in axes))
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Initialiser: 0."""
+    del key
+    return jnp.zeros(shape, jnp.float32)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Initialiser: 1."""
+    del key
+    return jnp.ones(shape, jnp.float32)
+
+
+def normal(stddev: float) -> Init:
+    """Initialiser: N(0, stddev²)."""
+    return lambda key, shape: stddev * jax.random.normal(key, shape, jnp.float32)
+
+
+def uniform(bound: float) -> Init:
+    """Initialiser: U(−bound, bound)."""
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """CLIP's approximation of GELU: x·σ(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU by the error function, as torch's ``nn.GELU()``."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU by tanh, as SigLIP's ``gelu_pytorch_tanh``."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
+
+
+class Linear(nnx.Module):
+    """``y = x·kernel + bias`` over one or more trailing axes.
+
+    ``stack`` puts a leading axis of that many layers on the parameters; the caller scans over it, so that a call
+    always sees one layer's parameters. Takes ``[..., *inputs]`` and gives ``[..., *outputs]``.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        inputs: Sequence[Axis],
+        outputs: Sequence[Axis],
+        *,
+        bias: bool = True,
+        stack: int | None = None,
+        kernel_init: Init | None = None,
+        bias_init: Init = zeros,
+    ):
+        lead = [] if stack is None else [(stack, "layers")]
+        fan_in = math.prod(size for size, _ in inputs)
+        self.contracted = len(inputs)
+        self.kernel = parameter(rngs, [*lead, *inputs, *outputs], kernel_init or normal(fan_in**-0.5))
+        self.bias = parameter(rngs, [*lead, *outputs], bias_init) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contracted)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class StridedConv(nnx.Module):
+    """A k×k convolution of stride k without padding, as one matrix product over k×k windows.
+
+    The kernel is HWIO, ``[k, k, in, out]``. Takes ``[B, k·h, k·w, in]`` and gives ``[B, h, w, out]``.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        size: int,
+        inputs: Axis,
+        outputs: Axis,
+        *,
+        bias: bool = True,
+        kernel_init: Init | None = None,
+        bias_init: Init = zeros,
+    ):
+        self.size = size
+        window = [(size, "window"), (size, "window")]
+        init = kernel_init or normal((size * size * inputs[0]) ** -0.5)
+        self.kernel = parameter(rngs, [*window, inputs, outputs], init)
+        self.bias = parameter(rngs, [outputs], bias_init) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, height, width, channels = x.shape
+        k = self.size
+        windows = x.reshape(batch, height // k, k, width // k, k, channels)
+        y = jnp.einsum("bhiwjc,ijcd->bhwd", windows, self.kernel[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, with statistics in float32."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int, eps: float, *, stack: int | None = None):
+        lead = [] if stack is None else [(stack, "layers")]
+        self.eps = eps
+        self.scale = parameter(rngs, [*lead, (width, "norm")], ones)
+        self.bias = parameter(rngs, [*lead, (width, "norm")], zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        mean = y.mean(-1, keepdims=True)
+        variance = jnp.square(y - mean).mean(-1, keepdims=True)
+        y = (y - mean) * jax.lax.rsqrt(variance + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis (arXiv 1910.07467), with statistics in float32."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int, eps: float, *, stack: int | None = None):
+        lead = [] if stack is None else [(stack, "layers")]
+        self.eps = eps
+        self.scale = parameter(rngs, [*lead, (width, "norm")], ones)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+_REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def apply_layers(
+    block: nnx.Module,
+    x: jax.Array,
+    *context,
+    layers: range,
+    scan: bool,
+    remat: str,
+) -> jax.Array:
+    """Runs ``layers`` (a step-1 range) of a stacked block on ``x``, scanned or written out.
+
+    ``block`` holds parameters ``[L, ...]``; its call sees one layer's, takes ``(x, *context)`` and gives the next
+    ``x``. ``remat`` names what the backward pass recomputes: ``none``, ``dots`` (all but the matrix products) or ``full``.
+    """
+    graph, stacked = nnx.split(block)
+
+    def one(x, layer):
+        return nnx.merge(graph, layer)(x, *context)
+
+    if remat != "none":
+        # Inside a scan, XLA cannot merge the recomputation with the forward pass, so CSE need not be prevented.
+        one = jax.checkpoint(one, policy=_REMAT[remat], prevent_cse=not scan)
+    if scan and len(layers) > 1:
+        taken = jax.tree.map(lambda p: p[layers.start : layers.stop], stacked)
+        return jax.lax.scan(lambda x, layer: (one(x, layer), None), x, taken)[0]
+    for index in layers:
+        x = one(x, jax.tree.map(lambda p, i=index: p[i], stacked))
+    return x

@@ -1,0 +1,178 @@
+"""The language model: one Llama-family decoder for Llama, Vicuna, Mistral, Qwen2, Qwen3 and SmolLM2.
+
+RMSNorm, rotary positions, grouped-query attention, SwiGLU (arXiv 2302.13971); optional biases on query, key and value
+(Qwen2), norms on query and key heads (Qwen3), and an output head tied to the embedding.
+
+Axis letters: B batch, T positions, L layers, D width, H heads, K kv heads, Dh head size, F feed-forward, V vocabulary.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stf_jax.models.attention import Mask, attention
+from stf_jax.models.layers import Linear, RMSNorm, apply_layers, normal, parameter
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched to longer texts than a model was pretrained on."""
+
+    kind: str  # linear: all by factor | llama3: low frequencies by factor, high ones kept, a ramp between
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192  # positions
+
+
+@dataclasses.dataclass(frozen=True)
+class LLMConfig:
+    """Shape of a decoder."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = False
+
+
+def rope_angles(config: LLMConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of rotary positions (arXiv 2104.09864), with Llama 3's scaling where configured.
+
+    In float32 whatever the compute type: bfloat16 has eight bits, so that position 257 would be position 256.
+
+    Args:
+      positions: int32 [B, T].
+
+    Returns:
+      cos, sin: float32 [B, T, 1, Dh/2].
+    """
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling is not None:
+        turns = scaling.original_length * frequencies / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = jnp.clip((turns - low) / (high - low), 0, 1)
+        frequencies = keep * frequencies + (1 - keep) * frequencies / scaling.factor
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Applies rotary positions to heads [B, T, H, Dh], pairing channel i with i + Dh/2 as transformers does."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query self-attention."""
+
+    def __init__(self, rngs: nnx.Rngs, config: LLMConfig, implementation: str):
+        width, head_dim = (config.width, "embed"), (config.head_dim, "head_dim")
+        heads, kv_heads = (config.heads, "heads"), (config.kv_heads, "kv_heads")
+        stack, bias = config.layers, config.qkv_bias
+        self.implementation = implementation
+        self.query = Linear(rngs, [width], [heads, head_dim], bias=bias, stack=stack)
+        self.key = Linear(rngs, [width], [kv_heads, head_dim], bias=bias, stack=stack)
+        self.value = Linear(rngs, [width], [kv_heads, head_dim], bias=bias, stack=stack)
+        self.out = Linear(rngs, [heads, head_dim], [width], bias=False, stack=stack)
+        self.query_norm = RMSNorm(rngs, config.head_dim, config.norm_eps, stack=stack) if config.qk_norm else None
+        self.key_norm = RMSNorm(rngs, config.head_dim, config.norm_eps, stack=stack) if config.qk_norm else None
+
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: Mask) -> jax.Array:
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return self.out(attention(q, k, v, mask, self.implementation))
+
+
+class MLP(nnx.Module):
+    """SwiGLU: ``down(silu(gate(x))·up(x))`` (arXiv 2002.05202)."""
+
+    def __init__(self, rngs: nnx.Rngs, config: LLMConfig):
+        width, hidden = (config.width, "embed"), (config.mlp, "mlp")
+        self.gate = Linear(rngs, [width], [hidden], bias=False, stack=config.layers)
+        self.up = Linear(rngs, [width], [hidden], bias=False, stack=config.layers)
+        self.down = Linear(rngs, [hidden], [width], bias=False, stack=config.layers)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """A pre-norm decoder block; parameters of all layers, a call with one layer's. [B, T, D] → [B, T, D]."""
+
+    def __init__(self, rngs: nnx.Rngs, config: LLMConfig, implementation: str):
+        self.attention_norm = RMSNorm(rngs, config.width, config.norm_eps, stack=config.layers)
+        self.attention = Attention(rngs, config, implementation)
+        self.mlp_norm = RMSNorm(rngs, config.width, config.norm_eps, stack=config.layers)
+        self.mlp = MLP(rngs, config)
+
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: Mask) -> jax.Array:
+        with jax.named_scope("attention"):
+            x = x + self.attention(self.attention_norm(x), cos, sin, mask)
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nnx.Module):
+    """Embeddings in, next-token logits out; the caller may put image tokens among the embeddings."""
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: LLMConfig,
+        *,
+        scan: bool = True,
+        remat: str = "none",
+        attention: str = "auto",
+    ):
+        self.config, self.scan, self.remat = config, scan, remat
+        vocab, width = (config.vocab, "vocab"), (config.width, "embed")
+        self.embedding = parameter(rngs, [vocab, width], normal(0.02))
+        self.blocks = Block(rngs, config, attention)
+        self.norm = RMSNorm(rngs, config.width, config.norm_eps)
+        self.head = None if config.tied else Linear(rngs, [width], [vocab], bias=False, kernel_init=normal(0.02))
+
+    def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Embeddings [B, T, D] in ``dtype`` of int32 tokens [B, T]."""
+        return self.embedding[...].astype(dtype)[tokens]
+
+    def __call__(self, x: jax.Array, positions: jax.Array, segments: jax.Array | None) -> jax.Array:
+        """Hidden states after the final norm.
+
+        Args:
+          x: [B, T, D] embeddings.
+          positions: int32 [B, T], counted anew in each segment.
+          segments: int32 [B, T], or None where each row is one conversation.
+
+        Returns:
+          [B, T, D] in x's type; :meth:`logits` reads them.
+        """
+        with jax.named_scope("llm"):
+            cos, sin = rope_angles(self.config, positions)
+            mask = Mask(causal=True, segments=segments)
+            every = range(self.config.layers)
+            x = apply_layers(self.blocks, x, cos, sin, mask, layers=every, scan=self.scan, remat=self.remat)
+            return self.norm(x)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Float32 logits [..., V] of hidden states [..., D]."""
+        if self.head is None:
+            return jnp.einsum("...d,vd->...v", x, self.embedding[...].astype(x.dtype)).astype(jnp.float32)
+        return self.head(x).astype(jnp.float32)

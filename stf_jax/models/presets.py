@@ -1,0 +1,80 @@
+"""Shapes of known towers and language models, by name."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from stf_jax.config import UserError, nearest
+from stf_jax.models.llm import LLMConfig
+from stf_jax.models.vit import VisionConfig
+
+_CLIP = dict(
+    activation="quick_gelu",
+    class_token=True,
+    pre_norm=True,
+    patch_bias=False,
+    norm_eps=1e-5,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+)
+_SIGLIP = dict(
+    activation="gelu_tanh",
+    class_token=False,
+    pre_norm=False,
+    patch_bias=True,
+    norm_eps=1e-6,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
+
+# "mini" are the demo's backbones (stf_jax/weights/miniatures): eight blocks, so that there are eight depths to tap.
+VISION: Mapping[str, VisionConfig] = {
+    "clip-l-14-336": VisionConfig(336, 14, width=1024, layers=24, heads=16, mlp=4096, **_CLIP),
+    "clip-b-16-224": VisionConfig(224, 16, width=768, layers=12, heads=12, mlp=3072, **_CLIP),
+    "siglip-so400m-14-384": VisionConfig(384, 14, width=1152, layers=27, heads=16, mlp=4304, **_SIGLIP),
+    "siglip-b-16-256": VisionConfig(256, 16, width=768, layers=12, heads=12, mlp=3072, **_SIGLIP),
+    "clip-mini-12-96": VisionConfig(96, 12, width=128, layers=8, heads=4, mlp=512, **_CLIP),
+}
+
+_QWEN2 = dict(rope_theta=1e6, norm_eps=1e-6, qkv_bias=True)
+_QWEN3 = dict(vocab=151_936, head_dim=128, rope_theta=1e6, norm_eps=1e-6, qk_norm=True)
+_SMOL = dict(vocab=49_152, head_dim=64, tied=True)
+
+LLM: Mapping[str, LLMConfig] = {
+    "vicuna-7b": LLMConfig(32_000, width=4096, layers=32, heads=32, kv_heads=32, head_dim=128, mlp=11_008),
+    "vicuna-13b": LLMConfig(32_000, width=5120, layers=40, heads=40, kv_heads=40, head_dim=128, mlp=13_824),
+    "llama-3-8b": LLMConfig(
+        128_256, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14_336, rope_theta=5e5
+    ),
+    # v0.2 and later: without the sliding window of v0.1.
+    "mistral-7b": LLMConfig(
+        32_000, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14_336, rope_theta=1e6
+    ),
+    "qwen2.5-0.5b": LLMConfig(
+        151_936, width=896, layers=24, heads=14, kv_heads=2, head_dim=64, mlp=4864, tied=True, **_QWEN2
+    ),
+    "qwen2.5-7b": LLMConfig(152_064, width=3584, layers=28, heads=28, kv_heads=4, head_dim=128, mlp=18_944, **_QWEN2),
+    "qwen3-0.6b": LLMConfig(width=1024, layers=28, heads=16, kv_heads=8, mlp=3072, tied=True, **_QWEN3),
+    "qwen3-8b": LLMConfig(width=4096, layers=36, heads=32, kv_heads=8, mlp=12_288, **_QWEN3),
+    "smollm2-135m": LLMConfig(width=576, layers=30, heads=9, kv_heads=3, mlp=1536, rope_theta=1e5, **_SMOL),
+    "smollm2-360m": LLMConfig(width=960, layers=32, heads=15, kv_heads=5, mlp=2560, rope_theta=1e5, **_SMOL),
+    "smollm2-1.7b": LLMConfig(width=2048, layers=24, heads=32, kv_heads=32, mlp=8192, rope_theta=1.3e5, **_SMOL),
+    "llama-mini": LLMConfig(512, width=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp=384, tied=True),
+}
+
+_Config = TypeVar("_Config", VisionConfig, LLMConfig)
+
+
+def vision_preset(name: str) -> VisionConfig:
+    """The tower of that name. Raises UserError for an unknown one."""
+    return _lookup(VISION, name, "vision")
+
+
+def llm_preset(name: str) -> LLMConfig:
+    """The language model of that name. Raises UserError for an unknown one."""
+    return _lookup(LLM, name, "llm")
+
+
+def _lookup(presets: Mapping[str, _Config], name: str, key: str) -> _Config:
+    if name not in presets:
+        raise UserError(f"Unknown preset model.{key}={name!r}; {nearest(name, presets)}")
+    return presets[name]

@@ -1,0 +1,152 @@
+"""The vision tower: CLIP's and SigLIP's ViT as one module, read through taps.
+
+CLIP (arXiv 2103.00020): class token, layer norm before the blocks, quick-GELU, patches without bias.
+SigLIP (arXiv 2303.15343): no class token, no layer norm before the blocks, tanh-GELU, patches with bias.
+
+Axis letters: B pictures, P patches, S tokens in the tower (P, one more with a class token), D width, H heads.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stf_jax.config import UserError
+from stf_jax.models.attention import Mask, attention
+from stf_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, StridedConv, apply_layers, normal, parameter
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Shape of a tower. ``mean`` and ``std`` are of RGB values in 0..1."""
+
+    image_size: int  # pixels a side
+    patch_size: int  # pixels a side
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    activation: str  # quick_gelu | gelu_tanh
+    class_token: bool
+    pre_norm: bool
+    patch_bias: bool
+    norm_eps: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def grid(self) -> int:
+        """Patches a side; pixels left over at the right and bottom are not seen, as in transformers."""
+        return self.image_size // self.patch_size
+
+
+class Attention(nnx.Module):
+    """Bidirectional multi-head self-attention with biases."""
+
+    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, implementation: str):
+        width, heads = (config.width, "embed"), (config.heads, "heads")
+        head_dim = (config.width // config.heads, "head_dim")
+        stack = config.layers
+        self.implementation = implementation
+        self.query = Linear(rngs, [width], [heads, head_dim], stack=stack)
+        self.key = Linear(rngs, [width], [heads, head_dim], stack=stack)
+        self.value = Linear(rngs, [width], [heads, head_dim], stack=stack)
+        self.out = Linear(rngs, [heads, head_dim], [width], stack=stack)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(attention(self.query(x), self.key(x), self.value(x), Mask(), self.implementation))
+
+
+class MLP(nnx.Module):
+    """Two linear layers with an activation between."""
+
+    def __init__(self, rngs: nnx.Rngs, config: VisionConfig):
+        width, hidden = (config.width, "embed"), (config.mlp, "mlp")
+        self.activation = config.activation
+        self.up = Linear(rngs, [width], [hidden], stack=config.layers)
+        self.down = Linear(rngs, [hidden], [width], stack=config.layers)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
+class Block(nnx.Module):
+    """A pre-norm transformer block; parameters of all layers, a call with one layer's. [B, S, D] → [B, S, D]."""
+
+    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, implementation: str):
+        self.attention_norm = LayerNorm(rngs, config.width, config.norm_eps, stack=config.layers)
+        self.attention = Attention(rngs, config, implementation)
+        self.mlp_norm = LayerNorm(rngs, config.width, config.norm_eps, stack=config.layers)
+        self.mlp = MLP(rngs, config)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        with jax.named_scope("attention"):
+            x = x + self.attention(self.attention_norm(x))
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.mlp_norm(x))
+
+
+class VisionTower(nnx.Module):
+    """A ViT that gives the hidden states after chosen blocks."""
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: VisionConfig,
+        *,
+        scan: bool = True,
+        remat: str = "none",
+        attention: str = "auto",
+    ):
+        self.config, self.scan, self.remat = config, scan, remat
+        width = config.width
+        patches, embed = config.grid**2, (width, "embed")
+        self.patch_embed = StridedConv(rngs, config.patch_size, (3, "channel"), embed, bias=config.patch_bias)
+        self.class_token = parameter(rngs, [(width, "norm")], normal(width**-0.5)) if config.class_token else None
+        positions = patches + config.class_token
+        self.position_embed = parameter(rngs, [(positions, "position"), embed], normal(width**-0.5))
+        self.pre_norm = LayerNorm(rngs, width, config.norm_eps) if config.pre_norm else None
+        self.blocks = Block(rngs, config, attention)
+
+    def __call__(self, images: jax.Array, taps: tuple[int, ...], dtype: jnp.dtype) -> tuple[jax.Array, ...]:
+        """Hidden states after the tapped blocks, in the order asked.
+
+        Nothing above the highest tap is computed, no state between taps is kept, no final norm is applied (as
+        ``hidden_states`` of transformers' CLIPVisionModel), and the class token is dropped.
+
+        Args:
+          images: uint8 [B, H, W, 3], H = W = ``config.image_size``; normalised here.
+          taps: 1-based block numbers; 0 is the embedding that enters the first block.
+          dtype: type to compute in.
+
+        Returns:
+          For each tap, [B, P, D] in ``dtype``, patches row by row.
+
+        Raises:
+          UserError: a tap that the tower does not have.
+        """
+        for tap in taps:
+            if not 0 <= tap <= self.config.layers:
+                raise UserError(f"Tap {tap} is outside the vision tower, whose blocks are 1 to {self.config.layers}.")
+        with jax.named_scope("vision"):
+            x = self._embed(images, dtype)
+            states, done = {}, 0
+            for tap in sorted(set(taps)):
+                x = apply_layers(self.blocks, x, layers=range(done, tap), scan=self.scan, remat=self.remat)
+                states[tap] = x[:, int(self.config.class_token) :]
+                done = tap
+            return tuple(states[tap] for tap in taps)
+
+    def _embed(self, images, dtype):
+        config = self.config
+        mean, std = (jnp.asarray(value, jnp.float32) for value in (config.mean, config.std))
+        pixels = ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+        seen = config.grid * config.patch_size
+        x = self.patch_embed(pixels[:, :seen, :seen])
+        x = x.reshape(x.shape[0], -1, config.width)
+        if self.class_token is not None:
+            first = jnp.broadcast_to(self.class_token[...].astype(dtype), (x.shape[0], 1, config.width))
+            x = jnp.concatenate([first, x], axis=1)
+        x = x + self.position_embed[...].astype(dtype)
+        return x if self.pre_norm is None else self.pre_norm(x)

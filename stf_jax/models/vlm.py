@@ -1,0 +1,79 @@
+"""The whole model: vision tower, fusion, and a language model that reads image tokens among its text tokens.
+
+Axis letters: B rows, T positions, M pictures a row, N tokens a picture, D language model width, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stf_jax.config import ModelConfig
+from stf_jax.models.fusion import Fusion, tapped_blocks, tokens_per_image
+from stf_jax.models.llm import Decoder
+from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.vit import VisionTower
+
+
+class VLM(nnx.Module):
+    """Tower, fusion and decoder. Parameters lie under ``vision/``, ``fusion/`` and ``llm/``."""
+
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
+        """Raises UserError for an unknown preset or fusion, or a kernel that does not divide the grid."""
+        vision, llm = vision_preset(config.vision), llm_preset(config.llm)
+        how = dict(scan=config.scan_layers, remat=config.remat, attention=config.attention)
+        self.dtype = jnp.dtype(config.precision)
+        self.taps = tapped_blocks(config.fusion, vision.layers)
+        self.vision = VisionTower(rngs, vision, **how)
+        self.fusion = Fusion(rngs, config.fusion, vision, llm.width)
+        self.llm = Decoder(rngs, llm, **how)
+
+    def image_tokens(self, images: jax.Array) -> jax.Array:
+        """Image tokens [B, M·N, D] of pictures uint8 [B, M, H, W, 3]."""
+        batch, count = images.shape[:2]
+        states = self.vision(images.reshape(batch * count, *images.shape[2:]), self.taps, self.dtype)
+        tokens = self.fusion(states)
+        return tokens.reshape(batch, -1, tokens.shape[-1])
+
+    def embed(self, tokens: jax.Array, image_slots: jax.Array, image_tokens: jax.Array | None) -> jax.Array:
+        """Text embeddings with the image tokens in their slots.
+
+        The slots were laid out by the data pipeline, so nothing is searched for here: each position gathers its token.
+
+        Args:
+          tokens: int32 [B, T].
+          image_slots: int32 [B, T], index into the row's image tokens, −1 for text.
+          image_tokens: [B, M·N, D], or None for rows without pictures.
+
+        Returns:
+          [B, T, D].
+        """
+        x = self.llm.embed(tokens, self.dtype)
+        if image_tokens is None:
+            return x
+        taken = jnp.take_along_axis(image_tokens, jnp.maximum(image_slots, 0)[:, :, None], axis=1)
+        return jnp.where(image_slots[:, :, None] >= 0, taken, x)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        image_slots: jax.Array,
+        images: jax.Array,
+    ) -> jax.Array:
+        """Next-token logits, float32 [B, T, V].
+
+        Args:
+          tokens, positions: int32 [B, T]; positions count anew in each segment.
+          segment_ids: int32 [B, T], conversations of a packed row, or None where each row is one.
+          image_slots: int32 [B, T], as in :meth:`embed`.
+          images: uint8 [B, M, H, W, 3]; M may be 0.
+        """
+        image_tokens = self.image_tokens(images) if images.shape[1] else None
+        x = self.embed(tokens, image_slots, image_tokens)
+        return self.llm.logits(self.llm(x, positions, segment_ids))
+
+
+def slots_per_image(config: ModelConfig) -> int:
+    """N for this model. Raises UserError as :class:`VLM` does."""
+    return tokens_per_image(config.fusion, vision_preset(config.vision).grid)
