@@ -162,13 +162,31 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every key of :class:`TrainConfig` at its default, and ``stages``: name → the keys in which a stage differs.
+    """Every key of :class:`TrainConfig` at its default, and two for runs of several stages.
+
+    ``stages`` maps a stage's name to the keys in which it differs; ``run`` names the stages to run, in order.
 
     Returns a locked ``ConfigDict``: assigning to an unknown key raises.
     """
     config = ml_collections.ConfigDict(dataclasses.asdict(TrainConfig()))
     config.stages = ml_collections.ConfigDict()
+    config.run = ()
     return config.lock()
+
+
+def single_stage(config: ml_collections.ConfigDict, stage: str) -> ml_collections.ConfigDict:
+    """One of the config's stages as a config of its own, whose keys the command line may change directly.
+
+    Raises:
+      UserError: an unknown stage.
+    """
+    if stage not in config.stages:
+        raise UserError(f"Unknown stage {stage!r}; {nearest(stage, config.run)}")
+    alone = config.copy_and_resolve_references()
+    alone.update(config.stages[stage])
+    alone.update(name=stage, run=())
+    alone.stages = ml_collections.ConfigDict()
+    return alone.lock()
 
 
 def parse_arg(arg: str | None, **known: Any) -> ml_collections.ConfigDict:
@@ -200,21 +218,23 @@ def _convert(default, text, key):
 
 
 def resolve(config: Mapping[str, Any]) -> list[TrainConfig]:
-    """Freezes a ``ConfigDict`` into its stages, in order; a config without ``stages`` is one stage.
+    """Freezes a ``ConfigDict`` into the stages that it runs, in order; a config without ``run`` is one stage.
 
     Raises:
       UserError: an unknown key, a value of the wrong type or out of range, or a key set both for the whole run and
         by a stage (the stage's would win without a word).
     """
     base = ml_collections.ConfigDict(config).to_dict()
-    stages = base.pop("stages", {})
-    if not stages:
+    stages, run = base.pop("stages", {}), base.pop("run", ())
+    if not run:
         return [_validated(_build(TrainConfig, base, ""))]
-    defaults = _flatten(default_config().to_dict())
+    defaults = flatten(default_config().to_dict())
     resolved = []
-    for name, overrides in stages.items():
-        flat = _flatten(base)
-        for key, value in _flatten(overrides).items():
+    for name in run:
+        if name not in stages:
+            raise UserError(f"Config key run names stage {name!r}: {nearest(name, stages)}")
+        flat = flatten(base)
+        for key, value in flatten(stages[name]).items():
             if key not in flat:
                 raise UserError(f"Unknown config key stages.{name}.{key}: {nearest(key, flat)}")
             if flat[key] != defaults[key]:
@@ -234,10 +254,11 @@ def from_json(data: Mapping[str, Any]) -> TrainConfig:
     return _validated(_build(TrainConfig, data, ""))
 
 
-def _flatten(tree, prefix=""):
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
     flat = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
@@ -278,7 +299,7 @@ def _typed(kind, value, key):
 
 
 def _validated(config):
-    flat = _flatten(dataclasses.asdict(config))
+    flat = flatten(dataclasses.asdict(config))
     for key, choices in _CHOICES.items():
         if flat[key] not in choices:
             raise UserError(f"Config key {key} is {flat[key]!r}: {nearest(str(flat[key]), filter(None, choices))}")

@@ -1,0 +1,34 @@
+"""The miniature backbones: the language model on text alone, then everything on captions (a plain MLP connector).
+
+How stf_jax/weights/miniatures was made; its README.md has the commands and the scores.
+"""
+
+from stf_jax.config import default_config, parse_arg
+
+
+def get_config(arg=None):
+    """Two stages, ``text`` and ``captions``; ``scale`` multiplies their steps."""
+    arg = parse_arg(arg, scale=1.0)
+    config = default_config()
+    config.model.update(vision="clip-mini-12-96", llm="llama-mini", precision="float32", remat="none")
+    config.model.fusion.fusion = "mlp"
+    config.data.update(source="scenes", tokenizer="miniature", template="plain", packing=True, max_length=512)
+    config.data.scenes.size = 1_000_000
+    config.optimizer.clip_norm = 1.0
+    config.run = ("text", "captions")
+    config.stages = {
+        "text": {
+            "steps": int(1200 * arg.scale),
+            "global_batch_size": 16,
+            "rules": (("llm/.*", "train"), (".*", "freeze")),
+            "data": {"scenes": {"task": "documents"}, "images_per_row": 1},
+            "optimizer": {"learning_rate": 2e-3},
+        },
+        "captions": {
+            "steps": int(4000 * arg.scale),
+            "global_batch_size": 12,
+            "data": {"scenes": {"task": "mixture"}, "images_per_row": 5},
+            "optimizer": {"learning_rate": 1e-3},
+        },
+    }
+    return config

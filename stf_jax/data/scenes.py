@@ -1,0 +1,289 @@
+"""Embedded data: a procedural world of coloured shapes and printed words, in LLaVA's conversation format.
+
+Any record is made from (seed, split, index) alone, so the source has random access and needs no files. There are five
+kinds of question, chosen to show what merging tokens may lose: whether a thing exists, how many there are, an
+attribute of one, how two lie to each other, and what a short printed word says.
+
+Held-out pictures come from another seed, each shows a colour-and-shape pair that no training picture or text ever
+shows or names, and their words are never among the training words; only the letters are.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+from stf_jax.data.records import IMAGE_MARK, Record, Turn
+
+SIDE = 96  # pixels
+KINDS = ("existence", "count", "attribute", "spatial", "reading")
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (44, 160, 44),
+    "blue": (38, 92, 220),
+    "yellow": (240, 200, 20),
+    "purple": (140, 50, 170),
+    "orange": (245, 125, 20),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+RADII = {"small": 8, "large": 15}  # pixels from a shape's centre to its edge
+SHORT_ANSWER = "Answer the question using a single word or phrase."  # LLaVA's instruction, on the first turn
+
+_PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
+# One pair for each colour and each shape, so that nothing but the combination is new.
+HELD_OUT_PAIRS = frozenset((color, SHAPES[(i + 2) % len(SHAPES)]) for i, color in enumerate(COLORS))
+TRAINING_PAIRS = [pair for pair in _PAIRS if pair not in HELD_OUT_PAIRS]
+
+_CONSONANTS, _VOWELS = "BDFGHKLMNPRSTVZ", "AEIOU"
+_LETTERS = list(itertools.product(enumerate(_CONSONANTS), enumerate(_VOWELS), enumerate(_CONSONANTS)))
+# One word in five, such that every letter keeps standing at every place in training words.
+HELD_OUT_WORDS = [a + v + b for (i, a), (j, v), (k, b) in _LETTERS if (i + j + k) % 5 == 0]
+TRAINING_WORDS = [a + v + b for (i, a), (j, v), (k, b) in _LETTERS if (i + j + k) % 5]
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+    """A shape in a scene; x and y are its centre in pixels from the top left."""
+
+    size: str
+    color: str
+    shape: str
+    x: int
+    y: int
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Colour and shape."""
+        return self.color, self.shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What a picture shows, in reading order; ``word`` may be empty."""
+
+    things: tuple[Thing, ...]
+    word: str
+    word_x: int
+    word_y: int
+    background: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question of one of :data:`KINDS` with its answer, a single word."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+def _generator(seed, held_out, index):
+    return np.random.default_rng([seed, int(held_out), index])
+
+
+def make_scene(seed: int, index: int, held_out: bool = False) -> Scene:
+    """The scene of that index; held-out ones show at least one held-out pair, and only held-out words."""
+    rng = _generator(seed, held_out, index)
+    boxes, word, word_x, word_y = [], "", 0, 0
+    if rng.random() < 0.5:
+        word = str(rng.choice(HELD_OUT_WORDS if held_out else TRAINING_WORDS))
+        word_x, word_y = int(rng.integers(24, SIDE - 24)), int(rng.integers(11, SIDE - 11))
+        boxes.append((word_x, word_y, 24, 11))
+    things = []
+    for position in range(rng.integers(1, 6)):
+        pairs = sorted(HELD_OUT_PAIRS) if held_out and position == 0 else TRAINING_PAIRS
+        color, shape = pairs[rng.integers(len(pairs))]
+        size = str(rng.choice(list(RADII)))
+        place = _free_place(rng, boxes, RADII[size])
+        if place is not None:
+            boxes.append((*place, RADII[size], RADII[size]))
+            things.append(Thing(size, color, shape, *place))
+    things.sort(key=lambda thing: (thing.y * 3 // SIDE, thing.x))
+    light = rng.integers(205, 250) if rng.random() < 0.5 else rng.integers(10, 60)
+    background = tuple(int(np.clip(light + rng.integers(-12, 13), 0, 255)) for _ in range(3))
+    return Scene(tuple(things), word, word_x, word_y, background)
+
+
+def _free_place(rng, boxes, radius):
+    for _ in range(20):
+        x, y = (int(value) for value in rng.integers(radius + 1, SIDE - radius - 1, 2))
+        if all(abs(x - bx) > radius + w + 1 or abs(y - by) > radius + h + 1 for bx, by, w, h in boxes):
+            return x, y
+    return None
+
+
+def draw(scene: Scene, seed: int = 0) -> PIL.Image.Image:
+    """Renders a scene as an RGB picture of :data:`SIDE` pixels a side; ``seed`` is of its grain."""
+    scale = 3  # drawn larger, then reduced, for smooth edges
+    image = PIL.Image.new("RGB", (SIDE * scale, SIDE * scale), scene.background)
+    canvas = PIL.ImageDraw.Draw(image)
+    for thing in scene.things:
+        _draw_thing(canvas, thing, scale, scene.background)
+    if scene.word:
+        ink = (15, 15, 15) if sum(scene.background) > 384 else (245, 245, 245)
+        font = PIL.ImageFont.load_default(size=20 * scale)
+        canvas.text((scene.word_x * scale, scene.word_y * scale), scene.word, fill=ink, font=font, anchor="mm")
+    small = np.asarray(image.reduce(scale), np.int16)
+    grain = np.random.default_rng(seed).integers(-6, 7, small.shape)
+    return PIL.Image.fromarray(np.clip(small + grain, 0, 255).astype(np.uint8))
+
+
+def _draw_thing(canvas, thing, scale, background):
+    x, y, r = (value * scale for value in (thing.x, thing.y, RADII[thing.size]))
+    box, color = (x - r, y - r, x + r, y + r), COLORS[thing.color]
+    if thing.shape == "circle":
+        canvas.ellipse(box, fill=color)
+    elif thing.shape == "ring":
+        canvas.ellipse(box, fill=color)
+        canvas.ellipse((x - r * 0.5, y - r * 0.5, x + r * 0.5, y + r * 0.5), fill=background)
+    elif thing.shape == "square":
+        canvas.rectangle((x - r * 0.85, y - r * 0.85, x + r * 0.85, y + r * 0.85), fill=color)
+    elif thing.shape == "cross":
+        canvas.rectangle((x - r, y - r * 0.33, x + r, y + r * 0.33), fill=color)
+        canvas.rectangle((x - r * 0.33, y - r, x + r * 0.33, y + r), fill=color)
+    else:
+        corners, inner = (3, 1.0) if thing.shape == "triangle" else (5, 0.42)
+        points = []
+        for i in range(2 * corners):
+            if i % 2 and thing.shape == "triangle":
+                continue
+            angle, reach = math.pi * (i / corners - 0.5), r * (inner if i % 2 else 1.0)
+            points.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
+        canvas.polygon(points, fill=color)
+
+
+def zone(x: int, y: int) -> str:
+    """The ninth of the picture that a point lies in: ``top left``, ``top``, …, ``center``, …"""
+    row = ("top", "", "bottom")[y * 3 // SIDE]
+    column = ("left", "", "right")[x * 3 // SIDE]
+    return f"{row} {column}".strip() or "center"
+
+
+def caption(scene: Scene) -> str:
+    """All that the scene shows, in reading order, in one sentence."""
+    parts = [f"a {t.size} {t.color} {t.shape} at the {zone(t.x, t.y)}" for t in scene.things]
+    if scene.word:
+        parts.append(f"the word {scene.word} at the {zone(scene.word_x, scene.word_y)}")
+    return ", ".join(parts)
+
+
+def questions(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> list[Question]:
+    """One question of each kind that the scene allows, in random order.
+
+    Training questions name training pairs only; answers yes and no are equally likely.
+    """
+    pairs = _PAIRS if held_out else TRAINING_PAIRS
+    makers = (_existence, _count, _attribute, _spatial, _reading)
+    made = [maker(scene, rng, pairs) for maker in makers]
+    made = [question for question in made if question is not None]
+    return [made[i] for i in rng.permutation(len(made))]
+
+
+def _existence(scene, rng, pairs):
+    present = {thing.pair for thing in scene.things}
+    if rng.random() < 0.5:
+        # A held-out scene has at most a few held-out things; ask of those first, they are what is new.
+        candidates = sorted(present & HELD_OUT_PAIRS) or sorted(present)
+        answer = "yes"
+    else:
+        # Half right is harder: another shape of a colour that is there, or another colour of a shape.
+        absent = [pair for pair in pairs if pair not in present]
+        near = [(c, s) for c, s in absent if any(c == a or s == b for a, b in present)]
+        candidates, answer = (near if near and rng.random() < 0.7 else absent), "no"
+    color, shape = candidates[rng.integers(len(candidates))]
+    article = "an" if color == "orange" else "a"
+    return Question("existence", f"Is there {article} {color} {shape}?", answer)
+
+
+def _count(scene, rng, pairs):
+    del pairs
+    choice = rng.integers(3)
+    if choice == 0:
+        return Question("count", "How many shapes are there?", str(len(scene.things)))
+    key = ("color", "shape")[choice - 1]
+    values = [getattr(thing, key) for thing in scene.things]
+    options = list(COLORS) if key == "color" else list(SHAPES)
+    value = str(rng.choice(values if rng.random() < 0.85 else options))
+    noun = f"{value} shapes" if key == "color" else {"cross": "crosses"}.get(value, f"{value}s")
+    return Question("count", f"How many {noun} are there?", str(values.count(value)))
+
+
+def _attribute(scene, rng, pairs):
+    del pairs
+    things, possible = scene.things, []
+    for thing in things:
+        if sum(t.shape == thing.shape for t in things) == 1:
+            possible.append(Question("attribute", f"What color is the {thing.shape}?", thing.color))
+        if sum(t.color == thing.color for t in things) == 1:
+            possible.append(Question("attribute", f"What shape is {thing.color}?", thing.shape))
+        if sum(t.pair == thing.pair for t in things) == 1:
+            text = f"Is the {thing.color} {thing.shape} small or large?"
+            possible.append(Question("attribute", text, thing.size))
+    return possible[rng.integers(len(possible))] if possible else None
+
+
+def _spatial(scene, rng, pairs):
+    del pairs
+    unique = [t for t in scene.things if sum(o.pair == t.pair for o in scene.things) == 1]
+    relations = []
+    for a in unique:
+        for b in unique:
+            if abs(a.x - b.x) >= SIDE // 6:
+                relations.append((a, b, "left of" if a.x < b.x else "right of"))
+            if abs(a.y - b.y) >= SIDE // 6:
+                relations.append((a, b, "above" if a.y < b.y else "below"))
+    if not relations:
+        return None
+    a, b, relation = relations[rng.integers(len(relations))]
+    answer = "yes"
+    if rng.random() < 0.5:
+        opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+        relation, answer = opposite[relation], "no"
+    text = f"Is the {a.color} {a.shape} {relation} the {b.color} {b.shape}?"
+    return Question("spatial", text, answer)
+
+
+def _reading(scene, rng, pairs):
+    del rng, pairs
+    return Question("reading", "What does the word say?", scene.word) if scene.word else None
+
+
+class SceneRecords:
+    """Scenes as training records, made on demand.
+
+    Tasks:
+      captions: a picture and its caption, for stage 1.
+      conversations: a picture and two rounds of questions of every kind that it allows, for stage 2.
+      documents: a caption and questions on it as text without a picture, for a language model to begin with.
+      mixture: three in four captions, one in four documents.
+    """
+
+    def __init__(self, task: str, size: int, seed: int, held_out: bool = False):
+        self._task, self._size, self._seed, self._held_out = task, size, seed, held_out
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Record:
+        """The record of that index, below ``len(self)``."""
+        scene = make_scene(self._seed, index, self._held_out)
+        rng = _generator(self._seed + 1, self._held_out, index)
+        task = self._task
+        if task == "mixture":
+            task = "documents" if index % 4 == 0 else "captions"
+        if task == "captions":
+            turns = [Turn("human", f"Describe the picture.\n{IMAGE_MARK}"), Turn("gpt", caption(scene))]
+        else:
+            asked = {q.text: q for _ in range(2) for q in questions(scene, rng, self._held_out)}.values()
+            if task == "documents":
+                turns = [Turn("gpt", caption(scene))]
+                turns += [Turn("gpt", f"USER: {q.text} ASSISTANT: {q.answer}") for q in asked]
+            else:
+                turns = [t for q in asked for t in (Turn("human", q.text), Turn("gpt", q.answer))]
+                turns[0] = Turn("human", f"{IMAGE_MARK}\n{turns[0].text}\n{SHORT_ANSWER}")
+        pictures = () if task == "documents" else (draw(scene, index),)
+        return Record(f"scene-{self._seed}-{index}", pictures, tuple(turns))

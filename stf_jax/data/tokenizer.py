@@ -1,0 +1,72 @@
+"""Tokenizers: any that transformers reads from a local folder, and the small one of the miniatures."""
+
+import os
+import pathlib
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from stf_jax.config import UserError
+from stf_jax.data.scenes import SHORT_ANSWER, caption, make_scene, questions
+
+MINIATURE = pathlib.Path(__file__).parent.parent / "weights" / "miniatures" / "tokenizer"
+MINIATURE_VOCAB = 512
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """Reads a tokenizer from a local folder, or the embedded one for ``"miniature"``. Never downloads.
+
+    Raises:
+      UserError: no such folder, no tokenizer in it, or one that cannot tell which characters a token covers.
+    """
+    folder = MINIATURE if name == "miniature" else name
+    if not name or not os.path.isdir(folder):
+        where = f"{name!r} is no folder" if name else "no folder is given"
+        raise UserError(
+            f"The tokenizer is missing: {where}. Provide one with --config.data.tokenizer=DIR, "
+            "or see training work on embedded data with --config=configs/demo.py."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"No tokenizer can be read from {folder}: {str(error).splitlines()[0]}") from None
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise UserError(f"The tokenizer in {folder} needs a tokenizer.json and an end-of-sequence token.")
+    return tokenizer
+
+
+def train_miniature_tokenizer() -> PreTrainedTokenizerFast:
+    """Makes the miniatures' tokenizer: byte-level BPE of :data:`MINIATURE_VOCAB` tokens on text of training scenes.
+
+    Printed words are left out of that text, so that they are spelt in letters or nearly so: a model then reads words
+    it never saw. The result is the same each time.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=MINIATURE_VOCAB,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+
+
+def _texts():
+    from stf_jax.data.conversation import SYSTEM
+
+    for index in range(2000):
+        scene = make_scene(0, index)
+        yield f"{SYSTEM} USER: \nDescribe the picture. ASSISTANT: "
+        yield caption(scene).replace(scene.word, "") if scene.word else caption(scene)
+        for question in questions(scene, np.random.default_rng(index)):
+            if question.kind != "reading":
+                yield f"USER: {question.text}\n{SHORT_ANSWER} ASSISTANT: {question.answer}"
+            else:
+                yield f" {question.text} ASSISTANT:"

@@ -1,0 +1,32 @@
+"""Train: ``python -m stf_jax.main --config=configs/demo.py --workdir=DIR``."""
+
+import sys
+
+from stf_jax.runtime.cli import door, parse
+from stf_jax.config import resolve
+from stf_jax.training.loop import train
+
+HELP = """Train a model, stage by stage, and measure it.
+
+  python -m stf_jax.main --config=FILE[:key=value,...] --workdir=DIR [--config.KEY=VALUE ...]
+
+  --config=FILE        a Python file with get_config(arg): configs/demo.py, configs/pretrain.py, configs/finetune.py
+  --config=FILE:ARG    with arguments of that file's own, e.g. configs/demo.py:stage=pretrain,steps=60
+  --config.KEY=VALUE   change any key, e.g. --config.mesh.fsdp=8 --config.optimizer.learning_rate=1e-4
+  --workdir=DIR        where the run lives: config.json, metrics.jsonl, checkpoints/, tensorboard/, results.json.
+                       A workdir that holds a checkpoint is continued from there.
+
+Every key with its meaning and unit: stf_jax/config.py. Exit status: 0 done, 2 your input, 1 our bug.
+"""
+
+
+def main(argv: list[str]) -> None:
+    """Runs the stages of the config in order, each from the end of the one before."""
+    workdir, config = parse(argv, HELP)
+    stages = resolve(config)
+    for stage in stages:
+        train(stage, workdir / stage.name if len(stages) > 1 else workdir)
+
+
+if __name__ == "__main__":
+    sys.exit(door(main))

@@ -1,0 +1,95 @@
+"""The device mesh, and the one table that lays parameters and batches out on it.
+
+Mesh axes: ``data`` replicates parameters and splits the batch; ``fsdp`` splits both; ``tensor`` splits heads,
+feed-forward and vocabulary. A size of 1 switches an axis off.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from stf_jax.config import MeshConfig, TrainConfig, UserError
+
+LOGICAL_TO_MESH: Mapping[str, str | None] = {
+    "embed": "fsdp",  # widths of residual streams, and whatever a layer reads from them
+    "mlp": "tensor",  # hidden widths
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "vocab": "tensor",
+    "layers": None,  # scanned over
+    "head_dim": None,
+    "norm": None,  # scales and biases of norms, the class token
+    "position": None,  # learned positions of the tower
+    "window": None,  # sides of a convolution's window
+    "channel": None,  # colours; input channels of a convolution whose output is sharded
+}
+BATCH = PartitionSpec(("data", "fsdp"))
+_LARGE = 2**20  # elements; a larger parameter must not stay whole on every device of a mesh that shards
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of that shape over all devices, or over the first of them where it names fewer.
+
+    Raises:
+      UserError: sizes that do not fit the devices.
+    """
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    devices = jax.devices()
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    named = 1
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise UserError(f"mesh.{axis}={size} must be at least 1, or -1 for all devices that are left.")
+        named *= max(size, 1)
+    if len(open_axes) > 1:
+        raise UserError(f"Only one mesh axis may be -1, but {' and '.join(f'mesh.{a}' for a in open_axes)} are.")
+    if open_axes:
+        sizes[open_axes[0]] = len(devices) // named
+    total = named * (sizes[open_axes[0]] if open_axes else 1)
+    fits = total == len(devices) or (total < len(devices) and not open_axes and jax.process_count() == 1)
+    if not fits or total == 0:
+        raise UserError(
+            f"A mesh of data×fsdp×tensor = {'×'.join(str(v) for v in (config.data, config.fsdp, config.tensor))} "
+            f"does not fit the {len(devices)} {devices[0].platform} device(s) here; set mesh.data, mesh.fsdp and "
+            "mesh.tensor to sizes whose product is that number."
+            + (" (On CPU, JAX_NUM_CPU_DEVICES=8 simulates eight.)" if devices[0].platform == "cpu" else "")
+        )
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices[:total])
+
+
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises UserError where the mesh or the microbatches do not divide the global batch."""
+    rows, shards = config.global_batch_size, mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = shards * config.optimizer.accumulation_steps
+    if rows % parts:
+        raise UserError(
+            f"global_batch_size={rows} is not a multiple of {parts} (mesh.data {mesh.shape['data']} × mesh.fsdp "
+            f"{mesh.shape['fsdp']} × optimizer.accumulation_steps {config.optimizer.accumulation_steps})."
+        )
+
+
+def parameter_sharding(path: str, shape: Sequence[int], axes: Sequence[str], mesh: Mesh) -> NamedSharding:
+    """How the parameter of these logical axes lies on the mesh.
+
+    Raises:
+      UserError: the mesh does not divide one of its axes.
+      ValueError: a large parameter would stay whole although the mesh shards parameters, or an axis has no rule: our
+        bug, where its axes are declared.
+    """
+    unknown = [axis for axis in axes if axis not in LOGICAL_TO_MESH]
+    if unknown:
+        raise ValueError(f"Parameter {path} has axes without a rule: {unknown}.")
+    spec = [LOGICAL_TO_MESH[axis] for axis in axes]
+    for size, axis, mesh_axis in zip(shape, axes, spec, strict=True):
+        if mesh_axis and size % mesh.shape[mesh_axis]:
+            raise UserError(
+                f"mesh.{mesh_axis}={mesh.shape[mesh_axis]} does not divide the {axis} axis of {path}, which is {size}."
+            )
+    size = 1
+    for length in shape:
+        size *= length
+    sharded = any(axis is not None for axis in spec)
+    if size >= _LARGE and not sharded and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+        raise ValueError(f"Parameter {path} of {size} elements would be replicated.")
+    return NamedSharding(mesh, PartitionSpec(*spec))

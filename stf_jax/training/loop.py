@@ -1,0 +1,107 @@
+"""Training, from a config to a trained state: one page, read from top to bottom."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import jax
+import numpy as np
+
+from stf_jax.config import TrainConfig, UserError, to_json
+from stf_jax.data.packing import Batch
+from stf_jax.data.pipeline import Prepare, training_batches, training_records
+from stf_jax.data.tokenizer import load_tokenizer
+from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.vlm import slots_per_image
+from stf_jax.runtime.checkpoint import Checkpoints
+from stf_jax.runtime.mesh import BATCH, check_batch, make_mesh
+from stf_jax.runtime.telemetry import Telemetry
+from stf_jax.training.optimizer import learning_rate, make_optimizer
+from stf_jax.training.state import Blueprint, TrainState, blueprint, init_state, state_layout
+from stf_jax.training.step import make_train_step
+from stf_jax.weights.folder import load_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run ends with."""
+
+    plan: Blueprint
+    state: TrainState
+
+
+def train(config: TrainConfig, workdir: pathlib.Path) -> Trained:
+    """Runs one stage in ``workdir``; where that holds a checkpoint, continues from it.
+
+    The order of a step is a contract: take the batch, step, log, *then* save, and only then take the next batch. So a
+    checkpoint's iterator stands where its state does, and a run that is killed goes on bit for bit as if it had not.
+
+    Raises:
+      UserError: whatever in the config or the data cannot be used.
+    """
+    # ---- Data ------------------------------------------------------------------------------------------------------
+    mesh = make_mesh(config.mesh)
+    check_batch(config, mesh)
+    vision = vision_preset(config.model.vision)
+    source = training_records(config)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    vocab = llm_preset(config.model.llm).vocab
+    if len(tokenizer) > vocab:
+        raise UserError(f"The tokenizer's {len(tokenizer)} tokens exceed the {vocab} of {config.model.llm}.")
+    prepare = Prepare(config.data, tokenizer, vision, slots_per_image(config.model))
+    host, hosts = jax.process_index(), jax.process_count()
+    batches = iter(training_batches(config, source, prepare, host=host, hosts=hosts))
+    steps = config.steps or _steps_of_epochs(config, len(source))
+
+    # ---- Model, optimizer, state -----------------------------------------------------------------------------------
+    plan = blueprint(config.model)
+    tx = make_optimizer(config.optimizer, steps)
+    rate = learning_rate(config.optimizer, steps)
+    layout = state_layout(config, plan, tx, mesh)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    if checkpoints.latest is not None:
+        arrays, clock = checkpoints.restore(checkpoints.latest, layout, batches)
+        step = jax.device_put(np.int32(checkpoints.latest), layout.step.sharding)
+        state = TrainState(step=step, **arrays)
+    else:
+        loaded = load_params(config.init_from, layout.params, config.init_missing) if config.init_from else {}
+        state, clock = init_state(config, layout, tx, loaded), {"seconds": 0.0}
+    if host == 0:
+        (workdir / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
+
+    # ---- The step, compiled ----------------------------------------------------------------------------------------
+    on_mesh = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    rows = jax.sharding.NamedSharding(mesh, BATCH)
+    train_step = jax.jit(
+        make_train_step(plan, tx, config.optimizer.accumulation_steps),
+        in_shardings=(on_mesh, rows),
+        out_shardings=(on_mesh, None),
+        donate_argnums=0,
+    )
+
+    # ---- The loop --------------------------------------------------------------------------------------------------
+    first = int(state.step)
+    telemetry = Telemetry(workdir, config.name, steps, first, clock["seconds"], active=host == 0)
+    for step in range(first + 1, steps + 1):
+        batch: Batch = next(batches)
+        tokens = int((batch.segment_ids > 0).sum()) * hosts
+        batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = train_step(state, batch)
+        telemetry.advance(tokens)
+        if step % config.log_every_steps == 0 or step == steps:
+            scalars = {name: float(value) for name, value in metrics.items()}
+            telemetry.log(step, scalars | {"learning_rate": float(rate(step - 1))})
+        checkpoints.save(step, state, batches, {"seconds": telemetry.seconds}, last=step == steps)
+    checkpoints.close()
+    telemetry.close()
+    return Trained(plan, state)
+
+
+def _steps_of_epochs(config, records):
+    if config.data.packing:
+        raise UserError("Packed rows hold a varying number of conversations: set steps instead of epochs.")
+    return max(1, math.ceil(config.epochs * records / config.global_batch_size))

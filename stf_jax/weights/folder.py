@@ -1,0 +1,84 @@
+"""Weights under our own parameter paths: reading them to start a run, and writing them.
+
+A folder of weights holds ``*.safetensors`` whose tensors are named by parameter path
+(``vision/blocks/mlp/up/kernel``). A run's workdir serves as well.
+"""
+
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
+
+from stf_jax.config import UserError
+from stf_jax.runtime.checkpoint import restore_params
+
+MINIATURES = pathlib.Path(__file__).parent / "miniatures"
+
+
+def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh: Iterable[str]) -> dict[str, jax.Array]:
+    """Reads the parameters that a model wants, each straight onto its devices.
+
+    Args:
+      sources: folders of weights or workdirs of runs, separated by commas; ``miniatures`` names the embedded ones. A
+        later one wins over an earlier one.
+      layout: every parameter of the model, with the sharding that it is to have.
+      fresh: patterns of parameters that are not taken from the sources, whatever those hold.
+
+    Returns:
+      ``{path: array}`` in the types of the files; parameters that match ``fresh`` are left out.
+
+    Raises:
+      UserError: a source that cannot be read, or parameters that are missing, unknown or of another shape, all listed.
+    """
+    found: dict[str, jax.Array] = {}
+    for source in filter(None, (part.strip() for part in sources.split(","))):
+        found |= _read(MINIATURES if source == "miniatures" else pathlib.Path(source), layout)
+    fresh = list(fresh)
+
+    def taken(path):
+        return not any(re.fullmatch(pattern, path) for pattern in fresh)
+
+    wrong = [f"missing {path} {layout[path].shape}" for path in layout if path not in found and taken(path)]
+    wrong += [f"unknown {path} {found[path].shape}" for path in found if path not in layout and taken(path)]
+    wrong += [
+        f"{path} is {found[path].shape} there and {layout[path].shape} here"
+        for path in found
+        if path in layout and found[path].shape != layout[path].shape and taken(path)
+    ]
+    if wrong:
+        raise UserError(
+            f"The weights in {sources!r} do not fit the model (init_missing may name what is to start afresh): "
+            + "; ".join(sorted(wrong))
+        )
+    return {path: found[path] for path in layout if path in found and taken(path)}
+
+
+def save_params(folder: pathlib.Path, params: Mapping[str, jax.Array]) -> None:
+    """Writes parameters as ``model.safetensors`` under their paths, in the types that they have."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "model.safetensors.partial"
+    save_file(dict(params), partial)
+    partial.rename(folder / "model.safetensors")
+
+
+def _read(folder, layout):
+    if (folder / "checkpoints").is_dir():
+        return restore_params(folder, dict(layout))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"init_from names {folder}, which holds neither *.safetensors nor a run's checkpoints.")
+    params = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                for path in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    tensor = tensors.get_tensor(path)
+                    fits = path in layout and layout[path].shape == tensor.shape
+                    params[path] = jax.device_put(np.asarray(tensor), layout[path].sharding if fits else None)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read as safetensors: {error}.") from None
+    return params

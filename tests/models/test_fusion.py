@@ -1,0 +1,386 @@
+"""MBTF, STF and their rivals against torch, from the description of what the authors' program computes."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from flax import nnx
+
+from stf_jax.config import FusionConfig, UserError
+from stf_jax.models.fusion import Fusion, tapped_blocks, tokens_per_image
+from stf_jax.models.presets import llm_preset, vision_preset
+
+# 12 is divided by 1, 2, 3 and 4.
+TOWER = dataclasses.replace(vision_preset("clip-mini-12-96"), image_size=12 * 12, width=8, heads=2)
+D = 20
+
+
+def build(vision=TOWER, **keys):
+    """A fusion whose biases matter, and its parameters as torch tensors."""
+    fusion = Fusion(nnx.Rngs(0), FusionConfig(init="xavier", **keys), vision, D)
+    rng = np.random.default_rng(1)
+    noise = jax.tree.map(
+        lambda p: p + 0.3 * rng.standard_normal(p.shape, np.float32) * (p.ndim == 1), nnx.state(fusion)
+    )
+    nnx.update(fusion, noise)
+    return fusion, jax.tree.map(lambda p: torch.from_numpy(np.array(p)), nnx.to_pure_dict(nnx.state(fusion)))
+
+
+def tapped_states(fusion_config, vision=TOWER, seed=2):
+    count = len(tapped_blocks(fusion_config, vision.layers))
+    rng = np.random.default_rng(seed)
+    return tuple(rng.standard_normal((2, vision.grid**2, vision.width), np.float32) for _ in range(count))
+
+
+def same(fusion, states, theirs):
+    ours = np.asarray(jax.jit(fusion)(states))
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.1
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference: facts of the method in torch's own terms
+
+
+def torch_linear(p):
+    layer = torch.nn.Linear(*p["kernel"].shape)
+    layer.load_state_dict({"weight": p["kernel"].T.contiguous(), "bias": p["bias"]})
+    return layer
+
+
+def torch_conv(p):
+    """Conv2d, stride k, from an HWIO kernel; a Linear's kernel makes a 1×1 convolution."""
+    kernel = p["kernel"] if p["kernel"].ndim == 4 else p["kernel"][None, None]
+    k, _, channels, out = kernel.shape
+    layer = torch.nn.Conv2d(channels, out, k, stride=k)
+    layer.load_state_dict({"weight": kernel.permute(3, 2, 0, 1).contiguous(), "bias": p["bias"]})
+    return layer
+
+
+def unfolded_linear(p):
+    """The Linear over channel-major windows (index c·k² + kh·k + kw) that an HWIO kernel stands for.
+
+    The inverse of W.reshape(out, C, k, k).transpose(2, 3, 1, 0).
+    """
+    kernel = p["kernel"].permute(3, 2, 0, 1).flatten(1)
+    layer = torch.nn.Linear(kernel.shape[1], kernel.shape[0])
+    layer.load_state_dict({"weight": kernel, "bias": p["bias"]})
+    return layer
+
+
+def concatenated(states):
+    return torch.cat([torch.from_numpy(state) for state in states], dim=-1)
+
+
+def mlp(p, x):
+    return torch_linear(p["second"])(F.gelu(torch_linear(p["first"])(x)))
+
+
+def unfolded_stf(p, x, kernel):
+    batch, patches, channels = x.shape
+    grid = math.isqrt(patches)
+    windows = x.view(batch, grid, grid, channels).unfold(1, kernel, kernel).unfold(2, kernel, kernel)
+    windows = windows.reshape(batch, (grid // kernel) ** 2, channels * kernel**2)
+    return torch_linear(p["out"])(F.gelu(unfolded_linear(p["conv"])(windows)))
+
+
+def as_picture(x):
+    """[B, P, C] → [B, C, g, g]."""
+    grid = math.isqrt(x.shape[1])
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], grid, grid)
+
+
+def as_tokens(x):
+    return x.flatten(2).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4])
+@torch.no_grad()
+def test_mbtf_stf_equals_the_authors_program(kernel):
+    """Torch's layers as they start, carried over by the facts' mapping of weights."""
+    config, window = FusionConfig(kernel=kernel), 8 * kernel**2
+    mbtf = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
+    stf = torch.nn.Sequential(torch.nn.Linear(window, 4 * window), torch.nn.GELU(), torch.nn.Linear(4 * window, D))
+    fusion = Fusion(nnx.Rngs(0), config, TOWER, D)
+    ours = [fusion.mbtf.first, fusion.mbtf.second, fusion.tokens.conv, fusion.tokens.out]
+    for layer, theirs in zip(ours, [mbtf[0], mbtf[2], stf[0], stf[2]], strict=True):
+        weight = theirs.weight.numpy()
+        if layer is fusion.tokens.conv:
+            weight = weight.reshape(-1, 8, kernel, kernel).transpose(2, 3, 1, 0)
+        else:
+            weight = weight.T
+        assert layer.kernel.shape == weight.shape
+        layer.kernel[...], layer.bias[...] = jnp.asarray(weight), jnp.asarray(theirs.bias.numpy())
+
+    states = tapped_states(config)
+    assert len(states) == 8
+    x = 3 * mbtf(concatenated(states)).view(2, 12, 12, 8)  # 3: a spread at which GELU bends
+    windows = x.unfold(1, kernel, kernel).unfold(2, kernel, kernel).reshape(2, (12 // kernel) ** 2, window)
+    fusion.mbtf.second.kernel[...] *= 3
+    fusion.mbtf.second.bias[...] *= 3
+    same(fusion, states, stf(windows))
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+@torch.no_grad()
+def test_paper_variant_equals_the_figure(kernel):
+    fusion, p = build(kernel=kernel, variant="paper")
+    states = tapped_states(FusionConfig(variant="paper"))
+    x = as_picture(concatenated(states))
+    for layer in (p["mbtf"]["first"], p["mbtf"]["second"], *(p["tokens"][name] for name in ("conv", "mix", "out"))):
+        x = F.gelu(torch_conv(layer)(x))
+    assert p["tokens"]["conv"]["kernel"].shape == (kernel, kernel, 8, kernel**2 * 8)
+    same(fusion, states, as_tokens(x))
+
+
+@torch.no_grad()
+def test_mlp():
+    fusion, p = build(fusion="mlp")
+    states = tapped_states(FusionConfig(fusion="mlp"))
+    assert len(states) == 1
+    same(fusion, states, mlp(p["tokens"], concatenated(states)))
+
+
+@torch.no_grad()
+def test_mbtf():
+    fusion, p = build(fusion="mbtf", mbtf_width=24)
+    states = tapped_states(FusionConfig())
+    same(fusion, states, mlp(p["tokens"], mlp(p["mbtf"], concatenated(states))))
+
+
+@pytest.mark.parametrize("kernel", [2, 3])
+@torch.no_grad()
+def test_stf(kernel):
+    fusion, p = build(fusion="stf", kernel=kernel, stf_hidden=40)
+    states = tapped_states(FusionConfig(fusion="stf"))
+    same(fusion, states, unfolded_stf(p["tokens"], concatenated(states), kernel))
+
+
+@pytest.mark.parametrize("kernel", [2, 3])
+@torch.no_grad()
+def test_avg_pool(kernel):
+    fusion, p = build(fusion="avg_pool", kernel=kernel)
+    states = tapped_states(FusionConfig(fusion="avg_pool"))
+    pooled = as_tokens(F.avg_pool2d(as_picture(concatenated(states)), kernel))
+    same(fusion, states, mlp(p["tokens"]["projector"], pooled))
+
+
+@pytest.mark.parametrize("kernel", [2, 3])
+@torch.no_grad()
+def test_pixel_shuffle(kernel):
+    fusion, p = build(fusion="pixel_shuffle", kernel=kernel)
+    states = tapped_states(FusionConfig(fusion="pixel_shuffle"))
+    x = concatenated(states).view(2, 12, 12, -1)
+    within, side = range(kernel), range(0, 12, kernel)
+    windows = [torch.cat([x[:, i + h, j + w] for h in within for w in within], -1) for i in side for j in side]
+    same(fusion, states, mlp(p["tokens"]["projector"], torch.stack(windows, 1)))
+
+
+@pytest.mark.parametrize("fusion", ["mbtf_stf", "stf", "avg_pool", "pixel_shuffle"])
+@torch.no_grad()
+def test_a_padded_grid_is_padded_by_zeros_at_the_right_and_bottom(fusion):
+    vision = dataclasses.replace(TOWER, image_size=5 * 12)
+    module, p = build(vision, fusion=fusion, pad_grid=True)
+    states = tapped_states(FusionConfig(fusion=fusion), vision)
+    x = concatenated(states)
+    x = F.pad(as_picture(mlp(p["mbtf"], x) if "mbtf" in p else x), (0, 1, 0, 1))
+    tokens = p["tokens"]
+    if fusion.endswith("stf"):
+        theirs = as_tokens(torch_conv(tokens["out"])(F.gelu(torch_conv(tokens["conv"])(x))))
+    elif fusion == "avg_pool":
+        theirs = mlp(tokens["projector"], as_tokens(F.avg_pool2d(x, 2)))
+    else:  # pixel_unshuffle orders channels c, h, w; ours is h, w, c
+        windows = F.pixel_unshuffle(x, 2).unflatten(1, (8, 4)).transpose(1, 2).flatten(1, 2)
+        theirs = mlp(tokens["projector"], as_tokens(windows))
+    assert theirs.shape[1] == 9
+    same(module, states, theirs)
+
+
+def test_tokens_keep_the_place_of_their_window():
+    """A change in one patch changes the one token whose window holds it, rows before columns."""
+    fusion, _ = build(fusion="stf", kernel=3)
+    (state,) = tapped_states(FusionConfig(fusion="stf"))
+    changed = state.copy()
+    changed[:, 7 * 12 + 4] += 1  # row 7, column 4: window (2, 1) of 4×4
+    difference = np.abs(np.asarray(fusion((changed,)) - fusion((state,)))).max((0, 2))
+    assert np.flatnonzero(difference).tolist() == [2 * 4 + 1]
+
+
+def test_gelu_is_the_error_functions():
+    """Twenty times below the 5e-4 by which tanh's approximation is off."""
+    fusion = Fusion(nnx.Rngs(0), FusionConfig(fusion="mlp"), TOWER, 8)
+    for layer in (fusion.tokens.first, fusion.tokens.second):
+        layer.kernel[...], layer.bias[...] = jnp.eye(8), jnp.zeros(8)
+    x = np.linspace(-5, 5, 144 * 8, dtype=np.float32).reshape(1, 144, 8)
+    exact = x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    np.testing.assert_allclose(fusion((x,)), exact, atol=2e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes and counts of the true presets, without memory for them
+
+
+def parameters(config, vision="clip-l-14-336", llm="vicuna-7b"):
+    fusion = nnx.eval_shape(lambda: Fusion(nnx.Rngs(0), config, vision_preset(vision), llm_preset(llm).width))
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(fusion)))
+
+
+@pytest.mark.parametrize(
+    ("fusion", "llm", "count"),
+    [
+        ("mbtf_stf", "vicuna-7b", 171_992_064),
+        ("mbtf_stf", "vicuna-13b", 188_770_304),
+        ("stf", "vicuna-7b", 134_238_208),
+        ("mlp", "vicuna-7b", 20_979_712),
+        ("avg_pool", "vicuna-7b", 20_979_712),
+        ("mlp", "vicuna-13b", 31_467_520),
+        ("mbtf", "vicuna-7b", 37_753_856 + 20_979_712),
+        ("pixel_shuffle", "vicuna-7b", 2 * (4096 * 4096 + 4096)),
+    ],
+)
+def test_parameter_count(fusion, llm, count):
+    assert parameters(FusionConfig(fusion=fusion), llm=llm) == count
+
+
+def test_parameter_count_of_the_paper_variant():
+    mbtf = 8192 * 4096 + 4096 + 4096 * 1024 + 1024
+    stf = 4096 * 4096 + 4096 + 4096 * 16384 + 16384 + 16384 * 4096 + 4096
+    assert parameters(FusionConfig(variant="paper")) == mbtf + stf
+
+
+@pytest.mark.parametrize(
+    ("fusion", "kernel", "grid", "tokens"),
+    [
+        ("mbtf_stf", 1, 24, 576),
+        ("mbtf_stf", 2, 24, 144),
+        ("mbtf_stf", 3, 24, 64),
+        ("stf", 4, 24, 36),
+        ("avg_pool", 2, 24, 144),
+        ("pixel_shuffle", 24, 24, 1),
+        ("mlp", 2, 24, 576),
+        ("mbtf", 5, 24, 576),  # merges nothing, so that its kernel is not asked
+        ("mbtf_stf", 3, 27, 81),
+    ],
+)
+def test_tokens_per_image(fusion, kernel, grid, tokens):
+    config = FusionConfig(fusion=fusion, kernel=kernel)
+    assert tokens_per_image(config, grid) == tokens
+    vision = dataclasses.replace(TOWER, image_size=12 * grid)
+    state = jax.ShapeDtypeStruct((1, grid**2, vision.width), jnp.bfloat16)
+    states = (state,) * len(tapped_blocks(config, vision.layers))
+    made = nnx.eval_shape(lambda states: Fusion(nnx.Rngs(0), config, vision, D)(states), states)
+    assert made.shape == (1, tokens, D)
+    assert made.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("keys", "layers", "taps"),
+    [
+        ({}, 24, (23, 21, 18, 15, 12, 9, 6, 3)),
+        ({"variant": "paper"}, 24, (24, 21, 18, 15, 12, 9, 6, 3)),
+        ({}, 8, (8, 7, 6, 5, 4, 3, 2, 1)),
+        ({"variant": "paper"}, 8, (8, 7, 6, 5, 4, 3, 2, 1)),
+        ({}, 4, (4, 3, 2, 1)),
+        ({"fusion": "mlp"}, 24, (23,)),
+        ({"fusion": "stf"}, 24, (23,)),
+        ({"fusion": "mbtf"}, 24, (23, 21, 18, 15, 12, 9, 6, 3)),
+        ({"taps": (23, 18, 12, 6)}, 24, (23, 18, 12, 6)),
+        ({"taps": (24, 3), "fusion": "avg_pool"}, 24, (24,)),
+    ],
+)
+def test_taps(keys, layers, taps):
+    assert tapped_blocks(FusionConfig(**keys), layers) == taps
+
+
+@pytest.mark.parametrize("layers", [12, 26, 27, 40])
+@pytest.mark.parametrize("variant", ["code", "paper"])
+def test_default_taps_of_any_tower_fall_through_its_whole_depth(layers, variant):
+    taps = tapped_blocks(FusionConfig(variant=variant), layers)
+    assert len(set(taps)) == 8
+    assert list(taps) == sorted(taps, reverse=True)
+    assert taps[0] in ((layers,) if variant == "paper" else (layers, layers - 1))
+    assert taps[-1] >= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize("fusion", ["mbtf_stf", "stf", "avg_pool", "pixel_shuffle"])
+def test_a_kernel_that_does_not_divide_the_grid_is_refused(fusion):
+    config = FusionConfig(fusion=fusion, kernel=2)
+    with pytest.raises(UserError, match=r"27×27.*choose 1, 3, 9, 27.*pad_grid"):
+        tokens_per_image(config, 27)
+    with pytest.raises(UserError, match="pad_grid"):
+        Fusion(nnx.Rngs(0), config, dataclasses.replace(TOWER, image_size=27 * 12), D)
+    assert tokens_per_image(dataclasses.replace(config, pad_grid=True), 27) == 14**2
+
+
+def test_an_unknown_fusion_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match=r"'mbtf_sft'.*did you mean 'mbtf_stf'"):
+        Fusion(nnx.Rngs(0), FusionConfig(fusion="mbtf_sft"), TOWER, D)
+    with pytest.raises(UserError, match="mbtf_stf"):
+        tapped_blocks(FusionConfig(fusion="q-former"), 24)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How it starts
+
+
+def started(init):
+    """(name, weights, biases, fan in, fan out) of each layer of a fusion large enough to measure."""
+    vision = dataclasses.replace(TOWER, width=32)
+    fusion = Fusion(nnx.Rngs(5), FusionConfig(init=init), vision, 96)
+    layers = {"mbtf.first": (256, 128), "mbtf.second": (128, 32), "tokens.conv": (128, 512), "tokens.out": (512, 96)}
+    for name, (fan_in, fan_out) in layers.items():
+        part, layer = name.split(".")
+        layer = getattr(getattr(fusion, part), layer)
+        kernel, bias = np.asarray(layer.kernel[...]), np.asarray(layer.bias[...])
+        assert kernel.size == fan_in * fan_out
+        assert bias.shape == (fan_out,)
+        yield name, kernel.ravel(), bias, fan_in, fan_out
+
+
+def is_uniform(values, bound):
+    return 0.9 * bound < np.abs(values).max() <= bound and abs(values.std() / (bound / 3**0.5) - 1) < 0.15
+
+
+def is_normal(values, stddev):
+    beyond = np.mean(np.abs(values) > stddev)
+    return abs(values.std() / stddev - 1) < 0.05 and abs(beyond - 0.317) < 0.03  # uniform: 0.423
+
+
+@pytest.mark.parametrize("init", ["torch", "xavier", "kaiming", "normal"])
+def test_each_layer_starts_as_its_scheme_says(init):
+    for name, kernel, bias, fan_in, fan_out in started(init):
+        right = {
+            "torch": lambda i, o, w: is_uniform(w, i**-0.5),
+            "xavier": lambda i, o, w: is_uniform(w, (6 / (i + o)) ** 0.5),
+            "kaiming": lambda i, o, w: is_normal(w, (2 / i) ** 0.5),
+            "normal": lambda i, o, w: is_normal(w, 0.02),
+        }[init]
+        assert right(fan_in, fan_out, kernel), name
+        assert is_uniform(bias, fan_in**-0.5) if init == "torch" else not bias.any(), name
+
+
+def test_torch_init_is_torchs():
+    """The same bounds as a fresh ``Conv2d`` and ``Linear`` of torch."""
+    for name, kernel, _, fan_in, fan_out in started("torch"):
+        layer = torch.nn.Conv2d(fan_in // 4, fan_out, 2) if name == "tokens.conv" else torch.nn.Linear(fan_in, fan_out)
+        np.testing.assert_allclose(np.abs(kernel).max(), layer.weight.abs().max().item(), rtol=0.02, err_msg=name)
+
+
+def test_seeds_and_layers_start_apart():
+    first = [kernel for _, kernel, *_ in started("normal")]
+    assert all(not np.array_equal(a[:64], b[:64]) for i, a in enumerate(first) for b in first[:i])
+    one, two = (Fusion(nnx.Rngs(seed), FusionConfig(), TOWER, D).tokens.out.kernel[...] for seed in (0, 1))
+    assert not np.array_equal(one, two)

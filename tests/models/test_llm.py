@@ -1,0 +1,224 @@
+"""The decoder against transformers: same weights, same tokens, same logits, for every family it serves."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from stf_jax.config import UserError
+from stf_jax.models.llm import Decoder, LLMConfig, RopeScaling, rope_angles
+from stf_jax.weights import hf
+
+LLAMA = LLMConfig(vocab=61, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, norm_eps=1e-3)
+# Lengths at which an 8-channel head has one frequency of each kind: kept, on the ramp, stretched.
+LLAMA3 = RopeScaling("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=100)
+LINEAR = RopeScaling("linear", factor=4.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    kind: type
+    model: type
+    config: LLMConfig
+    extra: tuple = ()
+
+    @functools.cached_property
+    def torch_model(self):
+        config, scaling = self.config, self.config.rope_scaling
+        rope = dict(rope_type="default", rope_theta=config.rope_theta)
+        if scaling is not None:
+            rope |= dict(rope_type=scaling.kind, factor=scaling.factor)
+        if scaling is LLAMA3:
+            rope |= dict(
+                low_freq_factor=scaling.low_freq_factor,
+                high_freq_factor=scaling.high_freq_factor,
+                original_max_position_embeddings=scaling.original_length,
+            )
+        model = self.model(
+            self.kind(
+                vocab_size=config.vocab,
+                hidden_size=config.width,
+                intermediate_size=config.mlp,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                num_key_value_heads=config.kv_heads,
+                head_dim=config.head_dim,
+                rms_norm_eps=config.norm_eps,
+                tie_word_embeddings=config.tied,
+                rope_parameters=rope,
+                **dict(self.extra),
+            )
+        )
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in model.parameters():  # biases and norms large enough to matter, attention far from uniform
+                p.add_(torch.randn(p.shape, generator=generator) * (1.5 * p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3))
+        return model.eval()
+
+    @functools.cached_property
+    def state_dict(self):
+        return {name: tensor.numpy() for name, tensor in self.torch_model.state_dict().items()}
+
+    def logits(self, tokens):
+        with torch.no_grad():
+            return self.torch_model(torch.from_numpy(tokens).long()).logits.numpy()
+
+    def decoder(self, **how):
+        model = Decoder(nnx.Rngs(0), self.config, **how)
+        nnx.update(model, jax.tree.map(jnp.asarray, hf.decoder(self.state_dict, self.config)))
+        return model
+
+
+def _llama(**changes):
+    return Family(LlamaConfig, LlamaForCausalLM, dataclasses.replace(LLAMA, **changes))
+
+
+FAMILIES = {
+    "llama": _llama(),
+    "llama-multihead": _llama(kv_heads=4),
+    "llama-tied": _llama(tied=True),
+    "llama-rope-llama3": _llama(rope_theta=100.0, rope_scaling=LLAMA3),
+    "llama-rope-linear": _llama(rope_scaling=LINEAR),
+    "mistral": Family(MistralConfig, MistralForCausalLM, LLAMA, (("sliding_window", None),)),
+    "qwen2": Family(Qwen2Config, Qwen2ForCausalLM, dataclasses.replace(LLAMA, qkv_bias=True, rope_theta=1e6)),
+    "qwen3": Family(Qwen3Config, Qwen3ForCausalLM, dataclasses.replace(LLAMA, qk_norm=True, head_dim=12)),
+}
+
+
+def read(model, tokens, positions=None, segments=None, dtype=jnp.float32):
+    if positions is None:
+        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(state):
+        model = nnx.merge(graph, state)
+        x = model(model.embed(jnp.asarray(tokens), dtype), jnp.asarray(positions), segments)
+        return model.logits(x)
+
+    return run(state)
+
+
+def some_tokens(rows, length, seed=3):
+    return np.random.default_rng(seed).integers(0, LLAMA.vocab, (rows, length), np.int32)
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_transformers(name, scan):
+    family, tokens = FAMILIES[name], some_tokens(2, 40)
+    ours, theirs = read(family.decoder(scan=scan), tokens), family.logits(tokens)
+    assert ours.dtype == jnp.float32
+    assert theirs.std() > 0.5
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_packed_conversations_read_as_if_alone():
+    model = FAMILIES["qwen3"].decoder()
+    first, second = some_tokens(1, 7, seed=4), some_tokens(1, 9, seed=5)
+    packed = np.concatenate([first, second, np.zeros((1, 4), np.int32)], axis=1)
+    positions = np.concatenate([np.arange(7), np.arange(9), np.arange(4)])[None]
+    segments = np.repeat([1, 2, 0], [7, 9, 4])[None]
+    logits = read(model, packed, positions, jnp.asarray(segments))
+    np.testing.assert_allclose(logits[:, :7], read(model, first), atol=1e-5)
+    np.testing.assert_allclose(logits[:, 7:16], read(model, second), atol=1e-5)
+    assert np.abs(logits[:, 7:16] - read(model, packed)[:, 7:16]).max() > 0.1  # without segments it would differ
+
+
+def test_no_position_sees_the_future():
+    tokens = np.repeat(some_tokens(1, 12), 13, axis=0)
+    for t in range(12):  # row t differs from the last row in token t alone
+        tokens[t, t] = (tokens[t, t] + 1) % LLAMA.vocab
+    logits = read(FAMILIES["llama"].decoder(), tokens)
+    for t in range(12):
+        difference = np.abs(logits[t] - logits[-1]).max(-1)
+        assert (difference[:t] < 1e-6).all()
+        assert (difference[t:] > 1e-3).all()
+
+
+@functools.cache
+def value_and_gradients(remat, scan):
+    model = FAMILIES["qwen3"].decoder(remat=remat, scan=scan)
+    tokens = some_tokens(2, 10)
+    graph, state = nnx.split(model)
+
+    def loss(state):
+        model = nnx.merge(graph, state)
+        x = model(model.embed(jnp.asarray(tokens), jnp.float32), jnp.arange(10)[None], None)
+        return jnp.square(model.logits(x)).mean()
+
+    saved = str(jax.make_jaxpr(jax.grad(loss))(state)).count("remat")
+    return jax.jit(jax.value_and_grad(loss))(state), saved
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_remat_keeps_value_and_gradients(remat, scan):
+    (value, gradients), rematerialised = value_and_gradients(remat, scan)
+    (expected_value, expected_gradients), _ = value_and_gradients("none", False)
+    assert bool(rematerialised) == (remat != "none")
+    np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+def test_rope_angles_are_exact_where_bfloat16_is_not(theta):
+    positions = np.array([0, 1, 255, 256, 257, 1023, 2047, 4095])
+    config = dataclasses.replace(LLAMA, head_dim=128, rope_theta=theta)
+    cos, sin = rope_angles(config, jnp.asarray(positions, jnp.int32)[None])
+    angles = positions[:, None] * theta ** (-np.arange(0, 128, 2, dtype=np.float64) / 128)
+    assert cos.dtype == sin.dtype == jnp.float32
+    # A float32 frequency is good to a few units in its last place (6e-8), which the position multiplies.
+    tolerance = (1e-6 + 3e-7 * positions)[:, None]
+    assert (np.abs(cos[0, :, 0] - np.cos(angles)) < tolerance).all()
+    assert (np.abs(sin[0, :, 0] - np.sin(angles)) < tolerance).all()
+
+
+def test_bfloat16_stays_near_far_into_the_text():
+    family, tokens = FAMILIES["llama"], some_tokens(1, 16)
+    positions = 300 + np.arange(16)[None]
+    model = family.decoder()
+    exact = np.asarray(read(model, tokens, positions))
+    error = np.asarray(read(model, tokens, positions, dtype=jnp.bfloat16)) - exact
+    assert 0 < np.linalg.norm(error) < 0.03 * np.linalg.norm(exact)
+
+
+def test_weights_that_do_not_fit_are_refused_by_name():
+    family = FAMILIES["qwen2"]
+    config, state = family.config, family.state_dict
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(UserError, match=rf"lack {name}.*\(48, 32\)"):
+        hf.decoder({k: v for k, v in state.items() if k != name}, config)
+    with pytest.raises(UserError, match=rf"{name} has shape \(32, 48\).*\(48, 32\)"):
+        hf.decoder(state | {name: state[name].T}, config)
+    with pytest.raises(UserError, match=r"model.layers.2.* no place"):
+        hf.decoder(state, dataclasses.replace(config, layers=2))
+    with pytest.raises(UserError, match=r"q_proj.bias.* no place|k_proj.bias.* no place|v_proj.bias.* no place"):
+        hf.decoder(state, dataclasses.replace(config, qkv_bias=False))
+    with pytest.raises(UserError, match="lack lm_head.weight"):
+        hf.decoder({k: v for k, v in state.items() if k != "lm_head.weight"}, config)
+
+
+def test_old_releases_buffers_are_passed_over():
+    family = FAMILIES["llama"]
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        hf.decoder(family.state_dict | buffer, family.config),
+        hf.decoder(family.state_dict, family.config),
+    )

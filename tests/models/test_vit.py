@@ -1,0 +1,182 @@
+"""The vision tower against transformers: same weights, same pixels, same hidden states at every depth."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+from stf_jax.config import UserError
+from stf_jax.models.presets import vision_preset
+from stf_jax.models.vit import VisionTower
+from stf_jax.weights import hf
+
+LAYERS = 4
+SHAPE = dict(patch_size=7, width=32, layers=LAYERS, heads=4, mlp=48, norm_eps=1e-3)  # an eps that shows
+CONFIGS = {
+    "clip": dataclasses.replace(vision_preset("clip-l-14-336"), image_size=28, **SHAPE),
+    # 31 = 4·7 + 3: pixels left over at the right and bottom, as 384 = 27·14 + 6.
+    "siglip": dataclasses.replace(vision_preset("siglip-so400m-14-384"), image_size=31, **SHAPE),
+}
+THEIRS = {"clip": (CLIPVisionConfig, CLIPVisionModel), "siglip": (SiglipVisionConfig, SiglipVisionModel)}
+
+
+@functools.cache
+def torch_model(family):
+    config = CONFIGS[family]
+    kind, model = THEIRS[family]
+    model = model(
+        kind(
+            hidden_size=config.width,
+            intermediate_size=config.mlp,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            layer_norm_eps=config.norm_eps,
+        )
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():  # biases, norms and positions large enough to matter
+            is_weight = p.ndim > 1 and "position" not in name
+            p.add_(torch.randn(p.shape, generator=generator) * (p[0].numel() ** -0.5 if is_weight else 0.3))
+    return model.eval()
+
+
+def state_dict(family):
+    return {name: tensor.numpy() for name, tensor in torch_model(family).state_dict().items()}
+
+
+def tower(family, **how):
+    model = VisionTower(nnx.Rngs(0), CONFIGS[family], **how)
+    nnx.update(model, jax.tree.map(jnp.asarray, hf.vision_tower(state_dict(family), CONFIGS[family])))
+    return model
+
+
+def pictures(family, count=2):
+    size = CONFIGS[family].image_size
+    return np.random.default_rng(2).integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+def see(model, images, taps, dtype=jnp.float32):
+    graph, state = nnx.split(model)
+    return jax.jit(lambda state, images: nnx.merge(graph, state)(images, taps, dtype))(state, images)
+
+
+@functools.cache
+def expected(family):
+    """Hidden states 0..L of transformers, without the class token, for the pixel values its processor would make."""
+    mean, std = {
+        "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+        "siglip": ([0.5] * 3, [0.5] * 3),
+    }[family]
+    values = (pictures(family) / 255 - mean) / std
+    pixels = torch.from_numpy(values.transpose(0, 3, 1, 2).astype(np.float32))
+    with torch.no_grad():
+        states = torch_model(family)(pixels, output_hidden_states=True).hidden_states
+    assert len(states) == LAYERS + 1
+    return [state[:, int(family == "clip") :].numpy() for state in states]
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_tap_equals_transformers(family, scan):
+    taps = tuple(range(LAYERS + 1))
+    states = see(tower(family, scan=scan), pictures(family), taps)
+    for tap, ours, theirs in zip(taps, states, expected(family), strict=True):
+        assert ours.shape == (2, 16, 32)
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0, err_msg=f"tap {tap}")
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("taps", [(3, 1, 4, 0), (2,), (4, 4, 1)])
+def test_taps_come_in_the_order_asked(taps, scan):
+    states = see(tower("clip", scan=scan), pictures("clip"), taps)
+    assert len(states) == len(taps)
+    for tap, state in zip(taps, states, strict=True):
+        np.testing.assert_allclose(state, expected("clip")[tap], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
+def test_nothing_above_the_highest_tap_matters(scan):
+    model = tower("clip", scan=scan)
+    before = see(model, pictures("clip"), (3, 1))
+    broken = jax.tree.map(lambda p: p.at[3:].set(jnp.nan), nnx.state(model.blocks))
+    nnx.update(model.blocks, broken)
+    for a, b in zip(before, see(model, pictures("clip"), (3, 1)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.isnan(see(model, pictures("clip"), (4,))[0]).all()
+
+
+def test_nothing_above_the_highest_tap_is_computed():
+    model = tower("clip", scan=False)
+    products = [
+        str(jax.make_jaxpr(lambda x, tap=tap: model(x, (tap,), jnp.float32))(pictures("clip"))).count("dot_general")
+        for tap in range(LAYERS + 1)
+    ]
+    assert len(set(np.diff(products))) == 1
+    assert products[1] > products[0]
+
+
+def test_pixels_left_over_are_not_seen():
+    model, images = tower("siglip"), pictures("siglip")
+    changed = images.copy()
+    changed[:, 28:], changed[:, :, 28:] = 0, 255
+    np.testing.assert_array_equal(see(model, images, (4,))[0], see(model, changed, (4,))[0])
+
+
+@pytest.mark.parametrize("tap", [-1, 5])
+def test_a_tap_out_of_range_is_refused(tap):
+    with pytest.raises(UserError, match=f"Tap {tap} .* 1 to 4"):
+        tower("clip")(pictures("clip"), (tap,), jnp.float32)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_bfloat16_stays_near(family):
+    for state, exact in zip(see(tower(family), pictures(family), (0, 4), jnp.bfloat16), (0, 4), strict=True):
+        assert state.dtype == jnp.bfloat16
+        error = np.asarray(state, np.float32) - expected(family)[exact]
+        assert 0 < np.linalg.norm(error) < 0.02 * np.linalg.norm(expected(family)[exact])
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_nothing(remat):
+    images = pictures("clip")
+    for a, b in zip(see(tower("clip"), images, (4, 2)), see(tower("clip", remat=remat), images, (4, 2)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("prefix", ["vision_model.", "model.vision_tower.vision_tower.vision_model."])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_tower_is_found_under_any_prefix(family, prefix):
+    plain = state_dict(family)
+    nested = {prefix + name: value for name, value in plain.items()}
+    # What else such files hold: old releases' buffers, the other tower, a language model.
+    nested[f"{prefix}embeddings.position_ids"] = np.arange(17)[None]
+    nested["text_model.encoder.layers.0.layer_norm1.weight"] = np.zeros(8)
+    nested["model.layers.0.self_attn.q_proj.weight"] = np.zeros((8, 8))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        hf.vision_tower(nested, CONFIGS[family]),
+        hf.vision_tower(plain, CONFIGS[family]),
+    )
+
+
+def test_weights_that_do_not_fit_are_refused_by_name():
+    config, state = CONFIGS["clip"], state_dict("clip")
+    name = "encoder.layers.2.mlp.fc1.weight"
+    with pytest.raises(UserError, match=rf"lack {name}.*\(48, 32\)"):
+        hf.vision_tower({k: v for k, v in state.items() if k != name}, config)
+    with pytest.raises(UserError, match=rf"{name} has shape \(32, 48\).*\(48, 32\)"):
+        hf.vision_tower(state | {name: state[name].T}, config)
+    with pytest.raises(UserError, match=r"encoder.layers.3.* no place"):
+        hf.vision_tower(state, dataclasses.replace(config, layers=3))
+    with pytest.raises(UserError, match="0 vision towers"):
+        hf.vision_tower({"lm_head.weight": np.zeros(3)}, config)

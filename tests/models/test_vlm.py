@@ -1,0 +1,181 @@
+"""The whole model: image tokens in their slots, and rows that know nothing of one another."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from stf_jax.config import FusionConfig, ModelConfig, UserError
+from stf_jax.models.vlm import VLM, slots_per_image
+
+CONFIG = ModelConfig(vision="clip-mini-12-96", llm="llama-mini", precision="float32", remat="none")
+N = 16  # an 8×8 grid merged 2×2
+
+
+@functools.cache
+def model():
+    return VLM(nnx.Rngs(0), CONFIG)
+
+
+@functools.cache
+def compiled():
+    """The jitted call, and a list that grows by one each time it is traced."""
+    graph, _ = nnx.split(model())
+    traces = []
+
+    @jax.jit
+    def run(state, *batch):
+        traces.append(batch)
+        return nnx.merge(graph, state)(*batch)
+
+    return run, traces
+
+
+def logits(tokens, slots, images, segments=None, positions=None):
+    if positions is None:
+        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return np.asarray(compiled()[0](nnx.state(model()), tokens, positions, segments, slots, images))
+
+
+def batch(rows=2, length=48, pictures=2, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 512, (rows, length), np.int32)
+    images = rng.integers(0, 256, (rows, pictures, 96, 96, 3), np.uint8)
+    return tokens, images
+
+
+def slots_at(length, *starts, count=N):
+    """Slots of one row: pictures 0, 1, … begin at ``starts``."""
+    slots = np.full(length, -1, np.int32)
+    for picture, start in enumerate(starts):
+        slots[start : start + count] = picture * count + np.arange(count)
+    return slots
+
+
+@st.composite
+def layouts(draw, length=40, pictures=2):
+    """Any choice of positions for each picture's tokens, contiguous or not, or no picture at all."""
+    count = draw(st.integers(0, pictures * N))
+    places = sorted(draw(st.permutations(range(length)))[:count])
+    slots = np.full(length, -1, np.int32)
+    slots[places] = np.arange(count)
+    return slots
+
+
+_embed = jax.jit(lambda graph, state, *args: nnx.merge(graph, state).embed(*args), static_argnums=0)
+
+
+@hypothesis.settings(deadline=None, max_examples=30, derandomize=True)
+@hypothesis.given(st.tuples(layouts(), layouts()))
+def test_image_tokens_take_exactly_their_slots(rows):
+    slots = np.stack(rows)
+    tokens, _ = batch(length=40)
+    image_tokens = np.random.default_rng(1).standard_normal((2, 2 * N, 128), np.float32)
+    embedding = np.asarray(model().llm.embedding[...])
+    x = np.asarray(_embed(*nnx.split(model()), tokens, slots, image_tokens))
+    for row in range(2):
+        at = slots[row] >= 0
+        np.testing.assert_array_equal(x[row, at], image_tokens[row, : at.sum()])
+        np.testing.assert_array_equal(x[row, ~at], embedding[tokens[row, ~at]])
+
+
+def test_image_tokens_come_picture_by_picture():
+    _, images = batch()
+    run = nnx.jit(lambda model, images: model.image_tokens(images))
+    tokens = run(model(), images)
+    assert tokens.shape == (2, 2 * N, 128)
+    for row, picture in np.ndindex(2, 2):
+        alone = run(model(), np.repeat(images[row : row + 1, picture : picture + 1], 2, 0).repeat(2, 1))
+        np.testing.assert_allclose(tokens[row, picture * N : (picture + 1) * N], alone[0, :N], atol=1e-5)
+
+
+def test_rows_are_isolated():
+    tokens, images = batch()
+    slots = np.stack([slots_at(48, 1, 20), slots_at(48, 5)])
+    before = logits(tokens, slots, images)
+    other = images.copy()
+    other[1] = 255 - other[1]
+    after = logits(tokens, slots, other)
+    np.testing.assert_array_equal(before[0], after[0])
+    assert np.abs(before[1, :5] - after[1, :5]).max() == 0
+    assert (np.abs(before[1, 5:] - after[1, 5:]).max(-1) > 1e-6).all()
+
+
+def test_a_picture_without_slots_is_not_seen():
+    tokens, images = batch()
+    slots = np.stack([slots_at(48, 3), slots_at(48, 3)])  # each row's second picture has none
+    other = images.copy()
+    other[:, 1] = 0
+    np.testing.assert_array_equal(logits(tokens, slots, images), logits(tokens, slots, other))
+
+
+def test_several_pictures_a_row_are_told_apart():
+    tokens, images = batch()
+    slots = np.stack([slots_at(48, 1, 20)] * 2)
+    swapped_slots = np.where(slots >= 0, (slots + N) % (2 * N), -1)
+    straight = logits(tokens, slots, images)
+    np.testing.assert_allclose(straight, logits(tokens, swapped_slots, images[:, ::-1]), atol=1e-4)
+    assert np.abs(straight - logits(tokens, slots, images[:, ::-1])).max() > 1e-3
+
+
+def test_packed_conversations_each_see_their_own_picture():
+    tokens, images = batch()
+    segments = np.repeat([[1, 2]], 24, axis=1).repeat(2, 0).astype(np.int32)
+    positions = np.tile(np.arange(24, dtype=np.int32), (2, 2))
+    slots = np.stack([slots_at(48, 2, 30)] * 2)
+    before = logits(tokens, slots, images, segments, positions)
+    other = images.copy()
+    other[:, 0] = 0
+    after = logits(tokens, slots, other, segments, positions)
+    np.testing.assert_allclose(before[:, 24:], after[:, 24:], atol=1e-6)
+    assert np.abs(before[:, 2:24] - after[:, 2:24]).max() > 1e-3
+
+
+def test_no_pictures_at_all():
+    tokens, _ = batch()
+    none = np.zeros((2, 0, 96, 96, 3), np.uint8)
+    text = np.full((2, 48), -1, np.int32)
+    _, images = batch()
+    np.testing.assert_allclose(logits(tokens, text, none), logits(tokens, text, images), atol=1e-5)
+
+
+def test_slot_layouts_share_one_compilation():
+    tokens, images = batch(rows=3, pictures=1)
+    traces = compiled()[1]
+    before = len(traces)
+    for starts in ([(0,), (1,), (30,)], [(), (), ()], [(7,), (), (32,)]):
+        logits(tokens, np.stack([slots_at(48, *row) for row in starts]), images)
+    assert len(traces) == before + 1
+
+
+def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
+    module = VLM(nnx.Rngs(0), ModelConfig(vision="clip-mini-12-96", llm="llama-mini", remat="none"))
+    tokens, images = batch(rows=1)
+    graph, state = nnx.split(module)
+    run = jax.jit(lambda state, *args: nnx.merge(graph, state)(*args))
+    slots = slots_at(48, 1, 20)[None]
+    out = run(state, tokens, np.arange(48, dtype=np.int32)[None], None, slots, images)
+    assert out.dtype == jnp.float32
+    assert jax.eval_shape(module.image_tokens, images).dtype == jnp.bfloat16
+    exact = logits(tokens, slots, images)  # the same seed, so the same weights
+    assert 0 < np.linalg.norm(out - exact) < 0.05 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(
+    ("fusion", "slots"),
+    [(FusionConfig(), 144), (FusionConfig(kernel=3), 64), (FusionConfig(fusion="mlp"), 576)],
+)
+def test_slots_per_image(fusion, slots):
+    assert slots_per_image(ModelConfig(fusion=fusion)) == slots
+
+
+def test_what_cannot_be_built_is_refused():
+    with pytest.raises(UserError, match="pad_grid"):
+        slots_per_image(ModelConfig(vision="siglip-so400m-14-384"))
+    with pytest.raises(UserError, match="vicuna-7b"):
+        VLM(nnx.Rngs(0), ModelConfig(llm="vicuna-7"))
