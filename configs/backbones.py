@@ -10,24 +10,24 @@ def get_config(arg=None):
     """Two stages, ``text`` and ``captions``; ``scale`` multiplies their steps."""
     arg = parse_arg(arg, scale=1.0)
     config = default_config()
-    config.model.update(vision="clip-mini-12-96", llm="llama-mini", precision="float32", remat="none")
+    config.model.update(vision="clip-mini-12-96", llm="llama-mini")
+    config.model.update(precision="float32", remat="none", scan_layers=False)
     config.model.fusion.fusion = "mlp"
-    config.data.update(source="scenes", tokenizer="miniature", template="plain", packing=True, max_length=512)
+    config.data.update(source="scenes", tokenizer="miniature", template="plain", max_length=128)
     config.data.scenes.size = 1_000_000
-    config.optimizer.clip_norm = 1.0
+    config.global_batch_size = 32
+    config.optimizer.update(b2=0.98, clip_norm=1.0)
     config.run = ("text", "captions")
     config.stages = {
         "text": {
-            "steps": int(1200 * arg.scale),
-            "global_batch_size": 16,
+            "steps": int(1000 * arg.scale),
             "rules": (("llm/.*", "train"), (".*", "freeze")),
-            "data": {"scenes": {"task": "documents"}, "images_per_row": 1},
+            "data": {"scenes": {"task": "documents"}, "images_per_row": 0},
             "optimizer": {"learning_rate": 2e-3},
         },
         "captions": {
-            "steps": int(4000 * arg.scale),
-            "global_batch_size": 12,
-            "data": {"scenes": {"task": "mixture"}, "images_per_row": 5},
+            "steps": int(4800 * arg.scale),
+            "data": {"scenes": {"task": "mixture"}},
             "optimizer": {"learning_rate": 1e-3},
         },
     }

@@ -68,7 +68,7 @@ class DataConfig:
     aspect: str = "square"  # square: resize and centre-crop | pad: to a square with the mean colour
     max_length: int = 2048  # tokens a row, image slots included
     packing: bool = False  # several conversations a row, kept apart by segment ids
-    images_per_row: int = 1  # picture places a row (M)
+    images_per_row: int = 1  # picture places a row (M); 0 for text alone
     threads: int = 2  # threads that read and decode on each host
 
 
@@ -145,7 +145,6 @@ _AT_LEAST_ONE = (
     "benchmark_pictures",
     "model.fusion.kernel",
     "data.max_length",
-    "data.images_per_row",
     "data.threads",
     "data.scenes.size",
     "optimizer.accumulation_steps",
@@ -306,7 +305,14 @@ def _validated(config):
     for key in _AT_LEAST_ONE:
         if flat[key] < 1:
             raise UserError(f"Config key {key} is {flat[key]}; it must be at least 1.")
-    for key in ("steps", "epochs", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_norm"):
+    for key in (
+        "steps",
+        "epochs",
+        "data.images_per_row",
+        "optimizer.learning_rate",
+        "optimizer.weight_decay",
+        "optimizer.clip_norm",
+    ):
         if flat[key] < 0:
             raise UserError(f"Config key {key} is {flat[key]}; it must not be negative.")
     return config

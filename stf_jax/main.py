@@ -1,5 +1,6 @@
 """Train: ``python -m stf_jax.main --config=configs/demo.py --workdir=DIR``."""
 
+import dataclasses
 import sys
 
 from stf_jax.runtime.cli import door, parse
@@ -24,7 +25,9 @@ def main(argv: list[str]) -> None:
     """Runs the stages of the config in order, each from the end of the one before."""
     workdir, config = parse(argv, HELP)
     stages = resolve(config)
-    for stage in stages:
+    for before, stage in zip([None, *stages], stages, strict=False):
+        if before is not None:
+            stage = dataclasses.replace(stage, init_from=str(workdir / before.name))
         train(stage, workdir / stage.name if len(stages) > 1 else workdir)
 
 

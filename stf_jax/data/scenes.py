@@ -258,7 +258,7 @@ class SceneRecords:
     Tasks:
       captions: a picture and its caption, for stage 1.
       conversations: a picture and two rounds of questions of every kind that it allows, for stage 2.
-      documents: a caption and questions on it as text without a picture, for a language model to begin with.
+      documents: a caption and one round of questions on it as text without a picture, for a language model to begin with.
       mixture: three in four captions, one in four documents.
     """
 
@@ -278,7 +278,8 @@ class SceneRecords:
         if task == "captions":
             turns = [Turn("human", f"Describe the picture.\n{IMAGE_MARK}"), Turn("gpt", caption(scene))]
         else:
-            asked = {q.text: q for _ in range(2) for q in questions(scene, rng, self._held_out)}.values()
+            rounds = 1 if task == "documents" else 2
+            asked = {q.text: q for _ in range(rounds) for q in questions(scene, rng, self._held_out)}.values()
             if task == "documents":
                 turns = [Turn("gpt", caption(scene))]
                 turns += [Turn("gpt", f"USER: {q.text} ASSISTANT: {q.answer}") for q in asked]

@@ -19,9 +19,8 @@ MASKS = {
 
 def inputs(heads=6, kv_heads=6, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 3)
-    return [
-        2 * jax.random.normal(key, (2, 8, n, 16), dtype) for key, n in zip(keys, (heads, kv_heads, kv_heads), strict=True)
-    ]
+    counts = heads, kv_heads, kv_heads
+    return [2 * jax.random.normal(key, (2, 8, n, 16), dtype) for key, n in zip(keys, counts, strict=True)]
 
 
 def by_definition(q, k, v, allowed):

@@ -22,13 +22,16 @@ D = 20
 
 def build(vision=TOWER, **keys):
     """A fusion whose biases matter, and its parameters as torch tensors."""
-    fusion = Fusion(nnx.Rngs(0), FusionConfig(init="xavier", **keys), vision, D)
+    fusion = nnx.eval_shape(lambda: Fusion(nnx.Rngs(0), FusionConfig(**keys), vision, D))
     rng = np.random.default_rng(1)
-    noise = jax.tree.map(
-        lambda p: p + 0.3 * rng.standard_normal(p.shape, np.float32) * (p.ndim == 1), nnx.state(fusion)
-    )
-    nnx.update(fusion, noise)
-    return fusion, jax.tree.map(lambda p: torch.from_numpy(np.array(p)), nnx.to_pure_dict(nnx.state(fusion)))
+
+    def fill(p):
+        scale = math.prod(p.shape[:-1]) ** -0.5 if p.ndim > 1 else 0.3
+        return np.float32(scale) * rng.standard_normal(p.shape, np.float32)
+
+    values = jax.tree.map(fill, nnx.to_pure_dict(nnx.state(fusion)))
+    nnx.update(fusion, jax.tree.map(jnp.asarray, values))
+    return fusion, jax.tree.map(torch.from_numpy, values)
 
 
 def tapped_states(fusion_config, vision=TOWER, seed=2):
@@ -40,7 +43,7 @@ def tapped_states(fusion_config, vision=TOWER, seed=2):
 def same(fusion, states, theirs):
     ours = np.asarray(jax.jit(fusion)(states))
     assert ours.shape == theirs.shape
-    assert theirs.std() > 0.1
+    assert theirs.std() > 0.05
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5, rtol=0)
 
 
@@ -107,10 +110,11 @@ def as_tokens(x):
 @torch.no_grad()
 def test_mbtf_stf_equals_the_authors_program(kernel):
     """Torch's layers as they start, carried over by the facts' mapping of weights."""
+    torch.manual_seed(0)
     config, window = FusionConfig(kernel=kernel), 8 * kernel**2
     mbtf = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
     stf = torch.nn.Sequential(torch.nn.Linear(window, 4 * window), torch.nn.GELU(), torch.nn.Linear(4 * window, D))
-    fusion = Fusion(nnx.Rngs(0), config, TOWER, D)
+    fusion, _ = build(kernel=kernel)
     ours = [fusion.mbtf.first, fusion.mbtf.second, fusion.tokens.conv, fusion.tokens.out]
     for layer, theirs in zip(ours, [mbtf[0], mbtf[2], stf[0], stf[2]], strict=True):
         weight = theirs.weight.numpy()

@@ -81,7 +81,8 @@ def test_llm(name):
     assert theirs == known
     assert count(lambda: Decoder(nnx.Rngs(0), preset)) == theirs
     # What no count shows.
-    assert (preset.heads, preset.kv_heads, preset.head_dim) == (heads, kv_heads, getattr(config, "head_dim", width // heads))
+    head_dim = getattr(config, "head_dim", width // heads)
+    assert (preset.heads, preset.kv_heads, preset.head_dim) == (heads, kv_heads, head_dim)
     assert (preset.rope_theta, preset.norm_eps, preset.rope_scaling) == (theta, eps, None)
 
 

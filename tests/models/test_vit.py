@@ -17,7 +17,7 @@ from stf_jax.models.vit import VisionTower
 from stf_jax.weights import hf
 
 LAYERS = 4
-SHAPE = dict(patch_size=7, width=32, layers=LAYERS, heads=4, mlp=48, norm_eps=1e-3)  # an eps that shows
+SHAPE = {"patch_size": 7, "width": 32, "layers": LAYERS, "heads": 4, "mlp": 48, "norm_eps": 1e-3}  # an eps that shows
 CONFIGS = {
     "clip": dataclasses.replace(vision_preset("clip-l-14-336"), image_size=28, **SHAPE),
     # 31 = 4·7 + 3: pixels left over at the right and bottom, as 384 = 27·14 + 6.
@@ -54,7 +54,7 @@ def state_dict(family):
 
 
 def tower(family, **how):
-    model = VisionTower(nnx.Rngs(0), CONFIGS[family], **how)
+    model = nnx.eval_shape(lambda: VisionTower(nnx.Rngs(0), CONFIGS[family], **how))
     nnx.update(model, jax.tree.map(jnp.asarray, hf.vision_tower(state_dict(family), CONFIGS[family])))
     return model
 
