@@ -161,6 +161,21 @@ class RMSNorm(nnx.Module):
         return (y * self.scale[...]).astype(x.dtype)
 
 
+def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
+    """Asks for a layout of ``x`` on the mesh in use, by mesh axis; without a mesh, ``x`` as it is."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))
+
+
+def shard_rows(x: jax.Array) -> jax.Array:
+    """Keeps activations [B, ...] split by rows and whole on their other axes.
+
+    Said where a residual stream begins, so that the compiler does not carry a parameter's layout into it.
+    """
+    return constrain(x, ("data", "fsdp"))
+
+
 _REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

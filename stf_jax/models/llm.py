@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from stf_jax.models.attention import Mask, attention
-from stf_jax.models.layers import Linear, RMSNorm, apply_layers, normal, parameter
+from stf_jax.models.layers import Linear, RMSNorm, apply_layers, constrain, normal, parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,8 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Embeddings [B, T, D] in ``dtype`` of int32 tokens [B, T]."""
-        return self.embedding[...].astype(dtype)[tokens]
+        # Widths are gathered before the lookup, as in any layer; left to itself, the compiler replicates the result.
+        return constrain(self.embedding[...].astype(dtype), "tensor", None)[tokens]
 
     def __call__(self, x: jax.Array, positions: jax.Array, segments: jax.Array | None) -> jax.Array:
         """Hidden states after the final norm.

@@ -14,7 +14,16 @@ from flax import nnx
 
 from stf_jax.config import UserError
 from stf_jax.models.attention import Mask, attention
-from stf_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, StridedConv, apply_layers, normal, parameter
+from stf_jax.models.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    Linear,
+    StridedConv,
+    apply_layers,
+    normal,
+    parameter,
+    shard_rows,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +139,7 @@ class VisionTower(nnx.Module):
             if not 0 <= tap <= self.config.layers:
                 raise UserError(f"Tap {tap} is outside the vision tower, whose blocks are 1 to {self.config.layers}.")
         with jax.named_scope("vision"):
-            x = self._embed(images, dtype)
+            x = shard_rows(self._embed(images, dtype))
             states, done = {}, 0
             for tap in sorted(set(taps)):
                 x = apply_layers(self.blocks, x, layers=range(done, tap), scan=self.scan, remat=self.remat)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from stf_jax.config import ModelConfig
 from stf_jax.models.fusion import Fusion, tapped_blocks, tokens_per_image
+from stf_jax.models.layers import shard_rows
 from stf_jax.models.llm import Decoder
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vit import VisionTower
@@ -70,7 +71,7 @@ class VLM(nnx.Module):
           images: uint8 [B, M, H, W, 3]; M may be 0.
         """
         image_tokens = self.image_tokens(images) if images.shape[1] else None
-        x = self.embed(tokens, image_slots, image_tokens)
+        x = shard_rows(self.embed(tokens, image_slots, image_tokens))
         return self.llm.logits(self.llm(x, positions, segment_ids))
 
 

@@ -89,7 +89,7 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Trained:
         batch: Batch = next(batches)
         tokens = int((batch.segment_ids > 0).sum()) * hosts
         batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = train_step(state, batch)
         telemetry.advance(tokens)
         if step % config.log_every_steps == 0 or step == steps:
