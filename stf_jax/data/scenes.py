@@ -98,7 +98,8 @@ def make_scene(seed: int, index: int, held_out: bool = False) -> Scene:
         pairs = sorted(HELD_OUT_PAIRS) if held_out and position == 0 else TRAINING_PAIRS
         color, shape = pairs[rng.integers(len(pairs))]
         size = str(rng.choice(list(RADII)))
-        place = _free_place(rng, boxes, RADII[size])
+        # The first always finds a place, beside any word; the others may give up in a crowd.
+        place = _free_place(rng, boxes, RADII[size], tries=20 if things else 100_000)
         if place is not None:
             boxes.append((*place, RADII[size], RADII[size]))
             things.append(Thing(size, color, shape, *place))
@@ -108,8 +109,8 @@ def make_scene(seed: int, index: int, held_out: bool = False) -> Scene:
     return Scene(tuple(things), word, word_x, word_y, background)
 
 
-def _free_place(rng, boxes, radius):
-    for _ in range(20):
+def _free_place(rng, boxes, radius, tries):
+    for _ in range(tries):
         x, y = (int(value) for value in rng.integers(radius + 1, SIDE - radius - 1, 2))
         if all(abs(x - bx) > radius + w + 1 or abs(y - by) > radius + h + 1 for bx, by, w, h in boxes):
             return x, y
