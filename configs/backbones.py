@@ -21,6 +21,7 @@ def get_config(arg=None):
     config.stages = {
         "text": {
             "steps": int(1000 * arg.scale),
+            "init_missing": (".*",),
             "rules": (("llm/.*", "train"), (".*", "freeze")),
             "data": {"scenes": {"task": "documents"}, "images_per_row": 0},
             "optimizer": {"learning_rate": 2e-3},

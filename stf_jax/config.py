@@ -116,7 +116,7 @@ class TrainConfig:
     global_batch_size: int = 256  # rows a step, over all devices and microbatches
     log_every_steps: int = 10  # steps between lines of metrics.jsonl
     init_from: str = ""  # folders of weights or runs to start from, separated by commas; "miniatures": embedded
-    init_missing: tuple[str, ...] = ()  # patterns of parameters that init_from may lack; they are initialised
+    init_missing: tuple[str, ...] = ()  # patterns of parameters that start afresh; init_from must have all others
     rules: tuple[tuple[str, str], ...] = ((".*", "train"),)  # (pattern of parameter path, train | freeze), first wins
     benchmark: str = ""  # measured at the end of the run: scenes
     benchmark_pictures: int = 128  # held-out pictures to measure on

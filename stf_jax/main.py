@@ -3,8 +3,9 @@
 import dataclasses
 import sys
 
-from stf_jax.runtime.cli import door, parse
 from stf_jax.config import resolve
+from stf_jax.evals import scenes
+from stf_jax.runtime.cli import door, parse
 from stf_jax.training.loop import train
 
 HELP = """Train a model, stage by stage, and measure it.
@@ -28,7 +29,10 @@ def main(argv: list[str]) -> None:
     for before, stage in zip([None, *stages], stages, strict=False):
         if before is not None:
             stage = dataclasses.replace(stage, init_from=str(workdir / before.name))
-        train(stage, workdir / stage.name if len(stages) > 1 else workdir)
+        trained = train(stage, workdir / stage.name if len(stages) > 1 else workdir)
+        if stage.benchmark:
+            results = scenes.measure(stage, trained.plan, trained.state.params, workdir)
+            print(scenes.table(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A model small enough to compile in seconds, as presets and as a config file: ``--config=tests/tiny.py:fusion=mlp``."""
+"""A model small enough to compile in seconds, as presets and as a config: ``--config=tests/tiny.py:fusion=mlp``."""
 
 import dataclasses
 
@@ -23,6 +23,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.fusion.update(fusion=arg.fusion, mbtf_hidden=32, stf_hidden=64)
     config.data.update(source="scenes", tokenizer="miniature", max_length=192)
     config.update(steps=arg.steps, global_batch_size=8, log_every_steps=1)
+    config.init_missing = (".*",)
     config.rules = (("vision/.*", "freeze"), (".*", "train"))
     config.checkpoint.every_steps = 2
     return config

@@ -195,7 +195,7 @@ class Fusion(nnx.Module):
         mixes, tokens = _parts(config)
         self.grid = vision.grid
         self.pad = -vision.grid % config.kernel if tokens.merges else 0
-        width = mixes and config.mbtf_width or vision.width
+        width = (mixes and config.mbtf_width) or vision.width
         tapped = len(tapped_blocks(config, vision.layers)) * vision.width
         self.mbtf = MBTF(rngs, config, tapped, width) if mixes else None
         self.tokens = tokens(rngs, config, width, out)

@@ -67,7 +67,7 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Trained:
         step = jax.device_put(np.int32(checkpoints.latest), layout.step.sharding)
         state = TrainState(step=step, **arrays)
     else:
-        loaded = load_params(config.init_from, layout.params, config.init_missing) if config.init_from else {}
+        loaded = load_params(config.init_from, layout.params, config.init_missing)
         state, clock = init_state(config, layout, tx, loaded), {"seconds": 0.0}
     if host == 0:
         (workdir / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")

@@ -42,6 +42,11 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
     def taken(path):
         return not any(re.fullmatch(pattern, path) for pattern in fresh)
 
+    if not sources and any(taken(path) for path in layout):
+        raise UserError(
+            f"No weights to start from, and {next(filter(taken, layout))} must not start at random: provide "
+            "--config.init_from=DIR, or see training work on embedded weights with --config=configs/demo.py."
+        )
     wrong = [f"missing {path} {layout[path].shape}" for path in layout if path not in found and taken(path)]
     wrong += [f"unknown {path} {found[path].shape}" for path in found if path not in layout and taken(path)]
     wrong += [

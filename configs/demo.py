@@ -1,0 +1,40 @@
+"""The whole method in miniature, in minutes, on two cores: both stages, a measurement and a picture.
+
+The backbones are the embedded miniatures (stf_jax/weights/miniatures), the data embedded scenes. ``stage=pretrain`` or
+``stage=finetune`` runs one stage, ``steps=N`` for so many steps, ``fusion=NAME`` with another fusion.
+"""
+
+from stf_jax.config import default_config, parse_arg, single_stage
+
+
+def get_config(arg=None):
+    """The recipe of configs/pretrain.py and configs/finetune.py on miniatures."""
+    arg = parse_arg(arg, stage="", steps=0, fusion="mbtf_stf")
+    config = default_config()
+    config.model.update(vision="clip-mini-12-96", llm="llama-mini")
+    # CPUs compute in float32, and have the memory not to recompute.
+    config.model.update(precision="float32", remat="none", scan_layers=False)
+    config.model.fusion.update(fusion=arg.fusion, mbtf_hidden=256, stf_hidden=512)
+    config.data.update(source="scenes", tokenizer="miniature", packing=True)
+    config.checkpoint.every_steps = 100
+    config.run = ("pretrain", "finetune")
+    config.stages = {
+        "pretrain": {
+            "steps": arg.steps or 300,
+            "global_batch_size": 16,
+            "init_from": "miniatures",
+            "init_missing": ("fusion/.*",),
+            "rules": (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "freeze")),
+            "data": {"template": "plain", "scenes": {"task": "captions"}, "max_length": 128, "images_per_row": 2},
+            "optimizer": {"learning_rate": 2e-3},
+        },
+        "finetune": {
+            "steps": arg.steps or 300,
+            "global_batch_size": 16,
+            "rules": (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train")),
+            "data": {"template": "v1", "scenes": {"task": "conversations"}, "max_length": 384, "images_per_row": 2},
+            "optimizer": {"learning_rate": 1e-3},
+            "benchmark": "scenes",
+        },
+    }
+    return single_stage(config, arg.stage) if arg.stage else config

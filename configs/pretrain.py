@@ -1,0 +1,24 @@
+"""Stage 1 as the paper runs it: MBTF and STF learn to caption on LCS-558K, everything else is frozen.
+
+    python -m stf_jax.main --config=configs/pretrain.py --workdir=DIR --config.init_from=WEIGHTS \
+        --config.data.tokenizer=VICUNA --config.data.annotations=blip_laion_cc_sbu_558k.json --config.data.images=DIR
+"""
+
+from stf_jax.config import default_config, parse_arg
+
+
+def get_config(arg=None):
+    """Batch 256, learning rate 1e-3, cosine with 3 % warm-up, no weight decay, one epoch, bf16, 2048 tokens."""
+    arg = parse_arg(arg, llm="vicuna-7b", fusion="mbtf_stf")
+    config = default_config()
+    config.name = "pretrain"
+    config.model.llm = arg.llm
+    config.model.fusion.fusion = arg.fusion
+    config.global_batch_size = 256
+    config.epochs = 1.0
+    config.init_missing = ("fusion/.*",)
+    config.rules = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "freeze"))
+    config.data.update(template="plain", aspect="square", max_length=2048)
+    config.optimizer.learning_rate = 1e-3
+    config.mesh.update(data=1, fsdp=-1)
+    return config
