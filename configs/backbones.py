@@ -13,21 +13,21 @@ def get_config(arg=None):
     config.model.update(vision="clip-mini-12-96", llm="llama-mini")
     config.model.update(precision="float32", remat="none", scan_layers=False)
     config.model.fusion.fusion = "mlp"
-    config.data.update(source="scenes", tokenizer="miniature", template="plain", max_length=128)
+    config.data.update(source="scenes", tokenizer="miniature", template="plain", max_length=112)
     config.data.scenes.size = 1_000_000
     config.global_batch_size = 32
     config.optimizer.update(b2=0.98, clip_norm=1.0)
     config.run = ("text", "captions")
     config.stages = {
         "text": {
-            "steps": int(1000 * arg.scale),
+            "steps": int(700 * arg.scale),
             "init_missing": (".*",),
             "rules": (("llm/.*", "train"), (".*", "freeze")),
             "data": {"scenes": {"task": "documents"}, "images_per_row": 0},
             "optimizer": {"learning_rate": 2e-3},
         },
         "captions": {
-            "steps": int(4800 * arg.scale),
+            "steps": int(5000 * arg.scale),
             "data": {"scenes": {"task": "mixture"}},
             "optimizer": {"learning_rate": 1e-3},
         },

@@ -8,6 +8,7 @@ does not exist is refused at each of these steps, with the nearest key that does
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -234,9 +235,9 @@ def resolve(config: Mapping[str, Any]) -> list[TrainConfig]:
             raise UserError(f"Config key run names stage {name!r}: {nearest(name, stages)}")
         flat = flatten(base)
         for key, value in flatten(stages[name]).items():
-            if key not in flat:
-                raise UserError(f"Unknown config key stages.{name}.{key}: {nearest(key, flat)}")
-            if flat[key] != defaults[key]:
+            if key not in defaults:
+                raise UserError(f"Unknown config key stages.{name}.{key}: {nearest(key, defaults)}")
+            if flat.get(key, defaults[key]) != defaults[key]:
                 raise UserError(f"Config key {key} is set by stage {name!r}; set stages.{name}.{key} instead.")
             flat[key] = value
         resolved.append(_validated(_build(TrainConfig, _unflatten(flat | {"name": name}), "")))
@@ -308,11 +309,18 @@ def _validated(config):
     for key in (
         "steps",
         "epochs",
+        "model.fusion.mbtf_hidden",
+        "model.fusion.mbtf_width",
+        "model.fusion.stf_hidden",
         "data.images_per_row",
         "optimizer.learning_rate",
+        "optimizer.warmup_ratio",
         "optimizer.weight_decay",
         "optimizer.clip_norm",
+        "checkpoint.keep_every",
     ):
-        if flat[key] < 0:
-            raise UserError(f"Config key {key} is {flat[key]}; it must not be negative.")
+        if not 0 <= flat[key] < math.inf:  # nor nan
+            raise UserError(f"Config key {key} is {flat[key]}; it must be finite and not negative.")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"Config key seed is {config.seed}; it must be between 0 and 4294967295.")
     return config

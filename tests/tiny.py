@@ -1,11 +1,24 @@
 """A model small enough to compile in seconds, as presets and as a config: ``--config=tests/tiny.py:fusion=mlp``."""
 
 import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
 
+import jax
 import ml_collections
+import numpy as np
+import optax
 
 from stf_jax.config import TrainConfig, default_config, parse_arg, resolve
+from stf_jax.data.packing import Batch
+from stf_jax.data.pipeline import Prepare, training_batches, training_records
+from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models import presets
+from stf_jax.models.vlm import slots_per_image
+from stf_jax.runtime.mesh import BATCH, make_mesh
+from stf_jax.training.optimizer import make_optimizer
+from stf_jax.training.state import Blueprint, TrainState, blueprint, state_layout
+from stf_jax.training.step import make_train_step
 
 presets.VISION["clip-tiny"] = dataclasses.replace(
     presets.VISION["clip-mini-12-96"], image_size=48, width=32, layers=3, heads=4, mlp=64
@@ -35,3 +48,70 @@ def tiny(**changes) -> TrainConfig:
     with config.unlocked():
         config.update_from_flattened_dict(changes)
     return resolve(config)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What training makes of a config before there are any weights."""
+
+    config: TrainConfig
+    plan: Blueprint
+    tx: optax.GradientTransformation
+    mesh: jax.sharding.Mesh
+    layout: TrainState
+
+    @classmethod
+    def of(cls, **changes) -> "Setup":
+        """Of the tiny config with dotted keys changed."""
+        config = tiny(**changes)
+        plan, mesh = blueprint(config.model), make_mesh(config.mesh)
+        tx = make_optimizer(config.optimizer, config.steps)
+        return cls(config, plan, tx, mesh, state_layout(config, plan, tx, mesh))
+
+    def state(self, seed: int = 0) -> TrainState:
+        """A first state filled by numpy, which, unlike the initialisers, has nothing to compile."""
+        values = filled(self.plan.shapes, seed)
+
+        def put(leaf, value):
+            return jax.device_put(np.asarray(value).astype(leaf.dtype), leaf.sharding)
+
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), self.layout)
+        trainable, frozen = ({path: values[path] for path in tree} for tree in (zeros.trainable, zeros.frozen))
+        return jax.tree.map(put, self.layout, dataclasses.replace(zeros, trainable=trainable, frozen=frozen))
+
+    def step(self) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+        """The train step for numpy batches, compiled as training/loop.py compiles it."""
+        places, rows = jax.tree.map(lambda leaf: leaf.sharding, self.layout), jax.NamedSharding(self.mesh, BATCH)
+        step = jax.jit(
+            make_train_step(self.plan, self.tx, self.config.optimizer.accumulation_steps),
+            in_shardings=(places, rows),
+            out_shardings=(places, None),
+            donate_argnums=0,
+        )
+
+        def run(state, batch):
+            with jax.set_mesh(self.mesh):
+                return step(state, jax.device_put(batch, rows))
+
+        return run
+
+
+def filled(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -> dict[str, np.ndarray]:
+    """Float32 values for parameters: scales about 1, all others about 0."""
+    rng = np.random.default_rng(seed)
+    return {
+        path: 0.1 * rng.standard_normal(leaf.shape, np.float32) + np.float32(path.endswith("scale"))
+        for path, leaf in sorted(shapes.items())
+    }
+
+
+def preparation(config: TrainConfig) -> Prepare:
+    """What makes the config's records into examples."""
+    tokenizer, tower = load_tokenizer(config.data.tokenizer), presets.vision_preset(config.model.vision)
+    return Prepare(config.data, tokenizer, tower, slots_per_image(config.model))
+
+
+def batches(config: TrainConfig, count: int) -> list[Batch]:
+    """The first batches of the config's data."""
+    every = training_batches(config, training_records(config), preparation(config), host=0, hosts=1)
+    return list(itertools.islice(iter(every), count))

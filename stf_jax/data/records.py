@@ -52,6 +52,8 @@ class LlavaRecords:
             rows = json.loads(pathlib.Path(annotations).read_bytes())
         except ValueError as error:
             raise UserError(f"{annotations} is not JSON: {error}.") from None
+        except OSError as error:
+            raise UserError(f"{annotations} cannot be read: {error.strerror}.") from None
         if not isinstance(rows, list) or not rows:
             raise UserError(f"{annotations} should hold a JSON array of at least one row.")
         self._rows, self._annotations = rows, annotations
@@ -65,6 +67,8 @@ class LlavaRecords:
         row = self._rows[index]
         try:
             turns = tuple(Turn(turn["from"], turn["value"]) for turn in row["conversations"])
+            if not all(isinstance(turn.text, str) for turn in turns):
+                raise TypeError
             names = row.get("image", [])
             names = [names] if isinstance(names, str) else names
             pictures = tuple(self._open(name) for name in names)
@@ -73,10 +77,12 @@ class LlavaRecords:
             raise UserError(f"Row {index} of {self._annotations} is not in LLaVA's conversation format.") from None
 
     def _open(self, name):
-        path = (self._folder / name).resolve()
+        path = pathlib.Path(os.path.normpath(self._folder / name))  # links within the folder may lead anywhere
         if not path.is_relative_to(self._folder):
             raise UserError(f"Image path {name!r} in {self._annotations} leaves the folder {self._folder}.")
         try:
-            return PIL.Image.open(path)
-        except OSError as error:
+            picture = PIL.Image.open(path)
+            picture.load()  # here, so that a file that is cut short is named
+            return picture
+        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             raise UserError(f"Image {path} cannot be opened: {error}.") from None

@@ -114,7 +114,8 @@ class VisionTower(nnx.Module):
         self.patch_embed = StridedConv(rngs, config.patch_size, (3, "channel"), embed, bias=config.patch_bias)
         self.class_token = parameter(rngs, [(width, "norm")], normal(width**-0.5)) if config.class_token else None
         positions = patches + config.class_token
-        self.position_embed = parameter(rngs, [(positions, "position"), embed], normal(width**-0.5))
+        # As strong as the patches themselves, so that a tower that learns from scratch tells places apart at once.
+        self.position_embed = parameter(rngs, [(positions, "position"), embed], normal(0.5))
         self.pre_norm = LayerNorm(rngs, width, config.norm_eps) if config.pre_norm else None
         self.blocks = Block(rngs, config, attention)
 

@@ -18,8 +18,12 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
+        policies = ocp.checkpoint_managers.save_decision_policy
         options = ocp.CheckpointManagerOptions(
-            save_interval_steps=config.every_steps,
+            # Orbax's default would save the first step as well.
+            save_decision_policy=policies.AnySavePolicy(
+                [policies.FixedIntervalPolicy(config.every_steps), policies.PreemptionCheckpointingPolicy()]
+            ),
             max_to_keep=config.keep_last,
             keep_period=config.keep_every or None,
         )

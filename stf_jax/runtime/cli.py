@@ -1,9 +1,11 @@
 """What every verb's command line shares: exit statuses, and ``--config`` with its overrides."""
 
+import argparse
 import logging
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable
 
 import ml_collections
@@ -27,6 +29,14 @@ def door(main: Callable[[list[str]], None], argv: list[str] | None = None) -> in
     return 0
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are UserErrors."""
+
+    def error(self, message: str):
+        """Raises instead of printing the usage."""
+        raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
+
+
 def parse(argv: list[str], help_text: str) -> tuple[pathlib.Path, ml_collections.ConfigDict]:
     """Reads ``--config=FILE[:ARG]``, its overrides ``--config.KEY=VALUE`` and ``--workdir=DIR``.
 
@@ -36,8 +46,8 @@ def parse(argv: list[str], help_text: str) -> tuple[pathlib.Path, ml_collections
       The workdir and the config, not yet resolved.
 
     Raises:
-      UserError: a missing or unknown option, a config file that is not there, an unknown key or a value of the wrong
-        type.
+      UserError: a missing or unknown option, a config file that is not there or fails, an unknown key or a value of
+        the wrong type.
     """
     if not argv or "--help" in argv or "-h" in argv:
         print(help_text, end="")
@@ -47,7 +57,11 @@ def parse(argv: list[str], help_text: str) -> tuple[pathlib.Path, ml_collections
     try:
         config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["", *argv])
         rest = values(["", *argv])[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        if values["config"].present:
+            values.config.lock()  # a file that could not be opened says so only when the config is used
+    except UserError:
+        raise
+    except Exception as error:  # the flag library's, or any that the config file raises, which is the user's input
         raise UserError(_explain(error, argv)) from None
     if rest:
         raise UserError(f"Unexpected argument {rest[0]!r}; see --help.")
@@ -58,13 +72,37 @@ def parse(argv: list[str], help_text: str) -> tuple[pathlib.Path, ml_collections
 
 
 def _explain(error, argv):
-    """One sentence for what the flag library raised."""
+    """One sentence for what the flag library or the config file raised."""
     for item in argv:
-        override = re.match(r"--(?:no)?config\.(?:stages\.\w+\.)?([\w.]+)", item)
+        override = re.match(r"--?(?:no)?config\.(stages\.\w+\.)?([\w.]+)", item)
         if override and isinstance(error, (AttributeError, KeyError)):
+            stage, key = override.groups()
             keys = list(flatten(default_config().to_dict()))
-            if override[1] not in keys:
-                return f"Unknown config key {override[1]!r}: {nearest(override[1], keys)}"
+            if key not in keys:
+                return f"Unknown config key {key!r}: {nearest(key, keys)}"
+            if stage:
+                return f"The config file has no {stage}{key} to change; it can be given to all stages as {key}."
+    if isinstance(error, AttributeError) and error.name in ("get_config", "lock"):
+        return "The config file needs a function get_config(arg) that returns a ConfigDict."
+    if isinstance(error, SyntaxError):
+        return f"The config file cannot be read: {_one_line(error)}."
+    cause = error
+    while cause is not None:
+        frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if frame.name in _OF_CONFIG_FILES]
+        if frames:
+            where = f"{frames[-1].filename}, line {frames[-1].lineno}"
+            return f"The config file fails at {where}: {type(cause).__name__}: {_one_line(cause)}"
+        cause = cause.__context__
     if isinstance(error, OSError):
-        return f"The config file cannot be loaded: {str(error).splitlines()[-1].strip()}."
-    return f"The command line cannot be used: {' '.join(str(error).split())}"
+        return f"The config file cannot be loaded: {str(error.__cause__ or error).splitlines()[-1].strip(' .')}."
+    return f"The command line cannot be used: {_one_line(error)}"
+
+
+_OF_CONFIG_FILES = ("get_config", "<module>")  # functions, as tracebacks name them
+
+
+def _one_line(error):
+    """The message without line breaks, and without ml_collections' list of every key beside an unknown one."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = re.sub(r" Other fields present: .*}\"", "", text.replace("\\n", " "), flags=re.DOTALL)
+    return " ".join(text.split())

@@ -1,5 +1,7 @@
 """AdamW with a warm-up, as torch's and LLaVA's."""
 
+import math
+
 import jax
 import optax
 
@@ -7,8 +9,11 @@ from stf_jax.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Rises linearly from 0 over ``warmup_ratio`` of the steps, then falls to 0 by a cosine, or stays."""
-    warmup = round(config.warmup_ratio * steps)
+    """Rises linearly from 0 over ``warmup_ratio`` of the steps, then falls to 0 by a cosine, or stays.
+
+    A broken step of warm-up counts whole, as in Hugging Face.
+    """
+    warmup = math.ceil(config.warmup_ratio * steps)
     rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(config.learning_rate, max(steps - warmup, 1))

@@ -1,0 +1,26 @@
+# The two commands that matter: `make demo` and `make test`. Each makes or refreshes .venv by itself.
+PYTHON ?= python3
+WORKDIR ?= runs/demo
+
+.PHONY: demo test lint
+
+demo: .venv/ready
+	.venv/bin/python -m stf_jax.main --config=configs/demo.py --workdir=$(WORKDIR)
+
+test: lint
+	.venv/bin/python -m pytest
+
+lint: .venv/ready-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/ready: requirements.txt | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/ready-dev: requirements-dev.txt .venv/ready
+	.venv/bin/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@

@@ -1,0 +1,404 @@
+"""The embedded world: the same each time, honest about what it shows, and truly held out."""
+
+import hashlib
+import itertools
+import re
+
+import numpy as np
+import PIL.ImageFont
+import pytest
+
+from stf_jax.data import scenes
+from stf_jax.data.records import IMAGE_MARK
+from stf_jax.data.scenes import (
+    COLORS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_WORDS,
+    KINDS,
+    RADII,
+    SHAPES,
+    SHORT_ANSWER,
+    SIDE,
+    TRAINING_PAIRS,
+    TRAINING_WORDS,
+    Scene,
+    SceneRecords,
+    Thing,
+    caption,
+    draw,
+    make_scene,
+    questions,
+)
+
+MANY = 3000
+TASKS = ("documents", "captions", "mixture", "conversations")
+PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
+NAMED_PAIR = re.compile(rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})")
+NAMED_WORD = re.compile(r"\b[A-Z]{3}\b")
+
+
+@pytest.fixture(scope="module")
+def world() -> dict[bool, list[Scene]]:
+    """Scenes by whether they are held out."""
+    return {held_out: [make_scene(0, index, held_out) for index in range(MANY)] for held_out in (False, True)}
+
+
+@pytest.fixture(scope="module")
+def asked(world):
+    """(scene, question) of both splits."""
+    return {
+        held_out: [(s, q) for i, s in enumerate(some) for q in questions(s, np.random.default_rng(i), held_out)]
+        for held_out, some in world.items()
+    }
+
+
+def texts(record):
+    return [turn.text for turn in record.turns]
+
+
+# ---- The same each time ----------------------------------------------------------------------------------------------
+
+
+def test_text_of_a_record_is_what_it_always_was():
+    assert texts(SceneRecords("conversations", 10, seed=0)[7]) == [
+        "<image>\nIs the purple square below the blue star?\n" + SHORT_ANSWER,
+        "no",
+        "What does the word say?",
+        "BAV",
+        "How many purple shapes are there?",
+        "2",
+        "Is the green square small or large?",
+        "small",
+        "Is there a blue star?",
+        "yes",
+        "What color is the ring?",
+        "red",
+        "Is the red ring above the blue star?",
+        "yes",
+    ]
+    assert caption(make_scene(0, 7)) == (
+        "a large red ring at the top left, a large purple square at the top right, a small blue star at the center, "
+        "a small purple cross at the center, a small green square at the bottom left, the word BAV at the bottom"
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "held_out", "digest"),
+    [
+        ("documents", False, "15c7d8e50e02279d"),
+        ("captions", False, "04efe2090c26109d"),
+        ("conversations", False, "7102c7cee2f7fd30"),
+        ("conversations", True, "b23d4e3f680f57e4"),
+    ],
+)
+def test_text_of_many_records_is_what_it_always_was(task, held_out, digest):
+    records = SceneRecords(task, 64, seed=3, held_out=held_out)
+    joined = "\n".join(text for index in range(64) for text in texts(records[index]))
+    assert hashlib.sha256(joined.encode()).hexdigest()[:16] == digest
+
+
+def test_records_do_not_depend_on_the_order_of_reading():
+    one, other = (SceneRecords("conversations", 50, seed=5) for _ in range(2))
+    forward = {index: one[index] for index in range(50)}
+    for index in np.random.default_rng(0).permutation(50):
+        again = other[int(index)]
+        assert (again.id, again.turns) == (forward[index].id, forward[index].turns)
+        assert np.array_equal(np.asarray(again.pictures[0]), np.asarray(forward[index].pictures[0]))
+
+
+def test_seeds_indices_and_splits_differ():
+    variants = [(seed, index, held_out) for seed in range(5) for index in range(20) for held_out in (False, True)]
+    assert len({make_scene(*variant) for variant in variants}) == len(variants)
+
+
+# ---- Held out --------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_and_words_are_split():
+    assert sorted(HELD_OUT_PAIRS) + sorted(TRAINING_PAIRS) == sorted(
+        itertools.product(COLORS, SHAPES), key=lambda pair: (pair not in HELD_OUT_PAIRS, pair)
+    )
+    # One for each colour and each shape.
+    assert {color for color, _ in HELD_OUT_PAIRS} == set(COLORS)
+    assert {shape for _, shape in HELD_OUT_PAIRS} == set(SHAPES)
+    assert len(HELD_OUT_PAIRS) == 6
+    assert not set(HELD_OUT_WORDS) & set(TRAINING_WORDS)
+    assert len(set(HELD_OUT_WORDS + TRAINING_WORDS)) == len(HELD_OUT_WORDS + TRAINING_WORDS) == 15 * 5 * 15
+
+
+def test_every_letter_stands_at_every_place_in_training_words():
+    for place in range(3):
+        letters = {word[place] for word in TRAINING_WORDS}
+        assert letters == set("AEIOU" if place == 1 else "BDFGHKLMNPRSTVZ")
+        assert letters == {word[place] for word in HELD_OUT_WORDS}
+
+
+def test_held_out_scenes_show_what_is_held_out(world):
+    for scene in world[True]:
+        assert any(thing.pair in HELD_OUT_PAIRS for thing in scene.things)
+        assert not scene.word or scene.word in HELD_OUT_WORDS
+    assert len({scene.word for scene in world[True]}) > 200
+    assert {thing.pair for scene in world[True] for thing in scene.things} >= HELD_OUT_PAIRS
+
+
+def test_training_scenes_show_nothing_held_out(world):
+    for scene in world[False]:
+        assert scene.things
+        assert all(thing.pair in TRAINING_PAIRS for thing in scene.things)
+        assert not scene.word or scene.word in TRAINING_WORDS
+    assert {thing.pair for scene in world[False] for thing in scene.things} == set(TRAINING_PAIRS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training_texts_name_nothing_held_out(task, monkeypatch):
+    monkeypatch.setattr(scenes, "draw", lambda *_: None)  # the text alone is quick
+    records = SceneRecords(task, MANY, seed=1)
+    joined = "\n".join(text for index in range(MANY) for text in texts(records[index]))
+    pairs, words = set(NAMED_PAIR.findall(joined)), set(NAMED_WORD.findall(joined))
+    assert pairs == set(TRAINING_PAIRS)
+    assert words <= set(TRAINING_WORDS)
+    assert len(words) > 500
+
+
+# ---- The truth -------------------------------------------------------------------------------------------------------
+
+
+def the(things, **wanted):
+    """The things that fit; the question is only fair if it is one."""
+    return [thing for thing in things if all(getattr(thing, key) == value for key, value in wanted.items())]
+
+
+def true_answer(scene: Scene, question: str) -> str:
+    """The answer, from the text of the question and the things that were drawn alone."""
+    if question == "What does the word say?":
+        assert scene.word
+        return scene.word
+    if found := re.fullmatch(r"Is there an? (\w+) (\w+)\?", question):
+        return "yes" if the(scene.things, color=found[1], shape=found[2]) else "no"
+    if found := re.fullmatch(r"How many (?:(\w+) )?(\w+) are there\?", question):
+        wanted = {"color": found[1]} if found[1] else {}
+        singular = {plural: shape for shape, plural in PLURALS.items()}
+        if found[2] != "shapes":
+            wanted["shape"] = singular[found[2]]
+        return str(len(the(scene.things, **wanted)))
+    if found := re.fullmatch(r"What color is the (\w+)\?", question):
+        (thing,) = the(scene.things, shape=found[1])
+        return thing.color
+    if found := re.fullmatch(r"What shape is (\w+)\?", question):
+        (thing,) = the(scene.things, color=found[1])
+        return thing.shape
+    if found := re.fullmatch(r"Is the (\w+) (\w+) small or large\?", question):
+        (thing,) = the(scene.things, color=found[1], shape=found[2])
+        return thing.size
+    found = re.fullmatch(r"Is the (\w+) (\w+) (left of|right of|above|below) the (\w+) (\w+)\?", question)
+    (a,), (b,) = (the(scene.things, color=found[i], shape=found[i + 1]) for i in (1, 4))
+    along = "x" if found[3] in ("left of", "right of") else "y"
+    distance = getattr(b, along) - getattr(a, along)
+    assert abs(distance) >= SIDE / 6, "too close to tell"
+    return "yes" if (distance > 0) == (found[3] in ("left of", "above")) else "no"
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_answers_are_true(asked, held_out):
+    for scene, question in asked[held_out]:
+        assert question.answer == true_answer(scene, question.text), (scene, question)
+    assert {question.kind for _, question in asked[held_out]} == set(KINDS)
+    assert len(asked[held_out]) > 3 * MANY
+
+
+def test_the_truth_by_hand():
+    """That the recomputation above is right: one scene, answered by a person."""
+    ring, star = Thing("large", "red", "ring", 20, 30), Thing("small", "blue", "star", 70, 34)
+    scene = Scene((ring, star), "BAD", 50, 80, (220, 220, 220))
+    answers = {
+        "What does the word say?": "BAD",
+        "Is there a red ring?": "yes",
+        "Is there an orange ring?": "no",
+        "How many shapes are there?": "2",
+        "How many red shapes are there?": "1",
+        "How many crosses are there?": "0",
+        "What color is the star?": "blue",
+        "What shape is red?": "ring",
+        "Is the red ring small or large?": "large",
+        "Is the red ring left of the blue star?": "yes",
+        "Is the red ring right of the blue star?": "no",
+    }
+    assert {question: true_answer(scene, question) for question in answers} == answers
+    with pytest.raises(AssertionError, match="too close"):
+        true_answer(scene, "Is the red ring above the blue star?")
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("kind", ["existence", "spatial"])
+def test_yes_and_no_are_equally_likely(asked, held_out, kind):
+    answers = [question.answer for _, question in asked[held_out] if question.kind == kind]
+    assert set(answers) == {"yes", "no"}
+    assert len(answers) > MANY / 2
+    assert abs(answers.count("yes") / len(answers) - 0.5) < 0.04
+
+
+def test_one_question_of_each_kind_at_most(asked):
+    for scene, group in itertools.groupby(asked[False], key=lambda item: item[0]):
+        kinds = [question.kind for _, question in group]
+        assert len(kinds) == len(set(kinds))
+        assert ("reading" in kinds) == bool(scene.word)
+        assert {"existence", "count"} <= set(kinds)
+
+
+def test_answers_vary_enough_to_tell_a_reader_from_a_guesser(asked):
+    for kind in KINDS:
+        answers = [question.answer for _, question in asked[False] if question.kind == kind]
+        most = max(answers.count(answer) for answer in set(answers))
+        assert most / len(answers) < 0.56, kind
+
+
+def test_existence_in_held_out_scenes_asks_of_held_out_pairs(asked):
+    yes = [q for _, q in asked[True] if (q.kind, q.answer) == ("existence", "yes")]
+    assert yes
+    for question in yes:
+        assert NAMED_PAIR.search(question.text).groups() in HELD_OUT_PAIRS
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_captions_name_everything_where_it_is(world, held_out):
+    rows, columns = ("top", "", "bottom"), ("left", "", "right")
+    for scene in world[held_out]:
+        expected = [(f"{t.size} {t.color} {t.shape}", t.x, t.y) for t in scene.things]
+        expected += [(f"word {scene.word}", scene.word_x, scene.word_y)] if scene.word else []
+        parts = caption(scene).split(", ")
+        assert len(parts) == len(expected)
+        for part, (what, x, y) in zip(parts, expected, strict=True):
+            where = " ".join(filter(None, (rows[int(y // 32)], columns[int(x // 32)]))) or "center"
+            assert part in (f"a {what} at the {where}", f"the {what} at the {where}")
+
+
+# ---- Where things lie ------------------------------------------------------------------------------------------------
+
+
+def ink_box(scene):
+    """The box of the printed word, in pixels, as the font measures it."""
+    font = PIL.ImageFont.load_default(size=60)
+    left, top, right, bottom = (edge / 3 for edge in font.getbbox(scene.word, anchor="mm"))
+    return scene.word_x + left, scene.word_y + top, scene.word_x + right, scene.word_y + bottom
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_nothing_overlaps_and_all_lies_inside(world, held_out):
+    for scene in world[held_out]:
+        boxes = [(t.x - r, t.y - r, t.x + r, t.y + r) for t in scene.things for r in [RADII[t.size]]]
+        for box in boxes:
+            assert min(box) >= 0
+            assert max(box) <= SIDE - 1
+        if scene.word:
+            boxes.append(ink_box(scene))
+            assert min(boxes[-1]) >= -1  # the edge of the widest letters may touch the picture's
+            assert max(boxes[-1]) <= SIDE
+        for a, b in itertools.combinations(boxes, 2):
+            assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1], scene
+
+
+# ---- What is drawn ---------------------------------------------------------------------------------------------------
+
+GRAIN = 6
+
+
+# shape → points that it covers, and points that it leaves free, in radii from its centre, mirrored left and right.
+OUTLINES = {
+    "circle": ([(0, -0.85), (0, 0.85), (0.85, 0), (0.6, 0.6), (0.6, -0.6)], [(0.85, 0.85), (0.85, -0.85)]),
+    "square": ([(0.75, 0.75), (0.75, -0.75), (0.75, 0)], [(1, 0), (0, 1), (0, -1)]),
+    "triangle": ([(0, -0.6), (0.5, 0.3), (0, 0.3)], [(0.6, -0.6), (0, 0.8), (1, 0)]),
+    "star": ([(0, -0.5), (0.5, -0.2), (0, 0.2)], [(0.6, -0.75), (0, 0.75), (0.9, 0.5)]),
+    "cross": ([(0, -0.85), (0, 0.85), (0.85, 0)], [(0.7, 0.7), (0.7, -0.7)]),
+    "ring": ([(0, -0.75), (0, 0.75), (0.75, 0)], [(0.25, 0), (0, 0.25), (0.85, 0.85), (0.85, -0.85)]),
+}
+
+
+def near(pixels, color):
+    return np.abs(pixels.astype(int) - color).max(axis=-1) <= GRAIN
+
+
+def around(pixels, thing, points):
+    radius = RADII[thing.size]
+    places = [(thing.y + round(y * radius), thing.x + round(side * x * radius)) for x, y in points for side in (-1, 1)]
+    return np.array([pixels[place] for place in places])
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_picture_shows_the_scene(world, held_out):
+    for index, scene in enumerate(world[held_out][:300]):
+        picture = draw(scene, seed=index)
+        assert (picture.mode, picture.size) == ("RGB", (SIDE, SIDE))
+        pixels = np.asarray(picture)
+        empty = np.ones((SIDE, SIDE), bool)
+        for thing in scene.things:
+            radius = RADII[thing.size]
+            box = (slice(thing.y - radius, thing.y + radius + 1), slice(thing.x - radius, thing.x + radius + 1))
+            empty[box] = False
+            center = pixels[thing.y - 1 : thing.y + 2, thing.x - 1 : thing.x + 2]
+            color = scene.background if thing.shape == "ring" else COLORS[thing.color]
+            assert near(center, color).all(), (index, thing)
+            inside, outside = (around(pixels, thing, points) for points in OUTLINES[thing.shape])
+            assert near(inside, COLORS[thing.color]).all(), (index, thing)
+            assert near(outside, scene.background).all(), (index, thing)
+        if scene.word:
+            left, top, right, bottom = (int(np.clip(edge, 0, SIDE)) for edge in ink_box(scene))
+            ink = (15, 15, 15) if sum(scene.background) > 384 else (245, 245, 245)
+            share = near(pixels[top : bottom + 1, left : right + 1], ink).mean()
+            assert 0.05 < share < 0.6, (index, scene.word, share)
+            empty[max(top - 1, 0) : bottom + 2, max(left - 1, 0) : right + 2] = False
+        assert near(pixels[empty], scene.background).all(), index
+
+
+def test_words_are_drawn_in_their_letters():
+    """Pictures of two words differ, and only where the words stand."""
+    blank = Scene((), "", 48, 48, (220, 220, 220))
+    bad, bid = (draw(Scene((), word, 48, 48, blank.background)) for word in ("BAD", "BID"))
+    rows, columns = np.nonzero((np.asarray(bad) != np.asarray(bid)).any(axis=-1))
+    assert len(rows) > 20
+    assert abs(rows - 48).max() <= 11
+    assert abs(columns - 48).max() <= 24
+
+
+# ---- Records ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_conversations(held_out):
+    records = SceneRecords("conversations", 300, seed=2, held_out=held_out)
+    assert len(records) == 300
+    for index in range(300):
+        record, scene = records[index], make_scene(2, index, held_out)
+        assert [turn.speaker for turn in record.turns] == ["human", "gpt"] * (len(record.turns) // 2)
+        first, *rest = texts(record)
+        assert first.startswith(f"{IMAGE_MARK}\n")
+        assert first.endswith(f"\n{SHORT_ANSWER}")
+        assert IMAGE_MARK not in "".join(rest)
+        asks = [first.split("\n")[1], *rest[1::2]]
+        assert len(set(asks)) == len(asks)
+        assert [true_answer(scene, question) for question in asks] == rest[::2]
+        (picture,) = record.pictures
+        assert np.array_equal(np.asarray(picture), np.asarray(draw(scene, index)))
+
+
+def test_captions_and_documents():
+    for task in ("captions", "documents", "mixture"):
+        records = SceneRecords(task, 40, seed=2)
+        for index in range(40):
+            record, scene = records[index], make_scene(2, index)
+            if task == "captions" or (task == "mixture" and index % 4):
+                assert len(record.pictures) == 1
+                assert [turn.speaker for turn in record.turns] == ["human", "gpt"]
+                assert record.turns[0].text.count(IMAGE_MARK) == 1
+                assert record.turns[1].text == caption(scene)
+            else:
+                assert record.pictures == ()
+                said, *asked = texts(record)
+                assert said == caption(scene)
+                for line in asked:
+                    question, answer = re.fullmatch(r"USER: (.*) ASSISTANT: (\w+)", line).groups()
+                    assert answer == true_answer(scene, question)
+
+
+def test_ids_are_unique():
+    records = SceneRecords("documents", 100, seed=2)
+    assert len({records[index].id for index in range(100)}) == 100

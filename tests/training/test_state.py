@@ -1,0 +1,189 @@
+"""Which parameters learn, in which types they are held, and that the others never change."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import Setup, batches, filled
+
+from stf_jax.config import ModelConfig, UserError
+from stf_jax.training.state import blueprint, init_state, trainable_paths
+
+STAGE_1 = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "freeze"))
+STAGE_2 = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train"))
+PATHS = dict.fromkeys(("vision/kernel", "vision/bias", "fusion/kernel", "llm/kernel"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_to_compile():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+# ---- Rules -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rules", "learned"),
+    [
+        (((".*", "train"),), set(PATHS)),
+        ((("vision/.*", "freeze"), (".*", "train")), {"fusion/kernel", "llm/kernel"}),
+        # The first rule that matches decides, so the same rules in another order say something else.
+        (((".*/bias", "train"), ("vision/.*", "freeze"), (".*", "train")), {"vision/bias", "fusion/kernel", "llm/kernel"}),
+        ((("vision/.*", "freeze"), (".*/bias", "train"), (".*", "train")), {"fusion/kernel", "llm/kernel"}),
+        # A pattern matches the whole path, not its beginning or a part.
+        (((".*kernel", "freeze"), (".*", "train")), {"vision/bias"}),
+        ((("vision/b.*", "train"), (".*", "freeze")), {"vision/bias"}),
+    ],
+)
+def test_first_rule_that_matches_decides(rules, learned):
+    assert trainable_paths(rules, PATHS) == learned
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ((("vision/.*", "freeze"), ("fusion/.*", "train")), "No freeze rule covers parameter 'llm/kernel'"),
+        ((), "No freeze rule covers parameter 'vision/kernel'"),
+        ((("vision", "freeze"), (".*", "train")), "'vision' covers no parameter; paths look like 'fusion/kernel'"),
+        ((("vision/.*", "freeze"), ("lm/.*", "freeze"), (".*", "train")), "'lm/.*' covers no parameter"),
+        (((".*", "frozen"),), "('.*', 'frozen') should say 'train' or 'freeze'"),
+        ((("vision/(.*", "freeze"), (".*", "train")), r"'vision/\(.*' is not a regular expression"),
+        (((".*", "freeze"),), "leave nothing to train"),
+    ],
+)
+def test_rules_that_cannot_be_meant_are_refused(rules, says):
+    with pytest.raises(UserError) as raised:
+        trainable_paths(rules, PATHS)
+    assert says.replace("\\", "") in str(raised.value)
+
+
+# ---- How many ----------------------------------------------------------------------------------------------------------
+
+
+def _elements(tree):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+# Elements of the tiny model, layer by layer: fusion (MBTF 96→32→32, STF 4·32→64→32), llm (tied, 2 layers), vision.
+FUSION = (96 * 32 + 32) + (32 * 32 + 32) + (4 * 32 * 64 + 64) + (64 * 32 + 32)
+LLM = 512 * 32 + 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32) + 32
+VISION = 12 * 12 * 3 * 32 + 32 + 17 * 32 + 2 * 32 + 3 * (4 * (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 4 * 32)
+
+
+@pytest.mark.parametrize(
+    ("rules", "leaves", "trainable", "frozen"),
+    [(STAGE_1, (8, 11 + 21), FUSION, LLM + VISION), (STAGE_2, (8 + 11, 21), FUSION + LLM, VISION)],
+    ids=["stage-1", "stage-2"],
+)
+def test_stages_train_and_freeze_so_many_leaves(rules, leaves, trainable, frozen):
+    layout = Setup.of(rules=rules).layout
+    assert (len(layout.trainable), len(layout.frozen)) == leaves
+    assert (_elements(layout.trainable), _elements(layout.frozen)) == (trainable, frozen)
+    learned = {path.split("/")[0] for path in layout.trainable}
+    assert learned == ({"fusion"} if rules is STAGE_1 else {"fusion", "llm"})
+
+
+def test_seven_billion_parameters_are_counted():
+    plan = blueprint(ModelConfig(vision="clip-l-14-336", llm="vicuna-7b"))
+
+    def learned(rules):
+        return _elements({path: plan.shapes[path] for path in trainable_paths(rules, plan.shapes)})
+
+    assert learned(STAGE_1) == 171_992_064
+    assert learned(STAGE_2) == 171_992_064 + 6_738_415_616
+
+
+# ---- Types and moments -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_trainable_leaves_are_float32_and_frozen_ones_in_the_compute_type(precision):
+    setup = Setup.of(rules=STAGE_1, **{"model.precision": precision})
+    state = jax.eval_shape(lambda: init_state(setup.config, setup.layout, setup.tx, {}))
+    assert {leaf.dtype for leaf in state.trainable.values()} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in state.frozen.values()} == {jnp.dtype(precision)}
+    # What checkpoints are restored into says the same.
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), setup.layout
+    )
+
+
+@pytest.mark.parametrize("rules", [STAGE_1, STAGE_2], ids=["stage-1", "stage-2"])
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_moments_exist_for_trainable_leaves_only(rules, clip_norm):
+    layout = Setup.of(rules=rules, **{"optimizer.clip_norm": clip_norm}).layout
+    for name in ("mu", "nu"):
+        moments = optax.tree_utils.tree_get(layout.moments, name)
+        assert {path: leaf.shape for path, leaf in moments.items()} == {
+            path: leaf.shape for path, leaf in layout.trainable.items()
+        }
+        assert {leaf.dtype for leaf in moments.values()} == {jnp.dtype("float32")}
+    # Besides the two moments of each there are only counts.
+    rest = [leaf for leaf in jax.tree.leaves(layout.moments) if leaf.shape == ()]
+    assert len(jax.tree.leaves(layout.moments)) == 2 * len(layout.trainable) + len(rest)
+
+
+# ---- Steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_steps_move_every_trainable_leaf_and_no_frozen_bit():
+    setup = Setup.of(
+        rules=STAGE_1, **{"model.precision": "bfloat16", "optimizer.weight_decay": 0.1, "optimizer.warmup_ratio": 0.0}
+    )
+    state, step = setup.state(), setup.step()
+    before = jax.tree.map(np.array, state)
+    for batch in batches(setup.config, 3):
+        state, metrics = step(state, batch)
+        assert np.isfinite(float(metrics["loss"]))
+    assert int(state.step) == 3
+    for path, old in before.frozen.items():
+        new = np.asarray(state.frozen[path])
+        assert new.dtype == old.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(new.view(np.uint16), old.view(np.uint16), err_msg=path)
+    unmoved = [path for path, old in before.trainable.items() if np.array_equal(old, state.trainable[path])]
+    assert not unmoved
+    assert {leaf.dtype for leaf in state.trainable.values()} == {jnp.dtype("float32")}
+
+
+# ---- Initialisation --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def initial():
+    """A state by the initialisers on one device."""
+    setup = Setup.of(**{"mesh.data": 1})
+    return jax.tree.map(np.asarray, init_state(setup.config, setup.layout, setup.tx, {}))
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_initialisation_is_the_same_on_every_mesh(initial, mesh):
+    setup = Setup.of(**dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True)))
+    state = init_state(setup.config, setup.layout, setup.tx, {})
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state), initial)
+
+
+def test_initialisation_draws_every_kernel_anew(initial):
+    """No two leaves share their numbers, and none is left at nought but what says so."""
+    drawn = {path: value.ravel()[:16] for path, value in initial.params.items() if "kernel" in path or "embed" in path}
+    assert len({value.tobytes() for value in drawn.values()}) == len(drawn)
+    assert all(np.all(value != 0) for value in drawn.values())
+    assert all(np.all(value == 1) for path, value in initial.params.items() if path.endswith("scale"))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(initial.moments))
+    assert initial.step == 0
+
+
+def test_loaded_parameters_are_taken_over_and_the_others_initialised(initial):
+    setup = Setup.of(**{"mesh.fsdp": 2, "mesh.data": 1, "model.precision": "bfloat16", "rules": STAGE_1})
+    afresh = {"fusion/mbtf/second/kernel", "fusion/tokens/conv/bias"}
+    values = {path: value for path, value in filled(setup.plan.shapes).items() if path not in afresh}
+    loaded = {path: jax.device_put(value, setup.layout.params[path].sharding) for path, value in values.items()}
+    state = init_state(setup.config, setup.layout, setup.tx, loaded)
+    for path, leaf in state.trainable.items():
+        np.testing.assert_array_equal(np.asarray(leaf), initial.params[path] if path in afresh else values[path])
+    for path, leaf in state.frozen.items():
+        np.testing.assert_array_equal(np.asarray(leaf), values[path].astype(jnp.bfloat16))
