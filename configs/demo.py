@@ -11,7 +11,7 @@ def get_config(arg=None):
     """The recipe of configs/pretrain.py and configs/finetune.py on miniatures."""
     arg = parse_arg(arg, stage="", steps=0, fusion="mbtf_stf")
     config = default_config()
-    config.model.update(vision="clip-mini-12-96", llm="llama-mini")
+    config.model.update(vision="clip-mini-16-96", llm="llama-mini")
     # CPUs compute in float32, and have the memory not to recompute.
     config.model.update(precision="float32", remat="none", scan_layers=False)
     config.model.fusion.update(fusion=arg.fusion, mbtf_hidden=256, stf_hidden=512)

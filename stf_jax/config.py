@@ -54,6 +54,7 @@ class ScenesConfig:
 
     task: str = "conversations"  # documents | captions | mixture | conversations
     size: int = 20_000  # records in one epoch
+    things: int = 4  # most shapes in a picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +149,7 @@ _AT_LEAST_ONE = (
     "data.max_length",
     "data.threads",
     "data.scenes.size",
+    "data.scenes.things",
     "optimizer.accumulation_steps",
     "checkpoint.every_steps",
     "checkpoint.keep_last",

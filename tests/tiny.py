@@ -21,7 +21,7 @@ from stf_jax.training.state import Blueprint, TrainState, blueprint, state_layou
 from stf_jax.training.step import make_train_step
 
 presets.VISION["clip-tiny"] = dataclasses.replace(
-    presets.VISION["clip-mini-12-96"], image_size=48, width=32, layers=3, heads=4, mlp=64
+    presets.VISION["clip-mini-16-96"], image_size=64, width=32, layers=3, heads=4, mlp=64
 )
 presets.LLM["llama-tiny"] = dataclasses.replace(
     presets.LLM["llama-mini"], width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64

@@ -45,7 +45,7 @@ def training_records(config: TrainConfig) -> Sequence[Record]:
     """The source that the config names. Raises UserError where its files are missing or malformed."""
     data = config.data
     if data.source == "scenes":
-        return SceneRecords(data.scenes.task, data.scenes.size, config.seed)
+        return SceneRecords(data.scenes.task, data.scenes.size, config.seed, most=data.scenes.things)
     return LlavaRecords(data.annotations, data.images)
 
 

@@ -20,6 +20,7 @@ import PIL.ImageFont
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
 
 SIDE = 96  # pixels
+MOST_THINGS = 4
 KINDS = ("existence", "count", "attribute", "spatial", "reading")
 COLORS = {
     "red": (214, 40, 40),
@@ -85,8 +86,8 @@ def _generator(seed, held_out, index):
     return np.random.default_rng([seed, int(held_out), index])
 
 
-def make_scene(seed: int, index: int, held_out: bool = False) -> Scene:
-    """The scene of that index; held-out ones show at least one held-out pair, and only held-out words."""
+def make_scene(seed: int, index: int, held_out: bool = False, most: int = MOST_THINGS) -> Scene:
+    """The scene of that index, of 1 to ``most`` things; held-out ones show at least one held-out pair, and only held-out words."""
     rng = _generator(seed, held_out, index)
     boxes, word, word_x, word_y = [], "", 0, 0
     if rng.random() < 0.5:
@@ -94,7 +95,7 @@ def make_scene(seed: int, index: int, held_out: bool = False) -> Scene:
         word_x, word_y = int(rng.integers(24, SIDE - 24)), int(rng.integers(11, SIDE - 11))
         boxes.append((word_x, word_y, 24, 11))
     things = []
-    for position in range(rng.integers(1, 5)):
+    for position in range(rng.integers(1, most + 1)):
         pairs = sorted(HELD_OUT_PAIRS) if held_out and position == 0 else TRAINING_PAIRS
         color, shape = pairs[rng.integers(len(pairs))]
         size = str(rng.choice(list(RADII)))
@@ -263,15 +264,16 @@ class SceneRecords:
       mixture: seven in eight captions, one in eight documents.
     """
 
-    def __init__(self, task: str, size: int, seed: int, held_out: bool = False):
-        self._task, self._size, self._seed, self._held_out = task, size, seed, held_out
+    def __init__(self, task: str, size: int, seed: int, held_out: bool = False, most: int = MOST_THINGS):
+        self._task, self._size, self._seed = task, size, seed
+        self._held_out, self._most = held_out, most
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, index: int) -> Record:
         """The record of that index, below ``len(self)``."""
-        scene = make_scene(self._seed, index, self._held_out)
+        scene = make_scene(self._seed, index, self._held_out, self._most)
         rng = _generator(self._seed + 1, self._held_out, index)
         task = self._task
         if task == "mixture":

@@ -72,6 +72,8 @@ def _cudnn_refusal(q, mask):
         return "needs a GPU"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"does not compute in {q.dtype}"
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"does not take heads of size {q.shape[-1]}"
     if mask.segments is not None:
         # Its only form for packed rows is a dense bias, which costs the memory that flash attention is to save.
         return "does not keep packed conversations apart"

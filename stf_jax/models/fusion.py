@@ -20,6 +20,7 @@ convolutions, each with a GELU, the first of which keeps all k²·C values of a 
 Axis letters: B pictures, P patches (a grid of g×g), N tokens out, C tower width, D language model width.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -40,8 +41,15 @@ def tapped_blocks(config: FusionConfig, layers: int) -> tuple[int, ...]:
     Where the config names none, eight evenly spaced ones: for CLIP-L's 24 layers 24, 21, …, 3. The authors' code takes
     the last but one layer in place of the last (23, 21, …, 3), as LLaVA does, and so does ``variant="code"`` where that
     layer is not among the eight already. A fusion of one tap reads the deepest.
+
+    Raises:
+      UserError: taps that the tower does not have, or that are not in descending order.
     """
     taps = config.taps
+    if not all(0 <= tap <= layers for tap in taps) or any(a <= b for a, b in itertools.pairwise(taps)):
+        raise UserError(
+            f"model.fusion.taps={taps} should name blocks of the tower, 0 to {layers}, each once, the deepest first."
+        )
     if not taps:
         count = min(TAPS, layers)
         taps = tuple(math.ceil(layers * i / count) for i in range(count, 0, -1))

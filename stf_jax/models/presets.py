@@ -32,7 +32,7 @@ VISION: Mapping[str, VisionConfig] = {
     "clip-b-16-224": VisionConfig(224, 16, width=768, layers=12, heads=12, mlp=3072, **_CLIP),
     "siglip-so400m-14-384": VisionConfig(384, 14, width=1152, layers=27, heads=16, mlp=4304, **_SIGLIP),
     "siglip-b-16-256": VisionConfig(256, 16, width=768, layers=12, heads=12, mlp=3072, **_SIGLIP),
-    "clip-mini-12-96": VisionConfig(96, 12, width=128, layers=8, heads=4, mlp=512, **_CLIP),
+    "clip-mini-16-96": VisionConfig(96, 16, width=128, layers=8, heads=4, mlp=512, **_CLIP),
 }
 
 _QWEN2 = dict(rope_theta=1e6, norm_eps=1e-6, qkv_bias=True)
@@ -45,7 +45,7 @@ LLM: Mapping[str, LLMConfig] = {
     "llama-3-8b": LLMConfig(
         128_256, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14_336, rope_theta=5e5
     ),
-    # v0.2 and later: without the sliding window of v0.1.
+    # v0.2: without the sliding window of v0.1.
     "mistral-7b": LLMConfig(
         32_000, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14_336, rope_theta=1e6
     ),

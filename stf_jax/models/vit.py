@@ -50,6 +50,11 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
 
+def _residual(config, fan_in):
+    # What all blocks add to the residual stream starts no larger than what enters it, as CLIP does.
+    return normal((2 * config.layers * fan_in) ** -0.5)
+
+
 class Attention(nnx.Module):
     """Bidirectional multi-head self-attention with biases."""
 
@@ -61,7 +66,7 @@ class Attention(nnx.Module):
         self.query = Linear(rngs, [width], [heads, head_dim], stack=stack)
         self.key = Linear(rngs, [width], [heads, head_dim], stack=stack)
         self.value = Linear(rngs, [width], [heads, head_dim], stack=stack)
-        self.out = Linear(rngs, [heads, head_dim], [width], stack=stack)
+        self.out = Linear(rngs, [heads, head_dim], [width], stack=stack, kernel_init=_residual(config, config.width))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.out(attention(self.query(x), self.key(x), self.value(x), Mask(), self.implementation))
@@ -74,7 +79,7 @@ class MLP(nnx.Module):
         width, hidden = (config.width, "embed"), (config.mlp, "mlp")
         self.activation = config.activation
         self.up = Linear(rngs, [width], [hidden], stack=config.layers)
-        self.down = Linear(rngs, [hidden], [width], stack=config.layers)
+        self.down = Linear(rngs, [hidden], [width], stack=config.layers, kernel_init=_residual(config, config.mlp))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
