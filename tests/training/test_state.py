@@ -33,7 +33,10 @@ def _quick_to_compile():
         (((".*", "train"),), set(PATHS)),
         ((("vision/.*", "freeze"), (".*", "train")), {"fusion/kernel", "llm/kernel"}),
         # The first rule that matches decides, so the same rules in another order say something else.
-        (((".*/bias", "train"), ("vision/.*", "freeze"), (".*", "train")), {"vision/bias", "fusion/kernel", "llm/kernel"}),
+        (
+            ((".*/bias", "train"), ("vision/.*", "freeze"), (".*", "train")),
+            {"vision/bias", "fusion/kernel", "llm/kernel"},
+        ),
         ((("vision/.*", "freeze"), (".*/bias", "train"), (".*", "train")), {"fusion/kernel", "llm/kernel"}),
         # A pattern matches the whole path, not its beginning or a part.
         (((".*kernel", "freeze"), (".*", "train")), {"vision/bias"}),
@@ -108,9 +111,7 @@ def test_trainable_leaves_are_float32_and_frozen_ones_in_the_compute_type(precis
     assert {leaf.dtype for leaf in state.trainable.values()} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in state.frozen.values()} == {jnp.dtype(precision)}
     # What checkpoints are restored into says the same.
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), setup.layout
-    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), setup.layout)
 
 
 @pytest.mark.parametrize("rules", [STAGE_1, STAGE_2], ids=["stage-1", "stage-2"])

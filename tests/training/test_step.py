@@ -216,7 +216,9 @@ def _packed_and_not():
 def _gradients_of(which) -> tuple[float, dict[str, np.ndarray]]:
     setup, batch = _one_device(), _packed_and_not()[which]
     values = filled(setup.plan.shapes)
-    trainable, frozen = ({path: values[path] for path in tree} for tree in (setup.layout.trainable, setup.layout.frozen))
+    trainable, frozen = (
+        {path: values[path] for path in tree} for tree in (setup.layout.trainable, setup.layout.frozen)
+    )
 
     @jax.jit
     def run(trainable, frozen, batch: Batch):
@@ -290,7 +292,9 @@ def test_weight_decay_spares_biases_and_norms_of_the_whole_model():
     paths = _one_device().plan.shapes
     spared = {path for path in paths if not decays(path)}
     assert spared == {path for path in paths if path.endswith("/bias") or "norm/" in path}
-    assert {"llm/embedding", "vision/class_token", "vision/position_embed", "fusion/tokens/out/kernel"}.isdisjoint(spared)
+    assert {"llm/embedding", "vision/class_token", "vision/position_embed", "fusion/tokens/out/kernel"}.isdisjoint(
+        spared
+    )
     # Without a gradient, decay is all that moves a parameter.
     tx = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5, schedule="constant", warmup_ratio=0), 10)
     params = {path: jnp.ones(shape) for path, shape in SHAPES.items()}
@@ -302,7 +306,9 @@ def test_weight_decay_spares_biases_and_norms_of_the_whole_model():
 @pytest.mark.parametrize(("steps", "ratio"), [(2181, 0.03), (100, 0.03), (40, 0.1), (10, 0.0), (6, 0.03)])
 def test_learning_rate_is_hugging_faces(steps, ratio):
     """The number of warm-up steps too is theirs, rounded up."""
-    warmup = transformers.TrainingArguments(output_dir="unused", warmup_steps=ratio, use_cpu=True).get_warmup_steps(steps)
+    warmup = transformers.TrainingArguments(output_dir="unused", warmup_steps=ratio, use_cpu=True).get_warmup_steps(
+        steps
+    )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-5)
     theirs = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps).lr_lambdas[0]
     ours = learning_rate(OptimizerConfig(learning_rate=2e-5, warmup_ratio=ratio), steps)
@@ -315,4 +321,6 @@ def test_learning_rate_is_hugging_faces(steps, ratio):
 
 def test_constant_schedule_stays_at_its_peak():
     rate = learning_rate(OptimizerConfig(learning_rate=3e-4, warmup_ratio=0.1, schedule="constant"), 50)
-    np.testing.assert_allclose([rate(i) for i in (0, 1, 4, 5, 30, 49)], np.array([0, 0.6, 2.4, 3, 3, 3]) * 1e-4, rtol=1e-6)
+    np.testing.assert_allclose(
+        [rate(i) for i in (0, 1, 4, 5, 30, 49)], np.array([0, 0.6, 2.4, 3, 3, 3]) * 1e-4, rtol=1e-6
+    )

@@ -1,0 +1,185 @@
+"""Checkpoints: what is saved comes back, on whatever mesh, and no more of them are kept than asked for."""
+
+import dataclasses
+import shutil
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import Setup
+
+from stf_jax.config import CheckpointConfig, UserError
+from stf_jax.runtime.checkpoint import Checkpoints, restore_params
+from stf_jax.training.state import TrainState
+
+AXES = ("mesh.data", "mesh.fsdp", "mesh.tensor")
+
+
+def _setup(*mesh, **changes):
+    return Setup.of(**dict(zip(AXES, mesh, strict=True)), **{"model.precision": "bfloat16"}, **changes)
+
+
+def _iterator(moved=0):
+    iterator = iter(grain.MapDataset.range(100).seed(1).shuffle().to_iter_dataset())
+    for _ in range(moved):
+        next(iterator)
+    return iterator
+
+
+def _state(value=0.0):
+    """A state of one parameter, quick to write."""
+    leaf = jnp.full((4,), value, jnp.float32)
+    return TrainState(jnp.int32(0), {"llm/a": leaf}, {"llm/b": leaf.astype(jnp.bfloat16)}, (leaf,))
+
+
+def _layout(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The workdir of a state that was saved from a 2×2×2 mesh, and its values."""
+    workdir = tmp_path_factory.mktemp("saved")
+    state = _setup(2, 2, 2).state(seed=3)
+    # Moments of nought would come back from nothing as well.
+    state = dataclasses.replace(state, moments=jax.tree.map(lambda x: x + 3, state.moments))
+    checkpoints = Checkpoints(workdir, CheckpointConfig(every_steps=2))
+    checkpoints.save(2, state, _iterator(moved=5), {"seconds": 12.5})
+    checkpoints.close()
+    return workdir, jax.tree.map(np.asarray, state)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 4, 2)], ids=str)
+def test_a_state_comes_back_on_another_mesh(saved, mesh):
+    workdir, expected = saved
+    layout, iterator = _setup(*mesh).layout, _iterator()
+    checkpoints = Checkpoints(workdir, CheckpointConfig())
+    assert checkpoints.latest == 2
+    arrays, clock = checkpoints.restore(2, layout, iterator)
+    checkpoints.close()
+    for name, tree in arrays.items():
+        wanted = getattr(layout, name)
+        assert jax.tree.structure(tree) == jax.tree.structure(wanted)
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, tree), getattr(expected, name))
+        for leaf, want in zip(jax.tree.leaves(tree), jax.tree.leaves(wanted), strict=True):
+            assert (leaf.dtype, leaf.sharding) == (want.dtype, want.sharding)
+    assert arrays.keys() == {"trainable", "frozen", "moments"}
+    assert clock == {"seconds": 12.5}
+    assert next(iterator) == next(_iterator(moved=5))
+
+
+def test_nothing_frozen_is_saved_and_restored_too(tmp_path):
+    state = dataclasses.replace(_state(2.0), frozen={})
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every_steps=1))
+    checkpoints.save(1, state, _iterator(), {"seconds": 0.0})
+    arrays, _ = checkpoints.restore(1, _layout(state), _iterator())
+    checkpoints.close()
+    assert arrays["frozen"] == {}
+    np.testing.assert_array_equal(arrays["trainable"]["llm/a"], 2.0)
+    assert restore_params(tmp_path, {}).keys() == {"llm/a"}
+
+
+def test_a_step_is_saved_as_it_was_when_saved(tmp_path):
+    """Writing goes on in the background while the iterator moves and the state's buffers are given to the next step."""
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*x.shape[:0], 1 << 20)) + 0, {"a": jnp.zeros(())})
+    state = TrainState(jnp.int32(0), state, {}, (jnp.zeros(3),))
+    layout, iterator = _layout(state), _iterator()
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every_steps=1))
+    next(iterator)
+    checkpoints.save(1, state, iterator, {"seconds": 0.0})
+    for _ in range(5):
+        state = step(state)
+        next(iterator)
+    again = _iterator()
+    arrays, _ = checkpoints.restore(1, layout, again)
+    checkpoints.close()
+    np.testing.assert_array_equal(arrays["trainable"]["a"], 0)
+    assert next(again) == next(_iterator(moved=1))
+
+
+@pytest.mark.parametrize(
+    ("every", "keep_last", "keep_every", "kept"),
+    [
+        (1, 1, 0, [10]),
+        (1, 3, 0, [8, 9, 10]),
+        (3, 2, 0, [9, 10]),  # the last step is saved, multiple or not
+        (3, 9, 0, [3, 6, 9, 10]),
+        (2, 1, 4, [4, 8, 10]),
+        (2, 2, 4, [4, 8, 10]),
+        (1, 2, 5, [5, 9, 10]),
+    ],
+)
+def test_checkpoints_are_kept_as_configured(tmp_path, every, keep_last, keep_every, kept):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every, keep_last, keep_every))
+    assert checkpoints.latest is None
+    for step in range(1, 11):
+        checkpoints.save(step, _state(), _iterator(), {"seconds": 0.0}, last=step == 10)
+    checkpoints.close()
+    assert sorted(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir()) == kept
+
+
+def test_the_last_step_is_not_saved_twice(tmp_path):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every_steps=2))
+    for _ in range(2):
+        checkpoints.save(2, _state(), _iterator(), {"seconds": 0.0}, last=True)
+    checkpoints.close()
+    assert Checkpoints(tmp_path, CheckpointConfig()).latest == 2
+
+
+def test_a_half_written_step_is_passed_over_and_cleared_away(tmp_path):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every_steps=1))
+    checkpoints.save(1, _state(1.0), _iterator(), {"seconds": 1.0})
+    checkpoints.close()
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "1", folder / "2.orbax-checkpoint-tmp")
+    shutil.rmtree(folder / "2.orbax-checkpoint-tmp" / "moments")
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every_steps=1))
+    assert checkpoints.latest == 1
+    # The step can be written now.
+    checkpoints.save(2, _state(2.0), _iterator(), {"seconds": 2.0})
+    arrays, clock = checkpoints.restore(2, _layout(_state()), _iterator())
+    checkpoints.close()
+    assert clock == {"seconds": 2.0}
+    np.testing.assert_array_equal(arrays["trainable"]["llm/a"], 2.0)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+# ---- Parameters alone ------------------------------------------------------------------------------------------------
+
+
+def test_parameters_come_from_the_newest_checkpoint(tmp_path):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every_steps=1))
+    for step in (1, 2):
+        checkpoints.save(step, _state(step), _iterator(), {"seconds": 0.0})
+    checkpoints.close()
+    params = restore_params(tmp_path, {})
+    assert {path: (leaf.dtype.name, leaf.tolist()) for path, leaf in params.items()} == {
+        "llm/a": ("float32", [2.0] * 4),
+        "llm/b": ("bfloat16", [2.0] * 4),
+    }
+
+
+def test_parameters_are_laid_out_as_wanted(saved):
+    workdir, expected = saved
+    layout = dict(_setup(1, 8, 1).layout.params)
+    # What the layout does not have, or has in another shape, comes whole, for the caller to complain about.
+    del layout["llm/embedding"]
+    layout["llm/norm/scale"] = jax.ShapeDtypeStruct((33,), jnp.float32, sharding=layout["llm/norm/scale"].sharding)
+    params = restore_params(workdir, layout)
+    assert params.keys() == expected.params.keys()
+    for path, value in params.items():
+        np.testing.assert_array_equal(np.asarray(value), expected.params[path])
+        assert value.dtype == expected.params[path].dtype
+        if path in ("llm/embedding", "llm/norm/scale"):
+            assert len(value.devices()) == 1
+        else:
+            assert value.sharding == layout[path].sharding
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=rf"Run {tmp_path} holds no complete checkpoint"):
+        restore_params(tmp_path, {})

@@ -1,0 +1,224 @@
+"""The mesh, and where every parameter lies on it."""
+
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from tiny import Setup, batches, filled, tiny
+
+from stf_jax.config import MeshConfig, ModelConfig, UserError
+from stf_jax.runtime.mesh import BATCH, check_batch, make_mesh, parameter_sharding
+from stf_jax.training.state import blueprint, init_state, state_layout
+
+# ---- Sizes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((-1, 1, 1), (8, 1, 1)),
+        ((1, -1, 1), (1, 8, 1)),
+        ((1, 1, -1), (1, 1, 8)),
+        ((2, -1, 2), (2, 2, 2)),
+        ((-1, 4, 2), (1, 4, 2)),
+        ((2, 2, 2), (2, 2, 2)),
+        ((1, 2, 4), (1, 2, 4)),
+        # Sizes that are all named may leave devices unused.
+        ((1, 1, 1), (1, 1, 1)),
+        ((1, 2, 2), (1, 2, 2)),
+    ],
+)
+def test_mesh_has_the_named_sizes(sizes, expected):
+    mesh = make_mesh(MeshConfig(*sizes))
+    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor"), expected, strict=True))
+    assert sorted(d.id for d in mesh.devices.flat) == list(range(math.prod(expected)))
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ((4, 4, 1), "4×4×1 does not fit the 8 cpu device(s)"),
+        ((9, 1, 1), "9×1×1 does not fit"),
+        ((-1, 16, 1), "-1×16×1 does not fit"),
+        ((-1, 3, 1), "-1×3×1 does not fit"),
+        ((-1, -1, 1), "Only one mesh axis may be -1, but mesh.data and mesh.fsdp are."),
+        ((1, 0, 1), "mesh.fsdp=0 must be at least 1, or -1"),
+        ((1, 1, -2), "mesh.tensor=-2 must be at least 1, or -1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, says):
+    with pytest.raises(UserError) as raised:
+        make_mesh(MeshConfig(*sizes))
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "accumulation", "fits"),
+    [
+        ((8, 1, 1), 8, 1, True),
+        ((2, 2, 2), 4, 1, True),
+        ((1, 1, 8), 1, 1, True),
+        ((2, 2, 2), 6, 1, False),
+        ((4, 2, 1), 12, 1, False),
+        ((2, 1, 1), 8, 4, True),
+        ((2, 1, 1), 8, 8, False),
+        ((4, 1, 1), 8, 4, False),
+    ],
+)
+def test_mesh_and_microbatches_divide_the_batch(sizes, rows, accumulation, fits):
+    config = tiny(
+        **dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True)),
+        global_batch_size=rows,
+        **{"optimizer.accumulation_steps": accumulation},
+    )
+    if fits:
+        check_batch(config, make_mesh(config.mesh))
+    else:
+        with pytest.raises(
+            UserError, match=rf"global_batch_size={rows} is not a multiple of \d+ .*mesh.data {sizes[0]}"
+        ):
+            check_batch(config, make_mesh(config.mesh))
+
+
+# ---- Parameters --------------------------------------------------------------------------------------------------------
+
+EXPECTED = {
+    "fusion/mbtf/first/bias": P("tensor"),
+    "fusion/mbtf/first/kernel": P("fsdp", "tensor"),
+    "fusion/mbtf/second/bias": P("fsdp"),
+    "fusion/mbtf/second/kernel": P("tensor", "fsdp"),
+    "fusion/tokens/conv/bias": P("tensor"),
+    "fusion/tokens/conv/kernel": P(None, None, "fsdp", "tensor"),
+    "fusion/tokens/out/bias": P("fsdp"),
+    "fusion/tokens/out/kernel": P("tensor", "fsdp"),
+    "llm/blocks/attention/key/kernel": P(None, "fsdp", "tensor", None),
+    "llm/blocks/attention/out/kernel": P(None, "tensor", None, "fsdp"),
+    "llm/blocks/attention/query/kernel": P(None, "fsdp", "tensor", None),
+    "llm/blocks/attention/value/kernel": P(None, "fsdp", "tensor", None),
+    "llm/blocks/attention_norm/scale": P(None, None),
+    "llm/blocks/mlp/down/kernel": P(None, "tensor", "fsdp"),
+    "llm/blocks/mlp/gate/kernel": P(None, "fsdp", "tensor"),
+    "llm/blocks/mlp/up/kernel": P(None, "fsdp", "tensor"),
+    "llm/blocks/mlp_norm/scale": P(None, None),
+    "llm/embedding": P("tensor", "fsdp"),
+    "llm/norm/scale": P(None),
+    "vision/blocks/attention/key/bias": P(None, "tensor", None),
+    "vision/blocks/attention/key/kernel": P(None, "fsdp", "tensor", None),
+    "vision/blocks/attention/out/bias": P(None, "fsdp"),
+    "vision/blocks/attention/out/kernel": P(None, "tensor", None, "fsdp"),
+    "vision/blocks/attention/query/bias": P(None, "tensor", None),
+    "vision/blocks/attention/query/kernel": P(None, "fsdp", "tensor", None),
+    "vision/blocks/attention/value/bias": P(None, "tensor", None),
+    "vision/blocks/attention/value/kernel": P(None, "fsdp", "tensor", None),
+    "vision/blocks/attention_norm/bias": P(None, None),
+    "vision/blocks/attention_norm/scale": P(None, None),
+    "vision/blocks/mlp/down/bias": P(None, "fsdp"),
+    "vision/blocks/mlp/down/kernel": P(None, "tensor", "fsdp"),
+    "vision/blocks/mlp/up/bias": P(None, "tensor"),
+    "vision/blocks/mlp/up/kernel": P(None, "fsdp", "tensor"),
+    "vision/blocks/mlp_norm/bias": P(None, None),
+    "vision/blocks/mlp_norm/scale": P(None, None),
+    "vision/class_token": P(None),
+    "vision/patch_embed/kernel": P(None, None, None, "fsdp"),
+    "vision/position_embed": P(None, "fsdp"),
+    "vision/pre_norm/bias": P(None),
+    "vision/pre_norm/scale": P(None),
+}
+
+
+@pytest.fixture(scope="module")
+def cube():
+    """The tiny model's setup on a 2×2×2 mesh."""
+    return Setup.of(**{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+
+
+def test_every_parameter_has_the_expected_sharding(cube):
+    assert {path: sharding.spec for path, sharding in cube.plan.shardings(cube.mesh).items()} == EXPECTED
+
+
+def _assert_lies(array, spec, where):
+    """That each device holds the part that the spec says: on this mesh, half of each axis that it names."""
+    assert array.sharding.spec == spec, where
+    expected = tuple(
+        size // 2 if axis else size for size, axis in zip(array.shape, [*spec, *[None] * array.ndim], strict=False)
+    )
+    assert [shard.data.shape for shard in array.addressable_shards] == [expected] * 8, where
+
+
+def test_devices_hold_their_parts_of_state_and_moments(cube):
+    places = cube.plan.shardings(cube.mesh)
+    values = filled(cube.plan.shapes)
+    # Loaded rather than initialised: there is less to compile, and the same program lays them out.
+    state = init_state(cube.config, cube.layout, cube.tx, {p: jax.device_put(v, places[p]) for p, v in values.items()})
+    assert state.params.keys() == EXPECTED.keys()
+    for path, array in state.params.items():
+        _assert_lies(array, EXPECTED[path], path)
+        np.testing.assert_array_equal(np.asarray(array), values[path])
+    for name in ("mu", "nu"):
+        moments = optax.tree_utils.tree_get(state.moments, name)
+        assert moments.keys() == state.trainable.keys()
+        for path, array in moments.items():
+            _assert_lies(array, EXPECTED[path], f"{name} of {path}")
+    for leaf in [state.step, *(leaf for leaf in jax.tree.leaves(state.moments) if leaf.ndim == 0)]:
+        assert leaf.sharding.is_fully_replicated
+
+
+def test_batches_are_split_over_data_and_fsdp(cube):
+    batch = jax.device_put(batches(cube.config, 1)[0], jax.NamedSharding(cube.mesh, BATCH))
+    assert P(("data", "fsdp")) == BATCH
+    for array in jax.tree.leaves(batch):
+        rows = {shard.device.id: shard.index[0] for shard in array.addressable_shards}
+        assert {shard.data.shape for shard in array.addressable_shards} == {(2, *array.shape[1:])}
+        # Devices of one tensor group hold the same rows.
+        assert [rows[device.id].indices(8)[0] for device in cube.mesh.devices.flat] == [0, 0, 2, 2, 4, 4, 6, 6]
+
+
+def test_an_axis_without_a_rule_is_our_bug():
+    with pytest.raises(ValueError, match=r"Parameter llm/new has axes without a rule: \['wide'\]"):
+        parameter_sharding("llm/new", (8, 8), ("embed", "wide"), make_mesh(MeshConfig()))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape", "refused"),
+    [
+        ((1, 8, 1), (1024, 1024), True),
+        ((4, 1, 2), (1024, 1024), True),
+        ((8, 1, 1), (1024, 1024), False),
+        ((1, 8, 1), (1024, 1023), False),
+    ],
+)
+def test_a_large_parameter_left_whole_is_our_bug(sizes, shape, refused):
+    mesh = make_mesh(MeshConfig(*sizes))
+    if refused:
+        with pytest.raises(ValueError, match=r"vision/big of 1048576 elements would be replicated"):
+            parameter_sharding("vision/big", shape, ("position", "head_dim"), mesh)
+    else:
+        assert parameter_sharding("vision/big", shape, ("position", "head_dim"), mesh).is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        # Two key heads cannot be dealt out to four devices, nor rows of 32 to three.
+        ((1, 1, 4), "mesh.tensor=4 does not divide the kv_heads axis of llm/blocks/attention/key/kernel, which is 2"),
+        ((1, 3, 1), "mesh.fsdp=3 does not divide the embed axis of fusion/mbtf/second/bias, which is 32"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_a_parameter_is_refused_by_name(sizes, says):
+    config = tiny()
+    plan, mesh = blueprint(config.model), make_mesh(MeshConfig(*sizes))
+    with pytest.raises(UserError) as raised:
+        state_layout(config, plan, optax.sgd(0.1), mesh)
+    assert says in str(raised.value)
+
+
+def test_no_device_holds_more_than_its_eighth_of_seven_billion_parameters():
+    plan, mesh = blueprint(ModelConfig(vision="clip-l-14-336", llm="vicuna-7b")), make_mesh(MeshConfig(1, 8, 1))
+    total = sum(math.prod(leaf.shape) for leaf in plan.shapes.values())
+    held = sum(math.prod(place.shard_shape(plan.shapes[path].shape)) for path, place in plan.shardings(mesh).items())
+    assert total > 7.2e9
+    assert total / 8 <= held < total / 8 * 1.001

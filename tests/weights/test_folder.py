@@ -1,0 +1,188 @@
+"""Weights under our own paths: read whole or refused with all that is wrong, written whole or not at all."""
+
+import errno
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.flax import save_file
+
+from stf_jax.config import CheckpointConfig, MeshConfig, UserError
+from stf_jax.runtime.checkpoint import Checkpoints
+from stf_jax.runtime.mesh import make_mesh
+from stf_jax.training.state import TrainState
+from stf_jax.weights import folder
+from stf_jax.weights.folder import load_params, save_params
+
+MESH = make_mesh(MeshConfig(1, 4, 2))
+SPECS = {"llm/a": ("fsdp", "tensor"), "llm/b": ("tensor",), "fusion/c": ()}
+SHAPES = {"llm/a": (8, 6), "llm/b": (4,), "fusion/c": (3,)}
+
+
+@pytest.fixture
+def layout():
+    """Three parameters, as a model wants them."""
+    return {
+        path: jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=jax.NamedSharding(MESH, jax.sharding.PartitionSpec(*SPECS[path]))
+        )
+        for path, shape in SHAPES.items()
+    }
+
+
+def _params(seed=0, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed), len(SHAPES))
+    return {path: jax.random.normal(key, shape, dtype) for key, (path, shape) in zip(keys, SHAPES.items(), strict=True)}
+
+
+def _refusal(sources, layout, fresh=()):
+    with pytest.raises(UserError) as raised:
+        load_params(str(sources), layout, fresh)
+    return str(raised.value)
+
+
+# ---- There and back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_come_back_to_the_bit_on_their_devices(tmp_path, layout, dtype):
+    params = _params(dtype=dtype)
+    save_params(tmp_path / "new" / "folder", params)
+    loaded = load_params(str(tmp_path / "new" / "folder"), layout, ())
+    assert list(loaded) == list(layout)
+    for path, value in params.items():
+        assert loaded[path].dtype == value.dtype == dtype
+        assert np.asarray(loaded[path]).tobytes() == np.asarray(value).tobytes()
+        assert loaded[path].sharding == layout[path].sharding
+    assert [file.name for file in (tmp_path / "new" / "folder").iterdir()] == ["model.safetensors"]
+
+
+def test_sharded_arrays_are_written_whole(tmp_path, layout):
+    params = _params()
+    save_params(tmp_path, {path: jax.device_put(value, layout[path].sharding) for path, value in params.items()})
+    loaded = load_params(str(tmp_path), layout, ())
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_a_folder_may_hold_several_files(tmp_path, layout):
+    params = _params()
+    for number, (path, value) in enumerate(params.items()):
+        save_file({path: value}, tmp_path / f"model-{number}.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, load_params(str(tmp_path), layout, ()), params)
+
+
+def test_a_run_is_a_source(tmp_path, layout):
+    params = _params()
+    frozen = {"fusion/c": params["fusion/c"].astype(jnp.bfloat16)}
+    trainable = {path: params[path] for path in ("llm/a", "llm/b")}
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every_steps=1))
+    iterator = iter(grain.MapDataset.range(3).to_iter_dataset())
+    checkpoints.save(1, TrainState(jnp.int32(1), trainable, frozen, (jnp.zeros(2),)), iterator, {"seconds": 0.0})
+    checkpoints.close()
+    loaded = load_params(str(tmp_path), layout, ())
+    jax.tree.map(np.testing.assert_array_equal, loaded, trainable | frozen)
+    assert {path: value.sharding for path, value in loaded.items()} == {p: leaf.sharding for p, leaf in layout.items()}
+    # A run whose model has other parameters is refused as a folder is.
+    says = _refusal(tmp_path, {path: leaf for path, leaf in layout.items() if path != "llm/b"})
+    assert "unknown llm/b (4,)" in says
+
+
+def test_of_several_sources_the_later_wins(tmp_path, layout):
+    first, second = _params(1), _params(2)
+    save_params(tmp_path / "first", first)
+    save_params(tmp_path / "second", {"llm/b": second["llm/b"]})
+    save_params(tmp_path / "third", {"fusion/c": second["fusion/c"]})
+    sources = f"{tmp_path / 'first'}, {tmp_path / 'second'},{tmp_path / 'third'},"
+    expected = {"llm/a": first["llm/a"], "llm/b": second["llm/b"], "fusion/c": second["fusion/c"]}
+    jax.tree.map(np.testing.assert_array_equal, load_params(sources, layout, ()), expected)
+    backwards = ",".join(reversed([s.strip() for s in sources.split(",")]))
+    jax.tree.map(np.testing.assert_array_equal, load_params(backwards, layout, ()), first)
+
+
+def test_a_misshapen_weight_may_be_replaced_by_a_later_source(tmp_path, layout):
+    params = _params()
+    save_params(tmp_path / "first", params | {"llm/b": jnp.zeros(5)})
+    save_params(tmp_path / "second", {"llm/b": params["llm/b"]})
+    loaded = load_params(f"{tmp_path / 'first'},{tmp_path / 'second'}", layout, ())
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+# ---- What does not fit -----------------------------------------------------------------------------------------------
+
+
+def test_all_that_is_wrong_is_listed_at_once(tmp_path, layout):
+    save_params(tmp_path, {"llm/a": jnp.zeros((6, 8)), "llm/x": jnp.zeros(2), "llm/y": jnp.zeros((2, 3))})
+    says = _refusal(tmp_path, layout)
+    for wrong in (
+        "missing llm/b (4,)",
+        "missing fusion/c (3,)",
+        "unknown llm/x (2,)",
+        "unknown llm/y (2, 3)",
+        "llm/a is (6, 8) there and (8, 6) here",
+    ):
+        assert wrong in says
+    assert str(tmp_path) in says
+    assert "\n" not in says
+
+
+def test_patterns_name_what_starts_afresh(tmp_path, layout):
+    params = _params()
+    save_params(tmp_path, {"llm/a": params["llm/a"], "llm/b": jnp.zeros(9), "old/head": jnp.zeros(2)})
+    # Whole paths match; missing, misshapen and unknown ones alike are left to the initialisers.
+    loaded = load_params(str(tmp_path), layout, ("fusion/.*", "llm/b", "old/.*"))
+    assert loaded.keys() == {"llm/a"}
+    says = _refusal(tmp_path, layout, ("fusion", "llm/b", "old/.*"))
+    assert "missing fusion/c" in says
+    assert "llm/b" not in says.split(": ", 1)[1]
+    # What fits is left out as well.
+    save_params(tmp_path, params)
+    assert load_params(str(tmp_path), layout, ("llm/.*",)).keys() == {"fusion/c"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut in the header", "empty", "noise"])
+def test_a_damaged_file_is_refused_by_name(tmp_path, layout, damage):
+    save_params(tmp_path, _params())
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(
+        {"cut": whole[:-7], "cut in the header": whole[:40], "empty": b"", "noise": b"not weights" * 50}[damage]
+    )
+    says = _refusal(tmp_path, layout)
+    assert says.startswith(f"{file} cannot be read as safetensors")
+    assert "\n" not in says
+
+
+def test_a_source_that_holds_nothing_is_refused_by_name(tmp_path, layout):
+    assert f"init_from names {tmp_path / 'absent'}" in _refusal(tmp_path / "absent", layout)
+    (tmp_path / "weights.bin").write_bytes(b"")
+    assert f"init_from names {tmp_path}, which holds neither" in _refusal(tmp_path, layout)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert f"Run {tmp_path / 'run'} holds no complete checkpoint" in _refusal(tmp_path / "run", layout)
+
+
+# ---- Failure ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_failed_write_leaves_no_half_file(tmp_path, layout, monkeypatch, older):
+    params = _params()
+    if older:
+        save_params(tmp_path, params)
+
+    def fails_half_way(tensors, path):
+        save_file(tensors, path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder, "save_file", fails_half_way)
+    with pytest.raises(OSError, match="No space left"):
+        save_params(tmp_path, _params(1))
+    assert (tmp_path / "model.safetensors").exists() == older
+    if older:
+        # The weights that stood there still do, and what the failure left is not read.
+        jax.tree.map(np.testing.assert_array_equal, load_params(str(tmp_path), layout, ()), params)
+    else:
+        assert "holds neither" in _refusal(tmp_path, layout)
