@@ -87,7 +87,10 @@ def _generator(seed, held_out, index):
 
 
 def make_scene(seed: int, index: int, held_out: bool = False, most: int = MOST_THINGS) -> Scene:
-    """The scene of that index, of 1 to ``most`` things; held-out ones show at least one held-out pair, and only held-out words."""
+    """The scene of that index, of 1 to ``most`` things.
+
+    Held-out ones show at least one held-out pair, and only held-out words.
+    """
     rng = _generator(seed, held_out, index)
     boxes, word, word_x, word_y = [], "", 0, 0
     if rng.random() < 0.5:
@@ -260,7 +263,7 @@ class SceneRecords:
     Tasks:
       captions: a picture and its caption, for stage 1.
       conversations: a picture and two rounds of questions of every kind that it allows, for stage 2.
-      documents: a caption and one round of questions on it as text without a picture, for a language model to begin with.
+      documents: a caption and one round of questions on it as text without a picture, for a language model to begin.
       mixture: seven in eight captions, one in eight documents.
     """
 

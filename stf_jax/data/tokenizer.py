@@ -29,8 +29,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"No tokenizer can be read from {folder}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # tokenizers raises just that for a file of another form
+        reason = (str(error) or repr(error)).splitlines()[0].strip(" :.")
+        raise UserError(f"No tokenizer can be read from {folder}: {reason}.") from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer in {folder} needs a tokenizer.json and an end-of-sequence token.")
     return tokenizer

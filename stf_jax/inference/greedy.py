@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.data.conversation import Encoded
-from stf_jax.runtime.mesh import BATCH
+from stf_jax.runtime.mesh import BATCH, computing
 from stf_jax.training.state import Blueprint, Params
 
 _ROWS = 64  # prompts at once on each device's share of the mesh
@@ -26,6 +26,7 @@ class GreedyAnswers:
     def __init__(self, plan: Blueprint, params: Params, tokenizer: PreTrainedTokenizerFast, mesh: Mesh, limit: int):
         """``limit``: new tokens at most, the end of sequence included."""
         self._params, self._tokenizer, self._mesh, self._limit = params, tokenizer, mesh, limit
+        self._precision = plan.precision
         self._generate = jax.jit(functools.partial(_generate, plan, limit))
 
     def __call__(self, prompts: Sequence[Encoded], images: Sequence[np.ndarray]) -> Iterator[str]:
@@ -51,7 +52,7 @@ class GreedyAnswers:
                 pictures[i] = images[start + i]
             on_mesh = NamedSharding(self._mesh, BATCH)
             arrays = [jax.device_put(x, on_mesh) for x in (tokens, lengths, slots, pictures)]
-            with jax.set_mesh(self._mesh):
+            with computing(self._mesh, self._precision):
                 said = np.asarray(self._generate(self._params, *arrays))
             for row in said[: len(chosen)]:
                 ends = np.flatnonzero(row == self._tokenizer.eos_token_id)

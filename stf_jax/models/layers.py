@@ -193,7 +193,7 @@ def apply_layers(
     """Runs ``layers`` (a step-1 range) of a stacked block on ``x``, scanned or written out.
 
     ``block`` holds parameters ``[L, ...]``; its call sees one layer's, takes ``(x, *context)`` and gives the next
-    ``x``. ``remat`` names what the backward pass recomputes: ``none``, ``dots`` (all but the matrix products), ``full``.
+    ``x``. ``remat`` names what the backward pass recomputes: ``none``, ``dots`` (all but matrix products), ``full``.
     """
     graph, stacked = nnx.split(block)
 

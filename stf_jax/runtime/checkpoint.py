@@ -86,8 +86,8 @@ def restore_params(workdir: pathlib.Path, layout: dict[str, jax.ShapeDtypeStruct
             folder = manager.directory / str(step) / item
             if not folder.exists():
                 continue
+            saved = ocp.StandardCheckpointHandler().metadata(folder).tree
             with ocp.StandardCheckpointer() as reader:
-                saved = reader.metadata(folder).item_metadata.tree
                 wanted = {
                     path: layout[path].update(dtype=leaf.dtype)
                     if path in layout and layout[path].shape == leaf.shape

@@ -92,9 +92,10 @@ def _explain(error, argv):
         if frames:
             where = f"{frames[-1].filename}, line {frames[-1].lineno}"
             return f"The config file fails at {where}: {type(cause).__name__}: {_one_line(cause)}"
-        cause = cause.__context__
-    if isinstance(error, OSError):
-        return f"The config file cannot be loaded: {str(error.__cause__ or error).splitlines()[-1].strip(' .')}."
+        cause = cause.__cause__ or cause.__context__
+    last = str(error.__cause__ or error).strip().splitlines()[-1:]
+    if isinstance(error, OSError) or "Error whilst parsing config file" in str(error):
+        return f"The config file cannot be loaded: {''.join(last).strip(' .')}."
     return f"The command line cannot be used: {_one_line(error)}"
 
 

@@ -15,7 +15,7 @@ from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.checkpoint import Checkpoints
-from stf_jax.runtime.mesh import BATCH, check_batch, make_mesh
+from stf_jax.runtime.mesh import BATCH, check_batch, computing, make_mesh
 from stf_jax.runtime.telemetry import Telemetry
 from stf_jax.training.optimizer import learning_rate, make_optimizer
 from stf_jax.training.state import Blueprint, TrainState, blueprint, init_state, state_layout
@@ -68,8 +68,14 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Trained:
         state = TrainState(step=step, **arrays)
     else:
         loaded = load_params(config.init_from, layout.params, config.init_missing)
-        state, clock = init_state(config, layout, tx, loaded), {"seconds": 0.0}
+        state, clock = init_state(config, layout, tx, loaded), {"seconds": 0.0, "tokens": 0}
     if host == 0:
+        sizes = [sum(math.prod(leaf.shape) for leaf in tree.values()) for tree in (layout.trainable, layout.params)]
+        print(
+            f"{config.name}: {config.model.vision} + {config.model.fusion.fusion} + {config.model.llm}, "
+            f"{sizes[0]:,} of {sizes[1]:,} parameters learn; {steps} steps of {config.global_batch_size} rows; "
+            f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
+        )
         (workdir / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
 
     # ---- The step, compiled ----------------------------------------------------------------------------------------
@@ -84,18 +90,18 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Trained:
 
     # ---- The loop --------------------------------------------------------------------------------------------------
     first = int(state.step)
-    telemetry = Telemetry(workdir, config.name, steps, first, clock["seconds"], active=host == 0)
+    telemetry = Telemetry(workdir, config.name, steps, first, clock, active=host == 0)
     for step in range(first + 1, steps + 1):
         batch: Batch = next(batches)
         tokens = int((batch.segment_ids > 0).sum()) * hosts
         batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
-        with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
+        with computing(mesh, plan.precision), jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = train_step(state, batch)
         telemetry.advance(tokens)
         if step % config.log_every_steps == 0 or step == steps:
             scalars = {name: float(value) for name, value in metrics.items()}
             telemetry.log(step, scalars | {"learning_rate": float(rate(step - 1))})
-        checkpoints.save(step, state, batches, {"seconds": telemetry.seconds}, last=step == steps)
+        checkpoints.save(step, state, batches, telemetry.clock, last=step == steps)
     checkpoints.close()
     telemetry.close()
     return Trained(plan, state)

@@ -43,6 +43,7 @@ class TrainState:
 class Blueprint:
     """A model without its weights: structure, and shape and logical axes of every parameter by path."""
 
+    precision: str  # as in the config
     graph: nnx.GraphDef
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     axes: Mapping[str, tuple[str, ...]]
@@ -61,6 +62,7 @@ def blueprint(config: ModelConfig) -> Blueprint:
     graph, state = nnx.split(nnx.eval_shape(lambda: VLM(nnx.Rngs(0), config)))
     leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     return Blueprint(
+        precision=config.precision,
         graph=graph,
         shapes={path: leaf.get_value() for path, leaf in leaves.items()},
         axes={path: leaf.get_metadata()["axes"] for path, leaf in leaves.items()},

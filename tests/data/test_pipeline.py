@@ -18,6 +18,7 @@ from stf_jax.data.scenes import SceneRecords
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.presets import VISION
 
+SIDE = VISION["clip-tiny"].image_size
 SLOTS = 9
 
 
@@ -104,7 +105,7 @@ def scenes_pipeline(packing=False, host=0, hosts=1, **changes):
 def test_batches(packing):
     (batch,) = take(scenes_pipeline(packing), 1)
     assert batch.tokens.shape == batch.image_slots.shape == (8, 320)
-    assert batch.images.shape == (8, 2 if packing else 1, 48, 48, 3)
+    assert batch.images.shape == (8, 2 if packing else 1, SIDE, SIDE, 3)
     assert (batch.segment_ids.max() > 1) == packing
     for row in range(8):
         pictures = (batch.image_slots[row] >= 0).sum() / SLOTS
@@ -148,7 +149,7 @@ def test_hosts_rows_are_the_rows_of_one_host():
 def test_text_alone_needs_no_picture_places(packing):
     changes = {"data.images_per_row": 0, "data.scenes.task": "documents", "data.template": "plain"}
     (batch,) = take(scenes_pipeline(packing, **changes), 1)
-    assert batch.images.shape == (8, 0, 48, 48, 3)
+    assert batch.images.shape == (8, 0, SIDE, SIDE, 3)
     assert (batch.image_slots == -1).all()
     assert batch.loss_mask.any(axis=1).all()
 

@@ -59,42 +59,46 @@ def texts(record):
 # ---- The same each time ----------------------------------------------------------------------------------------------
 
 
+# The miniatures were trained on these. Who changes them means to train the miniatures again.
+DIGESTS = {
+    ("documents", False): "84f67e6f11c0eebf",
+    ("captions", False): "6da5b238cb1f35bd",
+    ("mixture", False): "8082bbd0e1371492",
+    ("conversations", False): "ee1855e4e2a56356",
+    ("conversations", True): "e8082df871d39916",
+}
+
+
 def test_text_of_a_record_is_what_it_always_was():
     assert texts(SceneRecords("conversations", 10, seed=0)[7]) == [
-        "<image>\nIs the purple square below the blue star?\n" + SHORT_ANSWER,
+        "<image>\nIs the purple square below the green square?\n" + SHORT_ANSWER,
         "no",
         "What does the word say?",
         "BAV",
-        "How many purple shapes are there?",
-        "2",
+        "How many green shapes are there?",
+        "1",
         "Is the green square small or large?",
         "small",
         "Is there a blue star?",
         "yes",
-        "What color is the ring?",
-        "red",
-        "Is the red ring above the blue star?",
+        "Is the purple square small or large?",
+        "large",
+        "Is the purple square right of the blue star?",
         "yes",
+        "How many purple shapes are there?",
+        "2",
     ]
     assert caption(make_scene(0, 7)) == (
-        "a large red ring at the top left, a large purple square at the top right, a small blue star at the center, "
+        "a large purple square at the top right, a small blue star at the center, "
         "a small purple cross at the center, a small green square at the bottom left, the word BAV at the bottom"
     )
 
 
-@pytest.mark.parametrize(
-    ("task", "held_out", "digest"),
-    [
-        ("documents", False, "15c7d8e50e02279d"),
-        ("captions", False, "04efe2090c26109d"),
-        ("conversations", False, "7102c7cee2f7fd30"),
-        ("conversations", True, "b23d4e3f680f57e4"),
-    ],
-)
-def test_text_of_many_records_is_what_it_always_was(task, held_out, digest):
+@pytest.mark.parametrize(("task", "held_out"), DIGESTS)
+def test_text_of_many_records_is_what_it_always_was(task, held_out):
     records = SceneRecords(task, 64, seed=3, held_out=held_out)
     joined = "\n".join(text for index in range(64) for text in texts(records[index]))
-    assert hashlib.sha256(joined.encode()).hexdigest()[:16] == digest
+    assert hashlib.sha256(joined.encode()).hexdigest()[:16] == DIGESTS[task, held_out]
 
 
 def test_records_do_not_depend_on_the_order_of_reading():
@@ -109,6 +113,14 @@ def test_records_do_not_depend_on_the_order_of_reading():
 def test_seeds_indices_and_splits_differ():
     variants = [(seed, index, held_out) for seed in range(5) for index in range(20) for held_out in (False, True)]
     assert len({make_scene(*variant) for variant in variants}) == len(variants)
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 6])
+def test_scenes_hold_up_to_so_many_things(most):
+    counts = [len(make_scene(0, index, most=most).things) for index in range(300)]
+    assert set(counts) == set(range(1, most + 1))
+    records = SceneRecords("captions", 300, seed=0, most=most)
+    assert all(records[index].turns[1].text == caption(make_scene(0, index, most=most)) for index in range(20))
 
 
 # ---- Held out --------------------------------------------------------------------------------------------------------
@@ -249,7 +261,7 @@ def test_answers_vary_enough_to_tell_a_reader_from_a_guesser(asked):
     for kind in KINDS:
         answers = [question.answer for _, question in asked[False] if question.kind == kind]
         most = max(answers.count(answer) for answer in set(answers))
-        assert most / len(answers) < 0.56, kind
+        assert most / len(answers) < 0.65, kind
 
 
 def test_existence_in_held_out_scenes_asks_of_held_out_pairs(asked):
@@ -385,7 +397,7 @@ def test_captions_and_documents():
         records = SceneRecords(task, 40, seed=2)
         for index in range(40):
             record, scene = records[index], make_scene(2, index)
-            if task == "captions" or (task == "mixture" and index % 4):
+            if task == "captions" or (task == "mixture" and index % 8):
                 assert len(record.pictures) == 1
                 assert [turn.speaker for turn in record.turns] == ["human", "gpt"]
                 assert record.turns[0].text.count(IMAGE_MARK) == 1

@@ -13,7 +13,7 @@ from stf_jax.config import MeshConfig, ModelConfig, UserError
 from stf_jax.runtime.mesh import BATCH, check_batch, make_mesh, parameter_sharding
 from stf_jax.training.state import blueprint, init_state, state_layout
 
-# ---- Sizes -------------------------------------------------------------------------------------------------------------
+# ---- Sizes -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_mesh_and_microbatches_divide_the_batch(sizes, rows, accumulation, fits)
             check_batch(config, make_mesh(config.mesh))
 
 
-# ---- Parameters --------------------------------------------------------------------------------------------------------
+# ---- Parameters ------------------------------------------------------------------------------------------------------
 
 EXPECTED = {
     "fusion/mbtf/first/bias": P("tensor"),

@@ -82,7 +82,7 @@ def _trained():
     return before, losses, jax.tree.map(np.array, state), step
 
 
-# ---- Loss and gradients ------------------------------------------------------------------------------------------------
+# ---- Loss and gradients ----------------------------------------------------------------------------------------------
 
 
 def test_loss_is_the_mean_over_learned_tokens_of_the_whole_batch():
@@ -136,7 +136,7 @@ def test_gradients_are_the_slopes_of_the_loss():
             np.testing.assert_allclose(slope({path: direction}, h), expected, rtol=2e-3, err_msg=path)
 
 
-# ---- Meshes ------------------------------------------------------------------------------------------------------------
+# ---- Meshes ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
@@ -157,7 +157,7 @@ def test_losses_are_the_same_on_every_mesh(mesh):
         np.testing.assert_array_equal(np.asarray(value), before.frozen[path], err_msg=path)
 
 
-# ---- Accumulation ------------------------------------------------------------------------------------------------------
+# ---- Accumulation ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 1)], ids=str)
@@ -186,7 +186,7 @@ def test_four_microbatches_equal_one_batch(mesh):
             np.testing.assert_allclose(four[path], value, rtol=0, atol=1e-5 * scale, err_msg=path)
 
 
-# ---- Packing -----------------------------------------------------------------------------------------------------------
+# ---- Packing ---------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -240,7 +240,7 @@ def test_packed_rows_learn_what_their_conversations_learn_alone():
         np.testing.assert_allclose(gradients[path], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=path)
 
 
-# ---- Optimizer ---------------------------------------------------------------------------------------------------------
+# ---- Optimizer -------------------------------------------------------------------------------------------------------
 
 SHAPES = {
     "llm/embedding": (6, 4),

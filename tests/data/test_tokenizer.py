@@ -1,0 +1,130 @@
+"""The miniatures' tokenizer, and what is said of tokenizers that cannot be used."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from stf_jax.config import UserError
+from stf_jax.data.conversation import SYSTEM
+from stf_jax.data.scenes import (
+    COLORS,
+    HELD_OUT_WORDS,
+    SHAPES,
+    SHORT_ANSWER,
+    TRAINING_WORDS,
+    SceneRecords,
+    caption,
+    make_scene,
+)
+from stf_jax.data.tokenizer import MINIATURE, MINIATURE_VOCAB, load_tokenizer, train_miniature_tokenizer
+
+WORDS = TRAINING_WORDS + HELD_OUT_WORDS
+
+
+@pytest.fixture(scope="module")
+def miniature():
+    return load_tokenizer("miniature")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_miniature_tokenizer()
+
+
+def corpus():
+    """All that the miniatures read and say, and what they never saw."""
+    for task in ("documents", "captions"):
+        for held_out in (False, True):
+            records = SceneRecords(task, 40, seed=11, held_out=held_out)
+            yield from (turn.text for index in range(40) for turn in records[index].turns)
+    yield f"{SYSTEM} USER: \nDescribe the picture.\n{SHORT_ANSWER} ASSISTANT: "
+    yield from ("", " ", "Größe 日本 🤗\t\n\x00", "ASSISTANT:</s>USER: x", *WORDS)
+
+
+def backend(tokenizer):
+    return json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_special_tokens(miniature):
+    assert (miniature.bos_token_id, miniature.eos_token_id, miniature.pad_token_id) == (1, 2, 0)
+    assert miniature("").input_ids == [1]
+    assert miniature.is_fast
+    assert len(miniature) <= MINIATURE_VOCAB
+    assert max(miniature.get_vocab().values()) < MINIATURE_VOCAB
+
+
+def test_any_text_comes_back(miniature):
+    for text in corpus():
+        assert miniature.decode(ids(miniature, text)) == text
+        assert miniature(text).input_ids == [1, *ids(miniature, text)]
+
+
+def test_training_gives_the_same_each_time(trained):
+    again = train_miniature_tokenizer()
+    assert backend(again) == backend(trained)
+
+
+@pytest.mark.xfail(reason="the committed files were made before the scenes that are made now", strict=True)
+def test_the_committed_tokenizer_is_what_training_gives(miniature, trained):
+    assert trained.get_vocab() == miniature.get_vocab()
+    assert backend(trained) == backend(miniature)
+    assert [ids(trained, text) for text in corpus()] == [ids(miniature, text) for text in corpus()]
+
+
+def test_it_was_trained_on_text_like_that(miniature):
+    """The common words are tokens of their own."""
+    for word in (*COLORS, *SHAPES, "small", "large", "left", "bottom"):
+        assert len(ids(miniature, f" {word}")) == 1, word
+    sentence = caption(make_scene(3, 3))
+    assert len(ids(miniature, sentence)) < len(sentence) / 3
+
+
+@pytest.mark.parametrize("tokenizer", ["miniature", "trained"])
+def test_printed_words_are_spelt(tokenizer, request):
+    """In letters, but for what USER and ASSISTANT taught; so that words never seen can be read."""
+    tokenizer = request.getfixturevalue(tokenizer)
+    pieces = {word: [tokenizer.decode([token]).strip() for token in ids(tokenizer, f" {word}")] for word in WORDS}
+    assert all("".join(parts) == word for word, parts in pieces.items())
+    for parts in pieces.values():
+        assert all(len(part) == 1 or part in "ASSISTANT" or part in "USER" for part in parts if part), parts
+    letters = {word for word, parts in pieces.items() if all(len(part) < 2 for part in parts)}
+    assert len(letters) > 0.9 * len(WORDS)
+
+
+# ---- What cannot be used ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "nowhere/at/all", str(MINIATURE / "tokenizer.json"), "miniatur"])
+def test_a_missing_folder_is_named_with_its_key(name):
+    with pytest.raises(
+        UserError, match=r"tokenizer is missing: .*--config\.data\.tokenizer=DIR.*configs/demo\.py"
+    ) as e:
+        load_tokenizer(name)
+    assert repr(name) in str(e.value) if name else "no folder is given" in str(e.value)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"added_tokens": [], "model": 3}'])
+def test_a_folder_without_a_tokenizer_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=f"No tokenizer can be read from {tmp_path}: .+"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    endless = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
+    endless.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"tokenizer in {tmp_path} needs a tokenizer.json and an end-of-sequence token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_saved_tokenizer_is_read_back(tmp_path, miniature):
+    miniature.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert [ids(again, text) for text in corpus()] == [ids(miniature, text) for text in corpus()]

@@ -1,0 +1,321 @@
+"""The command line that every verb shares: what is wrong with the input takes one line, and exit status 2."""
+
+import re
+import sys
+
+import pytest
+
+from stf_jax.config import UserError, resolve
+from stf_jax.runtime.cli import Parser, door, parse
+
+HELP = "Usage: as this page says.\n"
+PLAIN = """
+from stf_jax.config import default_config, parse_arg
+
+def get_config(arg=None):
+    arg = parse_arg(arg, steps=3, name="plain")
+    config = default_config()
+    config.steps = arg.steps
+    config.name = arg.name
+    return config
+"""
+STAGED = """
+from stf_jax.config import default_config
+
+def get_config(arg=None):
+    config = default_config()
+    config.run = ("text", "captions")
+    config.stages = {
+        "text": {"steps": 3, "optimizer": {"learning_rate": 2e-3}},
+        "captions": {"steps": 4, "model": {"fusion": {"taps": (3, 2)}}},
+    }
+    return config
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh_config_module(monkeypatch):
+    """ml_collections loads every config file as one module, which would remember the one before."""
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    yield
+    sys.modules.pop("config_config", None)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a config file."""
+
+    def write(text, name="config.py"):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Runs a verb that resolves its config and prints nothing: (exit status, standard error, stages, workdir)."""
+    seen = {}
+
+    def main(argv):
+        workdir, config = parse(argv, HELP)
+        seen.update(workdir=workdir, stages=resolve(config))
+
+    def run(*argv, workdir=True):
+        seen.clear()
+        status = door(main, [*argv, *([f"--workdir={tmp_path / 'run'}"] if workdir else [])])
+        out, error = capsys.readouterr()
+        assert out == ""
+        return status, error, seen.get("stages"), seen.get("workdir")
+
+    return run
+
+
+def refused(result) -> str:
+    """The one line of a refusal."""
+    status, error, stages, _ = result
+    assert status == 2
+    assert stages is None
+    assert re.fullmatch(r"error: [^\n]+\n", error), error
+    assert "Traceback" not in error
+    return error
+
+
+def accepted(result):
+    status, error, stages, _ = result
+    assert (status, error) == (0, "")
+    return stages
+
+
+# ---- The config file -------------------------------------------------------------------------------------------------
+
+
+def test_a_config_and_a_workdir(run, file, tmp_path):
+    status, error, stages, workdir = run(f"--config={file(PLAIN)}")
+    assert (status, error) == (0, "")
+    assert [stage.steps for stage in stages] == [3]
+    assert workdir == tmp_path / "run"
+    # Options may also stand apart from their values.
+    (stage,) = accepted(run("--config", file(PLAIN), "--workdir", "elsewhere", "--config.seed", "4", workdir=False))
+    assert stage.seed == 4
+
+
+def test_config_arguments(run, file):
+    (stage,) = accepted(run(f"--config={file(PLAIN)}:steps=8,name=other"))
+    assert (stage.steps, stage.name) == (8, "other")
+    assert "did you mean 'steps='" in refused(run(f"--config={file(PLAIN)}:stps=8"))
+    assert "steps='x' should be of type int" in refused(run(f"--config={file(PLAIN)}:steps=x"))
+
+
+@pytest.mark.parametrize("path", ["nowhere.py", "nowhere/at/all.py", ".", ""])
+def test_a_missing_config_file(run, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = refused(run(f"--config={path}"))
+    assert error.startswith("error: The config file cannot be loaded: ")
+    assert path in error
+    # Overrides come to the same.
+    assert refused(run(f"--config={path}", "--config.seed=3")) == error
+    assert refused(run(f"--config={path}", "--config.optimizer.b1=0.5")) == error
+
+
+BROKEN = {
+    "syntax": ("def get_config(:\n", r"cannot be read: .*config\.py, line 1"),
+    "name": ("def get_config(arg=None):\n    return oops\n", r"line 2: NameError: name 'oops' is not defined"),
+    "top": ("oops\n", r"line 1: NameError: name 'oops' is not defined"),
+    "import": ("import no_such_module\n", r"line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+    "zero": ("def get_config(arg=None):\n    1 / 0\n", r"line 2: ZeroDivisionError: division by zero"),
+    "value": ("def get_config(arg=None):\n    int('x')\n", r"line 2: ValueError: invalid literal for int"),
+    "type": ("def get_config(arg=None):\n    1 + 'x'\n", r"line 2: TypeError: unsupported operand"),
+    "file": ("def get_config(arg=None):\n    open('nowhere')\n", r"line 2: FileNotFoundError: .*'nowhere'"),
+    "lines": ("def get_config(arg=None):\n    raise RuntimeError('a\\nb')\n", r"line 2: RuntimeError: a b"),
+    "no function": ("config = 3\n", r"needs a function get_config\(arg\) that returns a ConfigDict"),
+    "no config": ("def get_config(arg=None):\n    return 3\n", r"needs a function get_config\(arg\) that returns a"),
+    "signature": ("def get_config(a, b):\n    pass\n", r"get_config\(\) missing 2 required positional arguments"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_config_file_that_fails_is_named_with_its_line(run, file, name):
+    text, sentence = BROKEN[name]
+    assert re.search(sentence, refused(run(f"--config={file(text)}")))
+
+
+def with_line(line):
+    return PLAIN.replace("    return config\n", f"    {line}\n    return config\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("config.stps = 3", r'line 9: .*"stps" does not exist .*Did you mean "steps"'),
+        ("config.optimizer.learnin_rate = 3", r'line 9: .*Did you mean "learning_rate"'),
+        ("config.optimizer.update(learnin_rate=3)", r'line 9: .*Did you mean "learning_rate"'),
+        ("config.model.fusion.update(kernal=3)", r'line 9: .*Did you mean "kernel"'),
+        ("config.steps = 'many'", r"line 9: TypeError: Could not override field 'steps'"),
+        ("config.stages = {'one': {'stps': 3}}; config.run = ('one',)", r"stages\.one\.stps: did you mean 'steps'"),
+        ("config.data.aspect = 'squar'", r"data\.aspect is 'squar': did you mean 'square'"),
+        ("parse_arg('stps=3', steps=3)", r"'stps=3' is not known; did you mean 'steps='"),
+    ],
+)
+def test_a_config_file_that_does_not_fit_is_refused_shortly(run, file, line, sentence):
+    error = refused(run(f"--config={file(with_line(line))}"))
+    assert re.search(sentence, error), error
+    assert len(error) < 400
+
+
+# ---- Options ---------------------------------------------------------------------------------------------------------
+
+
+def test_missing_options(run, file):
+    assert "--config is missing" in refused(run())
+    assert "--workdir is missing" in refused(run(f"--config={file(PLAIN)}", workdir=False))
+
+
+def test_unknown_options(run, file):
+    config = f"--config={file(PLAIN)}"
+    assert "Unknown command line flag 'wokdir'. Did you mean: workdir" in refused(run(config, "--wokdir=a"))
+    assert "Unknown command line flag 'confg.steps'" in refused(run(config, "--confg.steps=3"))
+    assert "Unexpected argument 'extra'" in refused(run(config, "extra"))
+    assert "Unexpected argument 'steps=3'" in refused(run(config, "steps=3"))
+
+
+def test_help(capsys, file):
+    for argv in (["--help"], ["-h"], [], [f"--config={file(PLAIN)}", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            door(lambda argv: parse(argv, HELP), argv)
+        assert stop.value.code == 0
+        assert capsys.readouterr() == (HELP, "")
+
+
+def test_a_bug_keeps_its_traceback(capsys):
+    def main(argv):
+        raise RuntimeError("ours")
+
+    with pytest.raises(RuntimeError, match="ours"):
+        door(main, [])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_door_reads_the_command_line(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["verb", "--a", "b"])
+    assert door(seen.append) == 0
+    assert seen == [["--a", "b"]]
+
+
+def test_door_tells_what_is_wrong_with_the_input(capsys):
+    def main(argv):
+        raise UserError("No such thing; make one.")
+
+    assert door(main, []) == 2
+    assert capsys.readouterr() == ("", "error: No such thing; make one.\n")
+
+
+def test_parsers_of_other_verbs_complain_alike(capsys):
+    def main(argv):
+        parser = Parser(prog="verb")
+        parser.add_argument("--count", type=int, required=True)
+        parser.parse_args(argv)
+
+    assert door(main, ["--count=3"]) == 0
+    for argv in ([], ["--count=x"], ["--count=3", "--cuont=4"]):
+        assert door(main, argv) == 2
+        out, error = capsys.readouterr()
+        assert out == ""
+        assert re.fullmatch(r"error: [A-Z][^\n]+; see --help\.\n", error), error
+
+
+# ---- Overrides -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "value"),
+    [
+        (["--config.steps=9"], "steps", 9),
+        (["--config.steps", "9"], "steps", 9),
+        (["--config.optimizer.learning_rate=1"], "optimizer.learning_rate", 1.0),
+        (["--config.optimizer.learning_rate=1e-4"], "optimizer.learning_rate", 1e-4),
+        (["--config.data.packing=true"], "data.packing", True),
+        (["--config.data.packing"], "data.packing", True),
+        (["--config.model.scan_layers=false"], "model.scan_layers", False),
+        (["--noconfig.model.scan_layers"], "model.scan_layers", False),
+        (["--config.name=a name"], "name", "a name"),
+        (["--config.init_from="], "init_from", ""),
+        (["--config.model.fusion.taps=(3,2)"], "model.fusion.taps", (3, 2)),
+        (["--config.model.fusion.taps=3,2"], "model.fusion.taps", (3, 2)),
+        (["--config.model.fusion.taps=(3,)"], "model.fusion.taps", (3,)),
+        (["--config.model.fusion.taps=()"], "model.fusion.taps", ()),
+        (["--config.init_missing=('fusion/.*',)"], "init_missing", ("fusion/.*",)),
+        (["--config.rules=(('a','train'),('.*','freeze'))"], "rules", (("a", "train"), (".*", "freeze"))),
+        (["--config.mesh.data=-1", "--config.mesh.fsdp=2"], "mesh.fsdp", 2),
+    ],
+)
+def test_overrides(run, file, overrides, key, value):
+    (stage,) = accepted(run(f"--config={file(PLAIN)}", *overrides))
+    for part in key.split("."):
+        stage = getattr(stage, part)
+    assert stage == value
+    assert type(stage) is type(value)
+
+
+def test_overrides_of_stages(run, file):
+    config = f"--config={file(STAGED)}"
+    text, captions = accepted(
+        run(
+            config,
+            "--config.stages.text.optimizer.learning_rate=0.5",
+            "--config.stages.captions.steps=7",
+            "--config.stages.captions.model.fusion.taps=(1,)",
+            "--config.seed=5",
+        )
+    )
+    assert (text.steps, text.optimizer.learning_rate, text.seed) == (3, 0.5, 5)
+    assert (captions.steps, captions.model.fusion.taps, captions.seed) == (7, (1,), 5)
+    assert [stage.name for stage in accepted(run(config, "--config.run=('captions',)"))] == ["captions"]
+    assert [stage.name for stage in accepted(run(config, "--config.run=('captions','text')"))] == ["captions", "text"]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("--config.stps=9", r"config key 'stps': did you mean 'steps'"),
+        ("-config.stps=9", r"config key 'stps': did you mean 'steps'"),
+        ("--noconfig.data.paking", r"config key 'data\.paking': did you mean 'data\.packing'"),
+        ("--config.model.fusion.tap=(3,)", r"did you mean 'model\.fusion\.taps'"),
+        ("--config.optimiser.learning_rate=1", r"did you mean 'optimizer\.learning_rate'"),
+        ("--config.learning_rate=1", r"Unknown config key 'learning_rate'.*optimizer\.learning_rate"),
+        ("--config.steps.more=1", r"config key 'steps\.more': did you mean 'steps'"),
+        ("--config.steps=many", r"--config\.steps=many"),
+        ("--config.steps=1.5", r"--config\.steps=1\.5"),
+        ("--config.steps=", r"--config\.steps="),
+        ("--config.data.packing=maybe", r"--config\.data\.packing=maybe"),
+        ("--config.optimizer=3", r"--config\.optimizer=3"),
+        ("--config.model.fusion.taps=('a',)", r"model\.fusion\.taps is 'a', which is not of type int"),
+        ("--config.rules=(1,2)", r"rules is 1, which is not of type tuple"),
+        ("--config.steps=-1", r"steps is -1; it must"),
+        ("--config.optimizer.schedule=cosin", r"did you mean 'cosine'"),
+        ("--config.=3", r"cannot be used"),
+    ],
+)
+def test_overrides_that_do_not_fit(run, file, override, sentence):
+    for text in (PLAIN, STAGED):
+        error = refused(run(f"--config={file(text)}", override))
+        if text is PLAIN:
+            assert re.search(sentence, error), error
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("--config.stages.text.stps=9", r"config key 'stps': did you mean 'steps'"),
+        ("--config.stages.text.optimizer.learnin_rate=9", r"did you mean 'optimizer\.learning_rate'"),
+        ("--config.stages.txt.steps=9", r"no stages\.txt\.steps to change; it can be given to all stages as steps"),
+        ("--config.stages.text.seed=9", r"no stages\.text\.seed to change; it can be given to all stages as seed"),
+        ("--config.stages.text.steps=many", r"--config\.stages\.text\.steps=many"),
+        ("--config.steps=9", r"steps is set by stage 'text'; set stages\.text\.steps instead"),
+        ("--config.run=('txt',)", r"run names stage 'txt': did you mean 'text'"),
+    ],
+)
+def test_overrides_of_stages_that_do_not_fit(run, file, override, sentence):
+    error = refused(run(f"--config={file(STAGED)}", override))
+    assert re.search(sentence, error), error
