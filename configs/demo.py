@@ -25,15 +25,21 @@ def get_config(arg=None):
             "init_from": "miniatures",
             "init_missing": ("fusion/.*",),
             "rules": (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "freeze")),
-            "data": {"template": "plain", "scenes": {"task": "captions"}, "max_length": 160, "images_per_row": 3},
+            # Four pictures with their captions in a row; few shapes in each, so that minutes are enough.
+            "data": {
+                "template": "plain",
+                "scenes": {"task": "captions", "things": 2},
+                "max_length": 160,
+                "images_per_row": 4,
+            },
             "optimizer": {"learning_rate": 2e-3},
         },
         "finetune": {
-            "steps": arg.steps or 300,
-            "global_batch_size": 16,
+            "steps": arg.steps or 240,
+            "global_batch_size": 32,
             "rules": (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train")),
-            "data": {"template": "v1", "scenes": {"task": "conversations"}, "max_length": 320, "images_per_row": 2},
-            "optimizer": {"learning_rate": 1e-3},
+            "data": {"template": "v1", "scenes": {"task": "conversations"}, "max_length": 160},
+            "optimizer": {"learning_rate": 1.5e-3},
             "benchmark": "scenes",
         },
     }

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
@@ -207,15 +208,24 @@ def test_a_conversation_that_ends_with_a_question_is_a_prompt(tokenizer):
     assert tokenizer.decode(prompt.tokens).endswith("USER: Sure? ASSISTANT:")
 
 
-def test_tokenizers_without_a_beginning(miniature):
-    """Qwen's, for one, begin a text with nothing."""
-    backend = type(miniature.backend_tokenizer).from_str(miniature.backend_tokenizer.to_str())
-    inner = json.loads(backend.to_str()) | {"post_processor": None}
-    plain = PreTrainedTokenizerFast(
-        tokenizer_object=type(backend).from_str(json.dumps(inner)), eos_token="</s>", bos_token="<s>"
-    )
+@pytest.mark.parametrize(("processor", "first"), [(None, []), ("<s> $A </s>", [1]), ("$A </s>", [])])
+def test_tokenizers_begin_and_end_texts_as_they_like(miniature, processor, first):
+    """Qwen's begins a text with nothing; others end it, which is the template's to do."""
+    backend = Tokenizer.from_str(miniature.backend_tokenizer.to_str())
+    special = [("<s>", 1), ("</s>", 2)]
+    backend.post_processor = processor and processors.TemplateProcessing(single=processor, special_tokens=special)
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>")
     row = record("<image>\nWhat?", "A cat.", pictures=1)
-    assert encoded("v1", row, plain).tokens.tolist() == encoded("v1", row, miniature).tokens[1:].tolist()
+    expected = encoded("v1", row, miniature)
+    assert encoded("v1", row, other).tokens.tolist() == first + expected.tokens[1:].tolist()
+
+
+def test_a_token_belongs_to_the_span_of_its_last_character(miniature):
+    (the,) = ids(miniature, " the")
+    for spans, learned in (((" th", False), ("e", True)), True), (((" th", True), ("e", False)), False):
+        result = encode([Text(*span) for span in spans], miniature, SLOTS)
+        assert result.tokens.tolist() == [1, the]
+        assert result.learned.tolist() == [False, learned]
 
 
 # ---- plain -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -202,8 +203,8 @@ def _packed_and_not():
         }
     ).config
     packed = batches(config, 1)[0]
-    prepare = preparation(config)
-    examples = {bytes(e["tokens"]): e for e in map(prepare, training_records(config))}
+    records, prepare = training_records(config), preparation(config)
+    examples = {bytes(e["tokens"]): e for e in (prepare(records[i]) for i in range(len(records)))}
     rows = [
         pad(examples[bytes(tokens[segments == segment])], 192, 1)
         for tokens, segments in zip(packed.tokens, packed.segment_ids, strict=True)
@@ -306,9 +307,9 @@ def test_weight_decay_spares_biases_and_norms_of_the_whole_model():
 @pytest.mark.parametrize(("steps", "ratio"), [(2181, 0.03), (100, 0.03), (40, 0.1), (10, 0.0), (6, 0.03)])
 def test_learning_rate_is_hugging_faces(steps, ratio):
     """The number of warm-up steps too is theirs, rounded up."""
-    warmup = transformers.TrainingArguments(output_dir="unused", warmup_steps=ratio, use_cpu=True).get_warmup_steps(
-        steps
-    )
+    # Their arguments in full would want accelerate installed; the method reads one of them.
+    arguments = types.SimpleNamespace(warmup_steps=ratio)
+    warmup = transformers.TrainingArguments.get_warmup_steps(arguments, steps)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-5)
     theirs = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps).lr_lambdas[0]
     ours = learning_rate(OptimizerConfig(learning_rate=2e-5, warmup_ratio=ratio), steps)
