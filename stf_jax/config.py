@@ -228,6 +228,8 @@ def resolve(config: Mapping[str, Any]) -> list[TrainConfig]:
     """
     base = ml_collections.ConfigDict(config).to_dict()
     stages, run = base.pop("stages", {}), base.pop("run", ())
+    if stages and not run:
+        raise UserError(f"The config has stages {', '.join(stages)} but runs none; set run to their names, in order.")
     if not run:
         return [_validated(_build(TrainConfig, base, ""))]
     defaults = flatten(default_config().to_dict())

@@ -15,7 +15,7 @@ from stf_jax.data.pipeline import Prepare, training_batches, training_records
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models import presets
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.mesh import BATCH, make_mesh
+from stf_jax.runtime.mesh import BATCH, computing, make_mesh
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import Blueprint, TrainState, blueprint, state_layout
 from stf_jax.training.step import make_train_step
@@ -90,7 +90,7 @@ class Setup:
         )
 
         def run(state, batch):
-            with jax.set_mesh(self.mesh):
+            with computing(self.mesh, self.plan.precision):
                 return step(state, jax.device_put(batch, rows))
 
         return run

@@ -114,7 +114,7 @@ def test_grids():
     assert grids["clip-l-14-336"] == 24
     assert grids["siglip-so400m-14-384"] == 27
     assert grids["siglip-b-16-256"] == 16
-    assert grids["clip-mini-16-96"] == 8
+    assert grids["clip-mini-16-96"] == 6
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest():

@@ -15,7 +15,7 @@ from stf_jax.config import FusionConfig, ModelConfig, UserError
 from stf_jax.models.vlm import VLM, slots_per_image
 
 CONFIG = ModelConfig(vision="clip-mini-16-96", llm="llama-mini", precision="float32", remat="none")
-N = 16  # an 8×8 grid merged 2×2
+N = 9  # a 6×6 grid merged 2×2
 
 
 @functools.cache

@@ -44,7 +44,8 @@ def saved(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("saved")
     state = _setup(2, 2, 2).state(seed=3)
     # Moments of nought would come back from nothing as well.
-    state = dataclasses.replace(state, moments=jax.tree.map(lambda x: x + 3, state.moments))
+    moments = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, 3, x.dtype), x.sharding), state.moments)
+    state = dataclasses.replace(state, moments=moments)
     checkpoints = Checkpoints(workdir, CheckpointConfig(every_steps=2))
     checkpoints.save(2, state, _iterator(moved=5), {"seconds": 12.5})
     checkpoints.close()

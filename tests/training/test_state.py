@@ -10,6 +10,7 @@ import pytest
 from tiny import Setup, batches, filled
 
 from stf_jax.config import ModelConfig, UserError
+from stf_jax.models import presets
 from stf_jax.training.state import blueprint, init_state, trainable_paths
 
 STAGE_1 = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "freeze"))
@@ -72,10 +73,13 @@ def _elements(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-# Elements of the tiny model, layer by layer: fusion (MBTF 96→32→32, STF 4·32→64→32), llm (tied, 2 layers), vision.
+# Elements of the tiny model, layer by layer: MBTF 96→32→32 and STF 4·32→64→32; a tied decoder of two layers with half
+# as many key heads; a tower of three.
+TOWER = presets.VISION["clip-tiny"]
+PATCH, PLACES = TOWER.patch_size**2 * 3, TOWER.grid**2 + 1
 FUSION = (96 * 32 + 32) + (32 * 32 + 32) + (4 * 32 * 64 + 64) + (64 * 32 + 32)
 LLM = 512 * 32 + 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32) + 32
-VISION = 12 * 12 * 3 * 32 + 32 + 17 * 32 + 2 * 32 + 3 * (4 * (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 4 * 32)
+VISION = (PATCH + 1 + PLACES + 2) * 32 + 3 * (4 * (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 4 * 32)
 
 
 @pytest.mark.parametrize(
