@@ -84,9 +84,10 @@ def test_the_recipe_without_data_says_what_to_provide(tmp_path):
 
 def test_a_run_leaves_config_metrics_checkpoints_and_tensorboard(tmp_path):
     workdir = tmp_path / "new" / "run"
-    assert door(main, [f"{TINY}:steps=5", f"--workdir={workdir}", "--config.log_every_steps=2"]) == 0
+    options = ["--config.log_every_steps=2", "--config.mesh.data=1"]
+    assert door(main, [f"{TINY}:steps=5", f"--workdir={workdir}", *options]) == 0
     config = from_json(json.loads((workdir / "config.json").read_text()))
-    assert config == tiny(steps=5, log_every_steps=2)
+    assert config == tiny(steps=5, log_every_steps=2, **{"mesh.data": 1})
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     # Every second step, and the last.
     assert [line["step"] for line in lines] == [2, 4, 5]

@@ -1,5 +1,6 @@
 """Which parameters learn, in which types they are held, and that the others never change."""
 
+import dataclasses
 import math
 
 import jax
@@ -186,9 +187,16 @@ def test_loaded_parameters_are_taken_over_and_the_others_initialised(initial):
     setup = Setup.of(**{"mesh.fsdp": 2, "mesh.data": 1, "model.precision": "bfloat16", "rules": STAGE_1})
     afresh = {"fusion/mbtf/second/kernel", "fusion/tokens/conv/bias"}
     values = {path: value for path, value in filled(setup.plan.shapes).items() if path not in afresh}
-    loaded = {path: jax.device_put(value, setup.layout.params[path].sharding) for path, value in values.items()}
-    state = init_state(setup.config, setup.layout, setup.tx, loaded)
+
+    def start(config):
+        # The arrays are donated, so each start gets its own.
+        loaded = {path: jax.device_put(value, setup.layout.params[path].sharding) for path, value in values.items()}
+        return init_state(config, setup.layout, setup.tx, loaded)
+
+    state, other = start(setup.config), start(dataclasses.replace(setup.config, seed=1))
     for path, leaf in state.trainable.items():
         np.testing.assert_array_equal(np.asarray(leaf), initial.params[path] if path in afresh else values[path])
     for path, leaf in state.frozen.items():
         np.testing.assert_array_equal(np.asarray(leaf), values[path].astype(jnp.bfloat16))
+    for path in state.params:
+        assert np.array_equal(state.params[path], other.params[path]) == (path not in afresh), path
