@@ -8,7 +8,7 @@ import sys
 import jax.numpy as jnp
 
 from stf_jax.config import UserError
-from stf_jax.runtime.checkpoint import restore_params
+from stf_jax.runtime.checkpoint import SavedParams
 from stf_jax.runtime.cli import Parser, door
 from stf_jax.weights.folder import save_params
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
 def _export(options: argparse.Namespace) -> None:
     if not (options.run / "checkpoints").is_dir():
         raise UserError(f"{options.run} is not the workdir of a run: it has no checkpoints/.")
-    params = restore_params(options.run, {})
+    params = SavedParams(options.run).restore({})
     chosen = {
         path: value.astype(jnp.dtype(options.dtype))
         for path, value in params.items()

@@ -287,8 +287,10 @@ class SceneRecords:
             rounds = 1 if task == "documents" else 2
             asked = {q.text: q for _ in range(rounds) for q in questions(scene, rng, self._held_out)}.values()
             if task == "documents":
+                told = [(q.text, q.answer) for q in asked]
+                told.insert(rng.integers(len(told) + 1), ("Describe the picture.", caption(scene)))
                 turns = [Turn("gpt", caption(scene))]
-                turns += [Turn("gpt", f"USER: {q.text} ASSISTANT: {q.answer}") for q in asked]
+                turns += [Turn("gpt", f"USER: {question} ASSISTANT: {answer}") for question, answer in told]
             else:
                 turns = [t for q in asked for t in (Turn("human", q.text), Turn("gpt", q.answer))]
                 turns[0] = Turn("human", f"{IMAGE_MARK}\n{turns[0].text}\n{SHORT_ANSWER}")

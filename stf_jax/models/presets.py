@@ -1,10 +1,12 @@
-"""Shapes of known towers and language models, by name."""
+"""Shapes of towers and language models: known ones by name, imported ones from their folder's ``model.json``."""
 
+import json
+import pathlib
 from collections.abc import Mapping
 from typing import TypeVar
 
 from stf_jax.config import UserError, nearest
-from stf_jax.models.llm import LLMConfig
+from stf_jax.models.llm import LLMConfig, RopeScaling
 from stf_jax.models.vit import VisionConfig
 
 _CLIP = dict(
@@ -64,17 +66,40 @@ LLM: Mapping[str, LLMConfig] = {
 _Config = TypeVar("_Config", VisionConfig, LLMConfig)
 
 
+DESCRIPTION = "model.json"  # in a folder of imported weights: {"vision": …, "llm": …, "fusion": …}, null where absent
+
+
 def vision_preset(name: str) -> VisionConfig:
-    """The tower of that name. Raises UserError for an unknown one."""
-    return _lookup(VISION, name, "vision")
+    """The tower of that name, or of that folder of imported weights. Raises UserError for an unknown one."""
+    return _lookup(VISION, name, "vision", vision_config)
 
 
 def llm_preset(name: str) -> LLMConfig:
-    """The language model of that name. Raises UserError for an unknown one."""
-    return _lookup(LLM, name, "llm")
+    """The language model of that name, or of that folder of imported weights. Raises UserError for an unknown one."""
+    return _lookup(LLM, name, "llm", llm_config)
 
 
-def _lookup(presets: Mapping[str, _Config], name: str, key: str) -> _Config:
-    if name not in presets:
+def vision_config(values: Mapping) -> VisionConfig:
+    """From plain data, as ``dataclasses.asdict`` and JSON leave it."""
+    return VisionConfig(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+def llm_config(values: Mapping) -> LLMConfig:
+    """From plain data, as ``dataclasses.asdict`` and JSON leave it."""
+    scaling = values["rope_scaling"]
+    return LLMConfig(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+
+
+def _lookup(presets: Mapping[str, _Config], name: str, key: str, build) -> _Config:
+    if name in presets:
+        return presets[name]
+    file = pathlib.Path(name) / DESCRIPTION
+    if not file.is_file():
         raise UserError(f"Unknown preset model.{key}={name!r}; {nearest(name, presets)}")
-    return presets[name]
+    try:
+        values = json.loads(file.read_bytes())[key]
+        if values is not None:
+            return build(values)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} does not describe a model.") from None
+    raise UserError(f"model.{key}={name}: the weights in that folder have no such part.")

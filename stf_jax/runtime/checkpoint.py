@@ -1,13 +1,18 @@
 """Orbax checkpoints: state, data iterator and clock as one step, written while training goes on."""
 
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import orbax.checkpoint.experimental.v1 as v1
 
 from stf_jax.config import CheckpointConfig, UserError
+
+IMPORTED = "params"  # the Orbax checkpoint in a folder of imported weights
 
 
 class Checkpoints:
@@ -71,30 +76,69 @@ def _trees(state):
     return {name: tree for name, tree in trees.items() if tree}
 
 
-def restore_params(workdir: pathlib.Path, layout: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """All parameters of a run's newest checkpoint, those that the layout names on the devices that it names.
+class SavedParams:
+    """Parameters as Orbax keeps them, by path: of a run's newest checkpoint, or of a folder that ``convert`` imported.
 
-    Raises:
-      UserError: the run has no complete checkpoint.
+    Attributes:
+      shapes: shape and dtype of every parameter.
     """
-    with ocp.CheckpointManager((workdir / "checkpoints").resolve()) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise UserError(f"Run {workdir} holds no complete checkpoint to start from.")
+
+    def __init__(self, folder: pathlib.Path):
+        """Reads no values yet. Raises UserError where the folder has no complete checkpoint."""
+        self._items = [folder.resolve() / IMPORTED / "state"]
+        if not self._items[0].exists():
+            with ocp.CheckpointManager((folder / "checkpoints").resolve()) as manager:
+                step = manager.latest_step()
+                if step is None:
+                    raise UserError(f"Run {folder} holds no complete checkpoint to start from.")
+                items = (manager.directory / str(step) / item for item in ("trainable", "frozen"))
+                self._items = [pathlib.Path(item) for item in items if item.exists()]
+        trees = [ocp.StandardCheckpointHandler().metadata(item).tree for item in self._items]
+        self._where = {path: item for item, tree in zip(self._items, trees, strict=True) for path in tree}
+        self.shapes = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for tree in trees for path, leaf in tree.items()
+        }
+
+    @staticmethod
+    def at(folder: pathlib.Path) -> bool:
+        """Whether the folder is a run's or an imported one."""
+        return (folder / "checkpoints").is_dir() or (folder / IMPORTED / "state").is_dir()
+
+    def read(self, path: str) -> np.ndarray:
+        """One parameter, into host memory."""
+        with ocp.PyTreeCheckpointer() as reader:
+            how = ocp.args.PyTreeRestore(
+                item={path: self.shapes[path]},
+                restore_args={path: ocp.RestoreArgs(restore_type=np.ndarray)},
+                partial_restore=True,
+            )
+            return reader.restore(self._where[path], args=how)[path]
+
+    def restore(self, layout: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """All parameters, those that the layout names on the devices that it names, the others on the first."""
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         params = {}
-        for item in ("trainable", "frozen"):
-            folder = manager.directory / str(step) / item
-            if not folder.exists():
-                continue
-            saved = ocp.StandardCheckpointHandler().metadata(folder).tree
+        for item in self._items:
+            wanted = {
+                path: jax.ShapeDtypeStruct(
+                    leaf.shape,
+                    leaf.dtype,
+                    sharding=layout[path].sharding if path in layout and layout[path].shape == leaf.shape else first,
+                )
+                for path, leaf in self.shapes.items()
+                if self._where[path] == item
+            }
             with ocp.StandardCheckpointer() as reader:
-                wanted = {
-                    path: layout[path].update(dtype=leaf.dtype)
-                    if path in layout and layout[path].shape == leaf.shape
-                    else jax.ShapeDtypeStruct(
-                        leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-                    )
-                    for path, leaf in saved.items()
-                }
-                params |= reader.restore(folder, wanted)
+                params |= reader.restore(item, wanted)
         return params
+
+
+def write_params(folder: pathlib.Path, params: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes an imported folder's parameters one by one, so that one at a time is in memory.
+
+    They appear in ``folder`` when the last is written.
+    """
+    target = (folder / IMPORTED).resolve()
+    for path, value in params:
+        v1.partial.save(target, {path: value})
+    v1.partial.finalize(target)

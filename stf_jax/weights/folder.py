@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from stf_jax.config import UserError
-from stf_jax.runtime.checkpoint import restore_params
+from stf_jax.runtime.checkpoint import SavedParams
 
 MINIATURES = pathlib.Path(__file__).parent / "miniatures"
 
@@ -71,8 +71,8 @@ def save_params(folder: pathlib.Path, params: Mapping[str, jax.Array]) -> None:
 
 
 def _read(folder, layout):
-    if (folder / "checkpoints").is_dir():
-        return restore_params(folder, dict(layout))
+    if SavedParams.at(folder):
+        return SavedParams(folder).restore(layout)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"init_from names {folder}, which holds neither *.safetensors nor a run's checkpoints.")

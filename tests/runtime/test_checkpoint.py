@@ -11,7 +11,7 @@ import pytest
 from tiny import Setup
 
 from stf_jax.config import CheckpointConfig, UserError
-from stf_jax.runtime.checkpoint import Checkpoints, restore_params
+from stf_jax.runtime.checkpoint import Checkpoints, SavedParams
 from stf_jax.training.state import TrainState
 
 AXES = ("mesh.data", "mesh.fsdp", "mesh.tensor")
@@ -79,7 +79,7 @@ def test_nothing_frozen_is_saved_and_restored_too(tmp_path):
     checkpoints.close()
     assert arrays["frozen"] == {}
     np.testing.assert_array_equal(arrays["trainable"]["llm/a"], 2.0)
-    assert restore_params(tmp_path, {}).keys() == {"llm/a"}
+    assert SavedParams(tmp_path).restore({}).keys() == {"llm/a"}
 
 
 def test_a_step_is_saved_as_it_was_when_saved(tmp_path):
@@ -156,7 +156,7 @@ def test_parameters_come_from_the_newest_checkpoint(tmp_path):
     for step in (1, 2):
         checkpoints.save(step, _state(step), _iterator(), {"seconds": 0.0})
     checkpoints.close()
-    params = restore_params(tmp_path, {})
+    params = SavedParams(tmp_path).restore({})
     assert {path: (leaf.dtype.name, leaf.tolist()) for path, leaf in params.items()} == {
         "llm/a": ("float32", [2.0] * 4),
         "llm/b": ("bfloat16", [2.0] * 4),
@@ -169,7 +169,7 @@ def test_parameters_are_laid_out_as_wanted(saved):
     # What the layout does not have, or has in another shape, comes whole, for the caller to complain about.
     del layout["llm/embedding"]
     layout["llm/norm/scale"] = jax.ShapeDtypeStruct((33,), jnp.float32, sharding=layout["llm/norm/scale"].sharding)
-    params = restore_params(workdir, layout)
+    params = SavedParams(workdir).restore(layout)
     assert params.keys() == expected.params.keys()
     for path, value in params.items():
         np.testing.assert_array_equal(np.asarray(value), expected.params[path])
@@ -183,4 +183,4 @@ def test_parameters_are_laid_out_as_wanted(saved):
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match=rf"Run {tmp_path} holds no complete checkpoint"):
-        restore_params(tmp_path, {})
+        SavedParams(tmp_path).restore({})
