@@ -50,7 +50,7 @@ class SavedModel:
 def open_model(folder: pathlib.Path) -> SavedModel:
     """Raises UserError where the folder is neither, or its description does not read."""
     if not SavedParams.at(folder):
-        raise UserError(f"{folder} is neither the workdir of a run (with checkpoints/) nor a folder of imported weights.")
+        raise UserError(f"{folder} is neither the workdir of a run (it has no checkpoints/) nor imported weights.")
     saved = SavedParams(folder)
     try:
         if (folder / DESCRIPTION).exists():
