@@ -7,7 +7,7 @@ from stf_jax.config import default_config, parse_arg
 
 
 def get_config(arg=None):
-    """Stages ``text``, ``words`` (captions of single shapes), ``captions``; ``scale`` multiplies their steps."""
+    """Stages ``sentences`` and ``text`` on text, ``shapes`` and ``captions`` on pictures; ``scale`` multiplies their steps."""
     arg = parse_arg(arg, scale=1.0)
     config = default_config()
     config.model.update(vision="clip-mini-16-96", llm="llama-mini")
@@ -15,26 +15,35 @@ def get_config(arg=None):
     config.model.fusion.fusion = "mlp"
     config.data.update(source="scenes", tokenizer="miniature", template="plain")
     config.data.scenes.size = 1_000_000
-    config.global_batch_size = 32
+    config.global_batch_size = 16
     config.optimizer.update(b2=0.98, clip_norm=1.0)
-    config.run = ("text", "words", "captions")
+    config.run = ("sentences", "text", "shapes", "captions")
     config.stages = {
-        "text": {
-            "steps": int(700 * arg.scale),
+        # Single shapes first, of text as of pictures: looking one thing up is learned there in minutes.
+        "sentences": {
+            "steps": int(2000 * arg.scale),
             "init_missing": (".*",),
             "rules": (("llm/.*", "train"), (".*", "freeze")),
-            "data": {"scenes": {"task": "documents"}, "max_length": 112, "images_per_row": 0},
+            "data": {"scenes": {"task": "documents", "things": 1}, "max_length": 104, "images_per_row": 0},
+            "optimizer": {"learning_rate": 2e-3, "schedule": "constant"},
+        },
+        "text": {
+            "steps": int(4500 * arg.scale),
+            "rules": (("llm/.*", "train"), (".*", "freeze")),
+            "data": {"scenes": {"task": "documents"}, "max_length": 168, "images_per_row": 0},
             "optimizer": {"learning_rate": 2e-3},
         },
-        "words": {
-            "steps": int(1500 * arg.scale),
-            "data": {"scenes": {"task": "captions", "things": 1}, "max_length": 56},
+        "shapes": {
+            "steps": int(1600 * arg.scale),
+            "data": {"scenes": {"task": "mixture", "things": 1}, "max_length": 104, "images_per_row": 2},
             "optimizer": {"learning_rate": 1e-3, "schedule": "constant"},
         },
         "captions": {
-            "steps": int(2200 * arg.scale),
-            "data": {"scenes": {"task": "mixture"}, "max_length": 96},
+            "steps": int(2000 * arg.scale),
+            "data": {"scenes": {"task": "mixture"}, "max_length": 168, "images_per_row": 3},
             "optimizer": {"learning_rate": 1e-3},
         },
     }
+    for stage in ("shapes", "captions"):
+        config.stages[stage].data.packing = True
     return config

@@ -53,11 +53,11 @@ class Encoded:
 def plain(turns: Sequence[Turn]) -> list[Item]:
     """LLaVA's stage-1 template: ``<image>`` caption newline, the caption and the newline learned.
 
-    The instruction is dropped. A record without a picture is a document: all of its text, learned.
+    The instruction is dropped. A record without a picture is a document: its turns as they stand, the model's learned.
     """
     images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
     if not images:
-        return [Text("\n".join(turn.text for turn in turns) + "\n", learned=True)]
+        return [Text(turn.text, learned=turn.speaker == "gpt") for turn in turns]
     if len(turns) != 2 or turns[1].speaker != "gpt":
         raise UserError("template 'plain' takes one instruction and one caption")
     return [Mark.IMAGE] * images + [Text(turns[1].text.strip() + "\n", learned=True)]

@@ -263,7 +263,7 @@ class SceneRecords:
     Tasks:
       captions: a picture and its caption, for stage 1.
       conversations: a picture and two rounds of questions of every kind that it allows, for stage 2.
-      documents: a caption and one round of questions on it as text without a picture, for a language model to begin.
+      documents: a caption as text, then one round of questions on it, for a language model to begin.
       mixture: seven in eight captions, one in eight documents.
     """
 
@@ -287,10 +287,12 @@ class SceneRecords:
             rounds = 1 if task == "documents" else 2
             asked = {q.text: q for _ in range(rounds) for q in questions(scene, rng, self._held_out)}.values()
             if task == "documents":
+                # The caption stands where the picture will; to repeat it is how a model learns to look things up.
                 told = [(q.text, q.answer) for q in asked]
                 told.insert(rng.integers(len(told) + 1), ("Describe the picture.", caption(scene)))
-                turns = [Turn("gpt", caption(scene))]
-                turns += [Turn("gpt", f"USER: {question} ASSISTANT: {answer}") for question, answer in told]
+                turns = [Turn("human", caption(scene) + "\n")]
+                for question, answer in told:
+                    turns += [Turn("human", f"USER: {question} ASSISTANT:"), Turn("gpt", f" {answer}\n")]
             else:
                 turns = [t for q in asked for t in (Turn("human", q.text), Turn("gpt", q.answer))]
                 turns[0] = Turn("human", f"{IMAGE_MARK}\n{turns[0].text}\n{SHORT_ANSWER}")

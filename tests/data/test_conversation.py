@@ -249,10 +249,11 @@ def test_plain_with_several_pictures(tokenizer):
 
 
 def test_plain_without_a_picture_is_a_document(tokenizer):
-    result = encoded("plain", record("Once upon a time", "there was a cat."), tokenizer)
-    said = ids(tokenizer, "Once upon a time\nthere was a cat.\n")
+    result = encoded("plain", record("Once upon a time", " there was a cat."), tokenizer)
+    said = ids(tokenizer, "Once upon a time there was a cat.")
     assert result.tokens.tolist() == [tokenizer.bos_token_id, *said]
-    assert result.learned.tolist() == [False] + [True] * len(said)
+    assert tokenizer.decode(result.tokens[~result.learned], skip_special_tokens=True) == "Once upon a time"
+    assert tokenizer.decode(result.tokens[result.learned]).strip() == "there was a cat."
     assert not result.is_image.any()
 
 

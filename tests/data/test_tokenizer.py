@@ -70,7 +70,6 @@ def test_training_gives_the_same_each_time(trained):
     assert backend(again) == backend(trained)
 
 
-@pytest.mark.xfail(reason="the committed files were made before the scenes that are made now", strict=True)
 def test_the_committed_tokenizer_is_what_training_gives(miniature, trained):
     assert trained.get_vocab() == miniature.get_vocab()
     assert backend(trained) == backend(miniature)
