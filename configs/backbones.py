@@ -7,7 +7,7 @@ from stf_jax.config import default_config, parse_arg
 
 
 def get_config(arg=None):
-    """Stages ``sentences`` and ``text`` on text, ``shapes`` and ``captions`` on pictures; ``scale`` multiplies their steps."""
+    """Stages ``sentences``, ``text`` of text, ``shapes``, ``captions`` of pictures; ``scale`` multiplies the steps."""
     arg = parse_arg(arg, scale=1.0)
     config = default_config()
     config.model.update(vision="clip-mini-16-96", llm="llama-mini")

@@ -1,4 +1,4 @@
-"""Exchange weights: ``python -m stf_jax.convert export RUN --format=native --to=DIR``."""
+"""Exchange weights: ``python -m stf_jax.convert import SOURCE --to=DIR``, ``… export CHECKPOINT --to=DIR …``."""
 
 import argparse
 import pathlib
@@ -11,30 +11,40 @@ from stf_jax.config import UserError
 from stf_jax.runtime.checkpoint import SavedParams
 from stf_jax.runtime.cli import Parser, door
 from stf_jax.weights.folder import save_params
+from stf_jax.weights.imports import import_weights, summary
 
 
 def main(argv: list[str]) -> None:
-    """Reads a run's newest checkpoint and writes its weights for others to start from."""
+    """Reads weights of others into a folder to start from, or writes a run's weights for others."""
     parser = Parser(prog="python -m stf_jax.convert", description="Exchange weights with other programs.")
     verbs = parser.add_subparsers(dest="verb", required=True, parser_class=Parser)
-    export = verbs.add_parser("export", help="write a run's weights", description="Write the weights of a run.")
-    export.add_argument("run", type=pathlib.Path, help="workdir of the run")
-    export.add_argument("--to", type=pathlib.Path, required=True, help="folder to write")
-    export.add_argument(
-        "--format",
-        choices=["native"],
-        required=True,
-        help="native: safetensors under our own parameter paths, for config.init_from",
-    )
-    export.add_argument("--only", default=".*", metavar="PATTERN", help="parameters to write, e.g. '(vision|llm)/.*'")
-    export.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type to write them in")
-    _export(parser.parse_args(argv))
+
+    take = verbs.add_parser("import", help="read weights of others", description="Read weights of others.")
+    take.add_argument("source", help="folder or file: Hugging Face, LLaVA, LLaVA-STF or GGUF, told by what is in it")
+    take.add_argument("--to", type=pathlib.Path, required=True, help="folder to write, for config.init_from")
+    take.add_argument("--vision", default="", metavar="SOURCE", help="take the vision tower from this folder instead")
+    take.add_argument("--dtype", choices=["", *_TYPES], default="", help="type to write in; without it, as stored")
+    take.set_defaults(run=lambda o: print(summary(import_weights(o.source, o.to, o.vision, o.dtype), o.to)))
+
+    give = verbs.add_parser("export", help="write weights for others", description="Write weights for others.")
+    give.add_argument("checkpoint", type=pathlib.Path, help="workdir of a run, or a folder that was imported")
+    give.add_argument("--to", type=pathlib.Path, required=True, help="folder to write")
+    give.add_argument("--format", choices=["native"], required=True, help="native: for config.init_from, in one file")
+    give.add_argument("--only", default=".*", metavar="PATTERN", help="native: parameters to write, '(vision|llm)/.*'")
+    give.add_argument("--dtype", choices=_TYPES, default="float32", help="type to write in")
+    give.set_defaults(run=_export)
+
+    options = parser.parse_args(argv)
+    options.run(options)
+
+
+_TYPES = ("float32", "bfloat16", "float16")
 
 
 def _export(options: argparse.Namespace) -> None:
-    if not (options.run / "checkpoints").is_dir():
-        raise UserError(f"{options.run} is not the workdir of a run: it has no checkpoints/.")
-    params = SavedParams(options.run).restore({})
+    if not SavedParams.at(options.checkpoint):
+        raise UserError(f"{options.checkpoint} is neither the workdir of a run (no checkpoints/) nor imported weights.")
+    params = SavedParams(options.checkpoint).restore({})
     chosen = {
         path: value.astype(jnp.dtype(options.dtype))
         for path, value in params.items()

@@ -9,17 +9,13 @@ A parameter of a block is one tensor a layer over there, and a leading axis L he
 are the model's own declarations. Values keep their type.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
-
-from stf_jax.config import UserError
-from stf_jax.models.llm import Decoder, LLMConfig
-from stf_jax.models.vit import VisionConfig, VisionTower
 
 Layout = tuple[tuple[int, ...], ...]
 
@@ -39,6 +35,7 @@ TO_HEADS: Layout = ((1, 2), (0,))  #           [H·Dh, D]        [D, H, Dh]
 HEADS: Layout = ((0, 1),)  #                   [H·Dh]           [H, Dh]
 FROM_HEADS: Layout = ((2,), (0, 1))  #         [D, H·Dh]        [H, Dh, D]
 CONV: Layout = ((3,), (2,), (0,), (1,))  #     [out, in, h, w]  [h, w, in, out]
+UNFOLDED: Layout = ((3,), (2, 0, 1))  #        [out, in·h·w]    [h, w, in, out]
 
 # CLIPVisionModel and SiglipVisionModel, without the prefix, which differs between releases.
 VISION: Mapping[str, Tensor] = {
@@ -87,58 +84,86 @@ DECODER: Mapping[str, Tensor] = {
     "head/kernel": Tensor("lm_head.weight", LINEAR),
 }
 
+# LLaVA's projector, and LLaVA-STF's two modules under its names: "crosslayer" is MBTF, and STF's convolution is a
+# linear layer on a window's values, channel by channel.
+MBTF: Mapping[str, Tensor] = {
+    "mbtf/first/kernel": Tensor("mm_projector_crosslayer.0.weight", LINEAR),
+    "mbtf/first/bias": Tensor("mm_projector_crosslayer.0.bias", VECTOR),
+    "mbtf/second/kernel": Tensor("mm_projector_crosslayer.2.weight", LINEAR),
+    "mbtf/second/bias": Tensor("mm_projector_crosslayer.2.bias", VECTOR),
+}
+STF: Mapping[str, Tensor] = {
+    "tokens/conv/kernel": Tensor("mm_projector.0.weight", UNFOLDED),
+    "tokens/conv/bias": Tensor("mm_projector.0.bias", VECTOR),
+    "tokens/out/kernel": Tensor("mm_projector.2.weight", LINEAR),
+    "tokens/out/bias": Tensor("mm_projector.2.bias", VECTOR),
+}
+PROJECTOR: Mapping[str, Tensor] = {
+    "tokens/first/kernel": Tensor("mm_projector.0.weight", LINEAR),
+    "tokens/first/bias": Tensor("mm_projector.0.bias", VECTOR),
+    "tokens/second/kernel": Tensor("mm_projector.2.weight", LINEAR),
+    "tokens/second/bias": Tensor("mm_projector.2.bias", VECTOR),
+}
+# The same projector as transformers' LlavaForConditionalGeneration names it.
+LLAVA_HF: Mapping[str, Tensor] = {
+    path: Tensor(name.replace("mm_projector.0", "linear_1").replace("mm_projector.2", "linear_2"), layout)
+    for path, (name, layout) in PROJECTOR.items()
+}
 
-def vision_tower(state: Mapping[str, np.ndarray], config: VisionConfig) -> dict:
-    """Parameters of a :class:`VisionTower` from a CLIP or SigLIP state dict.
 
-    The tower may lie under any prefix (``vision_model.``, beside a text model, inside a LLaVA checkpoint). What stands
-    above the blocks is left unread.
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a parameter of ours lies in a state dict: one tensor, or one a layer for a stacked parameter."""
 
-    Raises:
-      UserError: a tensor is missing, misshapen, or of a layer or kind that the tower does not have.
+    names: tuple[str, ...]
+    layout: Layout
+    shape: tuple[int, ...]  # ours, of one layer where stacked
+    stacked: bool
+
+    @property
+    def theirs(self) -> tuple[int, ...]:
+        """Shape of each tensor over there."""
+        return tuple(math.prod(self.shape[axis] for axis in axes) for axes in self.layout)
+
+    def to_ours(self, tensors: Iterable[np.ndarray]) -> np.ndarray:
+        """The parameter, of its tensors in the order of ``names``."""
+        order = [axis for axes in self.layout for axis in axes]
+        turned = (t.reshape([self.shape[axis] for axis in order]).transpose(np.argsort(order)) for t in tensors)
+        if not self.stacked:
+            return next(turned)
+        value = None
+        for layer, tensor in enumerate(turned):  # into place one by one, so that the layers are not held twice
+            if value is None:
+                value = np.empty((len(self.names), *self.shape), tensor.dtype)
+            value[layer] = tensor
+        return value
+
+    def to_theirs(self, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Names and tensors of the parameter; inverse of :meth:`to_ours`."""
+        order = [axis for axes in self.layout for axis in axes]
+        for name, one in zip(self.names, value if self.stacked else [value], strict=True):
+            yield name, np.ascontiguousarray(one.transpose(order).reshape(self.theirs))
+
+
+def places(
+    table: Mapping[str, Tensor], build: Callable[[], nnx.Module], prefixes: Mapping[str, str]
+) -> dict[str, Place]:
+    """Where each parameter of the module that ``build`` makes lies, by the parameter's path in that module.
+
+    Args:
+      table: one of the tables above.
+      build: makes the module; only its declarations are read, nothing is allocated.
+      prefixes: how names of the table begin → how they begin in this state dict (``{"model.": "language_model."}``).
     """
-    anchor = VISION["patch_embed/kernel"].name
-    prefixes = [name.removesuffix(anchor) for name in state if name.endswith(anchor)]
-    if len(prefixes) != 1:
-        raise UserError(f"The weights hold {len(prefixes)} vision towers (tensors named *{anchor}), not one.")
-    return _read(state, VISION, prefixes[0], lambda: VisionTower(nnx.Rngs(0), config))
-
-
-def decoder(state: Mapping[str, np.ndarray], config: LLMConfig) -> dict:
-    """Parameters of a :class:`Decoder` from a Llama, Mistral, Qwen2 or Qwen3 state dict.
-
-    Raises:
-      UserError: a tensor is missing, misshapen, or of a layer or kind that the decoder does not have.
-    """
-    return _read(state, DECODER, "", lambda: Decoder(nnx.Rngs(0), config))
-
-
-def _read(state, table, prefix, build: Callable[[], nnx.Module]):
-    tree = nnx.to_pure_dict(nnx.state(nnx.eval_shape(build)))
-    read = set()
-
-    def tensor(name, layout, shape):
-        read.add(name)
-        theirs = tuple(math.prod(shape[axis] for axis in axes) for axes in layout)
-        if name not in state:
-            raise UserError(f"The weights lack {name}, which the model needs in shape {theirs}.")
-        value = np.asarray(state[name])
-        if value.shape != theirs:
-            raise UserError(f"Tensor {name} has shape {value.shape}; the model needs {theirs}.")
-        order = [axis for axes in layout for axis in axes]
-        return value.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
-
-    def parameter(path, declared):
-        name, layout = table["/".join(key.key for key in path)]
-        if "{layer}" not in name:
-            return tensor(prefix + name, layout, declared.shape)
-        layers, *shape = declared.shape
-        return np.stack([tensor(prefix + name.format(layer=i), layout, tuple(shape)) for i in range(layers)])
-
-    tree = jax.tree_util.tree_map_with_path(parameter, tree)
-    # A layer too many, or a bias that goes unread, would load in silence and answer wrongly.
-    in_layers = {prefix + name.partition("{layer}")[0] for name, _ in table.values() if "{layer}" in name}
-    for name in state:
-        if name.startswith(tuple(in_layers)) and name not in read and not name.endswith("rotary_emb.inv_freq"):
-            raise UserError(f"Tensor {name} of shape {np.shape(state[name])} has no place in the model.")
-    return tree
+    found = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(nnx.eval_shape(build))):
+        path, shape = "/".join(map(str, path)), leaf.get_value().shape
+        name, layout = table[path]
+        begin = next(begin for begin in sorted(prefixes, key=len, reverse=True) if name.startswith(begin))
+        name = prefixes[begin] + name.removeprefix(begin)
+        if "{layer}" in name:
+            names = tuple(name.format(layer=i) for i in range(shape[0]))
+            found[path] = Place(names, layout, shape[1:], stacked=True)
+        else:
+            found[path] = Place((name,), layout, shape, stacked=False)
+    return found

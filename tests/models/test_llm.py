@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from theirs import decoder
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,9 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from stf_jax.config import UserError
 from stf_jax.models.llm import Decoder, LLMConfig, RopeScaling, rope_angles
-from stf_jax.weights import hf
 
 LLAMA = LLMConfig(vocab=61, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, norm_eps=1e-3)
 # Lengths at which an 8-channel head has one frequency of each kind: kept, on the ramp, stretched.
@@ -80,7 +79,7 @@ class Family:
 
     def decoder(self, **how):
         model = nnx.eval_shape(lambda: Decoder(nnx.Rngs(0), self.config, **how))
-        nnx.update(model, jax.tree.map(jnp.asarray, hf.decoder(self.state_dict, self.config)))
+        nnx.update(model, jax.tree.map(jnp.asarray, decoder(self.state_dict, self.config)))
         return model
 
 
@@ -196,29 +195,3 @@ def test_bfloat16_stays_near_far_into_the_text():
     exact = np.asarray(read(model, tokens, positions))
     error = np.asarray(read(model, tokens, positions, dtype=jnp.bfloat16)) - exact
     assert 0 < np.linalg.norm(error) < 0.03 * np.linalg.norm(exact)
-
-
-def test_weights_that_do_not_fit_are_refused_by_name():
-    family = FAMILIES["qwen2"]
-    config, state = family.config, family.state_dict
-    name = "model.layers.1.mlp.up_proj.weight"
-    with pytest.raises(UserError, match=rf"lack {name}.*\(48, 32\)"):
-        hf.decoder({k: v for k, v in state.items() if k != name}, config)
-    with pytest.raises(UserError, match=rf"{name} has shape \(32, 48\).*\(48, 32\)"):
-        hf.decoder(state | {name: state[name].T}, config)
-    with pytest.raises(UserError, match=r"model.layers.2.* no place"):
-        hf.decoder(state, dataclasses.replace(config, layers=2))
-    with pytest.raises(UserError, match=r"[qkv]_proj.bias.* no place"):
-        hf.decoder(state, dataclasses.replace(config, qkv_bias=False))
-    with pytest.raises(UserError, match=r"lack lm_head.weight"):
-        hf.decoder({k: v for k, v in state.items() if k != "lm_head.weight"}, config)
-
-
-def test_old_releases_buffers_are_passed_over():
-    family = FAMILIES["llama"]
-    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        hf.decoder(family.state_dict | buffer, family.config),
-        hf.decoder(family.state_dict, family.config),
-    )

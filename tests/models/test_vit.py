@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from theirs import vision_tower
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from stf_jax.config import UserError
 from stf_jax.models.presets import vision_preset
 from stf_jax.models.vit import VisionTower
-from stf_jax.weights import hf
 
 LAYERS = 4
 SHAPE = {"patch_size": 7, "width": 32, "layers": LAYERS, "heads": 4, "mlp": 48, "norm_eps": 1e-3}  # an eps that shows
@@ -55,7 +55,7 @@ def state_dict(family):
 
 def tower(family, **how):
     model = nnx.eval_shape(lambda: VisionTower(nnx.Rngs(0), CONFIGS[family], **how))
-    nnx.update(model, jax.tree.map(jnp.asarray, hf.vision_tower(state_dict(family), CONFIGS[family])))
+    nnx.update(model, jax.tree.map(jnp.asarray, vision_tower(state_dict(family), CONFIGS[family])))
     return model
 
 
@@ -151,32 +151,3 @@ def test_remat_changes_nothing(remat):
     images = pictures("clip")
     for a, b in zip(see(tower("clip"), images, (4, 2)), see(tower("clip", remat=remat), images, (4, 2)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
-
-
-@pytest.mark.parametrize("prefix", ["vision_model.", "model.vision_tower.vision_tower.vision_model."])
-@pytest.mark.parametrize("family", CONFIGS)
-def test_the_tower_is_found_under_any_prefix(family, prefix):
-    plain = state_dict(family)
-    nested = {prefix + name: value for name, value in plain.items()}
-    # What else such files hold: old releases' buffers, the other tower, a language model.
-    nested[f"{prefix}embeddings.position_ids"] = np.arange(17)[None]
-    nested["text_model.encoder.layers.0.layer_norm1.weight"] = np.zeros(8)
-    nested["model.layers.0.self_attn.q_proj.weight"] = np.zeros((8, 8))
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        hf.vision_tower(nested, CONFIGS[family]),
-        hf.vision_tower(plain, CONFIGS[family]),
-    )
-
-
-def test_weights_that_do_not_fit_are_refused_by_name():
-    config, state = CONFIGS["clip"], state_dict("clip")
-    name = "encoder.layers.2.mlp.fc1.weight"
-    with pytest.raises(UserError, match=rf"lack {name}.*\(48, 32\)"):
-        hf.vision_tower({k: v for k, v in state.items() if k != name}, config)
-    with pytest.raises(UserError, match=rf"{name} has shape \(32, 48\).*\(48, 32\)"):
-        hf.vision_tower(state | {name: state[name].T}, config)
-    with pytest.raises(UserError, match=r"encoder.layers.3.* no place"):
-        hf.vision_tower(state, dataclasses.replace(config, layers=3))
-    with pytest.raises(UserError, match="0 vision towers"):
-        hf.vision_tower({"lm_head.weight": np.zeros(3)}, config)

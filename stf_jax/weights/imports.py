@@ -1,0 +1,155 @@
+"""Checkpoints of theirs into ours: read tensor by tensor, written parameter by parameter, nothing of theirs run."""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tqdm
+from jax import numpy as jnp
+from stf_jax.weights.tensors import Tensors, open_tensors
+from transformers import AutoTokenizer
+
+from stf_jax.config import UserError
+from stf_jax.models.vit import VisionConfig
+from stf_jax.runtime.checkpoint import write_params
+from stf_jax.weights.hf import Place
+from stf_jax.weights.model import Description
+from stf_jax.weights.recognise import VOCABULARY, Recognised, recognise
+
+
+def import_weights(source: str, to: pathlib.Path, vision: str = "", dtype: str = "") -> dict[str, Any]:
+    """Writes a folder for ``config.init_from``, ``config.model.vision`` and ``config.model.llm``.
+
+    It holds ``params/`` (Orbax), ``model.json``, ``tokenizer/`` where the source has one, and ``import.json``, the
+    report. It appears when it is complete.
+
+    Args:
+      source: a folder, or a file, in any layout that weights/recognise.py knows.
+      to: the folder to write; it must not exist.
+      vision: another source, whose vision tower is taken in place of the source's own.
+      dtype: the type to cast values to; empty: each keeps its own.
+
+    Returns:
+      The report: counts of ``tensors_read``, ``parameters``, ``transposed``, ``cast``; ``unused`` names with reasons;
+      ``notes``; the ``model``.
+
+    Raises:
+      UserError: a source that cannot be read or used, named with the tensor at fault; ``to`` exists.
+    """
+    if to.exists() and any(to.iterdir()):
+        raise UserError(f"{to} exists and is not empty; choose another folder for --to.")
+    tower, sources = None, []
+    if vision:
+        tensors, config = _open(vision)
+        found = _recognised(vision, tensors, config)
+        if found.vision is None:
+            raise UserError(f"--vision={vision} holds no vision tower.")
+        tower = found.vision
+        sources.append((tensors, _only(found, "vision/")))
+    tensors, config = _open(source)
+    main = _recognised(source, tensors, config, tower)
+    sources.append((tensors, main))
+    aspect = "pad" if config.get("image_aspect_ratio") == "pad" else "square"
+    description = Description(main.vision or tower, main.llm, main.fusion, aspect=aspect)
+
+    report = {"tensors_read": 0, "parameters": 0, "transposed": 0, "cast": collections.Counter()}
+    partial = to.with_name(to.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    count = sum(len(found.places) for _, found in sources)
+    with tqdm.tqdm(total=count, desc="import", unit="parameter") as bar:
+        write_params(partial, _params(sources, dtype, report, bar))
+    description.save(partial)
+    report |= {
+        "unused": {name: why for _, found in sources for name, why in found.unused.items()},
+        "notes": [note for _, found in sources for note in found.notes],
+        "model": dataclasses.asdict(description),
+    }
+    if main.llm is not None and not _save_tokenizer(pathlib.Path(source), partial / "tokenizer"):
+        report["notes"].append("No tokenizer was found that transformers reads; give one as config.data.tokenizer.")
+    (partial / "import.json").write_text(json.dumps(report, indent=2) + "\n")
+    if to.exists():
+        to.rmdir()
+    partial.rename(to)
+    return report
+
+
+def summary(report: dict[str, Any], to: pathlib.Path) -> str:
+    """The report of :func:`import_weights` for people to read."""
+    model = report["model"]
+    parts = [part for part in ("vision", "fusion", "llm") if model[part] is not None]
+    lines = [
+        f"{report['tensors_read']} tensors, {report['parameters']:,} parameters of {', '.join(parts)}: {to}",
+        f"{report['transposed']} transposed; cast: "
+        + (", ".join(f"{count} from {kind}" for kind, count in report["cast"].items()) or "none"),
+    ]
+    reasons = collections.Counter(report["unused"].values())
+    lines += [f"{count} unused: {why}" for why, count in reasons.items()]
+    return "\n".join([*lines, *report["notes"], f"Every name is in {to / 'import.json'}."])
+
+
+def _open(source):
+    path = pathlib.Path(source)
+    if not path.exists():
+        raise UserError(f"{source} does not exist; give a local folder or file.")
+    folder = path if path.is_dir() else path.parent
+    config = _json(folder / "config.json")
+    return open_tensors(path), config | {"preprocessor": _json(folder / "preprocessor_config.json")}
+
+
+def _json(file):
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} should hold a JSON object.")
+    return values
+
+
+def _recognised(source, tensors: Tensors, config, tower: VisionConfig | None = None):
+    try:
+        return recognise({name: tensors.shape(name) for name in tensors.names}, config, tower)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _only(found: Recognised, root: str) -> Recognised:
+    kept = {path: place for path, place in found.places.items() if path.startswith(root)}
+    return dataclasses.replace(found, places=kept)
+
+
+def _params(sources, dtype, report, bar) -> Iterator[tuple[str, np.ndarray]]:
+    for tensors, found in sources:
+        for path, place in found.places.items():
+            value = place.to_ours(_tensors(tensors, path, place))
+            report["tensors_read"] += len(place.names)
+            report["parameters"] += value.size
+            report["transposed"] += len(place.names) * (place.layout != tuple((i,) for i in range(len(place.layout))))
+            if dtype and value.dtype != jnp.dtype(dtype):
+                report["cast"][f"{value.dtype} to {dtype}"] += len(place.names)
+                value = value.astype(jnp.dtype(dtype))
+            bar.update()
+            yield path, value
+
+
+def _tensors(tensors: Tensors, path: str, place: Place) -> Iterator[np.ndarray]:
+    for name in place.names:
+        value = tensors.read(name)
+        yield value[: place.theirs[0]] if path in VOCABULARY else value
+
+
+def _save_tokenizer(source, folder):
+    source = source if source.is_dir() else source.parent
+    with contextlib.suppress(Exception):  # whatever a foreign tokenizer's files raise, it can be given another way
+        AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False).save_pretrained(folder)
+        return True
+    return False

@@ -1,0 +1,151 @@
+"""Named tensors of a checkpoint on disk, read one at a time: safetensors, torch's pickles, GGUF."""
+
+import json
+import pathlib
+import pickle
+from collections.abc import Callable
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from stf_jax.config import UserError
+
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+
+
+class Entry(NamedTuple):
+    """A tensor: its file, its shape, the name of its type, and how to read it."""
+
+    file: pathlib.Path
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+class Tensors:
+    """The tensors of a checkpoint. Nothing but names, shapes and types is held."""
+
+    def __init__(self, entries: dict[str, Entry]):
+        self._entries = entries
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor's."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> str:
+        return self._entries[name].dtype
+
+    def file(self, name: str) -> pathlib.Path:
+        return self._entries[name].file
+
+    def read(self, name: str) -> np.ndarray:
+        """The values, in their own type. Raises UserError, naming file and tensor, where they cannot be read."""
+        entry = self._entries[name]
+        try:
+            return entry.read()
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{entry.file}: tensor {name} cannot be read: {error}.") from None
+
+
+def open_tensors(source: pathlib.Path) -> Tensors:
+    """Opens a folder of ``*.safetensors``, ``*.bin`` or ``*.gguf`` (looked for in this order), or one such file.
+
+    Pickles are read with ``weights_only=True``: no code in them is run.
+
+    Raises:
+      UserError: no such file; one that is malformed, cut short or misses tensors that its index names; a tensor in two
+        files, or of a type that is not known.
+    """
+    files = _files(source)
+    read = {".safetensors": _safetensors, ".bin": _pickle}[files[0].suffix]
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in read(file).items():
+            if name in entries:
+                raise UserError(f"Tensor {name} is both in {entries[name].file} and in {file}.")
+            entries[name] = entry
+    if source.is_dir():
+        _check_index(source, files, entries)
+    return Tensors(entries)
+
+
+def _files(source):
+    if source.is_file():
+        if source.suffix not in (".safetensors", ".bin"):
+            raise UserError(f"{source} is neither *.safetensors nor *.bin.")
+        return [source]
+    for pattern in ("*.safetensors", "*.bin"):
+        files = [
+            file for file in sorted(source.glob(pattern)) if file.name not in ("training_args.bin", "optimizer.bin")
+        ]
+        if files:
+            return files
+    raise UserError(f"{source} holds no weights: neither *.safetensors nor *.bin.")
+
+
+def _check_index(folder, files, entries):
+    for index in folder.glob(f"*{files[0].suffix}.index.json"):
+        try:
+            named = json.loads(index.read_bytes())["weight_map"]
+            lost = [name for name, file in named.items() if name not in entries or entries[name].file.name != file]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} is not an index of weights.") from None
+        if lost:
+            raise UserError(f"{index} places tensor {lost[0]} in {named[lost[0]]}, which does not hold it.")
+
+
+def _safetensors(file):
+    entries = {}
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                view = tensors.get_slice(name)
+                if view.get_dtype() not in _TYPES:
+                    raise UserError(f"{file}: tensor {name} has type {view.get_dtype()}, which is not known.")
+
+                def read(name=name):
+                    with safe_open(file, framework="numpy") as tensors:
+                        return tensors.get_tensor(name)
+
+                entries[name] = Entry(file, tuple(view.get_shape()), _TYPES[view.get_dtype()], read)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read as safetensors: {error}.") from None
+    return entries
+
+
+def _pickle(file):
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{file} is a torch pickle: install torch to read it.") from None
+    try:
+        try:
+            values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # a file of before torch 1.6 cannot be mapped
+            values = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file} cannot be read as weights alone (nothing in it was run): {reason}") from None
+    if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
+        raise UserError(f"{file} holds something other than named tensors.")
+
+    def entry(name, value):
+        dtype = str(value.dtype).removeprefix("torch.")
+        if dtype not in _TYPES.values():
+            raise UserError(f"{file}: tensor {name} has type {dtype}, which is not known.")
+
+        def read():
+            plain = value.detach().contiguous()
+            if dtype == "bfloat16":  # numpy has none of its own
+                return plain.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+            return plain.numpy()
+
+        return Entry(file, tuple(value.shape), dtype, read)
+
+    return {name: entry(name, value) for name, value in values.items()}

@@ -1,0 +1,469 @@
+"""Checkpoints as transformers, LLaVA and LLaVA-STF write them, imported, against the models that wrote them."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError
+from stf_jax.convert import main
+from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.runtime.cli import door
+from stf_jax.runtime.mesh import computing, make_mesh
+from stf_jax.training.state import blueprint
+from stf_jax.weights.folder import load_params
+from stf_jax.weights.imports import import_weights
+from stf_jax.weights.model import open_model
+
+VISION = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 7, "layer_norm_eps": 1e-3}
+TEXT = {"vocab_size": 62, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-3, "max_position_embeddings": 256}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 100}
+DECODERS = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**TEXT)),
+    "llama-tied": (LlamaForCausalLM, LlamaConfig(**TEXT, tie_word_embeddings=True)),
+    "llama-3": (LlamaForCausalLM, LlamaConfig(**TEXT, rope_parameters=LLAMA3)),
+    "mistral": (MistralForCausalLM, MistralConfig(**TEXT, sliding_window=None)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**TEXT, tie_word_embeddings=True)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**TEXT, rope_parameters={"rope_type": "default", "rope_theta": 5e5})),
+}
+MESHES = [MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)]
+
+
+def enliven(model):
+    """Weights, biases and norms large enough to matter."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * (0.7 * p.shape[-1] ** -0.5 if p.ndim > 1 else 0.2))
+    return model.eval()
+
+
+@functools.cache
+def decoder(family):
+    kind, config = DECODERS[family]
+    return enliven(kind(config))
+
+
+@functools.cache
+def tower(family):
+    if family == "clip":
+        return enliven(CLIPVisionModel(CLIPVisionConfig(**VISION)))
+    return enliven(SiglipVisionModel(SiglipVisionConfig(**VISION)))
+
+
+@functools.cache
+def llava():
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT), image_token_index=60,
+        vision_feature_layer=-2,
+    )  # fmt: skip
+    return enliven(LlavaForConditionalGeneration(config))
+
+
+def merged(folder, mesh=MESHES[0], scan=True):
+    """Our model with the weights of imported folders, and the mesh to call it on."""
+    description = open_model(folder).description
+    model = ModelConfig(
+        str(folder), str(folder), description.fusion or FusionConfig("mlp"), precision="float32", remat="none",
+        scan_layers=scan,
+    )  # fmt: skip
+    plan, mesh = blueprint(model), make_mesh(mesh)
+    layout = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=plan.shardings(mesh)[path])
+        for path, leaf in plan.shapes.items()
+    }
+    missing = () if description.fusion else ("fusion/.*",)
+    params = load_params(str(folder), layout, missing)
+    for path, value in params.items():
+        assert value.sharding == layout[path].sharding
+    blank = {path: jnp.zeros(leaf.shape) for path, leaf in plan.shapes.items() if path not in params}
+    return plan.merge({path: value.astype(jnp.float32) for path, value in params.items()} | blank), mesh
+
+
+def tokens(vocab=60, rows=2, length=12):
+    return np.random.default_rng(0).integers(0, vocab, (rows, length)).astype(np.int32)
+
+
+def our_logits(model, mesh, ids, images=None, slots=None):
+    @jax.jit
+    def run(ids):
+        x = (
+            model.embed(ids, slots, model.image_tokens(images))
+            if images is not None
+            else model.llm.embed(ids, jnp.float32)
+        )
+        return model.llm.logits(model.llm(x, jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), None))
+
+    with computing(mesh, "float32"):
+        return np.asarray(run(ids))
+
+
+def pictures(rows=2):
+    return np.random.default_rng(3).integers(0, 256, (rows, 28, 28, 3), np.uint8)
+
+
+def normalised(images, like="clip"):
+    config = vision_preset("clip-l-14-336" if like == "clip" else "siglip-so400m-14-384")
+    values = (images / 255 - np.array(config.mean)) / np.array(config.std)
+    return torch.from_numpy(values.transpose(0, 3, 1, 2)).float()
+
+
+# ---- Language models and towers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_language_models_agree(family, tmp_path):
+    decoder(family).save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    tower("clip").save_pretrained(tmp_path / "tower")
+    folder = tmp_path / "ours"
+    report = import_weights(str(tmp_path / "theirs"), folder, str(tmp_path / "tower"))
+    assert report["model"]["llm"]["vocab"] == 62
+    with torch.no_grad():
+        theirs = decoder(family)(torch.from_numpy(tokens()).long()).logits.numpy()
+    for mesh in MESHES:
+        for scan in (True, False):
+            ours = our_logits(*merged(folder, mesh, scan), tokens())
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_towers_agree_at_every_depth(family, tmp_path):
+    tower(family).save_pretrained(tmp_path / "theirs")
+    decoder("llama").save_pretrained(tmp_path / "llm")
+    import_weights(str(tmp_path / "llm"), tmp_path / "ours", str(tmp_path / "theirs"))
+    model, mesh = merged(tmp_path / "ours")
+    with torch.no_grad():
+        states = tower(family)(normalised(pictures(), family), output_hidden_states=True).hidden_states
+    with computing(mesh, "float32"):
+        ours = model.vision(pictures(), (4, 3, 2, 1, 0), jnp.float32)
+    for depth, state in zip((4, 3, 2, 1, 0), ours, strict=True):
+        np.testing.assert_allclose(state, states[depth][:, int(family == "clip") :].numpy(), atol=1e-4)
+
+
+def test_a_tower_alone_and_one_beside_its_text_model_are_the_same(tmp_path):
+    both = CLIPModel(CLIPConfig(vision_config=CLIPVisionConfig(**VISION), text_config=CLIPTextConfig(vocab_size=50)))
+    both.vision_model.load_state_dict(
+        {name.removeprefix("vision_model."): value for name, value in tower("clip").state_dict().items()}
+    )
+    both.save_pretrained(tmp_path / "both")
+    tower("clip").save_pretrained(tmp_path / "alone")
+    reports = [import_weights(str(tmp_path / name), tmp_path / f"{name}-ours") for name in ("both", "alone")]
+    assert reports[0]["model"] == reports[1]["model"]
+    assert "the text tower's" in reports[0]["unused"].values()
+    one, other = (open_model(tmp_path / f"{name}-ours") for name in ("both", "alone"))
+    assert one.shapes == other.shapes
+    for path in one.shapes:
+        np.testing.assert_array_equal(one.read(path), other.read(path))
+
+
+def test_old_pickles_are_read_as_weights_alone(tmp_path):
+    theirs = tmp_path / "theirs"
+    decoder("llama").save_pretrained(theirs)
+    names = sorted(load_file(theirs / "model.safetensors"))
+    values = load_file(theirs / "model.safetensors")
+    (theirs / "model.safetensors").unlink()
+    half = len(names) // 2
+    for i, part in enumerate((names[:half], names[half:])):
+        torch.save({name: values[name] for name in part}, theirs / f"pytorch_model-0000{i + 1}-of-00002.bin")
+    import_weights(str(theirs), tmp_path / "ours")
+    ours = open_model(tmp_path / "ours")
+    np.testing.assert_array_equal(ours.read("llm/embedding"), values["model.embed_tokens.weight"].numpy())
+
+    class Trap:
+        def __reduce__(self):
+            return pathlib.Path.touch, (tmp_path / "sprung",)
+
+    torch.save({"model.embed_tokens.weight": Trap()}, theirs / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(UserError, match=r"pytorch_model-00001-of-00002\.bin cannot be read as weights alone"):
+        import_weights(str(theirs), tmp_path / "again")
+    assert not (tmp_path / "sprung").exists()
+    assert not (tmp_path / "again").exists()
+
+
+# ---- LLaVA -----------------------------------------------------------------------------------------------------------
+
+
+def original_names(state):
+    """LLaVA-1.5's own names of what transformers calls otherwise."""
+    renamed = {}
+    for name, value in state.items():
+        name = name.removeprefix("model.")
+        name = name.replace("language_model.", "model.").replace(
+            "multi_modal_projector.linear_1", "model.mm_projector.0"
+        )
+        name = name.replace("multi_modal_projector.linear_2", "model.mm_projector.2")
+        name = name.replace("vision_tower.vision_model.", "vision_tower.")
+        renamed[name.replace("vision_tower.", "model.vision_tower.vision_tower.vision_model.")] = value.contiguous()
+    return renamed
+
+
+def hub_names(state):
+    """llava-hf's names, those of transformers 4."""
+    renamed = {}
+    for name, value in state.items():
+        name = name.removeprefix("model.").replace("lm_head.", "language_model.lm_head.")
+        name = name.replace("language_model.", "language_model.model.") if "lm_head" not in name else name
+        if "vision_tower.vision_model." not in name:
+            name = name.replace("vision_tower.", "vision_tower.vision_model.")
+        renamed[name] = value.contiguous()
+    return renamed
+
+
+def write(folder, state, config):
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def original_config():
+    return LlamaConfig(**TEXT).to_dict() | {
+        "model_type": "llava_llama",
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_hidden_size": 128,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "image_aspect_ratio": "pad",
+    }
+
+
+@pytest.mark.parametrize("layout", ["saved", "hub", "original", "original-no-tower"])
+def test_llava_agrees_whole(layout, tmp_path):
+    state, theirs, vision = llava().state_dict(), tmp_path / "theirs", ""
+    if layout == "saved":
+        llava().save_pretrained(theirs)
+    elif layout == "hub":
+        write(theirs, hub_names(state), llava().config.to_dict())
+    else:
+        original = original_names(state)
+        # The tower's shape is not in LLaVA's config; 128 channels are two heads of 64, as tower("clip") has.
+        config = original_config()
+        if layout == "original-no-tower":
+            clip = CLIPVisionModel(CLIPVisionConfig(**VISION))
+            prefix = "model.vision_tower.vision_tower.vision_model."
+            inner = {name.removeprefix(prefix): v for name, v in original.items() if name.startswith(prefix)}
+            clip.load_state_dict({
+                name: inner[name.removeprefix("vision_model.")] for name in clip.state_dict()
+            })  # fmt: skip
+            clip.save_pretrained(tmp_path / "tower")
+            vision = str(tmp_path / "tower")
+            original = {name: value for name, value in original.items() if not name.startswith(prefix)}
+        write(theirs, original, config)
+    import_weights(str(theirs), tmp_path / "ours", vision)
+    saved = open_model(tmp_path / "ours")
+    assert (saved.description.fusion.fusion, saved.description.fusion.taps) == ("mlp", (3,))
+    if layout == "original":  # its norms' epsilon is CLIP's, for nothing says otherwise
+        described = dataclasses.replace(saved.description.vision, norm_eps=1e-3)
+        dataclasses.replace(saved.description, vision=described).save(tmp_path / "ours")
+
+    ids = tokens(length=24)
+    ids[:, 4:20] = 60
+    slots = np.full(ids.shape, -1, np.int32)
+    slots[:, 4:20] = np.arange(16)
+    with torch.no_grad():
+        expected = llava()(torch.from_numpy(ids).long(), pixel_values=normalised(pictures())).logits.numpy()
+    for mesh in MESHES:
+        ours = our_logits(*merged(tmp_path / "ours", mesh), ids, pictures()[:, None], slots)
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+# ---- LLaVA-STF -------------------------------------------------------------------------------------------------------
+
+
+def stf_tensors(out=32, channels=128, taps=4, kernel=2, hidden=64, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "mm_projector_crosslayer.0": (hidden, taps * channels),
+        "mm_projector_crosslayer.2": (channels, hidden),
+        "mm_projector.0": (4 * hidden, kernel * kernel * channels),
+        "mm_projector.2": (out, 4 * hidden),
+    }
+    state = {}
+    for name, shape in shapes.items():
+        state[f"model.{name}.weight"] = torch.randn(shape, generator=generator) * shape[1] ** -0.5
+        state[f"model.{name}.bias"] = torch.randn(shape[:1], generator=generator) * 0.3
+    return state
+
+
+def reference_image_tokens(state, images, taps, kernel=2):
+    """From the facts: taps side by side, two linear layers, windows channel by channel, two linear layers."""
+    with torch.no_grad():
+        states = tower("clip")(normalised(images), output_hidden_states=True).hidden_states
+        x = torch.cat([states[tap][:, 1:] for tap in taps], -1)
+
+        def layer(name, x):
+            return torch.nn.functional.linear(x, state[f"model.{name}.weight"], state[f"model.{name}.bias"])
+
+        x = layer("mm_projector_crosslayer.2", torch.nn.functional.gelu(layer("mm_projector_crosslayer.0", x)))
+        batch, patches, channels = x.shape
+        side = int(patches**0.5)
+        x = x.view(batch, side, side, channels).unfold(1, kernel, kernel).unfold(2, kernel, kernel)
+        x = x.reshape(batch, (side // kernel) ** 2, channels * kernel * kernel)
+        return layer("mm_projector.2", torch.nn.functional.gelu(layer("mm_projector.0", x))).numpy()
+
+
+def test_llava_stf_whole_gives_the_references_image_tokens(tmp_path):
+    language = decoder("llama").state_dict()
+    tower("clip").save_pretrained(tmp_path / "tower")
+    # Four blocks of which four are tapped; as the authors do, the last gives way to the last but one.
+    state = stf_tensors(taps=4)
+    write(tmp_path / "theirs", {n: v.contiguous() for n, v in (language | state).items()}, original_config())
+    with pytest.raises(UserError, match="the deepest first"):
+        import_weights(str(tmp_path / "theirs"), tmp_path / "no", str(tmp_path / "tower"))
+    state = stf_tensors(taps=2)
+    (tmp_path / "theirs").rename(tmp_path / "old")
+    write(tmp_path / "theirs", {n: v.contiguous() for n, v in (language | state).items()}, original_config())
+    import_weights(str(tmp_path / "theirs"), tmp_path / "ours", str(tmp_path / "tower"))
+    fusion = open_model(tmp_path / "ours").description.fusion
+    assert (fusion.fusion, fusion.kernel, fusion.taps) == ("mbtf_stf", 2, (3, 2))
+    model, mesh = merged(tmp_path / "ours")
+    with computing(mesh, "float32"):
+        ours = model.image_tokens(pictures()[:, None])
+    np.testing.assert_allclose(ours, reference_image_tokens(state, pictures(), (3, 2)), atol=1e-4)
+
+
+def test_the_eight_tensors_of_stage_one(tmp_path):
+    state = stf_tensors(taps=8)
+    torch.save(state, tmp_path / "mm_projector.bin")
+    report = import_weights(str(tmp_path / "mm_projector.bin"), tmp_path / "ours")
+    assert report["tensors_read"] == 8
+    saved = open_model(tmp_path / "ours")
+    assert saved.description.vision is None
+    assert saved.description.llm is None
+    fusion = saved.description.fusion
+    assert (fusion.fusion, fusion.kernel, fusion.taps) == ("mbtf_stf", 2, ())
+    assert (fusion.mbtf_hidden, fusion.mbtf_width, fusion.stf_hidden) == (64, 128, 256)
+    weight = state["model.mm_projector.0.weight"].numpy()
+    conv = saved.read("fusion/tokens/conv/kernel")
+    for c, kh, kw in ((0, 0, 1), (5, 1, 0), (127, 1, 1)):
+        np.testing.assert_array_equal(conv[kh, kw, c], weight[:, c * 4 + kh * 2 + kw])
+
+
+def test_real_sizes_are_recognised_without_their_values():
+    from stf_jax.weights.recognise import recognise
+
+    shapes = {"model.mm_projector_crosslayer.0.weight": (4096, 8192), "model.mm_projector_crosslayer.0.bias": (4096,)}
+    shapes |= {"model.mm_projector_crosslayer.2.weight": (1024, 4096), "model.mm_projector_crosslayer.2.bias": (1024,)}
+    shapes |= {"model.mm_projector.0.weight": (16384, 4096), "model.mm_projector.0.bias": (16384,)}
+    shapes |= {"model.mm_projector.2.weight": (4096, 16384), "model.mm_projector.2.bias": (4096,)}
+    tower = vision_preset("clip-l-14-336")
+    found = recognise(shapes, {"mm_vision_select_layer": -2}, tower)
+    assert found.fusion.taps == (23, 21, 18, 15, 12, 9, 6, 3)
+    assert found.fusion == FusionConfig(
+        taps=found.fusion.taps, mbtf_hidden=4096, mbtf_width=1024, stf_hidden=16384
+    )  # fmt: skip
+
+
+# ---- Reports and refusals --------------------------------------------------------------------------------------------
+
+
+def test_the_report_accounts_for_every_tensor(tmp_path):
+    theirs = tmp_path / "theirs"
+    decoder("llama").to(torch.float16).save_pretrained(theirs)
+    decoder("llama").to(torch.float32)
+    state = load_file(theirs / "model.safetensors")
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(state, theirs / "model.safetensors", metadata={"format": "pt"})
+    report = import_weights(str(theirs), tmp_path / "ours", dtype="bfloat16")
+    assert report["tensors_read"] == len(state) - 1
+    assert report["parameters"] == sum(value.numel() for value in state.values()) - 4
+    assert report["unused"] == {"model.layers.0.self_attn.rotary_emb.inv_freq": "computed from the config"}
+    assert report["cast"] == {"float16 to bfloat16": len(state) - 1}
+    assert report["transposed"] == 3 * 7 + 1  # every matrix of every block, and the head
+    assert json.loads((tmp_path / "ours" / "import.json").read_text())["unused"] == report["unused"]
+    assert llm_preset(str(tmp_path / "ours")).layers == 3
+
+
+def damaged(folder, change):
+    decoder("llama").save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    change(state, config)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda s, c: s.pop("model.norm.weight"), r"model.norm.weight \(32,\) is missing"),
+        (lambda s, c: s.pop("lm_head.weight"), r"lm_head.weight \(62, 32\) is missing"),
+        (lambda s, c: s.update({"extra.weight": torch.zeros(2)}), r"extra.weight \(2,\) has no place"),
+        (lambda s, c: c.update(intermediate_size=47), r"gate_proj.weight is \(48, 32\), not \(47, 32\)"),
+        (lambda s, c: c.update(num_hidden_layers=2), r"model.layers.2.\S+ \S+ \S* ?has no place"),
+        (lambda s, c: s.update({"model.layers.1.self_attn.o_proj.bias": torch.zeros(32)}), "o_proj.bias.* no place"),
+        (lambda s, c: c.update(model_type="gpt2"), "model_type 'gpt2'"),
+        (lambda s, c: c.update(hidden_act="gelu"), "hidden_act 'gelu'"),
+        (lambda s, c: c.update(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "'yarn'"),
+        (lambda s, c: [s.pop(n) for n in list(s)] and s.update(x=torch.zeros(1)), "no vision tower, language model"),
+        (lambda s, c: s.update({"model.layers.0.mlp.q": torch.zeros(2, dtype=torch.float8_e4m3fn)}), "type F8_E4M3"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(change, sentence, tmp_path, capsys):
+    damaged(tmp_path / "theirs", change)
+    capsys.readouterr()
+    assert door(main, ["import", str(tmp_path / "theirs"), f"--to={tmp_path / 'ours'}"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert error.count("\n") == 0
+    with pytest.raises(UserError, match=sentence):
+        import_weights(str(tmp_path / "theirs"), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_files_that_are_cut_short_or_lost_are_named(tmp_path):
+    theirs = tmp_path / "theirs"
+    decoder("llama").save_pretrained(theirs, max_shard_size="20KB")
+    files = sorted(theirs.glob("*.safetensors"))
+    whole = files[1].read_bytes()
+    files[1].write_bytes(whole[:-10])
+    with pytest.raises(UserError, match=files[1].name):
+        import_weights(str(theirs), tmp_path / "ours")
+    files[1].unlink()
+    with pytest.raises(UserError, match=f"places tensor .* in {files[1].name}, which does not hold it"):
+        import_weights(str(theirs), tmp_path / "ours")
+    files[1].write_bytes(whole)
+    (theirs / "copy.safetensors").write_bytes(whole)
+    with pytest.raises(UserError, match="is both in"):
+        import_weights(str(theirs), tmp_path / "ours")
+    assert not list(tmp_path.glob("ours*"))
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):
+    decoder("llama").save_pretrained(tmp_path / "theirs")
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "thesis.txt").write_text("mine")
+    assert door(main, ["import", str(tmp_path / "theirs"), f"--to={tmp_path / 'ours'}"]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "ours").iterdir()] == ["thesis.txt"]
+    assert door(main, ["import", str(tmp_path / "nowhere"), f"--to={tmp_path / 'new'}"]) == 2
+    assert "does not exist" in capsys.readouterr().err
