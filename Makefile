@@ -11,8 +11,8 @@ test: lint
 	.venv/bin/python -m pytest
 
 lint: .venv/ready-dev
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
+	.venv/bin/ruff check --no-cache .
+	.venv/bin/ruff format --no-cache --check .
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

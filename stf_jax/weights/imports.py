@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import tqdm
 from jax import numpy as jnp
-from stf_jax.weights.tensors import Tensors, open_tensors
 from transformers import AutoTokenizer
 
 from stf_jax.config import UserError
@@ -21,6 +20,7 @@ from stf_jax.runtime.checkpoint import write_params
 from stf_jax.weights.hf import Place
 from stf_jax.weights.model import Description
 from stf_jax.weights.recognise import VOCABULARY, Recognised, recognise
+from stf_jax.weights.tensors import Tensors, open_tensors
 
 
 def import_weights(source: str, to: pathlib.Path, vision: str = "", dtype: str = "") -> dict[str, Any]:
