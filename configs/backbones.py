@@ -19,16 +19,16 @@ def get_config(arg=None):
     config.optimizer.update(b2=0.98, clip_norm=1.0)
     config.run = ("sentences", "text", "shapes", "captions")
     config.stages = {
-        # Single shapes first, of text as of pictures: looking one thing up is learned there in minutes.
+        # Few shapes first, of text as of pictures: looking one of two up is learned there in minutes.
         "sentences": {
             "steps": int(2000 * arg.scale),
             "init_missing": (".*",),
             "rules": (("llm/.*", "train"), (".*", "freeze")),
-            "data": {"scenes": {"task": "documents", "things": 1}, "max_length": 104, "images_per_row": 0},
+            "data": {"scenes": {"task": "documents", "things": 2}, "max_length": 136, "images_per_row": 0},
             "optimizer": {"learning_rate": 2e-3, "schedule": "constant"},
         },
         "text": {
-            "steps": int(4500 * arg.scale),
+            "steps": int(4000 * arg.scale),
             "rules": (("llm/.*", "train"), (".*", "freeze")),
             "data": {"scenes": {"task": "documents"}, "max_length": 168, "images_per_row": 0},
             "optimizer": {"learning_rate": 2e-3},

@@ -2,7 +2,7 @@
 
 Any record is made from (seed, split, index) alone, so the source has random access and needs no files. There are five
 kinds of question, chosen to show what merging tokens may lose: whether a thing exists, how many there are, an
-attribute of one, how two lie to each other, and what a short printed word says.
+attribute of one, where one is or how two lie to each other, and what a short printed word says.
 
 Held-out pictures come from another seed, each shows a colour-and-shape pair that no training picture or text ever
 shows or names, and their words are never among the training words; only the letters are.
@@ -189,19 +189,24 @@ def questions(scene: Scene, rng: np.random.Generator, held_out: bool = False) ->
 
 
 def _existence(scene, rng, pairs):
-    present = {thing.pair for thing in scene.things}
+    """Of a colour, of a shape, or of both together, which is the hard one."""
+    asked = rng.integers(3)
+    if asked == 2:
+        present, known = {thing.pair for thing in scene.things}, pairs
+    else:
+        key = ("color", "shape")[asked]
+        present, known = {getattr(thing, key) for thing in scene.things}, (tuple(COLORS), SHAPES)[asked]
     if rng.random() < 0.5:
         # A held-out scene has at most a few held-out things; ask of those first, they are what is new.
-        candidates = sorted(present & HELD_OUT_PAIRS) or sorted(present)
-        answer = "yes"
+        candidates, answer = sorted(present & HELD_OUT_PAIRS) or sorted(present), "yes"
     else:
-        # Half right is harder: another shape of a colour that is there, or another colour of a shape.
-        absent = [pair for pair in pairs if pair not in present]
-        near = [(c, s) for c, s in absent if any(c == a or s == b for a, b in present)]
-        candidates, answer = (near if near and rng.random() < 0.7 else absent), "no"
-    color, shape = candidates[rng.integers(len(candidates))]
-    article = "an" if color == "orange" else "a"
-    return Question("existence", f"Is there {article} {color} {shape}?", answer)
+        candidates, answer = [value for value in known if value not in present], "no"
+        if asked == 2 and rng.random() < 0.7:
+            # Half right is harder: another shape of a colour that is there, or another colour of a shape.
+            candidates = [(c, s) for c, s in candidates if any(c == a or s == b for a, b in present)] or candidates
+    value = candidates[rng.integers(len(candidates))]
+    what = (f"{value} shape", value, " ".join(value))[asked]
+    return Question("existence", f"Is there {'an' if what.startswith('orange') else 'a'} {what}?", answer)
 
 
 def _count(scene, rng, pairs):
@@ -212,7 +217,7 @@ def _count(scene, rng, pairs):
     key = ("color", "shape")[choice - 1]
     values = [getattr(thing, key) for thing in scene.things]
     options = list(COLORS) if key == "color" else list(SHAPES)
-    value = str(rng.choice(values if rng.random() < 0.85 else options))
+    value = str(rng.choice(values if rng.random() < 0.7 else options))
     noun = f"{value} shapes" if key == "color" else {"cross": "crosses"}.get(value, f"{value}s")
     return Question("count", f"How many {noun} are there?", str(values.count(value)))
 
@@ -232,6 +237,7 @@ def _attribute(scene, rng, pairs):
 
 
 def _spatial(scene, rng, pairs):
+    """Where one thing is in the picture, or how two of them lie to each other."""
     del pairs
     unique = [t for t in scene.things if sum(o.pair == t.pair for o in scene.things) == 1]
     relations = []
@@ -241,6 +247,9 @@ def _spatial(scene, rng, pairs):
                 relations.append((a, b, "left of" if a.x < b.x else "right of"))
             if abs(a.y - b.y) >= SIDE // 6:
                 relations.append((a, b, "above" if a.y < b.y else "below"))
+    if unique and (not relations or rng.random() < 0.5):
+        thing = unique[rng.integers(len(unique))]
+        return Question("spatial", f"Where is the {thing.color} {thing.shape}?", zone(thing.x, thing.y))
     if not relations:
         return None
     a, b, relation = relations[rng.integers(len(relations))]

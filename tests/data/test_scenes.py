@@ -61,11 +61,11 @@ def texts(record):
 
 # The miniatures were trained on these. Who changes them means to train the miniatures again.
 DIGESTS = {
-    ("documents", False): "954300ee948612dc",
+    ("documents", False): "c98ce7e0e5446b4b",
     ("captions", False): "6da5b238cb1f35bd",
-    ("mixture", False): "6c84a67ede727795",
-    ("conversations", False): "ee1855e4e2a56356",
-    ("conversations", True): "e8082df871d39916",
+    ("mixture", False): "78d5e7828fb07d84",
+    ("conversations", False): "9c39644e57820768",
+    ("conversations", True): "997aa9f1ea6a58a2",
 }
 
 
@@ -75,18 +75,20 @@ def test_text_of_a_record_is_what_it_always_was():
         "no",
         "What does the word say?",
         "BAV",
-        "How many green shapes are there?",
-        "1",
-        "Is the green square small or large?",
+        "How many shapes are there?",
+        "4",
+        "Is the blue star small or large?",
         "small",
-        "Is there a blue star?",
+        "Is there a red shape?",
+        "no",
+        "How many squares are there?",
+        "2",
+        "Is the purple square above the blue star?",
         "yes",
         "Is the purple square small or large?",
         "large",
-        "Is the purple square right of the blue star?",
+        "Is there a green shape?",
         "yes",
-        "How many purple shapes are there?",
-        "2",
     ]
     assert caption(make_scene(0, 7)) == (
         "a large purple square at the top right, a small blue star at the center, "
@@ -175,6 +177,11 @@ def test_training_texts_name_nothing_held_out(task, monkeypatch):
 # ---- The truth -------------------------------------------------------------------------------------------------------
 
 
+def zone_of(x, y):
+    rows, columns = ("top", "", "bottom"), ("left", "", "right")
+    return " ".join(filter(None, (rows[int(y // 32)], columns[int(x // 32)]))) or "center"
+
+
 def the(things, **wanted):
     """The things that fit; the question is only fair if it is one."""
     return [thing for thing in things if all(getattr(thing, key) == value for key, value in wanted.items())]
@@ -185,8 +192,13 @@ def true_answer(scene: Scene, question: str) -> str:
     if question == "What does the word say?":
         assert scene.word
         return scene.word
-    if found := re.fullmatch(r"Is there an? (\w+) (\w+)\?", question):
-        return "yes" if the(scene.things, color=found[1], shape=found[2]) else "no"
+    if found := re.fullmatch(r"Is there an? (?:(\w+) )?(\w+)\?", question):
+        wanted = ({"color": found[1]} if found[1] else {}) | ({"shape": found[2]} if found[2] != "shape" else {})
+        assert wanted
+        return "yes" if the(scene.things, **wanted) else "no"
+    if found := re.fullmatch(r"Where is the (\w+) (\w+)\?", question):
+        (thing,) = the(scene.things, color=found[1], shape=found[2])
+        return zone_of(thing.x, thing.y)
     if found := re.fullmatch(r"How many (?:(\w+) )?(\w+) are there\?", question):
         wanted = {"color": found[1]} if found[1] else {}
         singular = {plural: shape for shape, plural in PLURALS.items()}
@@ -226,6 +238,12 @@ def test_the_truth_by_hand():
         "What does the word say?": "BAD",
         "Is there a red ring?": "yes",
         "Is there an orange ring?": "no",
+        "Is there a blue shape?": "yes",
+        "Is there a green shape?": "no",
+        "Is there a ring?": "yes",
+        "Is there a circle?": "no",
+        "Where is the red ring?": "top left",
+        "Where is the blue star?": "right",
         "How many shapes are there?": "2",
         "How many red shapes are there?": "1",
         "How many crosses are there?": "0",
@@ -243,9 +261,9 @@ def test_the_truth_by_hand():
 @pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("kind", ["existence", "spatial"])
 def test_yes_and_no_are_equally_likely(asked, held_out, kind):
-    answers = [question.answer for _, question in asked[held_out] if question.kind == kind]
+    answers = [q.answer for _, q in asked[held_out] if q.kind == kind and q.text.startswith("Is")]
     assert set(answers) == {"yes", "no"}
-    assert len(answers) > MANY / 2
+    assert len(answers) > MANY / 4
     assert abs(answers.count("yes") / len(answers) - 0.5) < 0.04
 
 
@@ -264,24 +282,32 @@ def test_answers_vary_enough_to_tell_a_reader_from_a_guesser(asked):
         assert most / len(answers) < 0.65, kind
 
 
+def test_existence_is_asked_of_colors_shapes_and_pairs(asked):
+    asks = [question.text for _, question in asked[False] if question.kind == "existence"]
+    for form in (
+        r"Is there an? \w+ shape\?",
+        rf"Is there a ({'|'.join(SHAPES)})\?",
+        rf"Is there an? {NAMED_PAIR.pattern}\?",
+    ):
+        assert abs(sum(bool(re.fullmatch(form, text)) for text in asks) / len(asks) - 1 / 3) < 0.04
+
+
 def test_existence_in_held_out_scenes_asks_of_held_out_pairs(asked):
     yes = [q for _, q in asked[True] if (q.kind, q.answer) == ("existence", "yes")]
-    assert yes
-    for question in yes:
-        assert NAMED_PAIR.search(question.text).groups() in HELD_OUT_PAIRS
+    named = [pair.groups() for question in yes if (pair := NAMED_PAIR.search(question.text))]
+    assert len(named) > MANY / 12
+    assert set(named) <= HELD_OUT_PAIRS
 
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_captions_name_everything_where_it_is(world, held_out):
-    rows, columns = ("top", "", "bottom"), ("left", "", "right")
     for scene in world[held_out]:
         expected = [(f"{t.size} {t.color} {t.shape}", t.x, t.y) for t in scene.things]
         expected += [(f"word {scene.word}", scene.word_x, scene.word_y)] if scene.word else []
         parts = caption(scene).split(", ")
         assert len(parts) == len(expected)
         for part, (what, x, y) in zip(parts, expected, strict=True):
-            where = " ".join(filter(None, (rows[int(y // 32)], columns[int(x // 32)]))) or "center"
-            assert part in (f"a {what} at the {where}", f"the {what} at the {where}")
+            assert part in (f"a {what} at the {zone_of(x, y)}", f"the {what} at the {zone_of(x, y)}")
 
 
 # ---- Where things lie ------------------------------------------------------------------------------------------------
