@@ -1,4 +1,4 @@
-"""Exchange weights: ``python -m stf_jax.convert import SOURCE --to=DIR``, ``… export CHECKPOINT --to=DIR …``."""
+"""Exchange weights: ``python -m stf_jax.convert import SOURCE --to=DIR``, ``… export CHECKPOINT --to=DIR …``, ``… verify``."""
 
 import argparse
 import pathlib
@@ -12,6 +12,7 @@ from stf_jax.runtime.checkpoint import SavedParams
 from stf_jax.runtime.cli import Parser, door
 from stf_jax.weights.folder import save_params
 from stf_jax.weights.imports import import_weights, summary
+from stf_jax.weights.verify import table, verify
 
 
 def main(argv: list[str]) -> None:
@@ -34,6 +35,13 @@ def main(argv: list[str]) -> None:
     give.add_argument("--dtype", choices=_TYPES, default="float32", help="type to write in")
     give.set_defaults(run=_export)
 
+    check = verbs.add_parser("verify", help="ask an export and its model alike", description="Ask both alike.")
+    check.add_argument("checkpoint", type=pathlib.Path, help="what was exported")
+    check.add_argument("export", type=pathlib.Path, help="folder that export --format=hf wrote; its code is run")
+    check.add_argument("--questions", type=int, default=16, help="on held-out scenes")
+    check.add_argument("--tokens", type=int, default=16, help="new tokens an answer, at most")
+    check.set_defaults(run=_verify)
+
     options = parser.parse_args(argv)
     options.run(options)
 
@@ -55,6 +63,13 @@ def _export(options: argparse.Namespace) -> None:
     save_params(options.to, chosen)
     count = sum(value.size for value in chosen.values())
     print(f"{len(chosen)} tensors, {count:,} parameters in {options.dtype}: {options.to / 'model.safetensors'}")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    pairs = verify(options.checkpoint, options.export, options.questions, options.tokens)
+    print(table(pairs))
+    if any(pair.ours != pair.theirs for pair in pairs):
+        raise UserError(f"{options.export} does not answer as {options.checkpoint} does.")
 
 
 if __name__ == "__main__":

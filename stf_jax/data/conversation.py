@@ -53,14 +53,15 @@ class Encoded:
 def plain(turns: Sequence[Turn]) -> list[Item]:
     """LLaVA's stage-1 template: ``<image>`` caption newline, the caption and the newline learned.
 
-    The instruction is dropped. A record without a picture is a document: its turns as they stand, the model's learned.
+    The instruction is dropped; without a caption after it, it makes a prompt. A record without a picture is a document:
+    its turns as they stand, the model's learned.
     """
     images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
     if not images:
         return [Text(turn.text, learned=turn.speaker == "gpt") for turn in turns]
-    if len(turns) != 2 or turns[1].speaker != "gpt":
+    if len(turns) > 2 or any(turn.speaker != "gpt" for turn in turns[1:]):
         raise UserError("template 'plain' takes one instruction and one caption")
-    return [Mark.IMAGE] * images + [Text(turns[1].text.strip() + "\n", learned=True)]
+    return [Mark.IMAGE] * images + [Text(turn.text.strip() + "\n", learned=True) for turn in turns[1:]]
 
 
 def v1(turns: Sequence[Turn]) -> list[Item]:

@@ -37,7 +37,7 @@ class GreedyAnswers:
           images: for each, uint8 [M, H, W, 3], M the same for all.
         """
         shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        rows = _ROWS * shards
+        rows = min(_ROWS, -(-len(prompts) // shards)) * shards
         longest = max(len(prompt.tokens) for prompt in prompts) + self._limit
         length = -(-longest // _STEP) * _STEP
         for start in range(0, len(prompts), rows):

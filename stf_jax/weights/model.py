@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from stf_jax.config import FusionConfig, UserError, from_json
+from stf_jax.config import FusionConfig, ModelConfig, UserError, from_json
 from stf_jax.data.tokenizer import MINIATURE
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.presets import DESCRIPTION, llm_config, llm_preset, vision_config, vision_preset
@@ -36,12 +36,14 @@ class SavedModel:
     """A run's newest checkpoint, or a folder of imported weights.
 
     Attributes:
+      config: the model as a run's config names it; a folder of imported weights is its own preset.
       shapes: shape and dtype of every parameter, by path (``llm/blocks/mlp/up/kernel``, of all layers at once).
       read: one parameter, into host memory.
       tokenizer: folder with the tokenizer, or None.
     """
 
     description: Description
+    config: ModelConfig
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     read: Callable[[str], np.ndarray]
     tokenizer: pathlib.Path | None
@@ -62,6 +64,7 @@ def open_model(folder: pathlib.Path) -> SavedModel:
                 values["template"],
                 values["aspect"],
             )
+            model = ModelConfig(str(folder), str(folder), description.fusion or FusionConfig())
             tokenizer = folder / "tokenizer"
         else:
             config = from_json(json.loads((folder / "config.json").read_bytes()))
@@ -72,4 +75,4 @@ def open_model(folder: pathlib.Path) -> SavedModel:
             tokenizer = MINIATURE if data.tokenizer == "miniature" else pathlib.Path(data.tokenizer)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} does not say what model it holds: {error!r}.") from None
-    return SavedModel(description, saved.shapes, saved.read, tokenizer if tokenizer.is_dir() else None)
+    return SavedModel(description, model, saved.shapes, saved.read, tokenizer if tokenizer.is_dir() else None)

@@ -1,0 +1,104 @@
+"""An export beside the model that it was made from: the same questions, asked of one in PyTorch, of the other here."""
+
+import dataclasses
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from stf_jax.config import MeshConfig, UserError
+from stf_jax.data.conversation import encode, template_items
+from stf_jax.data.image import to_square
+from stf_jax.data.records import IMAGE_MARK, Record, Turn
+from stf_jax.data.scenes import SHORT_ANSWER
+from stf_jax.data.tokenizer import load_tokenizer
+from stf_jax.evals.scenes import held_out_questions
+from stf_jax.inference.greedy import GreedyAnswers
+from stf_jax.models.vlm import slots_per_image
+from stf_jax.runtime.mesh import make_mesh
+from stf_jax.training.state import blueprint
+from stf_jax.weights.folder import load_params
+from stf_jax.weights.model import open_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A question, and what both models answer."""
+
+    question: str
+    ours: str
+    theirs: str
+
+
+def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit: int) -> list[Pair]:
+    """Asks both models about held-out scenes, greedily, in float32 on the CPU.
+
+    Nothing is shared between them: the export's own processor prepares its pictures and prompts.
+
+    Args:
+      checkpoint: workdir of a run, or a folder of imported weights.
+      export: folder that ``convert export --format=hf`` wrote; the code in it is run.
+      questions: how many.
+      limit: new tokens an answer at most.
+
+    Raises:
+      UserError: a folder that cannot be read; PyTorch is not installed.
+    """
+    try:
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+    except ImportError:
+        raise UserError("Verifying an export runs it in PyTorch: install torch beside transformers.") from None
+    asked = [(picture, f"{question.text}\n{SHORT_ANSWER}") for picture, question in held_out_questions(questions)]
+    asked = asked[:questions]
+    ours = _ours(checkpoint, asked, limit)
+
+    try:
+        processor = AutoProcessor.from_pretrained(export, trust_remote_code=True, local_files_only=True)
+        model = AutoModelForImageTextToText.from_pretrained(
+            export, trust_remote_code=True, local_files_only=True, dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{export} cannot be loaded with transformers: {error}") from None
+    pairs = []
+    for (picture, question), answer in zip(tqdm.tqdm(asked, "PyTorch", unit="question"), ours, strict=True):
+        turn = {
+            "role": "user",
+            "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}],
+        }
+        inputs = processor.apply_chat_template(
+            [turn], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            said = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
+        said = processor.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        pairs.append(Pair(question.split("\n")[0], answer, said))
+    return pairs
+
+
+def table(pairs: list[Pair]) -> str:
+    """The answers side by side, for people to read."""
+    width = max(len(pair.question) for pair in pairs) + 2
+    lines = [f"{'question':<{width}}{'here':<16}PyTorch"]
+    lines += [f"{pair.question:<{width}}{pair.ours:<16}{pair.theirs}" for pair in pairs]
+    same = sum(pair.ours == pair.theirs for pair in pairs)
+    return "\n".join([*lines, f"{same} of {len(pairs)} answers are the same."])
+
+
+def _ours(checkpoint, asked, limit):
+    saved = open_model(checkpoint)
+    if saved.tokenizer is None:
+        raise UserError(f"{checkpoint} has no tokenizer, so it cannot be asked.")
+    tokenizer, vision = load_tokenizer(str(saved.tokenizer)), saved.description.vision
+    config = dataclasses.replace(saved.config, precision="float32", remat="none", attention="reference")
+    plan, mesh, slots = blueprint(config), make_mesh(MeshConfig(1, 1, 1)), slots_per_image(config)
+    shardings = plan.shardings(mesh)
+    layout = {path: leaf.update(sharding=shardings[path]) for path, leaf in plan.shapes.items()}
+    params = {path: jnp.asarray(x, jnp.float32) for path, x in load_params(str(checkpoint), layout, ()).items()}
+    prompts = []
+    for picture, question in asked:
+        record = Record("verified", (picture,), (Turn("human", f"{IMAGE_MARK}\n{question}"),))
+        prompts.append(encode(template_items(saved.description.template, record), tokenizer, slots))
+    images = [to_square(picture, vision, saved.description.aspect)[None] for picture, _ in asked]
+    return list(GreedyAnswers(plan, params, tokenizer, mesh, limit)(prompts, [np.asarray(x) for x in images]))
