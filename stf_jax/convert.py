@@ -1,4 +1,4 @@
-"""Exchange weights: ``python -m stf_jax.convert import SOURCE --to=DIR``, ``… export CHECKPOINT --to=DIR …``, ``… verify``."""
+"""Exchange weights: ``python -m stf_jax.convert import SOURCE --to=DIR``, ``export``, ``verify``."""
 
 import argparse
 import pathlib
