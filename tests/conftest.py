@@ -1,8 +1,13 @@
-"""Eight simulated CPU devices for every test, set before jax wakes up."""
+"""Eight simulated CPU devices for every test, set before jax wakes up; tokenizers that several tests read."""
 
+import importlib.util
+import json
 import os
 import pathlib
+import shutil
 import sys
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
@@ -10,3 +15,32 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model() -> pathlib.Path:
+    """A SentencePiece model of the Llama kind: 32,000 pieces, byte fallback, a prefix space."""
+    package = importlib.util.find_spec("mistral_common")  # only its file: importing it would load the whole package
+    if package is None:
+        pytest.skip("mistral-common (requirements-dev.txt) is not installed")
+    return pathlib.Path(package.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
+
+
+@pytest.fixture(scope="session")
+def llama(sentencepiece_model, tmp_path_factory):
+    """That model as Llama's tokenizers are published."""
+    folder = tmp_path_factory.mktemp("llama")
+    shutil.copy(sentencepiece_model, folder / "tokenizer.model")
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": True,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    from stf_jax.data.tokenizer import load_tokenizer  # not before the devices are set
+
+    return load_tokenizer(str(folder))

@@ -1,10 +1,5 @@
 """Conversations to tokens, against LLaVA's own way of doing it, with a byte-level and a SentencePiece tokenizer."""
 
-import importlib.util
-import json
-import pathlib
-import shutil
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -20,33 +15,6 @@ from stf_jax.data.tokenizer import load_tokenizer
 
 SLOTS = 5
 PLENTY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(scope="session")
-def sentencepiece_model() -> pathlib.Path:
-    """A SentencePiece model of the Llama kind: 32,000 pieces, byte fallback, a prefix space."""
-    package = importlib.util.find_spec("mistral_common")  # only its file: importing it would load the whole package
-    if package is None:
-        pytest.skip("mistral-common (requirements-dev.txt) is not installed")
-    return pathlib.Path(package.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
-
-
-@pytest.fixture(scope="session")
-def llama(sentencepiece_model, tmp_path_factory):
-    """That model as Llama's tokenizers are published."""
-    folder = tmp_path_factory.mktemp("llama")
-    shutil.copy(sentencepiece_model, folder / "tokenizer.model")
-    config = {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "legacy": True,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return load_tokenizer(str(folder))
 
 
 @pytest.fixture(scope="session")
@@ -208,6 +176,14 @@ def test_a_conversation_that_ends_with_a_question_is_a_prompt(tokenizer):
     assert tokenizer.decode(prompt.tokens).endswith("USER: Sure? ASSISTANT:")
 
 
+def test_an_instruction_without_its_caption_is_a_prompt(tokenizer):
+    whole = encoded("plain", record("Describe.\n<image>", "A cat.", pictures=1), tokenizer)
+    prompt = encoded("plain", record("Describe.\n<image>", pictures=1), tokenizer)
+    assert prompt.tokens.tolist() == whole.tokens[: len(prompt.tokens)].tolist()
+    assert not prompt.learned.any()
+    assert whole.learned[len(prompt.tokens) :].all()
+
+
 @pytest.mark.parametrize(("processor", "first"), [(None, []), ("<s> $A </s>", [1]), ("$A </s>", [])])
 def test_tokenizers_begin_and_end_texts_as_they_like(miniature, processor, first):
     """Qwen's begins a text with nothing; others end it, which is the template's to do."""
@@ -275,7 +251,7 @@ def test_plain_without_a_picture_is_a_document(tokenizer):
         ("plain", record("<image>", "A cat."), r"has 0 pictures but 1 <image> marks"),
         ("plain", record("Describe.", "A cat.", pictures=1), r"has 1 pictures but 0 <image> marks"),
         ("plain", record("<image>", "A cat.", "Sure?", "Yes", pictures=1), r"one instruction and one caption"),
-        ("plain", record("<image>", pictures=1), r"one instruction and one caption"),
+        ("plain", record("<image>", "A cat.", "Sure?", pictures=1), r"one instruction and one caption"),
         ("plain", record("A cat.", "<image>", first="gpt", pictures=1), r"one instruction and one caption"),
     ],
 )

@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -33,6 +35,7 @@ from transformers import (
 
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError
 from stf_jax.convert import main
+from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.runtime.cli import door
 from stf_jax.runtime.mesh import computing, make_mesh
@@ -184,6 +187,17 @@ def test_a_tower_alone_and_one_beside_its_text_model_are_the_same(tmp_path):
     assert one.shapes == other.shapes
     for path in one.shapes:
         np.testing.assert_array_equal(one.read(path), other.read(path))
+
+
+def test_a_sentencepiece_model_comes_along_as_a_tokenizer(llama, sentencepiece_model, tmp_path):
+    """Vicuna's and LLaVA's folders hold ``tokenizer.model`` and no ``tokenizer.json``."""
+    decoder("llama").save_pretrained(tmp_path / "theirs")
+    shutil.copytree(llama.name_or_path, tmp_path / "theirs", dirs_exist_ok=True)
+    import_weights(str(tmp_path / "theirs"), tmp_path / "ours")
+    tokenizer = load_tokenizer(str(tmp_path / "ours" / "tokenizer"))
+    text = "USER: What is it?\nASSISTANT: a cat"
+    reference = sentencepiece.SentencePieceProcessor(str(sentencepiece_model))
+    assert tokenizer(text).input_ids == [reference.bos_id(), *reference.encode(text)]
 
 
 def test_old_pickles_are_read_as_weights_alone(tmp_path):
