@@ -1,12 +1,14 @@
-"""Weights under our own parameter paths: reading them to start a run, and writing them.
+"""Weights under our own parameter paths: reading them to start a run, and writing them; folders that appear whole.
 
 A folder of weights holds ``*.safetensors`` whose tensors are named by parameter path
 (``vision/blocks/mlp/up/kernel``). A run's workdir serves as well.
 """
 
+import contextlib
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -68,6 +70,28 @@ def save_params(folder: pathlib.Path, params: Mapping[str, jax.Array]) -> None:
     partial = folder / "model.safetensors.partial"
     save_file(dict(params), partial)
     partial.rename(folder / "model.safetensors")
+
+
+@contextlib.contextmanager
+def new_folder(to: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to fill, which becomes ``to`` when all is well, and is removed when it is not.
+
+    Raises:
+      UserError: ``to`` exists and is not an empty folder.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"{to} exists and is not empty; choose another folder for --to.")
+    partial = to.with_name(to.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    if to.exists():
+        to.rmdir()
+    partial.rename(to)
 
 
 def _read(folder, layout):

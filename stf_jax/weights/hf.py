@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
+from stf_jax.config import FusionConfig
+
 Layout = tuple[tuple[int, ...], ...]
 
 
@@ -104,6 +106,24 @@ PROJECTOR: Mapping[str, Tensor] = {
     "tokens/second/kernel": Tensor("mm_projector.2.weight", LINEAR),
     "tokens/second/bias": Tensor("mm_projector.2.bias", VECTOR),
 }
+POOLED: Mapping[str, Tensor] = {path.replace("tokens/", "tokens/projector/"): t for path, t in PROJECTOR.items()}
+STF_PAPER: Mapping[str, Tensor] = {
+    "tokens/conv/kernel": Tensor("mm_projector.0.weight", UNFOLDED),
+    "tokens/conv/bias": Tensor("mm_projector.0.bias", VECTOR),
+    "tokens/mix/kernel": Tensor("mm_projector.2.weight", LINEAR),
+    "tokens/mix/bias": Tensor("mm_projector.2.bias", VECTOR),
+    "tokens/out/kernel": Tensor("mm_projector.4.weight", LINEAR),
+    "tokens/out/bias": Tensor("mm_projector.4.bias", VECTOR),
+}
+
+
+def fusion_table(config: FusionConfig) -> dict[str, Tensor]:
+    """The fusion's parameters; beyond the authors' own, as weights/torch_package names them."""
+    stf = STF_PAPER if config.variant == "paper" else STF
+    tokens = {"mlp": PROJECTOR, "mbtf": PROJECTOR, "stf": stf, "mbtf_stf": stf}.get(config.fusion, POOLED)
+    return {**(MBTF if config.fusion.startswith("mbtf") else {}), **tokens}
+
+
 # The same projector as transformers' LlavaForConditionalGeneration names it.
 LLAVA_HF: Mapping[str, Tensor] = {
     path: Tensor(name.replace("mm_projector.0", "linear_1").replace("mm_projector.2", "linear_2"), layout)
@@ -124,6 +144,11 @@ class Place:
     def theirs(self) -> tuple[int, ...]:
         """Shape of each tensor over there."""
         return tuple(math.prod(self.shape[axis] for axis in axes) for axes in self.layout)
+
+    @property
+    def turned(self) -> bool:
+        """Whether axes change order on the way."""
+        return self.layout != tuple((axis,) for axis in range(len(self.layout)))
 
     def to_ours(self, tensors: Iterable[np.ndarray]) -> np.ndarray:
         """The parameter, of its tensors in the order of ``names``."""

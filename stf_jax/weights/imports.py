@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import AutoTokenizer
 from stf_jax.config import UserError
 from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.checkpoint import write_params
+from stf_jax.weights.folder import new_folder
 from stf_jax.weights.hf import Place
 from stf_jax.weights.model import Description
 from stf_jax.weights.recognise import VOCABULARY, Recognised, recognise
@@ -42,8 +42,11 @@ def import_weights(source: str, to: pathlib.Path, vision: str = "", dtype: str =
     Raises:
       UserError: a source that cannot be read or used, named with the tensor at fault; ``to`` exists.
     """
-    if to.exists() and any(to.iterdir()):
-        raise UserError(f"{to} exists and is not empty; choose another folder for --to.")
+    with new_folder(to) as folder:
+        return _import(source, folder, vision, dtype)
+
+
+def _import(source, folder, vision, dtype):
     tower, sources = None, []
     if vision:
         tensors, config = _open(vision)
@@ -56,27 +59,22 @@ def import_weights(source: str, to: pathlib.Path, vision: str = "", dtype: str =
     main = _recognised(source, tensors, config, tower)
     sources.append((tensors, main))
     aspect = "pad" if config.get("image_aspect_ratio") == "pad" else "square"
-    description = Description(main.vision or tower, main.llm, main.fusion, aspect=aspect)
+    template = config.get("conversation_template", "v1")
+    description = Description(main.vision or tower, main.llm, main.fusion, template, aspect)
 
     report = {"tensors_read": 0, "parameters": 0, "transposed": 0, "cast": collections.Counter()}
-    partial = to.with_name(to.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     count = sum(len(found.places) for _, found in sources)
     with tqdm.tqdm(total=count, desc="import", unit="parameter") as bar:
-        write_params(partial, _params(sources, dtype, report, bar))
-    description.save(partial)
+        write_params(folder, _params(sources, dtype, report, bar))
+    description.save(folder)
     report |= {
         "unused": {name: why for _, found in sources for name, why in found.unused.items()},
         "notes": [note for _, found in sources for note in found.notes],
         "model": dataclasses.asdict(description),
     }
-    if main.llm is not None and not _save_tokenizer(pathlib.Path(source), partial / "tokenizer"):
+    if main.llm is not None and not _save_tokenizer(pathlib.Path(source), folder / "tokenizer"):
         report["notes"].append("No tokenizer was found that transformers reads; give one as config.data.tokenizer.")
-    (partial / "import.json").write_text(json.dumps(report, indent=2) + "\n")
-    if to.exists():
-        to.rmdir()
-    partial.rename(to)
+    (folder / "import.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
@@ -133,7 +131,7 @@ def _params(sources, dtype, report, bar) -> Iterator[tuple[str, np.ndarray]]:
             value = place.to_ours(_tensors(tensors, path, place))
             report["tensors_read"] += len(place.names)
             report["parameters"] += value.size
-            report["transposed"] += len(place.names) * (place.layout != tuple((i,) for i in range(len(place.layout))))
+            report["transposed"] += len(place.names) * place.turned
             if dtype and value.dtype != jnp.dtype(dtype):
                 report["cast"][f"{value.dtype} to {dtype}"] += len(place.names)
                 value = value.astype(jnp.dtype(dtype))

@@ -1,7 +1,7 @@
 """What a checkpoint of theirs is, told by its keys and its config: its parts, their shapes, under which names.
 
 Read are CLIP and SigLIP towers, alone or beside their text model; Llama, Mistral, Qwen2 and Qwen3; LLaVA-1.5 under its
-own names and under transformers'; LLaVA-STF, whole or only the eight tensors of its first stage.
+own names and under transformers'; LLaVA-STF, whole or only the eight tensors of its first stage; our own exports.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ def recognise(
         llm = _llm(shapes, body, config, notes)
         names = {"model.": body, "lm_head.": f"{head or ''}lm_head."}
         found |= _under("llm", places(hf.DECODER, lambda: Decoder(nnx.Rngs(0), llm), names))
-    joint = _fusion(shapes, config, vision or tower)
+    joint = _exported_fusion(shapes, config, vision or tower) or _fusion(shapes, config, vision or tower)
     if joint is not None:
         fusion, table, prefix, read, out = joint
         found |= _under("fusion", places(table, lambda: Fusion(nnx.Rngs(0), fusion, read, out), {"": prefix}))
@@ -195,6 +195,16 @@ def _rope_scaling(values):
         low, high = values["low_freq_factor"], values["high_freq_factor"]
         return RopeScaling("llama3", values["factor"], low, high, values["original_max_position_embeddings"])
     raise UserError(f"Rotary positions of type {kind!r}: known are default, linear and llama3.")
+
+
+def _exported_fusion(shapes, config, vision):
+    """As :func:`_fusion`, of a folder that our export wrote, whose config tells."""
+    if config.get("model_type") != "llava_stf":
+        return None
+    values = config["stf_config"]
+    fusion = FusionConfig(**{**values, "taps": tuple(values["taps"])})
+    prefix = _prefix(shapes, "mm_projector.0.weight", "projectors")
+    return fusion, hf.fusion_table(fusion), prefix or "", vision, config["text_config"]["hidden_size"]
 
 
 def _fusion(shapes, config, vision):

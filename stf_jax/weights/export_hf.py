@@ -1,0 +1,290 @@
+"""A model for PyTorch: a folder that transformers loads, with the code it needs beside the weights.
+
+A fusion other than LLaVA's plain projector takes the classes of weights/torch_package, which are copied along. The
+plain projector makes an ordinary ``LlavaForConditionalGeneration``, under the tensor names that its hub files have and
+every release reads.
+"""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+
+from stf_jax.config import UserError
+from stf_jax.data.conversation import SYSTEM
+from stf_jax.data.records import IMAGE_MARK
+from stf_jax.data.tokenizer import load_tokenizer
+from stf_jax.models.fusion import Fusion, tapped_blocks, tokens_per_image
+from stf_jax.models.llm import Decoder, LLMConfig
+from stf_jax.models.vit import VisionConfig, VisionTower
+from stf_jax.weights import hf
+from stf_jax.weights.exports import Tensors, whole
+from stf_jax.weights.folder import new_folder
+from stf_jax.weights.hf import Place, places
+from stf_jax.weights.model import Description, open_model
+from stf_jax.weights.recognise import VOCABULARY
+from stf_jax.weights.shards import write_shards
+
+PACKAGE = pathlib.Path(__file__).parent / "torch_package"
+_LENGTH = 4096  # positions, where the tokenizer names no length: LLaVA-1.5's and Vicuna's
+_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+_IMAGES = "{%- for part in message.content if part is not string and part.type == 'image' -%}"
+_TEXT = (
+    "{%- if message.content is string -%}{%- set text = message.content | trim -%}{%- else -%}"
+    "{%- set said = namespace(text='') -%}{%- for part in message.content if part.type == 'text' -%}"
+    "{%- set said.text = said.text + part.text -%}{%- endfor -%}{%- set text = said.text | trim -%}{%- endif -%}"
+)
+# The templates of data/conversation.py for transformers' apply_chat_template.
+CHAT_TEMPLATES = {
+    "v1": (
+        "{%- if messages[0].role == 'system' -%}{%- set message = messages[0] -%}" + _TEXT + "{{ text + ' ' }}"
+        "{%- set messages = messages[1:] -%}{%- else -%}{{ " + json.dumps(SYSTEM + " ") + " }}{%- endif -%}"
+        "{%- for message in messages -%}" + _TEXT + "{%- if message.role == 'user' -%}{{ 'USER: ' }}"
+        + _IMAGES + "{{ '" + IMAGE_MARK + "\\n' }}{%- endfor -%}{{ text }}"
+        "{%- if add_generation_prompt or not loop.last -%}{{ ' ASSISTANT:' }}{%- endif -%}"
+        "{%- else -%}{{ ' ' + text + eos_token }}{%- endif -%}{%- endfor -%}"
+    ),
+    "plain": (
+        "{%- for message in messages -%}{%- if message.role == 'user' -%}" + _IMAGES + "{{ '" + IMAGE_MARK + "' }}"
+        "{%- endfor -%}{%- else -%}" + _TEXT + "{{ text + '\\n' }}{%- endif -%}{%- endfor -%}"
+    ),
+}  # fmt: skip
+
+
+def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> dict[str, Any]:
+    """Writes a folder for ``AutoModelForImageTextToText`` and ``AutoProcessor``; it appears when it is complete.
+
+    Args:
+      checkpoint: workdir of a run, or a folder of imported weights.
+      to: the folder to write; it must not exist.
+      dtype: the type to cast values to; empty: each keeps its own, and the config names the widest.
+
+    Returns:
+      The report of :class:`stf_jax.weights.exports.Tensors`.
+
+    Raises:
+      UserError: a checkpoint that cannot be read or lacks a part; ``to`` exists; a model that transformers' classes
+        cannot hold.
+    """
+    with new_folder(to) as folder:
+        saved = open_model(checkpoint)
+        whole(saved, checkpoint)
+        what = saved.description
+        grid = what.vision.grid
+        count, taps = tokens_per_image(what.fusion, grid), tapped_blocks(what.fusion, what.vision.layers)
+        tokenizer = _tokenizer(saved.tokenizer, what)
+        mark = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+        config = {
+            "vision_config": vision_values(what.vision),
+            "text_config": text_values(what.llm, tokenizer),
+            "image_aspect_ratio": what.aspect,
+            "conversation_template": what.template,
+            "tie_word_embeddings": what.llm.tied,
+            "dtype": dtype or str(jnp.result_type(*(leaf.dtype for leaf in saved.shapes.values()))),
+        }
+        tensors = Tensors(saved, _places(what), dtype)
+        if what.fusion.fusion == "mlp":
+            write_shards(folder, _plain(tensors, what, mark))
+            rows = max(mark + 1, what.llm.vocab)
+            config["text_config"]["vocab_size"] = rows
+            processor = _plain_config(config, what, taps[0], count, mark)
+        else:
+            write_shards(folder, tensors)
+            processor = _stf_config(config, what, taps, count, mark)
+            for file in PACKAGE.glob("*_stf.py"):
+                shutil.copy(file, folder)
+        tokenizer.save_pretrained(folder)
+        _write(folder / "config.json", config)
+        _write(folder / "processor_config.json", {**processor, "image_token": IMAGE_MARK})
+        _write(folder / "preprocessor_config.json", _pictures(what))
+        ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _write(folder / "generation_config.json", ids)
+        tensors.save_report(folder)
+    return tensors.report
+
+
+def vision_values(config: VisionConfig) -> dict[str, Any]:
+    """transformers' ``vision_config`` of a tower. Raises UserError for one that is neither CLIP's nor SigLIP's."""
+    kinds = {(True, True, False): "clip_vision_model", (False, False, True): "siglip_vision_model"}
+    kind = kinds.get((config.class_token, config.pre_norm, config.patch_bias))
+    if kind is None:
+        raise UserError(
+            "The vision tower is neither of CLIP's form nor of SigLIP's, so transformers has no class for it."
+        )
+    values = {
+        "model_type": kind,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp,
+        "hidden_act": _ACTIVATIONS[config.activation],
+        "layer_norm_eps": config.norm_eps,
+    }
+    return values | ({"vision_use_head": False} if kind == "siglip_vision_model" else {})
+
+
+def text_values(config: LLMConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """transformers' config of a decoder: Llama's, or Qwen2's or Qwen3's where it has their biases or norms.
+
+    Rotary positions are given both as transformers 5 reads them and as releases before it do.
+    """
+    if config.qkv_bias and config.qk_norm:
+        raise UserError("The language model has both query biases and query norms: transformers has no class for it.")
+    length = tokenizer.model_max_length
+    values = {
+        "model_type": "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama",
+        "vocab_size": config.vocab,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp,
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": length if length < 2**24 else _LENGTH,
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    scaling = config.rope_scaling
+    rope = {"rope_type": "default"}
+    if scaling is not None:
+        rope = {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+            rope |= {"original_max_position_embeddings": scaling.original_length}
+        values["rope_scaling"] = rope
+    return values | {"rope_theta": config.rope_theta, "rope_parameters": {**rope, "rope_theta": config.rope_theta}}
+
+
+def _places(what: Description) -> dict[str, Place]:
+    plain = what.fusion.fusion == "mlp"
+    if plain:
+        prefixes = ({"": "vision_tower.vision_model."}, {"": "multi_modal_projector."}, {"": "language_model."})
+        table = hf.LLAVA_HF
+    else:
+        prefixes = (
+            {"": "model.vision_tower."},
+            {"": "model."},
+            {"model.": "model.language_model.", "lm_head.": "lm_head."},
+        )
+        table = hf.fusion_table(what.fusion)
+    found = {
+        "vision": places(hf.VISION, lambda: VisionTower(nnx.Rngs(0), what.vision), prefixes[0]),
+        "fusion": places(table, lambda: Fusion(nnx.Rngs(0), what.fusion, what.vision, what.llm.width), prefixes[1]),
+        "llm": places(hf.DECODER, lambda: Decoder(nnx.Rngs(0), what.llm), prefixes[2]),
+    }
+    return {f"{part}/{path}": place for part, inner in found.items() for path, place in inner.items()}
+
+
+def _stf_config(config, what, taps, count, mark):
+    """Completes the config for our classes; gives the processor's."""
+    fusion, width = what.fusion, what.vision.width
+    mixes, merges = fusion.fusion.startswith("mbtf"), fusion.fusion.endswith("stf")
+    window = ((mixes and fusion.mbtf_width) or width) * fusion.kernel**2
+    config |= {
+        "model_type": "llava_stf",
+        "architectures": ["LlavaSTFForConditionalGeneration"],
+        "auto_map": {
+            "AutoConfig": "configuration_stf.LlavaSTFConfig",
+            "AutoModel": "modeling_stf.LlavaSTFModel",
+            "AutoModelForImageTextToText": "modeling_stf.LlavaSTFForConditionalGeneration",
+        },
+        "image_token_id": mark,
+        "stf_config": {
+            "fusion": fusion.fusion,
+            "taps": list(taps),
+            "kernel": fusion.kernel,
+            "mbtf_hidden": fusion.mbtf_hidden or mixes * len(taps) * width // 2,
+            "mbtf_width": fusion.mbtf_width or mixes * width,
+            "stf_hidden": fusion.stf_hidden or merges * 4 * window,
+            "variant": fusion.variant,
+            "pad_grid": fusion.pad_grid,
+        },
+    }
+    return {
+        "processor_class": "LlavaSTFProcessor",
+        "auto_map": {"AutoProcessor": "processing_stf.LlavaSTFProcessor"},
+        "num_image_tokens": count,
+    }
+
+
+def _plain_config(config, what, tap, count, mark):
+    """Completes the config for transformers' LLaVA; gives the processor's."""
+    strategy = "default" if what.vision.class_token else "full"
+    config |= {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "image_token_index": mark,
+        "image_seq_length": count,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": tap - what.vision.layers - 1,
+        "vision_feature_select_strategy": strategy,
+    }
+    if config["text_config"]["vocab_size"] != what.llm.vocab:
+        config["stf_vocab"] = what.llm.vocab  # rows beyond are for <image> alone
+    return {
+        "processor_class": "LlavaProcessor",
+        "patch_size": what.vision.patch_size,
+        "vision_feature_select_strategy": strategy,
+        "num_additional_image_tokens": int(what.vision.class_token),
+    }
+
+
+def _plain(tensors: Tensors, what: Description, mark: int) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors, with rows for ``<image>`` in the vocabulary; and the norm above the taps, which is never read."""
+    rows = max(mark + 1, what.llm.vocab)
+    wide = {name for path, place in tensors.places.items() if path in VOCABULARY for name in place.names}
+    dtype = None
+    for name, value in tensors:
+        dtype = dtype or value.dtype
+        if name in wide and len(value) < rows:
+            mean = value.astype(np.float32).mean(0).astype(value.dtype)
+            value = np.concatenate([value, np.broadcast_to(mean, (rows - len(value), len(mean)))])
+        yield name, value
+    norm = "vision_tower.vision_model.post_layernorm."
+    yield f"{norm}weight", np.ones(what.vision.width, dtype)
+    yield f"{norm}bias", np.zeros(what.vision.width, dtype)
+
+
+def _tokenizer(folder: pathlib.Path, what: Description) -> PreTrainedTokenizerFast:
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)], special_tokens=True)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.chat_template = CHAT_TEMPLATES.get(what.template, tokenizer.chat_template)
+    return tokenizer
+
+
+def _pictures(what: Description) -> dict[str, Any]:
+    size = what.vision.image_size
+    return {
+        "image_processor_type": "LlavaImageProcessor",
+        "do_convert_rgb": True,
+        "do_pad": what.aspect == "pad",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(what.vision.mean),
+        "image_std": list(what.vision.std),
+    }
+
+
+def _write(file, values):
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")

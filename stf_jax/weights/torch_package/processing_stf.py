@@ -1,0 +1,95 @@
+"""Pictures and prompts for LLaVA-STF: each ``<image>`` becomes as many ids as the fusion gives image tokens."""
+
+import re
+
+from transformers import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+
+class LlavaSTFProcessor(ProcessorMixin):
+    """Joins an image processor and a tokenizer.
+
+    Args:
+      num_image_tokens: ids that one picture takes.
+      image_token: what stands for a picture in a text.
+    """
+
+    attributes = ["image_processor", "tokenizer"]  # noqa: RUF012 (theirs to declare)
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self, image_processor=None, tokenizer=None, num_image_tokens=144, image_token="<image>", chat_template=None, **_
+    ):
+        self.num_image_tokens = num_image_tokens
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+        """``input_ids`` and ``attention_mask`` of texts, and ``pixel_values`` of pictures, in the order of the texts.
+
+        The model was trained on text tokenised from mark to mark (``<image>``, end of sequence), each piece as if a
+        text began there; so it is here.
+
+        Args:
+          images: one picture or a list of them, or a list of lists, one a text.
+          text: one text or a list.
+          kwargs: of the tokenizer's ``pad`` and of the image processor; ``add_special_tokens=False`` leaves out what
+            the tokenizer puts before a text.
+
+        Raises:
+          ValueError: ``<image>`` does not stand once for each picture.
+        """
+        text = [text] if isinstance(text, str) else list(text)
+        if images is None:
+            images = []
+        images = [p for group in images for p in group] if _nested(images) else _listed(images)
+        marks = sum(one.count(self.image_token) for one in text)
+        if marks != len(images):
+            raise ValueError(f"The text has {marks} {self.image_token}, but there are {len(images)} pictures.")
+        begin = kwargs.pop("add_special_tokens", True)
+        tensors = kwargs.pop("return_tensors", None)
+        sides = {key: kwargs.pop(key) for key in ("padding", "padding_side", "max_length") if key in kwargs}
+        ids = {"input_ids": [self._ids(one, begin) for one in text]}
+        if len(text) > 1 or sides:
+            sides.setdefault("padding", tensors is not None)
+            data = self.tokenizer.pad(ids, **sides)
+        else:
+            data = ids | {"attention_mask": [[1] * len(ids["input_ids"][0])]}
+        data = dict(data)
+        if images:
+            kwargs = {key: value for key, value in kwargs.items() if key in ("device", "do_resize", "do_center_crop")}
+            data["pixel_values"] = self.image_processor(images, return_tensors=tensors, **kwargs)["pixel_values"]
+        return BatchFeature(data, tensor_type=tensors)
+
+    def _ids(self, text, begin):
+        end, tokenizer = self.tokenizer.eos_token, self.tokenizer
+        ids = [token for token in tokenizer("").input_ids if token != tokenizer.eos_token_id] if begin else []
+        for piece in re.split(f"({re.escape(self.image_token)}|{re.escape(end)})", text):
+            if piece == self.image_token:
+                ids += [self.image_token_id] * self.num_image_tokens
+            elif piece == end:
+                ids.append(tokenizer.eos_token_id)
+            elif piece:
+                ids += tokenizer(piece, add_special_tokens=False).input_ids
+        return ids
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+        """For vLLM: ids that each picture takes, whatever its size."""
+        from transformers.processing_utils import MultiModalData
+
+        count = len(image_sizes or [])
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+    @property
+    def model_input_names(self):
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def _listed(images):
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _nested(images):
+    return isinstance(images, (list, tuple)) and len(images) > 0 and isinstance(images[0], (list, tuple))

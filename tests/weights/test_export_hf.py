@@ -1,0 +1,408 @@
+"""Exports loaded by transformers in PyTorch, against the models that they were made from."""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+
+from stf_jax.config import FusionConfig, MeshConfig, ModelConfig
+from stf_jax.convert import main
+from stf_jax.data.conversation import encode, template_items
+from stf_jax.data.image import to_square
+from stf_jax.data.records import Record, Turn
+from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
+from stf_jax.models.llm import LLMConfig, RopeScaling
+from stf_jax.models.presets import VISION
+from stf_jax.models.vlm import slots_per_image
+from stf_jax.runtime.checkpoint import write_params
+from stf_jax.runtime.cli import door
+from stf_jax.runtime.mesh import computing, make_mesh
+from stf_jax.training.state import blueprint
+from stf_jax.weights.export_hf import export_hf
+from stf_jax.weights.imports import import_weights
+from stf_jax.weights.model import Description, open_model
+from stf_jax.weights.verify import verify
+
+SMALL = dict(image_size=36, patch_size=6, width=32, layers=4, heads=2, mlp=48)
+TOWERS = {
+    "clip": dataclasses.replace(VISION["clip-mini-16-96"], **SMALL),
+    "siglip": dataclasses.replace(VISION["siglip-b-16-256"], **SMALL),
+}
+LLAMA = LLMConfig(512, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, norm_eps=1e-4)
+DECODERS = {
+    "llama": LLAMA,
+    "llama-3": dataclasses.replace(LLAMA, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64)),
+    "linear": dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", 2.0), tied=True),
+    "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, rope_theta=1e6),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm=True, tied=True),
+}
+CASES = {
+    "the paper's": (FusionConfig("mbtf_stf"), "clip", "llama"),
+    "the figure's": (FusionConfig("mbtf_stf", variant="paper", taps=(4, 2)), "siglip", "qwen3"),
+    "widths": (FusionConfig("mbtf_stf", (3, 1, 0), 3, 40, 24, 56), "siglip", "llama-3"),
+    "stf": (FusionConfig("stf"), "siglip", "qwen2"),
+    "stf, figure": (FusionConfig("stf", variant="paper", kernel=3), "clip", "linear"),
+    "mbtf": (FusionConfig("mbtf"), "clip", "llama"),
+    "mbtf, figure": (FusionConfig("mbtf", variant="paper"), "clip", "qwen3"),
+    "padded": (FusionConfig("mbtf_stf", kernel=4, pad_grid=True), "clip", "llama"),
+    "avg_pool": (FusionConfig("avg_pool"), "clip", "qwen2"),
+    "pixel_shuffle": (FusionConfig("pixel_shuffle", kernel=4, pad_grid=True), "siglip", "llama"),
+    "mlp": (FusionConfig("mlp"), "clip", "llama"),
+    "mlp, tied": (FusionConfig("mlp", taps=(2,)), "siglip", "qwen3"),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def modules(tmp_path_factory):
+    """Where transformers keeps the code of exports that it runs."""
+    from transformers import dynamic_module_utils
+
+    folder = str(tmp_path_factory.mktemp("modules"))
+    dynamic_module_utils.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"] = folder
+
+
+def make(folder, fusion, vision, llm, dtype="float32", **how):
+    """A folder of random weights as an import leaves it; they never say the end of sequence."""
+    folder.mkdir()
+    Description(TOWERS[vision], DECODERS[llm], fusion, **how).save(folder)
+    shutil.copytree(MINIATURE, folder / "tokenizer")
+    plan, rng = blueprint(ModelConfig(str(folder), str(folder), fusion)), np.random.default_rng(0)
+
+    def value(path, leaf):
+        fan_in = leaf.shape[-2] if path.endswith("kernel") else 1
+        x = rng.normal(size=leaf.shape) * (1.2 * fan_in**-0.5 if path.endswith("kernel") else 0.3)
+        if path.endswith("scale"):
+            x = 1 + x
+        if path in ("llm/head/kernel", "llm/embedding"):
+            x[(slice(None), 2) if path == "llm/head/kernel" else 2] = 0
+        return x.astype(jnp.dtype(dtype))
+
+    write_params(folder, ((path, value(path, leaf)) for path, leaf in plan.shapes.items()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Case → folder of the model, folder of its export."""
+
+    @functools.cache
+    def get(case, **how):
+        root = tmp_path_factory.mktemp("case")
+        ours = make(root / "ours", *CASES[case], **how)
+        export_hf(ours, root / "theirs")
+        return ours, root / "theirs"
+
+    return get
+
+
+def load(folder, **how):
+    how = {"dtype": torch.float32} | how
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **how).eval()
+    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+@functools.cache
+def our_model(folder):
+    """Logits of our model, as a compiled call."""
+    saved = open_model(folder)
+    plan = blueprint(dataclasses.replace(saved.config, precision="float32", remat="none"))
+    mesh = make_mesh(MeshConfig(1, 1, 1))
+    shardings = plan.shardings(mesh)
+    params = {path: jax.device_put(saved.read(path).astype(np.float32), shardings[path]) for path in plan.shapes}
+
+    @jax.jit
+    def run(params, tokens, slots, pictures):
+        return plan.merge(params)(tokens, jnp.arange(tokens.shape[1])[None], None, slots, pictures)
+
+    def call(tokens, slots, pictures):
+        with computing(mesh, "float32"):
+            return np.asarray(run(params, tokens, slots, pictures))
+
+    return call
+
+
+def our_logits(folder, ids, is_image, pictures):
+    """Of one row of ids [T]; pictures are uint8 [M, H, W, 3], two at most."""
+    length = -(-len(ids) // 64) * 64  # few lengths, few compilations
+    tokens, slots = np.zeros((1, length), np.int32), np.full((1, length), -1, np.int32)
+    tokens[0, : len(ids)] = np.where(is_image, 0, ids)
+    slots[0, : len(ids)] = np.where(is_image, np.cumsum(is_image) - 1, -1)
+    shown = np.zeros((1, 2, 36, 36, 3), np.uint8)
+    shown[0, : len(pictures)] = pictures
+    return our_model(folder)(tokens, slots, shown)[0, : len(ids)]
+
+
+def picture(seed, size=(50, 41)):
+    return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8))
+
+
+def turn(text, *pictures):
+    images = [{"type": "image", "image": one} for one in pictures]
+    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+
+
+def prompt(processor, *turns, **how):
+    return processor.apply_chat_template(
+        list(turns), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **how
+    )
+
+
+# ---- The same model --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_agree(exported, case):
+    folder, theirs = exported(case)
+    model, processor = load(theirs)
+    assert isinstance(model, LlavaForConditionalGeneration) == case.startswith("mlp")
+    pictures = [picture(1), picture(2, (36, 80))]
+    inputs = prompt(processor, turn("Which of them is red?", *pictures))
+    with torch.no_grad():
+        logits = model(**inputs).logits[0].numpy()
+    ids = inputs["input_ids"][0].numpy()
+    is_image = ids == processor.image_token_id
+    saved = open_model(folder)
+    assert is_image.sum() == 2 * slots_per_image(saved.config)
+    squares = [to_square(one, saved.description.vision, "square") for one in pictures]
+    np.testing.assert_allclose(
+        logits[:, : saved.description.llm.vocab], our_logits(folder, ids, is_image, squares), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("case", ["the paper's", "widths", "mlp"])
+def test_generations_agree_in_batches_padded_on_the_left(exported, case):
+    """Sixteen prompts, with and without pictures; each new token is our greedy choice after those before it."""
+    folder, theirs = exported(case)
+    model, processor = load(theirs)
+    texts, pictures = [], []
+    for i in range(16):
+        shown = [picture(10 * i + j) for j in range((0, 1, 1, 2)[i % 4])]
+        text = "Which " + "very " * (i % 5) + "odd thing is it?"
+        texts.append(processor.apply_chat_template([turn(text, *shown)], add_generation_prompt=True, tokenize=False))
+        pictures.append(shown)
+    flat = [one for shown in pictures for one in shown]
+    inputs = processor(text=texts, images=flat, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        said = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+        without = model.generate(**inputs, max_new_tokens=64, do_sample=False, use_cache=False)
+    assert torch.equal(said, without)
+    vision = open_model(folder).description.vision
+    start = inputs["input_ids"].shape[1]
+    for row, mask, shown in zip(said.numpy(), inputs["attention_mask"].numpy(), pictures, strict=True):
+        ids = row[start - mask.sum() :]
+        squares = [to_square(one, vision, "square") for one in shown]
+        logits = our_logits(folder, ids, ids == processor.image_token_id, squares)
+        choices = logits.argmax(-1)[-65:-1]
+        assert len(choices) == 64
+        assert choices.tolist() == ids[-64:].tolist()
+
+
+@pytest.mark.parametrize("case", ["the paper's", "the figure's", "pixel_shuffle", "mlp", "mlp, tied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_round_trip_changes_no_bit(tmp_path, case, dtype):
+    """Export, import and export again: the same model under the same names."""
+    first = make(tmp_path / "ours", *CASES[case], dtype, aspect="pad")
+    report = export_hf(first, tmp_path / "hf")
+    import_weights(str(tmp_path / "hf"), tmp_path / "again")
+    export_hf(tmp_path / "again", tmp_path / "hf-again")
+    before, after = open_model(first), open_model(tmp_path / "again")
+    assert report["unused"] == []
+    assert after.shapes == before.shapes
+    for path in before.shapes:
+        np.testing.assert_array_equal(before.read(path).view(np.uint8), after.read(path).view(np.uint8))
+    for part in ("vision", "llm", "template", "aspect"):
+        assert getattr(after.description, part) == getattr(before.description, part)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "hf-again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    for name in ("config.json", "processor_config.json", "preprocessor_config.json", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_text() == (tmp_path / "hf-again" / name).read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_halves_and_kernels(exported, dtype, kernel):
+    model, processor = load(exported("the paper's")[1], dtype=dtype, attn_implementation=kernel)
+    full, _ = load(exported("the paper's")[1], attn_implementation="eager")
+    assert {
+        module.config._attn_implementation for module in (model.model.language_model, model.model.vision_tower)
+    } == {kernel}
+    inputs = prompt(processor, turn("What?", picture(1)))
+    with torch.no_grad():
+        logits, exact = model(**inputs).logits.float(), full(**inputs).logits
+        assert (logits - exact).abs().max() < 0.1 * exact.abs().max()
+        assert model.generate(**inputs, max_new_tokens=4, min_new_tokens=4).shape[1] == inputs["input_ids"].shape[1] + 4
+
+
+def test_it_can_be_trained_there(exported):
+    model, processor = load(exported("the paper's")[1])
+    model.model.vision_tower.requires_grad_(False)
+    inputs = prompt(processor, turn("What?", picture(1)))
+    labels = torch.where(inputs["input_ids"] == processor.image_token_id, -100, inputs["input_ids"])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(3):
+        loss = model(**inputs, labels=labels).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(
+            p.grad is not None and p.grad.abs().sum() > 0 for p in model.model.mm_projector_crosslayer.parameters()
+        )
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.model.mm_projector.parameters())
+        optimizer.step()
+    assert losses[2] < losses[1] < losses[0]
+    model.gradient_checkpointing_enable()
+    model.train()
+    model(**inputs, labels=labels).loss.backward()
+
+
+def test_both_answer_alike(exported):
+    folder, theirs = exported("the paper's")
+    pairs = verify(folder, theirs, questions=3, limit=8)
+    assert len(pairs) == 3
+    assert all(pair.ours and pair.ours == pair.theirs for pair in pairs)
+
+
+# ---- Prompts and pictures --------------------------------------------------------------------------------------------
+
+
+def our_prompt(folder, tokenizer, template, turns, pictures):
+    slots = slots_per_image(open_model(folder).config)
+    return encode(template_items(template, Record("a", pictures, turns)), tokenizer, slots)
+
+
+@pytest.mark.parametrize("kind", ["miniature", "llama"])
+def test_prompts_are_ours_to_the_token(tmp_path, kind, request):
+    folder = make(tmp_path / "ours", *CASES["the paper's"])
+    if kind == "llama":
+        llama = request.getfixturevalue("llama")
+        shutil.rmtree(folder / "tokenizer")
+        shutil.copytree(llama.name_or_path, folder / "tokenizer")
+    export_hf(folder, tmp_path / "hf")
+    _, processor = load(tmp_path / "hf")
+    tokenizer, pictures = load_tokenizer(str(folder / "tokenizer")), (picture(1), picture(2))
+    said = (
+        turn("  Compare\nthem. ", *pictures),
+        {"role": "assistant", "content": [{"type": "text", "text": "One is red."}]},
+        turn("Which?"),
+    )
+    turns = (Turn("human", "<image>\n  Compare\nthem. <image>"), Turn("gpt", "One is red."), Turn("human", "Which?"))
+    inputs = prompt(processor, *said)
+    ours = our_prompt(folder, tokenizer, "v1", turns, pictures)
+    is_image = inputs["input_ids"][0].numpy() == processor.image_token_id
+    assert is_image.tolist() == ours.is_image.tolist()
+    assert inputs["input_ids"][0].numpy()[~is_image].tolist() == ours.tokens[~is_image].tolist()
+    assert inputs["attention_mask"].all()
+    # A whole conversation, as for training there.
+    whole = processor.apply_chat_template(list(said[:2]), tokenize=True, return_dict=True)["input_ids"][0]
+    ours = our_prompt(folder, tokenizer, "v1", turns[:2], pictures)
+    assert [i for i in whole if i != processor.image_token_id] == ours.tokens[~ours.is_image].tolist()
+
+
+def test_captions_are_asked_for_as_they_were_learned(tmp_path):
+    folder = make(tmp_path / "ours", *CASES["the paper's"], template="plain")
+    export_hf(folder, tmp_path / "hf")
+    _, processor = load(tmp_path / "hf")
+    said = (turn("Describe.", picture(1)), {"role": "assistant", "content": "A cat. "})
+    ids = processor.apply_chat_template(list(said), tokenize=True, return_dict=True)["input_ids"][0]
+    turns = (Turn("human", "Describe.\n<image>"), Turn("gpt", "A cat. "))
+    ours = our_prompt(folder, load_tokenizer("miniature"), "plain", turns, (picture(1),))
+    assert [i for i in ids if i != processor.image_token_id] == ours.tokens[~ours.is_image].tolist()
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("aspect", ["square", "pad"])
+def test_pictures_are_ours_to_the_value(tmp_path, tower, aspect):
+    folder = make(tmp_path / "ours", FusionConfig("mbtf_stf"), tower, "llama", aspect=aspect)
+    export_hf(folder, tmp_path / "hf")
+    _, processor = load(tmp_path / "hf")
+    config = TOWERS[tower]
+    for size in ((36, 36), (50, 41), (41, 50), (20, 97), (200, 30)):
+        one = picture(3, size)
+        values = prompt(processor, turn("What?", one))["pixel_values"][0].permute(1, 2, 0).numpy()
+        ours = (to_square(one, config, aspect) / 255 - np.array(config.mean)) / np.array(config.std)
+        np.testing.assert_allclose(values, ours, atol=1e-6)
+
+
+def test_pictures_and_places_must_match(exported):
+    model, processor = load(exported("the paper's")[1])
+    with pytest.raises(ValueError, match="1 <image>, but there are 2 pictures"):
+        processor(text="<image> What?", images=[picture(1), picture(2)])
+    with pytest.raises(ValueError, match="1 <image>, but there are 0 pictures"):
+        processor(text="<image> What?")
+    inputs = processor(text="<image> What?", images=picture(1), return_tensors="pt")
+    with pytest.raises(ValueError, match="no pixel_values"):
+        model(input_ids=inputs["input_ids"])
+    with pytest.raises(ValueError, match="places for"):
+        model(input_ids=inputs["input_ids"][:, 3:], pixel_values=inputs["pixel_values"])
+    assert processor._get_num_multimodal_tokens([(10, 10), (5, 7)])["num_image_tokens"] == [9, 9]
+
+
+# ---- What is written -------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_sharded_with_an_index(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr("stf_jax.weights.export_hf.write_shards", functools.partial(_write_shards, limit=40_000))
+    export_hf(exported("the paper's")[0], tmp_path / "hf")
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    whole = load_file(exported("the paper's")[1] / "model.safetensors")
+    assert {
+        name: torch.equal(load_file(tmp_path / "hf" / file)[name], whole[name])
+        for name, file in index["weight_map"].items()
+    } == dict.fromkeys(whole, True)
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in whole.values())
+    load(tmp_path / "hf")
+
+
+def _write_shards(folder, tensors, limit):
+    from stf_jax.weights.shards import write_shards
+
+    write_shards(folder, tensors, limit)
+
+
+def test_a_type_may_be_asked_for(exported, tmp_path, capsys):
+    assert (
+        door(main, ["export", str(exported("mlp")[0]), "--format=hf", f"--to={tmp_path / 'hf'}", "--dtype=bfloat16"])
+        == 0
+    )
+    assert {value.dtype for value in load_file(tmp_path / "hf" / "model.safetensors").values()} == {torch.bfloat16}
+    model, _ = load(tmp_path / "hf", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    report = json.loads((tmp_path / "hf" / "export.json").read_text())
+    assert report["cast"] == {"float32 to bfloat16": report["tensors_written"]}
+    assert "from float32 to bfloat16" in capsys.readouterr().out
+
+
+def test_what_cannot_be_exported_is_said_and_nothing_is_left(exported, tmp_path, capsys):
+    def refused(*args):
+        assert door(main, ["export", *map(str, args), "--format=hf"]) == 2
+        return capsys.readouterr().err
+
+    folder = exported("the paper's")[0]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    assert "is not empty" in refused(folder, f"--to={tmp_path / 'full'}")
+    assert "neither the workdir" in refused(tmp_path, f"--to={tmp_path / 'hf'}")
+    half = shutil.copytree(folder, tmp_path / "half")
+    shutil.rmtree(half / "tokenizer")
+    assert "lacks tokenizer" in refused(half, f"--to={tmp_path / 'hf'}")
+    both = tmp_path / "both"
+    odd = dataclasses.replace(LLAMA, qkv_bias=True, qk_norm=True)
+    DECODERS["odd"] = odd
+    make(both, FusionConfig("mbtf_stf"), "clip", "odd")
+    assert "both query biases and query norms" in refused(both, f"--to={tmp_path / 'hf'}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both", "full", "half"]
