@@ -2,17 +2,14 @@
 
 import argparse
 import pathlib
-import re
 import sys
 
-import jax.numpy as jnp
-
 from stf_jax.config import UserError
-from stf_jax.runtime.checkpoint import SavedParams
 from stf_jax.runtime.cli import Parser, door
 from stf_jax.weights.export_hf import export_hf
+from stf_jax.weights.export_stf import export_llava_stf
+from stf_jax.weights.exports import export_native
 from stf_jax.weights.exports import summary as summary_of_export
-from stf_jax.weights.folder import save_params
 from stf_jax.weights.imports import import_weights, summary
 from stf_jax.weights.verify import table, verify
 
@@ -33,11 +30,12 @@ def main(argv: list[str]) -> None:
     give.add_argument("checkpoint", type=pathlib.Path, help="workdir of a run, or a folder that was imported")
     give.add_argument("--to", type=pathlib.Path, required=True, help="folder to write")
     give.add_argument(
-        "--format", choices=["hf", "native"], required=True,
-        help="hf: for PyTorch and transformers; native: for config.init_from, in one file",
+        "--format", choices=["hf", "llava-stf", "native"], required=True,
+        help="hf: for PyTorch and transformers; llava-stf: for the authors' code; native: for config.init_from",
     )  # fmt: skip
-    give.add_argument("--only", default=".*", metavar="PATTERN", help="native: parameters to write, '(vision|llm)/.*'")
     give.add_argument("--dtype", choices=["", *_TYPES], default="", help="type to write in; without it, as stored")
+    give.add_argument("--adapter-only", action="store_true", help="llava-stf: MBTF and STF alone, as mm_projector.bin")
+    give.add_argument("--only", default="", metavar="PATTERN", help="native: parameters to write, '(vision|llm)/.*'")
     give.set_defaults(run=_export)
 
     check = verbs.add_parser("verify", help="ask an export and its model alike", description="Ask both alike.")
@@ -55,26 +53,17 @@ _TYPES = ("float32", "bfloat16", "float16")
 
 
 def _export(options: argparse.Namespace) -> None:
-    if options.format == "native":
-        _export_native(options)
+    for option, given, form in (("adapter-only", options.adapter_only, "llava-stf"), ("only", options.only, "native")):
+        if given and options.format != form:
+            raise UserError(f"--{option} goes with --format={form}.")
+    what, dtype = (options.checkpoint, options.to), options.dtype
+    if options.format == "hf":
+        report = export_hf(*what, dtype)
+    elif options.format == "llava-stf":
+        report = export_llava_stf(*what, dtype, options.adapter_only)
     else:
-        print(summary_of_export(export_hf(options.checkpoint, options.to, options.dtype), options.to))
-
-
-def _export_native(options: argparse.Namespace) -> None:
-    if not SavedParams.at(options.checkpoint):
-        raise UserError(f"{options.checkpoint} is neither the workdir of a run (no checkpoints/) nor imported weights.")
-    params = SavedParams(options.checkpoint).restore({})
-    chosen = {
-        path: value.astype(jnp.dtype(options.dtype or value.dtype))
-        for path, value in params.items()
-        if re.fullmatch(options.only, path)
-    }
-    if not chosen:
-        raise UserError(f"--only={options.only!r} matches none of the {len(params)} parameters.")
-    save_params(options.to, chosen)
-    count = sum(value.size for value in chosen.values())
-    print(f"{len(chosen)} tensors, {count:,} parameters: {options.to / 'model.safetensors'}")
+        report = export_native(*what, dtype, options.only or ".*")
+    print(summary_of_export(report, options.to))
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -11,9 +11,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
@@ -21,19 +19,18 @@ from stf_jax.config import UserError
 from stf_jax.data.conversation import SYSTEM
 from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.models.fusion import Fusion, tapped_blocks, tokens_per_image
-from stf_jax.models.llm import Decoder, LLMConfig
-from stf_jax.models.vit import VisionConfig, VisionTower
+from stf_jax.models.fusion import tapped_blocks, tokens_per_image
+from stf_jax.models.llm import LLMConfig
+from stf_jax.models.vit import VisionConfig
 from stf_jax.weights import hf
-from stf_jax.weights.exports import Tensors, whole
+from stf_jax.weights.exports import Tensors, part_places, positions, whole, widest_dtype
 from stf_jax.weights.folder import new_folder
-from stf_jax.weights.hf import Place, places
-from stf_jax.weights.model import Description, open_model
+from stf_jax.weights.hf import Place
+from stf_jax.weights.model import Description, SavedModel, open_model
 from stf_jax.weights.recognise import VOCABULARY
 from stf_jax.weights.shards import write_shards
 
 PACKAGE = pathlib.Path(__file__).parent / "torch_package"
-_LENGTH = 4096  # positions, where the tokenizer names no length: LLaVA-1.5's and Vicuna's
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 _IMAGES = "{%- for part in message.content if part is not string and part.type == 'image' -%}"
 _TEXT = (
@@ -87,9 +84,9 @@ def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> di
             "image_aspect_ratio": what.aspect,
             "conversation_template": what.template,
             "tie_word_embeddings": what.llm.tied,
-            "dtype": dtype or str(jnp.result_type(*(leaf.dtype for leaf in saved.shapes.values()))),
+            "dtype": dtype or widest_dtype(saved),
         }
-        tensors = Tensors(saved, _places(what), dtype)
+        tensors = Tensors(saved, _places(saved), dtype)
         if what.fusion.fusion == "mlp":
             write_shards(folder, _plain(tensors, what, mark))
             rows = max(mark + 1, what.llm.vocab)
@@ -101,10 +98,13 @@ def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> di
             for file in PACKAGE.glob("*_stf.py"):
                 shutil.copy(file, folder)
         tokenizer.save_pretrained(folder)
+        _declare_tokenizer(folder / "tokenizer_config.json")
         _write(folder / "config.json", config)
         _write(folder / "processor_config.json", {**processor, "image_token": IMAGE_MARK})
         _write(folder / "preprocessor_config.json", _pictures(what))
         ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if mark < config["text_config"]["vocab_size"]:
+            ids["suppress_tokens"] = [mark]  # a row that nothing has trained must not be said
         _write(folder / "generation_config.json", ids)
         tensors.save_report(folder)
     return tensors.report
@@ -139,7 +139,6 @@ def text_values(config: LLMConfig, tokenizer: PreTrainedTokenizerFast) -> dict[s
     """
     if config.qkv_bias and config.qk_norm:
         raise UserError("The language model has both query biases and query norms: transformers has no class for it.")
-    length = tokenizer.model_max_length
     values = {
         "model_type": "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama",
         "vocab_size": config.vocab,
@@ -150,7 +149,7 @@ def text_values(config: LLMConfig, tokenizer: PreTrainedTokenizerFast) -> dict[s
         "head_dim": config.head_dim,
         "intermediate_size": config.mlp,
         "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": length if length < 2**24 else _LENGTH,
+        "max_position_embeddings": positions(tokenizer),
         "tie_word_embeddings": config.tied,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -167,9 +166,9 @@ def text_values(config: LLMConfig, tokenizer: PreTrainedTokenizerFast) -> dict[s
     return values | {"rope_theta": config.rope_theta, "rope_parameters": {**rope, "rope_theta": config.rope_theta}}
 
 
-def _places(what: Description) -> dict[str, Place]:
-    plain = what.fusion.fusion == "mlp"
-    if plain:
+def _places(saved: SavedModel) -> dict[str, Place]:
+    fusion = saved.description.fusion
+    if fusion.fusion == "mlp":
         prefixes = ({"": "vision_tower.vision_model."}, {"": "multi_modal_projector."}, {"": "language_model."})
         table = hf.LLAVA_HF
     else:
@@ -178,13 +177,9 @@ def _places(what: Description) -> dict[str, Place]:
             {"": "model."},
             {"model.": "model.language_model.", "lm_head.": "lm_head."},
         )
-        table = hf.fusion_table(what.fusion)
-    found = {
-        "vision": places(hf.VISION, lambda: VisionTower(nnx.Rngs(0), what.vision), prefixes[0]),
-        "fusion": places(table, lambda: Fusion(nnx.Rngs(0), what.fusion, what.vision, what.llm.width), prefixes[1]),
-        "llm": places(hf.DECODER, lambda: Decoder(nnx.Rngs(0), what.llm), prefixes[2]),
-    }
-    return {f"{part}/{path}": place for part, inner in found.items() for path, place in inner.items()}
+        table = hf.fusion_table(fusion)
+    tables = zip(("vision", "fusion", "llm"), (hf.VISION, table, hf.DECODER), prefixes, strict=True)
+    return {path: place for each in tables for path, place in part_places(saved, *each).items()}
 
 
 def _stf_config(config, what, taps, count, mark):
@@ -260,11 +255,18 @@ def _plain(tensors: Tensors, what: Description, mark: int) -> Iterator[tuple[str
 def _tokenizer(folder: pathlib.Path, what: Description) -> PreTrainedTokenizerFast:
     tokenizer = load_tokenizer(str(folder))
     tokenizer.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)], special_tokens=True)
-    tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.chat_template = CHAT_TEMPLATES.get(what.template, tokenizer.chat_template)
     return tokenizer
+
+
+def _declare_tokenizer(file):
+    """Lets any release read ``tokenizer.json`` as it stands, and says what saving leaves out."""
+    values = json.loads(file.read_bytes())
+    for local in ("backend", "is_local", "local_files_only"):
+        values.pop(local, None)
+    _write(file, values | {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"})
 
 
 def _pictures(what: Description) -> dict[str, Any]:

@@ -1,18 +1,22 @@
-"""What every export does: parameters one by one under others' names, and a report of it."""
+"""What every export does: parameters one by one under new names, and a report of it; and the export under our own."""
 
 import collections
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
-from stf_jax.weights.hf import Place
-from stf_jax.weights.model import SavedModel
+from stf_jax.weights.folder import new_folder
+from stf_jax.weights.hf import Place, Tensor, places
+from stf_jax.weights.model import SavedModel, open_model
+from stf_jax.weights.shards import write_shards
 
 
 def whole(saved: SavedModel, checkpoint: pathlib.Path) -> None:
@@ -23,12 +27,32 @@ def whole(saved: SavedModel, checkpoint: pathlib.Path) -> None:
         raise UserError(f"{checkpoint} is not a whole model: it lacks {', '.join(lacking)}.")
 
 
+def part_places(
+    saved: SavedModel, part: str, table: Mapping[str, Tensor], prefixes: Mapping[str, str]
+) -> dict[str, Place]:
+    """:func:`stf_jax.weights.hf.places` of one part (``vision``, ``fusion``, ``llm``) of a model, by whole paths."""
+    begin = f"{part}/"
+    shapes = {path.removeprefix(begin): leaf.shape for path, leaf in saved.shapes.items() if path.startswith(begin)}
+    return {begin + path: place for path, place in places(table, shapes, prefixes).items()}
+
+
+def widest_dtype(saved: SavedModel) -> str:
+    """Name of the type that holds every parameter's."""
+    return jnp.result_type(*(leaf.dtype for leaf in saved.shapes.values())).name
+
+
+def positions(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Text positions that a model is said to take: what its tokenizer names, else LLaVA-1.5's and Vicuna's."""
+    return tokenizer.model_max_length if tokenizer.model_max_length < 2**24 else 4096
+
+
 class Tensors:
     """The tensors of a model under others' names, cast where asked, counted as they pass.
 
     Attributes:
       places: by path, of what is written.
-      report: ``tensors_written``, ``parameters``, ``transposed``, ``cast``, and what of the model went ``unused``.
+      report: ``tensors_written``, ``parameters``, ``transposed``, ``cast``, what of the model went ``unused``,
+        and ``notes``.
     """
 
     def __init__(self, saved: SavedModel, places: Mapping[str, Place], dtype: str):
@@ -36,7 +60,7 @@ class Tensors:
         self.places, self._saved, self._dtype = places, saved, dtype
         unused = sorted(saved.shapes.keys() - places.keys())
         self.report: dict[str, Any] = {"tensors_written": 0, "parameters": 0, "transposed": 0}
-        self.report |= {"cast": collections.Counter(), "unused": unused}
+        self.report |= {"cast": collections.Counter(), "unused": unused, "notes": []}
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
         """Name and values of one after the other; a parameter of ours is held at a time."""
@@ -56,6 +80,36 @@ class Tensors:
         (folder / "export.json").write_text(json.dumps(self.report, indent=2) + "\n")
 
 
+def export_native(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "", only: str = ".*") -> dict[str, Any]:
+    """Writes safetensors under our own parameter paths, for ``config.init_from``; the folder appears when complete.
+
+    Args:
+      checkpoint: workdir of a run, or a folder of imported weights.
+      to: the folder to write; it must not exist.
+      dtype: the type to cast values to; empty: each keeps its own.
+      only: a regular expression; parameters whose path it matches whole are written.
+
+    Returns:
+      The report of :class:`Tensors`.
+
+    Raises:
+      UserError: a checkpoint that cannot be read; ``to`` exists; a pattern that matches nothing.
+    """
+    with new_folder(to) as folder:
+        saved = open_model(checkpoint)
+        try:
+            chosen = {path: leaf.shape for path, leaf in saved.shapes.items() if re.fullmatch(only, path)}
+        except re.error as error:
+            raise UserError(f"--only={only!r} is not a regular expression: {error}.") from None
+        if not chosen:
+            raise UserError(f"--only={only!r} matches none of the {len(saved.shapes)} parameters.")
+        unturned = {path: Tensor(path, tuple((axis,) for axis in range(len(shape)))) for path, shape in chosen.items()}
+        tensors = Tensors(saved, places(unturned, chosen, {"": ""}), dtype)
+        write_shards(folder, tensors)
+        tensors.save_report(folder)
+    return tensors.report
+
+
 def summary(report: dict[str, Any], to: pathlib.Path) -> str:
     """The report for people to read."""
     cast = ", ".join(f"{count} from {kind}" for kind, count in report["cast"].items()) or "none"
@@ -63,6 +117,7 @@ def summary(report: dict[str, Any], to: pathlib.Path) -> str:
         f"{report['tensors_written']} tensors, {report['parameters']:,} parameters: {to}",
         f"{report['transposed']} transposed; cast: {cast}",
     ]
+    lines += report["notes"]
     if report["unused"]:
         lines.append(f"not written: {', '.join(report['unused'])}")
     return "\n".join(lines)

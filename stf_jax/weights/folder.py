@@ -1,4 +1,4 @@
-"""Weights under our own parameter paths: reading them to start a run, and writing them; folders that appear whole.
+"""Weights under our own parameter paths, read to start a run; and folders that appear whole.
 
 A folder of weights holds ``*.safetensors`` whose tensors are named by parameter path
 (``vision/blocks/mlp/up/kernel``). A run's workdir serves as well.
@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
 
 from stf_jax.config import UserError
 from stf_jax.runtime.checkpoint import SavedParams
@@ -62,14 +61,6 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
             + "; ".join(sorted(wrong))
         )
     return {path: found[path] for path in layout if path in found and taken(path)}
-
-
-def save_params(folder: pathlib.Path, params: Mapping[str, jax.Array]) -> None:
-    """Writes parameters as ``model.safetensors`` under their paths, in the types that they have."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "model.safetensors.partial"
-    save_file(dict(params), partial)
-    partial.rename(folder / "model.safetensors")
 
 
 @contextlib.contextmanager

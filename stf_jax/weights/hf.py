@@ -170,19 +170,24 @@ class Place:
             yield name, np.ascontiguousarray(one.transpose(order).reshape(self.theirs))
 
 
+def declared(build: Callable[[], nnx.Module]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters, by path, of the module that ``build`` makes; nothing is allocated."""
+    flat = nnx.to_flat_state(nnx.state(nnx.eval_shape(build)))
+    return {"/".join(map(str, path)): leaf.get_value().shape for path, leaf in flat}
+
+
 def places(
-    table: Mapping[str, Tensor], build: Callable[[], nnx.Module], prefixes: Mapping[str, str]
+    table: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], prefixes: Mapping[str, str]
 ) -> dict[str, Place]:
-    """Where each parameter of the module that ``build`` makes lies, by the parameter's path in that module.
+    """Where each parameter of a module lies, by the parameter's path in that module.
 
     Args:
       table: one of the tables above.
-      build: makes the module; only its declarations are read, nothing is allocated.
+      shapes: of the module's parameters.
       prefixes: how names of the table begin → how they begin in this state dict (``{"model.": "language_model."}``).
     """
     found = {}
-    for path, leaf in nnx.to_flat_state(nnx.state(nnx.eval_shape(build))):
-        path, shape = "/".join(map(str, path)), leaf.get_value().shape
+    for path, shape in shapes.items():
         name, layout = table[path]
         begin = next(begin for begin in sorted(prefixes, key=len, reverse=True) if name.startswith(begin))
         name = prefixes[begin] + name.removeprefix(begin)

@@ -1,10 +1,10 @@
 """Checkpoints of theirs into ours: read tensor by tensor, written parameter by parameter, nothing of theirs run."""
 
 import collections
-import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,10 +17,13 @@ from stf_jax.config import UserError
 from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.checkpoint import write_params
 from stf_jax.weights.folder import new_folder
+from stf_jax.weights.gguf import open_gguf
 from stf_jax.weights.hf import Place
 from stf_jax.weights.model import Description
 from stf_jax.weights.recognise import VOCABULARY, Recognised, recognise
 from stf_jax.weights.tensors import Tensors, open_tensors
+
+SENTENCEPIECE = "tokenizer.model"  # Llama's and Vicuna's vocabulary, as they publish it
 
 
 def import_weights(source: str, to: pathlib.Path, vision: str = "", dtype: str = "") -> dict[str, Any]:
@@ -72,8 +75,8 @@ def _import(source, folder, vision, dtype):
         "notes": [note for _, found in sources for note in found.notes],
         "model": dataclasses.asdict(description),
     }
-    if main.llm is not None and not _save_tokenizer(pathlib.Path(source), folder / "tokenizer"):
-        report["notes"].append("No tokenizer was found that transformers reads; give one as config.data.tokenizer.")
+    if main.llm is not None and (trouble := _save_tokenizer(pathlib.Path(source), folder / "tokenizer")):
+        report["notes"].append(f"No tokenizer came along ({trouble}); give one as config.data.tokenizer.")
     (folder / "import.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
@@ -96,9 +99,21 @@ def _open(source):
     path = pathlib.Path(source)
     if not path.exists():
         raise UserError(f"{source} does not exist; give a local folder or file.")
+    if (file := _gguf(path)) is not None:
+        return open_gguf(file)
     folder = path if path.is_dir() else path.parent
     config = _json(folder / "config.json")
     return open_tensors(path), config | {"preprocessor": _json(folder / "preprocessor_config.json")}
+
+
+def _gguf(path):
+    """The GGUF file that a source is or, for want of safetensors, holds; None where there is none."""
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    files = [] if any(path.glob("*.safetensors")) else sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise UserError(f"{path} holds {len(files)} GGUF files; name the one to import.")
+    return files[0] if files else None
 
 
 def _json(file):
@@ -132,9 +147,9 @@ def _params(sources, dtype, report, bar) -> Iterator[tuple[str, np.ndarray]]:
             report["tensors_read"] += len(place.names)
             report["parameters"] += value.size
             report["transposed"] += len(place.names) * place.turned
-            if dtype and value.dtype != jnp.dtype(dtype):
-                report["cast"][f"{value.dtype} to {dtype}"] += len(place.names)
-                value = value.astype(jnp.dtype(dtype))
+            value = value.astype(jnp.dtype(dtype or value.dtype), copy=False)
+            stored = (tensors.dtype(name) for name in place.names)
+            report["cast"].update(f"{kind} to {value.dtype.name}" for kind in stored if kind != value.dtype.name)
             bar.update()
             yield path, value
 
@@ -146,8 +161,15 @@ def _tensors(tensors: Tensors, path: str, place: Place) -> Iterator[np.ndarray]:
 
 
 def _save_tokenizer(source, folder):
+    """Saves the source's tokenizer, if it has one that transformers reads; otherwise says what is wrong with it."""
+    file = _gguf(source)
     source = source if source.is_dir() else source.parent
-    with contextlib.suppress(Exception):  # whatever a foreign tokenizer's files raise, it can be given another way
-        AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False).save_pretrained(folder)
-        return True
-    return False
+    how = {"gguf_file": file.name} if file is not None else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, **how)
+    except Exception as error:  # whatever a foreign tokenizer's files raise, it can be given another way
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    tokenizer.save_pretrained(folder)
+    if (source / SENTENCEPIECE).is_file():  # which LLaVA's own code reads, and transformers no longer writes
+        shutil.copy(source / SENTENCEPIECE, folder)
+    return ""

@@ -19,7 +19,7 @@ from stf_jax.models.llm import Decoder, LLMConfig, RopeScaling
 from stf_jax.models.presets import VISION as VISION_PRESETS
 from stf_jax.models.vit import VisionConfig, VisionTower
 from stf_jax.weights import hf
-from stf_jax.weights.hf import Place, places
+from stf_jax.weights.hf import Place, declared, places
 
 # Tensors that have no place with us, and why that is well.
 _UNUSED = (
@@ -70,17 +70,17 @@ def recognise(
     skipped = prefix if tower is not None else None
     if prefix is not None and tower is None:
         vision = _vision(shapes, prefix, config, notes)
-        found |= _under("vision", places(hf.VISION, lambda: VisionTower(nnx.Rngs(0), vision), {"": prefix}))
+        found |= _places("vision", hf.VISION, lambda: VisionTower(nnx.Rngs(0), vision), {"": prefix})
     body = _prefix(shapes, "embed_tokens.weight", "language models")
     if body is not None:
         head = _prefix(shapes, "lm_head.weight", "output heads")
         llm = _llm(shapes, body, config, notes)
         names = {"model.": body, "lm_head.": f"{head or ''}lm_head."}
-        found |= _under("llm", places(hf.DECODER, lambda: Decoder(nnx.Rngs(0), llm), names))
+        found |= _places("llm", hf.DECODER, lambda: Decoder(nnx.Rngs(0), llm), names)
     joint = _exported_fusion(shapes, config, vision or tower) or _fusion(shapes, config, vision or tower)
     if joint is not None:
         fusion, table, prefix, read, out = joint
-        found |= _under("fusion", places(table, lambda: Fusion(nnx.Rngs(0), fusion, read, out), {"": prefix}))
+        found |= _places("fusion", table, lambda: Fusion(nnx.Rngs(0), fusion, read, out), {"": prefix})
     if not found:
         raise UserError("The checkpoint holds no vision tower, language model or projector that is known.")
     return Recognised(vision, llm, fusion, found, _check(shapes, found, llm, skipped), tuple(notes))
@@ -113,8 +113,8 @@ def vision_shape(values: Mapping[str, Any], pixels: Mapping[str, Any]) -> Vision
     )
 
 
-def _under(root, found):
-    return {f"{root}/{path}": place for path, place in found.items()}
+def _places(part, table, build, prefixes):
+    return {f"{part}/{path}": place for path, place in places(table, declared(build), prefixes).items()}
 
 
 def _prefix(shapes, anchor, what):

@@ -1,4 +1,4 @@
-"""Named tensors of a checkpoint on disk, read one at a time: safetensors, torch's pickles, GGUF."""
+"""Named tensors of a checkpoint on disk, read one at a time: safetensors and torch's pickles; GGUF is in gguf.py."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 
 class Entry(NamedTuple):
-    """A tensor: its file, its shape, the name of its type, and how to read it."""
+    """A tensor: its file, its shape, the name of its type there (numpy's, or a quantised one), and how to read it."""
 
     file: pathlib.Path
     shape: tuple[int, ...]
@@ -54,7 +54,7 @@ class Tensors:
 
 
 def open_tensors(source: pathlib.Path) -> Tensors:
-    """Opens a folder of ``*.safetensors``, ``*.bin`` or ``*.gguf`` (looked for in this order), or one such file.
+    """Opens a folder of ``*.safetensors`` or else of ``*.bin``, or one such file.
 
     Pickles are read with ``weights_only=True``: no code in them is run.
 
@@ -78,7 +78,7 @@ def open_tensors(source: pathlib.Path) -> Tensors:
 def _files(source):
     if source.is_file():
         if source.suffix not in (".safetensors", ".bin"):
-            raise UserError(f"{source} is neither *.safetensors nor *.bin.")
+            raise UserError(f"{source} is neither *.safetensors, *.bin nor *.gguf.")
         return [source]
     for pattern in ("*.safetensors", "*.bin"):
         files = [
@@ -86,7 +86,7 @@ def _files(source):
         ]
         if files:
             return files
-    raise UserError(f"{source} holds no weights: neither *.safetensors nor *.bin.")
+    raise UserError(f"{source} holds no weights: neither *.safetensors, *.bin nor *.gguf.")
 
 
 def _check_index(folder, files, entries):

@@ -14,9 +14,10 @@ class LlavaSTFProcessor(ProcessorMixin):
       image_token: what stands for a picture in a text.
     """
 
-    attributes = ["image_processor", "tokenizer"]  # noqa: RUF012 (theirs to declare)
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
+    if not hasattr(ProcessorMixin, "get_attributes"):  # transformers before 5 cannot tell them from __init__
+        attributes = ["image_processor", "tokenizer"]  # noqa: RUF012 (theirs to declare)
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
 
     def __init__(
         self, image_processor=None, tokenizer=None, num_image_tokens=144, image_token="<image>", chat_template=None, **_

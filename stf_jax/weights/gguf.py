@@ -1,0 +1,131 @@
+"""GGUF files of Llama-family models, under the names, shapes and channel order that transformers gives such a model.
+
+llama.cpp rotates neighbouring channels where transformers rotates channel i with i + Dh/2, so its files of Llama (and
+Mistral, which it calls Llama) hold the rows of query and key in another order; it is undone here. Quantised blocks are
+expanded to float32; other values keep their type.
+"""
+
+import math
+import pathlib
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+
+from stf_jax.config import UserError
+from stf_jax.weights.tensors import Entry, Tensors
+
+_KEYS = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "max_position_embeddings": "context_length",
+    "head_dim": "attention.key_length",
+    "rope_theta": "rope.freq_base",
+}
+_FACTORS = "rope_freqs.weight"  # by which Llama 3's low frequencies are divided
+_PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+def open_gguf(file: pathlib.Path) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors under transformers' names, and what its ``config.json`` would say.
+
+    Raises:
+      UserError: a file that is no GGUF or is cut short, a part of several, a model of another family, a tensor that
+        such models lack.
+    """
+    try:
+        reader = gguf.GGUFReader(file)
+        values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
+        kind = values["general.architecture"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise UserError(f"{file} cannot be read as GGUF: {error!r}.") from None
+    if values.get("split.count", 1) > 1:
+        raise UserError(f"{file} is one of {values['split.count']} parts; join them with llama.cpp's gguf-split first.")
+    if kind not in ("llama", "qwen2", "qwen3"):
+        raise UserError(f"{file} holds a model of architecture {kind!r}: known are llama, qwen2 and qwen3.")
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    config = {name: values[key] for name, end in _KEYS.items() if (key := f"{kind}.{end}") in values}
+    config |= {"model_type": kind, "tie_word_embeddings": "output.weight" not in stored}
+    try:
+        heads = {"attn_q": config["num_attention_heads"]}
+        heads["attn_k"] = config.setdefault("num_key_value_heads", heads["attn_q"])
+        names = _names(stored, kind, config["num_hidden_layers"])
+        config["rope_scaling"] = _rope_scaling(file, kind, values, stored, config)
+    except KeyError as error:
+        raise UserError(f"{file} does not say {error}, without which its tensors cannot be read.") from None
+    entries = {}
+    for name, tensor in stored.items():
+        if name == _FACTORS:
+            continue
+        if name not in names:
+            raise UserError(f"{file}: tensor {name} has no place in a model of architecture {kind!r}.")
+        part = name.split(".")[2] if name.startswith("blk.") else ""
+        turned = heads.get(part, 0) if kind == "llama" else 0
+        entries[names[name]] = _entry(file, tensor, turned)
+    return Tensors(entries), config
+
+
+def _names(stored, kind, layers):
+    """Names in the file → transformers'."""
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+    bases = ["model.embed_tokens", "model.norm", "lm_head"]
+    for layer in range(layers):
+        block = f"model.layers.{layer}"
+        bases += [f"{block}.self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")]
+        bases += [f"{block}.mlp.{part}_proj" for part in ("gate", "up", "down")]
+        bases += [f"{block}.input_layernorm", f"{block}.post_attention_layernorm"]
+    table = gguf.get_tensor_name_map(arch, layers)
+    known = {table.get_name(base): base for base in bases}
+    parts = (name.rpartition(".") for name in stored)
+    return {f"{base}.{end}": f"{known[base]}.{end}" for base, _, end in parts if base in known}
+
+
+def _entry(file, tensor, heads):
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    kind = tensor.tensor_type.name
+    plain = np.dtype(_PLAIN[kind]) if kind in _PLAIN else None
+
+    def read():
+        if plain is not None:
+            value = np.asarray(tensor.data).view(plain).reshape(shape)
+        else:
+            value = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        if not heads:
+            return value
+        half = shape[0] // heads // 2
+        return value.reshape(heads, half, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+
+    return Entry(file, shape, plain.name if plain is not None else kind, read)
+
+
+def _rope_scaling(file, kind, values, stored, config):
+    """As transformers' config names it. Llama 3's is told by the divisors that the file holds in its place."""
+    named = values.get(f"{kind}.rope.scaling.type", "none")
+    if _FACTORS in stored:
+        return _llama3(file, stored[_FACTORS].data, config["rope_theta"])
+    if named == "linear":
+        return {"rope_type": "linear", "factor": values[f"{kind}.rope.scaling.factor"]}
+    if named != "none":
+        raise UserError(f"{file} stretches rotary positions by {named!r}: known are linear and Llama 3's.")
+    return None
+
+
+def _llama3(file, divisors, theta):
+    factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
+    frequencies = theta ** -(np.arange(len(divisors)) / len(divisors))
+    turns = original * frequencies / (2 * math.pi)
+    keep = np.clip((turns - low) / (high - low), 0, 1)
+    if not np.allclose(1 / (keep + (1 - keep) / factor), divisors, rtol=1e-4):
+        raise UserError(f"{file}: {_FACTORS} is not Llama 3's scaling.")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
