@@ -266,7 +266,8 @@ def _declare_tokenizer(file):
     values = json.loads(file.read_bytes())
     for local in ("backend", "is_local", "local_files_only"):
         values.pop(local, None)
-    _write(file, values | {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"})
+    values |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+    _write(file, values | {"model_input_names": ["input_ids", "attention_mask"]})
 
 
 def _pictures(what: Description) -> dict[str, Any]:

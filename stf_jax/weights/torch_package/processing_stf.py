@@ -15,7 +15,7 @@ class LlavaSTFProcessor(ProcessorMixin):
     """
 
     if not hasattr(ProcessorMixin, "get_attributes"):  # transformers before 5 cannot tell them from __init__
-        attributes = ["image_processor", "tokenizer"]  # noqa: RUF012 (theirs to declare)
+        attributes = ["image_processor", "tokenizer"]
         image_processor_class = "AutoImageProcessor"
         tokenizer_class = "AutoTokenizer"
 

