@@ -12,6 +12,7 @@ import orbax.checkpoint.experimental.v1 as v1
 
 from stf_jax.config import CheckpointConfig, UserError
 
+_CHUNK = 16 * 2**20  # bytes
 IMPORTED = "params"  # the Orbax checkpoint in a folder of imported weights
 
 
@@ -107,29 +108,24 @@ class SavedParams:
     def read(self, path: str) -> np.ndarray:
         """One parameter, into host memory."""
         with ocp.PyTreeCheckpointer() as reader:
-            how = ocp.args.PyTreeRestore(
-                item={path: self.shapes[path]},
-                restore_args={path: ocp.RestoreArgs(restore_type=np.ndarray)},
-                partial_restore=True,
-            )
-            return reader.restore(self._where[path], args=how)[path]
+            return self._read(reader, path, ocp.RestoreArgs(restore_type=np.ndarray))
+
+    def _read(self, reader, path, how):
+        how = ocp.args.PyTreeRestore(item={path: self.shapes[path]}, restore_args={path: how}, partial_restore=True)
+        return reader.restore(self._where[path], args=how)[path]
 
     def restore(self, layout: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """All parameters, those that the layout names on the devices that it names, the others on the first."""
+        """All parameters, those that the layout names on the devices that it names, the others on the first.
+
+        One after the other, so that what is read and not yet on its devices is never more than one.
+        """
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         params = {}
-        for item in self._items:
-            wanted = {
-                path: jax.ShapeDtypeStruct(
-                    leaf.shape,
-                    leaf.dtype,
-                    sharding=layout[path].sharding if path in layout and layout[path].shape == leaf.shape else first,
-                )
-                for path, leaf in self.shapes.items()
-                if self._where[path] == item
-            }
-            with ocp.StandardCheckpointer() as reader:
-                params |= reader.restore(item, wanted)
+        with ocp.PyTreeCheckpointer() as reader:
+            for path, leaf in self.shapes.items():
+                fits = path in layout and layout[path].shape == leaf.shape
+                where = layout[path].sharding if fits else first
+                params[path] = self._read(reader, path, ocp.ArrayRestoreArgs(sharding=where))
         return params
 
 
@@ -139,6 +135,10 @@ def write_params(folder: pathlib.Path, params: Iterable[tuple[str, np.ndarray]])
     They appear in ``folder`` when the last is written.
     """
     target = (folder / IMPORTED).resolve()
-    for path, value in params:
-        v1.partial.save(target, {path: value})
-    v1.partial.finalize(target)
+    saving = v1.options.ArrayOptions.Saving
+    # In small chunks: a device that reads its share of a parameter expands every chunk that the share touches.
+    how = v1.options.ArrayOptions(saving=saving(storage_options=saving.StorageOptions(chunk_byte_size=_CHUNK)))
+    with v1.Context(array_options=how):
+        for path, value in params:
+            v1.partial.save(target, {path: value})
+        v1.partial.finalize(target)

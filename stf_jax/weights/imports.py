@@ -165,10 +165,12 @@ def _save_tokenizer(source, folder):
     file = _gguf(source)
     source = source if source.is_dir() else source.parent
     how = {"gguf_file": file.name} if file is not None else {}
+    if file is None and not any((source / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE, "vocab.json")):
+        return "its files are not there"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, **how)
     except Exception as error:  # whatever a foreign tokenizer's files raise, it can be given another way
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return f"transformers says: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
     tokenizer.save_pretrained(folder)
     if (source / SENTENCEPIECE).is_file():  # which LLaVA's own code reads, and transformers no longer writes
         shutil.copy(source / SENTENCEPIECE, folder)

@@ -1,42 +1,84 @@
-"""An import holds one parameter at a time: its peak of memory is measured in a process of its own."""
+"""Weights pass one parameter at a time: peaks of memory, each measured in a process of its own."""
 
 import json
 import subprocess
 import sys
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SMALL = dict(vocab_size=64, hidden_size=512, intermediate_size=2032, num_attention_heads=8, num_key_value_heads=8)
-IMPORT = """
-import pathlib, re, sys
-from stf_jax.weights.imports import import_weights
-import_weights(sys.argv[1], pathlib.Path(sys.argv[2]))
-print(1024 * int(re.search("VmHWM:\\s+([0-9]+) kB", pathlib.Path("/proc/self/status").read_text())[1]))
-"""
+LAYERS = {"small": 1, "large": 32}
+LARGEST = 32 * 512 * 2032 * 2  # bytes of the large model's largest parameter, an MLP matrix of all layers
+STEPS = {
+    "import": "from stf_jax.weights.imports import import_weights; import_weights(source, to)",
+    "export": "from stf_jax.weights.exports import export_native; export_native(pathlib.Path(source), to)",
+    "load": """
+import os
+os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="8")
+from stf_jax.config import MeshConfig, ModelConfig
+from stf_jax.runtime.mesh import make_mesh
+from stf_jax.training.state import blueprint
+from stf_jax.weights.folder import load_params
+plan = blueprint(ModelConfig(llm=source))
+shardings = plan.shardings(make_mesh(MeshConfig(1, 4, 2)))
+layout = {path: leaf.update(sharding=shardings[path]) for path, leaf in plan.shapes.items()}
+loaded = load_params(source, layout, ("vision/.*", "fusion/.*"))
+assert all(value.sharding == shardings[path] for path, value in loaded.items())
+""",
+}
 
 
-def peak(source, to):
-    """Bytes of memory that a process held at most while it imported."""
-    done = subprocess.run([sys.executable, "-c", IMPORT, source, to], capture_output=True, text=True, check=True)
-    return int(done.stdout.splitlines()[-1])
+def peak(step, source, to):
+    """Bytes of memory that a process held at most while it did that step."""
+    begin = "import pathlib, re, sys\nsource, to = sys.argv[1], pathlib.Path(sys.argv[2])\n"
+    end = '\nprint(re.search("VmHWM:\\\\s+([0-9]+) kB", pathlib.Path("/proc/self/status").read_text())[1])'
+    code = begin + STEPS[step] + end
+    done = subprocess.run([sys.executable, "-c", code, source, to], capture_output=True, text=True, check=True)
+    return 1024 * int(done.stdout.splitlines()[-1])
 
 
-def test_an_import_needs_the_largest_parameter_and_not_the_model(tmp_path):
-    sizes = {}
-    for name, layers in (("small", 1), ("large", 32)):
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two models, small and large, as transformers leaves them and as an import does; bytes of their parameters."""
+    root, sizes = tmp_path_factory.mktemp("memory"), {}
+    for name, layers in LAYERS.items():
         config = LlamaConfig(**SMALL, num_hidden_layers=layers)
         with torch.device("meta"):
             shapes = {key: value.shape for key, value in LlamaForCausalLM(config).state_dict().items()}
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config.to_dict()))
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(config.to_dict()))
         save_file(
             {key: torch.zeros(shape, dtype=torch.bfloat16) for key, shape in shapes.items()},
-            tmp_path / name / "model.safetensors",
+            root / name / "model.safetensors",
         )
         sizes[name] = sum(2 * shape.numel() for shape in shapes.values())
-    largest = 32 * 512 * 2032 * 2
-    assert sizes["large"] > 4 * largest
-    grown = peak(tmp_path / "large", tmp_path / "large-ours") - peak(tmp_path / "small", tmp_path / "small-ours")
-    assert largest < grown < 3 * largest, grown / largest
+    assert sizes["large"] > 4 * LARGEST
+    grown = peak("import", root / "large", root / "large-ours") - peak("import", root / "small", root / "small-ours")
+    return root, sizes["large"] - sizes["small"], grown
+
+
+def test_an_import_needs_the_largest_parameter_and_not_the_model(models):
+    _, _, grown = models
+    assert LARGEST < grown < 3 * LARGEST, grown / LARGEST
+
+
+def test_an_export_needs_the_largest_parameter_and_a_shard(models, tmp_path, monkeypatch):
+    root, _, _ = models
+    monkeypatch.setitem(
+        STEPS, "export", "import stf_jax.weights.exports as e, functools\n"
+        f"e.write_shards = functools.partial(e.write_shards, limit={LARGEST})\n" + STEPS["export"],
+    )  # fmt: skip
+    grown = peak("export", root / "large-ours", tmp_path / "large") - peak(
+        "export", root / "small-ours", tmp_path / "small"
+    )
+    assert grown < 4.5 * LARGEST, grown / LARGEST
+
+
+def test_weights_are_loaded_once_onto_their_devices(models, tmp_path):
+    """Beside the arrays themselves, which lie in this machine's memory, no second copy of the model."""
+    root, size, _ = models
+    grown = peak("load", root / "large-ours", tmp_path) - peak("load", root / "small-ours", tmp_path)
+    assert size < grown < size + 2 * LARGEST, (grown - size) / LARGEST
