@@ -4,8 +4,16 @@ WORKDIR ?= runs/demo
 
 .PHONY: demo test lint
 
+# Trains, measures, and hands the model over to PyTorch, which must answer as we do (where torch is installed).
 demo: .venv/ready
 	.venv/bin/python -m stf_jax.main --config=configs/demo.py --workdir=$(WORKDIR)
+	rm -rf $(WORKDIR)/export
+	.venv/bin/python -m stf_jax.convert export $(WORKDIR)/finetune --format=hf --to=$(WORKDIR)/export
+	@if .venv/bin/python -c "import torch" 2> /dev/null; then \
+	    .venv/bin/python -m stf_jax.convert verify $(WORKDIR)/finetune $(WORKDIR)/export; \
+	else \
+	    echo "Install torch in .venv and repeat make demo to see the export answer in PyTorch as the model does here."; \
+	fi
 
 test: lint
 	.venv/bin/python -m pytest

@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
         if stage.benchmark:
             results = scenes.measure(stage, trained.plan, trained.state.params, workdir)
             print(scenes.table(results))
+            print(f"results.json, every answer (answers.jsonl) and contact_sheet.png are in {workdir}")
 
 
 if __name__ == "__main__":

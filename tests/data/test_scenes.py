@@ -61,38 +61,44 @@ def texts(record):
 
 # The miniatures were trained on these. Who changes them means to train the miniatures again.
 DIGESTS = {
-    ("documents", False): "c98ce7e0e5446b4b",
-    ("captions", False): "6da5b238cb1f35bd",
-    ("mixture", False): "78d5e7828fb07d84",
-    ("conversations", False): "9c39644e57820768",
-    ("conversations", True): "997aa9f1ea6a58a2",
+    ("documents", False): "12325ad87bbbf222",
+    ("captions", False): "88c3e86ace2fd64b",
+    ("mixture", False): "fe4ea3057673b314",
+    ("conversations", False): "444196c786723b2f",
+    ("conversations", True): "cc6f1fa2f4c2d1c7",
 }
 
 
 def test_text_of_a_record_is_what_it_always_was():
     assert texts(SceneRecords("conversations", 10, seed=0)[7]) == [
-        "<image>\nIs the purple square below the green square?\n" + SHORT_ANSWER,
+        "<image>\nIs the purple square left of the green square?\n" + SHORT_ANSWER,
         "no",
         "What does the word say?",
-        "BAV",
+        "BAS",
         "How many shapes are there?",
         "4",
-        "Is the blue star small or large?",
-        "small",
-        "Is there a red shape?",
-        "no",
-        "How many squares are there?",
-        "2",
-        "Is the purple square above the blue star?",
-        "yes",
         "Is the purple square small or large?",
         "large",
+        "Is there a red shape?",
+        "no",
+        "How many circles are there?",
+        "1",
+        "Is the orange circle above the green square?",
+        "yes",
+        "What color is the circle?",
+        "orange",
         "Is there a green shape?",
         "yes",
+        "Is the green square small or large?",
+        "small",
+        "Is the blue star above the orange circle?",
+        "no",
+        "How many stars are there?",
+        "1",
     ]
     assert caption(make_scene(0, 7)) == (
-        "a large purple square at the top right, a small blue star at the center, "
-        "a small purple cross at the center, a small green square at the bottom left, the word BAV at the bottom"
+        "a small orange circle at the top left, a large purple square at the top right, "
+        "a small green square at the left, a small blue star at the center, the word BAS at the bottom"
     )
 
 
@@ -137,13 +143,13 @@ def test_pairs_and_words_are_split():
     assert {shape for _, shape in HELD_OUT_PAIRS} == set(SHAPES)
     assert len(HELD_OUT_PAIRS) == 6
     assert not set(HELD_OUT_WORDS) & set(TRAINING_WORDS)
-    assert len(set(HELD_OUT_WORDS + TRAINING_WORDS)) == len(HELD_OUT_WORDS + TRAINING_WORDS) == 15 * 5 * 15
+    assert len(set(HELD_OUT_WORDS + TRAINING_WORDS)) == len(HELD_OUT_WORDS + TRAINING_WORDS) == 12 * 5 * 12
 
 
 def test_every_letter_stands_at_every_place_in_training_words():
     for place in range(3):
         letters = {word[place] for word in TRAINING_WORDS}
-        assert letters == set("AEIOU" if place == 1 else "BDFGHKLMNPRSTVZ")
+        assert letters == set("AEIOU" if place == 1 else "BDHLMNPRSTVZ")
         assert letters == {word[place] for word in HELD_OUT_WORDS}
 
 
@@ -151,7 +157,7 @@ def test_held_out_scenes_show_what_is_held_out(world):
     for scene in world[True]:
         assert any(thing.pair in HELD_OUT_PAIRS for thing in scene.things)
         assert not scene.word or scene.word in HELD_OUT_WORDS
-    assert len({scene.word for scene in world[True]}) > 200
+    assert {scene.word for scene in world[True]} == {"", *HELD_OUT_WORDS}
     assert {thing.pair for scene in world[True] for thing in scene.things} >= HELD_OUT_PAIRS
 
 
@@ -343,7 +349,7 @@ GRAIN = 6
 # shape → points that it covers, and points that it leaves free, in radii from its centre, mirrored left and right.
 OUTLINES = {
     "circle": ([(0, -0.85), (0, 0.85), (0.85, 0), (0.6, 0.6), (0.6, -0.6)], [(0.85, 0.85), (0.85, -0.85)]),
-    "square": ([(0.75, 0.75), (0.75, -0.75), (0.75, 0)], [(1, 0), (0, 1), (0, -1)]),
+    "square": ([(0.7, 0.7), (0.7, -0.7), (0.7, 0)], [(1, 0), (0, 1), (0, -1)]),
     "triangle": ([(0, -0.6), (0.5, 0.3), (0, 0.3)], [(0.6, -0.6), (0, 0.8), (1, 0)]),
     "star": ([(0, -0.5), (0.5, -0.2), (0, 0.2)], [(0.6, -0.75), (0, 0.75), (0.9, 0.5)]),
     "cross": ([(0, -0.85), (0, 0.85), (0.85, 0)], [(0.7, 0.7), (0.7, -0.7)]),
