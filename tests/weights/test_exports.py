@@ -48,6 +48,12 @@ def make(folder, fusion=FUSION, vision=TOWER, llm=LLM, dtype="float32", **how):
     return folder
 
 
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """Such a folder, for tests that leave it as it is."""
+    return make(tmp_path_factory.mktemp("made") / "ours")
+
+
 def same(first, second):
     """Two folders hold the same parameters, to the bit."""
     before, after = open_model(first), open_model(second)
@@ -77,9 +83,8 @@ def reference_image_tokens(state, states):
 
 
 @pytest.mark.parametrize("adapter_only", [False, True])
-def test_their_tensors_make_our_image_tokens(tmp_path, adapter_only):
-    folder = make(tmp_path / "ours")
-    report = export_llava_stf(folder, tmp_path / "theirs", adapter_only=adapter_only)
+def test_their_tensors_make_our_image_tokens(ours, tmp_path, adapter_only):
+    report = export_llava_stf(ours, tmp_path / "theirs", adapter_only=adapter_only)
     if adapter_only:
         assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == ["export.json", "mm_projector.bin"]
         state = torch.load(tmp_path / "theirs" / "mm_projector.bin", weights_only=True)
@@ -96,12 +101,12 @@ def test_their_tensors_make_our_image_tokens(tmp_path, adapter_only):
     assert state["model.mm_projector_crosslayer.0.weight"].shape == (4 * 64, 8 * 64)
     assert state["model.mm_projector.0.weight"].shape == (16 * 64, 4 * 64)
 
-    saved = open_model(folder)
+    saved = open_model(ours)
     plan = blueprint(dataclasses.replace(saved.config, precision="float32"))
     model = plan.merge({path: jnp.asarray(saved.read(path)) for path in plan.shapes})
     states = [np.random.default_rng(tap).normal(size=(16, 64)) for tap in TAPS]
-    ours = model.fusion(tuple(jnp.asarray(x[None], jnp.float32) for x in states))[0]
-    np.testing.assert_allclose(ours, reference_image_tokens(state, [torch.from_numpy(x) for x in states]), atol=1e-4)
+    tokens = model.fusion(tuple(jnp.asarray(x[None], jnp.float32) for x in states))[0]
+    np.testing.assert_allclose(tokens, reference_image_tokens(state, [torch.from_numpy(x) for x in states]), atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -168,9 +173,10 @@ def test_the_whole_checkpoint_says_what_llava_reads(tmp_path, llama, capsys):
         ({"llm": dataclasses.replace(LLM, rope_scaling=RopeScaling("llama3", 8.0))}, "no llama3 positions"),
     ],
 )
-def test_what_their_code_cannot_hold_is_refused(tmp_path, changes, sentence, capsys):
-    folder = make(tmp_path / "ours", **changes)
-    assert door(main, ["export", str(folder), "--format=llava-stf", f"--to={tmp_path / 'theirs'}"]) == 2
+def test_what_their_code_cannot_hold_is_refused(ours, tmp_path, changes, sentence, capsys):
+    shutil.copytree(ours, tmp_path / "ours")
+    Description(**{"vision": TOWER, "llm": LLM, "fusion": FUSION} | changes).save(tmp_path / "ours")
+    assert door(main, ["export", str(tmp_path / "ours"), "--format=llava-stf", f"--to={tmp_path / 'theirs'}"]) == 2
     error = capsys.readouterr().err
     assert re.search(sentence, error), error
     assert "export" in error
@@ -181,10 +187,9 @@ def test_what_their_code_cannot_hold_is_refused(tmp_path, changes, sentence, cap
 # ---- Our own ---------------------------------------------------------------------------------------------------------
 
 
-def test_native_weights_start_a_run(tmp_path):
-    folder = make(tmp_path / "ours")
-    report = export_native(folder, tmp_path / "native", only="fusion/.*", dtype="bfloat16")
-    saved = open_model(folder)
+def test_native_weights_start_a_run(ours, tmp_path):
+    report = export_native(ours, tmp_path / "native", only="fusion/.*", dtype="bfloat16")
+    saved = open_model(ours)
     fusion = {path: leaf for path, leaf in saved.shapes.items() if path.startswith("fusion/")}
     assert report["tensors_written"] == len(fusion) == 8
     device = jnp.zeros(()).sharding
@@ -194,17 +199,15 @@ def test_native_weights_start_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["hf", "llava-stf", "native"])
-def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, form):
-    folder = make(tmp_path / "ours")
-
+def test_a_full_disk_leaves_nothing_behind(ours, tmp_path, monkeypatch, form):
     def fails_half_way(tensors, file, metadata):
         file.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shards, "save_file", fails_half_way)
     with pytest.raises(OSError, match="No space left"):
-        main(["export", str(folder), f"--format={form}", f"--to={tmp_path / 'theirs'}"])
-    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+        main(["export", str(ours), f"--format={form}", f"--to={tmp_path / 'theirs'}"])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -217,8 +220,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, form):
         (["--format=gguf"], "invalid choice: 'gguf'"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(tmp_path, options, sentence, capsys):
-    folder = make(tmp_path / "ours")
-    assert door(main, ["export", str(folder), f"--to={tmp_path / 'theirs'}", *options]) == 2
+def test_options_that_do_not_fit_are_refused(ours, tmp_path, options, sentence, capsys):
+    assert door(main, ["export", str(ours), f"--to={tmp_path / 'theirs'}", *options]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "theirs").exists()
