@@ -13,35 +13,41 @@ def get_config(arg=None):
     config.model.update(vision="clip-mini-16-96", llm="llama-mini")
     config.model.update(precision="float32", remat="none", scan_layers=False)
     config.model.fusion.fusion = "mlp"
-    config.data.update(source="scenes", tokenizer="miniature", template="plain", packing=True)
+    config.data.update(source="scenes", tokenizer="miniature", template="plain")
     config.data.scenes.size = 1_000_000
-    config.global_batch_size = 8
+    config.global_batch_size = 16
     config.optimizer.update(b2=0.98, clip_norm=1.0)
     config.run = ("sentences", "text", "shapes", "captions")
     config.stages = {
         # Few shapes first, of text as of pictures: looking one of two up is learned there in minutes.
         "sentences": {
-            "steps": int(800 * arg.scale),
+            "steps": int(1000 * arg.scale),
+            "global_batch_size": 16,
             "init_missing": (".*",),
             "rules": (("llm/.*", "train"), (".*", "freeze")),
-            "data": {"scenes": {"task": "documents", "things": 2}, "max_length": 512, "images_per_row": 0},
+            "data": {"scenes": {"task": "documents", "things": 2}, "max_length": 240, "images_per_row": 0},
             "optimizer": {"learning_rate": 2e-3, "schedule": "constant"},
         },
         "text": {
             "steps": int(3000 * arg.scale),
+            "global_batch_size": 16,
             "rules": (("llm/.*", "train"), (".*", "freeze")),
-            "data": {"scenes": {"task": "documents"}, "max_length": 512, "images_per_row": 0},
+            "data": {"scenes": {"task": "documents"}, "max_length": 256, "images_per_row": 0},
             "optimizer": {"learning_rate": 2e-3},
         },
         "shapes": {
             "steps": int(1600 * arg.scale),
+            "global_batch_size": 8,
             "data": {"scenes": {"task": "mixture", "things": 1}, "max_length": 208, "images_per_row": 3},
             "optimizer": {"learning_rate": 1e-3, "schedule": "constant"},
         },
         "captions": {
-            "steps": int(4000 * arg.scale),
+            "steps": int(3200 * arg.scale),
+            "global_batch_size": 8,
             "data": {"scenes": {"task": "mixture"}, "max_length": 284, "images_per_row": 4},
             "optimizer": {"learning_rate": 1e-3},
         },
     }
+    for stage in ("shapes", "captions"):
+        config.stages[stage].data.packing = True
     return config
