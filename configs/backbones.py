@@ -15,7 +15,6 @@ def get_config(arg=None):
     config.model.fusion.fusion = "mlp"
     config.data.update(source="scenes", tokenizer="miniature", template="plain")
     config.data.scenes.size = 1_000_000
-    config.global_batch_size = 16
     config.optimizer.update(b2=0.98, clip_norm=1.0)
     config.run = ("sentences", "text", "shapes", "captions")
     config.stages = {
