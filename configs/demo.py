@@ -38,7 +38,7 @@ def get_config(arg=None):
             "steps": arg.steps or 240,
             "global_batch_size": 32,
             "rules": (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train")),
-            "data": {"template": "v1", "scenes": {"task": "conversations"}, "max_length": 160},
+            "data": {"template": "v1", "scenes": {"task": "conversations"}, "max_length": 232},
             "optimizer": {"learning_rate": 1.5e-3},
             "benchmark": "scenes",
         },

@@ -1,25 +1,90 @@
-"""Parameters of our modules from state dicts of transformers' models."""
+"""Small models of transformers' own classes, and parameters of our modules from state dicts of such."""
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from flax import nnx, traverse_util
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from stf_jax.models.llm import Decoder, LLMConfig
 from stf_jax.models.vit import VisionConfig, VisionTower
-from stf_jax.weights.hf import DECODER, VISION, declared, places
+from stf_jax.weights import hf
+from stf_jax.weights.hf import declared, places
+
+VISION = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 7, "layer_norm_eps": 1e-3}
+TEXT = {"vocab_size": 62, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-3, "max_position_embeddings": 256}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 100}
+DECODERS = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**TEXT)),
+    "llama-tied": (LlamaForCausalLM, LlamaConfig(**TEXT, tie_word_embeddings=True)),
+    "llama-3": (LlamaForCausalLM, LlamaConfig(**TEXT, rope_parameters=LLAMA3)),
+    "mistral": (MistralForCausalLM, MistralConfig(**TEXT, sliding_window=None)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**TEXT, tie_word_embeddings=True)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**TEXT, rope_parameters={"rope_type": "default", "rope_theta": 5e5})),
+}
 
 
-def vision_tower(state: Mapping[str, np.ndarray], config: VisionConfig) -> dict:
+def enliven(model):
+    """Weights, biases and norms large enough to matter."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * (0.7 * p.shape[-1] ** -0.5 if p.ndim > 1 else 0.2))
+    return model.eval()
+
+
+@functools.cache
+def decoder(family):
+    kind, config = DECODERS[family]
+    return enliven(kind(config))
+
+
+@functools.cache
+def tower(family):
+    if family == "clip":
+        return enliven(CLIPVisionModel(CLIPVisionConfig(**VISION)))
+    return enliven(SiglipVisionModel(SiglipVisionConfig(**VISION)))
+
+
+@functools.cache
+def llava():
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT), image_token_index=60,
+        vision_feature_layer=-2,
+    )  # fmt: skip
+    return enliven(LlavaForConditionalGeneration(config))
+
+
+def vision_params(state: Mapping[str, np.ndarray], config: VisionConfig) -> dict:
     """Of a CLIP or SigLIP tower under any prefix."""
-    anchor = VISION["patch_embed/kernel"].name
+    anchor = hf.VISION["patch_embed/kernel"].name
     (prefix,) = (name.removesuffix(anchor) for name in state if name.endswith(anchor))
-    return _tree(state, places(VISION, declared(lambda: VisionTower(nnx.Rngs(0), config)), {"": prefix}))
+    return _tree(state, places(hf.VISION, declared(lambda: VisionTower(nnx.Rngs(0), config)), {"": prefix}))
 
 
-def decoder(state: Mapping[str, np.ndarray], config: LLMConfig) -> dict:
+def decoder_params(state: Mapping[str, np.ndarray], config: LLMConfig) -> dict:
     """Of a Llama, Mistral, Qwen2 or Qwen3 model."""
-    return _tree(state, places(DECODER, declared(lambda: Decoder(nnx.Rngs(0), config)), {"": ""}))
+    return _tree(state, places(hf.DECODER, declared(lambda: Decoder(nnx.Rngs(0), config)), {"": ""}))
 
 
 def _tree(state, found):

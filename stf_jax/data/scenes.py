@@ -169,9 +169,11 @@ def zone(x: int, y: int) -> str:
     return f"{row} {column}".strip() or "center"
 
 
-def caption(scene: Scene) -> str:
-    """All that the scene shows, in reading order, in one sentence."""
-    parts = [f"a {t.size} {t.color} {t.shape} at the {zone(t.x, t.y)}" for t in scene.things]
+def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
+    """All that the scene shows in one sentence: its things in reading order, or as ``rng`` shuffles them; its word."""
+    order = range(len(scene.things)) if rng is None else rng.permutation(len(scene.things))
+    things = [scene.things[i] for i in order]
+    parts = [f"a {t.size} {t.color} {t.shape} at the {zone(t.x, t.y)}" for t in things]
     if scene.word:
         parts.append(f"the word {scene.word} at the {zone(scene.word_x, scene.word_y)}")
     return ", ".join(parts)
@@ -292,7 +294,8 @@ class SceneRecords:
         if task == "mixture":
             task = "documents" if index % 8 == 0 else "captions"
         if task == "captions":
-            turns = [Turn("human", f"Describe the picture.\n{IMAGE_MARK}"), Turn("gpt", caption(scene))]
+            # In any order: whoever may begin with any thing has to find it by what it is, not by counting.
+            turns = [Turn("human", f"Describe the picture.\n{IMAGE_MARK}"), Turn("gpt", caption(scene, rng))]
         else:
             asked = {q.text: q for _ in range(ROUNDS) for q in questions(scene, rng, self._held_out)}.values()
             if task == "documents":

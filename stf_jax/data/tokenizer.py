@@ -4,14 +4,16 @@ import os
 import pathlib
 
 import numpy as np
+import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
 from stf_jax.data.scenes import SHORT_ANSWER, caption, make_scene, questions
 
 MINIATURE = pathlib.Path(__file__).parent.parent / "weights" / "miniatures" / "tokenizer"
 MINIATURE_VOCAB = 512
+SENTENCEPIECE = "tokenizer.model"  # Llama's and Vicuna's vocabulary, as they publish it
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -28,12 +30,36 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             "or see training work on embedded data with --config=configs/demo.py."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = read_tokenizer(pathlib.Path(folder))
     except Exception as error:  # tokenizers raises just that for a file of another form
         reason = (str(error) or repr(error)).splitlines()[0].strip(" :.")
         raise UserError(f"No tokenizer can be read from {folder}: {reason}.") from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer in {folder} needs a tokenizer.json and an end-of-sequence token.")
+    return tokenizer
+
+
+def read_tokenizer(folder: pathlib.Path, **how) -> PreTrainedTokenizerFast:
+    """transformers' reading of a folder's tokenizer, nothing in it run; ``how`` is passed on.
+
+    A folder that holds ``tokenizer.model`` and no ``tokenizer.json`` is a Llama's (so are Vicuna's and LLaVA's own).
+    transformers reads some of those, by the model_type beside them, without the space that SentencePiece puts before a
+    text; so its class is named here, and its ids are compared with SentencePiece's.
+
+    Raises:
+      ValueError: the ids differ. Otherwise whatever transformers raises.
+    """
+    how |= {"local_files_only": True, "trust_remote_code": False}
+    file = folder / SENTENCEPIECE
+    if not file.is_file() or (folder / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(folder, **how)
+    if not (folder / "tokenizer_config.json").is_file():
+        how["add_bos_token"] = True  # as Llama's are published
+    tokenizer = LlamaTokenizer.from_pretrained(folder, **how)
+    probe = "USER: What is it?\n A \u00fc."
+    ids = sentencepiece.SentencePieceProcessor(model_file=str(file)).encode(probe)
+    if tokenizer(probe, add_special_tokens=False).input_ids != ids:
+        raise ValueError(f"transformers does not read {file.name} as SentencePiece does")
     return tokenizer
 
 

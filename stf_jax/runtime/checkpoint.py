@@ -94,7 +94,10 @@ class SavedParams:
                     raise UserError(f"Run {folder} holds no complete checkpoint to start from.")
                 items = (manager.directory / str(step) / item for item in ("trainable", "frozen"))
                 self._items = [pathlib.Path(item) for item in items if item.exists()]
-        trees = [ocp.StandardCheckpointHandler().metadata(item).tree for item in self._items]
+        try:
+            trees = [dict(ocp.StandardCheckpointHandler().metadata(item).tree) for item in self._items]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"The checkpoint in {folder} is damaged: {' '.join(str(error).split())[:200]}") from None
         self._where = {path: item for item, tree in zip(self._items, trees, strict=True) for path in tree}
         self.shapes = {
             path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for tree in trees for path, leaf in tree.items()
@@ -112,21 +115,21 @@ class SavedParams:
 
     def _read(self, reader, path, how):
         how = ocp.args.PyTreeRestore(item={path: self.shapes[path]}, restore_args={path: how}, partial_restore=True)
-        return reader.restore(self._where[path], args=how)[path]
+        try:
+            return reader.restore(self._where[path], args=how)[path]
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self._where[path]}: parameter {path} cannot be read: {reason}") from None
 
-    def restore(self, layout: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """All parameters, those that the layout names on the devices that it names, the others on the first.
+    def restore(self, places: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+        """Parameters on the devices named, by path.
 
         One after the other, so that what is read and not yet on its devices is never more than one.
         """
-        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        params = {}
         with ocp.PyTreeCheckpointer() as reader:
-            for path, leaf in self.shapes.items():
-                fits = path in layout and layout[path].shape == leaf.shape
-                where = layout[path].sharding if fits else first
-                params[path] = self._read(reader, path, ocp.ArrayRestoreArgs(sharding=where))
-        return params
+            return {
+                path: self._read(reader, path, ocp.ArrayRestoreArgs(sharding=where)) for path, where in places.items()
+            }
 
 
 def write_params(folder: pathlib.Path, params: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -141,4 +144,5 @@ def write_params(folder: pathlib.Path, params: Iterable[tuple[str, np.ndarray]])
     with v1.Context(array_options=how):
         for path, value in params:
             v1.partial.save(target, {path: value})
+            del value  # before the next one is made
         v1.partial.finalize(target)

@@ -99,6 +99,8 @@ def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> di
                 shutil.copy(file, folder)
         tokenizer.save_pretrained(folder)
         _declare_tokenizer(folder / "tokenizer_config.json")
+        if what.fusion.fusion == "mlp":
+            _begin_each_piece(folder / "tokenizer.json")
         _write(folder / "config.json", config)
         _write(folder / "processor_config.json", {**processor, "image_token": IMAGE_MARK})
         _write(folder / "preprocessor_config.json", _pictures(what))
@@ -268,6 +270,18 @@ def _declare_tokenizer(file):
         values.pop(local, None)
     values |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
     _write(file, values | {"model_input_names": ["input_ids", "attention_mask"]})
+
+
+def _begin_each_piece(file):
+    """SentencePiece's prefix space goes before each piece between special tokens, as training puts it.
+
+    Our own processor tokenises piece by piece; transformers' for LLaVA leaves that to the tokenizer.
+    """
+    values = json.loads(file.read_bytes())
+    before = values["pre_tokenizer"] or {}
+    if before.get("type") == "Metaspace" and before["prepend_scheme"] == "first":
+        before["prepend_scheme"] = "always"
+        _write(file, values)
 
 
 def _pictures(what: Description) -> dict[str, Any]:

@@ -51,29 +51,30 @@ class Tensors:
 
     Attributes:
       places: by path, of what is written.
-      report: ``tensors_written``, ``parameters``, ``transposed``, ``cast``, what of the model went ``unused``,
-        and ``notes``.
+      report: count of ``parameters``; names of tensors ``written``, ``transposed`` and ``cast`` (by types); parameters
+        of the model that went ``unused``; ``notes``.
     """
 
     def __init__(self, saved: SavedModel, places: Mapping[str, Place], dtype: str):
         """``dtype``: type to write in; empty: each tensor keeps its own."""
         self.places, self._saved, self._dtype = places, saved, dtype
         unused = sorted(saved.shapes.keys() - places.keys())
-        self.report: dict[str, Any] = {"tensors_written": 0, "parameters": 0, "transposed": 0}
-        self.report |= {"cast": collections.Counter(), "unused": unused, "notes": []}
+        self.report: dict[str, Any] = {"parameters": 0, "written": [], "transposed": []}
+        self.report |= {"cast": collections.defaultdict(list), "unused": unused, "notes": []}
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
         """Name and values of one after the other; a parameter of ours is held at a time."""
         for path, place in tqdm.tqdm(self.places.items(), "export", unit="parameter"):
             value = self._saved.read(path)
             self.report["parameters"] += value.size
-            self.report["transposed"] += len(place.names) * place.turned
+            if place.turned:
+                self.report["transposed"] += place.names
             if self._dtype and value.dtype != jnp.dtype(self._dtype):
-                self.report["cast"][f"{value.dtype} to {self._dtype}"] += len(place.names)
-                value = value.astype(jnp.dtype(self._dtype))
+                self.report["cast"][f"{value.dtype} to {self._dtype}"] += place.names
             for name, tensor in place.to_theirs(value):
-                self.report["tensors_written"] += 1
-                yield name, tensor
+                self.report["written"].append(name)
+                yield name, tensor.astype(jnp.dtype(self._dtype or tensor.dtype), copy=False)
+            del value  # before the next one is read
 
     def save_report(self, folder: pathlib.Path) -> None:
         """Writes ``export.json``."""
@@ -112,12 +113,12 @@ def export_native(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "", o
 
 def summary(report: dict[str, Any], to: pathlib.Path) -> str:
     """The report for people to read."""
-    cast = ", ".join(f"{count} from {kind}" for kind, count in report["cast"].items()) or "none"
+    cast = ", ".join(f"{len(names)} from {kind}" for kind, names in report["cast"].items()) or "none"
     lines = [
-        f"{report['tensors_written']} tensors, {report['parameters']:,} parameters: {to}",
-        f"{report['transposed']} transposed; cast: {cast}",
+        f"{len(report['written'])} tensors, {report['parameters']:,} parameters: {to}",
+        f"{len(report['transposed'])} transposed; cast: {cast}",
     ]
     lines += report["notes"]
     if report["unused"]:
         lines.append(f"not written: {', '.join(report['unused'])}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"Every name is in {to / 'export.json'}."])

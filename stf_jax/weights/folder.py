@@ -5,9 +5,11 @@ A folder of weights holds ``*.safetensors`` whose tensors are named by parameter
 """
 
 import contextlib
+import errno
 import pathlib
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 
 import jax
@@ -35,32 +37,36 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
     Raises:
       UserError: a source that cannot be read, or parameters that are missing, unknown or of another shape, all listed.
     """
-    found: dict[str, jax.Array] = {}
-    for source in filter(None, (part.strip() for part in sources.split(","))):
-        found |= _read(MINIATURES if source == "miniatures" else pathlib.Path(source), layout)
+    names = [part.strip() for part in sources.split(",") if part.strip()]
+    opened = [_open(MINIATURES if name == "miniatures" else pathlib.Path(name)) for name in names]
+    found = {path: (shape, read) for shapes, read in opened for path, shape in shapes.items()}
     fresh = list(fresh)
 
     def taken(path):
         return not any(re.fullmatch(pattern, path) for pattern in fresh)
 
-    if not sources and any(taken(path) for path in layout):
+    if not names and any(taken(path) for path in layout):
         raise UserError(
             f"No weights to start from, and {next(filter(taken, layout))} must not start at random: provide "
             "--config.init_from=DIR, or see training work on embedded weights with --config=configs/demo.py."
         )
     wrong = [f"missing {path} {layout[path].shape}" for path in layout if path not in found and taken(path)]
-    wrong += [f"unknown {path} {found[path].shape}" for path in found if path not in layout and taken(path)]
+    wrong += [f"unknown {path} {found[path][0]}" for path in found if path not in layout and taken(path)]
     wrong += [
-        f"{path} is {found[path].shape} there and {layout[path].shape} here"
+        f"{path} is {found[path][0]} there and {layout[path].shape} here"
         for path in found
-        if path in layout and found[path].shape != layout[path].shape and taken(path)
+        if path in layout and found[path][0] != layout[path].shape and taken(path)
     ]
     if wrong:
         raise UserError(
             f"The weights in {sources!r} do not fit the model (init_missing may name what is to start afresh): "
             + "; ".join(sorted(wrong))
         )
-    return {path: found[path] for path in layout if path in found and taken(path)}
+    loaded = {}
+    for _, read in opened:  # each parameter once, from the last source that has it
+        wanted = [path for path in layout if taken(path) and path in found and found[path][1] is read]
+        loaded |= read({path: layout[path].sharding for path in wanted})
+    return {path: loaded[path] for path in layout if path in loaded}
 
 
 @contextlib.contextmanager
@@ -68,37 +74,60 @@ def new_folder(to: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to fill, which becomes ``to`` when all is well, and is removed when it is not.
 
     Raises:
-      UserError: ``to`` exists and is not an empty folder.
+      UserError: ``to`` exists and is not an empty folder, or cannot be written; the disk is full.
     """
+    to = to.absolute()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"{to} exists and is not empty; choose another folder for --to.")
-    partial = to.with_name(to.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{to.name}.", suffix=".partial", dir=to.parent))
+    except OSError as error:
+        raise UserError(f"{to} cannot be written: {error.strerror}.") from None
     try:
         yield partial
-    except BaseException:
-        shutil.rmtree(partial)
+        partial.chmod(0o755)  # mkdtemp's is for its owner alone
+        if to.exists():
+            to.rmdir()
+        partial.rename(to)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"The disk is full: {to} was not written, and nothing was left behind.") from None
         raise
-    if to.exists():
-        to.rmdir()
-    partial.rename(to)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
-def _read(folder, layout):
+def _open(folder):
+    """Shapes by path, and a function that reads: places by path → arrays by path."""
     if SavedParams.at(folder):
-        return SavedParams(folder).restore(layout)
+        saved = SavedParams(folder)
+        return {path: leaf.shape for path, leaf in saved.shapes.items()}, saved.restore
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"init_from names {folder}, which holds neither *.safetensors nor a run's checkpoints.")
-    params = {}
+    where = {}
     for file in files:
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                for path in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    tensor = tensors.get_tensor(path)
-                    fits = path in layout and layout[path].shape == tensor.shape
-                    params[path] = jax.device_put(np.asarray(tensor), layout[path].sharding if fits else None)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read as safetensors: {error}.") from None
-    return params
+        with _safetensors(file) as tensors:
+            for path in tensors.keys():  # noqa: SIM118 (not a mapping)
+                where[path] = (file, tuple(tensors.get_slice(path).get_shape()))
+
+    def read(places):
+        params = {}
+        for path, sharding in places.items():
+            with _safetensors(where[path][0]) as tensors:
+                params[path] = jax.device_put(np.asarray(tensors.get_tensor(path)), sharding)
+        return params
+
+    return {path: shape for path, (_, shape) in where.items()}, read
+
+
+@contextlib.contextmanager
+def _safetensors(file):
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read as safetensors: {error}.") from None

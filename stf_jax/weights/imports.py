@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import tqdm
 from jax import numpy as jnp
-from transformers import AutoTokenizer
 
 from stf_jax.config import UserError
+from stf_jax.data.tokenizer import SENTENCEPIECE, read_tokenizer
 from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.checkpoint import write_params
 from stf_jax.weights.folder import new_folder
@@ -22,8 +22,6 @@ from stf_jax.weights.hf import Place
 from stf_jax.weights.model import Description
 from stf_jax.weights.recognise import VOCABULARY, Recognised, recognise
 from stf_jax.weights.tensors import Tensors, open_tensors
-
-SENTENCEPIECE = "tokenizer.model"  # Llama's and Vicuna's vocabulary, as they publish it
 
 
 def import_weights(source: str, to: pathlib.Path, vision: str = "", dtype: str = "") -> dict[str, Any]:
@@ -39,8 +37,8 @@ def import_weights(source: str, to: pathlib.Path, vision: str = "", dtype: str =
       dtype: the type to cast values to; empty: each keeps its own.
 
     Returns:
-      The report: counts of ``tensors_read``, ``parameters``, ``transposed``, ``cast``; ``unused`` names with reasons;
-      ``notes``; the ``model``.
+      The report: count of ``parameters``; names of tensors ``read``, ``transposed``, ``cast`` (by types) and ``unused``
+      (with reasons); parts of a whole model that are ``missing``; ``notes``; the ``model``.
 
     Raises:
       UserError: a source that cannot be read or used, named with the tensor at fault; ``to`` exists.
@@ -65,7 +63,8 @@ def _import(source, folder, vision, dtype):
     template = config.get("conversation_template", "v1")
     description = Description(main.vision or tower, main.llm, main.fusion, template, aspect)
 
-    report = {"tensors_read": 0, "parameters": 0, "transposed": 0, "cast": collections.Counter()}
+    lacking = [part for part in ("vision", "fusion", "llm") if getattr(description, part) is None]
+    report = {"parameters": 0, "read": [], "transposed": [], "cast": collections.defaultdict(list), "missing": lacking}
     count = sum(len(found.places) for _, found in sources)
     with tqdm.tqdm(total=count, desc="import", unit="parameter") as bar:
         write_params(folder, _params(sources, dtype, report, bar))
@@ -86,9 +85,9 @@ def summary(report: dict[str, Any], to: pathlib.Path) -> str:
     model = report["model"]
     parts = [part for part in ("vision", "fusion", "llm") if model[part] is not None]
     lines = [
-        f"{report['tensors_read']} tensors, {report['parameters']:,} parameters of {', '.join(parts)}: {to}",
-        f"{report['transposed']} transposed; cast: "
-        + (", ".join(f"{count} from {kind}" for kind, count in report["cast"].items()) or "none"),
+        f"{len(report['read'])} tensors, {report['parameters']:,} parameters of {', '.join(parts)}: {to}",
+        f"{len(report['transposed'])} transposed; cast: "
+        + (", ".join(f"{len(names)} from {kind}" for kind, names in report["cast"].items()) or "none"),
     ]
     reasons = collections.Counter(report["unused"].values())
     lines += [f"{count} unused: {why}" for why, count in reasons.items()]
@@ -103,7 +102,9 @@ def _open(source):
         return open_gguf(file)
     folder = path if path.is_dir() else path.parent
     config = _json(folder / "config.json")
-    return open_tensors(path), config | {"preprocessor": _json(folder / "preprocessor_config.json")}
+    pixels = _json(folder / "preprocessor_config.json")
+    pixels = pixels or _json(folder / "processor_config.json").get("image_processor")  # where transformers 5 saves it
+    return open_tensors(path), config | {"preprocessor": pixels if isinstance(pixels, dict) else {}}
 
 
 def _gguf(path):
@@ -143,21 +144,24 @@ def _only(found: Recognised, root: str) -> Recognised:
 def _params(sources, dtype, report, bar) -> Iterator[tuple[str, np.ndarray]]:
     for tensors, found in sources:
         for path, place in found.places.items():
-            value = place.to_ours(_tensors(tensors, path, place))
-            report["tensors_read"] += len(place.names)
+            value = place.to_ours(_tensors(tensors, path, place, dtype))
             report["parameters"] += value.size
-            report["transposed"] += len(place.names) * place.turned
-            value = value.astype(jnp.dtype(dtype or value.dtype), copy=False)
-            stored = (tensors.dtype(name) for name in place.names)
-            report["cast"].update(f"{kind} to {value.dtype.name}" for kind in stored if kind != value.dtype.name)
+            for name in place.names:
+                report["read"].append(name)
+                if place.turned:
+                    report["transposed"].append(name)
+                if tensors.dtype(name) != value.dtype.name:
+                    report["cast"][f"{tensors.dtype(name)} to {value.dtype.name}"].append(name)
             bar.update()
             yield path, value
+            del value  # before the next one is made
 
 
-def _tensors(tensors: Tensors, path: str, place: Place) -> Iterator[np.ndarray]:
+def _tensors(tensors: Tensors, path: str, place: Place, dtype: str) -> Iterator[np.ndarray]:
     for name in place.names:
         value = tensors.read(name)
-        yield value[: place.theirs[0]] if path in VOCABULARY else value
+        value = value[: place.theirs[0]] if path in VOCABULARY else value
+        yield value.astype(jnp.dtype(dtype or value.dtype), copy=False)
 
 
 def _save_tokenizer(source, folder):
@@ -168,7 +172,7 @@ def _save_tokenizer(source, folder):
     if file is None and not any((source / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE, "vocab.json")):
         return "its files are not there"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, **how)
+        tokenizer = read_tokenizer(source, **how)
     except Exception as error:  # whatever a foreign tokenizer's files raise, it can be given another way
         return f"transformers says: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
     tokenizer.save_pretrained(folder)

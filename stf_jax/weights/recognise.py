@@ -14,7 +14,7 @@ from flax import nnx
 from transformers import CONFIG_MAPPING
 
 from stf_jax.config import FusionConfig, UserError
-from stf_jax.models.fusion import TAPS, Fusion, tapped_blocks
+from stf_jax.models.fusion import TAPS, Fusion, tapped_blocks, tokens_per_image
 from stf_jax.models.llm import Decoder, LLMConfig, RopeScaling
 from stf_jax.models.presets import VISION as VISION_PRESETS
 from stf_jax.models.vit import VisionConfig, VisionTower
@@ -24,7 +24,9 @@ from stf_jax.weights.hf import Place, declared, places
 # Tensors that have no place with us, and why that is well.
 _UNUSED = (
     (r".*rotary_emb\.inv_freq", "computed from the config"),
-    (r".*position_ids", "counted"),
+    (r".*\.position_ids", "counted"),
+)
+_UNUSED_OF_TOWERS = (  # where there is a vision tower
     (r"(.*\.)?(post_layernorm|head)\..*", "above the blocks that are tapped"),
     (r"(.*\.)?(text_model\..*|text_projection\..*|visual_projection\..*|logit_scale|logit_bias)", "the text tower's"),
 )
@@ -67,14 +69,14 @@ def recognise(
     found, notes = {}, []
     vision = llm = fusion = None
     prefix = _prefix(shapes, hf.VISION["patch_embed/kernel"].name, "vision towers")
-    skipped = prefix if tower is not None else None
+    skipped, towers = prefix if tower is not None else None, prefix is not None
     if prefix is not None and tower is None:
         vision = _vision(shapes, prefix, config, notes)
         found |= _places("vision", hf.VISION, lambda: VisionTower(nnx.Rngs(0), vision), {"": prefix})
     body = _prefix(shapes, "embed_tokens.weight", "language models")
     if body is not None:
         head = _prefix(shapes, "lm_head.weight", "output heads")
-        llm = _llm(shapes, body, config, notes)
+        llm = _llm(shapes, body, head, config, notes)
         names = {"model.": body, "lm_head.": f"{head or ''}lm_head."}
         found |= _places("llm", hf.DECODER, lambda: Decoder(nnx.Rngs(0), llm), names)
     joint = _exported_fusion(shapes, config, vision or tower) or _fusion(shapes, config, vision or tower)
@@ -83,7 +85,7 @@ def recognise(
         found |= _places("fusion", table, lambda: Fusion(nnx.Rngs(0), fusion, read, out), {"": prefix})
     if not found:
         raise UserError("The checkpoint holds no vision tower, language model or projector that is known.")
-    return Recognised(vision, llm, fusion, found, _check(shapes, found, llm, skipped), tuple(notes))
+    return Recognised(vision, llm, fusion, found, _check(shapes, found, llm, skipped, towers), tuple(notes))
 
 
 def vision_shape(values: Mapping[str, Any], pixels: Mapping[str, Any]) -> VisionConfig:
@@ -94,7 +96,7 @@ def vision_shape(values: Mapping[str, Any], pixels: Mapping[str, Any]) -> Vision
     kind = values["model_type"]
     if kind not in ("clip_vision_model", "siglip_vision_model"):
         raise UserError(f"Vision tower of model_type {kind!r}: only CLIP's and SigLIP's are known.")
-    full = CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if key != "model_type"})
+    full = _full(kind, values)
     if full.hidden_act not in _ACTIVATIONS:
         raise UserError(f"Vision tower with hidden_act {full.hidden_act!r}: known are {', '.join(_ACTIVATIONS)}.")
     like = VISION_PRESETS["clip-l-14-336" if kind == "clip_vision_model" else "siglip-so400m-14-384"]
@@ -111,6 +113,28 @@ def vision_shape(values: Mapping[str, Any], pixels: Mapping[str, Any]) -> Vision
         mean=tuple(pixels.get("image_mean", like.mean)),
         std=tuple(pixels.get("image_std", like.std)),
     )
+
+
+def _full(kind, values):
+    """transformers' config of that kind, with its defaults in place of keys that are left out."""
+    try:
+        full = CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if key != "model_type"})
+        sizes = [full.hidden_size, full.intermediate_size, full.num_hidden_layers, full.num_attention_heads]
+    except Exception as error:  # whatever its checks raise, the file is at fault
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"config.json does not describe a model of model_type {kind!r}: {reason}.") from None
+    if not all(type(size) is int and 0 < size < 10**6 for size in sizes) or sizes[2] > 1000:
+        raise UserError(f"config.json does not describe a model of model_type {kind!r}: its sizes are {sizes}.")
+    return full
+
+
+def _sizes(shapes, name, count):
+    """The shape of a tensor that is there and has so many axes."""
+    if name not in shapes:
+        raise UserError(f"Tensor {name} is missing.")
+    if len(shapes[name]) != count:
+        raise UserError(f"Tensor {name} has shape {shapes[name]}: {count} axes were expected.")
+    return shapes[name]
 
 
 def _places(part, table, build, prefixes):
@@ -130,17 +154,25 @@ def _layers(shapes, prefix):
     return max(found, default=-1) + 1
 
 
+def _section(config, key):
+    """A part of a composite config, or a config that is of one part."""
+    values = config.get(key) or config
+    if not isinstance(values, Mapping) or not isinstance(values.get("model_type", ""), str):
+        raise UserError(f"config.json does not describe a model: its {key} or model_type is malformed.")
+    return values
+
+
 def _vision(shapes, prefix, config, notes):
     pixels = config.get("preprocessor", {})
-    values = config.get("vision_config") or config
+    values = _section(config, "vision_config")
     if values.get("model_type") in ("clip_vision_model", "siglip_vision_model"):
         return vision_shape(values, pixels)
     # Only LLaVA's own files say nothing of their tower but its name. All of CLIP's have heads of 64 channels.
     if f"{prefix}embeddings.class_embedding" not in shapes:
         raise UserError("The checkpoint does not say the shape of its vision tower; give its folder as --vision=DIR.")
-    width, _, patch, _ = shapes[f"{prefix}embeddings.patch_embedding.weight"]
-    grid = math.isqrt(shapes[f"{prefix}embeddings.position_embedding.weight"][0])
-    mlp = shapes[f"{prefix}encoder.layers.0.mlp.fc1.bias"][0]
+    width, _, patch, _ = _sizes(shapes, f"{prefix}embeddings.patch_embedding.weight", 4)
+    grid = math.isqrt(_sizes(shapes, f"{prefix}embeddings.position_embedding.weight", 2)[0])
+    (mlp,) = _sizes(shapes, f"{prefix}encoder.layers.0.mlp.fc1.bias", 1)
     layers = _layers(shapes, f"{prefix}encoder.")
     notes.append(
         f"The vision tower's shape was told by its tensors: {layers} layers of {width // 64} heads, CLIP's quick-GELU. "
@@ -152,22 +184,22 @@ def _vision(shapes, prefix, config, notes):
     )
 
 
-def _llm(shapes, prefix, config, notes):
-    values = config.get("text_config") or config
+def _llm(shapes, prefix, head, config, notes):
+    values = _section(config, "text_config")
     kind = values.get("model_type")
     kind = _DECODERS.get(kind, kind)
     if kind not in ("llama", "mistral", "qwen2", "qwen3"):
         raise UserError(f"Language model of model_type {kind!r}: known are llama, mistral, qwen2 and qwen3.")
-    full = CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if key != "model_type"})
+    full = _full(kind, values)
     if full.hidden_act != "silu":
         raise UserError(f"Language model with hidden_act {full.hidden_act!r}: only 'silu' is known.")
     window = getattr(full, "sliding_window", None)
     if window is not None and getattr(full, "use_sliding_window", True):
         notes.append(f"The sliding window of {window} positions is not applied: texts up to that length are exact.")
     tied = full.tie_word_embeddings
-    if kind != "llama" and values is not config:  # in a composite config the outer word counts
-        tied = config.get("tie_word_embeddings", tied)
-    rows = shapes[f"{prefix}embed_tokens.weight"][0]
+    if values is not config and head is None:  # in a composite config either may say so; a head that is there wins
+        tied = tied or config.get("tie_word_embeddings", False)
+    rows, _ = _sizes(shapes, f"{prefix}embed_tokens.weight", 2)
     return LLMConfig(
         vocab=config.get("stf_vocab", rows),
         width=full.hidden_size,
@@ -176,7 +208,7 @@ def _llm(shapes, prefix, config, notes):
         kv_heads=full.num_key_value_heads,
         head_dim=getattr(full, "head_dim", None) or full.hidden_size // full.num_attention_heads,
         mlp=full.intermediate_size,
-        rope_theta=full.rope_parameters["rope_theta"],
+        rope_theta=_number(full.rope_parameters, "rope_theta"),
         rope_scaling=_rope_scaling(full.rope_parameters),
         norm_eps=full.rms_norm_eps,
         qkv_bias=f"{prefix}layers.0.self_attn.q_proj.bias" in shapes,
@@ -190,21 +222,34 @@ def _rope_scaling(values):
     if kind == "default":
         return None
     if kind == "linear":
-        return RopeScaling("linear", values["factor"])
+        return RopeScaling("linear", _number(values, "factor"))
     if kind == "llama3":
-        low, high = values["low_freq_factor"], values["high_freq_factor"]
-        return RopeScaling("llama3", values["factor"], low, high, values["original_max_position_embeddings"])
+        factors = (_number(values, f"{name}factor") for name in ("", "low_freq_", "high_freq_"))
+        return RopeScaling("llama3", *factors, int(_number(values, "original_max_position_embeddings")))
     raise UserError(f"Rotary positions of type {kind!r}: known are default, linear and llama3.")
+
+
+def _number(values, key):
+    try:
+        return float(values[key])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"config.json gives rotary positions the {key} {values.get(key)!r}.") from None
 
 
 def _exported_fusion(shapes, config, vision):
     """As :func:`_fusion`, of a folder that our export wrote, whose config tells."""
     if config.get("model_type") != "llava_stf":
         return None
-    values = config["stf_config"]
-    fusion = FusionConfig(**{**values, "taps": tuple(values["taps"])})
     prefix = _prefix(shapes, "mm_projector.0.weight", "projectors")
-    return fusion, hf.fusion_table(fusion), prefix or "", vision, config["text_config"]["hidden_size"]
+    try:
+        values = config["stf_config"]
+        fusion = FusionConfig(**{**values, "taps": tuple(values["taps"])})
+        out = int(config["text_config"]["hidden_size"])
+        table = hf.fusion_table(fusion)
+        tokens_per_image(fusion, vision.grid)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"config.json does not describe an export of ours: {error!r}.") from None
+    return fusion, table, prefix or "", vision, out
 
 
 def _fusion(shapes, config, vision):
@@ -216,12 +261,13 @@ def _fusion(shapes, config, vision):
     first, second = ("linear_1", "linear_2") if hf_prefix is not None else ("mm_projector.0", "mm_projector.2")
     if f"{prefix}{second}.weight" not in shapes:
         raise UserError(f"The projector has no {prefix}{second}.weight: only those of two layers are known.")
-    hidden, window = shapes[f"{prefix}{first}.weight"]
-    out = shapes[f"{prefix}{second}.weight"][0]
+    _check_projector(config, vision)
+    hidden, window = _sizes(shapes, f"{prefix}{first}.weight", 2)
+    out, _ = _sizes(shapes, f"{prefix}{second}.weight", 2)
     mixed = f"{prefix}mm_projector_crosslayer.2.weight" in shapes
     if mixed:
-        mbtf_width, mbtf_hidden = shapes[f"{prefix}mm_projector_crosslayer.2.weight"]
-        tapped = shapes[f"{prefix}mm_projector_crosslayer.0.weight"][1]
+        mbtf_width, mbtf_hidden = _sizes(shapes, f"{prefix}mm_projector_crosslayer.2.weight", 2)
+        _, tapped = _sizes(shapes, f"{prefix}mm_projector_crosslayer.0.weight", 2)
         width = vision.width if vision else config.get("mm_hidden_size", mbtf_width)
         table, channels = dict(hf.MBTF), mbtf_width
     else:
@@ -255,13 +301,30 @@ def _fusion(shapes, config, vision):
     return fusion, table, prefix, read, out
 
 
+def _check_projector(config, vision):
+    """Raises UserError where LLaVA's config asks for what the fusions here do not compute."""
+    whole = vision is not None and not vision.class_token
+    known = {
+        "projector_hidden_act": ("gelu",),
+        "vision_feature_select_strategy": ("default", "full") if whole else ("default",),
+        "mm_vision_select_feature": ("patch",),
+        "mm_projector_type": ("mlp2x_gelu",),
+        "mm_patch_merge_type": ("flat",),
+    }
+    for key, values in known.items():
+        if config.get(key, values[0]) not in values:
+            raise UserError(f"config.json says {key} {config[key]!r}: only {' and '.join(values)} is known.")
+
+
 def _taps(config, vision, count, mixed):
     """Blocks, deepest first. The files name one at most; the others are spaced as the authors' are."""
+    chosen = config.get("vision_feature_layer", config.get("mm_vision_select_layer", -2))
     if vision is None:
+        if chosen != -2:
+            raise UserError(f"The deepest tap is layer {chosen} of a tower: give its folder as --vision=DIR.")
         if count not in (1, TAPS):
             raise UserError(f"The fusion reads {count} taps; give the tower's folder as --vision=DIR to tell which.")
         return ()
-    chosen = config.get("vision_feature_layer", config.get("mm_vision_select_layer", -2))
     if not isinstance(chosen, int):
         raise UserError(f"vision_feature_layer={chosen}: a projector that reads several layers at once is not known.")
     deepest = chosen if chosen >= 0 else vision.layers + 1 + chosen
@@ -272,7 +335,7 @@ def _taps(config, vision, count, mixed):
     return (deepest, *(math.ceil(vision.layers * i / count) for i in range(count - 1, 0, -1)))
 
 
-def _check(shapes, found, llm, skipped):
+def _check(shapes, found, llm, skipped, towers):
     """Compares what is there with what is wanted; gives the tensors rightly left unread, with reasons."""
     wrong, read = [], set()
     for path, place in found.items():
@@ -290,7 +353,8 @@ def _check(shapes, found, llm, skipped):
         elif llm is not None and llm.tied and name.endswith("lm_head.weight"):
             unused[name] = "tied to the embedding"
         else:
-            unused[name] = next((why for pattern, why in _UNUSED if re.fullmatch(pattern, name)), "")
+            reasons = _UNUSED + (_UNUSED_OF_TOWERS if towers else ())
+            unused[name] = next((why for pattern, why in reasons if re.fullmatch(pattern, name)), "")
     wrong += [f"{name} {shapes[name]} has no place" for name, why in unused.items() if not why]
     if wrong:
         listed = "; ".join(sorted(wrong)[:20]) + (f"; and {len(wrong) - 20} more" if len(wrong) > 20 else "")

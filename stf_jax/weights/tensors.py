@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from stf_jax.config import UserError
 
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+_POINTER = b"version https://git-lfs"
 
 
 class Entry(NamedTuple):
@@ -54,7 +55,10 @@ class Tensors:
 
 
 def open_tensors(source: pathlib.Path) -> Tensors:
-    """Opens a folder of ``*.safetensors`` or else of ``*.bin``, or one such file.
+    """Opens a folder of safetensors or else of torch's pickles, or one such file.
+
+    Of a folder it takes what transformers would: the files that an index names, or ``model.safetensors``, or
+    ``pytorch_model.bin`` likewise; without these, every ``*.safetensors`` or else every ``*.bin``.
 
     Pickles are read with ``weights_only=True``: no code in them is run.
 
@@ -63,6 +67,10 @@ def open_tensors(source: pathlib.Path) -> Tensors:
         files, or of a type that is not known.
     """
     files = _files(source)
+    for file in files:
+        with file.open("rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                raise UserError(f"{file} is a Git LFS pointer: fetch the file itself with git lfs pull.")
     read = {".safetensors": _safetensors, ".bin": _pickle}[files[0].suffix]
     entries: dict[str, Entry] = {}
     for file in files:
@@ -80,24 +88,45 @@ def _files(source):
         if source.suffix not in (".safetensors", ".bin"):
             raise UserError(f"{source} is neither *.safetensors, *.bin nor *.gguf.")
         return [source]
+    # What transformers would load; beside it may lie an adapter, another format or an optimizer's state.
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = source / f"{whole}.index.json"
+        if index.is_file():
+            return _indexed(index)
+        if (source / whole).is_file():
+            return [source / whole]
     for pattern in ("*.safetensors", "*.bin"):
-        files = [
-            file for file in sorted(source.glob(pattern)) if file.name not in ("training_args.bin", "optimizer.bin")
-        ]
-        if files:
+        if files := sorted(source.glob(pattern)):
             return files
     raise UserError(f"{source} holds no weights: neither *.safetensors, *.bin nor *.gguf.")
 
 
+def _indexed(index):
+    """The files that an index names, all of which are there."""
+    names = sorted(set(_weight_map(index).values()))
+    for name in names:
+        if pathlib.PurePath(name).name != name:
+            raise UserError(f"{index} names {name!r}, which is not a file beside it.")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index} names {name}, which is missing.")
+    return [index.parent / name for name in names]
+
+
+def _weight_map(index):
+    try:
+        named = json.loads(index.read_bytes())["weight_map"]
+        if named and all(isinstance(file, str) for file in named.values()):
+            return named
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{index} is not an index of weights.")
+
+
 def _check_index(folder, files, entries):
     for index in folder.glob(f"*{files[0].suffix}.index.json"):
-        try:
-            named = json.loads(index.read_bytes())["weight_map"]
-            lost = [name for name, file in named.items() if name not in entries or entries[name].file.name != file]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index} is not an index of weights.") from None
-        if lost:
-            raise UserError(f"{index} places tensor {lost[0]} in {named[lost[0]]}, which does not hold it.")
+        for name, file in _weight_map(index).items():
+            if name not in entries or entries[name].file.name != file:
+                raise UserError(f"{index} places tensor {name} in {file}, which does not hold it.")
 
 
 def _safetensors(file):
@@ -119,6 +148,12 @@ def _safetensors(file):
     return entries
 
 
+_UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
+    AttributeError, AssertionError,
+)  # fmt: skip
+
+
 def _pickle(file):
     try:
         import torch
@@ -129,10 +164,12 @@ def _pickle(file):
             values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # a file of before torch 1.6 cannot be mapped
             values = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{file} cannot be read as weights alone (nothing in it was run): {reason}") from None
-    if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
+    except _UNREADABLE:  # torch's own words would advise to allow code
+        raise UserError(
+            f"{file} cannot be read as weights alone (nothing in it was run): it is damaged or holds more than tensors."
+        ) from None
+    named = isinstance(values, dict) and all(isinstance(name, str) for name in values)
+    if not named or not all(isinstance(value, torch.Tensor) for value in values.values()):
         raise UserError(f"{file} holds something other than named tensors.")
 
     def entry(name, value):

@@ -6,6 +6,7 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from safetensors import SafetensorError
 
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.data.conversation import encode, template_items
@@ -45,6 +46,8 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit
     Raises:
       UserError: a folder that cannot be read; PyTorch is not installed.
     """
+    if questions < 1 or limit < 1:
+        raise UserError("--questions and --tokens must be at least 1.")
     try:
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -59,8 +62,8 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit
         model = AutoModelForImageTextToText.from_pretrained(
             export, trust_remote_code=True, local_files_only=True, dtype=torch.float32
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{export} cannot be loaded with transformers: {error}") from None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{export} cannot be loaded with transformers: {' '.join(str(error).split())}") from None
     pairs = []
     for (picture, question), answer in zip(tqdm.tqdm(asked, "PyTorch", unit="question"), ours, strict=True):
         turn = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from theirs import decoder
+from theirs import decoder_params
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -79,7 +79,7 @@ class Family:
 
     def decoder(self, **how):
         model = nnx.eval_shape(lambda: Decoder(nnx.Rngs(0), self.config, **how))
-        nnx.update(model, jax.tree.map(jnp.asarray, decoder(self.state_dict, self.config)))
+        nnx.update(model, jax.tree.map(jnp.asarray, decoder_params(self.state_dict, self.config)))
         return model
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from theirs import vision_tower
+from theirs import vision_params
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from stf_jax.config import UserError
@@ -55,7 +55,7 @@ def state_dict(family):
 
 def tower(family, **how):
     model = nnx.eval_shape(lambda: VisionTower(nnx.Rngs(0), CONFIGS[family], **how))
-    nnx.update(model, jax.tree.map(jnp.asarray, vision_tower(state_dict(family), CONFIGS[family])))
+    nnx.update(model, jax.tree.map(jnp.asarray, vision_params(state_dict(family), CONFIGS[family])))
     return model
 
 

@@ -286,8 +286,9 @@ def our_prompt(folder, tokenizer, template, turns, pictures):
 
 
 @pytest.mark.parametrize("kind", ["miniature", "llama"])
-def test_prompts_are_ours_to_the_token(tmp_path, kind, request):
-    folder = make(tmp_path / "ours", *CASES["the paper's"])
+@pytest.mark.parametrize("case", ["the paper's", "mlp"])
+def test_prompts_are_ours_to_the_token(tmp_path, case, kind, request):
+    folder = make(tmp_path / "ours", *CASES[case])
     if kind == "llama":
         llama = request.getfixturevalue("llama")
         shutil.rmtree(folder / "tokenizer")
@@ -349,7 +350,31 @@ def test_pictures_and_places_must_match(exported):
         model(input_ids=inputs["input_ids"])
     with pytest.raises(ValueError, match="places for"):
         model(input_ids=inputs["input_ids"][:, 3:], pixel_values=inputs["pixel_values"])
+    with pytest.raises(ValueError, match="not truncated"):
+        processor(text="What?", truncation=True, max_length=4)
+
+
+def test_servers_learn_where_the_pictures_are(exported):
+    _, processor = load(exported("the paper's")[1])
     assert processor._get_num_multimodal_tokens([(10, 10), (5, 7)])["num_image_tokens"] == [9, 9]
+    assert processor(images=[picture(1), picture(2)], return_tensors="pt")["pixel_values"].shape == (2, 3, 36, 36)
+    asked = dict(return_mm_token_type_ids=True, return_text_replacement_offsets=True, padding=True, return_tensors="pt")
+    batch = processor(text=["A <image> b", "<image><image>"], images=[picture(i) for i in range(3)], **asked)
+    assert torch.equal(batch["mm_token_type_ids"], (batch["input_ids"] == processor.image_token_id).long())
+    assert [[one["span"] for one in row] for row in batch["text_replacement_offsets"]] == [[(2, 9)], [(0, 7), (7, 14)]]
+    assert all(one["replacement"] == "<image>" * 9 for row in batch["text_replacement_offsets"] for one in row)
+
+
+def test_beams_see_the_pictures_of_their_own_row(exported):
+    model, processor = load(exported("the paper's")[1])
+    texts = ["USER: <image>\n<image>\nWhich? ASSISTANT:", "USER: <image>\nWhat? ASSISTANT:"]
+    both = processor(text=texts, images=[picture(i) for i in range(3)], padding=True, return_tensors="pt")
+    own = both["pixel_values"]
+    rows, more = model._expand_inputs_for_generation(2, False, both["input_ids"], pixel_values=own)
+    assert torch.equal(rows, both["input_ids"].repeat_interleave(2, 0))
+    assert torch.equal(more["pixel_values"], torch.cat([own[:2], own[:2], own[2:], own[2:]]))
+    with torch.no_grad():
+        assert len(model.generate(**both, max_new_tokens=3, num_beams=2)) == 2
 
 
 # ---- What is written -------------------------------------------------------------------------------------------------
@@ -386,7 +411,7 @@ def test_a_type_may_be_asked_for(exported, tmp_path, capsys):
     model, _ = load(tmp_path / "hf", dtype="auto")
     assert model.dtype == torch.bfloat16
     report = json.loads((tmp_path / "hf" / "export.json").read_text())
-    assert report["cast"] == {"float32 to bfloat16": report["tensors_written"]}
+    assert report["cast"] == {"float32 to bfloat16": report["written"]}
     assert "from float32 to bfloat16" in capsys.readouterr().out
 
 

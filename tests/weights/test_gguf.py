@@ -177,7 +177,8 @@ def test_values_are_those_of_the_blocks(tmp_path, kind):
 def test_the_report_says_what_was_expanded(tmp_path):
     write(tmp_path / "model.gguf", "llama", gguf.GGMLQuantizationType.Q8_0)
     report = import_weights(str(tmp_path / "model.gguf"), tmp_path / "ours", dtype="bfloat16")
-    assert report["cast"] == {"Q8_0 to bfloat16": 2 * 7 + 2, "float32 to bfloat16": 2 * 2 + 1}
+    counts = {kinds: len(names) for kinds, names in report["cast"].items()}
+    assert counts == {"Q8_0 to bfloat16": 2 * 7 + 2, "float32 to bfloat16": 2 * 2 + 1}
     assert report["unused"] == {}
     assert "No tokenizer came along" in report["notes"][0]
 

@@ -1,7 +1,6 @@
 """Checkpoints as transformers, LLaVA and LLaVA-STF write them, imported, against the models that wrote them."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 import shutil
@@ -13,25 +12,8 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from theirs import DECODERS, TEXT, VISION, decoder, llava, tower
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError
 from stf_jax.convert import main
@@ -44,52 +26,7 @@ from stf_jax.weights.folder import load_params
 from stf_jax.weights.imports import import_weights
 from stf_jax.weights.model import open_model
 
-VISION = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2}
-VISION |= {"image_size": 28, "patch_size": 7, "layer_norm_eps": 1e-3}
-TEXT = {"vocab_size": 62, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-TEXT |= {"num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-3, "max_position_embeddings": 256}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3 |= {"original_max_position_embeddings": 100}
-DECODERS = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**TEXT)),
-    "llama-tied": (LlamaForCausalLM, LlamaConfig(**TEXT, tie_word_embeddings=True)),
-    "llama-3": (LlamaForCausalLM, LlamaConfig(**TEXT, rope_parameters=LLAMA3)),
-    "mistral": (MistralForCausalLM, MistralConfig(**TEXT, sliding_window=None)),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**TEXT, tie_word_embeddings=True)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**TEXT, rope_parameters={"rope_type": "default", "rope_theta": 5e5})),
-}
 MESHES = [MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)]
-
-
-def enliven(model):
-    """Weights, biases and norms large enough to matter."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * (0.7 * p.shape[-1] ** -0.5 if p.ndim > 1 else 0.2))
-    return model.eval()
-
-
-@functools.cache
-def decoder(family):
-    kind, config = DECODERS[family]
-    return enliven(kind(config))
-
-
-@functools.cache
-def tower(family):
-    if family == "clip":
-        return enliven(CLIPVisionModel(CLIPVisionConfig(**VISION)))
-    return enliven(SiglipVisionModel(SiglipVisionConfig(**VISION)))
-
-
-@functools.cache
-def llava():
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT), image_token_index=60,
-        vision_feature_layer=-2,
-    )  # fmt: skip
-    return enliven(LlavaForConditionalGeneration(config))
 
 
 def merged(folder, mesh=MESHES[0], scan=True):
@@ -159,12 +96,14 @@ def test_language_models_agree(family, tmp_path):
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("family", ["clip", "siglip"])
-def test_towers_agree_at_every_depth(family, tmp_path):
+def test_towers_agree_at_every_depth(family, mesh, scan, tmp_path):
     tower(family).save_pretrained(tmp_path / "theirs")
     decoder("llama").save_pretrained(tmp_path / "llm")
     import_weights(str(tmp_path / "llm"), tmp_path / "ours", str(tmp_path / "theirs"))
-    model, mesh = merged(tmp_path / "ours")
+    model, mesh = merged(tmp_path / "ours", mesh, scan)
     with torch.no_grad():
         states = tower(family)(normalised(pictures(), family), output_hidden_states=True).hidden_states
     with computing(mesh, "float32"):
@@ -305,8 +244,8 @@ def test_llava_agrees_whole(layout, tmp_path):
     slots[:, 4:20] = np.arange(16)
     with torch.no_grad():
         expected = llava()(torch.from_numpy(ids).long(), pixel_values=normalised(pictures())).logits.numpy()
-    for mesh in MESHES:
-        ours = our_logits(*merged(tmp_path / "ours", mesh), ids, pictures()[:, None], slots)
+    for mesh, scan in zip(MESHES, (True, False), strict=True):
+        ours = our_logits(*merged(tmp_path / "ours", mesh, scan), ids, pictures()[:, None], slots)
         np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
@@ -369,7 +308,7 @@ def test_the_eight_tensors_of_stage_one(tmp_path):
     state = stf_tensors(taps=8)
     torch.save(state, tmp_path / "mm_projector.bin")
     report = import_weights(str(tmp_path / "mm_projector.bin"), tmp_path / "ours")
-    assert report["tensors_read"] == 8
+    assert len(report["read"]) == 8
     saved = open_model(tmp_path / "ours")
     assert saved.description.vision is None
     assert saved.description.llm is None
@@ -408,11 +347,12 @@ def test_the_report_accounts_for_every_tensor(tmp_path):
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(state, theirs / "model.safetensors", metadata={"format": "pt"})
     report = import_weights(str(theirs), tmp_path / "ours", dtype="bfloat16")
-    assert report["tensors_read"] == len(state) - 1
+    assert sorted(report["read"]) == sorted(state.keys() - {"model.layers.0.self_attn.rotary_emb.inv_freq"})
+    assert report["missing"] == ["vision", "fusion"]
     assert report["parameters"] == sum(value.numel() for value in state.values()) - 4
     assert report["unused"] == {"model.layers.0.self_attn.rotary_emb.inv_freq": "computed from the config"}
-    assert report["cast"] == {"float16 to bfloat16": len(state) - 1}
-    assert report["transposed"] == 3 * 7 + 1  # every matrix of every block, and the head
+    assert report["cast"] == {"float16 to bfloat16": report["read"]}
+    assert len(report["transposed"]) == 3 * 7 + 1  # every matrix of every block, and the head
     assert json.loads((tmp_path / "ours" / "import.json").read_text())["unused"] == report["unused"]
     assert llm_preset(str(tmp_path / "ours")).layers == 3
 
@@ -463,9 +403,19 @@ def test_files_that_are_cut_short_or_lost_are_named(tmp_path):
     with pytest.raises(UserError, match=files[1].name):
         import_weights(str(theirs), tmp_path / "ours")
     files[1].unlink()
-    with pytest.raises(UserError, match=f"places tensor .* in {files[1].name}, which does not hold it"):
+    with pytest.raises(UserError, match=f"names {files[1].name}, which is missing"):
         import_weights(str(theirs), tmp_path / "ours")
+    shutil.copy(files[0], files[1])
+    with pytest.raises(UserError, match="is both in"):
+        import_weights(str(theirs), tmp_path / "ours")
+    values = load_file(files[0])
+    lost = next(iter(values))
     files[1].write_bytes(whole)
+    save_file({name: value for name, value in values.items() if name != lost}, files[0])
+    with pytest.raises(UserError, match=f"places tensor {lost} in {files[0].name}, which does not hold it"):
+        import_weights(str(theirs), tmp_path / "ours")
+    save_file(values, files[0])
+    (theirs / "model.safetensors.index.json").unlink()
     (theirs / "copy.safetensors").write_bytes(whole)
     with pytest.raises(UserError, match="is both in"):
         import_weights(str(theirs), tmp_path / "ours")

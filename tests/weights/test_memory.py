@@ -14,6 +14,7 @@ LAYERS = {"small": 1, "large": 32}
 LARGEST = 32 * 512 * 2032 * 2  # bytes of the large model's largest parameter, an MLP matrix of all layers
 STEPS = {
     "import": "from stf_jax.weights.imports import import_weights; import_weights(source, to)",
+    "import as float16": "from stf_jax.weights.imports import import_weights as f; f(source, to, dtype='float16')",
     "export": "from stf_jax.weights.exports import export_native; export_native(pathlib.Path(source), to)",
     "load": """
 import os
@@ -63,6 +64,22 @@ def models(tmp_path_factory):
 def test_an_import_needs_the_largest_parameter_and_not_the_model(models):
     _, _, grown = models
     assert LARGEST < grown < 3 * LARGEST, grown / LARGEST
+
+
+def test_a_cast_needs_no_more(models, tmp_path):
+    root, _, _ = models
+    peaks = [peak("import as float16", root / name, tmp_path / name) for name in LAYERS]
+    assert peaks[1] - peaks[0] < 3 * LARGEST, (peaks[1] - peaks[0]) / LARGEST
+
+
+def test_sources_are_not_held_twice(models, tmp_path):
+    """Of two sources that have the same parameters, the first is not read."""
+    root, size, _ = models
+    twice = {name: f"{root / name}-ours,{root / name}-ours" for name in LAYERS}
+    code = STEPS["load"].replace("ModelConfig(llm=source)", "ModelConfig(llm=source.split(',')[0])")
+    STEPS["load twice"] = code
+    grown = peak("load twice", twice["large"], tmp_path) - peak("load twice", twice["small"], tmp_path)
+    assert size < grown < size + 2 * LARGEST, (grown - size) / LARGEST
 
 
 def test_an_export_needs_the_largest_parameter_and_a_shard(models, tmp_path, monkeypatch):

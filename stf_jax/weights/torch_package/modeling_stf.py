@@ -205,6 +205,18 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, GenerationMixin)
             attentions=outputs.attentions,
         )
 
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """Repeats each row with its own pictures, for beams: rows a, a, b, b take pictures of a, of a, of b, of b."""
+        pixels = kwargs.pop("pixel_values", None)
+        rows, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        if pixels is not None and expand_size > 1:
+            places = (input_ids == self.config.image_token_id).sum(-1)
+            counts = places * len(pixels) // places.sum()
+            pixels = torch.cat([own.repeat(expand_size, 1, 1, 1) for own in pixels.split(counts.tolist())])
+        return rows, kwargs | {"pixel_values": pixels}
+
     def prepare_inputs_for_generation(self, input_ids, pixel_values=None, **kwargs):
         """Pictures enter with the positions that name them; with a cache these are read once."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)

@@ -37,20 +37,26 @@ class LlavaSTFProcessor(ProcessorMixin):
           images: one picture or a list of them, or a list of lists, one a text.
           text: one text or a list.
           kwargs: of the tokenizer's ``pad`` and of the image processor; ``add_special_tokens=False`` leaves out what
-            the tokenizer puts before a text.
+            the tokenizer puts before a text; ``return_mm_token_type_ids`` adds 1 for image tokens, 0 for text, and
+            ``return_text_replacement_offsets`` where the pictures stood, both as servers ask for them.
 
         Raises:
-          ValueError: ``<image>`` does not stand once for each picture.
+          ValueError: ``<image>`` does not stand once for each picture, or the text is to be cut.
         """
-        text = [text] if isinstance(text, str) else list(text)
-        if images is None:
-            images = []
+        if kwargs.pop("truncation", False):
+            raise ValueError("Texts are not truncated here: a cut could go through a picture.")
+        images = [] if images is None else images
         images = [p for group in images for p in group] if _nested(images) else _listed(images)
+        tensors = kwargs.pop("return_tensors", None)
+        if text is None:
+            return self._pictures(images, tensors, kwargs)
+        text = [text] if isinstance(text, str) else list(text)
         marks = sum(one.count(self.image_token) for one in text)
         if marks != len(images):
             raise ValueError(f"The text has {marks} {self.image_token}, but there are {len(images)} pictures.")
         begin = kwargs.pop("add_special_tokens", True)
-        tensors = kwargs.pop("return_tensors", None)
+        types = kwargs.pop("return_mm_token_type_ids", False)
+        offsets = kwargs.pop("return_text_replacement_offsets", False)
         sides = {key: kwargs.pop(key) for key in ("padding", "padding_side", "max_length") if key in kwargs}
         ids = {"input_ids": [self._ids(one, begin) for one in text]}
         if len(text) > 1 or sides:
@@ -59,10 +65,24 @@ class LlavaSTFProcessor(ProcessorMixin):
         else:
             data = ids | {"attention_mask": [[1] * len(ids["input_ids"][0])]}
         data = dict(data)
+        if types:
+            data["mm_token_type_ids"] = [[int(i == self.image_token_id) for i in row] for row in data["input_ids"]]
+        batch = BatchFeature(data, tensor_type=tensors)
         if images:
-            kwargs = {key: value for key, value in kwargs.items() if key in ("device", "do_resize", "do_center_crop")}
-            data["pixel_values"] = self.image_processor(images, return_tensors=tensors, **kwargs)["pixel_values"]
-        return BatchFeature(data, tensor_type=tensors)
+            batch.update(self._pictures(images, tensors, kwargs))
+        if offsets:
+            tokens = [self.replace_image_token(batch, i) for i in range(len(images))]
+            batch["text_replacement_offsets"] = self.get_text_with_replacements(text, tokens)[1]
+        return batch
+
+    def _pictures(self, images, tensors, kwargs):
+        kwargs = {key: value for key, value in kwargs.items() if key in ("device", "do_resize", "do_center_crop")}
+        pixels = self.image_processor(images, return_tensors=tensors, **kwargs)["pixel_values"]
+        return BatchFeature({"pixel_values": pixels}, tensor_type=tensors)
+
+    def replace_image_token(self, image_inputs, image_idx, **kwargs) -> str:
+        """What stands in a text for a picture; transformers 5 and servers ask for it."""
+        return self.image_token * self.num_image_tokens
 
     def _ids(self, text, begin):
         end, tokenizer = self.tokenizer.eos_token, self.tokenizer
