@@ -54,7 +54,7 @@ class ScenesConfig:
 
     task: str = "conversations"  # documents | captions | mixture | conversations
     size: int = 20_000  # records in one epoch
-    things: int = 4  # most shapes in a picture
+    things: int = 4  # most shapes in a picture, of training as of the benchmark
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from stf_jax.config import TrainConfig
 from stf_jax.data.conversation import Encoded, encode, template_items
 from stf_jax.data.image import to_square
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
-from stf_jax.data.scenes import KINDS, SHORT_ANSWER, Question, draw, make_scene, questions
+from stf_jax.data.scenes import KINDS, MOST_THINGS, SHORT_ANSWER, Question, draw, make_scene, questions
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference.greedy import GreedyAnswers
 from stf_jax.models.presets import vision_preset
@@ -49,11 +49,11 @@ class Answered:
         return self.blank_answer.lower() == self.question.answer.lower()
 
 
-def held_out_questions(pictures: int) -> list[tuple[PIL.Image.Image, Question]]:
-    """One question of each kind that the picture allows, for the first so many held-out pictures."""
+def held_out_questions(pictures: int, most: int = MOST_THINGS) -> list[tuple[PIL.Image.Image, Question]]:
+    """One question of each kind that the picture allows, for so many held-out pictures of up to ``most`` things."""
     asked = []
     for index in range(pictures):
-        scene = make_scene(SEED, index, held_out=True)
+        scene = make_scene(SEED, index, held_out=True, most=most)
         picture = draw(scene, index)
         asked += [(picture, question) for question in questions(scene, np.random.default_rng([SEED, index]), True)]
     return asked
@@ -68,7 +68,7 @@ def measure(config: TrainConfig, plan: Blueprint, params: Params, workdir: pathl
     """
     tokenizer, vision = load_tokenizer(config.data.tokenizer), vision_preset(config.model.vision)
     slots = slots_per_image(config.model)
-    asked = held_out_questions(config.benchmark_pictures)
+    asked = held_out_questions(config.benchmark_pictures, config.data.scenes.things)
     prompts = [_prompt(config, tokenizer, slots, *item) for item in asked]
     images = [to_square(picture, vision, config.data.aspect)[None] for picture, _ in asked]
     blank = np.broadcast_to(np.uint8(np.array(vision.mean) * 255), images[0].shape)
