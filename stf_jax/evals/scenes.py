@@ -120,9 +120,14 @@ def table(results: dict[str, Any]) -> str:
 
 
 def contact_sheet(answered: Sequence[Answered], columns: int = 6, rows: int = 4) -> PIL.Image.Image:
-    """Pictures with question, answer and truth, dealt evenly over the kinds; right answers green, wrong ones red."""
+    """Pictures with question, answer and truth; right answers green, wrong ones red.
+
+    Dealt evenly over the kinds, each from further down its list, so that few pictures come twice.
+    """
     by_kind = [[item for item in answered if item.question.kind == kind] for kind in KINDS]
-    dealt = [items[i] for i in range(max(map(len, by_kind))) for items in by_kind if i < len(items)]
+    by_kind = [items for items in by_kind if items]
+    rounds = range(-(-columns * rows // len(by_kind)))
+    dealt = [items[(i * len(by_kind) + j) % len(items)] for i in rounds for j, items in enumerate(by_kind)]
     width, picture_side, text_height = 232, 208, 92
     cell_height = picture_side + text_height
     sheet = PIL.Image.new("RGB", (columns * width, rows * cell_height), "white")

@@ -12,7 +12,7 @@ import orbax.checkpoint.experimental.v1 as v1
 
 from stf_jax.config import CheckpointConfig, UserError
 
-_CHUNK = 16 * 2**20  # bytes
+_CHUNK = 4 * 2**20  # bytes
 IMPORTED = "params"  # the Orbax checkpoint in a folder of imported weights
 
 

@@ -105,9 +105,9 @@ def test_towers_agree_at_every_depth(family, mesh, scan, tmp_path):
     import_weights(str(tmp_path / "llm"), tmp_path / "ours", str(tmp_path / "theirs"))
     model, mesh = merged(tmp_path / "ours", mesh, scan)
     with torch.no_grad():
-        states = tower(family)(normalised(pictures(), family), output_hidden_states=True).hidden_states
+        states = tower(family)(normalised(pictures(4), family), output_hidden_states=True).hidden_states
     with computing(mesh, "float32"):
-        ours = model.vision(pictures(), (4, 3, 2, 1, 0), jnp.float32)
+        ours = model.vision(pictures(4), (4, 3, 2, 1, 0), jnp.float32)
     for depth, state in zip((4, 3, 2, 1, 0), ours, strict=True):
         np.testing.assert_allclose(state, states[depth][:, int(family == "clip") :].numpy(), atol=1e-4)
 
