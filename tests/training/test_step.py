@@ -197,7 +197,7 @@ def _packed_and_not():
         **{
             "data.packing": True,
             "data.images_per_row": 3,
-            "data.max_length": 448,
+            "data.max_length": 512,
             "data.scenes.size": 40,
             "global_batch_size": 2,
         }
@@ -206,7 +206,7 @@ def _packed_and_not():
     records, prepare = training_records(config), preparation(config)
     examples = {bytes(e["tokens"]): e for e in (prepare(records[i]) for i in range(len(records)))}
     rows = [
-        pad(examples[bytes(tokens[segments == segment])], 192, 1)
+        pad(examples[bytes(tokens[segments == segment])], 256, 1)
         for tokens, segments in zip(packed.tokens, packed.segment_ids, strict=True)
         for segment in range(1, segments.max() + 1)
     ]
