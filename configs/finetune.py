@@ -9,15 +9,15 @@ from stf_jax.config import default_config, parse_arg
 
 def get_config(arg=None):
     """Batch 128, learning rate 2e-5, cosine with 3 % warm-up, no weight decay, one epoch, bf16, 2048 tokens."""
-    arg = parse_arg(arg, llm="vicuna-7b", fusion="mbtf_stf")
+    arg = parse_arg(arg, vision="clip-l-14-336", llm="vicuna-7b", fusion="mbtf_stf")
     config = default_config()
     config.name = "finetune"
-    config.model.llm = arg.llm
+    config.model.update(vision=arg.vision, llm=arg.llm)
     config.model.fusion.fusion = arg.fusion
     config.global_batch_size = 128
     config.epochs = 1.0
     config.rules = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train"))
-    config.data.update(template="v1", aspect="pad", max_length=2048)
+    config.data.update(template="v1", aspect="pad", max_length=2048, buckets=8)
     config.optimizer.learning_rate = 2e-5
     config.mesh.update(data=1, fsdp=-1)
     return config

@@ -2,130 +2,31 @@
 
 import json
 import pathlib
-import subprocess
 import sys
-import tempfile
-import time
-from typing import Any
 
-import ml_dtypes
-import numpy as np
-from flax import nnx
-
+from stf_jax.benches import input as input_bench
+from stf_jax.benches import weights as weights_bench
+from stf_jax.benches.table import table
 from stf_jax.config import UserError
-from stf_jax.models.llm import Decoder
-from stf_jax.models.presets import llm_preset
 from stf_jax.runtime.cli import Parser, door
-from stf_jax.weights import hf
-from stf_jax.weights.model import Description, open_model
-from stf_jax.weights.shards import write_shards
 
 
 def main(argv: list[str]) -> None:
     """Runs one benchmark; prints its table and, where asked, writes the same figures as JSON."""
     parser = Parser(prog="python -m stf_jax.bench", description="Compare speed and memory.")
     names = parser.add_subparsers(dest="name", required=True, parser_class=Parser)
-    weights = names.add_parser("weights", help="time and peak memory of importing, loading and exporting a model")
-    weights.add_argument("--model", default="vicuna-7b", help="a language model preset, filled with random bfloat16")
-    weights.add_argument("--scratch", type=pathlib.Path, help="folder on a disk with room for the model three times")
-    weights.add_argument("--json", type=pathlib.Path, help="file to write the figures to")
-    weights.set_defaults(run=bench_weights)
+    for name, bench in {"input": input_bench, "weights": weights_bench}.items():
+        one = names.add_parser(name, help=bench.HELP, description=bench.HELP)
+        bench.add_arguments(one)
+        one.add_argument("--json", type=pathlib.Path, help="file to write the figures to")
+        one.set_defaults(run=bench.run)
     options = parser.parse_args(argv)
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise UserError(f"--json={options.json}: there is no such folder.")
     rows = options.run(options)
-    print(_table(rows))
+    print(table(rows))
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
-
-
-def bench_weights(options) -> list[dict[str, Any]]:
-    """Rows of ``what``, ``gib`` of memory and ``seconds``; each step is a process of its own."""
-    preset = llm_preset(options.model)
-    if options.scratch is not None and not options.scratch.is_dir():
-        raise UserError(f"--scratch={options.scratch} is not a folder.")
-    places = hf.places(hf.DECODER, hf.declared(lambda: Decoder(nnx.Rngs(0), preset)), {"": ""})
-    sizes = [2 * len(place.names) * int(np.prod(place.shape)) for place in places.values()]
-    rows = [
-        {"what": "model, in bfloat16", "gib": sum(sizes) / 2**30},
-        {"what": "its largest parameter", "gib": max(sizes) / 2**30},
-    ]
-    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        theirs, ours, native = (pathlib.Path(scratch) / name for name in ("theirs", "ours", "native"))
-        theirs.mkdir()
-        write_shards(theirs, _random(places))
-        (theirs / "config.json").write_text(json.dumps(_config(preset)))
-        convert = ["-m", "stf_jax.convert"]
-        rows.append(_measured("import, peak", [*convert, "import", str(theirs), f"--to={ours}"]))
-        rows.append(_measured("load onto 8 devices, peak", ["-c", _LOAD, str(ours)]))
-        rows.append(_measured("export, peak", [*convert, "export", str(ours), "--format=native", f"--to={native}"]))
-        assert open_model(ours).description == Description(None, preset, None)
-    return rows
-
-
-# What training does with imported weights, on eight devices that share this machine's memory.
-_LOAD = """
-import os, sys
-os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="8")
-from stf_jax.config import MeshConfig, ModelConfig
-from stf_jax.runtime.mesh import make_mesh
-from stf_jax.training.state import blueprint
-from stf_jax.weights.folder import load_params
-plan = blueprint(ModelConfig(llm=sys.argv[1]))
-shardings = plan.shardings(make_mesh(MeshConfig(1, 8, 1)))
-layout = {path: leaf.update(sharding=shardings[path]) for path, leaf in plan.shapes.items()}
-load_params(sys.argv[1], layout, ("vision/.*", "fusion/.*"))
-"""
-
-
-def _measured(what, arguments):
-    """Seconds, and peak resident memory (Linux; pages of mapped files included), of Python with those arguments."""
-    start, peak = time.monotonic(), 0
-    with subprocess.Popen([sys.executable, *arguments]) as child:
-        status = pathlib.Path(f"/proc/{child.pid}/status")
-        while child.poll() is None:
-            # The kernel's own high-water mark, so that nothing between two looks is missed.
-            peak = max([peak, *(int(line.split()[1]) for line in _lines(status) if line.startswith("VmHWM"))])
-            time.sleep(0.02)
-    if child.returncode:
-        raise RuntimeError(f"{what} failed with status {child.returncode}.")
-    return {"what": what, "seconds": time.monotonic() - start, "gib": peak / 2**20}
-
-
-def _lines(file):
-    try:
-        return file.read_text().splitlines()
-    except OSError:  # the process has ended
-        return []
-
-
-def _random(places):
-    """Tensors of bfloat16 noise for those places."""
-    noise = (0.02 * np.random.default_rng(0).standard_normal(2**20, np.float32)).astype(ml_dtypes.bfloat16)
-    for place in places.values():
-        for name in place.names:
-            yield name, np.resize(noise, place.theirs)
-
-
-def _config(preset):
-    """transformers' config of the preset, a Llama."""
-    return {
-        "model_type": "llama",
-        "vocab_size": preset.vocab,
-        "hidden_size": preset.width,
-        "num_hidden_layers": preset.layers,
-        "num_attention_heads": preset.heads,
-        "num_key_value_heads": preset.kv_heads,
-        "head_dim": preset.head_dim,
-        "intermediate_size": preset.mlp,
-        "rms_norm_eps": preset.norm_eps,
-        "rope_theta": preset.rope_theta,
-        "tie_word_embeddings": preset.tied,
-    }
-
-
-def _table(rows):
-    lines = [f"{'':<28}{'GiB':>8}{'seconds':>10}"]
-    lines += [f"{row['what']:<28}{row['gib']:>8.2f}{row.get('seconds', float('nan')):>10.1f}" for row in rows]
-    return "\n".join(line.replace("nan", "   ") for line in lines)
 
 
 if __name__ == "__main__":

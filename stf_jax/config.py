@@ -62,14 +62,18 @@ class DataConfig:
     """Where records come from and how they become rows of tokens and pictures."""
 
     source: str = "llava"  # llava: annotations + images | scenes: embedded
-    annotations: str = ""  # LLaVA JSON file
-    images: str = ""  # folder that the annotations' image paths start from
+    annotations: str = ""  # LLaVA JSON files, or folders that stf_jax.prepare wrote, separated by commas
+    images: str = ""  # folders that the JSON files' image paths start from, in the same order; one serves them all
+    mix: tuple[float, ...] = ()  # a number for each of them, read as mix_by says; (): each row once an epoch
+    mix_by: str = "epoch"  # epoch: how often an epoch takes each set's rows | weight: the set's share of all rows
     scenes: ScenesConfig = ScenesConfig()
     tokenizer: str = ""  # folder with a tokenizer that transformers reads; "miniature": the embedded one
-    template: str = "v1"  # plain | v1 (data/conversation.py)
+    template: str = "v1"  # plain | v1 | llama-3 | chatml | mistral (data/conversation.py)
     aspect: str = "square"  # square: resize and centre-crop | pad: to a square with the mean colour
     max_length: int = 2048  # tokens a row, image slots included
     packing: bool = False  # several conversations a row, kept apart by segment ids
+    group_by_modality_length: bool = True  # unpacked: batches of like length, with pictures or without, as LLaVA's
+    buckets: int = 1  # unpacked: lengths that batches are filled up to, told by the data's; each is compiled once
     images_per_row: int = 1  # picture places a row (M); 0 for text alone
     threads: int = 2  # threads that read and decode on each host
 
@@ -114,7 +118,7 @@ class TrainConfig:
     name: str = "train"  # what logs and tables call it
     seed: int = 0  # of initialisation and data order
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
-    epochs: float = 1.0  # passes over the data, where steps is 0; packed data need steps
+    epochs: float = 1.0  # passes over the data, where steps is 0
     global_batch_size: int = 256  # rows a step, over all devices and microbatches
     log_every_steps: int = 10  # steps between lines of metrics.jsonl
     init_from: str = ""  # folders of weights or runs to start from, separated by commas; "miniatures": embedded
@@ -138,6 +142,7 @@ _CHOICES = {
     "data.source": ("llava", "scenes"),
     "data.scenes.task": ("documents", "captions", "mixture", "conversations"),
     "data.aspect": ("square", "pad"),
+    "data.mix_by": ("epoch", "weight"),
     "optimizer.schedule": ("cosine", "constant"),
     "benchmark": ("", "scenes"),
 }
@@ -148,6 +153,7 @@ _AT_LEAST_ONE = (
     "model.fusion.kernel",
     "data.max_length",
     "data.threads",
+    "data.buckets",
     "data.scenes.size",
     "data.scenes.things",
     "optimizer.accumulation_steps",

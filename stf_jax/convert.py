@@ -1,11 +1,13 @@
 """Exchange weights: ``python -m stf_jax.convert import SOURCE --to=DIR``, ``export``, ``verify``."""
 
 import argparse
-import pathlib
 import sys
+
+from etils import epath
 
 from stf_jax.config import UserError
 from stf_jax.runtime.cli import Parser, door
+from stf_jax.runtime.files import fetched
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.export_stf import export_llava_stf
 from stf_jax.weights.exports import export_native
@@ -21,14 +23,14 @@ def main(argv: list[str]) -> None:
 
     take = verbs.add_parser("import", help="read weights of others", description="Read weights of others.")
     take.add_argument("source", help="folder or file: Hugging Face, LLaVA, LLaVA-STF or GGUF, told by what is in it")
-    take.add_argument("--to", type=pathlib.Path, required=True, help="folder to write, for config.init_from")
+    take.add_argument("--to", type=epath.Path, required=True, help="folder to write, for config.init_from")
     take.add_argument("--vision", default="", metavar="SOURCE", help="take the vision tower from this folder instead")
     take.add_argument("--dtype", choices=["", *_TYPES], default="", help="type to write in; without it, as stored")
     take.set_defaults(run=lambda o: print(summary(import_weights(o.source, o.to, o.vision, o.dtype), o.to)))
 
     give = verbs.add_parser("export", help="write weights for others", description="Write weights for others.")
-    give.add_argument("checkpoint", type=pathlib.Path, help="workdir of a run, or a folder that was imported")
-    give.add_argument("--to", type=pathlib.Path, required=True, help="folder to write")
+    give.add_argument("checkpoint", type=epath.Path, help="workdir of a run, or a folder that was imported")
+    give.add_argument("--to", type=epath.Path, required=True, help="folder to write")
     give.add_argument(
         "--format", choices=["hf", "llava-stf", "native"], required=True,
         help="hf: for PyTorch and transformers; llava-stf: for the authors' code; native: for config.init_from",
@@ -39,8 +41,8 @@ def main(argv: list[str]) -> None:
     give.set_defaults(run=_export)
 
     check = verbs.add_parser("verify", help="ask an export and its model alike", description="Ask both alike.")
-    check.add_argument("checkpoint", type=pathlib.Path, help="what was exported")
-    check.add_argument("export", type=pathlib.Path, help="folder that export --format=hf wrote; its code is run")
+    check.add_argument("checkpoint", type=epath.Path, help="what was exported")
+    check.add_argument("export", type=fetched, help="folder that export --format=hf wrote; its code is run")
     check.add_argument("--questions", type=int, default=16, help="on held-out scenes")
     check.add_argument("--tokens", type=int, default=16, help="new tokens an answer, at most")
     check.set_defaults(run=_verify)

@@ -56,7 +56,6 @@ UNUSABLE = {
         ["global_batch_size=8 is not a multiple of 16", "optimizer.accumulation_steps 2"],
     ),
     "weights that are not there": ([TINY, "--config.init_from=absent"], ["init_from names absent"]),
-    "epochs of packed rows": ([TINY, "--config.steps=0", "--config.data.packing=True"], ["set steps"]),
 }
 
 

@@ -11,7 +11,7 @@ import optax
 
 from stf_jax.config import TrainConfig, default_config, parse_arg, resolve
 from stf_jax.data.packing import Batch
-from stf_jax.data.pipeline import Prepare, training_batches, training_records
+from stf_jax.data.pipeline import Batches, Prepare, training_records
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models import presets
 from stf_jax.models.vlm import slots_per_image
@@ -35,6 +35,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.update(vision="clip-tiny", llm="llama-tiny", precision="float32", remat="none")
     config.model.fusion.update(fusion=arg.fusion, mbtf_hidden=32, stf_hidden=64)
     config.data.update(source="scenes", tokenizer="miniature", max_length=192)
+    config.data.scenes.size = 256
     config.update(steps=arg.steps, global_batch_size=8, log_every_steps=1)
     config.init_missing = (".*",)
     config.rules = (("vision/.*", "freeze"), (".*", "train"))
@@ -113,5 +114,5 @@ def preparation(config: TrainConfig) -> Prepare:
 
 def batches(config: TrainConfig, count: int) -> list[Batch]:
     """The first batches of the config's data."""
-    every = training_batches(config, training_records(config), preparation(config), host=0, hosts=1)
-    return list(itertools.islice(iter(every), count))
+    every = Batches(config, training_records(config), preparation(config), host=0, hosts=1)
+    return list(itertools.islice(every, count))

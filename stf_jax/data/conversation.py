@@ -1,21 +1,22 @@
 """Conversations to token ids: the templates, which tokens are learned, and the slots of pictures.
 
-A template turns a record into a list of items: spans of text, each learned or not, places of pictures, and ends of
-utterances. :func:`encode` makes ids of them. What is learned follows from the spans themselves, so no second
-tokenisation can disagree with the first (LLaVA's "tokenization mismatch" cannot happen).
+A template turns a record into a list of items: spans of text, each learned or not, control tokens, places of
+pictures, and ends of utterances. :func:`encode` makes ids of them. What is learned follows from the spans themselves,
+so no second tokenisation can disagree with the first (LLaVA's "tokenization mismatch" cannot happen).
 """
 
 import dataclasses
 import enum
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError, nearest
-from stf_jax.data.records import IMAGE_MARK, Record, Turn
+from stf_jax.data.records import IMAGE_MARK, BadRow, Record, Turn
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -31,6 +32,14 @@ class Text:
     learned: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """One special token of the tokenizer, by its name; whether the model learns to say it."""
+
+    token: str
+    learned: bool = False
+
+
 class Mark(enum.Enum):
     """What stands between spans of text."""
 
@@ -38,7 +47,7 @@ class Mark(enum.Enum):
     END = "the end-of-sequence token, learned"
 
 
-Item = Text | Mark
+Item = Text | Control | Mark
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +57,71 @@ class Encoded:
     tokens: np.ndarray
     learned: np.ndarray
     is_image: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """How a family of language models was taught to take turns.
+
+    A conversation is ``begin`` and, a round, ``ask`` question ``reply`` answer ``end``, the answer and what of ``end``
+    is learned. A turn's pictures are moved to its front, each followed by a newline, as LLaVA does.
+    """
+
+    ask: tuple[Item, ...]
+    reply: tuple[Item, ...]
+    end: tuple[Item, ...]
+    begin: tuple[Item, ...] = ()
+    space: str = ""  # before an answer, learned with it
+
+    def __call__(self, turns: Sequence[Turn]) -> list[Item]:
+        """The items of alternating turns; a conversation that ends with a question makes a prompt.
+
+        A first turn that is not a human's is dropped, as LLaVA does.
+        """
+        if turns and turns[0].speaker != "human":
+            turns = turns[1:]
+        items = list(self.begin)
+        for i, turn in enumerate(turns):
+            if turn.speaker != ("human", "gpt")[i % 2]:
+                raise BadRow("roles", f"turn {i + 1} is by {turn.speaker!r}, but 'human' and 'gpt' must alternate")
+            text = turn.text.replace(IMAGE_MARK, "").strip()
+            if turn.speaker == "human":
+                pictures = [Mark.IMAGE, Text("\n")] * turn.text.count(IMAGE_MARK)
+                items += [*self.ask, *pictures, Text(text), *self.reply]
+            elif IMAGE_MARK in turn.text:
+                raise BadRow("mark_in_answer", f"turn {i + 1} is an answer that holds {IMAGE_MARK}")
+            else:
+                items += [Text(self.space + text, learned=True), *self.end]
+        return items
+
+    def stop(self, tokenizer: PreTrainedTokenizerFast) -> int:
+        """Id of the token that ends an answer."""
+        return _id(self.end[0], tokenizer)
+
+
+_TURN, _TURN_END = Control("<|im_start|>"), Control("<|im_end|>")
+_HEADER, _HEADER_END, _EOT = Control("<|start_header_id|>"), Control("<|end_header_id|>"), Control("<|eot_id|>")
+CHATS = {
+    # Vicuna's, LLaVA's `v1`: SYSTEM USER: … ASSISTANT: …</s>USER: …
+    "v1": Chat(
+        begin=(Text(SYSTEM + " "),), ask=(Text("USER: "),), reply=(Text(" ASSISTANT:"),), space=" ", end=(Mark.END,)
+    ),
+    # Meta's for Llama 3, without a system message.
+    "llama-3": Chat(
+        ask=(_HEADER, Text("user"), _HEADER_END, Text("\n\n")),
+        reply=(_EOT, _HEADER, Text("assistant"), _HEADER_END, Text("\n\n")),
+        end=(Control("<|eot_id|>", learned=True),),
+    ),
+    # Qwen's and SmolLM2's.
+    "chatml": Chat(
+        begin=(_TURN, Text("system\nYou are a helpful assistant."), _TURN_END, Text("\n")),
+        ask=(_TURN, Text("user\n")),
+        reply=(_TURN_END, Text("\n"), _TURN, Text("assistant\n")),
+        end=(Control("<|im_end|>", learned=True), Text("\n")),
+    ),
+    # Mistral-Instruct's first.
+    "mistral": Chat(ask=(Text("[INST] "),), reply=(Text(" [/INST]"),), space=" ", end=(Mark.END,)),
+}
 
 
 def plain(turns: Sequence[Turn]) -> list[Item]:
@@ -60,79 +134,69 @@ def plain(turns: Sequence[Turn]) -> list[Item]:
     if not images:
         return [Text(turn.text, learned=turn.speaker == "gpt") for turn in turns]
     if len(turns) > 2 or any(turn.speaker != "gpt" for turn in turns[1:]):
-        raise UserError("template 'plain' takes one instruction and one caption")
+        raise BadRow("roles", "template 'plain' takes one instruction and one caption")
     return [Mark.IMAGE] * images + [Text(turn.text.strip() + "\n", learned=True) for turn in turns[1:]]
 
 
-def v1(turns: Sequence[Turn]) -> list[Item]:
-    """Vicuna's template, LLaVA's ``v1``: ``SYSTEM USER: … ASSISTANT: …</s>USER: …``; answers and ``</s>`` learned.
-
-    A turn's pictures are moved to its front, each followed by a newline. A conversation that ends with a question
-    makes a prompt.
-    """
-    if turns and turns[0].speaker != "human":
-        turns = turns[1:]
-    items: list[Item] = [Text(SYSTEM + " ")]
-    for i, turn in enumerate(turns):
-        if turn.speaker != ("human", "gpt")[i % 2]:
-            raise UserError(f"turn {i + 1} is by {turn.speaker!r}, but 'human' and 'gpt' must alternate")
-        images = turn.text.count(IMAGE_MARK)
-        text = turn.text.replace(IMAGE_MARK, "").strip()
-        if turn.speaker == "human":
-            items += [Text("USER: "), *[Mark.IMAGE, Text("\n")] * images, Text(f"{text} ASSISTANT:")]
-        elif images:
-            raise UserError(f"turn {i + 1} is an answer that holds {IMAGE_MARK}")
-        else:
-            items += [Text(f" {text}", learned=True), Mark.END]
-    return items
+TEMPLATES = {"plain": plain} | CHATS
 
 
-TEMPLATES: dict[str, Callable[[Sequence[Turn]], list[Item]]] = {"plain": plain, "v1": v1}
+def check_template(template: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises UserError for an unknown template, or one with control tokens that the tokenizer lacks."""
+    if template not in TEMPLATES:
+        raise UserError(f"Unknown data.template={template!r}; {nearest(template, TEMPLATES)}")
+    chat = CHATS.get(template)
+    for item in (*chat.begin, *chat.ask, *chat.reply, *chat.end) if chat else ():
+        if isinstance(item, Control) and _id(item, tokenizer) in (None, tokenizer.unk_token_id):
+            raise UserError(f"data.template={template!r} needs the token {item.token}, which the tokenizer lacks.")
 
 
 def template_items(template: str, record: Record) -> list[Item]:
     """The record's items in that template.
 
     Raises:
-      UserError: an unknown template; a record that does not fit it, or whose pictures and ``<image>`` marks differ in
-        number, named by its id.
+      UserError: an unknown template.
+      BadRow: a record that does not fit it, or whose pictures and ``<image>`` marks differ in number, named by its id.
     """
     if template not in TEMPLATES:
         raise UserError(f"Unknown data.template={template!r}; {nearest(template, TEMPLATES)}")
     try:
         items = TEMPLATES[template](record.turns)
-    except UserError as error:
-        raise UserError(f"Record {record.id!r}: {error}.") from None
-    marks = sum(item is Mark.IMAGE for item in items)
-    if marks != len(record.pictures):
-        raise UserError(f"Record {record.id!r} has {len(record.pictures)} pictures but {marks} {IMAGE_MARK} marks.")
+    except BadRow as error:
+        raise BadRow(error.reason, f"Record {record.id!r}: {error}.") from None
+    marks, pictures = sum(item is Mark.IMAGE for item in items), len(record.pictures)
+    if marks != pictures:
+        reason = "mark_without_picture" if marks > pictures else "picture_without_mark"
+        raise BadRow(reason, f"Record {record.id!r} has {pictures} pictures but {marks} {IMAGE_MARK} marks.")
     return items
 
 
 def encode(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, slots: int) -> Encoded:
     """Token ids of a conversation, begun as the tokenizer begins a text (with its BOS, where it has one).
 
-    Text between two marks is tokenised in one piece, as LLaVA does between pictures. A token is learned if its last
-    character lies in a learned span; each picture becomes ``slots`` image slots, whose id is the end of sequence's
-    (they are never looked up).
+    Text between two marks or control tokens is tokenised in one piece, as LLaVA does between pictures; the name of a
+    special token in it is text like any other. A token is learned if its last character lies in a learned span; each
+    picture becomes ``slots`` image slots, whose id is the end of sequence's (they are never looked up).
     """
     end = tokenizer.eos_token_id
-    begin = [token for token in tokenizer("").input_ids if token != end]
+    begin = _begin(tokenizer)
     parts = [_Part(begin, [False] * len(begin), is_image=False)]
-    pieces = [list(group) for is_text, group in itertools.groupby(items, lambda i: isinstance(i, Text)) if is_text]
-    texts = ["".join(span.text for span in piece) for piece in pieces]
-    coded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else {}
+    pieces = [list(group) for is_text, group in itertools.groupby(items, _is_text) if is_text]
+    coded = _tokenize(["".join(span.text for span in piece) for piece in pieces], tokenizer, offsets=True)
     spoken = iter(zip(pieces, coded.get("input_ids", []), coded.get("offset_mapping", []), strict=True))
-    for is_text, group in itertools.groupby(items, lambda item: isinstance(item, Text)):
+    for is_text, group in itertools.groupby(items, _is_text):
         if is_text:
             piece, tokens, offsets = next(spoken)
             learns = np.repeat([span.learned for span in piece], [len(span.text) for span in piece])
+            begins, ends = np.array(offsets, np.int64).reshape(-1, 2).T
             # A token that covers no character (a lone prefix mark of SentencePiece) belongs to what follows it.
-            parts.append(_Part(tokens, [learns[max(stop - 1, start)] for start, stop in offsets], is_image=False))
+            parts.append(_Part(tokens, learns[np.maximum(ends - 1, begins)], is_image=False))
             continue
         for mark in group:
-            count = slots if mark is Mark.IMAGE else 1
-            parts.append(_Part([end] * count, [mark is Mark.END] * count, is_image=mark is Mark.IMAGE))
+            if mark is Mark.IMAGE:
+                parts.append(_Part([end] * slots, [False] * slots, is_image=True))
+            else:
+                parts.append(_Part([_id(mark, tokenizer)], [mark is Mark.END or mark.learned], is_image=False))
     return Encoded(
         tokens=np.concatenate([np.array(part.tokens, np.int32) for part in parts]),
         learned=np.concatenate([np.array(part.learned, bool) for part in parts]),
@@ -140,7 +204,43 @@ def encode(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, slots: int
     )
 
 
+def count_tokens(conversations: Sequence[Sequence[Item]], tokenizer: PreTrainedTokenizerFast, slots: int) -> list[int]:
+    """How many tokens :func:`encode` would give for each; tokenised all at once, which is faster."""
+    texts, owners, counts = [], [], [len(_begin(tokenizer))] * len(conversations)
+    for i, items in enumerate(conversations):
+        for is_text, group in itertools.groupby(items, _is_text):
+            if is_text:
+                texts.append("".join(span.text for span in group))
+                owners.append(i)
+            else:
+                counts[i] += sum(slots if mark is Mark.IMAGE else 1 for mark in group)
+    for i, tokens in zip(owners, _tokenize(texts, tokenizer).get("input_ids", []), strict=True):
+        counts[i] += len(tokens)
+    return counts
+
+
 class _Part(NamedTuple):
-    tokens: list[int]
-    learned: list[bool]
+    tokens: Sequence[int]
+    learned: Sequence[bool]
     is_image: bool
+
+
+def _is_text(item):
+    return isinstance(item, Text)
+
+
+def _id(item, tokenizer):
+    return tokenizer.eos_token_id if item is Mark.END else tokenizer.convert_tokens_to_ids(item.token)
+
+
+@functools.lru_cache(maxsize=4)
+def _begin(tokenizer):
+    return [
+        token for token in _tokenize([""], tokenizer, begun=True)["input_ids"][0] if token != tokenizer.eos_token_id
+    ]
+
+
+def _tokenize(texts, tokenizer, offsets=False, begun=False):
+    # One setting for all calls: it is kept in the tokenizer, which the pipeline's threads share.
+    how = {"split_special_tokens": True, "return_offsets_mapping": offsets, "add_special_tokens": begun}
+    return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **how) if texts else {}

@@ -4,13 +4,13 @@ Axis letters: B rows, T positions, M pictures a row, N slots a picture.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
-from stf_jax.config import UserError
 from stf_jax.data.conversation import Encoded
+from stf_jax.data.records import BadRow
 
 
 @jax.tree_util.register_dataclass
@@ -27,48 +27,98 @@ class Batch:
     images: np.ndarray  # uint8 [B, M, H, W, 3]; black where a row has fewer
 
 
-def to_example(encoded: Encoded, images: np.ndarray, max_length: int, name: str) -> dict[str, np.ndarray]:
-    """One conversation as the features that are packed: ``tokens, targets, loss_mask, is_image`` [T'], ``images``.
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One conversation of T' tokens with its M' pictures."""
 
-    A conversation over ``max_length`` loses its end, as in LLaVA.
+    tokens: np.ndarray  # int32 [T']
+    targets: np.ndarray  # int32 [T']
+    loss_mask: np.ndarray  # bool [T']
+    is_image: np.ndarray  # bool [T']
+    images: np.ndarray  # uint8 [M', H, W, 3]
+
+
+def to_example(encoded: Encoded, images: np.ndarray, max_length: int, name: str) -> Example:
+    """One conversation, cut at ``max_length`` tokens, as LLaVA does.
 
     Raises:
-      UserError: the cut would go through a picture; ``name`` says of which record.
+      BadRow: the cut goes through a picture, or leaves nothing to learn; ``name`` says of which record.
     """
     if encoded.is_image[max_length:].any():
-        raise UserError(f"Record {name!r} has pictures beyond data.max_length={max_length} tokens; raise it.")
+        sentence = f"Record {name!r} has pictures beyond data.max_length={max_length} tokens; raise it."
+        raise BadRow("over_length", sentence)
     tokens, learned, is_image = (x[:max_length] for x in (encoded.tokens, encoded.learned, encoded.is_image))
-    return {
-        "tokens": tokens,
-        "targets": np.append(tokens[1:], 0).astype(np.int32),
-        "loss_mask": np.append(learned[1:], False),
-        "is_image": is_image,
-        "images": images,
-    }
+    if len(tokens) < len(encoded.tokens) and not learned[1:].any():
+        raise BadRow("over_length", f"Record {name!r} begins to answer beyond data.max_length={max_length} tokens.")
+    return Example(tokens, np.append(tokens[1:], 0).astype(np.int32), np.append(learned[1:], False), is_image, images)
 
 
-def pad(example: Mapping[str, np.ndarray], max_length: int, images_per_row: int) -> dict[str, np.ndarray]:
-    """One example as a row of its own, in the form that Grain's packing gives."""
-    row = {}
-    for key, value in example.items():
-        size = images_per_row if key == "images" else max_length
-        row[key] = np.zeros((size, *value.shape[1:]), value.dtype)
-        row[key][: len(value)] = value
-    count = len(example["tokens"])
-    row["tokens_segment_ids"] = (np.arange(max_length) < count).astype(np.int32)
-    row["tokens_positions"] = np.where(np.arange(max_length) < count, np.arange(max_length), 0).astype(np.int32)
+def to_row(examples: Sequence[Example], length: int, images_per_row: int, side: int) -> dict[str, np.ndarray]:
+    """Conversations one after the other as a row, the fields of :class:`Batch` without B.
+
+    Args:
+      length: T of the row.
+      images_per_row: its M.
+      side: H and W of its pictures.
+    """
+    row = {key: np.zeros(length, np.int32) for key in ("tokens", "targets", "positions", "segment_ids")}
+    row["loss_mask"], is_image = np.zeros(length, bool), np.zeros(length, bool)
+    row["images"] = np.zeros((images_per_row, side, side, 3), np.uint8)
+    begin = pictures = 0
+    for segment, example in enumerate(examples, start=1):
+        here = slice(begin, begin + len(example.tokens))
+        for key in ("tokens", "targets", "loss_mask"):
+            row[key][here] = getattr(example, key)
+        row["positions"][here] = np.arange(len(example.tokens))
+        row["segment_ids"][here] = segment
+        is_image[here] = example.is_image
+        row["images"][pictures : pictures + len(example.images)] = example.images
+        begin, pictures = here.stop, pictures + len(example.images)
+    # Since every picture has all its slots, the n-th slot of a row is its image token n.
+    row["image_slots"] = np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)
     return row
 
 
+def best_fit(lengths: Sequence[int], pictures: Sequence[int], length: int, most_pictures: int) -> list[list[int]]:
+    """Packs conversations into rows, the longest first, each into the fullest row that still takes it.
+
+    Best-fit decreasing. Rows of the same room left are alike, so they are kept by that room: for each count of picture
+    places left, the bits of an integer say which numbers of free tokens some row has.
+
+    Args:
+      lengths: tokens of each conversation, at most ``length``.
+      pictures: of each, at most ``most_pictures``.
+
+    Returns:
+      Rows, each the indices of its conversations.
+    """
+    rows: list[list[int]] = []
+    free: dict[tuple[int, int], list[int]] = {}  # (picture places, tokens) left → rows
+    some = [0] * (most_pictures + 1)  # bit t of entry p: some row has p places and t tokens left
+    for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        tokens, places = int(lengths[i]), int(pictures[i])
+        best = None
+        for p in range(places, most_pictures + 1):
+            fits = some[p] >> tokens
+            if fits:
+                room = (tokens + (fits & -fits).bit_length() - 1, p)
+                best = room if best is None else min(best, room)
+        if best is None:
+            rows.append([i])
+            t, p, row = length, most_pictures, len(rows) - 1
+        else:
+            t, p = best
+            waiting = free[p, t]
+            row = waiting.pop()
+            rows[row].append(i)
+            if not waiting:
+                some[p] ^= 1 << t
+        t, p = t - tokens, p - places
+        free.setdefault((p, t), []).append(row)
+        some[p] |= 1 << t
+    return rows
+
+
 def to_batch(rows: Mapping[str, np.ndarray]) -> Batch:
-    """Rows [B, …] as a :class:`Batch`. Since every picture has all its slots, the n-th slot of a row is token n."""
-    is_image = rows["is_image"]
-    return Batch(
-        tokens=rows["tokens"],
-        targets=rows["targets"],
-        loss_mask=rows["loss_mask"],
-        positions=rows["tokens_positions"].astype(np.int32),
-        segment_ids=rows["tokens_segment_ids"].astype(np.int32),
-        image_slots=np.where(is_image, np.cumsum(is_image, axis=1) - 1, -1).astype(np.int32),
-        images=rows["images"],
-    )
+    """Rows stacked on B as a :class:`Batch`."""
+    return Batch(**rows)

@@ -1,74 +1,199 @@
-"""The Grain pipeline: records, shuffled and split by host, become batches; its iterator can be saved and restored."""
+"""From records to batches: measured, planned (sampling.py), then read, decoded and laid in rows by Grain's threads."""
 
 import dataclasses
+import logging
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
+import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import DataConfig, TrainConfig, UserError
-from stf_jax.data.conversation import encode, template_items
+from stf_jax.data.conversation import check_template, count_tokens, encode, template_items
 from stf_jax.data.image import to_square
-from stf_jax.data.packing import pad, to_batch, to_example
-from stf_jax.data.records import LlavaRecords, Record
+from stf_jax.data.llava import llava_records
+from stf_jax.data.packing import Batch, Example, to_batch, to_example, to_row
+from stf_jax.data.records import BadRow, Record
+from stf_jax.data.sampling import Plan, PlannedRow
 from stf_jax.data.scenes import SceneRecords
 from stf_jax.models.vit import VisionConfig
 
-_PACKING_BINS = 16  # rows open at once, for best-fit packing
+_CHUNK = 1024  # conversations tokenised at once when they are measured
+_LOOK = 32  # records looked at before a run begins
+_TOLD = 10  # bad rows that a process names
+_ENDLESS = 2**48  # rows
+
+_log = logging.getLogger(__name__)
+
+
+class Records:
+    """Several data sets as one: their records one after the other."""
+
+    def __init__(self, sets: Sequence[Sequence[Record]]):
+        self._sets, self.sizes = sets, [len(one) for one in sets]
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __getitem__(self, index: int) -> Record:
+        for records, size in zip(self._sets, self.sizes, strict=True):
+            if index < size:
+                return records[index]
+            index -= size
+        raise IndexError
+
+
+def training_records(config: TrainConfig) -> Records:
+    """The data that the config names. Raises UserError where its files are missing or malformed."""
+    data = config.data
+    if data.source == "scenes":
+        return Records([SceneRecords(data.scenes.task, data.scenes.size, config.seed, most=data.scenes.things)])
+    return Records(llava_records(data.annotations, data.images))
+
+
+class Prepare:
+    """Makes records into examples, and what cannot be used into None, counted and named."""
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerFast, vision: VisionConfig, slots: int):
+        """``slots``: image slots a picture. Raises UserError for a template that is unknown or not the tokenizer's."""
+        check_template(config.template, tokenizer)
+        self._config, self._tokenizer, self.vision, self._slots = config, tokenizer, vision, slots
+        self._told, self._lock = 0, threading.Lock()
+
+    def __call__(self, record: Record) -> Example:
+        """Raises BadRow, naming the record, where it does not fit the template or the row, or a picture fails."""
+        encoded = encode(template_items(self._config.template, record), self._tokenizer, self._slots)
+        pictures = [to_square(picture(), self.vision, self._config.aspect) for picture in record.pictures]
+        side = self.vision.image_size
+        images = np.stack(pictures) if pictures else np.zeros((0, side, side, 3), np.uint8)
+        return to_example(encoded, images, self._config.max_length, record.id)
+
+    def measure(self, source: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and pictures of every record, int32 [R]; both 0 where its text cannot be used.
+
+        Raises:
+          UserError: none of the records that are looked at first can be used; says why the first cannot.
+        """
+        self._look(source)
+        lengths, pictures = np.zeros(len(source), np.int32), np.zeros(len(source), np.int32)
+        chunks = range(0, len(source), _CHUNK)
+        for start in tqdm.tqdm(chunks, "measuring", unit_scale=_CHUNK, unit="row", delay=2, leave=False):
+            good, items = [], []
+            for index in range(start, min(start + _CHUNK, len(source))):
+                try:
+                    record = source[index]
+                    items.append(template_items(self._config.template, record))
+                except BadRow:
+                    continue  # it is named when its turn comes
+                good.append(index)
+                pictures[index] = len(record.pictures)
+            lengths[good] = count_tokens(items, self._tokenizer, self._slots)
+        return lengths, pictures
+
+    def _look(self, source):
+        first = None
+        for index in np.unique(np.linspace(0, len(source) - 1, _LOOK).astype(int)).tolist():
+            try:
+                self(source[index])
+                return
+            except BadRow as error:
+                first = first or error
+        raise UserError(f"No row of the training data can be used, as far as was looked; the first: {first}")
+
+    def name(self, error: BadRow) -> None:
+        """Logs one of the first bad rows."""
+        with self._lock:
+            self._told += 1
+            told = self._told
+        if told <= _TOLD:
+            rest = " Further ones are only counted." if told == _TOLD else ""
+            _log.warning("%s It is left out, and counted in rows_replaced.%s", error, rest)
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepare:
-    """Makes a record into an example (data/packing.py)."""
+class _MakeRow:
+    """Fills a planned row; a member that cannot be used leaves its place empty."""
 
-    config: DataConfig
-    tokenizer: PreTrainedTokenizerFast
-    vision: VisionConfig
-    slots: int  # image slots a picture
+    source: Sequence[Record]
+    prepare: Prepare
 
-    def __call__(self, record: Record) -> dict[str, np.ndarray]:
-        """Raises UserError, naming the record, where it does not fit the template or the row."""
-        limit = self.config.images_per_row
-        if len(record.pictures) > limit:
-            raise UserError(
-                f"Record {record.id!r} has {len(record.pictures)} pictures; raise data.images_per_row={limit}."
-            )
-        encoded = encode(template_items(self.config.template, record), self.tokenizer, self.slots)
-        pictures = [to_square(picture, self.vision, self.config.aspect) for picture in record.pictures]
-        side = self.vision.image_size
-        images = np.stack(pictures) if pictures else np.zeros((0, side, side, 3), np.uint8)
-        return to_example(encoded, images, self.config.max_length, record.id)
+    def __call__(self, planned: PlannedRow) -> dict[str, np.ndarray]:
+        examples, bad = [], 0
+        for index in planned.members:
+            try:
+                examples.append(self.prepare(self.source[index]))
+            except BadRow as error:
+                self.prepare.name(error)
+                bad += 1
+        row = to_row(examples, planned.length, planned.images, self.prepare.vision.image_size)
+        return row | {"replaced": np.int64(bad)}
 
 
-def training_records(config: TrainConfig) -> Sequence[Record]:
-    """The source that the config names. Raises UserError where its files are missing or malformed."""
-    data = config.data
-    if data.source == "scenes":
-        return SceneRecords(data.scenes.task, data.scenes.size, config.seed, most=data.scenes.things)
-    return LlavaRecords(data.annotations, data.images)
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """A host's rows of every batch: a random-access source for Grain."""
+
+    plan: Plan
+    host: int
+    hosts: int
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: int) -> PlannedRow:
+        return self.plan[index * self.hosts + self.host]
 
 
-def training_batches(
-    config: TrainConfig, source: Sequence[Record], prepare: Prepare, *, host: int, hosts: int
-) -> grain.IterDataset:
+class Batches:
     """Endless batches of this host's share of the rows: ``global_batch_size / hosts`` a batch.
 
-    Epochs are shuffled each in its own order, from the seed. An iterator over the result yields :class:`Batch` and has
-    ``get_state`` and ``set_state``.
+    Attributes:
+      plan: which conversations stand where.
+      replaced: conversations that could not be used, of this host's share of the batches taken so far.
     """
-    data = config.data
-    records = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()[host::hosts].map(prepare)
-    read = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=8 * data.threads)
-    examples = records.to_iter_dataset(read)
-    if data.packing:
-        lengths = dict.fromkeys(("tokens", "targets", "loss_mask", "is_image"), data.max_length)
-        rows = grain.experimental.BestFitPackIterDataset(
-            examples,
-            length_struct=lengths | {"images": data.images_per_row},
-            num_packing_bins=_PACKING_BINS,
-            seed=config.seed,
-        )
-    else:
-        rows = examples.map(lambda example: pad(example, data.max_length, data.images_per_row))
-    return rows.batch(config.global_batch_size // hosts, drop_remainder=True).map(to_batch)
+
+    def __init__(self, config: TrainConfig, source: Records, prepare: Prepare, *, host: int, hosts: int):
+        """Measures all conversations first. Raises UserError as :class:`Plan` and :meth:`Prepare.measure` do."""
+        lengths, pictures = prepare.measure(source)
+        rows = config.global_batch_size
+        self.plan = Plan(config.data, config.seed, rows, lengths, pictures, source.sizes)
+        self.replaced = 0
+        self._threads, self._rows, self._local = config.data.threads, rows, rows // hosts
+        share = grain.MapDataset.source(_Share(self.plan, host, hosts))
+        self._share = share.map(_MakeRow(source, prepare))
+        self._start(0)
+
+    def _start(self, batch):
+        self._batch = batch
+        read = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=8 * self._threads)
+        rows = self._share[batch * self._local :].to_iter_dataset(read)
+        self._iterator = iter(rows.batch(self._local, drop_remainder=True))
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        rows = next(self._iterator)
+        self.replaced += int(rows.pop("replaced").sum())
+        self._batch += 1
+        return to_batch(rows)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the stream stands, the same for all hosts, however many they are."""
+        return {"rows": self._batch * self._rows, "plan": self.plan.fingerprint()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on with the batch that follows the state's.
+
+        Raises:
+          UserError: the state is of other data, or of another batch size, packing, mixture or seed.
+        """
+        if state["plan"] != self.plan.fingerprint():
+            raise UserError(
+                "The checkpoint was made with other data, or another order of them (seed, global_batch_size, data.*): "
+                "continue with what its config.json says, or start in another workdir with init_from."
+            )
+        self._start(state["rows"] // self._rows)

@@ -1,19 +1,40 @@
-"""Records by index: what every source of training data gives, and the source that reads LLaVA's files.
+"""Records by index: what every source of training data gives, and what makes one unfit to train on.
 
-A source is a random-access sequence (``len(source)``, ``source[index]``), which is what Grain shuffles, splits between
-hosts and resumes.
+A source is a random-access sequence (``len(source)``, ``source[index]``). Pictures are opened when they are asked for,
+so that conversations can be measured without them.
 """
 
 import dataclasses
-import json
-import os
-import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import PIL.Image
 
 from stf_jax.config import UserError
 
 IMAGE_MARK = "<image>"  # where a picture stands in a conversation's text
+REASONS = {
+    "malformed": "not in LLaVA's conversation format",
+    "roles": "human and gpt do not alternate",
+    "mark_without_picture": f"more {IMAGE_MARK} than pictures",
+    "picture_without_mark": f"more pictures than {IMAGE_MARK}",
+    "mark_in_answer": f"{IMAGE_MARK} in an answer",
+    "empty_answer": "an answer without text, or none",
+    "over_length": "longer than a row of tokens",
+    "outside": "the image path leaves the folder",
+    "missing": "the image file does not exist",
+    "corrupt": "the image file cannot be decoded",
+    "truncated": "the image file is cut short",
+    "too_large": "the image is of absurd size",
+}  # why a row is dropped, or replaced in training
+
+
+class BadRow(UserError):
+    """A row that cannot be trained on; ``reason`` is one of :data:`REASONS`, ``image`` the file at fault, if one is."""
+
+    def __init__(self, reason: str, sentence: str, image: str = ""):
+        super().__init__(sentence)
+        self.reason, self.image = reason, image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,63 +47,39 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A conversation about no, one or several pictures; ``<image>`` stands in its text once for each."""
+    """A conversation about no, one or several pictures; ``<image>`` stands in its text once for each.
+
+    Calling one of ``pictures`` opens it; what cannot be opened raises :class:`BadRow`.
+    """
 
     id: str
-    pictures: tuple[PIL.Image.Image, ...]
+    pictures: tuple[Callable[[], PIL.Image.Image], ...]
     turns: tuple[Turn, ...]
 
 
-class LlavaRecords:
-    """LLaVA's training files: a JSON array of ``{id, image, conversations: [{from, value}, …]}`` and a folder.
+def read_row(row: Any, name: str) -> tuple[str, list[str], tuple[Turn, ...]]:
+    """Id, image paths and turns of a row of LLaVA's files: ``{id, image, conversations: [{from, value}, …]}``.
 
-    ``image`` is a path below the folder, a list of such, or absent for a row of text.
+    ``image`` is a path, a list of such, or absent for a row of text.
+
+    Raises:
+      BadRow: the row is not of that form, or an answer is empty, or there is none; ``name`` says which row it is.
     """
+    try:
+        turns = tuple(Turn(turn["from"], turn["value"]) for turn in row["conversations"])
+        images = row.get("image", [])
+        images = [images] if isinstance(images, str) else images
+        if not all(isinstance(text, str) for text in (*images, *(text for turn in turns for text in _both(turn)))):
+            raise TypeError
+        # LLaVA's own files always have an id; the place of a row that has none is its name.
+        identity = str(row.get("id", name))
+    except (KeyError, TypeError, AttributeError):
+        raise BadRow("malformed", f"{name[:1].upper()}{name[1:]} is not in LLaVA's conversation format.") from None
+    answers = [turn.text for turn in turns if turn.speaker == "gpt"]
+    if not answers or not all(answer.replace(IMAGE_MARK, "").strip() for answer in answers):
+        raise BadRow("empty_answer", f"Record {identity!r} has an empty answer, or none.")
+    return identity, images, turns
 
-    def __init__(self, annotations: str, images: str):
-        """Raises UserError where a file is missing or is not such an array."""
-        for what, path, key in (("annotations", annotations, "data.annotations"), ("images", images, "data.images")):
-            if not path or not os.path.exists(path):
-                where = f"{path!r} does not exist" if path else "no path is given"
-                raise UserError(
-                    f"The {what} of the training data are missing: {where}. Provide them with --config.{key}=PATH, "
-                    "or see training work on embedded data with --config=configs/demo.py."
-                )
-        try:
-            rows = json.loads(pathlib.Path(annotations).read_bytes())
-        except ValueError as error:
-            raise UserError(f"{annotations} is not JSON: {error}.") from None
-        except OSError as error:
-            raise UserError(f"{annotations} cannot be read: {error.strerror}.") from None
-        if not isinstance(rows, list) or not rows:
-            raise UserError(f"{annotations} should hold a JSON array of at least one row.")
-        self._rows, self._annotations = rows, annotations
-        self._folder = pathlib.Path(images).resolve()
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Record:
-        """Raises UserError for a malformed row, a path that leaves the folder, and a picture that does not open."""
-        row = self._rows[index]
-        try:
-            turns = tuple(Turn(turn["from"], turn["value"]) for turn in row["conversations"])
-            if not all(isinstance(turn.text, str) for turn in turns):
-                raise TypeError
-            names = row.get("image", [])
-            names = [names] if isinstance(names, str) else names
-            pictures = tuple(self._open(name) for name in names)
-            return Record(str(row.get("id", index)), pictures, turns)
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"Row {index} of {self._annotations} is not in LLaVA's conversation format.") from None
-
-    def _open(self, name):
-        path = pathlib.Path(os.path.normpath(self._folder / name))  # links within the folder may lead anywhere
-        if not path.is_relative_to(self._folder):
-            raise UserError(f"Image path {name!r} in {self._annotations} leaves the folder {self._folder}.")
-        try:
-            picture = PIL.Image.open(path)
-            picture.load()  # here, so that a file that is cut short is named
-            return picture
-        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-            raise UserError(f"Image {path} cannot be opened: {error}.") from None
+def _both(turn):
+    return turn.speaker, turn.text

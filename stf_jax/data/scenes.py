@@ -9,6 +9,7 @@ shows or names, and their words are never among the training words; only the let
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -308,5 +309,5 @@ class SceneRecords:
             else:
                 turns = [t for q in asked for t in (Turn("human", q.text), Turn("gpt", q.answer))]
                 turns[0] = Turn("human", f"{IMAGE_MARK}\n{turns[0].text}\n{SHORT_ANSWER}")
-        pictures = () if task == "documents" else (draw(scene, index),)
+        pictures = () if task == "documents" else (functools.partial(draw, scene, index),)
         return Record(f"scene-{self._seed}-{index}", pictures, tuple(turns))

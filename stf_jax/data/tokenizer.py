@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
 from stf_jax.data.scenes import SHORT_ANSWER, caption, make_scene, questions
+from stf_jax.runtime.files import fetched
 
 MINIATURE = pathlib.Path(__file__).parent.parent / "weights" / "miniatures" / "tokenizer"
 MINIATURE_VOCAB = 512
@@ -22,7 +23,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     Raises:
       UserError: no such folder, no tokenizer in it, or one that cannot tell which characters a token covers.
     """
-    folder = MINIATURE if name == "miniature" else name
+    folder = MINIATURE if name == "miniature" else fetched(name)
     if not name or not os.path.isdir(folder):
         where = f"{name!r} is no folder" if name else "no folder is given"
         raise UserError(
@@ -30,7 +31,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             "or see training work on embedded data with --config=configs/demo.py."
         )
     try:
-        tokenizer = read_tokenizer(pathlib.Path(folder))
+        tokenizer = read_tokenizer(folder)
     except Exception as error:  # tokenizers raises just that for a file of another form
         reason = (str(error) or repr(error)).splitlines()[0].strip(" :.")
         raise UserError(f"No tokenizer can be read from {folder}: {reason}.") from None

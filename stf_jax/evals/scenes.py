@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 import tqdm
+from etils import epath
 
 from stf_jax.config import TrainConfig
 from stf_jax.data.conversation import Encoded, encode, template_items
@@ -59,7 +59,7 @@ def held_out_questions(pictures: int, most: int = MOST_THINGS) -> list[tuple[PIL
     return asked
 
 
-def measure(config: TrainConfig, plan: Blueprint, params: Params, workdir: pathlib.Path) -> dict[str, Any]:
+def measure(config: TrainConfig, plan: Blueprint, params: Params, workdir: epath.Path) -> dict[str, Any]:
     """Answers the held-out questions; writes ``results.json``, ``answers.jsonl`` and ``contact_sheet.png``.
 
     Returns:
@@ -72,7 +72,7 @@ def measure(config: TrainConfig, plan: Blueprint, params: Params, workdir: pathl
     prompts = [_prompt(config, tokenizer, slots, *item) for item in asked]
     images = [to_square(picture, vision, config.data.aspect)[None] for picture, _ in asked]
     blank = np.broadcast_to(np.uint8(np.array(vision.mean) * 255), images[0].shape)
-    answers = GreedyAnswers(plan, params, tokenizer, make_mesh(config.mesh), _ANSWER_TOKENS)
+    answers = GreedyAnswers(plan, params, tokenizer, make_mesh(config.mesh), _ANSWER_TOKENS, config.data.template)
     said = list(tqdm.tqdm(answers(prompts, images), "answers", len(prompts), unit="question"))
     said_blank = list(tqdm.tqdm(answers(prompts, [blank] * len(images)), "blank", len(prompts), unit="question"))
     answered = [Answered(*item, *pair) for item, pair in zip(asked, zip(said, said_blank, strict=True), strict=True)]
@@ -83,14 +83,15 @@ def measure(config: TrainConfig, plan: Blueprint, params: Params, workdir: pathl
         for item in answered:
             row = {"kind": item.question.kind, "question": item.question.text, "truth": item.question.answer}
             file.write(json.dumps(row | {"answer": item.answer, "blank_image_answer": item.blank_answer}) + "\n")
-    contact_sheet(answered).save(workdir / "contact_sheet.png")
+    with (workdir / "contact_sheet.png").open("wb") as file:
+        contact_sheet(answered).save(file, "PNG")
     (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
 def _prompt(config, tokenizer, slots, picture, question) -> Encoded:
     text = f"{IMAGE_MARK}\n{question.text}\n{SHORT_ANSWER}"
-    record = Record("held-out", (picture,), (Turn("human", text),))
+    record = Record("held-out", (picture.copy,), (Turn("human", text),))
     return encode(template_items(config.data.template, record), tokenizer, slots)
 
 

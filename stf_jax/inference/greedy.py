@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from transformers import PreTrainedTokenizerFast
 
-from stf_jax.data.conversation import Encoded
+from stf_jax.data.conversation import CHATS, Encoded
 from stf_jax.runtime.mesh import BATCH, computing
 from stf_jax.training.state import Blueprint, Params
 
@@ -20,12 +20,26 @@ _ROWS = 64  # prompts at once on each device's share of the mesh
 _STEP = 32  # prompt lengths are rounded up to its multiples, so that few programs are compiled
 
 
+def stop_token(template: str, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Id of the token that ends an answer in that template."""
+    return CHATS[template].stop(tokenizer) if template in CHATS else tokenizer.eos_token_id
+
+
 class GreedyAnswers:
     """Answers prompts with a model on a mesh."""
 
-    def __init__(self, plan: Blueprint, params: Params, tokenizer: PreTrainedTokenizerFast, mesh: Mesh, limit: int):
-        """``limit``: new tokens at most, the end of sequence included."""
+    def __init__(
+        self,
+        plan: Blueprint,
+        params: Params,
+        tokenizer: PreTrainedTokenizerFast,
+        mesh: Mesh,
+        limit: int,
+        template: str,
+    ):
+        """``limit``: new tokens at most, the one that ends an answer in the template included."""
         self._params, self._tokenizer, self._mesh, self._limit = params, tokenizer, mesh, limit
+        self._stop = stop_token(template, tokenizer)
         self._precision = plan.precision
         self._generate = jax.jit(functools.partial(_generate, plan, limit))
 
@@ -55,7 +69,7 @@ class GreedyAnswers:
             with computing(self._mesh, self._precision):
                 said = np.asarray(self._generate(self._params, *arrays))
             for row in said[: len(chosen)]:
-                ends = np.flatnonzero(row == self._tokenizer.eos_token_id)
+                ends = np.flatnonzero(row == self._stop)
                 answer = row[: ends[0]] if len(ends) else row
                 yield self._tokenizer.decode(answer, skip_special_tokens=True).strip()
 

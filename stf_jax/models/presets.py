@@ -1,9 +1,10 @@
 """Shapes of towers and language models: known ones by name, imported ones from their folder's ``model.json``."""
 
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import TypeVar
+
+from etils import epath
 
 from stf_jax.config import UserError, nearest
 from stf_jax.models.llm import LLMConfig, RopeScaling
@@ -93,8 +94,8 @@ def llm_config(values: Mapping) -> LLMConfig:
 def _lookup(presets: Mapping[str, _Config], name: str, key: str, build) -> _Config:
     if name in presets:
         return presets[name]
-    file = pathlib.Path(name) / DESCRIPTION
-    if not file.is_file():
+    file = epath.Path(name) / DESCRIPTION
+    if not file.exists():
         raise UserError(f"Unknown preset model.{key}={name!r}; {nearest(name, presets)}")
     try:
         values = json.loads(file.read_bytes())[key]

@@ -45,6 +45,11 @@ class VisionConfig:
     std: tuple[float, float, float]
 
     @property
+    def crops(self) -> bool:
+        """Whether the tower's own processor crops pictures to their centre, as CLIP's; SigLIP's squeezes them."""
+        return self.class_token
+
+    @property
     def grid(self) -> int:
         """Patches a side; pixels left over at the right and bottom are not seen, as in transformers."""
         return self.image_size // self.patch_size

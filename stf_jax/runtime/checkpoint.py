@@ -1,16 +1,18 @@
 """Orbax checkpoints: state, data iterator and clock as one step, written while training goes on."""
 
+import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import orbax.checkpoint.experimental.v1 as v1
+from etils import epath
 
 from stf_jax.config import CheckpointConfig, UserError
+from stf_jax.runtime.files import fetched, in_bucket
 
 _CHUNK = 4 * 2**20  # bytes
 IMPORTED = "params"  # the Orbax checkpoint in a folder of imported weights
@@ -19,11 +21,11 @@ IMPORTED = "params"  # the Orbax checkpoint in a folder of imported weights
 class Checkpoints:
     """The checkpoints of a run, in ``workdir/checkpoints``.
 
-    A step is one folder with the items ``trainable``, ``frozen``, ``moments`` (arrays), ``data`` (the iterator) and
-    ``clock``. It appears under its name only when all of it is written.
+    A step is one folder with the items ``trainable``, ``frozen``, ``moments`` (arrays), ``data`` (where the
+    stream of batches stands) and ``clock``. It appears under its name only when all of it is written.
     """
 
-    def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
+    def __init__(self, workdir: epath.Path, config: CheckpointConfig):
         policies = ocp.checkpoint_managers.save_decision_policy
         options = ocp.CheckpointManagerOptions(
             # Orbax's default would save the first step as well.
@@ -33,42 +35,48 @@ class Checkpoints:
             max_to_keep=config.keep_last,
             keep_period=config.keep_every or None,
         )
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
+        if in_bucket(workdir) and not os.fspath(workdir).startswith("gs://"):
+            raise UserError(f"Orbax writes no checkpoints to {workdir}; give a gs:// or a local --workdir.")
+        self._manager = ocp.CheckpointManager(_absolute(workdir) / "checkpoints", options=options)
 
     @property
     def latest(self) -> int | None:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, iterator: Any, clock: dict[str, float], *, last: bool = False) -> None:
-        """Saves where the interval or ``last`` asks for it; arrays are written in the background.
+    def due(self, step: int, *, last: bool = False) -> bool:
+        """Whether the interval, a pre-emption or ``last`` asks for this step to be saved; on all hosts alike."""
+        return step != self.latest and (last or self._manager.should_save(step))
 
-        Call it after a step and before the iterator moves: what is saved continues with the next batch.
+    def save(self, step: int, state: Any, data: dict[str, Any], clock: dict[str, float]) -> None:
+        """Saves a step; arrays are written in the background.
+
+        Call it after a step and before the next batch is taken: ``data`` says where the stream of batches stands.
         """
-        if step == self.latest or not (last or self._manager.should_save(step)):
-            return
         items = {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()} | {
-            "data": grain.checkpoint.CheckpointSave(iterator),
+            "data": ocp.args.JsonSave(data),
             "clock": ocp.args.JsonSave(clock),
         }
-        self._manager.save(step, args=ocp.args.Composite(**items), force=last)
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
-    def restore(self, step: int, layout: Any, iterator: Any) -> tuple[dict[str, Any], dict[str, float]]:
-        """The arrays (``trainable``, ``frozen``, ``moments``) of a step as the layout wants them, and the clock.
-
-        The iterator is moved to where it was.
-        """
+    def restore(self, step: int, layout: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, float]]:
+        """The arrays (``trainable``, ``frozen``, ``moments``) of a step as the layout wants them, data and clock."""
         trees = _trees(layout)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()} | {
-            "data": grain.checkpoint.CheckpointRestore(iterator),
+            "data": ocp.args.JsonRestore(),
             "clock": ocp.args.JsonRestore(),
         }
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return {"frozen": {}} | {name: found[name] for name in trees}, found["clock"]
+        return {"frozen": {}} | {name: found[name] for name in trees}, found["data"], found["clock"]
 
     def close(self) -> None:
         """Waits for writes to finish."""
         self._manager.close()
+
+
+def _absolute(path):
+    """As Orbax wants paths; resolving would take a URI for the name of a folder here."""
+    return path if in_bucket(path) else path.resolve()
 
 
 def _trees(state):
@@ -84,16 +92,18 @@ class SavedParams:
       shapes: shape and dtype of every parameter.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: epath.Path):
         """Reads no values yet. Raises UserError where the folder has no complete checkpoint."""
-        self._items = [folder.resolve() / IMPORTED / "state"]
+        if in_bucket(folder) and not os.fspath(folder).startswith("gs://"):
+            folder = epath.Path(fetched(folder))  # Orbax reads no other buckets
+        self._items = [_absolute(folder) / IMPORTED / "state"]
         if not self._items[0].exists():
-            with ocp.CheckpointManager((folder / "checkpoints").resolve()) as manager:
+            with ocp.CheckpointManager(_absolute(folder) / "checkpoints") as manager:
                 step = manager.latest_step()
                 if step is None:
                     raise UserError(f"Run {folder} holds no complete checkpoint to start from.")
                 items = (manager.directory / str(step) / item for item in ("trainable", "frozen"))
-                self._items = [pathlib.Path(item) for item in items if item.exists()]
+                self._items = [item for item in items if item.exists()]
         try:
             trees = [dict(ocp.StandardCheckpointHandler().metadata(item).tree) for item in self._items]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -104,7 +114,7 @@ class SavedParams:
         }
 
     @staticmethod
-    def at(folder: pathlib.Path) -> bool:
+    def at(folder: epath.Path) -> bool:
         """Whether the folder is a run's or an imported one."""
         return (folder / "checkpoints").is_dir() or (folder / IMPORTED / "state").is_dir()
 
@@ -137,7 +147,7 @@ def write_params(folder: pathlib.Path, params: Iterable[tuple[str, np.ndarray]])
 
     They appear in ``folder`` when the last is written.
     """
-    target = (folder / IMPORTED).resolve()
+    target = _absolute(folder) / IMPORTED
     saving = v1.options.ArrayOptions.Saving
     # In small chunks: a device that reads its share of a parameter expands every chunk that the share touches.
     how = v1.options.ArrayOptions(saving=saving(storage_options=saving.StorageOptions(chunk_byte_size=_CHUNK)))

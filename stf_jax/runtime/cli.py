@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import pathlib
 import re
 import sys
 import traceback
@@ -10,6 +9,7 @@ from collections.abc import Callable
 
 import ml_collections
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from stf_jax.config import UserError, default_config, flatten, nearest
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
 
 
-def parse(argv: list[str], help_text: str) -> tuple[pathlib.Path, ml_collections.ConfigDict]:
+def parse(argv: list[str], help_text: str) -> tuple[epath.Path, ml_collections.ConfigDict]:
     """Reads ``--config=FILE[:ARG]``, its overrides ``--config.KEY=VALUE`` and ``--workdir=DIR``.
 
     Prints ``help_text`` and exits with status 0 for ``--help``.
@@ -68,7 +68,7 @@ def parse(argv: list[str], help_text: str) -> tuple[pathlib.Path, ml_collections
     for option in ("config", "workdir"):
         if values[option].value is None:
             raise UserError(f"--{option} is missing; see --help.")
-    return pathlib.Path(values.workdir), values.config
+    return epath.Path(values.workdir), values.config
 
 
 def _explain(error, argv):

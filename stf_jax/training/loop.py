@@ -3,20 +3,20 @@
 import dataclasses
 import json
 import math
-import pathlib
 
 import jax
 import numpy as np
+from etils import epath
 
 from stf_jax.config import TrainConfig, UserError, to_json
 from stf_jax.data.packing import Batch
-from stf_jax.data.pipeline import Prepare, training_batches, training_records
+from stf_jax.data.pipeline import Batches, Prepare, training_records
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.checkpoint import Checkpoints
 from stf_jax.runtime.mesh import BATCH, check_batch, computing, make_mesh
-from stf_jax.runtime.telemetry import Telemetry
+from stf_jax.runtime.telemetry import START, Telemetry
 from stf_jax.training.optimizer import learning_rate, make_optimizer
 from stf_jax.training.state import Blueprint, TrainState, blueprint, init_state, state_layout
 from stf_jax.training.step import make_train_step
@@ -31,7 +31,7 @@ class Trained:
     state: TrainState
 
 
-def train(config: TrainConfig, workdir: pathlib.Path) -> Trained:
+def train(config: TrainConfig, workdir: epath.Path) -> Trained:
     """Runs one stage in ``workdir``; where that holds a checkpoint, continues from it.
 
     The order of a step is a contract: take the batch, step, log, *then* save, and only then take the next batch. So a
@@ -51,8 +51,8 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Trained:
         raise UserError(f"The tokenizer's {len(tokenizer)} tokens exceed the {vocab} of {config.model.llm}.")
     prepare = Prepare(config.data, tokenizer, vision, slots_per_image(config.model))
     host, hosts = jax.process_index(), jax.process_count()
-    batches = iter(training_batches(config, source, prepare, host=host, hosts=hosts))
-    steps = config.steps or _steps_of_epochs(config, len(source))
+    batches = Batches(config, source, prepare, host=host, hosts=hosts)
+    steps = config.steps or batches.plan.steps(config.epochs)
 
     # ---- Model, optimizer, state -----------------------------------------------------------------------------------
     plan = blueprint(config.model)
@@ -63,12 +63,13 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Trained:
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     if checkpoints.latest is not None:
-        arrays, clock = checkpoints.restore(checkpoints.latest, layout, batches)
+        arrays, position, clock = checkpoints.restore(checkpoints.latest, layout)
+        batches.set_state(position)
         step = jax.device_put(np.int32(checkpoints.latest), layout.step.sharding)
         state = TrainState(step=step, **arrays)
     else:
         loaded = load_params(config.init_from, layout.params, config.init_missing)
-        state, clock = init_state(config, layout, tx, loaded), {"seconds": 0.0, "tokens": 0}
+        state, clock = init_state(config, layout, tx, loaded), START
     if host == 0:
         sizes = [sum(math.prod(leaf.shape) for leaf in tree.values()) for tree in (layout.trainable, layout.params)]
         print(
@@ -93,21 +94,16 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Trained:
     telemetry = Telemetry(workdir, config.name, steps, first, clock, active=host == 0)
     for step in range(first + 1, steps + 1):
         batch: Batch = next(batches)
-        tokens = int((batch.segment_ids > 0).sum()) * hosts
+        tokens = int((batch.segment_ids > 0).sum())
         batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
         with computing(mesh, plan.precision), jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = train_step(state, batch)
-        telemetry.advance(tokens)
+        telemetry.advance(tokens, batches.replaced)
         if step % config.log_every_steps == 0 or step == steps:
             scalars = {name: float(value) for name, value in metrics.items()}
             telemetry.log(step, scalars | {"learning_rate": float(rate(step - 1))})
-        checkpoints.save(step, state, batches, telemetry.clock, last=step == steps)
+        if checkpoints.due(step, last=step == steps):
+            checkpoints.save(step, state, batches.get_state(), telemetry.clock())
     checkpoints.close()
     telemetry.close()
     return Trained(plan, state)
-
-
-def _steps_of_epochs(config, records):
-    if config.data.packing:
-        raise UserError("Packed rows hold a varying number of conversations: set steps instead of epochs.")
-    return max(1, math.ceil(config.epochs * records / config.global_batch_size))

@@ -8,7 +8,7 @@ every release reads.
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,10 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
-from stf_jax.data.conversation import SYSTEM
+from stf_jax.data.conversation import CHATS, SYSTEM, Chat, Control, Item, Mark, Text, check_template
 from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.tokenizer import load_tokenizer
+from stf_jax.inference.greedy import stop_token
 from stf_jax.models.fusion import tapped_blocks, tokens_per_image
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.vit import VisionConfig
@@ -38,19 +39,44 @@ _TEXT = (
     "{%- set said = namespace(text='') -%}{%- for part in message.content if part.type == 'text' -%}"
     "{%- set said.text = said.text + part.text -%}{%- endfor -%}{%- set text = said.text | trim -%}{%- endif -%}"
 )
-# The templates of data/conversation.py for transformers' apply_chat_template.
-CHAT_TEMPLATES = {
-    "v1": (
-        "{%- if messages[0].role == 'system' -%}{%- set message = messages[0] -%}" + _TEXT + "{{ text + ' ' }}"
-        "{%- set messages = messages[1:] -%}{%- else -%}{{ " + json.dumps(SYSTEM + " ") + " }}{%- endif -%}"
-        "{%- for message in messages -%}" + _TEXT + "{%- if message.role == 'user' -%}{{ 'USER: ' }}"
-        + _IMAGES + "{{ '" + IMAGE_MARK + "\\n' }}{%- endfor -%}{{ text }}"
-        "{%- if add_generation_prompt or not loop.last -%}{{ ' ASSISTANT:' }}{%- endif -%}"
-        "{%- else -%}{{ ' ' + text + eos_token }}{%- endif -%}{%- endfor -%}"
-    ),
+# What of a template's beginning a caller's system message takes the place of.
+_SYSTEM = {"v1": SYSTEM, "chatml": "You are a helpful assistant."}
+_NO_SYSTEM = '{{ raise_exception("This model was trained without system messages.") }}'
+
+
+def _chat_template(chat: Chat, system: str) -> str:
+    """The template for transformers' apply_chat_template, in Jinja."""
+    instead = "{%- set message = messages[0] -%}" + _TEXT + _shown(chat.begin, system) if system else _NO_SYSTEM
+    return (
+        "{%- if messages[0].role == 'system' -%}" + instead + "{%- set messages = messages[1:] -%}"
+        "{%- else -%}" + _shown(chat.begin) + "{%- endif -%}"
+        "{%- for message in messages -%}" + _TEXT + "{%- if message.role == 'user' -%}" + _shown(chat.ask)
+        + _IMAGES + _shown([Text(IMAGE_MARK + "\n")]) + "{%- endfor -%}{{ text }}"
+        "{%- if add_generation_prompt or not loop.last -%}" + _shown(chat.reply) + "{%- endif -%}"
+        "{%- else -%}" + _shown([Text(chat.space)]) + "{{ text }}" + _shown(chat.end) + "{%- endif -%}{%- endfor -%}"
+    )  # fmt: skip
+
+
+def _shown(items: Sequence[Item], system: str = "") -> str:
+    """Jinja that says the items; ``text`` where they say ``system``."""
+    said = []
+    for item in items:
+        if item is Mark.END:
+            said.append("eos_token")
+        elif isinstance(item, Control):
+            said.append(json.dumps(item.token))
+        elif system and system in item.text:
+            before, after = map(json.dumps, item.text.split(system))
+            said += [before, "text", after]
+        else:
+            said.append(json.dumps(item.text))
+    return "{{ " + " + ".join(said) + " }}" if said else ""
+
+
+CHAT_TEMPLATES = {template: _chat_template(chat, _SYSTEM.get(template, "")) for template, chat in CHATS.items()} | {
     "plain": (
-        "{%- for message in messages -%}{%- if message.role == 'user' -%}" + _IMAGES + "{{ '" + IMAGE_MARK + "' }}"
-        "{%- endfor -%}{%- else -%}" + _TEXT + "{{ text + '\\n' }}{%- endif -%}{%- endfor -%}"
+        "{%- for message in messages -%}{%- if message.role == 'user' -%}" + _IMAGES + _shown([Text(IMAGE_MARK)])
+        + "{%- endfor -%}{%- else -%}" + _TEXT + "{{ text + '\\n' }}{%- endif -%}{%- endfor -%}"
     ),
 }  # fmt: skip
 
@@ -95,6 +121,7 @@ def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> di
         else:
             write_shards(folder, tensors)
             processor = _stf_config(config, what, taps, count, mark)
+            processor["control_tokens"] = _control_tokens(what.template, tokenizer)
             for file in PACKAGE.glob("*_stf.py"):
                 shutil.copy(file, folder)
         tokenizer.save_pretrained(folder)
@@ -104,7 +131,8 @@ def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> di
         _write(folder / "config.json", config)
         _write(folder / "processor_config.json", {**processor, "image_token": IMAGE_MARK})
         _write(folder / "preprocessor_config.json", _pictures(what))
-        ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "pad_token_id")}
+        ids["eos_token_id"] = stop_token(what.template, tokenizer)
         if mark < config["text_config"]["vocab_size"]:
             ids["suppress_tokens"] = [mark]  # a row that nothing has trained must not be said
         _write(folder / "generation_config.json", ids)
@@ -256,11 +284,19 @@ def _plain(tensors: Tensors, what: Description, mark: int) -> Iterator[tuple[str
 
 def _tokenizer(folder: pathlib.Path, what: Description) -> PreTrainedTokenizerFast:
     tokenizer = load_tokenizer(str(folder))
+    check_template(what.template, tokenizer)
     tokenizer.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.chat_template = CHAT_TEMPLATES.get(what.template, tokenizer.chat_template)
+    tokenizer.chat_template = CHAT_TEMPLATES[what.template]
     return tokenizer
+
+
+def _control_tokens(template: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    chat = CHATS.get(template)
+    items = (*chat.begin, *chat.ask, *chat.reply, *chat.end) if chat else ()
+    names = {Mark.END: tokenizer.eos_token}
+    return sorted({names.get(item) or item.token for item in items if not isinstance(item, Text)})
 
 
 def _declare_tokenizer(file):
@@ -268,6 +304,8 @@ def _declare_tokenizer(file):
     values = json.loads(file.read_bytes())
     for local in ("backend", "is_local", "local_files_only"):
         values.pop(local, None)
+    if isinstance(values.get("extra_special_tokens"), list):  # which releases before 5 take for a dictionary
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
     values |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
     _write(file, values | {"model_input_names": ["input_ids", "attention_mask"]})
 
@@ -285,16 +323,20 @@ def _begin_each_piece(file):
 
 
 def _pictures(what: Description) -> dict[str, Any]:
+    """How the tower's pictures are prepared, as data/image.py does."""
     size = what.vision.image_size
-    return {
-        "image_processor_type": "LlavaImageProcessor",
+    square = {"height": size, "width": size}
+    cropped = {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}
+    if what.aspect == "pad":
+        values = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, **cropped}
+    elif what.vision.crops:
+        values = {"image_processor_type": "CLIPImageProcessor", **cropped}
+    else:
+        values = {"image_processor_type": "SiglipImageProcessor", "size": square}
+    return values | {
         "do_convert_rgb": True,
-        "do_pad": what.aspect == "pad",
         "do_resize": True,
-        "size": {"shortest_edge": size},
         "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -14,10 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from stf_jax.config import UserError
 from stf_jax.runtime.checkpoint import SavedParams
+from stf_jax.runtime.files import fetched, in_bucket, upload
 
 MINIATURES = pathlib.Path(__file__).parent / "miniatures"
 
@@ -38,7 +40,7 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
       UserError: a source that cannot be read, or parameters that are missing, unknown or of another shape, all listed.
     """
     names = [part.strip() for part in sources.split(",") if part.strip()]
-    opened = [_open(MINIATURES if name == "miniatures" else pathlib.Path(name)) for name in names]
+    opened = [_open(MINIATURES if name == "miniatures" else epath.Path(name)) for name in names]
     found = {path: (shape, read) for shapes, read in opened for path, shape in shapes.items()}
     fresh = list(fresh)
 
@@ -70,15 +72,20 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
 
 
 @contextlib.contextmanager
-def new_folder(to: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to fill, which becomes ``to`` when all is well, and is removed when it is not.
+def new_folder(to: epath.Path) -> Iterator[pathlib.Path]:
+    """A local folder to fill, which becomes ``to`` when all is well, and is removed when it is not.
 
     Raises:
       UserError: ``to`` exists and is not an empty folder, or cannot be written; the disk is full.
     """
-    to = to.absolute()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"{to} exists and is not empty; choose another folder for --to.")
+    if in_bucket(to):
+        with tempfile.TemporaryDirectory() as local:
+            yield pathlib.Path(local)
+            upload(pathlib.Path(local), to)
+        return
+    to = pathlib.Path(to).absolute()
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{to.name}.", suffix=".partial", dir=to.parent))
@@ -105,7 +112,7 @@ def _open(folder):
     if SavedParams.at(folder):
         saved = SavedParams(folder)
         return {path: leaf.shape for path, leaf in saved.shapes.items()}, saved.restore
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(fetched(folder).glob("*.safetensors"))
     if not files:
         raise UserError(f"init_from names {folder}, which holds neither *.safetensors nor a run's checkpoints.")
     where = {}

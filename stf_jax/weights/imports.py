@@ -16,6 +16,7 @@ from stf_jax.config import UserError
 from stf_jax.data.tokenizer import SENTENCEPIECE, read_tokenizer
 from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.checkpoint import write_params
+from stf_jax.runtime.files import fetched
 from stf_jax.weights.folder import new_folder
 from stf_jax.weights.gguf import open_gguf
 from stf_jax.weights.hf import Place
@@ -74,7 +75,7 @@ def _import(source, folder, vision, dtype):
         "notes": [note for _, found in sources for note in found.notes],
         "model": dataclasses.asdict(description),
     }
-    if main.llm is not None and (trouble := _save_tokenizer(pathlib.Path(source), folder / "tokenizer")):
+    if main.llm is not None and (trouble := _save_tokenizer(fetched(source), folder / "tokenizer")):
         report["notes"].append(f"No tokenizer came along ({trouble}); give one as config.data.tokenizer.")
     (folder / "import.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
@@ -95,9 +96,9 @@ def summary(report: dict[str, Any], to: pathlib.Path) -> str:
 
 
 def _open(source):
-    path = pathlib.Path(source)
+    path = fetched(source)
     if not path.exists():
-        raise UserError(f"{source} does not exist; give a local folder or file.")
+        raise UserError(f"{source} does not exist; give a folder or file.")
     if (file := _gguf(path)) is not None:
         return open_gguf(file)
     folder = path if path.is_dir() else path.parent

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
+from etils import epath
 
 from stf_jax.config import FusionConfig, ModelConfig, UserError, from_json
 from stf_jax.data.tokenizer import MINIATURE
@@ -14,6 +15,7 @@ from stf_jax.models.llm import LLMConfig
 from stf_jax.models.presets import DESCRIPTION, llm_config, llm_preset, vision_config, vision_preset
 from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.checkpoint import SavedParams
+from stf_jax.runtime.files import fetched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class SavedModel:
     tokenizer: pathlib.Path | None
 
 
-def open_model(folder: pathlib.Path) -> SavedModel:
+def open_model(folder: epath.Path) -> SavedModel:
     """Raises UserError where the folder is neither, or its description does not read."""
     if not SavedParams.at(folder):
         raise UserError(f"{folder} is neither the workdir of a run (it has no checkpoints/) nor imported weights.")
@@ -65,14 +67,14 @@ def open_model(folder: pathlib.Path) -> SavedModel:
                 values["aspect"],
             )
             model = ModelConfig(str(folder), str(folder), description.fusion or FusionConfig())
-            tokenizer = folder / "tokenizer"
+            tokenizer = fetched(folder / "tokenizer")
         else:
             config = from_json(json.loads((folder / "config.json").read_bytes()))
             model, data = config.model, config.data
             description = Description(
                 vision_preset(model.vision), llm_preset(model.llm), model.fusion, data.template, data.aspect
             )
-            tokenizer = MINIATURE if data.tokenizer == "miniature" else pathlib.Path(data.tokenizer)
+            tokenizer = MINIATURE if data.tokenizer == "miniature" else fetched(data.tokenizer)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} does not say what model it holds: {error!r}.") from None
     return SavedModel(description, model, saved.shapes, saved.read, tokenizer if tokenizer.is_dir() else None)

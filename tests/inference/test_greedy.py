@@ -1,5 +1,7 @@
 """Greedy answers equal a naive loop over unpadded prompts, whatever the batch and the mesh."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from tiny import tiny
 from stf_jax.config import MeshConfig
 from stf_jax.data.conversation import Encoded
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.inference.greedy import GreedyAnswers
+from stf_jax.inference.greedy import GreedyAnswers, stop_token
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.mesh import make_mesh
 from stf_jax.training.state import blueprint
@@ -60,19 +62,38 @@ def test_equals_a_loop_without_padding_or_batch(model, mesh):
     prompts, images = _prompts(slots, 6)
     mesh = make_mesh(mesh)
     on_mesh = {path: jax.device_put(x, plan.shardings(mesh)[path]) for path, x in params.items()}
-    said = list(GreedyAnswers(plan, on_mesh, tokenizer, mesh, LIMIT)(prompts, images))
+    said = list(GreedyAnswers(plan, on_mesh, tokenizer, mesh, LIMIT, "v1")(prompts, images))
     expected = [_naive(plan, params, p, i, tokenizer) for p, i in zip(prompts, images, strict=True)]
     assert said == expected
     assert len(set(said)) > 1  # the pictures and prompts matter, or the comparison says little
 
 
-def test_stops_at_the_end_of_sequence(model):
-    plan, params, slots = model
+def says(monkeypatch, tokenizer, template, tokens):
+    """What is made of new tokens in that template."""
+    row = np.array([tokens], np.int32)
+    monkeypatch.setattr("stf_jax.inference.greedy._generate", lambda *_: row)
+    monkeypatch.setattr("jax.jit", lambda call: call)
+    mesh = make_mesh(MeshConfig(1, 1, 1))
+    answers = GreedyAnswers(types.SimpleNamespace(precision="float32"), {}, tokenizer, mesh, LIMIT, template)
+    prompt = Encoded(np.array([1], np.int32), np.zeros(1, bool), np.zeros(1, bool))
+    return list(answers([prompt], [np.zeros((0, 2, 2, 3), np.uint8)]))
+
+
+def test_stops_where_an_answer_ends_in_the_template(monkeypatch):
     tokenizer = load_tokenizer("miniature")
-    # A head that always prefers </s>: the final norm scales by 0 but for what the embedding of </s> picks up.
-    params = params | {"llm/embedding": jnp.zeros_like(params["llm/embedding"]).at[tokenizer.eos_token_id].set(1.0)}
-    params |= {"llm/norm/scale": jnp.ones_like(params["llm/norm/scale"])}
-    prompts, images = _prompts(slots, 1)
-    answers = GreedyAnswers(plan, params, tokenizer, make_mesh(MeshConfig(1, 1, 1)), LIMIT)
-    (said,) = answers(prompts, images)
-    assert "</s>" not in said
+    names = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    a, b, c = (tokenizer.convert_tokens_to_ids(letter) for letter in "abc")
+    for template, stop in (
+        ("v1", "</s>"),
+        ("plain", "</s>"),
+        ("mistral", "</s>"),
+        ("chatml", "<|im_end|>"),
+        ("llama-3", "<|eot_id|>"),
+    ):
+        stop, other = (tokenizer.convert_tokens_to_ids(x) for x in (stop, "</s>" if stop != "</s>" else "<|im_end|>"))
+        assert stop_token(template, tokenizer) == stop
+        assert says(monkeypatch, tokenizer, template, [a, b, stop, c]) == [tokenizer.decode([a, b])]
+        assert says(monkeypatch, tokenizer, template, [a, other, stop, c]) == [tokenizer.decode([a])]
+        assert says(monkeypatch, tokenizer, template, [a, other, b, c]) == [tokenizer.decode([a, b, c])]
+        assert says(monkeypatch, tokenizer, template, [stop, a, b, c]) == [""]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny import Setup, preparation
 
-from stf_jax.data.pipeline import training_batches, training_records
+from stf_jax.data.pipeline import Batches, training_records
 from stf_jax.main import main
 from stf_jax.runtime.checkpoint import Checkpoints
 from stf_jax.runtime.cli import door
@@ -119,9 +119,10 @@ def test_the_run_goes_on_from_its_last_checkpoint(runs):
 def _restored(workdir):
     setup = Setup.of(steps=STEPS, **CHANGES)
     records = training_records(setup.config)
-    iterator = iter(training_batches(setup.config, records, preparation(setup.config), host=0, hosts=1))
+    iterator = Batches(setup.config, records, preparation(setup.config), host=0, hosts=1)
     checkpoints = Checkpoints(workdir, setup.config.checkpoint)
-    arrays, _ = checkpoints.restore(STEPS, setup.layout, iterator)
+    arrays, position, _ = checkpoints.restore(STEPS, setup.layout)
+    iterator.set_state(position)
     checkpoints.close()
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(arrays)}, iterator
 

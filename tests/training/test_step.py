@@ -14,7 +14,7 @@ import transformers
 from tiny import Setup, batches, filled, preparation
 
 from stf_jax.config import OptimizerConfig
-from stf_jax.data.packing import Batch, pad, to_batch
+from stf_jax.data.packing import Batch, to_batch, to_row
 from stf_jax.data.pipeline import training_records
 from stf_jax.training.optimizer import decays, learning_rate, make_optimizer
 from stf_jax.training.step import loss_sum
@@ -204,9 +204,9 @@ def _packed_and_not():
     ).config
     packed = batches(config, 1)[0]
     records, prepare = training_records(config), preparation(config)
-    examples = {bytes(e["tokens"]): e for e in (prepare(records[i]) for i in range(len(records)))}
+    examples = {bytes(e.tokens): e for e in (prepare(records[i]) for i in range(len(records)))}
     rows = [
-        pad(examples[bytes(tokens[segments == segment])], 256, 1)
+        to_row([examples[bytes(tokens[segments == segment])]], 256, 1, prepare.vision.image_size)
         for tokens, segments in zip(packed.tokens, packed.segment_ids, strict=True)
         for segment in range(1, segments.max() + 1)
     ]

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig
 from stf_jax.convert import main
-from stf_jax.data.conversation import encode, template_items
+from stf_jax.data.conversation import CHATS, SYSTEM, encode, template_items
 from stf_jax.data.image import to_square
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
@@ -144,6 +144,12 @@ def our_logits(folder, ids, is_image, pictures):
     return our_model(folder)(tokens, slots, shown)[0, : len(ids)]
 
 
+def seen(inputs, config):
+    """The pictures of a processor's answer, uint8 [M, H, W, 3]."""
+    values = inputs["pixel_values"].permute(0, 2, 3, 1).numpy()
+    return np.rint((values * np.array(config.std) + np.array(config.mean)) * 255).astype(np.uint8)
+
+
 def picture(seed, size=(50, 41)):
     return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8))
 
@@ -175,7 +181,7 @@ def test_logits_agree(exported, case):
     is_image = ids == processor.image_token_id
     saved = open_model(folder)
     assert is_image.sum() == 2 * slots_per_image(saved.config)
-    squares = [to_square(one, saved.description.vision, "square") for one in pictures]
+    squares = seen(inputs, saved.description.vision)
     np.testing.assert_allclose(
         logits[:, : saved.description.llm.vocab], our_logits(folder, ids, is_image, squares), atol=1e-4
     )
@@ -199,11 +205,10 @@ def test_generations_agree_in_batches_padded_on_the_left(exported, case):
         without = model.generate(**inputs, max_new_tokens=64, do_sample=False, use_cache=False)
     assert torch.equal(said, without)
     vision = open_model(folder).description.vision
-    start = inputs["input_ids"].shape[1]
+    start, squares = inputs["input_ids"].shape[1], iter(seen(inputs, vision))
     for row, mask, shown in zip(said.numpy(), inputs["attention_mask"].numpy(), pictures, strict=True):
         ids = row[start - mask.sum() :]
-        squares = [to_square(one, vision, "square") for one in shown]
-        logits = our_logits(folder, ids, ids == processor.image_token_id, squares)
+        logits = our_logits(folder, ids, ids == processor.image_token_id, [next(squares) for _ in shown])
         logits[:, processor.image_token_id] = -np.inf  # which the export's generation config keeps from being said
         choices = logits.argmax(-1)[-65:-1]
         assert len(choices) == 64
@@ -285,33 +290,90 @@ def our_prompt(folder, tokenizer, template, turns, pictures):
     return encode(template_items(template, Record("a", pictures, turns)), tokenizer, slots)
 
 
+CONTROL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+STOPS = {"llama-3": "<|eot_id|>", "chatml": "<|im_end|>"}
+
+
+def with_tokenizer(folder, kind, request):
+    """Gives the model Llama's tokenizer or its own, with the control tokens of every template; loads it."""
+    source = MINIATURE if kind == "miniature" else request.getfixturevalue(kind).name_or_path
+    tokenizer = load_tokenizer(str(source))
+    tokenizer.add_special_tokens({"additional_special_tokens": CONTROL})
+    shutil.rmtree(folder / "tokenizer")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return load_tokenizer(str(folder / "tokenizer"))
+
+
+@pytest.mark.parametrize("template", CHATS)
 @pytest.mark.parametrize("kind", ["miniature", "llama"])
 @pytest.mark.parametrize("case", ["the paper's", "mlp"])
-def test_prompts_are_ours_to_the_token(tmp_path, case, kind, request):
-    folder = make(tmp_path / "ours", *CASES[case])
-    if kind == "llama":
-        llama = request.getfixturevalue("llama")
-        shutil.rmtree(folder / "tokenizer")
-        shutil.copytree(llama.name_or_path, folder / "tokenizer")
+def test_prompts_are_ours_to_the_token(tmp_path, case, kind, template, request):
+    folder = make(tmp_path / "ours", *CASES[case], template=template)
+    tokenizer = with_tokenizer(folder, kind, request)
     export_hf(folder, tmp_path / "hf")
-    _, processor = load(tmp_path / "hf")
-    tokenizer, pictures = load_tokenizer(str(folder / "tokenizer")), (picture(1), picture(2))
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    pictures = (picture(1), picture(2), picture(3))
+    # Our own processor knows which special tokens are the template's.
+    name = "<s> and <unk>" if case != "mlp" else "and"
     said = (
-        turn("  Compare\nthem. ", *pictures),
-        {"role": "assistant", "content": [{"type": "text", "text": "One is red."}]},
+        turn(f"  Compare\nthem {name}. ", *pictures[:2]),
+        {"role": "assistant", "content": [{"type": "text", "text": " One is red. "}]},
         turn("Which?"),
+        {"role": "assistant", "content": "Straße 🤗"},
+        turn("And now?", pictures[2]),
     )
-    turns = (Turn("human", "<image>\n  Compare\nthem. <image>"), Turn("gpt", "One is red."), Turn("human", "Which?"))
+    turns = (
+        Turn("human", f"<image>\n  Compare\nthem {name}. <image>"),
+        Turn("gpt", "One is red."),
+        Turn("human", "Which?"),
+        Turn("gpt", "Straße 🤗"),
+        Turn("human", "<image>\nAnd now?"),
+    )
     inputs = prompt(processor, *said)
-    ours = our_prompt(folder, tokenizer, "v1", turns, pictures)
+    ours = our_prompt(folder, tokenizer, template, turns, pictures)
     is_image = inputs["input_ids"][0].numpy() == processor.image_token_id
     assert is_image.tolist() == ours.is_image.tolist()
     assert inputs["input_ids"][0].numpy()[~is_image].tolist() == ours.tokens[~is_image].tolist()
     assert inputs["attention_mask"].all()
     # A whole conversation, as for training there.
-    whole = processor.apply_chat_template(list(said[:2]), tokenize=True, return_dict=True)["input_ids"][0]
-    ours = our_prompt(folder, tokenizer, "v1", turns[:2], pictures)
+    whole = processor.apply_chat_template(list(said[:4]), tokenize=True, return_dict=True)["input_ids"][0]
+    ours = our_prompt(folder, tokenizer, template, turns[:4], pictures[:2])
     assert [i for i in whole if i != processor.image_token_id] == ours.tokens[~ours.is_image].tolist()
+    # Releases before 5 know these by another name.
+    values = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert set(CONTROL) <= set(values["additional_special_tokens"])
+    assert "extra_special_tokens" not in values
+    # What ends an answer there ends it here.
+    ends = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == tokenizer.convert_tokens_to_ids(STOPS.get(template, "</s>"))
+
+
+@pytest.mark.parametrize("template", CHATS)
+def test_a_system_message_takes_the_place_of_the_templates(tmp_path, template, request):
+    folder = make(tmp_path / "ours", *CASES["the paper's"], template=template)
+    with_tokenizer(folder, "miniature", request)
+    export_hf(folder, tmp_path / "hf")
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    asked = (turn("What?"), {"role": "assistant", "content": "A cat."}, turn("Sure?"))
+    system = {"role": "system", "content": [{"type": "text", "text": ' Say "no".\n'}]}
+
+    def text(*said):
+        return processor.apply_chat_template(list(said), add_generation_prompt=True)
+
+    own = {"v1": SYSTEM, "chatml": "You are a helpful assistant."}.get(template)
+    if own is None:
+        with pytest.raises(Exception, match="trained without system messages"):
+            text(system, *asked)
+        return
+    assert text(*asked).count(own) == 1
+    assert text(system, *asked) == text(*asked).replace(own, 'Say "no".')
+
+
+def test_a_template_without_its_control_tokens_is_not_exported(tmp_path, capsys):
+    folder = make(tmp_path / "ours", *CASES["the paper's"], template="chatml")
+    assert door(main, ["export", str(folder), "--format=hf", f"--to={tmp_path / 'hf'}"]) == 2
+    assert "'chatml' needs the token <|im_start|>" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
 
 
 def test_captions_are_asked_for_as_they_were_learned(tmp_path):
@@ -327,16 +389,22 @@ def test_captions_are_asked_for_as_they_were_learned(tmp_path):
 
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("aspect", ["square", "pad"])
-def test_pictures_are_ours_to_the_value(tmp_path, tower, aspect):
+def test_pictures_are_ours(tmp_path, tower, aspect):
     folder = make(tmp_path / "ours", FusionConfig("mbtf_stf"), tower, "llama", aspect=aspect)
     export_hf(folder, tmp_path / "hf")
     _, processor = load(tmp_path / "hf")
     config = TOWERS[tower]
     for size in ((36, 36), (50, 41), (41, 50), (20, 97), (200, 30)):
         one = picture(3, size)
-        values = prompt(processor, turn("What?", one))["pixel_values"][0].permute(1, 2, 0).numpy()
-        ours = (to_square(one, config, aspect) / 255 - np.array(config.mean)) / np.array(config.std)
-        np.testing.assert_allclose(values, ours, atol=1e-6)
+        inputs = prompt(processor, turn("What?", one))
+        values = inputs["pixel_values"][0].permute(1, 2, 0).numpy()
+        ours = to_square(one, config, aspect)
+        off = np.abs(seen(inputs, config)[0].astype(int) - ours)
+        assert off.max() <= 1  # roundings, in few places
+        assert (off > 0).mean() < 0.02
+        np.testing.assert_allclose(
+            values, (seen(inputs, config)[0] / 255 - np.array(config.mean)) / np.array(config.std), atol=1e-6
+        )
 
 
 def test_pictures_and_places_must_match(exported):

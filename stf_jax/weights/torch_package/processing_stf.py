@@ -12,6 +12,7 @@ class LlavaSTFProcessor(ProcessorMixin):
     Args:
       num_image_tokens: ids that one picture takes.
       image_token: what stands for a picture in a text.
+      control_tokens: special tokens of the chat template. Other names of special tokens in a text are text.
     """
 
     if not hasattr(ProcessorMixin, "get_attributes"):  # transformers before 5 cannot tell them from __init__
@@ -20,9 +21,17 @@ class LlavaSTFProcessor(ProcessorMixin):
         tokenizer_class = "AutoTokenizer"
 
     def __init__(
-        self, image_processor=None, tokenizer=None, num_image_tokens=144, image_token="<image>", chat_template=None, **_
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_image_tokens=144,
+        image_token="<image>",
+        control_tokens=(),
+        chat_template=None,
+        **_,
     ):
         self.num_image_tokens = num_image_tokens
+        self.control_tokens = list(control_tokens)
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -30,8 +39,8 @@ class LlavaSTFProcessor(ProcessorMixin):
     def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
         """``input_ids`` and ``attention_mask`` of texts, and ``pixel_values`` of pictures, in the order of the texts.
 
-        The model was trained on text tokenised from mark to mark (``<image>``, end of sequence), each piece as if a
-        text began there; so it is here.
+        The model was trained on text tokenised from mark to mark (``<image>``, control tokens), each piece as if a text
+        began there; so it is here.
 
         Args:
           images: one picture or a list of them, or a list of lists, one a text.
@@ -85,15 +94,18 @@ class LlavaSTFProcessor(ProcessorMixin):
         return self.image_token * self.num_image_tokens
 
     def _ids(self, text, begin):
-        end, tokenizer = self.tokenizer.eos_token, self.tokenizer
-        ids = [token for token in tokenizer("").input_ids if token != tokenizer.eos_token_id] if begin else []
-        for piece in re.split(f"({re.escape(self.image_token)}|{re.escape(end)})", text):
+        def tokens(piece, **how):
+            return self.tokenizer(piece, split_special_tokens=True, **how).input_ids
+
+        ids = [token for token in tokens("") if token != self.tokenizer.eos_token_id] if begin else []
+        marks = "|".join(re.escape(mark) for mark in (self.image_token, *self.control_tokens))
+        for piece in re.split(f"({marks})", text):
             if piece == self.image_token:
                 ids += [self.image_token_id] * self.num_image_tokens
-            elif piece == end:
-                ids.append(tokenizer.eos_token_id)
+            elif piece in self.control_tokens:
+                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
             elif piece:
-                ids += tokenizer(piece, add_special_tokens=False).input_ids
+                ids += tokens(piece, add_special_tokens=False)
         return ids
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):

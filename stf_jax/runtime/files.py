@@ -1,0 +1,128 @@
+"""Files that appear whole, here or in a bucket (where an object is there whole or not at all)."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+from etils import epath
+
+
+@contextlib.contextmanager
+def new_text(path: epath.Path) -> Iterator[TextIO]:
+    """A UTF-8 file to write, which has its name only after the ``with`` block; nothing remains of one that fails."""
+    if in_bucket(path):
+        with io.StringIO() as file:
+            yield file
+            path.write_text(file.getvalue())
+        return
+    partial = _partial(path)
+    try:
+        with partial.open("w") as file:
+            yield file
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes a value, indented, as a file that appears whole."""
+    with new_text(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def move_in(local: pathlib.Path, path: epath.Path) -> None:
+    """Moves a local file to where it belongs, which may be another disk or a bucket; it appears whole."""
+    partial = path if in_bucket(path) else _partial(path)
+    _copy(local, partial)
+    if partial != path:
+        partial.replace(path)
+    local.unlink()
+
+
+class GrowingFile:
+    """A text file that lines are added to, as it is read by others.
+
+    A bucket's files cannot grow: there, all of it is written again, twice a minute at most, and when it is closed.
+    """
+
+    _EVERY = 30.0  # seconds
+
+    def __init__(self, path: epath.Path, lines: Sequence[str]):
+        """Begins with those lines, whatever the file held."""
+        self._path, self._lines, self._written = path, list(lines), time.monotonic()
+        self._write()
+        self._file = None if in_bucket(path) else pathlib.Path(path).open("a", buffering=1)
+
+    def append(self, line: str) -> None:
+        """Adds a line."""
+        if self._file is not None:
+            self._file.write(line + "\n")
+            return
+        self._lines.append(line)
+        if time.monotonic() - self._written > self._EVERY:
+            self._write()
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        if self._file is not None:
+            self._file.close()
+        else:
+            self._write()
+
+    def _write(self):
+        self._path.write_text("".join(line + "\n" for line in self._lines))
+        self._written = time.monotonic()
+
+
+def _partial(path):
+    return path.parent / f".{os.path.basename(path)}.partial"
+
+
+def fetched(path: str | os.PathLike) -> pathlib.Path:
+    """A file or folder as a local path: itself, or, of a bucket, a copy in the cache, brought up to date.
+
+    Many libraries read local files alone. The cache is ``$XDG_CACHE_HOME/stf_jax``, or ``~/.cache/stf_jax``.
+    """
+    remote = epath.Path(path)
+    if not in_bucket(remote):
+        return pathlib.Path(path)
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "stf_jax"
+    local = cache / os.fspath(remote).replace("://", "/")
+    for source in _files(remote):
+        target = local / source.relative_to(remote) if source != remote else local
+        size = source.stat().length
+        if not target.exists() or target.stat().st_size != size:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.{os.getpid()}")  # hosts may share a cache
+            _copy(source, partial)
+            partial.replace(target)
+    return local
+
+
+def upload(local: pathlib.Path, to: epath.Path) -> None:
+    """Copies a local folder's files to a bucket."""
+    for source in sorted(path for path in local.rglob("*") if path.is_file()):
+        _copy(source, to / source.relative_to(local).as_posix())
+
+
+def in_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path is a URI (``gs://``, ``s3://``)."""
+    return "://" in os.fspath(path)
+
+
+def _copy(source, target):
+    with source.open("rb") as opened, target.open("wb") as file:
+        shutil.copyfileobj(opened, file, 2**22)
+
+
+def _files(path):
+    if not path.is_dir():
+        return [path] if path.exists() else []
+    return [file for entry in path.iterdir() for file in _files(entry)]

@@ -1,0 +1,250 @@
+"""Preparing LLaVA's files: what is kept, what is dropped and why, and going on after a kill."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import grain
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+from etils import epath
+from make_llava import make
+
+from stf_jax.config import UserError
+from stf_jax.data.conversation import encode, template_items
+from stf_jax.data.llava import LlavaRecords, PreparedRecords, read_rows
+from stf_jax.data.preparing import Options, prepare
+from stf_jax.data.tokenizer import load_tokenizer
+from stf_jax.prepare import main
+from stf_jax.runtime.cli import door
+
+ROWS, SHARD = 40, 16
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """LLaVA's files with known faults, and how many rows each fault spoils."""
+    folder = tmp_path_factory.mktemp("llava")
+    return folder, make(folder, captions=8, conversations=ROWS)
+
+
+def options(folder, out, **changes):
+    annotations = (str(folder / "llava_v1_5_mix665k.json"),)
+    made = {"annotations": annotations, "images": str(folder / "images"), "out": str(out), "workers": 2}
+    return Options(**made | {"shard_rows": SHARD} | changes)
+
+
+@pytest.fixture(scope="module")
+def prepared(data, tmp_path_factory):
+    """A finished data set under a name that TFDS takes, and its report."""
+    out = tmp_path_factory.mktemp("out") / "mine" / "1.0.0"
+    report = prepare(options(data[0], out, tokenizer="miniature", image_tokens=9))
+    return out, report
+
+
+def test_each_fault_is_dropped_for_its_reason(data, prepared):
+    (_, faults), (out, report) = data, prepared
+    values = json.loads((out / "report.json").read_text())
+    assert values == report.values
+    assert values["rows_read"] == ROWS + sum(faults.values())
+    assert values["rows_kept"] == ROWS
+    assert values["rows_dropped"] == faults
+    for row in values["dropped"]:
+        # Each id of the bad rows says what is wrong with it.
+        assert row["id"].removeprefix("bad-") in {"empty": "corrupt", "long": "over_length"} | {row["reason"]: ""}
+        rows = json.loads(pathlib.Path(row["file"]).read_text())
+        assert rows[row["row"]]["id"] == row["id"]
+        assert row["image"] == rows[row["row"]].get("image", "")
+    assert values["image_formats"]["GIF"] == ROWS // 8
+    assert values["text_only_rows"] == ROWS // 16
+
+
+def test_the_summary_names_reasons_files_and_ids(data, prepared):
+    text = prepared[1].summary()
+    assert f"{ROWS} kept" in text
+    for reason in data[1]:
+        assert reason in text
+    assert "bad-missing  vg/VG_100K_2/0.jpg" in text
+    assert "tokens a conversation, counted by miniature: min" in text
+    with PIL.Image.open(prepared[0] / "histograms.png") as picture:
+        assert picture.size == (1100, 396)
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 10
+
+
+def test_tfds_and_grain_read_it_by_index(data, prepared):
+    folder, out = data[0], prepared[0]
+    source = tfds.data_source("mine", data_dir=out.parent.parent, split="train")
+    rows = json.loads((out / "kept.json").read_text())
+    assert len(source) == len(rows) == ROWS
+    dataset = grain.MapDataset.source(source).seed(0).shuffle()
+    assert sorted(dataset[i]["id"].decode() for i in range(ROWS)) == sorted(row["id"] for row in rows)
+    for found, row in zip(source, rows, strict=True):
+        talk = found["conversations"]
+        values = [value.decode() for value in talk["value"]]
+        assert [{"from": a.decode(), "value": b} for a, b in zip(talk["from"], values, strict=True)] == (
+            row["conversations"]
+        )
+        names = [row["image"]] if "image" in row else []
+        # Files are kept byte by byte.
+        assert found["images"] == [(folder / "images" / name).read_bytes() for name in names]
+
+
+def test_it_gives_the_records_that_the_files_give(data, prepared):
+    folder, out = data[0], prepared[0]
+    files = LlavaRecords(str(folder / "llava_v1_5_mix665k.json"), str(folder / "images"))
+    by_id = {}
+    for i in range(len(files)):
+        try:
+            by_id[files[i].id] = files[i]
+        except UserError:
+            continue
+    ready = PreparedRecords(str(out))
+    for record in (ready[i] for i in range(len(ready))):
+        expected = by_id[record.id]
+        assert record.turns == expected.turns
+        for ours, theirs in zip(record.pictures, expected.pictures, strict=True):
+            assert ours().tobytes() == theirs().tobytes()
+
+
+def test_tokens_are_those_of_training(prepared):
+    tokenizer, ready = load_tokenizer("miniature"), PreparedRecords(str(prepared[0]))
+    lengths = [len(encode(template_items("v1", ready[i]), tokenizer, 9).tokens) for i in range(len(ready))]
+    tokens = prepared[1].values["tokens"]
+    assert (tokens["min"], tokens["max"]) == (min(lengths), max(lengths))
+    assert tokens["mean"] == pytest.approx(np.mean(lengths))
+
+
+def test_the_command_repeated_says_the_same_and_changes_nothing(data, tmp_path, capsys):
+    folder, out = data[0], tmp_path / "out"
+    command = [f"--annotations={folder}/llava_v1_5_mix665k.json", f"--images={folder}/images", f"--out={out}"]
+    command += ["--limit=20", "--max-side=64", "--workers=1"]
+    assert door(main, command) == 0
+    said = capsys.readouterr().out
+    assert "20 rows read" in said
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert not (out / "unfinished").exists()
+    assert door(main, command) == 0
+    assert capsys.readouterr().out == said
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    # What else the command asked for: pictures shrunk on the way in, their proportions kept.
+    ready = PreparedRecords(str(out))
+    files = LlavaRecords(f"{folder}/llava_v1_5_mix665k.json", f"{folder}/images")
+    shapes = {files[i].id: files[i].pictures[0]().size for i in range(20) if "bad" not in str(files._rows[i]["id"])
+              and files[i].pictures}  # fmt: skip
+    for i in range(len(ready)):
+        for picture in ready[i].pictures:
+            width, height = picture().size
+            assert max(width, height) == 64
+            assert width / height == pytest.approx(np.divide(*shapes[ready[i].id]), rel=0.05)
+    assert door(main, [*command, "--max-length=9"]) == 2
+    assert "holds a data set made from other input" in capsys.readouterr().err
+
+
+_KILLED = """
+import sys
+from stf_jax.data.preparing import Options, prepare
+if __name__ == "__main__":
+    folder, out = sys.argv[1:]
+    prepare(Options((f"{folder}/llava_v1_5_mix665k.json",), f"{folder}/images", out, workers=1, shard_rows=2))
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(data, tmp_path):
+    folder, out = data[0], tmp_path / "out"
+    script = tmp_path / "script.py"
+    script.write_text(_KILLED)
+    process = subprocess.Popen([sys.executable, script, folder, out], start_new_session=True)
+    notes = out / "unfinished"
+    try:
+        while process.poll() is None and len(list(notes.glob("0*.json"))) < 3:
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)  # its worker too
+    finally:
+        process.wait()
+    assert not (out / "dataset_info.json").exists()
+    with pytest.raises(UserError, match="holds no finished data set"):
+        PreparedRecords(str(out))
+    done = {f"llava-train.array_record-{note.stem}-of-00024" for note in notes.glob("0*.json")}
+    assert 3 <= len(done) < 24
+    before = {name: (out / name).stat().st_mtime_ns for name in done}
+    again = options(folder, out, workers=1, shard_rows=2)
+    with pytest.raises(UserError, match="unfinished work on other input"):
+        prepare(options(folder, out, shard_rows=2, limit=7))
+    resumed = prepare(again)
+    assert {name: (out / name).stat().st_mtime_ns for name in done} == before
+    whole = prepare(options(folder, tmp_path / "whole", shard_rows=2))
+    assert resumed.values == whole.values
+    assert (out / "kept.json").read_bytes() == (tmp_path / "whole" / "kept.json").read_bytes()
+    sources = (tfds.builder_from_directory(path).as_data_source("train") for path in (out, tmp_path / "whole"))
+    assert len(resumed.values["dropped"]) == 8
+    for ours, theirs in zip(*sources, strict=True):
+        assert (ours["id"], ours["images"]) == (theirs["id"], theirs["images"])
+    names = {path.name for path in out.iterdir()}
+    assert names == {path.name for path in (tmp_path / "whole").iterdir()}  # nothing half-written remains
+
+
+def test_strict_ends_at_a_bad_row_and_leaves_nothing_that_reads_as_finished(data, tmp_path, capsys):
+    folder, out = data[0], tmp_path / "out"
+    command = [f"--annotations={folder}/llava_v1_5_mix665k.json", f"--images={folder}/images", f"--out={out}"]
+    assert door(main, [*command, "--strict", "--workers=1"]) == 2
+    assert capsys.readouterr().err.startswith("error: --strict: ")
+    assert not list(out.glob("llava-train*"))
+    assert not (out / "dataset_info.json").exists()
+
+
+def test_names_that_lead_elsewhere_and_absurd_pictures_are_refused(tmp_path):
+    (tmp_path / "images").mkdir()
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    PIL.Image.new("RGB", (1, 300)).save(tmp_path / "images" / "thin.png")
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "images" / "good.png")
+    names = ["../secret.png", str(tmp_path / "secret.png"), "gs://bucket/a.png", "a\0b.png", "thin.png", "good.png"]
+    talk = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A thing."}]
+    rows = [{"id": "same", "image": name, "conversations": talk} for name in names]
+    (tmp_path / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
+    report = prepare(options(tmp_path, tmp_path / "out", workers=1))
+    assert report.values["rows_dropped"] == {"outside": 4, "too_large": 1}
+    assert report.values["duplicate_ids"] == ["same"]
+    assert report.values["tokens_are"].startswith("estimated")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"annotations": ("nowhere.json",)}, r"nowhere\.json cannot be read: No such file"),
+        ({"images": "nowhere"}, r"The image folder nowhere does not exist"),
+        ({"tokenizer": "nowhere"}, r"The tokenizer is missing"),
+        ({"tokenizer": "miniature", "template": "chatml"}, r"needs the token <\|im_start\|>"),
+        ({"tokenizer": "miniature", "template": "phi"}, r"Unknown data\.template='phi'"),
+        ({"out": "."}, r"\. exists and is not empty"),
+    ],
+)
+def test_input_that_cannot_be_used_is_named(data, tmp_path, monkeypatch, changes, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "something").touch()
+    with pytest.raises(UserError, match=sentence):
+        prepare(options(data[0], **{"out": "out"} | changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--workers=0", "--limit=-1", "--max-length=-5", "--image-tokens=0", "--limit=x"])
+def test_numbers_out_of_range_are_refused(option, capsys):
+    assert door(main, ["--annotations=a", "--images=b", "--out=c", option]) == 2
+    assert option.split("=")[0] in capsys.readouterr().err
+
+
+def test_annotations_are_streamed(tmp_path):
+    row = {"id": "a", "conversations": [{"from": "human", "value": "x" * 10_000}]}
+    (tmp_path / "rows.json").write_text(json.dumps([row] * 2000))  # 20 MB
+    tracemalloc.start()
+    count = sum(1 for _ in read_rows(epath.Path(tmp_path / "rows.json")))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 2000
+    assert peak < 2**20

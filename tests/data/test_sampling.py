@@ -1,0 +1,348 @@
+"""The plan of an epoch: exact on any number of hosts, grouped as LLaVA groups, mixed as asked for."""
+
+import collections
+import dataclasses
+import fractions
+import itertools
+import math
+import random
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stf_jax.config import DataConfig, UserError
+from stf_jax.data.sampling import Plan
+
+MODES = {
+    "packed": {"packing": True},
+    "grouped": {},
+    "shuffled": {"group_by_modality_length": False},
+}
+LENGTH = 64
+
+
+def measured(count, seed=0, longest=LENGTH):
+    """Lengths and pictures of so many conversations, a third of them text alone, some of no use (length 0)."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, longest + 1, count)
+    lengths[rng.random(count) < 0.05] = 0
+    return lengths, np.where(lengths > 0, rng.choice([0, 1, 2], count), 0)
+
+
+def planned(count=100, batch=8, seed=0, sizes=None, **data):
+    config = DataConfig(**{"max_length": LENGTH, "images_per_row": 4} | data)
+    lengths, pictures = measured(count)
+    return Plan(config, seed, batch, lengths, pictures, sizes or [count])
+
+
+def epochs_of(plan, count, batch=8):
+    """The rows of the first epochs, by epoch."""
+    ends = [0, *(plan.steps(epoch) * batch for epoch in range(1, count + 1))]
+    return [[plan[i] for i in range(a, b)] for a, b in itertools.pairwise(ends)]
+
+
+def members(rows):
+    return [int(i) for row in rows for i in row.members]
+
+
+def chunks(rows, size):
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+# ---- An epoch --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("count", [96, 64, 97, 63, 5, 1])
+def test_hosts_together_see_every_conversation_once_an_epoch(mode, hosts, count):
+    alone = planned(count, **MODES[mode])
+    plans = [planned(count, **MODES[mode]) for _ in range(hosts)]  # each host makes its own
+    begin = 0
+    for epoch in range(1, 4):
+        end = plans[0].steps(epoch) * 8
+        shares = [[plan[i] for i in range(begin + host, end, hosts)] for host, plan in enumerate(plans)]
+        assert sorted(members(itertools.chain(*shares))) == list(range(count))
+        # A host's part of a batch has the shape of the others', and no host has more of them.
+        parts = [chunks(share, 8 // hosts) for share in shares]
+        for step, batch in enumerate(zip(*parts, strict=True)):
+            assert len({row[1:] for part in batch for row in part}) == 1
+            rows = [alone[begin + step * 8 + i] for i in range(8)]
+            assert sorted(members(rows)) == sorted(members(itertools.chain(*batch)))
+        begin = end
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_epoch_is_exact(data):
+    """Every conversation once; no row beyond its bounds; empty rows in the last batch alone."""
+    count, batch = data.draw(st.integers(1, 120)), data.draw(st.integers(1, 9))
+    mode, buckets = data.draw(st.sampled_from(list(MODES))), data.draw(st.integers(1, 4))
+    lengths, pictures = measured(count, data.draw(st.integers(0, 9)), longest=2 * LENGTH)
+    config = DataConfig(max_length=LENGTH, images_per_row=3, buckets=buckets, **MODES[mode])
+    plan = Plan(config, data.draw(st.integers(0, 3)), batch, lengths, pictures, [count])
+    for rows in epochs_of(plan, 2, batch):
+        assert len(rows) % batch == 0
+        assert sorted(members(rows)) == list(range(count))
+        empty = [i for i, row in enumerate(rows) if not len(row.members)]
+        assert len(empty) < batch
+        assert empty == list(range(len(rows) - len(empty), len(rows)))
+        for row in rows:
+            # A conversation that is longer than a row is cut, and fills it.
+            tokens = sum(min(int(lengths[i]), LENGTH) for i in row.members)
+            assert tokens <= row.length <= LENGTH
+            assert sum(pictures[i] for i in row.members) <= row.images <= 3
+            assert mode == "packed" or len(row.members) <= 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_epochs_and_seeds_have_orders_of_their_own(mode):
+    orders = [members(rows) for seed in (0, 1) for rows in epochs_of(planned(1200, seed=seed, **MODES[mode]), 3)]
+    assert [members(rows) for rows in epochs_of(planned(1200, **MODES[mode]), 3)] == orders[:3]
+    # What stands side by side is drawn anew, too.
+    pairs = [{frozenset(pair) for pair in itertools.pairwise(order)} for order in orders]
+    for ours, theirs in itertools.combinations(pairs, 2):
+        assert len(ours & theirs) < 120
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_are_the_same_in_whatever_order_they_are_asked_for(mode):
+    walked = planned(**MODES[mode])
+    rows = [list(row.members) for epoch in epochs_of(walked, 4) for row in epoch]
+    indices = list(range(len(rows)))
+    random.Random(0).shuffle(indices)
+    plan, found = planned(**MODES[mode]), {}
+
+    def read(mine):
+        found.update({i: list(plan[i].members) for i in mine})
+
+    threads = [threading.Thread(target=read, args=(indices[k::4],)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(len(rows))] == rows
+
+
+@pytest.mark.parametrize("mode", ["grouped", "shuffled"])
+@pytest.mark.parametrize(
+    ("count", "epochs"),
+    [(80, 1), (80, 2), (77, 1), (80, 0.5), (77, 1.5), (80, 0.01), (8, 3), (3, 2), (77, 0.25), (80, 1.1), (800, 0.07)],
+)
+def test_steps_are_the_batches_of_the_epochs(mode, count, epochs):
+    """A part of an epoch is rounded up to a batch."""
+    batches = math.ceil(count / 8)
+    assert planned(count, **MODES[mode]).steps(epochs) == math.ceil(fractions.Fraction(str(epochs)) * batches)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 0.5, 1.5, 2.75])
+def test_steps_of_packed_epochs_end_where_the_conversations_do(epochs):
+    plan, seen, ends = planned(packing=True), 0, [0]
+    for step in itertools.count(1):
+        seen += len(members(plan[step * 8 + i] for i in range(-8, 0)))
+        if seen == 100:
+            ends.append(step)
+            seen = 0
+        if len(ends) == 5:
+            break
+    whole = int(epochs)
+    assert plan.steps(epochs) == ends[whole] + math.ceil((epochs - whole) * (ends[whole + 1] - ends[whole]))
+
+
+# ---- Groups ----------------------------------------------------------------------------------------------------------
+
+
+def llava_batches(lengths, pictures, batch, seed):
+    """LLaVA's rule (llava/train/llava_trainer.py, get_modality_length_grouped_indices), megabatches of 32 batches."""
+    rng = random.Random(seed)
+    batches, additional = [], []
+    for has_picture in (True, False):
+        indices = [i for i in range(len(lengths)) if (pictures[i] > 0) == has_picture]
+        rng.shuffle(indices)
+        megabatches = [sorted(mega, key=lambda i: lengths[i], reverse=True) for mega in chunks(indices, 32 * batch)]
+        cut = chunks([i for mega in megabatches for i in mega], batch)
+        if cut and len(cut[-1]) < batch:
+            additional += cut.pop()
+        batches += cut
+    rng.shuffle(batches)
+    return batches, sorted(additional)
+
+
+@pytest.mark.parametrize(("images", "texts"), [(3333, 1234), (4096, 512), (4001, 0), (0, 3000), (7, 3000), (11, 6)])
+def test_groups_are_llavas(images, texts):
+    rng = np.random.default_rng(0)
+    count = images + texts
+    pictures = rng.permutation(np.repeat([1, 0], [images, texts]))
+    lengths = np.clip(300 * np.exp(0.6 * rng.standard_normal(count)), 40, 2048).astype(int)
+    plan = Plan(DataConfig(images_per_row=1), 0, 8, lengths, pictures, [count])
+    (rows,) = epochs_of(plan, 1)
+    found = [members(batch) for batch in chunks(rows, 8)]
+    theirs, additional = llava_batches(lengths, pictures, 8, 0)
+    # As many batches of each kind, none of both kinds, and as much left for the end.
+    ours, rest = found[: len(theirs)], sorted(itertools.chain(*found[len(theirs) :]))
+    assert [len(batch) for batch in ours] == [8] * len(theirs)
+    kinds = [collections.Counter(tuple(set(pictures[batch].tolist())) for batch in some) for some in (ours, theirs)]
+    assert kinds[0] == kinds[1]
+    assert all(len(kind) == 1 for kind in kinds[0])
+    assert len(rest) == len(additional) == images % 8 + texts % 8
+    assert pictures[rest].sum() == images % 8
+    if len(theirs) < 100:
+        return
+    # And lengths as close, which is far closer than by chance.
+    spreads = [np.mean([np.ptp(lengths[batch]) for batch in some]) for some in (ours, theirs)]
+    assert spreads[0] == pytest.approx(spreads[1], rel=0.15)
+    shuffled = np.mean([np.ptp(lengths[batch]) for batch in chunks(rng.permutation(count), 8)])
+    assert spreads[0] < shuffled / 8
+    # The batches are shuffled: neither kinds nor lengths come one after the other.
+    for values in ([lengths[batch].mean() for batch in ours], [pictures[batch].mean() for batch in ours]):
+        if np.ptp(values):
+            assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.15
+
+
+def test_batches_of_text_have_no_picture_places():
+    (rows,) = epochs_of(planned(200), 1)
+    pictures = measured(200)[1]
+    batches = [(members(batch), {row.images for row in batch}) for batch in chunks(rows, 8)]
+    kinds = [(bool(pictures[batch].any()), places) for batch, places in batches]
+    assert all(places == ({4} if any_picture else {0}) for any_picture, places in kinds)
+    assert {any_picture for any_picture, _ in kinds} == {True, False}
+
+
+@pytest.mark.parametrize("mode", ["grouped", "shuffled"])
+@pytest.mark.parametrize("buckets", [1, 2, 3, 5])
+def test_a_batch_is_filled_up_to_the_smallest_bucket_that_holds_it(mode, buckets):
+    plan, lengths = planned(400, buckets=buckets, **MODES[mode]), measured(400)[0]
+    batches = chunks([row for rows in epochs_of(plan, 3) for row in rows], 8)
+    known = sorted({row.length for batch in batches for row in batch})
+    assert len(known) <= buckets
+    assert known[-1] == LENGTH
+    if mode == "grouped":
+        assert len(known) == buckets
+    for batch in batches:
+        longest = max(lengths[members(batch)])
+        assert {row.length for row in batch} == {next(size for size in known if size >= longest)}
+
+
+@pytest.mark.parametrize("buckets", [1, 2, 3])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_buckets_leave_the_least_unfilled(buckets, seed):
+    """Against every choice of them, with batches of one row."""
+    rng = np.random.default_rng(seed)
+    lengths = np.minimum(rng.geometric(0.08, 150), 60)
+    # Multiples of a 64th of the longest row, 1 here; with one bucket, all rows are the longest.
+    plan = Plan(DataConfig(max_length=64, buckets=buckets), 0, 1, lengths, np.zeros(150, int), [150])
+    (rows,) = epochs_of(plan, 1, 1)
+    ends = [64] if buckets == 1 else [int(lengths.max())]
+    choices = itertools.combinations(range(1, ends[0]), buckets - 1)
+    filled = [np.array([*some, *ends])[np.searchsorted([*some, *ends], lengths)].sum() for some in choices]
+    assert sum(row.length for row in rows) == min(filled)
+
+
+# ---- Mixtures --------------------------------------------------------------------------------------------------------
+
+
+def counts(plan, epochs, sizes):
+    """How often each epoch has each conversation, by set."""
+    ends = np.cumsum(sizes)[:-1]
+    return [np.split(np.bincount(members(rows), minlength=sum(sizes)), ends) for rows in epochs_of(plan, epochs)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mixture_by_epoch_takes_each_set_so_often(mode):
+    sizes = [30, 41, 29]
+    plan = planned(sizes=sizes, mix=(2.0, 0.5, 1.0), **MODES[mode])
+    first, second, third, fourth = counts(plan, 4, sizes)
+    for twice, half, once in (first, second, third, fourth):
+        assert (twice == 2).all()
+        assert half.max() == 1
+        assert half.sum() in (20, 21)
+        assert (once == 1).all()
+    # The other half is the next epoch's, and then it begins anew, with other halves.
+    for a, b in ((first, second), (third, fourth)):
+        assert (a[1] + b[1] == 1).all()
+    assert (first[1] != third[1]).any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("weights", [(1.0, 2.0, 0.5), (3.0, 1.0, 1.0), (1.0, 1.0, 0.0), (0.1, 0.2, 0.7)])
+def test_a_mixture_by_weight_is_exact_to_a_row(mode, weights):
+    sizes = [60, 29, 11]
+    plan = planned(sizes=sizes, mix=weights, mix_by="weight", **MODES[mode])
+    seen = [np.zeros(size, int) for size in sizes]
+    for epoch, found in enumerate(counts(plan, 12, sizes), start=1):
+        for total, one, weight in zip(seen, found, weights, strict=True):
+            total += one
+            assert abs(total.sum() - epoch * 100 * weight / sum(weights)) < 1
+            assert np.ptp(total) <= 1  # no row is favoured
+
+
+def test_without_a_mixture_each_set_is_taken_once():
+    for found in counts(planned(sizes=[60, 40]), 3, [60, 40]):
+        assert all((one == 1).all() for one in found)
+
+
+@pytest.mark.parametrize(
+    ("mix", "sentence"),
+    [
+        ((1.0,), r"data\.mix has 1 numbers for 2 data sets"),
+        ((1.0, 1.0, 1.0), r"data\.mix has 3 numbers for 2 data sets"),
+        ((1.0, -0.5), r"data\.mix=\(1\.0, -0\.5\) should hold numbers that are not negative"),
+        ((0.0, 0.0), r"data\.mix=\(0\.0, 0\.0\) should hold numbers .* one of them positive"),
+    ],
+)
+@pytest.mark.parametrize("mix_by", ["epoch", "weight"])
+def test_mixtures_that_make_no_sense_are_refused(mix, sentence, mix_by):
+    with pytest.raises(UserError, match=sentence):
+        planned(sizes=[60, 40], mix=mix, mix_by=mix_by)
+
+
+# ---- Fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_known_by_all_that_its_order_depends_on():
+    config = DataConfig(max_length=LENGTH, images_per_row=4)
+    lengths, pictures = measured(100)
+    base = {"data": config, "seed": 0, "batch_size": 8, "lengths": lengths, "pictures": pictures, "sizes": [60, 40]}
+
+    def of(**changes):
+        return Plan(**base | changes).fingerprint()
+
+    def but(**changes):
+        return of(data=dataclasses.replace(config, **changes))
+
+    longer, more, other = lengths.copy(), pictures.copy(), lengths.copy()
+    longer[3] += 1
+    more[np.flatnonzero(pictures == 1)[0]] = 2
+    other[[0, 1]] = lengths[[1, 0]]
+    assert lengths[0] != lengths[1]
+    prints = [
+        of(),
+        of(seed=1),
+        of(batch_size=4),
+        of(sizes=[59, 41]),
+        of(sizes=[100]),
+        of(lengths=longer),
+        of(lengths=other),
+        of(pictures=more),
+        of(lengths=lengths[:99], pictures=pictures[:99], sizes=[60, 39]),
+        but(packing=True),
+        but(group_by_modality_length=False),
+        but(max_length=LENGTH + 1),
+        but(images_per_row=5),
+        but(buckets=2),
+        but(mix=(1.0, 2.0)),
+        but(mix=(2.0, 1.0)),
+        but(mix=(2.0, 1.0), mix_by="weight"),
+    ]
+    assert len(set(prints)) == len(prints)
+    # And by nothing else.
+    same = [
+        of(),
+        but(threads=9),
+        but(annotations="moved.json", images="elsewhere"),
+        of(lengths=lengths.astype(np.int32)),
+    ]
+    assert set(same) == {prints[0]}

@@ -1,0 +1,209 @@
+"""Paths in buckets, on stand-ins here: ``gs://`` a server on this machine, ``s3://`` a folder behind fsspec."""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import fsspec
+import pytest
+from bucket import environment
+from etils import epath
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from make_llava import make
+
+from stf_jax.config import CheckpointConfig, UserError
+from stf_jax.data.llava import LlavaRecords
+from stf_jax.data.records import BadRow
+from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
+from stf_jax.runtime.checkpoint import Checkpoints
+from stf_jax.runtime.files import GrowingFile, fetched, new_text, upload
+from stf_jax.weights.folder import load_params, new_folder
+
+TESTS = pathlib.Path(__file__).parent
+GOOD, BAD = 24, 8  # rows of the data set
+
+# ---- gs:// -----------------------------------------------------------------------------------------------------------
+
+_UPLOAD = """
+import pathlib, sys
+from etils import epath
+from stf_jax.data.records import BadRow
+from stf_jax.data.tokenizer import MINIATURE
+from stf_jax.runtime.files import upload
+upload(pathlib.Path(sys.argv[1]), epath.Path("gs://bucket/raw"))
+upload(MINIATURE, epath.Path("gs://bucket/tokenizer"))
+"""
+_CONVERT = "import sys, tiny; from stf_jax.convert import main; main(sys.argv[1:])"  # it knows the tiny presets
+_LIST = """
+import json
+from etils import epath
+run = epath.Path("gs://bucket/run")
+print(json.dumps({
+    "metrics": run.joinpath("metrics.jsonl").read_text(),
+    "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
+    "run": sorted(path.name for path in run.iterdir()),
+    "prepared": sorted(path.name for path in epath.Path("gs://bucket/prepared").iterdir()),
+    "export": sorted(path.name for path in epath.Path("gs://bucket/export").iterdir()),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def gs(tmp_path_factory):
+    """Runs Python with those arguments where ``gs://bucket`` is the stand-in; returns what it prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cache = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+    with subprocess.Popen([sys.executable, TESTS / "bucket.py", str(port)], stderr=subprocess.DEVNULL) as server:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+
+        def run(*arguments):
+            command = [sys.executable, *map(str, arguments)]
+            env = os.environ | environment(port) | cache | {"JAX_NUM_CPU_DEVICES": "1"}
+            done = subprocess.run(command, env=env, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+            return done.stdout
+
+        yield run
+        server.kill()
+
+
+def test_from_files_to_a_trained_and_exported_model_in_a_bucket(gs, tmp_path):
+    make(tmp_path, captions=1, conversations=GOOD)
+    gs("-c", _UPLOAD, tmp_path)
+    raw = ["--annotations=gs://bucket/raw/llava_v1_5_mix665k.json", "--images=gs://bucket/raw/images", "--workers=1"]
+    said = gs("-m", "stf_jax.prepare", *raw, "--out=gs://bucket/prepared", "--tokenizer=gs://bucket/tokenizer")
+    assert f"{GOOD} kept" in said
+    data = {
+        "source": "llava",
+        "annotations": "gs://bucket/prepared",
+        "tokenizer": "gs://bucket/tokenizer",
+        "max_length": 320,
+    }
+    train = ["-m", "stf_jax.main", f"--config={TESTS}/tiny.py", "--workdir=gs://bucket/run"]
+    train += [f"--config.data.{key}={value}" for key, value in data.items()]
+    gs(*train, "--config.steps=2")
+    gs(*train, "--config.steps=4")  # goes on from the second step's checkpoint
+    gs("-c", _CONVERT, "export", "gs://bucket/run", "--format=hf", "--to=gs://bucket/export")
+    found = json.loads(gs("-c", _LIST))
+    lines = [json.loads(line) for line in found["metrics"].splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[2]["seconds"] > lines[1]["seconds"]
+    assert found["checkpoints"] == ["2", "4"]
+    assert {"config.json", "metrics.jsonl", "tensorboard"} <= set(found["run"])
+    assert {"dataset_info.json", "features.json", "kept.json", "report.json", "histograms.png"} <= set(
+        found["prepared"]
+    )
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(found["export"])
+
+
+# ---- s3:// -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory):
+    """A folder that ``s3://bucket`` leads to; one for all tests, for etils keeps what it has found."""
+    folder = tmp_path_factory.mktemp("s3")
+    (folder / "bucket").mkdir()
+
+    class Folder(DirFileSystem):
+        protocol = "s3"
+        cachable = False
+
+        def __init__(self):
+            super().__init__(path=str(folder), fs=LocalFileSystem(auto_mkdir=True))
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return path.removeprefix("s3://") if isinstance(path, str) else [cls._strip_protocol(one) for one in path]
+
+    fsspec.register_implementation("s3", Folder, clobber=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        yield folder / "bucket"
+
+
+def _opened(picture):
+    """Its pixels, or why there are none."""
+    try:
+        return picture().tobytes()
+    except BadRow as error:
+        return error.reason
+
+
+def test_annotations_and_pictures_are_read_from_s3(s3):
+    make(s3, captions=2, conversations=GOOD)
+    records = LlavaRecords("s3://bucket/llava_v1_5_mix665k.json", "s3://bucket/images")
+    files = LlavaRecords(str(s3 / "llava_v1_5_mix665k.json"), str(s3 / "images"))
+    assert len(records) == GOOD + BAD
+    for i in range(len(records)):
+        try:
+            expected = files[i]
+        except UserError:
+            continue
+        for ours, theirs in zip(records[i].pictures, expected.pictures, strict=True):
+            assert _opened(ours) == _opened(theirs)
+
+
+def test_weights_and_tokenizers_come_through_the_cache(s3):
+    upload(MINIATURE, epath.Path("s3://bucket/tokenizer"))
+    assert load_tokenizer("s3://bucket/tokenizer").get_vocab() == load_tokenizer("miniature").get_vocab()
+    weights = MINIATURE.parent
+    upload(weights, epath.Path("s3://bucket/weights"))
+    copy = fetched("s3://bucket/weights")
+    assert copy == s3.parent / "cache" / "stf_jax" / "s3" / "bucket" / "weights"
+    assert sorted(path.name for path in copy.iterdir()) == sorted(path.name for path in weights.iterdir())
+    assert load_params("s3://bucket/weights", {}, (".*",)) == {}
+
+
+def test_what_changed_in_the_bucket_is_fetched_again(s3):
+    (s3 / "one.txt").write_text("first")
+    assert fetched("s3://bucket/one.txt").read_text() == "first"
+    (s3 / "one.txt").write_text("second one")
+    assert fetched("s3://bucket/one.txt").read_text() == "second one"
+    assert fetched("/some/where") == pathlib.Path("/some/where")
+
+
+def test_folders_and_files_are_written_whole(s3):
+    with new_folder(epath.Path("s3://bucket/made")) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").write_text("here")
+        assert not (s3 / "made").exists()
+    assert (s3 / "made" / "deep" / "file").read_text() == "here"
+    with pytest.raises(UserError, match="exists and is not empty"), new_folder(epath.Path("s3://bucket/made")):
+        pass
+    with contextlib.suppress(KeyError), new_text(epath.Path("s3://bucket/broken.txt")) as file:
+        file.write("half")
+        raise KeyError
+    assert not (s3 / "broken.txt").exists()
+
+
+def test_a_log_in_a_bucket_is_written_again_as_it_grows(s3, monkeypatch):
+    log = GrowingFile(epath.Path("s3://bucket/log.jsonl"), ["before"])
+    assert (s3 / "log.jsonl").read_text() == "before\n"
+    log.append("one")
+    assert (s3 / "log.jsonl").read_text() == "before\n"  # not each time
+    monkeypatch.setattr(log, "_EVERY", 0.0)
+    log.append("two")
+    assert (s3 / "log.jsonl").read_text() == "before\none\ntwo\n"
+    monkeypatch.setattr(log, "_EVERY", 99.0)
+    log.append("three")
+    log.close()
+    assert (s3 / "log.jsonl").read_text() == "before\none\ntwo\nthree\n"
+
+
+def test_a_workdir_that_orbax_cannot_write_to_is_refused(s3):
+    with pytest.raises(UserError, match=r"Orbax writes no checkpoints to s3://bucket/run; give a gs:// or a local"):
+        Checkpoints(epath.Path("s3://bucket/run"), CheckpointConfig())
