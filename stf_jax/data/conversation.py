@@ -71,6 +71,7 @@ class Chat:
     reply: tuple[Item, ...]
     end: tuple[Item, ...]
     begin: tuple[Item, ...] = ()
+    system: str = ""  # what of ``begin`` a system message would take the place of
     space: str = ""  # before an answer, learned with it
 
     def __call__(self, turns: Sequence[Turn]) -> list[Item]:
@@ -94,17 +95,18 @@ class Chat:
                 items += [Text(self.space + text, learned=True), *self.end]
         return items
 
-    def stop(self, tokenizer: PreTrainedTokenizerFast) -> int:
-        """Id of the token that ends an answer."""
-        return _id(self.end[0], tokenizer)
-
 
 _TURN, _TURN_END = Control("<|im_start|>"), Control("<|im_end|>")
 _HEADER, _HEADER_END, _EOT = Control("<|start_header_id|>"), Control("<|end_header_id|>"), Control("<|eot_id|>")
 CHATS = {
     # Vicuna's, LLaVA's `v1`: SYSTEM USER: … ASSISTANT: …</s>USER: …
     "v1": Chat(
-        begin=(Text(SYSTEM + " "),), ask=(Text("USER: "),), reply=(Text(" ASSISTANT:"),), space=" ", end=(Mark.END,)
+        begin=(Text(SYSTEM + " "),),
+        system=SYSTEM,
+        ask=(Text("USER: "),),
+        reply=(Text(" ASSISTANT:"),),
+        space=" ",
+        end=(Mark.END,),
     ),
     # Meta's for Llama 3, without a system message.
     "llama-3": Chat(
@@ -115,6 +117,7 @@ CHATS = {
     # Qwen's and SmolLM2's.
     "chatml": Chat(
         begin=(_TURN, Text("system\nYou are a helpful assistant."), _TURN_END, Text("\n")),
+        system="You are a helpful assistant.",
         ask=(_TURN, Text("user\n")),
         reply=(_TURN_END, Text("\n"), _TURN, Text("assistant\n")),
         end=(Control("<|im_end|>", learned=True), Text("\n")),
@@ -139,6 +142,11 @@ def plain(turns: Sequence[Turn]) -> list[Item]:
 
 
 TEMPLATES = {"plain": plain} | CHATS
+
+
+def stop_token(template: str, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Id of the token that ends an answer in that template."""
+    return _id(CHATS[template].end[0] if template in CHATS else Mark.END, tokenizer)
 
 
 def check_template(template: str, tokenizer: PreTrainedTokenizerFast) -> None:

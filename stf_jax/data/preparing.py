@@ -86,13 +86,14 @@ def prepare(options: Options) -> Report:
         raise UserError(f"The image folder {options.images} does not exist.")
     if options.tokenizer:
         check_template(options.template, load_tokenizer(options.tokenizer))
-    plan = _plan(options)
+    plan, notes = _plan(options), out / NOTES
     if (out / INFO).exists():
         made = json.loads((out / REPORT).read_text())
         if made["made_from"] != plan:
             raise UserError(f"{options.out} holds a data set made from other input; choose another --out.")
+        if notes.exists():  # the last thing to go
+            notes.rmtree()
         return Report(made)
-    notes = out / NOTES
     if notes.exists():
         if json.loads((notes / "plan.json").read_text()) != plan:
             raise UserError(f"{options.out} holds unfinished work on other input; finish that, or remove the folder.")
@@ -189,11 +190,12 @@ class _Worker:
                 for file, index, row in rows:
                     identity = str(row.get("id", "")) if isinstance(row, dict) else ""
                     note["ids"].append(identity)
+                    where = f"row {index} of {file}"
                     try:
-                        note["bytes"] += self._write(writer, row, f"row {index} of {file}", note)
+                        note["bytes"] += self._write(writer, row, where, note)
                     except BadRow as error:
                         if self._options.strict:
-                            raise UserError(f"--strict: {error}") from None
+                            raise UserError(f"--strict: {where}: {error}") from None
                         note["dropped"].append(
                             {
                                 "id": identity,

@@ -12,17 +12,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from transformers import PreTrainedTokenizerFast
 
-from stf_jax.data.conversation import CHATS, Encoded
+from stf_jax.data.conversation import Encoded, stop_token
 from stf_jax.runtime.mesh import BATCH, computing
 from stf_jax.training.state import Blueprint, Params
 
 _ROWS = 64  # prompts at once on each device's share of the mesh
 _STEP = 32  # prompt lengths are rounded up to its multiples, so that few programs are compiled
-
-
-def stop_token(template: str, tokenizer: PreTrainedTokenizerFast) -> int:
-    """Id of the token that ends an answer in that template."""
-    return CHATS[template].stop(tokenizer) if template in CHATS else tokenizer.eos_token_id
 
 
 class GreedyAnswers:

@@ -18,6 +18,8 @@ from stf_jax.config import UserError, default_config, flatten, nearest
 def door(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Runs a verb; returns the exit status: 0, or 2 with one sentence on standard error for input that cannot be used.
 
+    130 says that it was interrupted.
+
     Any other exception is our bug and keeps its traceback (status 1).
     """
     logging.getLogger("absl").setLevel(logging.WARNING)
@@ -26,6 +28,9 @@ def door(main: Callable[[list[str]], None], argv: list[str] | None = None) -> in
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on where it was.", file=sys.stderr)
+        return 130  # as shells have it
     return 0
 
 

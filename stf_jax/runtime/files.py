@@ -58,7 +58,7 @@ class GrowingFile:
         """Begins with those lines, whatever the file held."""
         self._path, self._lines, self._written = path, list(lines), time.monotonic()
         self._write()
-        self._file = None if in_bucket(path) else pathlib.Path(path).open("a", buffering=1)
+        self._file = None if in_bucket(path) else pathlib.Path(path).open("a", buffering=1)  # noqa: SIM115
 
     def append(self, line: str) -> None:
         """Adds a line."""

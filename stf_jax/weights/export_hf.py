@@ -16,10 +16,9 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
-from stf_jax.data.conversation import CHATS, SYSTEM, Chat, Control, Item, Mark, Text, check_template
+from stf_jax.data.conversation import CHATS, Chat, Control, Item, Mark, Text, check_template, stop_token
 from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.inference.greedy import stop_token
 from stf_jax.models.fusion import tapped_blocks, tokens_per_image
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.vit import VisionConfig
@@ -39,14 +38,14 @@ _TEXT = (
     "{%- set said = namespace(text='') -%}{%- for part in message.content if part.type == 'text' -%}"
     "{%- set said.text = said.text + part.text -%}{%- endfor -%}{%- set text = said.text | trim -%}{%- endif -%}"
 )
-# What of a template's beginning a caller's system message takes the place of.
-_SYSTEM = {"v1": SYSTEM, "chatml": "You are a helpful assistant."}
 _NO_SYSTEM = '{{ raise_exception("This model was trained without system messages.") }}'
 
 
-def _chat_template(chat: Chat, system: str) -> str:
+def _chat_template(chat: Chat) -> str:
     """The template for transformers' apply_chat_template, in Jinja."""
-    instead = "{%- set message = messages[0] -%}" + _TEXT + _shown(chat.begin, system) if system else _NO_SYSTEM
+    instead = (
+        "{%- set message = messages[0] -%}" + _TEXT + _shown(chat.begin, chat.system) if chat.system else _NO_SYSTEM
+    )
     return (
         "{%- if messages[0].role == 'system' -%}" + instead + "{%- set messages = messages[1:] -%}"
         "{%- else -%}" + _shown(chat.begin) + "{%- endif -%}"
@@ -73,7 +72,7 @@ def _shown(items: Sequence[Item], system: str = "") -> str:
     return "{{ " + " + ".join(said) + " }}" if said else ""
 
 
-CHAT_TEMPLATES = {template: _chat_template(chat, _SYSTEM.get(template, "")) for template, chat in CHATS.items()} | {
+CHAT_TEMPLATES = {template: _chat_template(chat) for template, chat in CHATS.items()} | {
     "plain": (
         "{%- for message in messages -%}{%- if message.role == 'user' -%}" + _IMAGES + _shown([Text(IMAGE_MARK)])
         + "{%- endfor -%}{%- else -%}" + _TEXT + "{{ text + '\\n' }}{%- endif -%}{%- endfor -%}"

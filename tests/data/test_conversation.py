@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
 from stf_jax.data.conversation import (
-    CHATS,
     SYSTEM,
     Control,
     Mark,
@@ -21,6 +20,7 @@ from stf_jax.data.conversation import (
     check_template,
     count_tokens,
     encode,
+    stop_token,
     template_items,
 )
 from stf_jax.data.packing import to_example
@@ -97,7 +97,7 @@ def ids(tokenizer, text):
 
 def learned_texts(result, tokenizer, template="v1"):
     """What the model learns to say, one text for each end of an answer."""
-    stop, said = CHATS[template].stop(tokenizer), [[]]
+    stop, said = stop_token(template, tokenizer), [[]]
     for token in result.tokens[result.learned]:
         if token == stop:
             said.append([])

@@ -9,9 +9,9 @@ import pytest
 from tiny import tiny
 
 from stf_jax.config import MeshConfig
-from stf_jax.data.conversation import Encoded
+from stf_jax.data.conversation import Encoded, stop_token
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.inference.greedy import GreedyAnswers, stop_token
+from stf_jax.inference.greedy import GreedyAnswers
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.mesh import make_mesh
 from stf_jax.training.state import blueprint
