@@ -29,6 +29,9 @@ def read_rows(annotations: epath.Path) -> Iterator[Any]:
     name, found = os.fspath(annotations), False
     try:
         with annotations.open("rb") as file:
+            if file.read(1024).lstrip()[:1] == b"{":
+                raise UserError(f"{name} should hold a JSON array of at least one row.")
+            file.seek(0)
             for row in ijson.items(file, "item", use_float=True):
                 found = True
                 yield row

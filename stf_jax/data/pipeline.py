@@ -1,6 +1,7 @@
 """From records to batches: measured, planned (sampling.py), then read, decoded and laid in rows by Grain's threads."""
 
 import dataclasses
+import itertools
 import logging
 import threading
 from collections.abc import Sequence
@@ -79,10 +80,10 @@ class Prepare:
         """
         self._look(source)
         lengths, pictures = np.zeros(len(source), np.int32), np.zeros(len(source), np.int32)
-        chunks = range(0, len(source), _CHUNK)
-        for start in tqdm.tqdm(chunks, "measuring", unit_scale=_CHUNK, unit="row", delay=2, leave=False):
+        every = iter(tqdm.tqdm(range(len(source)), "measuring", unit="row", delay=2, leave=False, mininterval=0.5))
+        while indices := list(itertools.islice(every, _CHUNK)):
             good, items = [], []
-            for index in range(start, min(start + _CHUNK, len(source))):
+            for index in indices:
                 try:
                     record = source[index]
                     items.append(template_items(self._config.template, record))
@@ -191,7 +192,7 @@ class Batches:
         Raises:
           UserError: the state is of other data, or of another batch size, packing, mixture or seed.
         """
-        if state["plan"] != self.plan.fingerprint():
+        if state.get("plan") != self.plan.fingerprint():
             raise UserError(
                 "The checkpoint was made with other data, or another order of them (seed, global_batch_size, data.*): "
                 "continue with what its config.json says, or start in another workdir with init_from."

@@ -84,9 +84,11 @@ class Plan:
     def steps(self, epochs: float) -> int:
         """Batches of so many epochs."""
         whole = int(epochs)
-        begin = self._end(whole - 1) if whole else 0
-        rest = math.ceil((epochs - whole) * (self._end(whole) - begin) / self._batch) if epochs > whole else 0
-        return max(1, begin // self._batch + rest)
+        with self._lock:
+            begin = self._end(whole - 1) if whole else 0
+            last = (self._end(whole) - begin) // self._batch if epochs > whole else 0
+        # 0.07 of 100 batches are 7, though not in binary.
+        return max(1, begin // self._batch + math.ceil((epochs - whole) * last - 1e-6))
 
     def fingerprint(self) -> str:
         """Of all that the order depends on: two plans with the same one are the same."""

@@ -1,5 +1,6 @@
 """From records to batches: hosts share the work, epochs differ, and what was taken is never taken again."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -79,10 +80,9 @@ def test_hosts_share_what_one_host_would_read(count, hosts, packing):
     changes = {"data.packing": packing}
     alone = numbers(count, **changes)
     shares = [numbers(count, host, hosts, **changes) for host in range(hosts)]
-    for epoch in range(3):
-        steps = alone.plan.steps(epoch + 1) - (alone.plan.steps(epoch) if epoch else 0)
+    for _ in range(3):
         together = []
-        for _ in range(steps):
+        while len(flat(together)) < count:
             parts = [read([next(share)]) for share in shares]
             assert all(len(part) == 4 // hosts for part in parts)
             together += sorted(itertools.chain(*parts))
@@ -93,8 +93,11 @@ def test_hosts_share_what_one_host_would_read(count, hosts, packing):
 @PACKING
 def test_an_epoch_reads_every_record_once_and_the_next_in_another_order(packing):
     batches = numbers(17, **{"data.packing": packing})
-    ends = [0, *(batches.plan.steps(epoch) for epoch in range(1, 5))]
-    epochs = [flat(read(take(batches, b - a))) for a, b in itertools.pairwise(ends)]
+    epochs = []
+    for _ in range(4):
+        epochs.append([])
+        while len(epochs[-1]) < 17:
+            epochs[-1] += flat(read([next(batches)]))
     assert all(sorted(epoch) == list(range(17)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert epochs[0] != list(range(17))
@@ -157,48 +160,40 @@ import importlib.util, json, sys
 spec = importlib.util.spec_from_file_location("pipeline_test", sys.argv[1])
 test = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(test)
-host, hosts, state = int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
-batches = test.numbers(97, host, hosts, **{"data.packing": sys.argv[5] == "True"})
-if state:
-    batches.set_state(state)
+batches = test.numbers(97, host=int(sys.argv[2]), hosts=2, **{"data.packing": True})
 for batch in batches:
     print(json.dumps([test.read([batch]), batches.get_state()]), flush=True)
 """
 
 
-def run(host, hosts, state, packing):
-    arguments = [__file__, str(host), str(hosts), json.dumps(state), str(packing)]
-    return subprocess.Popen([sys.executable, "-c", WORKER, *arguments], stdout=subprocess.PIPE, text=True)
-
-
-def lines_until_killed(process, count):
-    """The lines that a process has written when it is killed, which is once there are so many of them."""
-    lines = [process.stdout.readline() for _ in range(count)]
-    process.send_signal(signal.SIGKILL)
-    lines += process.stdout.readlines()
-    assert process.wait() == -signal.SIGKILL
-    process.stdout.close()
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-@PACKING
-def test_two_killed_hosts_are_followed_by_four(packing):
-    """Processes of their own, which a kill ends wherever they are; they go on from the last batch that both took."""
-    epoch = numbers(97, **{"data.packing": packing}).plan.steps(1)
-    two = [run(host, 2, None, packing) for host in range(2)]
-    taken = [lines_until_killed(process, 4 + host) for host, process in enumerate(two)]
-    common = min(len(lines) for lines in taken)
+def test_two_hosts_that_are_killed_are_followed_by_four():
+    """Processes of their own, which are killed wherever they are; four go on from the last batch that both took."""
+    with contextlib.ExitStack() as stack:
+        two = [
+            stack.enter_context(
+                subprocess.Popen([sys.executable, "-c", WORKER, __file__, str(host)], stdout=subprocess.PIPE, text=True)
+            )
+            for host in range(2)
+        ]
+        lines = [[process.stdout.readline() for _ in range(3 + host)] for host, process in enumerate(two)]
+        for process, mine in zip(two, lines, strict=True):
+            process.kill()
+            mine += process.stdout.readlines()
+            assert process.wait() == -signal.SIGKILL
+    taken = [[json.loads(line) for line in mine if line.endswith("\n")] for mine in lines]
+    common = min(len(mine) for mine in taken)
     state = taken[0][common - 1][1]
     assert state == taken[1][common - 1][1]
-    # However far they ran ahead of that, it is read again.
-    rows = [row for lines in taken for step in lines[:common] for row in step[0]]
-    end = next(epochs for epochs in itertools.count(1) if epochs * 97 >= len(flat(rows)) + 97)
-    steps = numbers(97, **{"data.packing": packing}).plan.steps(end) - common
-    four = [run(host, 4, state, packing) for host in range(4)]
-    for process in four:
-        rows += [row for step in lines_until_killed(process, steps)[:steps] for row in step[0]]
-    assert sorted(flat(rows)) == sorted(list(range(97)) * end)
-    assert epoch > 4
+    # However far a host ran ahead of that, it is read again.
+    rows = [tuple(row) for mine in taken for step in mine[:common] for row in step[0]]
+    four = [numbers(97, host, hosts=4, **{"data.packing": True}) for host in range(4)]
+    for share in four:
+        share.set_state(state)
+    while len(flat(rows)) % 97 or len(flat(rows)) < 97:
+        rows += [row for share in four for row in read([next(share)])]
+    assert sorted(flat(rows)) == sorted([*range(97)] * (len(flat(rows)) // 97))
+    alone = numbers(97, **{"data.packing": True})
+    assert sorted(rows) == sorted(read(take(alone, len(rows) // 4)))
 
 
 # ---- Real batches ----------------------------------------------------------------------------------------------------
@@ -206,7 +201,7 @@ def test_two_killed_hosts_are_followed_by_four(packing):
 
 def scenes_pipeline(packing=False, host=0, hosts=1, **changes):
     settings = {"data.packing": packing, "data.images_per_row": 2 if packing else 1, "data.scenes.size": 20}
-    config = tiny(**settings | {"data.max_length": 320} | changes)
+    config = tiny(**settings | {"data.max_length": 420} | changes)
     prepare = Prepare(config.data, load_tokenizer("miniature"), VISION["clip-tiny"], SLOTS)
     return Batches(config, training_records(config), prepare, host=host, hosts=hosts)
 
@@ -214,7 +209,7 @@ def scenes_pipeline(packing=False, host=0, hosts=1, **changes):
 @pytest.mark.parametrize("packing", [False, True])
 def test_batches(packing):
     (batch,) = take(scenes_pipeline(packing), 1)
-    assert batch.tokens.shape == batch.image_slots.shape == (8, 320)
+    assert batch.tokens.shape == batch.image_slots.shape == (8, 420)
     assert batch.images.shape == (8, 2 if packing else 1, SIDE, SIDE, 3)
     assert (batch.segment_ids.max() > 1) == packing
     for row in range(8):

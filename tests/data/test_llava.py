@@ -1,0 +1,411 @@
+"""LLaVA's files: read with all their faults, and trained on without the rows that are of no use."""
+
+import io
+import itertools
+import json
+import pathlib
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from tiny import preparation, tiny
+
+from stf_jax.config import UserError
+from stf_jax.data.llava import LlavaRecords
+from stf_jax.data.pipeline import Batches, training_records
+from stf_jax.data.records import BadRow, Record, Turn
+from stf_jax.main import main
+from stf_jax.runtime.cli import door
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def talk(question="<image>\nWhat?", answer="A cat."):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+ROWS = [
+    {"id": "a", "image": "one.png", "conversations": talk()},
+    {"id": "b", "image": ["one.png", "deep/two.jpg"], "conversations": talk("<image><image>\nSame?")},
+    {"id": "c", "model": "", "conversations": talk("Hello")},
+    {"id": 4, "image": "deep/../one.png", "conversations": talk()},
+    {"image": ["deep/two.jpg"], "conversations": talk()},
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    images = tmp_path / "images"
+    (images / "deep").mkdir(parents=True)
+    PIL.Image.new("RGB", (30, 20), "red").save(images / "one.png")
+    PIL.Image.new("L", (20, 40), 90).save(images / "deep" / "two.jpg")
+    PIL.Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
+    return tmp_path
+
+
+def llava(folder, rows):
+    (folder / "rows.json").write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    return LlavaRecords(str(folder / "rows.json"), str(folder / "images"))
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_llava_records(folder):
+    records = llava(folder, ROWS)
+    assert len(records) == 5
+    read = [records[index] for index in range(5)]
+    assert [record.id for record in read] == ["a", "b", "c", "4", f"row 4 of {folder}/rows.json"]
+    assert [[picture().size for picture in record.pictures] for record in read] == [
+        [(30, 20)],
+        [(30, 20), (20, 40)],
+        [],
+        [(30, 20)],
+        [(20, 40)],
+    ]
+    assert read[1].turns == (Turn("human", "<image><image>\nSame?"), Turn("gpt", "A cat."))
+    assert read[0].pictures[0]().getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_texts_come_as_they_are_written(folder):
+    texts = ["naïve 🙂", 'quotes " and \\ and \n', "\u2028 \x00 </s>", "日本語", "<IMAGE>"]
+    records = llava(folder, [{"id": text, "conversations": talk(text, text)} for text in texts])
+    assert [[turn.text for turn in records[i].turns] for i in range(5)] == [[text, text] for text in texts]
+    assert [records[i].id for i in range(5)] == texts
+
+
+def test_a_link_in_the_folder_may_lead_elsewhere(folder):
+    """As data sets on other disks are laid in LLaVA's folder."""
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    PIL.Image.new("RGB", (8, 9)).save(elsewhere / "three.png")
+    (folder / "images" / "coco").symlink_to(elsewhere)
+    records = llava(folder, [{"id": "a", "image": "coco/three.png", "conversations": talk()}])
+    assert records[0].pictures[0]().size == (8, 9)
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "deep/../../secret.png", "/etc/hostname", "../images2/one.png"])
+def test_a_path_that_leaves_the_folder_is_refused(folder, path):
+    records = llava(folder, [{"id": "a", "image": path, "conversations": talk()}])
+    with pytest.raises(BadRow, match=r"Image path '.*' leaves the folder .*images\.$") as error:
+        records[0].pictures[0]()
+    assert (error.value.reason, error.value.image) == ("outside", path)
+
+
+def test_a_picture_that_cannot_be_read_is_named(folder):
+    images = folder / "images"
+    whole = io.BytesIO()
+    rng = np.random.default_rng(0)
+    PIL.Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole, "PNG")
+    (images / "cut.png").write_bytes(whole.getvalue()[:3000])
+    (images / "cut.jpg").write_bytes((images / "deep" / "two.jpg").read_bytes()[:-60])
+    (images / "text.jpg").write_text("no picture")
+    (images / "empty.jpg").touch()
+    reasons = {"cut.png": "truncated", "cut.jpg": "truncated", "text.jpg": "corrupt", "empty.jpg": "corrupt"}
+    reasons |= dict.fromkeys(["missing.jpg", "deep", "one.png/x", ""], "missing")
+    records = llava(folder, [{"id": "a", "image": name, "conversations": talk()} for name in reasons])
+    for index, (name, reason) in enumerate(reasons.items()):
+        # The record is there; what is wrong with the picture is found when it is opened.
+        record = records[index]
+        assert isinstance(record, Record)
+        with pytest.raises(BadRow, match=rf"^Image .*{name}.* cannot be opened: .+\.$") as error:
+            record.pictures[0]()
+        assert error.value.reason == reason
+        assert error.value.image.endswith(name)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": "a"},
+        {"id": "a", "conversations": None},
+        {"id": "a", "conversations": ["hello"]},
+        {"id": "a", "conversations": [{"from": "human"}]},
+        {"id": "a", "conversations": [{"value": "Hello"}]},
+        {"id": "a", "conversations": [{"from": "human", "value": None}]},
+        {"id": "a", "conversations": [{"from": "human", "value": 3}]},
+        {"id": "a", "image": None, "conversations": talk()},
+        {"id": "a", "image": 3, "conversations": talk()},
+        {"id": "a", "image": [3], "conversations": talk()},
+        ["a", "b"],
+        "a",
+        None,
+        3,
+    ],
+    ids=repr,
+)
+def test_a_row_of_another_form_is_named(folder, row):
+    records = llava(folder, [{"id": "a", "conversations": talk("Hello")}, row])
+    assert records[0].id == "a"
+    with pytest.raises(BadRow, match=r"^Row 1 of .*rows\.json is not in LLaVA's conversation format\.$") as error:
+        records[1]
+    assert error.value.reason == "malformed"
+
+
+@pytest.mark.parametrize("talk", [[], talk()[:1], talk(answer=""), talk(answer=" \n"), talk() + talk(answer="<image>")])
+def test_a_row_without_an_answer_is_named(folder, talk):
+    with pytest.raises(BadRow, match=r"^Record 'a' has an empty answer, or none\.$") as error:
+        llava(folder, [{"id": "a", "image": "one.png", "conversations": talk}])[0]
+    assert error.value.reason == "empty_answer"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[{", r"is not JSON: parse error: premature EOF\.$"),
+        ("", "is not JSON: parse error: premature EOF"),
+        ('{"id": 1}\n{"id": 2}', "is not JSON: parse error: trailing garbage"),
+        ('[{"id": 1}, {"id": 2]', "is not JSON: parse error"),
+        ('{"id": 1}', "should hold a JSON array of at least one row"),
+        ("[]", "should hold a JSON array of at least one row"),
+        ("3", "should hold a JSON array"),
+    ],
+)
+def test_annotations_of_another_form_are_named(folder, content, sentence):
+    with pytest.raises(UserError, match=rf"rows\.json {sentence}"):
+        llava(folder, content)
+
+
+def test_annotations_that_are_no_text_are_named(folder):
+    with pytest.raises(UserError, match=r"one\.png is not JSON"):
+        LlavaRecords(str(folder / "images" / "one.png"), str(folder / "images"))
+    with pytest.raises(UserError, match=r"deep cannot be read: Is a directory\.$"):
+        LlavaRecords(str(folder / "images" / "deep"), str(folder / "images"))
+
+
+@pytest.mark.parametrize("missing", ["annotations", "images"])
+@pytest.mark.parametrize("path", ["", "nowhere/at/all"])
+def test_missing_files_are_named_with_their_keys(folder, missing, path):
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    paths = {"annotations": str(folder / "rows.json"), "images": str(folder / "images")} | {missing: path}
+    with pytest.raises(UserError, match=rf"{missing} .*{path}.*--config\.data\.{missing}=PATH.*configs/demo\.py"):
+        LlavaRecords(**paths)
+    config = tiny(**{"data.source": "llava"} | {f"data.{name}": value for name, value in paths.items()})
+    with pytest.raises(UserError, match=rf"--config\.data\.{missing}=PATH"):
+        training_records(config)
+
+
+# ---- Training without the bad rows -----------------------------------------------------------------------------------
+
+GOOD, TEXT = 21, 7  # rows that can be used; those of them without a picture
+MODES = {
+    "packed": {"data.packing": True, "data.images_per_row": 3},
+    "grouped": {},
+    "shuffled": {"data.group_by_modality_length": False},
+}
+
+
+def bad_rows(images):
+    """One row of each fault, by what is wrong, and the files that they need; none of them can be trained on."""
+    jpeg = io.BytesIO()
+    PIL.Image.effect_noise((90, 60), 50).save(jpeg, "JPEG")
+    (images / "cut.jpg").write_bytes(jpeg.getvalue()[:900])
+    (images / "text.jpg").write_text("no picture")
+    (images / "empty.jpg").touch()
+    PIL.Image.new("RGB", (9, 9)).save(images.parent / "outside.png")
+    with_picture = {
+        "missing": ("nowhere.jpg", talk()),
+        "truncated": ("cut.jpg", talk()),
+        "corrupt": ("text.jpg", talk()),
+        "empty file": ("empty.jpg", talk()),
+        "outside": ("../outside.png", talk()),
+        "one of two is missing": (["good-0.png", "nowhere.jpg"], talk("<image><image>\nSame?")),
+        "picture without mark": ("good-0.png", talk("What?")),
+        "mark in answer": ("good-0.png", talk("What?", "This: <image> is.")),
+        "roles": ("good-0.png", talk()[:1] + talk()),
+        "speaker": ("good-0.png", [*talk(), {"from": "system", "value": "Stop."}]),
+        "empty answer": ("good-0.png", talk(answer=" \n")),
+    }
+    rows = {what: {"id": what, "image": image, "conversations": c} for what, (image, c) in with_picture.items()}
+    text = {"mark without picture": talk(), "no answer": talk("Hello")[:1], "no turns": [], "malformed": "Hello"}
+    return rows | {what: {"id": what, "conversations": c} for what, c in text.items()}
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    """A folder of good rows, of different lengths and pictures, with bad ones among them; how many are bad."""
+    images = tmp_path / "images"
+    images.mkdir()
+    rows = []
+    for number in range(GOOD):
+        answer = f"Number {number}." + " And so on." * (number % 4)
+        row = {"id": f"good-{number}", "conversations": talk(answer=answer)}
+        if number < GOOD - TEXT:
+            PIL.Image.new("RGB", (40 + number, 30), (10 * number, 200, 90)).save(images / f"good-{number}.png")
+            row["image"] = f"good-{number}.png"
+        else:
+            row["conversations"] = talk("What?", answer)
+        rows.append(row)
+    bad = list(bad_rows(images).values())
+    mixed = [rows.pop(0)] + [row for pair in itertools.zip_longest(bad, rows) for row in pair if row is not None]
+    (tmp_path / "rows.json").write_text(json.dumps(mixed))
+    return tmp_path, len(bad)
+
+
+def changes(folder, annotations="rows.json", images="images", **more):
+    """To train on what lies in the folder; several names of files or folders are separated by commas."""
+    paths = (",".join(str(folder / name) for name in names.split(",")) for names in (annotations, images))
+    keys = ("data.annotations", "data.images")
+    base = {"data.source": "llava", "data.max_length": 256, "data.images_per_row": 2, "global_batch_size": 4}
+    return base | dict(zip(keys, paths, strict=True)) | {"mesh.data": 1} | more
+
+
+def pipeline(folder, host=0, hosts=1, **more):
+    config = tiny(**changes(folder, **more))
+    return Batches(config, training_records(config), preparation(config), host=host, hosts=hosts)
+
+
+def conversations(batch):
+    """The tokens and pictures of each conversation of a batch, as bytes."""
+    found = []
+    for row, segments in enumerate(batch.segment_ids):
+        pictures = [picture.tobytes() for picture in batch.images[row]]
+        for segment in range(1, segments.max() + 1):
+            here = segments == segment
+            count = (batch.image_slots[row][here] >= 0).sum() // 4
+            mine, pictures = pictures[:count], pictures[count:]
+            found.append((batch.tokens[row][here].tobytes(), b"".join(mine)))
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_every_epoch_has_all_good_rows_once_and_counts_the_bad(faulty, mode, hosts):
+    folder, bad = faulty
+    shares = [pipeline(folder, host, hosts, **MODES[mode]) for host in range(hosts)]
+    records = LlavaRecords(str(folder / "rows.json"), str(folder / "images"))
+    prepare = preparation(tiny(**changes(folder, **MODES[mode])))
+    good = []
+    for index in range(len(records)):
+        try:
+            example = prepare(records[index])
+        except BadRow:
+            continue
+        good.append((example.tokens.tobytes(), example.images.tobytes()))
+    assert len(set(good)) == GOOD
+    ends = [0, *(pipeline(folder, **MODES[mode]).plan.steps(epoch) for epoch in range(1, 4))]
+    for epoch, (begin, end) in enumerate(itertools.pairwise(ends), start=1):
+        found = []
+        for _ in range(begin, end):
+            batches = [next(share) for share in shares]
+            assert len({batch.tokens.shape for batch in batches}) == 1
+            assert len({batch.images.shape for batch in batches}) == 1
+            found += [one for batch in batches for one in conversations(batch)]
+        assert sorted(found) == sorted(good)
+        assert sum(share.replaced for share in shares) == epoch * bad
+
+
+def test_the_first_bad_rows_are_named_and_the_others_counted(faulty, caplog):
+    folder, bad = faulty
+    batches = pipeline(folder, **{"data.threads": 1})
+    for _ in range(batches.plan.steps(3)):
+        next(batches)
+    assert batches.replaced == 3 * bad
+    assert len(caplog.messages) == 10
+    assert all("counted in rows_replaced" in message for message in caplog.messages)
+    assert [message.endswith("Further ones are only counted.") for message in caplog.messages] == [False] * 9 + [True]
+
+
+def test_rows_of_text_need_no_picture_places_in_groups(faulty):
+    batches = pipeline(faulty[0])
+    taken = [next(batches) for _ in range(batches.plan.steps(1))]
+    with_slots = [bool((batch.image_slots >= 0).any()) for batch in taken]
+    assert [batch.images.shape[1] for batch in taken if not (batch.image_slots >= 0).any()].count(0) >= 1
+    # Never are there fewer places than pictures; without a picture in a batch, there are none.
+    assert all(batch.images.shape[1] == 2 for batch, slots in zip(taken, with_slots, strict=True) if slots)
+    planned = [batches.plan[4 * step].images for step in range(len(taken))]
+    assert [batch.images.shape[1] for batch in taken] == planned
+
+
+def test_a_run_leaves_bad_rows_out_and_says_how_many(faulty, tmp_path, capsys):
+    """One epoch of it: both kinds of batches, with pictures and without, are trained on."""
+    folder, bad = faulty
+    workdir = tmp_path / "run"
+    arguments = {"steps": 0, "epochs": 1.0, "log_every_steps": 2} | changes(folder)
+    options = [f"--config.{key}={value}" for key, value in arguments.items()]
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        assert door(main, [f"--config={ROOT}/tests/tiny.py", f"--workdir={workdir}", *options]) == 0
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = -(-(GOOD + bad) // 4)
+    assert lines[-1]["step"] == steps
+    counts = [line["rows_replaced"] for line in lines]
+    assert counts == sorted(counts)
+    assert counts[-1] == bad
+    # Each count is that of the batches up to its line, not of what was read ahead.
+    batches, consumed = pipeline(folder), []
+    for _ in range(steps):
+        next(batches)
+        consumed.append(batches.replaced)
+    assert counts == [consumed[line["step"] - 1] for line in lines]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert f"{bad} rows could not be used" in capsys.readouterr().out
+
+
+def test_data_without_any_picture_end_in_one_sentence(faulty, tmp_path, capsys):
+    folder, _ = faulty
+    rows = [row for row in json.loads((folder / "rows.json").read_text()) if "image" in row]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "none").mkdir()
+    options = [f"--config.{key}={value}" for key, value in changes(folder, images="none").items()]
+    assert door(main, [f"--config={ROOT}/tests/tiny.py", f"--workdir={tmp_path / 'run'}", *options]) == 2
+    spoken = capsys.readouterr().err.strip().splitlines()
+    (sentence,) = [line for line in spoken if line.startswith("error: ")]
+    assert "No row of the training data can be used" in sentence
+    assert f"Image {folder}/none/good-0.png cannot be opened: No such file or directory" in sentence
+    assert "Traceback" not in "".join(spoken)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- Several data sets -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(folder):
+    """Two sets: of five rows, two of them with the same picture names in another folder; and what they hold."""
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    (folder / "others").mkdir()
+    PIL.Image.new("RGB", (7, 7), "blue").save(folder / "others" / "one.png")
+    others = [{"id": f"z{i}", "image": "one.png", "conversations": talk(answer=f"Blue {i}.")} for i in range(3)]
+    (folder / "others.json").write_text(json.dumps(others))
+    return folder
+
+
+@pytest.mark.parametrize(("images", "colour"), [("images,others", (0, 0, 255)), ("images", (255, 0, 0))])
+def test_two_data_sets_stand_one_after_the_other(two, images, colour):
+    """With a folder each, or one for both."""
+    records = training_records(tiny(**changes(two, "rows.json,others.json", images)))
+    assert records.sizes == [5, 3]
+    assert [records[i].id for i in (0, 1, 2, 3, 5, 6, 7)] == ["a", "b", "c", "4", "z0", "z1", "z2"]
+    assert records[0].pictures[0]().getpixel((0, 0)) == (255, 0, 0)
+    assert records[6].pictures[0]().getpixel((0, 0)) == colour
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_data_sets_are_mixed_into_batches(two, mode):
+    more = MODES[mode] | {"data.annotations": f"{two}/rows.json, {two}/others.json", "data.mix": (1.0, 2.0)}
+    batches = pipeline(two, **more)
+    found = [one for _ in range(batches.plan.steps(1)) for one in conversations(next(batches))]
+    times = sorted(found.count(one) for one in set(found))
+    # Rows 0 and 3 of the first set are alike; each of the second comes twice.
+    assert times == [1, 1, 1, 2, 2, 2, 2]
+    assert batches.replaced == 0
+
+
+def test_folders_that_do_not_match_the_annotations_are_refused(two):
+    with pytest.raises(UserError, match=r"data\.images names 2 folders for 1 annotation files; name one, or one each"):
+        training_records(tiny(**changes(two, "rows.json", "images,others")))
+    with pytest.raises(UserError, match=r"data\.images names 2 folders for 3 annotation files"):
+        training_records(tiny(**changes(two, "rows.json,others.json,rows.json", "images,others")))
+    with pytest.raises(UserError, match=r"annotations .* missing: '.*absent\.json' does not exist"):
+        training_records(tiny(**changes(two, "rows.json,absent.json")))
+
+
+def test_llava_records_become_batches(folder):
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    batch = next(pipeline(folder, **{"data.aspect": "pad", "global_batch_size": 5}))
+    assert sorted((batch.image_slots >= 0).sum(axis=1) // 4) == [0, 1, 1, 1, 2]
+    assert batch.loss_mask.any(axis=1).all()
