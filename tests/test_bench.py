@@ -1,0 +1,64 @@
+"""Benchmarks run, say the same in both forms, and measure what they say; no test here looks at a clock."""
+
+import json
+
+import numpy as np
+import pytest
+
+from stf_jax.bench import main
+from stf_jax.benches.mixture import SOURCES, jpegs, lengths
+from stf_jax.benches.table import table
+from stf_jax.runtime.cli import door
+
+
+def test_input(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    assert door(main, ["input", "--pictures=16", "--rows=20000", f"--json={file}"]) == 0
+    rows = json.loads(file.read_text())
+    assert capsys.readouterr().out == table(rows) + "\n"
+    by_name = {row["what"]: row for row in rows}
+    assert {name for name in by_name if "LLaVA" in name} == {
+        "LLaVA's way, plain loop",
+        "LLaVA's way, DataLoader (2 workers)",
+        "LLaVA's group_by_modality_length",
+    }
+    loop = by_name["LLaVA's way, plain loop"]["images_per_second_per_core"]
+    for row in rows:
+        if "ratio_per_core" in row:
+            assert row["ratio_per_core"] == pytest.approx(row["images_per_second_per_core"] / loop)
+    # These depend on no clock.
+    useful = {row["what"]: row["useful_positions"] for row in rows if "useful_positions" in row}
+    assert useful["ours, packed (8 pictures a row)"] >= 0.95
+    assert useful["ours, grouped (8 lengths)"] > useful["LLaVA's group_by_modality_length"]
+
+
+def test_weights(tmp_path):
+    file = tmp_path / "figures.json"
+    assert door(main, ["weights", "--model=llama-mini", f"--scratch={tmp_path}", f"--json={file}"]) == 0
+    rows = {row["what"]: row for row in json.loads(file.read_text())}
+    assert len(rows) == 5
+    assert rows["import, peak"]["gib"] > rows["model, in bfloat16"]["gib"] > rows["its largest parameter"]["gib"] > 0
+
+
+def test_the_mixture_is_as_it_says():
+    assert sum(count for count, *_ in SOURCES.values()) == 665_298
+    tokens, pictures = lengths(20_000, 144, np.random.default_rng(0))
+    assert pictures.mean() == pytest.approx(1 - 40_688 / 665_298, abs=0.01)
+    assert tokens[pictures == 1].min() > 144
+    assert tokens.max() == 2048
+    sizes = [len(file) for file in jpegs(40, np.random.default_rng(0))]
+    assert 100_000 < np.mean(sizes) < 250_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["input", "--json=no/such/folder.json"], "--json=no/such/folder.json: there is no such folder"),
+        (["weights", "--model=llama-7"], "Unknown preset model.llm='llama-7'"),
+        (["weights", "--scratch=nowhere"], "--scratch=nowhere is not a folder"),
+    ],
+)
+def test_what_cannot_be_run_is_said_at_once(arguments, sentence, capsys):
+    assert door(main, arguments) == 2
+    assert sentence in capsys.readouterr().err
