@@ -148,10 +148,10 @@ def write_params(folder: pathlib.Path, params: Iterable[tuple[str, np.ndarray]])
     They appear in ``folder`` when the last is written.
     """
     target = _absolute(folder) / IMPORTED
-    saving = v1.options.ArrayOptions.Saving
+    how = v1.Context()
     # In small chunks: a device that reads its share of a parameter expands every chunk that the share touches.
-    how = v1.options.ArrayOptions(saving=saving(storage_options=saving.StorageOptions(chunk_byte_size=_CHUNK)))
-    with v1.Context(array_options=how):
+    how.array.saving.storage_options.chunk_byte_size = _CHUNK
+    with how:
         for path, value in params:
             v1.partial.save(target, {path: value})
             del value  # before the next one is made
