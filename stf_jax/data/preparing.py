@@ -8,6 +8,7 @@ goes on with the shards that are missing. The data set is finished when ``datase
 import collections
 import concurrent.futures
 import dataclasses
+import errno
 import hashlib
 import io
 import itertools
@@ -100,7 +101,10 @@ def prepare(options: Options) -> Report:
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"{options.out} exists and is not empty; choose another --out.")
     else:
-        notes.mkdir(parents=True)
+        try:
+            notes.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{options.out} cannot be written: {error.strerror or error}.") from None
         write_json(notes / "plan.json", plan)
     _work(options, plan["shards"], notes)
     return _finish(options, plan, out, notes)
@@ -155,6 +159,10 @@ def _collect(waiting, bar):
             future.result()
         except concurrent.futures.process.BrokenProcessPool:
             raise UserError("A worker process was killed, perhaps for want of memory; give fewer --workers.") from None
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise UserError("The disk is full; with more room the same command goes on where it was.") from None
         bar.update()
     return waiting
 

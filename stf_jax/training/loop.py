@@ -60,7 +60,10 @@ def train(config: TrainConfig, workdir: epath.Path) -> Trained:
     rate = learning_rate(config.optimizer, steps)
     layout = state_layout(config, plan, tx, mesh)
 
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The workdir {workdir} cannot be made: {error.strerror or error}.") from None
     checkpoints = Checkpoints(workdir, config.checkpoint)
     if checkpoints.latest is not None:
         arrays, position, clock = checkpoints.restore(checkpoints.latest, layout)

@@ -223,6 +223,7 @@ def test_names_that_lead_elsewhere_and_absurd_pictures_are_refused(tmp_path):
         ({"tokenizer": "miniature", "template": "chatml"}, r"needs the token <\|im_start\|>"),
         ({"tokenizer": "miniature", "template": "phi"}, r"Unknown data\.template='phi'"),
         ({"out": "."}, r"\. exists and is not empty"),
+        ({"out": "something/below"}, r"something/below cannot be written: Not a directory"),
     ],
 )
 def test_input_that_cannot_be_used_is_named(data, tmp_path, monkeypatch, changes, sentence):
