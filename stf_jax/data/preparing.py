@@ -89,20 +89,22 @@ def prepare(options: Options) -> Report:
         check_template(options.template, load_tokenizer(options.tokenizer))
     plan, notes = _plan(options), out / NOTES
     if (out / INFO).exists():
-        made = json.loads((out / REPORT).read_text())
-        if made["made_from"] != plan:
+        made = json.loads((out / REPORT).read_text()) if (out / REPORT).exists() else {}
+        if made.get("made_from") != plan:
             raise UserError(f"{options.out} holds a data set made from other input; choose another --out.")
         if notes.exists():  # the last thing to go
             notes.rmtree()
+        if options.strict and made["dropped"]:
+            raise UserError(f"--strict: {made['dropped'][0]['why']}")
         return Report(made)
-    if notes.exists():
+    if (notes / "plan.json").exists():
         if json.loads((notes / "plan.json").read_text()) != plan:
             raise UserError(f"{options.out} holds unfinished work on other input; finish that, or remove the folder.")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and (not out.is_dir() or any(path.name != NOTES for path in out.iterdir())):
         raise UserError(f"{options.out} exists and is not empty; choose another --out.")
     else:
         try:
-            notes.mkdir(parents=True)
+            notes.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{options.out} cannot be written: {error.strerror or error}.") from None
         write_json(notes / "plan.json", plan)

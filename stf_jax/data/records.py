@@ -69,7 +69,8 @@ def read_row(row: Any, name: str) -> tuple[str, list[str], tuple[Turn, ...]]:
         turns = tuple(Turn(turn["from"], turn["value"]) for turn in row["conversations"])
         images = row.get("image", [])
         images = [images] if isinstance(images, str) else images
-        if not all(isinstance(text, str) for text in (*images, *(text for turn in turns for text in _both(turn)))):
+        texts = [*images, *(text for turn in turns for text in _both(turn))]
+        if not isinstance(images, list) or not all(isinstance(text, str) for text in texts):
             raise TypeError
         # LLaVA's own files always have an id; the place of a row that has none is its name.
         identity = str(row.get("id", name))

@@ -191,7 +191,7 @@ def _shares(data, sizes):
         return [float(size) for size in sizes]
     if len(data.mix) != len(sizes):
         raise UserError(f"data.mix has {len(data.mix)} numbers for {len(sizes)} data sets.")
-    if min(data.mix) < 0 or sum(data.mix) <= 0:
+    if not all(0 <= number < math.inf for number in data.mix) or sum(data.mix) <= 0:
         raise UserError(f"data.mix={data.mix} should hold numbers that are not negative, one of them positive.")
     if data.mix_by == "epoch":
         return [size * times for size, times in zip(sizes, data.mix, strict=True)]

@@ -23,7 +23,7 @@ def new_text(path: epath.Path) -> Iterator[TextIO]:
         return
     partial = _partial(path)
     try:
-        with partial.open("w") as file:
+        with pathlib.Path(partial).open("w", encoding="utf-8") as file:
             yield file
         partial.replace(path)
     except BaseException:

@@ -199,6 +199,22 @@ def test_strict_ends_at_a_bad_row_and_leaves_nothing_that_reads_as_finished(data
     assert not (out / "dataset_info.json").exists()
 
 
+def test_strict_is_not_satisfied_by_a_set_that_was_finished_without(data, prepared):
+    again = options(data[0], prepared[0], tokenizer="miniature", image_tokens=9, strict=True)
+    with pytest.raises(UserError, match=r"^--strict: "):
+        prepare(again)
+
+
+def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "tfds").mkdir()
+    (tmp_path / "tfds" / "dataset_info.json").write_text("{}")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        prepare(options(data[0], tmp_path / "file"))
+    with pytest.raises(UserError, match="holds a data set made from other input"):
+        prepare(options(data[0], tmp_path / "tfds"))
+
+
 def test_names_that_lead_elsewhere_and_absurd_pictures_are_refused(tmp_path):
     (tmp_path / "images").mkdir()
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
