@@ -21,8 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 def sentencepiece_model() -> pathlib.Path:
     """A SentencePiece model of the Llama kind: 32,000 pieces, byte fallback, a prefix space."""
     package = importlib.util.find_spec("mistral_common")  # only its file: importing it would load the whole package
-    if package is None:
-        pytest.skip("mistral-common (requirements-data.txt) is not installed")
+    assert package is not None, "mistral-common (requirements-dev.txt) is not installed"
     return pathlib.Path(package.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
 
 

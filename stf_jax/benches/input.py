@@ -214,6 +214,7 @@ def _positions(rows, rng):
     figures = []
     for name, data in {
         "ours, packed (8 pictures a row)": DataConfig(packing=True, images_per_row=8),
+        "ours, packed (6 pictures a row)": DataConfig(packing=True, images_per_row=6),
         "ours, grouped (8 lengths)": DataConfig(buckets=8),
     }.items():
         start = time.monotonic()

@@ -14,7 +14,7 @@ _SHOWN = 3  # dropped rows a reason
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The contents of ``report.json``; DESIGN's keys, and more."""
+    """The contents of ``report.json``."""
 
     values: dict[str, Any]
 

@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -202,7 +203,6 @@ def llava_v1(turns, model):
 # LLaVA knows one picture a turn; and transformers merges two spaces otherwise than SentencePiece.
 @pytest.mark.parametrize("name", sorted(CONVERSATIONS.keys() - {"pictures", "begun by gpt", "picture in the midst"}))
 def test_v1_is_what_llava_trains_on(name, sentencepiece_model, llama):
-    sentencepiece = pytest.importorskip("sentencepiece")
     model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     tokens, labels = llava_v1(CONVERSATIONS[name].turns, model)
     ours = encoded("v1", CONVERSATIONS[name], llama, slots=1)
@@ -227,7 +227,6 @@ def llava_plain(turns, model):
 )
 def test_what_is_too_long_is_cut_as_llava_cuts_it(template, row, sentencepiece_model, llama):
     """LLaVA puts SLOTS places for each picture into ids and labels, then cuts both; labels are shifted in the loss."""
-    sentencepiece = pytest.importorskip("sentencepiece")
     model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     pairs = zip(*{"v1": llava_v1, "plain": llava_plain}[template](row.turns, model), strict=True)
     theirs = [pair for token, label in pairs for pair in [(token, label)] * (SLOTS if token == -200 else 1)]
@@ -321,7 +320,6 @@ def test_chatml_is_what_smollm2_asks_for(name, smollm2):
 
 @pytest.mark.parametrize("name", sorted(WORDS.keys() - {"spaces"}))  # see test_v1_is_what_llava_trains_on
 def test_mistral_is_what_mistral_asks_for(name, llama):
-    pytest.importorskip("mistral_common")
     from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
