@@ -44,7 +44,7 @@ def get_config(arg=None):
             "rules": (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train")),
             "data": {"template": "v1", "scenes": {"task": "conversations"}, "max_length": 208},
             "optimizer": {"learning_rate": 1.5e-3},
-            "benchmark": "scenes",
+            "eval": {"benchmarks": ("scenes",), "batch": 64},
         },
     }
     return single_stage(config, arg.stage) if arg.stage else config

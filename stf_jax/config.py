@@ -112,6 +112,19 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """What a run is measured on, at its end and on the way (evals/)."""
+
+    benchmarks: tuple[
+        str, ...
+    ] = ()  # gqa | scienceqa | vqav2 | vizwiz | textvqa | pope | mmbench | mmbench_cn | mme | scenes
+    data: str = ""  # folder with LLaVA's evaluation files; scenes needs none
+    limit: int = 0  # questions of each, the first ones; 0: all
+    every_steps: int = 0  # steps between measurements; 0: at the end alone
+    batch: int = 16  # questions at once
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One stage of training."""
 
@@ -124,13 +137,12 @@ class TrainConfig:
     init_from: str = ""  # folders of weights or runs to start from, separated by commas; "miniatures": embedded
     init_missing: tuple[str, ...] = ()  # patterns of parameters that start afresh; init_from must have all others
     rules: tuple[tuple[str, str], ...] = ((".*", "train"),)  # (pattern of parameter path, train | freeze), first wins
-    benchmark: str = ""  # measured at the end of the run: scenes
-    benchmark_pictures: int = 128  # held-out pictures to measure on
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
 
 
 _CHOICES = {
@@ -144,12 +156,11 @@ _CHOICES = {
     "data.aspect": ("square", "pad"),
     "data.mix_by": ("epoch", "weight"),
     "optimizer.schedule": ("cosine", "constant"),
-    "benchmark": ("", "scenes"),
 }
 _AT_LEAST_ONE = (
     "global_batch_size",
     "log_every_steps",
-    "benchmark_pictures",
+    "eval.batch",
     "model.fusion.kernel",
     "data.max_length",
     "data.threads",
@@ -328,6 +339,8 @@ def _validated(config):
         "optimizer.weight_decay",
         "optimizer.clip_norm",
         "checkpoint.keep_every",
+        "eval.limit",
+        "eval.every_steps",
     ):
         if not 0 <= flat[key] < math.inf:  # nor nan
             raise UserError(f"Config key {key} is {flat[key]}; it must be finite and not negative.")

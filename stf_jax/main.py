@@ -3,8 +3,10 @@
 import dataclasses
 import sys
 
+import jax
+
 from stf_jax.config import resolve
-from stf_jax.evals import scenes
+from stf_jax.evals.running import shown
 from stf_jax.runtime.cli import door, parse
 from stf_jax.training.loop import train
 
@@ -29,11 +31,10 @@ def main(argv: list[str]) -> None:
     for before, stage in zip([None, *stages], stages, strict=False):
         if before is not None:
             stage = dataclasses.replace(stage, init_from=str(workdir / before.name))
-        trained = train(stage, workdir / stage.name if len(stages) > 1 else workdir)
-        if stage.benchmark:
-            results = scenes.measure(stage, trained.plan, trained.state.params, workdir)
-            print(scenes.table(results))
-            print(f"results.json, every answer (answers.jsonl) and contact_sheet.png are in {workdir}")
+        results = train(stage, workdir / stage.name if len(stages) > 1 else workdir, workdir)
+        if results and jax.process_index() == 0:
+            print("\n".join(map(shown, results)))
+            print(f"results.json and every answer (answers.jsonl) are in {workdir}")
 
 
 if __name__ == "__main__":

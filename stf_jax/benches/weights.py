@@ -3,16 +3,14 @@
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
 import tempfile
-import time
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from stf_jax.benches.process import measured
 from stf_jax.config import UserError
 from stf_jax.models.llm import Decoder
 from stf_jax.models.presets import llm_preset
@@ -46,9 +44,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         write_shards(theirs, _random(places))
         (theirs / "config.json").write_text(json.dumps(_config(preset)))
         convert = ["-m", "stf_jax.convert"]
-        rows.append(_measured("import, peak", [*convert, "import", str(theirs), f"--to={ours}"]))
-        rows.append(_measured("load onto 8 devices, peak", ["-c", _LOAD, str(ours)]))
-        rows.append(_measured("export, peak", [*convert, "export", str(ours), "--format=native", f"--to={native}"]))
+        rows.append(measured("import, peak", [*convert, "import", str(theirs), f"--to={ours}"]))
+        rows.append(measured("load onto 8 devices, peak", ["-c", _LOAD, str(ours)]))
+        rows.append(measured("export, peak", [*convert, "export", str(ours), "--format=native", f"--to={native}"]))
         assert open_model(ours).description == Description(None, preset, None)
     return rows
 
@@ -66,27 +64,6 @@ shardings = plan.shardings(make_mesh(MeshConfig(1, 8, 1)))
 layout = {path: leaf.update(sharding=shardings[path]) for path, leaf in plan.shapes.items()}
 load_params(sys.argv[1], layout, ("vision/.*", "fusion/.*"))
 """
-
-
-def _measured(what, arguments):
-    """Seconds, and peak resident memory (Linux; pages of mapped files included), of Python with those arguments."""
-    start, peak = time.monotonic(), 0
-    with subprocess.Popen([sys.executable, *arguments]) as child:
-        status = pathlib.Path(f"/proc/{child.pid}/status")
-        while child.poll() is None:
-            # The kernel's own high-water mark, so that nothing between two looks is missed.
-            peak = max([peak, *(int(line.split()[1]) for line in _lines(status) if line.startswith("VmHWM"))])
-            time.sleep(0.02)
-    if child.returncode:
-        raise RuntimeError(f"{what} failed with status {child.returncode}.")
-    return {"what": what, "seconds": time.monotonic() - start, "gib": peak / 2**20}
-
-
-def _lines(file):
-    try:
-        return file.read_text().splitlines()
-    except OSError:  # the process has ended
-        return []
 
 
 def _random(places):

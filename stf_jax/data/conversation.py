@@ -146,9 +146,10 @@ def plain(turns: Sequence[Turn]) -> list[Item]:
 TEMPLATES = {"plain": plain} | CHATS
 
 
-def stop_token(template: str, tokenizer: PreTrainedTokenizerFast) -> int:
-    """Id of the token that ends an answer in that template."""
-    return _id(CHATS[template].end[0] if template in CHATS else Mark.END, tokenizer)
+def stop_tokens(template: str, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Ids that end an answer: the token that the template ends it with, and the tokenizer's end of sequence."""
+    ends = (CHATS[template].end[0] if template in CHATS else Mark.END, Mark.END)
+    return tuple(dict.fromkeys(_id(end, tokenizer) for end in ends))
 
 
 def check_template(template: str, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,5 +1,6 @@
 """Tokenizers: any that transformers reads from a local folder, and the small one of the miniatures."""
 
+import json
 import os
 import pathlib
 
@@ -9,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
+from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.scenes import SHORT_ANSWER, caption, make_scene, questions
 from stf_jax.runtime.files import fetched
 
@@ -53,6 +55,8 @@ def read_tokenizer(folder: pathlib.Path, **how) -> PreTrainedTokenizerFast:
     how |= {"local_files_only": True, "trust_remote_code": False}
     file = folder / SENTENCEPIECE
     if not file.is_file() or (folder / "tokenizer.json").is_file():
+        if _class(folder) == "PreTrainedTokenizerFast":  # it need not look at a config.json that it may not know
+            return PreTrainedTokenizerFast.from_pretrained(folder, **how)
         return AutoTokenizer.from_pretrained(folder, **how)
     if not (folder / "tokenizer_config.json").is_file():
         how["add_bos_token"] = True  # as Llama's are published
@@ -62,6 +66,19 @@ def read_tokenizer(folder: pathlib.Path, **how) -> PreTrainedTokenizerFast:
     if tokenizer(probe, add_special_tokens=False).input_ids != ids:
         raise ValueError(f"transformers does not read {file.name} as SentencePiece does")
     return tokenizer
+
+
+def _class(folder):
+    try:
+        return json.loads((folder / "tokenizer_config.json").read_bytes())["tokenizer_class"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def unsayable(tokenizer: PreTrainedTokenizerFast, vocab: int) -> tuple[int, ...]:
+    """Ids of a vocabulary of that size which no text has trained: ``<image>``, and those beyond the tokenizer's."""
+    mark = tokenizer.get_vocab().get(IMAGE_MARK, vocab)
+    return tuple(sorted({*range(len(tokenizer), vocab), *range(mark, min(mark + 1, vocab))}))
 
 
 def train_miniature_tokenizer() -> PreTrainedTokenizerFast:

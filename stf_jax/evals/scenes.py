@@ -1,7 +1,7 @@
 """The embedded benchmark: questions on held-out scenes, by kind, beside the same model shown a blank picture."""
 
 import dataclasses
-import json
+import functools
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -10,23 +10,16 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
-import tqdm
 from etils import epath
 
-from stf_jax.config import TrainConfig
-from stf_jax.data.conversation import Encoded, encode, template_items
-from stf_jax.data.image import to_square
-from stf_jax.data.records import IMAGE_MARK, Record, Turn
-from stf_jax.data.scenes import KINDS, MOST_THINGS, SHORT_ANSWER, Question, draw, make_scene, questions
-from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.inference.greedy import GreedyAnswers
-from stf_jax.models.presets import vision_preset
-from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.mesh import make_mesh
-from stf_jax.training.state import Blueprint, Params
+from stf_jax.data import scenes
+from stf_jax.data.scenes import KINDS, SHORT_ANSWER, SIDE, draw, make_scene
+from stf_jax.evals.benchmark import Benchmark, Question
 
 SEED = 1_000_003  # of the held-out pictures, whatever a run trained on
-_ANSWER_TOKENS = 6  # the longest answer is a word spelt in letters, and its end
+PICTURES = 128
+THINGS = 2  # in a picture at most: what a miniature can tell after minutes of training
+_BLANK = (122, 116, 104)  # CLIP's mean colour
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +27,7 @@ class Answered:
     """A question on a picture, with the model's answer to it and to the same question on a blank picture."""
 
     picture: PIL.Image.Image
-    question: Question
+    question: scenes.Question
     answer: str
     blank_answer: str
 
@@ -49,75 +42,76 @@ class Answered:
         return self.blank_answer.lower() == self.question.answer.lower()
 
 
-def held_out_questions(pictures: int, most: int = MOST_THINGS) -> list[tuple[PIL.Image.Image, Question]]:
-    """One question of each kind that the picture allows, for so many held-out pictures of up to ``most`` things."""
+class Scenes(Benchmark):
+    """One question of each kind that a picture allows, on :data:`PICTURES` held-out pictures, each asked twice."""
+
+    name = "scenes"
+    folders = ()
+    tokens = 6  # the longest answer is a word spelt in letters, and its end
+    rule = "Right is the one gold word, letter case aside. Every question is asked of a blank picture, too."
+    scored = True
+
+    def __init__(self, data: epath.Path | None = None):
+        """It needs no files."""
+        self._asked = held_out_questions(PICTURES)
+        self.questions = []
+        for picture, index, question in self._asked:
+            text = f"{question.text}\n{SHORT_ANSWER}"
+            # The blank one comes next to it, so that a part of the questions is a part of either.
+            for shown, opens in (
+                ("scene", picture),
+                ("blank", functools.partial(PIL.Image.new, "RGB", (SIDE, SIDE), _BLANK)),
+            ):
+                about = {"kind": question.kind, "picture": shown, "truth": question.answer}
+                self.questions.append(Question(f"{index}/{question.kind}/{shown}", text, opens, text, about))
+
+    @property
+    def count(self) -> int:
+        return len(self.questions) // 2
+
+    def first(self, count: int) -> None:
+        self.questions, self._asked = self.questions[: 2 * count], self._asked[:count]
+
+    def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
+        """``accuracy``, ``blank_image_accuracy``, and both ``by_kind``."""
+        answered = self._answered(texts)
+        by_kind = {kind: [item for item in answered if item.question.kind == kind] for kind in KINDS}
+        table = {kind: _shares(items) | {"questions": len(items)} for kind, items in by_kind.items() if items}
+        return _shares(answered) | {"by_kind": table}
+
+    def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
+        """Writes ``contact_sheet.png``: pictures with question, answer and truth, to look at."""
+        file = out / "contact_sheet.png"
+        with file.open("wb") as opened:
+            contact_sheet(self._answered(texts)).save(opened, "PNG")
+        return [file]
+
+    def _answered(self, texts):
+        pairs = zip(texts[::2], texts[1::2], strict=True)
+        return [
+            Answered(picture(), question, *pair)
+            for (picture, _, question), pair in zip(self._asked, pairs, strict=True)
+        ]
+
+
+def held_out_questions(pictures: int) -> list[tuple[functools.partial, int, scenes.Question]]:
+    """One question of each kind that the picture allows, for so many held-out pictures.
+
+    With each, what draws its picture, and the picture's number.
+    """
     asked = []
     for index in range(pictures):
-        scene = make_scene(SEED, index, held_out=True, most=most)
-        picture = draw(scene, index)
-        asked += [(picture, question) for question in questions(scene, np.random.default_rng([SEED, index]), True)]
+        scene = make_scene(SEED, index, held_out=True, most=THINGS)
+        for question in scenes.questions(scene, np.random.default_rng([SEED, index]), True):
+            asked.append((functools.partial(draw, scene, index), index, question))
     return asked
 
 
-def measure(config: TrainConfig, plan: Blueprint, params: Params, workdir: epath.Path) -> dict[str, Any]:
-    """Answers the held-out questions; writes ``results.json``, ``answers.jsonl`` and ``contact_sheet.png``.
-
-    Returns:
-      What ``results.json`` holds: ``benchmark``, ``metrics`` (shares of right answers in 0..1: ``accuracy``,
-      ``blank_image_accuracy``, ``by_kind``), ``questions``, ``model``.
-    """
-    tokenizer, vision = load_tokenizer(config.data.tokenizer), vision_preset(config.model.vision)
-    slots = slots_per_image(config.model)
-    asked = held_out_questions(config.benchmark_pictures, config.data.scenes.things)
-    prompts = [_prompt(config, tokenizer, slots, *item) for item in asked]
-    images = [to_square(picture, vision, config.data.aspect)[None] for picture, _ in asked]
-    blank = np.broadcast_to(np.uint8(np.array(vision.mean) * 255), images[0].shape)
-    answers = GreedyAnswers(plan, params, tokenizer, make_mesh(config.mesh), _ANSWER_TOKENS, config.data.template)
-    said = list(tqdm.tqdm(answers(prompts, images), "answers", len(prompts), unit="question"))
-    said_blank = list(tqdm.tqdm(answers(prompts, [blank] * len(images)), "blank", len(prompts), unit="question"))
-    answered = [Answered(*item, *pair) for item, pair in zip(asked, zip(said, said_blank, strict=True), strict=True)]
-
-    name = f"{config.model.vision} + {config.model.fusion.fusion} ({slots} tokens) + {config.model.llm}"
-    results = {"benchmark": "scenes", "metrics": score(answered), "questions": len(answered), "model": name}
-    with (workdir / "answers.jsonl").open("w") as file:
-        for item in answered:
-            row = {"kind": item.question.kind, "question": item.question.text, "truth": item.question.answer}
-            file.write(json.dumps(row | {"answer": item.answer, "blank_image_answer": item.blank_answer}) + "\n")
-    with (workdir / "contact_sheet.png").open("wb") as file:
-        contact_sheet(answered).save(file, "PNG")
-    (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    return results
-
-
-def _prompt(config, tokenizer, slots, picture, question) -> Encoded:
-    text = f"{IMAGE_MARK}\n{question.text}\n{SHORT_ANSWER}"
-    record = Record("held-out", (picture.copy,), (Turn("human", text),))
-    return encode(template_items(config.data.template, record), tokenizer, slots)
-
-
-def score(answered: Sequence[Answered]) -> dict[str, Any]:
-    """Shares of right answers, over all questions and by kind, with the picture and with a blank one."""
-
-    def shares(items):
-        return {
-            "accuracy": sum(item.right for item in items) / len(items),
-            "blank_image_accuracy": sum(item.blank_right for item in items) / len(items),
-        }
-
-    by_kind = {kind: [item for item in answered if item.question.kind == kind] for kind in KINDS}
-    table = {kind: shares(items) | {"questions": len(items)} for kind, items in by_kind.items() if items}
-    return shares(answered) | {"by_kind": table}
-
-
-def table(results: dict[str, Any]) -> str:
-    """The results for people to read, in percent."""
-    metrics = results["metrics"]
-    lines = [results["model"], f"{'question':<12}{'n':>6}{'accuracy':>11}{'blank picture':>16}"]
-    rows = metrics["by_kind"] | {"all": metrics | {"questions": results["questions"]}}
-    for kind, row in rows.items():
-        shares = f"{row['accuracy']:>10.1%} {row['blank_image_accuracy']:>15.1%}"
-        lines.append(f"{kind:<12}{row['questions']:>6}{shares}")
-    return "\n".join(lines)
+def _shares(items):
+    return {
+        "accuracy": sum(item.right for item in items) / len(items),
+        "blank_image_accuracy": sum(item.blank_right for item in items) / len(items),
+    }
 
 
 def contact_sheet(answered: Sequence[Answered], columns: int = 6, rows: int = 4) -> PIL.Image.Image:

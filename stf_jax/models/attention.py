@@ -8,8 +8,10 @@ The mask is a description, not an array, so that each kernel takes it in its own
                                                                  1 1 0 0
                                                                  0 0 1 0
                                                                  0 0 1 1
+    Mask(keys=k)                   every position sees the j with k[j]: what is filled of a cache
 
-Axis letters: B batch, T positions, H heads, K kv heads (K divides H), Dh head size.
+Axis letters: B batch, T positions, S positions of keys (T but for a cache), H heads, K kv heads (K divides H), Dh head
+size.
 """
 
 import dataclasses
@@ -22,13 +24,20 @@ from stf_jax.config import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Which positions may see which. ``segments``: int32 [B, T], or None where a row is one whole."""
+    """Which positions may see which.
+
+    ``segments``: int32 [B, T], or None where a row is one whole. ``keys``: bool [B, S], or None where all may be seen;
+    it goes alone.
+    """
 
     causal: bool = False
     segments: jax.Array | None = None
+    keys: jax.Array | None = None
 
     def dense(self, length: int) -> jax.Array | None:
-        """The mask as bool [B or 1, 1, T, T], True where attention flows; None where it flows everywhere."""
+        """The mask as bool [B or 1, 1, T or 1, S], True where attention flows; None where it flows everywhere."""
+        if self.keys is not None:
+            return self.keys[:, None, None]
         allowed = None
         if self.causal:
             allowed = jnp.tril(jnp.ones((length, length), bool))[None, None]
@@ -38,7 +47,7 @@ class Mask:
         return allowed
 
 
-jax.tree_util.register_dataclass(Mask, data_fields=["segments"], meta_fields=["causal"])
+jax.tree_util.register_dataclass(Mask, data_fields=["segments", "keys"], meta_fields=["causal"])
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, implementation: str = "auto") -> jax.Array:
@@ -46,7 +55,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, implementati
 
     Args:
       q: [B, T, H, Dh].
-      k, v: [B, T, K, Dh]; query head h reads kv head h·K//H.
+      k, v: [B, S, K, Dh]; query head h reads kv head h·K//H.
       mask: which positions may see which.
       implementation: ``auto`` (cuDNN's flash attention for bfloat16 on a GPU where it can do what is asked, else XLA),
         ``cudnn``, ``xla`` or ``reference``.
@@ -77,6 +86,8 @@ def _cudnn_refusal(q, mask):
     if mask.segments is not None:
         # Its only form for packed rows is a dense bias, which costs the memory that flash attention is to save.
         return "does not keep packed conversations apart"
+    if mask.keys is not None:
+        return "does not read a cache that is partly filled"
     return None
 
 

@@ -3,11 +3,16 @@
 RMSNorm, rotary positions, grouped-query attention, SwiGLU (arXiv 2302.13971); optional biases on query, key and value
 (Qwen2), norms on query and key heads (Qwen3), and an output head tied to the embedding.
 
-Axis letters: B batch, T positions, L layers, D width, H heads, K kv heads, Dh head size, F feed-forward, V vocabulary.
+It reads a text whole (:meth:`Decoder.__call__`, for training), or once and then token by token with a cache of keys and
+values (:meth:`Decoder.prefill`, :meth:`Decoder.extend`, for inference/).
+
+Axis letters: B batch, T positions, S slots of a cache, L layers, D width, H heads, K kv heads, Dh head size,
+F feed-forward, V vocabulary.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -78,14 +83,17 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-class Attention(nnx.Module):
-    """Causal grouped-query self-attention."""
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) of a layer → [B, T, H, Dh]
+Cache = tuple[tuple[jax.Array, jax.Array], ...]  # for each layer keys and values, [B, K, S, Dh]
 
-    def __init__(self, rngs: nnx.Rngs, config: LLMConfig, implementation: str):
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention; the caller says over what, by ``attend``."""
+
+    def __init__(self, rngs: nnx.Rngs, config: LLMConfig):
         width, head_dim = (config.width, "embed"), (config.head_dim, "head_dim")
         heads, kv_heads = (config.heads, "heads"), (config.kv_heads, "kv_heads")
         stack, bias = config.layers, config.qkv_bias
-        self.implementation = implementation
         self.query = Linear(rngs, [width], [heads, head_dim], bias=bias, stack=stack)
         self.key = Linear(rngs, [width], [kv_heads, head_dim], bias=bias, stack=stack)
         self.value = Linear(rngs, [width], [kv_heads, head_dim], bias=bias, stack=stack)
@@ -93,12 +101,11 @@ class Attention(nnx.Module):
         self.query_norm = RMSNorm(rngs, config.head_dim, config.norm_eps, stack=stack) if config.qk_norm else None
         self.key_norm = RMSNorm(rngs, config.head_dim, config.norm_eps, stack=stack) if config.qk_norm else None
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: Mask) -> jax.Array:
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.out(attention(q, k, v, mask, self.implementation))
+        return self.out(attend(rotate(q, cos, sin), rotate(k, cos, sin), v))
 
 
 class MLP(nnx.Module):
@@ -117,15 +124,15 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """A pre-norm decoder block; parameters of all layers, a call with one layer's. [B, T, D] → [B, T, D]."""
 
-    def __init__(self, rngs: nnx.Rngs, config: LLMConfig, implementation: str):
+    def __init__(self, rngs: nnx.Rngs, config: LLMConfig):
         self.attention_norm = RMSNorm(rngs, config.width, config.norm_eps, stack=config.layers)
-        self.attention = Attention(rngs, config, implementation)
+        self.attention = Attention(rngs, config)
         self.mlp_norm = RMSNorm(rngs, config.width, config.norm_eps, stack=config.layers)
         self.mlp = MLP(rngs, config)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: Mask) -> jax.Array:
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
         with jax.named_scope("attention"):
-            x = x + self.attention(self.attention_norm(x), cos, sin, mask)
+            x = x + self.attention(self.attention_norm(x), cos, sin, attend)
         with jax.named_scope("mlp"):
             return x + self.mlp(self.mlp_norm(x))
 
@@ -142,10 +149,10 @@ class Decoder(nnx.Module):
         remat: str = "none",
         attention: str = "auto",
     ):
-        self.config, self.scan, self.remat = config, scan, remat
+        self.config, self.scan, self.remat, self.attention = config, scan, remat, attention
         vocab, width = (config.vocab, "vocab"), (config.width, "embed")
         self.embedding = parameter(rngs, [vocab, width], normal(0.02))
-        self.blocks = Block(rngs, config, attention)
+        self.blocks = Block(rngs, config)
         self.norm = RMSNorm(rngs, config.width, config.norm_eps)
         self.head = None if config.tied else Linear(rngs, [width], [vocab], bias=False, kernel_init=normal(0.02))
 
@@ -165,11 +172,58 @@ class Decoder(nnx.Module):
         Returns:
           [B, T, D] in x's type; :meth:`logits` reads them.
         """
+        mask = Mask(causal=True, segments=segments)
+
+        def attend(q, k, v):
+            return attention(q, k, v, mask, self.attention)
+
+        return self._read(x, positions, attend, scan=self.scan, remat=self.remat)
+
+    def prefill(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, Cache]:
+        """As a call without segments, but keeps each layer's keys and values, one slot a position (S = T)."""
+        cache = []
+
+        def attend(q, k, v):
+            cache.append(tuple(_kept(y.swapaxes(1, 2)) for y in (k, v)))
+            return attention(q, k, v, Mask(causal=True), self.attention)
+
+        return self._read(x, positions, attend), tuple(cache)
+
+    def extend(
+        self, x: jax.Array, positions: jax.Array, cache: Cache, slot: jax.Array, filled: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Reads one more token a row, which goes to that slot of the cache, the same in all rows.
+
+        Where a key lies says nothing of its position, which was turned into it; so rows may have gaps.
+
+        Args:
+          x: [B, 1, D] embeddings.
+          positions: int32 [B, 1].
+          cache: of S slots.
+          slot: int32, below S.
+          filled: bool [B, S], the slots to look at, the new one included.
+
+        Returns:
+          Hidden states [B, 1, D] after the final norm, and the cache.
+        """
+        before, after = iter(cache), []
+
+        def attend(q, k, v):
+            pair = zip(next(before), (k, v), strict=True)
+            keys, values = (
+                jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, slot, 0))
+                for old, new in pair
+            )
+            after.append((_kept(keys), _kept(values)))
+            return attention(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), Mask(keys=filled), self.attention)
+
+        return self._read(x, positions, attend), tuple(after)
+
+    def _read(self, x, positions, attend, scan=False, remat="none"):
         with jax.named_scope("llm"):
             cos, sin = rope_angles(self.config, positions)
-            mask = Mask(causal=True, segments=segments)
             every = range(self.config.layers)
-            x = apply_layers(self.blocks, x, cos, sin, mask, layers=every, scan=self.scan, remat=self.remat)
+            x = apply_layers(self.blocks, x, cos, sin, attend, layers=every, scan=scan, remat=remat)
             return self.norm(x)
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -177,3 +231,8 @@ class Decoder(nnx.Module):
         if self.head is None:
             return jnp.einsum("...d,vd->...v", x, self.embedding[...].astype(x.dtype)).astype(jnp.float32)
         return self.head(x).astype(jnp.float32)
+
+
+def _kept(x):
+    """Keys or values of a cache, split as the rows and the heads are."""
+    return constrain(x, ("data", "fsdp"), "tensor")

@@ -30,7 +30,7 @@ _SIGLIP = dict(
 )
 
 # "mini" are the demo's backbones (stf_jax/weights/miniatures): eight blocks, so that there are eight depths to tap.
-VISION: Mapping[str, VisionConfig] = {
+VISION: dict[str, VisionConfig] = {
     "clip-l-14-336": VisionConfig(336, 14, width=1024, layers=24, heads=16, mlp=4096, **_CLIP),
     "clip-b-16-224": VisionConfig(224, 16, width=768, layers=12, heads=12, mlp=3072, **_CLIP),
     "siglip-so400m-14-384": VisionConfig(384, 14, width=1152, layers=27, heads=16, mlp=4304, **_SIGLIP),
@@ -42,7 +42,7 @@ _QWEN2 = dict(rope_theta=1e6, norm_eps=1e-6, qkv_bias=True)
 _QWEN3 = dict(vocab=151_936, head_dim=128, rope_theta=1e6, norm_eps=1e-6, qk_norm=True)
 _SMOL = dict(vocab=49_152, head_dim=64, tied=True)
 
-LLM: Mapping[str, LLMConfig] = {
+LLM: dict[str, LLMConfig] = {
     "vicuna-7b": LLMConfig(32_000, width=4096, layers=32, heads=32, kv_heads=32, head_dim=128, mlp=11_008),
     "vicuna-13b": LLMConfig(32_000, width=5120, layers=40, heads=40, kv_heads=40, head_dim=128, mlp=13_824),
     "llama-3-8b": LLMConfig(

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -90,19 +90,21 @@ class SavedParams:
 
     Attributes:
       shapes: shape and dtype of every parameter.
+      step: of the run; None for an imported folder.
     """
 
     def __init__(self, folder: epath.Path):
         """Reads no values yet. Raises UserError where the folder has no complete checkpoint."""
         if in_bucket(folder) and not os.fspath(folder).startswith("gs://"):
             folder = epath.Path(fetched(folder))  # Orbax reads no other buckets
+        self.step = None
         self._items = [_absolute(folder) / IMPORTED / "state"]
         if not self._items[0].exists():
             with ocp.CheckpointManager(_absolute(folder) / "checkpoints") as manager:
-                step = manager.latest_step()
-                if step is None:
+                self.step = manager.latest_step()
+                if self.step is None:
                     raise UserError(f"Run {folder} holds no complete checkpoint to start from.")
-                items = (manager.directory / str(step) / item for item in ("trainable", "frozen"))
+                items = (manager.directory / str(self.step) / item for item in ("trainable", "frozen"))
                 self._items = [item for item in items if item.exists()]
         try:
             trees = [dict(ocp.StandardCheckpointHandler().metadata(item).tree) for item in self._items]
@@ -131,15 +133,14 @@ class SavedParams:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{self._where[path]}: parameter {path} cannot be read: {reason}") from None
 
-    def restore(self, places: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
-        """Parameters on the devices named, by path.
+    def restore(self, places: Mapping[str, jax.sharding.Sharding]) -> Iterator[tuple[str, jax.Array]]:
+        """Parameters on the devices named, with their paths.
 
         One after the other, so that what is read and not yet on its devices is never more than one.
         """
         with ocp.PyTreeCheckpointer() as reader:
-            return {
-                path: self._read(reader, path, ocp.ArrayRestoreArgs(sharding=where)) for path, where in places.items()
-            }
+            for path, where in places.items():
+                yield path, self._read(reader, path, ocp.ArrayRestoreArgs(sharding=where))
 
 
 def write_params(folder: pathlib.Path, params: Iterable[tuple[str, np.ndarray]]) -> None:

@@ -42,6 +42,27 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a model is laid out, computed and decoded, for the verbs that ask it."""
+    parser.add_argument(
+        "--mesh", type=_mesh, default=(1, 1, 1), metavar="DATA,FSDP,TENSOR", help="devices along each axis; 1,1,1"
+    )
+    parser.add_argument(
+        "--precision", choices=["", "bfloat16", "float32"], default="", help="to compute in; the run's own, or bfloat16"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (%(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest of this share (%(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from so many of the likeliest; 0: all")
+    parser.add_argument("--seed", type=int, default=0, help="of draws (%(default)s)")
+
+
+def _mesh(text):
+    sizes = tuple(int(size) for size in text.split(","))
+    if len(sizes) != 3:
+        raise ValueError
+    return sizes
+
+
 def parse(argv: list[str], help_text: str) -> tuple[epath.Path, ml_collections.ConfigDict]:
     """Reads ``--config=FILE[:ARG]``, its overrides ``--config.KEY=VALUE`` and ``--workdir=DIR``.
 

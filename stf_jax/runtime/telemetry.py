@@ -1,8 +1,10 @@
 """What a run says: a progress bar and a summary for people, ``metrics.jsonl`` and TensorBoard for machines."""
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -53,6 +55,13 @@ class Telemetry:
         self._replaced = replaced
         if self._active:
             self._bar.update()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens meanwhile is left out of the speed of training."""
+        begin = time.monotonic()
+        yield
+        self._last_time += time.monotonic() - begin
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Writes a logged step: the scalars, and the speed since the last one."""

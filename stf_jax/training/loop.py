@@ -1,6 +1,5 @@
-"""Training, from a config to a trained state: one page, read from top to bottom."""
+"""Training, from a config to a trained model and its measurement: one page, read from top to bottom."""
 
-import dataclasses
 import json
 import math
 
@@ -12,30 +11,32 @@ from stf_jax.config import TrainConfig, UserError, to_json
 from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Prepare, training_records
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.evals.known import open_benchmarks
+from stf_jax.evals.running import Results, measure_all, scalars
+from stf_jax.inference.generator import Generator
+from stf_jax.models.presets import vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.checkpoint import Checkpoints
 from stf_jax.runtime.mesh import BATCH, check_batch, computing, make_mesh
 from stf_jax.runtime.telemetry import START, Telemetry
 from stf_jax.training.optimizer import learning_rate, make_optimizer
-from stf_jax.training.state import Blueprint, TrainState, blueprint, init_state, state_layout
+from stf_jax.training.state import TrainState, init_state, state_layout
 from stf_jax.training.step import make_train_step
 from stf_jax.weights.folder import load_params
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What a run ends with."""
-
-    plan: Blueprint
-    state: TrainState
-
-
-def train(config: TrainConfig, workdir: epath.Path) -> Trained:
+def train(config: TrainConfig, workdir: epath.Path, measured: epath.Path) -> list[Results]:
     """Runs one stage in ``workdir``; where that holds a checkpoint, continues from it.
 
-    The order of a step is a contract: take the batch, step, log, *then* save, and only then take the next batch. So a
-    checkpoint's iterator stands where its state does, and a run that is killed goes on bit for bit as if it had not.
+    The order of a step is a contract: take the batch, step, measure, log, *then* save, and only then take the next
+    batch. So a checkpoint's iterator stands where its state does, and a run that is killed goes on bit for bit as if it
+    had not.
+
+    Args:
+      measured: folder for the results of the last step; those on the way are in ``workdir/evals``.
+
+    Returns:
+      The results of ``config.eval.benchmarks`` at the end.
 
     Raises:
       UserError: whatever in the config or the data cannot be used.
@@ -44,18 +45,17 @@ def train(config: TrainConfig, workdir: epath.Path) -> Trained:
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     vision = vision_preset(config.model.vision)
+    benchmarks = open_benchmarks(config.eval.benchmarks, config.eval.data, config.eval.limit)
     source = training_records(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    vocab = llm_preset(config.model.llm).vocab
-    if len(tokenizer) > vocab:
-        raise UserError(f"The tokenizer's {len(tokenizer)} tokens exceed the {vocab} of {config.model.llm}.")
+    generator = Generator(config.model, tokenizer, mesh, config.data.template, config.data.aspect)  # to be measured by
     prepare = Prepare(config.data, tokenizer, vision, slots_per_image(config.model))
     host, hosts = jax.process_index(), jax.process_count()
     batches = Batches(config, source, prepare, host=host, hosts=hosts)
     steps = config.steps or batches.plan.steps(config.epochs)
 
     # ---- Model, optimizer, state -----------------------------------------------------------------------------------
-    plan = blueprint(config.model)
+    plan = generator.plan
     tx = make_optimizer(config.optimizer, steps)
     rate = learning_rate(config.optimizer, steps)
     layout = state_layout(config, plan, tx, mesh)
@@ -92,9 +92,15 @@ def train(config: TrainConfig, workdir: epath.Path) -> Trained:
         donate_argnums=0,
     )
 
+    def measure(step, params):
+        out = measured if step == steps else workdir / "evals" / f"step_{step}"
+        origin = {"workdir": str(workdir), "step": step}
+        return measure_all(benchmarks, generator, params, out, workdir.name, origin, rows=config.eval.batch)
+
     # ---- The loop --------------------------------------------------------------------------------------------------
     first = int(state.step)
     telemetry = Telemetry(workdir, config.name, steps, first, clock, active=host == 0)
+    results = None
     for step in range(first + 1, steps + 1):
         batch: Batch = next(batches)
         tokens = int((batch.segment_ids > 0).sum())
@@ -102,11 +108,18 @@ def train(config: TrainConfig, workdir: epath.Path) -> Trained:
         with computing(mesh, plan.precision), jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = train_step(state, batch)
         telemetry.advance(tokens, batches.replaced)
-        if step % config.log_every_steps == 0 or step == steps:
-            scalars = {name: float(value) for name, value in metrics.items()}
-            telemetry.log(step, scalars | {"learning_rate": float(rate(step - 1))})
-        if checkpoints.due(step, last=step == steps):
+        last = step == steps
+        measures = benchmarks and (last or (config.eval.every_steps and step % config.eval.every_steps == 0))
+        if step % config.log_every_steps == 0 or last or measures:
+            values = {name: float(value) for name, value in metrics.items()} | {"learning_rate": float(rate(step - 1))}
+            if measures:
+                with telemetry.paused():
+                    results = measure(step, state.params)
+                values |= {name: value for result in results for name, value in scalars(result).items()}
+            telemetry.log(step, values)
+        if checkpoints.due(step, last=last):
             checkpoints.save(step, state, batches.get_state(), telemetry.clock())
     checkpoints.close()
     telemetry.close()
-    return Trained(plan, state)
+    # A run that had ended before has its answers already.
+    return measure(steps, state.params) if results is None else results

@@ -2,7 +2,7 @@
 
 A fusion other than LLaVA's plain projector takes the classes of weights/torch_package, which are copied along. The
 plain projector makes an ordinary ``LlavaForConditionalGeneration``, under the tensor names that its hub files have and
-every release reads.
+every release reads. Either brings along what lmms-eval and VLMEvalKit ask it through.
 """
 
 import json
@@ -16,9 +16,9 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
-from stf_jax.data.conversation import CHATS, Chat, Control, Item, Mark, Text, check_template, stop_token
+from stf_jax.data.conversation import CHATS, Chat, Control, Item, Mark, Text, check_template, stop_tokens
 from stf_jax.data.records import IMAGE_MARK
-from stf_jax.data.tokenizer import load_tokenizer
+from stf_jax.data.tokenizer import load_tokenizer, unsayable
 from stf_jax.models.fusion import tapped_blocks, tokens_per_image
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.vit import VisionConfig
@@ -31,6 +31,7 @@ from stf_jax.weights.recognise import VOCABULARY
 from stf_jax.weights.shards import write_shards
 
 PACKAGE = pathlib.Path(__file__).parent / "torch_package"
+_BUILT = ("__pycache__", "build", "*.egg-info")
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 _IMAGES = "{%- for part in message.content if part is not string and part.type == 'image' -%}"
 _TEXT = (
@@ -121,8 +122,10 @@ def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> di
             write_shards(folder, tensors)
             processor = _stf_config(config, what, taps, count, mark)
             processor["control_tokens"] = _control_tokens(what.template, tokenizer)
-            for file in PACKAGE.glob("*_stf.py"):
-                shutil.copy(file, folder)
+            for kind in ("configuration", "modeling", "processing"):
+                shutil.copy(PACKAGE / f"{kind}_stf.py", folder)
+        shutil.copytree(PACKAGE / "lmms_eval_stf", folder / "lmms_eval_stf", ignore=shutil.ignore_patterns(*_BUILT))
+        shutil.copy(PACKAGE / "vlmevalkit_stf.py", folder)
         tokenizer.save_pretrained(folder)
         _declare_tokenizer(folder / "tokenizer_config.json")
         if what.fusion.fusion == "mlp":
@@ -131,9 +134,9 @@ def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> di
         _write(folder / "processor_config.json", {**processor, "image_token": IMAGE_MARK})
         _write(folder / "preprocessor_config.json", _pictures(what))
         ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "pad_token_id")}
-        ids["eos_token_id"] = stop_token(what.template, tokenizer)
-        if mark < config["text_config"]["vocab_size"]:
-            ids["suppress_tokens"] = [mark]  # a row that nothing has trained must not be said
+        ids["eos_token_id"] = list(stop_tokens(what.template, tokenizer))
+        if never := unsayable(tokenizer, config["text_config"]["vocab_size"]):
+            ids["suppress_tokens"] = list(never)
         _write(folder / "generation_config.json", ids)
         tensors.save_report(folder)
     return tensors.report

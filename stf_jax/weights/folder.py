@@ -67,7 +67,7 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
     loaded = {}
     for _, read in opened:  # each parameter once, from the last source that has it
         wanted = [path for path in layout if taken(path) and path in found and found[path][1] is read]
-        loaded |= read({path: layout[path].sharding for path in wanted})
+        loaded.update(read({path: layout[path].sharding for path in wanted}))
     return {path: loaded[path] for path in layout if path in loaded}
 
 

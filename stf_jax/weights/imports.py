@@ -10,19 +10,15 @@ from typing import Any
 
 import numpy as np
 import tqdm
-from jax import numpy as jnp
 
 from stf_jax.config import UserError
 from stf_jax.data.tokenizer import SENTENCEPIECE, read_tokenizer
-from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.checkpoint import write_params
 from stf_jax.runtime.files import fetched
 from stf_jax.weights.folder import new_folder
-from stf_jax.weights.gguf import open_gguf
-from stf_jax.weights.hf import Place
-from stf_jax.weights.model import Description
-from stf_jax.weights.recognise import VOCABULARY, Recognised, recognise
-from stf_jax.weights.tensors import Tensors, open_tensors
+from stf_jax.weights.model import described
+from stf_jax.weights.recognise import Recognised
+from stf_jax.weights.theirs import gguf_file, open_theirs, recognised, values
 
 
 def import_weights(source: str, to: pathlib.Path, vision: str = "", dtype: str = "") -> dict[str, Any]:
@@ -51,18 +47,16 @@ def import_weights(source: str, to: pathlib.Path, vision: str = "", dtype: str =
 def _import(source, folder, vision, dtype):
     tower, sources = None, []
     if vision:
-        tensors, config = _open(vision)
-        found = _recognised(vision, tensors, config)
+        tensors, config = open_theirs(vision)
+        found = recognised(vision, tensors, config)
         if found.vision is None:
             raise UserError(f"--vision={vision} holds no vision tower.")
         tower = found.vision
         sources.append((tensors, _only(found, "vision/")))
-    tensors, config = _open(source)
-    main = _recognised(source, tensors, config, tower)
+    tensors, config = open_theirs(source)
+    main = recognised(source, tensors, config, tower)
     sources.append((tensors, main))
-    aspect = "pad" if config.get("image_aspect_ratio") == "pad" else "square"
-    template = config.get("conversation_template", "v1")
-    description = Description(main.vision or tower, main.llm, main.fusion, template, aspect)
+    description = described(dataclasses.replace(main, vision=main.vision or tower), config)
 
     lacking = [part for part in ("vision", "fusion", "llm") if getattr(description, part) is None]
     report = {"parameters": 0, "read": [], "transposed": [], "cast": collections.defaultdict(list), "missing": lacking}
@@ -95,48 +89,6 @@ def summary(report: dict[str, Any], to: pathlib.Path) -> str:
     return "\n".join([*lines, *report["notes"], f"Every name is in {to / 'import.json'}."])
 
 
-def _open(source):
-    path = fetched(source)
-    if not path.exists():
-        raise UserError(f"{source} does not exist; give a folder or file.")
-    if (file := _gguf(path)) is not None:
-        return open_gguf(file)
-    folder = path if path.is_dir() else path.parent
-    config = _json(folder / "config.json")
-    pixels = _json(folder / "preprocessor_config.json")
-    pixels = pixels or _json(folder / "processor_config.json").get("image_processor")  # where transformers 5 saves it
-    return open_tensors(path), config | {"preprocessor": pixels if isinstance(pixels, dict) else {}}
-
-
-def _gguf(path):
-    """The GGUF file that a source is or, for want of safetensors, holds; None where there is none."""
-    if path.is_file():
-        return path if path.suffix == ".gguf" else None
-    files = [] if any(path.glob("*.safetensors")) else sorted(path.glob("*.gguf"))
-    if len(files) > 1:
-        raise UserError(f"{path} holds {len(files)} GGUF files; name the one to import.")
-    return files[0] if files else None
-
-
-def _json(file):
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} should hold a JSON object.")
-    return values
-
-
-def _recognised(source, tensors: Tensors, config, tower: VisionConfig | None = None):
-    try:
-        return recognise({name: tensors.shape(name) for name in tensors.names}, config, tower)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-
-
 def _only(found: Recognised, root: str) -> Recognised:
     kept = {path: place for path, place in found.places.items() if path.startswith(root)}
     return dataclasses.replace(found, places=kept)
@@ -145,7 +97,7 @@ def _only(found: Recognised, root: str) -> Recognised:
 def _params(sources, dtype, report, bar) -> Iterator[tuple[str, np.ndarray]]:
     for tensors, found in sources:
         for path, place in found.places.items():
-            value = place.to_ours(_tensors(tensors, path, place, dtype))
+            value = place.to_ours(values(tensors, path, place, dtype))
             report["parameters"] += value.size
             for name in place.names:
                 report["read"].append(name)
@@ -158,16 +110,9 @@ def _params(sources, dtype, report, bar) -> Iterator[tuple[str, np.ndarray]]:
             del value  # before the next one is made
 
 
-def _tensors(tensors: Tensors, path: str, place: Place, dtype: str) -> Iterator[np.ndarray]:
-    for name in place.names:
-        value = tensors.read(name)
-        value = value[: place.theirs[0]] if path in VOCABULARY else value
-        yield value.astype(jnp.dtype(dtype or value.dtype), copy=False)
-
-
 def _save_tokenizer(source, folder):
     """Saves the source's tokenizer, if it has one that transformers reads; otherwise says what is wrong with it."""
-    file = _gguf(source)
+    file = gguf_file(source)
     source = source if source.is_dir() else source.parent
     how = {"gguf_file": file.name} if file is not None else {}
     if file is None and not any((source / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE, "vocab.json")):

@@ -1,21 +1,25 @@
-"""A model on disk: what it is, and its parameters one at a time. What exports read and imports write."""
+"""A model on disk: what it is, and its parameters one at a time. What imports write; what is exported, or asked."""
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from stf_jax.config import FusionConfig, ModelConfig, UserError, from_json
 from stf_jax.data.tokenizer import MINIATURE
 from stf_jax.models.llm import LLMConfig
-from stf_jax.models.presets import DESCRIPTION, llm_config, llm_preset, vision_config, vision_preset
+from stf_jax.models.presets import DESCRIPTION, LLM, VISION, llm_config, llm_preset, vision_config, vision_preset
 from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.checkpoint import SavedParams
 from stf_jax.runtime.files import fetched
+from stf_jax.weights.recognise import Recognised
+from stf_jax.weights.theirs import open_theirs, recognised, values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,28 +37,43 @@ class Description:
         (folder / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
+def described(found: Recognised, config: Mapping[str, Any]) -> Description:
+    """A checkpoint of theirs with that ``config.json``."""
+    aspect = "pad" if config.get("image_aspect_ratio") == "pad" else "square"
+    template = config.get("conversation_template", "v1")
+    return Description(found.vision, found.llm, found.fusion, template, aspect)
+
+
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """A run's newest checkpoint, or a folder of imported weights.
+    """A run's newest checkpoint, a folder of imported weights, or an export for PyTorch.
 
     Attributes:
-      config: the model as a run's config names it; a folder of imported weights is its own preset.
+      config: the model as a run's config names it; a folder of imported weights or an export is its own preset.
       shapes: shape and dtype of every parameter, by path (``llm/blocks/mlp/up/kernel``, of all layers at once).
       read: one parameter, into host memory.
+      restore: parameters on the devices named, one after the other.
       tokenizer: folder with the tokenizer, or None.
+      step: of the run; None where it is none.
     """
 
     description: Description
     config: ModelConfig
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     read: Callable[[str], np.ndarray]
+    restore: Callable[[Mapping[str, jax.sharding.Sharding]], Iterator[tuple[str, jax.Array]]]
     tokenizer: pathlib.Path | None
+    step: int | None = None
 
 
 def open_model(folder: epath.Path) -> SavedModel:
-    """Raises UserError where the folder is neither, or its description does not read."""
+    """Raises UserError where the folder is none of these, or its description does not read."""
     if not SavedParams.at(folder):
-        raise UserError(f"{folder} is neither the workdir of a run (it has no checkpoints/) nor imported weights.")
+        if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+            return _open_export(folder)
+        raise UserError(
+            f"{folder} is neither the workdir of a run (it has no checkpoints/), nor imported weights, nor an export."
+        )
     saved = SavedParams(folder)
     try:
         if (folder / DESCRIPTION).exists():
@@ -77,4 +96,34 @@ def open_model(folder: epath.Path) -> SavedModel:
             tokenizer = MINIATURE if data.tokenizer == "miniature" else fetched(data.tokenizer)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} does not say what model it holds: {error!r}.") from None
-    return SavedModel(description, model, saved.shapes, saved.read, tokenizer if tokenizer.is_dir() else None)
+    tokenizer = tokenizer if tokenizer.is_dir() else None
+    return SavedModel(description, model, saved.shapes, saved.read, saved.restore, tokenizer, saved.step)
+
+
+def _open_export(folder):
+    tensors, config = open_theirs(str(folder))
+    found = recognised(str(folder), tensors, config)
+    description = described(found, config)
+    # Its own preset, as an imported folder is; but what model.json would say was told by its tensors.
+    for known, part in ((VISION, description.vision), (LLM, description.llm)):
+        if part is not None:
+            known[str(folder)] = part
+    shapes = {
+        path: jax.ShapeDtypeStruct(
+            (len(place.names), *place.shape) if place.stacked else place.shape,
+            jnp.result_type(*map(tensors.dtype, place.names)),
+        )
+        for path, place in found.places.items()
+    }
+
+    def read(path):
+        return found.places[path].to_ours(values(tensors, path, found.places[path]))
+
+    def restore(places):
+        for path, where in places.items():
+            yield path, jax.device_put(read(path), where)
+
+    model = ModelConfig(str(folder), str(folder), description.fusion or FusionConfig())
+    local = fetched(folder)
+    tokenizer = local if (local / "tokenizer.json").is_file() else None
+    return SavedModel(description, model, shapes, read, restore, tokenizer)

@@ -3,23 +3,17 @@
 import dataclasses
 import pathlib
 
-import jax.numpy as jnp
 import tqdm
 from safetensors import SafetensorError
 
 from stf_jax.config import MeshConfig, UserError
-from stf_jax.data.conversation import encode, template_items
-from stf_jax.data.image import to_square
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.data.scenes import SHORT_ANSWER
-from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.evals.scenes import held_out_questions
-from stf_jax.inference.greedy import GreedyAnswers
-from stf_jax.models.vlm import slots_per_image
+from stf_jax.inference.loading import load_generator
 from stf_jax.runtime.mesh import make_mesh
-from stf_jax.training.state import blueprint
-from stf_jax.weights.folder import load_params
-from stf_jax.weights.model import open_model
+
+_ROWS = 16  # questions at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +46,7 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit
         from transformers import AutoModelForImageTextToText, AutoProcessor
     except ImportError:
         raise UserError("Verifying an export runs it in PyTorch: install torch beside transformers.") from None
-    asked = [(picture, f"{question.text}\n{SHORT_ANSWER}") for picture, question in held_out_questions(questions)]
+    asked = [(picture, f"{question.text}\n{SHORT_ANSWER}") for picture, _, question in held_out_questions(questions)]
     asked = asked[:questions]
     ours = _ours(checkpoint, asked, limit)
 
@@ -67,7 +61,7 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit
     for (picture, question), answer in zip(tqdm.tqdm(asked, "PyTorch", unit="question"), ours, strict=True):
         turn = {
             "role": "user",
-            "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}],
+            "content": [{"type": "image", "image": picture()}, {"type": "text", "text": question}],
         }
         inputs = processor.apply_chat_template(
             [turn], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -89,19 +83,8 @@ def table(pairs: list[Pair]) -> str:
 
 
 def _ours(checkpoint, asked, limit):
-    saved = open_model(checkpoint)
-    if saved.tokenizer is None:
-        raise UserError(f"{checkpoint} has no tokenizer, so it cannot be asked.")
-    tokenizer, vision = load_tokenizer(str(saved.tokenizer)), saved.description.vision
-    template = saved.description.template
-    config = dataclasses.replace(saved.config, precision="float32", remat="none", attention="reference")
-    plan, mesh, slots = blueprint(config), make_mesh(MeshConfig(1, 1, 1)), slots_per_image(config)
-    shardings = plan.shardings(mesh)
-    layout = {path: leaf.update(sharding=shardings[path]) for path, leaf in plan.shapes.items()}
-    params = {path: jnp.asarray(x, jnp.float32) for path, x in load_params(str(checkpoint), layout, ()).items()}
-    prompts = []
-    for picture, question in asked:
-        record = Record("verified", (picture.copy,), (Turn("human", f"{IMAGE_MARK}\n{question}"),))
-        prompts.append(encode(template_items(template, record), tokenizer, slots))
-    images = [to_square(picture, vision, saved.description.aspect)[None] for picture, _ in asked]
-    return list(GreedyAnswers(plan, params, tokenizer, mesh, limit, template)(prompts, images))
+    generator, _ = load_generator(checkpoint, make_mesh(MeshConfig(1, 1, 1)), "float32")
+    records = [
+        Record("verified", (picture,), (Turn("human", f"{IMAGE_MARK}\n{question}"),)) for picture, question in asked
+    ]
+    return list(generator.answers(records, limit, _ROWS))

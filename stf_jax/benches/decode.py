@@ -1,0 +1,192 @@
+"""Answering, here and by transformers' ``generate`` in PyTorch, on the same exported weights in the same run."""
+
+import argparse
+import functools
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from stf_jax.benches.process import measured
+from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError
+from stf_jax.data.tokenizer import load_tokenizer
+from stf_jax.inference import decoding
+from stf_jax.inference.decoding import Rules, Sampling, layerwise
+from stf_jax.inference.generator import bucket
+from stf_jax.models.fusion import tokens_per_image
+from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.vlm import slots_per_image
+from stf_jax.runtime.checkpoint import write_params
+from stf_jax.runtime.mesh import computing, make_mesh
+from stf_jax.training.state import blueprint
+from stf_jax.weights.export_hf import export_hf
+from stf_jax.weights.model import Description, open_model
+
+HELP = "prefill, time to first token, decode speed and memory, beside transformers' generate"
+_FUSIONS = ("mlp", "avg_pool", "mbtf_stf")
+_TEXT = 60  # tokens of a prompt beside its picture
+_TIMES = 3  # each measurement; the median counts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the command line."""
+    parser.add_argument("--llm", default="smollm2-135m", help="a language model preset, with random weights")
+    parser.add_argument("--vision", default="clip-l-14-336", help="a tower preset, with random weights")
+    parser.add_argument("--batches", default="1,8", help="prompts at once (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each (%(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of both (%(default)s); GPUs want bfloat16",
+    )
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each fusion, batch size and program; each is a process of its own."""
+    try:
+        batches = [int(size) for size in options.batches.split(",")]
+    except ValueError:
+        raise UserError(f"--batches={options.batches} should be numbers with commas between.") from None
+    if min(batches) < 1 or options.tokens < 2:
+        raise UserError("--batches must be at least 1 and --tokens at least 2.")
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for fusion in _FUSIONS:
+            config = ModelConfig(options.vision, options.llm, FusionConfig(fusion), options.precision, remat="none")
+            export = pathlib.Path(scratch) / fusion
+            _make(config, pathlib.Path(scratch) / f"{fusion}-made", export)
+            for batch in batches:
+                pair = {}
+                for program in ("ours", "transformers"):
+                    task = [program, str(export), str(batch), str(options.tokens), options.precision]
+                    what = f"{fusion} ({slots_per_image(config)}), batch {batch}, {program}"
+                    pair[program] = measured(what, ["-m", "stf_jax.benches.decode", *task])
+                    del pair[program]["seconds"]  # of the whole process
+                for row in pair.values():
+                    row["times_transformers"] = row["tokens_per_second"] / pair["transformers"]["tokens_per_second"]
+                    rows.append({key: row[key] for key in ("what", *_FIGURES)})
+    return rows
+
+
+_FIGURES = ("picture_ms", "prefill_ms", "first_token_ms", "tokens_per_second", "times_transformers", "gib")
+
+
+def _make(config, folder, export):
+    """A model of random weights, as a folder of imported ones and as an export."""
+    rng = np.random.default_rng(0)
+    shapes = blueprint(config).shapes
+    folder.mkdir()
+    noise = rng.standard_normal(2**20, np.float32)
+
+    def values():
+        for path, leaf in shapes.items():
+            scale = 1 if path.endswith("scale") else 0.02
+            yield path, (np.resize(noise, leaf.shape) * scale).astype(jnp.dtype(config.precision))
+
+    write_params(folder, values())
+    Description(vision_preset(config.vision), llm_preset(config.llm), config.fusion).save(folder)
+    load_tokenizer("miniature").save_pretrained(folder / "tokenizer")
+    export_hf(epath.Path(folder), epath.Path(export))
+
+
+def _seconds(call):
+    """Median time of a call that ends when its result is on the host."""
+    call()  # compiles, or wakes threads
+    times = []
+    for _ in range(_TIMES):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _figures(picture, first, rest, new, gib=None):
+    figures = {"picture_ms": 1e3 * picture, "prefill_ms": 1e3 * (first - picture), "first_token_ms": 1e3 * first}
+    figures["tokens_per_second"] = new / rest
+    return figures | ({"gib": gib} if gib else {})
+
+
+def _ours(export, batch, count, precision):
+    saved = open_model(epath.Path(export))
+    config = ModelConfig(str(export), str(export), saved.config.fusion, precision, remat="none")
+    plan, mesh = blueprint(config), make_mesh(MeshConfig(1, 1, 1))
+    places = plan.shardings(mesh)
+    weights = {
+        path: layerwise(path, x, jnp.dtype(precision), mesh, places[path].spec) for path, x in saved.restore(places)
+    }
+    slots, side = _slots(export), saved.description.vision.image_size
+    images = np.random.default_rng(2).integers(0, 256, (batch, 1, side, side, 3), np.uint8)
+    lengths = np.full(batch, slots + _TEXT, np.int32)
+    prompt = (*_prompt(batch, slots, bucket(slots + _TEXT)), lengths, images, Sampling())
+    never = Rules(stops=(-1,), unsayable=())  # so that all say as many tokens
+    prefill = jax.jit(functools.partial(decoding.prefill, never, plan, count))
+    extend = jax.jit(functools.partial(decoding.extend, never, plan), donate_argnums=1)
+    look = jax.jit(lambda weights, images: decoding.merged(plan, weights).image_tokens(images))
+    with computing(mesh, precision):
+        picture = _seconds(lambda: look(weights, images).block_until_ready())
+        first = _seconds(lambda: int(prefill(weights, *prompt).said[0, 0]))
+        states = [prefill(weights, *prompt) for _ in range(_TIMES + 1)]
+        rest = _seconds(lambda: np.asarray(extend(weights, states.pop(), count, Sampling()).said))
+    stats = jax.devices()[0].memory_stats() or {}
+    return _figures(picture, first, rest, batch * (count - 1), stats.get("peak_bytes_in_use", 0) / 2**30)
+
+
+def _transformers(export, batch, count, precision):
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    how = {"trust_remote_code": True, "local_files_only": True}
+    config = AutoConfig.from_pretrained(export, **how)
+    model = AutoModelForImageTextToText.from_pretrained(export, dtype=getattr(torch, precision), **how).to(device)
+    model.generation_config.eos_token_id = model.generation_config.suppress_tokens = None
+    slots, mark = _slots(export), getattr(config, "image_token_id", None) or config.image_token_index
+    ids = torch.tensor(_prompt(batch, slots, slots + _TEXT)[0].astype(np.int64))
+    ids[:, :slots] = mark
+    side = config.vision_config.image_size
+    pixels = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(2))
+    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    prompt = {name: value.to(device) for name, value in prompt.items()}
+    prompt["pixel_values"] = prompt["pixel_values"].to(model.dtype)
+
+    def generate(count):
+        return model.generate(**prompt, max_new_tokens=count, do_sample=False).cpu()
+
+    with torch.no_grad():
+        picture = _seconds(lambda: [x.cpu() for x in _tensors(model.get_image_features(prompt["pixel_values"]))])
+        first = _seconds(lambda: generate(1))
+        rest = _seconds(lambda: generate(count)) - first
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+    return _figures(picture, first, rest, batch * (count - 1), peak)
+
+
+def _tensors(features):
+    """transformers 5 gives an output object for its own LLaVA."""
+    return [features] if hasattr(features, "cpu") else list(features.pooler_output)
+
+
+def _slots(export):
+    saved = open_model(epath.Path(export))
+    return tokens_per_image(saved.config.fusion, saved.description.vision.grid)
+
+
+def _prompt(batch, slots, length):
+    """Ids int32 [B, T], the picture's places first, and which image token each of these takes."""
+    tokens = np.random.default_rng(1).integers(3, 500, (batch, length)).astype(np.int32)
+    taken = np.where(np.arange(length) < slots, np.arange(length), -1)
+    return tokens, np.tile(taken, (batch, 1)).astype(np.int32)
+
+
+if __name__ == "__main__":
+    program, export, batch, count, precision = sys.argv[1:]
+    call = {"ours": _ours, "transformers": _transformers}[program]
+    print(json.dumps(call(export, int(batch), int(count), precision)))

@@ -1,0 +1,124 @@
+"""Try: ``python -m stf_jax.chat --checkpoint=DIR --image=FILE --prompt=TEXT``."""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable
+
+import PIL.Image
+from etils import epath
+
+from stf_jax.config import MeshConfig, UserError
+from stf_jax.data.image import open_image, read_image
+from stf_jax.data.records import IMAGE_MARK, Record, Turn
+from stf_jax.inference.decoding import Sampling
+from stf_jax.inference.loading import load_generator
+from stf_jax.runtime.cli import Parser, add_model_arguments, door
+from stf_jax.runtime.mesh import make_mesh
+
+DESCRIPTION = """Ask a model about pictures: one question with --prompt, without it a conversation.
+
+In a conversation, a line is a question; the model sees all that was said before. /image FILE shows a picture with the
+next question, /reset begins anew, /quit (or Ctrl-D) ends.
+"""
+_HELP = "/image FILE shows a picture with the next question, /reset begins anew, /quit ends."
+
+
+def main(argv: list[str]) -> None:
+    """Answers one prompt, or line after line."""
+    parser = Parser(prog="python -m stf_jax.chat", description=DESCRIPTION)
+    parser.add_argument(
+        "--checkpoint",
+        type=epath.Path,
+        required=True,
+        help="workdir of a run, a folder that was imported, or an export",
+    )
+    parser.add_argument("--image", type=epath.Path, action="append", default=[], metavar="FILE", help="may be repeated")
+    parser.add_argument("--prompt", help="one question; its answer alone is printed")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="of an answer (%(default)s)")
+    add_model_arguments(parser)
+    options = parser.parse_args(argv)
+    if options.max_new_tokens < 1:
+        raise UserError("--max-new-tokens must be at least 1.")
+    pictures = [_open(file) for file in options.image]  # before anything is loaded, which takes a while
+    generator, _ = load_generator(options.checkpoint, make_mesh(MeshConfig(*options.mesh)), options.precision)
+    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
+    talk = Conversation(functools.partial(_say, generator, options.max_new_tokens, sampling), pictures)
+    if options.prompt is not None:
+        talk.ask(options.prompt)
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (lines can be edited and recalled)
+    print(_HELP)
+    while (line := _line()) is not None:
+        _obey(talk, line)
+
+
+class Conversation:
+    """What was said so far.
+
+    Attributes:
+      turns: in order, an answer after each question.
+      pictures: of all questions, in the order of their marks.
+      shown: those that go with the next question.
+    """
+
+    def __init__(self, say: Callable[[Record], str], shown: list[PIL.Image.Image]):
+        """``say`` answers a record that ends with a question."""
+        self._say, self.shown = say, shown
+        self.turns: list[Turn] = []
+        self.pictures: list[PIL.Image.Image] = []
+
+    def ask(self, text: str) -> str:
+        """The answer to a question, which becomes part of the conversation when it is whole."""
+        asked = Turn("human", f"{IMAGE_MARK}\n" * len(self.shown) + text.replace(IMAGE_MARK, ""))
+        turns, pictures = [*self.turns, asked], [*self.pictures, *self.shown]
+        answer = self._say(Record("conversation", tuple(p.copy for p in pictures), tuple(turns)))
+        self.turns, self.pictures, self.shown = [*turns, Turn("gpt", answer.replace(IMAGE_MARK, ""))], pictures, []
+        return answer
+
+    def reset(self) -> None:
+        """Forgets all of it."""
+        self.turns, self.pictures, self.shown = [], [], []
+
+
+def _obey(talk, line):
+    """One line of an interactive conversation. What is wrong with it is said, and the conversation goes on."""
+    command, _, argument = line.partition(" ")
+    try:
+        if command == "/image" and argument.strip():
+            talk.shown.append(_open(epath.Path(argument.strip())))
+            print(f"({argument.strip()} goes with the next question)")
+        elif command == "/reset":
+            talk.reset()
+            print("(all is forgotten)")
+        elif line.startswith("/"):
+            print(_HELP)
+        elif line:
+            talk.ask(line)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def _line():
+    try:
+        line = input("> ").strip()
+    except EOFError:
+        print()
+        return None
+    return None if line == "/quit" else line
+
+
+def _open(file):
+    """The picture, decoded now, so that what is wrong with it is said now."""
+    return open_image(read_image(file.parent, file.name), file.name)
+
+
+def _say(generator, limit, sampling, record):
+    (answer,) = generator.answers([record], limit, 1, sampling, told=lambda _, piece: print(piece, end="", flush=True))
+    print()
+    return answer
+
+
+if __name__ == "__main__":
+    sys.exit(door(main))

@@ -1,0 +1,160 @@
+"""What every benchmark is: LLaVA's questions from LLaVA's files, a metric where labels are here, a submission else."""
+
+import abc
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import PIL.Image
+from etils import epath
+
+from stf_jax.config import UserError
+from stf_jax.data.image import open_image, read_image
+
+WORD = "\nAnswer the question using a single word or phrase."  # LLaVA's; already in most of its question files
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question as LLaVA asks it."""
+
+    id: str | int  # ``question_id``, as the file has it; not always unique
+    text: str  # what is asked, without ``<image>``
+    picture: Callable[[], PIL.Image.Image] | None  # opens it (raises BadRow); None for a question of text alone
+    prompt: str  # what an answer file records as the prompt
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # recorded with the answer
+
+
+class Benchmark(abc.ABC):
+    """Questions, and what to make of their answers. A subclass a benchmark, each in a file of its own.
+
+    Its constructor reads questions and labels whole, so that what is wrong with them is said before anything is asked.
+
+    Attributes:
+      name: as ``--benchmark`` has it.
+      folders: names that its folder has among LLaVA's evaluation files.
+      tokens: most new tokens of an answer, as LLaVA's scripts have it.
+      rule: how an answer is read and scored, in words; goes into the protocol.
+      questions: in the order of the file.
+      labels: files that the metric reads; without any, :meth:`metrics` cannot be called.
+      limited: whether :meth:`limit` left questions out.
+    """
+
+    name: ClassVar[str]
+    folders: ClassVar[tuple[str, ...]]
+    tokens: ClassVar[int] = 128
+    rule: ClassVar[str]
+    questions: list[Question]
+    labels: Sequence[epath.Path] = ()
+    limited: bool = False
+
+    def __init__(self, data: epath.Path):
+        """``data``: the folder of all benchmarks (``playground/data/eval`` with LLaVA), or this one's."""
+        inside = [data / name for name in self.folders]
+        self.folder = next((folder for folder in inside if folder.is_dir()), data)
+
+    @abc.abstractmethod
+    def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
+        """What the answers come to, shares in 0..1.
+
+        Args:
+          texts: one answer for each of :attr:`questions`, in their order.
+        """
+
+    @property
+    def scored(self) -> bool:
+        """Whether there are labels."""
+        return bool(self.labels)
+
+    @property
+    def count(self) -> int:
+        """How many questions the metric speaks of."""
+        return len(self.questions)
+
+    def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
+        """Writes what the benchmark's server or own program takes into the folder ``out``; which files."""
+        del texts, out
+        return []
+
+    def limit(self, count: int) -> None:
+        """Leaves only the first ``count`` questions, or about so many, where questions belong together."""
+        before = len(self.questions)
+        self.first(count)
+        self.limited = len(self.questions) < before
+
+    def first(self, count: int) -> None:
+        """What :meth:`limit` does to the questions."""
+        self.questions = self.questions[:count]
+
+    def find(self, *names: str) -> epath.Path:
+        """The first of those files in the benchmark's folder. Raises UserError where none is there."""
+        found = self.find_any(*names)
+        if found is None:
+            raise UserError(f"{self.name}: there is no {' or '.join(names)} in {self.folder}.")
+        return found
+
+    def find_any(self, *names: str) -> epath.Path | None:
+        """The first of those files or folders in the benchmark's folder that is there."""
+        return next((self.folder / name for name in names if (self.folder / name).exists()), None)
+
+    def picture(self, folders: Sequence[str], image: str) -> Callable[[], PIL.Image.Image]:
+        """Opens an image of the first of those folders that is there, or of the benchmark's own."""
+        return functools.partial(_open, self.find_any(*folders) or self.folder, image)
+
+    def rows(self, file: epath.Path) -> list[dict[str, Any]]:
+        """Rows of a question file of LLaVA's: JSON lines of ``question_id``, ``image``, ``text``, ``category``.
+
+        Raises:
+          UserError: a line that is none, named by its number; no line at all.
+        """
+        found = []
+        for number, row in read_lines(file):
+            if not isinstance(row, dict) or not all(
+                isinstance(row.get(key), kind)
+                for key, kind in (("question_id", (str, int)), ("image", str), ("text", str))
+            ):
+                raise UserError(f"{file}, line {number}: a question needs question_id, image and text.")
+            found.append(row)
+        if not found:
+            raise UserError(f"{file} holds no questions.")
+        return found
+
+    def question(self, row: dict[str, Any], *folders: str) -> Question:
+        """The question of such a row, its image in the first of ``folders`` that is there."""
+        return Question(row["question_id"], row["text"], self.picture(folders, row["image"]), row["text"])
+
+
+def _open(folder, image):
+    return open_image(read_image(folder, image), image)
+
+
+def read_lines(file: epath.Path) -> Iterator[tuple[int, Any]]:
+    """Line numbers and values of a file of JSON lines; empty lines are skipped. Raises UserError for what is none."""
+    try:
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")  # splitlines() also splits within JSON strings
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}.") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{file}, line {number} is not JSON: {error}.") from None
+
+
+def read_json(file: epath.Path) -> Any:
+    """A JSON file's value. Raises UserError for what is none."""
+    try:
+        return json.loads(file.read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not JSON: {error}.") from None
+
+
+def sha256(file: epath.Path) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

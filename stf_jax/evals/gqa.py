@@ -1,0 +1,79 @@
+"""GQA: questions composed from scene graphs (Hudson and Manning, 2019); the balanced testdev split."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from stf_jax.config import UserError
+from stf_jax.evals import vqa
+from stf_jax.evals.benchmark import Benchmark, read_json
+from stf_jax.runtime.files import write_json
+
+_LABELS = "testdev_balanced_questions.json"
+
+
+class GQA(Benchmark):
+    """LLaVA's ``llava_gqa_testdev_balanced.jsonl`` with GQA's ``testdev_balanced_questions.json``.
+
+    Accuracy, binary and open, and by structural and semantic type, as GQA's ``eval.py`` has them.
+    """
+
+    name = "gqa"
+    folders = ("gqa",)
+    rule = (
+        "An answer without full stops at its end, in lower case, is right where it equals the one gold answer. "
+        "Questions of structural type query are open, all others binary."
+    )
+
+    def __init__(self, data: epath.Path):
+        super().__init__(data)
+        rows = self.rows(self.find("llava_gqa_testdev_balanced.jsonl"))
+        self.questions = [self.question(row, "data/images", "images") for row in rows]
+        folders = ("", "data/", "data/questions1.2/", "questions1.2/")
+        file = self.find_any(*(f"{folder}{_LABELS}" for folder in folders))
+        if file is not None:
+            self.labels = (file,)
+            self._labels = vqa.matched([str(question.id) for question in self.questions], _read(file), file)
+
+    def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
+        labels = self._labels[: len(self.questions)]
+        right = [predicted(text) == gold for text, (gold, _, _) in zip(texts, labels, strict=True)]
+        _, structural, semantic = zip(*labels, strict=True)
+        answers = vqa.by_kind(["open" if kind == "query" else "binary" for kind in structural], right)
+        return {
+            "accuracy": statistics.fmean(right),
+            **{kind: entry["accuracy"] for kind, entry in answers.items()},
+            "by_structural": vqa.by_kind(structural, right),
+            "by_semantic": vqa.by_kind(semantic, right),
+        }
+
+    def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
+        """Writes ``testdev_balanced_predictions.json``, which GQA's ``eval.py`` takes."""
+        file = out / "testdev_balanced_predictions.json"
+        asked = zip(self.questions, texts, strict=True)
+        write_json(file, [{"questionId": str(question.id), "prediction": predicted(text)} for question, text in asked])
+        return [file]
+
+
+def predicted(text: str) -> str:
+    """The answer that a text gives."""
+    return text.rstrip(".").lower()  # to the letter as LLaVA does: "yes. ." is "yes. "
+
+
+def _read(file):
+    labels = read_json(file)
+    if not isinstance(labels, dict):
+        raise UserError(f"{file} is no object of questions by their ids; take GQA's own file.")
+    found = {}
+    for key, label in labels.items():
+        try:
+            found[key] = label["answer"], label["types"]["structural"], label["types"]["semantic"]
+            if not all(isinstance(text, str) for text in found[key]):
+                raise TypeError
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{file}, question {key}: a label needs answer and types, structural and semantic."
+            ) from None
+    return found

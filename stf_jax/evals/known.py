@@ -1,0 +1,47 @@
+"""The benchmarks by name."""
+
+from collections.abc import Sequence
+
+from etils import epath
+
+from stf_jax.config import UserError, nearest
+from stf_jax.evals.benchmark import Benchmark
+from stf_jax.evals.gqa import GQA
+from stf_jax.evals.mmbench import MMBench, MMBenchCN
+from stf_jax.evals.mme import MME
+from stf_jax.evals.pope import POPE
+from stf_jax.evals.scenes import Scenes
+from stf_jax.evals.scienceqa import ScienceQA
+from stf_jax.evals.textvqa import TextVQA
+from stf_jax.evals.vizwiz import VizWiz
+from stf_jax.evals.vqav2 import VQAv2
+
+BENCHMARKS: dict[str, type[Benchmark]] = {
+    kind.name: kind for kind in (GQA, ScienceQA, VQAv2, VizWiz, TextVQA, POPE, MMBench, MMBenchCN, MME, Scenes)
+}
+
+
+def open_benchmarks(names: Sequence[str], data: str, limit: int = 0) -> list[Benchmark]:
+    """Reads questions and labels of benchmarks.
+
+    Args:
+      names: of :data:`BENCHMARKS`; ``all`` names every one.
+      data: folder with LLaVA's evaluation files, as :class:`Benchmark` has it; ``scenes`` needs none.
+      limit: questions of each that are asked; 0: all.
+
+    Raises:
+      UserError: an unknown name; files that are missing, malformed or at odds.
+    """
+    names = list(BENCHMARKS) if list(names) == ["all"] else names
+    for name in names:
+        if name not in BENCHMARKS:
+            raise UserError(f"Unknown benchmark {name!r}; {nearest(name, [*BENCHMARKS, 'all'])}")
+        if BENCHMARKS[name].folders and not data:
+            raise UserError(
+                f"Benchmark {name} needs the folder of LLaVA's evaluation files: --data, or config.eval.data."
+            )
+    opened = [BENCHMARKS[name](epath.Path(data)) for name in names]
+    for benchmark in opened:
+        if limit:
+            benchmark.limit(limit)
+    return opened

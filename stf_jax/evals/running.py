@@ -1,0 +1,223 @@
+"""A benchmark run: questions asked and answers kept as they come, then scored, with the protocol beside the numbers."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+from jax.experimental import multihost_utils
+
+from stf_jax.config import UserError, flatten
+from stf_jax.data.records import IMAGE_MARK, Record, Turn
+from stf_jax.evals.answers import answer_line, answers_to, read_answers
+from stf_jax.evals.benchmark import Benchmark, Question, sha256
+from stf_jax.inference.decoding import Sampling
+from stf_jax.inference.generator import GREEDY, Generator
+from stf_jax.runtime.files import GrowingFile, write_json
+from stf_jax.runtime.table import table
+
+ANSWERS, PROTOCOL, RESULTS = "answers.jsonl", "protocol.json", "results.json"
+Results = dict[str, Any]
+_LISTED = 20  # label files
+
+
+def evaluate(
+    benchmark: Benchmark,
+    generator: Generator,
+    out: epath.Path,
+    model: str,
+    origin: dict[str, Any],
+    *,
+    rows: int,
+    sampling: Sampling = GREEDY,
+    afresh: bool = False,
+) -> Results:
+    """Asks all questions and scores the answers. All hosts of a run take part; the first one writes.
+
+    Answers that ``out`` holds already are kept, but for a batch that is not whole: asked again in the same company, its
+    questions get the very same answers. So a run that was interrupted ends in the files that it would have ended in.
+
+    Args:
+      out: folder for ``answers.jsonl``, ``protocol.json``, ``results.json`` and what is submitted.
+      model: what the answers and the results call the model.
+      origin: what else tells it from others; goes into the protocol.
+      rows: questions at once.
+      afresh: whether answers in ``out`` that another protocol made give way; without, they are refused.
+
+    Raises:
+      UserError: a picture cannot be opened; ``out`` holds another run's answers.
+    """
+    active = jax.process_index() == 0
+    protocol = _scoring(benchmark) | {"asking": generator.protocol(_record(benchmark.questions[0]))}
+    protocol["asking"] |= {"decoding": _decoding(benchmark, sampling), "rows": rows, "model": origin}
+    questions, kept = benchmark.questions, []
+    if active:
+        out.mkdir(parents=True, exist_ok=True)
+        kept = _kept(benchmark, out, model, protocol, afresh)
+        if len(kept) < len(questions):
+            kept = kept[: len(kept) // rows * rows]
+        write_json(out / PROTOCOL, protocol)
+    done = int(multihost_utils.broadcast_one_to_all(np.int32(len(kept))))
+    records = [_record(question) for question in questions[done:]]
+    said = generator.answers(records, benchmark.tokens, rows, sampling)
+    said = tqdm.tqdm(
+        said, benchmark.name, len(questions), initial=done, unit="question", disable=not active, mininterval=0.5
+    )
+    if not active:
+        collections.deque(said, maxlen=0)
+        return {}
+    file = GrowingFile(out / ANSWERS, kept)
+    for place, text in enumerate(said, start=done):
+        kept.append(answer_line(questions[place], place, text, model))
+        file.append(kept[-1])
+    file.close()
+    return _report(benchmark, [json.loads(line)["text"] for line in kept], out, model, protocol)
+
+
+def measure_all(
+    benchmarks: Sequence[Benchmark],
+    generator: Generator,
+    params: Mapping[str, jax.Array],
+    out: epath.Path,
+    model: str,
+    origin: dict[str, Any],
+    *,
+    rows: int,
+) -> list[Results]:
+    """:func:`evaluate` of a run's parameters by each benchmark, of one in ``out`` itself, of several below it."""
+    if not benchmarks:
+        return []
+    generator.take(params.items())
+    folders = [out / benchmark.name if len(benchmarks) > 1 else out for benchmark in benchmarks]
+    results = [
+        evaluate(benchmark, generator, folder, model, origin, rows=rows, afresh=True)
+        for benchmark, folder in zip(benchmarks, folders, strict=True)
+    ]
+    generator.take(())  # training wants the memory
+    if len(benchmarks) > 1 and jax.process_index() == 0:
+        write_json(out / RESULTS, results)
+    return results
+
+
+def score(benchmark: Benchmark, answers: epath.Path, out: epath.Path) -> Results:
+    """Scores an answer file made anywhere; writes ``results.json``, ``protocol.json`` and what is submitted.
+
+    Raises:
+      UserError: the file is none, or does not fit the questions; there are neither labels nor a submission.
+    """
+    rows = read_answers(answers)
+    texts = answers_to(benchmark, rows, answers)
+    models = sorted({str(row["model_id"]) for row in rows if row.get("model_id")})
+    out.mkdir(parents=True, exist_ok=True)
+    protocol = _scoring(benchmark) | {"answers": {"file": str(answers), "sha256": sha256(answers)}}
+    write_json(out / PROTOCOL, protocol)
+    return _report(benchmark, texts, out, ", ".join(models) or answers.name, protocol)
+
+
+def scalars(results: Results) -> dict[str, float]:
+    """The metrics of a benchmark as flat names and numbers: ``pope/random/f1``."""
+    flat = flatten(results["metrics"]) if results else {}
+    return {
+        f"{results['benchmark']}/{key.replace('.', '/')}": value
+        for key, value in flat.items()
+        if not key.endswith("questions")
+    }
+
+
+def shown(results: Results) -> str:
+    """The results for people to read: shares in percent, MME's scores in its points."""
+    rows, groups = [{"what": "all"}], []
+    for key, value in results["metrics"].items():
+        if not isinstance(value, dict):
+            rows[0][key] = _figure(key, value)
+        elif all(isinstance(inner, dict) for inner in value.values()):
+            groups += [{"what": name, **inner} for name, inner in value.items()]
+        elif any(isinstance(inner, float) and name in rows[0] for name, inner in value.items()):
+            groups.append({"what": key, **value})
+        else:
+            groups += [{"what": name, "accuracy": inner} for name, inner in value.items()]
+    rows[0]["questions"] = results["questions"]
+    rows += [{key: _figure(key, value) for key, value in row.items()} for row in groups]
+    lines = [f"{results['benchmark']}, {results['questions']} questions: {results['model']}"]
+    if results["metrics"]:
+        lines.append(table(rows))
+    lines += [f"written beside: {file}" for file in results["submission"]]
+    return "\n".join(lines)
+
+
+def _figure(key, value):
+    if not isinstance(value, float):
+        return value
+    return f"{value:.1f}" if key in ("perception", "cognition", "score") else f"{value:.1%}"
+
+
+def _record(question: Question) -> Record:
+    if question.picture is None:
+        return Record(str(question.id), (), (Turn("human", question.text),))
+    return Record(str(question.id), (question.picture,), (Turn("human", f"{IMAGE_MARK}\n{question.text}"),))
+
+
+def _scoring(benchmark):
+    """What of the protocol is the benchmark's."""
+    return {
+        "benchmark": benchmark.name,
+        "questions": len(benchmark.questions),
+        "rule": benchmark.rule,
+        "labels": _hashes(benchmark.labels),
+    }
+
+
+def _hashes(files):
+    """Files with their hashes; of very many (MME's, one a picture), the number and one hash of all hashes."""
+    hashes = {str(file): sha256(file) for file in files}
+    if len(files) > _LISTED:
+        together = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
+        return [{"files": len(files), "first": str(files[0]), "sha256": together}]
+    return [{"file": file, "sha256": value} for file, value in hashes.items()]
+
+
+def _decoding(benchmark, sampling):
+    return {"max_new_tokens": benchmark.tokens, **dataclasses.asdict(sampling)}
+
+
+def _kept(benchmark, out, model, protocol, afresh):
+    """Lines of answers in ``out`` to go on from."""
+    if not (out / ANSWERS).exists():
+        return []
+    try:
+        if json.loads((out / PROTOCOL).read_bytes()) != json.loads(json.dumps(protocol)):
+            raise ValueError
+        lines = []
+        for line, question in zip((out / ANSWERS).read_text().split("\n")[:-1], benchmark.questions, strict=False):
+            row = json.loads(line)
+            if line != answer_line(question, len(lines), row["text"], model):
+                raise ValueError
+            lines.append(line)
+        return lines
+    except (OSError, ValueError, KeyError, TypeError):
+        if afresh:
+            return []
+        raise UserError(
+            f"{out} holds answers to other questions, of another model or of another protocol (see {PROTOCOL} there); "
+            "choose another --out, or remove them."
+        ) from None
+
+
+def _report(benchmark, texts, out, model, protocol):
+    files = benchmark.submission(texts, out)
+    results = {
+        "benchmark": benchmark.name,
+        "metrics": benchmark.metrics(texts) if benchmark.scored else {},
+        "questions": benchmark.count,
+        "model": model,
+        "submission": [file.name for file in files],
+        "protocol": protocol,
+    }
+    write_json(out / RESULTS, results)
+    return results

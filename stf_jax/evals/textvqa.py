@@ -1,0 +1,46 @@
+"""TextVQA: questions that text in the picture answers (Singh et al., 2019); validation, version 0.5.1."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from stf_jax.config import UserError
+from stf_jax.evals import vqa
+from stf_jax.evals.benchmark import Benchmark
+
+_ANNOTATORS = 10
+
+
+class TextVQA(Benchmark):
+    """LLaVA's ``llava_textvqa_val_v051_ocr.jsonl`` with TextVQA's ``TextVQA_0.5.1_val.json``."""
+
+    name = "textvqa"
+    folders = ("textvqa",)
+    rule = vqa.RULE
+
+    def __init__(self, data: epath.Path):
+        super().__init__(data)
+        rows = self.rows(self.find("llava_textvqa_val_v051_ocr.jsonl"))
+        self.questions = [self.question(row, "train_images") for row in rows]
+        file = self.find("TextVQA_0.5.1_val.json")
+        self.labels = (file,)
+        labels = vqa.read_labels(file, "data", image_id=str, question=str)
+        # LLaVA's file has the image's id as that of the question, and no other; so the question itself must tell.
+        answers = {
+            (label["image_id"], label["question"].lower()): _answers(label, f"{file}, label {number}")
+            for number, label in enumerate(labels, start=1)
+        }
+        keys = [(row["question_id"], row["text"].split("\n")[0].lower()) for row in rows]
+        self._answers = vqa.matched(keys, answers, file)
+
+    def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
+        return {"accuracy": statistics.fmean(vqa.accuracies(texts, self._answers[: len(self.questions)]))}
+
+
+def _answers(label, name):
+    answers = vqa.annotators(label, name)
+    if len(answers) != _ANNOTATORS:
+        raise UserError(f"{name}: TextVQA has {_ANNOTATORS} answers to a question, not {len(answers)}.")
+    return answers

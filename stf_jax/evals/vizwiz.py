@@ -1,0 +1,55 @@
+"""VizWiz: questions that blind people asked of their own photographs (Gurari et al., 2018)."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from stf_jax.evals import vqa
+from stf_jax.evals.benchmark import Benchmark
+from stf_jax.runtime.files import write_json
+
+_IMAGES = {"llava_test.jsonl": "test", "llava_val.jsonl": "val"}
+
+
+class VizWiz(Benchmark):
+    """LLaVA's ``llava_test.jsonl``, or a ``llava_val.jsonl`` with VizWiz's own ``val.json``.
+
+    There is one question to each picture, so that its name tells which it is. VizWiz's ``test.json`` has no answers.
+    """
+
+    name = "vizwiz"
+    folders = ("vizwiz",)
+    rule = vqa.RULE
+
+    def __init__(self, data: epath.Path):
+        super().__init__(data)
+        asked = self.find(*_IMAGES)
+        rows = self.rows(asked)
+        self.questions = [self.question(row, _IMAGES[asked.name]) for row in rows]
+        self._images = [row["image"] for row in rows]
+        # VizWiz gives both splits in one archive: the pictures tell which is asked about.
+        labels, file = max(
+            (
+                ({label["image"]: label for label in vqa.read_labels(file, image=str)}, file)
+                for file in (self.folder / "val.json", self.folder / "test.json")
+                if file.exists()
+            ),
+            key=lambda found: sum(image in found[0] for image in self._images),
+            default=({}, None),
+        )
+        if any("answers" in label for label in labels.values()):
+            self.labels = (file,)
+            own = vqa.matched(self._images, labels, file)
+            self._answers = [vqa.annotators(label, f"{file}, {label['image']}") for label in own]
+
+    def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
+        return {"accuracy": statistics.fmean(vqa.accuracies(texts, self._answers[: len(self.questions)]))}
+
+    def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
+        """Writes ``vizwiz_submission.json``."""
+        file = out / "vizwiz_submission.json"
+        asked = zip(self._images[: len(self.questions)], texts, strict=True)
+        write_json(file, [{"image": image, "answer": vqa.normalize(text)} for image, text in asked])
+        return [file]

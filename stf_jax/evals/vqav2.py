@@ -1,0 +1,62 @@
+"""VQAv2: open questions on COCO's pictures (Goyal et al., 2017); test-dev for the server, validation scored here."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from stf_jax.evals import vqa
+from stf_jax.evals.benchmark import Benchmark
+from stf_jax.runtime.files import write_json
+
+_TEST = "llava_vqav2_mscoco_test-dev2015.jsonl"
+_IMAGES = {_TEST: "test2015", "llava_vqav2_mscoco_val2014.jsonl": "val2014"}
+
+
+class VQAv2(Benchmark):
+    """LLaVA's ``llava_vqav2_mscoco_test-dev2015.jsonl``, or ``…_val2014.jsonl`` with VQA's own annotations.
+
+    The server takes answers to the whole test set alone; ``llava_vqav2_mscoco_test2015.jsonl`` lists its questions.
+    """
+
+    name = "vqav2"
+    folders = ("vqav2",)
+    rule = vqa.RULE
+
+    def __init__(self, data: epath.Path):
+        super().__init__(data)
+        file = self.find(*_IMAGES)
+        self.questions = [self.question(row, _IMAGES[file.name]) for row in self.rows(file)]
+        ids = [question.id for question in self.questions]
+        self._all_ids = None
+        whole = self.find_any("llava_vqav2_mscoco_test2015.jsonl")
+        if whole is not None and file.name == _TEST:
+            self._all_ids = dict.fromkeys(row["question_id"] for row in self.rows(whole))
+            vqa.matched(ids, self._all_ids, whole)
+        annotations = self.find_any("v2_mscoco_val2014_annotations.json")
+        if annotations is not None:
+            self.labels = (annotations,)
+            rows = vqa.read_labels(annotations, "annotations", question_id=(int, str), answer_type=str)
+            labels = vqa.matched(ids, {row["question_id"]: row for row in rows}, annotations)
+            self._types = [label["answer_type"] for label in labels]
+            self._answers = [
+                vqa.annotators(label, f"{annotations}, question {label['question_id']}") for label in labels
+            ]
+
+    def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
+        asked = len(self.questions)
+        scores = vqa.accuracies(texts, self._answers[:asked])
+        types = vqa.by_kind(self._types[:asked], scores)
+        return {
+            "accuracy": statistics.fmean(scores),
+            "by_answer_type": {kind: entry["accuracy"] for kind, entry in types.items()},
+        }
+
+    def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
+        """Writes ``vqav2_submission.json``; what was not asked is answered by nothing."""
+        given = {question.id: vqa.normalize(text) for question, text in zip(self.questions, texts, strict=True)}
+        file = out / "vqav2_submission.json"
+        answers = [{"question_id": key, "answer": given.get(key, "")} for key in self._all_ids or given]
+        write_json(file, answers)
+        return [file]

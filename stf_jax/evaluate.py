@@ -1,0 +1,74 @@
+"""Measure: ``python -m stf_jax.evaluate --checkpoint=DIR --benchmark=NAME --data=DIR --out=DIR``."""
+
+import argparse
+import sys
+
+from etils import epath
+
+from stf_jax.config import MeshConfig, UserError
+from stf_jax.evals.known import BENCHMARKS, open_benchmarks
+from stf_jax.evals.running import RESULTS, evaluate, score, shown
+from stf_jax.inference.decoding import Sampling
+from stf_jax.inference.loading import load_generator
+from stf_jax.runtime.cli import Parser, add_model_arguments, door
+from stf_jax.runtime.files import write_json
+from stf_jax.runtime.mesh import make_mesh
+
+DESCRIPTION = """Ask a model a benchmark's questions, or score answers that were made anywhere.
+
+Questions, prompts and decoding are LLaVA's, read from LLaVA's own files in their own layout (docs/EVALUATION.md).
+Answers are written as they come; interrupted, the same command goes on where it was. OUT gets answers.jsonl,
+results.json with the protocol beside the numbers, and the file for the benchmark's server where labels are not public.
+"""
+
+
+def main(argv: list[str]) -> None:
+    """Evaluates, and prints what the answers come to."""
+    parser = Parser(prog="python -m stf_jax.evaluate", description=DESCRIPTION)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--checkpoint", type=epath.Path, help="workdir of a run, a folder that was imported, or an export"
+    )
+    what.add_argument("--answers", type=epath.Path, metavar="FILE", help="score these answers; no model is needed")
+    names = f"{', '.join(BENCHMARKS)}, several with commas, or all"
+    parser.add_argument("--benchmark", required=True, metavar="NAME", help=names)
+    parser.add_argument(
+        "--data", default="", metavar="DIR", help="LLaVA's evaluation files, of all benchmarks or of one"
+    )
+    parser.add_argument(
+        "--out", type=epath.Path, required=True, metavar="DIR", help="several benchmarks get a folder each"
+    )
+    parser.add_argument("--limit", type=int, default=0, help="questions of each benchmark, the first ones; all")
+    parser.add_argument("--batch", type=int, default=16, help="questions at once (%(default)s)")
+    add_model_arguments(parser)
+    options = parser.parse_args(argv)
+    if options.limit < 0 or options.batch < 1:
+        raise UserError("--limit must be at least 0 and --batch at least 1.")
+    benchmarks = open_benchmarks(options.benchmark.split(","), options.data, options.limit)
+    several = len(benchmarks) > 1
+    if options.answers is not None and several:
+        raise UserError("--answers are of one benchmark; name that one.")
+    results = []
+    for _benchmark, result in zip(benchmarks, _results(options, benchmarks, several), strict=True):
+        print(shown(result))
+        results.append(result)
+    if several:
+        write_json(options.out / RESULTS, results)
+    print(f"{RESULTS} and all else that was written is in {options.out}")
+
+
+def _results(options: argparse.Namespace, benchmarks, several):
+    if options.answers is not None:
+        yield score(benchmarks[0], options.answers, options.out)
+        return
+    generator, saved = load_generator(options.checkpoint, make_mesh(MeshConfig(*options.mesh)), options.precision)
+    name = options.checkpoint.name
+    origin = {"checkpoint": str(options.checkpoint), "step": saved.step}
+    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
+    for benchmark in benchmarks:
+        out = options.out / benchmark.name if several else options.out
+        yield evaluate(benchmark, generator, out, name, origin, rows=options.batch, sampling=sampling)
+
+
+if __name__ == "__main__":
+    sys.exit(door(main))

@@ -1,0 +1,192 @@
+"""A model that answers: conversations in, texts out, batch by batch, on a mesh. What runs on devices is decoding.py.
+
+Axis letters: B rows, T positions of prompts, M pictures a row, G new tokens.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from transformers import PreTrainedTokenizerFast
+
+from stf_jax.config import ModelConfig, UserError
+from stf_jax.data.conversation import Encoded, Mark, Text, check_template, encode, stop_tokens, template_items
+from stf_jax.data.image import to_square
+from stf_jax.data.records import IMAGE_MARK, Record
+from stf_jax.data.tokenizer import unsayable
+from stf_jax.inference import decoding
+from stf_jax.inference.decoding import Sampling, State, layerwise
+from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.vlm import slots_per_image
+from stf_jax.runtime.mesh import BATCH, computing
+from stf_jax.training.state import blueprint
+
+GREEDY = Sampling()
+_ROOM = 128  # slots for new tokens at first; they are doubled when they are full
+_THREADS = 2  # that open pictures ahead
+_Told = Callable[[int, str], None]
+
+
+class Generator:
+    """Answers conversations with a model on a mesh.
+
+    Programs are compiled for a batch size and a bucket of prompt lengths, and kept.
+
+    Attributes:
+      plan: the model's structure; :meth:`take` gives it weights.
+      slots: image tokens a picture.
+    """
+
+    def __init__(self, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh, template: str, aspect: str):
+        """``template``, ``aspect``: as ``config.data`` has them. Raises UserError where the tokenizer does not fit."""
+        check_template(template, tokenizer)
+        self.plan, self.slots, self._model = blueprint(model), slots_per_image(model), model
+        self._vision, vocab = vision_preset(model.vision), llm_preset(model.llm).vocab
+        if len(tokenizer) > vocab:
+            raise UserError(f"The tokenizer's {len(tokenizer)} tokens exceed the {vocab} of {model.llm}.")
+        self._tokenizer, self._mesh, self._template, self._aspect = tokenizer, mesh, template, aspect
+        self._rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
+        cache = NamedSharding(mesh, PartitionSpec(*BATCH, "tensor"))
+        # What is said is whole on every host, for all of them decide alike when to end.
+        places = State(cache, self._rows, said=whole, count=whole, done=whole)
+        rules = decoding.Rules(stop_tokens(template, tokenizer), unsayable(tokenizer, vocab))
+        self._stops, self._weights = np.array(rules.stops), None
+
+        def compiled(call, *fixed, **how):
+            return jax.jit(functools.partial(call, rules, *fixed), out_shardings=places, **how)
+
+        self._prefill = compiled(decoding.prefill, self.plan, static_argnums=0)
+        self._extend = compiled(decoding.extend, self.plan, donate_argnums=1)
+        self._grow = compiled(decoding.grow, static_argnums=0)
+
+    def take(self, params: Iterable[tuple[str, jax.Array]]) -> "Generator":
+        """Answers with these parameters from now on; each may be forgotten by the caller when the next is asked for."""
+        dtype, places = jnp.dtype(self.plan.precision), self.plan.shardings(self._mesh)
+        self._weights = {path: layerwise(path, x, dtype, self._mesh, places[path].spec) for path, x in params}
+        return self
+
+    def answers(
+        self,
+        records: Sequence[Record],
+        limit: int,
+        rows: int,
+        sampling: Sampling = GREEDY,
+        told: _Told | None = None,
+    ) -> Iterator[str]:
+        """Answers in the order of the records, a batch at a time; the next one's pictures are opened meanwhile.
+
+        Args:
+          records: conversations that end with a question.
+          limit: new tokens an answer at most.
+          rows: records at once; as many rows as the mesh wants are filled up.
+          told: is called with the row in the batch and each piece of text as it is said; their sum is the answer.
+
+        Raises:
+          BadRow: a picture cannot be opened, or a conversation does not fit the template.
+        """
+        shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        size = -(-min(rows, len(records)) // shards) * shards
+        with ThreadPoolExecutor(_THREADS) as pool:
+            ahead = None
+            for start in range(0, len(records), rows):
+                batch = ahead or self._ready(pool, records[:rows], size)
+                following = records[start + rows : start + 2 * rows]
+                ahead = self._ready(pool, following, size) if following else None
+                yield from self._answer(*batch, limit, sampling, told)
+
+    def protocol(self, record: Record) -> dict[str, Any]:
+        """How a conversation is put to the model, with that one as it reads it."""
+        names = {Mark.IMAGE: IMAGE_MARK, Mark.END: self._tokenizer.eos_token}
+        items = template_items(self._template, record)
+        prompt = "".join(names.get(item) or (item.text if isinstance(item, Text) else item.token) for item in items)
+        how = {"vision": self._model.vision, "fusion": self._model.fusion.fusion, "llm": self._model.llm}
+        how |= {"template": self._template, "image_aspect_ratio": self._aspect, "image_tokens": self.slots}
+        return how | {"precision": self.plan.precision, "first_prompt": prompt}
+
+    def _ready(self, pool, records, size) -> tuple[list[Encoded], list[list[Future]], int]:
+        """Prompts of a batch of ``size`` rows, and the pictures of the rows that this host holds, on their way."""
+        prompts = [encode(template_items(self._template, r), self._tokenizer, self.slots) for r in records]
+        mine = {
+            row
+            for (part,) in self._rows.addressable_devices_indices_map((size,)).values()
+            for row in _range(part, size)
+        }
+        pictures = [
+            [pool.submit(self._open, picture) if row in mine else None for picture in record.pictures]
+            for row, record in enumerate(records)
+        ]
+        return prompts, pictures, size
+
+    def _open(self, picture):
+        return to_square(picture(), self._vision, self._aspect)
+
+    def _answer(self, prompts, pictures, size, limit, sampling, told):
+        before = [""] * len(prompts)
+        with computing(self._mesh, self.plan.precision):
+            room = min(limit, _ROOM)
+            state = self._prefill(room, self._weights, *self._arrays(prompts, pictures, size), sampling)
+            while True:
+                count, done = int(state.count), np.asarray(state.done)
+                if told is not None:
+                    for row, tokens in enumerate(np.asarray(state.said)[: len(prompts), :count]):
+                        text = self._text(tokens)
+                        # Half a character, or a word that the next token may change, waits.
+                        if text.startswith(before[row]) and not text.endswith("\ufffd") and text != before[row]:
+                            told(row, text[len(before[row]) :])
+                            before[row] = text
+                if done.all() or count == limit:
+                    break
+                if count == room:
+                    room = min(limit, 2 * room)
+                    state = self._grow(room, state)
+                state = self._extend(self._weights, state, count + 1 if told is not None else room, sampling)
+            said = np.asarray(state.said)[: len(prompts), :count]
+        for row, tokens in enumerate(said):
+            text = self._text(tokens)
+            if told is not None and text != before[row]:
+                told(row, text.removeprefix(before[row]))
+            yield text
+
+    def _text(self, tokens):
+        ends = np.flatnonzero(np.isin(tokens, self._stops))
+        return self._tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens, skip_special_tokens=True).strip()
+
+    def _arrays(self, prompts, pictures, size):
+        length, side = bucket(max(len(prompt.tokens) for prompt in prompts)), self._vision.image_size
+        tokens, slots = np.zeros((size, length), np.int32), np.full((size, length), -1, np.int32)
+        lengths = np.zeros(size, np.int32)
+        for i, prompt in enumerate(prompts):
+            count = lengths[i] = len(prompt.tokens)
+            tokens[i, :count] = prompt.tokens
+            slots[i, :count] = np.where(prompt.is_image, np.cumsum(prompt.is_image) - 1, -1)
+
+        def images(index):
+            rows = list(_range(index[0], size))
+            share = np.zeros((len(rows), most, side, side, 3), np.uint8)
+            for i, row in enumerate(rows):
+                for j, future in enumerate(pictures[row] if row < len(pictures) else ()):
+                    share[i, j] = future.result()
+            return share
+
+        most = max(len(row) for row in pictures)
+        arrays = [
+            jax.make_array_from_callback(x.shape, self._rows, lambda index, x=x: x[index])
+            for x in (tokens, slots, lengths)
+        ]
+        shape = (size, most, side, side, 3)
+        return *arrays, jax.make_array_from_callback(shape, self._rows, images)
+
+
+def _range(part, size):
+    return range(*part.indices(size))
+
+
+def bucket(length: int) -> int:
+    """A prompt length rounded up to one of eight an octave, from 64: few programs are compiled, little is filling."""
+    step = max(64, 2 ** ((length - 1).bit_length() - 4))
+    return -(-length // step) * step

@@ -1,0 +1,28 @@
+"""A saved model, ready to answer: a run's newest checkpoint, a folder of imported weights, or an export."""
+
+import dataclasses
+
+from etils import epath
+from jax.sharding import Mesh
+
+from stf_jax.data.tokenizer import load_tokenizer
+from stf_jax.inference.generator import Generator
+from stf_jax.weights.exports import whole
+from stf_jax.weights.model import SavedModel, open_model
+
+
+def load_generator(checkpoint: epath.Path, mesh: Mesh, precision: str = "") -> tuple[Generator, SavedModel]:
+    """The model in that folder on a mesh, and what it is.
+
+    Args:
+      precision: as ``config.model.precision``; empty: the run's own, bfloat16 for other folders.
+
+    Raises:
+      UserError: the folder holds no model, or one that lacks a part or its tokenizer.
+    """
+    saved = open_model(checkpoint)
+    whole(saved, checkpoint)
+    config = dataclasses.replace(saved.config, precision=precision or saved.config.precision, remat="none")
+    what = saved.description
+    generator = Generator(config, load_tokenizer(str(saved.tokenizer)), mesh, what.template, what.aspect)
+    return generator.take(saved.restore(generator.plan.shardings(mesh))), saved

@@ -1,0 +1,265 @@
+"""MMBench and MMBench-CN: what is asked, answers as lmms-eval reads them, scores by hand, the workbook, bad tables."""
+
+import base64
+import csv
+import io
+import json
+import random
+
+import openpyxl
+import PIL.Image
+import pytest
+from etils import epath
+from lmms import load
+
+from stf_jax.config import UserError
+from stf_jax.data.records import BadRow
+from stf_jax.evals.mmbench import MMBench, MMBenchCN, chosen
+
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+COLUMNS = ["index", "question", "hint", *"ABCD", "answer", "category", "image", "source", "l2-category", "comment"]
+ROWS = [  # index, question, hint, A, B, C, D, answer, category, l2-category
+    (241, 'Which "is"\ttrue?', "The passage:\r\nbirds.", "cat", "dog", "a bird", "fish", "B", "ocr", "fine"),
+    (252, "Red?", "nan", "yes", "no", "", "", "A", "color", "fine"),
+    (1000241, 'Which "is"\ttrue?', "The passage:\r\nbirds.", "fish", "cat", "dog", "a bird", "C", "ocr", "fine"),
+    (1000252, "Red?", "", "no", "yes", "nan", "", "B", "color", "fine"),
+    (7, "How many?", "", "1", "2", "None", "4", "A", "ocr", "logic"),
+    (2000241, 'Which "is"\ttrue?', "The passage:\r\nbirds.", "a bird", "fish", "cat", "dog", "D", "ocr", "fine"),
+]
+
+
+def _picture(color):
+    with io.BytesIO() as file:
+        PIL.Image.new("RGB", (4, 3), color).save(file, "PNG")
+        return base64.b64encode(file.getvalue()).decode()
+
+
+def _write(file, rows=ROWS, drop=(), **changed):
+    """A table as pandas writes it: quotes only where they are needed."""
+    columns = [column for column in (*COLUMNS, "split") if column not in drop]
+    file.parent.mkdir(exist_ok=True)
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        table = csv.DictWriter(opened, columns, delimiter="\t", lineterminator="\n", extrasaction="ignore")
+        table.writeheader()
+        for number, (index, question, hint, a, b, c, d, answer, category, l2_category) in enumerate(rows):
+            row = {"index": index, "question": question, "hint": hint, "A": a, "B": b, "C": c, "D": d}
+            row |= {"answer": answer, "category": category, "l2-category": l2_category, "split": "dev"}
+            table.writerow(row | {"image": _picture((number, 0, 0)), "source": "s", "comment": ""} | changed)
+
+
+DEV = "mmbench_dev_20230712.tsv"
+
+
+def test_what_is_asked(tmp_path):
+    _write(tmp_path / "mmbench" / DEV)
+    benchmark = MMBench(epath.Path(tmp_path))
+    first, second, *_, seventh, _ = benchmark.questions
+    assert benchmark.tokens == 1024
+    assert (first.id, first.text) == (241, first.prompt + LETTER)
+    assert first.prompt == 'The passage:\r\nbirds.\nWhich "is"\ttrue?\nA. cat\nB. dog\nC. a bird\nD. fish'
+    assert second.prompt == "Red?\nA. yes\nB. no"
+    assert seventh.prompt == "How many?\nA. 1\nB. 2"  # as LLaVA: options up to the first without a value
+    assert second.picture().getpixel((0, 0)) == (1, 0, 0)
+
+
+def test_the_same_in_chinese(tmp_path):
+    _write(
+        tmp_path / "mmbench" / "mmbench_dev_cn_20231003.tsv", [(3, "红色吗?", "", "是", "不", "", "", "A", "c", "l")]
+    )
+    benchmark = MMBenchCN(epath.Path(tmp_path))
+    assert benchmark.questions[0].prompt == "红色吗?\nA. 是\nB. 不"
+    assert benchmark.questions[0].text == "红色吗?\nA. 是\nB. 不\n请直接回答选项字母。"
+    assert benchmark.metrics(["是"])["circular_accuracy"] == 1.0
+    assert benchmark.submission(["是"], epath.Path(tmp_path)) == [epath.Path(tmp_path) / "mmbench_cn_submission.xlsx"]
+    assert openpyxl.load_workbook(tmp_path / "mmbench_cn_submission.xlsx").active["G2"].value == "是"
+    with pytest.raises(UserError, match=r"there is no mmbench_dev_20230712\.tsv or mmbench_test_20230712\.tsv in"):
+        MMBench(epath.Path(tmp_path))
+
+
+def test_scores_by_hand(tmp_path):
+    _write(tmp_path / DEV)
+    benchmark = MMBench(epath.Path(tmp_path))
+    assert benchmark.labels == (epath.Path(tmp_path) / DEV,)
+    # 241: right in all its three rows. 252: right only as first asked. 7: wrong.
+    metrics = benchmark.metrics(["B", "A.", "It is a dog", "A", "3", "D"])
+    ocr = {"circular_accuracy": 1 / 2, "vanilla_accuracy": 1 / 2, "questions": 2}
+    color = {"circular_accuracy": 0.0, "vanilla_accuracy": 1.0, "questions": 1}
+    fine = {"circular_accuracy": 1 / 2, "vanilla_accuracy": 1.0, "questions": 2}
+    logic = {"circular_accuracy": 0.0, "vanilla_accuracy": 0.0, "questions": 1}
+    assert metrics == {
+        "circular_accuracy": pytest.approx(1 / 3),
+        "vanilla_accuracy": pytest.approx(2 / 3),
+        "by_category": {"color": color, "ocr": ocr},
+        "by_l2_category": {"fine": fine, "logic": logic},
+    }
+    json.dumps(metrics)
+    # A question is wrong where one rotation is, whichever.
+    for wrong in (0, 2, 5):
+        texts = ["B", "A", "C", "B", "A", "D"]
+        texts[wrong] = "none"
+        metrics = benchmark.metrics(texts)
+        assert metrics["circular_accuracy"] == pytest.approx(2 / 3)
+        assert metrics["vanilla_accuracy"] == pytest.approx(1.0 if wrong else 2 / 3)
+
+
+def test_columns_that_are_not_there_are_left_out(tmp_path):
+    _write(tmp_path / DEV, drop=("hint", "C", "D", "category", "l2-category", "comment", "source", "split"))
+    benchmark = MMBench(epath.Path(tmp_path))
+    assert benchmark.questions[0].prompt == 'Which "is"\ttrue?\nA. cat\nB. dog'
+    assert benchmark.metrics(["B"] * 6) == {
+        "circular_accuracy": 0.0,
+        "vanilla_accuracy": pytest.approx(1 / 3),
+    }
+
+
+def test_first_leaves_whole_groups(tmp_path):
+    _write(tmp_path / DEV)
+    benchmark = MMBench(epath.Path(tmp_path))
+    benchmark.first(1)
+    assert [question.id for question in benchmark.questions] == [241, 1000241, 2000241]
+    ocr = {"circular_accuracy": 0.0, "vanilla_accuracy": 1.0}
+    assert benchmark.metrics(["B", "C", "A"]) == {
+        **ocr,
+        "by_category": {"ocr": ocr | {"questions": 1}},
+        "by_l2_category": {"fine": ocr | {"questions": 1}},
+    }
+
+
+def test_the_workbook_of_a_test_split(tmp_path):
+    _write(tmp_path / "mmbench_test_20230712.tsv", drop=("answer",))
+    benchmark = MMBench(epath.Path(tmp_path))
+    assert benchmark.labels == ()
+    texts = ["B", "=1+1", "#N/A", "a\x07b\nc", "", "D. dog"]
+    (file,) = benchmark.submission(texts, epath.Path(tmp_path))
+    assert file == epath.Path(tmp_path) / "mmbench_submission.xlsx"
+    head, *rows = openpyxl.load_workbook(file).active.iter_rows()
+    assert [cell.value for cell in head] == ["index", "question", "A", "B", "C", "D", "prediction", "split"]
+    assert [cell.value for cell in rows[1]] == [252, "Red?", "yes", "no", None, None, "=1+1", "dev"]
+    assert not {row[6].data_type for row in rows} & {"f", "e"}  # no formula, no error
+    assert [row[6].value for row in rows] == ["B", "=1+1", "#N/A", "ab\nc", None, "D. dog"]
+    assert [row[0].value for row in rows] == [row[0] for row in ROWS]
+    assert [path.name for path in tmp_path.glob("*.xlsx")] == ["mmbench_submission.xlsx"]
+
+
+def test_the_workbook_of_a_dev_split(tmp_path):
+    _write(tmp_path / DEV)
+    benchmark = MMBench(epath.Path(tmp_path))
+    benchmark.first(2)
+    (file,) = benchmark.submission(["B", "A", "C", "B", "D"], epath.Path(tmp_path))
+    head, *rows = openpyxl.load_workbook(file).active.iter_rows(values_only=True)
+    assert head == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
+    assert rows[3] == (1000252, "Red?", "no", "yes", None, None, "B", "B", "dev")
+    assert len(rows) == 5
+
+
+def test_a_test_split_may_have_an_empty_column_of_answers(tmp_path):
+    _write(tmp_path / "mmbench_test_20230712.tsv", answer="nan")
+    assert MMBench(epath.Path(tmp_path)).labels == ()
+
+
+OPTIONS = {"A": "Cat", "B": "a dog", "C": "cart", "D": "Fish"}
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        ("b", None),
+        ("B. a dog", "B"),
+        ("(C)", "C"),
+        ("answer :D.", "D"),
+        ("A", "A"),
+        ("A cat", "A"),
+        ("A big fat fish", "D"),  # A is an article where there are more than three words
+        ("A big fat cow", None),
+        ("A. B", "B"),  # a bare letter comes first
+        ("A B", None),
+        ("A B: cart", "A"),
+        ("A or B: cart", "B"),
+        ("E", "E"),  # one that no row has for right
+        ("E. fish", "E"),
+        ("FISH!", "D"),
+        ("cat and fish", None),
+        ("[B]", None),
+        ("", None),
+    ],
+)
+def test_answers_by_hand(text, letter):
+    assert chosen(text, OPTIONS) == letter
+
+
+def test_answers_read_as_lmms_eval_reads_them():
+    theirs, chance = load("mmbench/mmbench_evals.py").MMBench_Evaluator(), random.Random(0)
+    marks = ["", "", "", ".", ",", ":", ")", ").", "]", "!"]
+    words = ["a", "dog", "cat", "Fish", "cart", "is", "the", "answer", "\n", "红", "option"]
+    results = []
+    for _ in range(20_000):
+        parts = [
+            chance.choice(["", "", "", "(", ":", "["]) + chance.choice("ABCDEFab") + chance.choice(marks)
+            if chance.random() < 0.4
+            else chance.choice(words)
+            for _ in range(chance.randint(0, 6))
+        ]
+        text = chance.choice([" ", "  ", "\n"]).join(parts)
+        options = dict(list(OPTIONS.items())[: chance.randint(2, 4)])
+        results.append(chosen(text, options))
+        assert results[-1] == (theirs.can_infer(text, dict(options)) or None), (text, options)
+    assert all(results.count(own) > 500 for own in (*"ABCDE", None))
+
+
+def _refused(folder):
+    with pytest.raises(UserError) as error:
+        MMBench(epath.Path(folder))
+    return str(error.value)
+
+
+def test_pictures_that_are_none(tmp_path):
+    for image, reason in (("abc", "corrupt"), (base64.b64encode(b"no picture").decode(), "corrupt")):
+        _write(tmp_path / DEV, image=image)
+        with pytest.raises(BadRow, match="Image of index 241 ") as error:
+            MMBench(epath.Path(tmp_path)).questions[0].picture()
+        assert error.value.reason == reason
+
+
+def test_pictures_of_many_bytes_are_fields_too(tmp_path):
+    _write(tmp_path / DEV, image=_picture("red") + "=" * 200_000)  # csv itself stops at 131,072 characters
+    assert MMBench(epath.Path(tmp_path)).questions[0].picture().size == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([ROWS[0], ROWS[0]], ", row 2: index 241 is another row's, too."),
+        ([ROWS[0], ROWS[3]], ": index 1000252 is a rotation of 252, which is not there."),
+        ([ROWS[0], ("2.5", *ROWS[1][1:])], ", row 2: index '2.5' is not a whole number."),
+        ([("-1", *ROWS[1][1:])], ", row 1: index '-1' is not a whole number."),
+        ([("", *ROWS[1][1:])], ", row 1 has no index; take MMBench's own file."),
+        ([(5, "nan", *ROWS[1][2:])], ", row 1 has no question; take MMBench's own file."),
+        ([ROWS[0], (*ROWS[1][:7], "E", "c", "l")], ", index 252: the answer is 'E', not one of A, B, C, D."),
+        ([ROWS[0], (*ROWS[1][:7], "AB", "c", "l")], ", index 252: the answer is 'AB', not one of A, B, C, D."),
+        ([ROWS[0], (*ROWS[1][:7], "", "c", "l")], ", index 252: the answer is None, not one of A, B, C, D."),
+        ([], " is no table of questions with index, question, A, B and image; take MMBench's own."),
+    ],
+)
+def test_bad_rows_are_refused(tmp_path, rows, sentence):
+    file = tmp_path / DEV
+    _write(file, rows)
+    assert _refused(tmp_path) == f"{file}{sentence}"
+
+
+@pytest.mark.parametrize("column", ["index", "question", "A", "B", "image"])
+def test_columns_that_are_needed(tmp_path, column):
+    _write(tmp_path / DEV, drop=(column,))
+    assert "is no table of questions with index, question, A, B and image" in _refused(tmp_path)
+
+
+def test_a_file_cut_short_is_refused(tmp_path):
+    file = tmp_path / DEV
+    _write(file)
+    file.write_text(file.read_text()[:-60])
+    assert _refused(tmp_path) == (f"{file}, row 6 has other columns than the table's head; fetch the file again.")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / DEV).write_bytes(b"index\tquestion\n\xff\xfe\t\n")
+    assert _refused(tmp_path).startswith(f"{tmp_path / DEV} cannot be read as values with tabs between: ")

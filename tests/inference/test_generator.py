@@ -1,0 +1,274 @@
+"""Answers equal a loop that recomputes everything, without cache, filling or batch, whatever the batch and the mesh."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+from tiny import filled, tiny
+
+from stf_jax.config import MeshConfig, UserError
+from stf_jax.data.conversation import CHATS, encode, stop_tokens, template_items
+from stf_jax.data.image import to_square
+from stf_jax.data.records import BadRow, Record, Turn
+from stf_jax.data.tokenizer import load_tokenizer, unsayable
+from stf_jax.inference import decoding, generator
+from stf_jax.inference.decoding import Rules, Sampling
+from stf_jax.inference.generator import Generator
+from stf_jax.models import presets
+from stf_jax.models.llm import RopeScaling
+from stf_jax.models.presets import vision_preset
+from stf_jax.models.vlm import slots_per_image
+from stf_jax.runtime.mesh import make_mesh
+from stf_jax.training.state import blueprint
+
+TINY = presets.LLM["llama-tiny"]
+FAMILIES = {
+    "llama": dataclasses.replace(TINY, tied=False),
+    "llama, whole heads": dataclasses.replace(TINY, kv_heads=4),
+    "llama-3": dataclasses.replace(TINY, rope_scaling=RopeScaling("llama3", 8.0, original_length=64)),
+    "mistral": dataclasses.replace(TINY, rope_theta=1e6),
+    "qwen2": dataclasses.replace(TINY, qkv_bias=True),
+    "qwen3": dataclasses.replace(TINY, qk_norm=True),
+}
+LIMIT = 12
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("miniature")
+
+
+def records(count, seed=1):
+    """Conversations of unequal length about no, one or two pictures."""
+    rng, found = np.random.default_rng(seed), []
+    for i in range(count):
+        shown = (1, 2, 0, 1)[i % 4]
+        pictures = [PIL.Image.fromarray(rng.integers(0, 256, (50, 64, 3), np.uint8)) for _ in range(shown)]
+        words = " ".join(rng.choice(["red", "circle", "What", "is", "7", "left"], 1 + 5 * i))
+        turns = (Turn("human", "<image>\n" * shown + words), Turn("gpt", "blue"), Turn("human", f"And {i}?"))
+        found.append(Record(str(i), tuple(p.copy for p in pictures), turns[2 * (i % 2) :] if not shown else turns))
+    return found
+
+
+def model(family, precision="float32", seed=0):
+    """A model of that family whose answers depend on what it reads."""
+    presets.LLM["family"] = FAMILIES[family]
+    config = tiny(**{"model.llm": "family", "model.precision": precision}).model
+    plan = blueprint(config)
+    values = {path: 4 * x if "scale" not in path else x for path, x in filled(plan.shapes, seed).items()}
+    return config, plan, values
+
+
+def generators(family, mesh, tokenizer, template="v1"):
+    config, plan, values = model(family)
+    mesh = make_mesh(mesh)
+    places = plan.shardings(mesh)
+    params = ((path, jax.device_put(x, places[path])) for path, x in values.items())
+    return Generator(config, tokenizer, mesh, template, "pad").take(params)
+
+
+def recomputed(family, asked, tokenizer, limit, template="v1"):
+    """Texts of answers to the records, one by one, each token from a fresh reading of all text before it."""
+    config, plan, values = model(family)
+    whole = plan.merge({path: jnp.asarray(x) for path, x in values.items()})
+    vision = vision_preset(config.vision)
+    prompts = [encode(template_items(template, record), tokenizer, slots_per_image(config)) for record in asked]
+    # One length for all, so that one program is compiled: what lies to the right is not seen.
+    length = max(len(prompt.tokens) for prompt in prompts) + limit
+    read = jax.jit(lambda tokens, slots, images: whole(tokens, np.arange(length)[None], None, slots, images))
+    texts = []
+    for record, prompt in zip(asked, prompts, strict=True):
+        images = np.zeros((1, 2, vision.image_size, vision.image_size, 3), np.uint8)
+        for i, picture in enumerate(record.pictures):
+            images[0, i] = to_square(picture(), vision, "pad")
+        count = len(prompt.tokens)
+        tokens, slots = np.zeros((1, length), np.int32), np.full((1, length), -1, np.int32)
+        tokens[0, :count] = prompt.tokens
+        slots[0, :count] = np.where(prompt.is_image, np.cumsum(prompt.is_image) - 1, -1)
+        end = count
+        while end < count + limit:
+            choice = int(read(tokens, slots, images)[0, end - 1, : len(tokenizer)].argmax())
+            if choice in stop_tokens(template, tokenizer):
+                break
+            tokens[0, end] = choice
+            end += 1
+        texts.append(tokenizer.decode(tokens[0, count:end], skip_special_tokens=True).strip())
+    return texts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_equals_recomputation(family, tokenizer):
+    asked = records(5)
+    answers = generators(family, MeshConfig(1, 1, 1), tokenizer)
+    said = list(answers.answers(asked, LIMIT, rows=5))
+    assert said == recomputed(family, asked, tokenizer, LIMIT)
+    assert len(set(said)) == len(said)  # pictures and prompts matter, or the comparison says little
+    if family == "qwen3":
+        assert list(answers.answers(asked, LIMIT, rows=2)) == said
+        assert list(answers.answers(asked[:1], LIMIT, rows=1)) == said[:1]
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(2, 2, 2), MeshConfig(1, 4, 2), MeshConfig(8, 1, 1)])
+def test_every_mesh_answers_alike(mesh, tokenizer):
+    asked = records(7)
+    one = list(generators("llama", MeshConfig(1, 1, 1), tokenizer).answers(asked, LIMIT, rows=4))
+    assert list(generators("llama", mesh, tokenizer).answers(asked, LIMIT, rows=4)) == one
+
+
+def test_cache_and_weights_lie_split_on_the_mesh(tokenizer):
+    answers = generators("llama", MeshConfig(2, 2, 2), tokenizer)
+    (ready,) = [answers._ready(pool, records(4), 4) for pool in [_Now()]]
+    with generator.computing(answers._mesh, "float32"):
+        state = answers._prefill(8, answers._weights, *answers._arrays(*ready), Sampling())
+        state = answers._extend(answers._weights, state, 8, Sampling())
+    for keys, values in state.cache:
+        for x in (keys, values):
+            assert x.sharding.shard_shape(x.shape) == (1, 1, x.shape[2], 8)
+    up = answers._weights["llm/blocks/mlp/up/kernel"]
+    assert len(up) == 2
+    assert up[0].sharding.shard_shape((32, 64)) == (16, 32)
+
+
+class _Now:
+    """A pool that does at once what it is given."""
+
+    def submit(self, call, *args):
+        result = call(*args)
+        return type("Done", (), {"result": lambda self: result})()
+
+
+def test_layers_are_not_stacked_again_in_a_step(tokenizer):
+    """What decoding.layerwise is for: no step copies weights together or apart."""
+    answers = generators("llama", MeshConfig(1, 1, 1), tokenizer)
+    ready = answers._ready(_Now(), records(2), 2)
+    with generator.computing(answers._mesh, "float32"):
+        state = answers._prefill(8, answers._weights, *answers._arrays(*ready), Sampling())
+        text = answers._extend.lower(answers._weights, state, 8, Sampling()).compile().as_text()
+    stacked = [r"f32\[2,32,64\]", r"f32\[2,64,32\]", r"f32\[2,32,4,8\]"]
+    assert not any(re.search(shape, text) for shape in stacked)
+    assert re.search(r"f32\[32,64\]", text)
+
+
+def test_a_compute_type_of_half_the_size_makes_a_cache_of_half_the_size(tokenizer):
+    config, _plan, values = model("llama", "bfloat16")
+    answers = Generator(config, tokenizer, make_mesh(MeshConfig(1, 1, 1)), "v1", "pad")
+    answers.take((path, jnp.asarray(x)) for path, x in values.items())
+    ready = answers._ready(_Now(), records(2), 2)
+    state = answers._prefill(8, answers._weights, *answers._arrays(*ready), Sampling())
+    assert {x.dtype for pair in state.cache for x in pair} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(answers._weights)} == {jnp.dtype(jnp.bfloat16)}
+    assert all(list(answers.answers(records(2), 6, rows=2)))
+
+
+def test_room_grows_under_long_answers(tokenizer, monkeypatch):
+    answers = generators("llama", MeshConfig(1, 1, 1), tokenizer)
+    asked = records(3)
+    said = list(answers.answers(asked, 21, rows=3))
+    monkeypatch.setattr(generator, "_ROOM", 4)
+    assert list(answers.answers(asked, 21, rows=3)) == said
+    assert min(len(tokenizer(text).input_ids) for text in said) > 8  # the room did grow
+
+
+def test_prompt_lengths_share_programs(tokenizer):
+    answers = generators("llama", MeshConfig(1, 1, 1), tokenizer)
+    for words in (1, 5, 9, 12):
+        record = Record("r", (), (Turn("human", "is " * words),))
+        list(answers.answers([record], 3, rows=1))
+    assert answers._prefill._cache_size() == 1
+    assert answers._extend._cache_size() <= 1
+    lengths = np.arange(1, 5000)
+    buckets = np.array([generator.bucket(int(n)) for n in lengths])
+    assert (buckets >= lengths).all()
+    assert len(set(buckets.tolist())) < 45
+    assert (buckets[512:] <= 1.126 * lengths[512:]).all()
+
+
+def test_pieces_sum_to_the_answers(tokenizer):
+    answers, pieces = generators("qwen3", MeshConfig(1, 1, 1), tokenizer), {}
+    asked = records(3)
+    told = list(answers.answers(asked, LIMIT, 3, told=lambda row, piece: pieces.setdefault(row, []).append(piece)))
+    assert told == list(answers.answers(asked, LIMIT, rows=3))
+    assert ["".join(pieces[row]) for row in range(3)] == told
+    assert max(len(one) for one in pieces.values()) > 4  # they came one by one
+
+
+@pytest.mark.parametrize("template", ["v1", "plain", "mistral", "chatml", "llama-3"])
+def test_ends_where_an_answer_ends_in_the_template(template, tokenizer):
+    tokenizer = load_tokenizer("miniature")
+    names = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    own = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>"}.get(template, "</s>")
+    assert stop_tokens(template, tokenizer) == tuple(
+        dict.fromkeys(tokenizer.convert_tokens_to_ids(x) for x in (own, "</s>"))
+    )
+    a, b, c, other = (tokenizer.convert_tokens_to_ids(x) for x in ("a", "b", "c", "<|im_start|>"))
+    answers = Generator.__new__(Generator)
+    answers._tokenizer, answers._stops = tokenizer, np.array(stop_tokens(template, tokenizer))
+    stop = tokenizer.convert_tokens_to_ids(own)
+    assert answers._text(np.array([a, b, stop, c])) == tokenizer.decode([a, b])
+    assert answers._text(np.array([a, other, b, c])) == tokenizer.decode([a, b, c])
+    assert answers._text(np.array([a, 2, b, c])) == tokenizer.decode([a])  # the end of sequence ends any
+    assert answers._text(np.array([stop, a, b, c])) == ""
+    assert template == "plain" or template in CHATS
+
+
+def test_what_nothing_has_trained_is_never_said(tokenizer):
+    rules = Rules((2,), (0, 3))
+    logits = jnp.array([[9.0, 1.0, 2.0, 8.0], [0.0, 5.0, 1.0, 7.0]])
+    assert decoding.choose(rules, logits, Sampling(), jnp.int32(0)).tolist() == [2, 1]
+    draw = jax.jit(lambda step: decoding.choose(rules, jnp.tile(logits[:1], (50, 1)), Sampling(2.0), step))
+    assert set(draw(jnp.int32(1)).tolist()) == {1, 2}
+    assert unsayable(tokenizer, len(tokenizer)) == ()
+    assert unsayable(tokenizer, len(tokenizer) + 2) == (len(tokenizer), len(tokenizer) + 1)
+    marked = load_tokenizer("miniature")
+    marked.add_tokens("<image>")
+    assert unsayable(marked, len(marked) + 1) == (len(tokenizer), len(marked))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(0.7, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 5), (0.9, 0.6, 8)]
+)
+def test_draws_are_distributed_as_transformers_filters_say(temperature, top_p, top_k):
+    import torch
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = np.random.default_rng(0).normal(0, 2, 40).astype(np.float32)
+    warpers = [TemperatureLogitsWarper(temperature)]
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    shares = LogitsProcessorList(warpers)(None, torch.tensor(logits)[None]).softmax(-1)[0].numpy()
+    rows, rounds = 4000, 5
+    draw = jax.jit(lambda step: decoding.choose(
+        Rules((2,), ()), jnp.tile(logits, (rows, 1)), Sampling(temperature, top_p, top_k, 3), step
+    ))  # fmt: skip
+    counts = sum(np.bincount(np.asarray(draw(jnp.int32(i))), minlength=40) for i in range(rounds))
+    assert (counts[shares == 0] == 0).all()
+    deviation = np.sqrt(shares * (1 - shares) / (rows * rounds))
+    assert (abs(counts / (rows * rounds) - shares) <= 5 * deviation + 1e-9).all()
+
+
+def test_draws_depend_on_seed_step_and_row_alone(tokenizer):
+    answers = generators("llama", MeshConfig(1, 1, 1), tokenizer)
+    record = records(1)[0]
+    said = [list(answers.answers([record] * 3, LIMIT, 3, Sampling(1.0, seed=seed))) for seed in (0, 0, 1)]
+    assert said[0] == said[1] != said[2]
+    assert len(set(said[0])) == 3
+
+
+def test_pictures_that_cannot_be_opened_and_tokenizers_that_do_not_fit(tokenizer):
+    answers = generators("llama", MeshConfig(1, 1, 1), tokenizer)
+
+    def missing():
+        raise BadRow("missing", "Image a.jpg cannot be opened.", "a.jpg")
+
+    bad = dataclasses.replace(records(1)[0], pictures=(missing,))
+    with pytest.raises(UserError, match=r"a\.jpg"):
+        list(answers.answers([bad], 3, rows=1))
+    config, *_ = model("llama")
+    presets.LLM["family"] = dataclasses.replace(TINY, vocab=100)
+    with pytest.raises(UserError, match="501 tokens exceed the 100"):
+        Generator(config, tokenizer, make_mesh(MeshConfig(1, 1, 1)), "v1", "pad")
