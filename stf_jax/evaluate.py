@@ -49,12 +49,14 @@ def main(argv: list[str]) -> None:
     if options.answers is not None and several:
         raise UserError("--answers are of one benchmark; name that one.")
     results = []
-    for _benchmark, result in zip(benchmarks, _results(options, benchmarks, several), strict=True):
-        print(shown(result))
-        results.append(result)
-    if several:
-        write_json(options.out / RESULTS, results)
-    print(f"{RESULTS} and all else that was written is in {options.out}")
+    for result in _results(options, benchmarks, several):
+        if result:  # as on the first host of several
+            print(shown(result))
+            results.append(result)
+    if results:
+        if several:
+            write_json(options.out / RESULTS, results)
+        print(f"{RESULTS} and all else that was written is in {options.out}")
 
 
 def _results(options: argparse.Namespace, benchmarks, several):

@@ -52,6 +52,8 @@ def answers_to(benchmark: Benchmark, rows: Sequence[dict[str, Any]], file: epath
       UserError: a question has no answer, or two that differ; an answer is of no question.
     """
     shared = collections.Counter(str(question.id) for question in benchmark.questions)
+    if benchmark.limited:  # the others of an id may be among those that were left out
+        shared |= collections.Counter(str(row["question_id"]) for row in rows)
 
     def key(identity, prompt):
         identity = str(identity)

@@ -32,7 +32,7 @@ def open_benchmarks(names: Sequence[str], data: str, limit: int = 0) -> list[Ben
     Raises:
       UserError: an unknown name; files that are missing, malformed or at odds.
     """
-    names = list(BENCHMARKS) if list(names) == ["all"] else names
+    names = list(BENCHMARKS) if "all" in names else names
     for name in names:
         if name not in BENCHMARKS:
             raise UserError(f"Unknown benchmark {name!r}; {nearest(name, [*BENCHMARKS, 'all'])}")

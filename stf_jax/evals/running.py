@@ -1,6 +1,7 @@
 """A benchmark run: questions asked and answers kept as they come, then scored, with the protocol beside the numbers."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -38,9 +39,9 @@ def evaluate(
     sampling: Sampling = GREEDY,
     afresh: bool = False,
 ) -> Results:
-    """Asks all questions and scores the answers. All hosts of a run take part; the first one writes.
+    """Asks all questions and scores the answers. All hosts of a run take part; the first one writes, and has results.
 
-    Answers that ``out`` holds already are kept, but for a batch that is not whole: asked again in the same company, its
+    Answers that ``out`` holds already are kept, but for a last batch or two: asked again in the same company, their
     questions get the very same answers. So a run that was interrupted ends in the files that it would have ended in.
 
     Args:
@@ -51,17 +52,19 @@ def evaluate(
       afresh: whether answers in ``out`` that another protocol made give way; without, they are refused.
 
     Raises:
-      UserError: a picture cannot be opened; ``out`` holds another run's answers.
+      UserError: a picture cannot be opened; ``out`` holds another run's answers, or cannot be made.
     """
     active = jax.process_index() == 0
     protocol = _scoring(benchmark) | {"asking": generator.protocol(_record(benchmark.questions[0]))}
     protocol["asking"] |= {"decoding": _decoding(benchmark, sampling), "rows": rows, "model": origin}
     questions, kept = benchmark.questions, []
     if active:
-        out.mkdir(parents=True, exist_ok=True)
+        _make(out)
         kept = _kept(benchmark, out, model, protocol, afresh)
         if len(kept) < len(questions):
-            kept = kept[: len(kept) // rows * rows]
+            # Whole batches, and so many that what is left makes one: a smaller one is another program, which may round
+            # otherwise.
+            kept = kept[: min(len(kept), len(questions) - rows) // rows * rows]
         write_json(out / PROTOCOL, protocol)
     done = int(multihost_utils.broadcast_one_to_all(np.int32(len(kept))))
     records = [_record(question) for question in questions[done:]]
@@ -72,11 +75,10 @@ def evaluate(
     if not active:
         collections.deque(said, maxlen=0)
         return {}
-    file = GrowingFile(out / ANSWERS, kept)
-    for place, text in enumerate(said, start=done):
-        kept.append(answer_line(questions[place], place, text, model))
-        file.append(kept[-1])
-    file.close()
+    with contextlib.closing(GrowingFile(out / ANSWERS, kept)) as file:
+        for place, text in enumerate(said, start=done):
+            kept.append(answer_line(questions[place], place, text, model))
+            file.append(kept[-1])
     return _report(benchmark, [json.loads(line)["text"] for line in kept], out, model, protocol)
 
 
@@ -114,7 +116,7 @@ def score(benchmark: Benchmark, answers: epath.Path, out: epath.Path) -> Results
     rows = read_answers(answers)
     texts = answers_to(benchmark, rows, answers)
     models = sorted({str(row["model_id"]) for row in rows if row.get("model_id")})
-    out.mkdir(parents=True, exist_ok=True)
+    _make(out)
     protocol = _scoring(benchmark) | {"answers": {"file": str(answers), "sha256": sha256(answers)}}
     write_json(out / PROTOCOL, protocol)
     return _report(benchmark, texts, out, ", ".join(models) or answers.name, protocol)
@@ -145,8 +147,7 @@ def shown(results: Results) -> str:
     rows[0]["questions"] = results["questions"]
     rows += [{key: _figure(key, value) for key, value in row.items()} for row in groups]
     lines = [f"{results['benchmark']}, {results['questions']} questions: {results['model']}"]
-    if results["metrics"]:
-        lines.append(table(rows))
+    lines.append(table(rows) if results["metrics"] else "Its labels are not here, so there is no metric.")
     lines += [f"written beside: {file}" for file in results["submission"]]
     return "\n".join(lines)
 
@@ -182,6 +183,13 @@ def _hashes(files):
     return [{"file": file, "sha256": value} for file, value in hashes.items()]
 
 
+def _make(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {out} cannot be made: {error.strerror or error}.") from None
+
+
 def _decoding(benchmark, sampling):
     return {"max_new_tokens": benchmark.tokens, **dataclasses.asdict(sampling)}
 
@@ -194,7 +202,8 @@ def _kept(benchmark, out, model, protocol, afresh):
         if json.loads((out / PROTOCOL).read_bytes()) != json.loads(json.dumps(protocol)):
             raise ValueError
         lines = []
-        for line, question in zip((out / ANSWERS).read_text().split("\n")[:-1], benchmark.questions, strict=False):
+        written = (out / ANSWERS).read_bytes().split(b"\n")[:-1]  # but for a line that was cut
+        for line, question in zip(map(bytes.decode, written), benchmark.questions, strict=False):
             row = json.loads(line)
             if line != answer_line(question, len(lines), row["text"], model):
                 raise ValueError
@@ -202,6 +211,7 @@ def _kept(benchmark, out, model, protocol, afresh):
         return lines
     except (OSError, ValueError, KeyError, TypeError):
         if afresh:
+            (out / ANSWERS).unlink()  # before the new protocol is there, which they might be taken to be of
             return []
         raise UserError(
             f"{out} holds answers to other questions, of another model or of another protocol (see {PROTOCOL} there); "
@@ -216,7 +226,7 @@ def _report(benchmark, texts, out, model, protocol):
         "metrics": benchmark.metrics(texts) if benchmark.scored else {},
         "questions": benchmark.count,
         "model": model,
-        "submission": [file.name for file in files],
+        "submission": [str(file.relative_to(out)) for file in files],
         "protocol": protocol,
     }
     write_json(out / RESULTS, results)

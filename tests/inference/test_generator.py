@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-from tiny import filled, tiny
+from tiny import tiny, vivid
 
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.data.conversation import CHATS, encode, stop_tokens, template_items
@@ -59,8 +59,7 @@ def model(family, precision="float32", seed=0):
     presets.LLM["family"] = FAMILIES[family]
     config = tiny(**{"model.llm": "family", "model.precision": precision}).model
     plan = blueprint(config)
-    values = {path: 4 * x if "scale" not in path else x for path, x in filled(plan.shapes, seed).items()}
-    return config, plan, values
+    return config, plan, vivid(plan.shapes, seed)
 
 
 def generators(family, mesh, tokenizer, template="v1"):
