@@ -50,17 +50,34 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=["", "bfloat16", "float32"], default="", help="to compute in; the run's own, or bfloat16"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (%(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest of this share (%(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from so many of the likeliest; 0: all")
-    parser.add_argument("--seed", type=int, default=0, help="of draws (%(default)s)")
+    parser.add_argument(
+        "--temperature", type=_within(float, 0, 100), default=0.0, help="0: the likeliest token (%(default)s)"
+    )
+    parser.add_argument(
+        "--top-p", type=_within(float, 0, 1), default=1.0, help="draw from the likeliest of this share (%(default)s)"
+    )
+    parser.add_argument(
+        "--top-k", type=_within(int, 0, 2**31 - 1), default=0, help="draw from so many of the likeliest; 0: all"
+    )
+    parser.add_argument("--seed", type=_within(int, 0, 2**31 - 1), default=0, help="of draws (%(default)s)")
 
 
 def _mesh(text):
-    sizes = tuple(int(size) for size in text.split(","))
-    if len(sizes) != 3:
-        raise ValueError
-    return sizes
+    sizes = text.split(",")
+    if len(sizes) != 3 or not all(re.fullmatch(r"-?\d+", size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} should be three numbers with commas between, such as 1,4,2")
+    return tuple(map(int, sizes))
+
+
+def _within(kind, low, high):
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    read.__name__ = kind.__name__  # which argparse names
+    return read
 
 
 def parse(argv: list[str], help_text: str) -> tuple[epath.Path, ml_collections.ConfigDict]:

@@ -1,0 +1,65 @@
+"""Models that STF-JAX exports, for VLMEvalKit: a file to copy into its ``vlmeval/vlm/``.
+
+They are asked as they were trained: through the export's chat template, a question's pictures before its text.
+"""
+
+import string
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ..dataset import DATASET_TYPE
+from .base import BaseModel
+
+_SHORT = "\nAnswer the question using a single word or phrase."
+_UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+_LETTER = {False: "\nAnswer with the option's letter from the given choices directly.", True: "\n请直接回答选项字母。"}
+
+
+class LlavaSTF(BaseModel):
+    """An export of STF-JAX, whatever its fusion.
+
+    Args:
+      model_path: folder of the export. Its code is run.
+      settings: of ``generate``; greedy, at most 1024 new tokens, where they say nothing else.
+    """
+
+    INTERLEAVE = True
+
+    def __init__(self, model_path: str, **settings):
+        super().__init__()
+        how = {"trust_remote_code": True, "local_files_only": True}
+        self.processor = AutoProcessor.from_pretrained(model_path, **how)
+        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype="auto", **how)
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.settings = {"do_sample": False, "max_new_tokens": 1024} | settings
+
+    def use_custom_prompt(self, dataset: str) -> bool:
+        """Whether LLaVA's words differ from VLMEvalKit's, which has its suffix of open questions but for VizWiz."""
+        return DATASET_TYPE(dataset) in ("MCQ", "Y/N") or dataset == "VizWiz"
+
+    def build_prompt(self, line, dataset: str) -> list[dict]:
+        """The pictures and LLaVA's words for a row of a table of questions."""
+        given = {key: line[key] for key in ("hint", *string.ascii_uppercase) if key in line and line[key] == line[key]}
+        context = "Context: " if dataset.startswith("ScienceQA") else ""
+        hint = f"{context}{given.pop('hint')}\n" if "hint" in given else ""
+        options = "".join(f"\n{letter}. {option}" for letter, option in given.items())
+        question = line["question"].replace(" Please answer yes or no.", "")
+        ending = _LETTER["_CN" in dataset] if options else _UNANSWERABLE * (dataset == "VizWiz") + _SHORT
+        pictures = [{"type": "image", "value": path} for path in self.dump_image(line, dataset)]
+        return [*pictures, {"type": "text", "value": hint + question + options + ending}]
+
+    @torch.inference_mode()
+    def generate_inner(self, message: list[dict], dataset: str | None = None) -> str:
+        """The answer to texts and paths of pictures."""
+        pictures = [Image.open(part["value"]) for part in message if part["type"] == "image"]
+        text = "".join(part["value"] for part in message if part["type"] == "text")
+        content = [{"type": "image"}] * len(pictures)
+        content.append({"type": "text", "text": text.replace(self.processor.image_token, "")})
+        turns = [{"role": "user", "content": content}]
+        prompt = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        inputs = self.processor(text=[prompt], images=pictures or None, return_tensors="pt")
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        said = self.model.generate(**inputs, **self.settings)[0, inputs["input_ids"].shape[1] :]
+        return self.processor.tokenizer.decode(said, skip_special_tokens=True).strip()
