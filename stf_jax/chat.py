@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (lines can be edited and recalled)
+    sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is told, and the next one read
     print(_HELP)
     while (line := _line()) is not None:
         _obey(talk, line)
@@ -70,7 +71,14 @@ class Conversation:
         self.pictures: list[PIL.Image.Image] = []
 
     def ask(self, text: str) -> str:
-        """The answer to a question, which becomes part of the conversation when it is whole."""
+        """The answer to a question, which becomes part of the conversation when it is whole.
+
+        Raises UserError where nothing can be answered; the conversation is as it was.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # how Python keeps bytes that it cannot decode
+            raise UserError("The question is not UTF-8 text.") from None
         asked = Turn("human", f"{IMAGE_MARK}\n" * len(self.shown) + text.replace(IMAGE_MARK, ""))
         turns, pictures = [*self.turns, asked], [*self.pictures, *self.shown]
         answer = self._say(Record("conversation", tuple(p.copy for p in pictures), tuple(turns)))

@@ -173,7 +173,29 @@ def test_what_changed_in_the_bucket_is_fetched_again(s3):
     assert fetched("s3://bucket/one.txt").read_text() == "first"
     (s3 / "one.txt").write_text("second one")
     assert fetched("s3://bucket/one.txt").read_text() == "second one"
+    (s3 / "one.txt").write_text("second two")  # as long as before
+    assert fetched("s3://bucket/one.txt").read_text() == "second two"
     assert fetched("/some/where") == pathlib.Path("/some/where")
+
+
+def test_what_did_not_change_is_not_fetched_again(s3):
+    (s3 / "kept.txt").write_text("kept")
+    before = fetched("s3://bucket/kept.txt").stat()
+    after = fetched("s3://bucket/kept.txt").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_what_the_bucket_has_no_more_is_dropped(s3):
+    (s3 / "folder" / "deep").mkdir(parents=True)
+    for name in ("one", "deep/two"):
+        (s3 / "folder" / name).write_text(name)
+    copy = fetched("s3://bucket/folder")
+    (copy / ".three.1234").touch()  # another host is fetching it
+    (s3 / "folder" / "deep" / "two").unlink()
+    fetched("s3://bucket/folder")
+    assert sorted(path.name for path in copy.rglob("*") if path.is_file()) == [".three.1234", "one"]
+    (s3 / "folder" / "one").unlink()
+    assert not fetched("s3://bucket/folder/one").exists()
 
 
 def test_folders_and_files_are_written_whole(s3):
@@ -202,6 +224,19 @@ def test_a_log_in_a_bucket_is_written_again_as_it_grows(s3, monkeypatch):
     log.append("three")
     log.close()
     assert (s3 / "log.jsonl").read_text() == "before\none\ntwo\nthree\n"
+
+
+def test_a_log_on_a_disk_is_begun_whole(tmp_path):
+    """Its earlier lines are never missing, for a run that is killed as it begins to go on: the file is a new one."""
+    path = epath.Path(tmp_path / "log.jsonl")
+    path.write_text("one\ntwo\n")
+    with path.open() as before:
+        log = GrowingFile(path, ["one"])
+        assert before.read() == "one\ntwo\n"
+    log.append("three")
+    assert path.read_text() == "one\nthree\n"
+    log.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
 
 
 def test_a_workdir_that_orbax_cannot_write_to_is_refused(s3):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import posixpath
+import stat
 import warnings
 
 import numpy as np
@@ -14,6 +15,7 @@ from etils import epath
 
 from stf_jax.data.records import BadRow
 from stf_jax.models.vit import VisionConfig
+from stf_jax.runtime.files import in_bucket
 
 # Told by content, whatever the suffix says. Others are for documents and designers, and some run programs (EPS).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -35,6 +37,8 @@ def read_image(folder: epath.Path, name: str) -> bytes:
         raise BadRow("outside", f"Image path {name!r} leaves the folder {os.fspath(folder)}.", name)
     path = folder / relative
     try:
+        if not in_bucket(path) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("it is no regular file")  # a named pipe would be waited for
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:

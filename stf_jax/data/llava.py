@@ -1,12 +1,13 @@
 """Training data in LLaVA's format: a JSON array with a folder of pictures, or what stf_jax.prepare made of them."""
 
 import functools
+import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
-import ijson
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
@@ -18,35 +19,74 @@ from stf_jax.runtime.files import fetched
 
 KEPT = "kept.json"  # in a prepared folder: the rows that its shards hold the pictures of, in order
 INFO = "dataset_info.json"  # TFDS's, the last file that is written
+_CHUNK, _LONGEST = 2**16, 2**26  # characters of an annotation file read together, and of a row
+_DEEPEST = 100  # levels of lists and objects in a row, of which LLaVA's have three
+_SPACE, _DECODER = re.compile(r"\s*"), json.JSONDecoder()
 
 
 def read_rows(annotations: epath.Path) -> Iterator[Any]:
     """The elements of a JSON array one after the other; the file is never in memory whole.
 
+    Bytes that are not UTF-8 come as lone surrogates, so that they spoil their own row alone.
+
     Raises:
-      UserError: the file cannot be read, is not JSON, or is no array of at least one element.
+      UserError: the file cannot be read, is no array of at least one element, or has one that is not JSON or is beyond
+        all measure.
     """
-    name, found = os.fspath(annotations), False
+    name = os.fspath(annotations)
     try:
-        with annotations.open("rb") as file:
-            if file.read(1024).lstrip()[:1] == b"{":
-                raise UserError(f"{name} should hold a JSON array of at least one row.")
-            file.seek(0)
-            for row in ijson.items(file, "item", use_float=True):
-                found = True
-                yield row
-    except ijson.JSONError as error:
-        raise UserError(f"{name} is not JSON: {_one_line(error)}.") from None
+        with annotations.open("rb") as file, io.TextIOWrapper(file, "utf-8-sig", "surrogateescape") as text:
+            yield from _elements(text, name)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name} cannot be read: {getattr(error, 'strerror', None) or _one_line(error)}.") from None
-    if not found:
+        raise UserError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+
+
+def _elements(file, name):
+    text, index = file.read(_CHUNK), 0
+    begin = re.match(r"\s*\[(?!\s*\])", text)
+    if begin is None:
         raise UserError(f"{name} should hold a JSON array of at least one row.")
+    at, mark = begin.end(), ","
+    while mark == ",":
+        try:
+            row, end = _element(text, at)
+        except json.JSONDecodeError as error:  # perhaps only for want of what is still to be read
+            text, at = text[at:], 0
+            more = file.read(max(_CHUNK, len(text))) if len(text) < _LONGEST else ""
+            if not more:
+                raise UserError(f"Row {index} of {name} is not JSON: {error.msg}.") from None
+            text += more
+            continue
+        except (ValueError, RecursionError):
+            what = f"it nests over {_DEEPEST} levels deep, or has a number of thousands of digits"
+            raise UserError(f"Row {index} of {name} cannot be read: {what}; take it out.") from None
+        yield row
+        at, mark, index = end + 1, text[end], index + 1
+    if (text[at:] + file.read(_CHUNK)).strip():
+        raise UserError(f"{name} is not JSON: its array ends after row {index - 1}, the file does not.")
 
 
-def _one_line(error):
-    text = error.args[0] if error.args else error  # the parser's are bytes, and show the place below them
-    text = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
-    return " ".join(text.split("(right here)")[0].split())[:200].strip(" .")
+def _element(text, at):
+    """The element that begins there, and the place of the mark behind it."""
+    row, end = _DECODER.raw_decode(text, _SPACE.match(text, at).end())
+    end = _SPACE.match(text, end).end()
+    if text[end : end + 1] not in (",", "]"):
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+    if text.count("[", at, end) + text.count("{", at, end) > _DEEPEST and _nests_deeper(row):
+        raise RecursionError  # it was read, but whoever writes it again may have less stack left
+    return row, end
+
+
+def _nests_deeper(row):
+    level = [row]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+    return bool(level)
 
 
 class _JsonRows:
@@ -79,7 +119,7 @@ class LlavaRecords:
                     f"The {what} of the training data are missing: {where}. Provide them with --config.{key}=PATH, "
                     "or see training work on embedded data with --config=configs/demo.py."
                 )
-        self._rows, self._name = _JsonRows(epath.Path(annotations)), annotations
+        self._rows, self.name = _JsonRows(epath.Path(annotations)), annotations
         self._folder = epath.Path(images)
 
     def __len__(self) -> int:
@@ -87,7 +127,7 @@ class LlavaRecords:
 
     def __getitem__(self, index: int) -> Record:
         """Raises BadRow for a row that is not of that form; opening its pictures may raise it too."""
-        identity, images, turns = read_row(self._rows[index], f"row {index} of {self._name}")
+        identity, images, turns = read_row(self._rows[index], f"row {index} of {self.name}")
         return Record(identity, tuple(functools.partial(self._open, name) for name in images), turns)
 
     def _open(self, name):
@@ -102,7 +142,7 @@ class PreparedRecords:
         path = epath.Path(folder)
         if not (path / INFO).exists():
             raise UserError(f"{folder} holds no finished data set; run python -m stf_jax.prepare --out={folder}.")
-        self._rows, self._name = _JsonRows(path / KEPT), folder
+        self._rows, self.name = _JsonRows(path / KEPT), folder
         self._shards = tfds.builder_from_directory(fetched(path)).as_data_source("train")
         if len(self._rows) != len(self._shards):
             raise UserError(f"{folder} is damaged: {KEPT} has {len(self._rows)} rows, its shards {len(self._shards)}.")
@@ -112,7 +152,7 @@ class PreparedRecords:
 
     def __getitem__(self, index: int) -> Record:
         """A record; opening its pictures reads the shard."""
-        identity, images, turns = read_row(self._rows[index], f"row {index} of {self._name}")
+        identity, images, turns = read_row(self._rows[index], f"row {index} of {self.name}")
         opens = (functools.partial(self._open, index, place, name) for place, name in enumerate(images))
         return Record(identity, tuple(opens), turns)
 

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import DataConfig, TrainConfig, UserError
@@ -34,13 +36,13 @@ class Records:
     """Several data sets as one: their records one after the other."""
 
     def __init__(self, sets: Sequence[Sequence[Record]]):
-        self._sets, self.sizes = sets, [len(one) for one in sets]
+        self.sets, self.sizes = sets, [len(one) for one in sets]
 
     def __len__(self) -> int:
         return sum(self.sizes)
 
     def __getitem__(self, index: int) -> Record:
-        for records, size in zip(self._sets, self.sizes, strict=True):
+        for records, size in zip(self.sets, self.sizes, strict=True):
             if index < size:
                 return records[index]
             index -= size
@@ -66,14 +68,22 @@ class Prepare:
 
     def __call__(self, record: Record) -> Example:
         """Raises BadRow, naming the record, where it does not fit the template or the row, or a picture fails."""
-        encoded = encode(template_items(self._config.template, record), self._tokenizer, self._slots)
+        encoded = encode(self._items(record), self._tokenizer, self._slots)
         pictures = [to_square(picture(), self.vision, self._config.aspect) for picture in record.pictures]
         side = self.vision.image_size
         images = np.stack(pictures) if pictures else np.zeros((0, side, side, 3), np.uint8)
         return to_example(encoded, images, self._config.max_length, record.id)
 
+    def _items(self, record):
+        """What is known to be fit or not before a picture is opened."""
+        count, places = len(record.pictures), self._config.images_per_row
+        if count > places:
+            sentence = f"Record {record.id!r} has more pictures, {count}, than data.images_per_row={places}; raise it."
+            raise BadRow("too_many_pictures", sentence)
+        return template_items(self._config.template, record)
+
     def measure(self, source: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and pictures of every record, int32 [R]; both 0 where its text cannot be used.
+        """Tokens and pictures of every record of a data set, int32 [R]; both 0 where it is unfit, pictures unseen.
 
         Raises:
           UserError: none of the records that are looked at first can be used; says why the first cannot.
@@ -86,7 +96,7 @@ class Prepare:
             for index in indices:
                 try:
                     record = source[index]
-                    items.append(template_items(self._config.template, record))
+                    items.append(self._items(record))
                 except BadRow:
                     continue  # it is named when its turn comes
                 good.append(index)
@@ -102,7 +112,7 @@ class Prepare:
                 return
             except BadRow as error:
                 first = first or error
-        raise UserError(f"No row of the training data can be used, as far as was looked; the first: {first}")
+        raise UserError(f"No row of {source.name} can be used, as far as was looked; the first: {first}")
 
     def name(self, error: BadRow) -> None:
         """Logs one of the first bad rows."""
@@ -148,6 +158,19 @@ class _Share:
         return self.plan[index * self.hosts + self.host]
 
 
+def _check_agreement(fingerprint):
+    """Ends all processes of a run where their plans differ, for they would read each other's rows."""
+    if jax.process_count() == 1:
+        return
+    mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
+    different = [host for host, other in enumerate(multihost_utils.process_allgather(mine)) if (other != mine).any()]
+    if different:
+        raise UserError(
+            f"Host {jax.process_index()} has other data or another order of them than host {different[0]}: give all "
+            "hosts the same files and the same config."
+        )
+
+
 class Batches:
     """Endless batches of this host's share of the rows: ``global_batch_size / hosts`` a batch.
 
@@ -157,10 +180,16 @@ class Batches:
     """
 
     def __init__(self, config: TrainConfig, source: Records, prepare: Prepare, *, host: int, hosts: int):
-        """Measures all conversations first. Raises UserError as :class:`Plan` and :meth:`Prepare.measure` do."""
-        lengths, pictures = prepare.measure(source)
+        """Measures all conversations first.
+
+        Raises:
+          UserError: as :class:`Plan` and :meth:`Prepare.measure` do, or this process and the others plan differently.
+        """
+        measured = [prepare.measure(records) for records in source.sets]  # each is looked at
+        lengths, pictures = (np.concatenate(counts) for counts in zip(*measured, strict=True))
         rows = config.global_batch_size
         self.plan = Plan(config.data, config.seed, rows, lengths, pictures, source.sizes)
+        _check_agreement(self.plan.fingerprint())
         self.replaced = 0
         self._threads, self._rows, self._local = config.data.threads, rows, rows // hosts
         share = grain.MapDataset.source(_Share(self.plan, host, hosts))

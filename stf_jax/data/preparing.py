@@ -7,8 +7,12 @@ goes on with the shards that are missing. The data set is finished when ``datase
 
 import collections
 import concurrent.futures
+import contextlib
+import ctypes
 import dataclasses
 import errno
+import fcntl
+import functools
 import hashlib
 import io
 import itertools
@@ -18,6 +22,7 @@ import os
 import pathlib
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,12 +35,12 @@ from etils import epath
 
 from stf_jax.config import UserError
 from stf_jax.data.conversation import check_template, count_tokens, template_items
-from stf_jax.data.image import open_image, read_image, to_rgb
+from stf_jax.data.image import MOST_RATIO, open_image, read_image, to_rgb
 from stf_jax.data.llava import INFO, KEPT, read_rows
 from stf_jax.data.records import REASONS, BadRow, Record, read_row
 from stf_jax.data.report import Report, draw_histograms
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.runtime.files import move_in, new_text, write_json
+from stf_jax.runtime.files import in_bucket, move_in, new_text, write_json
 
 NAME = "llava"
 NOTES = "unfinished"  # folder of the shards' notes while a data set is being made
@@ -79,15 +84,21 @@ def prepare(options: Options) -> Report:
     """Makes the data set, or goes on with one that was interrupted; a finished one is left as it is.
 
     Raises:
-      UserError: input that cannot be read; ``out`` holds something else, or work on other input; with ``strict``, a
-        row that would be dropped.
+      UserError: input that cannot be read, or of which no row can be used; ``out`` holds something else, or work on
+        other input, or another run is writing it; with ``strict``, a row that would be dropped.
     """
     out = epath.Path(options.out)
     if not epath.Path(options.images).is_dir():
         raise UserError(f"The image folder {options.images} does not exist.")
     if options.tokenizer:
         check_template(options.template, load_tokenizer(options.tokenizer))
-    plan, notes = _plan(options), out / NOTES
+    plan = _plan(options)
+    _make_folder(out)
+    with _held(out):
+        return _prepare(options, plan, out, out / NOTES)
+
+
+def _prepare(options, plan, out, notes):
     if (out / INFO).exists():
         made = json.loads((out / REPORT).read_text()) if (out / REPORT).exists() else {}
         if made.get("made_from") != plan:
@@ -96,20 +107,54 @@ def prepare(options: Options) -> Report:
             notes.rmtree()
         if options.strict and made["dropped"]:
             raise UserError(f"--strict: {made['dropped'][0]['why']}")
+        print(f"{options.out} was finished before; nothing is checked again, unless the folder is removed.")
         return Report(made)
+    if (notes / "plan.json").exists() and not any(json.loads(n.read_text())["kept"] for n in notes.glob("0*.json")):
+        _clear(out, notes)  # whatever was wrong may have been put right since
     if (notes / "plan.json").exists():
         if json.loads((notes / "plan.json").read_text()) != plan:
             raise UserError(f"{options.out} holds unfinished work on other input; finish that, or remove the folder.")
-    elif out.exists() and (not out.is_dir() or any(path.name != NOTES for path in out.iterdir())):
+    elif out.exists() and any(path.name != NOTES for path in out.iterdir()):  # a bucket's empty folder does not
         raise UserError(f"{options.out} exists and is not empty; choose another --out.")
     else:
-        try:
-            notes.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{options.out} cannot be written: {error.strerror or error}.") from None
+        _make_folder(notes)
         write_json(notes / "plan.json", plan)
     _work(options, plan["shards"], notes)
     return _finish(options, plan, out, notes)
+
+
+def _make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{os.fspath(path)} cannot be written: {error.strerror or error}.") from None
+
+
+@contextlib.contextmanager
+def _held(out):
+    """Keeps other runs from the folder meanwhile. Buckets, and disks that have no such locks, are not kept."""
+    if in_bucket(out):
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another run is writing {os.fspath(out)}; wait for it, or choose another --out.") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(folder)
+
+
+def _clear(out, notes):
+    """Removes what an unfinished run wrote, its notes last."""
+    for path in out.iterdir():
+        if path.name == REPORT or NAME in path.name:
+            path.unlink()
+    notes.rmtree()
 
 
 def _plan(options: Options) -> dict[str, Any]:
@@ -139,32 +184,37 @@ def _work(options, shards, notes):
     bar = tqdm.tqdm(total=shards, initial=shards - sum(missing), desc="checking", unit="shard", delay=2)
     # Forked processes would share locks that this one's threads hold.
     context = multiprocessing.get_context("spawn")
-    workers = max(1, min(options.workers, sum(missing)))
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (options, shards))
+    workers, stop = max(1, min(options.workers, sum(missing))), context.RawValue(ctypes.c_bool, False)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (stop,))
     waiting: set[concurrent.futures.Future] = set()
+    # An exception in the midst of the pool's own waiting could leave its locks closed, and the pool without an end.
+    before = signal.signal(signal.SIGINT, lambda *_: setattr(stop, "value", True))
     try:
         with bar:
             for shard, chunk in todo:
-                waiting.add(pool.submit(_make_shard, shard, chunk))
+                waiting.add(pool.submit(_make_shard, options, shards, shard, chunk))
                 if len(waiting) >= 2 * workers:  # so that the rows waiting are few
                     waiting = _collect(waiting, bar)
             while waiting:
                 waiting = _collect(waiting, bar)
+    except (InterruptedError, concurrent.futures.process.BrokenProcessPool):
+        if stop.value:  # ^C in a terminal also ends workers that are only starting
+            raise KeyboardInterrupt from None
+        raise UserError("A worker process was killed, perhaps for want of memory; give fewer --workers.") from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError("The disk is full; with more room the same command goes on where it was.") from None
     finally:
+        stop.value = True
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, before)
 
 
 def _collect(waiting, bar):
     done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
     for future in done:
-        try:
-            future.result()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise UserError("A worker process was killed, perhaps for want of memory; give fewer --workers.") from None
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise UserError("The disk is full; with more room the same command goes on where it was.") from None
+        future.result()
         bar.update()
     return waiting
 
@@ -172,15 +222,27 @@ def _collect(waiting, bar):
 # ---- In a worker -----------------------------------------------------------------------------------------------------
 
 
-def _start_worker(options, shards):
-    global _worker
+def _start_worker(stop):
+    global _stop
+    _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever interrupts means the parent, which ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are as many as the cores
-    _worker = _Worker(options, shards)
 
 
-def _make_shard(shard, rows):
-    _worker.make_shard(shard, rows)
+def _end_with_parent():
+    """Else a worker whose parent is killed would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _make_shard(options, shards, shard, rows):
+    _worker(options, shards).make_shard(shard, rows)
+
+
+@functools.cache
+def _worker(options, shards):
+    return _Worker(options, shards)
 
 
 class _Worker:
@@ -198,7 +260,9 @@ class _Worker:
             writer = ArrayRecordWriter(str(local), "group_size:1")
             try:
                 for file, index, row in rows:
-                    identity = str(row.get("id", "")) if isinstance(row, dict) else ""
+                    if _stop.value:
+                        raise InterruptedError
+                    identity = _text(row.get("id")) if isinstance(row, dict) else ""
                     note["ids"].append(identity)
                     where = f"row {index} of {file}"
                     try:
@@ -209,7 +273,7 @@ class _Worker:
                         note["dropped"].append(
                             {
                                 "id": identity,
-                                "image": error.image or _image(row),
+                                "image": _text(error.image or _image(row)),
                                 "reason": error.reason,
                                 "file": file,
                                 "row": index,
@@ -226,6 +290,9 @@ class _Worker:
         items = template_items(self._options.template, Record(identity, tuple(images), turns))
         tokens = self._tokens(items, turns, len(images))
         if 0 < self._options.max_length < tokens:
+            if self._tokenizer is None:
+                sentence = f"Record {identity!r} has an estimated {tokens} tokens; give --tokenizer to count them."
+                raise BadRow("over_estimate", sentence)
             raise BadRow("over_length", f"Record {identity!r} has {tokens} tokens.")
         files, pictures = [], []
         for name in images:
@@ -251,6 +318,11 @@ class _Worker:
         return text // _BYTES_A_TOKEN + pictures * self._options.image_tokens
 
 
+def _text(value):
+    """As can be written: nothing for what is not there, and halves of surrogate pairs by their numbers."""
+    return "" if value is None else str(value).encode(errors="backslashreplace").decode()
+
+
 def _image(row):
     image = row.get("image", "") if isinstance(row, dict) else ""
     return image if isinstance(image, str) else json.dumps(image)
@@ -260,6 +332,9 @@ def _shrunk(picture, side):
     """The picture as a JPEG whose longer side is that."""
     small = to_rgb(picture)
     small.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
+    least = -(-side // MOST_RATIO)  # the short side may have been rounded to less than will be opened
+    if min(small.size) < least:
+        small = small.resize([max(length, least) for length in small.size])
     file = io.BytesIO()
     small.save(file, "JPEG", quality=_QUALITY)
     return file.getvalue()
@@ -297,7 +372,8 @@ def _finish(options, plan, out, notes):
         }
     )
     if not kept:
-        raise UserError(f"No row can be used: {report.reasons()}.")
+        write_json(out / REPORT, report.values)
+        raise UserError(f"No row can be used: {report.reasons()}; {REPORT} in {options.out} names each.")
     with new_text(out / KEPT) as file:
         file.write("[")
         for i, row in enumerate(row for note in every for row in note["kept"]):

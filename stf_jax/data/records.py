@@ -21,6 +21,8 @@ REASONS = {
     "mark_in_answer": f"{IMAGE_MARK} in an answer",
     "empty_answer": "an answer without text, or none",
     "over_length": "longer than a row of tokens",
+    "over_estimate": "longer than a row of tokens, as estimated without --tokenizer",
+    "too_many_pictures": "more pictures than data.images_per_row",
     "outside": "the image path leaves the folder",
     "missing": "the image file does not exist",
     "corrupt": "the image file cannot be decoded",
@@ -73,8 +75,9 @@ def read_row(row: Any, name: str) -> tuple[str, list[str], tuple[Turn, ...]]:
         if not isinstance(images, list) or not all(isinstance(text, str) for text in texts):
             raise TypeError
         # LLaVA's own files always have an id; the place of a row that has none is its name.
-        identity = str(row.get("id", name))
-    except (KeyError, TypeError, AttributeError):
+        identity = name if row.get("id") is None else str(row["id"])
+        "".join([identity, *texts]).encode()  # half a surrogate pair is no text
+    except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
         raise BadRow("malformed", f"{name[:1].upper()}{name[1:]} is not in LLaVA's conversation format.") from None
     answers = [turn.text for turn in turns if turn.speaker == "gpt"]
     if not answers or not all(answer.replace(IMAGE_MARK, "").strip() for answer in answers):

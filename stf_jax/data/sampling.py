@@ -56,18 +56,15 @@ class Plan:
           seed: of the order.
           batch_size: rows a batch, over all hosts.
           lengths: int [R], tokens of each conversation, 0 for one that cannot be used.
-          pictures: int [R], pictures of each.
+          pictures: int [R], pictures of each, at most ``data.images_per_row``.
           sizes: conversations of each data set; the sets stand one after the other.
 
         Raises:
-          UserError: weights that do not match the sets, or a conversation with more pictures than a row has places.
+          UserError: weights that do not match the sets.
         """
         self._data, self._seed, self._batch = data, seed, batch_size
         self._lengths, self._pictures = np.minimum(lengths, data.max_length), pictures
         self._shares, self._begins = _shares(data, sizes), np.cumsum([0, *sizes])
-        most = int(pictures.max(initial=0))
-        if most > data.images_per_row:
-            raise UserError(f"A conversation has {most} pictures; raise data.images_per_row={data.images_per_row}.")
         self._buckets = _buckets(data, self._lengths)
         self._first = [0]  # row that each epoch begins with
         self._epochs: dict[int, _Epoch] = {}

@@ -280,6 +280,8 @@ class SceneRecords:
       mixture: seven in eight captions, one in eight documents.
     """
 
+    name = "embedded scenes"
+
     def __init__(self, task: str, size: int, seed: int, held_out: bool = False, most: int = MOST_THINGS):
         self._task, self._size, self._seed = task, size, seed
         self._held_out, self._most = held_out, most

@@ -17,6 +17,7 @@ from stf_jax.runtime.files import fetched
 MINIATURE = pathlib.Path(__file__).parent.parent / "weights" / "miniatures" / "tokenizer"
 MINIATURE_VOCAB = 512
 SENTENCEPIECE = "tokenizer.model"  # Llama's and Vicuna's vocabulary, as they publish it
+FILES = ("tokenizer.json", SENTENCEPIECE, "vocab.json")  # one of which a folder with a tokenizer holds
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:

@@ -47,7 +47,8 @@ class Generator:
         check_template(template, tokenizer)
         self.plan, self.slots, self._model = blueprint(model), slots_per_image(model), model
         self._vision, vocab = vision_preset(model.vision), llm_preset(model.llm).vocab
-        if len(tokenizer) > vocab:
+        # <image> may lie beyond, as in exports: a picture's slots are never looked up, nor is it ever said.
+        if any(token >= vocab for name, token in tokenizer.get_vocab().items() if name != IMAGE_MARK):
             raise UserError(f"The tokenizer's {len(tokenizer)} tokens exceed the {vocab} of {model.llm}.")
         self._tokenizer, self._mesh, self._template, self._aspect = tokenizer, mesh, template, aspect
         self._rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())

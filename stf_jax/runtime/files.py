@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
+import fsspec
 from etils import epath
 
 
@@ -58,7 +59,7 @@ class GrowingFile:
         """Begins with those lines, whatever the file held."""
         self._path, self._lines, self._written = path, list(lines), time.monotonic()
         self._write()
-        self._file = None if in_bucket(path) else pathlib.Path(path).open("a", buffering=1)  # noqa: SIM115
+        self._file = None if in_bucket(path) else pathlib.Path(path).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
     def append(self, line: str) -> None:
         """Adds a line."""
@@ -77,7 +78,8 @@ class GrowingFile:
             self._write()
 
     def _write(self):
-        self._path.write_text("".join(line + "\n" for line in self._lines))
+        with new_text(self._path) as file:
+            file.write("".join(line + "\n" for line in self._lines))
         self._written = time.monotonic()
 
 
@@ -95,14 +97,18 @@ def fetched(path: str | os.PathLike) -> pathlib.Path:
         return pathlib.Path(path)
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "stf_jax"
     local = cache / os.fspath(remote).replace("://", "/")
-    for source in _files(remote):
-        target = local / source.relative_to(remote) if source != remote else local
-        size = source.stat().length
-        if not target.exists() or target.stat().st_size != size:
+    there = {local / source.relative_to(remote) if source != remote else local: source for source in _files(remote)}
+    for target, source in there.items():
+        size, changed = source.stat().length, _changed(source)
+        if not target.exists() or (target.stat().st_size, target.stat().st_mtime_ns) != (size, changed):
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.{os.getpid()}")  # hosts may share a cache
             _copy(source, partial)
+            os.utime(partial, ns=(changed, changed))
             partial.replace(target)
+    for old in [local, *local.rglob("[!.]*")]:  # not the others' partial files
+        if old.is_file() and old not in there:
+            old.unlink(missing_ok=True)
     return local
 
 
@@ -120,6 +126,12 @@ def in_bucket(path: str | os.PathLike) -> bool:
 def _copy(source, target):
     with source.open("rb") as opened, target.open("wb") as file:
         shutil.copyfileobj(opened, file, 2**22)
+
+
+def _changed(path):
+    """When a file in a bucket was written last, in nanoseconds; etils does not say so of s3://."""
+    bucket, name = fsspec.core.url_to_fs(os.fspath(path))
+    return round(bucket.modified(name).timestamp() * 1e6) * 1000
 
 
 def _files(path):

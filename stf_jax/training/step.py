@@ -32,10 +32,10 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        learned = jnp.maximum(batch.loss_mask.sum(), 1)
+        learned = batch.loss_mask.sum()
 
         def loss(trainable, rows):
-            return loss_sum(plan, trainable, state.frozen, rows) / learned
+            return loss_sum(plan, trainable, state.frozen, rows) / jnp.maximum(learned, 1)
 
         value_and_grad = jax.value_and_grad(loss)
         if accumulation_steps == 1:

@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 
 from stf_jax.config import UserError
-from stf_jax.data.tokenizer import SENTENCEPIECE, read_tokenizer
+from stf_jax.data.tokenizer import FILES, SENTENCEPIECE, read_tokenizer
 from stf_jax.runtime.checkpoint import write_params
 from stf_jax.runtime.files import fetched
 from stf_jax.weights.folder import new_folder
@@ -115,7 +115,7 @@ def _save_tokenizer(source, folder):
     file = gguf_file(source)
     source = source if source.is_dir() else source.parent
     how = {"gguf_file": file.name} if file is not None else {}
-    if file is None and not any((source / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE, "vocab.json")):
+    if file is None and not any((source / name).is_file() for name in FILES):
         return "its files are not there"
     try:
         tokenizer = read_tokenizer(source, **how)

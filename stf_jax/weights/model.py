@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from stf_jax.config import FusionConfig, ModelConfig, UserError, from_json
-from stf_jax.data.tokenizer import MINIATURE
+from stf_jax.data.tokenizer import FILES, MINIATURE
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.presets import DESCRIPTION, LLM, VISION, llm_config, llm_preset, vision_config, vision_preset
 from stf_jax.models.vit import VisionConfig
@@ -125,5 +125,5 @@ def _open_export(folder):
 
     model = ModelConfig(str(folder), str(folder), description.fusion or FusionConfig())
     local = fetched(folder)
-    tokenizer = local if (local / "tokenizer.json").is_file() else None
+    tokenizer = local if any((local / name).is_file() for name in FILES) else None
     return SavedModel(description, model, shapes, read, restore, tokenizer)

@@ -3,16 +3,19 @@
 import io
 import itertools
 import json
+import os
 import pathlib
+import threading
 
 import jax
 import numpy as np
 import PIL.Image
 import pytest
+from etils import epath
 from tiny import preparation, tiny
 
 from stf_jax.config import UserError
-from stf_jax.data.llava import LlavaRecords
+from stf_jax.data.llava import LlavaRecords, read_rows
 from stf_jax.data.pipeline import Batches, training_records
 from stf_jax.data.records import BadRow, Record, Turn
 from stf_jax.main import main
@@ -44,9 +47,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-def llava(folder, rows):
+def written(folder, rows):
     (folder / "rows.json").write_text(rows if isinstance(rows, str) else json.dumps(rows))
-    return LlavaRecords(str(folder / "rows.json"), str(folder / "images"))
+    return folder / "rows.json"
+
+
+def llava(folder, rows):
+    return LlavaRecords(str(written(folder, rows)), str(folder / "images"))
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
@@ -153,22 +160,102 @@ def test_a_row_without_an_answer_is_named(folder, talk):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("[{", r"is not JSON: parse error: premature EOF\.$"),
-        ("", "is not JSON: parse error: premature EOF"),
-        ('{"id": 1}\n{"id": 2}', "should hold a JSON array of at least one row"),
-        ('[{"id": 1}, {"id": 2]', "is not JSON: parse error"),
-        ('{"id": 1}', "should hold a JSON array of at least one row"),
-        ("[]", "should hold a JSON array of at least one row"),
-        ("3", "should hold a JSON array"),
+        ("[{", r"^Row 0 of FILE is not JSON: Expecting property name enclosed in double quotes\.$"),
+        ("", r"^FILE should hold a JSON array of at least one row\.$"),
+        ('{"id": 1}\n{"id": 2}', r"^FILE should hold a JSON array of at least one row\.$"),
+        ('[{"id": 1}, {"id": 2]', r"^Row 1 of FILE is not JSON: Expecting ',' delimiter\.$"),
+        ('[{"id": 1} {"id": 2}]', r"^Row 0 of FILE is not JSON: Expecting ',' delimiter\.$"),
+        ('[{"id": 1}, {"id": "2', r"^Row 1 of FILE is not JSON: Unterminated string"),
+        ('[{"id": 1}, ]', r"^Row 1 of FILE is not JSON: Expecting value\.$"),
+        ('[{"id": 1}]\n[', r"^FILE is not JSON: its array ends after row 0, the file does not\.$"),
+        ('{"id": 1}', r"^FILE should hold a JSON array of at least one row\.$"),
+        (" [ ]\n", r"^FILE should hold a JSON array of at least one row\.$"),
+        ("3", r"^FILE should hold a JSON array of at least one row\.$"),
+        ('["a", ' + "[" * 1_000_000 + "]" * 1_000_000 + "]", r"^Row 1 of FILE cannot be read: it nests over 100"),
+        ('["a", ' + "[" * 101 + "]" * 101 + "]", r"^Row 1 of FILE cannot be read: it nests over 100 levels deep"),
+        ('["a", ' + '{"a": ' * 900 + "1" + "}" * 900 + "]", r"^Row 1 of FILE cannot be read: it nests over 100"),
+        (
+            '["a", ' + "1" * 5000 + "]",
+            r"^Row 1 of FILE cannot be read: .* or has a number of thousands of digits; take",
+        ),
     ],
+    ids=lambda value: value[:30],
 )
 def test_annotations_of_another_form_are_named(folder, content, sentence):
-    with pytest.raises(UserError, match=rf"rows\.json {sentence}"):
+    with pytest.raises(UserError, match=sentence.replace("FILE", r"\S*/rows\.json")):
         llava(folder, content)
 
 
+def test_a_file_is_read_however_its_rows_lie_in_it(folder, monkeypatch):
+    """Cut into pieces at every place that there is: within numbers, words, escapes and characters too."""
+    rows = [1.25e-3, -12, True, None, 'a\\"b ü 🙂', {"a": [{}, []], "b": "]}"}, [[[[" "]]]], 2**70, ["x" * 90]]
+    text = json.dumps(rows, indent=1) + " \n"
+    (folder / "rows.json").write_bytes(b"\xef\xbb\xbf" + text.replace("\\u00fc", "ü").encode())  # a byte order mark
+    for size in (2, 3, 5, 7, 11, 64, 2**16):
+        monkeypatch.setattr("stf_jax.data.llava._CHUNK", size)
+        assert list(read_rows(epath.Path(folder / "rows.json"))) == rows
+
+
+def test_a_row_that_is_deep_but_not_absurd_is_read(folder):
+    deep = json.loads("[" * 100 + "]" * 100)
+    assert list(read_rows(epath.Path(written(folder, ["a", deep])))) == ["a", deep]
+
+
+def test_a_row_that_does_not_end_is_given_up(folder, monkeypatch):
+    """The rest of a large file is not read into memory for want of a quotation mark."""
+    monkeypatch.setattr("stf_jax.data.llava._CHUNK", 16)
+    monkeypatch.setattr("stf_jax.data.llava._LONGEST", 1000)
+    with pytest.raises(UserError, match=r"^Row 1 of .*rows\.json is not JSON: Unterminated string"):
+        llava(folder, '["a", "' + "b" * 2000 + '"]')
+    assert len(llava(folder, '["a", "' + "b" * 400 + '"]')) == 2
+
+
+HALF = rb"\ud83d"  # of a surrogate pair, as JSON escapes it
+
+
+@pytest.mark.parametrize(
+    ("place", "other"),
+    [(b"cat", HALF), (b"cat", b"caf\xe9"), (b"Hello", HALF), (b"naught", HALF), (b"human", HALF), (b"one.png", HALF)],
+)
+def test_text_that_is_no_text_spoils_its_own_row_alone(folder, place, other):
+    rows = [{"id": "naught", "image": "one.png", "conversations": talk("<image> Hello")}, ROWS[2]]
+    file = written(folder, rows)
+    file.write_bytes(file.read_bytes().replace(place, other, 1))
+    records = LlavaRecords(str(file), str(folder / "images"))
+    assert records[1].id == "c"
+    with pytest.raises(BadRow, match=r"^Row 0 of .*rows\.json is not in LLaVA's conversation format\.$") as error:
+        records[0]
+    assert error.value.reason == "malformed"
+
+
+def test_ids_that_are_no_text(folder):
+    """A number of over 64 bits; none, where the place of the row is its name."""
+    records = llava(folder, [{"id": identity, "conversations": talk("Hello")} for identity in (2**80, None)])
+    assert [records[0].id, records[1].id] == [str(2**80), f"row 1 of {folder}/rows.json"]
+
+
+def test_a_pipe_in_the_folder_is_not_waited_for(folder):
+    os.mkfifo(folder / "images" / "pipe.png")
+    (folder / "images" / "link.png").symlink_to(folder / "images" / "pipe.png")
+    records = llava(folder, [{"id": "a", "image": f"{name}.png", "conversations": talk()} for name in ("pipe", "link")])
+    found = []
+
+    def read():
+        for index in range(2):
+            try:
+                records[index].pictures[0]()
+            except BadRow as error:
+                found.append((error.reason, str(error)))
+
+    reader = threading.Thread(target=read, daemon=True)  # the test ends though it should hang
+    reader.start()
+    reader.join(timeout=10)
+    assert [reason for reason, _ in found] == ["missing", "missing"]
+    assert found[0][1].endswith("pipe.png cannot be opened: it is no regular file.")
+
+
 def test_annotations_that_are_no_text_are_named(folder):
-    with pytest.raises(UserError, match=r"one\.png is not JSON"):
+    with pytest.raises(UserError, match=r"one\.png should hold a JSON array of at least one row"):
         LlavaRecords(str(folder / "images" / "one.png"), str(folder / "images"))
     with pytest.raises(UserError, match=r"deep cannot be read: Is a directory\.$"):
         LlavaRecords(str(folder / "images" / "deep"), str(folder / "images"))
@@ -354,7 +441,7 @@ def test_data_without_any_picture_end_in_one_sentence(faulty, tmp_path, capsys):
     assert door(main, [f"--config={ROOT}/tests/tiny.py", f"--workdir={tmp_path / 'run'}", *options]) == 2
     spoken = capsys.readouterr().err.strip().splitlines()
     (sentence,) = [line for line in spoken if line.startswith("error: ")]
-    assert "No row of the training data can be used" in sentence
+    assert f"No row of {folder}/rows.json can be used" in sentence
     assert f"Image {folder}/none/good-0.png cannot be opened: No such file or directory" in sentence
     assert "Traceback" not in "".join(spoken)
     assert not (tmp_path / "run").exists()
@@ -393,6 +480,37 @@ def test_two_data_sets_are_mixed_into_batches(two, mode):
     # Rows 0 and 3 of the first set are alike; each of the second comes twice.
     assert times == [1, 1, 1, 2, 2, 2, 2]
     assert batches.replaced == 0
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_each_data_set_is_looked_at(two, wrong):
+    """One whose image folder is another's ends the run, though the other set is good."""
+    rows = [row for row in ROWS if "image" in row and row["image"] != ["deep/two.jpg"]]
+    (two / "rows.json").write_text(json.dumps(rows))
+    (two / "empty").mkdir()
+    folders = ["images", "others"]
+    folders[wrong] = "empty"
+    name = ("rows.json", "others.json")[wrong]
+    with pytest.raises(UserError, match=rf"^No row of \S*/{name} can be used.* Image \S*/empty/one\.png cannot be"):
+        pipeline(two, **changes(two, "rows.json,others.json", ",".join(folders)))
+    batches = pipeline(two, **changes(two, "rows.json,others.json", "images,others"))
+    assert batches.plan.steps(1) == 2  # six conversations, four a batch
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_row_with_more_pictures_than_a_row_has_places_is_left_out(folder, caplog, mode):
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    batches = pipeline(folder, **MODES[mode] | {"data.images_per_row": 1})
+    found = [one for _ in range(batches.plan.steps(1)) for one in conversations(next(batches))]
+    assert len(found) == 4
+    assert batches.replaced == 1
+    assert caplog.messages[0].startswith("Record 'b' has more pictures, 2, than data.images_per_row=1; raise it.")
+
+
+def test_data_of_which_every_row_has_too_many_pictures_end_in_one_sentence(folder):
+    (folder / "rows.json").write_text(json.dumps(ROWS[:2]))
+    with pytest.raises(UserError, match=r"^No row of \S*/rows\.json .*Record 'a' has more pictures, 1, than data\.im"):
+        pipeline(folder, **{"data.images_per_row": 0})
 
 
 def test_folders_that_do_not_match_the_annotations_are_refused(two):

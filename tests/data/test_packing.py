@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny
 
-from stf_jax.config import UserError
 from stf_jax.data.conversation import Encoded
 from stf_jax.data.packing import Batch, best_fit, to_batch, to_example, to_row
 from stf_jax.data.pipeline import Batches, Records
@@ -294,11 +293,3 @@ def test_no_picture_is_cut():
         ) as it_is:
             it.example(limit)
         assert it_is.value.reason == "over_length"
-
-
-@pytest.mark.parametrize(("limit", "pictures"), [(0, 1), (1, 2), (2, 5)])
-def test_too_many_pictures_are_refused_before_the_run(limit, pictures):
-    known = [conversation(number, [1] + [None] * number) for number in range(pictures + 1)]
-    config = tiny(**{"data.images_per_row": limit})
-    with pytest.raises(UserError, match=rf"A conversation has {pictures} pictures; raise data\.images_per_row={limit}"):
-        Batches(config, Records([range(len(known))]), Known(known), host=0, hosts=1)

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import signal
+import socket
 import subprocess
 import sys
 import types
@@ -194,6 +195,35 @@ def test_two_hosts_that_are_killed_are_followed_by_four():
     assert sorted(flat(rows)) == sorted([*range(97)] * (len(flat(rows)) // 97))
     alone = numbers(97, **{"data.packing": True})
     assert sorted(rows) == sorted(read(take(alone, len(rows) // 4)))
+
+
+HOST = """
+import importlib.util, sys
+import jax
+jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
+from stf_jax.runtime.cli import door
+spec = importlib.util.spec_from_file_location("pipeline_test", sys.argv[1])
+test = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(test)
+sys.exit(door(lambda argv: test.numbers(int(argv[0]), host=jax.process_index(), hosts=2), sys.argv[4:]))
+"""
+
+
+def test_hosts_that_plan_differently_end_at_once():
+    """Of one run, where the second has a file of one more row."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with contextlib.ExitStack() as stack:
+        hosts = []
+        for host, count in enumerate((97, 98)):
+            command = [sys.executable, "-c", HOST, __file__, address, str(host), str(count)]
+            hosts.append(stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
+            stack.callback(hosts[-1].kill)
+        said = [process.communicate(timeout=60)[1] for process in hosts]
+    assert [process.returncode for process in hosts] == [2, 2], said
+    for host, text in enumerate(said):
+        assert f"error: Host {host} has other data or another order of them than host {1 - host}: give all" in text
 
 
 # ---- Real batches ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """Preparing LLaVA's files: what is kept, what is dropped and why, and going on after a kill."""
 
+import concurrent.futures
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -19,8 +22,9 @@ from make_llava import make
 
 from stf_jax.config import UserError
 from stf_jax.data.conversation import encode, template_items
+from stf_jax.data.image import open_image
 from stf_jax.data.llava import LlavaRecords, PreparedRecords, read_rows
-from stf_jax.data.preparing import Options, prepare
+from stf_jax.data.preparing import Options, _shrunk, prepare
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.prepare import main
 from stf_jax.runtime.cli import door
@@ -131,7 +135,8 @@ def test_the_command_repeated_says_the_same_and_changes_nothing(data, tmp_path, 
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert not (out / "unfinished").exists()
     assert door(main, command) == 0
-    assert capsys.readouterr().out == said
+    finished = f"{out} was finished before; nothing is checked again, unless the folder is removed.\n"
+    assert capsys.readouterr().out == finished + said
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     # What else the command asked for: pictures shrunk on the way in, their proportions kept.
     ready = PreparedRecords(str(out))
@@ -209,8 +214,12 @@ def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "tfds").mkdir()
     (tmp_path / "tfds" / "dataset_info.json").write_text("{}")
-    with pytest.raises(UserError, match="exists and is not empty"):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "report.json").write_text("{}")
+    with pytest.raises(UserError, match=r"file cannot be written: File exists\.$"):
         prepare(options(data[0], tmp_path / "file"))
+    with pytest.raises(UserError, match="exists and is not empty"):
+        prepare(options(data[0], tmp_path / "other"))
     with pytest.raises(UserError, match="holds a data set made from other input"):
         prepare(options(data[0], tmp_path / "tfds"))
 
@@ -223,11 +232,114 @@ def test_names_that_lead_elsewhere_and_absurd_pictures_are_refused(tmp_path):
     names = ["../secret.png", str(tmp_path / "secret.png"), "gs://bucket/a.png", "a\0b.png", "thin.png", "good.png"]
     talk = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A thing."}]
     rows = [{"id": "same", "image": name, "conversations": talk} for name in names]
+    rows.append({"id": None, "conversations": [{"from": "human", "value": "word " * 3000}, talk[1]]})
+    rows.append({"id": "half \ud83d", "image": "\ud83d.png", "conversations": talk})
     (tmp_path / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
     report = prepare(options(tmp_path, tmp_path / "out", workers=1))
-    assert report.values["rows_dropped"] == {"outside": 4, "too_large": 1}
+    assert report.values["rows_dropped"] == {"malformed": 1, "over_estimate": 1, "outside": 4, "too_large": 1}
     assert report.values["duplicate_ids"] == ["same"]
     assert report.values["tokens_are"].startswith("estimated")
+    long, half = report.values["dropped"][-2:]
+    # 15,000 bytes and the 8 of the answer, four a token.
+    assert long["why"].endswith("has an estimated 3752 tokens; give --tokenizer to count them.")
+    assert (long["id"], half["id"], half["image"]) == ("", "half \\ud83d", "\\ud83d.png")
+    assert "over_estimate: longer than a row of tokens, as estimated without --tokenizer" in report.summary()
+
+
+def test_a_shrunk_picture_is_never_too_thin_to_be_opened():
+    """399 by 2 pixels would be 201 by 1, over 200 times as long as wide."""
+    for size, expected in {(399, 2): (201, 2), (2, 399): (2, 201), (4000, 20): (201, 2), (402, 99): (201, 50)}.items():
+        assert open_image(_shrunk(PIL.Image.new("RGB", size), 201), "thin").size == expected
+
+
+# ---- What ends a run, and the next one -------------------------------------------------------------------------------
+
+
+def test_where_no_row_is_kept_the_report_says_why_and_a_mended_command_begins_anew(data, tmp_path, capsys):
+    folder, out = data[0], tmp_path / "out"
+    (tmp_path / "none").mkdir()
+    command = [f"--annotations={folder}/blip_laion_cc_sbu_558k.json", f"--out={out}", "--workers=1"]
+    assert door(main, [*command, f"--images={tmp_path}/none"]) == 2
+    sentence = f"error: No row can be used: 8 the image file does not exist; report.json in {out} names each.\n"
+    assert capsys.readouterr().err.endswith(sentence)
+    assert len(json.loads((out / "report.json").read_text())["dropped"]) == 8
+    with pytest.raises(UserError, match="holds no finished data set"):
+        PreparedRecords(str(out))
+    assert door(main, [*command, f"--images={folder}/pretrain_images"]) == 0
+    assert "8 kept" in capsys.readouterr().out
+    assert len(PreparedRecords(str(out))) == 8
+
+
+def test_two_runs_do_not_write_one_folder(data, tmp_path, prepared):
+    folder, out = data[0], tmp_path / "out"
+    out.mkdir()
+    other = os.open(out, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match=r"^Another run is writing .*out; wait for it, or choose another --out\.$"):
+        prepare(options(folder, out))
+    os.close(other)
+    assert not list(out.iterdir())
+    # And one that has ended, however it ended, is in nobody's way.
+    for _ in range(2):
+        with pytest.raises(UserError, match="made from other input"):
+            prepare(options(folder, prepared[0]))
+
+
+def test_workers_that_are_gone_when_they_are_given_work_are_said_to_be(data, tmp_path, monkeypatch):
+    def submit(*_):
+        raise concurrent.futures.process.BrokenProcessPool
+
+    monkeypatch.setattr(concurrent.futures.ProcessPoolExecutor, "submit", submit)
+    with pytest.raises(UserError, match=r"^A worker process was killed, perhaps for want of memory"):
+        prepare(options(data[0], tmp_path / "out"))
+
+
+def test_a_worker_that_cannot_begin_says_why(data, tmp_path, monkeypatch):
+    """Here, of a tokenizer that was there when the run began."""
+    monkeypatch.setattr("stf_jax.data.preparing.load_tokenizer", lambda _: load_tokenizer("miniature"))
+    with pytest.raises(UserError, match=r"^The tokenizer is missing: 'nowhere'"):
+        prepare(options(data[0], tmp_path / "out", tokenizer="nowhere"))
+
+
+_LARGE = """
+import sys
+from stf_jax.prepare import main
+from stf_jax.runtime.cli import door
+if __name__ == "__main__":
+    sys.exit(door(main, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_their_parent(data, tmp_path, end):
+    """In the midst of a shard that would take half a minute; even where ^C is given again and again."""
+    folder, scratch, script = data[0], tmp_path / "scratch", tmp_path / "script.py"
+    rows = json.loads((folder / "llava_v1_5_mix665k.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps(rows * 150))
+    scratch.mkdir()
+    script.write_text(_LARGE)
+    command = [f"--annotations={tmp_path}/rows.json", f"--images={folder}/images", f"--out={tmp_path}/out"]
+    process = subprocess.Popen(
+        [sys.executable, script, *command, "--workers=1"],
+        env=os.environ | {"TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE,  # of the worker too: it ends when both have ended
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        while process.poll() is None and not list(scratch.rglob("llava-train*")):
+            time.sleep(0.01)
+        for _ in range(9):
+            process.send_signal(end)
+            time.sleep(0.002)
+        process.communicate(timeout=20)
+        assert process.returncode == (130 if end == signal.SIGINT else -signal.SIGKILL)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert [path.name for path in (tmp_path / "out" / "unfinished").iterdir()] == ["plan.json"]
+    if end == signal.SIGINT:
+        assert not list(scratch.rglob("llava-train*"))
 
 
 @pytest.mark.parametrize(

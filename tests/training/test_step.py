@@ -137,6 +137,17 @@ def test_gradients_are_the_slopes_of_the_loss():
             np.testing.assert_allclose(slope({path: direction}, h), expected, rtol=2e-3, err_msg=path)
 
 
+def test_a_batch_without_learned_tokens_counts_none_and_learns_nothing():
+    batch = dataclasses.replace(_data()[0], loss_mask=np.zeros_like(_data()[0].loss_mask))
+    state, metrics = _trained()[3](_one_device().state(), batch)
+    assert {name: float(value) for name, value in metrics.items()} == {
+        "loss": 0.0,
+        "gradient_norm": 0.0,
+        "learned_tokens": 0.0,
+    }
+    assert all(np.isfinite(value).all() for value in state.trainable.values())
+
+
 # ---- Meshes ----------------------------------------------------------------------------------------------------------
 
 
