@@ -7,8 +7,8 @@ import pytest
 
 from stf_jax.bench import main
 from stf_jax.benches.mixture import SOURCES, jpegs, lengths
-from stf_jax.benches.table import table
 from stf_jax.runtime.cli import door
+from stf_jax.runtime.table import table
 
 
 def test_input(tmp_path, capsys):

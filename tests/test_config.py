@@ -198,7 +198,7 @@ def test_a_value_of_another_type_is_refused(key, value):
     [
         ("global_batch_size", 0, "must be at least 1"),
         ("log_every_steps", -1, "must be at least 1"),
-        ("benchmark_pictures", 0, "must be at least 1"),
+        ("eval.batch", 0, "must be at least 1"),
         ("model.fusion.kernel", 0, "must be at least 1"),
         ("data.max_length", 0, "must be at least 1"),
         ("data.threads", 0, "must be at least 1"),
@@ -218,6 +218,8 @@ def test_a_value_of_another_type_is_refused(key, value):
         ("optimizer.weight_decay", -1.0, "must be finite and not negative"),
         ("optimizer.clip_norm", -1.0, "must be finite and not negative"),
         ("checkpoint.keep_every", -5, "must be finite and not negative"),
+        ("eval.limit", -1, "must be finite and not negative"),
+        ("eval.every_steps", -1, "must be finite and not negative"),
         ("seed", -1, "must be between 0 and 4294967295"),
         ("seed", 2**32, "must be between 0 and 4294967295"),
         ("model.fusion.variant", "papper", "did you mean 'paper'"),
@@ -229,7 +231,6 @@ def test_a_value_of_another_type_is_refused(key, value):
         ("data.scenes.task", "caption", "did you mean 'captions'"),
         ("data.aspect", "padd", "did you mean 'pad'"),
         ("optimizer.schedule", "cosin", "did you mean 'cosine'"),
-        ("benchmark", "scene", "did you mean 'scenes'"),
     ],
 )
 def test_a_value_out_of_range_is_refused(key, value, sentence):
@@ -239,7 +240,17 @@ def test_a_value_out_of_range_is_refused(key, value, sentence):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("steps", 0), ("epochs", 0), ("seed", 2**32 - 1), ("data.images_per_row", 0), ("mesh.data", 4), ("benchmark", "")],
+    [
+        ("steps", 0),
+        ("epochs", 0),
+        ("seed", 2**32 - 1),
+        ("data.images_per_row", 0),
+        ("mesh.data", 4),
+        ("eval.limit", 0),
+        ("eval.every_steps", 0),
+        ("eval.batch", 1),
+        ("eval.benchmarks", ()),
+    ],
 )
 def test_the_ends_of_ranges_are_taken(key, value):
     (config,) = resolve(changed(**{key: value}))

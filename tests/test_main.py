@@ -55,6 +55,14 @@ UNUSABLE = {
         [TINY, "--config.optimizer.accumulation_steps=2"],
         ["global_batch_size=8 is not a multiple of 16", "optimizer.accumulation_steps 2"],
     ),
+    "unknown benchmark": (
+        [TINY, "--config.eval.benchmarks=('scene',)"],
+        ["benchmark 'scene'", "did you mean 'scenes'?"],
+    ),
+    "benchmark without its files": (
+        [TINY, "--config.eval.benchmarks=('scenes', 'gqa')"],
+        ["Benchmark gqa needs", "config.eval.data"],
+    ),
     "weights that are not there": ([TINY, "--config.init_from=absent"], ["init_from names absent"]),
 }
 

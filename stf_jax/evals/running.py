@@ -108,7 +108,7 @@ def measure_all(
 
 
 def score(benchmark: Benchmark, answers: epath.Path, out: epath.Path) -> Results:
-    """Scores an answer file made anywhere; writes ``results.json``, ``protocol.json`` and what is submitted.
+    """Scores an answer file made anywhere; writes ``results.json`` and what is submitted.
 
     Raises:
       UserError: the file is none, or does not fit the questions; there are neither labels nor a submission.
@@ -118,7 +118,6 @@ def score(benchmark: Benchmark, answers: epath.Path, out: epath.Path) -> Results
     models = sorted({str(row["model_id"]) for row in rows if row.get("model_id")})
     _make(out)
     protocol = _scoring(benchmark) | {"answers": {"file": str(answers), "sha256": sha256(answers)}}
-    write_json(out / PROTOCOL, protocol)
     return _report(benchmark, texts, out, ", ".join(models) or answers.name, protocol)
 
 
@@ -199,7 +198,8 @@ def _kept(benchmark, out, model, protocol, afresh):
     if not (out / ANSWERS).exists():
         return []
     try:
-        if json.loads((out / PROTOCOL).read_bytes()) != json.loads(json.dumps(protocol)):
+        before, now = json.loads((out / PROTOCOL).read_bytes()), json.loads(json.dumps(protocol))
+        if before | {"labels": now["labels"]} != now:  # labels may come later
             raise ValueError
         lines = []
         written = (out / ANSWERS).read_bytes().split(b"\n")[:-1]  # but for a line that was cut

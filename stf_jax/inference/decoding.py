@@ -11,6 +11,7 @@ Axis letters: B rows, T positions of prompts, G slots for new tokens, S = T + G,
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -66,15 +67,30 @@ class Rules:
         return jnp.isin(tokens, jnp.array(self.stops))
 
 
-def layerwise(path: str, value: jax.Array, dtype: jnp.dtype, mesh: Mesh, spec: PartitionSpec):
-    """A parameter as :data:`Weights` hold it: in the compute type; of a decoder block, layer by layer.
+def layerwise(
+    path: str, value: jax.Array, dtype: jnp.dtype, mesh: Mesh, spec: PartitionSpec
+) -> tuple[jax.Array | tuple[jax.Array, ...], int]:
+    """A parameter as :data:`Weights` hold it (of a decoder block, layer by layer), in that type; and its checksum.
 
     Layers that lie in one array would be copied out of it at every step, which takes longer than to use them.
     """
-    if not path.startswith(BLOCKS):
-        return jax.jit(lambda x: x.astype(dtype), out_shardings=NamedSharding(mesh, spec))(value)
-    place = NamedSharding(mesh, PartitionSpec(*spec[1:]))
-    return jax.jit(lambda x: tuple(x.astype(dtype)), out_shardings=(place,) * len(value))(value)
+    apart = path.startswith(BLOCKS)
+    place = NamedSharding(mesh, PartitionSpec(*spec[int(apart) :]))
+    value, checksum = _taken(dtype, place, apart)(value)
+    return value, int(checksum)
+
+
+@functools.cache
+def _taken(dtype, place, apart):
+    def take(x):
+        x = x.astype(dtype)
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * dtype.itemsize}").astype(jnp.uint32).ravel()
+        # Whole numbers that wrap: the same in whatever order devices add them.
+        checksum = jnp.sum(bits * (2 * jax.lax.iota(jnp.uint32, bits.size) + 1), dtype=jnp.uint32)
+        return tuple(x) if apart else x, checksum
+
+    whole = NamedSharding(place.mesh, PartitionSpec())
+    return jax.jit(take, out_shardings=(place, whole))
 
 
 def merged(plan: Blueprint, weights: Weights) -> VLM:

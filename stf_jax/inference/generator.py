@@ -4,6 +4,8 @@ Axis letters: B rows, T positions of prompts, M pictures a row, G new tokens.
 """
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -56,7 +58,7 @@ class Generator:
         # What is said is whole on every host, for all of them decide alike when to end.
         places = State(cache, self._rows, said=whole, count=whole, done=whole)
         rules = decoding.Rules(stop_tokens(template, tokenizer), unsayable(tokenizer, vocab))
-        self._stops, self._weights = np.array(rules.stops), None
+        self._stops, self._weights = np.array(rules.stops), {}
 
         def compiled(call, *fixed, **how):
             return jax.jit(functools.partial(call, rules, *fixed), out_shardings=places, **how)
@@ -68,7 +70,10 @@ class Generator:
     def take(self, params: Iterable[tuple[str, jax.Array]]) -> "Generator":
         """Answers with these parameters from now on; each may be forgotten by the caller when the next is asked for."""
         dtype, places = jnp.dtype(self.plan.precision), self.plan.shardings(self._mesh)
-        self._weights = {path: layerwise(path, x, dtype, self._mesh, places[path].spec) for path, x in params}
+        self._weights, sums = {}, {}
+        for path, x in params:
+            self._weights[path], sums[path] = layerwise(path, x, dtype, self._mesh, places[path].spec)
+        self._fingerprint = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
         return self
 
     def answers(
@@ -101,13 +106,13 @@ class Generator:
                 yield from self._answer(*batch, limit, sampling, told)
 
     def protocol(self, record: Record) -> dict[str, Any]:
-        """How a conversation is put to the model, with that one as it reads it."""
+        """How a conversation is put to the model, with that one as it reads it; and a fingerprint of the weights."""
         names = {Mark.IMAGE: IMAGE_MARK, Mark.END: self._tokenizer.eos_token}
         items = template_items(self._template, record)
         prompt = "".join(names.get(item) or (item.text if isinstance(item, Text) else item.token) for item in items)
         how = {"vision": self._model.vision, "fusion": self._model.fusion.fusion, "llm": self._model.llm}
         how |= {"template": self._template, "image_aspect_ratio": self._aspect, "image_tokens": self.slots}
-        return how | {"precision": self.plan.precision, "first_prompt": prompt}
+        return how | {"precision": self.plan.precision, "weights": self._fingerprint, "first_prompt": prompt}
 
     def _ready(self, pool, records, size) -> tuple[list[Encoded], list[list[Future]], int]:
         """Prompts of a batch of ``size`` rows, and the pictures of the rows that this host holds, on their way."""

@@ -40,7 +40,7 @@ class Description:
 def described(found: Recognised, config: Mapping[str, Any]) -> Description:
     """A checkpoint of theirs with that ``config.json``."""
     aspect = "pad" if config.get("image_aspect_ratio") == "pad" else "square"
-    template = config.get("conversation_template", "v1")
+    template = str(config.get("conversation_template", "v1"))  # whether there is one of that name is checked later
     return Description(found.vision, found.llm, found.fusion, template, aspect)
 
 

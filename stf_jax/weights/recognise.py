@@ -97,6 +97,8 @@ def vision_shape(values: Mapping[str, Any], pixels: Mapping[str, Any]) -> Vision
     if kind not in ("clip_vision_model", "siglip_vision_model"):
         raise UserError(f"Vision tower of model_type {kind!r}: only CLIP's and SigLIP's are known.")
     full = _full(kind, values)
+    if not all(type(size) is int and size > 0 for size in (full.image_size, full.patch_size)):
+        raise UserError(f"Vision tower with pictures of {full.image_size!r} pixels and patches of {full.patch_size!r}.")
     if full.hidden_act not in _ACTIVATIONS:
         raise UserError(f"Vision tower with hidden_act {full.hidden_act!r}: known are {', '.join(_ACTIVATIONS)}.")
     like = VISION_PRESETS["clip-l-14-336" if kind == "clip_vision_model" else "siglip-so400m-14-384"]
@@ -110,9 +112,16 @@ def vision_shape(values: Mapping[str, Any], pixels: Mapping[str, Any]) -> Vision
         mlp=full.intermediate_size,
         activation=_ACTIVATIONS[full.hidden_act],
         norm_eps=full.layer_norm_eps,
-        mean=tuple(pixels.get("image_mean", like.mean)),
-        std=tuple(pixels.get("image_std", like.std)),
+        mean=_channels(pixels, "image_mean", like.mean),
+        std=_channels(pixels, "image_std", like.std),
     )
+
+
+def _channels(pixels, key, default):
+    values = pixels.get(key, default)
+    if not isinstance(values, list | tuple) or [type(value) in (int, float) for value in values] != [True] * 3:
+        raise UserError(f"The picture processor's {key} is {values!r}, not three numbers.")
+    return tuple(values)
 
 
 def _full(kind, values):
@@ -245,9 +254,12 @@ def _exported_fusion(shapes, config, vision):
         values = config["stf_config"]
         fusion = FusionConfig(**{**values, "taps": tuple(values["taps"])})
         out = int(config["text_config"]["hidden_size"])
+        numbers = (*fusion.taps, fusion.kernel, fusion.mbtf_hidden, fusion.mbtf_width, fusion.stf_hidden)
+        if not all(type(number) is int for number in numbers):
+            raise TypeError(f"its numbers are {numbers}")
         table = hf.fusion_table(fusion)
         tokens_per_image(fusion, vision.grid)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"config.json does not describe an export of ours: {error!r}.") from None
     return fusion, table, prefix or "", vision, out
 

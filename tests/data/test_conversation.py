@@ -21,7 +21,7 @@ from stf_jax.data.conversation import (
     check_template,
     count_tokens,
     encode,
-    stop_token,
+    stop_tokens,
     template_items,
 )
 from stf_jax.data.packing import to_example
@@ -98,7 +98,7 @@ def ids(tokenizer, text):
 
 def learned_texts(result, tokenizer, template="v1"):
     """What the model learns to say, one text for each end of an answer."""
-    stop, said = stop_token(template, tokenizer), [[]]
+    (stop, *_), said = stop_tokens(template, tokenizer), [[]]
     for token in result.tokens[result.learned]:
         if token == stop:
             said.append([])

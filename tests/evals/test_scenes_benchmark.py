@@ -1,83 +1,149 @@
-"""The embedded benchmark: scoring by hand, held-out questions, what is written."""
+"""The embedded benchmark: scoring by hand, held-out questions in pairs, what is written to look at."""
 
 import json
 
+import numpy as np
 import PIL.Image
 import pytest
-from tiny import tiny
+from etils import epath
 
-from stf_jax.data.scenes import HELD_OUT_WORDS, KINDS, Question
-from stf_jax.evals import scenes
-from stf_jax.evals.scenes import Answered
+from stf_jax.data.conversation import encode, template_items
+from stf_jax.data.records import Record, Turn
+from stf_jax.data.scenes import HELD_OUT_WORDS, KINDS
+from stf_jax.data.tokenizer import load_tokenizer
+from stf_jax.evals.known import open_benchmarks
+from stf_jax.evals.scenes import PICTURES, Scenes
 
 
-def _answered(kind, truth, answer, blank):
-    return Answered(PIL.Image.new("RGB", (96, 96)), Question(kind, "Is there?", truth), answer, blank)
+@pytest.fixture(scope="module")
+def whole():
+    return Scenes()
+
+
+def right(benchmark):
+    """The truth about each scene, and nothing about each blank picture."""
+    return [q.metadata["truth"] if q.metadata["picture"] == "scene" else "" for q in benchmark.questions]
+
+
+def pixels(question):
+    return np.asarray(question.picture())
+
+
+# ---- Questions -------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_questions_are_the_same_each_time_and_of_every_kind(whole):
+    def told(benchmark):
+        return [(q.id, q.text, q.prompt, q.metadata) for q in benchmark.questions]
+
+    again = Scenes()
+    assert told(whole) == told(again)
+    for first, second in zip(whole.questions[:40], again.questions[:40], strict=True):
+        np.testing.assert_array_equal(pixels(first), pixels(second))
+    assert {q.metadata["kind"] for q in whole.questions} == set(KINDS)
+    assert all(q.metadata["truth"] in HELD_OUT_WORDS for q in whole.questions if q.metadata["kind"] == "reading")
+    assert len({q.id for q in whole.questions}) == len(whole.questions)
+    assert {q.id.split("/")[0] for q in whole.questions} == {str(n) for n in range(PICTURES)}
+    assert whole.scored
+
+
+def test_each_is_asked_of_its_scene_and_of_a_blank_picture_next_to_it(whole):
+    for scene, blank in zip(whole.questions[::2], whole.questions[1::2], strict=True):
+        index, kind, _ = scene.id.split("/")
+        assert (scene.id, blank.id) == (f"{index}/{kind}/scene", f"{index}/{kind}/blank")
+        assert scene.metadata == {"kind": kind, "picture": "scene", "truth": blank.metadata["truth"]}
+        assert blank.metadata == scene.metadata | {"picture": "blank"}
+        assert scene.text == scene.prompt == blank.text == blank.prompt
+        assert scene.text.endswith("?\nAnswer the question using a single word or phrase.")
+    for scene, blank in zip(whole.questions[:40:2], whole.questions[1:40:2], strict=True):
+        assert pixels(scene).shape == pixels(blank).shape == (96, 96, 3)
+        assert pixels(scene).std() > 1
+        assert (pixels(blank) == (122, 116, 104)).all()
+    # Questions of a picture show the same, others another.
+    first, second, other = (pixels(q) for q in (whole.questions[0], whole.questions[2], whole.questions[-2]))
+    np.testing.assert_array_equal(first, second)
+    assert (first != other).any()
+
+
+def test_every_truth_can_be_said_in_full_with_its_end(whole):
+    tokenizer = load_tokenizer("miniature")
+    for truth in {q.metadata["truth"] for q in whole.questions}:
+        turns = (Turn("human", "What?"), Turn("gpt", truth))
+        assert encode(template_items("v1", Record("", (), turns)), tokenizer, 0).learned.sum() <= Scenes.tokens
+
+
+def test_a_limit_keeps_pairs_together():
+    (three,) = open_benchmarks(["scenes"], "", limit=3)
+    whole = Scenes()
+    assert [q.id for q in three.questions] == [q.id for q in whole.questions[:6]]
+    assert (three.count, three.limited, whole.count) == (3, True, len(whole.questions) // 2)
+    assert three.metrics(right(three))["accuracy"] == 1.0
+
+
+# ---- Scores ----------------------------------------------------------------------------------------------------------
 
 
 def test_score_by_hand():
-    answered = [
-        _answered("existence", "yes", "Yes", "no"),
-        _answered("existence", "no", "yes", "no"),
-        _answered("existence", "no", "no.", "no"),  # one word is asked for: what is not the word is wrong
-        _answered("reading", "BOK", "BOK", ""),
-    ]
-    assert scenes.score(answered) == {
-        "accuracy": 2 / 4,
-        "blank_image_accuracy": 2 / 4,
-        "by_kind": {
-            "existence": {"accuracy": 1 / 3, "blank_image_accuracy": 2 / 3, "questions": 3},
-            "reading": {"accuracy": 1.0, "blank_image_accuracy": 0.0, "questions": 1},
-        },
-    }
+    """Of the first nine questions: two right on their scenes, three on blank pictures."""
+    (benchmark,) = open_benchmarks(["scenes"], "", limit=9)
+    kinds = [q.metadata["kind"] for q in benchmark.questions[::2]]
+    truths = [q.metadata["truth"] for q in benchmark.questions[::2]]
+    answers = ["wrong"] * 9
+    blanks = ["wrong"] * 9
+    answers[0], answers[4] = truths[0].upper(), truths[4]
+    answers[1] = f"{truths[1]}."  # one word is asked for: what is not the word is wrong
+    blanks[0], blanks[2], blanks[8] = truths[0], truths[2].title(), truths[8]
+    metrics = benchmark.metrics([text for pair in zip(answers, blanks, strict=True) for text in pair])
+    table = metrics.pop("by_kind")
+    assert metrics == {"accuracy": 2 / 9, "blank_image_accuracy": 3 / 9}
+    assert set(table) == set(kinds)
+    for kind, entry in table.items():
+        mine = [place for place in range(9) if kinds[place] == kind]
+        assert entry == {
+            "accuracy": len({0, 4} & set(mine)) / len(mine),
+            "blank_image_accuracy": len({0, 2, 8} & set(mine)) / len(mine),
+            "questions": len(mine),
+        }
 
 
-def test_held_out_questions_are_the_same_each_time_and_of_every_kind():
-    first, again = scenes.held_out_questions(40), scenes.held_out_questions(40)
-    assert [q for _, q in first] == [q for _, q in again]
-    assert all(a.tobytes() == b.tobytes() for (a, _), (b, _) in zip(first, again, strict=True))
-    assert {q.kind for _, q in first} == set(KINDS)
-    assert all(q.answer in HELD_OUT_WORDS for _, q in first if q.kind == "reading")
+def test_answers_are_of_the_questions_beside_them(whole):
+    metrics = whole.metrics(right(whole))
+    assert (metrics["accuracy"], metrics["blank_image_accuracy"]) == (1.0, 0.0)
+    assert list(metrics["by_kind"]) == list(KINDS)
+    assert sum(entry["questions"] for entry in metrics["by_kind"].values()) == whole.count == len(whole.questions) // 2
+    json.dumps(metrics)
+    texts = ["no"] * len(whole.questions)
+    noes = sum(q.metadata["truth"] == "no" for q in whole.questions) / len(whole.questions)
+    assert whole.metrics(texts)["accuracy"] == whole.metrics(texts)["blank_image_accuracy"] == noes > 0
 
 
-class _Oracle:
-    """Stands for the model: answers by looking at the pictures' pixels."""
-
-    def __init__(self, truths):
-        self._truths = truths
-
-    def __call__(self, prompts, images):
-        for prompt, image in zip(prompts, images, strict=True):
-            yield self._truths.get((prompt.tokens.tobytes(), image.tobytes()), "no")
+# ---- To look at ------------------------------------------------------------------------------------------------------
 
 
-def test_measure_pairs_answers_with_their_questions(tmp_path, monkeypatch):
-    config = tiny(benchmark="scenes", benchmark_pictures=12)
-    truths = {}
+def test_a_contact_sheet_is_written(whole, tmp_path):
+    def sheet(texts):
+        (file,) = whole.submission(texts, epath.Path(tmp_path))
+        assert file == epath.Path(tmp_path) / "contact_sheet.png"
+        with PIL.Image.open(file) as image:
+            assert image.format == "PNG"
+            return np.asarray(image.convert("RGB"))
 
-    def oracle(plan, params, tokenizer, mesh, limit, template):
-        assert template == config.data.template
-        vision = scenes.vision_preset(config.model.vision)
-        slots = scenes.slots_per_image(config.model)
-        for picture, question in scenes.held_out_questions(12):
-            prompt = scenes._prompt(config, tokenizer, slots, picture, question)
-            assert tokenizer.decode(prompt.tokens[~prompt.is_image]).endswith("single word or phrase. ASSISTANT:")
-            image = scenes.to_square(picture, vision, config.data.aspect)[None]
-            truths[prompt.tokens.tobytes(), image.tobytes()] = question.answer
-            longest = tokenizer(" " + question.answer, add_special_tokens=False).input_ids
-            assert len(longest) < limit  # every truth can be said in full, with its end
-        return _Oracle(truths)
+    def coloured(image, colour):
+        return (image == colour).all(-1).sum()
 
-    monkeypatch.setattr(scenes, "GreedyAnswers", oracle)
-    results = scenes.measure(config, None, None, tmp_path)
-    assert results["metrics"]["accuracy"] == 1.0
-    assert results["metrics"]["blank_image_accuracy"] == pytest.approx(
-        sum(q.answer == "no" for _, q in scenes.held_out_questions(12)) / results["questions"]
-    )
-    assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert {"benchmark", "metrics", "questions", "model"} <= results.keys()
-    with PIL.Image.open(tmp_path / "contact_sheet.png") as sheet:
-        assert min(sheet.size) > 500
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == results["questions"]
-    for kind in KINDS:
-        assert kind in scenes.table(results)
+    green, red = (0x0A, 0x7D, 0x28), (0xC0, 0x18, 0x18)
+    all_right, all_wrong = sheet(right(whole)), sheet(["wrong"] * len(whole.questions))
+    assert min(all_right.shape[:2]) > 500
+    assert coloured(all_right, green) > 100
+    assert coloured(all_wrong, red) > 100
+    assert coloured(all_right, red) == coloured(all_wrong, green) == 0
+    # The first cell is of the first kind's first question.
+    place = next(q for q in whole.questions if q.metadata["kind"] == KINDS[0])
+    corner = np.asarray(place.picture().resize((208, 208), PIL.Image.Resampling.NEAREST))
+    np.testing.assert_array_equal(all_right[12 : 12 + 208, 12 : 12 + 208], corner)
+
+
+def test_a_sheet_of_few_questions_repeats_them(tmp_path):
+    (one,) = open_benchmarks(["scenes"], "", limit=1)
+    (file,) = one.submission(["a", "b"], epath.Path(tmp_path))
+    assert file.exists()

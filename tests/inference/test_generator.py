@@ -37,6 +37,14 @@ FAMILIES = {
 LIMIT = 12
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly():
+    """Models this small take longer to compile than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer("miniature")
@@ -141,6 +149,7 @@ class _Now:
 
 def test_layers_are_not_stacked_again_in_a_step(tokenizer):
     """What decoding.layerwise is for: no step copies weights together or apart."""
+    jax.config.update("jax_disable_most_optimizations", False)
     answers = generators("llama", MeshConfig(1, 1, 1), tokenizer)
     ready = answers._ready(_Now(), records(2), 2)
     with generator.computing(answers._mesh, "float32"):
@@ -160,6 +169,28 @@ def test_a_compute_type_of_half_the_size_makes_a_cache_of_half_the_size(tokenize
     assert {x.dtype for pair in state.cache for x in pair} == {jnp.dtype(jnp.bfloat16)}
     assert {x.dtype for x in jax.tree.leaves(answers._weights)} == {jnp.dtype(jnp.bfloat16)}
     assert all(list(answers.answers(records(2), 6, rows=2)))
+
+
+def test_fingerprints_tell_weights_apart_and_not_meshes(tokenizer):
+    def fingerprint(mesh, change=lambda values: None):
+        config, plan, values = model("llama")
+        change(values)
+        answers = Generator(config, tokenizer, make_mesh(mesh), "v1", "pad")
+        places = plan.shardings(answers._mesh)
+        return answers.take((p, jax.device_put(x, places[p])) for p, x in values.items()).protocol(records(1)[0])[
+            "weights"
+        ]
+
+    def swap(values):
+        up = values["llm/blocks/mlp/up/kernel"]
+        up[0, 0, [0, 1]] = up[0, 0, [1, 0]]
+
+    def nudge(values):
+        values["fusion/tokens/out/bias"] = np.nextafter(values["fusion/tokens/out/bias"], 9, dtype=np.float32)
+
+    one = fingerprint(MeshConfig(1, 1, 1))
+    assert fingerprint(MeshConfig(2, 2, 2)) == one
+    assert len({one, fingerprint(MeshConfig(1, 1, 1), swap), fingerprint(MeshConfig(1, 1, 1), nudge)}) == 3
 
 
 def test_room_grows_under_long_answers(tokenizer, monkeypatch):

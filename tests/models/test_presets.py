@@ -50,6 +50,7 @@ PUBLIC_TOWERS = {
     "clip-l-14-336": (CLIP, (336, 14, 1024, 24, 16, 4096), (1e-5, "quick_gelu")),
     "clip-b-16-224": (CLIP, (224, 16, 768, 12, 12, 3072), (1e-5, "quick_gelu")),
     "siglip-so400m-14-384": (SIGLIP, (384, 14, 1152, 27, 16, 4304), (1e-6, "gelu_pytorch_tanh")),
+    "siglip-b-16-384": (SIGLIP, (384, 16, 768, 12, 12, 3072), (1e-6, "gelu_pytorch_tanh")),
     "siglip-b-16-256": (SIGLIP, (256, 16, 768, 12, 12, 3072), (1e-6, "gelu_pytorch_tanh")),
 }
 
@@ -114,6 +115,7 @@ def test_grids():
     assert grids["clip-l-14-336"] == 24
     assert grids["siglip-so400m-14-384"] == 27
     assert grids["siglip-b-16-256"] == 16
+    assert grids["siglip-b-16-384"] == 24
     assert grids["clip-mini-16-96"] == 6
 
 

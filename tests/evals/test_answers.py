@@ -1,0 +1,150 @@
+"""Answer files: LLaVA's lines to the letter, read again whoever wrote them, and each answer to its own question."""
+
+import json
+import random
+import re
+
+import pytest
+from etils import epath
+from make_evals import Given
+
+from stf_jax.config import UserError
+from stf_jax.evals.answers import answer_line, answers_to, read_answers
+from stf_jax.evals.benchmark import Question
+
+SHORTUUID = "[2-9A-HJ-NP-Za-km-z]{22}"  # no 0, 1, I, O, l
+
+
+def asked(*keys):
+    """Questions of these ids, or ids and prompts."""
+    pairs = [key if isinstance(key, tuple) else (key, f"What is {key}?") for key in keys]
+    return Given([Question(key, prompt, None, prompt) for key, prompt in pairs])
+
+
+def write(folder, *rows):
+    file = epath.Path(folder) / "answers.jsonl"
+    file.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    return file
+
+
+def row(key, text, **others):
+    return {"question_id": key, "text": text} | others
+
+
+# ---- Written ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_has_the_keys_of_llava_in_their_order_and_keeps_types():
+    question = Question(7, "Was ist das?", None, "Was ist das, 紺?", {"kind": "ü"})
+    line = answer_line(question, 0, "Ein Straßen\u2028schild — 日本\n🤗", "llava-stf")
+    assert re.fullmatch(
+        r'\{"question_id": 7, "prompt": "Was ist das, 紺\?", "text": "Ein Straßen\u2028schild — 日本\\n🤗", '
+        rf'"answer_id": "{SHORTUUID}", "model_id": "llava-stf", "metadata": \{{"kind": "ü"\}}\}}',
+        line,
+    )
+    assert '"question_id": "7"' in answer_line(Question("7", "", None, ""), 0, "", "m")
+
+
+def test_answer_ids_are_the_same_each_time_and_of_each_question_another():
+    first, again = asked("a", "b", ("b", "other"), "b"), asked("a", "b", ("b", "other"), "b")
+
+    def ids(benchmark, model="m"):
+        lines = [answer_line(question, place, "yes", model) for place, question in enumerate(benchmark.questions)]
+        return [json.loads(line)["answer_id"] for line in lines]
+
+    assert ids(first) == ids(again)
+    assert len({*ids(first), *ids(first, "n")}) == 8
+
+
+def test_texts_of_any_kind_come_back(tmp_path):
+    rng = random.Random(0)
+    alphabet = 'aÄ紺🤗 \n\r\t"\\\u2028\u2029\x85\x0b\x1c\x00\ufffd\u00a0{}'
+    texts = ["".join(rng.choices(alphabet, k=rng.randrange(9))) for _ in range(500)]
+    benchmark = asked(*range(500))
+    lines = [answer_line(q, i, text, "m") + "\n" for i, (q, text) in enumerate(zip(benchmark.questions, texts))]  # noqa: B905
+    file = epath.Path(tmp_path) / "answers.jsonl"
+    file.write_bytes("".join(lines).encode())
+    rows = read_answers(file)
+    assert [row["text"] for row in rows] == texts
+    assert [row["question_id"] for row in rows] == list(range(500))
+    assert answers_to(benchmark, rows, file) == [text.strip() for text in texts]
+
+
+# ---- Read ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_answer_file_is_named_with_its_line(tmp_path):
+    with pytest.raises(UserError, match=r"^There is no answer file .*absent\.jsonl\.$"):
+        read_answers(epath.Path(tmp_path) / "absent.jsonl")
+    file = epath.Path(tmp_path) / "answers.jsonl"
+    for line, sentence in (
+        ('{"question_id": 1, "text": "y', r", line 3 is not JSON: Unterminated string"),
+        ("[1, 2]", ", line 3: an answer needs question_id and text"),
+        ('{"question_id": 1.5, "text": "yes"}', ", line 3: an answer needs question_id and text"),
+        ('{"question_id": null, "text": "yes"}', ", line 3: an answer needs question_id and text"),
+        ('{"question_id": 1, "text": ["yes"]}', ", line 3: an answer needs question_id and text"),
+        ('{"question_id": 1, "answer": "yes"}', ", line 3: an answer needs question_id and text"),
+        ('{"text": "yes"}', ", line 3: an answer needs question_id and text"),
+    ):
+        file.write_text('{"question_id": 0, "text": "yes"}\n\n' + line + "\n")
+        with pytest.raises(UserError, match=f"^{re.escape(str(file))}{sentence}"):
+            read_answers(file)
+    file.write_bytes(b'{"question_id": 0, "text": "\xff"}\n')
+    with pytest.raises(UserError, match=f"^{re.escape(str(file))} cannot be read: .*utf-8"):
+        read_answers(file)
+
+
+def test_answers_find_their_questions_in_any_order_and_by_ids_of_either_type(tmp_path):
+    benchmark = asked(1, "2", "three")
+    rows = [row("three", " c\n"), row("1", "a", prompt="any other"), row(2, "b", model_id="m")]
+    assert answers_to(benchmark, rows, write(tmp_path, *rows)) == ["a", "b", "c"]
+    assert answers_to(benchmark, [*rows, row(1, "a ")], tmp_path) == ["a", "b", "c"]  # said twice, but alike
+
+
+def test_questions_of_one_id_are_told_by_their_prompts(tmp_path):
+    """As MME's and TextVQA's, whose ids are those of pictures."""
+    benchmark = asked(("p", "Is it a dog?"), ("p", "Is it a cat?"), "q")
+    rows = [row("p", "no", prompt="Is it a cat?"), row("q", "red"), row("p", "yes", prompt="Is it a dog?")]
+    assert answers_to(benchmark, rows, tmp_path) == ["yes", "no", "red"]
+    with pytest.raises(UserError, match=r"1 of its 3 answers are of none of them, such as 'p'\.$"):
+        answers_to(benchmark, [*rows[:2], row("p", "yes", prompt="Is it a cow?")], tmp_path)
+    with pytest.raises(UserError, match=r"leaves 1 of 3 questions unanswered, such as 'p'\.$"):
+        answers_to(benchmark, rows[:2], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([row(1, "a")], "FILE leaves 2 of 3 questions unanswered, such as 2."),
+        ([], "FILE leaves 3 of 3 questions unanswered, such as 1."),
+        ([row(n, "a") for n in (1, 2, 3)] + [row("2", "b")], "FILE answers question '2' twice, and not alike."),
+        (
+            [row(n, "a") for n in (1, 2, 3, "x", "y")],
+            "FILE is not of these questions: 2 of its 5 answers are of none of them, such as 'x'.",
+        ),
+        (
+            [row(n, "a") for n in ("x", "y", "z")],
+            "FILE is not of these questions: 3 of its 3 answers are of none of them, such as 'x'.",
+        ),
+    ],
+)
+def test_answers_that_do_not_fit_are_refused(rows, sentence, tmp_path):
+    with pytest.raises(UserError) as error:
+        answers_to(asked(1, 2, 3), rows, epath.Path("FILE"))
+    assert str(error.value) == sentence
+
+
+def test_answers_to_questions_that_were_left_out_are_passed_over(tmp_path):
+    """TextVQA's second question of a picture is, and the first must still be told from it."""
+    rows = [row("p", "yes", prompt="Is it a dog?"), row("p", "no", prompt="Is it a cat?"), row("q", "red")]
+    for count, texts in ((1, ["yes"]), (2, ["yes", "no"]), (3, ["yes", "no", "red"])):
+        benchmark = asked(("p", "Is it a dog?"), ("p", "Is it a cat?"), "q")
+        benchmark.limit(count)
+        assert answers_to(benchmark, rows, tmp_path) == texts
+        assert answers_to(benchmark, rows[::-1], tmp_path) == texts
+    benchmark = asked(*"pq")
+    benchmark.limit(1)
+    with pytest.raises(UserError, match="leaves 1 of 1 questions unanswered"):
+        answers_to(benchmark, rows[2:], tmp_path)
+    # Prompts of others are of no account where ids suffice.
+    assert answers_to(benchmark, [row("q", "a", prompt="theirs"), row("p", "b", prompt="theirs")], tmp_path) == ["b"]

@@ -1,0 +1,174 @@
+"""What benchmarks share: question files, folders, pictures, limits; opened by name, or refused in a sentence."""
+
+import hashlib
+import json
+import re
+
+import PIL.Image
+import pytest
+from etils import epath
+from make_evals import WORD, Given, make_gqa
+
+from stf_jax.config import UserError
+from stf_jax.evals.benchmark import Question, read_json, read_lines, sha256
+from stf_jax.evals.gqa import GQA
+from stf_jax.evals.known import BENCHMARKS, open_benchmarks
+
+QUESTIONS = "llava_gqa_testdev_balanced.jsonl"
+ROW = {"question_id": "1", "image": "a.png", "text": "Is it?", "category": "default"}
+
+
+def opened(folder, *rows):
+    """GQA with these rows or lines as its questions, without labels."""
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    (folder / QUESTIONS).write_bytes("".join(line + "\n" for line in lines).encode())
+    return GQA(epath.Path(folder))
+
+
+# ---- Questions -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_questions_as_they_stand(tmp_path):
+    first, second = opened(
+        tmp_path,
+        "\ufeff" + json.dumps(ROW | {"text": f"Is it?{WORD}"}),
+        "",
+        ROW | {"question_id": 2, "text": "a\u2028紺"},
+    ).questions
+    assert (first.id, first.text, first.prompt, first.metadata) == ("1", f"Is it?{WORD}", f"Is it?{WORD}", {})
+    assert (second.id, second.text) == (2, "a\u2028紺")
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"question_id": "1"', " is not JSON: "),
+        ("7", ": a question needs question_id, image and text."),
+        (ROW | {"question_id": None}, ": a question needs question_id, image and text."),
+        (ROW | {"question_id": 1.5}, ": a question needs question_id, image and text."),
+        (ROW | {"image": ["a.png"]}, ": a question needs question_id, image and text."),
+        (ROW | {"text": 3}, ": a question needs question_id, image and text."),
+        (
+            {key: value for key, value in ROW.items() if key != "image"},
+            ": a question needs question_id, image and text.",
+        ),
+    ],
+)
+def test_a_malformed_row_is_named_by_its_line(line, sentence, tmp_path):
+    with pytest.raises(UserError, match=rf"{QUESTIONS}, line 3{sentence}"):
+        opened(tmp_path, ROW, "", line)
+
+
+def test_files_that_are_empty_or_no_text_are_said(tmp_path):
+    with pytest.raises(UserError, match=rf"{QUESTIONS} holds no questions\.$"):
+        opened(tmp_path, "", " ")
+    (tmp_path / QUESTIONS).write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=rf"{QUESTIONS} cannot be read: .*utf-8"):
+        GQA(epath.Path(tmp_path))
+    (tmp_path / QUESTIONS).unlink()
+    with pytest.raises(UserError, match=rf"^gqa: there is no {QUESTIONS} in {re.escape(str(tmp_path))}\.$"):
+        GQA(epath.Path(tmp_path))
+
+
+def test_json_and_hashes(tmp_path):
+    file = epath.Path(tmp_path) / "labels.json"
+    file.write_bytes('\ufeff{"a": "ü"}'.encode())
+    assert read_json(file) == {"a": "ü"}
+    assert list(read_lines(file)) == [(1, {"a": "ü"})]
+    assert sha256(file) == hashlib.sha256('\ufeff{"a": "ü"}'.encode()).hexdigest()
+    for content in (b"{", b'"\xff"', b""):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"^{re.escape(str(file))} is not JSON: "):
+            read_json(file)
+    file.unlink()
+    with pytest.raises(UserError, match=rf"^{re.escape(str(file))} is not JSON: "):
+        read_json(file)
+
+
+def test_a_limit_leaves_the_first_and_remembers_that_it_did():
+    benchmark = Given([Question(n, "", None, "") for n in range(5)])
+    for count, left, limited in ((7, 5, False), (5, 5, False), (2, 2, True)):
+        benchmark.limit(count)
+        assert ([q.id for q in benchmark.questions], benchmark.limited) == (list(range(left)), limited)
+        assert benchmark.count == left
+
+
+# ---- Pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_come_from_the_first_folder_that_is_there(tmp_path):
+    (question,) = opened(tmp_path, ROW).questions
+    PIL.Image.new("RGB", (3, 1)).save(tmp_path / "a.png")
+    assert question.picture().size == (3, 1)
+    for side, folder in ((4, "images"), (5, "data/images")):
+        (tmp_path / folder).mkdir(parents=True)
+        PIL.Image.new("RGB", (side, 1)).save(tmp_path / folder / "a.png")
+        (question,) = GQA(epath.Path(tmp_path)).questions
+        assert question.picture().size == (side, 1)
+
+
+def test_pictures_that_cannot_be_opened_are_named(tmp_path):
+    def picture(name):
+        (question,) = opened(tmp_path, ROW | {"image": name}).questions
+        return question.picture
+
+    (tmp_path / "images").mkdir()
+    PIL.Image.new("RGB", (1, 1)).save(tmp_path / "outside.png")
+    with pytest.raises(UserError, match=r"images/absent\.png cannot be opened: No such file"):
+        picture("absent.png")()
+    for name in ("../outside.png", "sub/../../outside.png", str(tmp_path / "outside.png"), "file://outside.png"):
+        with pytest.raises(UserError, match=rf"^Image path {re.escape(repr(name))} leaves the folder .*images\.$"):
+            picture(name)()
+    (tmp_path / "images" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"broken\.png"):
+        picture("broken.png")()
+
+
+# ---- By name ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_benchmark_goes_by_its_name():
+    named = ["gqa", "scienceqa", "vqav2", "vizwiz", "textvqa", "pope", "mmbench", "mmbench_cn", "mme", "scenes"]
+    assert list(BENCHMARKS) == named
+    assert [kind.name for kind in BENCHMARKS.values()] == named
+    assert all(kind.rule.endswith(".") for kind in BENCHMARKS.values())
+
+
+def test_the_folder_is_that_of_all_benchmarks_or_its_own(tmp_path):
+    make_gqa(tmp_path)
+    for folder in (tmp_path, tmp_path / "gqa"):
+        gqa, scenes = open_benchmarks(["gqa", "scenes"], str(folder), limit=6)
+        assert (len(gqa.questions), gqa.count) == (6, 6)
+        assert (len(scenes.questions), scenes.count) == (12, 6)
+        assert gqa.questions[0].picture().size == (56, 40)
+    (whole,) = open_benchmarks(["gqa"], str(tmp_path))
+    assert len(whole.questions) == 44
+    assert whole.scored
+    (tmp_path / "gqa" / "testdev_balanced_questions.json").unlink()
+    assert not open_benchmarks(["gqa"], str(tmp_path))[0].scored
+
+
+@pytest.mark.parametrize(
+    ("names", "data", "sentence"),
+    [
+        (["gqua"], "", "Unknown benchmark 'gqua'; did you mean 'gqa'?"),
+        (["scenes", "mm bench"], "", "Unknown benchmark 'mm bench'; did you mean 'mmbench'?"),
+        (["al"], "", "Unknown benchmark 'al'; did you mean 'all'?"),
+        ([""], "", f"Unknown benchmark ''; known: {', '.join(BENCHMARKS)}, all."),
+        (
+            ["scenes", "pope"],
+            "",
+            "Benchmark pope needs the folder of LLaVA's evaluation files: --data, or config.eval.data.",
+        ),
+        (["all"], "", "Benchmark gqa needs the folder of LLaVA's evaluation files: --data, or config.eval.data."),
+        # Of all that it needs, the folder has GQA's.
+        (["all"], "DATA", "scienceqa: there is no llava_test_CQM-A.json in DATA."),
+        (["scenes", "all"], "DATA", "scienceqa: there is no llava_test_CQM-A.json in DATA."),
+        (["gqa"], "nowhere", f"gqa: there is no {QUESTIONS} in nowhere."),
+    ],
+)
+def test_what_cannot_be_opened_is_said_in_a_sentence(names, data, sentence, tmp_path):
+    make_gqa(tmp_path)
+    with pytest.raises(UserError) as error:
+        open_benchmarks(names, data.replace("DATA", str(tmp_path)))
+    assert str(error.value) == sentence.replace("DATA", str(tmp_path))

@@ -1,0 +1,66 @@
+"""What tests of evaluation share: a model that answers, a GQA for it to answer, and a benchmark of given questions."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+from tiny import tiny, vivid
+
+from stf_jax.data.tokenizer import MINIATURE
+from stf_jax.evals.benchmark import Benchmark, Question
+from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.runtime.checkpoint import write_params
+from stf_jax.training.state import blueprint
+from stf_jax.weights.model import Description
+
+WORD = "\nAnswer the question using a single word or phrase."
+COLOURS = ("red", "grün", "blue", "紺")
+QUESTIONS = 44  # in batches of eight, the last is not whole
+
+
+class Given(Benchmark):
+    """Questions as a test gives them, to be answered with yes."""
+
+    name = "given"
+    folders = ("given",)
+    rule = "Right is yes."
+    scored = True
+
+    def __init__(self, questions: Sequence[Question], labels=()):
+        self.questions, self.labels = list(questions), tuple(labels)
+
+    def metrics(self, texts):
+        right = [text == "yes" for text in texts]
+        assert len(right) == len(self.questions)
+        return {"accuracy": sum(right) / len(right)}
+
+
+def make_model(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
+    """A tiny model of random weights as an import leaves it; what it says depends on what it sees."""
+    folder.mkdir()
+    config = tiny().model
+    Description(vision_preset(config.vision), llm_preset(config.llm), config.fusion).save(folder)
+    shutil.copytree(MINIATURE, folder / "tokenizer")
+    write_params(folder, vivid(blueprint(config).shapes, seed).items())
+    return folder
+
+
+def make_gqa(folder: pathlib.Path) -> list[str]:
+    """LLaVA's and GQA's files of :data:`QUESTIONS` questions in ``folder/gqa``; the gold answers."""
+    images = folder / "gqa" / "images"
+    images.mkdir(parents=True)
+    rng, rows, labels = np.random.default_rng(3), [], {}
+    for number in range(QUESTIONS):
+        PIL.Image.fromarray(rng.integers(0, 256, (40, 56, 3), np.uint8)).save(images / f"n{number}.png")
+        key, gold = f"20{number:04}", COLOURS[number % 4]
+        text = f"Is the thing on the {'left' if number % 3 else 'right'} {gold}?{WORD}"
+        rows.append({"question_id": key, "image": f"n{number}.png", "text": text, "category": "default"})
+        types = {"structural": ("query", "verify")[number % 2], "semantic": "attr"}
+        labels[key] = {"question": text, "answer": gold, "types": types}
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "gqa" / "llava_gqa_testdev_balanced.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "gqa" / "testdev_balanced_questions.json").write_text(json.dumps(labels))
+    return [label["answer"] for label in labels.values()]

@@ -1,0 +1,166 @@
+"""Measured while it trains: the same training to the bit, the numbers beside the loss, and no answer asked twice."""
+
+import contextlib
+import json
+import pathlib
+import types
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from etils import epath
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from stf_jax import evaluate
+from stf_jax.inference.generator import Generator
+from stf_jax.main import main
+from stf_jax.runtime import telemetry
+from stf_jax.runtime.checkpoint import SavedParams
+from stf_jax.runtime.cli import door
+from stf_jax.runtime.telemetry import START, Telemetry
+from stf_jax.training import loop
+
+ROOT = pathlib.Path(__file__).parents[2]
+MEASURED = ["--config.eval.benchmarks=('scenes',)", "--config.eval.limit=3", "--config.eval.every_steps=2"]
+RATE = ["--config.optimizer.schedule=constant", "--config.optimizer.learning_rate=3e-4"]  # so that answers stay lively
+STEPS = (2, 4, 5)
+RESULTS = {2: "evals/step_2/results.json", 4: "evals/step_4/results.json", 5: "results.json"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of five steps that is measured, and one that is not."""
+    folder = tmp_path_factory.mktemp("runs")
+    paused, measured = [], []
+
+    def train(name, *more):
+        # The fifth step alone would be logged, but for the measurements.
+        options = ["--config.mesh.data=1", "--config.log_every_steps=5", *RATE, *more]
+        return door(main, [f"--config={ROOT}/tests/tiny.py:steps=5", f"--workdir={folder / name}", *options])
+
+    def measure_all(*args, **how):
+        measured.append(bool(paused))
+        return inner(*args, **how)
+
+    class Watched(Telemetry):
+        @contextlib.contextmanager
+        def paused(self):
+            with super().paused():
+                paused.append(True)
+                yield
+                paused.pop()
+
+    inner = loop.measure_all
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "measure_all", measure_all)
+        patch.setattr(loop, "Telemetry", Watched)
+        assert train("measured", *MEASURED) == 0
+    assert train("plain") == 0
+    yield types.SimpleNamespace(folder=folder, train=train, workdir=folder / "measured", paused=measured)
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def texts(folder):
+    return [json.loads(line)["text"] for line in (folder / "answers.jsonl").read_bytes().splitlines()]
+
+
+def test_training_is_the_same_to_the_bit(runs):
+    measured, plain = (SavedParams(epath.Path(runs.folder / name)) for name in ("measured", "plain"))
+    assert measured.shapes.keys() == plain.shapes.keys()
+    for path in plain.shapes:
+        assert measured.read(path).tobytes() == plain.read(path).tobytes(), path
+    (last,) = lines(runs.folder / "plain")
+    for key in ("loss", "gradient_norm", "tokens", "learning_rate"):
+        assert lines(runs.workdir)[-1][key] == last[key], key
+
+
+def test_each_measurement_is_beside_the_loss_in_a_folder_and_on_the_board(runs):
+    assert [line["step"] for line in lines(runs.workdir)] == list(STEPS)
+    assert sorted(path.name for path in (runs.workdir / "evals").iterdir()) == ["step_2", "step_4"]
+    board = EventAccumulator(str(runs.workdir / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    for name in ("accuracy", "blank_image_accuracy"):
+        events = board.Tensors(f"scenes/{name}")
+        assert [event.step for event in events] == list(STEPS)
+        for line, event in zip(lines(runs.workdir), events, strict=True):
+            results = json.loads((runs.workdir / RESULTS[line["step"]]).read_text())
+            assert line[f"scenes/{name}"] == results["metrics"][name]
+            assert event.tensor_proto.float_val[0] == np.float32(results["metrics"][name])
+    for line in lines(runs.workdir):
+        assert line["loss"] > 0
+        assert "scenes/by_kind/count/accuracy" in line
+        assert not any("questions" in key for key in line)
+    assert not any("scenes" in key for line in lines(runs.folder / "plain") for key in line)
+    assert not (runs.folder / "plain" / "results.json").exists()
+
+
+def test_results_say_which_step_they_are_of_and_answers_change_with_it(runs):
+    folders = {step: (runs.workdir / file).parent for step, file in RESULTS.items()}
+    for step, folder in folders.items():
+        results = json.loads((folder / "results.json").read_text())
+        assert (results["benchmark"], results["questions"], results["model"]) == ("scenes", 3, "measured")
+        asking = results["protocol"]["asking"]
+        assert asking["model"] == {"workdir": str(runs.workdir), "step": step}
+        assert (asking["precision"], asking["rows"], asking["template"]) == ("float32", 16, "v1")
+        assert len(texts(folder)) == 6  # three questions, each of a scene and of a blank picture
+        with PIL.Image.open(folder / "contact_sheet.png") as sheet:
+            assert min(sheet.size) > 500
+    assert len({tuple(texts(folder)) for folder in folders.values()}) == 3
+    assert len(set(texts(runs.workdir))) > 2
+
+
+def test_the_door_measures_a_checkpoint_as_its_run_did(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [f"--checkpoint={runs.workdir}", "--benchmark=scenes", "--limit=3", f"--out={out}"]
+    assert door(evaluate.main, arguments) == 0
+    assert (out / "answers.jsonl").read_bytes() == (runs.workdir / "answers.jsonl").read_bytes()
+    mine, theirs = (json.loads((folder / "results.json").read_text()) for folder in (out, runs.workdir))
+    assert mine["protocol"]["asking"].pop("model") == {"checkpoint": str(runs.workdir), "step": 5}
+    theirs["protocol"]["asking"].pop("model")
+    assert mine == theirs
+    assert "scenes, 3 questions: measured" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_scored_again_without_asking(runs, monkeypatch, capsys):
+    asked, answers = [], Generator.answers
+
+    def counted(self, records, *args, **how):
+        asked.append(len(records))
+        return answers(self, records, *args, **how)
+
+    monkeypatch.setattr(Generator, "answers", counted)
+    kept = {name: (runs.workdir / name).read_bytes() for name in ("answers.jsonl", "results.json", "metrics.jsonl")}
+    (runs.workdir / "results.json").unlink()
+    assert runs.train("measured", *MEASURED) == 0
+    assert asked == [0]
+    assert {name: (runs.workdir / name).read_bytes() for name in kept} == kept
+    assert "scenes, 3 questions: measured" in capsys.readouterr().out
+
+
+# ---- The clock -------------------------------------------------------------------------------------------------------
+
+
+def test_measurements_are_made_while_the_clock_of_speed_stands_still(runs):
+    assert runs.paused == [True] * len(STEPS)
+
+
+def test_a_pause_is_left_out_of_the_speed(tmp_path, monkeypatch):
+    now = types.SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(telemetry.time, "monotonic", lambda: now.seconds)
+    log = Telemetry(epath.Path(tmp_path), "run", 6, 0, START, active=True)
+    for step, training, measuring in ((2, 2.0, 100.0), (4, 4.0, 0.0), (6, 1.0, 7.0)):
+        now.seconds += training
+        log.advance(50, 0)
+        log.advance(50, 0)
+        with log.paused():
+            now.seconds += measuring
+        log.log(step, {"loss": 1.0, "learning_rate": 0.1})
+    monkeypatch.undo()
+    log.close()
+    assert [line["tokens_per_second"] for line in lines(tmp_path)] == [50.0, 25.0, 100.0]
+    assert [line["seconds_per_step"] for line in lines(tmp_path)] == [1.0, 2.0, 0.5]
