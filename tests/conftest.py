@@ -43,3 +43,27 @@ def llama(sentencepiece_model, tmp_path_factory):
     from stf_jax.data.tokenizer import load_tokenizer  # not before the devices are set
 
     return load_tokenizer(str(folder))
+
+
+@pytest.fixture(scope="module")
+def torch_alone(tmp_path_factory):
+    """A place for the code of exports that transformers runs; and one thread, for small models want no more."""
+    import torch
+    from transformers import dynamic_module_utils
+
+    folder = str(tmp_path_factory.mktemp("modules"))
+    dynamic_module_utils.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"] = folder
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quick_to_compile():
+    """For tests of what programs compute, and not of how fast."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

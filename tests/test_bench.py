@@ -4,9 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import tiny  # noqa: F401 (its presets)
 
 from stf_jax.bench import main
+from stf_jax.benches import decode
 from stf_jax.benches.mixture import SOURCES, jpegs, lengths
+from stf_jax.config import FusionConfig, ModelConfig
+from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.cli import door
 from stf_jax.runtime.table import table
 
@@ -40,6 +44,25 @@ def test_weights(tmp_path):
     assert rows["import, peak"]["gib"] > rows["model, in bfloat16"]["gib"] > rows["its largest parameter"]["gib"] > 0
 
 
+@pytest.mark.usefixtures("torch_alone", "quick_to_compile")
+@pytest.mark.parametrize("fusion", ["mlp", "mbtf_stf"])
+def test_decode_asks_both_programs_the_same_of_an_export(fusion, tmp_path, monkeypatch):
+    config = ModelConfig("clip-tiny", "llama-tiny", FusionConfig(fusion), "float32")
+    export = tmp_path / "export"
+    decode._make(config, tmp_path / "made", export)
+    asked, prompt = [], decode._prompt
+    monkeypatch.setattr(decode, "_prompt", lambda *how: asked.append(how) or prompt(*how))
+    for program in (decode._ours, decode._transformers):
+        figures = program(str(export), 2, 3, "float32")
+        assert set(decode._FIGURES) - {"times_transformers", "gib"} <= figures.keys()
+        assert min(figures.values()) > 0
+    slots = slots_per_image(config)
+    assert asked == [(2, slots, 128 if fusion == "mlp" else 64), (2, slots, slots + 60)]
+    _, taken = prompt(2, slots, 128)
+    assert (taken[0] >= 0).sum() == slots
+    assert prompt(2, slots, slots + 60)[0].shape == (2, slots + 60)
+
+
 def test_the_mixture_is_as_it_says():
     assert sum(count for count, *_ in SOURCES.values()) == 665_298
     tokens, pictures = lengths(20_000, 144, np.random.default_rng(0))
@@ -56,6 +79,9 @@ def test_the_mixture_is_as_it_says():
         (["nothing"], "invalid choice: 'nothing'"),
         (["input", "--json=no/such/folder.json"], "--json=no/such/folder.json: there is no such folder"),
         (["weights", "--model=llama-7"], "Unknown preset model.llm='llama-7'"),
+        (["decode", "--llm=smol"], "Unknown preset model.llm='smol'"),
+        (["decode", "--batches=1;8"], "--batches=1;8 should be numbers with commas between"),
+        (["decode", "--tokens=1"], "--tokens at least 2"),
         (["weights", "--scratch=nowhere"], "--scratch=nowhere is not a folder"),
     ],
 )

@@ -84,9 +84,13 @@ def layerwise(
 def _taken(dtype, place, apart):
     def take(x):
         x = x.astype(dtype)
-        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * dtype.itemsize}").astype(jnp.uint32).ravel()
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * dtype.itemsize}").astype(jnp.uint32)
+        # Where each stands, told axis by axis: laid in a row, all of them would be gathered on every device.
+        where = jnp.uint32(0)
+        for axis, size in enumerate(x.shape):
+            where = where * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         # Whole numbers that wrap: the same in whatever order devices add them.
-        checksum = jnp.sum(bits * (2 * jax.lax.iota(jnp.uint32, bits.size) + 1), dtype=jnp.uint32)
+        checksum = jnp.sum(bits * (2 * where + 1), dtype=jnp.uint32)
         return tuple(x) if apart else x, checksum
 
     whole = NamedSharding(place.mesh, PartitionSpec())

@@ -73,6 +73,7 @@ class Generator:
         self._weights, sums = {}, {}
         for path, x in params:
             self._weights[path], sums[path] = layerwise(path, x, dtype, self._mesh, places[path].spec)
+            del x  # before the next is read
         self._fingerprint = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
         return self
 

@@ -8,10 +8,10 @@ The mask is a description, not an array, so that each kernel takes it in its own
                                                                  1 1 0 0
                                                                  0 0 1 0
                                                                  0 0 1 1
-    Mask(keys=k)                   every position sees the j with k[j]: what is filled of a cache
 
-Axis letters: B batch, T positions, S positions of keys (T but for a cache), H heads, K kv heads (K divides H), Dh head
-size.
+:func:`cached_attention` is the same for one position over a cache that is partly filled.
+
+Axis letters: B batch, T positions, S slots of a cache, H heads, K kv heads (K divides H), Dh head size.
 """
 
 import dataclasses
@@ -24,20 +24,13 @@ from stf_jax.config import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Which positions may see which.
-
-    ``segments``: int32 [B, T], or None where a row is one whole. ``keys``: bool [B, S], or None where all may be seen;
-    it goes alone.
-    """
+    """Which positions may see which. ``segments``: int32 [B, T], or None where a row is one whole."""
 
     causal: bool = False
     segments: jax.Array | None = None
-    keys: jax.Array | None = None
 
     def dense(self, length: int) -> jax.Array | None:
-        """The mask as bool [B or 1, 1, T or 1, S], True where attention flows; None where it flows everywhere."""
-        if self.keys is not None:
-            return self.keys[:, None, None]
+        """The mask as bool [B or 1, 1, T, T], True where attention flows; None where it flows everywhere."""
         allowed = None
         if self.causal:
             allowed = jnp.tril(jnp.ones((length, length), bool))[None, None]
@@ -47,7 +40,7 @@ class Mask:
         return allowed
 
 
-jax.tree_util.register_dataclass(Mask, data_fields=["segments", "keys"], meta_fields=["causal"])
+jax.tree_util.register_dataclass(Mask, data_fields=["segments"], meta_fields=["causal"])
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, implementation: str = "auto") -> jax.Array:
@@ -55,7 +48,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, implementati
 
     Args:
       q: [B, T, H, Dh].
-      k, v: [B, S, K, Dh]; query head h reads kv head h·K//H.
+      k, v: [B, T, K, Dh]; query head h reads kv head h·K//H.
       mask: which positions may see which.
       implementation: ``auto`` (cuDNN's flash attention for bfloat16 on a GPU where it can do what is asked, else XLA),
         ``cudnn``, ``xla`` or ``reference``.
@@ -86,8 +79,6 @@ def _cudnn_refusal(q, mask):
     if mask.segments is not None:
         # Its only form for packed rows is a dense bias, which costs the memory that flash attention is to save.
         return "does not keep packed conversations apart"
-    if mask.keys is not None:
-        return "does not read a cache that is partly filled"
     return None
 
 
@@ -102,3 +93,24 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) ->
         scores = jnp.where(allowed, scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v32, precision="highest").astype(v.dtype)
+
+
+def cached_attention(q: jax.Array, keys: jax.Array, values: jax.Array, filled: jax.Array) -> jax.Array:
+    """Attention of one position a row over what is filled of a cache, softmax in float32.
+
+    Written for the cache's layout, in which neither product has to turn it round: it is read at every step.
+
+    Args:
+      q: [B, 1, H, Dh].
+      keys, values: [B, K, S, Dh].
+      filled: bool [B, S], at least one a row.
+
+    Returns:
+      [B, 1, H, Dh] in q's type.
+    """
+    rows, _, heads, size = q.shape
+    groups = q.reshape(rows, keys.shape[1], -1, size)
+    scores = jnp.einsum("bkgd,bksd->bkgs", groups, keys, preferred_element_type=jnp.float32) * size**-0.5
+    weights = jax.nn.softmax(jnp.where(filled[:, None, None], scores, -jnp.inf), axis=-1)
+    read = jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values)
+    return read.reshape(rows, 1, heads, size)

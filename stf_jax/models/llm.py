@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stf_jax.models.attention import Mask, attention
+from stf_jax.models.attention import Mask, attention, cached_attention
 from stf_jax.models.layers import Linear, RMSNorm, apply_layers, constrain, normal, parameter
 
 
@@ -215,7 +215,7 @@ class Decoder(nnx.Module):
                 for old, new in pair
             )
             after.append((_kept(keys), _kept(values)))
-            return attention(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), Mask(keys=filled), self.attention)
+            return cached_attention(q, keys, values, filled)
 
         return self._read(x, positions, attend), tuple(after)
 

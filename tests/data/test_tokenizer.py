@@ -18,7 +18,7 @@ from stf_jax.data.scenes import (
     caption,
     make_scene,
 )
-from stf_jax.data.tokenizer import MINIATURE, MINIATURE_VOCAB, load_tokenizer, train_miniature_tokenizer
+from stf_jax.data.tokenizer import MINIATURE, MINIATURE_VOCAB, load_tokenizer, train_miniature_tokenizer, unsayable
 
 WORDS = TRAINING_WORDS + HELD_OUT_WORDS
 
@@ -94,6 +94,18 @@ def test_printed_words_are_spelt(tokenizer, request):
         assert all(len(part) == 1 or part in "ASSISTANT" or part in "USER" for part in parts if part), parts
     letters = {word for word, parts in pieces.items() if all(len(part) < 2 for part in parts)}
     assert len(letters) > 0.9 * len(WORDS)
+
+
+def test_what_no_text_has_trained_may_not_be_said(miniature):
+    """Rows beyond the tokenizer's 501 tokens, and <image>, wherever it is."""
+    assert unsayable(miniature, 501) == ()
+    assert unsayable(miniature, 504) == (501, 502, 503)
+    marked = load_tokenizer("miniature")
+    marked.add_tokens(["<image>", "behind"])
+    assert unsayable(marked, 501) == ()
+    assert unsayable(marked, 502) == (501,)
+    assert unsayable(marked, 503) == (501,)
+    assert unsayable(marked, 505) == (501, 503, 504)
 
 
 # ---- What cannot be used ---------------------------------------------------------------------------------------------

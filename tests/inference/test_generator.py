@@ -25,6 +25,7 @@ from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.mesh import make_mesh
 from stf_jax.training.state import blueprint
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 TINY = presets.LLM["llama-tiny"]
 FAMILIES = {
     "llama": dataclasses.replace(TINY, tied=False),
@@ -35,14 +36,6 @@ FAMILIES = {
     "qwen3": dataclasses.replace(TINY, qk_norm=True),
 }
 LIMIT = 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    """Models this small take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -157,16 +157,16 @@ def test_parameters_come_from_the_newest_checkpoint(tmp_path):
     checkpoints.close()
     saved = SavedParams(tmp_path)
     expected = {"llm/a": ("float32", [2.0] * 4), "llm/b": ("bfloat16", [2.0] * 4)}
-    whole = saved.restore(dict.fromkeys(saved.shapes, jnp.zeros(()).sharding))
+    whole = dict(saved.restore(dict.fromkeys(saved.shapes, jnp.zeros(()).sharding)))
     assert {path: (leaf.dtype.name, leaf.tolist()) for path, leaf in whole.items()} == expected
     assert {path: (leaf.dtype.name, leaf.tolist()) for path in saved.shapes for leaf in [saved.read(path)]} == expected
-    assert saved.restore({"llm/b": jnp.zeros(()).sharding}).keys() == {"llm/b"}
+    assert [path for path, _ in saved.restore({"llm/b": jnp.zeros(()).sharding})] == ["llm/b"]
 
 
 def test_parameters_are_laid_out_as_wanted(saved):
     workdir, expected = saved
     places = {path: leaf.sharding for path, leaf in _setup(1, 8, 1).layout.params.items()}
-    params = SavedParams(workdir).restore(places)
+    params = dict(SavedParams(workdir).restore(places))
     assert params.keys() == expected.params.keys()
     for path, value in params.items():
         np.testing.assert_array_equal(np.asarray(value), expected.params[path])

@@ -3,49 +3,34 @@
 import dataclasses
 import functools
 import json
-import os
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL.Image
 import pytest
 import torch
+from make_models import CONTROL, DECODERS, LLAMA, TOWERS, load, make, picture, turn
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from stf_jax.config import FusionConfig, MeshConfig, ModelConfig
+from stf_jax.config import FusionConfig, MeshConfig
 from stf_jax.convert import main
 from stf_jax.data.conversation import CHATS, SYSTEM, encode, template_items
 from stf_jax.data.image import to_square
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
-from stf_jax.models.llm import LLMConfig, RopeScaling
-from stf_jax.models.presets import VISION
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.checkpoint import write_params
 from stf_jax.runtime.cli import door
 from stf_jax.runtime.mesh import computing, make_mesh
 from stf_jax.training.state import blueprint
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.imports import import_weights
-from stf_jax.weights.model import Description, open_model
+from stf_jax.weights.model import open_model
 from stf_jax.weights.verify import verify
 
-SMALL = dict(image_size=36, patch_size=6, width=32, layers=4, heads=2, mlp=48)
-TOWERS = {
-    "clip": dataclasses.replace(VISION["clip-mini-16-96"], **SMALL),
-    "siglip": dataclasses.replace(VISION["siglip-b-16-256"], **SMALL),
-}
-LLAMA = LLMConfig(512, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, norm_eps=1e-4)
-DECODERS = {
-    "llama": LLAMA,
-    "llama-3": dataclasses.replace(LLAMA, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64)),
-    "linear": dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", 2.0), tied=True),
-    "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, rope_theta=1e6),
-    "qwen3": dataclasses.replace(LLAMA, qk_norm=True, tied=True),
-}
+pytestmark = pytest.mark.usefixtures("torch_alone")
+
 CASES = {
     "the paper's": (FusionConfig("mbtf_stf"), "clip", "llama"),
     "the figure's": (FusionConfig("mbtf_stf", variant="paper", taps=(4, 2)), "siglip", "qwen3"),
@@ -62,36 +47,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def modules(tmp_path_factory):
-    """Where transformers keeps the code of exports that it runs."""
-    from transformers import dynamic_module_utils
-
-    folder = str(tmp_path_factory.mktemp("modules"))
-    dynamic_module_utils.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"] = folder
-
-
-def make(folder, fusion, vision, llm, dtype="float32", **how):
-    """A folder of random weights as an import leaves it; they never say the end of sequence."""
-    folder.mkdir()
-    Description(TOWERS[vision], DECODERS[llm], fusion, **how).save(folder)
-    shutil.copytree(MINIATURE, folder / "tokenizer")
-    plan, rng = blueprint(ModelConfig(str(folder), str(folder), fusion)), np.random.default_rng(0)
-
-    def value(path, leaf):
-        # A head's kernel is [.., D, H, Dh]; with scores any larger the softmax magnifies every rounding.
-        fan_in = 32 if "/attention/" in path else leaf.shape[-2] if path.endswith("kernel") else 1
-        x = rng.normal(size=leaf.shape) * (1.2 * fan_in**-0.5 if path.endswith("kernel") else 0.3)
-        if path.endswith("scale"):
-            x = 1 + x
-        if path in ("llm/head/kernel", "llm/embedding"):
-            x[(slice(None), 2) if path == "llm/head/kernel" else 2] = 0
-        return x.astype(jnp.dtype(dtype))
-
-    write_params(folder, ((path, value(path, leaf)) for path, leaf in plan.shapes.items()))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Case → folder of the model, folder of its export."""
@@ -104,12 +59,6 @@ def exported(tmp_path_factory):
         return ours, root / "theirs"
 
     return get
-
-
-def load(folder, **how):
-    how = {"dtype": torch.float32} | how
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **how).eval()
-    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
 
 @functools.cache
@@ -148,15 +97,6 @@ def seen(inputs, config):
     """The pictures of a processor's answer, uint8 [M, H, W, 3]."""
     values = inputs["pixel_values"].permute(0, 2, 3, 1).numpy()
     return np.rint((values * np.array(config.std) + np.array(config.mean)) * 255).astype(np.uint8)
-
-
-def picture(seed, size=(50, 41)):
-    return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8))
-
-
-def turn(text, *pictures):
-    images = [{"type": "image", "image": one} for one in pictures]
-    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
 
 
 def prompt(processor, *turns, **how):
@@ -209,7 +149,7 @@ def test_generations_agree_in_batches_padded_on_the_left(exported, case):
     for row, mask, shown in zip(said.numpy(), inputs["attention_mask"].numpy(), pictures, strict=True):
         ids = row[start - mask.sum() :]
         logits = our_logits(folder, ids, ids == processor.image_token_id, [next(squares) for _ in shown])
-        logits[:, processor.image_token_id] = -np.inf  # which the export's generation config keeps from being said
+        logits[:, processor.image_token_id :] = -np.inf  # which the export's generation config keeps from being said
         choices = logits.argmax(-1)[-65:-1]
         assert len(choices) == 64
         assert choices.tolist() == ids[-64:].tolist()
@@ -282,6 +222,26 @@ def test_both_answer_alike(exported):
     assert all(pair.ours and pair.ours == pair.theirs for pair in pairs)
 
 
+def test_what_is_amiss_when_both_are_asked_is_said(exported, tmp_path, capsys, monkeypatch):
+    folder, theirs = exported("mlp")
+    monkeypatch.setattr("stf_jax.weights.verify._ours", lambda checkpoint, asked, limit: ["ours"] * len(asked))
+
+    def said(export, *options):
+        status = door(main, ["verify", str(folder), str(export), "--tokens=2", "--questions=2", *options])
+        printed, complained = capsys.readouterr()
+        return status, printed, complained.splitlines()[-1]
+
+    status, printed, complained = said(theirs)
+    assert (status, complained) == (2, f"error: {theirs} does not answer as {folder} does.")
+    assert len(printed.splitlines()) == 4
+    assert printed.endswith("0 of 2 answers are the same.\n")
+    assert said(theirs, "--questions=0")[2] == "error: --questions and --tokens must be at least 1."
+    assert said(folder)[2].startswith(f"error: {folder} cannot be loaded with transformers: ")
+    torn = shutil.copytree(theirs, tmp_path / "torn")
+    (torn / "model.safetensors").write_bytes((theirs / "model.safetensors").read_bytes()[:-100])
+    assert said(torn)[2].startswith(f"error: {torn} cannot be loaded with transformers: ")
+
+
 # ---- Prompts and pictures --------------------------------------------------------------------------------------------
 
 
@@ -290,8 +250,7 @@ def our_prompt(folder, tokenizer, template, turns, pictures):
     return encode(template_items(template, Record("a", pictures, turns)), tokenizer, slots)
 
 
-CONTROL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-STOPS = {"llama-3": "<|eot_id|>", "chatml": "<|im_end|>"}
+STOPS = {"llama-3": ["<|eot_id|>"], "chatml": ["<|im_end|>"]}
 
 
 def with_tokenizer(folder, kind, request):
@@ -343,9 +302,13 @@ def test_prompts_are_ours_to_the_token(tmp_path, case, kind, template, request):
     values = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert set(CONTROL) <= set(values["additional_special_tokens"])
     assert "extra_special_tokens" not in values
-    # What ends an answer there ends it here.
-    ends = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
-    assert ends == tokenizer.convert_tokens_to_ids(STOPS.get(template, "</s>"))
+    # What ends an answer there ends it here, and what nothing has trained is not said: <image>, whose id is the next
+    # behind the control tokens, and what rows there are beyond it (512 of the miniature's 501 and 5).
+    how = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    ends = [*STOPS.get(template, []), "</s>"]
+    assert how["eos_token_id"] == tokenizer.convert_tokens_to_ids(ends)
+    never = list(range(506, 512)) if kind == "miniature" else [32_005] if case == "mlp" else None
+    assert how.get("suppress_tokens") == never
 
 
 @pytest.mark.parametrize("template", CHATS)
@@ -483,7 +446,7 @@ def test_a_type_may_be_asked_for(exported, tmp_path, capsys):
     assert "from float32 to bfloat16" in capsys.readouterr().out
 
 
-def test_what_cannot_be_exported_is_said_and_nothing_is_left(exported, tmp_path, capsys):
+def test_what_cannot_be_exported_is_said_and_nothing_is_left(exported, tmp_path, capsys, monkeypatch):
     def refused(*args):
         assert door(main, ["export", *map(str, args), "--format=hf"]) == 2
         return capsys.readouterr().err
@@ -498,7 +461,7 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_left(exported, tmp_path,
     assert "lacks tokenizer" in refused(half, f"--to={tmp_path / 'hf'}")
     both = tmp_path / "both"
     odd = dataclasses.replace(LLAMA, qkv_bias=True, qk_norm=True)
-    DECODERS["odd"] = odd
+    monkeypatch.setitem(DECODERS, "odd", odd)
     make(both, FusionConfig("mbtf_stf"), "clip", "odd")
     assert "both query biases and query norms" in refused(both, f"--to={tmp_path / 'hf'}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["both", "full", "half"]

@@ -1,13 +1,17 @@
 """Weights pass one parameter at a time: peaks of memory, each measured in a process of its own."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from theirs import VISION
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+
+from stf_jax.data.tokenizer import MINIATURE
 
 SMALL = dict(vocab_size=64, hidden_size=512, intermediate_size=2032, num_attention_heads=8, num_key_value_heads=8)
 LAYERS = {"small": 1, "large": 32}
@@ -29,6 +33,15 @@ layout = {path: leaf.update(sharding=shardings[path]) for path, leaf in plan.sha
 loaded = load_params(source, layout, ("vision/.*", "fusion/.*"))
 assert all(value.sharding == shardings[path] for path, value in loaded.items())
 """,
+    "answer": """
+import os
+os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="8")
+from etils import epath
+from stf_jax.config import MeshConfig
+from stf_jax.inference.loading import load_generator
+from stf_jax.runtime.mesh import make_mesh
+generator, _ = load_generator(epath.Path(source), make_mesh(MeshConfig(1, 4, 2)))
+""",
 }
 
 
@@ -41,21 +54,23 @@ def peak(step, source, to):
     return 1024 * int(done.stdout.splitlines()[-1])
 
 
+def write(folder, kind, config):
+    """A model of noughts as transformers leaves it; bytes of its parameters."""
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in kind(config).state_dict().items()}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    values = {key: torch.zeros(shape, dtype=torch.bfloat16) for key, shape in shapes.items()}
+    save_file(values, folder / "model.safetensors")
+    return sum(2 * shape.numel() for shape in shapes.values())
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Two models, small and large, as transformers leaves them and as an import does; bytes of their parameters."""
     root, sizes = tmp_path_factory.mktemp("memory"), {}
     for name, layers in LAYERS.items():
-        config = LlamaConfig(**SMALL, num_hidden_layers=layers)
-        with torch.device("meta"):
-            shapes = {key: value.shape for key, value in LlamaForCausalLM(config).state_dict().items()}
-        (root / name).mkdir()
-        (root / name / "config.json").write_text(json.dumps(config.to_dict()))
-        save_file(
-            {key: torch.zeros(shape, dtype=torch.bfloat16) for key, shape in shapes.items()},
-            root / name / "model.safetensors",
-        )
-        sizes[name] = sum(2 * shape.numel() for shape in shapes.values())
+        sizes[name] = write(root / name, LlamaForCausalLM, LlamaConfig(**SMALL, num_hidden_layers=layers))
     assert sizes["large"] > 4 * LARGEST
     grown = peak("import", root / "large", root / "large-ours") - peak("import", root / "small", root / "small-ours")
     return root, sizes["large"] - sizes["small"], grown
@@ -99,3 +114,16 @@ def test_weights_are_loaded_once_onto_their_devices(models, tmp_path):
     root, size, _ = models
     grown = peak("load", root / "large-ours", tmp_path) - peak("load", root / "small-ours", tmp_path)
     assert size < grown < size + 2 * LARGEST, (grown - size) / LARGEST
+
+
+def test_a_model_that_answers_is_held_once(tmp_path):
+    """From its folder onto a mesh. Programs of 32 results apiece are held too, and on a CPU a checksum's terms."""
+    sizes, peaks = {}, {}
+    for name, layers in LAYERS.items():
+        folder = shutil.copytree(MINIATURE, tmp_path / name)
+        text = LlamaConfig(**SMALL | {"vocab_size": 512}, num_hidden_layers=layers)
+        config = LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=text)
+        sizes[name] = write(folder, LlavaForConditionalGeneration, config)
+        peaks[name] = peak("answer", folder, tmp_path)
+    size, grown = sizes["large"] - sizes["small"], peaks["large"] - peaks["small"]
+    assert size < grown < size + 7 * LARGEST, (grown - size) / LARGEST
