@@ -106,12 +106,14 @@ def _obey(talk, line):
             talk.ask(line)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:  # the answer has gone on long enough; it is forgotten
+        print("\n(interrupted)")
 
 
 def _line():
     try:
         line = input("> ").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         print()
         return None
     return None if line == "/quit" else line

@@ -45,7 +45,7 @@ def llama(sentencepiece_model, tmp_path_factory):
     return load_tokenizer(str(folder))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a process that imported code from one such place finds none in another
 def torch_alone(tmp_path_factory):
     """A place for the code of exports that transformers runs; and one thread, for small models want no more."""
     import torch

@@ -36,7 +36,7 @@ class Echo:
         self.asked.append(record)
         self.how.append((limit, rows, sampling))
         said = self._left.pop(0)
-        if isinstance(said, Exception):
+        if isinstance(said, BaseException):
             raise said
         for piece in said:
             told(0, piece)
@@ -126,6 +126,14 @@ def test_a_reset_forgets_words_and_pictures(talk, shown):
     assert status == 0
     assert replies(printed)[3:] == ["(all is forgotten)\n", "No.\n", "\n"]
     assert echo.asked[1] == Record("conversation", (), (Turn("human", "And now?"),))
+
+
+def test_an_interrupted_answer_is_forgotten(talk):
+    echo = Echo(KeyboardInterrupt(), ["No."])
+    status, printed, _ = talk(echo, "Is it?\nAnd now?\n")
+    assert status == 0
+    assert replies(printed) == ["\n(interrupted)\n", "No.\n", "\n"]
+    assert [turn.text for turn in echo.asked[1].turns] == ["And now?"]
 
 
 @pytest.mark.parametrize("end", ["", "\n/quit\nnever asked\n"])

@@ -30,6 +30,8 @@ from stf_jax.training.state import blueprint
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.model import Description
 
+pytestmark = pytest.mark.usefixtures("torch_alone")
+
 TOWER = dataclasses.replace(VISION["clip-mini-16-96"], image_size=36, patch_size=6, width=32, layers=4, heads=2, mlp=48)
 DECODER = LLMConfig(512, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, norm_eps=1e-4)
 SLOTS = {"mbtf_stf": 9, "mlp": 36}  # image tokens: 36 patches, or windows of four
@@ -78,19 +80,6 @@ def kept(doc, results):
 def all_of_them(items):
     return dict(items)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone(tmp_path_factory):
-    """A place for the code of exports that transformers runs; and one thread, for such models want no more."""
-    from transformers import dynamic_module_utils
-
-    folder = str(tmp_path_factory.mktemp("modules"))
-    dynamic_module_utils.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"] = folder
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
