@@ -39,7 +39,7 @@ _TIMES, _LONG = 3, 5.0  # a measurement is made so often, and the median counts;
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of the command line."""
     parser.add_argument("--llm", default="smollm2-135m", help="a language model preset, with random weights")
-    parser.add_argument("--vision", default="siglip-b-16-384", help="a tower preset, with random weights")
+    parser.add_argument("--vision", default="clip-mini-16-384", help="a tower preset; this one costs little")
     parser.add_argument("--batches", default="1,8", help="prompts at once (%(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each (%(default)s)")
     parser.add_argument(

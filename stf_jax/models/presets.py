@@ -36,6 +36,7 @@ VISION: dict[str, VisionConfig] = {
     "siglip-so400m-14-384": VisionConfig(384, 14, width=1152, layers=27, heads=16, mlp=4304, **_SIGLIP),
     "siglip-b-16-384": VisionConfig(384, 16, width=768, layers=12, heads=12, mlp=3072, **_SIGLIP),
     "siglip-b-16-256": VisionConfig(256, 16, width=768, layers=12, heads=12, mlp=3072, **_SIGLIP),
+    "clip-mini-16-384": VisionConfig(384, 16, width=128, layers=8, heads=4, mlp=512, **_CLIP),
     "clip-mini-16-96": VisionConfig(96, 16, width=128, layers=8, heads=4, mlp=512, **_CLIP),
 }
 
