@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import pytest
 import torch
 from etils import epath
@@ -80,6 +81,13 @@ def kept(doc, results):
 def all_of_them(items):
     return dict(items)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _torn_pictures_fail_again():
+    """lmms-eval has Pillow open them, in all of the process."""
+    yield
+    PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 @pytest.fixture(scope="module")
