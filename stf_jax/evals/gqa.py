@@ -7,8 +7,8 @@ from typing import Any
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.evals import vqa
-from stf_jax.evals.benchmark import Benchmark, read_json
+from stf_jax.evals.benchmark import Benchmark, by_kind
+from stf_jax.evals.files import matched, read_json
 from stf_jax.runtime.files import write_json
 
 _LABELS = "testdev_balanced_questions.json"
@@ -35,18 +35,18 @@ class GQA(Benchmark):
         file = self.find_any(*(f"{folder}{_LABELS}" for folder in folders))
         if file is not None:
             self.labels = (file,)
-            self._labels = vqa.matched([str(question.id) for question in self.questions], _read(file), file)
+            self._labels = matched([str(question.id) for question in self.questions], _read(file), file)
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         labels = self._labels[: len(self.questions)]
         right = [predicted(text) == gold for text, (gold, _, _) in zip(texts, labels, strict=True)]
         _, structural, semantic = zip(*labels, strict=True)
-        answers = vqa.by_kind(["open" if kind == "query" else "binary" for kind in structural], right)
+        answers = by_kind(["open" if kind == "query" else "binary" for kind in structural], right)
         return {
             "accuracy": statistics.fmean(right),
             **{kind: entry["accuracy"] for kind, entry in answers.items()},
-            "by_structural": vqa.by_kind(structural, right),
-            "by_semantic": vqa.by_kind(semantic, right),
+            "by_structural": by_kind(structural, right),
+            "by_semantic": by_kind(semantic, right),
         }
 
     def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:

@@ -12,6 +12,7 @@ from etils import epath
 
 from stf_jax.config import UserError, nearest
 from stf_jax.evals.benchmark import WORD, Benchmark
+from stf_jax.evals.files import text_lines
 from stf_jax.runtime.files import new_text
 
 _PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -163,14 +164,9 @@ def _bare(question):
 
 
 def _fields(file, columns):
-    try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}.") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in text_lines(file):
         fields = [field.strip() for field in line.split("\t")]
-        if line.strip():
-            if len(fields) < columns:
-                wanted = ("file", "question", "answer")[-columns:]
-                raise UserError(f"{file}, line {number}: a label needs {', '.join(wanted)}, with tabs between.")
-            yield number, fields[:columns]  # the evaluation tool's examples have an answer of a model after them
+        if len(fields) < columns:
+            wanted = ("file", "question", "answer")[-columns:]
+            raise UserError(f"{file}, line {number}: a label needs {', '.join(wanted)}, with tabs between.")
+        yield number, fields[:columns]  # the evaluation tool's examples have an answer of a model after them

@@ -7,7 +7,8 @@ from typing import Any
 from etils import epath
 
 from stf_jax.config import UserError, nearest
-from stf_jax.evals.benchmark import WORD, Benchmark, read_lines
+from stf_jax.evals.benchmark import WORD, Benchmark
+from stf_jax.evals.files import read_lines
 
 _SPLITS = ("random", "popular", "adversarial")
 _SHARES = ("f1", "accuracy", "precision", "recall", "yes_ratio")

@@ -15,9 +15,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from stf_jax.config import UserError, flatten
-from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.evals.answers import answer_line, answers_to, read_answers
-from stf_jax.evals.benchmark import Benchmark, Question, sha256
+from stf_jax.evals.benchmark import Benchmark
+from stf_jax.evals.files import sha256
 from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.generator import GREEDY, Generator
 from stf_jax.runtime.files import GrowingFile, write_json
@@ -55,7 +55,7 @@ def evaluate(
       UserError: a picture cannot be opened; ``out`` holds another run's answers, or cannot be made.
     """
     active = jax.process_index() == 0
-    protocol = _scoring(benchmark) | {"asking": generator.protocol(_record(benchmark.questions[0]))}
+    protocol = _scoring(benchmark) | {"asking": generator.protocol(benchmark.questions[0].record())}
     protocol["asking"] |= {"decoding": _decoding(benchmark, sampling), "rows": rows, "model": origin}
     questions, kept = benchmark.questions, []
     if active:
@@ -67,7 +67,7 @@ def evaluate(
             kept = kept[: min(len(kept), len(questions) - rows) // rows * rows]
         write_json(out / PROTOCOL, protocol)
     done = int(multihost_utils.broadcast_one_to_all(np.int32(len(kept))))
-    records = [_record(question) for question in questions[done:]]
+    records = [question.record() for question in questions[done:]]
     said = generator.answers(records, benchmark.tokens, rows, sampling)
     said = tqdm.tqdm(
         said, benchmark.name, len(questions), initial=done, unit="question", disable=not active, mininterval=0.5
@@ -155,12 +155,6 @@ def _figure(key, value):
     if not isinstance(value, float):
         return value
     return f"{value:.1f}" if key in ("perception", "cognition", "score") else f"{value:.1%}"
-
-
-def _record(question: Question) -> Record:
-    if question.picture is None:
-        return Record(str(question.id), (), (Turn("human", question.text),))
-    return Record(str(question.id), (question.picture,), (Turn("human", f"{IMAGE_MARK}\n{question.text}"),))
 
 
 def _scoring(benchmark):

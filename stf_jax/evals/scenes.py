@@ -13,8 +13,8 @@ import PIL.ImageFont
 from etils import epath
 
 from stf_jax.data import scenes
-from stf_jax.data.scenes import KINDS, SHORT_ANSWER, SIDE, draw, make_scene
-from stf_jax.evals.benchmark import Benchmark, Question
+from stf_jax.data.scenes import KINDS, SIDE, draw, make_scene
+from stf_jax.evals.benchmark import WORD, Benchmark, Question
 
 SEED = 1_000_003  # of the held-out pictures, whatever a run trained on
 PICTURES = 128
@@ -56,7 +56,7 @@ class Scenes(Benchmark):
         self._asked = held_out_questions(PICTURES)
         self.questions = []
         for picture, index, question in self._asked:
-            text = f"{question.text}\n{SHORT_ANSWER}"
+            text = question.text + WORD
             # The blank one comes next to it, so that a part of the questions is a part of either.
             for shown, opens in (
                 ("scene", picture),

@@ -9,8 +9,8 @@ from etils import epath
 
 from stf_jax.config import UserError
 from stf_jax.data.records import IMAGE_MARK
-from stf_jax.evals import vqa
-from stf_jax.evals.benchmark import LETTER, Benchmark, Question, read_json
+from stf_jax.evals.benchmark import LETTER, Benchmark, Question
+from stf_jax.evals.files import matched, read_json
 
 _LETTERS = ("A", "B", "C", "D", "E")
 
@@ -37,7 +37,7 @@ class ScienceQA(Benchmark):
             problems = read_json(file)
             if not isinstance(problems, dict):
                 raise UserError(f"{file} is no object of problems by their ids; take ScienceQA's own file.")
-            own = vqa.matched([str(row["id"]) for row in rows], problems, file)
+            own = matched([str(row["id"]) for row in rows], problems, file)
             self._labels = [_label(file, row, problem) for row, problem in zip(rows, own, strict=True)]
         else:
             self._labels = [_own_label(asked, row) for row in rows]

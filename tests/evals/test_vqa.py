@@ -1,13 +1,11 @@
 """EvalAI's normaliser and the accuracy among annotators, against lmms-eval's; labels that are not as they should be."""
 
-import json
 import random
 import sys
 from unittest import mock
 
 import lmms
 import pytest
-from etils import epath
 
 from stf_jax.config import UserError
 from stf_jax.evals import vqa
@@ -116,45 +114,6 @@ def test_each_text_has_its_own_answers():
     assert vqa.accuracies(["yes", "no"], [["yes"] * 10, ["yes"] * 10]) == [1.0, 0.0]
     with pytest.raises(ValueError, match="argument 2 is longer"):
         vqa.accuracies(["yes"], [["yes"] * 10, ["yes"] * 10])
-
-
-def test_kinds_are_counted_apart():
-    assert list(vqa.by_kind(["b", "a", "b", "b"], [1, 0.5, 0, 0]).items()) == [
-        ("a", {"accuracy": 0.5, "questions": 1}),
-        ("b", {"accuracy": 1 / 3, "questions": 3}),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("content", "under", "sentence"),
-    [
-        ({"x": []}, "data", "has no list of labels under 'data'"),
-        ([], "data", "has no list of labels under 'data'"),
-        ({"data": {}}, "data", "has no list of labels under 'data'"),
-        ({}, "", "has no list of labels; take the file"),
-        ([{"image": "x", "id": 1}, {"image": "y"}], "", "label 2: a label needs image and id."),
-        ([{"image": "x", "id": "1"}], "", "label 1: a label needs image and id."),
-        (["x"], "", "label 1: a label needs image and id."),
-    ],
-)
-def test_labels_of_another_form_are_refused(tmp_path, content, under, sentence):
-    file = epath.Path(tmp_path) / "labels.json"
-    file.write_text(json.dumps(content))
-    with pytest.raises(UserError) as error:
-        vqa.read_labels(file, under, image=str, id=int)
-    assert str(error.value).startswith(str(file))
-    assert sentence in str(error.value)
-
-
-def test_questions_without_labels_are_counted():
-    file = epath.Path("labels.json")
-    assert vqa.matched([2, 1], {1: "a", 2: "b", 3: "c"}, file) == ["b", "a"]
-    with pytest.raises(UserError) as error:
-        vqa.matched([2, 5, 1, 4], {1: "a", 2: "b"}, file)
-    assert str(error.value) == (
-        "labels.json lacks 2 of the 4 questions, such as 5; it is of another split or version: replace it, or move it "
-        "away."
-    )
 
 
 @pytest.mark.parametrize("answers", [None, [], "yes", {"answer": "yes"}, [1], [{"answer": 1}], [{}], ["yes", None]])

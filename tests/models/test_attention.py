@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stf_jax.config import UserError
-from stf_jax.models.attention import Mask, attention, reference_attention
+from stf_jax.models.attention import Mask, attention, cached_attention, reference_attention
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 2, 2, 2, 2, 2, 2, 2]])
 MASKS = {
@@ -91,3 +91,14 @@ def test_cudnn_by_name_is_refused_without_a_gpu():
     q, k, v = inputs(dtype=jnp.bfloat16)
     with pytest.raises(UserError, match=r"needs a GPU; set model\.attention=xla"):
         attention(q, k, v, Mask(causal=True), "cudnn")
+
+
+@pytest.mark.parametrize("heads", [(6, 6), (6, 2)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_cache_is_read_where_it_is_filled(heads, dtype):
+    q, k, v = inputs(*heads, dtype=dtype)
+    q, filled = q[:, :1], np.array([[1, 1, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1, 0, 0]], bool)
+    out = cached_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(filled))
+    assert (out.dtype, out.shape) == (dtype, q.shape)
+    expected = by_definition(q, k, v, filled[:, None])
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=1e-5 if dtype == jnp.float32 else 0.05)

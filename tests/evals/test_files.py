@@ -1,0 +1,58 @@
+"""Files of questions and labels: what is malformed, missing or of another version is named in a sentence."""
+
+import hashlib
+import json
+import re
+
+import pytest
+from etils import epath
+
+from stf_jax.config import UserError
+from stf_jax.evals.files import matched, read_json, read_labels, read_lines, sha256
+
+
+def test_json_and_hashes(tmp_path):
+    file = epath.Path(tmp_path) / "labels.json"
+    file.write_bytes('\ufeff{"a": "ü"}'.encode())
+    assert read_json(file) == {"a": "ü"}
+    assert list(read_lines(file)) == [(1, {"a": "ü"})]
+    assert sha256(file) == hashlib.sha256('\ufeff{"a": "ü"}'.encode()).hexdigest()
+    for content in (b"{", b'"\xff"', b""):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"^{re.escape(str(file))} is not JSON: "):
+            read_json(file)
+    file.unlink()
+    with pytest.raises(UserError, match=rf"^{re.escape(str(file))} is not JSON: "):
+        read_json(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "under", "sentence"),
+    [
+        ({"x": []}, "data", "has no list of labels under 'data'"),
+        ([], "data", "has no list of labels under 'data'"),
+        ({"data": {}}, "data", "has no list of labels under 'data'"),
+        ({}, "", "has no list of labels; take the file"),
+        ([{"image": "x", "id": 1}, {"image": "y"}], "", "label 2: a label needs image and id."),
+        ([{"image": "x", "id": "1"}], "", "label 1: a label needs image and id."),
+        (["x"], "", "label 1: a label needs image and id."),
+    ],
+)
+def test_labels_of_another_form_are_refused(tmp_path, content, under, sentence):
+    file = epath.Path(tmp_path) / "labels.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        read_labels(file, under, image=str, id=int)
+    assert str(error.value).startswith(str(file))
+    assert sentence in str(error.value)
+
+
+def test_questions_without_labels_are_counted():
+    file = epath.Path("labels.json")
+    assert matched([2, 1], {1: "a", 2: "b", 3: "c"}, file) == ["b", "a"]
+    with pytest.raises(UserError) as error:
+        matched([2, 5, 1, 4], {1: "a", 2: "b"}, file)
+    assert str(error.value) == (
+        "labels.json lacks 2 of the 4 questions, such as 5; it is of another split or version: replace it, or move it "
+        "away."
+    )
