@@ -19,5 +19,4 @@ def get_config(arg=None):
     config.rules = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train"))
     config.data.update(template="v1", aspect="pad", max_length=2048, buckets=8)
     config.optimizer.learning_rate = 2e-5
-    config.mesh.update(data=1, fsdp=-1)
     return config

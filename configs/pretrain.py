@@ -20,5 +20,4 @@ def get_config(arg=None):
     config.rules = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "freeze"))
     config.data.update(template="plain", aspect="square", max_length=2048, buckets=8)
     config.optimizer.learning_rate = 1e-3
-    config.mesh.update(data=1, fsdp=-1)
     return config

@@ -45,7 +45,7 @@ class ModelConfig:
     precision: str = "bfloat16"  # bfloat16: frozen weights and compute | float32: everything
     scan_layers: bool = True  # one compiled block looped over, or each layer written out
     remat: str = "full"  # what backward recomputes: none | dots (all but matrix products) | full
-    attention: str = "auto"  # auto | reference | xla | cudnn (models/attention.py)
+    attention: str = "auto"  # auto | reference | xla | cudnn | splash (models/attention.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +95,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one axis may be -1: all that are left."""
+    """Devices along each mesh axis; one axis may be -1: all that are left; ``data`` and ``fsdp`` both: see ``fsdp``."""
 
     data: int = -1  # batch; parameters whole
-    fsdp: int = 1  # batch; parameters and moments sharded
+    fsdp: int = -1  # batch; parameters and moments sharded; with data -1 as well: a whole slice, and data the slices
     tensor: int = 1  # heads, feed-forward and vocabulary sharded
 
 
@@ -125,6 +125,14 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """Steps of which a profile is taken, for TensorBoard (xprof), in ``workdir/profile``."""
+
+    first_step: int = 0  # the first of them; 0: none
+    steps: int = 3  # how many
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One stage of training."""
 
@@ -143,6 +151,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    profile: ProfileConfig = ProfileConfig()
 
 
 _CHOICES = {
@@ -150,7 +159,7 @@ _CHOICES = {
     "model.fusion.init": ("torch", "kaiming", "xavier", "normal"),
     "model.precision": ("bfloat16", "float32"),
     "model.remat": ("none", "dots", "full"),
-    "model.attention": ("auto", "reference", "xla", "cudnn"),
+    "model.attention": ("auto", "reference", "xla", "cudnn", "splash"),
     "data.source": ("llava", "scenes"),
     "data.scenes.task": ("documents", "captions", "mixture", "conversations"),
     "data.aspect": ("square", "pad"),
@@ -170,6 +179,7 @@ _AT_LEAST_ONE = (
     "optimizer.accumulation_steps",
     "checkpoint.every_steps",
     "checkpoint.keep_last",
+    "profile.steps",
 )
 
 
@@ -341,6 +351,7 @@ def _validated(config):
         "checkpoint.keep_every",
         "eval.limit",
         "eval.every_steps",
+        "profile.first_step",
     ):
         if not 0 <= flat[key] < math.inf:  # nor nan
             raise UserError(f"Config key {key} is {flat[key]}; it must be finite and not negative.")

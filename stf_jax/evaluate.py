@@ -12,8 +12,9 @@ from stf_jax.evals.known import BENCHMARKS, open_benchmarks
 from stf_jax.evals.running import RESULTS, evaluate, score, shown
 from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.loading import load_generator
-from stf_jax.runtime.cli import Parser, add_model_arguments, door
+from stf_jax.runtime.cli import Parser, add_host_arguments, add_model_arguments, door
 from stf_jax.runtime.files import write_json
+from stf_jax.runtime.hosts import join
 from stf_jax.runtime.mesh import make_mesh
 
 DESCRIPTION = """Ask a model a benchmark's questions, or score answers that were made anywhere.
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--limit", type=int, default=0, help="questions of each benchmark, the first ones; all")
     parser.add_argument("--batch", type=int, default=16, help="questions at once (%(default)s)")
     add_model_arguments(parser)
+    add_host_arguments(parser)
     options = parser.parse_args(argv)
     if options.limit < 0 or options.batch < 1:
         raise UserError("--limit must be at least 0 and --batch at least 1.")
@@ -65,6 +67,7 @@ def _results(options: argparse.Namespace, benchmarks, several):
     if options.answers is not None:
         yield score(benchmarks[0], options.answers, options.out)
         return
+    join(options.coordinator, options.processes, options.process)
     generator, saved = load_generator(options.checkpoint, make_mesh(MeshConfig(*options.mesh)), options.precision)
     name = pathlib.Path(os.path.abspath(options.checkpoint)).name  # of "." as of any other
     origin = {"checkpoint": str(options.checkpoint), "step": saved.step}

@@ -7,7 +7,8 @@ import jax
 
 from stf_jax.config import resolve
 from stf_jax.evals.running import shown
-from stf_jax.runtime.cli import door, parse
+from stf_jax.runtime.cli import Parser, add_host_arguments, door, parse
+from stf_jax.runtime.hosts import join
 from stf_jax.training.loop import train
 
 HELP = """Train a model, stage by stage, and measure it.
@@ -20,14 +21,23 @@ HELP = """Train a model, stage by stage, and measure it.
   --workdir=DIR        where the run lives: config.json, metrics.jsonl, checkpoints/, tensorboard/, results.json.
                        A workdir that holds a checkpoint is continued from there.
 
+On several hosts, start the same command on each, with one workdir that all of them see. TPU pods, SLURM and Open MPI
+tell which is which; elsewhere add to each:
+
+  --coordinator=HOST:PORT --processes=N --process=I     HOST runs process 0; I is from 0 to N-1
+
 Every key with its meaning and unit: stf_jax/config.py. Exit status: 0 done, 2 your input, 1 our bug.
 """
 
 
 def main(argv: list[str]) -> None:
     """Runs the stages of the config in order, each from the end of the one before."""
+    hosts = Parser(add_help=False, allow_abbrev=False)
+    add_host_arguments(hosts)
+    host, argv = hosts.parse_known_args(argv)
     workdir, config = parse(argv, HELP)
     stages = resolve(config)
+    join(host.coordinator, host.processes, host.process)
     for before, stage in zip([None, *stages], stages, strict=False):
         if before is not None:
             stage = dataclasses.replace(stage, init_from=str(workdir / before.name))

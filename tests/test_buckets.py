@@ -48,6 +48,7 @@ print(json.dumps({
     "metrics": run.joinpath("metrics.jsonl").read_text(),
     "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
     "run": sorted(path.name for path in run.iterdir()),
+    "profiles": sum(len(list(folder.glob("*.xplane.pb"))) for folder in (run / "profile/plugins/profile").iterdir()),
     "prepared": sorted(path.name for path in epath.Path("gs://bucket/prepared").iterdir()),
     "export": sorted(path.name for path in epath.Path("gs://bucket/export").iterdir()),
 }))
@@ -94,7 +95,7 @@ def test_from_files_to_a_trained_and_exported_model_in_a_bucket(gs, tmp_path):
     }
     train = ["-m", "stf_jax.main", f"--config={TESTS}/tiny.py", "--workdir=gs://bucket/run"]
     train += [f"--config.data.{key}={value}" for key, value in data.items()]
-    gs(*train, "--config.steps=2")
+    gs(*train, "--config.steps=2", "--config.profile.first_step=2")
     gs(*train, "--config.steps=4")  # goes on from the second step's checkpoint
     gs("-c", _CONVERT, "export", "gs://bucket/run", "--format=hf", "--to=gs://bucket/export")
     found = json.loads(gs("-c", _LIST))
@@ -102,7 +103,8 @@ def test_from_files_to_a_trained_and_exported_model_in_a_bucket(gs, tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[2]["seconds"] > lines[1]["seconds"]
     assert found["checkpoints"] == ["2", "4"]
-    assert {"config.json", "metrics.jsonl", "tensorboard"} <= set(found["run"])
+    assert {"config.json", "metrics.jsonl", "tensorboard", "profile"} <= set(found["run"])
+    assert found["profiles"] == 1
     assert {"dataset_info.json", "features.json", "kept.json", "report.json", "histograms.png"} <= set(
         found["prepared"]
     )

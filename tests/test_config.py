@@ -226,7 +226,7 @@ def test_a_value_of_another_type_is_refused(key, value):
         ("model.fusion.init", "xaviar", "did you mean 'xavier'"),
         ("model.precision", "float16", "did you mean 'bfloat16'"),
         ("model.remat", "ful", "did you mean 'full'"),
-        ("model.attention", "flash", "known: auto, reference, xla, cudnn"),
+        ("model.attention", "triton", "known: auto, reference, xla, cudnn, splash"),
         ("data.source", "lava", "did you mean 'llava'"),
         ("data.scenes.task", "caption", "did you mean 'captions'"),
         ("data.aspect", "padd", "did you mean 'pad'"),

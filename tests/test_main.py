@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,13 +14,14 @@ from tiny import tiny
 from stf_jax.config import from_json
 from stf_jax.main import main
 from stf_jax.runtime.cli import door
+from stf_jax.runtime.cost import step_flops
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = f"--config={ROOT}/tests/tiny.py"
 PRETRAIN = f"--config={ROOT}/configs/pretrain.py"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _quick_to_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -89,12 +91,20 @@ def test_the_recipe_without_data_says_what_to_provide(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_leaves_config_metrics_checkpoints_and_tensorboard(tmp_path):
-    workdir = tmp_path / "new" / "run"
-    options = ["--config.log_every_steps=2", "--config.mesh.data=1"]
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Of a run of five steps on two devices, of which the second and the third step are profiled."""
+    workdir = tmp_path_factory.mktemp("new") / "deeper" / "run"
+    options = ["--config.log_every_steps=2", "--config.mesh.data=2", "--config.mesh.fsdp=1"]
+    options += ["--config.profile.first_step=2", "--config.profile.steps=2"]
     assert door(main, [f"{TINY}:steps=5", f"--workdir={workdir}", *options]) == 0
+    return workdir
+
+
+def test_a_run_leaves_config_metrics_checkpoints_and_tensorboard(workdir):
     config = from_json(json.loads((workdir / "config.json").read_text()))
-    assert config == tiny(steps=5, log_every_steps=2, **{"mesh.data": 1})
+    profile = {"profile.first_step": 2, "profile.steps": 2}
+    assert config == tiny(steps=5, log_every_steps=2, **{"mesh.data": 2, "mesh.fsdp": 1}, **profile)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     # Every second step, and the last.
     assert [line["step"] for line in lines] == [2, 4, 5]
@@ -105,3 +115,26 @@ def test_a_run_leaves_config_metrics_checkpoints_and_tensorboard(tmp_path):
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert sorted(folder.name for folder in (workdir / "checkpoints").iterdir()) == ["4", "5"]
     assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_run_tells_how_its_time_was_spent(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    flops = step_flops(tiny().model, tiny().rules, 8, 192, 1).step
+    for line in lines:
+        assert line["tokens_per_second_per_device"] == line["tokens_per_second"] / 2
+        assert line["model_flops_per_second"] * line["seconds_per_step"] == pytest.approx(flops / 2)
+        assert 0 <= line["data_wait"] < 1
+        assert 0 < line["goodput"] < 1
+        assert not line.keys() & {"mfu", "device_memory_bytes"}  # of a CPU
+    # One program, which took most of the time until the first line.
+    assert [name for line in lines for name in line if name == "compile_seconds"] == ["compile_seconds"]
+    assert lines[0]["seconds"] / 2 < lines[0]["compile_seconds"] < lines[0]["seconds"]
+
+
+def test_a_profile_tells_the_parts_of_the_model_apart(workdir):
+    (file,) = (workdir / "profile").glob("plugins/profile/*/*.xplane.pb")  # where TensorBoard looks
+    names = set(re.findall(rb"jit\(train_step\)/[ -~]+", file.read_bytes()))
+    for scopes in (b"vision.*/attention", b"vision.*/mlp", b"fusion", b"llm.*/attention", b"llm.*/mlp", b"loss"):
+        assert any(re.search(rb"jvp\(" + scopes, name) for name in names), scopes
+    assert any(b"transpose(jvp(llm))" in name for name in names)
+    assert any(b"/update/" in name for name in names)

@@ -40,6 +40,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.init_missing = (".*",)
     config.rules = (("vision/.*", "freeze"), (".*", "train"))
     config.checkpoint.every_steps = 2
+    config.mesh.fsdp = 1  # whole parameters, unless a test is about their parts
     return config
 
 
@@ -82,13 +83,7 @@ class Setup:
 
     def step(self) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
         """The train step for numpy batches, compiled as training/loop.py compiles it."""
-        places, rows = jax.tree.map(lambda leaf: leaf.sharding, self.layout), jax.NamedSharding(self.mesh, BATCH)
-        step = jax.jit(
-            make_train_step(self.plan, self.tx, self.config.optimizer.accumulation_steps),
-            in_shardings=(places, rows),
-            out_shardings=(places, None),
-            donate_argnums=0,
-        )
+        step, rows = make_train_step(self.config, self.plan, self.tx, self.layout), jax.NamedSharding(self.mesh, BATCH)
 
         def run(state, batch):
             with computing(self.mesh, self.plan.precision):

@@ -82,15 +82,19 @@ class Prepare:
             raise BadRow("too_many_pictures", sentence)
         return template_items(self._config.template, record)
 
-    def measure(self, source: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+    def measure(self, source: Sequence[Record], *, shown: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and pictures of every record of a data set, int32 [R]; both 0 where it is unfit, pictures unseen.
+
+        Args:
+          shown: whether there is a progress bar.
 
         Raises:
           UserError: none of the records that are looked at first can be used; says why the first cannot.
         """
         self._look(source)
         lengths, pictures = np.zeros(len(source), np.int32), np.zeros(len(source), np.int32)
-        every = iter(tqdm.tqdm(range(len(source)), "measuring", unit="row", delay=2, leave=False, mininterval=0.5))
+        look = {"unit": "row", "delay": 2, "leave": False, "mininterval": 0.5, "disable": not shown}
+        every = iter(tqdm.tqdm(range(len(source)), "measuring", **look))
         while indices := list(itertools.islice(every, _CHUNK)):
             good, items = [], []
             for index in indices:
@@ -185,7 +189,7 @@ class Batches:
         Raises:
           UserError: as :class:`Plan` and :meth:`Prepare.measure` do, or this process and the others plan differently.
         """
-        measured = [prepare.measure(records) for records in source.sets]  # each is looked at
+        measured = [prepare.measure(records, shown=host == 0) for records in source.sets]  # each is looked at
         lengths, pictures = (np.concatenate(counts) for counts in zip(*measured, strict=True))
         rows = config.global_batch_size
         self.plan = Plan(config.data, config.seed, rows, lengths, pictures, source.sizes)

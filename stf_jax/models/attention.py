@@ -15,11 +15,16 @@ Axis letters: B batch, T positions, S slots of a cache, H heads, K kv heads (K d
 """
 
 import dataclasses
+import functools
+import logging
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import PartitionSpec
 
 from stf_jax.config import UserError
+from stf_jax.models.layers import platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +34,18 @@ class Mask:
     causal: bool = False
     segments: jax.Array | None = None
 
-    def dense(self, length: int) -> jax.Array | None:
-        """The mask as bool [B or 1, 1, T, T], True where attention flows; None where it flows everywhere."""
+    def dense(self, queries: jax.Array, length: int) -> jax.Array | None:
+        """The mask as bool [B or 1, 1, Q, T], True where attention flows; None where it flows everywhere.
+
+        Args:
+          queries: int32 [Q], the positions that look.
+          length: T, positions that are looked at.
+        """
         allowed = None
         if self.causal:
-            allowed = jnp.tril(jnp.ones((length, length), bool))[None, None]
+            allowed = (queries[:, None] >= jnp.arange(length))[None, None]
         if self.segments is not None:
-            same = (self.segments[:, :, None] == self.segments[:, None, :])[:, None]
+            same = (self.segments[:, queries, None] == self.segments[:, None, :])[:, None]
             allowed = same if allowed is None else same & allowed
         return allowed
 
@@ -50,27 +60,37 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, implementati
       q: [B, T, H, Dh].
       k, v: [B, T, K, Dh]; query head h reads kv head h·K//H.
       mask: which positions may see which.
-      implementation: ``auto`` (cuDNN's flash attention for bfloat16 on a GPU where it can do what is asked, else XLA),
-        ``cudnn``, ``xla`` or ``reference``.
+      implementation: ``auto`` (the backend's kernel where it can do what is asked, else XLA), or by name:
+        ``splash``, Pallas' on TPU (on CPU interpreted, for tests); ``cudnn``, flash attention on GPU; ``xla``;
+        ``reference``. Which one it is, and why, is logged once.
 
     Returns:
       [B, T, H, Dh] in q's type.
 
     Raises:
-      UserError: cuDNN was asked by name for what it cannot do.
+      UserError: a kernel was asked by name for what it cannot do.
     """
     if implementation == "reference":
         return reference_attention(q, k, v, mask)
-    refusal = _cudnn_refusal(q, mask)
-    if implementation == "cudnn" and refusal:
-        raise UserError(f"cuDNN attention {refusal}; set model.attention=xla.")
-    if implementation == "cudnn" or (implementation == "auto" and not refusal):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=mask.causal, implementation="cudnn")
-    return jax.nn.dot_product_attention(q, k, v, mask=mask.dense(q.shape[1]), implementation="xla")
+    chosen, reason = implementation, ""
+    if implementation == "auto":
+        kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform())
+        refusal = _REFUSALS[kernel](q, mask) if kernel else None
+        chosen = kernel if kernel and not refusal else "xla"
+        reason = f": {kernel} {refusal}" if refusal else ""
+    elif implementation in _REFUSALS and (refusal := _REFUSALS[implementation](q, mask)):
+        raise UserError(f"model.attention={implementation} {refusal}; set model.attention=auto.")
+    kind = f"{'causal ' * mask.causal}{'packed ' * (mask.segments is not None)}attention"
+    _say(f"{kind} with heads of {q.shape[-1]} in {q.dtype}: {chosen}{reason}")
+    return _KERNELS[chosen](q, k, v, mask)
+
+
+def _cudnn(q, k, v, mask):
+    return jax.nn.dot_product_attention(q, k, v, is_causal=mask.causal, implementation="cudnn")
 
 
 def _cudnn_refusal(q, mask):
-    if jax.default_backend() != "gpu":
+    if platform() != "gpu":
         return "needs a GPU"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"does not compute in {q.dtype}"
@@ -82,13 +102,95 @@ def _cudnn_refusal(q, mask):
     return None
 
 
+_LANES = 128  # of a TPU's vector registers: splash's blocks are multiples of it
+_BLOCK = 512  # positions a side of splash's blocks, where they divide the length
+
+
+def _splash(q, k, v, mask):
+    """Pallas' splash attention, on each device's rows and heads."""
+    length = q.shape[1]
+    # Filling lies at the right, where a causal mask hides it.
+    q, k, v = (jnp.pad(x, ((0, 0), (0, -length % _LANES), (0, 0), (0, 0))) for x in (q, k, v))
+    whole = q.shape[1]
+    block = next(size for size in range(_BLOCK, 0, -_LANES) if whole % size == 0)
+    forward = dict(block_q=block, block_kv=block, block_kv_compute=block)
+    backward = dict(block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block)
+    sizes = splash_attention.BlockSizes(**forward, **backward, block_q_dq=block, block_kv_dq=block)
+    segments = None
+    if mask.segments is not None:
+        segments = jnp.pad(mask.segments, ((0, 0), (0, whole - length)), constant_values=-1)
+
+    def local(q, k, v, segments):
+        heads = [splash_attention.CausalMask((whole, whole))] * q.shape[2]
+        kernel = splash_attention.make_splash_mha(
+            splash_attention.MultiHeadMask(heads),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=platform() == "cpu",
+        )
+
+        def row(q, k, v, segments):
+            ids = None if segments is None else splash_attention.SegmentIds(segments, segments)
+            return kernel(q, k, v, segment_ids=ids)
+
+        scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+        heads_first = (x.swapaxes(1, 2) for x in (scaled, k, v))
+        return jax.vmap(row)(*heads_first, segments).swapaxes(1, 2)
+
+    rows = PartitionSpec(("data", "fsdp"))
+    heads = PartitionSpec(("data", "fsdp"), None, "tensor")
+    if not jax.sharding.get_abstract_mesh().empty:
+        # What a kernel of our own making writes varies as what it reads; Pallas does not say so by itself.
+        local = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    return local(q, k, v, segments)[:, :length]
+
+
+def _splash_refusal(q, mask):
+    if platform() == "gpu":
+        return "needs a TPU"
+    if not mask.causal:
+        return "is for causal attention"
+    if q.shape[-1] % 64:
+        return f"does not take heads of size {q.shape[-1]}"
+    return None
+
+
+_QUERIES = 512  # at once, of longer rows
+
+
+def _xla(q, k, v, mask):
+    length = q.shape[1]
+
+    def some(queries, q):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask.dense(queries, length), implementation="xla")
+
+    if length <= 2 * _QUERIES:
+        return some(jnp.arange(length), q)
+    # Block by block of queries, backward too, so that scores of all positions with all never lie in memory.
+    blocks = -(-length // _QUERIES)
+    queries = jnp.minimum(jnp.arange(blocks * _QUERIES), length - 1).reshape(blocks, _QUERIES)
+    parts = jax.lax.map(lambda part: jax.checkpoint(some, prevent_cse=False)(part, q[:, part]), queries)
+    return parts.swapaxes(0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
+
+
+@functools.cache
+def _say(sentence):
+    if jax.process_index() == 0:
+        logging.getLogger(__name__).info(sentence)
+
+
+_KERNELS = {"cudnn": _cudnn, "splash": _splash, "xla": _xla}
+_REFUSALS = {"cudnn": _cudnn_refusal, "splash": _splash_refusal}
+
+
 def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """The same by the definition, all in float32: what the kernels are tested against."""
     group = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
     q, k, v32 = (x.astype(jnp.float32) for x in (q, k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * q.shape[-1] ** -0.5
-    allowed = mask.dense(q.shape[1])
+    allowed = mask.dense(jnp.arange(q.shape[1]), q.shape[1])
     if allowed is not None:
         scores = jnp.where(allowed, scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)

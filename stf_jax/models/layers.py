@@ -161,6 +161,12 @@ class RMSNorm(nnx.Module):
         return (y * self.scale[...]).astype(x.dtype)
 
 
+def platform() -> str:
+    """What is compiled for, ``cpu``, ``gpu`` or ``tpu``: the devices of the mesh in use, which need not be here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
 def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
     """Asks for a layout of ``x`` on the mesh in use, by mesh axis; without a mesh, ``x`` as it is."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from stf_jax.models.attention import Mask, attention, cached_attention
 from stf_jax.models.layers import Linear, RMSNorm, apply_layers, constrain, normal, parameter
@@ -81,6 +82,31 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Applies rotary positions to heads [B, T, H, Dh], pairing channel i with i + Dh/2 as transformers does."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def look_up(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The table's rows of these tokens, [B, T, D] in ``dtype``; gradients by the table are summed in its own type.
+
+    On a mesh in use a device looks up its own widths for the rows of all devices beside it on ``fsdp``, and they trade:
+    a batch of embeddings crosses the mesh, not the table.
+
+    Args:
+      table: [V, D].
+      tokens: int32 [B, T].
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return table[tokens].astype(dtype)
+
+    def local(table, tokens):
+        tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
+        here = tokens - jax.lax.axis_index("tensor") * table.shape[0]
+        found = table.at[here].get(mode="fill", fill_value=0, wrap_negative_indices=False).astype(dtype)
+        found = jax.lax.psum(found, "tensor")  # the one device that has the word, and noughts
+        return jax.lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+    rows = PartitionSpec(("data", "fsdp"))
+    return jax.shard_map(local, in_specs=(PartitionSpec("tensor", "fsdp"), rows), out_specs=rows)(table, tokens)
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) of a layer → [B, T, H, Dh]
@@ -158,8 +184,7 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Embeddings [B, T, D] in ``dtype`` of int32 tokens [B, T]."""
-        # Widths are gathered before the lookup, as in any layer; left to itself, the compiler replicates the result.
-        return constrain(self.embedding[...].astype(dtype), "tensor", None)[tokens]
+        return look_up(self.embedding[...], tokens, dtype)
 
     def __call__(self, x: jax.Array, positions: jax.Array, segments: jax.Array | None) -> jax.Array:
         """Hidden states after the final norm.
@@ -225,6 +250,11 @@ class Decoder(nnx.Module):
             every = range(self.config.layers)
             x = apply_layers(self.blocks, x, cos, sin, attend, layers=every, scan=scan, remat=remat)
             return self.norm(x)
+
+    @property
+    def head_kernel(self) -> jax.Array:
+        """What turns hidden states into logits, [D, V]."""
+        return self.embedding[...].T if self.head is None else self.head.kernel[...]
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden states [..., D]."""

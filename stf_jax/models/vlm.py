@@ -21,12 +21,13 @@ class VLM(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
         """Raises UserError for an unknown preset or fusion, or a kernel that does not divide the grid."""
         vision, llm = vision_preset(config.vision), llm_preset(config.llm)
-        how = dict(scan=config.scan_layers, remat=config.remat, attention=config.attention)
+        how = dict(scan=config.scan_layers, remat=config.remat)
         self.dtype = jnp.dtype(config.precision)
         self.taps = tapped_blocks(config.fusion, vision.layers)
-        self.vision = VisionTower(rngs, vision, **how)
+        seeing = "auto" if config.attention == "splash" else config.attention  # splash is for causal attention alone
+        self.vision = VisionTower(rngs, vision, attention=seeing, **how)
         self.fusion = Fusion(rngs, config.fusion, vision, llm.width)
-        self.llm = Decoder(rngs, llm, **how)
+        self.llm = Decoder(rngs, llm, attention=config.attention, **how)
 
     def image_tokens(self, images: jax.Array) -> jax.Array:
         """Image tokens [B, M·N, D] of pictures uint8 [B, M, H, W, 3]."""
@@ -54,7 +55,7 @@ class VLM(nnx.Module):
         taken = jnp.take_along_axis(image_tokens, jnp.maximum(image_slots, 0)[:, :, None], axis=1)
         return jnp.where(image_slots[:, :, None] >= 0, taken, x)
 
-    def __call__(
+    def hidden(
         self,
         tokens: jax.Array,
         positions: jax.Array,
@@ -62,7 +63,7 @@ class VLM(nnx.Module):
         image_slots: jax.Array,
         images: jax.Array,
     ) -> jax.Array:
-        """Next-token logits, float32 [B, T, V].
+        """The decoder's hidden states [B, T, D] after its final norm.
 
         Args:
           tokens, positions: int32 [B, T]; positions count anew in each segment.
@@ -72,7 +73,11 @@ class VLM(nnx.Module):
         """
         image_tokens = self.image_tokens(images) if images.shape[1] else None
         x = shard_rows(self.embed(tokens, image_slots, image_tokens))
-        return self.llm.logits(self.llm(x, positions, segment_ids))
+        return self.llm(x, positions, segment_ids)
+
+    def __call__(self, *row: jax.Array | None) -> jax.Array:
+        """Next-token logits, float32 [B, T, V], of what :meth:`hidden` takes."""
+        return self.llm.logits(self.hidden(*row))
 
 
 def slots_per_image(config: ModelConfig) -> int:

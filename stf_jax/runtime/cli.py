@@ -13,6 +13,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from stf_jax.config import UserError, default_config, flatten, nearest
+from stf_jax.runtime import hosts
 
 
 def door(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
@@ -20,17 +21,25 @@ def door(main: Callable[[list[str]], None], argv: list[str] | None = None) -> in
 
     130 says that it was interrupted.
 
-    Any other exception is our bug and keeps its traceback (status 1).
+    Any other exception is our bug and keeps its traceback (status 1). Other hosts of the run are not left to wait.
     """
     logging.getLogger("absl").setLevel(logging.WARNING)
+    log = logging.getLogger("stf_jax")  # what was chosen for the user, a line each, on standard error
+    log.setLevel(logging.INFO)
+    log.handlers = [logging.StreamHandler()]
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        hosts.leave(2)
         return 2
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on where it was.", file=sys.stderr)
+        hosts.leave(130)
         return 130  # as shells have it
+    except Exception:
+        hosts.leave(1)
+        raise
     return 0
 
 
@@ -60,6 +69,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-k", type=_within(int, 0, 2**31 - 1), default=0, help="draw from so many of the likeliest; 0: all"
     )
     parser.add_argument("--seed", type=_within(int, 0, 2**31 - 1), default=0, help="of draws (%(default)s)")
+
+
+def add_host_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which of several hosts this is: the arguments of :func:`stf_jax.runtime.hosts.join`."""
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of several hosts: the first, and a free port there, as all reach it"
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    parser.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
 
 
 def _mesh(text):

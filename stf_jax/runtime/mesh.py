@@ -5,9 +5,12 @@ feed-forward and vocabulary. A size of 1 switches an axis off.
 """
 
 import contextlib
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from stf_jax.config import MeshConfig, TrainConfig, UserError
@@ -26,17 +29,28 @@ LOGICAL_TO_MESH: Mapping[str, str | None] = {
     "channel": None,  # colours; input channels of a convolution whose output is sharded
 }
 BATCH = PartitionSpec(("data", "fsdp"))
+_log = logging.getLogger(__name__)
 _LARGE = 2**20  # elements; a larger parameter must not stay whole on every device of a mesh that shards
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh of that shape over all devices, or over the first of them where it names fewer.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of that shape over the devices, or over the first of them where it names fewer and one host has them.
+
+    Where both ``data`` and ``fsdp`` are -1, ``fsdp`` fills a slice, whose devices have fast links to each other, and
+    ``data`` counts the slices: gradients alone pass between them. Whatever the sizes, ``tensor`` stays in a slice.
+
+    Args:
+      devices: all there are, if not said. Those of a TPU topology that was only described will do.
 
     Raises:
-      UserError: sizes that do not fit the devices.
+      UserError: sizes that do not fit the devices, or leave ``tensor`` between slices.
     """
+    devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices})  # those of CPUs have none
+    one_host = len({device.process_index for device in devices}) == 1
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-    devices = jax.devices()
+    if config.data == config.fsdp == -1:
+        sizes["data"] = slices
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     named = 1
     for axis, size in sizes.items():
@@ -44,11 +58,11 @@ def make_mesh(config: MeshConfig) -> Mesh:
             raise UserError(f"mesh.{axis}={size} must be at least 1, or -1 for all devices that are left.")
         named *= max(size, 1)
     if len(open_axes) > 1:
-        raise UserError(f"Only one mesh axis may be -1, but {' and '.join(f'mesh.{a}' for a in open_axes)} are.")
+        raise UserError("Only one mesh axis may be -1, or mesh.data and mesh.fsdp both; set mesh.tensor to a size.")
     if open_axes:
         sizes[open_axes[0]] = len(devices) // named
-    total = named * (sizes[open_axes[0]] if open_axes else 1)
-    fits = total == len(devices) or (total < len(devices) and not open_axes and jax.process_count() == 1)
+    total = math.prod(sizes.values())
+    fits = total == len(devices) or (total < len(devices) and not open_axes and one_host)
     if not fits or total == 0:
         raise UserError(
             f"A mesh of data×fsdp×tensor = {'×'.join(str(v) for v in (config.data, config.fsdp, config.tensor))} "
@@ -56,7 +70,48 @@ def make_mesh(config: MeshConfig) -> Mesh:
             "mesh.tensor to sizes whose product is that number."
             + (" (On CPU, JAX_NUM_CPU_DEVICES=8 simulates eight.)" if devices[0].platform == "cpu" else "")
         )
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices[:total])
+    placed = _placed(tuple(sizes.values()), slices, devices[:total])
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def _placed(sizes, slices, devices):
+    """The devices as an array of these sizes, neighbours where there is most to say to each other."""
+    how = {"devices": devices, "allow_split_physical_axes": True}
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, **how)
+    data, fsdp, tensor = sizes
+    data_over = math.gcd(data, slices)  # slices that each axis reaches over
+    fsdp_over = slices // data_over
+    if fsdp % fsdp_over:
+        raise UserError(
+            f"mesh.data={data} and mesh.fsdp={fsdp} leave mesh.tensor={tensor} between the {slices} slices here; set "
+            f"mesh.data to a multiple of {slices}."
+        )
+    if fsdp_over > 1 and jax.process_index() == 0:
+        _log.warning(
+            f"mesh.fsdp={fsdp} reaches over {fsdp_over} slices, so parameters pass between them at every layer; with "
+            f"mesh.data a multiple of {slices}, gradients alone would."
+        )
+    within = (data // data_over, fsdp // fsdp_over, tensor)
+    return mesh_utils.create_hybrid_device_mesh(within, (data_over, fsdp_over, 1), **how)
+
+
+def share_of_rows(mesh: Mesh, process: int) -> tuple[int, int]:
+    """Which share of a batch's rows a process reads, and how many shares there are: equal ones, of whole rows.
+
+    Processes between which ``tensor`` reaches hold the same rows, so they read the same share.
+
+    Raises:
+      UserError: some rows, but not all, of two processes are the same.
+    """
+    shards, held = mesh.shape["data"] * mesh.shape["fsdp"], {}
+    for device, (rows,) in NamedSharding(mesh, BATCH).devices_indices_map((shards,)).items():
+        held.setdefault(device.process_index, set()).add(rows.indices(shards)[0])
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if any(len(share) * len(shares) != shards for share in shares):
+        tensor = mesh.shape["tensor"]
+        raise UserError(f"mesh.tensor={tensor} leaves the hosts unequal shares of the rows; set it to a power of two.")
+    return shares.index(tuple(sorted(held[process]))), len(shares)
 
 
 @contextlib.contextmanager

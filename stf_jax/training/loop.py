@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import jax
 import numpy as np
@@ -17,7 +18,8 @@ from stf_jax.inference.generator import Generator
 from stf_jax.models.presets import vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.checkpoint import Checkpoints
-from stf_jax.runtime.mesh import BATCH, check_batch, computing, make_mesh
+from stf_jax.runtime.cost import step_flops
+from stf_jax.runtime.mesh import BATCH, check_batch, computing, make_mesh, share_of_rows
 from stf_jax.runtime.telemetry import START, Telemetry
 from stf_jax.training.optimizer import learning_rate, make_optimizer
 from stf_jax.training.state import TrainState, init_state, state_layout
@@ -42,6 +44,7 @@ def train(config: TrainConfig, workdir: epath.Path, measured: epath.Path) -> lis
       UserError: whatever in the config or the data cannot be used.
     """
     # ---- Data ------------------------------------------------------------------------------------------------------
+    began = time.monotonic()
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     vision = vision_preset(config.model.vision)
@@ -50,8 +53,9 @@ def train(config: TrainConfig, workdir: epath.Path, measured: epath.Path) -> lis
     tokenizer = load_tokenizer(config.data.tokenizer)
     generator = Generator(config.model, tokenizer, mesh, config.data.template, config.data.aspect)  # to be measured by
     prepare = Prepare(config.data, tokenizer, vision, slots_per_image(config.model))
-    host, hosts = jax.process_index(), jax.process_count()
-    batches = Batches(config, source, prepare, host=host, hosts=hosts)
+    host = jax.process_index()
+    share, shares = share_of_rows(mesh, host)
+    batches = Batches(config, source, prepare, host=share, hosts=shares)
     steps = config.steps or batches.plan.steps(config.epochs)
 
     # ---- Model, optimizer, state -----------------------------------------------------------------------------------
@@ -83,14 +87,9 @@ def train(config: TrainConfig, workdir: epath.Path, measured: epath.Path) -> lis
         (workdir / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
 
     # ---- The step, compiled ----------------------------------------------------------------------------------------
-    on_mesh = jax.tree.map(lambda leaf: leaf.sharding, layout)
     rows = jax.sharding.NamedSharding(mesh, BATCH)
-    train_step = jax.jit(
-        make_train_step(plan, tx, config.optimizer.accumulation_steps),
-        in_shardings=(on_mesh, rows),
-        out_shardings=(on_mesh, None),
-        donate_argnums=0,
-    )
+    train_step = make_train_step(config, plan, tx, layout)
+    programs, flops = {}, {}  # by length and pictures of a row
 
     def measure(step, params):
         out = measured if step == steps else workdir / "evals" / f"step_{step}"
@@ -99,26 +98,33 @@ def train(config: TrainConfig, workdir: epath.Path, measured: epath.Path) -> lis
 
     # ---- The loop --------------------------------------------------------------------------------------------------
     first = int(state.step)
-    telemetry = Telemetry(workdir, config.name, steps, first, clock, active=host == 0)
+    telemetry = Telemetry(workdir, config, steps, first, clock, mesh=mesh, began=began, active=host == 0)
     results = None
     for step in range(first + 1, steps + 1):
-        batch: Batch = next(batches)
+        with telemetry.waiting("data"):
+            batch: Batch = next(batches)
         tokens = int((batch.segment_ids > 0).sum())
         batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
-        with computing(mesh, plan.precision), jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state, metrics = train_step(state, batch)
-        telemetry.advance(tokens, batches.replaced)
+        shape = batch.tokens.shape[1], batch.images.shape[1]
+        if shape not in programs:
+            flops[shape] = step_flops(config.model, config.rules, config.global_batch_size, *shape).step
+            with telemetry.waiting("compile"), computing(mesh, plan.precision):
+                programs[shape] = train_step.lower(state, batch).compile()
+        with telemetry.step(step):
+            state, metrics = programs[shape](state, batch)
+        telemetry.advance(step, tokens, batches.replaced, flops[shape], metrics["loss"])
         last = step == steps
         measures = benchmarks and (last or (config.eval.every_steps and step % config.eval.every_steps == 0))
         if step % config.log_every_steps == 0 or last or measures:
             values = {name: float(value) for name, value in metrics.items()} | {"learning_rate": float(rate(step - 1))}
             if measures:
-                with telemetry.paused():
+                with telemetry.waiting("measure"):
                     results = measure(step, state.params)
                 values |= {name: value for result in results for name, value in scalars(result).items()}
             telemetry.log(step, values)
         if checkpoints.due(step, last=last):
-            checkpoints.save(step, state, batches.get_state(), telemetry.clock())
+            with telemetry.waiting("save"):
+                checkpoints.save(step, state, batches.get_state(), telemetry.clock())
     checkpoints.close()
     telemetry.close()
     # A run that had ended before has its answers already.

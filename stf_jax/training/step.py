@@ -6,36 +6,45 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
+from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
+from stf_jax.runtime.mesh import BATCH
+from stf_jax.training.loss import cross_entropy_sum
 from stf_jax.training.state import Blueprint, Params, TrainState
 
 Metrics = dict[str, jax.Array]
 
 
-def loss_sum(plan: Blueprint, trainable: Params, frozen: Params, batch: Batch) -> jax.Array:
-    """Cross-entropy in nats, float32, summed over the batch's learned tokens."""
+def loss_sum(plan: Blueprint, trainable: Params, frozen: Params, batch: Batch, packed: bool) -> jax.Array:
+    """Cross-entropy in nats, float32, summed over the batch's learned tokens.
+
+    Rows that are not packed are one conversation, and what fills them up lies behind it, where no one looks; so their
+    attention is plainly causal, which every backend's kernel can do.
+    """
     model = plan.merge(trainable, frozen)
-    logits = model(batch.tokens, batch.positions, batch.segment_ids, batch.image_slots, batch.images)
+    segments = batch.segment_ids if packed else None
+    hidden = model.hidden(batch.tokens, batch.positions, segments, batch.image_slots, batch.images)
     with jax.named_scope("loss"):
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
-        return jnp.where(batch.loss_mask, losses, 0).sum()
+        return cross_entropy_sum(hidden, model.llm.head_kernel, batch.targets, batch.loss_mask)
 
 
 def make_train_step(
-    plan: Blueprint, tx: optax.GradientTransformation, accumulation_steps: int
+    config: TrainConfig, plan: Blueprint, tx: optax.GradientTransformation, layout: TrainState
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step function, to be compiled by the caller.
+    """The step, to be compiled for the layout's mesh when it is first called; it takes the state's memory over.
 
     The loss is the mean over learned tokens of the global batch. With accumulation, each microbatch's sum is divided
     by the count of the whole batch, so that the result is that of one large batch, not a mean of means.
     """
+    accumulation_steps, packed = config.optimizer.accumulation_steps, config.data.packing
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         learned = batch.loss_mask.sum()
 
         def loss(trainable, rows):
-            return loss_sum(plan, trainable, state.frozen, rows) / jnp.maximum(learned, 1)
+            return loss_sum(plan, trainable, state.frozen, rows, packed) / jnp.maximum(learned, 1)
 
         value_and_grad = jax.value_and_grad(loss)
         if accumulation_steps == 1:
@@ -53,7 +62,9 @@ def make_train_step(
         after = dataclasses.replace(state, step=state.step + 1, trainable=trainable, moments=moments)
         return after, {"loss": value, "gradient_norm": optax.global_norm(grads), "learned_tokens": learned}
 
-    return train_step
+    places = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    rows = NamedSharding(layout.step.sharding.mesh, BATCH)
+    return jax.jit(train_step, in_shardings=(places, rows), out_shardings=(places, None), donate_argnums=0)
 
 
 def _microbatches(batch, count):

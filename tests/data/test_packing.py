@@ -187,7 +187,7 @@ class Known:
     def __init__(self, known):
         self.known = known
 
-    def measure(self, source):
+    def measure(self, source, *, shown):
         lengths = [len(self.known[source[i]].encoded.tokens) for i in range(len(source))]
         return np.array(lengths), np.array([len(self.known[source[i]].images) for i in range(len(source))])
 

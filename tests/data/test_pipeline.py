@@ -43,7 +43,7 @@ class Numbers:
 
     vision = types.SimpleNamespace(image_size=1)
 
-    def measure(self, source):
+    def measure(self, source, *, shown):
         return np.array([2 + source[i] * 7 % 5 for i in range(len(source))]), np.zeros(len(source), int)
 
     def __call__(self, number):

@@ -18,16 +18,12 @@ from stf_jax.runtime.checkpoint import Checkpoints
 
 # As a pod launches it: every host runs the same command; only here both are on one machine.
 _HOST = """
-import sys, jax
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-port, host, *argv = sys.argv[1:]
-jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(host))
-import tiny
+import sys, tiny
 from stf_jax import evaluate
 from stf_jax.evals import benchmark
 opened, read = [], benchmark.read_image
 benchmark.read_image = lambda folder, name: opened.append(name) or read(folder, name)
-evaluate.main(argv)
+evaluate.main(sys.argv[1:])
 print("opened", len(opened))
 """
 
@@ -65,10 +61,11 @@ def test_two_hosts_write_what_one_does(data, tmp_path):
     subprocess.run([*one, *command(tmp_path / "one"), "--mesh=2,1,1"], env=environment, check=True, timeout=300)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        coordinator = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
+    which = [coordinator, "--processes=2", "--mesh=2,1,2"]
     hosts = [
         subprocess.Popen(
-            [sys.executable, "-c", _HOST, port, str(i), *command(tmp_path / "two"), "--mesh=2,1,2"],
+            [sys.executable, "-c", _HOST, *command(tmp_path / "two"), *which, f"--process={i}"],
             env=environment, stdout=subprocess.PIPE, text=True,
         )
         for i in range(2)

@@ -1,12 +1,17 @@
 """Attention against its definition, and the masks against theirs."""
 
+import contextlib
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stf_jax.config import UserError
+from stf_jax.config import MeshConfig, UserError
+from stf_jax.models import attention as module
 from stf_jax.models.attention import Mask, attention, cached_attention, reference_attention
+from stf_jax.runtime.mesh import computing, make_mesh
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 2, 2, 2, 2, 2, 2, 2]])
 MASKS = {
@@ -17,10 +22,10 @@ MASKS = {
 }
 
 
-def inputs(heads=6, kv_heads=6, dtype=jnp.float32):
+def inputs(heads=6, kv_heads=6, dtype=jnp.float32, rows=2, length=8, size=16):
     keys = jax.random.split(jax.random.key(0), 3)
     counts = heads, kv_heads, kv_heads
-    return [2 * jax.random.normal(key, (2, 8, n, 16), dtype) for key, n in zip(keys, counts, strict=True)]
+    return [2 * jax.random.normal(key, (rows, length, n, size), dtype) for key, n in zip(keys, counts, strict=True)]
 
 
 def by_definition(q, k, v, allowed):
@@ -59,21 +64,13 @@ def test_bfloat16_stays_near_the_reference(mask):
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.03)
 
 
-def test_gradients_equal_the_references():
-    def loss(implementation):
-        return lambda q, k, v: jnp.sin(attention(q, k, v, MASKS["causal-segments"], implementation)).sum()
-
-    ours, expected = (jax.grad(loss(name), (0, 1, 2))(*inputs(kv_heads=2)) for name in ("xla", "reference"))
-    for a, b in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-
-
 def test_dense_masks_of_the_docstring():
     def dense(**mask):
-        return Mask(**mask).dense(4)[:, 0].astype(int).tolist()
+        return Mask(**mask).dense(jnp.arange(4), 4)[:, 0].astype(int).tolist()
 
     segments = jnp.array([[1, 1, 2, 2]])
-    assert Mask().dense(4) is None
+    assert Mask().dense(jnp.arange(4), 4) is None
+    assert Mask(causal=True, segments=segments).dense(jnp.array([3]), 4).tolist() == [[[[False, False, True, True]]]]
     assert dense(causal=True) == [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]]
     assert dense(segments=segments) == [[[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]]
     assert dense(causal=True, segments=segments) == [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]
@@ -86,11 +83,98 @@ def test_a_mask_passes_through_jit_as_a_description():
         np.testing.assert_allclose(run(mask), attention(q, k, v, mask), atol=1e-5, err_msg=name)
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="cuDNN is here")
-def test_cudnn_by_name_is_refused_without_a_gpu():
-    q, k, v = inputs(dtype=jnp.bfloat16)
-    with pytest.raises(UserError, match=r"needs a GPU; set model\.attention=xla"):
-        attention(q, k, v, Mask(causal=True), "cudnn")
+def value_and_gradients(implementation, case, mask, mesh=None):
+    """Of a loss that weighs every output otherwise."""
+    weights = jnp.cos(jnp.arange(case[0].size)).reshape(case[0].shape)
+    place = computing(make_mesh(MeshConfig(*mesh)), "float32") if mesh else contextlib.nullcontext()
+
+    def loss(q, k, v):
+        return (weights * attention(q, k, v, mask, implementation)).sum()
+
+    with place:
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*case)
+
+
+def assert_as_the_reference(implementation, case, mask, mesh=None):
+    ours, expected = value_and_gradients(implementation, case, mask, mesh), value_and_gradients("reference", case, mask)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, expected)
+
+
+def packed(rows, length):
+    ends = np.sort(np.random.default_rng(0).integers(1, length, (rows, 3)))
+    return jnp.asarray((np.arange(length) >= ends[:, :, None]).sum(1) + 1)
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
+@pytest.mark.parametrize("segments", [False, True], ids=["causal", "packed"])
+def test_splash_equals_the_reference_in_value_and_gradients(segments, mesh):
+    case = inputs(4, 2, rows=4, length=200, size=64)  # a length that its blocks do not divide
+    assert_as_the_reference("splash", case, Mask(True, packed(4, 200) if segments else None), mesh)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_long_rows_are_read_in_blocks_of_queries(mask, monkeypatch):
+    monkeypatch.setattr(module, "_QUERIES", 16)
+    segments = packed(4, 70) if MASKS[mask].segments is not None else None
+    described = Mask(MASKS[mask].causal, segments)
+    case = inputs(4, 2, rows=4, length=70)
+    assert_as_the_reference("xla", case, described)
+    # All positions with all are not there at once.
+    programs = [
+        jax.jit(lambda *x, n=n: attention(*x, described, n)).lower(*case).as_text() for n in ("reference", "xla")
+    ]
+    assert ["x70x70xf32" in program for program in programs] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "case", "mask", "sentence"),
+    [
+        ("cudnn", {"dtype": jnp.bfloat16}, Mask(causal=True), "needs a GPU"),
+        ("splash", {}, Mask(causal=True), "does not take heads of size 16"),
+        ("splash", {"size": 64}, Mask(), "is for causal attention"),
+    ],
+)
+def test_a_kernel_by_name_refuses_what_it_cannot_do(implementation, case, mask, sentence):
+    with pytest.raises(UserError, match=rf"attention={implementation} {sentence}; set model\.attention=auto"):
+        attention(*inputs(**case), mask, implementation)
+
+
+@pytest.mark.parametrize(
+    ("backend", "case", "mask", "said"),
+    [
+        ("gpu", {"dtype": jnp.bfloat16}, Mask(causal=True), "causal attention with heads of 16 in bfloat16: cudnn"),
+        ("gpu", {"dtype": jnp.bfloat16}, Mask(), "attention with heads of 16 in bfloat16: cudnn"),
+        ("gpu", {}, Mask(), "xla: cudnn does not compute in float32"),
+        (
+            "gpu",
+            {"dtype": jnp.bfloat16},
+            MASKS["causal-segments"],
+            "xla: cudnn does not keep packed conversations apart",
+        ),
+        ("gpu", {"dtype": jnp.bfloat16, "size": 256}, Mask(), "xla: cudnn does not take heads of size 256"),
+        (
+            "tpu",
+            {"size": 128},
+            MASKS["causal-segments"],
+            "causal packed attention with heads of 128 in float32: splash",
+        ),
+        ("tpu", {"size": 64}, Mask(), "xla: splash is for causal attention"),
+        ("tpu", {"size": 96}, Mask(causal=True), "xla: splash does not take heads of size 96"),
+        ("cpu", {}, Mask(), "attention with heads of 16 in float32: xla"),
+    ],
+)
+def test_the_backend_and_the_shape_choose_and_it_is_said_once(backend, case, mask, said, monkeypatch, caplog):
+    monkeypatch.setattr(module, "platform", lambda: backend)
+    called = []
+    for name in module._KERNELS:
+        monkeypatch.setitem(module._KERNELS, name, lambda q, k, v, mask, name=name: called.append(name))
+    module._say.cache_clear()
+    with caplog.at_level(logging.INFO, module.__name__):
+        for _ in range(2):
+            attention(*inputs(**case), mask)
+    (line,) = caplog.messages
+    assert said in line
+    assert called == 2 * [line.split(": ")[1]]
 
 
 @pytest.mark.parametrize("heads", [(6, 6), (6, 2)])

@@ -1,16 +1,19 @@
 """The mesh, and where every parameter lies on it."""
 
+import functools
 import math
+import os
 
 import jax
 import numpy as np
 import optax
 import pytest
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 from tiny import Setup, batches, filled, tiny
 
 from stf_jax.config import MeshConfig, ModelConfig, UserError
-from stf_jax.runtime.mesh import BATCH, check_batch, make_mesh, parameter_sharding
+from stf_jax.runtime.mesh import BATCH, check_batch, make_mesh, parameter_sharding, share_of_rows
 from stf_jax.training.state import blueprint, init_state, state_layout
 
 # ---- Sizes -----------------------------------------------------------------------------------------------------------
@@ -29,6 +32,9 @@ from stf_jax.training.state import blueprint, init_state, state_layout
         # Sizes that are all named may leave devices unused.
         ((1, 1, 1), (1, 1, 1)),
         ((1, 2, 2), (1, 2, 2)),
+        # Devices without slices are of one.
+        ((-1, -1, 1), (1, 8, 1)),
+        ((-1, -1, 2), (1, 4, 2)),
     ],
 )
 def test_mesh_has_the_named_sizes(sizes, expected):
@@ -45,7 +51,9 @@ def test_mesh_has_the_named_sizes(sizes, expected):
         ((9, 1, 1), "9×1×1 does not fit"),
         ((-1, 16, 1), "-1×16×1 does not fit"),
         ((-1, 3, 1), "-1×3×1 does not fit"),
-        ((-1, -1, 1), "Only one mesh axis may be -1, but mesh.data and mesh.fsdp are."),
+        ((-1, -1, 3), "-1×-1×3 does not fit"),
+        ((-1, -1, -1), "Only one mesh axis may be -1, or mesh.data and mesh.fsdp both; set mesh.tensor to a size."),
+        ((1, -1, -1), "Only one mesh axis may be -1"),
         ((1, 0, 1), "mesh.fsdp=0 must be at least 1, or -1"),
         ((1, 1, -2), "mesh.tensor=-2 must be at least 1, or -1"),
     ],
@@ -82,6 +90,95 @@ def test_mesh_and_microbatches_divide_the_batch(sizes, rows, accumulation, fits)
             UserError, match=rf"global_batch_size={rows} is not a multiple of \d+ .*mesh.data {sizes[0]}"
         ):
             check_batch(config, make_mesh(config.mesh))
+
+
+# ---- Slices ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def described(name, slices):
+    """The devices of a TPU that is not here, as libtpu describes it."""
+    pytest.importorskip("libtpu", reason="described topologies need libtpu")
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    more = {"num_slices": slices} if slices > 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "sizes", "expected"),
+    [
+        ("v5e:4x8", 1, (-1, -1, 1), (1, 32, 1)),
+        ("v5e:4x8", 2, (-1, -1, 1), (2, 32, 1)),
+        ("v5e:4x8", 2, (-1, -1, 4), (2, 8, 4)),
+        ("v5e:4x8", 2, (4, -1, 2), (4, 8, 2)),
+        ("v5e:4x8", 2, (-1, 4, 2), (8, 4, 2)),
+        ("v6e:4x4", 3, (-1, -1, 2), (3, 8, 2)),
+        # A torus whose axes have to be split.
+        ("v5p:4x4x4", 1, (-1, -1, 2), (1, 32, 2)),
+    ],
+)
+def test_data_goes_over_slices(name, slices, sizes, expected, caplog):
+    devices = described(name, slices)
+    mesh = make_mesh(MeshConfig(*sizes), devices)
+    assert mesh.devices.shape == expected
+    assert set(mesh.devices.flat) == set(devices)
+    for rank, part in enumerate(mesh.devices):
+        assert {getattr(device, "slice_index", 0) for device in part.flat} == {rank * slices // expected[0]}
+    assert not caplog.messages
+
+
+def test_fsdp_goes_over_slices_with_a_warning(caplog):
+    mesh = make_mesh(MeshConfig(1, -1, 2), described("v5e:4x8", 2))
+    assert mesh.devices.shape == (1, 32, 2)
+    assert [{device.slice_index for device in pair} for pair in mesh.devices[0]] == [{0}] * 16 + [{1}] * 16
+    (said,) = caplog.messages
+    assert "mesh.fsdp=32 reaches over 2 slices" in said
+    assert "mesh.data a multiple of 2" in said
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ((1, 1, 64), "leave mesh.tensor=64 between the 2 slices here; set mesh.data to a multiple of 2"),
+        ((3, 1, -1), "does not fit the 64 tpu device"),
+        # Of several hosts, none may stand aside.
+        ((1, 32, 1), "does not fit the 64 tpu device"),
+    ],
+)
+def test_tensor_stays_in_a_slice_and_no_host_stands_aside(sizes, says):
+    with pytest.raises(UserError, match=says):
+        make_mesh(MeshConfig(*sizes), described("v5e:4x8", 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "sizes", "shares"),
+    [
+        ("v5e:4x8", 1, (-1, -1, 1), 8),
+        ("v5e:4x8", 2, (-1, -1, 1), 16),
+        ("v5e:4x8", 2, (-1, -1, 4), 8),
+        ("v5p:2x2x4", 1, (1, 2, -1), 1),
+    ],
+)
+def test_hosts_with_the_same_rows_read_the_same_share(name, slices, sizes, shares):
+    mesh = make_mesh(MeshConfig(*sizes), described(name, slices))
+    rows = jax.NamedSharding(mesh, BATCH).devices_indices_map((64,))
+    held = {}
+    for process in {device.process_index for device in mesh.devices.flat}:
+        mine = {(part.start, part.stop) for d, (part,) in rows.items() if d.process_index == process}
+        share, count = share_of_rows(mesh, process)
+        assert count == shares
+        assert held.setdefault(share, mine) == mine
+    assert sorted(held) == list(range(shares))
+    # Together they are all rows, none of them twice.
+    read = [row for mine in held.values() for start, stop in mine for row in range(64)[start:stop]]
+    assert sorted(read) == list(range(64))
+
+
+def test_hosts_that_share_some_rows_are_refused():
+    devices = sorted(described("v5e:4x8", 1), key=lambda device: device.process_index)
+    mesh = jax.sharding.Mesh(np.roll(devices, 1).reshape(1, 4, 8), ("data", "fsdp", "tensor"))
+    with pytest.raises(UserError, match=r"mesh\.tensor=8 leaves the hosts unequal shares of the rows"):
+        share_of_rows(mesh, 0)
 
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------

@@ -15,10 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from stf_jax import evaluate
 from stf_jax.inference.generator import Generator
 from stf_jax.main import main
-from stf_jax.runtime import telemetry
 from stf_jax.runtime.checkpoint import SavedParams
 from stf_jax.runtime.cli import door
-from stf_jax.runtime.telemetry import START, Telemetry
+from stf_jax.runtime.telemetry import Telemetry
 from stf_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -40,14 +39,14 @@ def runs(tmp_path_factory):
         return door(main, [f"--config={ROOT}/tests/tiny.py:steps=5", f"--workdir={folder / name}", *options])
 
     def measure_all(*args, **how):
-        measured.append(bool(paused))
+        measured.append(paused == ["measure"])
         return inner(*args, **how)
 
     class Watched(Telemetry):
         @contextlib.contextmanager
-        def paused(self):
-            with super().paused():
-                paused.append(True)
+        def waiting(self, what):
+            with super().waiting(what):
+                paused.append(what)
                 yield
                 paused.pop()
 
@@ -147,20 +146,3 @@ def test_a_finished_run_is_scored_again_without_asking(runs, monkeypatch, capsys
 
 def test_measurements_are_made_while_the_clock_of_speed_stands_still(runs):
     assert runs.paused == [True] * len(STEPS)
-
-
-def test_a_pause_is_left_out_of_the_speed(tmp_path, monkeypatch):
-    now = types.SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(telemetry.time, "monotonic", lambda: now.seconds)
-    log = Telemetry(epath.Path(tmp_path), "run", 6, 0, START, active=True)
-    for step, training, measuring in ((2, 2.0, 100.0), (4, 4.0, 0.0), (6, 1.0, 7.0)):
-        now.seconds += training
-        log.advance(50, 0)
-        log.advance(50, 0)
-        with log.paused():
-            now.seconds += measuring
-        log.log(step, {"loss": 1.0, "learning_rate": 0.1})
-    monkeypatch.undo()
-    log.close()
-    assert [line["tokens_per_second"] for line in lines(tmp_path)] == [50.0, 25.0, 100.0]
-    assert [line["seconds_per_step"] for line in lines(tmp_path)] == [1.0, 2.0, 0.5]

@@ -234,7 +234,10 @@ def _gradients_of(which) -> tuple[float, dict[str, np.ndarray]]:
 
     @jax.jit
     def run(trainable, frozen, batch: Batch):
-        return jax.value_and_grad(lambda t: loss_sum(setup.plan, t, frozen, batch) / batch.loss_mask.sum())(trainable)
+        def loss(trainable):
+            return loss_sum(setup.plan, trainable, frozen, batch, packed=True) / batch.loss_mask.sum()
+
+        return jax.value_and_grad(loss)(trainable)
 
     loss, gradients = run(trainable, frozen, batch)
     return float(loss), jax.tree.map(np.asarray, gradients)

@@ -1,0 +1,201 @@
+"""What a model costs by its shapes, and what chips can do.
+
+A model's cost is counted in *model FLOPs*, as in PaLM's MFU (arXiv 2204.02311, appendix B): what the mathematics of a
+step asks for, whatever a program does beside it. So two programs of the same model are compared by their time alone,
+and recomputation, padding of tiles or attention over masked places make nobody look busier. The rules:
+
+- A multiply-add is 2. Counted are products of matrices (convolutions among them) and attention's two products.
+  Norms, activations, softmax, rotations, look-ups and the optimizer are not: under 1 % of a model of billions.
+- Causal attention counts half of T², the tower's attention all of S². Segments of packed rows do not shorten it, and
+  all positions count, filling included: the count follows from the batch's shape.
+- Tower blocks above the highest tap do not exist. Looking up text embeddings is free; a tied head is a head.
+- Going back, a product costs as much again for the gradient of each factor that needs one: of its weights where they
+  learn, of its input where anything below learns. So the frozen tower counts once and the fusion three times, less the
+  input of its first layer; the language model counts twice in stage 1, but its attention, whose factors are all inputs,
+  three times; in stage 2 all of it three times.
+- What is recomputed counts once.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Collection, Mapping
+
+import jax
+
+from stf_jax.config import ModelConfig
+from stf_jax.models.fusion import tapped_blocks
+from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.vlm import slots_per_image
+from stf_jax.training.state import blueprint, trainable_paths
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What an accelerator can do at most, by its vendor's word."""
+
+    name: str
+    kinds: tuple[str, ...]  # what jax.Device.device_kind says
+    flops: float  # bfloat16 FLOP/s, dense
+    memory: int  # bytes; a program has 1 to 6 % less, for the runtime keeps some
+    bandwidth: float  # bytes/s of that memory
+    link: float  # bytes/s to the chips beside it (ICI, NVLink), one direction, all links together
+    network: float  # bytes/s to other slices or nodes (DCN, InfiniBand), one direction, a chip's share
+
+
+# A vendor's GB of memory are GiB: the 16 GB of a v5e are 17.2e9 bytes.
+# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. ICI stands there in both directions together, the network for a chip
+# or for a pod.
+# GPUs: NVIDIA's datasheets. NVLink stands there in both directions together, tensor figures often with sparsity, twice
+# the dense ones. The network is that of a DGX, one adapter a GPU.
+_CHIPS = (
+    # ICI: six links of 50 GB/s (arXiv 2304.01433, table 4). Network: not published; as v5p's.
+    Chip("v4", ("TPU v4",), 275e12, 32 * _GIB, 1200e9, 300e9, 6.25e9),
+    # 400 GB/s of ICI; 6.4 Tbit/s for 256 chips.
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * _GIB, 819e9, 200e9, 3.125e9),
+    # 1200 GB/s of ICI; 50 Gbit/s a chip.
+    Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * _GIB, 2765e9, 600e9, 6.25e9),
+    # 800 GB/s of ICI; 25.6 Tbit/s for 256 chips.
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * _GIB, 1638e9, 400e9, 12.5e9),
+    # "NVIDIA RTX A6000" datasheet (309.7 TFLOPS sparse) and GA102 whitepaper. Its NVLink joins two cards alone, so more
+    # talk over PCIe 4.0 ×16. Network: no system of NVIDIA's; 100 Gbit/s for a node of eight.
+    Chip("a6000", ("NVIDIA RTX A6000",), 154.8e12, 48 * _GIB, 768e9, 32e9, 1.5625e9),
+    # "NVIDIA A100 Tensor Core GPU" datasheet, SXM; DGX A100: eight adapters of 200 Gbit/s.
+    Chip("a100-40", ("NVIDIA A100-SXM4-40GB",), 312e12, 40 * _GIB, 1555e9, 300e9, 25e9),
+    Chip("a100-80", ("NVIDIA A100-SXM4-80GB",), 312e12, 80 * _GIB, 2039e9, 300e9, 25e9),
+    # "NVIDIA H100 Tensor Core GPU" and "NVIDIA H200" datasheets, SXM (1,979 TFLOPS sparse); DGX H100: 400 Gbit/s.
+    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989.5e12, 80 * _GIB, 3350e9, 450e9, 50e9),
+    Chip("h200", ("NVIDIA H200",), 989.5e12, 141 * _GIB, 4800e9, 450e9, 50e9),
+    # "NVIDIA DGX B200" datasheet, an eighth: 72 PFLOPS FP8 sparse is 18 bfloat16 dense, 1,440 GB, 64 TB/s, 14.4 TB/s.
+    Chip("b200", ("NVIDIA B200",), 2250e12, 180 * _GIB, 8000e9, 900e9, 50e9),
+)
+CHIPS: dict[str, Chip] = {chip.name: chip for chip in _CHIPS}
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """The chip that a device is, or None for one that the table does not know (a CPU, a PCIe card)."""
+    return next((chip for chip in _CHIPS if device.device_kind in chip.kinds), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Model FLOPs of a batch: forward by part, and what training needs."""
+
+    vision: int  # tower
+    fusion: int
+    llm: int  # decoder without its head
+    head: int  # logits of every position
+    step: int  # forward and backward of everything: one optimizer step
+
+    @property
+    def forward(self) -> int:
+        """Of all parts, forward alone."""
+        return self.vision + self.fusion + self.llm + self.head
+
+
+def step_flops(model: ModelConfig, rules: tuple[tuple[str, str], ...], rows: int, length: int, pictures: int) -> Flops:
+    """What a training step costs, by the module's rules.
+
+    Args:
+      model: which model; its precision, remat and kernels change nothing.
+      rules: which parameters learn, as in the config.
+      rows: B, in the global batch, all microbatches together.
+      length: T, tokens a row.
+      pictures: M, a row.
+
+    Raises:
+      UserError: as :func:`stf_jax.training.state.blueprint` and :func:`stf_jax.training.state.trainable_paths` do.
+    """
+    shapes = blueprint(model).shapes
+    return _count(model, _Walk(shapes, trainable_paths(rules, shapes)), rows, length, pictures)
+
+
+def forward_flops(model: ModelConfig, rows: int, length: int, pictures: int) -> Flops:
+    """As :func:`step_flops` where nothing learns: ``step`` is the forward pass alone.
+
+    Reading prompts costs the same but for the head, which then reads one position a row, ``head // length``.
+    """
+    return _count(model, _Walk(blueprint(model).shapes, ()), rows, length, pictures)
+
+
+def decode_flops(model: ModelConfig, rows: int, slots: int) -> int:
+    """What one more token a row costs, which looks at so many slots of the cache, its own among them."""
+    llm = llm_preset(model.llm)
+    one = rows * llm.layers * 2 * 2 * llm.heads * llm.head_dim  # both products for one slot
+    return forward_flops(model, rows, 1, 0).forward - one // 2 + one * slots
+
+
+def _count(model, walk, rows, length, pictures):
+    vision, llm = vision_preset(model.vision), llm_preset(model.llm)
+    images, parts = rows * pictures, [0]
+    if images:
+        walk.passes("vision/patch_embed", positions=images * vision.grid**2)
+        walk.passes("vision/class_token", "vision/position_embed", "vision/pre_norm")
+        tokens = vision.grid**2 + vision.class_token
+        for _ in range(max(tapped_blocks(model.fusion, vision.layers))):
+            product = 2 * images * tokens**2 * vision.width
+            walk.block("vision/blocks", vision.layers, images * tokens, product, (("up",), ("down",)))
+    parts.append(walk.forward)
+    if images:
+        walk.passes("fusion/mbtf/first", positions=images * vision.grid**2)
+        walk.passes("fusion/mbtf/second", positions=images * vision.grid**2)
+        for layer in ("conv", "mix", "out", "first", "second", "projector/first", "projector/second"):
+            walk.passes(f"fusion/tokens/{layer}", positions=images * slots_per_image(model))
+    parts.append(walk.forward)
+    walk.passes("llm/embedding")
+    for _ in range(llm.layers):
+        product = rows * length**2 * llm.heads * llm.head_dim  # 2·T²/2
+        walk.block("llm/blocks", llm.layers, rows * length, product, (("gate", "up"), ("down",)))
+    walk.passes("llm/norm")
+    parts.append(walk.forward)
+    if llm.tied:
+        walk.product(2 * rows * length * llm.vocab * llm.width, walk.alive, "llm/embedding" in walk.learned)
+    else:
+        walk.passes("llm/head", positions=rows * length)
+    parts.append(walk.forward)
+    return Flops(*(after - before for before, after in itertools.pairwise(parts)), step=walk.step)
+
+
+class _Walk:
+    """Goes up a model product by product, and knows whether anything below learns (``alive``)."""
+
+    def __init__(self, shapes: Mapping[str, jax.ShapeDtypeStruct], learned: Collection[str]):
+        self.shapes, self.learned = shapes, learned
+        self.alive, self.forward, self.step = False, 0, 0
+
+    def product(self, flops: int, *gradients: bool) -> None:
+        """Counts a product, and again for each of its factors that needs a gradient."""
+        self.forward += flops
+        self.step += flops * (1 + sum(gradients))
+
+    def learns(self, *modules: str) -> bool:
+        return any(path == module or path.startswith(f"{module}/") for path in self.learned for module in modules)
+
+    def passes(self, *modules: str, positions: int = 0, layers: int = 1) -> None:
+        """Modules side by side, which all read the same; those with a kernel at so many positions, one of its layers.
+
+        A module that the model does not have changes nothing.
+        """
+        for module in modules:
+            kernel = f"{module}/kernel"
+            if kernel in self.shapes:
+                size = math.prod(self.shapes[kernel].shape) // layers
+                self.product(2 * size * positions, self.alive, kernel in self.learned)
+        self.alive = self.alive or self.learns(*modules)
+
+    def block(self, name: str, layers: int, positions: int, product: int, mlp: tuple[tuple[str, ...], ...]) -> None:
+        """A layer of a transformer; each of attention's two products is ``product``."""
+        read = {"positions": positions, "layers": layers}
+        self.passes(f"{name}/attention_norm")
+        heads = [f"{name}/attention/{head}" for head in ("query", "key", "value")]
+        query, key, value = (self.alive or self.learns(head, f"{head}_norm") for head in heads)
+        self.passes(*heads, **read)
+        self.product(product, query, key)  # scores
+        self.product(product, query or key, value)
+        self.alive = query or key or value
+        self.passes(f"{name}/attention/out", **read)
+        self.passes(f"{name}/mlp_norm")
+        for modules in mlp:
+            self.passes(*(f"{name}/mlp/{module}" for module in modules), **read)

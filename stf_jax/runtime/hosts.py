@@ -1,0 +1,111 @@
+"""Several hosts, one run: each starts the same command, and they find each other before a device is touched."""
+
+import glob
+import importlib.util
+import os
+import re
+import sys
+import threading
+
+import jax
+
+from stf_jax.config import UserError
+
+_PATIENCE = 300  # seconds that a host waits for the others to start
+_GRACE = 5  # seconds that a host which failed leaves the others to fail likewise
+_LAUNCHERS = (  # Open MPI and SLURM, by which Open MPI may itself be started: how many processes, and which
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+)
+_TPUS = "/dev/accel*", "/dev/vfio/[0-9]*"
+
+
+def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Makes this process one of a run's, where it is: as told, or as SLURM, Open MPI or a TPU pod's machines tell jax.
+
+    Without arguments and without those, there is one process. SLURM and Open MPI are taken to start a process for each
+    GPU, as jax has it; told by arguments, a process takes all devices that it sees. On CPUs, jax uses gloo.
+
+    Args:
+      coordinator: ``HOST:PORT`` of process 0, as the others reach it.
+      processes: how many there are; 1 keeps this one alone wherever it was started.
+      process: which this one is, from 0.
+
+    Raises:
+      UserError: arguments that do not go together; there are others, but jax cannot find them. Where they do not come
+        in time, the process ends with exit status 2, for jax would abort.
+    """
+    if jax.distributed.is_initialized():
+        return
+    named = [argument is not None for argument in (coordinator, processes, process)]
+    if all(named):
+        if not re.fullmatch(r".+:\d+", coordinator):
+            raise UserError(f"--coordinator={coordinator} should be HOST:PORT, a free port where process 0 runs.")
+        if not 0 <= process < processes:
+            raise UserError(f"--process={process} should be from 0 to {processes - 1}, for --processes={processes}.")
+        if processes == 1:
+            return
+    elif any(named):
+        raise UserError("--coordinator, --processes and --process go together: give all three or none.")
+    else:
+        processes, process = _launched()
+        if processes is None and not _on_tpu():
+            return
+    who = "This process" if process is None else f"Process {process} of {processes}"
+    late = _exit_after(
+        _PATIENCE,
+        f"error: {who} has not met the others at {coordinator or 'their coordinator'} in {_PATIENCE} s: start all of "
+        "them together, and let them reach that port where process 0 runs.",
+    )
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            cluster_detection_method="deactivate" if coordinator else None,
+            initialization_timeout=2 * _PATIENCE,  # when jax would abort
+        )
+    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+        if processes is None and isinstance(error, ValueError):
+            return  # a TPU that is part of no pod
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{who} cannot join the others ({reason}); say --coordinator=HOST:PORT, --processes=N and --process=I."
+        ) from None
+    finally:
+        late.cancel()
+
+
+def leave(status: int) -> None:
+    """Lets a process that failed end with that status in a few seconds, where there are others.
+
+    By itself jax would wait five minutes for the others, and they for this one. So those that fail for the same reason
+    have the time to say so, and the rest are ended by jax when this one's connections are lost.
+    """
+    if jax.distributed.is_initialized():
+        _exit_after(_GRACE, status=status)
+
+
+def _exit_after(seconds, sentence="", status=2):
+    def end():
+        print(sentence, end="\n" if sentence else "", file=sys.stderr, flush=True)
+        os._exit(status)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def _launched():
+    """How many processes a launcher started, and which this one is; or Nones."""
+    for names in _LAUNCHERS:
+        processes, process = (int(os.environ.get(name, -1)) for name in names)
+        if processes > 1 and process >= 0:
+            return processes, process
+    return None, None
+
+
+def _on_tpu():
+    platforms = jax.config.jax_platforms or "tpu"
+    return "tpu" in platforms.split(",") and importlib.util.find_spec("libtpu") and any(map(glob.glob, _TPUS))

@@ -1,0 +1,129 @@
+"""Cross-entropy of next tokens, without ever holding all logits.
+
+The logits of a batch are its largest array by far: a row of 2,048 positions and 32,000 words is 250 MiB in float32, and
+as much again is their gradient. So they are made for some words at a time, read, and dropped: once for the sum that
+normalises them, and, where gradients are wanted, once more for these. Neither the output head nor its gradient is
+whole on any device of a mesh that shards it.
+
+Axis letters: B rows, T positions, N = B·T, D width, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+_CHUNK = 2**27  # bytes of float32 logits at a time on a device
+_LANES = 128  # words that chunks are multiples of, as TPUs lay arrays out
+_ROWS = ("data", "fsdp")
+
+
+@jax.custom_vjp
+def cross_entropy_sum(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, learned: jax.Array) -> jax.Array:
+    """Cross-entropy in nats of ``softmax(hidden · kernel)``, float32, summed over learned positions.
+
+    On a mesh in use, rows are split over ``data`` and ``fsdp``, widths of the kernel over ``fsdp``, words over
+    ``tensor``.
+
+    Args:
+      hidden: [B, T, D]; products are computed in its type and summed in float32.
+      kernel: [D, V] of any type.
+      targets: int32 [B, T].
+      learned: bool [B, T].
+    """
+    return _sharded(hidden, kernel, targets, learned, ())[0]
+
+
+def _forward(hidden, kernel, targets, learned):
+    wanted = tuple(name for name, x in (("hidden", hidden), ("kernel", kernel)) if x.perturbed)
+    return _sharded(hidden.value, kernel.value, targets.value, learned.value, wanted)
+
+
+def _backward(gradients, cotangent):
+    # The sum is linear in what comes after it, so its gradients could be made before that was known.
+    return *(None if g is None else (g * cotangent).astype(g.dtype) for g in gradients), None, None
+
+
+cross_entropy_sum.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _sharded(hidden, kernel, targets, learned, wanted):
+    """The sum, and its gradients by hidden and kernel, None where they are not wanted."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _local(hidden, kernel, targets, learned, wanted, axes=())
+    rows, words = PartitionSpec(_ROWS), PartitionSpec("fsdp", "tensor")
+    gradients = (rows if "hidden" in wanted else None, words if "kernel" in wanted else None)
+    return jax.shard_map(
+        functools.partial(_local, wanted=wanted, axes=mesh.axis_names),
+        in_specs=(rows, words, rows, rows),
+        out_specs=(PartitionSpec(), gradients),
+        check_vma=False,  # nothing is differentiated through it
+    )(hidden, kernel, targets, learned)
+
+
+def _local(hidden, kernel, targets, learned, wanted, axes):
+    """The same on one device, which has its rows, and of the kernel some widths of some words."""
+
+    def over(collective, x, *names, **how):
+        return collective(x, names, **how) if axes else x
+
+    shape, dtype = hidden.shape, hidden.dtype
+    hidden, targets, learned = hidden.reshape(-1, shape[-1]), targets.reshape(-1), learned.reshape(-1)
+    words = kernel.shape[1]
+    first = words * jax.lax.axis_index("tensor") if axes else 0
+
+    count = -(-4 * len(hidden) * words // _CHUNK)
+    size = words if count == 1 else -(-words // count // _LANES) * _LANES
+    count = -(-words // size)
+    chunks = jnp.pad(kernel, ((0, 0), (0, count * size - words))).reshape(-1, count, size).swapaxes(0, 1)
+
+    def each(read, start):
+        """Calls ``read(carry, kernel, logits, hit)`` with chunk after chunk."""
+
+        def step(carry, chunk):
+            index, kernel = chunk
+            kernel = over(jax.lax.all_gather, kernel.astype(dtype), "fsdp", axis=0, tiled=True)
+            logits = jnp.einsum("nd,dv->nv", hidden, kernel, preferred_element_type=jnp.float32)
+            word = index * size + jnp.arange(size)
+            ours = word < words  # not what fills the last chunk up
+            hit = (targets[:, None] - first == word) & ours
+            return read(carry, kernel, jnp.where(ours, logits, -jnp.inf), hit)
+
+        if count == 1:
+            carry, out = step(start, (0, chunks[0]))
+            return carry, None if out is None else out[None]
+        return jax.lax.scan(step, start, (jnp.arange(count), chunks))
+
+    def total(carry, kernel, logits, hit):
+        before, powers, right = carry
+        top = jnp.maximum(before, logits.max(-1))
+        powers = powers * jnp.exp(before - top) + jnp.exp(logits - top[:, None]).sum(-1)
+        return (top, powers, right + jnp.where(hit, logits, 0).sum(-1)), None
+
+    nought = jnp.zeros(len(hidden))
+    (top, powers, right), _ = each(total, (nought - jnp.inf, nought, nought))
+    highest = over(jax.lax.pmax, top, "tensor")
+    normaliser = jnp.log(over(jax.lax.psum, powers * jnp.exp(top - highest), "tensor")) + highest
+    losses = jnp.where(learned, normaliser - over(jax.lax.psum, right, "tensor"), 0)
+    value = over(jax.lax.psum, losses.sum(), *_ROWS)
+    if not wanted:
+        return value, (None, None)
+
+    def slopes(by_hidden, kernel, logits, hit):
+        by_logits = jnp.where(learned[:, None], jnp.exp(logits - normaliser[:, None]) - hit, 0).astype(dtype)
+        if "hidden" in wanted:
+            by_hidden += jnp.einsum("nv,dv->nd", by_logits, kernel, preferred_element_type=jnp.float32)
+        if "kernel" not in wanted:
+            return by_hidden, None
+        by_kernel = jnp.einsum("nd,nv->dv", hidden, by_logits, preferred_element_type=jnp.float32)
+        by_kernel = over(jax.lax.psum_scatter, by_kernel, "fsdp", scatter_dimension=0, tiled=True)
+        return by_hidden, over(jax.lax.psum, by_kernel, "data")
+
+    by_hidden, by_kernel = each(slopes, jnp.zeros(hidden.shape) if "hidden" in wanted else None)
+    if by_hidden is not None:
+        by_hidden = over(jax.lax.psum, by_hidden, "tensor").astype(dtype).reshape(shape)
+    if by_kernel is not None:
+        by_kernel = by_kernel.swapaxes(0, 1).reshape(len(kernel), -1)[:, :words].astype(kernel.dtype)
+    return value, (by_hidden, by_kernel)
