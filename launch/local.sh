@@ -3,11 +3,80 @@
 #
 #   launch/local.sh --config=configs/demo.py --workdir=runs/demo
 #   DEVICES=8 launch/local.sh --config=configs/demo.py:stage=pretrain,steps=20 --workdir=runs/mesh --config.mesh.fsdp=4
+#   PROCESSES=2 DEVICES=4 launch/local.sh --config=configs/demo.py:stage=pretrain,steps=20 --workdir=runs/two
 #
-# DEVICES: CPU devices to simulate; unset, jax takes the accelerators that it finds.
+# DEVICES: CPU devices to simulate (of each process); unset, jax takes the accelerators that it finds.
+# PROCESSES: as many, joined as those of several machines are. The first's output is shown, the others' kept in files;
+# when one fails, all end, with its exit status.
 set -euo pipefail
+if [[ ${1:-} == --help ]]; then
+    sed -n -e 1d -e '/^[^#]/q' -e 's/^# \{0,1\}//p' "$0"
+    exit
+fi
 cd "$(dirname "$0")/.."
 if [[ -n ${DEVICES:-} ]]; then
     export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$DEVICES
 fi
-exec .venv/bin/python -m stf_jax.main "$@"
+if [[ ! ${PROCESSES:=1} =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: PROCESSES=$PROCESSES is not a number of processes." >&2
+    exit 2
+fi
+if ((PROCESSES == 1)); then
+    exec .venv/bin/python -m stf_jax.main "$@"
+fi
+
+logs=$(mktemp -d)
+running=() # process numbers, by the places of the processes
+
+finish() {
+    local status=$?
+    trap - EXIT
+    trap '' HUP INT TERM
+    if ((${#running[@]})); then
+        kill -TERM "${running[@]}" 2> /dev/null || true
+        for ((tenths = 0; tenths < 300; tenths++)); do
+            kill -0 "${running[@]}" 2> /dev/null || break
+            sleep 0.1
+        done
+        kill -KILL "${running[@]}" 2> /dev/null || true
+    fi
+    if ((status == 0)); then
+        rm -r "$logs"
+    else
+        echo "local.sh: what the others said is in $logs" >&2
+    fi
+    exit "$status"
+}
+trap finish EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+port=$(.venv/bin/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+for ((i = 0; i < PROCESSES; i++)); do
+    command=(.venv/bin/python -m stf_jax.main "$@")
+    command+=(--coordinator="127.0.0.1:$port" --processes="$PROCESSES" --process="$i")
+    if ((i == 0)); then
+        "${command[@]}" &
+    else
+        "${command[@]}" > "$logs/process_$i.log" 2>&1 &
+    fi
+    running[i]=$!
+done
+while ((${#running[@]})); do
+    for i in "${!running[@]}"; do
+        if ! kill -0 "${running[i]}" 2> /dev/null; then
+            status=0
+            wait "${running[i]}" || status=$?
+            unset "running[i]"
+            if ((status != 0)); then
+                echo "local.sh: process $i of 0 to $((PROCESSES - 1)) ended with status $status" >&2
+                if ((i > 0)); then
+                    tail -n 5 "$logs/process_$i.log" >&2
+                fi
+                exit "$status"
+            fi
+        fi
+    done
+    sleep 0.2
+done

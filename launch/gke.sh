@@ -1,0 +1,146 @@
+#!/usr/bin/env bash
+# Train on TPU slices of a GKE cluster that has JobSet, by gke_jobset.yaml. Needs kubectl, set to that cluster.
+#
+#   launch/gke.sh run --name=NAME --image=IMAGE --topology=v5e:4x8 -- --config=FILE --workdir=gs://BUCKET/RUN
+#   launch/gke.sh log|status|delete --name=NAME
+#
+#   run      start training; machines that are taken away are waited for, and the run goes on from its last checkpoint
+#   log      follow the first machine's output
+#   status   the job's state, and its machines'
+#   delete   end it. The node pool goes on costing money, unless it scales down by itself.
+#
+#   --image=IMAGE      built by launch/Dockerfile
+#   --topology=T       of a slice, as stf_jax.plan names it: v4:2x2x4, v5e:4x8, v5p:2x2x4, v6e:4x8
+#   --slices=N         each a node pool of that topology; 1 if not given
+#   --spot             only on Spot machines
+#   --restarts=N       times that the run may start again, pre-emptions included; 100
+#   --dry-run          print the commands, and the manifest that `run` applies, and run none
+set -euo pipefail
+
+usage() {
+    sed -n -e 1d -e '/^[^#]/q' -e 's/^# \{0,1\}//p' "$0"
+}
+
+refuse() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+verb=${1:-}
+case $verb in
+    run | log | status | delete) shift ;;
+    "" | --help | -h)
+        usage
+        exit
+        ;;
+    *) refuse "Unknown verb $verb; see --help." ;;
+esac
+name="" image="" topology="" slices=1 spot="" restarts=100 dry_run=""
+while (($#)); do
+    case $1 in
+        --name=*) name=${1#*=} ;;
+        --image=*) image=${1#*=} ;;
+        --topology=*) topology=${1#*=} ;;
+        --slices=*) slices=${1#*=} ;;
+        --spot) spot=yes ;;
+        --restarts=*) restarts=${1#*=} ;;
+        --dry-run) dry_run=yes ;;
+        --help | -h)
+            usage
+            exit
+            ;;
+        --)
+            shift
+            break
+            ;;
+        *) refuse "Unexpected argument $1; what stf_jax.main is given goes behind --, see --help." ;;
+    esac
+    shift
+done
+[[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+    refuse "--name=$name should be up to 40 small letters, digits and hyphens, and start with a letter."
+
+call() {
+    if [[ -n $dry_run ]]; then
+        printf '%q ' "$@"
+        echo
+    else
+        "$@"
+    fi
+}
+
+# A string as JSON has it.
+json() {
+    local text=$1
+    text=${text//\\/\\\\}
+    text=${text//\"/\\\"}
+    text=${text//$'\n'/\\n}
+    text=${text//$'\t'/\\t}
+    printf '"%s"' "$text"
+}
+
+# Puts $2 in the place ${$1} of `text`.
+fill() {
+    text=${text//"\${$1}"/"$2"}
+}
+
+# The manifest with each place filled in.
+manifest() {
+    local accelerator shape chips=1 per_host arguments="" argument text side
+    case $topology in
+        v4:*) accelerator=tpu-v4-podslice ;;
+        v5e:*) accelerator=tpu-v5-lite-podslice ;;
+        v5p:*) accelerator=tpu-v5p-slice ;;
+        v6e:*) accelerator=tpu-v6e-slice ;;
+        *) refuse "--topology=$topology is not known; it should be such as v5e:4x8." ;;
+    esac
+    shape=${topology#*:}
+    [[ $shape =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || refuse "--topology=$topology should be such as v5e:4x8."
+    [[ $slices =~ ^[1-9][0-9]*$ ]] || refuse "--slices=$slices is not a number of slices."
+    [[ $restarts =~ ^[0-9]+$ ]] || refuse "--restarts=$restarts is not a number."
+    [[ -n $image ]] || refuse "--image is needed; launch/Dockerfile makes one."
+    (($#)) || refuse "Behind -- goes what stf_jax.main is given: -- --config=FILE --workdir=gs://…"
+    for side in ${shape//x/ }; do
+        chips=$((chips * side))
+    done
+    per_host=$((chips < 4 ? chips : 4)) # machine types …-4t, of which slices of several machines are made
+    for argument; do
+        # Kubernetes takes $$ for $, and $(NAME) for a variable.
+        arguments+=${arguments:+, }$(json "${argument//\$/\$\$}")
+    done
+    text=$(< "$(dirname "$0")/gke_jobset.yaml")
+    fill NAME "$name"
+    fill RESTARTS "$restarts"
+    fill SLICES "$slices"
+    fill HOSTS "$((chips / per_host))"
+    fill ACCELERATOR "$accelerator"
+    fill TOPOLOGY "$shape"
+    fill CHIPS "$per_host"
+    fill IMAGE "$(json "$image")"
+    fill ARGS "[$arguments]"
+    if [[ -n $spot ]]; then
+        text=${text/'# cloud.google.com/gke-spot'/cloud.google.com/gke-spot}
+    fi
+    printf '%s\n' "$text"
+}
+
+case $verb in
+    run)
+        rendered=$(manifest "$@")
+        if [[ -n $dry_run ]]; then
+            echo "# kubectl apply --filename=- < this:"
+            echo "$rendered"
+        else
+            kubectl apply --filename=- <<< "$rendered"
+        fi
+        ;;
+    log)
+        call kubectl logs --follow --tail=100 --container=train \
+            --selector="job-name=$name-slice-0,batch.kubernetes.io/job-completion-index=0"
+        ;;
+    status)
+        call kubectl get jobset "$name"
+        call kubectl get pods --selector="jobset.sigs.k8s.io/jobset-name=$name" --output=wide
+        ;;
+    delete) call kubectl delete jobset "$name" ;;
+esac
