@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import pathlib
 from collections.abc import Callable, Mapping
 
 import jax
@@ -15,6 +16,7 @@ from stf_jax.data.pipeline import Batches, Prepare, training_records
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models import presets
 from stf_jax.models.vlm import slots_per_image
+from stf_jax.runtime.cli import parse
 from stf_jax.runtime.mesh import BATCH, computing, make_mesh
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import Blueprint, TrainState, blueprint, state_layout
@@ -90,6 +92,13 @@ class Setup:
                 return step(state, jax.device_put(batch, rows))
 
         return run
+
+
+def recipe(file: str, *overrides: str) -> TrainConfig:
+    """The one stage of a file in configs/ (``finetune.py``, ``demo.py:stage=pretrain``), changed as a user would."""
+    configs = pathlib.Path(__file__).parent.parent / "configs"
+    (config,) = resolve(parse([f"--config={configs}/{file}", *overrides], "", workdir=False)[1])
+    return config
 
 
 def filled(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -> dict[str, np.ndarray]:

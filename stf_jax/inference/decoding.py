@@ -12,7 +12,7 @@ Axis letters: B rows, T positions of prompts, G slots for new tokens, S = T + G,
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stf_jax.models.layers import shard_rows
 from stf_jax.models.llm import Cache
 from stf_jax.models.vlm import VLM
+from stf_jax.runtime.mesh import BATCH
 from stf_jax.training.state import Blueprint
 
 BLOCKS = "llm/blocks/"
@@ -65,6 +66,30 @@ class Rules:
     def ends(self, tokens: jax.Array) -> jax.Array:
         """Which of the tokens end an answer."""
         return jnp.isin(tokens, jnp.array(self.stops))
+
+
+def places(mesh: Mesh) -> State:
+    """Where the parts of a state lie, the cache's as each of its arrays."""
+    rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
+    cache = NamedSharding(mesh, PartitionSpec(*BATCH, "tensor"))
+    # What is said is whole on every host, for all of them decide alike when to end.
+    return State(cache, rows, said=whole, count=whole, done=whole)
+
+
+def programs(rules: Rules, plan: Blueprint, mesh: Mesh) -> tuple[Callable, Callable, Callable]:
+    """:func:`prefill`, :func:`extend` and :func:`grow` for that mesh, to be compiled when they are called.
+
+    They take what those take after ``rules`` and ``plan``; ``extend`` takes the state's memory over.
+    """
+
+    def compiled(call, *fixed, **how):
+        return jax.jit(functools.partial(call, rules, *fixed), out_shardings=places(mesh), **how)
+
+    return (
+        compiled(prefill, plan, static_argnums=0),
+        compiled(extend, plan, donate_argnums=1),
+        compiled(grow, static_argnums=0),
+    )
 
 
 def layerwise(

@@ -3,7 +3,6 @@
 Axis letters: B rows, T positions of prompts, M pictures a row, G new tokens.
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import ModelConfig, UserError
@@ -22,14 +21,14 @@ from stf_jax.data.image import to_square
 from stf_jax.data.records import IMAGE_MARK, Record
 from stf_jax.data.tokenizer import unsayable
 from stf_jax.inference import decoding
-from stf_jax.inference.decoding import Sampling, State, layerwise
+from stf_jax.inference.decoding import Sampling, layerwise
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.mesh import BATCH, computing
 from stf_jax.training.state import blueprint
 
 GREEDY = Sampling()
-_ROOM = 128  # slots for new tokens at first; they are doubled when they are full
+ROOM = 128  # slots for new tokens at first; they are doubled when they are full
 _THREADS = 2  # that open pictures ahead
 _Told = Callable[[int, str], None]
 
@@ -53,20 +52,11 @@ class Generator:
         if any(token >= vocab for name, token in tokenizer.get_vocab().items() if name != IMAGE_MARK):
             raise UserError(f"The tokenizer's {len(tokenizer)} tokens exceed the {vocab} of {model.llm}.")
         self._tokenizer, self._mesh, self._template, self._aspect = tokenizer, mesh, template, aspect
-        self._rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
-        cache = NamedSharding(mesh, PartitionSpec(*BATCH, "tensor"))
-        # What is said is whole on every host, for all of them decide alike when to end.
-        places = State(cache, self._rows, said=whole, count=whole, done=whole)
+        self._rows = NamedSharding(mesh, BATCH)
         rules = decoding.Rules(stop_tokens(template, tokenizer), unsayable(tokenizer, vocab))
         self._stops = np.array(rules.stops)
         self.take(())
-
-        def compiled(call, *fixed, **how):
-            return jax.jit(functools.partial(call, rules, *fixed), out_shardings=places, **how)
-
-        self._prefill = compiled(decoding.prefill, self.plan, static_argnums=0)
-        self._extend = compiled(decoding.extend, self.plan, donate_argnums=1)
-        self._grow = compiled(decoding.grow, static_argnums=0)
+        self._prefill, self._extend, self._grow = decoding.programs(rules, self.plan, mesh)
 
     def take(self, params: Iterable[tuple[str, jax.Array]]) -> "Generator":
         """Answers with these parameters from now on; each may be forgotten by the caller when the next is asked for."""
@@ -136,7 +126,7 @@ class Generator:
     def _answer(self, prompts, pictures, size, limit, sampling, told):
         before = [""] * len(prompts)
         with computing(self._mesh, self.plan.precision):
-            room = min(limit, _ROOM)
+            room = min(limit, ROOM)
             state = self._prefill(room, self._weights, *self._arrays(prompts, pictures, size), sampling)
             while True:
                 count, done = int(state.count), np.asarray(state.done)

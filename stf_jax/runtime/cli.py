@@ -26,7 +26,7 @@ def door(main: Callable[[list[str]], None], argv: list[str] | None = None) -> in
     logging.getLogger("absl").setLevel(logging.WARNING)
     log = logging.getLogger("stf_jax")  # what was chosen for the user, a line each, on standard error
     log.setLevel(logging.INFO)
-    log.handlers = [logging.StreamHandler()]
+    log.handlers, log.propagate = [logging.StreamHandler()], False
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -98,13 +98,15 @@ def _within(kind, low, high):
     return read
 
 
-def parse(argv: list[str], help_text: str) -> tuple[epath.Path, ml_collections.ConfigDict]:
-    """Reads ``--config=FILE[:ARG]``, its overrides ``--config.KEY=VALUE`` and ``--workdir=DIR``.
+def parse(
+    argv: list[str], help_text: str, *, workdir: bool = True
+) -> tuple[epath.Path | None, ml_collections.ConfigDict]:
+    """Reads ``--config=FILE[:ARG]``, its overrides ``--config.KEY=VALUE`` and, if there is to be one, ``--workdir=DIR``.
 
     Prints ``help_text`` and exits with status 0 for ``--help``.
 
     Returns:
-      The workdir and the config, not yet resolved.
+      The workdir or None, and the config, not yet resolved.
 
     Raises:
       UserError: a missing or unknown option, a config file that is not there or fails, an unknown key or a value of
@@ -114,7 +116,8 @@ def parse(argv: list[str], help_text: str) -> tuple[epath.Path, ml_collections.C
         print(help_text, end="")
         sys.exit(0)
     values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    if workdir:
+        flags.DEFINE_string("workdir", None, "", flag_values=values)
     try:
         config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["", *argv])
         rest = values(["", *argv])[1:]
@@ -126,10 +129,10 @@ def parse(argv: list[str], help_text: str) -> tuple[epath.Path, ml_collections.C
         raise UserError(_explain(error, argv)) from None
     if rest:
         raise UserError(f"Unexpected argument {rest[0]!r}; see --help.")
-    for option in ("config", "workdir"):
+    for option in ("config", "workdir")[: 1 + workdir]:
         if values[option].value is None:
             raise UserError(f"--{option} is missing; see --help.")
-    return epath.Path(values.workdir), values.config
+    return epath.Path(values.workdir) if workdir else None, values.config
 
 
 def _explain(error, argv):

@@ -190,7 +190,7 @@ def test_room_grows_under_long_answers(tokenizer, monkeypatch):
     answers = generators("llama", MeshConfig(1, 1, 1), tokenizer)
     asked = records(3)
     said = list(answers.answers(asked, 21, rows=3))
-    monkeypatch.setattr(generator, "_ROOM", 4)
+    monkeypatch.setattr(generator, "ROOM", 4)
     assert list(answers.answers(asked, 21, rows=3)) == said
     assert min(len(tokenizer(text).input_ids) for text in said) > 8  # the room did grow
 
