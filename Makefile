@@ -29,7 +29,7 @@ lint: .venv/ready-dev
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-.venv/ready-dev: requirements-dev.txt requirements-data.txt .venv/ready
+.venv/ready-dev: requirements-dev.txt requirements-data.txt requirements-plan.txt .venv/ready
 	.venv/bin/python -m pip install --quiet --requirement requirements-dev.txt
-	.venv/bin/python -m pip install --quiet --no-deps --requirement requirements-data.txt
+	.venv/bin/python -m pip install --quiet --no-deps --requirement requirements-data.txt --requirement requirements-plan.txt
 	touch $@

@@ -17,6 +17,6 @@ def get_config(arg=None):
     config.global_batch_size = 128
     config.epochs = 1.0
     config.rules = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train"))
-    config.data.update(template="v1", aspect="pad", max_length=2048, buckets=8)
+    config.data.update(template="v1", aspect="pad", max_length=2048, buckets=8, records=665_298)
     config.optimizer.learning_rate = 2e-5
     return config

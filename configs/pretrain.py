@@ -18,6 +18,6 @@ def get_config(arg=None):
     config.epochs = 1.0
     config.init_missing = ("fusion/.*",)
     config.rules = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "freeze"))
-    config.data.update(template="plain", aspect="square", max_length=2048, buckets=8)
+    config.data.update(template="plain", aspect="square", max_length=2048, buckets=8, records=558_128)
     config.optimizer.learning_rate = 1e-3
     return config

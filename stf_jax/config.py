@@ -64,6 +64,7 @@ class DataConfig:
     source: str = "llava"  # llava: annotations + images | scenes: embedded
     annotations: str = ""  # LLaVA JSON files, or folders that stf_jax.prepare wrote, separated by commas
     images: str = ""  # folders that the JSON files' image paths start from, in the same order; one serves them all
+    records: int = 0  # how many they hold, for stf_jax.plan where they are not here to be counted; 0: unknown
     mix: tuple[float, ...] = ()  # a number for each of them, read as mix_by says; (): each row once an epoch
     mix_by: str = "epoch"  # epoch: how often an epoch takes each set's rows | weight: the set's share of all rows
     scenes: ScenesConfig = ScenesConfig()
@@ -344,6 +345,7 @@ def _validated(config):
         "model.fusion.mbtf_width",
         "model.fusion.stf_hidden",
         "data.images_per_row",
+        "data.records",
         "optimizer.learning_rate",
         "optimizer.warmup_ratio",
         "optimizer.weight_decay",

@@ -101,7 +101,7 @@ def _within(kind, low, high):
 def parse(
     argv: list[str], help_text: str, *, workdir: bool = True
 ) -> tuple[epath.Path | None, ml_collections.ConfigDict]:
-    """Reads ``--config=FILE[:ARG]``, its overrides ``--config.KEY=VALUE`` and, if there is to be one, ``--workdir=DIR``.
+    """Reads ``--config=FILE[:ARG]``, its overrides ``--config.KEY=VALUE`` and, unless none is asked, ``--workdir=DIR``.
 
     Prints ``help_text`` and exits with status 0 for ``--help``.
 

@@ -1,0 +1,120 @@
+"""Devices that are not here: described ones, for which the real compilers compile."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import topologies
+
+from stf_jax.config import UserError, nearest
+from stf_jax.runtime.cost import CHIPS, Chip, chip_of
+
+_NEEDS = "pip install --no-deps -r requirements-plan.txt"
+_TPUS = ("v4", "v5e", "v5p", "v6e")
+# By device: memory (bytes, as its driver tells), multiprocessors, clock (GHz), FP32 units and shared memory (bytes) of
+# each, the most of that for one block, threads of each, L2 (bytes), compute capability. Sources: NVIDIA's tuning guides
+# and architecture whitepapers; memory and clock as OpenXLA's device descriptions record them.
+_GPUS = {
+    "a6000": (51_041_271_808, 84, 1.8, 128, 102_400, 101_376, 1536, 6_291_456, "major: 8 minor: 6"),
+    "a100-40": (42_331_013_120, 108, 1.41, 64, 167_936, 166_912, 2048, 41_943_040, "major: 8"),
+    "a100-80": (85_100_068_864, 108, 1.41, 64, 167_936, 166_912, 2048, 41_943_040, "major: 8"),
+    "h100": (84_942_979_072, 132, 1.98, 128, 233_472, 232_448, 2048, 52_428_800, "major: 9"),
+    "h200": (151_397_597_184, 132, 1.98, 128, 233_472, 232_448, 2048, 52_428_800, "major: 9"),
+    "b200": (191_514_411_008, 148, 1.965, 128, 233_472, 232_448, 2048, 132_644_864, "major: 10"),
+}
+_LIBRARIES = "12.8.0", "9.10.0"  # CUDA and cuDNN, the oldest that jax's plugin takes
+_TPU_LEFT = 0.25 * 2**30  # bytes of a TPU's memory that programs do not get
+_GPU_SHARE = 0.92  # of a GPU's memory that launch/ lets jax take (XLA_PYTHON_CLIENT_MEM_FRACTION)
+
+
+def described(name: str, slices: int = 1) -> list[jax.Device]:
+    """The devices of a topology: ``v5e:4x8`` of chips for a TPU slice, ``h100:8`` of cards for a GPU machine.
+
+    Args:
+      slices: of a TPU, how many of them.
+
+    Raises:
+      UserError: an unknown topology, or the compiler for it is not installed.
+    """
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS:
+        raise UserError(f"--topology={name}: unknown device {kind!r}; {nearest(kind, CHIPS)}")
+    tpu = kind in _TPUS
+    if not re.fullmatch(r"\d+(x\d+){1,2}" if tpu else "[1-8]", shape) or (slices > 1 and not tpu):
+        wanted = "v5e:4x8, or v5p:2x2x4, with --slices" if tpu else f"{kind}:8, the cards of one machine"
+        raise UserError(f"--topology={name} is not a layout of {kind}; it should be like {wanted}.")
+    try:
+        with _quiet():
+            return (_tpus if tpu else _gpus)(kind, shape, slices)
+    except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        missing = re.search("libtpu|not found|[Uu]nknown backend|No module|not been registered|plugin", reason)
+        if missing and "divisible" not in reason:
+            raise UserError(f"Compiling for {name} needs {'libtpu' if tpu else 'jax-cuda12-pjrt'}: {_NEEDS}") from None
+        raise UserError(f"--topology={name} cannot be described: {reason[:200]}") from None
+
+
+def _tpus(kind, shape, slices):
+    how = {"chip_config_name": "megacore"} if kind == "v4" else {}  # else each chip counts as two devices
+    if shape == "1x1":
+        how["chips_per_host_bounds"] = (1, 1, 1)
+    if slices > 1:
+        how["num_slices"] = slices
+    return topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **how).devices
+
+
+def _gpus(kind, shape, _):
+    memory, cores, clock, units, shared, block, threads, cache, capability = _GPUS[kind]
+    cuda, cudnn = _LIBRARIES
+    extension = "ACCELERATED_FEATURES" if CHIPS[kind].flops > 900e12 else "NONE"  # from Hopper on
+    major, minor, patch = cudnn.split(".")
+    target = f"""
+        platform_name: "CUDA"
+        device_description_str: "{CHIPS[kind].kinds[0]}"
+        dnn_version_info {{ major: {major} minor: {minor} patch: {patch} }}
+        gpu_device_info {{
+          name: "{CHIPS[kind].kinds[0]}" device_memory_size: {memory} memory_bandwidth: {int(CHIPS[kind].bandwidth)}
+          core_count: {cores} clock_rate_ghz: {clock} fpus_per_core: {units} l2_cache_size: {cache}
+          shared_memory_per_core: {shared} shared_memory_per_block: 49152 shared_memory_per_block_optin: {block}
+          threads_per_core_limit: {threads} threads_per_block_limit: 1024 threads_per_warp: 32
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+          cuda_compute_capability {{ {capability} feature_extension: {extension} }}
+          runtime_version: "{cuda}" compile_time_toolkit_version: "{cuda}" dnn_version: "{cudnn}"
+        }}"""
+    return topologies.get_topology_desc("", platform="cuda", topology=f"1x1x{shape}", target_config=target).devices
+
+
+def memory_limit(device: jax.Device) -> int:
+    """Bytes of the device's memory that a program may fill."""
+    chip = chip_of(device)
+    return int(chip.memory - _TPU_LEFT if chip.name in _TPUS else _GPUS[chip.name][0] * _GPU_SHARE)
+
+
+def chip(devices: list[jax.Device]) -> Chip:
+    """The row of the table of chips that these devices are."""
+    return chip_of(devices[0])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The compilers' libraries look for hardware when they are loaded, and tell in their logs that there is none."""
+    # libtpu would ask the metadata server of a TPU machine; and let several processes load it, for none holds a TPU.
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -1,0 +1,98 @@
+"""Devices that are described, and what real compilers make of our kernels for them."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+
+from stf_jax.config import MeshConfig, UserError
+from stf_jax.models.attention import Mask, attention
+from stf_jax.planning import topology
+from stf_jax.planning.topology import described, memory_limit
+from stf_jax.runtime.cost import CHIPS, chip_of
+from stf_jax.runtime.mesh import BATCH, computing, make_mesh
+
+TPUS = {"v4:2x2x4": 16, "v5e:4x8": 32, "v5e:1x1": 1, "v5p:2x2x4": 16, "v6e:8x8": 64}
+GPUS = {"a6000:8": 8, "a100-40:8": 8, "a100-80:8": 8, "h100:8": 8, "h200:1": 1, "h200:8": 8, "b200:8": 8}
+
+
+@pytest.mark.parametrize("name", TPUS | GPUS)
+def test_a_topology_has_its_chips_and_they_are_in_the_table(name):
+    devices = described(name)
+    assert len(devices) == (TPUS | GPUS)[name]
+    chip = chip_of(devices[0])
+    assert chip is CHIPS[name.split(":")[0]]
+    assert devices[0].platform == ("tpu" if name in TPUS else "gpu")
+    assert 0.85 * chip.memory < memory_limit(devices[0]) < chip.memory
+
+
+def test_slices_are_told_apart():
+    devices = described("v5e:2x4", slices=2)
+    assert [device.slice_index for device in devices] == 8 * [0] + 8 * [1]
+    assert dict(make_mesh(MeshConfig(), devices).shape) == {"data": 2, "fsdp": 8, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "sentence"),
+    [
+        ("v5:4x8", 1, r"--topology=v5:4x8: unknown device 'v5'; did you mean"),
+        ("tpu", 1, "unknown device 'tpu'; known: v4, v5e"),
+        ("v5e", 1, "should be like v5e:4x8"),
+        ("v5e:32", 1, "should be like v5e:4x8"),
+        ("h100:4x8", 1, "should be like h100:8, the cards of one machine"),
+        ("h100:9", 1, "should be like h100:8"),
+        ("h100:8", 2, "should be like h100:8"),
+        ("v5e:3x5", 1, "cannot be described: .*not divisible"),
+    ],
+)
+def test_what_is_no_topology_is_refused_in_a_sentence(name, slices, sentence):
+    with pytest.raises(UserError, match=sentence):
+        described(name, slices)
+
+
+@pytest.mark.parametrize("name", ["v5e:2x2", "h100:8"])
+def test_a_compiler_that_is_missing_is_named_with_the_way_to_it(name, monkeypatch):
+    def missing(*args, **kwargs):
+        raise RuntimeError("Unable to find libtpu" if name == "v5e:2x2" else "Unknown backend cuda")
+
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", missing)
+    with pytest.raises(UserError, match=r"needs (libtpu|jax-cuda12-pjrt): pip install .* requirements-plan\.txt"):
+        described(name)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1"])
+def test_splash_compiles_for_tpus_with_packed_rows_and_its_gradients(name, size):
+    mesh = make_mesh(MeshConfig(tensor=2), described(name))
+    at = NamedSharding(mesh, BATCH)
+    q, k, segments = (
+        jax.ShapeDtypeStruct((4, 577, *rest), dtype, sharding=at)
+        for rest, dtype in (((4, size), jnp.bfloat16), ((2, size), jnp.bfloat16), ((), jnp.int32))
+    )
+
+    def loss(q, k, v, segments):
+        return attention(q, k, v, Mask(True, segments)).astype(jnp.float32).sum()
+
+    with computing(mesh, "bfloat16"):
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, segments).compile()
+    assert compiled.as_text().count("tpu_custom_call") == 3  # forward, and backward by query and by key and value
+
+
+def test_cudnn_is_chosen_for_gpus_that_are_not_here():
+    mesh = make_mesh(MeshConfig(), described("h100:2"))
+    x = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16, sharding=NamedSharding(mesh, BATCH))
+
+    def loss(q, k, v):
+        return attention(q, k, v, Mask(causal=True)).astype(jnp.float32).sum()
+
+    with computing(mesh, "bfloat16"):
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+    assert "__cudnn$fmha" in compiled.as_text()
+
+
+def test_the_compilers_are_the_pinned_ones():
+    """What was measured was measured with them; tests that need them must not be passed over in silence."""
+    for package in ("libtpu", "jax_plugins.xla_cuda12"):
+        assert importlib.util.find_spec(package) is not None

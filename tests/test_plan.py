@@ -1,0 +1,178 @@
+"""The verb as a user meets it, on miniatures; and, slow, at full size as the documentation has it."""
+
+import json
+import math
+
+import jax
+import pytest
+from tiny import recipe
+
+from stf_jax import plan
+from stf_jax.planning import report as report_module
+from stf_jax.planning import search as search_module
+from stf_jax.planning.program import OutOfMemory, Program, make_program
+from stf_jax.planning.topology import described
+from stf_jax.runtime.cli import door
+from stf_jax.runtime.cost import forward_flops, step_flops
+from stf_jax.training.optimizer import make_optimizer
+from stf_jax.training.state import blueprint, state_layout
+
+BFLOAT16 = ["--config.model.precision=bfloat16", "--config.model.scan_layers=True"]
+DEMO = ["--config=configs/demo.py:stage=finetune", "--config.model.remat=full", *BFLOAT16]
+TINY = ["--config=tests/tiny.py", "--config.mesh.data=1", "--config.mesh.fsdp=-1", *BFLOAT16]
+KEYS = {
+    "topology", "slices", "what", "chip", "devices", "mesh", "rows", "positions", "pictures", "fits",
+    "peak_bytes_per_device", "memory_limit_bytes_per_device", "memory", "model_flops", "executed_flops",
+    "memory_traffic_bytes", "collective_bytes", "roofline_seconds", "bound", "step_seconds_estimate",
+    "tokens_per_second", "mfu_estimate", "steps", "hours",
+}  # fmt: skip
+
+
+def planned(capsys, *argv):
+    assert door(plan.main, [*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def analytic(config, devices):
+    """Bytes of parameters and of moments on a device, by sizes alone: all is divided by fsdp but norms."""
+    learned = frozen = moments = 0
+    for path, leaf in blueprint(config.model).shapes.items():
+        whole = path.rsplit("/", 1)[-1] == "scale" or "norm" in path or path == "vision/class_token"
+        size = math.prod(leaf.shape) // (1 if whole else devices)
+        if path.startswith("vision/"):
+            frozen += 2 * size
+        else:
+            learned, moments = learned + 4 * size, moments + 8 * size
+    return learned + frozen, moments
+
+
+@pytest.mark.parametrize("topology", ["h100:8", "v5e:2x4"])
+def test_a_step_for_devices_that_are_not_here(topology, capsys):
+    found = planned(capsys, *DEMO, f"--topology={topology}", "--price-per-chip-hour=3")
+    assert found.keys() == KEYS | {"chip_hours", "cost"}
+    assert found["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert (found["fits"], found["devices"], found["rows"], found["positions"]) == (True, 8, 8, 208)
+    memory, config = found["memory"], recipe("demo.py:stage=finetune", *DEMO[1:])
+    learned_by_tensor = {"parameters", "optimizer", "batch", "activations", "temporaries"}
+    assert memory.keys() == learned_by_tensor
+    layout = state_layout(config, blueprint(config.model), make_optimizer(config.optimizer, 9), _mesh(topology))
+    for part, tree in {"parameters": layout.params, "optimizer": layout.moments}.items():
+        held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        assert memory[part] == held
+    assert found["model_flops"] == step_flops(config.model, config.rules, 8, 208, 1).step
+    assert 1 < found["executed_flops"] / found["model_flops"] < 1.5
+    # A fully sharded step gathers the weights of the decoder twice at least, and scatters their gradients.
+    sent = sum(size for by_axis in found["collective_bytes"].values() for axes, size in by_axis.items() if axes == "fsdp")
+    decoder = 2 * sum(math.prod(x.shape) for path, x in blueprint(config.model).shapes.items() if "llm/blocks" in path)
+    assert sent > 3 * decoder * 7 / 8
+    assert found["steps"] == 1200
+    assert found["hours"] == pytest.approx(1200 * found["step_seconds_estimate"] / 3600)
+    assert found["cost"] == pytest.approx(3 * 8 * found["hours"])
+
+
+def _mesh(topology):
+    return make_program(recipe("demo.py:stage=finetune"), "train", described(topology)).mesh
+
+
+def test_what_it_says_to_people(capsys):
+    assert door(plan.main, [*DEMO, "--topology=h100:8", "--price-per-chip-hour=3"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("train on h100:8: fits. At its peak a device needs 0.0")
+    for words in ("mesh data 1, fsdp 8, tensor 1", "recomputed", "all-gather over fsdp", "1,200 steps", "chip hours"):
+        assert words in said
+
+
+@pytest.mark.parametrize("what", ["prefill", "decode", "evaluate"])
+def test_asking(what, capsys):
+    found = planned(capsys, *DEMO, "--config.eval.batch=12", "--topology=h100:8", f"--what={what}")
+    assert found["rows"] == 16  # as many as eight devices take
+    assert (found["steps"], found["hours"]) == (None, None)
+    config = recipe("demo.py:stage=finetune", *DEMO[1:])
+    one = forward_flops(config.model, 16, 208, 1)
+    if what != "decode":
+        assert found["model_flops"] >= one.forward - one.head
+    assert found["memory"]["parameters"] > 0
+    assert found["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--config=configs/demo.py:stage=finetune"], "--topology is missing"),
+        (["--config=configs/demo.py", "--topology=h100:8"], "has stages pretrain, finetune; name one"),
+        ([*DEMO, "--topology=h100:8", "--what=train", "--slices=0"], "--slices should be at least 1"),
+        ([*DEMO, "--topology=h100:8", "--price-per-chip-hour=-1"], "a price"),
+        ([*DEMO, "--topology=h100:8", "--price-per-chip-hour=nan"], "a price"),
+        ([*DEMO, "--topology=h100:8", "--search", "--what=decode"], "--search is for --what=train"),
+        ([*DEMO, "--topology=h100:8", "--what=dream"], "invalid choice"),
+        ([*DEMO, "--topology=h100:7"], "global_batch_size=8 is not a multiple of 7"),
+        ([*DEMO, "--topology=h100:8", "--config.global_batch_size=12"], "global_batch_size=12 is not a multiple of 8"),
+        (["--topology=h100:8"], "--config is missing"),
+    ],
+)
+def test_bad_input_ends_in_a_sentence(argv, sentence, capsys):
+    assert door(plan.main, argv) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert sentence in said.err
+    assert said.err.count("error:") == 1
+
+
+def test_what_does_not_fit_says_so_and_a_search_names_what_does(monkeypatch, capsys):
+    argv = [*TINY, "--config.model.remat=none", "--config.global_batch_size=512", "--topology=h100:8"]
+    needed = planned(capsys, *argv)["peak_bytes_per_device"]
+    for module in (report_module, search_module):
+        monkeypatch.setattr(module, "memory_limit", lambda device: needed // 2)
+    for name, few in {"_TENSOR": (1,), "_MICROBATCHES": (1, 4), "_REMAT": ("none", "full"), "COMPILES": 2}.items():
+        monkeypatch.setattr(search_module, name, few)
+    found = planned(capsys, *argv)
+    assert (found["fits"], found["peak_bytes_per_device"]) == (False, needed)
+    found = planned(capsys, *argv, "--search")
+    best, *_ = found["ranked"]
+    assert best["fits"]
+    assert best["peak_bytes_per_device"] <= needed // 2
+    assert best["settings"]["model.remat"] != "none" or best["settings"]["optimizer.accumulation_steps"] > 1
+    seconds = [one["step_seconds_estimate"] for one in found["ranked"]]
+    assert seconds == sorted(seconds)
+    assert 1 <= found["compiled"] <= 2 < found["tried"]
+    # What it names is what a run with those settings needs.
+    again = planned(capsys, *argv, *(f"--config.{key}={value}" for key, value in best["settings"].items()))
+    assert again["peak_bytes_per_device"] == best["peak_bytes_per_device"]
+
+
+def test_a_search_may_find_nothing(monkeypatch, capsys):
+    for module in (report_module, search_module):
+        monkeypatch.setattr(module, "memory_limit", lambda device: 1000)
+    assert door(plan.main, [*TINY, "--topology=h100:8", "--search"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("None of the ")
+    assert said.endswith("fits h100:8; 0 were compiled.\n")
+
+
+def test_the_compilers_word_that_a_program_does_not_fit():
+    """libtpu refuses what exceeds a chip's memory and tells what it would have needed."""
+    (device,) = described("v5e:1x1")
+    mesh = jax.sharding.Mesh([[[device]]], ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    x = jax.ShapeDtypeStruct((2**17, 2**17), "float32", sharding=whole)  # 64 GiB
+    call = jax.jit(lambda x: x @ x, out_shardings=whole)
+    with pytest.raises(OutOfMemory) as caught:
+        Program("train", 1, 1, 0, mesh, "bfloat16", call, (x,), {}).compile()
+    assert caught.value.needed == 128 * 2**30
+
+
+@pytest.mark.slow  # minutes each
+@pytest.mark.parametrize("llm", ["vicuna-7b", "vicuna-13b"])
+@pytest.mark.parametrize("file", ["pretrain", "finetune"])
+@pytest.mark.parametrize("topology", ["v5e:4x8", "v5p:2x2x4", "a6000:8", "h200:8", "v5e:8x8"])
+def test_the_recipe_at_full_size(topology, file, llm, capsys):
+    found = planned(capsys, f"--config=configs/{file}.py:llm={llm}", f"--topology={topology}")
+    config = recipe(f"{file}.py:llm={llm}")
+    if file == "finetune":
+        parameters, moments = analytic(config, found["devices"])
+        assert found["memory"]["parameters"] == pytest.approx(parameters, rel=1e-4)
+        assert found["memory"]["optimizer"] == pytest.approx(moments, rel=1e-4)
+        # The paper's machine takes 7B, and 64 small chips 13B.
+        assert found["fits"] or (topology, llm) in {("a6000:8", "vicuna-13b"), ("v5e:4x8", "vicuna-13b")}
+    assert 1 < found["executed_flops"] / found["model_flops"] < 1.5
+    assert 0.3 < found["mfu_estimate"] < 0.7
