@@ -7,6 +7,7 @@ import sys
 from stf_jax.benches import decode as decode_bench
 from stf_jax.benches import input as input_bench
 from stf_jax.benches import plan as plan_bench
+from stf_jax.benches import train as train_bench
 from stf_jax.benches import weights as weights_bench
 from stf_jax.config import UserError
 from stf_jax.runtime.cli import Parser, door
@@ -17,7 +18,13 @@ def main(argv: list[str]) -> None:
     """Runs one benchmark; prints its table and, where asked, writes the same figures as JSON."""
     parser = Parser(prog="python -m stf_jax.bench", description="Compare speed and memory.")
     names = parser.add_subparsers(dest="name", required=True, parser_class=Parser)
-    benches = {"decode": decode_bench, "input": input_bench, "plan": plan_bench, "weights": weights_bench}
+    benches = {
+        "decode": decode_bench,
+        "input": input_bench,
+        "plan": plan_bench,
+        "train": train_bench,
+        "weights": weights_bench,
+    }
     for name, bench in benches.items():
         one = names.add_parser(name, help=bench.HELP, description=bench.HELP)
         bench.add_arguments(one)

@@ -7,7 +7,8 @@ import pytest
 import tiny  # noqa: F401 (its presets)
 
 from stf_jax.bench import main
-from stf_jax.benches import decode
+from stf_jax.benches import decode, train
+from stf_jax.benches.made import make_export
 from stf_jax.benches.mixture import SOURCES, jpegs, lengths
 from stf_jax.config import FusionConfig, ModelConfig
 from stf_jax.models.vlm import slots_per_image
@@ -49,7 +50,7 @@ def test_weights(tmp_path):
 def test_decode_asks_both_programs_the_same_of_an_export(fusion, tmp_path, monkeypatch):
     config = ModelConfig("clip-tiny", "llama-tiny", FusionConfig(fusion), "float32")
     export = tmp_path / "export"
-    decode._make(config, tmp_path / "made", export)
+    make_export(config, tmp_path / "made", export)
     asked, prompt = [], decode._prompt
     monkeypatch.setattr(decode, "_prompt", lambda *how: asked.append(how) or prompt(*how))
     for program in (decode._ours, decode._transformers):
@@ -61,6 +62,23 @@ def test_decode_asks_both_programs_the_same_of_an_export(fusion, tmp_path, monke
     _, taken = prompt(2, slots, 128)
     assert (taken[0] >= 0).sum() == slots
     assert prompt(2, slots, slots + 60)[0].shape == (2, slots + 60)
+
+
+@pytest.mark.usefixtures("torch_alone", "quick_to_compile")
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_train_takes_the_same_steps_on_both_sides(stage, tmp_path):
+    config = ModelConfig("clip-tiny", "llama-tiny", FusionConfig("mbtf_stf"), "float32", remat="full")
+    export = tmp_path / "export"
+    make_export(config, tmp_path / "made", export)
+    task = train.Task(
+        str(tmp_path / "made"), str(export), stage, rows=2, text=12, steps=3, precision="float32", remat="full"
+    )
+    ours, torchs = train.ours(task), train.in_torch(task)
+    assert min(ours["step_ms"], torchs["step_ms"]) > 0
+    # The same model, rows, optimizer and learning rate: so the same losses, before the first step and after each.
+    assert len(ours["losses"]) == len(torchs["losses"]) == 4
+    np.testing.assert_allclose(ours["losses"], torchs["losses"], rtol=2e-4)
+    assert ours["losses"][-1] < ours["losses"][0]
 
 
 def test_the_mixture_is_as_it_says():

@@ -15,20 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from stf_jax.benches.made import make_export
 from stf_jax.benches.process import measured
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError
-from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Rules, Sampling, layerwise
 from stf_jax.inference.generator import bucket
 from stf_jax.models.fusion import tokens_per_image
-from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.checkpoint import write_params
 from stf_jax.runtime.mesh import computing, make_mesh
 from stf_jax.training.state import blueprint
-from stf_jax.weights.export_hf import export_hf
-from stf_jax.weights.model import Description, open_model
+from stf_jax.weights.model import open_model
 
 HELP = "prefill, time to first token, decode speed and memory, beside transformers' generate"
 _FUSIONS = ("mlp", "avg_pool", "mbtf_stf")
@@ -63,7 +60,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         for fusion in _FUSIONS:
             config = ModelConfig(options.vision, options.llm, FusionConfig(fusion), options.precision, remat="none")
             export = pathlib.Path(scratch) / fusion
-            _make(config, pathlib.Path(scratch) / f"{fusion}-made", export)
+            make_export(config, pathlib.Path(scratch) / f"{fusion}-made", export)
             for batch in batches:
                 pair = {}
                 for program in ("ours", "transformers"):
@@ -78,24 +75,6 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 _FIGURES = ("picture_ms", "prefill_ms", "first_token_ms", "tokens_per_second", "times_transformers", "gib")
-
-
-def _make(config, folder, export):
-    """A model of random weights, as a folder of imported ones and as an export."""
-    rng = np.random.default_rng(0)
-    shapes = blueprint(config).shapes
-    folder.mkdir()
-    noise = rng.standard_normal(2**20, np.float32)
-
-    def values():
-        for path, leaf in shapes.items():
-            scale = 1 if path.endswith("scale") else 0.02
-            yield path, (np.resize(noise, leaf.shape) * scale).astype(jnp.dtype(config.precision))
-
-    write_params(folder, values())
-    Description(vision_preset(config.vision), llm_preset(config.llm), config.fusion).save(folder)
-    load_tokenizer("miniature").save_pretrained(folder / "tokenizer")
-    export_hf(epath.Path(folder), epath.Path(export))
 
 
 def _median(measure):

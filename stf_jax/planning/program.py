@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stf_jax.config import TrainConfig, UserError
+from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import BLOCKS, Rules, Sampling
@@ -109,8 +109,6 @@ def make_program(config: TrainConfig, what: str, devices: list[jax.Device], rows
 
 def _train(config, plan, mesh):
     check_batch(config, mesh)
-    if config.data.max_length < 1:
-        raise UserError(f"data.max_length={config.data.max_length} leaves nothing to compile.")
     tx = make_optimizer(config.optimizer, steps=1000)
     layout = state_layout(config, plan, tx, mesh)
     shape = config.global_batch_size, config.data.max_length

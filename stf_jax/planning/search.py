@@ -10,8 +10,9 @@ from stf_jax.config import MeshConfig, TrainConfig, UserError
 from stf_jax.planning.program import bytes_on_a_device, make_program
 from stf_jax.planning.report import count, report
 from stf_jax.planning.topology import chip, memory_limit
+from stf_jax.training.state import blueprint
 
-COMPILES = 6  # at most: each takes a minute for a model of billions
+COMPILES = 6  # at most, and as many again where none of them fits: each takes a minute for a model of billions
 _TENSOR, _MICROBATCHES, _REMAT = (1, 2, 4, 8), (1, 2, 4, 8, 16), ("none", "dots", "full")
 
 
@@ -19,32 +20,46 @@ def search(config: TrainConfig, devices: list[jax.Device], price: float, told: C
     """The best ways to train with this config on these devices.
 
     What surely does not fit, since weights, moments, gradients and activations alone exceed the memory, is not
-    compiled; of the rest those with the least work are, the leaner first among equals.
+    compiled; of the rest those with the least work are, and if none of these fits, the leanest.
 
     Args:
       told: is called with a line for each that is compiled.
 
     Returns:
-      ``tried`` and ``compiled``, how many; ``ranked``, what :func:`stf_jax.planning.report.report` tells of those that
-      fit, the fastest first, each with the ``settings`` that it needs.
+      ``fits``, whether any does; ``tried`` and ``compiled``, how many; ``ranked``, those that fit, the fastest first:
+      what :func:`stf_jax.planning.report.report` tells of each, and the ``settings`` that it needs.
+
+    Raises:
+      UserError: a model that cannot be.
     """
-    tried, hopeful = 0, []
-    for changed, seconds, least in _estimates(config, devices):
-        tried += 1
-        if least <= memory_limit(devices[0]):
-            hopeful.append((seconds, least, changed))
-    hopeful.sort(key=lambda entry: entry[:2])
-    ranked = []
-    for _, _, changed in hopeful[:COMPILES]:
-        settings = _settings(changed)
+    blueprint(config.model)  # what cannot be is the config's fault; below, what raises is a setting that does not suit
+    estimates = list(_estimates(config, devices))
+    hopeful = [found for found in estimates if found.least_bytes <= memory_limit(devices[0])]
+    quickest = sorted(hopeful, key=lambda found: (found.seconds, found.least_bytes))
+    leanest = sorted(quickest[COMPILES:], key=lambda found: found.least_bytes)
+    ranked, compiled = [], 0
+    for candidate in (*quickest[:COMPILES], *leanest[:COMPILES]):
+        if compiled >= COMPILES and ranked:
+            break
+        compiled += 1
+        settings = _settings(candidate.config)
+        found = report(candidate.config, "train", devices, price) | {"settings": settings}
         words = " ".join(f"--config.{key}={value}" for key, value in settings.items())
-        found = report(changed, "train", devices, price) | {"settings": settings}
         verdict = "fits" if found["fits"] else "does not fit"
         told(f"{words}: {verdict}, {(found['peak_bytes_per_device'] or 0) / 2**30:.1f} GiB")
         if found["fits"]:
             ranked.append(found)
     ranked.sort(key=lambda found: found["step_seconds_estimate"])
-    return {"tried": tried, "compiled": min(len(hopeful), COMPILES), "ranked": ranked}
+    return {"fits": bool(ranked), "tried": len(estimates), "compiled": compiled, "ranked": ranked}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Estimate:
+    """Of a config, before anything is compiled."""
+
+    config: TrainConfig
+    seconds: float  # of a step, by compute and memory alone
+    least_bytes: int  # that a device needs
 
 
 def _settings(config):
@@ -58,8 +73,7 @@ def _settings(config):
     }
 
 
-def _estimates(config, devices) -> Iterator[tuple[TrainConfig, float, float]]:
-    """Configs, seconds of a step by compute and memory alone, and bytes that it needs on a device at least."""
+def _estimates(config, devices) -> Iterator[_Estimate]:
     what = chip(devices)
     for tensor in _TENSOR:
         slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -83,4 +97,4 @@ def _estimates(config, devices) -> Iterator[tuple[TrainConfig, float, float]]:
                 gradients = bytes_on_a_device(program.arguments[0].trainable) * (1 + (parts > 1))
                 least = sum(map(bytes_on_a_device, program.parts.values())) + gradients + counted.kept(mine, program)
                 compute = work.executed_flops / len(devices) / what.flops
-                yield mine, max(compute, work.memory_bytes / what.bandwidth), least
+                yield _Estimate(mine, max(compute, work.memory_bytes / what.bandwidth), least)

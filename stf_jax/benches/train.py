@@ -1,0 +1,198 @@
+"""Training steps, here and of the export in PyTorch, on the same weights and rows in the same run."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from stf_jax.benches.made import make_export
+from stf_jax.benches.process import measured
+from stf_jax.config import (
+    DataConfig,
+    FusionConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    UserError,
+)
+from stf_jax.data.packing import Batch
+from stf_jax.models.presets import vision_preset
+from stf_jax.models.vlm import slots_per_image
+from stf_jax.runtime.cost import chip_of, step_flops
+from stf_jax.runtime.mesh import computing, make_mesh
+from stf_jax.training.optimizer import make_optimizer
+from stf_jax.training.state import blueprint, init_state, state_layout
+from stf_jax.training.step import make_train_step
+from stf_jax.weights.folder import load_params
+
+HELP = "training steps: time, MFU and memory, beside the export in PyTorch, as it is and compiled"
+_RATE = 1e-3
+_LEARN = {"pretrain": "freeze", "finetune": "train"}  # the language model, in each stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What both sides do."""
+
+    folder: str  # of imported weights
+    export: str  # the same weights, for PyTorch
+    stage: str  # pretrain: the fusion learns | finetune: it and the language model
+    rows: int
+    text: int  # tokens of a row behind its picture's
+    steps: int
+    precision: str
+    remat: str  # full | none, gradient checkpointing
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the command line."""
+    parser.add_argument("--llm", default="smollm2-135m", help="a language model preset, with random weights")
+    parser.add_argument("--vision", default="clip-mini-16-384", help="a tower preset; this one costs little")
+    parser.add_argument("--fusion", default="mbtf_stf")
+    parser.add_argument("--rows", type=int, default=4, help="a step (%(default)s)")
+    parser.add_argument("--text", type=int, default=112, help="tokens of a row behind its picture's (%(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="that are timed (%(default)s)")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="(%(default)s)")
+    parser.add_argument(
+        "--remat", choices=["none", "full"], default="none", help="gradient checkpointing (%(default)s)"
+    )
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each stage and program; each is a process of its own."""
+    if min(options.rows, options.text - 1, options.steps) < 1:
+        raise UserError("--rows and --steps must be at least 1, and --text at least 2.")
+    config = ModelConfig(options.vision, options.llm, FusionConfig(options.fusion), options.precision)
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, export = pathlib.Path(scratch) / "made", pathlib.Path(scratch) / "export"
+        make_export(config, folder, export)
+        same = (options.rows, options.text, options.steps, options.precision, options.remat)
+        for stage in _LEARN:
+            task = json.dumps(dataclasses.asdict(Task(str(folder), str(export), stage, *same)))
+            found = {}
+            for program in ("ours", "torch", "torch, compiled"):
+                found[program] = measured(f"{stage}, {program}", ["-m", "stf_jax.benches.train", program, task])
+            for row in found.values():
+                row["times_torch"] = found["torch"]["step_ms"] / row["step_ms"]
+                rows.append({key: row[key] for key in ("what", *_FIGURES) if key in row})
+    return rows
+
+
+_FIGURES = ("step_ms", "tokens_per_second", "times_torch", "mfu", "gib")
+
+
+def _config(task):
+    model = ModelConfig(task.folder, task.folder, _fusion(task.folder), task.precision, remat=task.remat)
+    return TrainConfig(
+        global_batch_size=task.rows,
+        rules=(("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", _LEARN[task.stage])),
+        model=model,
+        data=DataConfig(max_length=slots_per_image(model) + task.text),
+        optimizer=OptimizerConfig(learning_rate=_RATE, schedule="constant", warmup_ratio=0.0),
+        mesh=MeshConfig(1, 1, 1),
+    )
+
+
+def _fusion(folder):
+    return FusionConfig(**json.loads((pathlib.Path(folder) / "model.json").read_text())["fusion"])
+
+
+def _rows(config, text):
+    """Token ids [B, T], the picture's places first, and pictures uint8 [B, 1, H, W, 3]."""
+    rng, slots = np.random.default_rng(1), slots_per_image(config.model)
+    side = vision_preset(config.model.vision).image_size
+    tokens = rng.integers(3, 500, (config.global_batch_size, slots + text)).astype(np.int32)
+    return tokens, rng.integers(0, 256, (len(tokens), 1, side, side, 3), np.uint8), slots
+
+
+def _told(config, losses, seconds):
+    """Figures of the steps: ``losses`` before each and after the last, and how long each took."""
+    step = statistics.median(seconds)
+    shape = config.global_batch_size, config.data.max_length
+    figures = {"step_ms": 1e3 * step, "tokens_per_second": shape[0] * shape[1] / step, "losses": losses}
+    chip = chip_of(jax.devices()[0])
+    if chip is not None:
+        figures["mfu"] = step_flops(config.model, config.rules, *shape, 1).step / step / chip.flops
+    return figures
+
+
+def ours(task: Task) -> dict[str, Any]:
+    """Steps as training takes them, compiled before."""
+    config = _config(task)
+    tokens, images, slots = _rows(config, task.text)
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    targets = np.concatenate([tokens[:, 1:], np.zeros_like(tokens[:, :1])], axis=1)
+    learned = (positions >= slots - 1) & (positions < tokens.shape[1] - 1)
+    taken = np.where(positions < slots, positions, -1)
+    batch = Batch(tokens, targets, learned, positions, np.ones_like(tokens), taken, images)
+
+    plan, mesh, tx = blueprint(config.model), make_mesh(config.mesh), make_optimizer(config.optimizer, task.steps)
+    layout = state_layout(config, plan, tx, mesh)
+    state = init_state(config, layout, tx, load_params(task.folder, layout.params, ()))
+    losses, seconds = [], []
+    with computing(mesh, task.precision):
+        step = make_train_step(config, plan, tx, layout).lower(state, batch).compile()
+        batch = jax.device_put(batch, step.input_shardings[0][1])
+        for _ in range(task.steps + 1):
+            begin = time.perf_counter()
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+            seconds.append(time.perf_counter() - begin)
+    stats = jax.devices()[0].memory_stats()  # None of a CPU
+    return _told(config, losses, seconds[1:]) | ({"gib": stats["peak_bytes_in_use"] / 2**30} if stats else {})
+
+
+def in_torch(task: Task, compiled: bool = False) -> dict[str, Any]:
+    """The same of the export: sdpa, weights that learn in float32, autocast where the precision is bfloat16."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    config, device = _config(task), "cuda" if torch.cuda.is_available() else "cpu"
+    tokens, images, slots = _rows(config, task.text)
+    how = {"trust_remote_code": True, "local_files_only": True, "attn_implementation": "sdpa"}
+    model = AutoModelForImageTextToText.from_pretrained(task.export, dtype=torch.float32, **how).to(device)
+    for name, parameter in model.named_parameters():
+        frozen = "vision_tower" in name or (task.stage == "pretrain" and "projector" not in name)
+        parameter.requires_grad_(not frozen)
+        if frozen:
+            parameter.data = parameter.data.to(getattr(torch, task.precision))
+    if task.remat == "full":
+        model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    ids = torch.tensor(tokens.astype(np.int64), device=device)
+    labels = ids.masked_fill(torch.arange(ids.shape[1], device=device) < slots, -100)
+    ids[:, :slots] = getattr(model.config, "image_token_id", None) or model.config.image_token_index
+    vision = vision_preset(task.folder)
+    pixels = torch.tensor(images[:, 0].transpose(0, 3, 1, 2), device=device) / 255
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (vision.mean, vision.std))
+    pixels = ((pixels - mean) / std).to(getattr(torch, task.precision))
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, _RATE, weight_decay=0.0, fused=device == "cuda")
+    call = torch.compile(model) if compiled else model
+    losses, seconds = [], []
+    for _ in range(task.steps + 1):
+        begin = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16, enabled=task.precision == "bfloat16"):
+            loss = call(input_ids=ids, pixel_values=pixels, labels=labels, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - begin)
+    memory = {"gib": torch.cuda.max_memory_allocated() / 2**30} if device == "cuda" else {}
+    return _told(config, losses, seconds[1:]) | memory
+
+
+if __name__ == "__main__":
+    program, task = sys.argv[1], Task(**json.loads(sys.argv[2]))
+    print(json.dumps(ours(task) if program == "ours" else in_torch(task, compiled=program != "torch")))
