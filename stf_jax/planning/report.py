@@ -72,6 +72,7 @@ def _program(config, program, devices):
         "temporaries": max(peak - sum(parts.values()) - activations, 0),
     }
     sent = traffic(compiled.as_text(), program.mesh, trips=1 if program.what == "decode" else None)  # one token
+    jax.clear_caches()  # a program of billions is a gigabyte here, and there may be more to compile
     return told | _speed(program, devices, work, sent)
 
 

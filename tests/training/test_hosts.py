@@ -27,6 +27,7 @@ def _arguments(workdir):
         "--config.log_every_steps=1",
         f"--config.checkpoint.every_steps={SAVED}",
         "--config.data.scenes.size=256",
+        "--config.model.scan_layers=True",  # compiles sooner
     ]
 
 
