@@ -40,6 +40,8 @@ def door(main: Callable[[list[str]], None], argv: list[str] | None = None) -> in
     except Exception:
         hosts.leave(1)
         raise
+    finally:
+        log.handlers, log.propagate = [], True
     return 0
 
 
