@@ -61,9 +61,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             model = dataclasses.replace(config.model, fusion=FusionConfig(fusion=fusion))
             length = slots_per_image(model) + _TEXT[what]
             data = dataclasses.replace(config.data, max_length=length)
-            # Prompts enough that reading them, not fetching the weights, is what takes the time.
-            many = dataclasses.replace(config.eval, batch=16 * len(devices))
-            changed = dataclasses.replace(config, model=model, data=data, eval=many)
+            changed = dataclasses.replace(config, model=model, data=data)
             found = report(changed, "prefill" if what == "prefill" else "train", devices)
             row = {
                 "what": f"{what}, {fusion}, {found['rows']} rows",
