@@ -181,6 +181,6 @@ def test_the_recipe_at_full_size(topology, file, llm, capsys):
         assert found["memory"]["parameters"] == pytest.approx(parameters, rel=1e-4)
         assert found["memory"]["optimizer"] == pytest.approx(moments, rel=1e-4)
         # The paper's machine takes 7B, and 64 small chips 13B.
-        assert found["fits"] or (topology, llm) in {("a6000:8", "vicuna-13b"), ("v5e:4x8", "vicuna-13b")}
+        assert found["fits"] == ((topology, llm) != ("a6000:8", "vicuna-13b"))
     assert 1 < found["executed_flops"] / found["model_flops"] < 1.5
     assert 0.3 < found["mfu_estimate"] < 0.7
