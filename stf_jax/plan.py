@@ -9,7 +9,7 @@ from stf_jax.config import UserError, resolve
 from stf_jax.planning.report import WHATS, report
 from stf_jax.planning.search import search
 from stf_jax.planning.topology import described
-from stf_jax.planning.words import ranking, summary
+from stf_jax.planning.words import ranking, summary, trial
 from stf_jax.runtime.cli import Parser, door, parse
 
 HELP = """Compile a run's real program for devices that are not here, and tell whether it fits and what it takes.
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # what is here is not asked for
     devices = described(known.topology, known.slices)
     if known.search:
-        found = search(stages[0], devices, known.price_per_chip_hour, lambda line: print(line, file=sys.stderr))
+        found = search(stages[0], devices, known.price_per_chip_hour, lambda one: print(trial(one), file=sys.stderr))
     else:
         found = report(stages[0], known.what, devices, known.price_per_chip_hour)
     found = {"topology": known.topology, "slices": known.slices} | found

@@ -141,7 +141,7 @@ def _splash(q, k, v, mask):
     rows = PartitionSpec(("data", "fsdp"))
     heads = PartitionSpec(("data", "fsdp"), None, "tensor")
     if not jax.sharding.get_abstract_mesh().empty:
-        # What a kernel of our own making writes varies as what it reads; Pallas does not say so by itself.
+        # Not checked, for Pallas does not say over which axes what it writes varies.
         local = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
     return local(q, k, v, segments)[:, :length]
 

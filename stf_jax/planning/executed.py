@@ -29,13 +29,17 @@ class Executed:
         return Executed(*(value * times for value in dataclasses.astuple(self)))
 
 
-def executed(jaxpr: core.Jaxpr, shards: int, devices: int, local: bool = False) -> Executed:
+def executed(traced: jax.stages.Traced, shards: int, devices: int) -> Executed:
     """Counts a program that was traced with ``PRIME·shards`` rows, over a mesh of so many devices.
 
     Args:
       shards: parts that the rows are split into.
-      local: whether the shapes are one device's, as inside of a ``shard_map``.
     """
+    return _executed(_inner(traced.jaxpr), shards, devices, local=False)
+
+
+def _executed(jaxpr, shards, devices, local):
+    """``local``: whether the shapes are one device's, as inside of a ``shard_map``."""
     total = Executed()
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
@@ -46,17 +50,17 @@ def executed(jaxpr: core.Jaxpr, shards: int, devices: int, local: bool = False) 
         elif name == "pallas_call":
             total += _product(eqn, _kernel_flops(eqn), shards, devices, local)
         elif name == "scan":
-            total += executed(params["jaxpr"].jaxpr, shards, devices, local) * params["length"]
+            total += _executed(params["jaxpr"].jaxpr, shards, devices, local) * params["length"]
         elif name == "while":  # the decoding loop: one token
-            total += executed(params["body_jaxpr"].jaxpr, shards, devices, local)
+            total += _executed(params["body_jaxpr"].jaxpr, shards, devices, local)
         elif name == "cond":
-            branches = [executed(branch.jaxpr, shards, devices, local) for branch in params["branches"]]
+            branches = [_executed(branch.jaxpr, shards, devices, local) for branch in params["branches"]]
             total += max(branches, key=lambda branch: branch.flops)
         elif name == "shard_map":
-            total += executed(_inner(params["jaxpr"]), shards, devices, local=True)
+            total += _executed(_inner(params["jaxpr"]), shards, devices, local=True)
         else:
             for inner in _inners(params):
-                total += executed(inner, shards, devices, local)
+                total += _executed(inner, shards, devices, local)
     return total
 
 
@@ -118,8 +122,3 @@ def _body_flops(jaxpr):
         else:
             total += sum(_body_flops(inner) for inner in _inners(eqn.params))
     return total
-
-
-def trace_jaxpr(traced: jax.stages.Traced) -> core.Jaxpr:
-    """The program of a traced call."""
-    return _inner(traced.jaxpr)

@@ -9,11 +9,11 @@ import jax
 from stf_jax.config import TrainConfig
 from stf_jax.data.pipeline import training_records
 from stf_jax.inference.generator import ROOM
-from stf_jax.planning.executed import PRIME, executed, trace_jaxpr
+from stf_jax.planning.executed import PRIME, executed
 from stf_jax.planning.hlo import traffic
 from stf_jax.planning.program import OutOfMemory, Program, bytes_on_a_device, make_program
-from stf_jax.planning.topology import chip, memory_limit
-from stf_jax.runtime.cost import decode_flops, forward_flops, step_flops
+from stf_jax.planning.topology import memory_limit
+from stf_jax.runtime.cost import CHIPS, chip_of, decode_flops, forward_flops, step_flops
 
 WHATS = ("train", "prefill", "decode", "evaluate")
 # What good programs attain of a chip's figures: products of models of billions run at 60 to 75 % of the peak, memory
@@ -47,7 +47,7 @@ def _program(config, program, devices):
     limit, parts = memory_limit(devices[0]), {name: bytes_on_a_device(tree) for name, tree in program.parts.items()}
     told = {
         "what": program.what,
-        "chip": chip(devices).name,
+        "chip": chip_of(devices[0]).name,
         "devices": len(devices),
         "mesh": dict(program.mesh.shape),
         "rows": program.rows,
@@ -116,7 +116,7 @@ def count(config: TrainConfig, what: str, devices: list[jax.Device]) -> Counted:
     whole = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, accumulation_steps=1))
     shards = make_program(whole, what, devices, rows=len(devices)).shards
     program = make_program(whole, what, devices, rows=PRIME * shards)
-    found = executed(trace_jaxpr(program.trace()), shards, len(devices))
+    found = executed(program.trace(), shards, len(devices))
     kept = sum(
         x.dtype.itemsize * math.prod(x.shape)
         for x in program.residuals()
@@ -136,7 +136,7 @@ def _model_flops(config, program):
 
 
 def _speed(program, devices, work, sent):
-    what = chip(devices)
+    what = chip_of(devices[0])
     links, network, by_kind = 0, 0, {}
     for entry in sent:
         over, axes = by_kind.setdefault(entry.kind, {}), "+".join(entry.axes)
@@ -171,7 +171,7 @@ def _evaluation(prefill, decode):
     """A batch of questions: read, then answered in :data:`stf_jax.inference.generator.ROOM` tokens."""
     higher = max(prefill, decode, key=lambda told: told["peak_bytes_per_device"] or math.inf)
     told = prefill | {key: higher[key] for key in ("peak_bytes_per_device", "memory")}
-    told |= {"what": "evaluate", "fits": prefill["fits"] and decode["fits"], "bound": decode["bound"]}
+    told |= {"what": "evaluate", "fits": prefill["fits"] and decode["fits"]}
     for key in ("model_flops", "executed_flops", "memory_traffic_bytes", "step_seconds_estimate"):
         told[key] = prefill[key] + ROOM * decode[key]
     told["roofline_seconds"] = {
@@ -184,7 +184,9 @@ def _evaluation(prefill, decode):
             mine[axes] = mine.get(axes, 0) + ROOM * size
     seconds = told["step_seconds_estimate"]
     told["tokens_per_second"] = told["rows"] * ROOM / seconds
-    told["mfu_estimate"] *= told["model_flops"] / prefill["model_flops"] * prefill["step_seconds_estimate"] / seconds
+    told["mfu_estimate"] = told["model_flops"] / seconds / told["devices"] / CHIPS[told["chip"]].flops
+    if 2 * prefill["step_seconds_estimate"] < seconds:  # most of it is answering
+        told["bound"] = decode["bound"]
     return told
 
 

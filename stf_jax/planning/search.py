@@ -9,21 +9,24 @@ import jax
 from stf_jax.config import MeshConfig, TrainConfig, UserError
 from stf_jax.planning.program import bytes_on_a_device, make_program
 from stf_jax.planning.report import count, report
-from stf_jax.planning.topology import chip, memory_limit
+from stf_jax.planning.topology import memory_limit
+from stf_jax.runtime.cost import chip_of
 from stf_jax.training.state import blueprint
 
 COMPILES = 6  # at most, and as many again where none of them fits: each takes a minute for a model of billions
 _TENSOR, _MICROBATCHES, _REMAT = (1, 2, 4, 8), (1, 2, 4, 8, 16), ("none", "dots", "full")
 
 
-def search(config: TrainConfig, devices: list[jax.Device], price: float, told: Callable[[str], None]) -> dict[str, Any]:
+def search(
+    config: TrainConfig, devices: list[jax.Device], price: float, told: Callable[[dict], None]
+) -> dict[str, Any]:
     """The best ways to train with this config on these devices.
 
     What surely does not fit, since weights, moments, gradients and activations alone exceed the memory, is not
     compiled; of the rest those with the least work are, and if none of these fits, the leanest.
 
     Args:
-      told: is called with a line for each that is compiled.
+      told: is called with what is found of each that is compiled, as ``ranked`` has it.
 
     Returns:
       ``fits``, whether any does; ``tried`` and ``compiled``, how many; ``ranked``, those that fit, the fastest first:
@@ -42,11 +45,8 @@ def search(config: TrainConfig, devices: list[jax.Device], price: float, told: C
         if compiled >= COMPILES and ranked:
             break
         compiled += 1
-        settings = _settings(candidate.config)
-        found = report(candidate.config, "train", devices, price) | {"settings": settings}
-        words = " ".join(f"--config.{key}={value}" for key, value in settings.items())
-        verdict = "fits" if found["fits"] else "does not fit"
-        told(f"{words}: {verdict}, {(found['peak_bytes_per_device'] or 0) / 2**30:.1f} GiB")
+        found = report(candidate.config, "train", devices, price) | {"settings": _settings(candidate.config)}
+        told(found)
         if found["fits"]:
             ranked.append(found)
     ranked.sort(key=lambda found: found["step_seconds_estimate"])
@@ -74,7 +74,7 @@ def _settings(config):
 
 
 def _estimates(config, devices) -> Iterator[_Estimate]:
-    what = chip(devices)
+    what = chip_of(devices[0])
     for tensor in _TENSOR:
         slices = len({getattr(device, "slice_index", 0) for device in devices})
         if len(devices) % (slices * tensor):

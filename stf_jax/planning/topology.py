@@ -1,6 +1,7 @@
 """Devices that are not here: described ones, for which the real compilers compile."""
 
 import contextlib
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -9,9 +10,14 @@ import jax
 from jax.experimental import topologies
 
 from stf_jax.config import UserError, nearest
-from stf_jax.runtime.cost import CHIPS, Chip, chip_of
+from stf_jax.runtime.cost import CHIPS, chip_of
 
 _NEEDS = "pip install --no-deps -r requirements-plan.txt"
+# Packages, and what each lets be imported. jax asks cuDNN's version before it calls its flash attention.
+_COMPILERS = {
+    "tpu": {"libtpu": "libtpu"},
+    "gpu": {"jax-cuda12-pjrt": "jax_plugins.xla_cuda12", "nvidia-cudnn-cu12": "nvidia.cudnn"},
+}
 _TPUS = ("v4", "v5e", "v5p", "v6e")
 # By device: memory (bytes, as its driver tells), multiprocessors, clock (GHz), FP32 units and shared memory (bytes) of
 # each, the most of that for one block, threads of each, L2 (bytes), compute capability. Sources: NVIDIA's tuning guides
@@ -45,15 +51,21 @@ def described(name: str, slices: int = 1) -> list[jax.Device]:
     if not re.fullmatch(r"\d+(x\d+){1,2}" if tpu else "[1-8]", shape) or (slices > 1 and not tpu):
         wanted = "v5e:4x8, or v5p:2x2x4, with --slices" if tpu else f"{kind}:8, the cards of one machine"
         raise UserError(f"--topology={name} is not a layout of {kind}; it should be like {wanted}.")
+    for package, module in _COMPILERS["tpu" if tpu else "gpu"].items():
+        if not _installed(module):
+            raise UserError(f"Compiling for {name} needs {package}: {_NEEDS}")
     try:
         with _quiet():
             return (_tpus if tpu else _gpus)(kind, shape, slices)
-    except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        missing = re.search("libtpu|not found|[Uu]nknown backend|No module|not been registered|plugin", reason)
-        if missing and "divisible" not in reason:
-            raise UserError(f"Compiling for {name} needs {'libtpu' if tpu else 'jax-cuda12-pjrt'}: {_NEEDS}") from None
-        raise UserError(f"--topology={name} cannot be described: {reason[:200]}") from None
+    except jax.errors.JaxRuntimeError as error:  # the compiler's word on a layout that its chips do not have
+        raise UserError(f"--topology={name} cannot be described: {' '.join(str(error).split())[:200]}") from None
+
+
+def _installed(module):
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even what it would be in
+        return False
 
 
 def _tpus(kind, shape, slices):
@@ -92,11 +104,6 @@ def memory_limit(device: jax.Device) -> int:
     """Bytes of the device's memory that a program may fill."""
     chip = chip_of(device)
     return int(chip.memory - _TPU_LEFT if chip.name in _TPUS else _GPUS[chip.name][0] * _GPU_SHARE)
-
-
-def chip(devices: list[jax.Device]) -> Chip:
-    """The row of the table of chips that these devices are."""
-    return chip_of(devices[0])
 
 
 @contextlib.contextmanager

@@ -66,6 +66,17 @@ def _times(found):
     return text
 
 
+def trial(found: Mapping[str, Any]) -> str:
+    """A line of one that a search compiled."""
+    peak = found["peak_bytes_per_device"]
+    needed = f"{peak / _GIB:.1f} GiB" if peak else "too much"
+    return f"{_flags(found)}: {'fits' if found['fits'] else 'does not fit'}, {needed}"
+
+
+def _flags(found):
+    return " ".join(f"--config.{key}={value}" for key, value in found["settings"].items())
+
+
 def ranking(found: Mapping[str, Any]) -> str:
     """Of :func:`stf_jax.planning.search.search`."""
     if not found["ranked"]:
@@ -83,5 +94,5 @@ def ranking(found: Mapping[str, Any]) -> str:
         }
         for one in found["ranked"]
     ]
-    best = " ".join(f"--config.{key}={value}" for key, value in found["ranked"][0]["settings"].items())
+    best = _flags(found["ranked"][0])
     return f"{table(rows)}\n\n{found['tried']} tried, {found['compiled']} compiled; the fastest: {best}"

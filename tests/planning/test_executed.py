@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from tiny import recipe
 
 from stf_jax.config import MeshConfig
-from stf_jax.planning.executed import PRIME, Executed, executed, trace_jaxpr
+from stf_jax.planning.executed import PRIME, Executed, executed
 from stf_jax.planning.program import make_program
 from stf_jax.planning.report import count
 from stf_jax.runtime.cost import decode_flops, forward_flops
@@ -20,7 +20,7 @@ PRODUCT = 2 * PRIME * 8 * 16
 
 
 def counted(call, *arguments, shards=1, devices=1):
-    return executed(trace_jaxpr(jax.jit(call).trace(*arguments)), shards, devices)
+    return executed(jax.jit(call).trace(*arguments), shards, devices)
 
 
 def test_a_product_is_counted_by_what_has_rows():

@@ -9,7 +9,6 @@ from jax.sharding import NamedSharding
 
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.models.attention import Mask, attention
-from stf_jax.planning import topology
 from stf_jax.planning.topology import described, memory_limit
 from stf_jax.runtime.cost import CHIPS, chip_of
 from stf_jax.runtime.mesh import BATCH, computing, make_mesh
@@ -52,14 +51,21 @@ def test_what_is_no_topology_is_refused_in_a_sentence(name, slices, sentence):
         described(name, slices)
 
 
-@pytest.mark.parametrize("name", ["v5e:2x2", "h100:8"])
-def test_a_compiler_that_is_missing_is_named_with_the_way_to_it(name, monkeypatch):
-    def missing(*args, **kwargs):
-        raise RuntimeError("Unable to find libtpu" if name == "v5e:2x2" else "Unknown backend cuda")
-
-    monkeypatch.setattr(topology.topologies, "get_topology_desc", missing)
-    with pytest.raises(UserError, match=r"needs (libtpu|jax-cuda12-pjrt): pip install .* requirements-plan\.txt"):
+@pytest.mark.parametrize(
+    ("name", "package", "module"),
+    [
+        ("v5e:2x2", "libtpu", "libtpu"),
+        ("h100:8", "jax-cuda12-pjrt", "jax_plugins.xla_cuda12"),
+        ("h100:8", "nvidia-cudnn-cu12", "nvidia.cudnn"),
+    ],
+)
+def test_a_compiler_that_is_missing_is_named_with_the_way_to_it(name, package, module, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda sought: None if sought == module else find(sought))
+    with pytest.raises(UserError, match=rf"{name} needs {package}: pip install .* requirements-plan\.txt"):
         described(name)
+    for asked in {"v5e:2x2", "h100:8"} - {name}:
+        assert described(asked)  # the other compiler is still there
 
 
 @pytest.mark.parametrize("size", [64, 128])
