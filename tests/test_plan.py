@@ -13,7 +13,7 @@ from stf_jax.planning import search as search_module
 from stf_jax.planning.program import OutOfMemory, Program, make_program
 from stf_jax.planning.topology import described
 from stf_jax.runtime.cli import door
-from stf_jax.runtime.cost import forward_flops, step_flops
+from stf_jax.runtime.cost import decode_flops, forward_flops, step_flops
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import blueprint, state_layout
 
@@ -89,10 +89,13 @@ def test_asking(what, capsys):
     assert (found["steps"], found["hours"]) == (None, None)
     config = recipe("demo.py:stage=finetune", *DEMO[1:])
     one = forward_flops(config.model, 16, 208, 1)
-    if what != "decode":
-        assert found["model_flops"] >= one.forward - one.head
-    assert found["memory"]["parameters"] > 0
-    assert found["tokens_per_second"] > 0
+    read, say = one.forward - one.head + one.head // 208, decode_flops(config.model, 16, 208 + 128)
+    assert found["model_flops"] == {"prefill": read, "decode": say, "evaluate": read + 128 * say}[what]
+    assert found["tokens_per_second"] * found["step_seconds_estimate"] == pytest.approx(
+        16 * {"prefill": 208, "decode": 1, "evaluate": 128}[what]
+    )
+    if what == "decode":  # keys and values of four layers: two rows a device, two heads of 32, 208 + 128 slots
+        assert found["memory"]["cache"] == 2 * 4 * (2 * 2 * 336 * 32) * 2
 
 
 @pytest.mark.parametrize(

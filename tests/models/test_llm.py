@@ -1,5 +1,6 @@
 """The decoder against transformers: same weights, same tokens, same logits, for every family it serves."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -21,7 +22,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from stf_jax.models.llm import Decoder, LLMConfig, RopeScaling, rope_angles
+from stf_jax.config import MeshConfig
+from stf_jax.models.llm import Decoder, LLMConfig, RopeScaling, look_up, rope_angles
+from stf_jax.runtime.mesh import computing, make_mesh
 
 LLAMA = LLMConfig(vocab=61, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, norm_eps=1e-3)
 # Lengths at which an 8-channel head has one frequency of each kind: kept, on the ramp, stretched.
@@ -195,3 +198,35 @@ def test_bfloat16_stays_near_far_into_the_text():
     exact = np.asarray(read(model, tokens, positions))
     error = np.asarray(read(model, tokens, positions, dtype=jnp.bfloat16)) - exact
     assert 0 < np.linalg.norm(error) < 0.03 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("mesh", [None, (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+def test_words_are_looked_up_and_their_gradients_counted(mesh):
+    """In bfloat16, which knows no whole numbers beyond 256, a word that is read 300 times would learn too little."""
+    rng = np.random.default_rng(0)
+    table, tokens = rng.standard_normal((16, 32), np.float32), rng.integers(0, 16, (8, 64)).astype(np.int32)
+    tokens[:5, :60] = 3
+    place = computing(make_mesh(MeshConfig(*mesh)), "bfloat16") if mesh else contextlib.nullcontext()
+    with place:
+        found, back = jax.vjp(jax.jit(lambda table: look_up(table, tokens, jnp.bfloat16)), table)
+        (slopes,) = back(jnp.ones_like(found))
+    np.testing.assert_array_equal(found, table[tokens].astype(jnp.bfloat16))
+    assert slopes.dtype == jnp.float32
+    counts = np.bincount(tokens.ravel(), minlength=16)
+    assert counts.max() > 300
+    np.testing.assert_array_equal(slopes, np.broadcast_to(counts[:, None], (16, 32)))
+
+
+def test_the_table_does_not_cross_the_mesh():
+    mesh, rows = make_mesh(MeshConfig(1, 8, 1)), jax.sharding.PartitionSpec(("data", "fsdp"))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("tensor", "fsdp"))
+    table = jax.ShapeDtypeStruct((4096, 256), jnp.float32, sharding=place)
+    tokens = jax.ShapeDtypeStruct((8, 4), jnp.int32, sharding=jax.sharding.NamedSharding(mesh, rows))
+
+    def loss(table, tokens):
+        return jnp.square(look_up(table, tokens, jnp.float32)).sum()
+
+    with computing(mesh, "float32"):
+        text = jax.jit(jax.grad(loss), out_shardings=place).lower(table, tokens).compile().as_text()
+    assert "f32[4096,32]" in text  # what a device holds
+    assert "f32[4096,256]" not in text

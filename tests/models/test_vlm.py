@@ -181,3 +181,14 @@ def test_what_cannot_be_built_is_refused():
         slots_per_image(ModelConfig(vision="siglip-so400m-14-384"))
     with pytest.raises(UserError, match="vicuna-7b"):
         VLM(nnx.Rngs(0), ModelConfig(llm="vicuna-7"))
+
+
+def test_splash_by_name_is_the_decoders_alone():
+    """The tower, which looks both ways, goes on as it does; else nobody could ask for splash."""
+    config = dataclasses.replace(CONFIG, attention="splash")
+    model = nnx.eval_shape(lambda: VLM(nnx.Rngs(0), config))
+    assert model.llm.attention == "splash"
+    graph, state = nnx.split(model)
+    images = jax.ShapeDtypeStruct((1, 1, 96, 96, 3), jnp.uint8)
+    tokens = jax.eval_shape(lambda state, images: nnx.merge(graph, state).image_tokens(images), state, images)
+    assert tokens.shape == (1, N, 128)

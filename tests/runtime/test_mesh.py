@@ -1,18 +1,16 @@
 """The mesh, and where every parameter lies on it."""
 
-import functools
 import math
-import os
 
 import jax
 import numpy as np
 import optax
 import pytest
-from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 from tiny import Setup, batches, filled, tiny
 
 from stf_jax.config import MeshConfig, ModelConfig, UserError
+from stf_jax.planning.topology import described
 from stf_jax.runtime.mesh import BATCH, check_batch, make_mesh, parameter_sharding, share_of_rows
 from stf_jax.training.state import blueprint, init_state, state_layout
 
@@ -93,15 +91,6 @@ def test_mesh_and_microbatches_divide_the_batch(sizes, rows, accumulation, fits)
 
 
 # ---- Slices ----------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def described(name, slices):
-    """The devices of a TPU that is not here, as libtpu describes it."""
-    pytest.importorskip("libtpu", reason="described topologies need libtpu")
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    more = {"num_slices": slices} if slices > 1 else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def _gradients_of(which) -> tuple[float, dict[str, np.ndarray]]:
     @jax.jit
     def run(trainable, frozen, batch: Batch):
         def loss(trainable):
-            return loss_sum(setup.plan, trainable, frozen, batch, packed=True) / batch.loss_mask.sum()
+            return loss_sum(setup.plan, trainable, frozen, batch, packed=which == 0) / batch.loss_mask.sum()
 
         return jax.value_and_grad(loss)(trainable)
 
