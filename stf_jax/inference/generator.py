@@ -24,7 +24,7 @@ from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Sampling, layerwise
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.mesh import BATCH, computing
+from stf_jax.runtime.mesh import BATCH, computing, row_shards
 from stf_jax.training.state import blueprint
 
 GREEDY = Sampling()
@@ -87,7 +87,7 @@ class Generator:
         Raises:
           BadRow: a picture cannot be opened, or a conversation does not fit the template.
         """
-        shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        shards = row_shards(self._mesh)
         size = -(-min(rows, len(records)) // shards) * shards
         with ThreadPoolExecutor(_THREADS) as pool:
             ahead = None

@@ -19,7 +19,7 @@ from stf_jax.inference import decoding
 from stf_jax.inference.decoding import BLOCKS, Rules, Sampling
 from stf_jax.inference.generator import ROOM
 from stf_jax.models.presets import llm_preset, vision_preset
-from stf_jax.runtime.mesh import BATCH, check_batch, computing, make_mesh
+from stf_jax.runtime.mesh import BATCH, check_batch, computing, make_mesh, row_shards
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import Blueprint, blueprint, state_layout
 from stf_jax.training.step import loss_sum, make_train_step
@@ -41,11 +41,6 @@ class Program:
     arguments: tuple
     parts: Mapping[str, Any]  # trees of arguments, by what they are: parameters, optimizer, batch, cache
     kept: Callable | None = None  # gives, as shapes, what training keeps from forward to backward
-
-    @property
-    def shards(self) -> int:
-        """Parts that the rows are split into."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def trace(self) -> jax.stages.Traced:
         """The program as jax sees it."""
@@ -126,7 +121,7 @@ def _train(config, plan, mesh):
 
 
 def _ask(config, what, plan, mesh, rows):
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
     rows = -(-(rows or config.eval.batch) // shards) * shards  # as many as the mesh wants, as the generator has it
     prefill, extend, _ = decoding.programs(_RULES, plan, mesh)
     weights, length = _weights(plan, mesh), config.data.max_length

@@ -14,6 +14,7 @@ from stf_jax.planning.hlo import traffic
 from stf_jax.planning.program import OutOfMemory, Program, bytes_on_a_device, make_program
 from stf_jax.planning.topology import memory_limit
 from stf_jax.runtime.cost import CHIPS, chip_of, decode_flops, forward_flops, step_flops
+from stf_jax.runtime.mesh import make_mesh, row_shards
 
 WHATS = ("train", "prefill", "decode", "evaluate")
 # What good programs attain of a chip's figures: products of models of billions run at 60 to 75 % of the peak, memory
@@ -96,7 +97,7 @@ class Counted:
 
     def work(self, config: TrainConfig, program: Program) -> Work:
         """Of a program with its rows and microbatches."""
-        rows, moved = program.rows / program.shards, self.fixed_bytes
+        rows, moved = program.rows / row_shards(program.mesh), self.fixed_bytes
         if program.what == "train":
             # Of each parameter that learns: gradient, itself and both moments, read and written.
             moved *= config.optimizer.accumulation_steps
@@ -105,7 +106,7 @@ class Counted:
 
     def kept(self, config: TrainConfig, program: Program) -> int:
         """Bytes of activations that a device keeps from forward to backward."""
-        return int(self.kept_bytes * program.rows / program.shards / config.optimizer.accumulation_steps)
+        return int(self.kept_bytes * program.rows / row_shards(program.mesh) / config.optimizer.accumulation_steps)
 
 
 def count(config: TrainConfig, what: str, devices: list[jax.Device]) -> Counted:
@@ -114,7 +115,7 @@ def count(config: TrainConfig, what: str, devices: list[jax.Device]) -> Counted:
     With as many rows as tell an axis of rows from any other.
     """
     whole = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, accumulation_steps=1))
-    shards = make_program(whole, what, devices, rows=len(devices)).shards
+    shards = row_shards(make_mesh(config.mesh, devices))
     program = make_program(whole, what, devices, rows=PRIME * shards)
     found = executed(program.trace(), shards, len(devices))
     kept = sum(

@@ -11,6 +11,7 @@ from stf_jax.planning.program import bytes_on_a_device, make_program
 from stf_jax.planning.report import count, report
 from stf_jax.planning.topology import memory_limit
 from stf_jax.runtime.cost import chip_of
+from stf_jax.runtime.mesh import slices_of
 from stf_jax.training.state import blueprint
 
 COMPILES = 6  # at most, and as many again where none of them fits: each takes a minute for a model of billions
@@ -74,9 +75,8 @@ def _settings(config):
 
 
 def _estimates(config, devices) -> Iterator[_Estimate]:
-    what = chip_of(devices[0])
+    what, slices = chip_of(devices[0]), slices_of(devices)
     for tensor in _TENSOR:
-        slices = len({getattr(device, "slice_index", 0) for device in devices})
         if len(devices) % (slices * tensor):
             continue
         mesh = MeshConfig(data=slices, fsdp=len(devices) // slices // tensor, tensor=tensor)

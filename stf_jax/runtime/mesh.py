@@ -46,7 +46,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       UserError: sizes that do not fit the devices, or leave ``tensor`` between slices.
     """
     devices = jax.devices() if devices is None else devices
-    slices = len({getattr(device, "slice_index", 0) for device in devices})  # those of CPUs have none
+    slices = slices_of(devices)
     one_host = len({device.process_index for device in devices}) == 1
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     if config.data == config.fsdp == -1:
@@ -96,6 +96,16 @@ def _placed(sizes, slices, devices):
     return mesh_utils.create_hybrid_device_mesh(within, (data_over, fsdp_over, 1), **how)
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Parts that a batch's rows are split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def slices_of(devices: Sequence[jax.Device]) -> int:
+    """How many slices (of TPUs, or machines of GPUs) the devices are of."""
+    return len({getattr(device, "slice_index", 0) for device in devices})  # those of CPUs have none
+
+
 def share_of_rows(mesh: Mesh, process: int) -> tuple[int, int]:
     """Which share of a batch's rows a process reads, and how many shares there are: equal ones, of whole rows.
 
@@ -104,7 +114,7 @@ def share_of_rows(mesh: Mesh, process: int) -> tuple[int, int]:
     Raises:
       UserError: some rows, but not all, of two processes are the same.
     """
-    shards, held = mesh.shape["data"] * mesh.shape["fsdp"], {}
+    shards, held = row_shards(mesh), {}
     for device, (rows,) in NamedSharding(mesh, BATCH).devices_indices_map((shards,)).items():
         held.setdefault(device.process_index, set()).add(rows.indices(shards)[0])
     shares = sorted({tuple(sorted(rows)) for rows in held.values()})
@@ -126,7 +136,7 @@ def computing(mesh: Mesh, precision: str) -> Iterator[None]:
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:
     """Raises UserError where the mesh or the microbatches do not divide the global batch."""
-    rows, shards = config.global_batch_size, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, shards = config.global_batch_size, row_shards(mesh)
     parts = shards * config.optimizer.accumulation_steps
     if rows % parts:
         raise UserError(
