@@ -4,7 +4,8 @@
 #   launch/gke.sh run --name=NAME --image=IMAGE --topology=v5e:4x8 -- --config=FILE --workdir=gs://BUCKET/RUN
 #   launch/gke.sh log|status|delete --name=NAME
 #
-#   run      start training; machines that are taken away are waited for, and the run goes on from its last checkpoint
+#   run      start training; when machines are taken away or lose each other, or a process is killed or crashes, all are
+#            started again, and the run goes on from its last checkpoint
 #   log      follow the first machine's output
 #   status   the job's state, and its machines'
 #   delete   end it. The node pool goes on costing money, unless it scales down by itself.

@@ -9,7 +9,8 @@
 #   launch/gpu_node.sh --config=FILE --workdir=DIR --coordinator=node0:1234 --processes=2 --process=0    # on node0
 #   launch/gpu_node.sh --config=FILE --workdir=DIR --coordinator=node0:1234 --processes=2 --process=1    # on node1
 #
-# Where one fails, the others end within two minutes; the same commands go on from the last checkpoint.
+# Where a machine is lost, the others' processes end and are started again, and wait for it, by launch/restart.sh; there
+# is what it does, and RESTARTS. To end a run, interrupt it on each machine: the step is finished and saved.
 set -euo pipefail
 if [[ $# == 0 || $1 == --help ]]; then
     sed -n -e 1d -e '/^[^#]/q' -e 's/^# \{0,1\}//p' "$0"
@@ -26,4 +27,4 @@ fi
 # jax takes 75 % of a GPU's memory if not told more.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.92}
 export JAX_PLATFORMS=cuda,cpu # named, a platform that fails is an error; else training would go on without the GPUs
-exec .venv/bin/python -m stf_jax.main "$@"
+exec launch/restart.sh .venv/bin/python -m stf_jax.main "$@"

@@ -8,6 +8,7 @@
 # DEVICES: CPU devices to simulate (of each process); unset, jax takes the accelerators that it finds.
 # PROCESSES: as many, joined as those of several machines are. The first's output is shown, the others' kept in files;
 # when one fails, all end, with its exit status.
+# What is killed or crashes is started again by launch/restart.sh; there is RESTARTS. Ctrl-C saves the step and ends.
 set -euo pipefail
 if [[ ${1:-} == --help ]]; then
     sed -n -e 1d -e '/^[^#]/q' -e 's/^# \{0,1\}//p' "$0"
@@ -22,8 +23,12 @@ if [[ ! ${PROCESSES:=1} =~ ^[1-9][0-9]*$ ]]; then
     exit 2
 fi
 if ((PROCESSES == 1)); then
-    exec .venv/bin/python -m stf_jax.main "$@"
+    exec launch/restart.sh .venv/bin/python -m stf_jax.main "$@"
 fi
+if [[ ${1:-} != together ]]; then
+    exec launch/restart.sh launch/local.sh together "$@" # all end and start as one
+fi
+shift
 
 logs=$(mktemp -d)
 running=() # process numbers, by the places of the processes
@@ -31,7 +36,7 @@ running=() # process numbers, by the places of the processes
 finish() {
     local status=$?
     trap - EXIT
-    trap '' HUP INT TERM
+    trap '' TERM
     if ((${#running[@]})); then
         kill -TERM "${running[@]}" 2> /dev/null || true
         for ((tenths = 0; tenths < 300; tenths++)); do
@@ -48,9 +53,7 @@ finish() {
     exit "$status"
 }
 trap finish EXIT
-trap 'exit 129' HUP
-trap 'exit 130' INT
-trap 'exit 143' TERM
+trap 'exit 143' TERM # restart.sh sends no other
 
 port=$(.venv/bin/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 for ((i = 0; i < PROCESSES; i++)); do
@@ -63,6 +66,8 @@ for ((i = 0; i < PROCESSES; i++)); do
     fi
     running[i]=$!
 done
+trap 'kill -TERM "${running[@]}" 2> /dev/null || true' TERM
+cause=0 # of the statuses of failures the lowest: what a process did itself is below what losing another does to it
 while ((${#running[@]})); do
     for i in "${!running[@]}"; do
         if ! kill -0 "${running[i]}" 2> /dev/null; then
@@ -74,9 +79,14 @@ while ((${#running[@]})); do
                 if ((i > 0)); then
                     tail -n 5 "$logs/process_$i.log" >&2
                 fi
-                exit "$status"
+                if ((cause == 0 || status < cause)); then
+                    cause=$status
+                fi
             fi
         fi
     done
+    # After SIGTERM all finish the same step, and may still be saving it.
+    ((cause == 0 || cause == 143)) || exit "$cause"
     sleep 0.2
 done
+((cause == 0)) || exit "$cause"

@@ -10,8 +10,9 @@
 #   run      start training on all of them, detached; what ran is ended      (needs what follows --)
 #   log      follow the first machine's output
 #   status   the TPU's state, and the run's on each machine
-#   watch    wait for the run's end; a TPU that was taken away is asked for again and the run goes on from its last
-#            checkpoint; the exit status is the run's                        (needs --type and what follows --)
+#   watch    wait for the run's end; a TPU that was taken away is asked for again, a run whose machines lost each other,
+#            crashed or restarted is started again, and it goes on from its last checkpoint; the exit status is the
+#            run's                                                           (needs --type and what follows --)
 #   delete   give the TPU back: nothing more is paid for
 #
 #   --type=TYPE        v4-32, v5litepod-32, v5p-32, v6e-32, … as gcloud names them
@@ -20,6 +21,8 @@
 #   --direct           create at once or not at all, rather than wait in the queue; one slice
 #   --runtime=VERSION  of the machines' system; told by the type
 #   --project=PROJECT  gcloud's own if not given
+#   --restarts=N       so often in a row the run is started again on a TPU that is there; 10. Who has run for an hour
+#                      starts a new row
 #   --poll=SECONDS     between two looks at a state; 60
 #   --delete-on-exit   up, create and watch: delete also if something fails or you interrupt
 #   --dry-run          print every command and run none
@@ -48,7 +51,8 @@ case $verb in
         ;;
     *) refuse "Unknown verb $verb; see --help." ;;
 esac
-name="" zone="" type="" node_count=1 spot="" direct="" runtime="" project="" poll=60 delete_on_exit="" dry_run=""
+name="" zone="" type="" node_count=1 spot="" direct="" runtime="" project="" restarts=10 poll=60
+delete_on_exit="" dry_run=""
 while (($#)); do
     case $1 in
         --name=*) name=${1#*=} ;;
@@ -59,6 +63,7 @@ while (($#)); do
         --direct) direct=yes ;;
         --runtime=*) runtime=${1#*=} ;;
         --project=*) project=${1#*=} ;;
+        --restarts=*) restarts=${1#*=} ;;
         --poll=*) poll=${1#*=} ;;
         --delete-on-exit) delete_on_exit=yes ;;
         --dry-run) dry_run=yes ;;
@@ -76,6 +81,7 @@ while (($#)); do
 done
 [[ -n $name && -n $zone ]] || refuse "--name and --zone are needed; see --help."
 [[ $node_count =~ ^[1-9][0-9]*$ ]] || refuse "--node-count=$node_count is not a number of slices."
+[[ $restarts =~ ^[0-9]+$ ]] || refuse "--restarts=$restarts is not a number."
 [[ -z $direct || $node_count == 1 ]] || refuse "--direct makes one slice; several come by the queue, without it."
 case $verb in
     up | create | watch)
@@ -174,9 +180,10 @@ remote() {
     call "${tpus[@]}" ssh "$name" "${all[@]}" "${where[@]}" --command="$1"
 }
 
-# Sets `answer` to what the run does on all machines together: running, gone, unreachable, or ended STATUS.
+# Sets `answer` to what the run does on all machines together: running, gone, unreachable, or ended STATUS. That is the
+# lowest of failures, for what a process did itself is below what losing another does to it.
 ask_run() {
-    local lines
+    local lines failure
     if [[ -n $dry_run ]]; then
         remote "stf-jax/launch/tpu_worker.sh status"
         answer="ended 0"
@@ -184,8 +191,8 @@ ask_run() {
         answer=unreachable
     elif [[ $lines == *gone* || $lines == *"not started"* ]]; then
         answer=gone
-    elif [[ $lines =~ ended\ [1-9][0-9]* ]]; then
-        answer=${BASH_REMATCH[0]}
+    elif failure=$(grep -o 'ended [1-9][0-9]*' <<< "$lines" | sort -n -k 2 | head -n 1); then
+        answer=$failure
     elif [[ $lines == *running* ]]; then
         answer=running
     elif grep -qvx 'stf-jax: ended 0' <<< "$lines"; then
@@ -235,7 +242,7 @@ install() {
 }
 
 run() {
-    step=run
+    step=run begin=$(date +%s)
     remote "stf-jax/launch/tpu_worker.sh run$program"
 }
 
@@ -264,8 +271,31 @@ again() {
     fi
 }
 
+# Starts the run again on all machines, but for so often in a row; then its status is $1.
+start_again() {
+    if (($(date +%s) - begin >= 3600)); then
+        row=0
+    fi
+    if ((row == restarts)); then
+        say "The run was started again $row times in a row (--restarts)."
+        fail "$1"
+        return
+    fi
+    row=$((row + 1))
+    say "The run is started again, $row of $restarts in a row."
+    run || say "Starting it again failed; $name is looked at again."
+}
+
+# The run's end, with that status.
+fail() {
+    log || true
+    step="the run"
+    return "$1"
+}
+
 watch() {
     local before="" unanswered=0
+    begin=$(date +%s) row=0
     paid=yes
     while true; do
         step=watch
@@ -282,16 +312,17 @@ watch() {
         fi
         case $answer in
             "ended 0") return ;;
-            # Machines lose each other while a TPU is being taken away, which its state tells only later: so a failure
-            # counts when it is seen twice, but for status 2, which is about the input.
-            ended*)
-                if [[ $answer == "$before" || $answer == "ended 2" ]]; then
-                    log || true
-                    step="the run"
-                    return "${answer#ended }"
+            "ended 2") fail 2 || return ;; # the input cannot be used
+            # Machines lose each other while a TPU is being taken away, which its state tells only later: so any other
+            # failure counts when it is seen twice.
+            "ended 75" | "ended 134" | "ended 137" | "ended 139" | "ended 143")
+                if [[ $answer == "$before" ]]; then
+                    start_again "${answer#ended }" || return
+                    answer=""
                 fi
                 ;;
-            gone) run || return ;;
+            ended*) [[ $answer != "$before" ]] || fail "${answer#ended }" || return ;;
+            gone) start_again 1 || return ;;
             unreachable)
                 if ((++unanswered == 10)); then
                     cat "$scratch/ssh" >&2 || true

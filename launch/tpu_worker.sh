@@ -25,7 +25,7 @@ case $verb in
         mkdir -p "$state"
         if running; then
             end TERM
-            flock --timeout 30 "$state/lock" true || end KILL
+            flock --timeout 120 "$state/lock" true || end KILL # a step is finished and saved
         fi
         exec 9> "$state/lock"
         flock --timeout 30 9

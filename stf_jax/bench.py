@@ -1,8 +1,9 @@
 """Compare speed and memory: ``python -m stf_jax.bench NAME [--json=FILE]``."""
 
-import json
 import pathlib
 import sys
+
+from etils import epath
 
 from stf_jax.benches import decode as decode_bench
 from stf_jax.benches import input as input_bench
@@ -11,6 +12,7 @@ from stf_jax.benches import train as train_bench
 from stf_jax.benches import weights as weights_bench
 from stf_jax.config import UserError
 from stf_jax.runtime.cli import Parser, door
+from stf_jax.runtime.files import write_json, writing
 from stf_jax.runtime.table import table
 
 
@@ -31,12 +33,14 @@ def main(argv: list[str]) -> None:
         one.add_argument("--json", type=pathlib.Path, help="file to write the figures to")
         one.set_defaults(run=bench.run)
     options = parser.parse_args(argv)
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise UserError(f"--json={options.json}: there is no such folder.")
+    if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
+        what = "it is a folder" if options.json.is_dir() else "there is no such folder"
+        raise UserError(f"--json={options.json}: {what}.")
     rows = options.run(options)
     print(table(rows))
     if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        with writing(options.json):
+            write_json(epath.Path(options.json), rows)
 
 
 if __name__ == "__main__":

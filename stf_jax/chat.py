@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -121,7 +122,7 @@ def _line():
 
 def _open(file):
     """The picture, decoded now, so that what is wrong with it is said now."""
-    return open_image(read_image(file.parent, file.name), file.name)
+    return open_image(read_image(file.parent, file.name), os.fspath(file))
 
 
 def _say(generator, limit, sampling, record):

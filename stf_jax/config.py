@@ -19,6 +19,26 @@ import ml_collections
 class UserError(Exception):
     """The input cannot be used: one sentence that names the thing and the mend. Verbs end with exit status 2."""
 
+    status = 2
+
+
+class RunFailed(Exception):
+    """A run cannot go on as it is: one sentence. Verbs end with exit status 1."""
+
+    status = 1
+
+
+class TryAgain(Exception):
+    """Other machines are to blame: one sentence. Exit status 75; the same command, given again, goes on."""
+
+    status = 75  # "temporary failure" in BSD's sysexits.h
+
+
+class Stopped(Exception):
+    """SIGTERM was obeyed: one sentence. Exit status 143; the same command, given again, goes on."""
+
+    status = 143  # as shells have it
+
 
 @dataclasses.dataclass(frozen=True)
 class FusionConfig:
@@ -134,6 +154,25 @@ class ProfileConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases beside TensorBoard, once ``pip install wandb`` is done; it reads ``WANDB_MODE`` and the like."""
+
+    project: str = ""  # "": none
+    entity: str = ""  # team or user; "": the key's own
+
+
+@dataclasses.dataclass(frozen=True)
+class FaultsConfig:
+    """What a run bears, and when it gives up (docs/OPERATIONS.md)."""
+
+    skipped_updates: int = 10  # updates in a row that are skipped because a loss or gradient is not finite
+    spike: float = 2.0  # times the median of the last 50 losses that one is logged for; 0: none is
+    unsaved_steps: int = 0  # steps past the newest whole checkpoint while saving fails; 0: 2·checkpoint.every_steps
+    hang_seconds: float = 1800.0  # a step, a compilation, a save or a batch of questions may take; 0: for ever
+    host_seconds: int = 60  # that another host may be silent before it is taken for dead
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One stage of training."""
 
@@ -153,6 +192,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     profile: ProfileConfig = ProfileConfig()
+    wandb: WandbConfig = WandbConfig()
+    faults: FaultsConfig = FaultsConfig()
 
 
 _CHOICES = {
@@ -181,6 +222,7 @@ _AT_LEAST_ONE = (
     "checkpoint.every_steps",
     "checkpoint.keep_last",
     "profile.steps",
+    "faults.host_seconds",
 )
 
 
@@ -188,7 +230,7 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     """A clause that names the nearest known spelling, or lists what is known."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}."
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -256,6 +298,8 @@ def resolve(config: Mapping[str, Any]) -> list[TrainConfig]:
     """
     base = ml_collections.ConfigDict(config).to_dict()
     stages, run = base.pop("stages", {}), base.pop("run", ())
+    if not all(isinstance(name, str) for name in run) or len(set(run)) < len(run):
+        raise UserError(f"Config key run is {run!r}; it should hold names of stages, each once.")
     if stages and not run:
         raise UserError(f"The config has stages {', '.join(stages)} but runs none; set run to their names, in order.")
     if not run:
@@ -265,6 +309,8 @@ def resolve(config: Mapping[str, Any]) -> list[TrainConfig]:
     for name in run:
         if name not in stages:
             raise UserError(f"Config key run names stage {name!r}: {nearest(name, stages)}")
+        if not isinstance(stages[name], Mapping):
+            raise UserError(f"Config key stages.{name} is {stages[name]!r}; it should hold the keys that differ.")
         flat = flatten(base)
         for key, value in flatten(stages[name]).items():
             if key not in defaults:
@@ -354,9 +400,17 @@ def _validated(config):
         "eval.limit",
         "eval.every_steps",
         "profile.first_step",
+        "faults.skipped_updates",
+        "faults.spike",
+        "faults.unsaved_steps",
+        "faults.hang_seconds",
     ):
         if not 0 <= flat[key] < math.inf:  # nor nan
             raise UserError(f"Config key {key} is {flat[key]}; it must be finite and not negative.")
+    for key, value in flat.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise UserError(f"Config key {key} is {value}; it must be finite.")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"Config key seed is {config.seed}; it must be between 0 and 4294967295.")
     return config

@@ -76,3 +76,13 @@ def quick_to_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests measured and recorded (``record_property``), for docs/BENCHMARKS.md."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    figures = [pair for report in reports for pair in getattr(report, "user_properties", [])]
+    if figures:
+        terminalreporter.section("measured")
+        for name, value in figures:
+            terminalreporter.write_line(f"{name}: {value}")

@@ -12,7 +12,7 @@ from tiny import tiny, vivid
 from stf_jax.data.tokenizer import MINIATURE
 from stf_jax.evals.benchmark import WORD, Benchmark, Question
 from stf_jax.models.presets import llm_preset, vision_preset
-from stf_jax.runtime.checkpoint import write_params
+from stf_jax.runtime.parameters import write_params
 from stf_jax.training.state import blueprint
 from stf_jax.weights.model import Description
 

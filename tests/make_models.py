@@ -16,7 +16,8 @@ from stf_jax.config import CheckpointConfig, FusionConfig, ModelConfig, default_
 from stf_jax.data.tokenizer import MINIATURE
 from stf_jax.models.llm import LLMConfig, RopeScaling
 from stf_jax.models.presets import VISION
-from stf_jax.runtime.checkpoint import Checkpoints, write_params
+from stf_jax.runtime.checkpoint import Checkpoints
+from stf_jax.runtime.parameters import write_params
 from stf_jax.training.state import blueprint
 from stf_jax.weights.model import Description, open_model
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -21,8 +22,11 @@ from stf_jax.config import CheckpointConfig, UserError
 from stf_jax.data.llava import LlavaRecords
 from stf_jax.data.records import BadRow
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
+from stf_jax.runtime import hold as hold_module
 from stf_jax.runtime.checkpoint import Checkpoints
 from stf_jax.runtime.files import GrowingFile, fetched, new_text, upload
+from stf_jax.runtime.journal import Events
+from stf_jax.runtime.status import status
 from stf_jax.weights.folder import load_params, new_folder
 
 TESTS = pathlib.Path(__file__).parent
@@ -98,6 +102,9 @@ def test_from_files_to_a_trained_and_exported_model_in_a_bucket(gs, tmp_path):
     train += [f"--config.data.{key}={value}" for key, value in data.items()]
     gs(*train, "--config.steps=2", "--config.profile.first_step=2")
     gs(*train, "--config.steps=4")  # goes on from the second step's checkpoint
+    said = gs("-m", "stf_jax.main", "--workdir=gs://bucket/run", "--status")
+    assert re.match(r"gs://bucket/run: ended \d+ s ago\n  step         4 of 4, logged \d+ s ago\n", said)
+    assert re.search(r"\n  restarts     1\n  checkpoints  2, 4\n", said)
     gs("-c", _CONVERT, "export", "gs://bucket/run", "--format=hf", "--to=gs://bucket/export")
     found = json.loads(gs("-c", _LIST))
     lines = [json.loads(line) for line in found["metrics"].splitlines()]
@@ -240,6 +247,28 @@ def test_a_log_on_a_disk_is_begun_whole(tmp_path):
     assert path.read_text() == "one\nthree\n"
     log.close()
     assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_where_a_run_in_a_bucket_stands(s3, monkeypatch):
+    monkeypatch.setattr(hold_module, "_RENEWED", 0.2)
+    workdir = epath.Path("s3://bucket/run")
+    for step in (2, 4):
+        (s3 / "run" / "checkpoints" / str(step)).mkdir(parents=True)
+    (s3 / "run" / "checkpoints" / "2" / "commit_success.txt").touch()  # Orbax renames no folders in buckets
+    (s3 / "run" / "config.json").write_text('{"global_batch_size": 8}')
+    with Events(workdir, active=True) as log:
+        log.add("begin", 0, resumed=False)
+    assert status(workdir).startswith("s3://bucket/run: dead")
+    with hold_module.hold(workdir):
+        said = status(workdir)
+    assert said.startswith("s3://bucket/run: running since")
+    assert "\n  checkpoints  2, 4 (not whole)\n" in said
+
+
+def test_events_in_a_bucket_are_there_at_once(s3):
+    with Events(epath.Path("s3://bucket/fate"), active=True) as log:
+        log.add("begin", 0)
+        assert '"begin"' in (s3 / "fate" / "events.jsonl").read_text()
 
 
 def test_a_workdir_that_orbax_cannot_write_to_is_refused(s3):

@@ -162,7 +162,7 @@ def test_what_is_wrong_is_said_and_the_conversation_goes_on_as_it_was(talk, show
     assert complained.splitlines() == [
         f"error: Image {lost[0]} cannot be opened: No such file or directory.",
         f"error: Image {lost[1]} cannot be opened: it is no regular file.",
-        "error: Image text.png cannot be opened: no format of JPEG, PNG, GIF, WEBP, BMP, TIFF, PPM.",
+        f"error: Image {lost[2]} cannot be opened: no format of JPEG, PNG, GIF, WEBP, BMP, TIFF, PPM.",
         "error: This cannot be asked.",
         "error: The question is not UTF-8 text.",
     ]
@@ -209,7 +209,8 @@ def test_a_run_an_imported_folder_and_an_export_answer(models, shown, capsys, mo
     asked = Record("a", (picture(1, (20, 30)).copy,), (Turn("human", "<image>\nWhat is red?"),))
     (answer,) = opened[0].answers([asked], 12, 1)
     assert len(answer) > 12
-    assert (printed, complained) == (answer + "\n", "")
+    assert printed == answer + "\n"
+    assert "error" not in complained  # the kernels that were chosen may stand there
     assert door(chat.main, [f"--checkpoint={models['imported']}", *options]) == 0
     assert capsys.readouterr().out == printed
     # As a user has it, in a process of its own.

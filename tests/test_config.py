@@ -220,6 +220,9 @@ def test_a_value_of_another_type_is_refused(key, value):
         ("checkpoint.keep_every", -5, "must be finite and not negative"),
         ("eval.limit", -1, "must be finite and not negative"),
         ("eval.every_steps", -1, "must be finite and not negative"),
+        ("optimizer.b1", float("nan"), "must be finite"),
+        ("optimizer.eps", float("-inf"), "must be finite"),
+        ("data.mix", (1.0, float("nan")), "must be finite"),
         ("seed", -1, "must be between 0 and 4294967295"),
         ("seed", 2**32, "must be between 0 and 4294967295"),
         ("model.fusion.variant", "papper", "did you mean 'paper'"),
@@ -294,6 +297,17 @@ def test_resolving_changes_nothing():
 def test_run_may_not_name_an_unknown_stage():
     with pytest.raises(UserError, match=r"run names stage 'caption': did you mean 'captions'\?"):
         resolve(staged(STAGES, run=("text", "caption")))
+
+
+@pytest.mark.parametrize("run", [("text", "text"), (1,), ([],)])
+def test_run_names_stages_each_once(run):
+    with pytest.raises(UserError, match=r"^Config key run is .*; it should hold names of stages, each once\.$"):
+        resolve({"stages": STAGES, "run": run})
+
+
+def test_a_stage_holds_keys():
+    with pytest.raises(UserError, match=r"^Config key stages\.text is 3; it should hold the keys that differ\.$"):
+        resolve({"stages": {"text": 3}, "run": ("text",)})
 
 
 @pytest.mark.parametrize("key", ["steps", "optimizer.learning_rate", "data.scenes.task"])

@@ -20,7 +20,7 @@ import PIL.Image
 from etils import epath
 
 from stf_jax.benches.mixture import jpegs, lengths
-from stf_jax.config import DataConfig, TrainConfig
+from stf_jax.config import DataConfig, TrainConfig, UserError
 from stf_jax.data.conversation import SYSTEM, encode, template_items
 from stf_jax.data.image import open_image, read_image, to_square
 from stf_jax.data.llava import LlavaRecords
@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of figures; all on one set of files, in one process but for torch's own workers."""
+    if options.pictures < 1 or options.rows < 1:
+        raise UserError("--pictures and --rows must be at least 1.")
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         files = _make(pathlib.Path(folder), options.pictures, rng)

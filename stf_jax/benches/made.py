@@ -9,7 +9,7 @@ from etils import epath
 from stf_jax.config import ModelConfig
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.presets import llm_preset, vision_preset
-from stf_jax.runtime.checkpoint import write_params
+from stf_jax.runtime.parameters import write_params
 from stf_jax.training.state import blueprint
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.model import Description

@@ -152,11 +152,11 @@ def stop_tokens(template: str, tokenizer: PreTrainedTokenizerFast) -> tuple[int,
     return tuple(dict.fromkeys(_id(end, tokenizer) for end in ends))
 
 
-def check_template(template: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raises UserError for an unknown template, or one with control tokens that the tokenizer lacks."""
+def check_template(template: str, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    """Raises UserError for an unknown template, or one with control tokens that the tokenizer, where given, lacks."""
     if template not in TEMPLATES:
         raise UserError(f"Unknown data.template={template!r}; {nearest(template, TEMPLATES)}")
-    chat = CHATS.get(template)
+    chat = CHATS.get(template) if tokenizer is not None else None
     for item in (*chat.begin, *chat.ask, *chat.reply, *chat.end) if chat else ():
         if isinstance(item, Control) and _id(item, tokenizer) in (None, tokenizer.unk_token_id):
             raise UserError(f"data.template={template!r} needs the token {item.token}, which the tokenizer lacks.")

@@ -68,13 +68,18 @@ def open_image(content: bytes, name: str) -> PIL.Image.Image:
             PIL.ImageOps.exif_transpose(picture, in_place=True)
         return picture
     except PIL.Image.DecompressionBombError as error:
-        raise BadRow("too_large", f"Image {name} cannot be opened: {error}.", name) from None
+        raise BadRow("too_large", f"Image {name} cannot be opened: {_reason(error)}.", name) from None
     except PIL.UnidentifiedImageError:
         raise BadRow("corrupt", f"Image {name} cannot be opened: no format of {', '.join(FORMATS)}.", name) from None
     except Exception as error:  # decoders raise whatever a broken file leads them to
         cut = any(words in str(error).lower() for words in _CUT)
         what = "truncated" if cut else "corrupt"
-        raise BadRow(what, f"Image {name} cannot be opened: {error or type(error).__name__}.", name) from None
+        raise BadRow(what, f"Image {name} cannot be opened: {_reason(error)}.", name) from None
+
+
+def _reason(error):
+    """What a decoder said, without the full stop that some end with."""
+    return str(error).strip(" .") or type(error).__name__
 
 
 def to_square(image: PIL.Image.Image, config: VisionConfig, aspect: str) -> np.ndarray:
@@ -121,14 +126,16 @@ _REDUCTION = 1.75
 def _padded(image, size, color):
     side = max(image.size)
     fast = side >= _REDUCTION * size
-    width = side
+    width = height = side
     if fast and image.width == side:  # above and below will be one colour, so the width can go first
         image, width = _reduced(image, (size, image.height)), size
-    canvas = PIL.Image.new("RGB", (width, side), color)
-    canvas.paste(image, ((width - image.width) // 2, (side - image.height) // 2))
+    elif fast and side * side > MOST_PIXELS:  # gigabytes; with the height first, a few more roundings turn
+        image, height = _reduced(image, (image.width, size)), size
+    canvas = PIL.Image.new("RGB", (width, height), color)
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
     if not fast:
         return canvas.resize((size, size), PIL.Image.Resampling.BICUBIC)
-    return _reduced(_reduced(canvas, (size, side)), (size, size))
+    return _reduced(_reduced(canvas, (size, height)), (size, size))
 
 
 def _reduced(image, size):

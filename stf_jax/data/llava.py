@@ -14,7 +14,7 @@ from etils import epath
 
 from stf_jax.config import UserError
 from stf_jax.data.image import open_image, read_image
-from stf_jax.data.records import Record, read_row
+from stf_jax.data.records import BadRow, Record, read_row
 from stf_jax.runtime.files import fetched
 
 KEPT = "kept.json"  # in a prepared folder: the rows that its shards hold the pictures of, in order
@@ -143,7 +143,11 @@ class PreparedRecords:
         if not (path / INFO).exists():
             raise UserError(f"{folder} holds no finished data set; run python -m stf_jax.prepare --out={folder}.")
         self._rows, self.name = _JsonRows(path / KEPT), folder
-        self._shards = tfds.builder_from_directory(fetched(path)).as_data_source("train")
+        try:
+            self._shards = tfds.builder_from_directory(fetched(path)).as_data_source("train")
+        except Exception as error:  # whatever its readers of JSON and of protocol buffers raise
+            reason = " ".join(str(error).split()).strip(".")
+            raise UserError(f"{folder} is damaged, and has to be prepared again: {reason}.") from None
         if len(self._rows) != len(self._shards):
             raise UserError(f"{folder} is damaged: {KEPT} has {len(self._rows)} rows, its shards {len(self._shards)}.")
 
@@ -157,7 +161,12 @@ class PreparedRecords:
         return Record(identity, tuple(opens), turns)
 
     def _open(self, index, place, name):
-        return open_image(self._shards[index]["images"][place], name)
+        try:
+            content = self._shards[index]["images"][place]
+        except (RuntimeError, ValueError) as error:  # a shard that is lost, cut short, or whose checksum is wrong
+            sentence = f"Row {index} of {self.name} cannot be read from its shard: {str(error).strip('.')}."
+            raise BadRow("corrupt", sentence, name) from None
+        return open_image(content, name)
 
 
 def llava_records(annotations: str, images: str) -> list[LlavaRecords | PreparedRecords]:

@@ -1,6 +1,7 @@
 """From records to batches: measured, planned (sampling.py), then read, decoded and laid in rows by Grain's threads."""
 
 import dataclasses
+import hashlib
 import itertools
 import logging
 import threading
@@ -81,6 +82,10 @@ class Prepare:
             sentence = f"Record {record.id!r} has more pictures, {count}, than data.images_per_row={places}; raise it."
             raise BadRow("too_many_pictures", sentence)
         return template_items(self._config.template, record)
+
+    def fingerprint(self) -> str:
+        """Of the tokenizer: two with the same one make the same tokens."""
+        return hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
 
     def measure(self, source: Sequence[Record], *, shown: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and pictures of every record of a data set, int32 [R]; both 0 where it is unfit, pictures unseen.
@@ -192,6 +197,8 @@ class Batches:
         measured = [prepare.measure(records, shown=host == 0) for records in source.sets]  # each is looked at
         lengths, pictures = (np.concatenate(counts) for counts in zip(*measured, strict=True))
         rows = config.global_batch_size
+        self._source = source
+        self._tokenizer = prepare.fingerprint()
         self.plan = Plan(config.data, config.seed, rows, lengths, pictures, source.sizes)
         _check_agreement(self.plan.fingerprint())
         self.replaced = 0
@@ -217,14 +224,31 @@ class Batches:
 
     def get_state(self) -> dict[str, Any]:
         """Where the stream stands, the same for all hosts, however many they are."""
-        return {"rows": self._batch * self._rows, "plan": self.plan.fingerprint()}
+        return {"rows": self._batch * self._rows, "plan": self.plan.fingerprint(), "tokenizer": self._tokenizer}
+
+    def records(self, batch: int) -> list[list[str]]:
+        """Ids of a batch's records, of all hosts, row by row; of one that cannot be read, its place. The first is 1."""
+
+        def name(index):
+            try:
+                return self._source[index].id
+            except BadRow:
+                return f"record {index}"
+
+        rows = range((batch - 1) * self._rows, batch * self._rows)
+        return [[name(index) for index in self.plan[row].members] for row in rows]
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on with the batch that follows the state's.
 
         Raises:
-          UserError: the state is of other data, or of another batch size, packing, mixture or seed.
+          UserError: the state is of other data, or of another batch size, packing, mixture, seed or tokenizer.
         """
+        if state.get("tokenizer", self._tokenizer) != self._tokenizer:
+            raise UserError(
+                "The checkpoint was made with another tokenizer than data.tokenizer is now: continue with the same, or "
+                "start in another workdir with init_from."
+            )
         if state.get("plan") != self.plan.fingerprint():
             raise UserError(
                 "The checkpoint was made with other data, or another order of them (seed, global_batch_size, data.*): "

@@ -40,7 +40,7 @@ from stf_jax.data.llava import INFO, KEPT, read_rows
 from stf_jax.data.records import REASONS, BadRow, Record, read_row
 from stf_jax.data.report import Report, draw_histograms
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.runtime.files import in_bucket, move_in, new_text, write_json
+from stf_jax.runtime.files import in_bucket, move_in, new_text, read_json, write_json, writing
 
 NAME = "llava"
 NOTES = "unfinished"  # folder of the shards' notes while a data set is being made
@@ -90,8 +90,7 @@ def prepare(options: Options) -> Report:
     out = epath.Path(options.out)
     if not epath.Path(options.images).is_dir():
         raise UserError(f"The image folder {options.images} does not exist.")
-    if options.tokenizer:
-        check_template(options.template, load_tokenizer(options.tokenizer))
+    check_template(options.template, load_tokenizer(options.tokenizer) if options.tokenizer else None)
     plan = _plan(options)
     _make_folder(out)
     with _held(out):
@@ -100,7 +99,7 @@ def prepare(options: Options) -> Report:
 
 def _prepare(options, plan, out, notes):
     if (out / INFO).exists():
-        made = json.loads((out / REPORT).read_text()) if (out / REPORT).exists() else {}
+        made = read_json(out / REPORT) if (out / REPORT).exists() else {}
         if made.get("made_from") != plan:
             raise UserError(f"{options.out} holds a data set made from other input; choose another --out.")
         if notes.exists():  # the last thing to go
@@ -109,10 +108,10 @@ def _prepare(options, plan, out, notes):
             raise UserError(f"--strict: {made['dropped'][0]['why']}")
         print(f"{options.out} was finished before; nothing is checked again, unless the folder is removed.")
         return Report(made)
-    if (notes / "plan.json").exists() and not any(json.loads(n.read_text())["kept"] for n in notes.glob("0*.json")):
+    if (notes / "plan.json").exists() and not any(read_json(n)["kept"] for n in notes.glob("0*.json")):
         _clear(out, notes)  # whatever was wrong may have been put right since
     if (notes / "plan.json").exists():
-        if json.loads((notes / "plan.json").read_text()) != plan:
+        if read_json(notes / "plan.json") != plan:
             raise UserError(f"{options.out} holds unfinished work on other input; finish that, or remove the folder.")
     elif out.exists() and any(path.name != NOTES for path in out.iterdir()):  # a bucket's empty folder does not
         raise UserError(f"{options.out} exists and is not empty; choose another --out.")
@@ -124,10 +123,8 @@ def _prepare(options, plan, out, notes):
 
 
 def _make_folder(path):
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{os.fspath(path)} cannot be written: {error.strerror or error}.") from None
 
 
 @contextlib.contextmanager

@@ -76,6 +76,11 @@ def _class(folder):
         return None
 
 
+def positions(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Text positions that a model is said to take: what its tokenizer names, else LLaVA-1.5's and Vicuna's."""
+    return tokenizer.model_max_length if tokenizer.model_max_length < 2**24 else 4096
+
+
 def unsayable(tokenizer: PreTrainedTokenizerFast, vocab: int) -> tuple[int, ...]:
     """Ids of a vocabulary of that size which no text has trained: ``<image>``, and those beyond the tokenizer's."""
     mark = tokenizer.get_vocab().get(IMAGE_MARK, vocab)

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -136,7 +137,7 @@ class Benchmark(abc.ABC):
 
 
 def _open(folder, image):
-    return open_image(read_image(folder, image), image)
+    return open_image(read_image(folder, image), os.fspath(folder / image))
 
 
 def by_kind(kinds: Sequence[str], scores: Sequence[float]) -> dict[str, dict[str, Any]]:

@@ -1,13 +1,13 @@
 """Files of questions and labels: read, checked, matched with each other."""
 
 import hashlib
-import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from stf_jax.config import UserError
+from stf_jax.runtime.files import parse_json, read_json
 
 
 def text_lines(file: epath.Path) -> Iterator[tuple[int, str]]:
@@ -15,7 +15,7 @@ def text_lines(file: epath.Path) -> Iterator[tuple[int, str]]:
     try:
         lines = file.read_bytes().decode("utf-8-sig").split("\n")  # splitlines() also splits within JSON strings
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}.") from None
+        raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
@@ -23,17 +23,9 @@ def read_lines(file: epath.Path) -> Iterator[tuple[int, Any]]:
     """Line numbers and values of a file of JSON lines. Raises UserError for what is none."""
     for number, line in text_lines(file):
         try:
-            yield number, json.loads(line)
+            yield number, parse_json(line)
         except ValueError as error:
             raise UserError(f"{file}, line {number} is not JSON: {error}.") from None
-
-
-def read_json(file: epath.Path) -> Any:
-    """A JSON file's value. Raises UserError for what is none."""
-    try:
-        return json.loads(file.read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not JSON: {error}.") from None
 
 
 def sha256(file: epath.Path) -> str:

@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 import pathlib
+import re
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,6 @@ from typing import Any, ClassVar
 
 import openpyxl
 from etils import epath
-from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
 from stf_jax.config import UserError
 from stf_jax.data.image import MOST_BYTES, open_image
@@ -23,6 +23,7 @@ from stf_jax.runtime.files import move_in
 
 _OPTIONS = "ABCD"
 _TURN = 1_000_000  # between the indices of a question and of its rotations
+_NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # nor in an Excel file
 # LLaVA reads the table with pandas, for which these are no values, and leaves out any "nan" and "none" besides.
 _NO_VALUES = ("", "#N/A", "<NA>", "N/A", "NA", "NULL", "n/a", "null")
 # How an answer may write a letter, apart from other words; what comes first is looked for first.
@@ -93,7 +94,7 @@ class MMBench(Benchmark):
             for column, name in enumerate(columns, start=1):
                 value = row.get(name)
                 if isinstance(value, str):
-                    cell = book.active.cell(place, column, ILLEGAL_CHARACTERS_RE.sub("", value))
+                    cell = book.active.cell(place, column, _NOT_IN_XML.sub("", value))
                     cell.data_type = "s"  # "=1+1" is a text, too
                 else:
                     book.active.cell(place, column, value)
@@ -176,8 +177,8 @@ def _read(file):
         if lacking:
             raise UserError(f"{file}, row {number} has no {lacking[0]}; take MMBench's own file.")
         index = row.pop("index")
-        if not (index.isascii() and index.isdecimal()):
-            raise UserError(f"{file}, row {number}: index {index!r} is not a whole number.")
+        if not re.fullmatch("[0-9]{1,18}", index):
+            raise UserError(f"{file}, row {number}: index {index[:40]!r} is not a whole number of at most 18 digits.")
         if int(index) in rows:
             raise UserError(f"{file}, row {number}: index {index} is another row's, too.")
         rows[int(index)] = row

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from stf_jax.evals.benchmark import Benchmark
 from stf_jax.evals.files import sha256
 from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.generator import GREEDY, Generator
-from stf_jax.runtime.files import GrowingFile, write_json
+from stf_jax.runtime.files import GrowingFile, parse_json, write_json, writing
 from stf_jax.runtime.table import table
 
 ANSWERS, PROTOCOL, RESULTS = "answers.jsonl", "protocol.json", "results.json"
@@ -38,6 +38,7 @@ def evaluate(
     rows: int,
     sampling: Sampling = GREEDY,
     afresh: bool = False,
+    between: Callable[[], None] = lambda: None,
 ) -> Results:
     """Asks all questions and scores the answers. All hosts of a run take part; the first one writes, and has results.
 
@@ -50,6 +51,7 @@ def evaluate(
       origin: what else tells it from others; goes into the protocol.
       rows: questions at once.
       afresh: whether answers in ``out`` that another protocol made give way; without, they are refused.
+      between: is called after each batch, on all hosts; what it raises ends the run there.
 
     Raises:
       UserError: a picture cannot be opened; ``out`` holds another run's answers, or cannot be made.
@@ -65,10 +67,11 @@ def evaluate(
             # Whole batches, and so many that what is left makes one: a smaller one is another program, which may round
             # otherwise.
             kept = kept[: min(len(kept), len(questions) - rows) // rows * rows]
-        write_json(out / PROTOCOL, protocol)
+        with writing(out):
+            write_json(out / PROTOCOL, protocol)
     done = int(multihost_utils.broadcast_one_to_all(np.int32(len(kept))))
     records = [question.record() for question in questions[done:]]
-    said = generator.answers(records, benchmark.tokens, rows, sampling)
+    said = _interrupted(generator.answers(records, benchmark.tokens, rows, sampling), rows, between)
     said = tqdm.tqdm(
         said, benchmark.name, len(questions), initial=done, unit="question", disable=not active, mininterval=0.5
     )
@@ -91,6 +94,7 @@ def measure_all(
     origin: dict[str, Any],
     *,
     rows: int,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Results]:
     """:func:`evaluate` of a run's parameters by each benchmark, of one in ``out`` itself, of several below it."""
     if not benchmarks:
@@ -98,13 +102,20 @@ def measure_all(
     generator.take(params.items())
     folders = [out / benchmark.name if len(benchmarks) > 1 else out for benchmark in benchmarks]
     results = [
-        evaluate(benchmark, generator, folder, model, origin, rows=rows, afresh=True)
+        evaluate(benchmark, generator, folder, model, origin, rows=rows, afresh=True, between=between)
         for benchmark, folder in zip(benchmarks, folders, strict=True)
     ]
     generator.take(())  # training wants the memory
     if len(benchmarks) > 1 and jax.process_index() == 0:
         write_json(out / RESULTS, results)
     return results
+
+
+def _interrupted(said, rows, between):
+    for place, text in enumerate(said):
+        yield text
+        if (place + 1) % rows == 0:
+            between()
 
 
 def score(benchmark: Benchmark, answers: epath.Path, out: epath.Path) -> Results:
@@ -192,13 +203,13 @@ def _kept(benchmark, out, model, protocol, afresh):
     if not (out / ANSWERS).exists():
         return []
     try:
-        before, now = json.loads((out / PROTOCOL).read_bytes()), json.loads(json.dumps(protocol))
+        before, now = parse_json((out / PROTOCOL).read_bytes()), json.loads(json.dumps(protocol))
         if before | {"labels": now["labels"]} != now:  # labels may come later
             raise ValueError
         lines = []
         written = (out / ANSWERS).read_bytes().split(b"\n")[:-1]  # but for a line that was cut
         for line, question in zip(map(bytes.decode, written), benchmark.questions, strict=False):
-            row = json.loads(line)
+            row = parse_json(line)
             if line != answer_line(question, len(lines), row["text"], model):
                 raise ValueError
             lines.append(line)
@@ -214,7 +225,8 @@ def _kept(benchmark, out, model, protocol, afresh):
 
 
 def _report(benchmark, texts, out, model, protocol):
-    files = benchmark.submission(texts, out)
+    with writing(out):
+        files = benchmark.submission(texts, out)
     results = {
         "benchmark": benchmark.name,
         "metrics": benchmark.metrics(texts) if benchmark.scored else {},
@@ -223,5 +235,6 @@ def _report(benchmark, texts, out, model, protocol):
         "submission": [str(file.relative_to(out)) for file in files],
         "protocol": protocol,
     }
-    write_json(out / RESULTS, results)
+    with writing(out):
+        write_json(out / RESULTS, results)
     return results

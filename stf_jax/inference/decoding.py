@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stf_jax.models.layers import shard_rows
 from stf_jax.models.llm import Cache
 from stf_jax.models.vlm import VLM
+from stf_jax.runtime.checksum import checksum
 from stf_jax.runtime.mesh import BATCH
 from stf_jax.training.state import Blueprint
 
@@ -101,22 +102,15 @@ def layerwise(
     """
     apart = path.startswith(BLOCKS)
     place = NamedSharding(mesh, PartitionSpec(*spec[int(apart) :]))
-    value, checksum = _taken(dtype, place, apart)(value)
-    return value, int(checksum)
+    value, total = _taken(dtype, place, apart)(value)
+    return value, int(total)
 
 
 @functools.cache
 def _taken(dtype, place, apart):
     def take(x):
         x = x.astype(dtype)
-        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * dtype.itemsize}").astype(jnp.uint32)
-        # Where each stands, told axis by axis: laid in a row, all of them would be gathered on every device.
-        where = jnp.uint32(0)
-        for axis, size in enumerate(x.shape):
-            where = where * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        # Whole numbers that wrap: the same in whatever order devices add them.
-        checksum = jnp.sum(bits * (2 * where + 1), dtype=jnp.uint32)
-        return tuple(x) if apart else x, checksum
+        return (tuple(x) if apart else x), checksum(x)
 
     whole = NamedSharding(place.mesh, PartitionSpec())
     return jax.jit(take, out_shardings=(place, whole))

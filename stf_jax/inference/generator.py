@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from stf_jax.config import ModelConfig, UserError
 from stf_jax.data.conversation import Encoded, Mark, Text, check_template, encode, stop_tokens, template_items
 from stf_jax.data.image import to_square
-from stf_jax.data.records import IMAGE_MARK, Record
-from stf_jax.data.tokenizer import unsayable
+from stf_jax.data.records import IMAGE_MARK, BadRow, Record
+from stf_jax.data.tokenizer import positions, unsayable
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Sampling, layerwise
 from stf_jax.models.presets import llm_preset, vision_preset
@@ -85,7 +85,7 @@ class Generator:
           told: is called with the row in the batch and each piece of text as it is said; their sum is the answer.
 
         Raises:
-          BadRow: a picture cannot be opened, or a conversation does not fit the template.
+          BadRow: a picture cannot be opened, or a conversation does not fit the template or is over length.
         """
         shards = row_shards(self._mesh)
         size = -(-min(rows, len(records)) // shards) * shards
@@ -108,7 +108,7 @@ class Generator:
 
     def _ready(self, pool, records, size) -> tuple[list[Encoded], list[list[Future]], int]:
         """Prompts of a batch of ``size`` rows, and the pictures of the rows that this host holds, on their way."""
-        prompts = [encode(template_items(self._template, r), self._tokenizer, self.slots) for r in records]
+        prompts = [self._prompt(record) for record in records]
         mine = {
             row
             for (part,) in self._rows.addressable_devices_indices_map((size,)).values()
@@ -119,6 +119,13 @@ class Generator:
             for row, record in enumerate(records)
         ]
         return prompts, pictures, size
+
+    def _prompt(self, record):
+        prompt = encode(template_items(self._template, record), self._tokenizer, self.slots)
+        if len(prompt.tokens) > (most := positions(self._tokenizer)):
+            sentence = f"Prompt {record.id!r} has {len(prompt.tokens):,} tokens; the model takes {most:,}: shorten it."
+            raise BadRow("over_length", sentence)
+        return prompt
 
     def _open(self, picture):
         return to_square(picture(), self._vision, self._aspect)

@@ -1,6 +1,5 @@
 """Shapes of towers and language models: known ones by name, imported ones from their folder's ``model.json``."""
 
-import json
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -9,6 +8,7 @@ from etils import epath
 from stf_jax.config import UserError, nearest
 from stf_jax.models.llm import LLMConfig, RopeScaling
 from stf_jax.models.vit import VisionConfig
+from stf_jax.runtime.files import read_json
 
 _CLIP = dict(
     activation="quick_gelu",
@@ -100,7 +100,7 @@ def _lookup(presets: Mapping[str, _Config], name: str, key: str, build) -> _Conf
     if not file.exists():
         raise UserError(f"Unknown preset model.{key}={name!r}; {nearest(name, presets)}")
     try:
-        values = json.loads(file.read_bytes())[key]
+        values = read_json(file)[key]
         if values is not None:
             return build(values)
     except (ValueError, KeyError, TypeError):

@@ -48,7 +48,9 @@ def described(name: str, slices: int = 1) -> list[jax.Device]:
     if kind not in CHIPS:
         raise UserError(f"--topology={name}: unknown device {kind!r}; {nearest(kind, CHIPS)}")
     tpu = kind in _TPUS
-    if not re.fullmatch(r"\d+(x\d+){1,2}" if tpu else "[1-8]", shape) or (slices > 1 and not tpu):
+    if slices > 1 and not tpu:
+        raise UserError(f"--slices={slices} is of TPUs; {kind} has the cards of one machine.")
+    if not re.fullmatch(r"\d+(x\d+){1,2}" if tpu else "[1-8]", shape):
         wanted = "v5e:4x8, or v5p:2x2x4, with --slices" if tpu else f"{kind}:8, the cards of one machine"
         raise UserError(f"--topology={name} is not a layout of {kind}; it should be like {wanted}.")
     for package, module in _COMPILERS["tpu" if tpu else "gpu"].items():

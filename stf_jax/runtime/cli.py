@@ -12,37 +12,45 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from stf_jax.config import UserError, default_config, flatten, nearest
+from stf_jax.config import RunFailed, Stopped, TryAgain, UserError, default_config, flatten, nearest
 from stf_jax.runtime import hosts
 
 
 def door(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Runs a verb; returns the exit status: 0, or 2 with one sentence on standard error for input that cannot be used.
+    """Runs a verb; returns the exit status (docs/OPERATIONS.md); where that is not 0, one sentence on stderr says why.
 
-    130 says that it was interrupted.
-
-    Any other exception is our bug and keeps its traceback (status 1). Other hosts of the run are not left to wait.
+    Any other exception than those of :mod:`stf_jax.config` is our bug and keeps its traceback (status 1). Other hosts
+    of the run are not left to wait.
     """
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    absl = logging.getLogger("absl")
+    absl.setLevel(logging.WARNING)
+    absl.addFilter(_without_traceback)
     log = logging.getLogger("stf_jax")  # what was chosen for the user, a line each, on standard error
     log.setLevel(logging.INFO)
     log.handlers, log.propagate = [logging.StreamHandler()], False
     try:
         main(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        hosts.leave(2)
-        return 2
+    except (UserError, RunFailed, TryAgain, Stopped) as error:
+        print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
+        return hosts.leave(error.status)
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on where it was.", file=sys.stderr)
-        hosts.leave(130)
-        return 130  # as shells have it
-    except Exception:
+        return hosts.leave(130)  # as shells have it
+    except Exception as error:
+        if hosts.lost(error):
+            print(f"error: {hosts.LOST}", file=sys.stderr)
+            return hosts.leave(TryAgain.status)
         hosts.leave(1)
         raise
     finally:
         log.handlers, log.propagate = [], True
+        absl.removeFilter(_without_traceback)
     return 0
+
+
+def _without_traceback(record):
+    """Orbax logs what it raises as well, which is for us to tell."""
+    return not record.exc_info
 
 
 class Parser(argparse.ArgumentParser):
@@ -162,7 +170,7 @@ def _explain(error, argv):
     last = str(error.__cause__ or error).strip().splitlines()[-1:]
     if isinstance(error, OSError) or "Error whilst parsing config file" in str(error):
         return f"The config file cannot be loaded: {''.join(last).strip(' .')}."
-    return f"The command line cannot be used: {_one_line(error)}"
+    return f"The command line cannot be used: {_one_line(error) or type(error).__name__}"
 
 
 _OF_CONFIG_FILES = ("get_config", "<module>")  # functions, as tracebacks name them

@@ -13,6 +13,8 @@ from typing import Any, TextIO
 import fsspec
 from etils import epath
 
+from stf_jax.config import UserError
+
 
 @contextlib.contextmanager
 def new_text(path: epath.Path) -> Iterator[TextIO]:
@@ -38,6 +40,39 @@ def write_json(path: epath.Path, value: Any) -> None:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says. Raises ValueError where it is none, nests too deep to be read, or has half a surrogate pair."""
+    try:
+        value = json.loads(text)
+        if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():  # elsewhere, all is text already
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+    except UnicodeEncodeError:
+        raise ValueError("it has half a surrogate pair, which is no text") from None
+
+
+def read_json(path: epath.Path) -> Any:
+    """A JSON file's value. Raises UserError for what is none."""
+    try:
+        return parse_json(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}.") from None
+
+
+@contextlib.contextmanager
+def writing(path: epath.Path) -> Iterator[None]:
+    """What cannot be written there is told: raises UserError in place of OSError."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename2 or error.filename or path
+        raise UserError(f"{place} cannot be written: {error.strerror or error}.") from None
+
+
 def move_in(local: pathlib.Path, path: epath.Path) -> None:
     """Moves a local file to where it belongs, which may be another disk or a bucket; it appears whole."""
     partial = path if in_bucket(path) else _partial(path)
@@ -59,23 +94,34 @@ class GrowingFile:
         """Begins with those lines, whatever the file held."""
         self._path, self._lines, self._written = path, list(lines), time.monotonic()
         self._write()
-        self._file = None if in_bucket(path) else pathlib.Path(path).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self._file = None if in_bucket(path) else pathlib.Path(path).open("ab", buffering=0)  # noqa: SIM115
+        self._rest = b""  # of lines that a full disk did not take
 
-    def append(self, line: str) -> None:
-        """Adds a line."""
+    def append(self, line: str, *, now: bool = False) -> None:
+        """Adds a line; ``now`` writes it at once in a bucket, too.
+
+        Raises:
+          OSError: it cannot be written now; the next call, or ``close``, writes it as well.
+        """
         if self._file is not None:
-            self._file.write(line + "\n")
+            self._rest += f"{line}\n".encode()
+            self._write_rest()
             return
         self._lines.append(line)
-        if time.monotonic() - self._written > self._EVERY:
+        if now or time.monotonic() - self._written > self._EVERY:
             self._write()
 
     def close(self) -> None:
-        """Nothing more comes."""
-        if self._file is not None:
-            self._file.close()
-        else:
+        """Nothing more comes. Raises OSError where lines remain that cannot be written."""
+        if self._file is None:
             self._write()
+            return
+        with self._file:
+            self._write_rest()
+
+    def _write_rest(self):
+        while self._rest:
+            self._rest = self._rest[self._file.write(self._rest) :]
 
     def _write(self):
         with new_text(self._path) as file:

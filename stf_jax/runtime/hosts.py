@@ -6,13 +6,19 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Callable
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-from stf_jax.config import UserError
+from stf_jax.config import TryAgain, UserError
 
 _PATIENCE = 300  # seconds that a host waits for the others to start
+LOST = "Another host of the run was lost; start the same command again on all, and it goes on from the last checkpoint."
 _GRACE = 5  # seconds that a host which failed leaves the others to fail likewise
+_LONGEST = 2000  # bytes of a sentence
+_OWN = re.compile("RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED|out of memory")  # of what jax raises, our doing
 _LAUNCHERS = (  # Open MPI and SLURM, by which Open MPI may itself be started: how many processes, and which
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
@@ -20,7 +26,9 @@ _LAUNCHERS = (  # Open MPI and SLURM, by which Open MPI may itself be started: h
 _TPUS = "/dev/accel*", "/dev/vfio/[0-9]*"
 
 
-def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+def join(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, silent: int = 100
+) -> None:
     """Makes this process one of a run's, where it is: as told, or as SLURM, Open MPI or a TPU pod's machines tell jax.
 
     Without arguments and without those, there is one process. SLURM and Open MPI are taken to start a process for each
@@ -30,10 +38,11 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
       coordinator: ``HOST:PORT`` of process 0, as the others reach it.
       processes: how many there are; 1 keeps this one alone wherever it was started.
       process: which this one is, from 0.
+      silent: seconds that one may be silent before the others take it for dead.
 
     Raises:
       UserError: arguments that do not go together; there are others, but jax cannot find them. Where they do not come
-        in time, the process ends with exit status 2, for jax would abort.
+        in time, the process ends with exit status 75, for jax would abort.
     """
     if jax.distributed.is_initialized():
         return
@@ -56,7 +65,9 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         _PATIENCE,
         f"error: {who} has not met the others at {coordinator or 'their coordinator'} in {_PATIENCE} s: start all of "
         "them together, and let them reach that port where process 0 runs.",
+        status=TryAgain.status,
     )
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
         jax.distributed.initialize(
             coordinator,
@@ -64,6 +75,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
             process,
             cluster_detection_method="deactivate" if coordinator else None,
             initialization_timeout=2 * _PATIENCE,  # when jax would abort
+            heartbeat_timeout_seconds=silent,
         )
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
         if processes is None and isinstance(error, ValueError):
@@ -76,14 +88,41 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         late.cancel()
 
 
-def leave(status: int) -> None:
-    """Lets a process that failed end with that status in a few seconds, where there are others.
+def by_first(do: Callable[[], None]) -> None:
+    """What process 0 does for all. Raises, in all, the UserError that it raises there."""
+    sentence = ""
+    if jax.process_index() == 0:
+        try:
+            do()
+        except UserError as error:
+            sentence = str(error)
+    if jax.process_count() > 1:
+        told = np.frombuffer(sentence.encode()[:_LONGEST].ljust(_LONGEST), np.uint8)
+        sentence = multihost_utils.broadcast_one_to_all(told).tobytes().decode(errors="ignore").strip()
+    if sentence:
+        raise UserError(sentence)
+
+
+def any_says(mine: bool) -> bool:
+    """Whether any process says so; all must ask."""
+    return mine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(mine)).any())
+
+
+def lost(error: Exception) -> bool:
+    """Whether an exception may come of another process of this run having gone: jax's, but for a few kinds."""
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    return several and isinstance(error, jax.errors.JaxRuntimeError) and not _OWN.search(str(error))
+
+
+def leave(status: int) -> int:
+    """Lets a process that failed end with that status in a few seconds, where there are others; gives the status.
 
     By itself jax would wait five minutes for the others, and they for this one. So those that fail for the same reason
     have the time to say so, and the rest are ended by jax when this one's connections are lost.
     """
     if jax.distributed.is_initialized():
         _exit_after(_GRACE, status=status)
+    return status
 
 
 def _exit_after(seconds, sentence="", status=2):

@@ -1,6 +1,6 @@
-"""Rows of figures as a table to read."""
+"""Figures as text to read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -19,6 +19,22 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells = (f"{_text(row[key]):>{_width(key)}}" for key in columns)
         lines.append(f"{row['what']:<40}" + "".join(cells))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def facts(heading: str, named: Mapping[str, str]) -> str:
+    """A heading, and below it a line for each name whose text is not empty, the texts below each other."""
+    return "\n".join([heading, *(f"  {name:<13}{text}" for name, text in named.items() if text)])
+
+
+def span(seconds: float) -> str:
+    """A time for people: ``48 s``, ``12 min``, ``3 h 12 min``, ``2 d 3 h``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    days, hours, rest = minutes // 1440, minutes // 60 % 24, minutes % 60
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {rest} min" if hours else f"{rest} min"
 
 
 def _width(key):

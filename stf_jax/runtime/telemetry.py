@@ -1,15 +1,12 @@
-"""What a run says: a progress bar and a summary for people, ``metrics.jsonl`` and TensorBoard for machines.
+"""What a run says: a line a logged step and a summary for people, and for machines what journal.py and writers.py keep.
 
 docs/ARCHITECTURE.md defines each figure. Nothing here waits for a device, but for the end of a profile.
 """
 
 import concurrent.futures
 import contextlib
-import json
 import math
-import pathlib
-import shutil
-import tempfile
+import sys
 import time
 from collections.abc import Iterator
 
@@ -18,19 +15,26 @@ import numpy as np
 import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
-from tensorboard.summary import Writer
 
-from stf_jax.config import TrainConfig
+from stf_jax.config import TrainConfig, TryAgain
 from stf_jax.runtime.cost import chip_of
-from stf_jax.runtime.files import GrowingFile, in_bucket, upload
+from stf_jax.runtime.hosts import lost
+from stf_jax.runtime.journal import BOARD, EVENTS, METRICS, Events, enduring, one_line
 from stf_jax.runtime.mesh import share_of_rows
+from stf_jax.runtime.profile import Profile
+from stf_jax.runtime.table import facts, span
+from stf_jax.runtime.writers import open_writers
 
-Clock = dict[str, float]  # seconds of wall-clock in training; tokens trained on; rows that could not be used
-START: Clock = {"seconds": 0.0, "tokens": 0, "rows_replaced": 0}
+# Seconds of wall-clock in training; tokens trained on; rows that could not be used; updates that were not made.
+Clock = dict[str, float]
+START: Clock = {"seconds": 0.0, "tokens": 0, "rows_replaced": 0, "updates_skipped": 0}
 
 
 class Telemetry:
-    """Writes the scalars of logged steps. Only the first host of a run writes."""
+    """Tells of a run's steps, and how it ends. Only the first host of a run writes.
+
+    It ends with the ``with`` block: with the run's last step, or with what is raised before.
+    """
 
     def __init__(
         self,
@@ -43,17 +47,26 @@ class Telemetry:
         mesh: jax.sharding.Mesh,
         began: float,
         active: bool,
+        events: Events,
     ):
         """Stands between all that is prepared and the first step.
 
         Args:
           first: the step to continue from, reached at ``clock``; later lines of metrics are dropped.
           began: ``time.monotonic()`` when this process turned to the run.
+          events: a run that has begun there is said to have ended or stopped.
+
+        Raises:
+          UserError: the workdir cannot be written to; Weights & Biases does not take the run.
         """
         self._active, self._workdir, self._name, self._steps = active, workdir, config.name, steps
-        self._before, self._begin = clock, time.monotonic()
-        self._last_time, self._last_step = self._begin, first
+        self._events, self._writers = events, []
+        self._before, self._begin = START | clock, time.monotonic()  # runs of old counted less
+        self._clock = self._before  # as it was asked for last
+        self._first = self._step = self._last_step = first
+        self._last_time = self._begin
         self._tokens = self._all_tokens = self._replaced = 0  # this host's
+        self._skipped = self._skipped_before = 0
         self._loss = math.nan
         self._devices, self._local, self._chip = mesh.size, mesh.local_devices, chip_of(mesh.devices.flat[0])
         self._shares = share_of_rows(mesh, jax.process_index())[1]  # of the rows, among the hosts
@@ -65,14 +78,41 @@ class Telemetry:
         self._profile = Profile(workdir / "profile", config.profile.first_step, config.profile.steps if active else 0)
         if not active:
             return
-        path = workdir / "metrics.jsonl"
-        # A run that was killed had gone on past the checkpoint that this one continues from.
-        lines = path.read_text().splitlines() if path.exists() else []
-        self._file = GrowingFile(path, [line for line in lines if _step_of(line, first + 1) <= first])
-        self._board = Writer(str(workdir / "tensorboard"))
+        self._say = enduring("The log")  # which may be on a full disk, too
+        self._writers = [(writer, enduring(writer.name)) for writer in open_writers(workdir, config, first)]
+        # Where it would not be seen, it would fill a log file with carriage returns.
         self._bar = tqdm.tqdm(
-            total=steps, initial=first, desc=self._name, unit="step", dynamic_ncols=True, mininterval=0.5
+            total=steps, initial=first, desc=self._name, unit="step", dynamic_ncols=True, mininterval=0.5, disable=None
         )
+
+    def __enter__(self) -> "Telemetry":
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        # Where something failed, the other hosts cannot be asked, and for what the devices still do nobody waits.
+        clock = self._clock if error else self.clock()
+        self._watch.shutdown(wait=not error, cancel_futures=bool(error))
+        with contextlib.suppress(*([Exception] if error else [])):  # the first is to be told
+            self._profile.end()
+        if not self._active:
+            return
+        status = _exit_status(error) if error else 0
+        self._bar.close()
+        for writer, attempt in self._writers:
+            attempt(writer.close, status)
+        if self._events.under_way:
+            how = {"status": status, "reason": one_line(error)} if error else {}
+            self._events.add("stopped" if error else "end", self._step, **how)
+        self._say(print, self._summary(clock, early=error is not None), flush=True)
+
+    @property
+    def updates_skipped(self) -> int:
+        """Updates that were not made, over restarts."""
+        return int(self._before["updates_skipped"]) + self._skipped
+
+    def skipped(self) -> None:
+        """Counts an update that was not made; all hosts call it alike."""
+        self._skipped += 1
 
     def clock(self) -> Clock:
         """The run so far, over restarts and all hosts; they must all ask at the same step."""
@@ -81,11 +121,13 @@ class Telemetry:
         counts = np.ascontiguousarray(multihost_utils.process_allgather(mine)).view(np.int64).reshape(-1, 2)
         # Of hosts that read the same rows, each counts them.
         tokens, replaced = counts.sum(axis=0) * self._shares // jax.process_count()
-        return {
+        self._clock = {
             "seconds": self._before["seconds"] + time.monotonic() - self._begin,
             "tokens": self._before["tokens"] + int(tokens),
             "rows_replaced": self._before["rows_replaced"] + int(replaced),
+            "updates_skipped": self.updates_skipped,
         }
+        return self._clock
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -103,6 +145,7 @@ class Telemetry:
           flops: the step's model FLOPs, all devices together.
           done: something that the step gives.
         """
+        self._step = step
         self._tokens += tokens
         self._all_tokens += tokens
         self._replaced, self._flops = replaced, self._flops + flops
@@ -139,7 +182,7 @@ class Telemetry:
             "seconds_per_step": elapsed / max(step - self._last_step, 1),
             "model_flops_per_second": flops,
             "data_wait": waited["data"] / elapsed,
-            "goodput": 1 - (self._begin - self._began + sum(self._waited.values())) / max(now - self._began, 1e-9),
+            "goodput": self._goodput(now),
             **self._news,
         }
         if self._chip is not None:
@@ -149,69 +192,61 @@ class Telemetry:
             speed["device_memory_bytes"] = max(memory)
         self._last_time, self._last_step, self._tokens, self._flops = now, step, 0, 0
         self._waited_before, self._news = dict(self._waited), {}
+        skipped, self._skipped_before = self._skipped - self._skipped_before, self._skipped
         clock = self.clock()
         if not self._active:
             return
         self._loss = scalars["loss"]
-        values = {"step": step, **scalars, **speed, **clock}
-        self._file.append(json.dumps(values))
-        for key, value in values.items():
-            if key != "step":
-                self._board.add_scalar(key, value, step)
-        busy = f", MFU {speed['mfu']:.0%}" if "mfu" in speed else ""
-        self._bar.set_postfix_str(
-            f"loss {scalars['loss']:.3f}, lr {scalars['learning_rate']:.1e}, {tokens:,.0f} tok/s{busy}"
+        values = {**scalars, **speed, **clock}
+        for writer, attempt in self._writers:
+            attempt(writer.write, step, values)
+        self._say(tqdm.tqdm.write, self._line(step, values, skipped, now), file=sys.stderr)
+
+    def _goodput(self, now):
+        idle = self._begin - self._began + sum(self._waited.values())
+        return 1 - idle / max(now - self._began, 1e-9)
+
+    def _line(self, step, values, skipped, now):
+        """A logged step for people; what there is no figure for is left out."""
+        total = f"{self._steps:,}"
+        parts = [
+            f"step {step:>{len(total)},}/{total}",
+            f"loss {values['loss']:6.3f}",
+            f"lr {values['learning_rate']:.1e}",
+            f"|g| {values['gradient_norm']:5.2f}" if "gradient_norm" in values else "",
+            f"{values['tokens_per_second']:7,.0f} tok/s",
+            f"MFU {values['mfu']:3.0%}" if "mfu" in values else "",
+            f"data wait {values['data_wait']:3.0%}",
+            f"goodput {values['goodput']:3.0%}",
+        ]
+        if skipped:
+            parts.append(f"{skipped} update{'s' * (skipped > 1)} skipped")
+        # Of measurements, what a benchmark comes to as a whole: its parts have longer names.
+        parts += [f"{key} {value:.4g}" for key, value in values.items() if key.count("/") == 1]
+        if self._first < step < self._steps:
+            each = (now - self._begin - self._waited["compile"]) / (step - self._first)  # measuring and saving with it
+            parts.append(f"{span(each * (self._steps - step))} left")
+        return "  ".join(filter(None, parts))
+
+    def _summary(self, clock, early):
+        rows, updates, restarts = clock["rows_replaced"], clock["updates_skipped"], self._events.restarts
+        skipped = [f"{rows:,} rows could not be used"] * (rows > 0) + [f"{updates:,} updates"] * (updates > 0)
+        return facts(
+            f"{self._name}: {'ended early' if early else 'done'}",
+            {
+                "steps": f"{self._step:,} of {self._steps:,}" if early else f"{self._steps:,}",
+                "tokens": f"{clock['tokens']:,}",
+                "time": span(clock["seconds"]),
+                "last loss": "" if math.isnan(self._loss) else f"{self._loss:.3f}",
+                "skipped": ", ".join(skipped),
+                "restarts": f"{restarts:,}" if restarts else "",
+                "goodput": f"{self._goodput(time.monotonic()):.0%}" if self._step > self._first else "",
+                "checkpoints": str(self._workdir / "checkpoints"),
+                "metrics": str(self._workdir / METRICS),
+                "events": str(self._workdir / EVENTS),
+                "TensorBoard": str(self._workdir / BOARD),
+            },
         )
-
-    def close(self) -> None:
-        """Ends the bar and the files, and says in a line what the run came to."""
-        clock = self.clock()
-        self._profile.end()
-        self._watch.shutdown()
-        if not self._active:
-            return
-        self._bar.close()
-        self._file.close()
-        self._board.close()
-        ran = self._steps > self._bar.initial
-        loss = f", loss {self._loss:.3f}" if ran else " (done before)"
-        if clock["rows_replaced"]:
-            loss += f", {clock['rows_replaced']:,} rows could not be used"
-        print(
-            f"{self._name}: {self._steps} steps, {clock['tokens']:,} tokens in {clock['seconds']:.0f} s{loss}; "
-            f"checkpoints, metrics and TensorBoard events are in {self._workdir}"
-        )
-
-
-class Profile:
-    """A trace of chosen steps, as TensorBoard's profile plugin (xprof) reads it."""
-
-    def __init__(self, folder: epath.Path, first: int, steps: int):
-        """The trace of ``steps`` steps from ``first`` on; of none where one of them is 0."""
-        self._folder, self._steps, self._at = folder, range(first, first + steps) if first else range(0), None
-
-    def before(self, step: int) -> None:
-        """Begins with the first of the steps; where a run goes on among them, with that one."""
-        if step in self._steps and self._at is None:
-            # The profiler writes to local disks alone.
-            self._at = pathlib.Path(tempfile.mkdtemp() if in_bucket(self._folder) else self._folder)
-            jax.profiler.start_trace(self._at)
-
-    def after(self, step: int, done: jax.Array) -> None:
-        """Ends with the last of the steps, when the devices have ended it."""
-        if self._at is not None and step + 1 not in self._steps:
-            done.block_until_ready()
-            self.end()
-
-    def end(self) -> None:
-        """Ends the trace, if there is one: a run may end before its steps do."""
-        if self._at is None:
-            return
-        jax.profiler.stop_trace()
-        if in_bucket(self._folder):
-            upload(self._at, self._folder)
-            shutil.rmtree(self._at)
-        self._at = None
 
 
 def _when_ready(done):
@@ -219,8 +254,7 @@ def _when_ready(done):
     return time.monotonic()
 
 
-def _step_of(line, otherwise):
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return otherwise
+def _exit_status(error):
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return getattr(error, "status", TryAgain.status if isinstance(error, Exception) and lost(error) else 1)

@@ -1,6 +1,6 @@
 """Training, from a config to a trained model and its measurement: one page, read from top to bottom."""
 
-import json
+import contextlib
 import math
 import time
 
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from stf_jax.config import TrainConfig, UserError, to_json
+from stf_jax.config import Stopped, TrainConfig, to_json
 from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Prepare, training_records
 from stf_jax.data.tokenizer import load_tokenizer
@@ -19,11 +19,18 @@ from stf_jax.models.presets import vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.checkpoint import Checkpoints
 from stf_jax.runtime.cost import step_flops
+from stf_jax.runtime.ending import Termination, Watchdog
+from stf_jax.runtime.files import write_json
+from stf_jax.runtime.hold import hold
+from stf_jax.runtime.hosts import by_first
+from stf_jax.runtime.journal import Events
 from stf_jax.runtime.mesh import BATCH, check_batch, computing, make_mesh, share_of_rows
 from stf_jax.runtime.telemetry import START, Telemetry
 from stf_jax.training.optimizer import learning_rate, make_optimizer
+from stf_jax.training.resuming import changes
 from stf_jax.training.state import TrainState, init_state, state_layout
 from stf_jax.training.step import make_train_step
+from stf_jax.training.watching import Watch
 from stf_jax.weights.folder import load_params
 
 
@@ -41,10 +48,17 @@ def train(config: TrainConfig, workdir: epath.Path, measured: epath.Path) -> lis
       The results of ``config.eval.benchmarks`` at the end.
 
     Raises:
-      UserError: whatever in the config or the data cannot be used.
+      UserError: whatever in the config or the data cannot be used; another run is at work in ``workdir``.
+      RunFailed, TryAgain, Stopped: the run ends before its last step (docs/OPERATIONS.md).
     """
+    with contextlib.ExitStack() as ends:
+        return _train(config, workdir, measured, ends)
+
+
+def _train(config, workdir, measured, ends):
     # ---- Data ------------------------------------------------------------------------------------------------------
     began = time.monotonic()
+    watchdog = ends.enter_context(Watchdog(config.faults.hang_seconds, workdir))
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     vision = vision_preset(config.model.vision)
@@ -59,24 +73,25 @@ def train(config: TrainConfig, workdir: epath.Path, measured: epath.Path) -> lis
     steps = config.steps or batches.plan.steps(config.epochs)
 
     # ---- Model, optimizer, state -----------------------------------------------------------------------------------
+    watchdog.comes_to("the data were read")
     plan = generator.plan
     tx = make_optimizer(config.optimizer, steps)
     rate = learning_rate(config.optimizer, steps)
     layout = state_layout(config, plan, tx, mesh)
 
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"The workdir {workdir} cannot be made: {error.strerror or error}.") from None
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    if checkpoints.latest is not None:
-        arrays, position, clock = checkpoints.restore(checkpoints.latest, layout)
+    by_first(lambda: ends.enter_context(hold(workdir)))
+    termination = ends.enter_context(Termination(mesh))
+    events = ends.enter_context(Events(workdir, active=host == 0))
+    checkpoints = ends.enter_context(Checkpoints(workdir, config.checkpoint, config.faults, events.add))
+    changed = changes(config, workdir) if checkpoints.latest is not None else {}
+    found = checkpoints.newest(layout)
+    if found is not None:
+        step, arrays, position, clock = found
         batches.set_state(position)
-        step = jax.device_put(np.int32(checkpoints.latest), layout.step.sharding)
-        state = TrainState(step=step, **arrays)
+        state = TrainState(step=jax.device_put(np.int32(step), layout.step.sharding), **arrays)
     else:
         loaded = load_params(config.init_from, layout.params, config.init_missing)
-        state, clock = init_state(config, layout, tx, loaded), START
+        state, clock = init_state(config, layout, tx, loaded), dict(START)
     if host == 0:
         sizes = [sum(math.prod(leaf.shape) for leaf in tree.values()) for tree in (layout.trainable, layout.params)]
         print(
@@ -84,48 +99,77 @@ def train(config: TrainConfig, workdir: epath.Path, measured: epath.Path) -> lis
             f"{sizes[0]:,} of {sizes[1]:,} parameters learn; {steps} steps of {config.global_batch_size} rows; "
             f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
         )
-        (workdir / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
+        write_json(workdir / "config.json", to_json(config))
 
     # ---- The step, compiled ----------------------------------------------------------------------------------------
+    watchdog.comes_to("the weights were read")
     rows = jax.sharding.NamedSharding(mesh, BATCH)
     train_step = make_train_step(config, plan, tx, layout)
     programs, flops = {}, {}  # by length and pictures of a row
 
     def measure(step, params):
+        def between():
+            watchdog.comes_to(f"questions at step {step}")
+            if termination.now():
+                raise Stopped("")
+
         out = measured if step == steps else workdir / "evals" / f"step_{step}"
         origin = {"workdir": str(workdir), "step": step}
-        return measure_all(benchmarks, generator, params, out, workdir.name, origin, rows=config.eval.batch)
+        how = {"rows": config.eval.batch, "between": between}
+        return measure_all(benchmarks, generator, params, out, workdir.name, origin, **how)
+
+    def log(step, values, measures):
+        """Measures, if asked to, and writes the step's line; gives the results."""
+        results = None
+        if measures:
+            with telemetry.waiting("measure"):
+                results = measure(step, state.params)
+            values |= {name: value for result in results for name, value in scalars(result).items()}
+        telemetry.log(step, values)
+        return results
 
     # ---- The loop --------------------------------------------------------------------------------------------------
-    first = int(state.step)
-    telemetry = Telemetry(workdir, config, steps, first, clock, mesh=mesh, began=began, active=host == 0)
-    results = None
+    first, results, owed = int(state.step), None, clock.pop("owed", None)
+    begin = dict(mesh=mesh, began=began, active=host == 0, events=events)
+    telemetry = ends.enter_context(Telemetry(workdir, config, steps, first, clock, **begin))
+    watch = Watch(config.faults, workdir, batches.records, events.add, telemetry.skipped)
+    if first < steps or owed:
+        events.add("begin", first, steps=steps, resumed=found is not None, changed=changed)
+    if owed:  # the run was stopped in that measurement
+        results = log(first, owed, measures=True)
     for step in range(first + 1, steps + 1):
+        watchdog.comes_to(f"step {step}")
         with telemetry.waiting("data"):
-            batch: Batch = next(batches)
-        tokens = int((batch.segment_ids > 0).sum())
-        batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+            read: Batch = next(batches)
+        batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), read)
         shape = batch.tokens.shape[1], batch.images.shape[1]
         if shape not in programs:
             flops[shape] = step_flops(config.model, config.rules, config.global_batch_size, *shape).step
             with telemetry.waiting("compile"), computing(mesh, plan.precision):
                 programs[shape] = train_step.lower(state, batch).compile()
+        termination.stepping()
         with telemetry.step(step):
             state, metrics = programs[shape](state, batch)
-        telemetry.advance(step, tokens, batches.replaced, flops[shape], metrics["loss"])
-        last = step == steps
-        measures = benchmarks and (last or (config.eval.every_steps and step % config.eval.every_steps == 0))
+        telemetry.advance(step, int((read.segment_ids > 0).sum()), batches.replaced, flops[shape], metrics["loss"])
+        watch.note(step, read, metrics)
+        stop, last, owed = termination.after_step(), step == steps, None
+        measures = (
+            benchmarks and not stop and (last or (config.eval.every_steps and step % config.eval.every_steps == 0))
+        )
         if step % config.log_every_steps == 0 or last or measures:
-            values = {name: float(value) for name, value in metrics.items()} | {"learning_rate": float(rate(step - 1))}
-            if measures:
-                with telemetry.waiting("measure"):
-                    results = measure(step, state.params)
-                values |= {name: value for result in results for name, value in scalars(result).items()}
-            telemetry.log(step, values)
-        if checkpoints.due(step, last=last):
+            watch.catch_up()
+            values = {name: float(metrics[name]) for name in ("loss", "gradient_norm", "learned_tokens")}
+            values["learning_rate"] = float(rate(step - 1 - telemetry.updates_skipped))
+            try:
+                results = log(step, values, measures) or results
+            except Stopped:
+                stop, owed = True, values
+        if checkpoints.due(step, last=last or stop):
+            watch.catch_up()
             with telemetry.waiting("save"):
-                checkpoints.save(step, state, batches.get_state(), telemetry.clock())
-    checkpoints.close()
-    telemetry.close()
+                clock = telemetry.clock() | ({"owed": owed} if owed else {})
+                checkpoints.save(step, state, batches.get_state(), clock, last=last or stop)
+        if stop:
+            raise Stopped(f"Stopped by SIGTERM after step {step}, which is saved; the same command goes on from there.")
     # A run that had ended before has its answers already.
     return measure(steps, state.params) if results is None else results

@@ -37,6 +37,9 @@ def make_train_step(
 
     The loss is the mean over learned tokens of the global batch. With accumulation, each microbatch's sum is divided
     by the count of the whole batch, so that the result is that of one large batch, not a mean of means.
+
+    Where the loss or the gradients' norm is not finite, parameters and moments stay as they were, and ``skipped`` is 1:
+    one bad batch does not spoil them.
     """
     accumulation_steps, packed = config.optimizer.accumulation_steps, config.data.packing
 
@@ -57,10 +60,13 @@ def make_train_step(
             zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
             (value, grads), _ = jax.lax.scan(add, zero, _microbatches(batch, accumulation_steps))
         with jax.named_scope("update"):
+            norm = optax.global_norm(grads)
+            finite = jnp.isfinite(value) & jnp.isfinite(norm)
             updates, moments = tx.update(grads, state.moments, state.trainable)
-            trainable = optax.apply_updates(state.trainable, updates)
-        after = dataclasses.replace(state, step=state.step + 1, trainable=trainable, moments=moments)
-        return after, {"loss": value, "gradient_norm": optax.global_norm(grads), "learned_tokens": learned}
+            new = optax.apply_updates(state.trainable, updates), moments
+            kept = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, (state.trainable, state.moments))
+        after = dataclasses.replace(state, step=state.step + 1, trainable=kept[0], moments=kept[1])
+        return after, {"loss": value, "gradient_norm": norm, "learned_tokens": learned, "skipped": ~finite}
 
     places = jax.tree.map(lambda leaf: leaf.sharding, layout)
     rows = NamedSharding(layout.step.sharding.mesh, BATCH)

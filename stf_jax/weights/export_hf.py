@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerFast
 from stf_jax.config import UserError
 from stf_jax.data.conversation import CHATS, Chat, Control, Item, Mark, Text, check_template, stop_tokens
 from stf_jax.data.records import IMAGE_MARK
-from stf_jax.data.tokenizer import load_tokenizer, unsayable
+from stf_jax.data.tokenizer import load_tokenizer, positions, unsayable
 from stf_jax.models.fusion import tapped_blocks, tokens_per_image
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.vit import VisionConfig
 from stf_jax.weights import hf
-from stf_jax.weights.exports import Tensors, part_places, positions, whole, widest_dtype
+from stf_jax.weights.exports import Tensors, part_places, whole, widest_dtype
 from stf_jax.weights.folder import new_folder
 from stf_jax.weights.hf import Place
 from stf_jax.weights.model import Description, SavedModel, open_model

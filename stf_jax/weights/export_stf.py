@@ -11,11 +11,11 @@ import shutil
 from typing import Any
 
 from stf_jax.config import UserError
-from stf_jax.data.tokenizer import SENTENCEPIECE, load_tokenizer
+from stf_jax.data.tokenizer import SENTENCEPIECE, load_tokenizer, positions
 from stf_jax.models.fusion import tapped_blocks
 from stf_jax.models.presets import VISION
 from stf_jax.weights import hf
-from stf_jax.weights.exports import Tensors, part_places, positions, whole, widest_dtype
+from stf_jax.weights.exports import Tensors, part_places, whole, widest_dtype
 from stf_jax.weights.folder import new_folder
 from stf_jax.weights.model import Description, open_model
 from stf_jax.weights.shards import write_shards

@@ -10,7 +10,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
 from stf_jax.weights.folder import new_folder
@@ -39,11 +38,6 @@ def part_places(
 def widest_dtype(saved: SavedModel) -> str:
     """Name of the type that holds every parameter's."""
     return jnp.result_type(*(leaf.dtype for leaf in saved.shapes.values())).name
-
-
-def positions(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Text positions that a model is said to take: what its tokenizer names, else LLaVA-1.5's and Vicuna's."""
-    return tokenizer.model_max_length if tokenizer.model_max_length < 2**24 else 4096
 
 
 class Tensors:

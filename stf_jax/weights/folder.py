@@ -13,13 +13,12 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 
 import jax
-import numpy as np
 from etils import epath
-from safetensors import SafetensorError, safe_open
 
 from stf_jax.config import UserError
-from stf_jax.runtime.checkpoint import SavedParams
 from stf_jax.runtime.files import fetched, in_bucket, upload
+from stf_jax.runtime.parameters import SavedParams
+from stf_jax.weights.tensors import Tensors, safetensors_entries
 
 MINIATURES = pathlib.Path(__file__).parent / "miniatures"
 
@@ -42,10 +41,10 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
     names = [part.strip() for part in sources.split(",") if part.strip()]
     opened = [_open(MINIATURES if name == "miniatures" else epath.Path(name)) for name in names]
     found = {path: (shape, read) for shapes, read in opened for path, shape in shapes.items()}
-    fresh = list(fresh)
+    fresh = [_compiled(pattern) for pattern in fresh]
 
     def taken(path):
-        return not any(re.fullmatch(pattern, path) for pattern in fresh)
+        return not any(pattern.fullmatch(path) for pattern in fresh)
 
     if not names and any(taken(path) for path in layout):
         raise UserError(
@@ -62,13 +61,20 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
     if wrong:
         raise UserError(
             f"The weights in {sources!r} do not fit the model (init_missing may name what is to start afresh): "
-            + "; ".join(sorted(wrong))
+            + f"{'; '.join(sorted(wrong))}."
         )
     loaded = {}
     for _, read in opened:  # each parameter once, from the last source that has it
         wanted = [path for path in layout if taken(path) and path in found and found[path][1] is read]
         loaded.update(read({path: layout[path].sharding for path in wanted}))
     return {path: loaded[path] for path in layout if path in loaded}
+
+
+def _compiled(pattern):
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"init_missing has {pattern!r}, which is not a regular expression: {error}.") from None
 
 
 @contextlib.contextmanager
@@ -115,26 +121,9 @@ def _open(folder):
     files = sorted(fetched(folder).glob("*.safetensors"))
     if not files:
         raise UserError(f"init_from names {folder}, which holds neither *.safetensors nor a run's checkpoints.")
-    where = {}
-    for file in files:
-        with _safetensors(file) as tensors:
-            for path in tensors.keys():  # noqa: SIM118 (not a mapping)
-                where[path] = (file, tuple(tensors.get_slice(path).get_shape()))
+    tensors = Tensors({path: entry for file in files for path, entry in safetensors_entries(file).items()})
 
     def read(places):
-        params = {}
-        for path, sharding in places.items():
-            with _safetensors(where[path][0]) as tensors:
-                params[path] = jax.device_put(np.asarray(tensors.get_tensor(path)), sharding)
-        return params
+        return {path: jax.device_put(tensors.read(path), sharding) for path, sharding in places.items()}
 
-    return {path: shape for path, (_, shape) in where.items()}, read
-
-
-@contextlib.contextmanager
-def _safetensors(file):
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read as safetensors: {error}.") from None
+    return {path: tensors.shape(path) for path in tensors.names}, read

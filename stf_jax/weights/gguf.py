@@ -27,6 +27,7 @@ _KEYS = {
     "head_dim": "attention.key_length",
     "rope_theta": "rope.freq_base",
 }
+_MOST = 1000  # layers, or heads of a layer
 _FACTORS = "rope_freqs.weight"  # by which Llama 3's low frequencies are divided
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -43,7 +44,9 @@ def open_gguf(file: pathlib.Path) -> tuple[Tensors, dict[str, Any]]:
         values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
         kind = values["general.architecture"]
     except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        raise UserError(f"{file} cannot be read as GGUF: {error!r}.") from None
+        # What is cut short shows as an index beyond the end, or as a shape that the rest does not fill.
+        reason = "it is cut short or damaged" if isinstance(error, (IndexError, OverflowError)) else error
+        raise UserError(f"{file} cannot be read as GGUF: {reason}; fetch it again.") from None
     if values.get("split.count", 1) > 1:
         raise UserError(f"{file} is one of {values['split.count']} parts; join them with llama.cpp's gguf-split first.")
     if kind not in ("llama", "qwen2", "qwen3"):
@@ -51,6 +54,9 @@ def open_gguf(file: pathlib.Path) -> tuple[Tensors, dict[str, Any]]:
     stored = {tensor.name: tensor for tensor in reader.tensors}
     config = {name: values[key] for name, end in _KEYS.items() if (key := f"{kind}.{end}") in values}
     config |= {"model_type": kind, "tie_word_embeddings": "output.weight" not in stored}
+    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        if name in config and not (isinstance(config[name], int) and 0 < config[name] <= _MOST):
+            raise UserError(f"{file} says that {kind}.{_KEYS[name]} is {config[name]!r}, which no known model has.")
     try:
         heads = {"attn_q": config["num_attention_heads"]}
         heads["attn_k"] = config.setdefault("num_key_value_heads", heads["attn_q"])

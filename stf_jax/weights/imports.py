@@ -13,8 +13,8 @@ import tqdm
 
 from stf_jax.config import UserError
 from stf_jax.data.tokenizer import FILES, SENTENCEPIECE, read_tokenizer
-from stf_jax.runtime.checkpoint import write_params
 from stf_jax.runtime.files import fetched
+from stf_jax.runtime.parameters import write_params
 from stf_jax.weights.folder import new_folder
 from stf_jax.weights.model import described
 from stf_jax.weights.recognise import Recognised

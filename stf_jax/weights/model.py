@@ -16,8 +16,8 @@ from stf_jax.data.tokenizer import FILES, MINIATURE
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.presets import DESCRIPTION, LLM, VISION, llm_config, llm_preset, vision_config, vision_preset
 from stf_jax.models.vit import VisionConfig
-from stf_jax.runtime.checkpoint import SavedParams
-from stf_jax.runtime.files import fetched
+from stf_jax.runtime.files import fetched, read_json
+from stf_jax.runtime.parameters import SavedParams
 from stf_jax.weights.recognise import Recognised
 from stf_jax.weights.theirs import open_theirs, recognised, values
 
@@ -77,7 +77,7 @@ def open_model(folder: epath.Path) -> SavedModel:
     saved = SavedParams(folder)
     try:
         if (folder / DESCRIPTION).exists():
-            values = json.loads((folder / DESCRIPTION).read_bytes())
+            values = read_json(folder / DESCRIPTION)
             description = Description(
                 values["vision"] and vision_config(values["vision"]),
                 values["llm"] and llm_config(values["llm"]),
@@ -88,7 +88,7 @@ def open_model(folder: epath.Path) -> SavedModel:
             model = ModelConfig(str(folder), str(folder), description.fusion or FusionConfig())
             tokenizer = fetched(folder / "tokenizer")
         else:
-            config = from_json(json.loads((folder / "config.json").read_bytes()))
+            config = from_json(read_json(folder / "config.json"))
             model, data = config.model, config.data
             description = Description(
                 vision_preset(model.vision), llm_preset(model.llm), model.fusion, data.template, data.aspect

@@ -130,8 +130,11 @@ def _full(kind, values):
         full = CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if key != "model_type"})
         sizes = [full.hidden_size, full.intermediate_size, full.num_hidden_layers, full.num_attention_heads]
     except Exception as error:  # whatever its checks raise, the file is at fault
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200].strip(" .")
         raise UserError(f"config.json does not describe a model of model_type {kind!r}: {reason}.") from None
+    eps = getattr(full, "rms_norm_eps", getattr(full, "layer_norm_eps", 0))
+    if not 0 <= eps < 1:  # nor nan
+        raise UserError(f"config.json does not describe a model of model_type {kind!r}: its norms add {eps}.")
     if not all(type(size) is int and 0 < size < 10**6 for size in sizes) or sizes[2] > 1000:
         raise UserError(f"config.json does not describe a model of model_type {kind!r}: its sizes are {sizes}.")
     return full
@@ -240,9 +243,12 @@ def _rope_scaling(values):
 
 def _number(values, key):
     try:
-        return float(values[key])
+        number = float(values[key])
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"config.json gives rotary positions the {key} {values.get(key)!r}.") from None
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(f"config.json gives rotary positions the {key} {values.get(key)!r}, no number above 0.")
+    return number
 
 
 def _exported_fusion(shapes, config, vision):

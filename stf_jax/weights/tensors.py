@@ -1,8 +1,8 @@
 """Named tensors of a checkpoint on disk, read one at a time: safetensors and torch's pickles; GGUF is in gguf.py."""
 
-import json
 import pathlib
 import pickle
+import zipfile
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from stf_jax.config import UserError
+from stf_jax.runtime.files import parse_json
 
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _POINTER = b"version https://git-lfs"
@@ -71,7 +72,7 @@ def open_tensors(source: pathlib.Path) -> Tensors:
         with file.open("rb") as opened:
             if opened.read(len(_POINTER)) == _POINTER:
                 raise UserError(f"{file} is a Git LFS pointer: fetch the file itself with git lfs pull.")
-    read = {".safetensors": _safetensors, ".bin": _pickle}[files[0].suffix]
+    read = {".safetensors": safetensors_entries, ".bin": _pickle}[files[0].suffix]
     entries: dict[str, Entry] = {}
     for file in files:
         for name, entry in read(file).items():
@@ -114,12 +115,12 @@ def _indexed(index):
 
 def _weight_map(index):
     try:
-        named = json.loads(index.read_bytes())["weight_map"]
+        named = parse_json(index.read_bytes())["weight_map"]
         if named and all(isinstance(file, str) for file in named.values()):
             return named
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise UserError(f"{index} is not an index of weights.")
+    raise UserError(f"{index} is not an index of weights; fetch it again.")
 
 
 def _check_index(folder, files, entries):
@@ -129,7 +130,8 @@ def _check_index(folder, files, entries):
                 raise UserError(f"{index} places tensor {name} in {file}, which does not hold it.")
 
 
-def _safetensors(file):
+def safetensors_entries(file: pathlib.Path) -> dict[str, Entry]:
+    """The tensors of such a file, by name. Raises UserError where it is malformed or has a type that is not known."""
     entries = {}
     try:
         with safe_open(file, framework="numpy") as tensors:
@@ -144,13 +146,13 @@ def _safetensors(file):
 
                 entries[name] = Entry(file, tuple(view.get_shape()), _TYPES[view.get_dtype()], read)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read as safetensors: {error}.") from None
+        raise UserError(f"{file} cannot be read as safetensors: {error}; fetch it again.") from None
     return entries
 
 
 _UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
-    AttributeError, AssertionError,
+    AttributeError, AssertionError, zipfile.BadZipFile,
 )  # fmt: skip
 
 
@@ -160,6 +162,10 @@ def _pickle(file):
     except ImportError:
         raise UserError(f"{file} is a torch pickle: install torch to read it.") from None
     try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise UserError(f"{file} is compressed, as none of torch's is, and may be a bomb; fetch another.")
         try:
             values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # a file of before torch 1.6 cannot be mapped

@@ -1,6 +1,5 @@
 """A checkpoint of theirs, opened: its tensors, its config, and the values of each parameter of ours."""
 
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from jax import numpy as jnp
 
 from stf_jax.config import UserError
 from stf_jax.models.vit import VisionConfig
-from stf_jax.runtime.files import fetched
+from stf_jax.runtime.files import fetched, read_json
 from stf_jax.weights.gguf import open_gguf
 from stf_jax.weights.hf import Place
 from stf_jax.weights.recognise import VOCABULARY, Recognised, recognise
@@ -50,10 +49,7 @@ def gguf_file(path: pathlib.Path) -> pathlib.Path | None:
 def _json(file):
     if not file.is_file():
         return {}
-    try:
-        values = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}.") from None
+    values = read_json(file)
     if not isinstance(values, dict):
         raise UserError(f"{file} should hold a JSON object.")
     return values

@@ -11,6 +11,7 @@ from stf_jax.evals.benchmark import WORD, Question
 from stf_jax.evals.scenes import held_out_questions
 from stf_jax.inference.loading import load_generator
 from stf_jax.runtime.mesh import make_mesh
+from stf_jax.weights.theirs import open_theirs
 
 _ROWS = 16  # questions at once
 
@@ -45,6 +46,7 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit
         from transformers import AutoModelForImageTextToText, AutoProcessor
     except ImportError:
         raise UserError("Verifying an export runs it in PyTorch: install torch beside transformers.") from None
+    open_theirs(str(export))  # what is wrong with its files is said before anything is asked
     asked = [
         Question(index, question.text + WORD, picture, question.text)
         for picture, index, question in held_out_questions(questions)
@@ -57,7 +59,8 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit
             export, trust_remote_code=True, local_files_only=True, dtype=torch.float32
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{export} cannot be loaded with transformers: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split()).strip(".")
+        raise UserError(f"{export} cannot be loaded with transformers: {reason}.") from None
     pairs = []
     for question, answer in zip(tqdm.tqdm(asked, "PyTorch", unit="question"), ours, strict=True):
         turn = {

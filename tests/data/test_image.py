@@ -149,6 +149,18 @@ def test_padding_has_the_color_of_the_tower():
     assert to_square(noise("RGB", (40, 20)), config, "pad")[0, 0].tolist() == [127, 127, 127]
 
 
+@pytest.mark.parametrize("size", [(12, 1999), (1999, 12)])
+def test_the_square_of_a_long_picture_is_never_in_memory(size, monkeypatch):
+    """A file of 670x133000 pixels would make one of 66 GiB."""
+    make, picture, canvases = PIL.Image.new, noise("RGB", size), []
+    expected = theirs(LlavaImageProcessorPil, picture, SMALL)
+    monkeypatch.setattr(image, "MOST_PIXELS", 200_000)
+    monkeypatch.setattr(PIL.Image, "new", lambda mode, size, *how: canvases.append(size) or make(mode, size, *how))
+    square = to_square(picture, SMALL, "pad")
+    assert max(width * height for width, height in canvases) < image.MOST_PIXELS
+    np.testing.assert_allclose(square, expected, atol=1)
+
+
 @pytest.mark.parametrize("size", [(200, 100), (100, 200)])
 def test_square_keeps_the_middle_and_pad_keeps_all(size):
     picture = PIL.Image.new("RGB", size, "red")

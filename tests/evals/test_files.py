@@ -22,7 +22,7 @@ def test_json_and_hashes(tmp_path):
         with pytest.raises(UserError, match=rf"^{re.escape(str(file))} is not JSON: "):
             read_json(file)
     file.unlink()
-    with pytest.raises(UserError, match=rf"^{re.escape(str(file))} is not JSON: "):
+    with pytest.raises(UserError, match=rf"^{re.escape(str(file))} cannot be read: No such file"):
         read_json(file)
 
 

@@ -231,8 +231,8 @@ def test_pictures_of_many_bytes_are_fields_too(tmp_path):
     [
         ([ROWS[0], ROWS[0]], ", row 2: index 241 is another row's, too."),
         ([ROWS[0], ROWS[3]], ": index 1000252 is a rotation of 252, which is not there."),
-        ([ROWS[0], ("2.5", *ROWS[1][1:])], ", row 2: index '2.5' is not a whole number."),
-        ([("-1", *ROWS[1][1:])], ", row 1: index '-1' is not a whole number."),
+        ([ROWS[0], ("2.5", *ROWS[1][1:])], ", row 2: index '2.5' is not a whole number of at most 18 digits."),
+        ([("-1", *ROWS[1][1:])], ", row 1: index '-1' is not a whole number of at most 18 digits."),
         ([("", *ROWS[1][1:])], ", row 1 has no index; take MMBench's own file."),
         ([(5, "nan", *ROWS[1][2:])], ", row 1 has no question; take MMBench's own file."),
         ([ROWS[0], (*ROWS[1][:7], "E", "c", "l")], ", index 252: the answer is 'E', not one of A, B, C, D."),

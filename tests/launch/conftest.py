@@ -13,7 +13,7 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
-PROGRAMS = ("gcloud", "kubectl", "srun", "scontrol", "nvidia-smi", "python", "python3.12")
+PROGRAMS = ("gcloud", "kubectl", "srun", "scancel", "scontrol", "nvidia-smi", "python", "python3.12")
 
 
 class Desk:
@@ -82,6 +82,15 @@ class Desk:
         file = self.folder / "calls.jsonl"
         calls = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         return [call for call in calls if program in (None, call["program"])]
+
+    def count(self, what: str) -> int:
+        """How many programs have come so far that they ``hangs``, or ``saved`` as SIGTERM asks."""
+        file = self.folder / what
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def trained(self) -> list[dict]:
+        """The calls of the program, and of pip."""
+        return [call for call in self.calls("python") if call["argv"][0] == "-m"]
 
     def alive(self, pid: int) -> bool:
         """Whether a process runs; one that has ended may still be listed until somebody asks for its status."""

@@ -6,10 +6,15 @@ $STAND_IN is a folder. A call is a line of its calls.jsonl. plan.json there may 
 "when" occurs in the call's words, the first counts. A list in a rule is for one call after the other, the last of them
 for all that follow.
 
-    {"when": "describe", "say": ["ACTIVE", …], "status": [0, …], "hang": [false, …]}
+    {"when": "describe", "say": ["ACTIVE", …], "status": [0, …], "hang": [false, …], "saves": [false, …]}
 
-Without a rule, scp and ssh of gcloud act on the folder $MACHINE as on a machine of the TPU, srun starts its tasks, and
-python3.12 makes a .venv of stand-ins.
+A status below 0 is a signal that it dies of. What hangs does so for a minute; if it "saves", SIGTERM makes it write a
+line into $STAND_IN/saved, in half a second, and end with 143, and a second SIGTERM ends it at once; if it is "deaf",
+SIGTERM does nothing. A call may wait for the end of another ("after": a word of it) and be "slow" by some seconds. A
+task of srun has its place at the end of its words, as task=0.
+
+Without a rule, scp and ssh of gcloud act on the folder $MACHINE as on a machine of the TPU, srun starts its tasks and,
+like SLURM's, kills them at SIGTERM, scancel signals all their processes, and python3.12 makes a .venv of stand-ins.
 """
 
 import json
@@ -24,7 +29,7 @@ VARIABLES = ("SLURM_", "XLA_", "JAX_", "PYTHONUNBUFFERED")
 
 
 def main(program, argv):
-    words = " ".join([program, *argv])
+    words = " ".join([program, *argv, f"task={os.environ.get('SLURM_PROCID')}"])
     plan = json.loads((FOLDER / "plan.json").read_text()) if (FOLDER / "plan.json").exists() else []
     # srun's words are its tasks'.
     rule = next((rule for rule in plan if rule["when"] in words and program != "srun"), None)
@@ -33,6 +38,7 @@ def main(program, argv):
     call = {
         "program": program,
         "argv": argv,
+        "words": words,
         "stdin": sys.stdin.read() if "--filename=-" in argv else "",
         "env": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
         "pid": os.getpid(),
@@ -43,19 +49,51 @@ def main(program, argv):
         return default(program, argv)
     nth = 0
     for old in map(json.loads, before):
-        nth += old["program"] == program and rule["when"] in " ".join([program, *old["argv"]])
+        nth += old["program"] == program and rule["when"] in old["words"]
 
     def planned(what, otherwise):
         values = rule.get(what, [otherwise])
         return values[min(nth, len(values) - 1)]
 
+    if planned("after", ""):
+        wait_for_end(planned("after", ""))
+    time.sleep(planned("slow", 0))
     if planned("say", ""):
         print(planned("say", ""), flush=True)
     if planned("hang", False):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        (FOLDER / "hangs").touch()
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # one that is not ignored
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if planned("saves", False):
+            signal.signal(signal.SIGTERM, save)
+        if planned("deaf", False):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with (FOLDER / "hangs").open("a") as file:
+            file.write("hangs\n")
         time.sleep(60)
+    if planned("status", 0) < 0:
+        os.kill(os.getpid(), -planned("status", 0))
     return planned("status", 0)
+
+
+def wait_for_end(word):
+    while True:
+        calls = map(json.loads, (FOLDER / "calls.jsonl").read_text().splitlines())
+        pid = next((call["pid"] for call in calls if word in call["words"]), None)
+        try:
+            if pid and pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return
+        except FileNotFoundError:
+            return
+        time.sleep(0.01)
+
+
+def save(number, _):
+    signal.signal(number, signal.SIG_DFL)
+    (FOLDER / "saving").touch()
+    time.sleep(0.5)
+    with (FOLDER / "saved").open("a") as file:
+        file.write("saved\n")
+    sys.exit(128 + number)
 
 
 def default(program, argv):
@@ -72,12 +110,22 @@ def default(program, argv):
             return subprocess.run(["bash", "-c", command], cwd=home, env=os.environ | {"HOME": str(home)}).returncode
     if program == "srun":
         task = argv[[not arg.startswith("-") for arg in argv].index(True) :]
-        tasks = [
-            subprocess.Popen(task, env=os.environ | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}) for i in range(2)
-        ]
-        signal.signal(signal.SIGTERM, lambda number, _: [task.send_signal(number) for task in tasks])
-        codes = [task.wait() for task in tasks]
-        return next((code if code > 0 else 128 - code for code in codes if code), 0)  # a signal is -1 to -64
+        places = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+        tasks = [subprocess.Popen(task, env=os.environ | place, start_new_session=True).pid for place in places]
+        (FOLDER / "step.json").write_text(json.dumps(tasks))
+        signal.signal(signal.SIGTERM, lambda *_: [os.killpg(task, signal.SIGKILL) for task in tasks])
+        codes = {}
+        while len(codes) < len(tasks):
+            task, status = os.wait()
+            codes[task] = os.waitstatus_to_exitcode(status)
+            if codes[task] and "--kill-on-bad-exit=0" not in argv:  # clusters may have 1 for all
+                for other in set(tasks) - set(codes):
+                    os.killpg(other, signal.SIGTERM)
+        signals = [-code for code in codes.values() if code < 0]
+        return 128 + max(signals) if signals else max(codes.values())
+    if program == "scancel":
+        for task in json.loads((FOLDER / "step.json").read_text()):
+            os.killpg(task, getattr(signal, "SIG" + argv[0].partition("=")[2]))
     if program == "python3.12" and argv[:2] == ["-m", "venv"]:
         binaries = pathlib.Path(argv[2]) / "bin"
         binaries.mkdir(parents=True)

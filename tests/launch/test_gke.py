@@ -1,6 +1,8 @@
 """gke.sh and its manifest: what reaches kubectl, and that the manifest says what is meant."""
 
+import json
 import re
+import signal
 import socket
 import time
 
@@ -30,7 +32,8 @@ def test_the_manifest_is_a_job_set_that_resumes(desk):
     }
     policy = job_set["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 7
-    # Of failures, only input that cannot be used (status 2 of the program) ends the set; the default is a restart.
+    # Of failures, only input that cannot be used and a run that cannot go on (2 and 1 of the program) end the set; the
+    # default is a restart: after 75, 134, 137, 139 and 143, and where a machine is gone.
     (rule,) = policy["rules"]
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
     (slices,) = job_set["spec"]["replicatedJobs"]
@@ -41,8 +44,9 @@ def test_the_manifest_is_a_job_set_that_resumes(desk):
     assert fails["action"] == "FailJob"
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
-    assert fails["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
+    assert fails["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [1, 2]}
     assert pod["restartPolicy"] == "Never"  # which a podFailurePolicy asks for
+    assert pod["terminationGracePeriodSeconds"] == 300
     assert (pod["hostNetwork"], pod["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
@@ -99,7 +103,13 @@ def test_machines_wait_until_all_have_a_name(desk, monkeypatch):
 
     monkeypatch.setattr(socket, "gethostbyname", lookup)
     monkeypatch.setattr(time, "sleep", slept.append)
+    before = signal.getsignal(signal.SIGTERM)
     exec(code, {})
+    # As a container's first process it would not be ended by it, if not told how.
+    assert signal.getsignal(signal.SIGTERM) != before
+    with pytest.raises(SystemExit, match="143"):
+        signal.raise_signal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
     assert slept == [5, 5]
     # JobSet's names: set, job, its index, the pod's index, and the set's service.
     assert list(dict.fromkeys(asked)) == [f"stf-slice-{s}-{h}.stf" for s in range(2) for h in range(2)]
@@ -175,5 +185,7 @@ def test_the_image_is_made_of_files_that_are_there(desk):
     assert {"stf_jax", "configs", "requirements.txt", "requirements-dev.txt", "launch/install.sh"} == {
         source for *sources, _ in copied for source in sources
     }
+    # Started by a shell, it would not hear SIGTERM.
+    assert json.loads(lines[-1].removeprefix("ENTRYPOINT ")) == [".venv/bin/python", "-m", "stf_jax.main"]
     order = [line.split()[0] for line in lines if line and line.split()[0] in ("WORKDIR", "RUN", "ENTRYPOINT")]
     assert order == ["WORKDIR", "RUN", "ENTRYPOINT"]

@@ -75,6 +75,112 @@ def test_installing_for_nothing_known_is_refused(desk):
     assert desk.calls() == []
 
 
+# ---- restart.sh ------------------------------------------------------------------------------------------------------
+
+COMMAND = ["tree/.venv/bin/python", *TRAIN]
+
+
+@pytest.fixture
+def node(desk):
+    """The desk where nobody sleeps."""
+    desk.stand_in(desk.folder / "bin" / "sleep", "sleep")
+    return desk.with_venv()
+
+
+@pytest.mark.parametrize("status", [75, 143, 134, 137, 139, -signal.SIGTERM, -signal.SIGABRT, -9, -signal.SIGSEGV])
+def test_what_another_start_may_mend_is_started_again(status, node):
+    node.plan({"when": "stf_jax.main", "status": [status, status, 0]})
+    done = node.run("restart.sh", *COMMAND)
+    assert done.returncode == 0, done.stderr
+    assert [call["argv"] for call in node.trained()] == [TRAIN] * 3
+    assert [call["argv"] for call in node.calls("sleep")] == [["10"]] * 2
+    said = re.findall(r"ended with status (\d+); starting again in 10 s, (\d) of 10 in a row", done.stderr)
+    assert said == [(str(status if status > 0 else 128 - status), nth) for nth in "12"]
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 3, 130])
+def test_what_would_be_the_same_again_is_not(status, node):
+    node.plan({"when": "stf_jax.main", "status": [status]})
+    assert node.run("restart.sh", *COMMAND).returncode == status
+    assert len(node.trained()) == 1
+    assert node.calls("sleep") == []
+
+
+@pytest.mark.parametrize("restarts", [0, 3])
+def test_it_is_started_again_so_often_in_a_row(restarts, node):
+    node.plan({"when": "stf_jax.main", "status": [75]})
+    done = node.run("restart.sh", *COMMAND, RESTARTS=str(restarts))
+    assert done.returncode == 75
+    assert len(node.trained()) == restarts + 1
+    assert f"was started again {restarts} times in a row" in done.stderr
+
+
+def test_an_hour_starts_a_new_row(node):
+    node.stand_in(node.folder / "bin" / "date", "date")
+    times = ["0", "10", "20", "3620", "4000", "7599", "8000", "8010"]  # of begins and ends
+    node.plan({"when": "stf_jax.main", "status": [75]}, {"when": "date +%s", "say": times})
+    assert node.run("restart.sh", *COMMAND, RESTARTS="1").returncode == 75
+    assert len(node.trained()) == 3
+
+
+def test_restarts_that_are_no_number_are_refused(job):
+    for script in ("restart.sh", "../../slurm_script"):
+        done = job.run(script, *COMMAND, RESTARTS="few")
+        assert done.returncode == 2
+        assert done.stderr == "error: RESTARTS=few is not a number.\n"
+    assert job.calls() == []
+
+
+SIGNALS = [signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.mark.parametrize("script", ["restart.sh", "gpu_node.sh", "local.sh"])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_once_and_ends(number, script, node):
+    """A terminal sends HUP and INT to the program as well, which must not take it for a second one."""
+    node.plan({"when": "stf_jax.main", "hang": [True], "saves": [True]})
+    process = node.start(script, *(COMMAND if script == "restart.sh" else PROGRAM))
+    node.until((node.folder / "hangs").exists)
+    (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 143, err
+    assert "starting again" not in err
+    assert (node.count("saved"), len(node.trained())) == (1, 1)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_to_the_script_alone_is_passed_on(number, node):
+    node.plan({"when": "stf_jax.main", "hang": [True], "saves": [True]})
+    process = node.start("restart.sh", *COMMAND)
+    node.until((node.folder / "hangs").exists)
+    process.send_signal(number)
+    process.communicate(timeout=10)
+    assert process.returncode == 143
+    assert (node.count("saved"), len(node.trained())) == (1, 1)
+
+
+def test_a_second_signal_is_passed_on_too(node):
+    node.plan({"when": "stf_jax.main", "hang": [True], "saves": [True]})
+    process = node.start("restart.sh", *COMMAND)
+    node.until((node.folder / "hangs").exists)
+    process.send_signal(signal.SIGTERM)
+    node.until((node.folder / "saving").exists)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 143
+    assert (node.count("saved"), len(node.trained())) == (0, 1)
+
+
+def test_a_signal_ends_the_pause(node):
+    node.plan({"when": "stf_jax.main", "status": [75]}, {"when": "sleep 10", "hang": [True]})
+    process = node.start("restart.sh", *COMMAND)
+    node.until((node.folder / "hangs").exists)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 143
+    assert len(node.trained()) == 1
+
+
 # ---- gpu_node.sh -----------------------------------------------------------------------------------------------------
 
 
@@ -91,6 +197,12 @@ def test_a_gpu_node_installs_once_and_trains(desk):
     assert env["JAX_PLATFORMS"] == "cuda,cpu"
 
 
+def test_a_gpu_node_starts_again(node):
+    node.plan({"when": "stf_jax.main", "status": [75, 0]})
+    assert node.run("gpu_node.sh", *PROGRAM).returncode == 0
+    assert [call["argv"] for call in node.trained()] == [TRAIN] * 2
+
+
 # ---- slurm.sbatch ----------------------------------------------------------------------------------------------------
 
 
@@ -103,10 +215,6 @@ def job(desk):
     desk.stand_in(desk.folder / "bin" / "sleep", "sleep")
     desk.env |= {"SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(desk.tree), "SLURM_CPUS_PER_TASK": "8"}
     return desk.with_venv()
-
-
-def trained(job):
-    return [call for call in job.calls("python") if call["argv"][0] == "-m"]
 
 
 def test_a_job_asks_for_a_process_a_gpu_and_for_its_place_in_the_queue_again():
@@ -122,15 +230,15 @@ def test_a_job_asks_for_a_process_a_gpu_and_for_its_place_in_the_queue_again():
     assert text.rindex("\n#SBATCH") < text.index("set -euo")
 
 
-@pytest.mark.parametrize("status", [0, 2])
+@pytest.mark.parametrize("status", [0, 1, 2, 3])
 def test_a_job_ends_as_its_tasks_do(status, job):
     job.plan({"when": "stf_jax.main", "status": [status]})
     done = job.run("../../slurm_script", *PROGRAM)
     assert done.returncode == status, done.stderr
     (srun,) = [call["argv"] for call in job.calls("srun")]
-    assert srun[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=8"]
-    assert [call["argv"] for call in trained(job)] == [TRAIN] * 2
-    tasks = [call["env"] for call in trained(job)]
+    assert srun[:3] == ["--kill-on-bad-exit=0", "--wait=300", "--cpus-per-task=8"]
+    assert [call["argv"] for call in job.trained()] == [TRAIN] * 2
+    tasks = [call["env"] for call in job.trained()]
     assert sorted(env["SLURM_LOCALID"] for env in tasks) == ["0", "1"]
     for env in tasks:
         assert env["JAX_PLATFORMS"] == "cuda,cpu"
@@ -139,28 +247,98 @@ def test_a_job_ends_as_its_tasks_do(status, job):
     assert job.calls("sleep") == []
 
 
-def test_a_job_whose_time_is_over_ends_its_tasks_and_is_queued_again(job):
-    job.plan({"when": "stf_jax.main", "hang": [True]})
-    process = job.start("../../slurm_script", *PROGRAM)
-    job.until(lambda: len(trained(job)) == 2 and (job.folder / "hangs").exists())
+REQUEUED = [["requeue", "77"]]
+
+
+@pytest.mark.parametrize(("one", "other", "status"), [(2, -6, 2), (134, 2, 2), (1, -9, 1), (143, 1, 1), (75, 2, 2)])
+def test_a_job_ends_for_the_cause_and_not_for_what_followed(one, other, status, job):
+    job.plan({"when": "task=0", "status": [one]}, {"when": "task=1", "status": [other]})
+    assert job.run("../../slurm_script", *PROGRAM).returncode == status
+    assert job.calls("scontrol") == []
+
+
+@pytest.mark.parametrize(("one", "other"), [(75, 75), (75, -6), (-9, 75), (0, -11), (134, 137)])
+def test_a_job_that_another_start_may_mend_is_queued_again(one, other, job):
+    job.plan({"when": "task=0", "status": [one]}, {"when": "task=1", "status": [other]})
+    done = job.run("../../slurm_script", *PROGRAM, SLURM_RESTART_COUNT="99")
+    assert done.returncode == 0, done.stderr
+    assert [call["argv"] for call in job.calls("scontrol")] == REQUEUED
+    assert job.calls("sleep") == []
+
+
+@pytest.mark.parametrize(("count", "restarts"), [({"SLURM_RESTART_COUNT": "100"}, {}), ({}, {"RESTARTS": "0"})])
+def test_a_job_is_queued_again_so_often(count, restarts, job):
+    job.plan({"when": "stf_jax.main", "status": [75]})
+    done = job.run("../../slurm_script", *PROGRAM, **count, **restarts)
+    assert done.returncode == 75
+    assert "was started again " + count.get("SLURM_RESTART_COUNT", "0") + " times (RESTARTS)" in done.stderr
+    assert job.calls("scontrol") == []
+
+
+def test_sruns_own_failure_is_not_the_programs(job):
+    srun = job.folder / "bin" / "srun"
+    srun.write_text("#!/bin/sh\nexit 1\n")
+    assert job.run("../../slurm_script", *PROGRAM).returncode == 0
+    assert [call["argv"] for call in job.calls("scontrol")] == REQUEUED
+
+
+def both_hang(job):
+    process = job.start("../../slurm_script", *PROGRAM, SLURM_RESTART_COUNT="100")
+    job.until(lambda: job.count("hangs") == 2)
+    return process
+
+
+def test_a_job_whose_time_is_over_saves_and_is_queued_again(job):
+    """However often it was before."""
+    job.plan({"when": "stf_jax.main", "hang": [True], "saves": [True]})
+    process = both_hang(job)
     process.send_signal(signal.SIGUSR1)
-    process.communicate(timeout=10)
-    assert process.returncode == 0
-    assert [call["argv"] for call in job.calls("scontrol")] == [["requeue", "77"]]
-    for call in trained(job):
+    assert process.wait(timeout=10) == 0
+    assert job.count("saved") == 2  # before it is queued
+    assert [call["argv"] for call in job.calls("scancel")] == [["--signal=TERM", "77"]]
+    assert [call["argv"] for call in job.calls("scontrol")] == REQUEUED
+    for call in job.trained():
         assert not job.alive(call["pid"])
 
 
-def test_a_job_whose_tasks_are_ended_waits_for_slurm_to_take_it_away(job):
-    job.plan({"when": "stf_jax.main", "hang": [True]})
-    process = job.start("../../slurm_script", *PROGRAM)
-    job.until(lambda: len(trained(job)) == 2 and (job.folder / "hangs").exists())
-    for call in trained(job):  # as SLURM does to all steps of a job whose nodes are wanted back
-        os.kill(call["pid"], signal.SIGTERM)
+def test_a_job_whose_tasks_cannot_be_told_is_queued_again_all_the_same(job):
+    job.plan({"when": "stf_jax.main", "hang": [True]}, {"when": "scancel", "status": [1]})
+    process = both_hang(job)
+    process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=10)
-    assert process.returncode == 143
+    assert process.returncode == 0
+    assert [call["argv"] for call in job.calls("scontrol")] == REQUEUED
+
+
+def test_a_task_that_has_saved_does_not_end_one_that_saves(job):
+    job.plan(
+        {"when": "task=0", "status": [143]},
+        {"when": "task=1", "after": ["task=0"], "slow": [0.3], "say": ["saved"], "status": [143]},
+    )
+    assert "saved\n" in job.run("../../slurm_script", *PROGRAM).stdout
+
+
+def test_a_job_whose_tasks_are_ended_waits_for_slurm_to_take_it_away(job):
+    job.plan({"when": "stf_jax.main", "hang": [True], "saves": [True]}, {"when": "sleep 600", "hang": [True]})
+    process = both_hang(job)
+    (job.folder / "hangs").unlink()
+    for call in job.trained():  # as SLURM does to all steps of a job whose nodes are wanted back
+        os.kill(call["pid"], signal.SIGTERM)
+    job.until((job.folder / "hangs").exists)
     assert [call["argv"] for call in job.calls("sleep")] == [["600"]]
     assert job.calls("scontrol") == []
+    assert job.count("saved") == 2
+    process.send_signal(signal.SIGUSR1)  # its time is over first
+    assert process.wait(timeout=10) == 0
+    os.kill(job.calls("sleep")[0]["pid"], signal.SIGKILL)
+    assert [call["argv"] for call in job.calls("scontrol")] == REQUEUED
+
+
+def test_a_job_that_slurm_has_left_alone_is_queued_again(job):
+    job.plan({"when": "stf_jax.main", "status": [143]})
+    assert job.run("../../slurm_script", *PROGRAM).returncode == 0
+    assert [call["argv"] for call in job.calls("sleep")] == [["600"]]
+    assert [call["argv"] for call in job.calls("scontrol")] == REQUEUED
 
 
 @pytest.mark.parametrize("script", ["gpu_node.sh", "../../slurm_script"])
@@ -169,7 +347,7 @@ def test_a_machine_without_gpus_does_not_train(script, job):
     done = job.run(script, *PROGRAM)
     assert done.returncode == 2
     assert done.stderr.startswith("error: nvidia-smi finds no GPU on ")
-    assert job.calls("srun") == trained(job) == []
+    assert job.calls("srun") == job.trained() == []
 
 
 def test_a_job_without_jax_for_gpus_says_what_to_do(job):
@@ -206,8 +384,30 @@ def together(desk, *rules):
     """Starts three processes and waits until all have."""
     desk.with_venv().plan(*rules, {"when": "stf_jax.main", "hang": [True]})
     process = desk.start("local.sh", *PROGRAM, PROCESSES="3")
-    desk.until(lambda: len([call for call in desk.calls("python") if call["argv"][0] == "-m"]) == 3)
+    desk.until(lambda: len(desk.trained()) == 3)
     return process
+
+
+def test_one_that_is_killed_is_started_again_with_all(node):
+    node.plan({"when": "--process=1", "status": [-9, 0]}, {"when": "stf_jax.main", "hang": [True, True, False]})
+    done = node.run("local.sh", *PROGRAM, PROCESSES="2")
+    assert done.returncode == 0, done.stderr
+    assert "process 1 of 0 to 1 ended with status 137" in done.stderr
+    assert [call["argv"][-1] for call in node.trained()].count("--process=0") == 2
+
+
+def test_the_lowest_status_is_the_cause(node):
+    node.plan({"when": "--process=0", "after": ["--process=1"], "status": [-6]}, {"when": "--process=1", "status": [2]})
+    assert node.run("local.sh", *PROGRAM, PROCESSES="2").returncode == 2
+    assert len(node.trained()) == 2
+
+
+def test_processes_that_stop_after_one_step_may_save_it(desk):
+    slow = {"after": ["--process=0"], "slow": [1], "say": ["saved"], "status": [143]}
+    desk.with_venv().plan({"when": "--process=0", "status": [143]}, {"when": "--process=1"} | slow)
+    done = desk.run("local.sh", *PROGRAM, PROCESSES="2", RESTARTS="0")
+    assert done.returncode == 143
+    assert "saved\n" in done.stderr
 
 
 def test_one_that_fails_ends_all_with_its_status(desk):
@@ -223,13 +423,14 @@ def test_one_that_fails_ends_all_with_its_status(desk):
     assert sorted(os.listdir(logs)) == ["process_1.log", "process_2.log"]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_ends_all(number, status, desk):
-    process = together(desk)
-    desk.until((desk.folder / "hangs").exists)
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_interrupt_saves_and_ends_all(number, desk):
+    process = together(desk, {"when": "stf_jax.main", "hang": [True], "saves": [True]})
+    desk.until(lambda: desk.count("hangs") == 3)
+    (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
     process.communicate(timeout=10)
-    assert process.returncode == status
+    assert process.returncode == 143
+    assert (desk.count("saved"), len(desk.trained())) == (3, 3)
     for call in desk.calls("python"):
         assert not desk.alive(call["pid"])
 

@@ -183,7 +183,29 @@ WATCHED = {
         0,
     ),
     "the run fails": (["ACTIVE"], ["ended 0\nstf-jax: ended 1"], [], [*LOOKED * 2, "ssh log"], 1),
+    "the run fails, and others with it": (
+        ["ACTIVE"],
+        ["ended 134\nstf-jax: ended 75\nstf-jax: ended 1"],
+        [],
+        [*LOOKED * 2, "ssh log"],
+        1,
+    ),
     "the input cannot be used": (["ACTIVE"], ["ended 2"], [], [*LOOKED, "ssh log"], 2),
+    "the input cannot be used by one": (["ACTIVE"], ["ended 143\nstf-jax: ended 2"], [], [*LOOKED, "ssh log"], 2),
+    "starting again fails at first": (
+        ["ACTIVE"],
+        ["ended 75"] * 4 + ["ended 0"],
+        [{"when": "worker.sh run", "status": [0, 255, 0]}],
+        [*[*LOOKED * 2, "ssh run"] * 2, *LOOKED, "delete"],
+        0,
+    ),
+    "taken away while it is started again": (
+        ["ACTIVE", "ACTIVE", "ACTIVE", "PREEMPTED", "ACTIVE"],
+        ["ended 134", "ended 134", "ended 0"],
+        [{"when": "worker.sh run", "status": [0, 255, 0]}],
+        [*LOOKED * 2, "ssh run", *TAKEN, *LOOKED, "delete"],
+        0,
+    ),
     "out of sight for a while": (
         ["ACTIVE"],
         ["running", "", "nobody knows", "ended 0"],
@@ -207,6 +229,48 @@ def test_watching(case, desk):
     made = [call["argv"] for call in desk.calls("gcloud") if "create" in call["argv"] or "worker.sh run" in str(call)]
     for call in made[2:]:
         assert call in made[:2]
+
+
+@pytest.mark.parametrize("status", [75, 134, 137, 139, 143])
+def test_a_run_that_another_start_may_save_is_started_again(status, desk):
+    runs = ["running", f"running\nstf-jax: ended {status}", f"ended 143\nstf-jax: ended {status}", "ended 0"]
+    desk.plan({"when": "describe", "say": ["ACTIVE"]}, {"when": STATUS, "say": [f"stf-jax: {run}" for run in runs]})
+    done = desk.run("tpu_pod.sh", *UP)
+    assert done.returncode == 0, done.stderr
+    assert verbs(desk) == [*MADE, *LOOKED * 3, "ssh run", *LOOKED, "delete"]
+    assert "The run is started again, 1 of 10 in a row." in done.stderr
+
+
+@pytest.mark.parametrize(("run", "looks", "status"), [("ended 75", 2, 75), ("gone", 1, 1)])
+def test_so_often_in_a_row(run, looks, status, desk):
+    desk.plan({"when": "describe", "say": ["ACTIVE"]}, {"when": STATUS, "say": [f"stf-jax: {run}"]})
+    done = desk.run("tpu_pod.sh", "watch", *HERE, TYPE, "--restarts=2", "--", *PROGRAM)
+    assert done.returncode == status
+    assert verbs(desk) == [*[*LOOKED * looks, "ssh run"] * 2, *LOOKED * looks, "ssh log"]
+    assert "was started again 2 times in a row" in done.stderr
+
+
+def test_who_has_run_for_an_hour_starts_a_new_row(desk):
+    desk.stand_in(desk.folder / "bin" / "date", "date")
+    # When the watch begins; then when each run was seen to have ended, and when the next was started.
+    times = ["0", "10", "20", "3620", "4000", "7599", "8000", "8010"]
+    desk.plan(
+        {"when": "date +%s", "say": times},
+        {"when": "describe", "say": ["ACTIVE"]},
+        {"when": STATUS, "say": ["stf-jax: gone"]},
+    )
+    done = desk.run("tpu_pod.sh", "watch", *HERE, TYPE, "--restarts=1", "--", *PROGRAM)
+    assert done.returncode == 1
+    assert verbs(desk) == [*LOOKED, "ssh run", *LOOKED, "ssh run", *LOOKED, "ssh log"]
+
+
+def test_a_run_is_started_again_on_a_machine(desk):
+    desk.plan({"when": "describe", "say": ["ACTIVE"]}, {"when": "-m stf_jax.main", "status": [-9, 143, 0]})
+    done = desk.run("tpu_pod.sh", *UP, MACHINE=str(desk.machine))
+    assert done.returncode == 0, done.stderr
+    assert [call["argv"] for call in desk.trained()[1:]] == [["-m", "stf_jax.main", *PROGRAM]] * 3
+    assert "ended 137" in done.stderr
+    assert "ended 143" in done.stderr
 
 
 @pytest.mark.parametrize("delete", [False, True])
@@ -289,6 +353,7 @@ REFUSED = {
     "unknown type": (["create", *HERE, "--type=v9-8"], "give --runtime=VERSION"),
     "nothing to run": (["run", *HERE], "Behind -- goes what"),
     "slices": (["create", *HERE, TYPE, "--node-count=two"], "--node-count=two"),
+    "restarts": (["watch", *HERE, TYPE, "--restarts=few", "--", "x"], "--restarts=few is not"),
     "several slices directly": (["create", *HERE, TYPE, "--node-count=2", "--direct"], "--direct makes one slice"),
 }
 
@@ -339,3 +404,23 @@ def test_a_run_on_a_machine_is_told_from_its_states(desk):
     assert ask("status") == "stf-jax: running\n"
     os.killpg(os.getpgid(fourth), signal.SIGKILL)
     assert [call["argv"] for call in desk.calls("python")] == [["-m", "stf_jax.main", *PROGRAM]] * 4
+
+
+@pytest.mark.parametrize("obeys", [True, False])
+def test_a_run_that_is_ended_has_time_to_save(obeys, desk):
+    desk.with_venv()
+    desk.plan({"when": "stf_jax.main", "hang": [True, False], "saves": [obeys], "deaf": [not obeys]})
+    # Waits for two minutes, but here for one second.
+    flock = desk.folder / "bin" / "flock"
+    flock.write_text('#!/bin/sh\n[ "$2" != 120 ] || { shift 2; set -- --timeout 1 "$@"; }\nexec /usr/bin/flock "$@"\n')
+    flock.chmod(0o755)
+    desk.run("tpu_worker.sh", "run", *PROGRAM)
+    desk.until((desk.folder / "hangs").exists)
+    (first,) = desk.calls("python")
+    begin = time.monotonic()
+    assert desk.run("tpu_worker.sh", "run", *PROGRAM).returncode == 0
+    assert time.monotonic() - begin < 20
+    assert not desk.alive(first["pid"])
+    assert desk.count("saved") == obeys
+    desk.until(lambda: desk.run("tpu_worker.sh", "status").stdout == "stf-jax: ended 0\n")
+    assert len(desk.calls("python")) == 2

@@ -42,7 +42,7 @@ def test_slices_are_told_apart():
         ("v5e:32", 1, "should be like v5e:4x8"),
         ("h100:4x8", 1, "should be like h100:8, the cards of one machine"),
         ("h100:9", 1, "should be like h100:8"),
-        ("h100:8", 2, "should be like h100:8"),
+        ("h100:8", 2, "--slices=2 is of TPUs"),
         ("v5e:3x5", 1, "cannot be described: .*not divisible"),
     ],
 )

@@ -10,7 +10,8 @@ import pytest
 from tiny import Setup
 
 from stf_jax.config import CheckpointConfig, UserError
-from stf_jax.runtime.checkpoint import Checkpoints, SavedParams
+from stf_jax.runtime.checkpoint import Checkpoints
+from stf_jax.runtime.parameters import SavedParams
 from stf_jax.training.state import TrainState
 
 AXES = ("mesh.data", "mesh.fsdp", "mesh.tensor")

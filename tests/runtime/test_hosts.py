@@ -187,12 +187,14 @@ def work(argv):
     import jax, json
     from etils import epath
     from stf_jax.config import MeshConfig, TrainConfig, UserError
+    from stf_jax.runtime.journal import Events
     from stf_jax.runtime.mesh import make_mesh
     from stf_jax.runtime.telemetry import START, Telemetry
     host, config = jax.process_index(), TrainConfig()
     for sizes in MeshConfig(), MeshConfig(tensor=2):
         mesh = make_mesh(sizes)
-        log = Telemetry(epath.Path("."), config, 1, 0, START, mesh=mesh, began=0.0, active=False)
+        events = Events(epath.Path("."), active=False)
+        log = Telemetry(epath.Path("."), config, 1, 0, START, mesh=mesh, began=0.0, active=False, events=events)
         log.advance(1, 2**40 + 1 + host * mesh.shape["fsdp"] // 2, 2**31 + 1, 1, jax.numpy.zeros(()))
         print(json.dumps(log.clock()), flush=True)
     if host:

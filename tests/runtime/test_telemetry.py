@@ -1,7 +1,16 @@
-"""What a run tells of itself: figures by a clock that the test turns, a profile, and the keys of a real run."""
+"""What a run tells of itself: figures by a clock that the test turns, lines, events, writers, and a profile."""
 
+import contextlib
+import io
 import json
+import logging
+import math
+import pathlib
+import re
+import resource
+import sys
 import threading
+import time
 import types
 
 import jax
@@ -9,31 +18,45 @@ import numpy as np
 import pytest
 import tiny
 from etils import epath
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from stf_jax.config import Stopped, UserError
+from stf_jax.main import main
 from stf_jax.runtime import telemetry
+from stf_jax.runtime.cli import door
 from stf_jax.runtime.cost import CHIPS
-from stf_jax.runtime.telemetry import START, Profile, Telemetry
+from stf_jax.runtime.journal import Events, read
+from stf_jax.runtime.profile import Profile
+from stf_jax.runtime.table import span
+from stf_jax.runtime.telemetry import START, Telemetry
+
+TINY = f"--config={pathlib.Path(__file__).parents[1]}/tiny.py"
 
 
 class Clock:
     """Seconds that pass when the test says so, and steps that devices end when it says so."""
 
-    def __init__(self, folder, monkeypatch, kind="cpu", memory=None):
+    def __init__(self, folder, monkeypatch, kind="cpu", memory=None, config=None, **options):
         self.seconds, self.folder, self._undo = 100.0, folder, monkeypatch.undo
         monkeypatch.setattr(telemetry.time, "monotonic", lambda: self.seconds)
         monkeypatch.setattr(telemetry, "share_of_rows", lambda mesh, process: (0, 1))
         device = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: memory)
         mesh = types.SimpleNamespace(size=4, devices=np.array([device] * 4), local_devices=[device] * 2)
-        self.log = Telemetry(epath.Path(folder), tiny.tiny(), 9, 0, START, mesh=mesh, began=90.0, active=True)
+        folder.mkdir(exist_ok=True)
+        self.events = Events(epath.Path(folder), active=True)
+        options = {"steps": 9, "first": 0, "clock": START, "active": True, "events": self.events} | options
+        self.log = Telemetry(epath.Path(folder), config or tiny.tiny(), mesh=mesh, began=90.0, **options)
 
     def wait(self, what, seconds):
         with self.log.waiting(what):
             self.seconds += seconds
 
-    def give(self, flops=0):
+    def give(self, flops=0, step=1):
         """A step of 50 tokens is given; returns what ends it."""
-        event = threading.Event()
-        self.log.advance(1, 50, 0, flops, types.SimpleNamespace(block_until_ready=lambda: event.wait(10)))
+        begun, event = threading.Event(), threading.Event()
+        done = types.SimpleNamespace(block_until_ready=lambda: begun.set() or event.wait(10))
+        self.log.advance(step, 50, 0, flops, done)
+        begun.wait(10)
 
         def end():
             event.set()
@@ -41,9 +64,14 @@ class Clock:
 
         return end
 
-    def lines(self):
+    def end(self, error=None):
         self._undo()
-        self.log.close()
+        with contextlib.suppress(*([type(error)] if error else [])), self.events, self.log:
+            if error:
+                raise error
+
+    def lines(self):
+        self.end()
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -104,6 +132,331 @@ def test_mfu_and_memory_where_the_chip_is_known(tmp_path, monkeypatch, capsys):
     assert line["mfu"] == 0.5
     assert line["device_memory_bytes"] == 7
     assert "MFU 50%" in capsys.readouterr().err
+
+
+# ---- The line --------------------------------------------------------------------------------------------------------
+
+
+def logged(clock, step, seconds=30.0, **scalars):
+    clock.seconds += seconds
+    clock.give(step=step)()
+    clock.log.log(step, {"loss": 1.25, "learning_rate": 2e-5, **scalars})
+
+
+def test_a_line_a_logged_step_is_read_by_people(tmp_path, monkeypatch, capsys):
+    clock = Clock(tmp_path, monkeypatch, steps=12_000)
+    clock.wait("compile", 50.0)
+    logged(clock, 2, gradient_norm=0.8125)
+    clock.log.skipped()
+    logged(clock, 4, loss=math.nan, gradient_norm=math.inf)
+    clock.log.skipped()
+    clock.log.skipped()
+    logged(clock, 6, **{"scenes/accuracy": 0.25, "scenes/by_kind/count/accuracy": 0.5, "mme/perception": 1510.5})
+    logged(clock, 12_000)
+    clock.end()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "step      2/12,000  loss  1.250  lr 2.0e-05  |g|  0.81        2 tok/s  data wait  0%  goodput 33%"
+        "  2 d 2 h left",
+        "step      4/12,000  loss    nan  lr 2.0e-05  |g|   inf        2 tok/s  data wait  0%  goodput 50%"
+        "  1 update skipped  2 d 1 h left",
+        "step      6/12,000  loss  1.250  lr 2.0e-05        2 tok/s  data wait  0%  goodput 60%"
+        "  2 updates skipped  scenes/accuracy 0.25  mme/perception 1510  2 d 1 h left",
+        "step 12,000/12,000  loss  1.250  lr 2.0e-05        2 tok/s  data wait  0%  goodput 67%",
+    ]
+
+
+def test_what_is_left_is_told_by_the_steps_of_this_process_alone(tmp_path, monkeypatch, capsys):
+    clock = Clock(tmp_path, monkeypatch, steps=130, first=100)
+    logged(clock, 100)  # a measurement that was owed
+    logged(clock, 110)
+    clock.end()
+    first, second = capsys.readouterr().err.splitlines()
+    assert not first.endswith("left")
+    assert second.endswith("  2 min left")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (59.4, "59 s"), (60, "1 min"), (3599, "1 h 0 min"), (11_520, "3 h 12 min"), (86_400 * 2, "2 d 0 h")],
+)
+def test_times_are_for_people(seconds, text):
+    assert span(seconds) == text
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_is_for_terminals_alone(tmp_path, monkeypatch, capsys):
+    logged(clock := Clock(tmp_path / "file", monkeypatch), 1)
+    clock.end()
+    assert "\r" not in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    clock = Clock(tmp_path / "terminal", monkeypatch)
+    screen = sys.stderr
+    logged(clock, 1)
+    clock.log._bar.refresh()
+    clock.end()
+    assert "\r" in screen.getvalue()
+    assert re.search(r"\rstep 1/9  loss  1.250 [^\r]*left\n", screen.getvalue())
+    assert "1/9 [" in screen.getvalue()
+
+
+# ---- What befell -----------------------------------------------------------------------------------------------------
+
+
+def events(folder):
+    return [event for _, event in read(epath.Path(folder) / "events.jsonl")]
+
+
+def test_events_are_kept_over_restarts(tmp_path):
+    workdir = epath.Path(tmp_path)
+    with Events(workdir, active=True) as first:
+        first.add("begin", 0, resumed=False, host="a")
+        first.add("spike", 3, loss=math.inf, usual=1.5, records=["a", "ä"])
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"event": "end", "st')  # killed there
+    with Events(workdir, active=True) as second:
+        assert second.restarts == 0
+        second.add("begin", 2, resumed=True, changed={"steps": [6, 8]})
+        assert second.restarts == 1
+    with Events(workdir, active=True) as third, Events(workdir, active=False) as other:
+        other.add("begin", 2, resumed=True)
+        assert (third.restarts, other.restarts) == (1, 0)
+    found = events(tmp_path)
+    assert all(re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", event.pop("time")) for event in found)
+    assert found == [
+        {"event": "begin", "step": 0, "resumed": False, "host": "a"},
+        {"event": "spike", "step": 3, "loss": None, "usual": 1.5, "records": ["a", "ä"]},  # JSON has no infinity
+        {"event": "begin", "step": 2, "resumed": True, "changed": {"steps": [6, 8]}},
+    ]
+
+
+def test_events_are_there_at_once(tmp_path):
+    with Events(epath.Path(tmp_path), active=True) as log:
+        log.add("begin", 0)
+        assert [event["event"] for event in events(tmp_path)] == ["begin"]
+
+
+def test_metrics_are_json_to_the_letter(tmp_path, monkeypatch):
+    clock = Clock(tmp_path, monkeypatch)
+    logged(clock, 1, loss=math.nan)
+    assert [line["loss"] for line in clock.lines()] == [None]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_updates_that_were_skipped_are_counted_over_restarts(tmp_path, monkeypatch):
+    clock = Clock(tmp_path, monkeypatch, clock={"seconds": 7.0, "tokens": 10, "rows_replaced": 2})  # of an old run
+    clock.log.skipped()
+    logged(clock, 1)
+    (line,) = clock.lines()
+    assert (line["rows_replaced"], line["updates_skipped"], line["tokens"]) == (2, 1, 60)
+    again = Clock(tmp_path / "again", monkeypatch, clock=START | {"updates_skipped": 4})
+    again.log.skipped()
+    assert again.log.clock()["updates_skipped"] == 5
+    again.end()
+
+
+# ---- The end ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_summary_ends_the_run(tmp_path, monkeypatch, capsys):
+    clock = Clock(tmp_path, monkeypatch, clock=START | {"seconds": 3600.0, "tokens": 1000, "rows_replaced": 3})
+    clock.events.add("begin", 0, resumed=True)
+    for step in range(1, 10):
+        logged(clock, step)
+    clock.log.skipped()
+    clock.seconds += 30.0
+    monkeypatch.setattr(clock, "_undo", lambda: None)
+    clock.end()
+    monkeypatch.undo()
+    assert capsys.readouterr().out.splitlines() == [
+        "train: done",
+        "  steps        9",
+        "  tokens       1,450",
+        "  time         1 h 5 min",
+        "  last loss    1.250",
+        "  skipped      3 rows could not be used, 1 updates",
+        "  restarts     1",
+        "  goodput      97%",
+        f"  checkpoints  {tmp_path}/checkpoints",
+        f"  metrics      {tmp_path}/metrics.jsonl",
+        f"  events       {tmp_path}/events.jsonl",
+        f"  TensorBoard  {tmp_path}/tensorboard",
+    ]
+    assert [event["event"] for event in events(tmp_path)] == ["begin", "end"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (Stopped("Stopped by SIGTERM after step 2."), 143, "Stopped by SIGTERM after step 2."),
+        (KeyboardInterrupt(), 130, "KeyboardInterrupt"),
+        (ValueError("A bug\n of two lines."), 1, "A bug of two lines."),
+    ],
+)
+def test_a_run_that_stops_says_so_and_asks_no_other_host(error, status, reason, tmp_path, monkeypatch, capsys):
+    clock = Clock(tmp_path, monkeypatch)
+    clock.events.add("begin", 0, resumed=False)
+    logged(clock, 2)
+
+    def asked(*_):
+        raise AssertionError("The other hosts may not be there.")
+
+    finish, begin = clock.give(step=3), time.perf_counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(telemetry.multihost_utils, "process_allgather", asked)
+        clock.end(error)
+    assert time.perf_counter() - begin < 5  # the step has not ended: nobody waits for it
+    finish()
+    out = capsys.readouterr().out
+    assert out.startswith("train: ended early\n  steps        3 of 9\n")
+    last = events(tmp_path)[-1]
+    assert {key: last[key] for key in ("event", "step", "status", "reason")} == {
+        "event": "stopped",
+        "step": 3,
+        "status": status,
+        "reason": reason,
+    }
+
+
+def test_a_run_that_had_ended_before_is_not_said_to_end_again(tmp_path, monkeypatch, capsys):
+    Clock(tmp_path, monkeypatch, first=9).end()
+    assert events(tmp_path) == []
+    out = capsys.readouterr().out
+    assert "last loss" not in out
+    assert "goodput" not in out
+
+
+# ---- Writers ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_room(size):
+    """Meanwhile no file of this process can grow beyond that many bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+def test_a_full_disk_neither_ends_a_run_nor_leaves_gaps(tmp_path, monkeypatch, caplog):
+    clock = Clock(tmp_path, monkeypatch)
+    logged(clock, 1)
+    full = (tmp_path / "metrics.jsonl").stat().st_size + 10  # so that the next line is cut
+    with caplog.at_level(logging.WARNING), no_room(full):
+        for step in (2, 3):
+            logged(clock, step)
+            clock.events.add("save_failed", step, reason="?" * 2000)
+    assert (tmp_path / "metrics.jsonl").stat().st_size == full
+    for step in (4, 5):
+        logged(clock, step)
+    assert [line["step"] for line in clock.lines()] == [1, 2, 3, 4, 5]
+    assert [event["step"] for event in events(tmp_path)] == [2, 3]
+    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    assert board.Tensors("loss")[-1].step == 5
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("stf_jax")]
+    told = [message.split(" cannot be written (")[0] for message in told]
+    assert (told.count("metrics.jsonl"), told.count("events.jsonl")) == (1, 1)
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run_either(tmp_path, monkeypatch, caplog):
+    clock = Clock(tmp_path, monkeypatch)
+    with pathlib.Path("/dev/full").open("w", buffering=1) as full, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
+        patch.setattr(sys, "stdout", full)
+        logged(clock, 1)
+        assert [line["step"] for line in clock.lines()] == [1]
+        with contextlib.suppress(OSError):
+            full.close()
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("stf_jax")]
+    assert told == ["The log cannot be written ([Errno 28] No space left on device); the run goes on."]
+
+
+def test_a_workdir_that_cannot_be_written_to_is_said_in_a_sentence(tmp_path):
+    (tmp_path / "events.jsonl").mkdir()
+    with pytest.raises(UserError, match=rf"The workdir {tmp_path} cannot be written to: Is a directory; mend that"):
+        Events(epath.Path(tmp_path), active=True)
+
+
+class StandIn(types.ModuleType):
+    """What of Weights & Biases' package is called."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, refuses=""):
+        super().__init__("wandb")
+        self.begun, self.logged, self.finished, self._refuses = [], [], [], refuses
+
+    def init(self, **how):
+        if self._refuses:
+            raise self.Error(self._refuses)
+        self.begun.append(how)
+        return types.SimpleNamespace(id=how["id"] or f"new{len(self.begun)}", log=self.log, finish=self.finished.append)
+
+    def log(self, values, step):
+        if values["loss"] < 0:
+            raise BrokenPipeError("Its service has gone.")
+        self.logged.append((step, values))
+
+
+WANDB = {"wandb.project": "stf", "wandb.entity": "team"}
+
+
+def test_weights_and_biases_goes_on_with_the_same_run(tmp_path, monkeypatch, caplog):
+    stand_in, config = StandIn(), tiny.tiny(**WANDB)
+    for first in (0, 2):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "wandb", stand_in)
+            clock = Clock(tmp_path, patch, config=config, first=first)
+        logged(clock, first + 1)
+        logged(clock, first + 2, loss=-1.0)
+        logged(clock, first + 3)
+        clock.end(Stopped("") if first == 0 else None)
+    for begun, kept in zip(stand_in.begun, (None, "new1"), strict=True):
+        assert begun.pop("config")["global_batch_size"] == 8
+        assert begun == {
+            "project": "stf",
+            "entity": "team",
+            "name": str(tmp_path),
+            "id": kept,
+            "resume": "allow",
+            "dir": str(tmp_path),
+        }
+    assert [step for step, _ in stand_in.logged] == [1, 3, 3, 5]
+    assert stand_in.logged[0][1].keys() == json.loads(
+        (tmp_path / "metrics.jsonl").read_text().split("\n")[0]
+    ).keys() - {"step"}
+    assert stand_in.finished == [143, 0]
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("stf_jax")] == [
+        "Weights & Biases cannot be written (Its service has gone.); the run goes on."
+    ] * 2
+
+
+def test_weights_and_biases_may_refuse_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", StandIn(refuses="no API key\nconfigured"))
+    with pytest.raises(UserError, match=r"does not take the run \(no API key configured\); .* WANDB_MODE=offline"):
+        Clock(tmp_path, monkeypatch, config=tiny.tiny(**WANDB))
+
+
+@pytest.mark.parametrize("module", [None, types.ModuleType("wandb")], ids=["nothing", "a folder of that name"])
+def test_weights_and_biases_that_is_not_installed_is_said_before_anything_is_made(
+    module, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    assert door(main, [TINY, f"--workdir={tmp_path / 'run'}", "--config.wandb.project=stf"]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: wandb.project='stf' needs a package that is not here: pip install wandb.*\n", error)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- Profiles --------------------------------------------------------------------------------------------------------
 
 
 def test_a_profile_holds_the_steps_that_were_asked_for(tmp_path):

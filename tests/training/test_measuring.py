@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from stf_jax import evaluate
 from stf_jax.inference.generator import Generator
 from stf_jax.main import main
-from stf_jax.runtime.checkpoint import SavedParams
 from stf_jax.runtime.cli import door
+from stf_jax.runtime.parameters import SavedParams
 from stf_jax.runtime.telemetry import Telemetry
 from stf_jax.training import loop
 

@@ -3,28 +3,23 @@
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import pytest
 from make_llava import make
+from started import ROOT, Run, events, lines, saved, together
 from tiny import Setup, preparation
 
 from stf_jax.data.pipeline import Batches, training_records
 from stf_jax.main import main
 from stf_jax.runtime.checkpoint import Checkpoints
 from stf_jax.runtime.cli import door
+from stf_jax.runtime.hold import NAME
 
-ROOT = pathlib.Path(__file__).parents[2]
-STEPS, EVERY, KILL_AFTER = 32, 4, 13
+STEPS, EVERY, KILL_AFTER, STOP_AFTER = 32, 4, 13, 22
 CHANGES = {
     "mesh.data": 1,
     "checkpoint.every_steps": EVERY,
@@ -51,49 +46,29 @@ DATA = {
     },
 }
 REPLACED = {"packed scenes": 0, "LLaVA's files, grouped": 4 * 7}
-# Two devices and quick compilation, kept for whoever comes later: the same program each time is what matters here.
-ENVIRONMENT = {"JAX_NUM_CPU_DEVICES": "2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
-def _arguments(workdir, kind):
+def _arguments(kind):
     options = [f"--config.{key}={value}" for key, value in (CHANGES | DATA[kind]).items()]
-    return [f"--config={ROOT}/tests/tiny.py:steps={STEPS}", f"--workdir={workdir}", *options]
-
-
-def _start(workdir, kind):
-    with (workdir.parent / f"{workdir.name}.log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "stf_jax.main", *_arguments(workdir, kind)],
-            cwd=workdir.parent,
-            env=os.environ | ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled")},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-
-
-def _log(workdir):
-    return (workdir.parent / f"{workdir.name}.log").read_text()
-
-
-def _lines(workdir):
-    path = workdir / "metrics.jsonl"
-    # A line without its end is still being written.
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
-
-
-def _saved(workdir):
-    return sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir() if folder.name.isdigit())
+    return [f"--config={ROOT}/tests/tiny.py:steps={STEPS}", *options]
 
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """The workdirs of a whole run and of a killed and resumed one; the lines and checkpoints that the kill left."""
+    """The workdirs of a whole run, and of one that was killed, told to end by SIGTERM, and resumed after each.
+
+    Attributes:
+      killed: of the second.
+      lines, saved: its lines and checkpoints that the kill left.
+      stopped: the exit status, lines and checkpoints of its end by SIGTERM.
+    """
 
     kind: str
     whole: pathlib.Path
     killed: pathlib.Path
     lines: list[str]
     saved: list[int]
+    stopped: tuple[int, list[str], list[int]]
 
 
 @pytest.fixture(scope="module", params=DATA)
@@ -101,21 +76,21 @@ def runs(request, tmp_path_factory):
     kind, folder = request.param, tmp_path_factory.mktemp("runs")
     if kind != "packed scenes":
         make(folder, captions=1, conversations=24)
-    whole, killed = folder / "whole", folder / "killed"
-    first, other = _start(killed, kind), _start(whole, kind)
-    try:
-        while first.poll() is None and len(_lines(killed)) < KILL_AFTER:
-            time.sleep(0.005)
-        first.kill()
-        assert first.wait() == -signal.SIGKILL, f"ended before it could be killed:\n{_log(killed)}"
-        left = _lines(killed), _saved(killed)
-        first = _start(killed, kind)
-        assert first.wait(timeout=120) == 0, _log(killed)
-        assert other.wait(timeout=120) == 0, _log(whole)
-    finally:
-        for process in (first, other):
-            process.kill()
-    return Runs(kind, whole, killed, *left)
+    whole, killed, arguments = folder / "whole", folder / "killed", _arguments(kind)
+    with Run(whole, *arguments, devices=2) as other:
+        with Run(killed, *arguments, devices=2) as run:
+            run.wait_for_lines(KILL_AFTER)
+            run.kill()
+        left = lines(killed), saved(killed)
+        with Run(killed, *arguments, devices=2) as run:
+            run.wait_for(lambda: (killed / "events.jsonl").read_text().count("begin") == 2)  # and later lines dropped
+            run.wait_for_lines(STOP_AFTER)
+            run.process.terminate()
+            stopped = run.ends(), lines(killed), saved(killed)
+        with Run(killed, *arguments, devices=2) as run:
+            assert run.ends() == 0, run.said()
+        assert other.ends() == 0, other.said()
+    return Runs(kind, whole, killed, *left, stopped)
 
 
 def test_the_kill_landed_in_the_middle(runs):
@@ -125,8 +100,21 @@ def test_the_kill_landed_in_the_middle(runs):
     assert EVERY <= runs.saved[-1] <= reached
 
 
+def test_sigterm_ends_the_run_after_a_step_that_issaved(runs):
+    status, before, kept = runs.stopped
+    assert status == 143
+    last = json.loads(before[-1])["step"]
+    assert STOP_AFTER <= last < STEPS
+    assert kept[-1] == last
+    began = [event for event in events(runs.killed) if event["event"] == "begin"]
+    assert [(event["step"], event["resumed"]) for event in began] == [(0, False), (runs.saved[-1], True), (last, True)]
+    assert [(event["step"], event["status"]) for event in events(runs.killed) if event["event"] == "stopped"] == [
+        (last, 143)
+    ]
+
+
 def test_losses_are_bit_identical_after_the_kill(runs):
-    expected, resumed = ([json.loads(line) for line in _lines(workdir)] for workdir in (runs.whole, runs.killed))
+    expected, resumed = ([json.loads(line) for line in lines(workdir)] for workdir in (runs.whole, runs.killed))
     assert [line["step"] for line in expected] == [line["step"] for line in resumed] == list(range(1, STEPS + 1))
     for key in ("loss", "gradient_norm", "learned_tokens", "learning_rate", "tokens", "rows_replaced"):
         assert [line[key] for line in resumed] == [line[key] for line in expected], key
@@ -137,7 +125,7 @@ def test_losses_are_bit_identical_after_the_kill(runs):
 
 def test_the_run_goes_on_from_its_last_checkpoint(runs):
     """Lines up to the restored step stay as they were, times included; the clock goes on."""
-    before, last, after = runs.lines, runs.saved[-1], _lines(runs.killed)
+    before, last, after = runs.lines, runs.saved[-1], lines(runs.killed)
     assert after[:last] == before[:last]
     assert all(new != old for new, old in zip(after[last:], before[last:], strict=False))
     seconds = [json.loads(line)["seconds"] for line in after]
@@ -172,16 +160,6 @@ def test_final_state_is_bit_identical(runs):
     jax.tree.map(np.testing.assert_array_equal, next(other), next(iterator))
 
 
-HOST = """
-import sys
-import jax
-jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
-from stf_jax.main import main
-from stf_jax.runtime.cli import door
-sys.exit(door(main, sys.argv[3:]))
-"""
-
-
 def test_two_hosts_go_on_where_one_stopped(runs, tmp_path):
     """From the checkpoint half-way, with the same rows at each step, each host reading half of them."""
     if runs.kind == "packed scenes":
@@ -189,26 +167,11 @@ def test_two_hosts_go_on_where_one_stopped(runs, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(runs.whole / "checkpoints" / "16", workdir / "checkpoints" / "16")
     shutil.copy(runs.whole / "metrics.jsonl", workdir)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    arguments = [*_arguments(workdir, runs.kind), "--config.mesh.fsdp=2"]
-    with contextlib.ExitStack() as stack:
-        hosts = []
-        for host in range(2):
-            hosts.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", HOST, address, str(host), *arguments],
-                    cwd=runs.whole.parent,
-                    env=os.environ | ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "1"},
-                    stdout=subprocess.DEVNULL,
-                    stderr=stack.enter_context((tmp_path / f"{host}.log").open("w")),
-                )
-            )
-            stack.callback(hosts[-1].kill)
-        for host, process in enumerate(hosts):
-            assert process.wait(timeout=120) == 0, (tmp_path / f"{host}.log").read_text()
-    expected, resumed = ([json.loads(line) for line in _lines(folder)] for folder in (runs.whole, workdir))
+    with contextlib.ExitStack() as ends:
+        hosts = together(workdir, 2, *_arguments(runs.kind), "--config.mesh.fsdp=2", folder=runs.whole.parent)
+        hosts = [ends.enter_context(host) for host in hosts]
+        assert [host.ends() for host in hosts] == [0, 0], hosts[0].said()
+    expected, resumed = ([json.loads(line) for line in lines(folder)] for folder in (runs.whole, workdir))
     assert resumed[:16] == expected[:16]
     for key in ("step", "learned_tokens", "tokens", "rows_replaced"):
         assert [line[key] for line in resumed] == [line[key] for line in expected], key
@@ -221,7 +184,7 @@ def test_two_hosts_go_on_where_one_stopped(runs, tmp_path):
 
 
 def test_the_newest_checkpoints_and_each_sixteenth_are_kept(runs):
-    assert _saved(runs.whole) == _saved(runs.killed) == [16, 28, 32]
+    assert saved(runs.whole) == saved(runs.killed) == [16, 28, 32]
     assert len(runs.saved) <= 3
     unfinished = [folder.name for folder in (runs.killed / "checkpoints").iterdir() if not folder.name.isdigit()]
     assert not unfinished
@@ -233,10 +196,10 @@ def test_a_finished_run_does_nothing_more(runs, monkeypatch):
     (whole / "results.json").write_text('{"benchmark": "kept"}')
 
     def contents():
-        files = [file for file in whole.rglob("*") if file.is_file() and "tensorboard" not in file.parts]
+        files = [file for file in whole.rglob("*") if file.is_file() and not {"tensorboard", NAME} & set(file.parts)]
         return {file: (file.read_bytes(), file.parent == whole or file.stat().st_mtime_ns) for file in files}
 
     before = contents()
     assert any("checkpoints" in file.parts for file in before)
-    assert door(main, _arguments(whole, runs.kind)) == 0
+    assert door(main, [*_arguments(runs.kind), f"--workdir={whole}"]) == 0
     assert contents() == before

@@ -26,7 +26,7 @@ from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.presets import VISION
-from stf_jax.runtime.checkpoint import write_params
+from stf_jax.runtime.parameters import write_params
 from stf_jax.training.state import blueprint
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.model import Description

@@ -1,0 +1,107 @@
+"""Parameters as Orbax keeps them, by path: read one by one from a run or an imported folder, and written to one."""
+
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import orbax.checkpoint.experimental.v1 as v1
+from etils import epath
+
+from stf_jax.config import UserError
+from stf_jax.runtime.checkpoint import absolute, read_sums, why
+from stf_jax.runtime.checksum import checksum as device_checksum
+from stf_jax.runtime.checksum import host_checksum
+from stf_jax.runtime.files import fetched, in_bucket
+
+_CHUNK = 4 * 2**20  # bytes
+IMPORTED = "params"  # the Orbax checkpoint in a folder of imported weights
+
+
+class SavedParams:
+    """Parameters as Orbax keeps them, by path: of a run's newest checkpoint, or of a folder that ``convert`` imported.
+
+    Attributes:
+      shapes: shape and dtype of every parameter.
+      step: of the run; None for an imported folder.
+    """
+
+    def __init__(self, folder: epath.Path):
+        """Reads no values yet. Raises UserError where the folder has no complete checkpoint."""
+        if in_bucket(folder) and not os.fspath(folder).startswith("gs://"):
+            folder = epath.Path(fetched(folder))  # Orbax reads no other buckets
+        self.step = None
+        self._items, self._sums = [absolute(folder) / IMPORTED / "state"], {}
+        if not self._items[0].exists():
+            with ocp.CheckpointManager(absolute(folder) / "checkpoints") as manager:
+                self.step = manager.latest_step()
+                if self.step is None:
+                    raise UserError(f"Run {folder} holds no complete checkpoint to start from.")
+                step = manager.directory / str(self.step)
+            self._items = [item for item in (step / "trainable", step / "frozen") if item.exists()]
+            self._sums = read_sums(step)
+        try:
+            trees = [dict(ocp.StandardCheckpointHandler().metadata(item).tree) for item in self._items]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"The checkpoint in {folder} is damaged, take the one before it: {why(error)}.") from None
+        self._where = {path: item for item, tree in zip(self._items, trees, strict=True) for path in tree}
+        self.shapes = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for tree in trees for path, leaf in tree.items()
+        }
+
+    @staticmethod
+    def at(folder: epath.Path) -> bool:
+        """Whether the folder is a run's or an imported one."""
+        return (folder / "checkpoints").is_dir() or (folder / IMPORTED / "state").is_dir()
+
+    def read(self, path: str) -> np.ndarray:
+        """One parameter, into host memory. Raises UserError where it is damaged."""
+        with ocp.PyTreeCheckpointer() as reader:
+            return self._read(reader, path, ocp.RestoreArgs(restore_type=np.ndarray), host_checksum)
+
+    def _read(self, reader, path, how, checksum):
+        how = ocp.args.PyTreeRestore(item={path: self.shapes[path]}, restore_args={path: how}, partial_restore=True)
+        try:
+            value = reader.restore(self._where[path], args=how)[path]
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # of many kinds, and some are no kind at all
+            raise UserError(
+                f"{self._where[path]}: parameter {path} cannot be read, take the checkpoint before it: {why(error)}."
+            ) from None
+        written = self._sums.get(f"{self._where[path].name}/{path}")
+        if written is not None and int(checksum(value)) != written:
+            raise UserError(
+                f"{self._where[path]} is damaged: parameter {path} is not as it was written; take the checkpoint "
+                "before it (a run that goes on finds that by itself)."
+            )
+        return value
+
+    def restore(self, places: Mapping[str, jax.sharding.Sharding]) -> Iterator[tuple[str, jax.Array]]:
+        """Parameters on the devices named, with their paths.
+
+        One after the other, so that what is read and not yet on its devices is never more than one. Raises UserError
+        where one is damaged.
+        """
+        checksum = jax.jit(device_checksum)
+        with ocp.PyTreeCheckpointer() as reader:
+            for path, where in places.items():
+                yield path, self._read(reader, path, ocp.ArrayRestoreArgs(sharding=where), checksum)
+
+
+def write_params(folder: pathlib.Path, params: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes an imported folder's parameters one by one, so that one at a time is in memory.
+
+    They appear in ``folder`` when the last is written.
+    """
+    target = absolute(folder) / IMPORTED
+    how = v1.Context()
+    # In small chunks: a device that reads its share of a parameter expands every chunk that the share touches.
+    how.array.saving.storage_options.chunk_byte_size = _CHUNK
+    with how:
+        for path, value in params:
+            v1.partial.save(target, {path: value})
+            del value  # before the next one is made
+        v1.partial.finalize(target)

@@ -1,0 +1,77 @@
+"""SIGTERM while a run is measured: the measurement is given up, the step is saved, and what was owed is made up for."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+from started import ROOT, events, logged, saved
+
+from stf_jax.main import main
+from stf_jax.runtime.cli import door
+
+STEPS, MEASURED = 6, 3
+ARGUMENTS = [
+    f"--config={ROOT}/tests/tiny.py:steps={STEPS}",
+    "--config.mesh.data=1",
+    "--config.checkpoint.every_steps=100",
+    "--config.eval.benchmarks=('scenes',)",
+    "--config.eval.limit=20",
+    "--config.eval.batch=4",
+    f"--config.eval.every_steps={MEASURED}",
+]
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+
+def _told_in_measurement(folder):
+    """SIGTERM to this process when the first answers are there; what ``join`` gives up on is never sent."""
+
+    def tell():
+        answers = folder / "answers.jsonl"
+        end = time.monotonic() + 240
+        while time.monotonic() < end and not (answers.exists() and answers.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    return thread
+
+
+def test_a_measurement_that_is_given_up_is_made_up_for(tmp_path, capsys):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert door(main, [*ARGUMENTS, f"--workdir={whole}"]) == 0
+    threads = set(threading.enumerate())
+    before = signal.getsignal(signal.SIGTERM)
+
+    thread = _told_in_measurement(stopped / "evals" / f"step_{MEASURED}")
+    assert door(main, [*ARGUMENTS, f"--workdir={stopped}"]) == 143
+    thread.join()
+    assert f"Stopped by SIGTERM after step {MEASURED}, which is saved" in capsys.readouterr().err
+    assert saved(stopped) == [MEASURED]
+    assert [line["step"] for line in logged(stopped)] == [1, 2]  # the third's line is owed as well
+    assert not (stopped / "evals" / f"step_{MEASURED}" / "results.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon] == []
+
+    assert door(main, [*ARGUMENTS, f"--workdir={stopped}"]) == 0
+    assert [line["step"] for line in logged(stopped)] == list(range(1, STEPS + 1))
+    timed = ("second", "flops", "wait", "goodput")
+    for line, expected in zip(logged(stopped), logged(whole), strict=True):
+        names = [name for name in expected if not any(word in name for word in timed)]
+        assert {name: line[name] for name in names} == {name: expected[name] for name in names}
+    assert "scenes/accuracy" in logged(stopped)[MEASURED - 1]
+    for path in (f"evals/step_{MEASURED}/answers.jsonl", "answers.jsonl"):
+        said = [
+            [json.loads(line)["text"] for line in (run / path).read_text().splitlines()] for run in (whole, stopped)
+        ]
+        assert said[0] == said[1]
+        assert len(said[0]) == 40  # with and without the picture
+    assert [(event["event"], event["step"]) for event in events(stopped)] == [
+        ("begin", 0),
+        ("stopped", MEASURED),
+        ("begin", MEASURED),
+        ("end", STEPS),
+    ]
