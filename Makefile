@@ -2,7 +2,7 @@
 PYTHON ?= python3
 WORKDIR ?= runs/demo
 
-.PHONY: demo test lint
+.PHONY: demo test test-slow soak lint
 
 # Trains, measures, and hands the model over to PyTorch, which must answer as we do (where torch is installed).
 demo: .venv/ready
@@ -17,6 +17,13 @@ demo: .venv/ready
 
 test: lint
 	.venv/bin/python -m pytest
+
+# Faults that really happen to runs, fuzzing, and whatever else takes minutes: one after the other, for some are timed.
+test-slow: .venv/ready-dev
+	.venv/bin/python -m pytest -n 0 -m "slow and not soak" --durations=0 --durations-min=1
+
+soak: .venv/ready-dev
+	.venv/bin/python -m pytest -n 0 -m soak tests/test_soak.py
 
 lint: .venv/ready-dev
 	.venv/bin/ruff check --no-cache .

@@ -45,11 +45,14 @@ class SavedParams:
         try:
             trees = [dict(ocp.StandardCheckpointHandler().metadata(item).tree) for item in self._items]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"The checkpoint in {folder} is damaged, take the one before it: {why(error)}.") from None
+            raise UserError(f"The checkpoint in {folder} is damaged, {self._mend()}: {why(error)}.") from None
         self._where = {path: item for item, tree in zip(self._items, trees, strict=True) for path in tree}
         self.shapes = {
             path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for tree in trees for path, leaf in tree.items()
         }
+
+    def _mend(self):
+        return "import it again" if self.step is None else "take a checkpoint before it, as the run does that goes on"
 
     @staticmethod
     def at(folder: epath.Path) -> bool:
@@ -69,13 +72,12 @@ class SavedParams:
             raise
         except Exception as error:  # of many kinds, and some are no kind at all
             raise UserError(
-                f"{self._where[path]}: parameter {path} cannot be read, take the checkpoint before it: {why(error)}."
+                f"{self._where[path]}: parameter {path} cannot be read, {self._mend()}: {why(error)}."
             ) from None
         written = self._sums.get(f"{self._where[path].name}/{path}")
         if written is not None and int(checksum(value)) != written:
             raise UserError(
-                f"{self._where[path]} is damaged: parameter {path} is not as it was written; take the checkpoint "
-                "before it (a run that goes on finds that by itself)."
+                f"{self._where[path]} is damaged: parameter {path} is not as it was written; {self._mend()}."
             )
         return value
 
