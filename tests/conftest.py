@@ -81,7 +81,8 @@ def quick_to_compile():
 def pytest_terminal_summary(terminalreporter):
     """What tests measured and recorded (``record_property``), for docs/BENCHMARKS.md."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    figures = [pair for report in reports for pair in getattr(report, "user_properties", [])]
+    calls = [report for report in reports if getattr(report, "when", "") == "call"]
+    figures = [pair for report in calls for pair in report.user_properties]
     if figures:
         terminalreporter.section("measured")
         for name, value in figures:
