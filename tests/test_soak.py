@@ -70,7 +70,7 @@ def test_an_hour_leaves_nothing_behind(tmp_path, record_property):
         "soak, open files and threads, least and most",
         f"{files.min():.0f}..{files.max():.0f}, {threads.min():.0f}..{threads.max():.0f}",
     )
-    assert saved(tmp_path / "run")[-1] == lines[-1]["step"] or lines[-1]["step"] % 10 == 0
+    assert saved(tmp_path / "run")[-1] >= lines[-1]["step"]
     assert not left
     assert slope < SLOPE
     for counts in (files, threads):  # some come and go with each save

@@ -12,7 +12,7 @@ import types
 
 import numpy as np
 import pytest
-from tiny import tiny
+from tiny import preparation, tiny
 
 from stf_jax.config import UserError
 from stf_jax.data.conversation import Encoded
@@ -42,6 +42,9 @@ class Numbers:
     """In the place of Prepare: record n is a conversation of some tokens, all of them n + 1."""
 
     vision = types.SimpleNamespace(image_size=1)
+
+    def fingerprint(self):
+        return "digits"
 
     def measure(self, source, *, shown):
         return np.array([2 + source[i] * 7 % 5 for i in range(len(source))]), np.zeros(len(source), int)
@@ -154,6 +157,44 @@ def test_a_state_of_another_order_is_refused(packing, count, changes):
         other.set_state(stopped.get_state())
     with pytest.raises(UserError, match="made with other data"):
         numbers(27, **{"data.packing": not packing}).set_state(stopped.get_state())
+
+
+def test_a_state_of_another_tokenizer_is_refused():
+    """Also where all conversations have as many tokens as before."""
+    stopped = numbers(27)
+    take(stopped, 3)
+    state = stopped.get_state()
+    assert state["tokenizer"] == "digits"
+    other = numbers(27)
+    other.set_state(state)
+    with pytest.raises(UserError, match=r"made with another tokenizer than data\.tokenizer is now"):
+        other.set_state(state | {"tokenizer": "letters"})
+
+
+def test_tokenizers_are_told_apart_by_what_they_do(tmp_path):
+    one, same = (preparation(tiny()) for _ in range(2))
+    assert one.fingerprint() == same.fingerprint()
+    folder = tmp_path / "other"
+    tokenizer = load_tokenizer("miniature")
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(folder)
+    assert preparation(tiny(**{"data.tokenizer": str(folder)})).fingerprint() != one.fingerprint()
+
+
+@PACKING
+def test_the_records_of_a_batch_are_those_that_it_was_made_of(packing):
+    config = tiny(**{"data.packing": packing, "data.images_per_row": 3, "data.max_length": 384, "global_batch_size": 4})
+    source, prepare = training_records(config), preparation(config)
+    stream = Batches(config, source, prepare, host=0, hosts=1)
+    by_id = {source[index].id: source[index] for index in range(len(source))}
+    for number, batch in enumerate(take(stream, 3), start=1):
+        ids = stream.records(number)
+        assert len(ids) == 4
+        for row, names in enumerate(ids):
+            tokens = np.concatenate([prepare(by_id[name]).tokens for name in names])
+            np.testing.assert_array_equal(batch.tokens[row][batch.segment_ids[row] > 0], tokens)
+    # Of another host's stream they are the same.
+    assert Batches(config, source, prepare, host=1, hosts=2).records(2) == stream.records(2)
 
 
 WORKER = """
