@@ -4,6 +4,7 @@ import argparse
 import logging
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -22,9 +23,11 @@ def door(main: Callable[[list[str]], None], argv: list[str] | None = None) -> in
     Any other exception than those of :mod:`stf_jax.config` is our bug and keeps its traceback (status 1). Other hosts
     of the run are not left to wait.
     """
-    absl = logging.getLogger("absl")
-    absl.setLevel(logging.WARNING)
-    absl.addFilter(_without_traceback)
+    libraries = [logging.getLogger(name) for name in ("absl", "asyncio")]  # Orbax's two
+    libraries[0].setLevel(logging.WARNING)
+    for library in libraries:
+        library.addFilter(_without_traceback)
+    sys.unraisablehook, threading.excepthook = _library_failed, _thread_failed
     log = logging.getLogger("stf_jax")  # what was chosen for the user, a line each, on standard error
     log.setLevel(logging.INFO)
     log.handlers, log.propagate = [logging.StreamHandler()], False
@@ -44,13 +47,28 @@ def door(main: Callable[[list[str]], None], argv: list[str] | None = None) -> in
         raise
     finally:
         log.handlers, log.propagate = [], True
-        absl.removeFilter(_without_traceback)
+        for library in libraries:
+            library.removeFilter(_without_traceback)
+        sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
     return 0
 
 
+# What cannot be written is told by who waits for it (checkpoint.py, journal.py), once; libraries print it many times.
+
+
 def _without_traceback(record):
-    """Orbax logs what it raises as well, which is for us to tell."""
     return not record.exc_info
+
+
+def _library_failed(failure):
+    # Orbax closes the loop over tensorstore's other writes and reads when one has failed.
+    if "Event loop is closed" not in str(failure.exc_value) and "TensorStore" not in str(failure.exc_value):
+        sys.__unraisablehook__(failure)
+
+
+def _thread_failed(failure):
+    if not issubclass(failure.exc_type, OSError):  # of TensorBoard's thread
+        threading.__excepthook__(failure)
 
 
 class Parser(argparse.ArgumentParser):

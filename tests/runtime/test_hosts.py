@@ -45,7 +45,7 @@ def joined(monkeypatch, tmp_path):
         state.running = True
 
     distributed = types.SimpleNamespace(is_initialized=lambda: state.running, initialize=initialize)
-    config = types.SimpleNamespace(jax_platforms=None)
+    config = types.SimpleNamespace(jax_platforms=None, update=lambda *option: None)
     stand_in = types.SimpleNamespace(distributed=distributed, config=config, errors=jax.errors)
     monkeypatch.setattr(hosts, "jax", stand_in)
     (tmp_path / "accel0").touch()
@@ -147,7 +147,7 @@ def test_a_host_whose_others_do_not_come_says_so():
     address = f"127.0.0.1:{_free_port()}"
     process = _start(1, address, 2, 1)
     said = process.communicate(timeout=60)[1].strip().splitlines()[-1]
-    assert process.returncode == 2
+    assert process.returncode == 75  # it may help to start again
     assert said.startswith(f"error: Process 1 of 2 has not met the others at {address} in 1 s: start all of them")
 
 

@@ -1,5 +1,6 @@
 """SIGTERM while a run is measured: the measurement is given up, the step is saved, and what was owed is made up for."""
 
+import itertools
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 import pytest
 from started import ROOT, events, logged, saved
 
+from stf_jax.evals import running
 from stf_jax.main import main
 from stf_jax.runtime.cli import door
 
@@ -25,38 +27,38 @@ ARGUMENTS = [
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
-def _told_in_measurement(folder):
-    """SIGTERM to this process when the first answers are there; what ``join`` gives up on is never sent."""
+@pytest.fixture
+def told(monkeypatch):
+    """SIGTERM to this process as it writes the sixth answer."""
+    real, answers = running.answer_line, itertools.count(1)
 
-    def tell():
-        answers = folder / "answers.jsonl"
-        end = time.monotonic() + 240
-        while time.monotonic() < end and not (answers.exists() and answers.read_text()):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def answer_line(*what):
+        if next(answers) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        return real(*what)
 
-    thread = threading.Thread(target=tell)
-    thread.start()
-    return thread
+    monkeypatch.setattr(running, "answer_line", answer_line)
 
 
-def test_a_measurement_that_is_given_up_is_made_up_for(tmp_path, capsys):
+def _ends(arguments, status):
+    threads, handler = set(threading.enumerate()), signal.getsignal(signal.SIGTERM)
+    assert door(main, arguments) == status
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon] == []
+
+
+def test_a_measurement_that_is_given_up_is_made_up_for(tmp_path, capsys, request):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert door(main, [*ARGUMENTS, f"--workdir={whole}"]) == 0
-    threads = set(threading.enumerate())
-    before = signal.getsignal(signal.SIGTERM)
-
-    thread = _told_in_measurement(stopped / "evals" / f"step_{MEASURED}")
-    assert door(main, [*ARGUMENTS, f"--workdir={stopped}"]) == 143
-    thread.join()
+    _ends([*ARGUMENTS, f"--workdir={whole}"], 0)
+    request.getfixturevalue("told")
+    _ends([*ARGUMENTS, f"--workdir={stopped}"], 143)
     assert f"Stopped by SIGTERM after step {MEASURED}, which is saved" in capsys.readouterr().err
     assert saved(stopped) == [MEASURED]
     assert [line["step"] for line in logged(stopped)] == [1, 2]  # the third's line is owed as well
     assert not (stopped / "evals" / f"step_{MEASURED}" / "results.json").exists()
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon] == []
 
-    assert door(main, [*ARGUMENTS, f"--workdir={stopped}"]) == 0
+    _ends([*ARGUMENTS, f"--workdir={stopped}"], 0)
     assert [line["step"] for line in logged(stopped)] == list(range(1, STEPS + 1))
     timed = ("second", "flops", "wait", "goodput")
     for line, expected in zip(logged(stopped), logged(whole), strict=True):

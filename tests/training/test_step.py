@@ -144,6 +144,7 @@ def test_a_batch_without_learned_tokens_counts_none_and_learns_nothing():
         "loss": 0.0,
         "gradient_norm": 0.0,
         "learned_tokens": 0.0,
+        "skipped": 0.0,
     }
     assert all(np.isfinite(value).all() for value in state.trainable.values())
 

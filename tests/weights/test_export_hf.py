@@ -236,10 +236,10 @@ def test_what_is_amiss_when_both_are_asked_is_said(exported, tmp_path, capsys, m
     assert len(printed.splitlines()) == 4
     assert printed.endswith("0 of 2 answers are the same.\n")
     assert said(theirs, "--questions=0")[2] == "error: --questions and --tokens must be at least 1."
-    assert said(folder)[2].startswith(f"error: {folder} cannot be loaded with transformers: ")
+    assert said(folder)[2] == f"error: {folder} holds no weights: neither *.safetensors, *.bin nor *.gguf."
     torn = shutil.copytree(theirs, tmp_path / "torn")
     (torn / "model.safetensors").write_bytes((theirs / "model.safetensors").read_bytes()[:-100])
-    assert said(torn)[2].startswith(f"error: {torn} cannot be loaded with transformers: ")
+    assert said(torn)[2].startswith(f"error: {torn}/model.safetensors ")
 
 
 # ---- Prompts and pictures --------------------------------------------------------------------------------------------
