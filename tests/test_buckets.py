@@ -86,6 +86,7 @@ def gs(tmp_path_factory):
         server.kill()
 
 
+@pytest.mark.slow  # a minute
 def test_from_files_to_a_trained_and_exported_model_in_a_bucket(gs, tmp_path):
     make(tmp_path, captions=1, conversations=GOOD)
     gs("-c", _UPLOAD, tmp_path)

@@ -129,6 +129,7 @@ def few(monkeypatch):
 
 
 @pytest.mark.usefixtures("few")
+@pytest.mark.slow  # a minute
 def test_what_does_not_fit_says_so_and_a_search_names_what_does(monkeypatch, capsys):
     def only(limit):
         for module in (report_module, search_module):

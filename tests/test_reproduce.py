@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # two minutes
 ROOT = pathlib.Path(__file__).parent.parent
 
 
