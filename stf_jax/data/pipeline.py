@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -87,11 +87,14 @@ class Prepare:
         """Of the tokenizer: two with the same one make the same tokens."""
         return hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
 
-    def measure(self, source: Sequence[Record], *, shown: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    def measure(
+        self, source: Sequence[Record], *, shown: bool = True, between: Callable[[], None] = lambda: None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and pictures of every record of a data set, int32 [R]; both 0 where it is unfit, pictures unseen.
 
         Args:
           shown: whether there is a progress bar.
+          between: is called now and then.
 
         Raises:
           UserError: none of the records that are looked at first can be used; says why the first cannot.
@@ -101,6 +104,7 @@ class Prepare:
         look = {"unit": "row", "delay": 2, "leave": False, "mininterval": 0.5, "disable": not shown}
         every = iter(tqdm.tqdm(range(len(source)), "measuring", **look))
         while indices := list(itertools.islice(every, _CHUNK)):
+            between()
             good, items = [], []
             for index in indices:
                 try:
@@ -188,13 +192,24 @@ class Batches:
       replaced: conversations that could not be used, of this host's share of the batches taken so far.
     """
 
-    def __init__(self, config: TrainConfig, source: Records, prepare: Prepare, *, host: int, hosts: int):
-        """Measures all conversations first.
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: Records,
+        prepare: Prepare,
+        *,
+        host: int,
+        hosts: int,
+        between: Callable[[], None] = lambda: None,
+    ):
+        """Measures all conversations first; meanwhile calls ``between`` now and then.
 
         Raises:
           UserError: as :class:`Plan` and :meth:`Prepare.measure` do, or this process and the others plan differently.
         """
-        measured = [prepare.measure(records, shown=host == 0) for records in source.sets]  # each is looked at
+        measured = [
+            prepare.measure(records, shown=host == 0, between=between) for records in source.sets
+        ]  # each is looked at
         lengths, pictures = (np.concatenate(counts) for counts in zip(*measured, strict=True))
         rows = config.global_batch_size
         self._source = source

@@ -1,6 +1,7 @@
 """Training, from a config to a trained model and its measurement: one page, read from top to bottom."""
 
 import contextlib
+import functools
 import math
 import time
 
@@ -69,11 +70,11 @@ def _train(config, workdir, measured, ends):
     prepare = Prepare(config.data, tokenizer, vision, slots_per_image(config.model))
     host = jax.process_index()
     share, shares = share_of_rows(mesh, host)
-    batches = Batches(config, source, prepare, host=share, hosts=shares)
+    reading = functools.partial(watchdog.comes_to, "data were read")
+    batches = Batches(config, source, prepare, host=share, hosts=shares, between=reading)
     steps = config.steps or batches.plan.steps(config.epochs)
 
     # ---- Model, optimizer, state -----------------------------------------------------------------------------------
-    watchdog.comes_to("the data were read")
     plan = generator.plan
     tx = make_optimizer(config.optimizer, steps)
     rate = learning_rate(config.optimizer, steps)

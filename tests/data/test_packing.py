@@ -190,7 +190,7 @@ class Known:
     def fingerprint(self):
         return "none"
 
-    def measure(self, source, *, shown):
+    def measure(self, source, *, shown, between):
         lengths = [len(self.known[source[i]].encoded.tokens) for i in range(len(source))]
         return np.array(lengths), np.array([len(self.known[source[i]].images) for i in range(len(source))])
 

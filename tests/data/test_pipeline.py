@@ -15,6 +15,7 @@ import pytest
 from tiny import preparation, tiny
 
 from stf_jax.config import UserError
+from stf_jax.data import pipeline
 from stf_jax.data.conversation import Encoded
 from stf_jax.data.packing import Batch, to_example
 from stf_jax.data.pipeline import Batches, Prepare, Records, training_records
@@ -46,7 +47,7 @@ class Numbers:
     def fingerprint(self):
         return "digits"
 
-    def measure(self, source, *, shown):
+    def measure(self, source, *, shown, between):
         return np.array([2 + source[i] * 7 % 5 for i in range(len(source))]), np.zeros(len(source), int)
 
     def __call__(self, number):
@@ -179,6 +180,14 @@ def test_tokenizers_are_told_apart_by_what_they_do(tmp_path):
     tokenizer.add_tokens(["zebra"])
     tokenizer.save_pretrained(folder)
     assert preparation(tiny(**{"data.tokenizer": str(folder)})).fingerprint() != one.fingerprint()
+
+
+def test_who_waits_for_the_measuring_hears_of_it(monkeypatch):
+    """So that a long one is not taken for one that hangs."""
+    monkeypatch.setattr(pipeline, "_CHUNK", 100)
+    config, heard = tiny(), []
+    Batches(config, training_records(config), preparation(config), host=0, hosts=1, between=lambda: heard.append(1))
+    assert len(heard) == 3  # of 256 records
 
 
 @PACKING
