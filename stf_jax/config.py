@@ -168,7 +168,7 @@ class FaultsConfig:
     skipped_updates: int = 10  # updates in a row that are skipped because a loss or gradient is not finite
     spike: float = 2.0  # times the median of the last 50 losses that one is logged for; 0: none is
     unsaved_steps: int = 0  # steps past the newest whole checkpoint while saving fails; 0: 2·checkpoint.every_steps
-    hang_seconds: float = 1800.0  # a step, a compilation, a save or a batch of questions may take; 0: for ever
+    hang_seconds: float = 1800.0  # a step, a save, some questions, reading the weights may take; 0: for ever
     host_seconds: int = 60  # that another host may be silent before it is taken for dead
 
 

@@ -258,7 +258,7 @@ def test_a_full_disk_is_borne_for_a_while_and_ends_with_a_sentence(disk):
         run.wait_for(lambda: max(saved(workdir)) > max(kept))
         fill()
         assert run.ends() == 1, run.said()
-    assert "make room" in run.said().splitlines()[-1]
+    assert "(No space left on device): mend that, by making room" in run.said().splitlines()[-1]
     assert "Traceback" not in run.said()
     newest = max(saved(workdir))
     filling.unlink()

@@ -78,7 +78,7 @@ def evaluate(
     if not active:
         collections.deque(said, maxlen=0)
         return {}
-    with contextlib.closing(GrowingFile(out / ANSWERS, kept)) as file:
+    with writing(out / ANSWERS), contextlib.closing(GrowingFile(out / ANSWERS, kept)) as file:
         for place, text in enumerate(said, start=done):
             kept.append(answer_line(questions[place], place, text, model))
             file.append(kept[-1])
@@ -107,7 +107,8 @@ def measure_all(
     ]
     generator.take(())  # training wants the memory
     if len(benchmarks) > 1 and jax.process_index() == 0:
-        write_json(out / RESULTS, results)
+        with writing(out / RESULTS):
+            write_json(out / RESULTS, results)
     return results
 
 

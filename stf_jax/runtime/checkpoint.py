@@ -1,6 +1,7 @@
 """Orbax checkpoints: state, data iterator and clock as one step, written while training goes on."""
 
 import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -24,8 +25,11 @@ from stf_jax.runtime.files import in_bucket
 
 _HALF = ".orbax-checkpoint-tmp"  # Orbax's mark of what is still being written
 _ATTEMPTS, _PAUSE = 3, 5.0  # to save the last step, and seconds between them
-_UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError, IndexError  # of Orbax and tensorstore
-_REFUSED = re.compile("PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|UNAUTHENTICATED")  # by a disk that has it
+UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError, IndexError  # of Orbax and tensorstore
+# Not of a checkpoint, but of the disk or bucket that it lies on.
+_REFUSED = re.compile("PERMISSION_DENIED|UNAUTHENTICATED")
+_AWAY = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|os_error_code='(5|12|23|24|110|116)'")
+_ERRNO_AWAY = errno.EIO, errno.ENOMEM, errno.ENFILE, errno.EMFILE, errno.ETIMEDOUT, errno.ESTALE
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +65,7 @@ class Checkpoints:
         self._whole = self.latest or 0  # the newest step that is known to be complete
         self._saving: int | None = None
         self._again: int | None = None  # when to try again
+        self._reason = ""
 
     def _open(self):
         if jax.process_index() == 0 and self._folder.exists():
@@ -105,7 +110,7 @@ class Checkpoints:
             failure = None
             try:
                 self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 failure = error
             if (last or failure) and self._settle(step, failure):
                 return
@@ -118,16 +123,16 @@ class Checkpoints:
             return True
         try:
             self._manager.wait_until_finished()
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             failure = failure or error
         saving, self._saving = self._saving, None
         if not hosts.any_says(failure is not None):
             self._whole, self._again = saving, None
             return True
-        with contextlib.suppress(*_UNREADABLE):
+        with contextlib.suppress(*UNREADABLE):
             self._manager.close()
         self._manager = self._open()  # which clears away what is half-written, and takes up room
-        reason = why(failure) if failure else "another host could not write"
+        self._reason = reason = why(failure) if failure else "another host could not write"
         self._again = step + max(1, self._config.every_steps // 10)
         self._tell("save_failed", saving, reason=reason, last=self._whole)
         if jax.process_index() == 0:
@@ -143,7 +148,8 @@ class Checkpoints:
 
     def _unsaved(self, step):
         return (
-            f"Step {step} cannot be saved in {self._folder}: make room there. Newest whole checkpoint: {self._name()}."
+            f"Step {step} cannot be saved in {self._folder} ({self._reason}): mend that, by making room where there is "
+            f"none. The newest whole checkpoint: {self._name()}."
         )
 
     def newest(self, layout: Any) -> tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]] | None:
@@ -154,7 +160,7 @@ class Checkpoints:
 
         Raises:
           UserError: all were damaged; or as :meth:`restore`.
-          TryAgain: this host has set one aside.
+          TryAgain: this host, of several, has set one aside; or as :meth:`restore`.
         """
         aside = None
         while (step := self.latest) is not None:
@@ -176,7 +182,8 @@ class Checkpoints:
 
         Raises:
           Damaged: something is not there, cannot be read, or is not what was written.
-          UserError: it is of another model; or the disk does not give it.
+          UserError: it is of another model, or may not be read.
+          TryAgain: the disk, or the bucket, does not answer as it should.
         """
         self._manager.wait_until_finished()
         trees = _trees(layout)
@@ -197,9 +204,11 @@ class Checkpoints:
         except (UserError, Damaged, MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # of many kinds, and some are no kind at all
-            reason = why(error)
+            place, reason = self._folder / str(step), why(error)
             if _REFUSED.search(str(error)) or isinstance(error, PermissionError):
-                raise UserError(f"Checkpoint {self._folder / str(step)} cannot be read now: {reason}") from None
+                raise UserError(f"Checkpoint {place} may not be read ({reason}); mend its permissions.") from None
+            if _AWAY.search(str(error)) or getattr(error, "errno", None) in _ERRNO_AWAY:
+                raise TryAgain(f"Checkpoint {place} cannot be read now ({reason}); start again later.") from None
             raise Damaged(reason) from error
 
     def _check_shapes(self, step, trees):
@@ -219,10 +228,10 @@ class Checkpoints:
         try:
             target.parent.mkdir(exist_ok=True)
             (self._folder / str(step)).rename(target)
-        except FileNotFoundError:
-            pass  # another host did
+        except FileNotFoundError:  # another host did
+            target = target.parent / str(step)
         except OSError as error:
-            raise UserError(f"{self._folder / str(step)} is damaged, and cannot be moved: {why(error)}") from None
+            raise UserError(f"{self._folder / str(step)} is damaged, and cannot be moved: {why(error)}.") from None
         self._tell("set_aside", step, folder=str(target), reason=reason)
         _log.warning("Checkpoint %d is damaged (%s), and was moved to %s.", step, reason, target)
         if jax.process_count() > 1:
@@ -239,8 +248,11 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, *_) -> None:
         """Closes; but where something failed that another host may have died of, for whom Orbax would wait."""
-        if kind is None or jax.process_count() == 1:
+        if kind is None:
             self.close()
+        elif jax.process_count() == 1:
+            with contextlib.suppress(*UNREADABLE):  # what was raised first is to be told
+                self.close()
 
 
 def _free(folder, name):

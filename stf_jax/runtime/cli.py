@@ -41,7 +41,7 @@ def door(main: Callable[[list[str]], None], argv: list[str] | None = None) -> in
         return hosts.leave(130)  # as shells have it
     except Exception as error:
         if hosts.lost(error):
-            print(f"error: {hosts.LOST}", file=sys.stderr)
+            print(f"error: {hosts.LOST} ({' '.join(str(error).split())[:300]}).", file=sys.stderr)
             return hosts.leave(TryAgain.status)
         hosts.leave(1)
         raise

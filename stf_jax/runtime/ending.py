@@ -1,6 +1,7 @@
 """How a run's process ends before its time: because it is told to (SIGTERM), or because nothing happens any more."""
 
 import collections
+import contextlib
 import faulthandler
 import os
 import pathlib
@@ -20,6 +21,7 @@ from stf_jax.config import Stopped, TryAgain
 from stf_jax.runtime.files import in_bucket
 from stf_jax.runtime.hosts import any_says
 
+_PATIENCE = 10  # seconds to write down what hangs
 _LAG = 2  # steps that the devices may be behind when it is asked what the hosts said
 
 
@@ -91,6 +93,7 @@ class Watchdog:
         """``seconds``: 0 for no such end. ``workdir``: gets what every thread was at."""
         self._seconds, self._workdir, self._ended = seconds, workdir, threading.Event()
         self._at, self._last = "the start", time.monotonic()
+        self._name = f"hang.host{jax.process_index()}.txt"
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
@@ -115,15 +118,20 @@ class Watchdog:
                 os._exit(TryAgain.status)
 
     def _stacks(self):
-        name = f"hang.host{jax.process_index()}.txt"
-        here = not in_bucket(self._workdir) and self._workdir.exists()
-        folder = pathlib.Path(self._workdir if here else tempfile.gettempdir())
-        try:
-            with (folder / name).open("w") as file:
+        """Where what all threads are at was written; not for long, for it may be the workdir's disk that hangs."""
+        written = []
+
+        def write():
+            here = not in_bucket(self._workdir) and self._workdir.exists()
+            path = pathlib.Path(self._workdir if here else tempfile.gettempdir()) / self._name
+            with contextlib.suppress(OSError), path.open("w") as file:
                 faulthandler.dump_traceback(file)
-        except OSError:
-            return "no file"
-        return folder / name
+                written.append(path)
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        writer.join(timeout=_PATIENCE)
+        return written[0] if written else "no file"
 
 
 def _say(sentence):

@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.runtime.files import in_bucket
+from stf_jax.runtime.files import in_bucket, writing
 
 NAME = "run.lock"
 _PATIENCE = 1.0  # seconds: a run that was killed may take as long to be gone
@@ -67,25 +67,30 @@ def holder(workdir: epath.Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _locked(path, note):
-    with pathlib.Path(path).open("a", encoding="utf-8") as file:
-        end = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise UserError(_refusal(path)) from None
-                time.sleep(0.05)
-            except OSError as error:
-                if error.errno not in _LOCKLESS:
-                    raise UserError(f"{path} cannot be locked: {error.strerror}.") from None
-                _log.warning("%s is on a disk without locks: see to it that no other run uses this workdir.", path)
-                break
-        file.truncate(0)
-        file.write(note)
-        file.flush()
+    with writing(path):
+        file = pathlib.Path(path).open("a", encoding="utf-8")  # noqa: SIM115
+    with file:
+        _lock(file, path)
+        with writing(path):
+            file.truncate(0)
+            file.write(note)
+            file.flush()
         yield
+
+
+def _lock(file, path):
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise UserError(_refusal(path)) from None
+            time.sleep(0.05)
+        except OSError as error:
+            if error.errno not in _LOCKLESS:
+                raise UserError(f"{path} cannot be locked: {error.strerror}.") from None
+            return _log.warning("%s is on a disk without locks: see that no other run uses this workdir.", path)
 
 
 @contextlib.contextmanager
@@ -106,7 +111,8 @@ def _renewed(path, note):
             with contextlib.suppress(Exception):  # of the bucket's library; the next one may come through
                 write(turn)
 
-    write(0)
+    with writing(path):
+        write(0)
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
     try:
@@ -125,8 +131,9 @@ def _renews(path):
     end = time.monotonic() + 2 * _RENEWED
     while time.monotonic() < end:
         time.sleep(_RENEWED / 10)
-        if _read(path) != before:
-            return _read(path) is not None
+        now = _read(path)
+        if now is not None and now != before:
+            return True
     return False
 
 

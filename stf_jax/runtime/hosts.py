@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from stf_jax.config import TryAgain, UserError
 
 _PATIENCE = 300  # seconds that a host waits for the others to start
-LOST = "Another host of the run was lost; start the same command again on all, and it goes on from the last checkpoint."
+LOST = "Another host of the run was lost, it seems; start the same command again on all, and it goes on"
 _GRACE = 5  # seconds that a host which failed leaves the others to fail likewise
 _LONGEST = 2000  # bytes of a sentence
 _OWN = re.compile("RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED|out of memory")  # of what jax raises, our doing
@@ -81,6 +81,8 @@ def join(
         if processes is None and isinstance(error, ValueError):
             return  # a TPU that is part of no pod
         reason = " ".join(str(error).split())[:200]
+        if coordinator and isinstance(error, jax.errors.JaxRuntimeError):  # by one who still waits for who was before
+            raise TryAgain(f"{who} was not let in by the others ({reason}); start again on all.") from None
         raise UserError(
             f"{who} cannot join the others ({reason}); say --coordinator=HOST:PORT, --processes=N and --process=I."
         ) from None
@@ -125,7 +127,7 @@ def leave(status: int) -> int:
     return status
 
 
-def _exit_after(seconds, sentence="", status=2):
+def _exit_after(seconds, sentence="", *, status):
     def end():
         print(sentence, end="\n" if sentence else "", file=sys.stderr, flush=True)
         os._exit(status)

@@ -11,7 +11,7 @@ import orbax.checkpoint.experimental.v1 as v1
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.runtime.checkpoint import absolute, read_sums, why
+from stf_jax.runtime.checkpoint import UNREADABLE, absolute, read_sums, why
 from stf_jax.runtime.checksum import checksum as device_checksum
 from stf_jax.runtime.checksum import host_checksum
 from stf_jax.runtime.files import fetched, in_bucket
@@ -44,7 +44,7 @@ class SavedParams:
             self._sums = read_sums(step)
         try:
             trees = [dict(ocp.StandardCheckpointHandler().metadata(item).tree) for item in self._items]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except UNREADABLE as error:
             raise UserError(f"The checkpoint in {folder} is damaged, {self._mend()}: {why(error)}.") from None
         self._where = {path: item for item, tree in zip(self._items, trees, strict=True) for path in tree}
         self.shapes = {

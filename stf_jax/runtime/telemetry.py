@@ -48,12 +48,14 @@ class Telemetry:
         began: float,
         active: bool,
         events: Events,
+        owed: bool = False,
     ):
         """Stands between all that is prepared and the first step.
 
         Args:
           first: the step to continue from, reached at ``clock``; later lines of metrics are dropped.
           began: ``time.monotonic()`` when this process turned to the run.
+          owed: whether the line of step ``first`` is still to be written.
           events: a run that has begun there is said to have ended or stopped.
 
         Raises:
@@ -79,7 +81,7 @@ class Telemetry:
         if not active:
             return
         self._say = enduring("The log")  # which may be on a full disk, too
-        self._writers = [(writer, enduring(writer.name)) for writer in open_writers(workdir, config, first)]
+        self._writers = [(writer, enduring(writer.name)) for writer in open_writers(workdir, config, first - owed)]
         # Where it would not be seen, it would fill a log file with carriage returns.
         self._bar = tqdm.tqdm(
             total=steps, initial=first, desc=self._name, unit="step", dynamic_ncols=True, mininterval=0.5, disable=None

@@ -24,7 +24,7 @@ from stf_jax.runtime.ending import Termination, Watchdog
 from stf_jax.runtime.files import write_json
 from stf_jax.runtime.hold import hold
 from stf_jax.runtime.hosts import by_first
-from stf_jax.runtime.journal import Events
+from stf_jax.runtime.journal import Events, writable
 from stf_jax.runtime.mesh import BATCH, check_batch, computing, make_mesh, share_of_rows
 from stf_jax.runtime.telemetry import START, Telemetry
 from stf_jax.training.optimizer import learning_rate, make_optimizer
@@ -53,10 +53,14 @@ def train(config: TrainConfig, workdir: epath.Path, measured: epath.Path) -> lis
       RunFailed, TryAgain, Stopped: the run ends before its last step (docs/OPERATIONS.md).
     """
     with contextlib.ExitStack() as ends:
-        return _train(config, workdir, measured, ends)
+        results, told = _train(config, workdir, measured, ends)
+    if told:
+        raise Stopped(f"Stopped by SIGTERM when {config.name} was done; what follows begins with the same command.")
+    return results
 
 
 def _train(config, workdir, measured, ends):
+    """The results, and whether SIGTERM came too late to stop before the last step."""
     # ---- Data ------------------------------------------------------------------------------------------------------
     began = time.monotonic()
     watchdog = ends.enter_context(Watchdog(config.faults.hang_seconds, workdir))
@@ -100,7 +104,8 @@ def _train(config, workdir, measured, ends):
             f"{sizes[0]:,} of {sizes[1]:,} parameters learn; {steps} steps of {config.global_batch_size} rows; "
             f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
         )
-        write_json(workdir / "config.json", to_json(config))
+        with writable(workdir):
+            write_json(workdir / "config.json", to_json(config))
 
     # ---- The step, compiled ----------------------------------------------------------------------------------------
     watchdog.comes_to("the weights were read")
@@ -131,8 +136,8 @@ def _train(config, workdir, measured, ends):
 
     # ---- The loop --------------------------------------------------------------------------------------------------
     first, results, owed = int(state.step), None, clock.pop("owed", None)
-    begin = dict(mesh=mesh, began=began, active=host == 0, events=events)
-    telemetry = ends.enter_context(Telemetry(workdir, config, steps, first, clock, **begin))
+    how = dict(mesh=mesh, began=began, active=host == 0, events=events, owed=bool(owed))
+    telemetry = ends.enter_context(Telemetry(workdir, config, steps, first, clock, **how))
     watch = Watch(config.faults, workdir, batches.records, events.add, telemetry.skipped)
     if first < steps or owed:
         events.add("begin", first, steps=steps, resumed=found is not None, changed=changed)
@@ -153,7 +158,8 @@ def _train(config, workdir, measured, ends):
             state, metrics = programs[shape](state, batch)
         telemetry.advance(step, int((read.segment_ids > 0).sum()), batches.replaced, flops[shape], metrics["loss"])
         watch.note(step, read, metrics)
-        stop, last, owed = termination.after_step(), step == steps, None
+        last, owed = step == steps, None
+        stop = termination.after_step() and not last
         measures = (
             benchmarks and not stop and (last or (config.eval.every_steps and step % config.eval.every_steps == 0))
         )
@@ -173,4 +179,5 @@ def _train(config, workdir, measured, ends):
         if stop:
             raise Stopped(f"Stopped by SIGTERM after step {step}, which is saved; the same command goes on from there.")
     # A run that had ended before has its answers already.
-    return measure(steps, state.params) if results is None else results
+    results = measure(steps, state.params) if results is None else results
+    return results, first < steps and termination.now()

@@ -35,7 +35,7 @@ def changes(config: TrainConfig, workdir: epath.Path) -> dict[str, tuple[Any, An
     """
     try:
         before = flatten(json.loads((workdir / "config.json").read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # or no object
         _log.warning("%s cannot be read, so changes of the config are not seen.", workdir / "config.json")
         return {}
     default, now = (flatten(json.loads(json.dumps(to_json(one)))) for one in (TrainConfig(), config))

@@ -93,15 +93,22 @@ class Watch:
 
     def _fail(self, step, batch, facts):
         folder = self._workdir / "failures" / f"step_{step}"
+        where = f"are in {folder}"
+        try:
+            self._dump(folder, step, batch, facts)
+        except OSError as error:
+            where = f"could not be written ({error.strerror or error})"
+        raise RunFailed(
+            f"Loss or gradients were not finite in {self._in_a_row} steps in a row (faults.skipped_updates="
+            f"{self._config.skipped_updates}), the last of them {step}: its batch and the ids of its records {where}. "
+            "Look at these, lower optimizer.learning_rate or set optimizer.clip_norm; the same command goes on from "
+            "the last checkpoint."
+        )
+
+    def _dump(self, folder, step, batch, facts):
         folder.mkdir(parents=True, exist_ok=True)
         with io.BytesIO() as file:
             np.savez(file, **{field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)})
             (folder / f"batch.host{jax.process_index()}.npz").write_bytes(file.getvalue())
         if jax.process_index() == 0:
             write_json(folder / "step.json", {"step": step, **facts, "records": self._records(step)})
-        raise RunFailed(
-            f"Loss or gradients were not finite in {self._in_a_row} steps in a row (faults.skipped_updates="
-            f"{self._config.skipped_updates}), the last of them {step}: its batch and the ids of its records are in "
-            f"{folder}. Look at these, lower optimizer.learning_rate or set optimizer.clip_norm; the same command goes "
-            "on from the last checkpoint."
-        )

@@ -1,6 +1,7 @@
 """Checkpoints that were damaged are noticed and set aside; a disk that is full ends no run that can still be saved."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import resource
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stf_jax.config import CheckpointConfig, FaultsConfig, RunFailed, UserError
+from stf_jax.config import CheckpointConfig, FaultsConfig, RunFailed, TryAgain, UserError
 from stf_jax.runtime import checkpoint
 from stf_jax.runtime.checkpoint import Checkpoints, Damaged
 from stf_jax.runtime.parameters import SavedParams
@@ -134,6 +135,31 @@ def test_a_run_whose_every_checkpoint_is_damaged_does_not_begin_anew(workdir):
     assert sorted(path.name for path in (workdir / "damaged").iterdir()) == ["1", "2"]
 
 
+REFUSALS = {
+    "a disk that fails": (OSError(errno.EIO, "Input/output error"), TryAgain, "cannot be read now"),
+    "too many files": (OSError(errno.EMFILE, "Too many open files"), TryAgain, "cannot be read now"),
+    "a bucket that is away": (ValueError("UNAVAILABLE: the bucket is away"), TryAgain, "start again later"),
+    "a disk that fails, to tensorstore": (ValueError("read: I/O error [os_error_code='5']"), TryAgain, "read now"),
+    "what may not be read": (ValueError("PERMISSION_DENIED: no"), UserError, "mend its permissions"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_be_read_now_is_not_taken_for_damage(workdir, case, monkeypatch):
+    """These faults cannot be caused here; Orbax passes them on as they come."""
+    error, raised, says = REFUSALS[case]
+
+    def restore(*_, **__):
+        raise error
+
+    with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", restore)
+        with pytest.raises(raised, match=rf"{workdir}/checkpoints/2 .*{says}"):
+            checkpoints.newest(_layout(_state()))
+        assert checkpoints.latest == 2
+    assert not (workdir / "damaged").exists()
+
+
 def test_another_model_is_not_taken_for_damage(workdir):
     layout = _layout(_state(size=301))
     with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
@@ -203,7 +229,9 @@ def test_a_run_that_cannot_be_saved_for_long_ends(tmp_path, told):
         _run(checkpoints, range(1, 11))
         with (
             _no_room(),
-            pytest.raises(RunFailed, match=r"Step 2[67] cannot be saved.*checkpoint: step 10.*unsaved_steps"),
+            pytest.raises(
+                RunFailed, match=r"Step 2[67] cannot be saved.*File too large.*checkpoint: step 10.*unsaved_steps"
+            ),
         ):
             _run(checkpoints, range(11, 100))
         assert checkpoints.latest == 10

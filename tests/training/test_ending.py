@@ -1,4 +1,4 @@
-"""SIGTERM while a run is measured: the measurement is given up, the step is saved, and what was owed is made up for."""
+"""SIGTERM while a run is measured, or comes to its end: nothing is lost, and what is owed is made up for."""
 
 import itertools
 import json
@@ -13,10 +13,12 @@ from started import ROOT, events, logged, saved
 from stf_jax.evals import running
 from stf_jax.main import main
 from stf_jax.runtime.cli import door
+from stf_jax.training import loop
 
 STEPS, MEASURED = 6, 3
+TINY = f"--config={ROOT}/tests/tiny.py:steps="
 ARGUMENTS = [
-    f"--config={ROOT}/tests/tiny.py:steps={STEPS}",
+    f"{TINY}{STEPS}",
     "--config.mesh.data=1",
     "--config.checkpoint.every_steps=100",
     "--config.eval.benchmarks=('scenes',)",
@@ -25,6 +27,34 @@ ARGUMENTS = [
     f"--config.eval.every_steps={MEASURED}",
 ]
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_sigterm_in_the_last_step_of_a_stage(tmp_path, monkeypatch, capsys, measured):
+    """The stage is done; where it ends in a measurement, that is for the next start."""
+    workdir, real, steps = tmp_path / "run", loop.Telemetry.advance, itertools.count(1)
+
+    def advance(*what):
+        if next(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        return real(*what)
+
+    monkeypatch.setattr(loop.Telemetry, "advance", advance)
+    rest = [argument for argument in ARGUMENTS[1:] if measured or "benchmarks" not in argument]
+    arguments = [f"{TINY}2", *rest, f"--workdir={workdir}"]
+    _ends(arguments, 143)
+    said = "after step 2, which is saved" if measured else "when train was done"
+    assert f"Stopped by SIGTERM {said}" in capsys.readouterr().err
+    assert saved(workdir) == [2]
+    assert [line["step"] for line in logged(workdir)] == ([1] if measured else [1, 2])
+    before = [(event["event"], event["step"]) for event in events(workdir)]
+    assert before == [("begin", 0), ("stopped" if measured else "end", 2)]
+    _ends(arguments, 0)
+    assert [line["step"] for line in logged(workdir)] == [1, 2]
+    assert ("scenes/accuracy" in logged(workdir)[1]) == (workdir / "results.json").exists() == measured
+    after = [(event["event"], event["step"]) for event in events(workdir)]
+    assert after == before + [("begin", 2), ("end", 2)] * measured
 
 
 @pytest.fixture
