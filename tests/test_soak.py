@@ -15,15 +15,19 @@ from stf_jax.main import main
 from stf_jax.runtime.cli import door
 
 pytestmark = [pytest.mark.slow, pytest.mark.soak]
+EVERY = 20
 MINUTES = float(os.environ.get("SOAK_MINUTES", 60))
 WARM = MINUTES / 4  # until every program is compiled, every buffer made and every cache full
-SLOPE, FILES = 60.0, 3  # MiB an hour, and files, that are taken for none
+# MiB that a save may leave behind. It should be none: tensorstore keeps half a one (docs/BENCHMARKS.md). A state that is
+# kept would be nine.
+KEPT = 1.0
+FILES = 3  # that are taken for none
 ARGUMENTS = [
     f"--config={ROOT}/configs/demo.py:stage=pretrain,steps=1000000",
     "--config.global_batch_size=4",
     "--config.mesh.data=1",
     "--config.mesh.fsdp=1",
-    "--config.checkpoint.every_steps=20",
+    f"--config.checkpoint.every_steps={EVERY}",
     "--config.eval.benchmarks=('scenes',)",
     "--config.eval.limit=4",
     "--config.eval.every_steps=50",
@@ -62,17 +66,19 @@ def test_an_hour_leaves_nothing_behind(tmp_path, record_property):
     lines = logged(tmp_path / "run")
     record_property("soak, minutes", f"{MINUTES:g}")
     record_property(
-        "soak, steps, saves, measurements", f"{lines[-1]['step']}, {lines[-1]['step'] // 20}, {lines[-1]['step'] // 50}"
+        "soak, steps, saves, measurements",
+        f"{lines[-1]['step']}, {lines[-1]['step'] // EVERY}, {lines[-1]['step'] // 50}",
     )
     record_property("soak, memory at the end of warm-up and at the end, MiB", f"{first:.0f}, {last:.0f}")
-    record_property("soak, slope of memory, MiB an hour", f"{slope:.1f}")
+    each = slope / (60 * lines[-1]["step"] / EVERY / MINUTES)
+    record_property("soak, slope of memory", f"{slope:.1f} MiB an hour, {each:.2f} MiB a save")
     record_property(
         "soak, open files and threads, least and most",
         f"{files.min():.0f}..{files.max():.0f}, {threads.min():.0f}..{threads.max():.0f}",
     )
     assert saved(tmp_path / "run")[-1] >= lines[-1]["step"]
     assert not left
-    assert slope < SLOPE
+    assert each < KEPT
     for counts in (files, threads):  # some come and go with each save
         first, last = np.array_split(counts, 2)
         assert np.median(last) <= np.median(first) + FILES
