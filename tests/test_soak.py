@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.soak]
 EVERY = 20
 MINUTES = float(os.environ.get("SOAK_MINUTES", 60))
 WARM = MINUTES / 4  # until every program is compiled, every buffer made and every cache full
-# MiB that a save may leave behind. It should be none, but tensorstore keeps half a one (docs/BENCHMARKS.md); a state that
-# is kept would be nine.
+# MiB that a save may leave behind. It should be none, but tensorstore keeps half a one (docs/BENCHMARKS.md); a state
+# that is kept would be nine.
 KEPT = 1.0
 FILES = 3  # that are taken for none
 ARGUMENTS = [
