@@ -96,22 +96,28 @@ def test_a_run_that_was_just_begun(tmp_path):
         assert told(tmp_path)[1:3] == ["  step         none is logged yet", "  checkpoints  none"]
 
 
-FATES = {
-    "ended": ([begin(), event("end", 10, 180)], "ended 3 h 0 min ago"),
-    "stopped": ([begin(), event("stopped", 6, 2, status=143)], "stopped 2 min ago at step 6, exit status 143"),
+FATES = {  # made when they are looked at, for they tell how long ago they were
+    "ended": (lambda: [begin(), event("end", 10, 180)], "ended 3 h 0 min ago"),
+    "stopped": (
+        lambda: [begin(), event("stopped", 6, 2, status=143)],
+        "stopped 2 min ago at step 6, exit status 143",
+    ),
     "dead": (
-        [begin(), event("spike", 3)],
+        lambda: [begin(), event("spike", 3)],
         "dead: it has not ended, and no process is at work on it; its command, given",
     ),
-    "dead after it was stopped": ([event("stopped", 6), begin(resumed=True)], "dead: it has not ended, and no"),
-    "older than events": ([], "no process is at work on it"),
+    "dead after it was stopped": (
+        lambda: [event("stopped", 6), begin(resumed=True)],
+        "dead: it has not ended, and no",
+    ),
+    "older than events": (list, "no process is at work on it"),
 }
 
 
 @pytest.mark.parametrize("fate", FATES)
 def test_a_run_that_is_not_at_work(fate, tmp_path):
     events, says = FATES[fate]
-    first, *rest = told(make(tmp_path, *events))
+    first, *rest = told(make(tmp_path, *events()))
     assert first.startswith(f"{tmp_path}: {says}")
     assert not any(line.startswith("  left") for line in rest)
 
