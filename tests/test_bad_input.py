@@ -749,7 +749,12 @@ PLAN = [
     planned("a price without end", ["--topology=h100:8", "--price-per-chip-hour=inf"], "--price-per-chip-hour"),
     planned("a mesh that the devices are not", ["--topology=h100:8", "--config.mesh.tensor=3"], "mesh.tensor"),
     planned("fewer records than none", ["--topology=h100:8", "--config.data.records=-1"], "data.records is -1"),
-    planned("a model that is none", ["--topology=h100:8", "--config.model.llm={here}"], "{here}", "vicuna-7b"),
+    planned(
+        "a model that is none",
+        ["--topology=h100:8", "--config.model.llm={here}"],
+        "Unknown preset model.llm=",
+        "{here}",
+    ),
 ]
 
 
