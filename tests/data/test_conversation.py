@@ -1,12 +1,11 @@
 """Conversations to tokens, against LLaVA's own way of doing it and that of each template's own models."""
 
-import collections
-
 import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from specials import special_counts
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -497,18 +496,6 @@ def sayable(text, tokenizer):
     if tokenizer.convert_tokens_to_ids("<|im_end|>") in (None, tokenizer.unk_token_id):
         return text
     return tokenizer.decode(tokenizer(text, split_special_tokens=True).input_ids)
-
-
-def special_counts(result, items, tokenizer):
-    """How often each special token stands outside of pictures, and how often it should."""
-    special = {token for token, what in tokenizer.added_tokens_decoder.items() if what.special}
-    found = collections.Counter(token for token in result.tokens[~result.is_image].tolist() if token in special)
-    expected = collections.Counter(tokenizer("").input_ids)
-    for item in items:
-        if isinstance(item, Control) or item is Mark.END:
-            token = tokenizer.eos_token if item is Mark.END else item.token
-            expected[tokenizer.convert_tokens_to_ids(token)] += 1
-    return found, expected
 
 
 @given(rounds=st.lists(st.tuples(NAMES, NAMES, st.integers(0, 2)), min_size=1, max_size=3))

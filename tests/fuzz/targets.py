@@ -5,7 +5,6 @@ Each target reads its bytes as a user's input would arrive: a file, or texts wit
 use them: hypothesis (test_fuzz.py, in every test run) and atheris (guided.py, which follows the code's coverage).
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -25,10 +24,11 @@ import numpy as np
 import PIL.Image
 import tokenizers
 from etils import epath
+from specials import special_counts
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError, from_json, resolve, to_json
-from stf_jax.data.conversation import TEMPLATES, Control, Mark, count_tokens, encode, stop_tokens, template_items
+from stf_jax.data.conversation import TEMPLATES, count_tokens, encode, stop_tokens, template_items
 from stf_jax.data.image import MOST_RATIO, open_image, read_image, to_square
 from stf_jax.data.llava import LlavaRecords, read_rows
 from stf_jax.data.records import IMAGE_MARK, REASONS, BadRow, Record, Turn
@@ -155,24 +155,14 @@ def conversation(data: bytes) -> None:
     assert count_tokens([items], tokenizer, SLOTS) == [len(result.tokens)]
     assert result.is_image.sum() == SLOTS * pictures
     assert not (result.is_image & result.learned).any()
-    _check_control_tokens(result, items, tokenizer)
+    found, expected = special_counts(result, items, tokenizer)
+    assert found == expected, "text became a control token"
     if "\u2581" in data.decode(errors="replace") and kind.endswith("llama"):
         return  # SentencePiece's own mark of a space, which cannot be told from one afterwards
     if template == "plain":
         _check_plain(result, turns, pictures, tokenizer)
     else:
         _check_chat(template, result, turns, tokenizer)
-
-
-def _check_control_tokens(result, items, tokenizer):
-    special = {token for token, what in tokenizer.added_tokens_decoder.items() if what.special}
-    found = collections.Counter(token for token in result.tokens[~result.is_image].tolist() if token in special)
-    expected = collections.Counter(tokenizer("").input_ids)
-    for item in items:
-        if isinstance(item, Control) or item is Mark.END:
-            token = tokenizer.eos_token if item is Mark.END else item.token
-            expected[tokenizer.convert_tokens_to_ids(token)] += 1
-    assert found == expected, "text became a control token"
 
 
 def _check_plain(result, turns, pictures, tokenizer):

@@ -1,0 +1,22 @@
+"""Special tokens of an encoded conversation, counted: those that stand there, and those that the template put there."""
+
+import collections
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerFast
+
+from stf_jax.data.conversation import Control, Encoded, Item, Mark
+
+
+def special_counts(
+    result: Encoded, items: Sequence[Item], tokenizer: PreTrainedTokenizerFast
+) -> tuple[collections.Counter, collections.Counter]:
+    """How often each special token stands outside of pictures, and how often it should."""
+    special = {token for token, what in tokenizer.added_tokens_decoder.items() if what.special}
+    found = collections.Counter(token for token in result.tokens[~result.is_image].tolist() if token in special)
+    expected = collections.Counter(tokenizer("").input_ids)
+    for item in items:
+        if isinstance(item, Control) or item is Mark.END:
+            token = tokenizer.eos_token if item is Mark.END else item.token
+            expected[tokenizer.convert_tokens_to_ids(token)] += 1
+    return found, expected
