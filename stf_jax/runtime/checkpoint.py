@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import pathlib
 import re
 import time
 import zlib
@@ -60,6 +61,7 @@ class Checkpoints:
         if in_bucket(workdir) and not os.fspath(workdir).startswith("gs://"):
             raise UserError(f"Orbax writes no checkpoints to {workdir}; give a gs:// or a local --workdir.")
         self._folder, self._config, self._tell = epath.Path(absolute(workdir)) / "checkpoints", config, tell
+        self._damaged = self._folder.parent / "damaged"
         self._most = faults.unsaved_steps or 2 * config.every_steps
         self._manager = self._open()
         self._whole = self.latest or 0  # the newest step that is known to be complete
@@ -162,18 +164,19 @@ class Checkpoints:
           UserError: all were damaged; or as :meth:`restore`.
           TryAgain: this host, of several, has set one aside; or as :meth:`restore`.
         """
-        aside = None
         while (step := self.latest) is not None:
             try:
                 found = self.restore(step, layout)
             except Damaged as error:
-                aside = self._set_aside(step, str(error))
+                self._set_aside(step, str(error))
                 continue
             self._whole = step
             return step, *found
-        if aside:
+        # Also those of an earlier start: a run that was trained for days does not begin anew in silence.
+        if self._damaged.exists() and any(self._damaged.iterdir()):
             raise UserError(
-                f"No checkpoint of this run can be read; they are in {aside.parent}. Start in another --workdir."
+                f"No checkpoint of this run can be read; they are in {self._damaged}. Start in another --workdir, or "
+                "move that folder away to begin anew here."
             )
         return None
 
@@ -224,12 +227,12 @@ class Checkpoints:
                     )
 
     def _set_aside(self, step, reason):
-        target = _free(self._folder.parent / "damaged", str(step))
+        target = _free(self._damaged, str(step))
         try:
-            target.parent.mkdir(exist_ok=True)
+            self._damaged.mkdir(exist_ok=True)
             (self._folder / str(step)).rename(target)
         except FileNotFoundError:  # another host did
-            target = target.parent / str(step)
+            target = self._damaged / str(step)
         except OSError as error:
             raise UserError(f"{self._folder / str(step)} is damaged, and cannot be moved: {why(error)}.") from None
         self._tell("set_aside", step, folder=str(target), reason=reason)
@@ -237,7 +240,6 @@ class Checkpoints:
         if jax.process_count() > 1:
             raise TryAgain(f"Checkpoint {step} was damaged; start the same command again, and it takes the one before.")
         self._manager.reload()
-        return target
 
     def close(self) -> None:
         """Waits for writes to finish."""
@@ -297,7 +299,7 @@ def _summing(whole):
     return jax.jit(lambda named: {name: checksum(leaf) for name, leaf in named.items()}, out_shardings=whole)
 
 
-def absolute(path):
+def absolute(path: epath.Path | pathlib.Path) -> epath.Path | pathlib.Path:
     """As Orbax wants paths; resolving would take a URI for the name of a folder here."""
     return path if in_bucket(path) else path.resolve()
 

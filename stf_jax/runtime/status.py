@@ -32,13 +32,15 @@ def status(workdir: epath.Path) -> str:
     """
     try:
         folders = _stages(workdir)
-        held = _holder(workdir)
-        if folders:
-            return "\n\n".join(_stage(folder, held or (folder != workdir and _holder(folder))) for folder in folders)
+        held = {path: _holder(path) for path in dict.fromkeys([workdir, *folders, *_entries(workdir)])}
+        told = [_stage(folder, held[folder]) for folder in folders]
+        told += [
+            f"{path}: {_running(who)}, and getting ready" for path, who in held.items() if who and path not in folders
+        ]
+        if told:
+            return "\n\n".join(told)
     except OSError as error:
         raise UserError(f"The workdir {workdir} cannot be read: {error.strerror or error}.") from None
-    if held:
-        return f"{workdir}: {_running(held)}, and getting ready"
     raise UserError(f"{workdir} is no workdir of a run, for it holds no config.json; give what --workdir was there.")
 
 
@@ -108,7 +110,7 @@ def _stage(folder, held):
 def _state(events, held):
     """Whether a process is at work on it, and what to say of that."""
     fate = next((event for event in reversed(events) if event["event"] in ("begin", "stopped", "end")), {})
-    # A process that holds several stages is done with one that has ended since.
+    # One that is held again since was started again.
     ended = fate.get("event") == "end" and not (held and _when(held["since"]) > _when(fate["time"]))
     if held and not ended:
         return True, _running(held)

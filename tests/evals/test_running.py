@@ -6,6 +6,7 @@ import re
 import jax
 import pytest
 from etils import epath
+from full import no_room
 from make_evals import Given
 
 from stf_jax.config import UserError
@@ -291,6 +292,17 @@ def test_very_many_labels_are_one_hash_of_all(tmp_path):
     assert len(other["sha256"]) == 64
     files.pop()
     assert [entry["file"] for entry in stated()] == [str(file) for file in files]
+
+
+def test_a_full_disk_keeps_the_answers_so_far(whole, tmp_path):
+    out = epath.Path(tmp_path) / "full"
+    full = len((whole / "answers.jsonl").read_bytes()) - 20
+    assert len((whole / "protocol.json").read_bytes()) < full
+    with no_room(full), pytest.raises(UserError, match=r"answers\.jsonl cannot be written: File too large"):
+        evaluate(given(), Parrot(), out, **SETTINGS)
+    assert (out / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()[:full]
+    evaluate(given(), Parrot(), out, **SETTINGS)
+    assert (out / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("way", ["evaluate", "score"])

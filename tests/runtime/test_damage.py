@@ -1,10 +1,8 @@
 """Checkpoints that were damaged are noticed and set aside; a disk that is full ends no run that can still be saved."""
 
-import contextlib
 import errno
 import os
 import pathlib
-import resource
 import shutil
 import time
 
@@ -12,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full import no_room
 
 from stf_jax.config import CheckpointConfig, FaultsConfig, RunFailed, TryAgain, UserError
 from stf_jax.runtime import checkpoint
@@ -130,9 +129,29 @@ def test_a_run_whose_every_checkpoint_is_damaged_does_not_begin_anew(workdir):
     for step in (1, 2):
         shutil.rmtree(workdir / "checkpoints" / str(step) / "trainable")
     said = rf"No checkpoint of this run can be read; they are in {workdir}/damaged"
-    with Checkpoints(workdir, CheckpointConfig()) as checkpoints, pytest.raises(UserError, match=said):
-        checkpoints.newest(_layout(_state()))
+    for _ in range(2):  # nor when the command is given again
+        with Checkpoints(workdir, CheckpointConfig()) as checkpoints, pytest.raises(UserError, match=said):
+            checkpoints.newest(_layout(_state()))
     assert sorted(path.name for path in (workdir / "damaged").iterdir()) == ["1", "2"]
+    (workdir / "damaged").rename(workdir / "moved")
+    with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+        assert checkpoints.newest(_layout(_state())) is None
+
+
+def test_of_several_hosts_each_that_finds_damage_ends(workdir, monkeypatch):
+    """The second finds it moved by the first. What each would go on from, the others do not know."""
+    told = []
+
+    def tell(kind, step, folder, reason):
+        told.append(folder)
+
+    with Checkpoints(workdir, CheckpointConfig(), tell=tell) as checkpoints, monkeypatch.context() as patch:
+        patch.setattr(checkpoint.jax, "process_count", lambda: 2)
+        for _ in range(2):
+            with pytest.raises(TryAgain, match="takes the one before"):
+                checkpoints._set_aside(2, "cut")
+    assert [path.name for path in (workdir / "damaged").iterdir()] == ["2"]
+    assert told == [str(workdir / "damaged" / "2")] * 2
 
 
 REFUSALS = {
@@ -172,17 +191,6 @@ def test_another_model_is_not_taken_for_damage(workdir):
 # ---- No room ---------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _no_room():
-    """Files of this process may not grow beyond a kilobyte: writing them fails, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.fixture
 def told(monkeypatch):
     monkeypatch.setattr(checkpoint, "_PAUSE", 0.0)
@@ -211,7 +219,7 @@ def _run(checkpoints, steps):
 def test_what_could_not_be_saved_is_saved_later(tmp_path, told, caplog):
     with _checkpoints(tmp_path, told) as checkpoints:
         assert _run(checkpoints, range(1, 11)) == [10]
-        with _no_room():
+        with no_room(1024):
             # Noticed a step later, and tried again after a tenth of the interval.
             assert _run(checkpoints, range(11, 24)) == [20, 22]
         assert checkpoints.latest == 10
@@ -228,7 +236,7 @@ def test_a_run_that_cannot_be_saved_for_long_ends(tmp_path, told):
     with _checkpoints(tmp_path, told, unsaved_steps=15) as checkpoints:
         _run(checkpoints, range(1, 11))
         with (
-            _no_room(),
+            no_room(1024),
             pytest.raises(
                 RunFailed, match=r"Step 2[67] cannot be saved.*File too large.*checkpoint: step 10.*unsaved_steps"
             ),
@@ -241,7 +249,7 @@ def test_a_run_that_cannot_be_saved_for_long_ends(tmp_path, told):
 def test_the_last_step_is_tried_again_and_then_given_up(tmp_path, told):
     with _checkpoints(tmp_path, told) as checkpoints:
         _run(checkpoints, range(1, 11))
-        with _no_room(), pytest.raises(RunFailed, match="Step 12 cannot be saved"):
+        with no_room(1024), pytest.raises(RunFailed, match="Step 12 cannot be saved"):
             checkpoints.save(12, _state(12, 5000), DATA, CLOCK, last=True)
         assert told == [("save_failed", 12, 10)] * 3
         checkpoints.save(12, _state(12, 5000), DATA, CLOCK, last=True)

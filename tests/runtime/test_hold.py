@@ -9,9 +9,12 @@ import sys
 
 import pytest
 from etils import epath
+from started import ROOT
 
 from stf_jax.config import UserError
+from stf_jax.main import main
 from stf_jax.runtime import hold as module
+from stf_jax.runtime.cli import door
 from stf_jax.runtime.hold import NAME, hold, holder
 
 HOLDS = """
@@ -56,6 +59,17 @@ def test_a_workdir_in_use_is_refused_until_its_process_is_gone(tmp_path):
     assert holder(workdir) is None
 
 
+def test_a_second_run_is_refused_and_clears_nothing_away(tmp_path, capsys):
+    """What is half-written in the workdir, the first is writing."""
+    half = tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    with hold(epath.Path(tmp_path)):
+        assert door(main, [f"--config={ROOT}/tests/tiny.py", f"--workdir={tmp_path}", "--config.mesh.data=1"]) == 2
+    assert "is in use by another run" in capsys.readouterr().err
+    assert half.exists()
+    assert not (tmp_path / "events.jsonl").exists()
+
+
 def test_a_run_that_was_just_killed_is_waited_for(tmp_path, monkeypatch):
     """As a launch script meets it, which starts again at once."""
     with _other(tmp_path) as process:
@@ -87,9 +101,9 @@ def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """A folder that is taken for a bucket, and notes renewed every tenth of a second."""
+    """A folder that is taken for a bucket, and notes renewed every half a second."""
     monkeypatch.setattr(module, "in_bucket", lambda path: True)
-    monkeypatch.setattr(module, "_RENEWED", 0.1)
+    monkeypatch.setattr(module, "_RENEWED", 0.5)
     return epath.Path(tmp_path)
 
 

@@ -131,15 +131,27 @@ def test_a_run_that_goes_on_is_at_work_from_its_first_second(kind, tmp_path):
 
 
 def test_stages_are_told_in_the_order_in_which_they_were_begun(tmp_path):
-    with hold(epath.Path(tmp_path)):
-        make(tmp_path / "pretrain", begin(), event("end", 10, minutes=-1))  # since that process began
-        make(tmp_path / "finetune", begin(1))
-        make(tmp_path / "evals" / "step_2")  # no stage
+    make(tmp_path / "pretrain", begin(), event("end", 10, 2))
+    make(tmp_path / "finetune", begin(1))
+    make(tmp_path / "evals" / "step_2")  # no stage
+    with hold(epath.Path(tmp_path / "finetune")):
         heads = [line for line in told(tmp_path) if line and not line.startswith(" ")]
-    assert [line.split(" since")[0] for line in heads] == [
-        f"{tmp_path}/pretrain: ended 0 s ago",
+    assert [re.split(" since| ago", line)[0] for line in heads] == [
+        f"{tmp_path}/pretrain: ended 2 min",
         f"{tmp_path}/finetune: running",
     ]
+
+
+def test_a_stage_that_reads_its_weights_is_getting_ready(tmp_path):
+    """The first, of which nothing is there yet, and the second beside it."""
+    with hold(epath.Path(tmp_path / "pretrain")):
+        (line,) = told(tmp_path)
+    assert re.fullmatch(rf"{tmp_path}/pretrain: running since .*, and getting ready", line)
+    make(tmp_path / "pretrain", begin(), event("end", 10))
+    with hold(epath.Path(tmp_path / "finetune")):
+        heads = [line for line in told(tmp_path) if line and not line.startswith(" ")]
+    assert heads[0].startswith(f"{tmp_path}/pretrain: ended")
+    assert re.fullmatch(rf"{tmp_path}/finetune: running since .*, and getting ready", heads[1])
 
 
 def test_each_stage_may_be_held_by_itself(tmp_path):

@@ -7,7 +7,6 @@ import logging
 import math
 import pathlib
 import re
-import resource
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 from etils import epath
+from full import no_room
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stf_jax.config import Stopped, UserError
@@ -331,17 +331,6 @@ def test_a_run_that_had_ended_before_is_not_said_to_end_again(tmp_path, monkeypa
 
 
 # ---- Writers ---------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def no_room(size):
-    """Meanwhile no file of this process can grow beyond that many bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's

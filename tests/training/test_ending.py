@@ -88,7 +88,12 @@ def test_a_measurement_that_is_given_up_is_made_up_for(tmp_path, capsys, request
     assert [line["step"] for line in logged(stopped)] == [1, 2]  # the third's line is owed as well
     assert not (stopped / "evals" / f"step_{MEASURED}" / "results.json").exists()
 
-    _ends([*ARGUMENTS, f"--workdir={stopped}"], 0)
+    answers = (stopped / "evals" / f"step_{MEASURED}" / "answers.jsonl").read_text().splitlines()
+    assert len(answers) == 8  # the batch at hand to its end
+
+    _ends([*ARGUMENTS, f"--workdir={stopped}", "--config.seed=1"], 2)
+    assert "cannot go on with a changed seed (was 0, now 1)" in capsys.readouterr().err
+    _ends([*ARGUMENTS, f"--workdir={stopped}", "--config.name=again"], 0)
     assert [line["step"] for line in logged(stopped)] == list(range(1, STEPS + 1))
     timed = ("second", "flops", "wait", "goodput")
     for line, expected in zip(logged(stopped), logged(whole), strict=True):
@@ -107,3 +112,4 @@ def test_a_measurement_that_is_given_up_is_made_up_for(tmp_path, capsys, request
         ("begin", MEASURED),
         ("end", STEPS),
     ]
+    assert events(stopped)[2]["changed"] == {"name": ["train", "again"]}

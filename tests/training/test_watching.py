@@ -72,9 +72,9 @@ class _Watched:
 
     def __init__(self, workdir, **faults):
         self.told, self.skipped = [], 0
-        self.watch = Watch(FaultsConfig(**faults), workdir, self._records, self._tell, self._skip)
+        self.watch = Watch(FaultsConfig(**faults), workdir, self._records, self._tell, self._skipped)
 
-    def _skip(self):
+    def _skipped(self):
         self.skipped += 1
 
     def _records(self, step):
@@ -110,6 +110,14 @@ def test_a_loss_that_leaps_is_told_once_with_its_records(tmp_path, caplog):
     assert [(kind, step) for kind, step, _ in watched.told] == [("spike", 40), ("spike", 60)]
     assert watched.told[0][2] == {"loss": pytest.approx(2.1), "usual": 1.0, "records": ["40a", "40b", "40c"]}
     assert "Step 60: loss 9.000, where 1.000 is usual; its records: 60a, 60b, 60c." in caplog.text
+
+
+def test_what_is_usual_is_so_of_late(tmp_path):
+    watched = _Watched(tmp_path, spike=2.0)
+    for step in range(1, 122):
+        watched.note(step, 10.0 if step <= 60 else 3.0 if step == 121 else 1.0)
+    watched.watch.catch_up()
+    assert [(kind, step) for kind, step, _ in watched.told] == [("spike", 121)]
 
 
 @pytest.mark.parametrize(("spike", "steps"), [(0.0, 80), (2.0, 20)])
