@@ -6,9 +6,10 @@ import sys
 from etils import epath
 
 from stf_jax.benches import decode as decode_bench
+from stf_jax.benches import fusion as fusion_bench
 from stf_jax.benches import input as input_bench
 from stf_jax.benches import plan as plan_bench
-from stf_jax.benches import train as train_bench
+from stf_jax.benches import step as step_bench
 from stf_jax.benches import weights as weights_bench
 from stf_jax.config import UserError
 from stf_jax.runtime.cli import Parser, door
@@ -22,9 +23,10 @@ def main(argv: list[str]) -> None:
     names = parser.add_subparsers(dest="name", required=True, parser_class=Parser)
     benches = {
         "decode": decode_bench,
+        "fusion": fusion_bench,
         "input": input_bench,
         "plan": plan_bench,
-        "train": train_bench,
+        "step": step_bench,
         "weights": weights_bench,
     }
     for name, bench in benches.items():

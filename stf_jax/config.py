@@ -226,6 +226,11 @@ _AT_LEAST_ONE = (
 )
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, for the middle of a sentence: in a line, not at length, without a full stop."""
+    return " ".join(str(error).split())[:200].strip(" .") or type(error).__name__
+
+
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """A clause that names the nearest known spelling, or lists what is known."""
     known = list(known)

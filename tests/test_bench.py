@@ -7,7 +7,7 @@ import pytest
 import tiny  # noqa: F401 (its presets)
 
 from stf_jax.bench import main
-from stf_jax.benches import decode, train
+from stf_jax.benches import decode, step
 from stf_jax.benches.made import make_export
 from stf_jax.benches.mixture import SOURCES, jpegs, lengths
 from stf_jax.config import FusionConfig, ModelConfig
@@ -66,14 +66,14 @@ def test_decode_asks_both_programs_the_same_of_an_export(fusion, tmp_path, monke
 
 @pytest.mark.usefixtures("torch_alone", "quick_to_compile")
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_train_takes_the_same_steps_on_both_sides(stage, tmp_path):
+def test_step_takes_the_same_steps_on_both_sides(stage, tmp_path):
     config = ModelConfig("clip-tiny", "llama-tiny", FusionConfig("mbtf_stf"), "float32", remat="full")
     export = tmp_path / "export"
     make_export(config, tmp_path / "made", export)
-    task = train.Task(
+    task = step.Task(
         str(tmp_path / "made"), str(export), stage, rows=2, text=12, steps=3, precision="float32", remat="full"
     )
-    ours, torchs = train.ours(task), train.in_torch(task)
+    ours, torchs = step.ours(task), step.in_torch(task)
     assert min(ours["step_ms"], torchs["step_ms"]) > 0
     # The same model, rows, optimizer and learning rate: so the same losses, before the first step and after each.
     assert len(ours["losses"]) == len(torchs["losses"]) == 4

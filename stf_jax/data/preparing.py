@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
-import fcntl
 import functools
 import hashlib
 import io
@@ -40,7 +39,8 @@ from stf_jax.data.llava import INFO, KEPT, read_rows
 from stf_jax.data.records import REASONS, BadRow, Record, read_row
 from stf_jax.data.report import Report, draw_histograms
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.runtime.files import in_bucket, move_in, new_text, read_json, write_json, writing
+from stf_jax.runtime.files import in_bucket, make_folder, move_in, new_text, read_json, write_json
+from stf_jax.runtime.hold import lock
 
 NAME = "llava"
 NOTES = "unfinished"  # folder of the shards' notes while a data set is being made
@@ -92,7 +92,7 @@ def prepare(options: Options) -> Report:
         raise UserError(f"The image folder {options.images} does not exist.")
     check_template(options.template, load_tokenizer(options.tokenizer) if options.tokenizer else None)
     plan = _plan(options)
-    _make_folder(out)
+    make_folder(out)
     with _held(out):
         return _prepare(options, plan, out, out / NOTES)
 
@@ -116,15 +116,10 @@ def _prepare(options, plan, out, notes):
     elif out.exists() and any(path.name != NOTES for path in out.iterdir()):  # a bucket's empty folder does not
         raise UserError(f"{options.out} exists and is not empty; choose another --out.")
     else:
-        _make_folder(notes)
+        make_folder(notes)
         write_json(notes / "plan.json", plan)
     _work(options, plan["shards"], notes)
     return _finish(options, plan, out, notes)
-
-
-def _make_folder(path):
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -135,12 +130,7 @@ def _held(out):
         return
     folder = os.open(out, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another run is writing {os.fspath(out)}; wait for it, or choose another --out.") from None
-        except OSError:
-            pass
+        lock(folder, out, lambda: f"Another run is writing {os.fspath(out)}; wait for it, or choose another --out.")
         yield
     finally:
         os.close(folder)

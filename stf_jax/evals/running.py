@@ -20,7 +20,7 @@ from stf_jax.evals.benchmark import Benchmark
 from stf_jax.evals.files import sha256
 from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.generator import GREEDY, Generator
-from stf_jax.runtime.files import GrowingFile, parse_json, write_json, writing
+from stf_jax.runtime.files import GrowingFile, make_folder, parse_json, write_json, writing
 from stf_jax.runtime.table import table
 
 ANSWERS, PROTOCOL, RESULTS = "answers.jsonl", "protocol.json", "results.json"
@@ -61,7 +61,7 @@ def evaluate(
     protocol["asking"] |= {"decoding": _decoding(benchmark, sampling), "rows": rows, "model": origin}
     questions, kept = benchmark.questions, []
     if active:
-        _make(out)
+        make_folder(out)
         kept = _kept(benchmark, out, model, protocol, afresh)
         if len(kept) < len(questions):
             # Whole batches, and so many that what is left makes one: a smaller one is another program, which may round
@@ -128,7 +128,7 @@ def score(benchmark: Benchmark, answers: epath.Path, out: epath.Path) -> Results
     rows = read_answers(answers)
     texts = answers_to(benchmark, rows, answers)
     models = sorted({str(row["model_id"]) for row in rows if row.get("model_id")})
-    _make(out)
+    make_folder(out)
     protocol = _scoring(benchmark) | {"answers": {"file": str(answers), "sha256": sha256(answers)}}
     return _report(benchmark, texts, out, ", ".join(models) or answers.name, protocol)
 
@@ -186,13 +186,6 @@ def _hashes(files):
         together = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
         return [{"files": len(files), "first": str(files[0]), "sha256": together}]
     return [{"file": file, "sha256": value} for file, value in hashes.items()]
-
-
-def _make(out):
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"The folder {out} cannot be made: {error.strerror or error}.") from None
 
 
 def _decoding(benchmark, sampling):

@@ -178,7 +178,7 @@ def _windows(x, k):
     return x.reshape(batch, height // k, k, width // k, k, channels)
 
 
-_FUSIONS: dict[str, tuple[bool, Callable]] = {  # name → (whether MBTF mixes all taps first, what makes the tokens)
+FUSIONS: dict[str, tuple[bool, Callable]] = {  # name → (whether MBTF mixes all taps first, what makes the tokens)
     "mlp": (False, Projector),
     "avg_pool": (False, AvgPool),
     "pixel_shuffle": (False, PixelShuffle),
@@ -189,9 +189,9 @@ _FUSIONS: dict[str, tuple[bool, Callable]] = {  # name → (whether MBTF mixes a
 
 
 def _parts(config):
-    if config.fusion not in _FUSIONS:
-        raise UserError(f"Config key model.fusion.fusion is {config.fusion!r}: {nearest(config.fusion, _FUSIONS)}")
-    return _FUSIONS[config.fusion]
+    if config.fusion not in FUSIONS:
+        raise UserError(f"Config key model.fusion.fusion is {config.fusion!r}: {nearest(config.fusion, FUSIONS)}")
+    return FUSIONS[config.fusion]
 
 
 class Fusion(nnx.Module):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import topologies
 
-from stf_jax.config import UserError, nearest
+from stf_jax.config import UserError, nearest, one_line
 from stf_jax.runtime.cost import CHIPS, chip_of
 
 _NEEDS = "pip install --no-deps -r requirements-plan.txt"
@@ -60,7 +60,7 @@ def described(name: str, slices: int = 1) -> list[jax.Device]:
         with _quiet():
             return (_tpus if tpu else _gpus)(kind, shape, slices)
     except jax.errors.JaxRuntimeError as error:  # the compiler's word on a layout that its chips do not have
-        raise UserError(f"--topology={name} cannot be described: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"--topology={name} cannot be described: {one_line(error)}.") from None
 
 
 def _installed(module):

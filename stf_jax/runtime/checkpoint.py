@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from stf_jax.config import CheckpointConfig, FaultsConfig, RunFailed, TrainConfig, TryAgain, UserError
+from stf_jax.config import CheckpointConfig, FaultsConfig, RunFailed, TrainConfig, TryAgain, UserError, one_line
 from stf_jax.runtime import hosts
 from stf_jax.runtime.checksum import checksum
 from stf_jax.runtime.files import in_bucket
@@ -263,11 +263,10 @@ def _free(folder, name):
     return next(folder / one for one in names if not (folder / one).exists())
 
 
-def why(error):
+def why(error: BaseException) -> str:
     """Why a read or a write failed, in a few words."""
-    text = " ".join(str(error).split())
-    system = re.search(r"([^:]+) \[os_error_code", text)  # tensorstore names every file on the way to it
-    return system[1].strip() if system else getattr(error, "strerror", None) or text[:120] or type(error).__name__
+    system = re.search(r"([^:]+) \[os_error_code", str(error))  # tensorstore names every file on the way to it
+    return system[1].strip() if system else getattr(error, "strerror", None) or one_line(error)
 
 
 def read_sums(step: epath.Path) -> dict[str, int]:

@@ -13,7 +13,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from stf_jax.config import RunFailed, Stopped, TryAgain, UserError, default_config, flatten, nearest
+from stf_jax.config import RunFailed, Stopped, TryAgain, UserError, default_config, flatten, nearest, one_line
 from stf_jax.runtime import hosts
 
 
@@ -35,15 +35,15 @@ def door(main: Callable[[list[str]], None], argv: list[str] | None = None) -> in
         main(sys.argv[1:] if argv is None else argv)
     except (UserError, RunFailed, TryAgain, Stopped) as error:
         print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
-        return hosts.leave(error.status)
-    except KeyboardInterrupt:
+        return hosts.leave(hosts.status_of(error))
+    except KeyboardInterrupt as error:
         print("Interrupted; the same command goes on where it was.", file=sys.stderr)
-        return hosts.leave(130)  # as shells have it
+        return hosts.leave(hosts.status_of(error))
     except Exception as error:
         if hosts.lost(error):
-            print(f"error: {hosts.LOST} ({' '.join(str(error).split())[:300]}).", file=sys.stderr)
-            return hosts.leave(TryAgain.status)
-        hosts.leave(1)
+            print(f"error: {hosts.LOST} ({one_line(error)}).", file=sys.stderr)
+            return hosts.leave(hosts.status_of(error))
+        hosts.leave(hosts.status_of(error))
         raise
     finally:
         log.handlers, log.propagate = [], True

@@ -109,7 +109,7 @@ def step_flops(model: ModelConfig, rules: tuple[tuple[str, str], ...], rows: int
       UserError: as :func:`stf_jax.training.state.blueprint` and :func:`stf_jax.training.state.trainable_paths` do.
     """
     shapes = blueprint(model).shapes
-    return _count(model, _Walk(shapes, trainable_paths(rules, shapes)), rows, length, pictures)
+    return _flops(_marks(model, _Walk(shapes, trainable_paths(rules, shapes)), rows, length, pictures))
 
 
 def forward_flops(model: ModelConfig, rows: int, length: int, pictures: int) -> Flops:
@@ -117,7 +117,15 @@ def forward_flops(model: ModelConfig, rows: int, length: int, pictures: int) -> 
 
     Reading prompts costs the same but for the head, which then reads one position a row, ``head // length``.
     """
-    return _count(model, _Walk(blueprint(model).shapes, ()), rows, length, pictures)
+    return _flops(_marks(model, _Walk(blueprint(model).shapes, ()), rows, length, pictures))
+
+
+def fusion_flops(model: ModelConfig, pictures: int) -> tuple[int, int]:
+    """Of the fusion alone: forward; and forward and backward, where it learns and nothing below it does."""
+    shapes = blueprint(model).shapes
+    learned = [path for path in shapes if path.startswith("fusion/")]
+    _, (before, _), (after, step), *_ = _marks(model, _Walk(shapes, learned), pictures, 1, 1)
+    return after - before, step - before
 
 
 def decode_flops(model: ModelConfig, rows: int, slots: int) -> int:
@@ -127,9 +135,15 @@ def decode_flops(model: ModelConfig, rows: int, slots: int) -> int:
     return forward_flops(model, rows, 1, 0).forward - one // 2 + one * slots
 
 
-def _count(model, walk, rows, length, pictures):
+def _flops(marks):
+    ends = [forward for forward, _ in marks]
+    return Flops(*(after - before for before, after in itertools.pairwise(ends)), step=marks[-1][1])
+
+
+def _marks(model, walk, rows, length, pictures):
+    """What was counted, forward and of a step, before the tower and after each part."""
     vision, llm = vision_preset(model.vision), llm_preset(model.llm)
-    images, parts = rows * pictures, [0]
+    images, marks = rows * pictures, [(0, 0)]
     if images:
         walk.passes("vision/patch_embed", positions=images * vision.grid**2)
         walk.passes("vision/class_token", "vision/position_embed", "vision/pre_norm")
@@ -137,25 +151,25 @@ def _count(model, walk, rows, length, pictures):
         for _ in range(max(tapped_blocks(model.fusion, vision.layers))):
             product = 2 * images * tokens**2 * vision.width
             walk.block("vision/blocks", vision.layers, images * tokens, product, (("up",), ("down",)))
-    parts.append(walk.forward)
+    marks.append((walk.forward, walk.step))
     if images:
         walk.passes("fusion/mbtf/first", positions=images * vision.grid**2)
         walk.passes("fusion/mbtf/second", positions=images * vision.grid**2)
         for layer in ("conv", "mix", "out", "first", "second", "projector/first", "projector/second"):
             walk.passes(f"fusion/tokens/{layer}", positions=images * slots_per_image(model))
-    parts.append(walk.forward)
+    marks.append((walk.forward, walk.step))
     walk.passes("llm/embedding")
     for _ in range(llm.layers):
         product = rows * length**2 * llm.heads * llm.head_dim  # 2·T²/2
         walk.block("llm/blocks", llm.layers, rows * length, product, (("gate", "up"), ("down",)))
     walk.passes("llm/norm")
-    parts.append(walk.forward)
+    marks.append((walk.forward, walk.step))
     if llm.tied:
         walk.product(2 * rows * length * llm.vocab * llm.width, walk.alive, "llm/embedding" in walk.learned)
     else:
         walk.passes("llm/head", positions=rows * length)
-    parts.append(walk.forward)
-    return Flops(*(after - before for before, after in itertools.pairwise(parts)), step=walk.step)
+    marks.append((walk.forward, walk.step))
+    return marks
 
 
 class _Walk:

@@ -73,6 +73,14 @@ def writing(path: epath.Path) -> Iterator[None]:
         raise UserError(f"{place} cannot be written: {error.strerror or error}.") from None
 
 
+def make_folder(path: epath.Path) -> None:
+    """Makes a folder, and those above it, where they are not there. Raises UserError where it cannot."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {path} cannot be made: {error.strerror or error}.") from None
+
+
 def move_in(local: pathlib.Path, path: epath.Path) -> None:
     """Moves a local file to where it belongs, which may be another disk or a bucket; it appears whole."""
     partial = path if in_bucket(path) else _partial(path)

@@ -11,13 +11,13 @@ import pathlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.runtime.files import in_bucket, writing
+from stf_jax.runtime.files import in_bucket, make_folder, writing
 
 NAME = "run.lock"
 _PATIENCE = 1.0  # seconds: a run that was killed may take as long to be gone
@@ -34,16 +34,13 @@ def hold(workdir: epath.Path) -> Iterator[None]:
     Raises:
       UserError: another run holds it, or it cannot be made.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"The workdir {workdir} cannot be made: {error.strerror or error}.") from None
+    make_folder(workdir)
     note = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     }
-    with (_renewed if in_bucket(workdir) else _locked)(workdir / NAME, json.dumps(note)):
+    with (_renewed if in_bucket(workdir) else _locked)(workdir / NAME, note):
         yield
 
 
@@ -70,27 +67,34 @@ def _locked(path, note):
     with writing(path):
         file = pathlib.Path(path).open("a", encoding="utf-8")  # noqa: SIM115
     with file:
-        _lock(file, path)
+        lock(file, path, lambda: _refusal(path))
         with writing(path):
             file.truncate(0)
-            file.write(note)
+            file.write(json.dumps(note))
             file.flush()
         yield
 
 
-def _lock(file, path):
+def lock(file: Any, path: epath.Path, refusal: Callable[[], str]) -> None:
+    """Locks what is open, for as long as it is; one who was just killed may still have it for a second.
+
+    Args:
+      file: a file, or its number.
+      path: what a message calls it.
+      refusal: gives the sentence to a UserError where another process has it.
+    """
     end = time.monotonic() + _PATIENCE
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > end:
-                raise UserError(_refusal(path)) from None
+                raise UserError(refusal()) from None
             time.sleep(0.05)
         except OSError as error:
             if error.errno not in _LOCKLESS:
                 raise UserError(f"{path} cannot be locked: {error.strerror}.") from None
-            return _log.warning("%s is on a disk without locks: see that no other run uses this workdir.", path)
+            return _log.warning("%s is on a disk without locks: see that no other run uses it.", path)
 
 
 @contextlib.contextmanager
@@ -102,7 +106,7 @@ def _renewed(path, note):
     ended = threading.Event()
 
     def write(turn):
-        path.write_text(json.dumps(json.loads(note) | {"renewed": turn}))
+        path.write_text(json.dumps(note | {"renewed": turn}))
 
     def renew():
         for turn in itertools.count(1):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from stf_jax.config import TryAgain, UserError
+from stf_jax.config import RunFailed, Stopped, TryAgain, UserError, one_line
 
 _PATIENCE = 300  # seconds that a host waits for the others to start
 LOST = "Another host of the run was lost, it seems; start the same command again on all, and it goes on"
@@ -80,7 +80,7 @@ def join(
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
         if processes is None and isinstance(error, ValueError):
             return  # a TPU that is part of no pod
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         if coordinator and isinstance(error, jax.errors.JaxRuntimeError):  # by one who still waits for who was before
             raise TryAgain(f"{who} was not let in by the others ({reason}); start again on all.") from None
         raise UserError(
@@ -110,10 +110,19 @@ def any_says(mine: bool) -> bool:
     return mine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(mine)).any())
 
 
-def lost(error: Exception) -> bool:
+def lost(error: BaseException) -> bool:
     """Whether an exception may come of another process of this run having gone: jax's, but for a few kinds."""
     several = jax.distributed.is_initialized() and jax.process_count() > 1
     return several and isinstance(error, jax.errors.JaxRuntimeError) and not _OWN.search(str(error))
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status of a process that raises it (docs/OPERATIONS.md)."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130  # as shells have it
+    if isinstance(error, (UserError, RunFailed, TryAgain, Stopped)):
+        return error.status
+    return TryAgain.status if lost(error) else 1
 
 
 def leave(status: int) -> int:

@@ -1,18 +1,17 @@
 """What a run writes down in its workdir, line by line: its logged steps, and what befell it."""
 
-import contextlib
 import datetime
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from etils import epath
 
-from stf_jax.config import UserError
-from stf_jax.runtime.files import GrowingFile
+from stf_jax.config import one_line
+from stf_jax.runtime.files import GrowingFile, writing
 
 METRICS, EVENTS, BOARD = "metrics.jsonl", "events.jsonl", "tensorboard"  # in the workdir
 _log = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ class Events:
         """Of hosts, only the ``active`` one writes. Raises UserError where the workdir cannot be written to."""
         self._file, self.restarts, self.under_way = None, 0, False
         if active:
-            with writable(workdir):
+            with writing(workdir):
                 before = read(workdir / EVENTS)
                 self._file = GrowingFile(workdir / EVENTS, [line for line, _ in before])
             self._try = enduring(EVENTS)
@@ -121,22 +120,6 @@ def read(path: epath.Path, end: int = 0) -> list[tuple[str, dict[str, Any]]]:
         if isinstance(value, dict):
             found.append((line, value))
     return found
-
-
-@contextlib.contextmanager
-def writable(workdir: epath.Path) -> Iterator[None]:
-    """In which files are begun that a run writes: what a disk or a bucket refuses then is a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"The workdir {workdir} cannot be written to: {error.strerror or error}; mend that, or give another."
-        ) from None
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, in a line and not at length."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def restarts(events: Iterable[Mapping[str, Any]]) -> int:

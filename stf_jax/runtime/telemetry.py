@@ -16,10 +16,10 @@ import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
 
-from stf_jax.config import TrainConfig, TryAgain
+from stf_jax.config import TrainConfig, one_line
 from stf_jax.runtime.cost import chip_of
-from stf_jax.runtime.hosts import lost
-from stf_jax.runtime.journal import BOARD, EVENTS, METRICS, Events, enduring, one_line
+from stf_jax.runtime.hosts import status_of
+from stf_jax.runtime.journal import BOARD, EVENTS, METRICS, Events, enduring
 from stf_jax.runtime.mesh import share_of_rows
 from stf_jax.runtime.profile import Profile
 from stf_jax.runtime.table import facts, span
@@ -98,7 +98,7 @@ class Telemetry:
             self._profile.end()
         if not self._active:
             return
-        status = _exit_status(error) if error else 0
+        status = status_of(error) if error else 0
         self._bar.close()
         for writer, attempt in self._writers:
             attempt(writer.close, status)
@@ -254,9 +254,3 @@ class Telemetry:
 def _when_ready(done):
     done.block_until_ready()
     return time.monotonic()
-
-
-def _exit_status(error):
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return getattr(error, "status", TryAgain.status if isinstance(error, Exception) and lost(error) else 1)

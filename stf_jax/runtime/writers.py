@@ -9,9 +9,9 @@ from typing import Protocol
 from etils import epath
 from tensorboard.summary import Writer as EventFile
 
-from stf_jax.config import TrainConfig, UserError, WandbConfig, to_json
-from stf_jax.runtime.files import in_bucket
-from stf_jax.runtime.journal import BOARD, Metrics, one_line, writable
+from stf_jax.config import TrainConfig, UserError, WandbConfig, one_line, to_json
+from stf_jax.runtime.files import in_bucket, writing
+from stf_jax.runtime.journal import BOARD, Metrics
 
 
 class Writer(Protocol):
@@ -31,7 +31,7 @@ def open_writers(workdir: epath.Path, config: TrainConfig, first: int) -> list[W
     Raises:
       UserError: the workdir cannot be written to; Weights & Biases does not take the run.
     """
-    with writable(workdir):
+    with writing(workdir):
         writers = [Metrics(workdir, first), Board(workdir)]
         return [*writers, Wandb(workdir, config)] if config.wandb.project else writers
 

@@ -21,10 +21,10 @@ from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.checkpoint import Checkpoints
 from stf_jax.runtime.cost import step_flops
 from stf_jax.runtime.ending import Termination, Watchdog
-from stf_jax.runtime.files import write_json
+from stf_jax.runtime.files import write_json, writing
 from stf_jax.runtime.hold import hold
 from stf_jax.runtime.hosts import by_first
-from stf_jax.runtime.journal import Events, writable
+from stf_jax.runtime.journal import Events
 from stf_jax.runtime.mesh import BATCH, check_batch, computing, make_mesh, share_of_rows
 from stf_jax.runtime.telemetry import START, Telemetry
 from stf_jax.training.optimizer import learning_rate, make_optimizer
@@ -104,7 +104,7 @@ def _train(config, workdir, measured, ends):
             f"{sizes[0]:,} of {sizes[1]:,} parameters learn; {steps} steps of {config.global_batch_size} rows; "
             f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
         )
-        with writable(workdir):
+        with writing(workdir):
             write_json(workdir / "config.json", to_json(config))
 
     # ---- The step, compiled ----------------------------------------------------------------------------------------

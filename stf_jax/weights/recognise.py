@@ -13,7 +13,7 @@ from typing import Any
 from flax import nnx
 from transformers import CONFIG_MAPPING
 
-from stf_jax.config import FusionConfig, UserError
+from stf_jax.config import FusionConfig, UserError, one_line
 from stf_jax.models.fusion import TAPS, Fusion, tapped_blocks, tokens_per_image
 from stf_jax.models.llm import Decoder, LLMConfig, RopeScaling
 from stf_jax.models.presets import VISION as VISION_PRESETS
@@ -130,8 +130,8 @@ def _full(kind, values):
         full = CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if key != "model_type"})
         sizes = [full.hidden_size, full.intermediate_size, full.num_hidden_layers, full.num_attention_heads]
     except Exception as error:  # whatever its checks raise, the file is at fault
-        reason = " ".join(str(error).split())[:200].strip(" .")
-        raise UserError(f"config.json does not describe a model of model_type {kind!r}: {reason}.") from None
+        said = one_line(error)
+        raise UserError(f"config.json does not describe a model of model_type {kind!r}: {said}.") from None
     eps = getattr(full, "rms_norm_eps", getattr(full, "layer_norm_eps", 0))
     if not 0 <= eps < 1:  # nor nan
         raise UserError(f"config.json does not describe a model of model_type {kind!r}: its norms add {eps}.")

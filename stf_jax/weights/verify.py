@@ -6,7 +6,7 @@ import pathlib
 import tqdm
 from safetensors import SafetensorError
 
-from stf_jax.config import MeshConfig, UserError
+from stf_jax.config import MeshConfig, UserError, one_line
 from stf_jax.evals.benchmark import WORD, Question
 from stf_jax.evals.scenes import held_out_questions
 from stf_jax.inference.loading import load_generator
@@ -59,8 +59,7 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit
             export, trust_remote_code=True, local_files_only=True, dtype=torch.float32
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split()).strip(".")
-        raise UserError(f"{export} cannot be loaded with transformers: {reason}.") from None
+        raise UserError(f"{export} cannot be loaded with transformers: {one_line(error)}.") from None
     pairs = []
     for question, answer in zip(tqdm.tqdm(asked, "PyTorch", unit="question"), ours, strict=True):
         turn = {

@@ -216,7 +216,7 @@ def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
     (tmp_path / "tfds" / "dataset_info.json").write_text("{}")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "report.json").write_text("{}")
-    with pytest.raises(UserError, match=r"file cannot be written: File exists\.$"):
+    with pytest.raises(UserError, match=r"file cannot be made: File exists\.$"):
         prepare(options(data[0], tmp_path / "file"))
     with pytest.raises(UserError, match="exists and is not empty"):
         prepare(options(data[0], tmp_path / "other"))
@@ -351,7 +351,7 @@ def test_workers_end_with_their_parent(data, tmp_path, end):
         ({"tokenizer": "miniature", "template": "chatml"}, r"needs the token <\|im_start\|>"),
         ({"tokenizer": "miniature", "template": "phi"}, r"Unknown data\.template='phi'"),
         ({"out": "."}, r"\. exists and is not empty"),
-        ({"out": "something/below"}, r"something/below cannot be written: Not a directory"),
+        ({"out": "something/below"}, r"The folder something/below cannot be made: Not a directory"),
     ],
 )
 def test_input_that_cannot_be_used_is_named(data, tmp_path, monkeypatch, changes, sentence):

@@ -82,7 +82,7 @@ CASES = {
     "Qwen2's biases": (config_of("qwen2-tiny"), (("llm/blocks/attention/query/bias", "train"), FREEZE), 0),
     "Qwen3's norms": (config_of("qwen3-tiny"), (("llm/blocks/attention/key_norm/.*", "train"), FREEZE), 0),
     "SigLIP": (config_of(vision="siglip-tiny"), ((".*", "train"),), 1),
-    **{name: (config_of(fusion=name), STAGE1, 1) for name in fusion._FUSIONS},
+    **{name: (config_of(fusion=name), STAGE1, 1) for name in fusion.FUSIONS},
 }
 
 

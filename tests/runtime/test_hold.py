@@ -90,7 +90,7 @@ def test_a_run_that_was_just_killed_is_waited_for(tmp_path, monkeypatch):
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with (
-        pytest.raises(UserError, match=r"workdir \S+/file/run cannot be made: Not a directory"),
+        pytest.raises(UserError, match=r"folder \S+/file/run cannot be made: Not a directory"),
         hold(epath.Path(tmp_path / "file" / "run")),
     ):
         pass

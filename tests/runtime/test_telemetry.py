@@ -292,9 +292,9 @@ def test_a_summary_ends_the_run(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "status", "reason"),
     [
-        (Stopped("Stopped by SIGTERM after step 2."), 143, "Stopped by SIGTERM after step 2."),
+        (Stopped("Stopped by SIGTERM after step 2."), 143, "Stopped by SIGTERM after step 2"),
         (KeyboardInterrupt(), 130, "KeyboardInterrupt"),
-        (ValueError("A bug\n of two lines."), 1, "A bug of two lines."),
+        (ValueError("A bug\n of two lines."), 1, "A bug of two lines"),
     ],
 )
 def test_a_run_that_stops_says_so_and_asks_no_other_host(error, status, reason, tmp_path, monkeypatch, capsys):
@@ -369,7 +369,7 @@ def test_a_log_on_a_full_disk_does_not_end_the_run_either(tmp_path, monkeypatch,
 
 def test_a_workdir_that_cannot_be_written_to_is_said_in_a_sentence(tmp_path):
     (tmp_path / "events.jsonl").mkdir()
-    with pytest.raises(UserError, match=rf"The workdir {tmp_path} cannot be written to: Is a directory; mend that"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/events.jsonl cannot be written: Is a directory"):
         Events(epath.Path(tmp_path), active=True)
 
 
@@ -424,7 +424,7 @@ def test_weights_and_biases_goes_on_with_the_same_run(tmp_path, monkeypatch, cap
     ).keys() - {"step"}
     assert stand_in.finished == [143, 0]
     assert [record.getMessage() for record in caplog.records if record.name.startswith("stf_jax")] == [
-        "Weights & Biases cannot be written (Its service has gone.); the run goes on."
+        "Weights & Biases cannot be written (Its service has gone); the run goes on."
     ] * 2
 
 

@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             task = json.dumps(dataclasses.asdict(Task(str(folder), str(export), stage, *same)))
             found = {}
             for program in ("ours", "torch", "torch, compiled"):
-                found[program] = measured(f"{stage}, {program}", ["-m", "stf_jax.benches.train", program, task])
+                found[program] = measured(f"{stage}, {program}", ["-m", "stf_jax.benches.step", program, task])
             for row in found.values():
                 row["times_torch"] = found["torch"]["step_ms"] / row["step_ms"]
                 rows.append({key: row[key] for key in ("what", *_FIGURES) if key in row})

@@ -1,0 +1,311 @@
+"""What MBTF and STF are compared with: other ways from the tower's states to image tokens, each from its paper.
+
+    name            tokens  layers
+    mlp             P       projector                                        LLaVA-1.5, arXiv 2310.03744
+    avg_pool        P/k²    k×k mean, projector
+    pixel_shuffle   P/k²    k×k patches side by side, projector
+    ldp_v2          P/k²    projector, k×k mean, depth-wise 3×3 beside it    MobileVLM V2, arXiv 2402.03766
+    c_abstractor    P/k²    3 blocks, k×k mean, 3 blocks, projector          Honeybee, arXiv 2312.06742
+    resampler       P/k²    learned queries through 6 blocks of attention    Honeybee, arXiv 2312.06742
+    token_packer    P/k²    a coarse query looks at its k×k patches, MLP     TokenPacker, arXiv 2407.02392
+
+All but token_packer read the deepest tap alone. Where an authors' program differs from its paper, it is followed, and
+the class says so. Their widths of 1024 are the tower's here, whatever it is. ``init`` is how layers and convolutions
+start; norms, learned queries and positions start as their papers' do.
+
+Axis letters: B pictures, P patches (a grid of g×g), N tokens out, C tower width, M taps, D language model width,
+H heads, Dh head size, L blocks.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stf_jax.config import FusionConfig
+from stf_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    apply_layers,
+    gelu,
+    initialisers,
+    normal,
+    parameter,
+    zeros,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What tokens are made of: states [B, side, side, taps·width], the deepest tap's channels first."""
+
+    side: int
+    width: int
+    taps: int
+
+    @property
+    def channels(self) -> int:
+        """Of all taps together."""
+        return self.taps * self.width
+
+
+class Projector(nnx.Module):
+    """LLaVA-1.5's ``mlp2x_gelu``, or with another activation: [..., C] → [..., D]."""
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: FusionConfig,
+        channels: int,
+        out: int,
+        activation: Callable[[jax.Array], jax.Array] = gelu,
+    ):
+        self.activation = activation
+        self.first = Linear(rngs, [(channels, "embed")], [(out, "mlp")], **initialisers(config.init, channels, out))
+        self.second = Linear(rngs, [(out, "mlp")], [(out, "embed")], **initialisers(config.init, out, out))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(self.activation(self.first(x)))
+
+
+class AvgPool(nnx.Module):
+    """The mean of each k×k window, then the projector: [B, g, g, C] → [B, g/k, g/k, D]."""
+
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
+        self.kernel = config.kernel
+        self.projector = Projector(rngs, config, grid.channels, out)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.projector(_pooled(x, self.kernel))
+
+
+class PixelShuffle(nnx.Module):
+    """The k² patches of each window side by side on channels, then the projector: [B, g, g, C] → [B, g/k, g/k, D]."""
+
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
+        self.kernel = config.kernel
+        self.projector = Projector(rngs, config, config.kernel**2 * grid.channels, out)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        windows = _windows(x, self.kernel).swapaxes(2, 3)
+        return self.projector(windows.reshape(*windows.shape[:3], -1))
+
+
+class LDPv2(nnx.Module):
+    """MobileVLM V2's second lightweight downsample projector: [B, g, g, C] → [B, g/k, g/k, D].
+
+    The projector at every patch, the mean of each window, and a depth-wise convolution added to that (positional
+    encoding generator, arXiv 2102.10882). Theirs pools to 12×12 whatever the grid, which for 24×24 is k = 2.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
+        self.kernel = config.kernel
+        self.projector = Projector(rngs, config, grid.channels, out)
+        self.position = DepthwiseConv(rngs, config, (out, "embed"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = _pooled(self.projector(x), self.kernel)
+        return x + self.position(x)
+
+
+class CAbstractor(nnx.Module):
+    """Honeybee's C-Abstractor: [B, g, g, C] → [B, g/k, g/k, D].
+
+    Learned positions [P, C] are added; L convolutional blocks, the mean of each window, L more, and a projector with
+    SiLU. The paper speaks of residual blocks; in the code they are those of RegNet-Y. Theirs reads the tower's last
+    block, and pools adaptively where k does not divide the grid.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
+        depth = config.depth or 3
+        self.kernel, self.layers = config.kernel, range(depth)
+        positions = [(grid.side**2, "position"), (grid.channels, "embed")]
+        self.position_embed = parameter(rngs, positions, normal(0.02))
+        self.before = ConvBlock(rngs, config, grid.channels, depth)
+        self.after = ConvBlock(rngs, config, grid.channels, depth)
+        self.projector = Projector(rngs, config, grid.channels, out, jax.nn.silu)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.position_embed[...].astype(x.dtype).reshape(x.shape[1:])
+        x = apply_layers(self.before, x, layers=self.layers, scan=False, remat="none")
+        x = apply_layers(self.after, _pooled(x, self.kernel), layers=self.layers, scan=False, remat="none")
+        return self.projector(x)
+
+
+class ConvBlock(nnx.Module):
+    """RegNet-Y's residual block (arXiv 2003.13678) as Honeybee sets it: [B, h, w, C] → [B, h, w, C].
+
+    1×1, depth-wise 3×3 (groups of one channel) and 1×1 convolutions without biases, each with a layer norm over the
+    channels of its place; SiLU; after the second, channels are weighed by what all places say (squeeze and excitation,
+    through C/4). Parameters of all blocks, a call with one block's.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, width: int, stack: int):
+        wide, inner, squeezed = (width, "embed"), (width, "mlp"), (round(width / 4), "mlp")
+        layer = {"stack": stack, "bias": False, **initialisers(config.init, width, width)}
+        down, up = (initialisers(config.init, *fans) for fans in ((width, squeezed[0]), (squeezed[0], width)))
+        self.first = Linear(rngs, [wide], [inner], **layer)
+        self.first_norm = LayerNorm(rngs, width, 1e-5, stack=stack)
+        self.depthwise = DepthwiseConv(rngs, config, inner, bias=False, stack=stack)
+        self.depthwise_norm = LayerNorm(rngs, width, 1e-5, stack=stack)
+        self.squeeze = Linear(rngs, [wide], [squeezed], stack=stack, **down)
+        self.excite = Linear(rngs, [squeezed], [wide], stack=stack, **up)
+        self.last = Linear(rngs, [inner], [wide], **layer)
+        self.last_norm = LayerNorm(rngs, width, 1e-5, stack=stack)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.nn.silu(self.first_norm(self.first(x)))
+        y = jax.nn.silu(self.depthwise_norm(self.depthwise(y)))
+        weights = self.excite(jax.nn.silu(self.squeeze(y.mean((1, 2)))))
+        y = y * jax.nn.sigmoid(weights)[:, None, None]
+        return jax.nn.silu(x + self.last_norm(self.last(y)))
+
+
+class DepthwiseConv(nnx.Module):
+    """A 3×3 convolution of each channel by itself, with zeros around: [B, h, w, C] → [B, h, w, C].
+
+    Nine shifted products, summed in float32: backends without a fast kernel for its gradients are many.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: FusionConfig,
+        channels: tuple[int, str],
+        *,
+        bias: bool = True,
+        stack: int | None = None,
+    ):
+        lead = [] if stack is None else [(stack, "layers")]
+        init = initialisers(config.init, 9, 9)
+        self.kernel = parameter(rngs, [*lead, (3, "window"), (3, "window"), channels], init["kernel_init"])
+        self.bias = parameter(rngs, [*lead, channels], init["bias_init"]) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        _, height, width, _ = x.shape
+        around = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
+        kernel = self.kernel[...]
+        y = sum(around[:, i : i + height, j : j + width] * kernel[i, j] for i in range(3) for j in range(3))
+        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+
+
+class Resampler(nnx.Module):
+    """The resampler that Honeybee compares with (mPLUG-Owl's, arXiv 2304.14178): [B, g, g, C] → [B, g/k, g/k, D].
+
+    As many learned queries as tokens look at the queries and the patches together, in L blocks: what Q-Formers
+    (BLIP-2, arXiv 2301.12597) do with attention among queries and attention to patches by turns, here at once, and
+    learned from scratch. Heads have 64 channels, or as many as divide both 64 and C. Queries start at zero, as in the
+    code; its dropout of attention (0.1) is left out.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
+        depth, width = config.depth or 6, grid.channels
+        self.side, self.layers = math.ceil(grid.side / config.kernel), range(depth)
+        self.enter = Linear(rngs, [(width, "channel")], [(width, "embed")], **initialisers(config.init, width, width))
+        self.queries = parameter(rngs, [(self.side**2, "position"), (width, "embed")], zeros)
+        self.blocks = ResamplerBlock(rngs, config, width, depth)
+        self.exit = Linear(rngs, [(width, "embed")], [(out, "mlp")], **initialisers(config.init, width, out))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, width = x.shape[0], x.shape[-1]
+        patches = self.enter(x.reshape(batch, -1, width))
+        queries = jnp.broadcast_to(self.queries[...].astype(x.dtype), (batch, self.side**2, width))
+        queries = apply_layers(self.blocks, queries, patches, layers=self.layers, scan=False, remat="none")
+        return self.exit(queries).reshape(batch, self.side, self.side, -1)
+
+
+class ResamplerBlock(nnx.Module):
+    """Queries [B, N, C] look at themselves and at patches [B, P, C], then a gated MLP (SwiGLU) with a norm inside.
+
+    What attention adds to are the queries behind their norm, not before it. Parameters of all blocks, a call with one
+    block's.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, width: int, stack: int):
+        wide, hidden = (width, "embed"), (4 * width, "mlp")
+        up, down = (initialisers(config.init, *fans) for fans in ((width, 4 * width), (4 * width, width)))
+        self.query_norm = LayerNorm(rngs, width, 1e-5, stack=stack)
+        self.patch_norm = LayerNorm(rngs, width, 1e-5, stack=stack)
+        self.attention = Attention(rngs, config, width, 64, stack=stack)
+        self.mlp_norm = LayerNorm(rngs, width, 1e-5, stack=stack)
+        self.gate = Linear(rngs, [wide], [hidden], stack=stack, **up)
+        self.up = Linear(rngs, [wide], [hidden], stack=stack, **up)
+        self.hidden_norm = LayerNorm(rngs, 4 * width, 1e-6, stack=stack)
+        self.down = Linear(rngs, [hidden], [wide], stack=stack, **down)
+
+    def __call__(self, queries: jax.Array, patches: jax.Array) -> jax.Array:
+        queries = self.query_norm(queries)
+        seen = jnp.concatenate([queries, self.patch_norm(patches)], axis=1)
+        x = queries + self.attention(queries, seen, seen)
+        y = self.mlp_norm(x)
+        return x + self.down(self.hidden_norm(jax.nn.silu(self.gate(y)) * self.up(y)))
+
+
+class TokenPacker(nnx.Module):
+    """TokenPacker's region-to-point injection: [B, g, g, M·C] → [B, g/k, g/k, D].
+
+    The deepest tap, made coarser bilinearly, gives one query a window, which looks at the window's k² patches, whose
+    keys and values two MLPs make of all taps. The paper's figure adds the query to what it found; the code does not.
+    Bilinearly, without smoothing, means that of each window the middle patch is taken, or the mean of the middle four.
+    Heads have 128 channels, or as many as divide both 128 and C. Theirs starts from N(0, 0.02²), cut off at ±2, as
+    ``init="normal"`` does.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
+        width, same = grid.width, initialisers(config.init, grid.width, grid.width)
+        self.kernel = config.kernel
+        self.coarse = Linear(rngs, [(width, "channel")], [(width, "embed")], bias=False, **same)
+        self.keys = Projector(rngs, config, grid.channels, width)
+        self.values = Projector(rngs, config, grid.channels, width)
+        self.query_norm = LayerNorm(rngs, width, 1e-6)
+        self.key_norm = LayerNorm(rngs, width, 1e-6)
+        self.value_norm = LayerNorm(rngs, width, 1e-6)
+        self.attention = Attention(rngs, config, width, 128)
+        self.projector = Projector(rngs, config, width, out)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width, k = self.coarse.inputs[0], self.kernel
+        middle = slice((k - 1) // 2, k // 2 + 1)
+        queries = _windows(x[..., :width], k)[:, :, middle, :, middle].mean((2, 4))
+        queries = self.query_norm(self.coarse(queries))
+
+        def in_windows(y):
+            return _windows(y, k).swapaxes(2, 3).reshape(-1, k * k, width)
+
+        keys, values = self.key_norm(self.keys(x)), self.value_norm(self.values(x))
+        found = self.attention(queries.reshape(-1, 1, width), in_windows(keys), in_windows(values))
+        return self.projector(found.reshape(queries.shape))
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with biases, softmax in float32: of [B, T, C] to keys and values [B, S, C].
+
+    Its heads have ``size`` channels, or as many as divide both that and C.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, width: int, size: int, *, stack: int | None = None):
+        wide, size = (width, "embed"), math.gcd(width, size)
+        heads = [(width // size, "heads"), (size, "head_dim")]
+        how = {"stack": stack, **initialisers(config.init, width, width)}
+        self.query = Linear(rngs, [wide], heads, **how)
+        self.key = Linear(rngs, [wide], heads, **how)
+        self.value = Linear(rngs, [wide], heads, **how)
+        self.out = Linear(rngs, heads, [wide], **how)
+
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        heads = self.query(query), self.key(key), self.value(value)
+        return self.out(jax.nn.dot_product_attention(*heads, implementation="xla"))
+
+
+def _windows(x, k):
+    """[B, g, g, C] → [B, g/k, k, g/k, k, C]."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // k, k, width // k, k, channels)
+
+
+def _pooled(x, k):
+    """The mean of each window: [B, g, g, C] → [B, g/k, g/k, C]."""
+    return _windows(x, k).mean((2, 4))
