@@ -7,7 +7,7 @@
 #
 # DEVICES: CPU devices to simulate (of each process); unset, jax takes the accelerators that it finds.
 # PROCESSES: as many, joined as those of several machines are. The first's output is shown, the others' kept in files;
-# when one fails, all end, with its exit status.
+# when one fails, all end, with the lowest of their statuses.
 # What is killed or crashes is started again by launch/restart.sh; there is RESTARTS. Ctrl-C saves the step and ends.
 set -euo pipefail
 if [[ ${1:-} == --help ]]; then
