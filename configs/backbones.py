@@ -7,10 +7,13 @@ from stf_jax.config import default_config, parse_arg
 
 
 def get_config(arg=None):
-    """Stages ``sentences``, ``text`` of text, ``shapes``, ``captions`` of pictures; ``scale`` multiplies the steps."""
-    arg = parse_arg(arg, scale=1.0)
+    """Stages ``sentences``, ``text`` of text, ``shapes``, ``captions`` of pictures; ``scale`` multiplies the steps.
+
+    ``vision=siglip-mini-16-96`` makes another tower for the language model that is there already, which stays as it is.
+    """
+    arg = parse_arg(arg, scale=1.0, vision="clip-mini-16-96")
     config = default_config()
-    config.model.update(vision="clip-mini-16-96", llm="llama-mini")
+    config.model.update(vision=arg.vision, llm="llama-mini")
     config.model.update(precision="float32", remat="none", scan_layers=False)
     config.model.fusion.fusion = "mlp"
     config.data.update(source="scenes", tokenizer="miniature", template="plain")
@@ -49,4 +52,9 @@ def get_config(arg=None):
     }
     for stage in ("shapes", "captions"):
         config.stages[stage].data.packing = True
+    if arg.vision != "clip-mini-16-96":
+        config.run = ("shapes", "captions")
+        config.stages = {stage: config.stages[stage] for stage in config.run}
+        config.stages.shapes.update(init_from="miniatures", init_missing=("(vision|fusion)/.*",))
+        config.rules = (("llm/.*", "freeze"), (".*", "train"))
     return config

@@ -5,7 +5,9 @@ import sys
 
 from etils import epath
 
+from stf_jax.benches import cost as cost_bench
 from stf_jax.benches import decode as decode_bench
+from stf_jax.benches import flops as flops_bench
 from stf_jax.benches import fusion as fusion_bench
 from stf_jax.benches import input as input_bench
 from stf_jax.benches import plan as plan_bench
@@ -22,7 +24,9 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m stf_jax.bench", description="Compare speed and memory.")
     names = parser.add_subparsers(dest="name", required=True, parser_class=Parser)
     benches = {
+        "cost": cost_bench,
         "decode": decode_bench,
+        "flops": flops_bench,
         "fusion": fusion_bench,
         "input": input_bench,
         "plan": plan_bench,

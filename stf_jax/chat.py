@@ -42,7 +42,8 @@ def main(argv: list[str]) -> None:
     if options.max_new_tokens < 1:
         raise UserError("--max-new-tokens must be at least 1.")
     pictures = [_open(file) for file in options.image]  # before anything is loaded, which takes a while
-    generator, _ = load_generator(options.checkpoint, make_mesh(MeshConfig(*options.mesh)), options.precision)
+    mesh, how = make_mesh(MeshConfig(*options.mesh)), (options.precision, options.reduce, options.keep)
+    generator, _ = load_generator(options.checkpoint, mesh, *how)
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     talk = Conversation(functools.partial(_say, generator, options.max_new_tokens, sampling), pictures)
     if options.prompt is not None:

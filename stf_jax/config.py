@@ -44,12 +44,14 @@ class Stopped(Exception):
 class FusionConfig:
     """How the tapped states of the vision tower become image tokens of the language model (models/fusion.py)."""
 
-    fusion: str = "mbtf_stf"  # mlp | avg_pool | pixel_shuffle | stf | mbtf | mbtf_stf
+    # mlp | avg_pool | pixel_shuffle | ldp_v2 | c_abstractor | resampler | token_packer | stf | mbtf | mbtf_stf
+    fusion: str = "mbtf_stf"
     taps: tuple[int, ...] = ()  # tower blocks, deepest first, 1-based (0: embedding); (): eight evenly spaced
-    kernel: int = 2  # patches a side that STF, avg_pool and pixel_shuffle merge into one token
+    kernel: int = 2  # patches a side that become one token; mlp and mbtf do not ask
     mbtf_hidden: int = 0  # channels between MBTF's two layers; 0: half of all tapped channels (8192 → 4096)
     mbtf_width: int = 0  # channels MBTF gives; 0: the tower's width (1024)
     stf_hidden: int = 0  # channels between STF's two layers; 0: 4·kernel²·its input width (16384)
+    depth: int = 0  # blocks of resampler, and of c_abstractor before its pooling and after; 0: their authors' 6 and 3
     variant: str = "code"  # code: what the authors' program computes | paper: what their figure draws
     init: str = "torch"  # torch | kaiming | xavier | normal
     pad_grid: bool = False  # pad a patch grid that the kernel does not divide, by zeros at the right and bottom
@@ -66,6 +68,8 @@ class ModelConfig:
     scan_layers: bool = True  # one compiled block looped over, or each layer written out
     remat: str = "full"  # what backward recomputes: none | dots (all but matrix products) | full
     attention: str = "auto"  # auto | reference | xla | cudnn | splash (models/attention.py)
+    reduce: str = ""  # when answering, untrained (models/selection.py): fastv | visionzip; "": nothing
+    keep: int = 0  # image tokens a picture that reduce leaves; 0: a quarter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +186,7 @@ class TrainConfig:
     epochs: float = 1.0  # passes over the data, where steps is 0
     global_batch_size: int = 256  # rows a step, over all devices and microbatches
     log_every_steps: int = 10  # steps between lines of metrics.jsonl
-    init_from: str = ""  # folders of weights or runs to start from, separated by commas; "miniatures": embedded
+    init_from: str = ""  # folders of weights or runs to start from, separated by commas; or "miniatures", embedded
     init_missing: tuple[str, ...] = ()  # patterns of parameters that start afresh; init_from must have all others
     rules: tuple[tuple[str, str], ...] = ((".*", "train"),)  # (pattern of parameter path, train | freeze), first wins
     model: ModelConfig = ModelConfig()
@@ -202,6 +206,7 @@ _CHOICES = {
     "model.precision": ("bfloat16", "float32"),
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "reference", "xla", "cudnn", "splash"),
+    "model.reduce": ("", "fastv", "visionzip"),
     "data.source": ("llava", "scenes"),
     "data.scenes.task": ("documents", "captions", "mixture", "conversations"),
     "data.aspect": ("square", "pad"),
@@ -395,6 +400,8 @@ def _validated(config):
         "model.fusion.mbtf_hidden",
         "model.fusion.mbtf_width",
         "model.fusion.stf_hidden",
+        "model.keep",
+        "model.fusion.depth",
         "data.images_per_row",
         "data.records",
         "optimizer.learning_rate",

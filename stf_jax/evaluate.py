@@ -68,7 +68,8 @@ def _results(options: argparse.Namespace, benchmarks, several):
         yield score(benchmarks[0], options.answers, options.out)
         return
     join(options.coordinator, options.processes, options.process)
-    generator, saved = load_generator(options.checkpoint, make_mesh(MeshConfig(*options.mesh)), options.precision)
+    mesh, how = make_mesh(MeshConfig(*options.mesh)), (options.precision, options.reduce, options.keep)
+    generator, saved = load_generator(options.checkpoint, mesh, *how)
     name = pathlib.Path(os.path.abspath(options.checkpoint)).name  # of "." as of any other
     origin = {"checkpoint": str(options.checkpoint), "step": saved.step}
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)

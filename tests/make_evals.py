@@ -37,10 +37,13 @@ class Given(Benchmark):
         return {"accuracy": sum(right) / len(right)}
 
 
-def make_model(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
-    """A tiny model of random weights as an import leaves it; what it says depends on what it sees."""
+def make_model(folder: pathlib.Path, seed: int = 0, **changes) -> pathlib.Path:
+    """A tiny model of random weights as an import leaves it; what it says depends on what it sees.
+
+    ``changes``: of the tiny config, by dotted keys.
+    """
     folder.mkdir()
-    config = tiny().model
+    config = tiny(**changes).model
     Description(vision_preset(config.vision), llm_preset(config.llm), config.fusion).save(folder)
     shutil.copytree(MINIATURE, folder / "tokenizer")
     write_params(folder, vivid(blueprint(config).shapes, seed).items())

@@ -28,7 +28,7 @@ _MAXTEXT = {
     ("v5p:2x2x4", 4): 11.14,
 }
 _CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-_TEXT = {
+TEXT = {
     "pretrain": 64,
     "finetune": 304,
     "prefill": 64,
@@ -55,11 +55,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = [] if options.no_mark else [_beside_maxtext(*at, mark) for at, mark in _MAXTEXT.items()]
     devices = described(options.topology)
     for what in ("pretrain", "finetune", "prefill"):
-        config = _recipe("finetune" if what == "prefill" else what, options.llm)
+        config = recipe("finetune" if what == "prefill" else what, options.llm)
         slower = None
         for fusion in ("mlp", "mbtf_stf"):
             model = dataclasses.replace(config.model, fusion=FusionConfig(fusion=fusion))
-            length = slots_per_image(model) + _TEXT[what]
+            length = slots_per_image(model) + TEXT[what]
             data = dataclasses.replace(config.data, max_length=length)
             changed = dataclasses.replace(config, model=model, data=data)
             found = report(changed, "prefill" if what == "prefill" else "train", devices)
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _beside_maxtext(topology, rows, mark):
     devices = described(topology)
-    config = dataclasses.replace(_recipe("finetune", "vicuna-7b"), global_batch_size=rows * len(devices))
+    config = dataclasses.replace(recipe("finetune", "vicuna-7b"), global_batch_size=rows * len(devices))
     found = report(config, "train", devices)
     sizes = collections.Counter()
     for path, leaf in blueprint(config.model).shapes.items():
@@ -96,7 +96,8 @@ def _beside_maxtext(topology, rows, mark):
     )
 
 
-def _recipe(name: str, llm: str) -> TrainConfig:
+def recipe(name: str, llm: str) -> TrainConfig:
+    """The config of that name in configs/, with another language model."""
     (config,) = resolve(parse([f"--config={_CONFIGS / name}.py:llm={llm}"], "", workdir=False)[1])
     return config
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from stf_jax.benches.made import make_export
+from stf_jax.benches.made import make_batch, make_export
 from stf_jax.benches.process import measured
 from stf_jax.config import (
     DataConfig,
@@ -24,7 +24,6 @@ from stf_jax.config import (
     TrainConfig,
     UserError,
 )
-from stf_jax.data.packing import Batch
 from stf_jax.models.presets import vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.cost import chip_of, step_flops
@@ -107,14 +106,6 @@ def _fusion(folder):
     return FusionConfig(**json.loads((pathlib.Path(folder) / "model.json").read_text())["fusion"])
 
 
-def _rows(config, text):
-    """Token ids [B, T], the picture's places first, and pictures uint8 [B, 1, H, W, 3]."""
-    rng, slots = np.random.default_rng(1), slots_per_image(config.model)
-    side = vision_preset(config.model.vision).image_size
-    tokens = rng.integers(3, 500, (config.global_batch_size, slots + text)).astype(np.int32)
-    return tokens, rng.integers(0, 256, (len(tokens), 1, side, side, 3), np.uint8), slots
-
-
 def _told(config, losses, seconds):
     """Figures of the steps: ``losses`` before each and after the last, and how long each took."""
     step = statistics.median(seconds)
@@ -129,13 +120,7 @@ def _told(config, losses, seconds):
 def ours(task: Task) -> dict[str, Any]:
     """Steps as training takes them, compiled before."""
     config = _config(task)
-    tokens, images, slots = _rows(config, task.text)
-    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    targets = np.concatenate([tokens[:, 1:], np.zeros_like(tokens[:, :1])], axis=1)
-    learned = (positions >= slots - 1) & (positions < tokens.shape[1] - 1)
-    taken = np.where(positions < slots, positions, -1)
-    batch = Batch(tokens, targets, learned, positions, np.ones_like(tokens), taken, images)
-
+    batch = make_batch(config)
     plan, mesh, tx = blueprint(config.model), make_mesh(config.mesh), make_optimizer(config.optimizer, task.steps)
     layout = state_layout(config, plan, tx, mesh)
     state = init_state(config, layout, tx, load_params(task.folder, layout.params, ()))
@@ -158,7 +143,7 @@ def in_torch(task: Task, compiled: bool = False) -> dict[str, Any]:
     from transformers import AutoModelForImageTextToText
 
     config, device = _config(task), "cuda" if torch.cuda.is_available() else "cpu"
-    tokens, images, slots = _rows(config, task.text)
+    batch, slots = make_batch(config), slots_per_image(config.model)
     how = {"trust_remote_code": True, "local_files_only": True, "attn_implementation": "sdpa"}
     model = AutoModelForImageTextToText.from_pretrained(task.export, dtype=torch.float32, **how).to(device)
     for name, parameter in model.named_parameters():
@@ -169,11 +154,11 @@ def in_torch(task: Task, compiled: bool = False) -> dict[str, Any]:
     if task.remat == "full":
         model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    ids = torch.tensor(tokens.astype(np.int64), device=device)
+    ids = torch.tensor(batch.tokens.astype(np.int64), device=device)
     labels = ids.masked_fill(torch.arange(ids.shape[1], device=device) < slots, -100)
     ids[:, :slots] = getattr(model.config, "image_token_id", None) or model.config.image_token_index
     vision = vision_preset(task.folder)
-    pixels = torch.tensor(images[:, 0].transpose(0, 3, 1, 2), device=device) / 255
+    pixels = torch.tensor(batch.images[:, 0].transpose(0, 3, 1, 2), device=device) / 255
     mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (vision.mean, vision.std))
     pixels = ((pixels - mean) / std).to(getattr(torch, task.precision))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stf_jax.models.layers import shard_rows
 from stf_jax.models.llm import Cache
+from stf_jax.models.selection import FULL_LAYERS
 from stf_jax.models.vlm import VLM
 from stf_jax.runtime.checksum import checksum
 from stf_jax.runtime.mesh import BATCH
@@ -50,8 +51,9 @@ class Sampling:
 class State:
     """Where a batch of answers stands. A row that is done says nothing but a stop token."""
 
-    cache: Cache  # [B, K, S, Dh], a pair a layer
+    cache: Cache  # [B, K, S, Dh], a pair a layer; S may be less after FULL_LAYERS
     lengths: jax.Array  # int32 [B], of the prompts
+    held: jax.Array  # int32 [B], what decoder layers after FULL_LAYERS hold of them
     said: jax.Array  # int32 [B, G]
     count: jax.Array  # int32: tokens said; the last of them is not in the cache yet
     done: jax.Array  # bool [B]
@@ -74,7 +76,7 @@ def places(mesh: Mesh) -> State:
     rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
     cache = NamedSharding(mesh, PartitionSpec(*BATCH, "tensor"))
     # What is said is whole on every host, for all of them decide alike when to end.
-    return State(cache, rows, said=whole, count=whole, done=whole)
+    return State(cache, rows, rows, said=whole, count=whole, done=whole)
 
 
 def programs(rules: Rules, plan: Blueprint, mesh: Mesh) -> tuple[Callable, Callable, Callable]:
@@ -129,40 +131,38 @@ def prefill(
 
     Args:
       room: G.
-      tokens: int32 [B, T]; what lies beyond a prompt is never looked at.
-      slots: int32 [B, T], as :meth:`stf_jax.models.vlm.VLM.embed` takes them.
-      lengths: int32 [B]; a row of none is done from the start.
-      images: uint8 [B, M, H, W, 3]; M may be 0.
+      tokens, slots, lengths, images: as :meth:`stf_jax.models.vlm.VLM.prefill` takes them; a row of none is done from
+        the start.
     """
     model = merged(plan, weights)
-    rows, length = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    image_tokens = model.image_tokens(images) if images.shape[1] else None
-    hidden, cache = model.llm.prefill(shard_rows(model.embed(tokens, slots, image_tokens)), positions)
-    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    last, cache, held = model.prefill(tokens, slots, lengths, images)
     first = choose(rules, model.llm.logits(last), sampling, jnp.int32(0))
-    said = jnp.full((rows, room), rules.stops[0], jnp.int32).at[:, 0].set(first)
-    return State(_longer(cache, room), lengths, said, jnp.int32(1), rules.ends(first) | (lengths == 0))
+    said = jnp.full((len(tokens), room), rules.stops[0], jnp.int32).at[:, 0].set(first)
+    return State(_longer(cache, room), lengths, held, said, jnp.int32(1), rules.ends(first) | (lengths == 0))
 
 
 def extend(rules: Rules, plan: Blueprint, weights: Weights, state: State, most: jax.Array, sampling: Sampling) -> State:
     """Says further tokens, until all rows are done or ``most`` (at most G) are said."""
     room = state.said.shape[1]
-    slots = jnp.arange(state.cache[0][0].shape[2])
-    length = len(slots) - room
-    prompts = slots < state.lengths[:, None]
+
+    def place(layer, last):
+        """The new token's slot in that layer, and the slots that it looks at."""
+        slots = jnp.arange(state.cache[layer][0].shape[2])
+        slot = len(slots) - room + last
+        held = state.lengths if layer < FULL_LAYERS else state.held
+        return slot, (slots < held[:, None]) | ((slots >= len(slots) - room) & (slots <= slot))
 
     def step(state: State) -> State:
         model = merged(plan, weights)
         last = state.count - 1
         token = jax.lax.dynamic_slice_in_dim(state.said, last, 1, axis=1)
-        filled = prompts | ((slots >= length) & (slots <= length + last))
         x = shard_rows(model.llm.embed(token, model.dtype))
-        hidden, cache = model.llm.extend(x, state.lengths[:, None] + last, state.cache, length + last, filled)
+        places = [place(layer, last) for layer in range(len(state.cache))]
+        hidden, cache = model.llm.extend(x, state.lengths[:, None] + last, state.cache, places)
         chosen = choose(rules, model.llm.logits(hidden[:, 0]), sampling, state.count)
         chosen = jnp.where(state.done, rules.stops[0], chosen)
         said = jax.lax.dynamic_update_slice(state.said, chosen[:, None], (0, state.count))
-        return State(cache, state.lengths, said, state.count + 1, state.done | rules.ends(chosen))
+        return State(cache, state.lengths, state.held, said, state.count + 1, state.done | rules.ends(chosen))
 
     return jax.lax.while_loop(lambda state: (state.count < most) & ~state.done.all(), step, state)
 

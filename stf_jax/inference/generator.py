@@ -23,7 +23,7 @@ from stf_jax.data.tokenizer import positions, unsayable
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Sampling, layerwise
 from stf_jax.models.presets import llm_preset, vision_preset
-from stf_jax.models.vlm import slots_per_image
+from stf_jax.models.selection import reduction
 from stf_jax.runtime.mesh import BATCH, computing, row_shards
 from stf_jax.training.state import blueprint
 
@@ -40,13 +40,14 @@ class Generator:
 
     Attributes:
       plan: the model's structure; :meth:`take` gives it weights.
-      slots: image tokens a picture.
+      slots: image tokens a picture in a prompt.
     """
 
     def __init__(self, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh, template: str, aspect: str):
         """``template``, ``aspect``: as ``config.data`` has them. Raises UserError where the tokenizer does not fit."""
         check_template(template, tokenizer)
-        self.plan, self.slots, self._model = blueprint(model), slots_per_image(model), model
+        self.plan, self._reduction, self._model = blueprint(model), reduction(model), model
+        self.slots = self._reduction.slots
         self._vision, vocab = vision_preset(model.vision), llm_preset(model.llm).vocab
         # <image> may lie beyond, as in exports: a picture's slots are never looked up, nor is it ever said.
         if any(token >= vocab for name, token in tokenizer.get_vocab().items() if name != IMAGE_MARK):
@@ -97,6 +98,10 @@ class Generator:
                 ahead = self._ready(pool, following, size) if following else None
                 yield from self._answer(*batch, limit, sampling, told)
 
+    def length(self, record: Record) -> int:
+        """Tokens of the prompt that asks it, image tokens among them. Raises BadRow as :meth:`answers` does."""
+        return len(self._prompt(record).tokens)
+
     def protocol(self, record: Record) -> dict[str, Any]:
         """How a conversation is put to the model, with that one as it reads it; and a fingerprint of the weights."""
         names = {Mark.IMAGE: IMAGE_MARK, Mark.END: self._tokenizer.eos_token}
@@ -104,6 +109,8 @@ class Generator:
         prompt = "".join(names.get(item) or (item.text if isinstance(item, Text) else item.token) for item in items)
         how = {"vision": self._model.vision, "fusion": self._model.fusion.fusion, "llm": self._model.llm}
         how |= {"template": self._template, "image_aspect_ratio": self._aspect, "image_tokens": self.slots}
+        if self._reduction.name:
+            how |= {"reduce": self._reduction.name, "keep": self._reduction.keep}
         return how | {"precision": self.plan.precision, "weights": self._fingerprint, "first_prompt": prompt}
 
     def _ready(self, pool, records, size) -> tuple[list[Encoded], list[list[Future]], int]:
@@ -162,7 +169,10 @@ class Generator:
         return self._tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens, skip_special_tokens=True).strip()
 
     def _arrays(self, prompts, pictures, size):
-        length, side = bucket(max(len(prompt.tokens) for prompt in prompts)), self._vision.image_size
+        most, side = max(map(len, pictures)), self._vision.image_size
+        # A row with fewer pictures than others has fewer tokens to drop, and is not to lose text for it.
+        spared = ((most - len(row)) * self._reduction.dropped for row in pictures)
+        length = bucket(max(len(prompt.tokens) + more for prompt, more in zip(prompts, spared, strict=True)))
         tokens, slots = np.zeros((size, length), np.int32), np.full((size, length), -1, np.int32)
         lengths = np.zeros(size, np.int32)
         for i, prompt in enumerate(prompts):
@@ -178,7 +188,6 @@ class Generator:
                     share[i, j] = future.result()
             return share
 
-        most = max(len(row) for row in pictures)
         arrays = [
             jax.make_array_from_callback(x.shape, self._rows, lambda index, x=x: x[index])
             for x in (tokens, slots, lengths)

@@ -11,18 +11,22 @@ from stf_jax.weights.exports import whole
 from stf_jax.weights.model import SavedModel, open_model
 
 
-def load_generator(checkpoint: epath.Path, mesh: Mesh, precision: str = "") -> tuple[Generator, SavedModel]:
+def load_generator(
+    checkpoint: epath.Path, mesh: Mesh, precision: str = "", reduce: str = "", keep: int = 0
+) -> tuple[Generator, SavedModel]:
     """The model in that folder on a mesh, and what it is.
 
     Args:
       precision: as ``config.model.precision``; empty: the run's own, bfloat16 for other folders.
+      reduce, keep: as ``config.model.reduce`` and ``keep``.
 
     Raises:
-      UserError: the folder holds no model, or one that lacks a part or its tokenizer.
+      UserError: the folder holds no model, or one that lacks a part or its tokenizer, or that cannot be reduced so.
     """
     saved = open_model(checkpoint)
     whole(saved, checkpoint)
-    config = dataclasses.replace(saved.config, precision=precision or saved.config.precision, remat="none")
+    how = dict(precision=precision or saved.config.precision, remat="none", reduce=reduce, keep=keep)
+    config = dataclasses.replace(saved.config, **how)
     what = saved.description
     generator = Generator(config, load_tokenizer(str(saved.tokenizer)), mesh, what.template, what.aspect)
     return generator.take(saved.restore(generator.plan.shardings(mesh))), saved

@@ -160,10 +160,23 @@ _QUERIES = 512  # at once, of longer rows
 
 
 def _xla(q, k, v, mask):
-    length = q.shape[1]
+    rows, length, heads, size = q.shape
+    kv_heads = k.shape[2]
+    # Heads first, and all query heads of a kv head below each other: so both products are of plain matrices, and scores
+    # are never copied into another layout (on a CPU, that and softmax would take longer than the products).
+    k, v = (x.swapaxes(1, 2) for x in (k, v))
 
     def some(queries, q):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask.dense(queries, length), implementation="xla")
+        groups = q.reshape(rows, len(queries), kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
+        stacked = groups.reshape(rows, kv_heads, -1, size)
+        scores = jnp.einsum("bkqd,bksd->bkqs", stacked, k, preferred_element_type=jnp.float32) * size**-0.5
+        allowed = mask.dense(queries, length)
+        if allowed is not None:
+            apart = scores.reshape(*groups.shape[:4], length)
+            scores = jnp.where(allowed[:, :, None], apart, -jnp.inf).reshape(scores.shape)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        read = jnp.einsum("bkqs,bksd->bkqd", weights, v).reshape(groups.shape)
+        return read.transpose(0, 3, 1, 2, 4).reshape(rows, len(queries), heads, size)
 
     if length <= 2 * _QUERIES:
         return some(jnp.arange(length), q)

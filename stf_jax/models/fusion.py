@@ -2,16 +2,20 @@
 
 **MBTF** (multi-block token fusion, arXiv 2506.07138) concatenates the taps on channels and mixes them with 1×1
 convolutions. **STF** (spatial token fusion) merges each k×k neighbourhood by a k×k convolution of stride k, then maps
-to the language model's width by a 1×1 convolution: 24×24 = 576 tokens become 144 for k = 2. Their rivals stand under
-the same interface.
+to the language model's width by a 1×1 convolution: 24×24 = 576 tokens become 144 for k = 2. Their rivals
+(models/rivals.py) stand under the same interface.
 
-    name            reads        tokens     layers
-    mlp             deepest tap  P          projector                          LLaVA-1.5 (arXiv 2310.03744)
-    avg_pool        deepest tap  P/k²       k×k mean, projector
-    pixel_shuffle   deepest tap  P/k²       k×k patches side by side, projector
-    stf             deepest tap  P/k²       STF
-    mbtf            all taps     P          MBTF, projector
-    mbtf_stf        all taps     P/k²       MBTF, STF                          the paper's
+    name            reads           tokens  layers
+    mlp             deepest tap     P       projector
+    avg_pool        deepest tap     P/k²    this and the next five: models/rivals.py
+    pixel_shuffle   deepest tap     P/k²
+    ldp_v2          deepest tap     P/k²
+    c_abstractor    deepest tap     P/k²
+    resampler       deepest tap     P/k²
+    token_packer    4 taps          P/k²
+    stf             deepest tap     P/k²    STF
+    mbtf            8 taps          P       MBTF, projector
+    mbtf_stf        8 taps          P/k²    MBTF, STF: the paper's
 
 ``variant="code"`` computes what the authors' program does: MBTF is linear-GELU-linear, STF is conv-GELU-linear.
 ``variant="paper"`` computes what their figure draws: a GELU after MBTF's second layer too, and in STF three
@@ -20,6 +24,7 @@ convolutions, each with a GELU, the first of which keeps all k²·C values of a 
 Axis letters: B pictures, P patches (a grid of g×g), N tokens out, C tower width, D language model width.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -29,7 +34,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from stf_jax.config import FusionConfig, UserError, nearest
-from stf_jax.models.layers import Init, Linear, StridedConv, gelu, normal, uniform, zeros
+from stf_jax.models.layers import Linear, StridedConv, gelu, initialisers
+from stf_jax.models.rivals import (
+    AvgPool,
+    CAbstractor,
+    Grid,
+    LDPv2,
+    PixelShuffle,
+    Projector,
+    Resampler,
+    TokenPacker,
+)
 from stf_jax.models.vit import VisionConfig
 
 TAPS = 8  # blocks that MBTF reads unless told otherwise
@@ -38,24 +53,29 @@ TAPS = 8  # blocks that MBTF reads unless told otherwise
 def tapped_blocks(config: FusionConfig, layers: int) -> tuple[int, ...]:
     """The blocks that this fusion reads, deepest first.
 
-    Where the config names none, eight evenly spaced ones: for CLIP-L's 24 layers 24, 21, …, 3. The authors' code takes
-    the last but one layer in place of the last (23, 21, …, 3), as LLaVA does, and so does ``variant="code"`` where that
-    layer is not among the eight already. A fusion of one tap reads the deepest.
+    Where the config names none, MBTF reads eight evenly spaced ones: for CLIP-L's 24 layers 24, 21, …, 3. The authors'
+    code takes the last but one layer in place of the last (23, 21, …, 3), as LLaVA does, and so does
+    ``variant="code"`` where that layer is not among the eight already. A fusion of one tap reads the deepest of these,
+    and TokenPacker that, the one before it, and two at about 2/3 and 1/2 of its depth (23, 22, 16, 12).
 
     Raises:
       UserError: taps that the tower does not have, or that are not in descending order.
     """
-    taps = config.taps
+    kind, taps = _kind(config), config.taps
     if not all(0 <= tap <= layers for tap in taps) or any(a <= b for a, b in itertools.pairwise(taps)):
         raise UserError(
             f"model.fusion.taps={taps} should name blocks of the tower, 0 to {layers}, each once, the deepest first."
         )
-    if not taps:
-        count = min(TAPS, layers)
-        taps = tuple(math.ceil(layers * i / count) for i in range(count, 0, -1))
-        if config.variant == "code" and layers - 1 not in taps:
-            taps = (layers - 1, *taps[1:])
-    return taps if _parts(config)[0] else taps[:1]
+    before_last = config.variant == "code" and layers - 1 not in _evenly(layers)
+    deepest = taps[0] if taps else layers - before_last
+    if kind.taps is None:
+        return (deepest,)
+    return taps or kind.taps(layers, deepest)
+
+
+def _evenly(layers):
+    count = min(TAPS, layers)
+    return tuple(math.ceil(layers * i / count) for i in range(count, 0, -1))
 
 
 def tokens_per_image(config: FusionConfig, grid: int) -> int:
@@ -64,7 +84,7 @@ def tokens_per_image(config: FusionConfig, grid: int) -> int:
     Raises:
       UserError: the kernel does not divide the grid and ``pad_grid`` is off.
     """
-    if not _parts(config)[1].merges:
+    if not _kind(config).merges:
         return grid * grid
     if grid % config.kernel and not config.pad_grid:
         fitting = [str(k) for k in range(1, grid + 1) if grid % k == 0]
@@ -73,23 +93,6 @@ def tokens_per_image(config: FusionConfig, grid: int) -> int:
             f"choose {', '.join(fitting)}, or set model.fusion.pad_grid=True to pad the grid with zeros."
         )
     return math.ceil(grid / config.kernel) ** 2
-
-
-def initialisers(name: str, fan_in: int, fan_out: int) -> dict[str, Init]:
-    """``kernel_init`` and ``bias_init`` of a layer, by the name of the scheme.
-
-    ``torch`` is how ``torch.nn.Linear`` and ``Conv2d`` start, weights and biases U(±1/√fan_in), and so how the
-    authors' layers do; ``kaiming`` is N(0, 2/fan_in), ``xavier`` U(±√(6/(fan_in + fan_out))), ``normal`` N(0, 0.02²),
-    these with biases at 0.
-    """
-    if name == "torch":
-        return {"kernel_init": uniform(fan_in**-0.5), "bias_init": uniform(fan_in**-0.5)}
-    kernel = {
-        "kaiming": normal((2 / fan_in) ** 0.5),
-        "xavier": uniform((6 / (fan_in + fan_out)) ** 0.5),
-        "normal": normal(0.02),
-    }[name]
-    return {"kernel_init": kernel, "bias_init": zeros}
 
 
 class MBTF(nnx.Module):
@@ -111,10 +114,8 @@ class MBTF(nnx.Module):
 class STF(nnx.Module):
     """Spatial token fusion: [B, g, g, C] → [B, g/k, g/k, D]."""
 
-    merges = True
-
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, channels: int, out: int):
-        k = config.kernel
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
+        k, channels = config.kernel, grid.channels
         window = k * k * channels
         hidden = config.stf_hidden or 4 * window
         self.paper = config.variant == "paper"
@@ -132,63 +133,47 @@ class STF(nnx.Module):
         return gelu(self.out(gelu(self.mix(x)))) if self.paper else self.out(x)
 
 
-class Projector(nnx.Module):
-    """LLaVA-1.5's ``mlp2x_gelu``: [..., C] → [..., D]."""
-
-    merges = False
-
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, channels: int, out: int):
-        self.first = Linear(rngs, [(channels, "embed")], [(out, "mlp")], **initialisers(config.init, channels, out))
-        self.second = Linear(rngs, [(out, "mlp")], [(out, "embed")], **initialisers(config.init, out, out))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.second(gelu(self.first(x)))
+def _each_patch(rngs, config, grid, out):
+    return Projector(rngs, config, grid.channels, out)
 
 
-class AvgPool(nnx.Module):
-    """The mean of each k×k window, then the projector: [B, g, g, C] → [B, g/k, g/k, D]."""
-
-    merges = True
-
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, channels: int, out: int):
-        self.kernel = config.kernel
-        self.projector = Projector(rngs, config, channels, out)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.projector(_windows(x, self.kernel).mean((2, 4)))
+def _spaced(layers, deepest):
+    """MBTF's taps: eight evenly spaced, but for the deepest."""
+    return (deepest, *_evenly(layers)[1:])
 
 
-class PixelShuffle(nnx.Module):
-    """The k² patches of each window side by side on channels, then the projector: [B, g, g, C] → [B, g/k, g/k, D]."""
-
-    merges = True
-
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, channels: int, out: int):
-        self.kernel = config.kernel
-        self.projector = Projector(rngs, config, config.kernel**2 * channels, out)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        windows = _windows(x, self.kernel).transpose(0, 1, 3, 2, 4, 5)
-        return self.projector(windows.reshape(*windows.shape[:3], -1))
+def _packed(layers, deepest):
+    """TokenPacker's: for CLIP-L's 24 blocks, of which LLaVA reads 23, theirs are 23, 22, 16 and 12."""
+    depths = (deepest, deepest - 1, round(16 / 23 * deepest), round(12 / 23 * deepest))
+    return tuple(sorted({max(depth, 0) for depth in depths}, reverse=True))  # fewer in a tower of three blocks
 
 
-def _windows(x, k):
-    """[B, g, g, C] → [B, g/k, k, g/k, k, C]."""
-    batch, height, width, channels = x.shape
-    return x.reshape(batch, height // k, k, width // k, k, channels)
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What is known of a fusion before it is built."""
+
+    tokens: Callable[..., nnx.Module]  # of (rngs, config, grid, D); takes [B, g, g, channels], gives [B, …, D]
+    mixes: bool = False  # MBTF makes one state of all taps first
+    taps: Callable[[int, int], tuple[int, ...]] | None = None  # of (layers, deepest); None: it reads one tap
+    merges: bool = True  # a token for k×k patches
+    windows: bool = True  # which are windows, so that a grid may have to be padded
 
 
-FUSIONS: dict[str, tuple[bool, Callable]] = {  # name → (whether MBTF mixes all taps first, what makes the tokens)
-    "mlp": (False, Projector),
-    "avg_pool": (False, AvgPool),
-    "pixel_shuffle": (False, PixelShuffle),
-    "stf": (False, STF),
-    "mbtf": (True, Projector),
-    "mbtf_stf": (True, STF),
+FUSIONS: dict[str, _Kind] = {
+    "mlp": _Kind(_each_patch, merges=False, windows=False),
+    "avg_pool": _Kind(AvgPool),
+    "pixel_shuffle": _Kind(PixelShuffle),
+    "ldp_v2": _Kind(LDPv2),
+    "c_abstractor": _Kind(CAbstractor),
+    "resampler": _Kind(Resampler, windows=False),
+    "token_packer": _Kind(TokenPacker, taps=_packed),
+    "stf": _Kind(STF),
+    "mbtf": _Kind(_each_patch, mixes=True, taps=_spaced, merges=False, windows=False),
+    "mbtf_stf": _Kind(STF, mixes=True, taps=_spaced),
 }
 
 
-def _parts(config):
+def _kind(config):
     if config.fusion not in FUSIONS:
         raise UserError(f"Config key model.fusion.fusion is {config.fusion!r}: {nearest(config.fusion, FUSIONS)}")
     return FUSIONS[config.fusion]
@@ -200,21 +185,26 @@ class Fusion(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, vision: VisionConfig, out: int):
         """``out`` is D. Raises UserError for an unknown name or a kernel that does not divide the grid."""
         tokens_per_image(config, vision.grid)
-        mixes, tokens = _parts(config)
-        self.grid = vision.grid
-        self.pad = -vision.grid % config.kernel if tokens.merges else 0
-        width = (mixes and config.mbtf_width) or vision.width
-        tapped = len(tapped_blocks(config, vision.layers)) * vision.width
-        self.mbtf = MBTF(rngs, config, tapped, width) if mixes else None
-        self.tokens = tokens(rngs, config, width, out)
+        kind = _kind(config)
+        self.side, self.merges = vision.grid, kind.merges
+        self.pad = -vision.grid % config.kernel if kind.windows else 0
+        grid = Grid(self.side + self.pad, vision.width, len(tapped_blocks(config, vision.layers)))
+        mixed = dataclasses.replace(grid, width=config.mbtf_width or vision.width, taps=1)
+        self.mbtf = MBTF(rngs, config, grid.channels, mixed.width) if kind.mixes else None
+        self.tokens = kind.tokens(rngs, config, mixed if kind.mixes else grid, out)
 
     def __call__(self, states: tuple[jax.Array, ...]) -> jax.Array:
-        """Image tokens [B, N, D], row by row, of tapped states, each [B, P, C], deepest first."""
+        """Image tokens [B, N, D], row by row, of tapped states, each [B, P, C], deepest first.
+
+        A fusion that does not merge patches takes any number of them.
+        """
         with jax.named_scope("fusion"):
             x = jnp.concatenate(states, axis=-1)
             if self.mbtf is not None:
                 x = self.mbtf(x)
-            x = x.reshape(x.shape[0], self.grid, self.grid, -1)
+            if not self.merges:
+                return self.tokens(x)
+            x = x.reshape(x.shape[0], self.side, self.side, -1)
             if self.pad:
                 x = jnp.pad(x, ((0, 0), (0, self.pad), (0, self.pad), (0, 0)))
             x = self.tokens(x)

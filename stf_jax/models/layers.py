@@ -46,6 +46,23 @@ def uniform(bound: float) -> Init:
     return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
+def initialisers(name: str, fan_in: int, fan_out: int) -> dict[str, Init]:
+    """``kernel_init`` and ``bias_init`` of a layer, by the name of the scheme.
+
+    ``torch`` is how ``torch.nn.Linear`` and ``Conv2d`` start, weights and biases U(±1/√fan_in), and so how the
+    authors' layers do; ``kaiming`` is N(0, 2/fan_in), ``xavier`` U(±√(6/(fan_in + fan_out))), ``normal`` N(0, 0.02²),
+    these with biases at 0.
+    """
+    if name == "torch":
+        return {"kernel_init": uniform(fan_in**-0.5), "bias_init": uniform(fan_in**-0.5)}
+    kernel = {
+        "kaiming": normal((2 / fan_in) ** 0.5),
+        "xavier": uniform((6 / (fan_in + fan_out)) ** 0.5),
+        "normal": normal(0.02),
+    }[name]
+    return {"kernel_init": kernel, "bias_init": zeros}
+
+
 def quick_gelu(x: jax.Array) -> jax.Array:
     """CLIP's approximation of GELU: x·σ(1.702 x)."""
     return x * jax.nn.sigmoid(1.702 * x)

@@ -12,7 +12,7 @@ F feed-forward, V vocabulary.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +110,7 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) of a layer → [B, T, H, Dh]
+Choose = Callable[[jax.Array, jax.Array], jax.Array]  # (q, k) of a layer → int32 [B, T'], positions for the next ones
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # for each layer keys and values, [B, K, S, Dh]
 
 
@@ -202,39 +203,60 @@ class Decoder(nnx.Module):
         def attend(q, k, v):
             return attention(q, k, v, mask, self.attention)
 
-        return self._read(x, positions, attend, scan=self.scan, remat=self.remat)
+        with jax.named_scope("llm"):
+            every = range(self.config.layers)
+            return self.norm(self._layers(x, positions, attend, every, scan=self.scan, remat=self.remat))
 
-    def prefill(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, Cache]:
-        """As a call without segments, but keeps each layer's keys and values, one slot a position (S = T)."""
-        cache = []
+    def prefill(
+        self, x: jax.Array, positions: jax.Array, after: int = 0, choose: Choose | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """As a call without segments, but keeps each layer's keys and values, one slot a position (S = T).
+
+        Args:
+          choose: is asked after so many layers which positions the others read; these see each other causally in the
+            order given. None: all do.
+
+        Returns:
+          Hidden states after the final norm of the positions that the last layer read, and the cache.
+        """
+        cache, seen = [], ()
 
         def attend(q, k, v):
+            nonlocal seen
             cache.append(tuple(_kept(y.swapaxes(1, 2)) for y in (k, v)))
+            seen = q, k
             return attention(q, k, v, Mask(causal=True), self.attention)
 
-        return self._read(x, positions, attend), tuple(cache)
+        with jax.named_scope("llm"):
+            if choose is not None:
+                x = self._layers(x, positions, attend, range(after))
+                chosen = choose(*seen)
+                positions = jnp.take_along_axis(positions, chosen, axis=1)
+                x = jnp.take_along_axis(x, chosen[:, :, None], axis=1)
+            x = self._layers(x, positions, attend, range(len(cache), self.config.layers))
+            return self.norm(x), tuple(cache)
 
     def extend(
-        self, x: jax.Array, positions: jax.Array, cache: Cache, slot: jax.Array, filled: jax.Array
+        self, x: jax.Array, positions: jax.Array, cache: Cache, places: Iterable[tuple[jax.Array, jax.Array]]
     ) -> tuple[jax.Array, Cache]:
-        """Reads one more token a row, which goes to that slot of the cache, the same in all rows.
+        """Reads one more token a row, which goes to one slot of a layer's cache, the same in all rows.
 
         Where a key lies says nothing of its position, which was turned into it; so rows may have gaps.
 
         Args:
           x: [B, 1, D] embeddings.
           positions: int32 [B, 1].
-          cache: of S slots.
-          slot: int32, below S.
-          filled: bool [B, S], the slots to look at, the new one included.
+          cache: of S slots, which need not be as many in all layers.
+          places: for each layer the slot, int32, below S, and the slots to look at, bool [B, S], the new one included.
 
         Returns:
           Hidden states [B, 1, D] after the final norm, and the cache.
         """
-        before, after = iter(cache), []
+        before, after = zip(cache, places, strict=True), []
 
         def attend(q, k, v):
-            pair = zip(next(before), (k, v), strict=True)
+            held, (slot, filled) = next(before)
+            pair = zip(held, (k, v), strict=True)
             keys, values = (
                 jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, slot, 0))
                 for old, new in pair
@@ -242,14 +264,12 @@ class Decoder(nnx.Module):
             after.append((_kept(keys), _kept(values)))
             return cached_attention(q, keys, values, filled)
 
-        return self._read(x, positions, attend), tuple(after)
-
-    def _read(self, x, positions, attend, scan=False, remat="none"):
         with jax.named_scope("llm"):
-            cos, sin = rope_angles(self.config, positions)
-            every = range(self.config.layers)
-            x = apply_layers(self.blocks, x, cos, sin, attend, layers=every, scan=scan, remat=remat)
-            return self.norm(x)
+            return self.norm(self._layers(x, positions, attend, range(self.config.layers))), tuple(after)
+
+    def _layers(self, x, positions, attend, layers, scan=False, remat="none"):
+        cos, sin = rope_angles(self.config, positions)
+        return apply_layers(self.blocks, x, cos, sin, attend, layers=layers, scan=scan, remat=remat)
 
     @property
     def head_kernel(self) -> jax.Array:

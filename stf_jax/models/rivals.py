@@ -9,9 +9,9 @@
     resampler       P/k²    learned queries through 6 blocks of attention    Honeybee, arXiv 2312.06742
     token_packer    P/k²    a coarse query looks at its k×k patches, MLP     TokenPacker, arXiv 2407.02392
 
-All but token_packer read the deepest tap alone. Where an authors' program differs from its paper, it is followed, and
-the class says so. Their widths of 1024 are the tower's here, whatever it is. ``init`` is how layers and convolutions
-start; norms, learned queries and positions start as their papers' do.
+All but token_packer read the deepest tap alone, the same for all, whichever block their authors take. The last four
+compute what the authors' published programs do. What is 1024 channels wide there, as CLIP-L, is as wide as the tower
+here. ``init`` is how layers and convolutions start; norms, learned queries and positions start as the authors' do.
 
 Axis letters: B pictures, P patches (a grid of g×g), N tokens out, C tower width, M taps, D language model width,
 H heads, Dh head size, L blocks.
@@ -36,6 +36,8 @@ from stf_jax.models.layers import (
     parameter,
     zeros,
 )
+
+DEPTHS = {"c_abstractor": 3, "resampler": 6}  # blocks, where the config does not say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +116,13 @@ class LDPv2(nnx.Module):
 class CAbstractor(nnx.Module):
     """Honeybee's C-Abstractor: [B, g, g, C] → [B, g/k, g/k, D].
 
-    Learned positions [P, C] are added; L convolutional blocks, the mean of each window, L more, and a projector with
-    SiLU. The paper speaks of residual blocks; in the code they are those of RegNet-Y. Theirs reads the tower's last
-    block, and pools adaptively where k does not divide the grid.
+    Learned positions [P, C] are added; then come L convolutional blocks, the mean of each window, L blocks more, and a
+    projector with SiLU. Theirs reads the tower's last block (24 of CLIP-L), and pools adaptively, so that any number of
+    windows a side will do.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
-        depth = config.depth or 3
+        depth = config.depth or DEPTHS["c_abstractor"]
         self.kernel, self.layers = config.kernel, range(depth)
         positions = [(grid.side**2, "position"), (grid.channels, "embed")]
         self.position_embed = parameter(rngs, positions, normal(0.02))
@@ -167,7 +169,7 @@ class ConvBlock(nnx.Module):
 class DepthwiseConv(nnx.Module):
     """A 3×3 convolution of each channel by itself, with zeros around: [B, h, w, C] → [B, h, w, C].
 
-    Nine shifted products, summed in float32: backends without a fast kernel for its gradients are many.
+    Nine shifted products, summed in float32: forward and backward, XLA's convolution takes 12 times as long on CPUs.
     """
 
     def __init__(
@@ -193,16 +195,16 @@ class DepthwiseConv(nnx.Module):
 
 
 class Resampler(nnx.Module):
-    """The resampler that Honeybee compares with (mPLUG-Owl's, arXiv 2304.14178): [B, g, g, C] → [B, g/k, g/k, D].
+    """The resampler that Honeybee compares with, in the style of a Q-Former: [B, g, g, C] → [B, g/k, g/k, D].
 
-    As many learned queries as tokens look at the queries and the patches together, in L blocks: what Q-Formers
-    (BLIP-2, arXiv 2301.12597) do with attention among queries and attention to patches by turns, here at once, and
-    learned from scratch. Heads have 64 channels, or as many as divide both 64 and C. Queries start at zero, as in the
-    code; its dropout of attention (0.1) is left out.
+    As many learned queries as tokens look at themselves and the patches together, in L blocks of mPLUG-Owl's kind
+    (arXiv 2304.14178). BLIP-2's Q-Former (arXiv 2301.12597), which starts from BERT's weights, does so by turns; this
+    one starts from nothing. Heads have 64 channels, or as many as divide both 64 and C. Queries start at zero. Theirs
+    drops a tenth of the attention in training, and has 64 queries unless told otherwise.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
-        depth, width = config.depth or 6, grid.channels
+        depth, width = config.depth or DEPTHS["resampler"], grid.channels
         self.side, self.layers = math.ceil(grid.side / config.kernel), range(depth)
         self.enter = Linear(rngs, [(width, "channel")], [(width, "embed")], **initialisers(config.init, width, width))
         self.queries = parameter(rngs, [(self.side**2, "position"), (width, "embed")], zeros)
@@ -248,10 +250,9 @@ class TokenPacker(nnx.Module):
     """TokenPacker's region-to-point injection: [B, g, g, M·C] → [B, g/k, g/k, D].
 
     The deepest tap, made coarser bilinearly, gives one query a window, which looks at the window's k² patches, whose
-    keys and values two MLPs make of all taps. The paper's figure adds the query to what it found; the code does not.
-    Bilinearly, without smoothing, means that of each window the middle patch is taken, or the mean of the middle four.
-    Heads have 128 channels, or as many as divide both 128 and C. Theirs starts from N(0, 0.02²), cut off at ±2, as
-    ``init="normal"`` does.
+    keys and values two MLPs make of all taps. Bilinearly, without smoothing, means that of each window the middle patch
+    is taken, or the mean of the middle four. Heads have 128 channels, or as many as divide both 128 and C. Theirs
+    starts as ``init="normal"`` does, but for the projections to heads.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):

@@ -146,6 +146,10 @@ class VisionTower(nnx.Module):
         Raises:
           UserError: a tap that the tower does not have.
         """
+        return tuple(state[:, int(self.config.class_token) :] for state in self.states(images, taps, dtype))
+
+    def states(self, images: jax.Array, taps: tuple[int, ...], dtype: jnp.dtype) -> tuple[jax.Array, ...]:
+        """As a call, with the class token, where there is one, before the patches: [B, S, D]."""
         for tap in taps:
             if not 0 <= tap <= self.config.layers:
                 raise UserError(f"Tap {tap} is outside the vision tower, whose blocks are 1 to {self.config.layers}.")
@@ -154,7 +158,7 @@ class VisionTower(nnx.Module):
             states, done = {}, 0
             for tap in sorted(set(taps)):
                 x = apply_layers(self.blocks, x, layers=range(done, tap), scan=self.scan, remat=self.remat)
-                states[tap] = x[:, int(self.config.class_token) :]
+                states[tap] = x
                 done = tap
             return tuple(states[tap] for tap in taps)
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from stf_jax.config import ModelConfig
-from stf_jax.models.fusion import Fusion, tapped_blocks, tokens_per_image
+from stf_jax.models.fusion import Fusion, tapped_blocks
 from stf_jax.models.layers import shard_rows
-from stf_jax.models.llm import Decoder
+from stf_jax.models.llm import Cache, Decoder
 from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.selection import FULL_LAYERS, attention_paid, reduction, remaining, visionzip
 from stf_jax.models.vit import VisionTower
 
 
@@ -19,11 +20,12 @@ class VLM(nnx.Module):
     """Tower, fusion and decoder. Parameters lie under ``vision/``, ``fusion/`` and ``llm/``."""
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
-        """Raises UserError for an unknown preset or fusion, or a kernel that does not divide the grid."""
+        """Raises UserError for an unknown preset or fusion, a kernel that does not divide the grid, or a reduction."""
         vision, llm = vision_preset(config.vision), llm_preset(config.llm)
         how = dict(scan=config.scan_layers, remat=config.remat)
         self.dtype = jnp.dtype(config.precision)
         self.taps = tapped_blocks(config.fusion, vision.layers)
+        self.reduction = reduction(config)
         seeing = "auto" if config.attention == "splash" else config.attention  # splash is for causal attention alone
         self.vision = VisionTower(rngs, vision, attention=seeing, **how)
         self.fusion = Fusion(rngs, config.fusion, vision, llm.width)
@@ -32,7 +34,11 @@ class VLM(nnx.Module):
     def image_tokens(self, images: jax.Array) -> jax.Array:
         """Image tokens [B, M·N, D] of pictures uint8 [B, M, H, W, 3]."""
         batch, count = images.shape[:2]
-        states = self.vision(images.reshape(batch * count, *images.shape[2:]), self.taps, self.dtype)
+        images = images.reshape(batch * count, *images.shape[2:])
+        if self.reduction.name == "visionzip":
+            states = visionzip(self.vision, images, self.taps, self.dtype, self.reduction.keep)
+        else:
+            states = self.vision(images, self.taps, self.dtype)
         tokens = self.fusion(states)
         return tokens.reshape(batch, -1, tokens.shape[-1])
 
@@ -54,6 +60,38 @@ class VLM(nnx.Module):
             return x
         taken = jnp.take_along_axis(image_tokens, jnp.maximum(image_slots, 0)[:, :, None], axis=1)
         return jnp.where(image_slots[:, :, None] >= 0, taken, x)
+
+    def prefill(
+        self, tokens: jax.Array, image_slots: jax.Array, lengths: jax.Array, images: jax.Array
+    ) -> tuple[jax.Array, Cache, jax.Array]:
+        """Reads prompts for the decoder to go on from.
+
+        Args:
+          tokens, image_slots: int32 [B, T], as :meth:`embed` takes them; beyond a prompt they are never looked at.
+          lengths: int32 [B], of prompts; where image tokens are dropped in the decoder, a row has room besides for
+            those that it would drop of pictures, up to M, that it does not have.
+          images: uint8 [B, M, H, W, 3]; M may be 0.
+
+        Returns:
+          The last token's hidden state [B, D] after the final norm; the cache, one slot a position; and how many of a
+          prompt's positions decoder layers after :data:`FULL_LAYERS` hold, int32 [B].
+        """
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        image_tokens = self.image_tokens(images) if images.shape[1] else None
+        x = shard_rows(self.embed(tokens, image_slots, image_tokens))
+        held, choose = lengths, None
+        if self.reduction.dropped and images.shape[1]:
+            image = image_slots >= 0
+            pictures = image.sum(1) // self.reduction.tokens
+            held = lengths - pictures * self.reduction.dropped
+            length = tokens.shape[1] - images.shape[1] * self.reduction.dropped
+
+            def choose(q, k):
+                paid = attention_paid(q, k, lengths)
+                return remaining(paid, image, lengths, pictures * self.reduction.keep, length)
+
+        hidden, cache = self.llm.prefill(x, positions, FULL_LAYERS, choose)
+        return jnp.take_along_axis(hidden, jnp.maximum(held - 1, 0)[:, None, None], axis=1)[:, 0], cache, held
 
     def hidden(
         self,
@@ -81,5 +119,5 @@ class VLM(nnx.Module):
 
 
 def slots_per_image(config: ModelConfig) -> int:
-    """N for this model. Raises UserError as :class:`VLM` does."""
-    return tokens_per_image(config.fusion, vision_preset(config.vision).grid)
+    """Image tokens a picture in this model's prompts. Raises UserError as :class:`VLM` does."""
+    return reduction(config).slots

@@ -19,6 +19,7 @@ from stf_jax.inference import decoding
 from stf_jax.inference.decoding import BLOCKS, Rules, Sampling
 from stf_jax.inference.generator import ROOM
 from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.selection import FULL_LAYERS, reduction
 from stf_jax.runtime.mesh import BATCH, check_batch, computing, make_mesh, row_shards
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import Blueprint, blueprint, state_layout
@@ -131,18 +132,20 @@ def _ask(config, what, plan, mesh, rows):
         arguments = (ROOM, weights, tokens, tokens, lengths, images, Sampling())
         parts = {"parameters": weights, "batch": arguments[2:6]}
     else:
-        llm = llm_preset(config.model.llm)
+        llm, dtype = llm_preset(config.model.llm), jnp.dtype(plan.precision)
         slots = length + ROOM
-        cache = jax.ShapeDtypeStruct((rows, llm.kv_heads, slots, llm.head_dim), jnp.dtype(plan.precision))
+        held = slots - images.shape[1] * reduction(config.model).dropped
+        sizes = [slots if layer < FULL_LAYERS else held for layer in range(llm.layers)]
+        layers = [jax.ShapeDtypeStruct((rows, llm.kv_heads, size, llm.head_dim), dtype) for size in sizes]
         shapes = decoding.State(
-            cache=cache,
+            cache=tuple((layer, layer) for layer in layers),
             lengths=lengths,
+            held=lengths,
             said=jax.ShapeDtypeStruct((rows, ROOM), jnp.int32),
             count=jax.ShapeDtypeStruct((), jnp.int32),
             done=jax.ShapeDtypeStruct((rows,), bool),
         )
-        state = jax.tree.map(_placed, shapes, decoding.places(mesh))
-        state = dataclasses.replace(state, cache=((state.cache, state.cache),) * llm.layers)
+        state = jax.tree.map(_placed, shapes, jax.tree.broadcast(decoding.places(mesh), shapes))
         arguments = (weights, state, ROOM, Sampling())
         parts = {"parameters": weights, "cache": state.cache}
         length = slots

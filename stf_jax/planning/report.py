@@ -131,7 +131,7 @@ def _model_flops(config, program):
     if program.what == "train":
         return step_flops(config.model, config.rules, *shape).step
     if program.what == "decode":
-        return decode_flops(config.model, program.rows, program.length)
+        return decode_flops(config.model, program.rows, program.length, program.pictures)
     found = forward_flops(config.model, *shape)
     return found.forward - found.head + found.head // program.length  # the last position's logits alone
 

@@ -88,6 +88,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=["", "bfloat16", "float32"], default="", help="to compute in; the run's own, or bfloat16"
     )
     parser.add_argument(
+        "--reduce", choices=["fastv", "visionzip"], default="", help="answer with fewer image tokens, without training"
+    )
+    parser.add_argument(
+        "--keep",
+        type=_within(int, 0, 2**31 - 1),
+        default=0,
+        metavar="N",
+        help="image tokens a picture that --reduce leaves; a quarter",
+    )
+    parser.add_argument(
         "--temperature", type=_within(float, 0, 100), default=0.0, help="0: the likeliest token (%(default)s)"
     )
     parser.add_argument(

@@ -14,6 +14,8 @@ and recomputation, padding of tiles or attention over masked places make nobody 
   input of its first layer; the language model counts twice in stage 1, but its attention, whose factors are all inputs,
   three times; in stage 2 all of it three times.
 - What is recomputed counts once.
+- What reduces image tokens (models/selection.py) counts what it computes of its own, products alone: VisionZip asks a
+  block for queries and keys again, compares keys and sums states; FastV ranks by the attention of one position a row.
 """
 
 import dataclasses
@@ -26,6 +28,7 @@ import jax
 from stf_jax.config import ModelConfig
 from stf_jax.models.fusion import tapped_blocks
 from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.selection import FULL_LAYERS, contextual_tokens, reduction
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.training.state import blueprint, trainable_paths
 
@@ -115,7 +118,8 @@ def step_flops(model: ModelConfig, rules: tuple[tuple[str, str], ...], rows: int
 def forward_flops(model: ModelConfig, rows: int, length: int, pictures: int) -> Flops:
     """As :func:`step_flops` where nothing learns: ``step`` is the forward pass alone.
 
-    Reading prompts costs the same but for the head, which then reads one position a row, ``head // length``.
+    Reading prompts costs the same but for the head, which then reads one position a row, ``head // length``. With
+    ``model.reduce`` it is what reading costs of prompts that fill T as :meth:`stf_jax.models.vlm.VLM.prefill` has it.
     """
     return _flops(_marks(model, _Walk(blueprint(model).shapes, ()), rows, length, pictures))
 
@@ -128,11 +132,15 @@ def fusion_flops(model: ModelConfig, pictures: int) -> tuple[int, int]:
     return after - before, step - before
 
 
-def decode_flops(model: ModelConfig, rows: int, slots: int) -> int:
-    """What one more token a row costs, which looks at so many slots of the cache, its own among them."""
-    llm = llm_preset(model.llm)
-    one = rows * llm.layers * 2 * 2 * llm.heads * llm.head_dim  # both products for one slot
-    return forward_flops(model, rows, 1, 0).forward - one // 2 + one * slots
+def decode_flops(model: ModelConfig, rows: int, slots: int, pictures: int = 0) -> int:
+    """What one more token a row costs, which looks at so many slots of the cache, its own among them.
+
+    Where image tokens are dropped in the decoder, these are the first layers' slots, and some are of so many pictures.
+    """
+    llm, fewer = llm_preset(model.llm), pictures * reduction(model).dropped
+    one = rows * 2 * 2 * llm.heads * llm.head_dim  # both products of a layer for one slot
+    looks = llm.layers * slots - (llm.layers - FULL_LAYERS) * fewer
+    return forward_flops(model, rows, 1, 0).forward - one * llm.layers // 2 + one * looks
 
 
 def _flops(marks):
@@ -142,7 +150,7 @@ def _flops(marks):
 
 def _marks(model, walk, rows, length, pictures):
     """What was counted, forward and of a step, before the tower and after each part."""
-    vision, llm = vision_preset(model.vision), llm_preset(model.llm)
+    vision, llm, reduced = vision_preset(model.vision), llm_preset(model.llm), reduction(model)
     images, marks = rows * pictures, [(0, 0)]
     if images:
         walk.passes("vision/patch_embed", positions=images * vision.grid**2)
@@ -151,17 +159,23 @@ def _marks(model, walk, rows, length, pictures):
         for _ in range(max(tapped_blocks(model.fusion, vision.layers))):
             product = 2 * images * tokens**2 * vision.width
             walk.block("vision/blocks", vision.layers, images * tokens, product, (("up",), ("down",)))
+        if reduced.name == "visionzip":
+            walk.product(images * _zipping(model, vision, reduced.keep))
     marks.append((walk.forward, walk.step))
     if images:
-        walk.passes("fusion/mbtf/first", positions=images * vision.grid**2)
-        walk.passes("fusion/mbtf/second", positions=images * vision.grid**2)
-        for layer in ("conv", "mix", "out", "first", "second", "projector/first", "projector/second"):
-            walk.passes(f"fusion/tokens/{layer}", positions=images * slots_per_image(model))
+        patches = images * (reduced.keep if reduced.name == "visionzip" else vision.grid**2)
+        walk.passes("fusion/mbtf/first", positions=patches)
+        walk.passes("fusion/mbtf/second", positions=patches)
+        _TOKENS.get(model.fusion.fusion, _each_token)(walk, _Places.of(model, vision.grid, images))
     marks.append((walk.forward, walk.step))
     walk.passes("llm/embedding")
-    for _ in range(llm.layers):
-        product = rows * length**2 * llm.heads * llm.head_dim  # 2·T²/2
-        walk.block("llm/blocks", llm.layers, rows * length, product, (("gate", "up"), ("down",)))
+    fewer = pictures * reduced.dropped
+    for layer in range(llm.layers):
+        read = length if layer < FULL_LAYERS else length - fewer
+        product = rows * read**2 * llm.heads * llm.head_dim  # 2·T²/2
+        walk.block("llm/blocks", llm.layers, rows * read, product, (("gate", "up"), ("down",)))
+    if fewer:
+        walk.product(2 * rows * length * llm.heads * llm.head_dim)
     walk.passes("llm/norm")
     marks.append((walk.forward, walk.step))
     if llm.tied:
@@ -170,6 +184,100 @@ def _marks(model, walk, rows, length, pictures):
         walk.passes("llm/head", positions=rows * length)
     marks.append((walk.forward, walk.step))
     return marks
+
+
+def _zipping(model, vision, keep):
+    """FLOPs of VisionZip's own products for a picture."""
+    patches, targets = vision.grid**2, contextual_tokens(keep)
+    tokens, others = patches + vision.class_token, patches - keep
+    asking = 1 if vision.class_token else tokens
+    received = 2 * (asking + tokens) * vision.width**2 + 2 * asking * tokens * vision.width
+    taps = len(tapped_blocks(model.fusion, vision.layers))
+    return received + 2 * others * targets * (vision.width // vision.heads + taps * vision.width)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """How many there are in a batch."""
+
+    images: int
+    patches: int
+    padded: int  # patches, filled up to whole windows
+    tokens: int
+
+    @classmethod
+    def of(cls, model, grid, images):
+        kernel = model.fusion.kernel
+        padded = (math.ceil(grid / kernel) * kernel) ** 2
+        return cls(images, images * grid**2, images * padded, images * slots_per_image(model))
+
+
+def _each_token(walk, places):
+    for layer in ("conv", "mix", "out", "first", "second", "projector/first", "projector/second"):
+        walk.passes(f"fusion/tokens/{layer}", positions=places.tokens)
+
+
+def _ldp_v2(walk, places):
+    walk.passes("fusion/tokens/projector/first", positions=places.padded)
+    walk.passes("fusion/tokens/projector/second", positions=places.padded)
+    walk.passes("fusion/tokens/position", positions=places.tokens)
+
+
+def _c_abstractor(walk, places):
+    walk.passes("fusion/tokens/position_embed")
+    for name, all_of_it in (("fusion/tokens/before", places.padded), ("fusion/tokens/after", places.tokens)):
+        layers = len(walk.shapes[f"{name}/first/kernel"])
+        for _ in range(layers):
+            for layer in ("first", "depthwise", "squeeze", "excite", "last"):
+                positions = places.images if layer in ("squeeze", "excite") else all_of_it
+                walk.passes(f"{name}/{layer}", positions=positions, layers=layers)
+                walk.passes(f"{name}/{layer}_norm")
+    _each_token(walk, places)
+
+
+def _resampler(walk, places):
+    name, below = "fusion/tokens/blocks", walk.alive
+    walk.passes("fusion/tokens/enter", positions=places.patches)
+    entered, walk.alive = walk.alive, below
+    walk.passes("fusion/tokens/queries")
+    layers, width = walk.shapes[f"{name}/query_norm/scale"].shape
+    seen = places.tokens + places.patches
+    for _ in range(layers):
+        walk.passes(f"{name}/query_norm")
+        both = walk.alive or entered or walk.learns(f"{name}/patch_norm")
+        product = 2 * places.tokens * (seen // places.images) * width
+        reads = ((walk.alive, places.tokens), (both, seen), (both, seen))
+        walk.attention(f"{name}/attention", layers, product, *reads)
+        walk.passes(f"{name}/mlp_norm")
+        walk.passes(f"{name}/gate", f"{name}/up", positions=places.tokens, layers=layers)
+        walk.passes(f"{name}/hidden_norm")
+        walk.passes(f"{name}/down", positions=places.tokens, layers=layers)
+    walk.passes("fusion/tokens/exit", positions=places.tokens)
+
+
+def _token_packer(walk, places):
+    below, reads = walk.alive, []
+    for layers, norm, positions in (
+        (("coarse",), "query_norm", places.tokens),
+        (("keys/first", "keys/second"), "key_norm", places.padded),
+        (("values/first", "values/second"), "value_norm", places.padded),
+    ):
+        walk.alive = below
+        for layer in layers:
+            walk.passes(f"fusion/tokens/{layer}", positions=positions)
+        walk.passes(f"fusion/tokens/{norm}")
+        reads.append((walk.alive, positions))
+    (width,) = walk.shapes["fusion/tokens/query_norm/scale"].shape
+    walk.attention("fusion/tokens/attention", 1, 2 * places.padded * width, *reads)
+    _each_token(walk, places)
+
+
+_TOKENS = {  # the others are layers at each token
+    "ldp_v2": _ldp_v2,
+    "c_abstractor": _c_abstractor,
+    "resampler": _resampler,
+    "token_packer": _token_packer,
+}
 
 
 class _Walk:
@@ -201,15 +309,21 @@ class _Walk:
 
     def block(self, name: str, layers: int, positions: int, product: int, mlp: tuple[tuple[str, ...], ...]) -> None:
         """A layer of a transformer; each of attention's two products is ``product``."""
-        read = {"positions": positions, "layers": layers}
         self.passes(f"{name}/attention_norm")
-        heads = [f"{name}/attention/{head}" for head in ("query", "key", "value")]
-        query, key, value = (self.alive or self.learns(head, f"{head}_norm") for head in heads)
-        self.passes(*heads, **read)
-        self.product(product, query, key)  # scores
-        self.product(product, query or key, value)
-        self.alive = query or key or value
-        self.passes(f"{name}/attention/out", **read)
+        self.attention(f"{name}/attention", layers, product, *[(self.alive, positions)] * 3)
         self.passes(f"{name}/mlp_norm")
         for modules in mlp:
-            self.passes(*(f"{name}/mlp/{module}" for module in modules), **read)
+            self.passes(*(f"{name}/mlp/{module}" for module in modules), positions=positions, layers=layers)
+
+    def attention(self, name: str, layers: int, product: int, *reads: tuple[bool, int]) -> None:
+        """Query, key and value read so many positions each, below which something learns or not."""
+        learned = []
+        for head, (below, positions) in zip(("query", "key", "value"), reads, strict=True):
+            self.alive = below
+            self.passes(f"{name}/{head}", f"{name}/{head}_norm", positions=positions, layers=layers)
+            learned.append(self.alive)
+        query, key, value = learned
+        self.product(product, query, key)  # scores
+        self.product(product, query or key, value)
+        self.alive = any(learned)
+        self.passes(f"{name}/out", positions=reads[0][1], layers=layers)

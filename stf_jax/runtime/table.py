@@ -5,7 +5,7 @@ from typing import Any
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of ``what`` and figures, the columns in the order in which they first appear; gaps stay empty.
+    """Rows of ``what`` and figures, the columns in the order in which they first appear; what is None stays empty.
 
     Rows with the same columns stand under one heading.
     """
@@ -42,4 +42,6 @@ def _width(key):
 
 
 def _text(value):
+    if value is None:
+        return ""
     return f"{value:,.2f}" if isinstance(value, float) else str(value)

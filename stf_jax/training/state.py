@@ -97,7 +97,16 @@ def trainable_paths(rules: tuple[tuple[str, str], ...], paths: Mapping[str, Any]
 
 
 def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state of abstract arrays with their types and shardings: target of initialisation and of restoring."""
+    """The state of abstract arrays with their types and shardings: target of initialisation and of restoring.
+
+    Raises:
+      UserError: as :func:`trainable_paths`; the model is one that only answers.
+    """
+    if config.model.reduce:
+        raise UserError(
+            f"model.reduce={config.model.reduce} is for answering: train without it, "
+            "and give --reduce to stf_jax.evaluate and stf_jax.chat."
+        )
     learned = trainable_paths(config.rules, plan.shapes)
     shardings = plan.shardings(mesh)
     compute = jnp.dtype(config.model.precision)

@@ -21,6 +21,7 @@ from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.tokenizer import load_tokenizer, positions, unsayable
 from stf_jax.models.fusion import tapped_blocks, tokens_per_image
 from stf_jax.models.llm import LLMConfig
+from stf_jax.models.rivals import DEPTHS
 from stf_jax.models.vit import VisionConfig
 from stf_jax.weights import hf
 from stf_jax.weights.exports import Tensors, part_places, whole, widest_dtype
@@ -235,6 +236,7 @@ def _stf_config(config, what, taps, count, mark):
             "mbtf_hidden": fusion.mbtf_hidden or mixes * len(taps) * width // 2,
             "mbtf_width": fusion.mbtf_width or mixes * width,
             "stf_hidden": fusion.stf_hidden or merges * 4 * window,
+            "depth": fusion.depth or DEPTHS.get(fusion.fusion, 0),
             "variant": fusion.variant,
             "pad_grid": fusion.pad_grid,
         },

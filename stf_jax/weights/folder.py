@@ -21,14 +21,15 @@ from stf_jax.runtime.parameters import SavedParams
 from stf_jax.weights.tensors import Tensors, safetensors_entries
 
 MINIATURES = pathlib.Path(__file__).parent / "miniatures"
+_EMBEDDED = {"miniatures": MINIATURES, "miniatures/siglip": MINIATURES / "siglip"}
 
 
 def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh: Iterable[str]) -> dict[str, jax.Array]:
     """Reads the parameters that a model wants, each straight onto its devices.
 
     Args:
-      sources: folders of weights or workdirs of runs, separated by commas; ``miniatures`` names the embedded ones. A
-        later one wins over an earlier one.
+      sources: folders of weights or workdirs of runs, separated by commas; ``miniatures`` names the embedded ones,
+        ``miniatures/siglip`` those with the other tower. A later one wins over an earlier one.
       layout: every parameter of the model, with the sharding that it is to have.
       fresh: patterns of parameters that are not taken from the sources, whatever those hold.
 
@@ -39,7 +40,7 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
       UserError: a source that cannot be read, or parameters that are missing, unknown or of another shape, all listed.
     """
     names = [part.strip() for part in sources.split(",") if part.strip()]
-    opened = [_open(MINIATURES if name == "miniatures" else epath.Path(name)) for name in names]
+    opened = [_open(_EMBEDDED.get(name) or epath.Path(name)) for name in names]
     found = {path: (shape, read) for shapes, read in opened for path, shape in shapes.items()}
     fresh = [_compiled(pattern) for pattern in fresh]
 

@@ -37,6 +37,8 @@ TO_HEADS: Layout = ((1, 2), (0,))  #           [H·Dh, D]        [D, H, Dh]
 HEADS: Layout = ((0, 1),)  #                   [H·Dh]           [H, Dh]
 FROM_HEADS: Layout = ((2,), (0, 1))  #         [D, H·Dh]        [H, Dh, D]
 CONV: Layout = ((3,), (2,), (0,), (1,))  #     [out, in, h, w]  [h, w, in, out]
+POINTWISE: Layout = ((1,), (0,), (), ())  #    [out, in, 1, 1]  [in, out]
+DEPTHWISE: Layout = ((2,), (), (0,), (1,))  #  [C, 1, h, w]     [h, w, C]
 UNFOLDED: Layout = ((3,), (2, 0, 1))  #        [out, in·h·w]    [h, w, in, out]
 
 # CLIPVisionModel and SiglipVisionModel, without the prefix, which differs between releases.
@@ -117,10 +119,90 @@ STF_PAPER: Mapping[str, Tensor] = {
 }
 
 
+def _layer(path: str, name: str, kernel: Layout = LINEAR, bias: Layout = VECTOR) -> dict[str, Tensor]:
+    return {f"{path}/kernel": Tensor(f"{name}.weight", kernel), f"{path}/bias": Tensor(f"{name}.bias", bias)}
+
+
+def _norm(path: str, name: str) -> dict[str, Tensor]:
+    return {f"{path}/scale": Tensor(f"{name}.weight", VECTOR), f"{path}/bias": Tensor(f"{name}.bias", VECTOR)}
+
+
+def _mlp(path: str, name: str) -> dict[str, Tensor]:
+    return _layer(f"{path}/first", f"{name}.0") | _layer(f"{path}/second", f"{name}.2")
+
+
+def _attention(path: str, name: str) -> dict[str, Tensor]:
+    heads = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+    table = _layer(f"{path}/out", f"{name}.out_proj", FROM_HEADS)
+    for ours, theirs in heads.items():
+        table |= _layer(f"{path}/{ours}", f"{name}.{theirs}", TO_HEADS, HEADS)
+    return table
+
+
+def _conv_block(path: str, name: str) -> dict[str, Tensor]:
+    return {
+        **_layer(f"{path}/first", f"{name}.conv1", POINTWISE),
+        **_norm(f"{path}/first_norm", f"{name}.norm1"),
+        **_layer(f"{path}/depthwise", f"{name}.conv2", DEPTHWISE),
+        **_norm(f"{path}/depthwise_norm", f"{name}.norm2"),
+        **_layer(f"{path}/squeeze", f"{name}.squeeze", POINTWISE),
+        **_layer(f"{path}/excite", f"{name}.excite", POINTWISE),
+        **_layer(f"{path}/last", f"{name}.conv3", POINTWISE),
+        **_norm(f"{path}/last_norm", f"{name}.norm3"),
+    }
+
+
+# Of the classes in weights/torch_package/modeling_stf.py.
+LDP_V2: Mapping[str, Tensor] = {
+    **_mlp("tokens/projector", "mm_projector.mlp"),
+    **_layer("tokens/position", "mm_projector.peg", DEPTHWISE),
+}
+C_ABSTRACTOR: Mapping[str, Tensor] = {
+    **_mlp("tokens/projector", "mm_projector.mlp"),
+    "tokens/position_embed": Tensor("mm_projector.position_embedding", MATRIX),
+    **_conv_block("tokens/before", "mm_projector.before.{layer}"),
+    **_conv_block("tokens/after", "mm_projector.after.{layer}"),
+}
+RESAMPLER: Mapping[str, Tensor] = {
+    "tokens/queries": Tensor("mm_projector.query_tokens", MATRIX),
+    **_layer("tokens/enter", "mm_projector.input"),
+    **_norm("tokens/blocks/query_norm", "mm_projector.layers.{layer}.query_norm"),
+    **_norm("tokens/blocks/patch_norm", "mm_projector.layers.{layer}.patch_norm"),
+    **_attention("tokens/blocks/attention", "mm_projector.layers.{layer}.attention"),
+    **_norm("tokens/blocks/mlp_norm", "mm_projector.layers.{layer}.mlp_norm"),
+    **_layer("tokens/blocks/gate", "mm_projector.layers.{layer}.gate_proj"),
+    **_layer("tokens/blocks/up", "mm_projector.layers.{layer}.up_proj"),
+    **_norm("tokens/blocks/hidden_norm", "mm_projector.layers.{layer}.hidden_norm"),
+    **_layer("tokens/blocks/down", "mm_projector.layers.{layer}.down_proj"),
+    **_layer("tokens/exit", "mm_projector.output"),
+}
+TOKEN_PACKER: Mapping[str, Tensor] = {
+    **_layer("tokens/coarse", "mm_projector.query"),
+    **_mlp("tokens/keys", "mm_projector.key"),
+    **_mlp("tokens/values", "mm_projector.value"),
+    **_norm("tokens/query_norm", "mm_projector.query_norm"),
+    **_norm("tokens/key_norm", "mm_projector.key_norm"),
+    **_norm("tokens/value_norm", "mm_projector.value_norm"),
+    **_attention("tokens/attention", "mm_projector.attention"),
+    **_mlp("tokens/projector", "mm_projector.mlp"),
+}
+
+
 def fusion_table(config: FusionConfig) -> dict[str, Tensor]:
     """The fusion's parameters; beyond the authors' own, as weights/torch_package names them."""
     stf = STF_PAPER if config.variant == "paper" else STF
-    tokens = {"mlp": PROJECTOR, "mbtf": PROJECTOR, "stf": stf, "mbtf_stf": stf}.get(config.fusion, POOLED)
+    tokens = {
+        "mlp": PROJECTOR,
+        "avg_pool": POOLED,
+        "pixel_shuffle": POOLED,
+        "ldp_v2": LDP_V2,
+        "c_abstractor": C_ABSTRACTOR,
+        "resampler": RESAMPLER,
+        "token_packer": TOKEN_PACKER,
+        "stf": stf,
+        "mbtf": PROJECTOR,
+        "mbtf_stf": stf,
+    }[config.fusion]
     return {**(MBTF if config.fusion.startswith("mbtf") else {}), **tokens}
 
 

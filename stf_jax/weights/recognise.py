@@ -255,19 +255,20 @@ def _exported_fusion(shapes, config, vision):
     """As :func:`_fusion`, of a folder that our export wrote, whose config tells."""
     if config.get("model_type") != "llava_stf":
         return None
-    prefix = _prefix(shapes, "mm_projector.0.weight", "projectors")
     try:
         values = config["stf_config"]
         fusion = FusionConfig(**{**values, "taps": tuple(values["taps"])})
         out = int(config["text_config"]["hidden_size"])
-        numbers = (*fusion.taps, fusion.kernel, fusion.mbtf_hidden, fusion.mbtf_width, fusion.stf_hidden)
-        if not all(type(number) is int for number in numbers):
+        widths = (fusion.mbtf_hidden, fusion.mbtf_width, fusion.stf_hidden)
+        numbers = (*fusion.taps, fusion.kernel, *widths, fusion.depth)
+        if not all(type(number) is int and number >= 0 for number in numbers) or fusion.depth > 1000:
             raise TypeError(f"its numbers are {numbers}")
-        table = hf.fusion_table(fusion)
         tokens_per_image(fusion, vision.grid)
+        table = hf.fusion_table(fusion)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"config.json does not describe an export of ours: {error!r}.") from None
-    return fusion, table, prefix or "", vision, out
+    anchor = next(tensor.name for tensor in table.values() if "{layer}" not in tensor.name)
+    return fusion, table, _prefix(shapes, anchor, "projectors") or "", vision, out
 
 
 def _fusion(shapes, config, vision):

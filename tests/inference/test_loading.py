@@ -311,6 +311,8 @@ DAMAGES = {
         "config.json does not describe an export of ours",
     ),
     "no window": (config(stf_config={"kernel": 0}), "config.json does not describe an export of ours"),
+    "no end of blocks": (config(stf_config={"depth": 10**7}), "config.json does not describe an export of ours"),
+    "fewer than none": (config(stf_config={"depth": -1}), "config.json does not describe an export of ours"),
     "one mean": (
         lambda folder: rewrite(folder / "preprocessor_config.json", image_mean=0.5),
         "{folder}: The picture processor's image_mean is 0.5, not three numbers.",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from flax import nnx
 
 from stf_jax.config import FusionConfig, UserError
-from stf_jax.models.fusion import Fusion, tapped_blocks, tokens_per_image
+from stf_jax.models.fusion import FUSIONS, Fusion, tapped_blocks, tokens_per_image
 from stf_jax.models.presets import llm_preset, vision_preset
 
 # 12 is divided by 1, 2, 3 and 4.
@@ -273,6 +273,10 @@ def test_parameter_count_of_the_paper_variant():
         ("mlp", 2, 24, 576),
         ("mbtf", 5, 24, 576),  # merges nothing, so that its kernel is not asked
         ("mbtf_stf", 3, 27, 81),
+        ("ldp_v2", 2, 24, 144),
+        ("c_abstractor", 3, 24, 64),
+        ("resampler", 2, 24, 144),
+        ("token_packer", 4, 24, 36),
     ],
 )
 def test_tokens_per_image(fusion, kernel, grid, tokens):
@@ -321,7 +325,7 @@ def test_default_taps_of_any_tower_fall_through_its_whole_depth(layers, variant)
 # What is refused
 
 
-@pytest.mark.parametrize("fusion", ["mbtf_stf", "stf", "avg_pool", "pixel_shuffle"])
+@pytest.mark.parametrize("fusion", [name for name in FUSIONS if name not in ("mlp", "mbtf")])
 def test_a_kernel_that_does_not_divide_the_grid_is_refused(fusion):
     config = FusionConfig(fusion=fusion, kernel=2)
     with pytest.raises(UserError, match=r"27×27.*choose 1, 3, 9, 27.*pad_grid"):

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from tiny import recipe
 
 from stf_jax.config import MeshConfig
+from stf_jax.inference.generator import ROOM
 from stf_jax.planning.executed import PRIME, Executed, executed
 from stf_jax.planning.program import make_program
 from stf_jax.planning.report import count
@@ -91,6 +92,17 @@ def test_reading_and_answering_execute_what_the_model_asks_for():
             found = forward_flops(config.model, 8, 64, 1)
             masked = 2 * 4 * 8 * 64 * 64 * 128  # two products of four layers
             assert work.executed_flops == found.forward - found.head + found.head // 64 + masked
+
+
+def test_with_fewer_image_tokens_in_later_layers_too():
+    config, devices = small("--config.model.reduce=fastv"), jax.devices()
+    shorter = 64 - 7  # of nine image tokens two remain
+    program = make_program(config, "decode", devices)
+    assert [keys.shape[2] for keys, _ in program.arguments[1].cache] == [64 + ROOM] * 2 + [shorter + ROOM] * 2
+    work = count(config, "decode", devices).work(config, program)
+    assert work.executed_flops == decode_flops(config.model, 8, program.length, 1) == work.model_flops
+    work = count(config, "prefill", devices).work(config, make_program(config, "prefill", devices))
+    assert work.executed_flops == work.model_flops + 2 * 8 * 128 * 2 * (64**2 + shorter**2)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])

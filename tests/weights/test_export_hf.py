@@ -42,6 +42,11 @@ CASES = {
     "padded": (FusionConfig("mbtf_stf", kernel=4, pad_grid=True), "clip", "llama"),
     "avg_pool": (FusionConfig("avg_pool"), "clip", "qwen2"),
     "pixel_shuffle": (FusionConfig("pixel_shuffle", kernel=4, pad_grid=True), "siglip", "llama"),
+    "ldp_v2": (FusionConfig("ldp_v2", kernel=3), "siglip", "llama"),
+    "c_abstractor": (FusionConfig("c_abstractor", depth=2), "clip", "llama"),
+    "resampler": (FusionConfig("resampler", kernel=4, pad_grid=True), "siglip", "llama"),
+    "token_packer": (FusionConfig("token_packer"), "clip", "llama"),
+    "token_packer, padded": (FusionConfig("token_packer", (3, 1), 4, pad_grid=True), "siglip", "qwen3"),
     "mlp": (FusionConfig("mlp"), "clip", "llama"),
     "mlp, tied": (FusionConfig("mlp", taps=(2,)), "siglip", "qwen3"),
 }
@@ -155,7 +160,10 @@ def test_generations_agree_in_batches_padded_on_the_left(exported, case):
         assert choices.tolist() == ids[-64:].tolist()
 
 
-@pytest.mark.parametrize("case", ["the paper's", "the figure's", "pixel_shuffle", "mlp", "mlp, tied"])
+@pytest.mark.parametrize(
+    "case",
+    ["the paper's", "the figure's", "pixel_shuffle", "c_abstractor", "resampler", "token_packer", "mlp", "mlp, tied"],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_round_trip_changes_no_bit(tmp_path, case, dtype):
     """Export, import and export again: the same model under the same names."""

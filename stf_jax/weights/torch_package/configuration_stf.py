@@ -8,10 +8,12 @@ class LlavaSTFConfig(PretrainedConfig):
 
     Args:
       vision_config, text_config: of the tower and the language model, or dicts with their ``model_type``.
-      stf_config: how the tower's states become image tokens: ``fusion`` (``avg_pool``, ``pixel_shuffle``, ``stf``,
-        ``mbtf``, ``mbtf_stf``), ``taps`` (blocks of the tower, 1-based, deepest first; 0 is the embedding),
-        ``kernel`` (patches a side that become one token), ``mbtf_hidden``, ``mbtf_width``, ``stf_hidden`` (channels),
-        ``variant`` (``code`` or ``paper``) and ``pad_grid`` (pad a grid that the kernel does not divide).
+      stf_config: how the tower's states become image tokens: ``fusion`` (``avg_pool``, ``pixel_shuffle``, ``ldp_v2``,
+        ``c_abstractor``, ``resampler``, ``token_packer``, ``stf``, ``mbtf``, ``mbtf_stf``), ``taps`` (blocks of the
+        tower, 1-based, deepest first; 0 is the embedding), ``kernel`` (patches a side that become one token),
+        ``mbtf_hidden``, ``mbtf_width``, ``stf_hidden`` (channels), ``depth`` (blocks of the resampler, and of the
+        abstractor on each side), ``variant`` (``code`` or ``paper``) and ``pad_grid`` (pad a grid that the kernel does
+        not divide).
       image_token_id: id of ``<image>``, which stands once for each image token. It need not have a row in the
         embedding: it is never looked up.
     """

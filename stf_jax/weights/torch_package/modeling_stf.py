@@ -1,7 +1,8 @@
 """LLaVA-STF (arXiv 2506.07138) in PyTorch: a vision tower read through taps, MBTF, STF, and a language model.
 
-Tower and language model are transformers' own. Axis letters: B rows, I pictures, T positions, P patches (a grid of
-g×g), N image tokens a picture, C tower width, D language model width, k patches a side of a window.
+In the place of MBTF and STF may stand what they are compared with; the larger of these are classes at the end of this
+file. Tower and language model are transformers' own. Axis letters: B rows, I pictures, T positions, P patches (a grid
+of g×g), N image tokens a picture, C tower width, M taps, D language model width, k patches a side of a window.
 """
 
 import itertools
@@ -53,6 +54,15 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
         else:
             self.mm_projector_crosslayer = nn.Identity()
         out = config.text_config.hidden_size
+        if fusion["fusion"] in RIVALS:
+            self.mm_projector = RIVALS[fusion["fusion"]](config)
+        else:
+            self.mm_projector = self._projector(fusion, width, out)
+        self.post_init()
+
+    def _projector(self, fusion, width, out):
+        """Linear layers over what a window holds."""
+        paper = fusion["variant"] == "paper"
         window = width if fusion["fusion"] == "avg_pool" else self.kernel**2 * width
         if not fusion["fusion"].endswith("stf"):
             sizes = [window, out, out]
@@ -62,8 +72,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
             sizes = [window, fusion["stf_hidden"], out]
         layers = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.GELU())]
         ends_in_gelu = paper and fusion["fusion"].endswith("stf")
-        self.mm_projector = nn.Sequential(*(layers if ends_in_gelu else layers[:-1]))
-        self.post_init()
+        return nn.Sequential(*(layers if ends_in_gelu else layers[:-1]))
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
@@ -76,6 +85,8 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
         states = self.vision_tower(pixel_values.to(self.dtype), output_hidden_states=True).hidden_states
         x = torch.cat([states[tap][:, int(self.class_token) :] for tap in self.config.stf_config["taps"]], dim=-1)
         x = self.mm_projector_crosslayer(x)
+        if self.config.stf_config["fusion"] in RIVALS:
+            return self.mm_projector(_grid(x, self.mm_projector.side)).flatten(1, 2)
         return self.mm_projector(self._windows(x))
 
     def _windows(self, x):
@@ -83,11 +94,8 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
         fusion, k = self.config.stf_config["fusion"], self.kernel
         if k == 1:
             return x
-        images, patches, width = x.shape
-        grid = math.isqrt(patches)
-        n = math.ceil(grid / k)
-        x = F.pad(x.view(images, grid, grid, width), (0, 0, 0, n * k - grid, 0, n * k - grid))
-        x = x.view(images, n, k, n, k, width).transpose(2, 3)
+        n = math.ceil(math.isqrt(x.shape[1]) / k)
+        x = _grid(x, n * k).unflatten(2, (n, k)).unflatten(1, (n, k)).transpose(2, 3)
         if fusion == "avg_pool":
             x = x.mean((3, 4))
         elif fusion == "pixel_shuffle":  # patch by patch
@@ -224,3 +232,163 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, GenerationMixin)
         if read is not None and (read == self.config.image_token_id).any():
             inputs["pixel_values"] = pixel_values
         return inputs
+
+
+# ---- What MBTF and STF are compared with -----------------------------------------------------------------------------
+
+
+def _grid(x, side):
+    """States [I, P, C] as [I, side, side, C], with zeros at the right and bottom."""
+    grid = math.isqrt(x.shape[1])
+    return F.pad(x.unflatten(1, (grid, grid)), (0, 0, 0, side - grid, 0, side - grid))
+
+
+class Rival(nn.Module):
+    """Makes image tokens [I, g/k, g/k, D] of states [I, g, g, M·C], the deepest tap's channels first.
+
+    Attributes:
+      side: g, with room for whole windows.
+    """
+
+    def __init__(self, config: LlavaSTFConfig):
+        super().__init__()
+        vision, self.kernel = config.vision_config, config.stf_config["kernel"]
+        self.side = math.ceil(vision.image_size // vision.patch_size / self.kernel) * self.kernel
+        self.width, self.out = vision.hidden_size, config.text_config.hidden_size
+
+
+class LDPv2(Rival):
+    """MobileVLM V2's projector (arXiv 2402.03766)."""
+
+    def __init__(self, config: LlavaSTFConfig):
+        super().__init__(config)
+        self.mlp = _mlp(self.width, self.out)
+        self.peg = nn.Conv2d(self.out, self.out, 3, padding=1, groups=self.out)
+
+    def forward(self, x):
+        x = F.avg_pool2d(self.mlp(x).permute(0, 3, 1, 2), self.kernel)
+        return (x + self.peg(x)).permute(0, 2, 3, 1)
+
+
+class CAbstractor(Rival):
+    """Honeybee's C-Abstractor (arXiv 2312.06742)."""
+
+    def __init__(self, config: LlavaSTFConfig):
+        super().__init__(config)
+        self.position_embedding = nn.Parameter(torch.zeros(self.side**2, self.width))
+        before, after = ([RegNetBlock(self.width) for _ in range(config.stf_config["depth"])] for _ in range(2))
+        self.before, self.after = nn.Sequential(*before), nn.Sequential(*after)
+        self.mlp = _mlp(self.width, self.out, nn.SiLU())
+
+    def forward(self, x):
+        x = (x + self.position_embedding.view(self.side, self.side, -1)).permute(0, 3, 1, 2)
+        x = self.after(F.avg_pool2d(self.before(x), self.kernel))
+        return self.mlp(x.permute(0, 2, 3, 1))
+
+
+class RegNetBlock(nn.Module):
+    """RegNet-Y's block with groups of one channel, layer norms and SiLU: [I, C, g, g] → [I, C, g, g]."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.conv3 = nn.Conv2d(width, width, 1, bias=False)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        squeezed = round(width / 4)
+        self.squeeze, self.excite = nn.Conv2d(width, squeezed, 1), nn.Conv2d(squeezed, width, 1)
+
+    def forward(self, x):
+        y = F.silu(_over_channels(self.norm1, self.conv1(x)))
+        y = F.silu(_over_channels(self.norm2, self.conv2(y)))
+        y = y * self.excite(F.silu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))).sigmoid()
+        return F.silu(x + _over_channels(self.norm3, self.conv3(y)))
+
+
+class Resampler(Rival):
+    """Learned queries that look at the patches: the resampler of Honeybee (arXiv 2312.06742)."""
+
+    def __init__(self, config: LlavaSTFConfig):
+        super().__init__(config)
+        self.n = self.side // self.kernel
+        self.side = config.vision_config.image_size // config.vision_config.patch_size  # without windows
+        self.query_tokens = nn.Parameter(torch.zeros(self.n**2, self.width))
+        self.input = nn.Linear(self.width, self.width)
+        self.layers = nn.ModuleList(ResamplerLayer(self.width) for _ in range(config.stf_config["depth"]))
+        self.output = nn.Linear(self.width, self.out)
+
+    def forward(self, x):
+        patches = self.input(x.flatten(1, 2))
+        queries = self.query_tokens.expand(len(x), -1, -1)
+        for layer in self.layers:
+            queries = layer(queries, patches)
+        return self.output(queries).unflatten(1, (self.n, self.n))
+
+
+class ResamplerLayer(nn.Module):
+    """Queries [I, N, C] look at themselves and at patches [I, P, C]."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.query_norm, self.patch_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
+        self.attention = Attention(width, 64)
+        self.gate_proj, self.up_proj = nn.Linear(width, 4 * width), nn.Linear(width, 4 * width)
+        self.hidden_norm = nn.LayerNorm(4 * width, eps=1e-6)
+        self.down_proj = nn.Linear(4 * width, width)
+
+    def forward(self, queries, patches):
+        queries = self.query_norm(queries)
+        seen = torch.cat([queries, self.patch_norm(patches)], dim=1)
+        x = queries + self.attention(queries, seen, seen)
+        y = self.mlp_norm(x)
+        return x + self.down_proj(self.hidden_norm(F.silu(self.gate_proj(y)) * self.up_proj(y)))
+
+
+class TokenPacker(Rival):
+    """TokenPacker (arXiv 2407.02392): a coarse query looks at the patches of its window, in all taps."""
+
+    def __init__(self, config: LlavaSTFConfig):
+        super().__init__(config)
+        tapped = len(config.stf_config["taps"]) * self.width
+        self.query = nn.Linear(self.width, self.width, bias=False)
+        self.key, self.value = _mlp(tapped, self.width), _mlp(tapped, self.width)
+        self.query_norm, self.key_norm, self.value_norm = (nn.LayerNorm(self.width, eps=1e-6) for _ in range(3))
+        self.attention = Attention(self.width, 128)
+        self.mlp = _mlp(self.width, self.out)
+
+    def forward(self, x):
+        k, n, images = self.kernel, self.side // self.kernel, len(x)
+        coarse = F.interpolate(x[..., : self.width].permute(0, 3, 1, 2).float(), size=(n, n), mode="bilinear")
+        queries = self.query_norm(self.query(coarse.permute(0, 2, 3, 1).to(x.dtype)))
+
+        def windows(y):
+            return y.unfold(1, k, k).unfold(2, k, k).flatten(4).flatten(0, 2).transpose(1, 2)
+
+        keys, values = self.key_norm(self.key(x)), self.value_norm(self.value(x))
+        found = self.attention(queries.flatten(0, 2)[:, None], windows(keys), windows(values))
+        return self.mlp(found.view(images, n, n, -1))
+
+
+class Attention(nn.Module):
+    """Of [I, T, C] to keys and values [I, S, C], by heads of ``size`` channels, or as many as divide that and C."""
+
+    def __init__(self, width, size):
+        super().__init__()
+        self.size = math.gcd(width, size)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, query, key, value):
+        heads = (self.q_proj(query), self.k_proj(key), self.v_proj(value))
+        heads = (x.unflatten(-1, (-1, self.size)).transpose(1, 2) for x in heads)
+        return self.out_proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+
+def _mlp(width, out, activation=None):
+    return nn.Sequential(nn.Linear(width, out), activation or nn.GELU(), nn.Linear(out, out))
+
+
+def _over_channels(norm, x):
+    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+RIVALS = {"ldp_v2": LDPv2, "c_abstractor": CAbstractor, "resampler": Resampler, "token_packer": TokenPacker}

@@ -1,0 +1,237 @@
+"""What a quarter of the vision tokens spares: `mlp` and `mbtf_stf` measured here, and foreseen for the paper's machine.
+
+Measured is the run's own program, in float32, with the whole tower and few layers of the decoder: with more, weights
+and moments would not lie in memory here. Layers are alike, so what one takes is told by two such models, and all of
+them by a straight line through both.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stf_jax.benches.made import make_batch
+from stf_jax.benches.plan import TEXT, recipe
+from stf_jax.benches.process import measured
+from stf_jax.config import FusionConfig, MeshConfig, TrainConfig, UserError
+from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.vlm import slots_per_image
+from stf_jax.planning.program import Program, make_program
+from stf_jax.planning.report import report
+from stf_jax.planning.topology import described
+from stf_jax.runtime.mesh import computing
+from stf_jax.weights.model import Description
+
+HELP = "what 144 vision tokens take instead of 576: measured here with few layers, and foreseen for the paper's machine"
+_FUSIONS = "mlp", "mbtf_stf"
+_TIMES, _LONG = 3, 10.0  # a call is made so often, and the median counts; fewer times once they took so many seconds
+_GIB = 2**30
+_Rows = list[dict[str, Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the command line."""
+    parser.add_argument("--vision", default="clip-l-14-336", help="a tower preset (%(default)s)")
+    parser.add_argument("--llm", default="vicuna-7b", help="a language model preset (%(default)s)")
+    parser.add_argument("--layers", default="1,2", help="of the decoder, that are measured: two numbers (%(default)s)")
+    parser.add_argument("--batches", default="1,2,4", help="rows at once, that are measured (%(default)s)")
+    parser.add_argument("--topology", default="a6000:8", help="to compile for (%(default)s)")
+    parser.add_argument("--rows", default="1,4,8,16", help="a device of that (%(default)s)")
+    parser.add_argument("--plot", type=pathlib.Path, help="PNG to draw")
+
+
+def run(options: argparse.Namespace) -> _Rows:
+    """Measures, compiles, and draws both.
+
+    Returns:
+      Of :func:`measure` and :func:`foresee`.
+    """
+    layers, batches, rows = (_numbers(options, name) for name in ("layers", "batches", "rows"))
+    if len(layers) != 2 or layers[0] >= layers[1]:
+        raise UserError(f"--layers={options.layers} should be two numbers, the smaller first.")
+    if options.plot is not None and not options.plot.absolute().parent.is_dir():
+        raise UserError(f"--plot={options.plot}: there is no such folder.")
+    jax.config.update("jax_platforms", "cpu")  # of this process, which only compiles
+    devices = described(options.topology)
+    found = measure(options.vision, options.llm, layers, batches)
+    found += foresee(options.vision, options.llm, rows, devices)
+    if options.plot is not None:
+        draw(found, options.plot)
+    return found
+
+
+def _numbers(options, name):
+    text = getattr(options, name)
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"--{name}={text} should be numbers with commas between.") from None
+    if min(numbers) < 1:
+        raise UserError(f"--{name}={text} should be at least 1.")
+    return numbers
+
+
+def _config(what: str, vision: str, llm: str, fusion: str) -> TrainConfig:
+    """The recipe's stage (prefill: of the second one's model), on rows of one picture and as much text as is usual."""
+    config = recipe("finetune" if what == "prefill" else what, "vicuna-7b")
+    model = dataclasses.replace(config.model, vision=vision, llm=llm, fusion=FusionConfig(fusion))
+    data = dataclasses.replace(config.data, max_length=slots_per_image(model) + TEXT[what], images_per_row=1)
+    return dataclasses.replace(config, model=model, data=data)
+
+
+# ---- Measured --------------------------------------------------------------------------------------------------------
+
+
+def measure(vision: str, llm: str, layers: list[int], batches: list[int]) -> _Rows:
+    """Prefill and both stages' steps on this machine, each model in a process of its own.
+
+    Returns:
+      Rows of ``what``, ``batch``, milliseconds and GiB with so many ``layers`` of the decoder, the few and the more,
+      and of all its layers by a straight line; and of these ``times_mlp``, how often faster.
+    """
+    tower, decoder, found = vision_preset(vision), llm_preset(llm), []
+    for what in TEXT:
+        pair = {}
+        for fusion, count in itertools.product(_FUSIONS, layers):
+            with tempfile.TemporaryDirectory() as folder:
+                few = dataclasses.replace(decoder, layers=count)
+                Description(tower, few, FusionConfig(fusion)).save(pathlib.Path(folder))
+                task = json.dumps([what, folder, fusion, batches])
+                name = f"{what}, {fusion}, {count} layers"
+                pair[fusion, count] = measured(name, ["-m", "stf_jax.benches.cost", task])
+                print(name, pair[fusion, count]["ms"], file=sys.stderr)
+        for i, batch in enumerate(batches):
+            rows = []
+            for fusion in _FUSIONS:
+                row = {"what": f"{what}, {fusion}", "batch": batch}
+                for key in ("ms", "gib"):
+                    few, more = (pair[fusion, count][key][i] for count in layers)
+                    slope = (more - few) / (layers[1] - layers[0])
+                    row |= {f"{key}_few": few, f"{key}_more": more}
+                    row[f"{key}_all"] = few + slope * (decoder.layers - layers[0])
+                rows.append(row)
+            found += [row | {"times_mlp": rows[0]["ms_all"] / row["ms_all"]} for row in rows]
+    return found
+
+
+def timed(what: str, folder: str, fusion: str, batches: list[int]) -> dict[str, list[float]]:
+    """Milliseconds and GiB of a program, for each batch; the folder has ``model.json`` alone."""
+    found = {"ms": [], "gib": []}
+    for batch in batches:
+        config = _config(what, folder, folder, fusion)
+        # Layers written out: a scan would copy each layer's weights out of their stack.
+        model = dataclasses.replace(config.model, precision="float32", scan_layers=False)
+        config = dataclasses.replace(config, model=model, mesh=MeshConfig(1, 1, 1), global_batch_size=batch)
+        kind = "prefill" if what == "prefill" else "train"
+        program = make_program(config, kind, jax.devices()[:1], rows=batch)
+        compiled = program.compile()
+        found["ms"].append(1e3 * _seconds(program, compiled, config))
+        found["gib"].append(compiled.memory_analysis().peak_memory_in_bytes / _GIB)
+    return found
+
+
+def _seconds(program: Program, compiled, config):
+    batch = make_batch(config)
+    with computing(program.mesh, program.precision):
+        if program.what == "train":
+            state = _filled(program.arguments[0])
+            batch = jax.device_put(batch, compiled.input_shardings[0][1])
+            call = functools.partial(_step, compiled, [state], batch)
+            del state
+        else:
+            _, weights, _, _, _, _, sampling = program.arguments
+            lengths = np.full(program.rows, program.length, np.int32)
+            prompt = (batch.tokens, batch.image_slots, lengths, batch.images)
+            call = functools.partial(compiled, _filled(weights), *prompt, sampling)
+        seconds = []
+        while len(seconds) < _TIMES + 1 and sum(seconds) < _LONG:
+            begin = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[1:] or seconds)  # the first one also touches memory for the first time
+
+
+def _step(compiled, kept, batch):
+    """Takes a step; ``kept`` has the state, whose memory the step takes over."""
+    state, metrics = compiled(kept.pop(), batch)
+    kept.append(state)
+    return metrics
+
+
+def _filled(tree):
+    """Arrays of small numbers for abstract ones: no time depends on what they are."""
+    return jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype, device=x.sharding), tree)
+
+
+# ---- Foreseen --------------------------------------------------------------------------------------------------------
+
+
+def foresee(vision: str, llm: str, rows: list[int], devices: list[jax.Device]) -> _Rows:
+    """The same programs as ``plan`` compiles them, in bfloat16, for devices that are not here.
+
+    Returns:
+      Rows of ``what``, ``rows`` a device, ``peak_gib`` of a device and whether that ``fits``, ``seconds`` by a
+      roofline, and ``times_mlp``, how often faster.
+    """
+    found = []
+    for what, count in itertools.product(TEXT, rows):
+        slower = None
+        for fusion in _FUSIONS:
+            config = _config(what, vision, llm, fusion)
+            total = count * len(devices)
+            config = dataclasses.replace(
+                config, global_batch_size=total, eval=dataclasses.replace(config.eval, batch=total)
+            )
+            told = report(config, "prefill" if what == "prefill" else "train", devices)
+            seconds = told["step_seconds_estimate"]
+            slower = slower or seconds
+            row = {"what": f"{what}, {fusion}, {told['chip']}", "rows": count}
+            row |= {"peak_gib": told["peak_bytes_per_device"] / _GIB, "fits": told["fits"]}
+            row |= {"seconds": seconds, "times_mlp": slower / seconds}
+            found.append(row)
+            print(f"{row['what']}, {count} rows a device: {row['peak_gib']:.2f} GiB", file=sys.stderr)
+    return found
+
+
+# ---- Drawn -----------------------------------------------------------------------------------------------------------
+
+
+def draw(rows: _Rows, file: pathlib.Path) -> None:
+    """Prefill and steps by batch as measured, and memory by rows a device as foreseen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), constrained_layout=True)
+    titles = {"prefill": "Reading a prompt", "pretrain": "A step of stage 1", "finetune": "A step of stage 2"}
+    for (above, below), (what, title) in zip(axes.T, titles.items(), strict=True):
+        for fusion, color in zip(_FUSIONS, ("tab:gray", "tab:blue"), strict=True):
+            here = [row for row in rows if row["what"] == f"{what}, {fusion}"]
+            name = f"{fusion}, {144 if fusion == 'mbtf_stf' else 576} tokens"
+            above.plot([r["batch"] for r in here], [r["ms_all"] / 1e3 for r in here], "o-", color=color, label=name)
+            there = [row for row in rows if row["what"].startswith(f"{what}, {fusion}, ")]
+            below.plot([r["rows"] for r in there], [r["peak_gib"] for r in there], "o-", color=color, label=name)
+        above.set(title=title, xlabel="rows", ylabel="seconds, two cores, float32")
+        below.set(xlabel="rows a card", ylabel="GiB at its peak, a card of 8 × A6000")
+        for axis in (above, below):
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    print(json.dumps(timed(*json.loads(sys.argv[1]))))

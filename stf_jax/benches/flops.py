@@ -1,0 +1,104 @@
+"""What each fusion leaves to compute: model FLOPs part by part, and beside them figures that papers give."""
+
+import argparse
+import dataclasses
+import itertools
+from typing import Any
+
+from stf_jax.config import FusionConfig, ModelConfig, UserError
+from stf_jax.models.fusion import FUSIONS
+from stf_jax.models.vlm import slots_per_image
+from stf_jax.runtime.cost import Flops, decode_flops, forward_flops
+
+HELP = "model FLOPs of every fusion: tower, fusion, prefill and a decoded token, beside figures that papers give"
+# TFLOPs that papers give for LLaVA-1.5 of 7B with CLIP-L/14-336: whose, a fusion with as many vision tokens, how many.
+_PUBLISHED = (
+    ("the paper's bound (arXiv 2506.07138)", "mbtf_stf", 1.9),
+    ("LLaVA-Mini's table 6 (arXiv 2501.03895)", "mlp", 8.55),
+    ("LLaVA-Mini's table 6 (arXiv 2501.03895)", "mbtf_stf", 2.85),
+)
+_LLAVA = "clip-l-14-336", "vicuna-7b"
+_MOST = 1024  # tokens of text that are tried
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the command line."""
+    parser.add_argument("--vision", default=_LLAVA[0], help="a tower preset (%(default)s)")
+    parser.add_argument("--llm", default=_LLAVA[1], help="a language model preset (%(default)s)")
+    parser.add_argument("--text", default="0,64", help="tokens of prompts beside the picture's (%(default)s)")
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One picture and a text; a multiply-add is 2, causal attention half of T² (runtime/cost.py).
+
+    Returns:
+      For each fusion and length of text ``tokens`` of the picture, GFLOPs of the tower and the fusion, TFLOPs of
+      ``prefill`` (decoder, and head at the last position) and of ``all`` three, and GFLOPs of a ``decoded`` token.
+      With the default models then each figure that a paper ``published``, in TFLOPs, beside the decoder's for the
+      vision tokens alone, and the text with which the decoder alone, or all parts, come to it; and, should the figure
+      count a multiply-add once, the decoder with that. None where no text does.
+    """
+    try:
+        texts = [int(text) for text in options.text.split(",")]
+    except ValueError:
+        raise UserError(f"--text={options.text} should be numbers with commas between.") from None
+    if min(texts) < 0:
+        raise UserError("--text should not be negative.")
+    rows = [_row(_model(options, fusion), text) for fusion, text in itertools.product(FUSIONS, texts)]
+    if (options.vision, options.llm) == _LLAVA:
+        rows += [_beside(what, _model(options, fusion), published) for what, fusion, published in _PUBLISHED]
+    return rows
+
+
+def _model(options, fusion):
+    return ModelConfig(options.vision, options.llm, FusionConfig(fusion))
+
+
+def prompt_flops(model: ModelConfig, text: int) -> Flops:
+    """Of reading a prompt: one picture and so many tokens, the head at the last of them alone."""
+    length = slots_per_image(model) + text
+    found = forward_flops(model, 1, length, 1)
+    return dataclasses.replace(found, head=found.head // length)
+
+
+def _row(model, text):
+    found, tokens = prompt_flops(model, text), slots_per_image(model)
+    return {
+        "what": f"{model.fusion.fusion}, {text} of text",
+        "tokens": tokens,
+        "tower_gflop": found.vision / 1e9,
+        "fusion_gflop": found.fusion / 1e9,
+        "prefill_tflop": (found.llm + found.head) / 1e12,
+        "all_tflop": found.forward / 1e12,
+        "decoded_gflop": decode_flops(model, 1, tokens + text + 1) / 1e9,
+    }
+
+
+def _beside(what, model, published):
+    def decoder(text):
+        found = prompt_flops(model, text)
+        return (found.llm + found.head) / 1e12
+
+    def everything(text):
+        return prompt_flops(model, text).forward / 1e12
+
+    return {
+        "what": what,
+        "tokens": slots_per_image(model),
+        "published": published,
+        "decoder_tflop": decoder(0),
+        "text_decoder": _matching(decoder, published),
+        "text_all": _matching(everything, published),
+        "text_in_macs": _matching(decoder, 2 * published),
+    }
+
+
+def _matching(tflop, wanted):
+    """The fewest tokens of text with which it comes to that; None where it is more without any."""
+    if not tflop(0) <= wanted <= tflop(_MOST):
+        return None
+    low, high = 0, _MOST
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if tflop(middle) >= wanted else (middle + 1, high)
+    return low

@@ -1,0 +1,71 @@
+"""What the runs of a study came to: scores by variant, seed, kind and question."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from stf_jax.config import UserError
+from stf_jax.data.scenes import KINDS
+from stf_jax.evals.running import ANSWERS, RESULTS, scalars
+from stf_jax.runtime.files import read_json
+from stf_jax.studies.study import Cell
+
+ALL = "all"
+BLANK = "blank picture"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Of one cell.
+
+    Attributes:
+      scores: by kind of question, :data:`ALL` first: of each question whether it was right, float [Q]; where that is
+        not known one by one, the metric alone, float [1].
+    """
+
+    scores: dict[str, np.ndarray]
+
+
+def outcome(cell: Cell) -> Outcome:
+    """Reads a cell that is done.
+
+    Scenes' answers are taken one by one. Of other benchmarks the metrics are taken, as their published scripts have
+    them, of several side by side.
+
+    Raises:
+      UserError: there is no metric.
+    """
+    results = read_json(epath.Path(cell.folder / RESULTS))
+    if isinstance(results, dict) and results["benchmark"] == "scenes":
+        return Outcome(_scenes(cell))
+    scores = {}
+    for one in results if isinstance(results, list) else [results]:
+        scores |= {name: np.array([value]) for name, value in scalars(one).items() if isinstance(value, float)}
+    if not scores:
+        raise UserError(f"{cell.folder} has answers, but no metric: the labels of its benchmarks are not there.")
+    return Outcome(scores)
+
+
+def _scenes(cell):
+    lines = [json.loads(line) for line in (cell.folder / ANSWERS).read_text().splitlines()]
+    right: dict[str, list[float]] = {}
+    for line in lines:
+        about = line["metadata"]
+        hit = float(line["text"].lower() == about["truth"].lower())
+        for kind in (BLANK,) if about["picture"] == "blank" else (ALL, about["kind"]):
+            right.setdefault(kind, []).append(hit)
+    return {kind: np.array(right[kind]) for kind in (ALL, *KINDS, BLANK) if kind in right}
+
+
+def by_variant(cells: Sequence[Cell]) -> dict[str, dict[str, np.ndarray]]:
+    """Scores of each variant whose cells are all here, by kind, float [S, Q], seeds in their order."""
+    outcomes: dict[str, list[Outcome]] = {}
+    for cell in cells:
+        outcomes.setdefault(cell.variant.name, []).append(outcome(cell))
+    return {
+        name: {kind: np.stack([one.scores[kind] for one in several]) for kind in several[0].scores}
+        for name, several in outcomes.items()
+    }

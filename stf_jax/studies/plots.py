@@ -1,0 +1,137 @@
+"""The pictures of a report."""
+
+import math
+import pathlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stf_jax.studies.outcomes import BLANK
+from stf_jax.studies.page import Picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from stf_jax.studies.report import Findings
+
+_INK, _BLUE, _GREY = "#1f2328", "#0b63c5", "#8c959f"
+
+
+def draw(found: "Findings", out: pathlib.Path) -> dict[str, Picture]:
+    """``quality.png``, ``kinds.png``, ``differences.png`` and ``cost.png``, as far as there are figures for them."""
+    pictures = {
+        "quality": (_quality, "Right answers of each variant, a point a seed, with the interval of the mean"),
+        "kinds": (_kinds, "Right answers by kind of question"),
+        "differences": (_differences, f"Differences from {found.study.baseline}, with intervals"),
+        "cost": (_cost, "Right answers against FLOPs of a prompt and of a training step"),
+    }
+    drawn = {}
+    for name, (call, says) in pictures.items():
+        figure = call(found)
+        if figure is not None:
+            figure.savefig(out / f"{name}.png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+            drawn[name] = Picture(out / f"{name}.png", says)
+    return drawn
+
+
+def _figure(width, height, columns=1, sharey=False):
+    from matplotlib.figure import Figure  # slow to import, and only wanted here
+
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, sharey=sharey)[0]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.tick_params(colors=_INK, length=3)
+        one.grid(alpha=0.25)
+        one.set_axisbelow(True)
+    return figure, axes
+
+
+def _names_down(axes: "Axes", names, found):
+    axes.set_yticks(range(len(names)), [_label(name, found) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _label(name, found):
+    tokens = found.costs.get(name, {}).get("image_tokens")
+    return name if tokens is None else f"{name} ({tokens})"
+
+
+def _reach(one):
+    """Both arms of an interval, in percent, as matplotlib takes them; none where nothing can be said."""
+    if math.isnan(one.low):
+        return None
+    return [[100 * (one.value - one.low)], [100 * (one.high - one.value)]]
+
+
+def _quality(found):
+    first, names = found.kinds[0], list(found.quality)
+    figure, (axes,) = _figure(7, 1 + 0.36 * len(names))
+    for place, name in enumerate(names):
+        one, color = found.quality[name][first], _BLUE if name == found.study.baseline else _INK
+        axes.plot(
+            100 * found.scores[name][first].mean(1), [place] * len(found.study.seeds), "o", color=_GREY, ms=4, alpha=0.7
+        )
+        axes.errorbar(100 * one.value, place, xerr=_reach(one), fmt="D", color=color, ms=5, capsize=3)
+    if BLANK in found.kinds:
+        blank = 100 * np.mean([kinds[BLANK].value for kinds in found.quality.values()])
+        axes.axvline(blank, color=_GREY, ls=":")
+        axes.text(blank, -0.45, " blank picture", color=_GREY, fontsize=8, va="top")
+    _names_down(axes, names, found)
+    axes.set_xlabel("right answers, %")
+    return figure
+
+
+def _kinds(found):
+    names, kinds = list(found.quality), [kind for kind in found.kinds[1:] if kind != BLANK]
+    if not kinds:
+        return None
+    figure, columns = _figure(2.2 * len(kinds) + 1.5, 1 + 0.32 * len(names), len(kinds), sharey=True)
+    for axes, kind in zip(columns, kinds, strict=True):
+        for place, name in enumerate(names):
+            one, color = found.quality[name][kind], _BLUE if name == found.study.baseline else _INK
+            axes.errorbar(100 * one.value, place, xerr=_reach(one), fmt="D", color=color, ms=4, capsize=2)
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, high - 4), max(high, low + 4))  # so that nothing is made of tenths
+        axes.set_title(kind, fontsize=10)
+        axes.set_xlabel("%")
+    _names_down(columns[0], names, found)
+    return figure
+
+
+def _differences(found):
+    if not found.differences:
+        return None
+    names = list(found.differences)
+    figure, (axes,) = _figure(7, 1 + 0.36 * len(names))
+    for place, name in enumerate(names):
+        one = next(iter(found.differences[name].values()))
+        axes.errorbar(
+            100 * one.value, place, xerr=_reach(one), fmt="D", color=_GREY if one.noise else _INK, ms=5, capsize=3
+        )
+    axes.axvline(0, color=_BLUE, lw=1)
+    _names_down(axes, names, found)
+    axes.set_xlabel(f"points more than {found.study.baseline}; grey: within noise")
+    return figure
+
+
+def _cost(found):
+    if not found.costs:
+        return None
+    first = found.kinds[0]
+    figure, columns = _figure(10, 4.2, 2, sharey=True)
+    for axes, key, what in (
+        (columns[0], "prefill_gflops", "GFLOP to read a prompt"),
+        (columns[1], "step_gflops", "GFLOP a training step"),
+    ):
+        for name, cost in found.costs.items():
+            if key in cost:
+                one, color = found.quality[name][first], _BLUE if name == found.study.baseline else _INK
+                axes.errorbar(
+                    cost[key], 100 * one.value, yerr=_reach(one), fmt="o", color=color, ms=5, capsize=2, alpha=0.8
+                )
+                axes.annotate(name, (cost[key], 100 * one.value), (5, 4), textcoords="offset points", fontsize=8)
+        axes.set_xlabel(what)
+        axes.set_xlim(0, 1.15 * max(cost.get(key, 0) for cost in found.costs.values()))
+    columns[0].set_ylabel("right answers, %")
+    return figure

@@ -1,0 +1,252 @@
+"""FastV's and VisionZip's choices against transformers' attention, and the same written again, picture by picture."""
+
+import copy
+import dataclasses
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import theirs
+import torch
+from flax import nnx
+
+from stf_jax.config import FusionConfig, ModelConfig, UserError
+from stf_jax.models import selection
+from stf_jax.models.fusion import Fusion
+from stf_jax.models.llm import Decoder, LLMConfig
+from stf_jax.models.presets import vision_preset
+from stf_jax.models.selection import Reduction, reduction
+from stf_jax.models.vit import VisionTower
+from stf_jax.models.vlm import slots_per_image
+
+# ---- VisionZip -------------------------------------------------------------------------------------------------------
+
+
+def zipped(received, keys, states, keep, contextual):
+    """Of one picture, in float64: received [P], keys [P, Dh], a state [P, C] a tap."""
+    places = range(len(received))
+    dominant = sorted(sorted(places, key=lambda p: (-received[p], p))[: keep - contextual])
+    rest = [p for p in places if p not in dominant]
+    targets = rest[:: len(rest) // contextual][:contextual] if contextual else []
+    keys = keys / np.sqrt((keys**2).sum(1, keepdims=True))
+    came = {target: [] for target in targets}
+    for p in rest:
+        if targets and p not in targets:
+            came[max(targets, key=lambda target, p=p: keys[p] @ keys[target])].append(p)
+    return [
+        np.stack([state[p] for p in dominant] + [state[t] + sum(state[p] for p in ps) / max(len(ps), 1)
+                                                 for t, ps in came.items()])
+        for state in states
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("patches", "keep", "contextual"), [(16, 4, 1), (36, 9, 1), (36, 18, 3), (49, 32, 5), (16, 2, 0), (30, 29, 5)]
+)
+def test_dominant_and_contextual_tokens_of_each_picture(patches, keep, contextual):
+    rng = np.random.default_rng(keep)
+    received, keys = rng.random((3, patches), np.float32), rng.standard_normal((3, patches, 8), np.float32)
+    received[1, ::3] = received[1, 0]  # of equals the first
+    states = tuple(rng.standard_normal((3, patches, width), np.float32) for width in (5, 7))
+    found = jax.jit(selection.zipped, static_argnums=3)(received, keys, states, keep)
+    assert selection.contextual_tokens(keep) == contextual
+    for picture in range(3):
+        parts = [np.float64(x[picture]) for x in (received, keys, *states)]
+        for ours, expected in zip(found, zipped(*parts[:2], parts[2:], keep, contextual), strict=True):
+            np.testing.assert_allclose(ours[picture], expected, atol=1e-5)
+            np.testing.assert_array_equal(ours[picture, : keep - contextual], expected[: keep - contextual])
+
+
+def test_the_authors_proportion():
+    assert [keep - selection.contextual_tokens(keep) for keep in (64, 128, 192)] == [54, 108, 162]
+
+
+def test_all_tokens_remain_where_all_are_kept():
+    rng = np.random.default_rng(0)
+    state = rng.standard_normal((2, 16, 5), np.float32)
+    (kept,) = selection.zipped(rng.random((2, 16)), rng.standard_normal((2, 16, 8)), (jnp.asarray(state),), 16)
+    assert (kept != state).any()  # in another order
+    np.testing.assert_array_equal(np.sort(kept, axis=1), np.sort(state, axis=1))
+
+
+@functools.cache
+def drawn(make, family):
+    """One of transformers' small models, with weights that are the same each time, and attention that is not even."""
+    model, generator = copy.deepcopy(make(family)), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (1.5 * p.shape[-1] ** -0.5 if p.ndim > 1 else 0.2))
+            p.add_(float("norm" in name and name.endswith("weight")))
+    model.set_attn_implementation("eager")
+    return model, {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+SHAPE = {"patch_size": 7, "width": 128, "layers": 4, "heads": 2, "mlp": 96, "norm_eps": 1e-3}
+TOWERS = {
+    "clip": dataclasses.replace(vision_preset("clip-l-14-336"), image_size=28, **SHAPE),
+    "siglip": dataclasses.replace(vision_preset("siglip-so400m-14-384"), image_size=28, **SHAPE),
+}
+
+
+def tower(family, **how):
+    _, state = drawn(theirs.tower, family)
+    model = nnx.eval_shape(lambda: VisionTower(nnx.Rngs(0), TOWERS[family], **how))
+    nnx.update(model, jax.tree.map(jnp.asarray, theirs.vision_params(state, TOWERS[family])))
+    return model
+
+
+def looked_at(family, images, block):
+    """Transformers' hidden states, a block's attention [B, H, S, S], and its keys [B, S, D]."""
+    model, config, keys = drawn(theirs.tower, family)[0], TOWERS[family], []
+    pixels = (images / 255 - config.mean) / config.std
+    (projection,) = (
+        module for name, module in model.named_modules() if name.endswith(f"layers.{block - 1}.self_attn.k_proj")
+    )
+    hook = projection.register_forward_hook(lambda module, inputs, output: keys.append(output.numpy()))
+    with torch.no_grad():
+        shown = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32))
+        seen = model(shown, output_hidden_states=True, output_attentions=True)
+    hook.remove()
+    return [x.numpy() for x in seen.hidden_states], seen.attentions[block - 1].numpy(), keys[0]
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("taps", [(4,), (3, 1), (3, 2, 0)])
+@pytest.mark.parametrize("family", TOWERS)
+def test_a_tower_is_zipped_by_the_deepest_block_s_attention_in_transformers(family, taps, scan):
+    images = np.random.default_rng(3).integers(0, 256, (3, 28, 28, 3), np.uint8)
+    states, attention, keys = looked_at(family, images, taps[0])
+    graph, state = nnx.split(tower(family, scan=scan))
+    found = jax.jit(
+        lambda state: selection.visionzip(nnx.merge(graph, state), images, taps, jnp.dtype(np.float32), keep=8)
+    )(state)
+    first = int(family == "clip")
+    queries = attention[:, :, :1] if first else attention
+    received = queries.mean((1, 2))[:, first:]
+    keys = keys.reshape(3, -1, 2, 64).mean(2)[:, first:]
+    order = np.sort(received, axis=1)
+    assert (order[:, -7] - order[:, -8]).min() > 1e-5, "so near that rounding chooses"
+    for picture in range(3):
+        of_it = [states[tap][picture, first:] for tap in taps]
+        for ours, expected in zip(found, zipped(received[picture], keys[picture], of_it, 8, 1), strict=True):
+            np.testing.assert_allclose(ours[picture], expected, atol=2e-4)
+
+
+def test_fusions_of_single_patches_take_any_number_of_them():
+    rng = np.random.default_rng(0)
+    states = [jnp.asarray(rng.standard_normal((2, 16, 128), np.float32)) for _ in range(2)]
+    for name, taps in (("mlp", 1), ("mbtf", 2)):
+        fusion = Fusion(nnx.Rngs(0), FusionConfig(name, taps=(4, 2)), TOWERS["clip"], 24)
+        some = fusion(tuple(state[:, 3:8] for state in states[:taps]))
+        assert some.shape == (2, 5, 24)
+        np.testing.assert_allclose(some, fusion(tuple(states[:taps]))[:, 3:8], atol=1e-5)
+
+
+# ---- FastV -----------------------------------------------------------------------------------------------------------
+
+CONFIG = LLMConfig(vocab=62, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, norm_eps=1e-3)
+
+
+def test_attention_of_the_last_token_is_that_of_transformers():
+    (model, state), seen = drawn(theirs.decoder, "llama"), []
+    ours = nnx.eval_shape(lambda: Decoder(nnx.Rngs(0), CONFIG))
+    nnx.update(ours, jax.tree.map(jnp.asarray, theirs.decoder_params(state, CONFIG)))
+    tokens, lengths = np.random.default_rng(0).integers(0, 60, (3, 20)), np.array([20, 13, 1])
+
+    def choose(q, k):
+        seen.append(selection.attention_paid(q, k, lengths))
+        return jnp.broadcast_to(jnp.arange(20), (3, 20))
+
+    ours.prefill(ours.embed(tokens, jnp.float32), jnp.broadcast_to(jnp.arange(20), (3, 20)), 2, choose)
+    (paid,) = seen
+    for row, length in enumerate(lengths):
+        with torch.no_grad():
+            read = model(torch.from_numpy(tokens[row, :length])[None], output_attentions=True)
+        expected = read.attentions[1][0, :, -1].mean(0).numpy()
+        np.testing.assert_allclose(paid[row, :length], expected, rtol=1e-5)
+        assert (paid[row, length:] == 0).all()
+        assert length == 1 or expected.max() > 2 / length  # it looks somewhere
+
+
+LENGTH = 40  # room for three pictures of four tokens, and for text about them
+
+
+@st.composite
+def prompts(draw):
+    """Rows of text and pictures of four tokens, of which some number is kept."""
+    keep, most = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    rows = []
+    for _ in range(3):
+        pictures = draw(st.integers(0, most))
+        parts = [draw(st.integers(0, 3)) for _ in range(pictures + 1)]
+        image = [False] * parts[0]
+        for text in parts[1:]:
+            image += [True] * 4 + [False] * text
+        rows.append(image)
+    spare = LENGTH - max(len(row) + (most - sum(row) // 4) * (4 - keep) for row in rows)
+    rows[0] += [False] * draw(st.integers(0, spare))
+    paid = draw(st.lists(st.integers(0, 5), min_size=3 * LENGTH, max_size=3 * LENGTH))  # with equals
+    return rows, LENGTH - most * (4 - keep), keep, np.array(paid, np.float32).reshape(3, LENGTH) / 8
+
+
+@hypothesis.settings(deadline=None, max_examples=60, derandomize=True)
+@hypothesis.given(prompts())
+def test_text_remains_and_of_the_pictures_what_is_looked_at_most(drawn):
+    rows, shorter, keep, paid = drawn
+    image = np.zeros((3, LENGTH), bool)
+    for row, marks in enumerate(rows):
+        image[row, : len(marks)] = marks
+    lengths, kept = np.array([len(row) for row in rows]), image.sum(1) // 4 * keep
+    found = np.asarray(selection.remaining(*map(jnp.asarray, (paid, image, lengths, kept)), shorter))
+    assert found.shape == (3, shorter)
+    for row, marks in enumerate(rows):
+        best = sorted(np.flatnonzero(marks), key=lambda p: (-paid[row, p], p))[: kept[row]]
+        expected = sorted([*np.flatnonzero(~np.array(marks, bool)), *best])
+        assert found[row, : len(expected)].tolist() == expected
+        assert len(set(found[row].tolist())) == shorter  # nothing is read twice
+
+
+# ---- What is asked ---------------------------------------------------------------------------------------------------
+
+MLP = ModelConfig(fusion=FusionConfig("mlp"))
+
+
+@pytest.mark.parametrize(
+    ("reduce", "keep", "fusion", "found", "slots", "dropped"),
+    [
+        ("", 0, "mlp", Reduction("", 576, 576), 576, 0),
+        ("fastv", 0, "mlp", Reduction("fastv", 576, 144), 576, 432),
+        ("fastv", 576, "mlp", Reduction("fastv", 576, 576), 576, 0),
+        ("fastv", 0, "mbtf_stf", Reduction("fastv", 144, 36), 144, 108),
+        ("visionzip", 0, "mbtf", Reduction("visionzip", 576, 144), 144, 0),
+        ("visionzip", 64, "mlp", Reduction("visionzip", 576, 64), 64, 0),
+    ],
+)
+def test_what_a_prompt_and_the_decoder_hold(reduce, keep, fusion, found, slots, dropped):
+    config = ModelConfig(fusion=FusionConfig(fusion), reduce=reduce, keep=keep)
+    assert reduction(config) == found
+    assert (found.slots, found.dropped) == (slots, dropped)
+    assert slots_per_image(config) == slots
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"keep": 9}, "keep=9 .* set reduce=fastv or visionzip"),
+        ({"reduce": "fastvv"}, "did you mean 'fastv'"),
+        ({"reduce": "fastv", "keep": 577}, "keep=577 should be 1 to 576, .* that mlp makes"),
+        ({"reduce": "visionzip", "keep": -1}, "keep=-1 should be 1 to 576"),
+        ({"reduce": "visionzip", "fusion": FusionConfig()}, r"mlp, mbtf\), which mbtf_stf does not"),
+        ({"reduce": "visionzip", "fusion": FusionConfig("mlp", taps=(0,))}, r"taps=\(0,\)"),
+        ({"reduce": "fastv", "llm": "llama-tiny"}, "after decoder layer 2, and llama-tiny has no more"),
+    ],
+)
+def test_what_cannot_be_reduced_is_refused(changes, sentence):
+    import tiny  # noqa: F401 (knows llama-tiny)
+
+    with pytest.raises(UserError, match=sentence):
+        reduction(dataclasses.replace(MLP, **changes))
