@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable
 
 import jax
+import make_study
 import numpy as np
 import PIL.Image
 import pytest
@@ -27,7 +28,7 @@ from make_evals import make_gqa
 from make_models import CONTROL, make
 from theirs import decoder
 
-from stf_jax import bench, chat, convert, evaluate, main, plan, prepare
+from stf_jax import ablate, bench, chat, convert, evaluate, main, plan, prepare
 from stf_jax.config import FusionConfig
 from stf_jax.data.conversation import TEMPLATES, encode, template_items
 from stf_jax.data.records import Record, Turn
@@ -39,7 +40,7 @@ from stf_jax.weights.export_hf import export_hf
 ROOT = pathlib.Path(__file__).parents[1]
 VERBS = {
     "main": main, "prepare": prepare, "convert": convert, "evaluate": evaluate, "chat": chat, "plan": plan,
-    "bench": bench,
+    "bench": bench, "ablate": ablate,
 }  # fmt: skip
 Make = Callable[[pathlib.Path, types.SimpleNamespace], None]
 
@@ -778,7 +779,31 @@ BENCH = [
     measured("a scratch that is a file", ("weights", "--scratch={here}/f"), "--scratch={here}/f", make=put("f", "")),
     measured("an unknown device", ("plan", "--no-mark", "--topology=v5f:4x8"), "v5f:4x8", "'v5p'"),
 ]
-CASES = [*MAIN, *PREPARE, *CONVERT, *EVALUATE, *CHAT, *PLAN, *BENCH]
+
+
+def studied(name, changes, *says, make=nothing, leaves=()):
+    argv = ("--config={here}/study.py", "--out={here}/out")
+    study = several(make, lambda here, shared: make_study.write(here / "study.py", **changes))
+    return Case(name, "ablate", study, argv, says, leaves)
+
+
+ABLATE = [
+    studied("a variant of a misspelt key", {"variants": (("mlp", ("model.fuson.fusion=mlp",)),)}, "'mlp'", "fuson"),
+    studied("a variant outside its folder", {"variants": (("../mlp", ()),)}, "'../mlp'"),
+    studied("a base that is not there", {"base": "none.py"}, "'mlp'", "none.py"),
+    studied("a file where its runs should lie", {}, "{here}/out/cells", make=put("out/cells", "")),
+    studied(
+        "results of nobody knows what", {}, "{here}/out/cells/mlp/seed_0/pretrain/config.json",
+        make=put("out/cells/mlp/seed_0/results.json", "{}"),
+    ),
+    studied(
+        "a run's config that is cut", {}, "{here}/out/cells/mlp/seed_0/pretrain/config.json",
+        make=several(
+            put("out/cells/mlp/seed_0/results.json", "{}"), put("out/cells/mlp/seed_0/pretrain/config.json", "{")
+        ),
+    ),
+]  # fmt: skip
+CASES = [*MAIN, *PREPARE, *CONVERT, *EVALUATE, *CHAT, *PLAN, *BENCH, *ABLATE]
 
 
 @pytest.fixture(scope="module")

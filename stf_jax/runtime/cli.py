@@ -175,6 +175,7 @@ def parse(
 
 def _explain(error, argv):
     """One sentence for what the flag library or the config file raised."""
+    lacking = re.search(r"\w+", str(error))  # what ml_collections names first
     for item in argv:
         override = re.match(r"--?(?:no)?config\.(stages\.\w+\.)?([\w.]+)", item)
         if override and isinstance(error, (AttributeError, KeyError)):
@@ -182,7 +183,7 @@ def _explain(error, argv):
             keys = list(flatten(default_config().to_dict()))
             if key not in keys:
                 return f"Unknown config key {key!r}: {nearest(key, keys)}"
-            if stage:
+            if stage and lacking and lacking[0] in re.split(r"\W", item):
                 return f"The config file has no {stage}{key} to change; it can be given to all stages as {key}."
     if isinstance(error, AttributeError) and error.name in ("get_config", "lock"):
         return "The config file needs a function get_config(arg) that returns a ConfigDict."

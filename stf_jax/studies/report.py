@@ -121,7 +121,7 @@ def _quality(found, pictures):
 
 def _differences(found, pictures):
     says = (
-        f"In percentage points, paired by seed and question, with the {LEVEL:.0%} interval of a bootstrap over both; "
+        f"In percentage points, paired by seed and question, with the {LEVEL:.0%} interval by a bootstrap over both; "
         f"{_NOISE} where that holds nought: the difference is within noise. Of twenty such intervals one misses by "
         "chance."
     )

@@ -120,9 +120,9 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
         _check_options(name, asked)
         variants.append(Variant(name, of=of, asked=asked))
     names = [variant.name for variant in variants]
-    if wrong := next((name for name in names if not re.fullmatch(_NAME, name) or names.count(name) > 1), None):
+    if wrong := [name for name in names if not re.fullmatch(_NAME, name) or names.count(name) > 1]:
         raise UserError(
-            f"The study's variant {wrong!r} should have a name of its own: a letter or digit, then also any of _.=+-"
+            f"The study's variant {wrong[0]!r} should have a name of its own: a letter or digit, then also any of _.=+-"
         )
     if values["baseline"] not in names:
         raise UserError(f"The study's baseline is {values['baseline']!r}: {nearest(values['baseline'], names)}")
@@ -237,14 +237,13 @@ def _alike(folder, other):
     if not (other / RESULTS).exists():
         return False
     first, second = map(_protocols, (folder, other))
-    return len(first) == len(second) and all(
-        (one["benchmark"], one["questions"]) == (two["benchmark"], two["questions"])
-        and (
-            one["asking"]["weights"] == two["asking"]["weights"]
-            or one["asking"]["precision"] != two["asking"]["precision"]
-        )
-        for one, two in zip(first, second, strict=True)
-    )
+    if len(first) != len(second):
+        return False
+    for one, two in zip(first, second, strict=True):
+        keys = ["weights"] if one["asking"]["precision"] == two["asking"]["precision"] else []
+        if any((one | one["asking"])[key] != (two | two["asking"])[key] for key in ("benchmark", "questions", *keys)):
+            return False
+    return True
 
 
 def _protocols(folder):

@@ -319,3 +319,5 @@ def test_overrides_that_do_not_fit(run, file, override, sentence):
 def test_overrides_of_stages_that_do_not_fit(run, file, override, sentence):
     error = refused(run(f"--config={file(STAGED)}", override))
     assert re.search(sentence, error), error
+    # What fits and stands before it is not blamed.
+    assert refused(run(f"--config={file(STAGED)}", "--config.stages.text.steps=4", override)) == error

@@ -1,0 +1,82 @@
+"""Scores are read from what runs leave as it says."""
+
+import json
+
+import make_study
+import numpy as np
+import pytest
+
+from stf_jax.config import UserError
+from stf_jax.data.scenes import KINDS
+from stf_jax.evals.scenes import Scenes
+from stf_jax.studies.outcomes import by_variant, outcome
+from stf_jax.studies.study import cells
+
+
+@pytest.fixture
+def cell(tmp_path):
+    """One that has nothing yet."""
+    return cells(make_study.study(), tmp_path)[0]
+
+
+def test_scenes_are_read_one_by_one(cell):
+    make_study.put(cell.folder / "results.json", {"benchmark": "scenes"})
+    right = {"count": [True, False, True], "existence": [False, False]}
+    (cell.folder / "answers.jsonl").write_text(make_study.answers(right, [True, False]))
+    scores = outcome(cell).scores
+    assert list(scores) == ["all", "existence", "count", "blank picture"]
+    assert scores["count"].tolist() == [1, 0, 1]
+    assert scores["existence"].tolist() == [0, 0]
+    assert scores["blank picture"].tolist() == [1, 0]
+    assert scores["all"].tolist() == [1, 0, 1, 0, 0]
+
+
+def test_scores_are_what_the_benchmark_says(cell):
+    benchmark = Scenes()
+    benchmark.first(60)
+    rng = np.random.default_rng(0)
+    texts, lines = [], []
+    for question in benchmark.questions:
+        truth = question.metadata["truth"]
+        texts.append(truth.upper() if rng.random() < 0.4 else f"{truth}s")
+        lines.append(json.dumps({"text": texts[-1], "metadata": question.metadata}) + "\n")
+    make_study.put(cell.folder / "results.json", {"benchmark": "scenes"})
+    (cell.folder / "answers.jsonl").write_text("".join(lines))
+    metrics, scores = benchmark.metrics(texts), outcome(cell).scores
+    means = {kind: hits.mean() for kind, hits in scores.items()}
+    assert means.pop("all") == pytest.approx(metrics["accuracy"])
+    assert means.pop("blank picture") == pytest.approx(metrics["blank_image_accuracy"])
+    assert means == pytest.approx({kind: one["accuracy"] for kind, one in metrics["by_kind"].items()})
+    assert list(means) == [kind for kind in KINDS if kind in metrics["by_kind"]]
+
+
+def test_of_other_benchmarks_the_metrics_are_read(cell):
+    pope = {"benchmark": "pope", "metrics": {"f1": 0.8, "random": {"f1": 0.9, "questions": 30}}, "questions": 90}
+    make_study.put(cell.folder / "results.json", pope)
+    assert {kind: hits.tolist() for kind, hits in outcome(cell).scores.items()} == {
+        "pope/f1": [0.8],
+        "pope/random/f1": [0.9],
+    }
+    several = [pope, {"benchmark": "scenes", "metrics": {"accuracy": 0.5}, "questions": 9}]
+    make_study.put(cell.folder / "results.json", several)
+    assert outcome(cell).scores["pope/random/f1"].tolist() == [0.9]
+    assert outcome(cell).scores["scenes/accuracy"].tolist() == [0.5]
+
+
+def test_a_benchmark_without_labels_tells_nothing(cell):
+    make_study.put(cell.folder / "results.json", {"benchmark": "vizwiz", "metrics": {}, "questions": 9})
+    with pytest.raises(UserError, match="no metric: the labels of its benchmarks are not there"):
+        outcome(cell)
+
+
+def test_variants_have_their_seeds_in_order(tmp_path):
+    made = cells(make_study.study(), tmp_path)
+    for number, cell in enumerate(made):
+        make_study.finish(cell, share=number / len(made), questions=10)
+    scores = by_variant(made)
+    assert list(scores) == ["mlp", "stf", "fastv"]
+    assert scores["stf"]["all"].shape == (2, 10 * len(KINDS))
+    for cell in made:
+        results = json.loads((cell.folder / "results.json").read_text())
+        seen = scores[cell.variant.name]["all"][cell.seed].mean()
+        assert seen == pytest.approx(results["metrics"]["accuracy"])
