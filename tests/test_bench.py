@@ -7,13 +7,17 @@ import pytest
 import tiny  # noqa: F401 (its presets)
 
 from stf_jax.bench import main
-from stf_jax.benches import decode, step
+from stf_jax.benches import cost, decode, step
 from stf_jax.benches.made import make_export
 from stf_jax.benches.mixture import SOURCES, jpegs, lengths
 from stf_jax.config import FusionConfig, ModelConfig
+from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vlm import slots_per_image
+from stf_jax.planning.topology import described
 from stf_jax.runtime.cli import door
 from stf_jax.runtime.table import table
+from stf_jax.training.state import blueprint
+from stf_jax.weights.model import Description
 
 
 def test_input(tmp_path, capsys):
@@ -81,6 +85,98 @@ def test_step_takes_the_same_steps_on_both_sides(stage, tmp_path):
     assert ours["losses"][-1] < ours["losses"][0]
 
 
+def test_fusion(tmp_path, capsys):
+    file, options = (
+        tmp_path / "figures.json",
+        ["--vision=clip-mini-16-96", "--llm=llama-mini", "--fusions=mlp,mbtf_stf"],
+    )
+    assert door(main, ["fusion", *options, "--batch=2", f"--json={file}"]) == 0
+    head, mlp, ours = json.loads(file.read_text())
+    assert head["memory"] == "temporaries"
+    assert (mlp["what"], mlp["tokens"], ours["what"], ours["tokens"]) == ("mlp", 36, "mbtf_stf", 9)
+    for row in (mlp, ours):
+        shapes = blueprint(ModelConfig("clip-mini-16-96", "llama-mini", FusionConfig(row["what"]))).shapes
+        sizes = [leaf.size for path, leaf in shapes.items() if path.startswith("fusion/")]
+        assert row["million_parameters"] == pytest.approx(sum(sizes) / 1e6)
+        assert row["both_ms"] > row["forward_ms"] > 0
+        assert row["both_mib"] > 0
+    first, second = 36 * 128 * 128, 36 * 128 * 128
+    assert mlp["gflop"] == pytest.approx(2 * 2 * (first + second) / 1e9)
+    assert "forward ms" in capsys.readouterr().out
+
+
+def test_flops_repeats_what_papers_give(tmp_path):
+    file = tmp_path / "figures.json"
+    assert door(main, ["flops", "--text=64", f"--json={file}"]) == 0
+    rows = json.loads(file.read_text())
+    by_name = {row["what"]: row for row in rows}
+    mlp, ours = by_name["mlp, 64 of text"], by_name["mbtf_stf, 64 of text"]
+    for row in (mlp, ours):
+        parts = row["tower_gflop"] / 1e3 + row["fusion_gflop"] / 1e3 + row["prefill_tflop"]
+        assert row["all_tflop"] == pytest.approx(parts)
+    layers, width = 32, 4096
+    attention = 2 * layers * width * (640**2 - 208**2)  # two products of T²/2
+    matrices = 2 * layers * (4 * width**2 + 3 * width * 11_008) * (640 - 208)
+    assert mlp["prefill_tflop"] - ours["prefill_tflop"] == pytest.approx((attention + matrices) / 1e12)
+    bound, mini, mini_few = rows[-3:]
+    assert bound["decoder_tflop"] < bound["published"] == 1.9
+    # One length of text explains both of LLaVA-Mini's figures, so they are the decoder's FLOPs and nothing else's.
+    assert mini["text_decoder"] == mini_few["text_decoder"] == 76
+    assert mini["text_all"] != mini_few["text_all"]
+
+
+def test_flops_of_other_models_stand_alone(capsys):
+    assert door(main, ["flops", "--vision=clip-mini-16-96", "--llm=llama-mini", "--text=8"]) == 0
+    assert "published" not in capsys.readouterr().out
+
+
+def test_cost_takes_all_layers_for_a_straight_line(monkeypatch, tmp_path):
+    asked = []
+
+    def fake(name, arguments):
+        what, folder, fusion, batches = json.loads(arguments[-1])
+        layers = llm_preset(folder).layers
+        asked.append((what, fusion, layers))
+        slope = 30 if fusion == "mlp" else 10
+        return {"ms": [100 + slope * layers * b for b in batches], "gib": [layers for _ in batches]}
+
+    monkeypatch.setattr(cost, "measured", fake)
+    rows = cost.measure("clip-mini-16-96", "llama-mini", [1, 3], [1, 2])
+    assert asked == [(w, f, n) for w in cost.TEXT for f in ("mlp", "mbtf_stf") for n in (1, 3)]
+    mlp, ours = rows[:2]
+    assert (mlp["ms_few"], mlp["ms_more"], mlp["ms_all"]) == (130, 190, 100 + 30 * 4)
+    assert (mlp["gib_few"], mlp["gib_more"]) == (1, 3)
+    assert ours["times_mlp"] == pytest.approx(220 / 140)
+    # What is foreseen has the same columns whatever was compiled.
+    foreseen = [
+        {"what": f"{what}, {fusion}, a6000", "rows": 1, "peak_gib": 1.0, "fits": True, "seconds": 1.0, "times_mlp": 1.0}
+        for what in cost.TEXT
+        for fusion in ("mlp", "mbtf_stf")
+    ]
+    cost.draw(rows + foreseen, tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("what", ["prefill", "pretrain"])
+def test_cost_times_the_program_of_a_run(what, tmp_path):
+    tower, decoder = vision_preset("clip-tiny"), llm_preset("llama-tiny")
+    Description(tower, decoder, FusionConfig("mbtf_stf")).save(tmp_path)
+    found = cost.timed(what, str(tmp_path), "mbtf_stf", [1])
+    assert found["ms"][0] > 0
+    assert found["gib"][0] > 0
+
+
+@pytest.mark.slow
+def test_cost_foresees_both_fusions_for_a_machine(monkeypatch):
+    monkeypatch.setattr(cost, "TEXT", {"pretrain": 64, "prefill": 64})
+    rows = cost.foresee("clip-mini-16-384", "llama-mini", [1], described("a6000:2"))
+    assert [row["what"] for row in rows] == [
+        f"{what}, {fusion}, a6000" for what in cost.TEXT for fusion in ("mlp", "mbtf_stf")
+    ]
+    assert all(row["fits"] and row["peak_gib"] > 0 for row in rows)
+    assert rows[1]["times_mlp"] == pytest.approx(rows[0]["seconds"] / rows[1]["seconds"])
+
+
 def test_the_mixture_is_as_it_says():
     assert sum(count for count, *_ in SOURCES.values()) == 665_298
     tokens, pictures = lengths(20_000, 144, np.random.default_rng(0))
@@ -100,6 +196,14 @@ def test_the_mixture_is_as_it_says():
         (["decode", "--llm=smol"], "Unknown preset model.llm='smol'"),
         (["decode", "--batches=1;8"], "--batches=1;8 should be numbers with commas between"),
         (["decode", "--tokens=1"], "--tokens at least 2"),
+        (["fusion", "--fusions=mlp,stff"], "--fusions=mlp,stff names 'stff': did you mean 'stf'?"),
+        (["fusion", "--batch=0"], "--batch must be at least 1"),
+        (["flops", "--text=a"], "--text=a should be numbers with commas between"),
+        (["flops", "--text=-1"], "--text should not be negative"),
+        (["step", "--rows=0"], "--rows and --steps must be at least 1"),
+        (["cost", "--layers=2,1"], "--layers=2,1 should be two numbers, the smaller first"),
+        (["cost", "--batches=0"], "--batches=0 should be at least 1"),
+        (["cost", "--plot=no/such/folder.png"], "--plot=no/such/folder.png: there is no such folder"),
         (["weights", "--scratch=nowhere"], "--scratch=nowhere is not a folder"),
     ],
 )

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision", default="clip-l-14-336", help="a tower preset (%(default)s)")
     parser.add_argument("--llm", default="vicuna-7b", help="a language model preset (%(default)s)")
     parser.add_argument("--layers", default="1,2", help="of the decoder, that are measured: two numbers (%(default)s)")
-    parser.add_argument("--batches", default="1,2,4", help="rows at once, that are measured (%(default)s)")
+    parser.add_argument("--batches", default="1,2", help="rows at once, that are measured (%(default)s)")
     parser.add_argument("--topology", default="a6000:8", help="to compile for (%(default)s)")
     parser.add_argument("--rows", default="1,4,8,16", help="a device of that (%(default)s)")
     parser.add_argument("--plot", type=pathlib.Path, help="PNG to draw")
@@ -97,16 +97,16 @@ def measure(vision: str, llm: str, layers: list[int], batches: list[int]) -> _Ro
     """Prefill and both stages' steps on this machine, each model in a process of its own.
 
     Returns:
-      Rows of ``what``, ``batch``, milliseconds and GiB with so many ``layers`` of the decoder, the few and the more,
-      and of all its layers by a straight line; and of these ``times_mlp``, how often faster.
+      Rows of ``what``, ``batch``, milliseconds with so many ``layers`` of the decoder, the few and the more, and with
+      all its layers by a straight line; GiB with the few and the more; and ``times_mlp``, how often faster with all.
     """
     tower, decoder, found = vision_preset(vision), llm_preset(llm), []
     for what in TEXT:
         pair = {}
         for fusion, count in itertools.product(_FUSIONS, layers):
             with tempfile.TemporaryDirectory() as folder:
-                few = dataclasses.replace(decoder, layers=count)
-                Description(tower, few, FusionConfig(fusion)).save(pathlib.Path(folder))
+                shallow = dataclasses.replace(decoder, layers=count)
+                Description(tower, shallow, FusionConfig(fusion)).save(pathlib.Path(folder))
                 task = json.dumps([what, folder, fusion, batches])
                 name = f"{what}, {fusion}, {count} layers"
                 pair[fusion, count] = measured(name, ["-m", "stf_jax.benches.cost", task])
@@ -114,12 +114,11 @@ def measure(vision: str, llm: str, layers: list[int], batches: list[int]) -> _Ro
         for i, batch in enumerate(batches):
             rows = []
             for fusion in _FUSIONS:
-                row = {"what": f"{what}, {fusion}", "batch": batch}
-                for key in ("ms", "gib"):
-                    few, more = (pair[fusion, count][key][i] for count in layers)
-                    slope = (more - few) / (layers[1] - layers[0])
-                    row |= {f"{key}_few": few, f"{key}_more": more}
-                    row[f"{key}_all"] = few + slope * (decoder.layers - layers[0])
+                few, more = (pair[fusion, count] for count in layers)
+                slope = (more["ms"][i] - few["ms"][i]) / (layers[1] - layers[0])
+                row = {"what": f"{what}, {fusion}", "batch": batch, "ms_few": few["ms"][i], "ms_more": more["ms"][i]}
+                row["ms_all"] = few["ms"][i] + slope * (decoder.layers - layers[0])
+                row |= {"gib_few": few["gib"][i], "gib_more": more["gib"][i]}
                 rows.append(row)
             found += [row | {"times_mlp": rows[0]["ms_all"] / row["ms_all"]} for row in rows]
     return found
@@ -137,7 +136,10 @@ def timed(what: str, folder: str, fusion: str, batches: list[int]) -> dict[str, 
         program = make_program(config, kind, jax.devices()[:1], rows=batch)
         compiled = program.compile()
         found["ms"].append(1e3 * _seconds(program, compiled, config))
-        found["gib"].append(compiled.memory_analysis().peak_memory_in_bytes / _GIB)
+        # Of a CPU's program the compiler's own peak leaves temporaries out.
+        parts = compiled.memory_analysis()
+        arguments = parts.argument_size_in_bytes + parts.output_size_in_bytes - parts.alias_size_in_bytes
+        found["gib"].append((arguments + parts.temp_size_in_bytes) / _GIB)
     return found
 
 
@@ -154,12 +156,13 @@ def _seconds(program: Program, compiled, config):
             lengths = np.full(program.rows, program.length, np.int32)
             prompt = (batch.tokens, batch.image_slots, lengths, batch.images)
             call = functools.partial(compiled, _filled(weights), *prompt, sampling)
+        jax.block_until_ready(call())  # gigabytes of memory are touched for the first time
         seconds = []
-        while len(seconds) < _TIMES + 1 and sum(seconds) < _LONG:
+        while len(seconds) < _TIMES and sum(seconds) < _LONG:
             begin = time.perf_counter()
             jax.block_until_ready(call())
             seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[1:] or seconds)  # the first one also touches memory for the first time
+    return statistics.median(seconds)
 
 
 def _step(compiled, kept, batch):
@@ -208,28 +211,39 @@ def foresee(vision: str, llm: str, rows: list[int], devices: list[jax.Device]) -
 
 
 def draw(rows: _Rows, file: pathlib.Path) -> None:
-    """Prefill and steps by batch as measured, and memory by rows a device as foreseen."""
+    """Seconds by rows, as measured and as foreseen, and memory by rows a device; what has no rows is left out."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), constrained_layout=True)
+    chip = next(row["what"] for row in rows if "peak_gib" in row).split(", ")[-1]
+    kinds = (  # of rows: what they end with, along, up, and what is written there
+        (
+            "",
+            "batch",
+            lambda row: row["ms_all"] / 1e3,
+            "rows",
+            "seconds, measured here,\nall layers by a line",
+        ),
+        (f", {chip}", "rows", lambda row: row["seconds"], f"rows a card of {chip}", "seconds, foreseen"),
+        (f", {chip}", "rows", lambda row: row["peak_gib"], f"rows a card of {chip}", "GiB of a card, foreseen"),
+    )
     titles = {"prefill": "Reading a prompt", "pretrain": "A step of stage 1", "finetune": "A step of stage 2"}
-    for (above, below), (what, title) in zip(axes.T, titles.items(), strict=True):
-        for fusion, color in zip(_FUSIONS, ("tab:gray", "tab:blue"), strict=True):
-            here = [row for row in rows if row["what"] == f"{what}, {fusion}"]
-            name = f"{fusion}, {144 if fusion == 'mbtf_stf' else 576} tokens"
-            above.plot([r["batch"] for r in here], [r["ms_all"] / 1e3 for r in here], "o-", color=color, label=name)
-            there = [row for row in rows if row["what"].startswith(f"{what}, {fusion}, ")]
-            below.plot([r["rows"] for r in there], [r["peak_gib"] for r in there], "o-", color=color, label=name)
-        above.set(title=title, xlabel="rows", ylabel="seconds, two cores, float32")
-        below.set(xlabel="rows a card", ylabel="GiB at its peak, a card of 8 × A6000")
-        for axis in (above, below):
-            axis.set_ylim(bottom=0)
-            axis.grid(alpha=0.3)
-    axes[0, 0].legend()
-    figure.savefig(file, dpi=110)
+    figure, axes = plt.subplots(len(kinds), len(titles), figsize=(12, 9), constrained_layout=True)
+    for axis, ((end, along, up, x, y), (what, title)) in zip(
+        axes.flat, itertools.product(kinds, titles.items()), strict=True
+    ):
+        for fusion, colour in zip(_FUSIONS, ("tab:gray", "tab:blue"), strict=True):
+            here = [row for row in rows if row["what"] == f"{what}, {fusion}{end}"]
+            ticks = [row[along] for row in here]
+            axis.plot(ticks, [up(row) for row in here], "o-", color=colour, label=fusion)
+        axis.set(title=title, xlabel=x, ylabel=y, xticks=ticks)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend()
+        axis.set_visible(bool(ticks))
+    figure.savefig(file, dpi=100)
     plt.close(figure)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 from stf_jax.config import FusionConfig, ModelConfig, UserError
@@ -18,7 +19,6 @@ _PUBLISHED = (
     ("LLaVA-Mini's table 6 (arXiv 2501.03895)", "mbtf_stf", 2.85),
 )
 _LLAVA = "clip-l-14-336", "vicuna-7b"
-_MOST = 1024  # tokens of text that are tried
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,30 +75,27 @@ def _row(model, text):
 
 
 def _beside(what, model, published):
-    def decoder(text):
-        found = prompt_flops(model, text)
-        return (found.llm + found.head) / 1e12
-
-    def everything(text):
-        return prompt_flops(model, text).forward / 1e12
-
+    first = [prompt_flops(model, text) for text in range(3)]
+    decoder, everything = [found.llm + found.head for found in first], [found.forward for found in first]
     return {
         "what": what,
         "tokens": slots_per_image(model),
         "published": published,
-        "decoder_tflop": decoder(0),
-        "text_decoder": _matching(decoder, published),
-        "text_all": _matching(everything, published),
-        "text_in_macs": _matching(decoder, 2 * published),
+        "decoder_tflop": decoder[0] / 1e12,
+        "text_decoder": _matching(decoder, 1e12 * published),
+        "text_all": _matching(everything, 1e12 * published),
+        "text_in_macs": _matching(decoder, 2e12 * published),
     }
 
 
-def _matching(tflop, wanted):
-    """The fewest tokens of text with which it comes to that; None where it is more without any."""
-    if not tflop(0) <= wanted <= tflop(_MOST):
+def _matching(flops, wanted):
+    """The fewest tokens of text with which it comes to that; None where it is more without any.
+
+    Of none, one and two tokens it takes ``flops``; with attention they grow by a square.
+    """
+    none, one, two = flops
+    if none > wanted:
         return None
-    low, high = 0, _MOST
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if tflop(middle) >= wanted else (middle + 1, high)
-    return low
+    square = (two - 2 * one + none) / 2
+    slope = one - none - square
+    return math.ceil(2 * (wanted - none) / (slope + math.sqrt(slope**2 + 4 * square * (wanted - none))))

@@ -1,6 +1,7 @@
 """A step of a benchmark as a process of its own: how long it takes, and the most memory it holds."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -9,14 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def measured(what: str, arguments: Sequence[str]) -> dict[str, Any]:
+def measured(what: str, arguments: Sequence[str], **environment: str) -> dict[str, Any]:
     """Runs Python with those arguments; gives ``what``, ``seconds`` and ``gib``, the peak of resident memory.
 
     Memory is as Linux has it, pages of mapped files included. A last line of standard output that is a JSON object is
-    joined to that, and wins.
+    joined to that, and wins. ``environment`` is added to the process's own.
     """
     start, peak = time.monotonic(), 0
-    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True) as child:
+    environment = os.environ | environment
+    with subprocess.Popen([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True) as child:
         status = pathlib.Path(f"/proc/{child.pid}/status")
         while child.poll() is None:
             # The kernel's own high-water mark, so that nothing between two looks is missed.

@@ -231,6 +231,8 @@ def apply_layers(
     if scan and len(layers) > 1:
         taken = jax.tree.map(lambda p: p[layers.start : layers.stop], stacked)
         return jax.lax.scan(lambda x, layer: (one(x, layer), None), x, taken)[0]
-    for index in layers:
-        x = one(x, jax.tree.map(lambda p, i=index: p[i], stacked))
+    # Split at once: so the parts' gradients are laid behind each other, and not each padded to the whole and added.
+    parts = jax.tree.map(lambda p: jax.lax.split(p[layers.start : layers.stop], (1,) * len(layers)), stacked)
+    for index in range(len(layers)):
+        x = one(x, jax.tree.map(lambda _, part, i=index: part[i][0], stacked, parts))
     return x

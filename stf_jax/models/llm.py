@@ -273,8 +273,8 @@ class Decoder(nnx.Module):
 
     @property
     def head_kernel(self) -> jax.Array:
-        """What turns hidden states into logits, [D, V]."""
-        return self.embedding[...].T if self.head is None else self.head.kernel[...]
+        """What turns hidden states into logits: [D, V], or of a tied head the embedding, [V, D]."""
+        return self.embedding[...] if self.head is None else self.head.kernel[...]
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden states [..., D]."""

@@ -19,8 +19,10 @@ _LANES = 128  # words that chunks are multiples of, as TPUs lay arrays out
 _ROWS = ("data", "fsdp")
 
 
-@jax.custom_vjp
-def cross_entropy_sum(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, learned: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy_sum(
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, learned: jax.Array, words_first: bool = False
+) -> jax.Array:
     """Cross-entropy in nats of ``softmax(hidden · kernel)``, float32, summed over learned positions.
 
     On a mesh in use, rows are split over ``data`` and ``fsdp``, widths of the kernel over ``fsdp``, words over
@@ -31,16 +33,17 @@ def cross_entropy_sum(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, 
       kernel: [D, V] of any type.
       targets: int32 [B, T].
       learned: bool [B, T].
+      words_first: the kernel is [V, D], as an embedding is: turned round, it and its gradient would be copied.
     """
-    return _sharded(hidden, kernel, targets, learned, ())[0]
+    return _sharded(hidden, kernel, targets, learned, words_first, ())[0]
 
 
-def _forward(hidden, kernel, targets, learned):
+def _forward(hidden, kernel, targets, learned, words_first):
     wanted = tuple(name for name, x in (("hidden", hidden), ("kernel", kernel)) if x.perturbed)
-    return _sharded(hidden.value, kernel.value, targets.value, learned.value, wanted)
+    return _sharded(hidden.value, kernel.value, targets.value, learned.value, words_first, wanted)
 
 
-def _backward(gradients, cotangent):
+def _backward(words_first, gradients, cotangent):
     # The sum is linear in what comes after it, so its gradients could be made before that was known.
     return *(None if g is None else (g * cotangent).astype(g.dtype) for g in gradients), None, None
 
@@ -48,44 +51,50 @@ def _backward(gradients, cotangent):
 cross_entropy_sum.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _sharded(hidden, kernel, targets, learned, wanted):
+def _sharded(hidden, kernel, targets, learned, words_first, wanted):
     """The sum, and its gradients by hidden and kernel, None where they are not wanted."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _local(hidden, kernel, targets, learned, wanted, axes=())
-    rows, words = PartitionSpec(_ROWS), PartitionSpec("fsdp", "tensor")
+        return _local(hidden, kernel, targets, learned, words_first, wanted, axes=())
+    rows, words = PartitionSpec(_ROWS), PartitionSpec(*(("tensor", "fsdp") if words_first else ("fsdp", "tensor")))
     gradients = (rows if "hidden" in wanted else None, words if "kernel" in wanted else None)
     return jax.shard_map(
-        functools.partial(_local, wanted=wanted, axes=mesh.axis_names),
+        functools.partial(_local, words_first=words_first, wanted=wanted, axes=mesh.axis_names),
         in_specs=(rows, words, rows, rows),
         out_specs=(PartitionSpec(), gradients),
         check_vma=False,  # nothing is differentiated through it
     )(hidden, kernel, targets, learned)
 
 
-def _local(hidden, kernel, targets, learned, wanted, axes):
+def _local(hidden, kernel, targets, learned, words_first, wanted, axes):
     """The same on one device, which has its rows, and of the kernel some widths of some words."""
 
     def over(collective, x, *names, **how):
-        return collective(x, names, **how) if axes else x
+        names = tuple(name for name in names if axes and jax.lax.axis_size(name) > 1)  # alone, a device would copy
+        return collective(x, names, **how) if names else x
 
     shape, dtype = hidden.shape, hidden.dtype
     hidden, targets, learned = hidden.reshape(-1, shape[-1]), targets.reshape(-1), learned.reshape(-1)
-    words = kernel.shape[1]
+    words, widths = kernel.shape if words_first else kernel.shape[::-1]
+    by_width, lie = (1, "vd") if words_first else (0, "dv")  # the kernel's axis of widths, and its axes
     first = words * jax.lax.axis_index("tensor") if axes else 0
 
     count = -(-4 * len(hidden) * words // _CHUNK)
     size = words if count == 1 else -(-words // count // _LANES) * _LANES
     count = -(-words // size)
-    chunks = jnp.pad(kernel, ((0, 0), (0, count * size - words))).reshape(-1, count, size).swapaxes(0, 1)
+    filling = (0, count * size - words)
+    if words_first:
+        chunks = jnp.pad(kernel, (filling, (0, 0))).reshape(count, size, widths)
+    else:
+        chunks = jnp.pad(kernel, ((0, 0), filling)).reshape(widths, count, size).swapaxes(0, 1)
 
     def each(read, start):
         """Calls ``read(carry, kernel, logits, hit)`` with chunk after chunk."""
 
         def step(carry, chunk):
             index, kernel = chunk
-            kernel = over(jax.lax.all_gather, kernel.astype(dtype), "fsdp", axis=0, tiled=True)
-            logits = jnp.einsum("nd,dv->nv", hidden, kernel, preferred_element_type=jnp.float32)
+            kernel = over(jax.lax.all_gather, kernel.astype(dtype), "fsdp", axis=by_width, tiled=True)
+            logits = jnp.einsum(f"nd,{lie}->nv", hidden, kernel, preferred_element_type=jnp.float32)
             word = index * size + jnp.arange(size)
             ours = word < words  # not what fills the last chunk up
             hit = (targets[:, None] - first == word) & ours
@@ -114,16 +123,21 @@ def _local(hidden, kernel, targets, learned, wanted, axes):
     def slopes(by_hidden, kernel, logits, hit):
         by_logits = jnp.where(learned[:, None], jnp.exp(logits - normaliser[:, None]) - hit, 0).astype(dtype)
         if "hidden" in wanted:
-            by_hidden += jnp.einsum("nv,dv->nd", by_logits, kernel, preferred_element_type=jnp.float32)
+            by_hidden += jnp.einsum(f"nv,{lie}->nd", by_logits, kernel, preferred_element_type=jnp.float32)
         if "kernel" not in wanted:
             return by_hidden, None
-        by_kernel = jnp.einsum("nd,nv->dv", hidden, by_logits, preferred_element_type=jnp.float32)
-        by_kernel = over(jax.lax.psum_scatter, by_kernel, "fsdp", scatter_dimension=0, tiled=True)
+        factors = (f"nv,nd->{lie}", by_logits, hidden) if words_first else (f"nd,nv->{lie}", hidden, by_logits)
+        by_kernel = jnp.einsum(*factors, preferred_element_type=jnp.float32)
+        by_kernel = over(jax.lax.psum_scatter, by_kernel, "fsdp", scatter_dimension=by_width, tiled=True)
         return by_hidden, over(jax.lax.psum, by_kernel, "data")
 
     by_hidden, by_kernel = each(slopes, jnp.zeros(hidden.shape) if "hidden" in wanted else None)
     if by_hidden is not None:
         by_hidden = over(jax.lax.psum, by_hidden, "tensor").astype(dtype).reshape(shape)
     if by_kernel is not None:
-        by_kernel = by_kernel.swapaxes(0, 1).reshape(len(kernel), -1)[:, :words].astype(kernel.dtype)
+        if words_first:
+            by_kernel = by_kernel.reshape(-1, widths)[:words]
+        else:
+            by_kernel = by_kernel.swapaxes(0, 1).reshape(widths, -1)[:, :words]
+        by_kernel = by_kernel.astype(kernel.dtype)
     return value, (by_hidden, by_kernel)

@@ -27,7 +27,8 @@ def loss_sum(plan: Blueprint, trainable: Params, frozen: Params, batch: Batch, p
     segments = batch.segment_ids if packed else None
     hidden = model.hidden(batch.tokens, batch.positions, segments, batch.image_slots, batch.images)
     with jax.named_scope("loss"):
-        return cross_entropy_sum(hidden, model.llm.head_kernel, batch.targets, batch.loss_mask)
+        tied = model.llm.config.tied
+        return cross_entropy_sum(hidden, model.llm.head_kernel, batch.targets, batch.loss_mask, tied)
 
 
 def make_train_step(
