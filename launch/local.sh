@@ -18,6 +18,8 @@ cd "$(dirname "$0")/.."
 if [[ -n ${DEVICES:-} ]]; then
     export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$DEVICES
 fi
+# A step on a CPU takes gigabytes and gives them back: by pages of 4 KiB that costs a seventh of its time.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
 if [[ ! ${PROCESSES:=1} =~ ^[1-9][0-9]*$ ]]; then
     echo "error: PROCESSES=$PROCESSES is not a number of processes." >&2
     exit 2
