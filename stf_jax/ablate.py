@@ -7,7 +7,7 @@ import sys
 
 from etils import epath
 
-from stf_jax.config import RunFailed, Stopped, UserError
+from stf_jax.config import RunFailed, Stopped, UserError, one_line
 from stf_jax.evals.running import RESULTS
 from stf_jax.runtime import cli
 from stf_jax.runtime.cli import Parser, door
@@ -57,7 +57,13 @@ def main(argv: list[str]) -> None:
         failed = run(every, shares, folder / "programs")
         lacking = {cell.variant.name for cell in every if not (cell.folder / RESULTS).exists()}
         done = [cell for cell in every if cell.variant.name not in lacking]
-        costs = {cell.variant.name: cost(cell, shares[0]) for cell in done if cell.seed == study.seeds[0]}
+        costs = {}
+        for cell in (cell for cell in done if cell.seed == study.seeds[0]):
+            try:
+                costs[cell.variant.name] = cost(cell, shares[0])
+            except RunFailed as error:
+                failed[cell] = one_line(error)
+                print(f"{cell.name}: {failed[cell]}")
     finally:
         signal.signal(signal.SIGTERM, before)
     if done:

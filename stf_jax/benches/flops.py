@@ -1,7 +1,6 @@
 """What each fusion leaves to compute: model FLOPs part by part, and beside them figures that papers give."""
 
 import argparse
-import dataclasses
 import itertools
 import math
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from stf_jax.config import FusionConfig, ModelConfig, UserError
 from stf_jax.models.fusion import FUSIONS
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.cost import Flops, decode_flops, forward_flops
+from stf_jax.runtime.cost import Flops, decode_flops, prefill_flops
 
 HELP = "model FLOPs of every fusion: tower, fusion, prefill and a decoded token, beside figures that papers give"
 # TFLOPs that papers give for LLaVA-1.5 of 7B with CLIP-L/14-336: whose, a fusion with as many vision tokens, how many.
@@ -56,9 +55,7 @@ def _model(options, fusion):
 
 def prompt_flops(model: ModelConfig, text: int) -> Flops:
     """Of reading a prompt: one picture and so many tokens, the head at the last of them alone."""
-    length = slots_per_image(model) + text
-    found = forward_flops(model, 1, length, 1)
-    return dataclasses.replace(found, head=found.head // length)
+    return prefill_flops(model, 1, slots_per_image(model) + text, 1)
 
 
 def _row(model, text):

@@ -15,6 +15,7 @@ import numpy as np
 
 from stf_jax.benches.made import make_batch, make_export
 from stf_jax.benches.process import measured
+from stf_jax.benches.timed import timed_steps
 from stf_jax.config import (
     DataConfig,
     FusionConfig,
@@ -27,11 +28,6 @@ from stf_jax.config import (
 from stf_jax.models.presets import vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.cost import chip_of, step_flops
-from stf_jax.runtime.mesh import computing, make_mesh
-from stf_jax.training.optimizer import make_optimizer
-from stf_jax.training.state import blueprint, init_state, state_layout
-from stf_jax.training.step import make_train_step
-from stf_jax.weights.folder import load_params
 
 HELP = "training steps: time, MFU and memory, beside the export in PyTorch, as it is and compiled"
 _RATE = 1e-3
@@ -131,21 +127,9 @@ def _told(config, losses, seconds):
 def ours(task: Task) -> dict[str, Any]:
     """Steps as training takes them, compiled before."""
     config = _config(task)
-    batch = make_batch(config)
-    plan, mesh, tx = blueprint(config.model), make_mesh(config.mesh), make_optimizer(config.optimizer, task.steps)
-    layout = state_layout(config, plan, tx, mesh)
-    state = init_state(config, layout, tx, load_params(task.folder, layout.params, ()))
-    losses, seconds = [], []
-    with computing(mesh, task.precision):
-        step = make_train_step(config, plan, tx, layout).lower(state, batch).compile()
-        batch = jax.device_put(batch, step.input_shardings[0][1])
-        for _ in range(task.steps + 1):
-            begin = time.perf_counter()
-            state, metrics = step(state, batch)
-            losses.append(float(metrics["loss"]))
-            seconds.append(time.perf_counter() - begin)
-    stats = jax.devices()[0].memory_stats()  # None of a CPU
-    return _told(config, losses, seconds[1:]) | ({"gib": stats["peak_bytes_in_use"] / 2**30} if stats else {})
+    losses, seconds, held = timed_steps(config, task.folder, make_batch(config), task.steps)
+    # Of a CPU the whole process is measured, as of the other program.
+    return _told(config, losses, seconds) | ({} if jax.default_backend() == "cpu" else {"gib": held / 2**30})
 
 
 def in_torch(task: Task, compiled: bool = False) -> dict[str, Any]:

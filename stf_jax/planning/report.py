@@ -13,7 +13,7 @@ from stf_jax.planning.executed import PRIME, executed
 from stf_jax.planning.hlo import traffic
 from stf_jax.planning.program import OutOfMemory, Program, bytes_on_a_device, make_program
 from stf_jax.planning.topology import memory_limit
-from stf_jax.runtime.cost import CHIPS, chip_of, decode_flops, forward_flops, step_flops
+from stf_jax.runtime.cost import CHIPS, chip_of, decode_flops, prefill_flops, step_flops
 from stf_jax.runtime.mesh import make_mesh, row_shards
 
 WHATS = ("train", "prefill", "decode", "evaluate")
@@ -132,8 +132,7 @@ def _model_flops(config, program):
         return step_flops(config.model, config.rules, *shape).step
     if program.what == "decode":
         return decode_flops(config.model, program.rows, program.length, program.pictures)
-    found = forward_flops(config.model, *shape)
-    return found.forward - found.head + found.head // program.length  # the last position's logits alone
+    return prefill_flops(config.model, *shape).forward
 
 
 def _speed(program, devices, work, sent):

@@ -118,10 +118,17 @@ def step_flops(model: ModelConfig, rules: tuple[tuple[str, str], ...], rows: int
 def forward_flops(model: ModelConfig, rows: int, length: int, pictures: int) -> Flops:
     """As :func:`step_flops` where nothing learns: ``step`` is the forward pass alone.
 
-    Reading prompts costs the same but for the head, which then reads one position a row, ``head // length``. With
-    ``model.reduce`` it is what reading costs of prompts that fill T as :meth:`stf_jax.models.vlm.VLM.prefill` has it.
+    With ``model.reduce`` it is what reading costs of prompts that fill T as :meth:`stf_jax.models.vlm.VLM.prefill` has
+    it, but for the head.
     """
     return _flops(_marks(model, _Walk(blueprint(model).shapes, ()), rows, length, pictures))
+
+
+def prefill_flops(model: ModelConfig, rows: int, length: int, pictures: int) -> Flops:
+    """What reading prompts costs: as :func:`forward_flops`, with the head at one position a row."""
+    found = forward_flops(model, rows, length, pictures)
+    head = found.head // length
+    return dataclasses.replace(found, head=head, step=found.step - found.head + head)
 
 
 def fusion_flops(model: ModelConfig, pictures: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from stf_jax.evals.known import open_benchmarks
 from stf_jax.inference.loading import load_generator
 from stf_jax.models.selection import reduction
 from stf_jax.runtime.cli import Parser, add_model_arguments
-from stf_jax.runtime.cost import forward_flops, step_flops
+from stf_jax.runtime.cost import prefill_flops, step_flops
 from stf_jax.runtime.files import read_json, write_json
 from stf_jax.runtime.mesh import make_mesh
 from stf_jax.studies.running import Slot
@@ -38,9 +38,7 @@ def cost(cell: Cell, slot: Slot) -> dict[str, Any]:
     """
     file = cell.folder / COST
     if not file.exists():
-        last = cell.study.stages(cell.variant, cell.seed)[-1].name
-        workdir = cell.workdir / last if (cell.workdir / last).is_dir() else cell.workdir
-        command = [sys.executable, "-m", "stf_jax.studies.cost", str(workdir), *cell.variant.asked]
+        command = [sys.executable, "-m", "stf_jax.studies.cost", str(cell.checkpoint), *cell.variant.asked]
         log, before = cell.folder / "cost.txt", os.sched_getaffinity(0)
         with log.open("w") as errors:
             environment = os.environ | slot.environment
@@ -71,7 +69,7 @@ def _measure(workdir: pathlib.Path, asked: list[str]) -> dict[str, Any]:
         "fusion_parameters": fusion,
         "first_token_ms": 1e3 * first,
         "first_token_rows": config.eval.batch,
-        "prefill_gflops": forward_flops(model, 1, prompt, 1).forward / 1e9,
+        "prefill_gflops": prefill_flops(model, 1, prompt, 1).forward / 1e9,
     }
     if not reduced.name:
         del generator
@@ -79,7 +77,7 @@ def _measure(workdir: pathlib.Path, asked: list[str]) -> dict[str, Any]:
         figures |= {
             "step_ms": 1e3 * statistics.median(seconds),
             "step_rows": rows,
-            "step_gflops": step_flops(config.model, config.rules, rows, length, config.data.images_per_row).step / 1e9,
+            "step_gflops": step_flops(config.model, config.rules, rows, length, 1).step / 1e9,
             "step_mib": memory / 2**20,
         }
     return figures | {"device": jax.devices()[0].device_kind}

@@ -109,7 +109,7 @@ def _quality(found, pictures):
     rows = [
         [
             _bold(name, found.study),
-            *([str(found.costs[name]["image_tokens"])] if found.costs else []),
+            *([str(found.costs.get(name, {}).get("image_tokens", ""))] if found.costs else []),
             *(_plus_minus(by_kind[kind]) for kind in found.kinds),
             _between(found.spread[name]),
         ]

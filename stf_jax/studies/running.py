@@ -23,7 +23,7 @@ from stf_jax.studies.study import ASKED, Cell
 LOG = "log.txt"  # of each cell
 _TRIES = 3  # of a cell whose machine is to blame
 _HOST_MEMORY = 2 * 2**30  # bytes that a run of the miniatures takes, and room
-# One heap of huge pages: by default each step of a CPU gives its buffers back and is given new ones, which takes a
+# Few heaps, of huge pages: by default each step of a CPU gives its buffers back and is given new ones, which takes a
 # third of its time.
 _MALLOC = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",

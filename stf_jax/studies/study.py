@@ -74,7 +74,7 @@ class Study:
         return [f"--config={self.base}", *(f"--config.{override}" for override in overrides)]
 
 
-_KEYS = {"title": str, "question": str, "base": str, "baseline": str}
+_KEYS = ("title", "question", "base", "baseline")
 _NAME = r"\w[\w.=+-]*"  # no path but of one folder
 
 
@@ -103,8 +103,8 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
             raise UserError(f"Unknown key {key!r} of a study: {nearest(key, known)}")
     if missing := [key for key in known if key not in values]:
         raise UserError(f"The study lacks {', '.join(missing)}; let get_config begin with default_study().")
-    for key, kind in _KEYS.items():
-        if not isinstance(values[key], kind) or not values[key]:
+    for key in _KEYS:
+        if not isinstance(values[key], str) or not values[key]:
             raise UserError(f"The study's {key} is {values[key]!r}; it should be some text.")
     seeds = values["seeds"]
     if not seeds or not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
@@ -183,9 +183,10 @@ class Cell:
         return f"{self.variant.name}, seed {self.seed}"
 
     @property
-    def workdir(self) -> pathlib.Path:
-        """Of the training run that its figures are of."""
-        return self.needs or self.folder
+    def checkpoint(self) -> pathlib.Path:
+        """Workdir of the last stage that its figures are of."""
+        stages = self.study.stages(self.variant, self.seed)
+        return _workdir(self.needs or self.folder, stages, stages[-1])
 
     @property
     def command(self) -> list[str]:
@@ -194,8 +195,7 @@ class Cell:
             options = [*self.study.options(self.variant, self.seed), f"--workdir={self.folder}"]
             return [sys.executable, "-m", "stf_jax.main", *options]
         last = self.study.stages(self.variant, self.seed)[-1]
-        checkpoint = self.needs / last.name if (self.needs / last.name).is_dir() else self.needs
-        options = [f"--checkpoint={checkpoint}", f"--benchmark={','.join(last.eval.benchmarks)}"]
+        options = [f"--checkpoint={self.checkpoint}", f"--benchmark={','.join(last.eval.benchmarks)}"]
         options += [f"--data={last.eval.data}"] if last.eval.data else []
         options += [f"--limit={last.eval.limit}", f"--batch={last.eval.batch}", f"--out={self.folder}"]
         return [sys.executable, "-m", "stf_jax.evaluate", *options, *self.variant.asked]
@@ -223,13 +223,17 @@ class Cell:
         keys = []
         stages = self.study.stages(self.variant, self.seed)
         for stage in stages:
-            folder = self.folder / stage.name if len(stages) > 1 else self.folder
-            found = from_json(read_json(epath.Path(folder / "config.json")))
+            found = from_json(read_json(epath.Path(_workdir(self.folder, stages, stage) / "config.json")))
             if stage is not stages[0]:  # stf_jax.main lets it start from the one before
                 found = dataclasses.replace(found, init_from=stage.init_from)
             found, wanted = flatten(to_json(found)), flatten(to_json(stage))
             keys += [key for key in wanted if found[key] != wanted[key]]
         return sorted(set(keys))
+
+
+def _workdir(folder, stages, stage):
+    """Where ``stf_jax.main`` puts a stage."""
+    return folder / stage.name if len(stages) > 1 else folder
 
 
 def _alike(folder, other):

@@ -64,16 +64,15 @@ def test_a_cell_that_asks_names_the_runs_last_stage(tmp_path):
     assert cell.command[1:] == [
         "-m",
         "stf_jax.evaluate",
-        f"--checkpoint={tmp_path}/mlp/seed_1",
+        f"--checkpoint={tmp_path}/mlp/seed_1/finetune",
         "--benchmark=scenes",
         "--limit=7",
         "--batch=5",
         f"--out={tmp_path}/fastv/seed_1",
         "--reduce=fastv",
     ]
-    (tmp_path / "mlp" / "seed_1" / "finetune").mkdir(parents=True)
-    assert cell.command[3] == f"--checkpoint={tmp_path}/mlp/seed_1/finetune"
-    assert cell.workdir == tmp_path / "mlp" / "seed_1"
+    alone = cells(make_study.study(common=("run=('finetune',)",)), tmp_path)[-1]
+    assert alone.checkpoint == tmp_path / "mlp" / "seed_1"
 
 
 def test_cells_come_seed_by_seed(tmp_path):
