@@ -4,7 +4,7 @@ from stf_jax.studies.miniature import miniature, tokens
 
 
 def get_config(arg=None):
-    """``seeds=N``."""
+    """``seeds=N``. ``miniatures/siglip`` is what ``configs/backbones.py:vision=siglip-mini-16-96`` makes."""
     every, quarter = tokens(36), tokens(9)
     config = miniature(arg, "Another backbone")
     config.question = (
