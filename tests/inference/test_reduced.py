@@ -28,15 +28,15 @@ from stf_jax.training.state import blueprint
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
-presets.LLM["llama-deep"] = dataclasses.replace(presets.LLM["llama-tiny"], layers=4, qkv_bias=True)
-LLM = presets.LLM["llama-deep"]
+presets.LLM["llama-deep-tiny"] = dataclasses.replace(presets.LLM["llama-tiny"], layers=4, qkv_bias=True)
+LLM = presets.LLM["llama-deep-tiny"]
 N, KEEP, PICTURES = 16, 4, 2  # a 4×4 grid
 DROPPED, ROOM = N - KEEP, 7
 
 
 def changes(reduce="", keep=0, fusion="mlp"):
     """Of the tiny config."""
-    changed = {"llm": "llama-deep", "fusion.fusion": fusion, "reduce": reduce, "keep": keep}
+    changed = {"llm": "llama-deep-tiny", "fusion.fusion": fusion, "reduce": reduce, "keep": keep}
     return {f"model.{key}": value for key, value in changed.items()}
 
 

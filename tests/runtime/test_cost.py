@@ -102,7 +102,7 @@ def variants(monkeypatch):
     tower, decoder = presets.VISION["clip-tiny"], presets.LLM["llama-tiny"]
     siglip = dataclasses.replace(presets.VISION["siglip-b-16-256"], image_size=64, width=32, layers=2, heads=4, mlp=48)
     monkeypatch.setitem(presets.VISION, "siglip-tiny", siglip)
-    monkeypatch.setitem(presets.LLM, "llama-deep", dataclasses.replace(decoder, layers=4))
+    monkeypatch.setitem(presets.LLM, "llama-deep-tiny", dataclasses.replace(decoder, layers=4))
     monkeypatch.setitem(presets.LLM, "qwen2-tiny", dataclasses.replace(decoder, qkv_bias=True, tied=False))
     monkeypatch.setitem(presets.LLM, "qwen3-tiny", dataclasses.replace(decoder, qk_norm=True, head_dim=16))
     assert LENGTH not in (tower.width, tower.mlp, tower.grid**2 + 1, decoder.vocab, decoder.mlp)
@@ -242,8 +242,8 @@ def test_a_fusion_s_count_is_the_compiler_s(case):
     ],
 )
 def test_reading_and_answering_with_fewer_image_tokens(reduce, keep, vision, how):
-    config = dataclasses.replace(config_of("llama-deep", vision, **how), reduce=reduce, keep=keep)
-    plan, llm, side, pictures = blueprint(config), tiny.presets.LLM["llama-deep"], 64, 2
+    config = dataclasses.replace(config_of("llama-deep-tiny", vision, **how), reduce=reduce, keep=keep)
+    plan, llm, side, pictures = blueprint(config), tiny.presets.LLM["llama-deep-tiny"], 64, 2
     tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
     images = jax.ShapeDtypeStruct((ROWS, pictures, side, side, 3), jnp.uint8)
     lengths = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
