@@ -17,7 +17,7 @@ from stf_jax.studies.outcomes import by_variant
 from stf_jax.studies.page import plain
 from stf_jax.studies.report import findings, verdicts, write_report
 from stf_jax.studies.running import run, slots
-from stf_jax.studies.study import cells, read_study
+from stf_jax.studies.study import cells, default_study, read_study
 
 HELP = """Train variants of a model from several seeds, and tell what difference they make.
 
@@ -42,7 +42,9 @@ def main(argv: list[str]) -> None:
     own.add_argument("--cells", type=pathlib.Path)
     own.add_argument("--jobs", type=int, default=0)
     options, rest = own.parse_known_args(argv)
-    config = cli.parse(rest, HELP, workdir=False)[1]
+    if argv and not rest:
+        raise UserError("--config is missing; see --help.")
+    config = cli.parse(rest, HELP, workdir=False, defaults=default_study)[1]
     if options.out is None:
         raise UserError("--out is missing; see --help.")
     if options.jobs < 0:

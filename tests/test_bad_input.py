@@ -789,6 +789,13 @@ def studied(name, changes, *says, make=nothing, leaves=()):
 
 ABLATE = [
     studied("a variant of a misspelt key", {"variants": (("mlp", ("model.fuson.fusion=mlp",)),)}, "'mlp'", "fuson"),
+    studied("a misspelt fusion", {"variants": (("mlp", ("model.fusion.fusion=mpl",)),)}, "'mlp'", "'mpl'"),
+    studied("more tokens than there are", {"asked": (("zip", ("mlp", "--reduce=fastv", "--keep=99")),)}, "'zip'", "99"),
+    Case("no study", "ablate", nothing, ("--out={here}/out",), ("--config is missing",)),
+    Case(
+        "a misspelt key of a study", "ablate", lambda here, shared: make_study.write(here / "study.py"),
+        ("--config={here}/study.py", "--out={here}/out", "--config.sedes=(0,)"), ("'sedes'", "'seeds'"),
+    ),
     studied("a variant outside its folder", {"variants": (("../mlp", ()),)}, "'../mlp'"),
     studied("a base that is not there", {"base": "none.py"}, "'mlp'", "none.py"),
     studied("a file where its runs should lie", {}, "{here}/out/cells", make=put("out/cells", "")),

@@ -148,7 +148,7 @@ def shown(results: Results) -> str:
     rows, groups = [{"what": "all"}], []
     for key, value in results["metrics"].items():
         if not isinstance(value, dict):
-            rows[0][key] = _figure(key, value)
+            rows[0][key] = figure(key, value)
         elif all(isinstance(inner, dict) for inner in value.values()):
             groups += [{"what": name, **inner} for name, inner in value.items()]
         elif any(isinstance(inner, float) and name in rows[0] for name, inner in value.items()):
@@ -156,17 +156,27 @@ def shown(results: Results) -> str:
         else:
             groups += [{"what": name, "accuracy": inner} for name, inner in value.items()]
     rows[0]["questions"] = results["questions"]
-    rows += [{key: _figure(key, value) for key, value in row.items()} for row in groups]
+    rows += [{key: figure(key, value) for key, value in row.items()} for row in groups]
     lines = [f"{results['benchmark']}, {results['questions']} questions: {results['model']}"]
     lines.append(table(rows) if results["metrics"] else "Its labels are not here, so there is no metric.")
     lines += [f"written beside: {file}" for file in results["submission"]]
     return "\n".join(lines)
 
 
-def _figure(key, value):
+_POINTS = ("perception", "cognition", "score")  # MME's sums; all others are shares
+
+
+def in_points(metric: str, value: float) -> float:
+    """A metric in the unit people know it in: shares in percent, MME's scores as they are."""
+    return value if metric.split("/")[-1] in _POINTS else 100 * value
+
+
+def figure(metric: str, value: Any) -> Any:
+    """The same as text; what is no float stays as it is."""
     if not isinstance(value, float):
         return value
-    return f"{value:.1f}" if key in ("perception", "cognition", "score") else f"{value:.1%}"
+    unit = "" if metric.split("/")[-1] in _POINTS else "%"
+    return f"{in_points(metric, value):.1f}{unit}"
 
 
 def _scoring(benchmark):

@@ -86,7 +86,10 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, implementati
 
 
 def _cudnn(q, k, v, mask):
-    return jax.nn.dot_product_attention(q, k, v, is_causal=mask.causal, implementation="cudnn")
+    length = q.shape[1]
+    if mask.causal:  # it has no gradients of odd lengths; filling lies at the right, where a causal mask hides it
+        q, k, v = (jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, is_causal=mask.causal, implementation="cudnn")[:, :length]
 
 
 def _cudnn_refusal(q, mask):

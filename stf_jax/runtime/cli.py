@@ -137,11 +137,18 @@ def _within(kind, low, high):
 
 
 def parse(
-    argv: list[str], help_text: str, *, workdir: bool = True
+    argv: list[str],
+    help_text: str,
+    *,
+    workdir: bool = True,
+    defaults: Callable[[], ml_collections.ConfigDict] = default_config,
 ) -> tuple[epath.Path | None, ml_collections.ConfigDict]:
     """Reads ``--config=FILE[:ARG]``, its overrides ``--config.KEY=VALUE`` and, unless none is asked, ``--workdir=DIR``.
 
     Prints ``help_text`` and exits with status 0 for ``--help``.
+
+    Args:
+      defaults: has all keys that there are, of which a misspelt one is explained.
 
     Returns:
       The workdir or None, and the config, not yet resolved.
@@ -164,7 +171,7 @@ def parse(
     except UserError:
         raise
     except Exception as error:  # the flag library's, or any that the config file raises, which is the user's input
-        raise UserError(_explain(error, argv)) from None
+        raise UserError(_explain(error, argv, defaults)) from None
     if rest:
         raise UserError(f"Unexpected argument {rest[0]!r}; see --help.")
     for option in ("config", "workdir")[: 1 + workdir]:
@@ -173,14 +180,14 @@ def parse(
     return epath.Path(values.workdir) if workdir else None, values.config
 
 
-def _explain(error, argv):
+def _explain(error, argv, defaults):
     """One sentence for what the flag library or the config file raised."""
     lacking = re.search(r"\w+", str(error))  # what ml_collections names first
     for item in argv:
         override = re.match(r"--?(?:no)?config\.(stages\.\w+\.)?([\w.]+)", item)
         if override and isinstance(error, (AttributeError, KeyError)):
             stage, key = override.groups()
-            keys = list(flatten(default_config().to_dict()))
+            keys = list(flatten(defaults().to_dict()))
             if key not in keys:
                 return f"Unknown config key {key!r}: {nearest(key, keys)}"
             if stage and lacking and lacking[0] in re.split(r"\W", item):

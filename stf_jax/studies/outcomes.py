@@ -9,7 +9,7 @@ from etils import epath
 
 from stf_jax.config import UserError
 from stf_jax.data.scenes import KINDS
-from stf_jax.evals.running import ANSWERS, RESULTS, scalars
+from stf_jax.evals.running import ANSWERS, RESULTS, in_points, scalars
 from stf_jax.runtime.files import read_json
 from stf_jax.studies.study import Cell
 
@@ -22,8 +22,8 @@ class Outcome:
     """Of one cell.
 
     Attributes:
-      scores: by kind of question, :data:`ALL` first: of each question whether it was right, float [Q]; where that is
-        not known one by one, the metric alone, float [1].
+      scores: by kind of question, :data:`ALL` first: of each question 100 if it was right, else 0, float [Q]; where
+        that is not known one by one, the metric alone, float [1], in percent (MME's in its points).
     """
 
     scores: dict[str, np.ndarray]
@@ -43,7 +43,8 @@ def outcome(cell: Cell) -> Outcome:
         return Outcome(_scenes(cell))
     scores = {}
     for one in results if isinstance(results, list) else [results]:
-        scores |= {name: np.array([value]) for name, value in scalars(one).items() if isinstance(value, float)}
+        figures = {name: value for name, value in scalars(one).items() if isinstance(value, float)}
+        scores |= {name: np.array([in_points(name, value)]) for name, value in figures.items()}
     if not scores:
         raise UserError(f"{cell.folder} has answers, but no metric: the labels of its benchmarks are not there.")
     return Outcome(scores)
@@ -54,7 +55,7 @@ def _scenes(cell):
     right: dict[str, list[float]] = {}
     for line in lines:
         about = line["metadata"]
-        hit = float(line["text"].lower() == about["truth"].lower())
+        hit = 100.0 * (line["text"].lower() == about["truth"].lower())
         for kind in (BLANK,) if about["picture"] == "blank" else (ALL, about["kind"]):
             right.setdefault(kind, []).append(hit)
     return {kind: np.array(right[kind]) for kind in (ALL, *KINDS, BLANK) if kind in right}

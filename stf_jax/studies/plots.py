@@ -58,10 +58,10 @@ def _label(name, found):
 
 
 def _reach(one):
-    """Both arms of an interval, in percent, as matplotlib takes them; none where nothing can be said."""
+    """Both arms of an interval, as matplotlib takes them; none where nothing can be said."""
     if math.isnan(one.low):
         return None
-    return [[100 * (one.value - one.low)], [100 * (one.high - one.value)]]
+    return [[one.value - one.low], [one.high - one.value]]
 
 
 def _quality(found):
@@ -70,11 +70,11 @@ def _quality(found):
     for place, name in enumerate(names):
         one, color = found.quality[name][first], _BLUE if name == found.study.baseline else _INK
         axes.plot(
-            100 * found.scores[name][first].mean(1), [place] * len(found.study.seeds), "o", color=_GREY, ms=4, alpha=0.7
+            found.scores[name][first].mean(1), [place] * len(found.study.seeds), "o", color=_GREY, ms=4, alpha=0.7
         )
-        axes.errorbar(100 * one.value, place, xerr=_reach(one), fmt="D", color=color, ms=5, capsize=3)
+        axes.errorbar(one.value, place, xerr=_reach(one), fmt="D", color=color, ms=5, capsize=3)
     if BLANK in found.kinds:
-        blank = 100 * np.mean([kinds[BLANK].value for kinds in found.quality.values()])
+        blank = np.mean([kinds[BLANK].value for kinds in found.quality.values()])
         axes.axvline(blank, color=_GREY, ls=":")
         axes.text(blank, -0.45, " blank picture", color=_GREY, fontsize=8, va="top")
     _names_down(axes, names, found)
@@ -90,7 +90,7 @@ def _kinds(found):
     for axes, kind in zip(columns, kinds, strict=True):
         for place, name in enumerate(names):
             one, color = found.quality[name][kind], _BLUE if name == found.study.baseline else _INK
-            axes.errorbar(100 * one.value, place, xerr=_reach(one), fmt="D", color=color, ms=4, capsize=2)
+            axes.errorbar(one.value, place, xerr=_reach(one), fmt="D", color=color, ms=4, capsize=2)
         low, high = axes.get_xlim()
         axes.set_xlim(min(low, high - 4), max(high, low + 4))  # so that nothing is made of tenths
         axes.set_title(kind, fontsize=10)
@@ -106,9 +106,7 @@ def _differences(found):
     figure, (axes,) = _figure(7, 1 + 0.36 * len(names))
     for place, name in enumerate(names):
         one = next(iter(found.differences[name].values()))
-        axes.errorbar(
-            100 * one.value, place, xerr=_reach(one), fmt="D", color=_GREY if one.noise else _INK, ms=5, capsize=3
-        )
+        axes.errorbar(one.value, place, xerr=_reach(one), fmt="D", color=_GREY if one.noise else _INK, ms=5, capsize=3)
     axes.axvline(0, color=_BLUE, lw=1)
     _names_down(axes, names, found)
     axes.set_xlabel(f"points more than {found.study.baseline}; grey: within noise")
@@ -127,10 +125,8 @@ def _cost(found):
         for name, cost in found.costs.items():
             if key in cost:
                 one, color = found.quality[name][first], _BLUE if name == found.study.baseline else _INK
-                axes.errorbar(
-                    cost[key], 100 * one.value, yerr=_reach(one), fmt="o", color=color, ms=5, capsize=2, alpha=0.8
-                )
-                axes.annotate(name, (cost[key], 100 * one.value), (5, 4), textcoords="offset points", fontsize=8)
+                axes.errorbar(cost[key], one.value, yerr=_reach(one), fmt="o", color=color, ms=5, capsize=2, alpha=0.8)
+                axes.annotate(name, (cost[key], one.value), (5, 4), textcoords="offset points", fontsize=8)
         axes.set_xlabel(what)
         axes.set_xlim(0, 1.15 * max(cost.get(key, 0) for cost in found.costs.values()))
     columns[0].set_ylabel("right answers, %")

@@ -101,8 +101,8 @@ def _blocks(found, pictures, cells, failed, command) -> list[Block]:
 
 def _quality(found, pictures):
     says = (
-        f"Share of right answers in percent: the mean over seeds ({len(found.study.seeds)}) ± half of Student's "
-        f"{LEVEL:.0%} interval; last, the standard deviation between seeds with its interval."
+        f"Right answers in percent (of MME, its points): the mean over seeds ({len(found.study.seeds)}) ± half of "
+        f"Student's {LEVEL:.0%} interval; last, the standard deviation between seeds with its interval."
     )
     if BLANK in found.kinds:
         says += f" **{BLANK}**: the same questions of a grey picture, that is, what is guessed unseen."
@@ -121,9 +121,9 @@ def _quality(found, pictures):
 
 def _differences(found, pictures):
     says = (
-        f"In percentage points, paired by seed and question, with the {LEVEL:.0%} interval by a bootstrap over both; "
-        f"{_NOISE} where that holds nought: the difference is within noise. Of twenty such intervals one misses by "
-        "chance."
+        f"In points of the table above, paired by seed and question, with the {LEVEL:.0%} interval by a bootstrap over "
+        f"both; {_NOISE} where that holds nought: the difference is within noise. Of twenty such intervals one misses "
+        "by chance."
     )
     rows = [
         [name, *(_difference(by_kind[kind]) for kind in found.kinds)] for name, by_kind in found.differences.items()
@@ -247,19 +247,19 @@ def _bold(name, study):
 
 
 def _plus_minus(one):
-    half = "" if math.isnan(one.low) else f" ± {100 * (one.high - one.value):.1f}"
-    return f"{100 * one.value:.1f}{half}"
+    half = "" if math.isnan(one.low) else f" ± {one.high - one.value:.1f}"
+    return f"{one.value:.1f}{half}"
 
 
 def _between(one):
-    return "" if math.isnan(one.value) else f"{100 * one.value:.1f} ({100 * one.low:.1f} to {100 * one.high:.1f})"
+    return "" if math.isnan(one.value) else f"{one.value:.1f} ({one.low:.1f} to {one.high:.1f})"
 
 
 def _difference(one):
     if math.isnan(one.low):
-        return f"{100 * one.value:+.1f}"
-    return f"{100 * one.value:+.1f} ({100 * one.low:+.1f} to {100 * one.high:+.1f}){_NOISE if one.noise else ''}"
+        return f"{one.value:+.1f}"
+    return f"{one.value:+.1f} ({one.low:+.1f} to {one.high:+.1f}){_NOISE if one.noise else ''}"
 
 
 def _points(one: Estimate) -> str:
-    return f"{100 * one.value:+.1f} points ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
+    return f"{one.value:+.1f} points ({one.low:+.1f} to {one.high:+.1f})"

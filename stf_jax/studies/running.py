@@ -15,7 +15,7 @@ import tqdm
 from etils import epath
 
 from stf_jax.config import TryAgain, UserError
-from stf_jax.evals.running import RESULTS, scalars
+from stf_jax.evals.running import RESULTS, figure, scalars
 from stf_jax.runtime.files import make_folder, read_json, write_json
 from stf_jax.runtime.table import span
 from stf_jax.studies.study import ASKED, Cell
@@ -162,5 +162,5 @@ def _said(cell):
     """The first metrics of a cell."""
     found = read_json(epath.Path(cell.folder / RESULTS))
     first = found[0] if isinstance(found, list) else found
-    shown = [f"{name} {value:.1%}" for name, value in scalars(first).items() if name.count("/") == 1]
+    shown = [f"{name} {figure(name, value)}" for name, value in scalars(first).items() if name.count("/") == 1]
     return ", ".join(shown[:2])

@@ -15,6 +15,7 @@ from stf_jax.evals.running import RESULTS
 from stf_jax.runtime import cli
 from stf_jax.runtime.cli import Parser
 from stf_jax.runtime.files import read_json
+from stf_jax.training.state import blueprint
 
 ASKED = "asked.json"  # in the folder of a cell that trains nothing
 
@@ -94,7 +95,7 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
     """Checks a study's config, and every run's.
 
     Raises:
-      UserError: a key or variant that is not one, or a variant whose run ``stf_jax.main`` would refuse.
+      UserError: a key or variant that is not one, or a variant that ``stf_jax.main`` or ``evaluate`` would refuse.
     """
     values: dict[str, Any] = config.to_dict()
     known = default_study().to_dict()
@@ -117,7 +118,6 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
         of, asked = (*_texts(name, options), "")[0], options[1:]
         if of not in trained:
             raise UserError(f"Variant {name!r} asks the runs of {of!r}: {nearest(of, trained)}")
-        _check_options(name, asked)
         variants.append(Variant(name, of=of, asked=asked))
     names = [variant.name for variant in variants]
     if wrong := [name for name in names if not re.fullmatch(_NAME, name) or names.count(name) > 1]:
@@ -134,6 +134,8 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
             raise UserError(f"Variant {variant.name!r} sets its seed; the study's seeds do that.")
         if not last.eval.benchmarks:
             raise UserError(f"Variant {variant.name!r} is not measured: set eval.benchmarks of its last stage.")
+        if seed == seeds[0]:
+            _check_model(variant, last.model)
         measured.setdefault((last.eval.benchmarks, last.eval.data, last.eval.limit), variant)
     if len(measured) > 1:
         names = " and ".join(repr(variant.name) for variant in list(measured.values())[:2])
@@ -153,14 +155,15 @@ def _texts(name, values):
     return values
 
 
-def _check_options(name, asked):
+def _check_model(variant, config):
     """Now, and not when all is trained. What is asked, and of whom, is the study's to say."""
     parser = Parser(add_help=False, allow_abbrev=False)
     cli.add_model_arguments(parser)
     try:
-        parser.parse_args(asked)
+        asked = parser.parse_args(variant.asked)
+        blueprint(dataclasses.replace(config, reduce=asked.reduce, keep=asked.keep))
     except UserError as error:
-        raise UserError(f"Variant {name!r}: {error}") from None
+        raise UserError(f"Variant {variant.name!r}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,6 +112,19 @@ def test_splash_equals_the_reference_in_value_and_gradients(segments, mesh):
     assert_as_the_reference("splash", case, Mask(True, packed(4, 200) if segments else None), mesh)
 
 
+@pytest.mark.parametrize("length", [7, 8])
+def test_odd_lengths_are_filled_for_cudnn_which_has_no_gradients_of_them(length, monkeypatch):
+    theirs = jax.nn.dot_product_attention
+
+    def cudnn(q, k, v, is_causal, implementation):
+        assert (q.shape[1] % 2, k.shape[1] % 2, implementation) == (0, 0, "cudnn")
+        return theirs(q, k, v, is_causal=is_causal)
+
+    monkeypatch.setitem(module._REFUSALS, "cudnn", lambda q, mask: None)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    assert_as_the_reference("cudnn", inputs(4, 2, length=length), Mask(causal=True))
+
+
 @pytest.mark.parametrize("mask", MASKS)
 def test_long_rows_are_read_in_blocks_of_queries(mask, monkeypatch):
     monkeypatch.setattr(module, "_QUERIES", 16)

@@ -25,10 +25,10 @@ def test_scenes_are_read_one_by_one(cell):
     (cell.folder / "answers.jsonl").write_text(make_study.answers(right, [True, False]))
     scores = outcome(cell).scores
     assert list(scores) == ["all", "existence", "count", "blank picture"]
-    assert scores["count"].tolist() == [1, 0, 1]
+    assert scores["count"].tolist() == [100, 0, 100]
     assert scores["existence"].tolist() == [0, 0]
-    assert scores["blank picture"].tolist() == [1, 0]
-    assert scores["all"].tolist() == [1, 0, 1, 0, 0]
+    assert scores["blank picture"].tolist() == [100, 0]
+    assert scores["all"].tolist() == [100, 0, 100, 0, 0]
 
 
 def test_scores_are_what_the_benchmark_says(cell):
@@ -43,7 +43,7 @@ def test_scores_are_what_the_benchmark_says(cell):
     make_study.put(cell.folder / "results.json", {"benchmark": "scenes"})
     (cell.folder / "answers.jsonl").write_text("".join(lines))
     metrics, scores = benchmark.metrics(texts), outcome(cell).scores
-    means = {kind: hits.mean() for kind, hits in scores.items()}
+    means = {kind: hits.mean() / 100 for kind, hits in scores.items()}
     assert means.pop("all") == pytest.approx(metrics["accuracy"])
     assert means.pop("blank picture") == pytest.approx(metrics["blank_image_accuracy"])
     assert means == pytest.approx({kind: one["accuracy"] for kind, one in metrics["by_kind"].items()})
@@ -54,13 +54,15 @@ def test_of_other_benchmarks_the_metrics_are_read(cell):
     pope = {"benchmark": "pope", "metrics": {"f1": 0.8, "random": {"f1": 0.9, "questions": 30}}, "questions": 90}
     make_study.put(cell.folder / "results.json", pope)
     assert {kind: hits.tolist() for kind, hits in outcome(cell).scores.items()} == {
-        "pope/f1": [0.8],
-        "pope/random/f1": [0.9],
+        "pope/f1": [80],
+        "pope/random/f1": [90],
     }
-    several = [pope, {"benchmark": "scenes", "metrics": {"accuracy": 0.5}, "questions": 9}]
-    make_study.put(cell.folder / "results.json", several)
-    assert outcome(cell).scores["pope/random/f1"].tolist() == [0.9]
-    assert outcome(cell).scores["scenes/accuracy"].tolist() == [0.5]
+    mme = {"benchmark": "mme", "metrics": {"perception": 1510.7, "existence": {"score": 190.0, "accuracy": 0.95}}}
+    make_study.put(cell.folder / "results.json", [pope, mme])
+    scores = outcome(cell).scores
+    assert scores["pope/random/f1"].tolist() == [90]
+    assert scores["mme/perception"].tolist() == [1510.7]  # its points, as everyone reports them
+    assert (scores["mme/existence/score"].item(), scores["mme/existence/accuracy"].item()) == (190, 95)
 
 
 def test_a_benchmark_without_labels_tells_nothing(cell):
@@ -78,5 +80,5 @@ def test_variants_have_their_seeds_in_order(tmp_path):
     assert scores["stf"]["all"].shape == (2, 10 * len(KINDS))
     for cell in made:
         results = json.loads((cell.folder / "results.json").read_text())
-        seen = scores[cell.variant.name]["all"][cell.seed].mean()
+        seen = scores[cell.variant.name]["all"][cell.seed].mean() / 100
         assert seen == pytest.approx(results["metrics"]["accuracy"])

@@ -45,8 +45,8 @@ def scores(seeds=3, questions=200, **shares):
     made = {}
     for name, share in shares.items():
         luck = np.random.default_rng(0).random((seeds, questions))  # the same for all
-        hits = (luck < share).astype(float)
-        made[name] = {"all": hits, "count": hits[:, ::2], "blank picture": (luck[:, :50] < 0.3).astype(float)}
+        hits = 100.0 * (luck < share)
+        made[name] = {"all": hits, "count": hits[:, ::2], "blank picture": 100.0 * (luck[:, :50] < 0.3)}
     return made
 
 
@@ -124,18 +124,17 @@ def test_its_figures_are_those_of_the_answers(written):
     figures = json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)  # no NaN
     for cell in done:
         accuracy = json.loads((cell.folder / "results.json").read_text())["metrics"]["accuracy"]
-        assert figures["by_seed"][cell.variant.name]["all"][cell.seed] == pytest.approx(accuracy)
+        assert figures["by_seed"][cell.variant.name]["all"][cell.seed] == pytest.approx(100 * accuracy)
     stf, mlp = (figures["by_seed"][name]["all"] for name in ("stf", "mlp"))
     one = figures["differences"]["stf"]["all"]
     assert one["value"] == pytest.approx(np.mean(stf) - np.mean(mlp))
     assert one["within_noise"] is False
-    assert one["low"] > 0.2
+    assert one["low"] > 20
     assert figures["quality"]["stf"]["all"]["value"] == pytest.approx(np.mean(stf))
     assert figures["deviation"]["stf"]["value"] == pytest.approx(np.std(stf, ddof=1))
     assert figures["cost"] == found.costs
-    # The table has the same, in percent.
     row = next(line for line in (out / "report.md").read_text().splitlines() if line.startswith("| stf | 36 |"))
-    assert row.split("|")[3].strip().startswith(f"{100 * np.mean(stf):.1f} ± ")
+    assert row.split("|")[3].strip().startswith(f"{np.mean(stf):.1f} ± ")
 
 
 def test_what_is_only_asked_has_no_step(written):
@@ -160,7 +159,7 @@ def test_noise_is_called_noise():
 
 
 def test_one_seed_of_one_figure_is_no_finding():
-    made = {name: {"pope/f1": np.array([[share]])} for name, share in (("mlp", 0.5), ("stf", 0.9))}
+    made = {name: {"pope/f1": np.array([[share]])} for name, share in (("mlp", 50.0), ("stf", 90.0))}
     found = findings(make_study.study(seeds=(0,), asked=()), made, {})
     assert verdicts(found) == ["stf against mlp: one seed and one figure tell nothing of noise."]
 
@@ -191,7 +190,7 @@ def test_without_the_baseline_nothing_is_compared(tmp_path):
 
 def test_a_kind_by_itself_may_differ():
     made = scores(mlp=0.5, stf=0.5)
-    made["stf"]["count"] = np.ones_like(made["stf"]["count"])
+    made["stf"]["count"] = np.full_like(made["stf"]["count"], 100)
     one = found_of(made, asked=()).differences["stf"]
     assert one["all"].value == 0
     assert one["all"].noise

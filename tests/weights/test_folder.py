@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from safetensors.flax import save_file
 
-from stf_jax.config import CheckpointConfig, MeshConfig, UserError
+from stf_jax.config import CheckpointConfig, MeshConfig, ModelConfig, UserError
 from stf_jax.runtime.checkpoint import Checkpoints
 from stf_jax.runtime.mesh import make_mesh
-from stf_jax.training.state import TrainState
+from stf_jax.training.state import TrainState, blueprint
 from stf_jax.weights.folder import load_params
 
 MESH = make_mesh(MeshConfig(1, 4, 2))
@@ -45,6 +45,20 @@ def _refusal(sources, layout, fresh=()):
 
 
 # ---- There and back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["miniatures", "miniatures/siglip"])
+def test_the_embedded_weights_are_all_of_a_model_but_its_fusion(source):
+    vision = "siglip-mini-16-96" if source.endswith("siglip") else "clip-mini-16-96"
+    plan = blueprint(ModelConfig(vision=vision, llm="llama-mini"))
+    places = plan.shardings(MESH)
+    layout = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in plan.shapes.items()}
+    loaded = load_params(source, layout, ("fusion/.*",))
+    assert {path: x.shape for path, x in loaded.items()} == {
+        path: x.shape for path, x in layout.items() if not path.startswith("fusion/")
+    }
+    assert {x.dtype for x in loaded.values()} == {jnp.bfloat16.dtype}
+    assert all(np.isfinite(np.float32(x)).all() and np.float32(x).any() for x in loaded.values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
