@@ -92,7 +92,7 @@ def _kinds(found):
             one, color = found.quality[name][kind], _BLUE if name == found.study.baseline else _INK
             axes.errorbar(one.value, place, xerr=_reach(one), fmt="D", color=color, ms=4, capsize=2)
         low, high = axes.get_xlim()
-        axes.set_xlim(min(low, high - 4), max(high, low + 4))  # so that nothing is made of tenths
+        axes.set_xlim(max(-1, min(low, high - 4)), max(high, low + 4))  # so that nothing is made of tenths
         axes.set_title(kind, fontsize=10)
         axes.set_xlabel("%")
     _names_down(columns[0], names, found)
@@ -122,12 +122,42 @@ def _cost(found):
         (columns[0], "prefill_gflops", "GFLOP to read a prompt"),
         (columns[1], "step_gflops", "GFLOP a training step"),
     ):
-        for name, cost in found.costs.items():
-            if key in cost:
-                one, color = found.quality[name][first], _BLUE if name == found.study.baseline else _INK
-                axes.errorbar(cost[key], one.value, yerr=_reach(one), fmt="o", color=color, ms=5, capsize=2, alpha=0.8)
-                axes.annotate(name, (cost[key], one.value), (5, 4), textcoords="offset points", fontsize=8)
+        points = {name: (cost[key], found.quality[name][first]) for name, cost in found.costs.items() if key in cost}
+        for name, (x, one) in points.items():
+            color = _BLUE if name == found.study.baseline else _INK
+            axes.errorbar(x, one.value, yerr=_reach(one), fmt="none", ecolor=color, lw=1, alpha=0.25)
+            axes.plot(x, one.value, "o", color=color, ms=5)
         axes.set_xlabel(what)
-        axes.set_xlim(0, 1.15 * max(cost.get(key, 0) for cost in found.costs.values()))
+        axes.set_xlim(0, 1.3 * max((x for x, _ in points.values()), default=1))
+        _annotate(axes, {name: (x, one.value) for name, (x, one) in points.items()})
     columns[0].set_ylabel("right answers, %")
     return figure
+
+
+def _annotate(axes, points):
+    """A name beside each point, none above another."""
+    wide, high = np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())
+    columns: list[list] = []  # of points whose names would meet
+    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][0]):
+        if not columns or x - columns[-1][0][1] > _NAME_WIDE * wide:
+            columns.append([])
+        columns[-1].append((name, x, y))
+    for column in columns:
+        column.sort(key=lambda point: point[2])
+        heights = [y for _, _, y in column]
+        for i in range(1, len(heights)):
+            heights[i] = max(heights[i], heights[i - 1] + _NAME_HIGH * high)
+        down = (sum(heights) - sum(y for _, _, y in column)) / len(column)  # spread both ways
+        right = max(x for _, x, _ in column) + 0.03 * wide
+        for (name, x, y), height in zip(column, heights, strict=True):
+            axes.annotate(
+                name,
+                (x, y),
+                (right, height - down),
+                va="center",
+                fontsize=8,
+                arrowprops={"arrowstyle": "-", "color": _GREY, "lw": 0.6, "shrinkB": 3},
+            )
+
+
+_NAME_WIDE, _NAME_HIGH = 0.2, 0.045  # a name takes, of the axes
