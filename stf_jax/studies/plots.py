@@ -128,36 +128,26 @@ def _cost(found):
             axes.errorbar(x, one.value, yerr=_reach(one), fmt="none", ecolor=color, lw=1, alpha=0.25)
             axes.plot(x, one.value, "o", color=color, ms=5)
         axes.set_xlabel(what)
-        axes.set_xlim(0, 1.3 * max((x for x, _ in points.values()), default=1))
-        _annotate(axes, {name: (x, one.value) for name, (x, one) in points.items()})
+        if points:
+            _annotate(axes, {name: (x, one.value) for name, (x, one) in points.items()})
     columns[0].set_ylabel("right answers, %")
     return figure
 
 
 def _annotate(axes, points):
-    """A name beside each point, none above another."""
-    wide, high = np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())
-    columns: list[list] = []  # of points whose names would meet
-    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][0]):
-        if not columns or x - columns[-1][0][1] > _NAME_WIDE * wide:
-            columns.append([])
-        columns[-1].append((name, x, y))
-    for column in columns:
-        column.sort(key=lambda point: point[2])
-        heights = [y for _, _, y in column]
-        for i in range(1, len(heights)):
-            heights[i] = max(heights[i], heights[i - 1] + _NAME_HIGH * high)
-        down = (sum(heights) - sum(y for _, _, y in column)) / len(column)  # spread both ways
-        right = max(x for _, x, _ in column) + 0.03 * wide
-        for (name, x, y), height in zip(column, heights, strict=True):
-            axes.annotate(
-                name,
-                (x, y),
-                (right, height - down),
-                va="center",
-                fontsize=8,
-                arrowprops={"arrowstyle": "-", "color": _GREY, "lw": 0.6, "shrinkB": 3},
-            )
+    """A name for each point, right of them all and none above another."""
+    xs, high = [x for x, _ in points.values()], np.ptp(axes.get_ylim())
+    spread = np.ptp(xs) or max(xs)
+    axes.set_xlim(min(xs) - 0.1 * spread, max(xs) + 0.6 * spread)
+    ordered = sorted(points.items(), key=lambda item: item[1][1])
+    heights = [y for _, (_, y) in ordered]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + _NAME * high)
+    down = (sum(heights) - sum(y for _, y in points.values())) / len(points)  # spread both ways
+    for (name, point), height in zip(ordered, heights, strict=True):
+        line = {"arrowstyle": "-", "color": _GREY, "lw": 0.6, "shrinkB": 3, "relpos": (0, 0.5)}
+        place = (max(xs) + 0.12 * spread, height - down)
+        axes.annotate(name, point, place, va="center", fontsize=8, arrowprops=line)
 
 
-_NAME_WIDE, _NAME_HIGH = 0.2, 0.045  # a name takes, of the axes
+_NAME = 0.045  # that a name takes of the height

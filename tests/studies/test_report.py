@@ -2,14 +2,18 @@
 
 import dataclasses
 import html.parser
+import itertools
 import json
 import math
 
 import make_study
+import matplotlib.text
 import numpy as np
 import PIL.Image
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from stf_jax.studies import plots
 from stf_jax.studies.outcomes import by_variant
 from stf_jax.studies.page import Code, Heading, Items, Picture, Table, Text, markdown, page, plain
 from stf_jax.studies.report import findings, verdicts, write_report
@@ -229,3 +233,22 @@ def test_both_pages_have_all_blocks(tmp_path):
     for text in ("<One>", "of a<b and c", "f <g>", "j|k"):
         assert text in read.text
     assert plain("of `a` and **c**") == "of a and c"
+
+
+@pytest.mark.parametrize("count", [1, 2, 12])
+def test_no_name_lies_on_another_in_the_picture_of_costs(count):
+    names = [f"variant_{i}" for i in range(count)]
+    made = scores(**dict.fromkeys(names, 0.5))  # at one height, and near each other
+    costs = {name: {"prefill_gflops": 1 + i // 3 / 100, "step_gflops": 2.0} for i, name in enumerate(names)}
+    variants = tuple((name, ("model.fusion.fusion=mlp",)) for name in names)
+    figure = plots._cost(found_of(made, costs, variants=variants, baseline=names[0], asked=()))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for axes in figure.axes:
+        assert sorted(text.get_text() for text in axes.texts) == sorted(names)
+        whole = axes.get_window_extent()
+        # Of the text alone, without its line.
+        boxes = [matplotlib.text.Text.get_window_extent(text, canvas.get_renderer()) for text in axes.texts]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        assert all(whole.x0 < box.x0 and box.x1 < whole.x1 for box in boxes)
+        assert all(whole.y0 < box.y0 and box.y1 < whole.y1 for box in boxes)
