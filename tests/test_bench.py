@@ -7,7 +7,7 @@ import pytest
 import tiny  # noqa: F401 (its presets)
 
 from stf_jax.bench import main
-from stf_jax.benches import cost, decode, step
+from stf_jax.benches import cost, decode, process, step
 from stf_jax.benches.made import make_export
 from stf_jax.benches.mixture import SOURCES, jpegs, lengths
 from stf_jax.config import FusionConfig, ModelConfig
@@ -155,6 +155,21 @@ def test_cost_takes_all_layers_for_a_straight_line(monkeypatch, tmp_path):
     ]
     cost.draw(rows + foreseen, tmp_path / "cost.png")
     assert (tmp_path / "cost.png").stat().st_size > 10_000
+
+
+def test_cost_leaves_out_what_memory_does_not_hold(monkeypatch, capfd):
+    def fake(name, arguments):
+        if json.loads(arguments[-1])[0] == "finetune":
+            return process.measured(name, ["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+        return {"ms": [100.0], "gib": [1.0]}
+
+    monkeypatch.setattr(cost, "measured", fake)
+    rows = cost.measure("clip-mini-16-96", "llama-mini", [1, 2], [1])
+    assert [row["what"] for row in rows] == [
+        f"{what}, {fusion}" for what in cost.TEXT if what != "finetune" for fusion in ("mlp", "mbtf_stf")
+    ]
+    said = capfd.readouterr().err
+    assert "finetune, mlp, 1 layers was killed, as the system does for want of memory. So finetune is left out." in said
 
 
 @pytest.mark.parametrize("what", ["prefill", "pretrain"])

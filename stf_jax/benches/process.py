@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,9 @@ def measured(what: str, arguments: Sequence[str], **environment: str) -> dict[st
 
     Memory is as Linux has it, pages of mapped files included. A last line of standard output that is a JSON object is
     joined to that, and wins. ``environment`` is added to the process's own.
+
+    Raises:
+      MemoryError: it was killed.
     """
     start, peak = time.monotonic(), 0
     environment = os.environ | environment
@@ -25,6 +29,8 @@ def measured(what: str, arguments: Sequence[str], **environment: str) -> dict[st
             peak = max([peak, *(int(line.split()[1]) for line in _lines(status) if line.startswith("VmHWM"))])
             time.sleep(0.02)
         said = child.stdout.read().strip().split("\n")[-1]
+    if child.returncode == -signal.SIGKILL:
+        raise MemoryError(f"{what} was killed, as the system does for want of memory.")
     if child.returncode:
         raise RuntimeError(f"{what} failed with status {child.returncode}.")
     row = {"what": what, "seconds": time.monotonic() - start, "gib": peak / 2**20}

@@ -73,12 +73,10 @@ def _quality(found):
             found.scores[name][first].mean(1), [place] * len(found.study.seeds), "o", color=_GREY, ms=4, alpha=0.7
         )
         axes.errorbar(one.value, place, xerr=_reach(one), fmt="D", color=color, ms=5, capsize=3)
-    if BLANK in found.kinds:
-        blank = np.mean([kinds[BLANK].value for kinds in found.quality.values()])
-        axes.axvline(blank, color=_GREY, ls=":")
-        axes.text(blank, -0.45, " blank picture", color=_GREY, fontsize=8, va="top")
+        if BLANK in found.kinds:
+            axes.plot(found.quality[name][BLANK].value, place, "x", color=_GREY, ms=6)
     _names_down(axes, names, found)
-    axes.set_xlabel("right answers, %")
+    axes.set_xlabel("right answers, %" + "; ×: of a blank picture" * (BLANK in found.kinds))
     return figure
 
 
@@ -92,7 +90,8 @@ def _kinds(found):
             one, color = found.quality[name][kind], _BLUE if name == found.study.baseline else _INK
             axes.errorbar(one.value, place, xerr=_reach(one), fmt="D", color=color, ms=4, capsize=2)
         low, high = axes.get_xlim()
-        axes.set_xlim(max(-1, min(low, high - 4)), max(high, low + 4))  # so that nothing is made of tenths
+        low, high = min(low, high - 4), max(high, low + 4)  # so that nothing is made of tenths
+        axes.set_xlim(max(low, -2), min(high, 102) if low < 100 else high)  # shares are; MME's points are not
         axes.set_title(kind, fontsize=10)
         axes.set_xlabel("%")
     _names_down(columns[0], names, found)
