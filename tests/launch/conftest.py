@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, by all that is started below it too
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 PROGRAMS = ("gcloud", "kubectl", "srun", "scancel", "scontrol", "nvidia-smi", "python", "python3.12")

@@ -29,7 +29,7 @@ ARGUMENTS = [
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
-@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("measured", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sigterm_in_the_last_step_of_a_stage(tmp_path, monkeypatch, capsys, measured):
     """The stage is done; where it ends in a measurement, that is for the next start."""
     workdir, real, steps = tmp_path / "run", loop.Telemetry.advance, itertools.count(1)
@@ -78,6 +78,7 @@ def _ends(arguments, status):
     assert [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon] == []
 
 
+@pytest.mark.slow  # a minute
 def test_a_measurement_that_is_given_up_is_made_up_for(tmp_path, capsys, request):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     _ends([*ARGUMENTS, f"--workdir={whole}"], 0)

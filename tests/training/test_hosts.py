@@ -83,7 +83,7 @@ def test_a_checkpoint_does_not_tell_how_many_hosts_wrote_it(runs):
     assert clocks[0] == clocks[1]
 
 
-@pytest.mark.parametrize("hosts", [1, 4])
+@pytest.mark.parametrize("hosts", [1, pytest.param(4, marks=pytest.mark.slow)])  # four: a minute
 def test_two_hosts_checkpoint_goes_on_elsewhere(runs, tmp_path, hosts):
     """On one host with one device; on four with one each, of which two and two hold the same rows."""
     one, two, _ = runs

@@ -71,7 +71,10 @@ class Runs:
     stopped: tuple[int, list[str], list[int]]
 
 
-@pytest.fixture(scope="module", params=DATA)
+@pytest.fixture(
+    scope="module",
+    params=["packed scenes", pytest.param("LLaVA's files, grouped", marks=pytest.mark.slow)],  # two minutes
+)
 def runs(request, tmp_path_factory):
     kind, folder = request.param, tmp_path_factory.mktemp("runs")
     if kind != "packed scenes":

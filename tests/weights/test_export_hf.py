@@ -161,10 +161,12 @@ def test_generations_agree_in_batches_padded_on_the_left(exported, case):
 
 
 @pytest.mark.parametrize(
-    "case",
-    ["the paper's", "the figure's", "pixel_shuffle", "c_abstractor", "resampler", "token_packer", "mlp", "mlp, tied"],
+    ("dtype", "case"),
+    [
+        *(("float32", case) for case in ("the figure's", "c_abstractor", "resampler", "token_packer", "mlp, tied")),
+        *(("bfloat16", case) for case in ("the paper's", "pixel_shuffle", "mlp")),
+    ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_round_trip_changes_no_bit(tmp_path, case, dtype):
     """Export, import and export again: the same model under the same names."""
     first = make(tmp_path / "ours", *CASES[case], dtype, aspect="pad")

@@ -216,6 +216,7 @@ def smollm2(smollm2_gguf, tmp_path_factory):
     return smollm2_gguf, folder
 
 
+@pytest.mark.slow  # a minute
 def test_smollm2_knows_the_capital_of_france(smollm2):
     file, folder = smollm2
     tokenizer = load_tokenizer(str(folder / "tokenizer"))

@@ -116,6 +116,7 @@ def test_weights_are_loaded_once_onto_their_devices(models, tmp_path):
     assert size < grown < size + 2 * LARGEST, (grown - size) / LARGEST
 
 
+@pytest.mark.slow  # half a minute
 def test_a_model_that_answers_is_held_once(tmp_path):
     """From its folder onto a mesh. Programs of 32 results apiece are held too, and on a CPU a checksum's terms."""
     sizes, peaks = {}, {}
