@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stf_jax.studies.outcomes import BLANK
+from stf_jax.studies.outcomes import ALL, BLANK
 from stf_jax.studies.page import Picture
 
 if TYPE_CHECKING:
@@ -57,6 +57,11 @@ def _label(name, found):
     return name if tokens is None else f"{name} ({tokens})"
 
 
+def _first(found):
+    """What the first kind's figures are: of scenes, shares of all questions; of other benchmarks, a metric."""
+    return "right answers, %" if found.kinds[0] == ALL else found.kinds[0]
+
+
 def _reach(one):
     """Both arms of an interval, as matplotlib takes them; none where nothing can be said."""
     if math.isnan(one.low):
@@ -76,7 +81,7 @@ def _quality(found):
         if BLANK in found.kinds:
             axes.plot(found.quality[name][BLANK].value, place, "x", color=_GREY, ms=6)
     _names_down(axes, names, found)
-    axes.set_xlabel("right answers, %" + "; ×: of a blank picture" * (BLANK in found.kinds))
+    axes.set_xlabel(_first(found) + "; ×: of a blank picture" * (BLANK in found.kinds))
     return figure
 
 
@@ -93,7 +98,7 @@ def _kinds(found):
         low, high = min(low, high - 4), max(high, low + 4)  # so that nothing is made of tenths
         axes.set_xlim(max(low, -2), min(high, 102) if low < 100 else high)  # shares are; MME's points are not
         axes.set_title(kind, fontsize=10)
-        axes.set_xlabel("%")
+        axes.set_xlabel("%" * (found.kinds[0] == ALL))
     _names_down(columns[0], names, found)
     return figure
 
@@ -129,7 +134,7 @@ def _cost(found):
         axes.set_xlabel(what)
         if points:
             _annotate(axes, {name: (x, one.value) for name, (x, one) in points.items()})
-    columns[0].set_ylabel("right answers, %")
+    columns[0].set_ylabel(_first(found))
     return figure
 
 

@@ -71,10 +71,10 @@ class Runs:
     stopped: tuple[int, list[str], list[int]]
 
 
-@pytest.fixture(
-    scope="module",
-    params=["packed scenes", pytest.param("LLaVA's files, grouped", marks=pytest.mark.slow)],  # two minutes
-)
+GROUPED = pytest.param("LLaVA's files, grouped", marks=pytest.mark.slow)  # two minutes
+
+
+@pytest.fixture(scope="module", params=["packed scenes", GROUPED])
 def runs(request, tmp_path_factory):
     kind, folder = request.param, tmp_path_factory.mktemp("runs")
     if kind != "packed scenes":
@@ -163,10 +163,9 @@ def test_final_state_is_bit_identical(runs):
     jax.tree.map(np.testing.assert_array_equal, next(other), next(iterator))
 
 
+@pytest.mark.parametrize("runs", [GROUPED], indirect=True)  # which have all that this is about
 def test_two_hosts_go_on_where_one_stopped(runs, tmp_path):
     """From the checkpoint half-way, with the same rows at each step, each host reading half of them."""
-    if runs.kind == "packed scenes":
-        pytest.skip("the other data have all that this is about")
     workdir = tmp_path / "run"
     shutil.copytree(runs.whole / "checkpoints" / "16", workdir / "checkpoints" / "16")
     shutil.copy(runs.whole / "metrics.jsonl", workdir)
