@@ -215,7 +215,7 @@ def test_the_mixture_is_as_it_says():
         (["fusion", "--batch=0"], "--batch must be at least 1"),
         (["flops", "--text=a"], "--text=a should be numbers with commas between"),
         (["flops", "--text=-1"], "--text should not be negative"),
-        (["step", "--rows=0"], "--rows and --steps must be at least 1"),
+        (["step", "--rows=0"], "--rows, --steps and --rounds must be at least 1"),
         (["cost", "--layers=2,1"], "--layers=2,1 should be two numbers, the smaller first"),
         (["cost", "--batches=0"], "--batches=0 should be at least 1"),
         (["cost", "--plot=no/such/folder.png"], "--plot=no/such/folder.png: there is no such folder"),

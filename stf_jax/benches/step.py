@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=2, help="a step (%(default)s)")
     parser.add_argument("--text", type=int, default=112, help="tokens of a row behind its picture's (%(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="that are timed (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of all programs in turn (%(default)s)")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="(%(default)s)")
     parser.add_argument(
         "--remat", choices=["none", "full"], default="none", help="gradient checkpointing (%(default)s)"
@@ -63,9 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each stage and program; each is a process of its own."""
-    if min(options.rows, options.text - 1, options.steps) < 1:
-        raise UserError("--rows and --steps must be at least 1, and --text at least 2.")
+    """A row for each stage and program: medians over the rounds, each of which is a process of its own.
+
+    A round times the programs one after the other, so that what slows the machine for minutes slows them alike.
+    ``times_torch`` is the median of the rounds' ratios, ``least`` and ``most`` are their ends.
+    """
+    if min(options.rows, options.text - 1, options.steps, options.rounds) < 1:
+        raise UserError("--rows, --steps and --rounds must be at least 1, and --text at least 2.")
     config = ModelConfig(options.vision, options.llm, FusionConfig(options.fusion), options.precision)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -74,25 +79,31 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         same = (options.rows, options.text, options.steps, options.precision, options.remat)
         for stage in _LEARN:
             task = json.dumps(dataclasses.asdict(Task(str(folder), str(export), stage, *same)))
-            found = {}
-            for program, environment in _PROGRAMS.items():
-                call = ["-m", "stf_jax.benches.step", program, task]
-                found[program] = measured(f"{stage}, {program}", call, **environment)
-            for row in found.values():
-                row["times_torch"] = found["torch"]["step_ms"] / row["step_ms"]
-                rows.append({key: row[key] for key in ("what", *_FIGURES) if key in row})
+            rounds = []
+            for _ in range(options.rounds):
+                calls = {program: ["-m", "stf_jax.benches.step", program, task] for program in _PROGRAMS}
+                rounds.append({p: measured(f"{stage}, {p}", call, **_PROGRAMS[p]) for p, call in calls.items()})
+            rows += [_over(program, rounds) for program in _PROGRAMS]
     return rows
 
 
 _PROGRAMS = {  # and what their environment has besides
-    "ours": {},
-    # On a CPU a step takes gigabytes from the C library and gives them back, which in pages of 4 KiB costs a seventh
-    # of it. PyTorch's does not gain by larger ones.
-    "ours, huge pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+    # As launch/local.sh and studies start runs. On a CPU a step takes its temporaries from the C library and gives them
+    # back, and touching these anew in pages of 4 KiB costs a seventh to a third of it. PyTorch does not gain by larger
+    # ones.
+    "ours": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+    "ours, small pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"},
     "torch": {},
     "torch, compiled": {},
 }
-_FIGURES = ("step_ms", "tokens_per_second", "times_torch", "mfu", "gib")
+_FIGURES = ("step_ms", "tokens_per_second", "mfu", "gib")
+
+
+def _over(program, rounds):
+    ratios = [found["torch"]["step_ms"] / found[program]["step_ms"] for found in rounds]
+    own = [found[program] for found in rounds]
+    ends = {"times_torch": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+    return {"what": own[0]["what"]} | ends | {k: statistics.median(x[k] for x in own) for k in _FIGURES if k in own[0]}
 
 
 def _config(task):

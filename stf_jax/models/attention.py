@@ -16,6 +16,7 @@ Axis letters: B batch, T positions, S slots of a cache, H heads, K kv heads (K d
 
 import dataclasses
 import functools
+import itertools
 import logging
 
 import jax
@@ -39,13 +40,13 @@ class Mask:
 
         Args:
           queries: int32 [Q], the positions that look.
-          length: T, positions that are looked at.
+          length: T, positions that are looked at, from the left.
         """
         allowed = None
         if self.causal:
             allowed = (queries[:, None] >= jnp.arange(length))[None, None]
         if self.segments is not None:
-            same = (self.segments[:, queries, None] == self.segments[:, None, :])[:, None]
+            same = (self.segments[:, queries, None] == self.segments[:, None, :length])[:, None]
             allowed = same if allowed is None else same & allowed
         return allowed
 
@@ -160,6 +161,7 @@ def _splash_refusal(q, mask):
 
 
 _QUERIES = 512  # at once, of longer rows
+_SPANS = 4  # of a row at most, each of 64 queries or more
 
 
 def _xla(q, k, v, mask):
@@ -167,27 +169,34 @@ def _xla(q, k, v, mask):
     kv_heads = k.shape[2]
     # Heads first, and all query heads of a kv head below each other: so both products are of plain matrices, and scores
     # are never copied into another layout (on a CPU, that and softmax would take longer than the products).
-    k, v = (x.swapaxes(1, 2) for x in (k, v))
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
 
-    def some(queries, q):
-        groups = q.reshape(rows, len(queries), kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
-        stacked = groups.reshape(rows, kv_heads, -1, size)
-        scores = jnp.einsum("bkqd,bksd->bkqs", stacked, k, preferred_element_type=jnp.float32) * size**-0.5
-        allowed = mask.dense(queries, length)
+    def look(queries, q, seen):  # the queries and their positions, and how many positions from the left they may see
+        stacked = q.reshape(rows, kv_heads, -1, size)
+        scores = jnp.einsum("bkqd,bksd->bkqs", stacked, k[:, :, :seen], preferred_element_type=jnp.float32)
+        scores *= size**-0.5
+        allowed = mask.dense(queries, seen)
         if allowed is not None:
-            apart = scores.reshape(*groups.shape[:4], length)
-            scores = jnp.where(allowed[:, :, None], apart, -jnp.inf).reshape(scores.shape)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        read = jnp.einsum("bkqs,bksd->bkqd", weights, v).reshape(groups.shape)
-        return read.transpose(0, 3, 1, 2, 4).reshape(rows, len(queries), heads, size)
+            apart = scores.reshape(*q.shape[:3], seen)
+            scores = jnp.where(allowed, apart, -jnp.inf).reshape(scores.shape)
+        # Softmax, but divided behind the product: backward too that is then over [Q, Dh] in place of [Q, T].
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        read = jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype), v[:, :, :seen])
+        return (read / weights.sum(-1, keepdims=True)).astype(v.dtype).reshape(q.shape)
 
     if length <= 2 * _QUERIES:
-        return some(jnp.arange(length), q)
+        # What lies to the right of a span is hidden by a causal mask, so it is not computed: three eighths of it all.
+        count = max(1, min(_SPANS, length // 64)) if mask.causal else 1
+        bounds = [length * i // count for i in range(count + 1)]
+        spans = itertools.pairwise(bounds)
+        parts = [look(jnp.arange(start, stop), q[:, :, start:stop], stop) for start, stop in spans]
+        return jnp.concatenate(parts, axis=2).swapaxes(1, 2)
     # Block by block of queries, backward too, so that scores of all positions with all never lie in memory.
     blocks = -(-length // _QUERIES)
     queries = jnp.minimum(jnp.arange(blocks * _QUERIES), length - 1).reshape(blocks, _QUERIES)
-    parts = jax.lax.map(lambda part: jax.checkpoint(some, prevent_cse=False)(part, q[:, part]), queries)
-    return parts.swapaxes(0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
+    block = jax.checkpoint(lambda part: look(part, q[:, :, part], length), prevent_cse=False)
+    parts = jax.lax.map(block, queries)  # [blocks, B, H, Q, Dh]
+    return parts.transpose(1, 0, 3, 2, 4).reshape(rows, -1, heads, size)[:, :length]
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,33 @@ def test_odd_lengths_are_filled_for_cudnn_which_has_no_gradients_of_them(length,
     monkeypatch.setitem(module._REFUSALS, "cudnn", lambda q, mask: None)
     monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
     assert_as_the_reference("cudnn", inputs(4, 2, length=length), Mask(causal=True))
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
+@pytest.mark.parametrize("length", [127, 128, 200, 300])  # one span, two, three and four, not all as long as each other
+@pytest.mark.parametrize("segments", [False, True], ids=["causal", "packed"])
+def test_spans_of_queries_do_not_compute_what_a_causal_mask_hides(segments, length, mesh):
+    described = Mask(True, packed(4, length) if segments else None)
+    case = inputs(4, 2, rows=4, length=length)
+    assert_as_the_reference("xla", case, described, mesh)
+    products = re.findall(
+        r"dot_general.*-> tensor<4x2x(\d+)x(\d+)xf32>",
+        jax.jit(lambda *x: attention(*x, described, "xla")).lower(*case).as_text(),
+    )
+    scores = sum(int(queries) * int(seen) for queries, seen in products if int(seen) > 16) / (2 * length**2)
+    count = max(1, min(4, length // 64))
+    assert scores == pytest.approx((count + 1) / (2 * count), rel=0.01)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_scores_of_any_size_are_weighed(scale):
+    q, k, v = inputs(length=8)
+    case, mask = (scale * q, k, v), Mask(causal=True)
+    out, grads = value_and_gradients("xla", case, mask)
+    expected, theirs = value_and_gradients("reference", case, mask)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=2e-5)
+    near = max(1, scale) * 1e-5  # float32 of what queries that large are multiplied by
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=near), grads, theirs)
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -186,9 +186,9 @@ def test_the_count_is_the_compiler_s(what):
     if what == "decode":
         wanted = decode_flops(model, rows, program.length)
     else:
-        # The program computes all of T² and masks half of it; we count the other half.
+        # The program computes five eighths of T², in four spans of queries, and masks one of them; we count the others.
         llm = llm_preset(model.llm)
-        masked = llm.layers * rows * length**2 * llm.heads * llm.head_dim  # of a product
+        masked = llm.layers * rows * length**2 * llm.heads * llm.head_dim // 4  # of a product
         if what == "prefill":
             forward = forward_flops(model, rows, length, 1)
             wanted = forward.forward - forward.head + forward.head // length + 2 * masked
