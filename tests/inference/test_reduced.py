@@ -212,7 +212,9 @@ def whole():
     return list(generator(MeshConfig(1, 1, 1)).answers(list(records()), 8, rows=5))
 
 
-@pytest.mark.parametrize(("reduce", "keep", "slots"), [("fastv", 4, N), ("visionzip", 5, 5)])
+@pytest.mark.parametrize(
+    ("reduce", "keep", "slots"), [("fastv", 4, N), pytest.param("visionzip", 5, 5, marks=pytest.mark.slow)]
+)
 def test_answers_are_the_same_on_a_mesh_and_alone(reduce, keep, slots, whole):
     asked, one = list(records()), generator(MeshConfig(1, 1, 1), reduce=reduce, keep=keep)
     said = list(one.answers(asked, 8, rows=5))

@@ -11,7 +11,9 @@ import time
 
 import pytest
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, by all that is started below it too
+# nohup has the one ignored and a shell's & the other, by all that is started below them too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 PROGRAMS = ("gcloud", "kubectl", "srun", "scancel", "scontrol", "nvidia-smi", "python", "python3.12")

@@ -81,6 +81,7 @@ def test_an_import_needs_the_largest_parameter_and_not_the_model(models):
     assert LARGEST < grown < 3 * LARGEST, grown / LARGEST
 
 
+@pytest.mark.slow  # half a minute
 def test_a_cast_needs_no_more(models, tmp_path):
     root, _, _ = models
     peaks = [peak("import as float16", root / name, tmp_path / name) for name in LAYERS]
