@@ -11,9 +11,6 @@ import time
 
 import pytest
 
-# nohup has the one ignored and a shell's & the other, by all that is started below them too.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-signal.signal(signal.SIGINT, signal.default_int_handler)
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 PROGRAMS = ("gcloud", "kubectl", "srun", "scancel", "scontrol", "nvidia-smi", "python", "python3.12")
@@ -23,6 +20,11 @@ class Desk:
     """Runs scripts of launch/ where nothing real can be reached, and tells what they called."""
 
     def __init__(self, folder: pathlib.Path):
+        # As a terminal starts them: below nohup the one is ignored, below a shell's & the other, and libraries that other
+        # tests load may have left a signal ignored or blocked, which whatever is started inherits.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
         self.folder = folder
         self.tree = folder / "tree"
         self.temporary = folder / "tmp"
