@@ -20,8 +20,8 @@ class Desk:
     """Runs scripts of launch/ where nothing real can be reached, and tells what they called."""
 
     def __init__(self, folder: pathlib.Path):
-        # As a terminal starts them: below nohup the one is ignored, below a shell's & the other, and libraries that other
-        # tests load may have left a signal ignored or blocked, which whatever is started inherits.
+        # As a terminal starts them: below nohup the one is ignored, below a shell's & the other, and libraries that
+        # other tests load may have left a signal ignored or blocked, which whatever is started inherits.
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
