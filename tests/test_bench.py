@@ -1,5 +1,6 @@
 """Benchmarks run, say the same in both forms, and measure what they say; no test here looks at a clock."""
 
+import argparse
 import json
 
 import numpy as np
@@ -83,6 +84,28 @@ def test_step_takes_the_same_steps_on_both_sides(stage, tmp_path):
     assert len(ours["losses"]) == len(torchs["losses"]) == 4
     np.testing.assert_allclose(ours["losses"], torchs["losses"], rtol=2e-4)
     assert ours["losses"][-1] < ours["losses"][0]
+
+
+def test_step_compares_programs_within_a_round(monkeypatch):
+    slowness = iter([1, 1, 3, 3, 2, 2])  # of the machine, in three rounds of each stage
+
+    def measured(what, call, **environment):
+        nonlocal slow
+        program = call[2]
+        slow = next(slowness) if program == "ours" else slow
+        took = {"ours": 10, "ours, small pages": 20, "torch": 15, "torch, compiled": 30}[program]
+        return {"what": what, "step_ms": took * slow, "tokens_per_second": 1 / took / slow, "gib": 2.0}
+
+    slow = 0
+    monkeypatch.setattr(step, "measured", measured)
+    monkeypatch.setattr(step, "make_export", lambda *_: None)
+    options = argparse.ArgumentParser()
+    step.add_arguments(options)
+    rows = {row["what"]: row for row in step.run(options.parse_args(["--llm=llama-tiny", "--vision=clip-tiny"]))}
+    assert len(rows) == 8
+    ours, small = rows["pretrain, ours"], rows["finetune, ours, small pages"]
+    assert (ours["times_torch"], ours["least"], ours["most"], ours["step_ms"], ours["gib"]) == (1.5, 1.5, 1.5, 10, 2.0)
+    assert (small["times_torch"], small["step_ms"]) == (0.75, 40)
 
 
 def test_fusion(tmp_path, capsys):
