@@ -185,7 +185,7 @@ def _xla(q, k, v, mask):
         return (read / weights.sum(-1, keepdims=True)).astype(v.dtype).reshape(q.shape)
 
     if length <= 2 * _QUERIES:
-        # What lies to the right of a span is hidden by a causal mask and not computed: of four spans, three eighths of all.
+        # What lies to the right of a span is hidden by a causal mask and not computed: by four spans, 3/8 are spared.
         count = max(1, min(_SPANS, length // 64)) if mask.causal else 1
         bounds = [length * i // count for i in range(count + 1)]
         spans = itertools.pairwise(bounds)
