@@ -3,15 +3,15 @@
 A config file (``configs/*.py``) defines ``get_config(arg) -> ml_collections.ConfigDict``: it starts from
 :func:`default_config`, which holds every key there is, and changes what it wants. The command line may change more
 (``--config.mesh.fsdp=8``). :func:`resolve` then freezes the result into one :class:`TrainConfig` a stage. A key that
-does not exist is refused at each of these steps, with the nearest key that does.
+does not exist is refused at each of these steps, with the nearest key that does. The type of each number says which
+values it may have.
 """
 
 import dataclasses
 import difflib
-import math
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import ml_collections
 
@@ -41,17 +41,38 @@ class Stopped(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
+class Range:
+    """The values that a number may have, both ends included. Of floats, NaN is never in range."""
+
+    low: float
+    high: float
+
+
+# Steps are counted in int32 and the optimizer computes in float32, in which smaller or larger ends become 0, 1 or inf.
+Count = Annotated[int, Range(0, 10**9)]
+Size = Annotated[int, Range(1, 10**9)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Factor = Annotated[float, Range(0, 1e30)]
+Above0 = Annotated[float, Range(1e-30, 1e30)]
+Share = Annotated[float, Range(0, 1)]
+Decay = Annotated[float, Range(0, 0.9999999)]
+Epochs = Annotated[float, Range(0, 10**5)]  # all are planned at the start
+Seconds = Annotated[float, Range(0, 10**9)]
+Axis = Annotated[int, Range(-1, 10**6)]  # 0 is refused with the mesh (runtime/mesh.py)
+
+
+@dataclasses.dataclass(frozen=True)
 class FusionConfig:
     """How the tapped states of the vision tower become image tokens of the language model (models/fusion.py)."""
 
     # mlp | avg_pool | pixel_shuffle | ldp_v2 | c_abstractor | resampler | token_packer | stf | mbtf | mbtf_stf
     fusion: str = "mbtf_stf"
-    taps: tuple[int, ...] = ()  # tower blocks, deepest first, 1-based (0: embedding); (): eight evenly spaced
-    kernel: int = 2  # patches a side that become one token; mlp and mbtf do not ask
-    mbtf_hidden: int = 0  # channels between MBTF's two layers; 0: half of all tapped channels (8192 → 4096)
-    mbtf_width: int = 0  # channels MBTF gives; 0: the tower's width (1024)
-    stf_hidden: int = 0  # channels between STF's two layers; 0: 4·kernel²·its input width (16384)
-    depth: int = 0  # blocks of resampler, and of c_abstractor before its pooling and after; 0: their authors' 6 and 3
+    taps: tuple[Count, ...] = ()  # tower blocks, deepest first, 1-based (0: embedding); (): eight evenly spaced
+    kernel: Size = 2  # patches a side that become one token; mlp and mbtf do not ask
+    mbtf_hidden: Count = 0  # channels between MBTF's two layers; 0: half of all tapped channels (8192 → 4096)
+    mbtf_width: Count = 0  # channels MBTF gives; 0: the tower's width (1024)
+    stf_hidden: Count = 0  # channels between STF's two layers; 0: 4·kernel²·its input width (16384)
+    depth: Count = 0  # blocks of resampler, and of c_abstractor before its pooling and after; 0: their authors' 6 and 3
     variant: str = "code"  # code: what the authors' program computes | paper: what their figure draws
     init: str = "torch"  # torch | kaiming | xavier | normal
     pad_grid: bool = False  # pad a patch grid that the kernel does not divide, by zeros at the right and bottom
@@ -69,7 +90,7 @@ class ModelConfig:
     remat: str = "full"  # what backward recomputes: none | dots (all but matrix products) | full
     attention: str = "auto"  # auto | reference | xla | cudnn | splash (models/attention.py)
     reduce: str = ""  # when answering, untrained (models/selection.py): fastv | visionzip; "": nothing
-    keep: int = 0  # image tokens a picture that reduce leaves; 0: a quarter
+    keep: Count = 0  # image tokens a picture that reduce leaves; 0: a quarter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +98,8 @@ class ScenesConfig:
     """The embedded procedural pictures (data/scenes.py)."""
 
     task: str = "conversations"  # documents | captions | mixture | conversations
-    size: int = 20_000  # records in one epoch
-    things: int = 4  # most shapes in a picture, of training as of the benchmark
+    size: Size = 20_000  # records in one epoch
+    things: Size = 4  # most shapes in a picture, of training as of the benchmark
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,52 +109,52 @@ class DataConfig:
     source: str = "llava"  # llava: annotations + images | scenes: embedded
     annotations: str = ""  # LLaVA JSON files, or folders that stf_jax.prepare wrote, separated by commas
     images: str = ""  # folders that the JSON files' image paths start from, in the same order; one serves them all
-    records: int = 0  # how many they hold, for stf_jax.plan where they are not here to be counted; 0: unknown
-    mix: tuple[float, ...] = ()  # a number for each of them, read as mix_by says; (): each row once an epoch
+    records: Count = 0  # how many they hold, for stf_jax.plan where they are not here to be counted; 0: unknown
+    mix: tuple[Factor, ...] = ()  # a number for each of them, read as mix_by says; (): each row once an epoch
     mix_by: str = "epoch"  # epoch: how often an epoch takes each set's rows | weight: the set's share of all rows
     scenes: ScenesConfig = ScenesConfig()
     tokenizer: str = ""  # folder with a tokenizer that transformers reads; "miniature": the embedded one
     template: str = "v1"  # plain | v1 | llama-3 | chatml | mistral (data/conversation.py)
     aspect: str = "square"  # square: resize and centre-crop | pad: to a square with the mean colour
-    max_length: int = 2048  # tokens a row, image slots included
+    max_length: Size = 2048  # tokens a row, image slots included
     packing: bool = False  # several conversations a row, kept apart by segment ids
     group_by_modality_length: bool = True  # unpacked: batches of like length, with pictures or without, as LLaVA's
-    buckets: int = 1  # unpacked: lengths that batches are filled up to, told by the data's; each is compiled once
-    images_per_row: int = 1  # picture places a row (M); 0 for text alone
-    threads: int = 2  # threads that read and decode on each host
+    buckets: Size = 1  # unpacked: lengths that batches are filled up to, told by the data's; each is compiled once
+    images_per_row: Count = 1  # picture places a row (M); 0 for text alone
+    threads: Size = 2  # threads that read and decode on each host
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW as torch and LLaVA run it."""
 
-    learning_rate: float = 1e-3  # at the peak
+    learning_rate: Above0 = 1e-3  # at the peak
     schedule: str = "cosine"  # cosine (to zero) | constant (after warm-up)
-    warmup_ratio: float = 0.03  # share of all steps with a linearly rising rate
-    weight_decay: float = 0.0  # of matrices; biases and norms are spared
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip_norm: float = 0.0  # global gradient norm; 0: no clipping, as in the authors' runs
-    accumulation_steps: int = 1  # microbatches a step
+    warmup_ratio: Share = 0.03  # share of all steps with a linearly rising rate
+    weight_decay: Factor = 0.0  # of matrices; biases and norms are spared
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    eps: Above0 = 1e-8
+    clip_norm: Factor = 0.0  # global gradient norm; 0: no clipping, as in the authors' runs
+    accumulation_steps: Size = 1  # microbatches a step
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; one axis may be -1: all that are left; ``data`` and ``fsdp`` both: see ``fsdp``."""
 
-    data: int = -1  # batch; parameters whole
-    fsdp: int = -1  # batch; parameters and moments sharded; with data -1 as well: a whole slice, and data the slices
-    tensor: int = 1  # heads, feed-forward and vocabulary sharded
+    data: Axis = -1  # batch; parameters whole
+    fsdp: Axis = -1  # batch; parameters and moments sharded; with data -1 as well: a whole slice, and data the slices
+    tensor: Axis = 1  # heads, feed-forward and vocabulary sharded
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """What of a run is kept on disk."""
 
-    every_steps: int = 500  # steps between checkpoints; the last step is always saved
-    keep_last: int = 2  # newest checkpoints kept
-    keep_every: int = 0  # steps; checkpoints at its multiples are kept for good; 0: none
+    every_steps: Size = 500  # steps between checkpoints; the last step is always saved
+    keep_last: Size = 2  # newest checkpoints kept
+    keep_every: Count = 0  # steps; checkpoints at its multiples are kept for good; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,17 +165,17 @@ class EvalConfig:
         str, ...
     ] = ()  # gqa | scienceqa | vqav2 | vizwiz | textvqa | pope | mmbench | mmbench_cn | mme | scenes
     data: str = ""  # folder with LLaVA's evaluation files; scenes needs none
-    limit: int = 0  # questions of each, the first ones; 0: all
-    every_steps: int = 0  # steps between measurements; 0: at the end alone
-    batch: int = 16  # questions at once
+    limit: Count = 0  # questions of each, the first ones; 0: all
+    every_steps: Count = 0  # steps between measurements; 0: at the end alone
+    batch: Size = 16  # questions at once
 
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
     """Steps of which a profile is taken, for TensorBoard (xprof), in ``workdir/profile``."""
 
-    first_step: int = 0  # the first of them; 0: none
-    steps: int = 3  # how many
+    first_step: Count = 0  # the first of them; 0: none
+    steps: Size = 3  # how many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,11 +190,11 @@ class WandbConfig:
 class FaultsConfig:
     """What a run bears, and when it gives up (docs/OPERATIONS.md)."""
 
-    skipped_updates: int = 10  # updates in a row that are skipped because a loss or gradient is not finite
-    spike: float = 2.0  # times the median of the last 50 losses that one is logged for; 0: none is
-    unsaved_steps: int = 0  # steps past the newest whole checkpoint while saving fails; 0: 2·checkpoint.every_steps
-    hang_seconds: float = 1800.0  # a step, a save, some questions, reading the weights may take; 0: for ever
-    host_seconds: int = 60  # that another host may be silent before it is taken for dead
+    skipped_updates: Count = 10  # updates in a row that are skipped because a loss or gradient is not finite
+    spike: Factor = 2.0  # times the median of the last 50 losses that one is logged for; 0: none is
+    unsaved_steps: Count = 0  # steps past the newest whole checkpoint while saving fails; 0: 2·checkpoint.every_steps
+    hang_seconds: Seconds = 1800.0  # a step, a save, some questions, reading the weights may take; 0: for ever
+    host_seconds: Size = 60  # that another host may be silent before it is taken for dead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,11 +202,11 @@ class TrainConfig:
     """One stage of training."""
 
     name: str = "train"  # what logs and tables call it
-    seed: int = 0  # of initialisation and data order
-    steps: int = 0  # optimizer steps; 0: as many as the epochs need
-    epochs: float = 1.0  # passes over the data, where steps is 0
-    global_batch_size: int = 256  # rows a step, over all devices and microbatches
-    log_every_steps: int = 10  # steps between lines of metrics.jsonl
+    seed: Seed = 0  # of initialisation and data order
+    steps: Count = 0  # optimizer steps; 0: as many as the epochs need
+    epochs: Epochs = 1.0  # passes over the data, where steps is 0
+    global_batch_size: Size = 256  # rows a step, over all devices and microbatches
+    log_every_steps: Size = 10  # steps between lines of metrics.jsonl
     init_from: str = ""  # folders of weights or runs to start from, separated by commas; or "miniatures", embedded
     init_missing: tuple[str, ...] = ()  # patterns of parameters that start afresh; init_from must have all others
     rules: tuple[tuple[str, str], ...] = ((".*", "train"),)  # (pattern of parameter path, train | freeze), first wins
@@ -213,22 +234,6 @@ _CHOICES = {
     "data.mix_by": ("epoch", "weight"),
     "optimizer.schedule": ("cosine", "constant"),
 }
-_AT_LEAST_ONE = (
-    "global_batch_size",
-    "log_every_steps",
-    "eval.batch",
-    "model.fusion.kernel",
-    "data.max_length",
-    "data.threads",
-    "data.buckets",
-    "data.scenes.size",
-    "data.scenes.things",
-    "optimizer.accumulation_steps",
-    "checkpoint.every_steps",
-    "checkpoint.keep_last",
-    "profile.steps",
-    "faults.host_seconds",
-)
 
 
 def one_line(error: BaseException) -> str:
@@ -370,6 +375,11 @@ def _build(cls, values, prefix):
 
 
 def _typed(kind, value, key):
+    if typing.get_origin(kind) is Annotated:
+        number, allowed = typing.get_args(kind)
+        if isinstance(value, (int, float)) and not allowed.low <= value <= allowed.high:
+            raise UserError(f"Config key {key} is {value}; it must be between {allowed.low:,} and {allowed.high:,}.")
+        return _typed(number, value, key)
     if dataclasses.is_dataclass(kind):
         if isinstance(value, Mapping):
             return _build(kind, value, f"{key}.")
@@ -391,38 +401,4 @@ def _validated(config):
     for key, choices in _CHOICES.items():
         if flat[key] not in choices:
             raise UserError(f"Config key {key} is {flat[key]!r}: {nearest(str(flat[key]), filter(None, choices))}")
-    for key in _AT_LEAST_ONE:
-        if flat[key] < 1:
-            raise UserError(f"Config key {key} is {flat[key]}; it must be at least 1.")
-    for key in (
-        "steps",
-        "epochs",
-        "model.fusion.mbtf_hidden",
-        "model.fusion.mbtf_width",
-        "model.fusion.stf_hidden",
-        "model.keep",
-        "model.fusion.depth",
-        "data.images_per_row",
-        "data.records",
-        "optimizer.learning_rate",
-        "optimizer.warmup_ratio",
-        "optimizer.weight_decay",
-        "optimizer.clip_norm",
-        "checkpoint.keep_every",
-        "eval.limit",
-        "eval.every_steps",
-        "profile.first_step",
-        "faults.skipped_updates",
-        "faults.spike",
-        "faults.unsaved_steps",
-        "faults.hang_seconds",
-    ):
-        if not 0 <= flat[key] < math.inf:  # nor nan
-            raise UserError(f"Config key {key} is {flat[key]}; it must be finite and not negative.")
-    for key, value in flat.items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            raise UserError(f"Config key {key} is {value}; it must be finite.")
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"Config key seed is {config.seed}; it must be between 0 and 4294967295.")
     return config

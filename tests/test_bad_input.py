@@ -265,7 +265,7 @@ MAIN = [
     run("an unknown key", nothing, "--config.data.anotations=a", "data.anotations", "'data.annotations'"),
     run("a number that is none", nothing, "--config.steps=many", "--config.steps=many"),
     run("a rate of NaN", nothing, "--config.optimizer.learning_rate=nan", "optimizer.learning_rate is nan", "finite"),
-    run("a batch of none", nothing, "--config.global_batch_size=0", "global_batch_size is 0", "at least 1"),
+    run("a batch of none", nothing, "--config.global_batch_size=0", "global_batch_size is 0", "between 1 and"),
     run("a rule that is no pattern", nothing, "--config.rules=(('(', 'train'),)", "'('", "regular expression"),
     run(
         "a start that is no pattern",

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
 import re
 import typing
@@ -51,6 +52,15 @@ def staged(stages, run=None, **changes) -> ml_collections.ConfigDict:
     config.stages = stages
     config.run = tuple(stages) if run is None else run
     return config
+
+
+def leaves(cls, prefix=""):
+    """Dotted key → type, of every key."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        nested = dataclasses.is_dataclass(field.type)
+        found |= leaves(field.type, f"{prefix}{field.name}.") if nested else {prefix + field.name: field.type}
+    return found
 
 
 # ---- Defaults --------------------------------------------------------------------------------------------------------
@@ -196,35 +206,23 @@ def test_a_value_of_another_type_is_refused(key, value):
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
-        ("global_batch_size", 0, "must be at least 1"),
-        ("log_every_steps", -1, "must be at least 1"),
-        ("eval.batch", 0, "must be at least 1"),
-        ("model.fusion.kernel", 0, "must be at least 1"),
-        ("data.max_length", 0, "must be at least 1"),
-        ("data.threads", 0, "must be at least 1"),
-        ("data.scenes.size", 0, "must be at least 1"),
-        ("optimizer.accumulation_steps", 0, "must be at least 1"),
-        ("checkpoint.every_steps", 0, "must be at least 1"),
-        ("checkpoint.keep_last", 0, "must be at least 1"),
-        ("steps", -1, "must be finite and not negative"),
-        ("epochs", -0.5, "must be finite and not negative"),
-        ("epochs", float("nan"), "must be finite and not negative"),
-        ("epochs", float("inf"), "must be finite and not negative"),
-        ("model.fusion.stf_hidden", -1, "must be finite and not negative"),
-        ("data.images_per_row", -1, "must be finite and not negative"),
-        ("optimizer.learning_rate", -1e-3, "must be finite and not negative"),
-        ("optimizer.learning_rate", float("nan"), "must be finite and not negative"),
-        ("optimizer.warmup_ratio", -0.1, "must be finite and not negative"),
-        ("optimizer.weight_decay", -1.0, "must be finite and not negative"),
-        ("optimizer.clip_norm", -1.0, "must be finite and not negative"),
-        ("checkpoint.keep_every", -5, "must be finite and not negative"),
-        ("eval.limit", -1, "must be finite and not negative"),
-        ("eval.every_steps", -1, "must be finite and not negative"),
-        ("optimizer.b1", float("nan"), "must be finite"),
-        ("optimizer.eps", float("-inf"), "must be finite"),
-        ("data.mix", (1.0, float("nan")), "must be finite"),
-        ("seed", -1, "must be between 0 and 4294967295"),
-        ("seed", 2**32, "must be between 0 and 4294967295"),
+        ("global_batch_size", 0, "must be between 1 and 1,000,000,000"),
+        ("steps", 10**12, "must be between 0 and 1,000,000,000"),
+        ("steps", -1, "must be between 0 and 1,000,000,000"),
+        ("epochs", float("inf"), "must be between 0 and 100,000"),
+        ("epochs", 10**310, "must be between 0 and 100,000"),
+        ("optimizer.learning_rate", 0, "must be between 1e-30 and 1e\\+30"),
+        ("optimizer.learning_rate", float("nan"), "must be between 1e-30 and 1e\\+30"),
+        ("optimizer.eps", 0, "must be between 1e-30 and 1e\\+30"),
+        ("optimizer.eps", 1e-46, "must be between 1e-30"),  # 0 in float32
+        ("optimizer.b2", 1, "must be between 0 and 0.9999999"),
+        ("optimizer.b1", 0.99999999, "must be between 0 and 0.9999999"),  # 1 in float32
+        ("optimizer.warmup_ratio", 1.5, "must be between 0 and 1"),
+        ("data.mix", (1.0, float("nan")), "must be between 0 and"),
+        ("data.mix", (1.0, -2), "must be between 0 and"),
+        ("model.fusion.taps", (3, -1), "must be between 0 and"),
+        ("mesh.fsdp", -2, "must be between -1 and"),
+        ("seed", 2**32, "must be between 0 and 4,294,967,295"),
         ("model.fusion.variant", "papper", "did you mean 'paper'"),
         ("model.fusion.init", "xaviar", "did you mean 'xavier'"),
         ("model.precision", "float16", "did you mean 'bfloat16'"),
@@ -239,6 +237,41 @@ def test_a_value_of_another_type_is_refused(key, value):
 def test_a_value_out_of_range_is_refused(key, value, sentence):
     with pytest.raises(UserError, match=rf"^Config key {re.escape(key)} is .*{sentence}"):
         resolve(changed(**{key: value}))
+
+
+def numbers(kind):
+    """The types of the numbers in a key's type: its own, or those of a tuple."""
+    inner = typing.get_args(kind) if typing.get_origin(kind) is tuple else (kind,)
+    return [one for one in inner if one in (int, float) or typing.get_origin(one) is typing.Annotated]
+
+
+NUMBERS = {key: numbers(kind) for key, kind in leaves(TrainConfig).items() if numbers(kind)}
+
+
+def test_every_number_has_a_range():
+    assert {"steps", "optimizer.eps", "data.mix", "model.fusion.taps"} <= NUMBERS.keys()
+    for key, kinds in NUMBERS.items():
+        assert not {int, float} & set(kinds), key
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_is_taken_in_its_range_and_refused_outside(key):
+    """Also each number of a tuple."""
+    ((number, allowed),) = (typing.get_args(kind) for kind in NUMBERS[key])
+    several = typing.get_origin(leaves(TrainConfig)[key]) is tuple
+
+    def data(value):
+        tree = {}
+        put(tree, key, (value,) if several else value)
+        return tree
+
+    for end in (number(allowed.low), number(allowed.high)):
+        assert flatten(to_json(resolve(data(end))[0]))[key] == ((end,) if several else end)
+    outside = [allowed.low - 1, allowed.high * 2, *([math.nan, math.inf, -math.inf] if number is float else [])]
+    for value in outside:
+        for read in (resolve, from_json):
+            with pytest.raises(UserError, match=rf"^Config key {re.escape(key)} is .* between .* and .*\.$"):
+                read(data(value))
 
 
 @pytest.mark.parametrize(
@@ -417,15 +450,6 @@ def test_parse_arg_says_what_is_wrong_or_gives_the_types_asked_for(arg):
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def leaves(cls, prefix=""):
-    """Dotted key → type, of every key."""
-    found = {}
-    for field in dataclasses.fields(cls):
-        nested = dataclasses.is_dataclass(field.type)
-        found |= leaves(field.type, f"{prefix}{field.name}.") if nested else {prefix + field.name: field.type}
-    return found
-
-
 def values(key, kind):
     """A strategy for a key of that type."""
     if key in _CHOICES:
@@ -435,7 +459,10 @@ def values(key, kind):
         if rest == [...]:
             return st.lists(values("", inner), max_size=3).map(tuple)
         return st.tuples(*(values("", k) for k in (inner, *rest)))
-    return {int: st.integers(1, 10), float: st.floats(0, 10), bool: st.booleans(), str: st.text(max_size=5)}[kind]
+    if typing.get_origin(kind) is typing.Annotated:
+        number, allowed = typing.get_args(kind)
+        return {int: st.integers, float: st.floats}[number](allowed.low, allowed.high)
+    return {bool: st.booleans(), str: st.text(max_size=5)}[kind]
 
 
 @given(st.fixed_dictionaries({}, optional={key: values(key, kind) for key, kind in leaves(TrainConfig).items()}))
