@@ -6,6 +6,7 @@ import os
 import posixpath
 import stat
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
@@ -14,8 +15,10 @@ from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
 from etils import epath
 
 from stf_jax.data.records import BadRow
-from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.files import in_bucket
+
+if TYPE_CHECKING:  # prepare's workers open images and need neither jax nor flax
+    from stf_jax.models.vit import VisionConfig
 
 # Told by content, whatever the suffix says. Others are for documents and designers, and some run programs (EPS).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -82,7 +85,7 @@ def _reason(error):
     return str(error).strip(" .") or type(error).__name__
 
 
-def to_square(image: PIL.Image.Image, config: VisionConfig, aspect: str) -> np.ndarray:
+def to_square(image: PIL.Image.Image, config: "VisionConfig", aspect: str) -> np.ndarray:
     """A picture as the tower takes it, by Pillow's bicubic filter, as transformers' processors give it.
 
     ``square`` is the tower's own processor: CLIP's takes the short side to the tower's size, then the centre; SigLIP's

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
 from stf_jax.data.records import IMAGE_MARK
@@ -58,6 +58,8 @@ def read_tokenizer(folder: pathlib.Path, **how) -> PreTrainedTokenizerFast:
     if not file.is_file() or (folder / "tokenizer.json").is_file():
         if _class(folder) == "PreTrainedTokenizerFast":  # it need not look at a config.json that it may not know
             return PreTrainedTokenizerFast.from_pretrained(folder, **how)
+        from transformers import AutoTokenizer  # imports torch where it is installed: 3 s
+
         return AutoTokenizer.from_pretrained(folder, **how)
     if not (folder / "tokenizer_config.json").is_file():
         how["add_bos_token"] = True  # as Llama's are published
