@@ -9,14 +9,17 @@ import dataclasses
 import enum
 import functools
 import itertools
+import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError, nearest
 from stf_jax.data.records import IMAGE_MARK, BadRow, Record, Turn
+from stf_jax.data.tokenizer import prefixes_once
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -185,20 +188,20 @@ def template_items(template: str, record: Record) -> list[Item]:
 def encode(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, slots: int) -> Encoded:
     """Token ids of a conversation, begun as the tokenizer begins a text (with its BOS, where it has one).
 
-    Text between two marks or control tokens is tokenised in one piece, as LLaVA does between pictures; the name of a
-    special token in it is text like any other. A token is learned if its last character lies in a learned span; each
-    picture becomes ``slots`` image slots, whose id is the end of sequence's (they are never looked up).
+    Text between two marks or control tokens is tokenised in one piece, as LLaVA does between images; the name of a
+    special token in it is text like any other. Each piece begins with SentencePiece's space if the tokenizer has one;
+    if it says ``legacy: false``, only at the start and after an image, as in LLaVA. A token is learned if its last
+    character lies in a learned span; each image becomes ``slots`` image slots, whose id is the end of sequence's (they
+    are never looked up).
     """
     end = tokenizer.eos_token_id
     begin = _begin(tokenizer)
     parts = [_Part(begin, [False] * len(begin), is_image=False)]
-    pieces = [list(group) for is_text, group in itertools.groupby(items, _is_text) if is_text]
-    coded = _tokenize(["".join(span.text for span in piece) for piece in pieces], tokenizer)
-    spoken = iter(zip(pieces, coded, strict=True))
+    spoken = iter(_tokenize(_pieces(items), tokenizer))
     for is_text, group in itertools.groupby(items, _is_text):
         if is_text:
-            piece, said = next(spoken)
-            learns = np.repeat([span.learned for span in piece], [len(span.text) for span in piece])
+            spans, said = list(group), next(spoken)
+            learns = np.repeat([span.learned for span in spans], [len(span.text) for span in spans])
             begins, ends = np.array(said.offsets, np.int64).reshape(-1, 2).T
             # A token that covers no character (a lone prefix mark of SentencePiece) belongs to what follows it.
             parts.append(_Part(said.ids, learns[np.maximum(ends - 1, begins)], is_image=False))
@@ -217,15 +220,13 @@ def encode(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, slots: int
 
 def count_tokens(conversations: Sequence[Sequence[Item]], tokenizer: PreTrainedTokenizerFast, slots: int) -> list[int]:
     """How many tokens :func:`encode` would give for each; tokenised all at once, which is faster."""
-    texts, owners, counts = [], [], [len(_begin(tokenizer))] * len(conversations)
+    pieces, owners, counts = [], [], [len(_begin(tokenizer))] * len(conversations)
     for i, items in enumerate(conversations):
-        for is_text, group in itertools.groupby(items, _is_text):
-            if is_text:
-                texts.append("".join(span.text for span in group))
-                owners.append(i)
-            else:
-                counts[i] += sum(slots if mark is Mark.IMAGE else 1 for mark in group)
-    for i, said in zip(owners, _tokenize(texts, tokenizer), strict=True):
+        counts[i] += sum(slots if item is Mark.IMAGE else 1 for item in items if not _is_text(item))
+        new = _pieces(items)
+        pieces += new
+        owners += [i] * len(new)
+    for i, said in zip(owners, _tokenize(pieces, tokenizer), strict=True):
         counts[i] += len(said)
     return counts
 
@@ -244,20 +245,61 @@ def _id(item, tokenizer):
     return tokenizer.eos_token_id if item is Mark.END else tokenizer.convert_tokens_to_ids(item.token)
 
 
+def _pieces(items):
+    """Texts that are tokenised in one piece each, and whether one starts as a conversation does, or after an image."""
+    pieces, before = [], Mark.IMAGE
+    for is_text, group in itertools.groupby(items, _is_text):
+        group = list(group)
+        if is_text:
+            pieces.append(("".join(span.text for span in group), before is Mark.IMAGE))
+        before = group[-1]
+    return pieces
+
+
 @functools.lru_cache(maxsize=4)
 def _begin(tokenizer):
-    (begun,) = _tokenize([""], tokenizer, begun=True)
+    (begun,) = _run(_prepared(tokenizer), [""], begun=True)
     return [token for token in begun.ids if token != tokenizer.eos_token_id]
 
 
-def _tokenize(texts, tokenizer, begun=False):
-    """The backend's encodings. Through transformers, a conversation would take half as long again."""
+def _tokenize(pieces, tokenizer):
+    """The backend's encodings of pieces. Through transformers, a conversation would take half as long again."""
+    backend = _prepared(tokenizer)
+    if not prefixes_once(tokenizer):
+        return _run(backend, [text for text, _ in pieces])
+    coded = {
+        start: iter(_run(one, [text for text, starts in pieces if starts is start]))
+        for start, one in ((True, backend), (False, _continuing(tokenizer)))
+    }
+    return [next(coded[starts]) for _, starts in pieces]
+
+
+def _prepared(tokenizer):
     backend = tokenizer.backend_tokenizer
     if not backend.encode_special_tokens:
         backend.encode_special_tokens = True
     if backend.padding is not None or backend.truncation is not None:  # as some are published
         backend.no_padding()
         backend.no_truncation()
+    return backend
+
+
+@functools.lru_cache(maxsize=4)
+def _continuing(tokenizer):
+    """The backend without the space before a text."""
+    values = json.loads(_prepared(tokenizer).to_str())
+    normalizer, before = values["normalizer"] or {}, values["pre_tokenizer"] or {}
+    if normalizer.get("type") == "Sequence":
+        kept = [step for step in normalizer["normalizers"] if step["type"] != "Prepend"]
+        values["normalizer"] = normalizer | {"normalizers": kept}
+    if before.get("type") == "Metaspace":
+        values["pre_tokenizer"] = before | {"prepend_scheme": "never"}
+    backend = Tokenizer.from_str(json.dumps(values))
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _run(backend, texts, begun=False):
     if len(texts) > _MANY:
         return backend.encode_batch(texts, add_special_tokens=begun)
     return [backend.encode(text, add_special_tokens=begun) for text in texts]

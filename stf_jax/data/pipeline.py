@@ -23,6 +23,7 @@ from stf_jax.data.packing import Batch, Example, to_batch, to_example, to_row
 from stf_jax.data.records import BadRow, Record
 from stf_jax.data.sampling import Plan, PlannedRow
 from stf_jax.data.scenes import SceneRecords
+from stf_jax.data.tokenizer import prefixes_once
 from stf_jax.models.vit import VisionConfig
 
 _CHUNK = 1024  # conversations tokenised at once when they are measured
@@ -85,7 +86,8 @@ class Prepare:
 
     def fingerprint(self) -> str:
         """Of the tokenizer: two with the same one make the same tokens."""
-        return hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+        once = " prefixes once" if prefixes_once(self._tokenizer) else ""
+        return hashlib.sha256((self._tokenizer.backend_tokenizer.to_str() + once).encode()).hexdigest()[:16]
 
     def measure(
         self, source: Sequence[Record], *, shown: bool = True, between: Callable[[], None] = lambda: None

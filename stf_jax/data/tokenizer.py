@@ -1,23 +1,28 @@
 """Tokenizers: any that transformers reads from a local folder, and the small one of the miniatures."""
 
-import json
+import logging
 import os
 import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
 from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.scenes import SHORT_ANSWER, caption, make_scene, questions
-from stf_jax.runtime.files import fetched
+from stf_jax.data.sentencepieces import disagrees, read_sentencepiece
+from stf_jax.runtime.files import fetched, read_json
 
 MINIATURE = pathlib.Path(__file__).parent.parent / "weights" / "miniatures" / "tokenizer"
 MINIATURE_VOCAB = 512
 SENTENCEPIECE = "tokenizer.model"  # Llama's and Vicuna's vocabulary, as they publish it
+_AS_WRITTEN = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that take tokenizer.json as it stands
 FILES = ("tokenizer.json", SENTENCEPIECE, "vocab.json")  # one of which a folder with a tokenizer holds
+_log = logging.getLogger(__name__)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -40,42 +45,62 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise UserError(f"No tokenizer can be read from {folder}: {reason}.") from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer in {folder} needs a tokenizer.json and an end-of-sequence token.")
+    model = folder / SENTENCEPIECE
+    if (folder / "tokenizer.json").is_file() and model.is_file() and disagrees(tokenizer, model):
+        _log.warning(_WRONG_MERGES.format(folder=folder, model=model))
     return tokenizer
 
 
-def read_tokenizer(folder: pathlib.Path, **how) -> PreTrainedTokenizerFast:
-    """transformers' reading of a folder's tokenizer, nothing in it run; ``how`` is passed on.
+_WRONG_MERGES = (
+    "The tokenizer.json in {folder} gives other tokens than {model} beside it, for example wherever two spaces meet: "
+    "transformers 5 converted it. A model that others trained answers worse for it. To fix this, run: "
+    "rm {folder}/tokenizer.json && cp SOURCE/tokenizer_config.json {folder} (SOURCE is the folder that was imported). "
+    "A run that was trained with these tokens should keep them until it is done."
+)
 
-    A folder that holds ``tokenizer.model`` and no ``tokenizer.json`` is a Llama's (so are Vicuna's and LLaVA's own).
-    transformers reads some of those, by the model_type beside them, without the space that SentencePiece puts before a
-    text; so its class is named here, and its ids are compared with SentencePiece's.
+
+def read_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
+    """A folder's tokenizer; nothing in the folder is run.
+
+    A folder that holds ``tokenizer.model`` and no ``tokenizer.json`` is a Llama's (so are Vicuna's and LLaVA's own),
+    and its ids are SentencePiece's. All others are read by transformers.
 
     Raises:
-      ValueError: the ids differ. Otherwise whatever transformers raises.
+      ValueError: a SentencePiece model that cannot be followed. Otherwise whatever transformers raises.
     """
-    how |= {"local_files_only": True, "trust_remote_code": False}
-    file = folder / SENTENCEPIECE
-    if not file.is_file() or (folder / "tokenizer.json").is_file():
-        if _class(folder) == "PreTrainedTokenizerFast":  # it need not look at a config.json that it may not know
-            return PreTrainedTokenizerFast.from_pretrained(folder, **how)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    config, file = _read_dict(folder / "tokenizer_config.json"), folder / SENTENCEPIECE
+    if file.is_file() and not (folder / "tokenizer.json").is_file():
+        tokenizer = read_sentencepiece(file, config, _read_dict(folder / "special_tokens_map.json"))
+    elif config.get("tokenizer_class") in _AS_WRITTEN:  # it need not look at a config.json that it may not know
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **local)
+    else:
         from transformers import AutoTokenizer  # imports torch where it is installed: 3 s
 
-        return AutoTokenizer.from_pretrained(folder, **how)
-    if not (folder / "tokenizer_config.json").is_file():
-        how["add_bos_token"] = True  # as Llama's are published
-    tokenizer = LlamaTokenizer.from_pretrained(folder, **how)
-    probe = "USER: What is it?\n A \u00fc."
-    ids = sentencepiece.SentencePieceProcessor(model_file=str(file)).encode(probe)
-    if tokenizer(probe, add_special_tokens=False).input_ids != ids:
-        raise ValueError(f"transformers does not read {file.name} as SentencePiece does")
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+    if config.get("legacy") is False:  # which transformers reads and does not save
+        tokenizer.init_kwargs["legacy"] = False
     return tokenizer
 
 
-def _class(folder):
-    try:
-        return json.loads((folder / "tokenizer_config.json").read_bytes())["tokenizer_class"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, source: pathlib.Path, to: pathlib.Path) -> None:
+    """Writes a tokenizer that was read from the folder ``source``, so that it is read back alike."""
+    tokenizer.save_pretrained(to)
+    if (source / SENTENCEPIECE).is_file():  # which LLaVA's own code reads, and transformers no longer writes
+        shutil.copy(source / SENTENCEPIECE, to)
+
+
+def prefixes_once(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether text that follows a special token goes on without SentencePiece's space.
+
+    So it does in the slow tokenizer, which LLaVA uses, where ``tokenizer_config.json`` says ``legacy: false``.
+    """
+    return tokenizer.init_kwargs.get("legacy") is False
+
+
+def _read_dict(file: pathlib.Path) -> Mapping[str, Any]:
+    values = read_json(file) if file.is_file() else {}
+    return values if isinstance(values, dict) else {}
 
 
 def positions(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import tqdm
 
 from stf_jax.config import UserError
-from stf_jax.data.tokenizer import FILES, SENTENCEPIECE, read_tokenizer
+from stf_jax.data.tokenizer import FILES, read_tokenizer, save_tokenizer
 from stf_jax.runtime.files import fetched
 from stf_jax.runtime.parameters import write_params
 from stf_jax.weights.folder import new_folder
@@ -111,17 +110,19 @@ def _params(sources, dtype, report, bar) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _save_tokenizer(source, folder):
-    """Saves the source's tokenizer, if it has one that transformers reads; otherwise says what is wrong with it."""
+    """Saves the source's tokenizer, if it has one that can be read; otherwise says what is wrong with it."""
     file = gguf_file(source)
     source = source if source.is_dir() else source.parent
-    how = {"gguf_file": file.name} if file is not None else {}
     if file is None and not any((source / name).is_file() for name in FILES):
         return "its files are not there"
     try:
-        tokenizer = read_tokenizer(source, **how)
+        if file is None:
+            tokenizer = read_tokenizer(source)
+        else:
+            from transformers import AutoTokenizer  # imports torch where it is installed: 3 s
+
+            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name, local_files_only=True)
     except Exception as error:  # whatever a foreign tokenizer's files raise, it can be given another way
-        return f"transformers says: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
-    tokenizer.save_pretrained(folder)
-    if (source / SENTENCEPIECE).is_file():  # which LLaVA's own code reads, and transformers no longer writes
-        shutil.copy(source / SENTENCEPIECE, folder)
+        return f"reading it fails: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
+    save_tokenizer(tokenizer, source, folder)
     return ""

@@ -1,0 +1,166 @@
+"""SentencePiece's BPE vocabularies (Llama's, Vicuna's, Mistral's), read so that every id is SentencePiece's own.
+
+transformers 5 reads them too, but orders merges by token id. SentencePiece goes by score, and Llama's pieces of spaces
+have a high score's ids and the lowest score: wherever two spaces meet, transformers gives other tokens.
+"""
+
+import dataclasses
+import enum
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+SPACE = "\u2581"  # which SentencePiece writes for a space
+_BPE = 2  # TrainerSpec.model_type
+# Spaces between words, in code, and in runs longer than any piece; then what few vocabularies spell whole.
+_PROBE = (
+    "USER: What is it?\n A \u00fc.  b\ndef f():\n    return 1\t\t2\n"
+    + "".join("x" + " " * count for count in range(40))
+    + "\u6f22\u5b57\u3000\U0001f917 e\u0301"
+)
+
+
+class Kind(enum.IntEnum):
+    """What a piece is, as SentencePiece and GGUF number it."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Pieces by id, with the score and the :class:`Kind` of each."""
+
+    pieces: Sequence[str]
+    scores: Sequence[float]
+    kinds: Sequence[int]
+
+
+def build_tokenizer(vocabulary: Vocabulary, prefix: bool = True, charsmap: bytes = b"") -> Tokenizer:
+    """A tokenizer with SentencePiece's ids, which adds nothing before or behind a text.
+
+    Args:
+      prefix: put a space before each text, and before what follows a special token.
+      charsmap: SentencePiece's compiled normalization.
+    """
+    kinds = list(zip(vocabulary.pieces, vocabulary.kinds, strict=True))
+    bpe = models.BPE(
+        {piece: i for i, piece in enumerate(vocabulary.pieces)},
+        _merges(vocabulary),
+        unk_token=next((piece for piece, kind in kinds if kind == Kind.UNKNOWN), None),
+        fuse_unk=True,
+        byte_fallback=any(kind == Kind.BYTE for _, kind in kinds),
+    )
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence(
+        ([normalizers.Precompiled(charsmap)] if charsmap else [])
+        + [normalizers.Prepend(SPACE)] * prefix
+        + [normalizers.Replace(" ", SPACE)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()] + [decoders.Strip(" ", 1, 0)] * prefix
+    )
+    special = [piece for piece, kind in kinds if kind in (Kind.UNKNOWN, Kind.CONTROL)]
+    tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
+    symbols = [piece for piece, kind in kinds if kind == Kind.USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in symbols])
+    return tokenizer
+
+
+def _merges(vocabulary):
+    """All pairs that make a piece, the likeliest piece first.
+
+    Where scores are equal, as those of Llama's runs of spaces are, SentencePiece takes the leftmost pair. In a run that
+    is the one that has grown longest, so the longer left half goes first.
+    """
+    rows = zip(vocabulary.pieces, vocabulary.scores, vocabulary.kinds, strict=True)
+    scores = {piece: score for piece, score, kind in rows if kind == Kind.NORMAL}
+    pairs = [
+        (-score, -cut, piece)
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    pairs.sort(key=lambda pair: pair[:2])
+    return [(piece[:-cut], piece[-cut:]) for _, cut, piece in pairs]
+
+
+def read_sentencepiece(
+    file: pathlib.Path, config: Mapping[str, Any], names: Mapping[str, Any]
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of a SentencePiece model and of transformers' small files beside it.
+
+    Args:
+      config, names: what ``tokenizer_config.json`` and ``special_tokens_map.json`` hold. Special tokens that neither
+        names are as the model has them; a text begins with BOS unless ``add_bos_token`` is false, as for Llama.
+
+    Raises:
+      ValueError: a model of another kind, or one whose normalization is not followed, so that ids differ.
+    """
+    model = _parse(file)
+    if model.trainer_spec.model_type != _BPE:
+        raise ValueError(f"{file.name} is a SentencePiece model of another kind than BPE")
+    spec, normalizer = model.trainer_spec, model.normalizer_spec
+    own = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
+    values: dict[str, Any] = {
+        name: model.pieces[i].piece
+        for name, i in own.items()
+        if i >= 0 and config.get(name) is None and names.get(name) is None
+    }
+    values["add_bos_token"] = config.get("add_bos_token") is not False
+    values["add_eos_token"] = config.get("add_eos_token") is True
+    backend = build_tokenizer(_vocabulary(model), normalizer.add_dummy_prefix, normalizer.precompiled_charsmap)
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as written:
+        written.write(backend.to_str())
+        written.flush()
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            file.parent, tokenizer_file=written.name, local_files_only=True, trust_remote_code=False, **values
+        )
+    if not _agrees(tokenizer, file):
+        raise ValueError(f"{file.name} cannot be read as SentencePiece reads it")
+    return tokenizer
+
+
+def disagrees(tokenizer: PreTrainedTokenizerFast, file: pathlib.Path) -> bool:
+    """Whether a tokenizer has the pieces of that SentencePiece model, and yet makes other tokens of a text.
+
+    So do tokenizers that transformers 5 converted. False where the file is no such model.
+    """
+    try:
+        pieces = _parse(file).pieces
+    except ValueError:  # Llama 3's files of that name are of another format
+        return False
+    known = tokenizer.get_vocab()
+    same = all(known.get(piece.piece) == i for i, piece in enumerate(pieces) if piece.type == Kind.NORMAL)
+    return same and not _agrees(tokenizer, file)
+
+
+def _agrees(tokenizer, file):
+    expected = sentencepiece.SentencePieceProcessor(model_file=str(file)).encode(_PROBE)
+    return tokenizer(_PROBE, add_special_tokens=False).input_ids == expected
+
+
+def _parse(file):
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(file.read_bytes())
+    except Exception:  # protobuf's own, of which it has two kinds
+        model.Clear()
+    if not model.pieces:
+        raise ValueError(f"{file.name} is not a SentencePiece model")
+    return model
+
+
+def _vocabulary(model):
+    pieces = model.pieces
+    return Vocabulary([p.piece for p in pieces], [p.score for p in pieces], [p.type for p in pieces])
