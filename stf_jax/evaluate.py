@@ -9,7 +9,7 @@ from etils import epath
 
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.evals.known import BENCHMARKS, open_benchmarks
-from stf_jax.evals.running import RESULTS, evaluate, score, shown
+from stf_jax.evals.running import RESULTS, check_images, evaluate, score, shown
 from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.loading import load_generator
 from stf_jax.runtime.cli import Parser, add_host_arguments, add_model_arguments, door
@@ -68,6 +68,7 @@ def _results(options: argparse.Namespace, benchmarks, several):
         yield score(benchmarks[0], options.answers, options.out)
         return
     join(options.coordinator, options.processes, options.process)
+    check_images(benchmarks)
     mesh, how = make_mesh(MeshConfig(*options.mesh)), (options.precision, options.reduce, options.keep)
     generator, saved = load_generator(options.checkpoint, mesh, *how)
     name = pathlib.Path(os.path.abspath(options.checkpoint)).name  # of "." as of any other

@@ -1,19 +1,20 @@
 """What every benchmark is: LLaVA's questions from LLaVA's files, a metric where labels are here, a submission else."""
 
 import abc
+import concurrent.futures
 import dataclasses
-import functools
 import os
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import PIL.Image
+import tqdm
 from etils import epath
 
 from stf_jax.config import UserError
 from stf_jax.data.image import open_image, read_image
-from stf_jax.data.records import IMAGE_MARK, Record, Turn
+from stf_jax.data.records import IMAGE_MARK, BadRow, Record, Turn
 from stf_jax.data.scenes import SHORT_ANSWER
 from stf_jax.evals.files import read_lines
 
@@ -27,7 +28,8 @@ class Question:
 
     id: str | int  # ``question_id``, as the file has it; not always unique
     text: str  # what is asked, without ``<image>``
-    picture: Callable[[], PIL.Image.Image] | None  # opens it (raises BadRow); None for a question of text alone
+    # Opens the image (raises BadRow); None for a question of text alone. Equal ones open the same image.
+    picture: Callable[[], PIL.Image.Image] | None
     prompt: str  # what an answer file records as the prompt
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # recorded with the answer
 
@@ -37,10 +39,23 @@ class Question:
         return Record(str(self.id), pictures, (Turn("human", f"{IMAGE_MARK}\n" * len(pictures) + self.text),))
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageFile:
+    """Opens an image file below a folder."""
+
+    folder: epath.Path
+    name: str
+
+    def __call__(self) -> PIL.Image.Image:
+        """Raises BadRow for one that is missing, outside the folder, or no image."""
+        return open_image(read_image(self.folder, self.name), os.fspath(self.folder / self.name))
+
+
 class Benchmark(abc.ABC):
     """Questions, and what to make of their answers. A subclass a benchmark, each in a file of its own.
 
-    Its constructor reads questions and labels whole, so that what is wrong with them is said before anything is asked.
+    Its constructor reads questions and labels whole, and :meth:`check_images` opens the images, so that whatever is
+    wrong with the files is said before a model is loaded.
 
     Attributes:
       name: as ``--benchmark`` has it.
@@ -98,6 +113,17 @@ class Benchmark(abc.ABC):
         """What :meth:`limit` does to the questions."""
         self.questions = self.questions[:count]
 
+    def check_images(self) -> None:
+        """Opens every image that is asked about once. Raises UserError that counts those that cannot be opened."""
+        images = dict.fromkeys(question.picture for question in self.questions if question.picture is not None)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            errors = list(
+                tqdm.tqdm(pool.map(_error, images), f"{self.name}: images", len(images), delay=2, leave=False)
+            )
+        bad = [error for error in errors if error is not None]
+        if bad:
+            raise UserError(f"{self.name}: {len(bad):,} of {len(images):,} images cannot be used. The first: {bad[0]}")
+
     def find(self, *names: str) -> epath.Path:
         """The first of those files in the benchmark's folder. Raises UserError where none is there."""
         found = self.find_any(*names)
@@ -111,7 +137,7 @@ class Benchmark(abc.ABC):
 
     def picture(self, folders: Sequence[str], image: str) -> Callable[[], PIL.Image.Image]:
         """Opens an image of the first of those folders that is there, or of the benchmark's own."""
-        return functools.partial(_open, self.find_any(*folders) or self.folder, image)
+        return ImageFile(self.find_any(*folders) or self.folder, image)
 
     def rows(self, file: epath.Path) -> list[dict[str, Any]]:
         """Rows of a question file of LLaVA's: JSON lines of ``question_id``, ``image``, ``text``, ``category``.
@@ -122,7 +148,7 @@ class Benchmark(abc.ABC):
         found = []
         for number, row in read_lines(file):
             if not isinstance(row, dict) or not all(
-                isinstance(row.get(key), kind)
+                isinstance(row.get(key), kind) and row[key] != ""
                 for key, kind in (("question_id", (str, int)), ("image", str), ("text", str))
             ):
                 raise UserError(f"{file}, line {number}: a question needs question_id, image and text.")
@@ -136,8 +162,12 @@ class Benchmark(abc.ABC):
         return Question(row["question_id"], row["text"], self.picture(folders, row["image"]), row["text"])
 
 
-def _open(folder, image):
-    return open_image(read_image(folder, image), os.fspath(folder / image))
+def _error(image):
+    try:
+        image()
+    except BadRow as error:
+        return error
+    return None
 
 
 def by_kind(kinds: Sequence[str], scores: Sequence[float]) -> dict[str, dict[str, Any]]:

@@ -57,6 +57,15 @@ def read_labels(file: epath.Path, under: str = "", **kinds: type | tuple[type, .
     return value
 
 
+def by_id(labels: Sequence[dict[str, Any]], key: str, file: epath.Path) -> dict[str, dict[str, Any]]:
+    """Labels, read from ``file``, by their ids as text. Raises UserError for two of one id that differ."""
+    found = {}
+    for label in labels:
+        if found.setdefault(str(label[key]), label) != label:
+            raise UserError(f"{file} has two labels of {key} {label[key]!r}, which differ; take the authors' own file.")
+    return found
+
+
 def matched(keys: Sequence[Hashable], labels: Mapping[Any, Any], file: epath.Path) -> list[Any]:
     """What ``labels``, read from ``file``, has under each question's key. Raises UserError where it lacks some."""
     missing = [key for key in keys if key not in labels]

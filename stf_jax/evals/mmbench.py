@@ -2,7 +2,7 @@
 
 import base64
 import csv
-import functools
+import dataclasses
 import io
 import itertools
 import pathlib
@@ -21,9 +21,11 @@ from stf_jax.data.records import BadRow
 from stf_jax.evals.benchmark import LETTER, Benchmark, Question
 from stf_jax.runtime.files import move_in
 
+csv.field_size_limit(MOST_BYTES)  # an image is a field
 _OPTIONS = "ABCD"
 _TURN = 1_000_000  # between the indices of a question and of its rotations
 _NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # nor in an Excel file
+_INDEX = re.compile("[0-9]{1,18}")
 # LLaVA reads the table with pandas, for which these are no values, and leaves out any "nan" and "none" besides.
 _NO_VALUES = ("", "#N/A", "<NA>", "N/A", "NA", "NULL", "n/a", "null")
 # How an answer may write a letter, apart from other words; what comes first is looked for first.
@@ -31,7 +33,10 @@ _FORMS = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{}
 
 
 class MMBench(Benchmark):
-    """``mmbench_dev_20230712.tsv``, which has the answers and the pictures, or ``mmbench_test_20230712.tsv`` without.
+    """``mmbench_dev_20230712.tsv``, which has the answers and the images, or ``mmbench_test_20230712.tsv`` without.
+
+    VLMEvalKit's tables of the same questions will do as well: where several rows have one image, it writes the image
+    once, and in the other rows' place for it the index of that row.
 
     Each rotation of a question is a row of its own; a question stands for itself in ``questions`` of the metrics.
     """
@@ -45,19 +50,30 @@ class MMBench(Benchmark):
         "none, or several, is wrong (no judge model is asked). circular_accuracy counts a question whose rotations are "
         "all right, vanilla_accuracy one right as first asked."
     )
-    _files: ClassVar[tuple[str, ...]] = ("mmbench_dev_20230712.tsv", "mmbench_test_20230712.tsv")
+    _files: ClassVar[tuple[str, ...]] = (
+        "mmbench_dev_20230712.tsv",
+        "mmbench_test_20230712.tsv",
+        "MMBench_DEV_EN.tsv",
+        "MMBench_TEST_EN.tsv",
+    )
     _request: ClassVar[str] = LETTER
 
     def __init__(self, data: epath.Path):
         super().__init__(data)
         file = self.find(*self._files)
         self._columns, self._rows = _read(file)
-        self.questions = [_question(index, row, self._request) for index, row in self._rows.items()]
+        images = _images(file, self._rows)
+        self.questions = [_question(index, row, images[index], self._request) for index, row in self._rows.items()]
         if any(row.get("answer") for row in self._rows.values()):
             for index, row in self._rows.items():
                 if row["answer"] not in tuple(_OPTIONS):
                     raise UserError(f"{file}, index {index}: the answer is {row['answer']!r}, not one of A, B, C, D.")
             self.labels = (file,)
+        elif "dev" in file.name.lower():
+            raise UserError(
+                f"{file} has no answers, and the dev split has: fetch it again; if it is the test split, call it "
+                f"{self._files[-1]}."
+            )
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         right = {}
@@ -116,7 +132,7 @@ class MMBenchCN(MMBench):
 
     name = "mmbench_cn"
     folders = ("mmbench_cn", "mmbench")
-    _files = ("mmbench_dev_cn_20231003.tsv",)
+    _files = ("mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv", "MMBench_TEST_CN.tsv")
     _request = "\n请直接回答选项字母。"
 
 
@@ -141,43 +157,75 @@ def _options(row):
     return {letter: row[letter] for letter in itertools.takewhile(row.get, _OPTIONS)}
 
 
-def _question(index, row, request):
+def _question(index, row, image, request):
     hint = [row["hint"]] if row.get("hint") else []
     prompt = "\n".join([*hint, row["question"], *(f"{letter}. {text}" for letter, text in _options(row).items())])
-    picture = functools.partial(_open, row["image"], f"of index {index}")
-    return Question(index, prompt + request, picture, prompt)
+    return Question(index, prompt + request, image, prompt)
 
 
-def _open(image, name):
-    try:
-        content = base64.b64decode(image)
-    except ValueError as error:
-        raise BadRow("corrupt", f"Image {name} is not in base64: {error}.", name) from None
-    return open_image(content, name)
+@dataclasses.dataclass(frozen=True)
+class _Image:
+    """Opens an image that stands in the table."""
+
+    text: str  # in base64
+    name: str = dataclasses.field(compare=False)  # the same image may stand in several rows
+
+    def __call__(self):
+        try:
+            content = base64.b64decode(self.text)
+        except ValueError as error:
+            raise BadRow("corrupt", f"Image {self.name} is not in base64: {error}.", self.name) from None
+        return open_image(content, self.name)
+
+
+def _images(file, rows):
+    """The image of each row, by index: its own, or that of the row whose index stands in its place, which may go on."""
+    images = {}
+    for index in rows:
+        chain = [index]
+        while (last := chain[-1]) not in images:
+            cell = rows[last]["image"].strip()
+            if not _INDEX.fullmatch(cell):
+                images[last] = _Image(cell, f"of index {last} in {file}")
+            elif int(cell) not in rows:
+                raise UserError(f"{file}, index {last}: its image is that of index {cell}, which is not there.")
+            elif int(cell) in chain:
+                raise UserError(f"{file}, index {cell}: its image refers to other rows and back to itself.")
+            else:
+                chain.append(int(cell))
+        images |= dict.fromkeys(chain, images[last])
+    return images
 
 
 def _read(file):
-    """Columns of the table, and its rows by index; no value is None."""
-    csv.field_size_limit(MOST_BYTES)  # a picture is a field
+    """Columns of the table, and its rows by index; a value that is none is None."""
     try:
         with file.open("rb") as opened:
             table = csv.DictReader(io.TextIOWrapper(opened, "utf-8-sig", newline=""), delimiter="\t")
             columns, found = table.fieldnames or (), list(table)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file} cannot be read as values with tabs between: {error}.") from None
-    needed = ("index", "question", "image")
-    if not found or any(column not in columns for column in (*needed, "A", "B")):
-        raise UserError(f"{file} is no table of questions with index, question, A, B and image; take MMBench's own.")
+    needed = ("index", "question", "A", "B", "image")
+    lacking = [column for column in needed if column not in columns]
+    if not found or lacking:
+        what = f": it has no {' and no '.join(lacking)}" if lacking else ""
+        raise UserError(
+            f"{file} is no table of questions with index, question, A, B and image{what}; take MMBench's own."
+        )
     rows = {}
     for number, fields in enumerate(found, start=1):
         if None in fields or None in fields.values():
             raise UserError(f"{file}, row {number} has other columns than the table's head; fetch the file again.")
         row = {column: None if _is_none(value) else value for column, value in fields.items()}
-        lacking = [column for column in needed if row[column] is None]
+        # An option may be the word "None", which LLaVA leaves out; an empty one is a fault.
+        lacking = [key for key in needed if _is_empty(fields[key]) or (key not in _OPTIONS and not row[key])]
         if lacking:
             raise UserError(f"{file}, row {number} has no {lacking[0]}; take MMBench's own file.")
+        answer = row.get("answer")
+        if answer in tuple(_OPTIONS) and _is_empty(fields.get(answer, "")):
+            raise UserError(f"{file}, row {number}: the answer is {answer}, which is empty; take MMBench's own file.")
         index = row.pop("index")
-        if not re.fullmatch("[0-9]{1,18}", index):
+        if not _INDEX.fullmatch(index):
             raise UserError(f"{file}, row {number}: index {index[:40]!r} is not a whole number of at most 18 digits.")
         if int(index) in rows:
             raise UserError(f"{file}, row {number}: index {index} is another row's, too.")
@@ -186,6 +234,10 @@ def _read(file):
         if index % _TURN not in rows:
             raise UserError(f"{file}: index {index} is a rotation of {index % _TURN}, which is not there.")
     return columns, rows
+
+
+def _is_empty(value):
+    return value.strip().lower() in ("", "nan")
 
 
 def _is_none(value):

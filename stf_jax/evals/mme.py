@@ -27,9 +27,9 @@ class MME(Benchmark):
     name = "mme"
     folders = ("MME", "mme")
     rule = (
-        "An answer in lower case, without full stops, is yes or no where it is that or its first letter, or where yes, "
-        "or else no, is in its first four characters. A task's score is 100 times the share of questions answered "
-        "rightly plus 100 times the share of pictures of which both are; perception sums ten tasks, cognition four."
+        "An answer is yes where its first four characters hold yes, letter case aside, or else no where they hold no. "
+        "A task's score is 100 times the share of questions answered rightly plus 100 times the share of images of "
+        "which both are; perception sums ten tasks, cognition four."
     )
 
     def __init__(self, data: epath.Path):
@@ -37,14 +37,14 @@ class MME(Benchmark):
         asked = self.find("llava_mme.jsonl")
         rows = self.rows(asked)
         self.questions = [self.question(row, _RELEASE) for row in rows]
-        self._tasks = {}  # of each picture, by question_id
+        self._tasks = {}  # of each image, by its question_id as text
         for row in rows:
             task = row.get("category")
             if task not in _PERCEPTION + _COGNITION:
                 known = nearest(str(task), _PERCEPTION + _COGNITION)
                 raise UserError(f"{asked}, question {row['question_id']}: unknown category {task!r}; {known}")
-            self._tasks[row["question_id"]] = task
-        for picture, count in collections.Counter(question.id for question in self.questions).items():
+            self._tasks[str(row["question_id"])] = task
+        for picture, count in collections.Counter(str(question.id) for question in self.questions).items():
             if count != 2:
                 raise UserError(f"{asked}: {picture} has {count} of the two questions that a picture has.")
         self._labels = self._read_labels()
@@ -59,7 +59,7 @@ class MME(Benchmark):
         pictures = {}
         for question, text in zip(self.questions, texts, strict=True):
             _, gold = self._labels[self._key(question)]
-            pictures.setdefault(question.id, []).append(says(text) == gold.lower())
+            pictures.setdefault(str(question.id), []).append(says(text) == gold.lower())
         by_task = {}
         for task in _PERCEPTION + _COGNITION:
             pairs = [pair for picture, pair in pictures.items() if self._tasks[picture] == task]
@@ -83,7 +83,7 @@ class MME(Benchmark):
         for question, text in zip(self.questions, texts, strict=True):
             task, stem, _ = key = self._key(question)
             line = "\t".join([f"{stem}.txt", *self._labels[key], re.sub(r"[\t\r\n]", " ", text)])
-            tasks.setdefault(task, {}).setdefault(question.id, []).append(line + "\n")
+            tasks.setdefault(task, {}).setdefault(str(question.id), []).append(line + "\n")
         files = {task: folder / f"{task}.txt" for task in tasks}
         for task, pictures in tasks.items():
             with new_text(files[task]) as file:
@@ -92,17 +92,18 @@ class MME(Benchmark):
 
     def first(self, count: int) -> None:
         """Leaves the first ``count`` questions, and what else is asked about their pictures."""
-        kept = {question.id for question in self.questions[:count]}
-        self.questions = [question for question in self.questions if question.id in kept]
+        kept = {str(question.id) for question in self.questions[:count]}
+        self.questions = [question for question in self.questions if str(question.id) in kept]
 
     def _key(self, question):
-        return self._tasks[question.id], _stem(str(question.id)), _bare(question.text)
+        image = str(question.id)
+        return self._tasks[image], _stem(image), _bare(question.text)
 
     def _read_labels(self):
         """Question in MME's words and its answer, Yes or No, by task, stem of the picture's name, and bare question."""
         stems = {task: [] for task in self._tasks.values()}
         for picture, task in self._tasks.items():
-            stems[task].append(_stem(str(picture)))
+            stems[task].append(_stem(picture))
         labels, files = {}, {}
         for task, own in stems.items():
             for file, number, stem, question, answer in self._lines(task, own):
@@ -132,12 +133,13 @@ class MME(Benchmark):
 
 
 def says(text: str) -> str:
-    """``yes``, ``no`` or ``other``, as MME's own program reads an answer."""
-    text = text.lower().strip().replace(".", "")
-    if len(text) == 1:
-        return {"y": "yes", "n": "no"}.get(text, "other")
+    """``yes``, ``no`` or ``other``, as MME's ``calculation.py`` reads an answer.
+
+    lmms-eval's program differs: it drops full stops first, and takes a lone ``y`` or ``n`` for an answer.
+    """
+    start = text.lower()[:4]
     # Not as words: "not" and "know" are a no.
-    return next((answer for answer in ("yes", "no") if answer in text[:4]), "other")
+    return next((answer for answer in ("yes", "no") if answer in start), "other")
 
 
 def _scores(pairs):

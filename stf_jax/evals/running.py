@@ -21,6 +21,7 @@ from stf_jax.evals.files import sha256
 from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.generator import GREEDY, Generator
 from stf_jax.runtime.files import GrowingFile, make_folder, parse_json, write_json, writing
+from stf_jax.runtime.hosts import by_first
 from stf_jax.runtime.table import table
 
 ANSWERS, PROTOCOL, RESULTS = "answers.jsonl", "protocol.json", "results.json"
@@ -83,6 +84,11 @@ def evaluate(
             kept.append(answer_line(questions[place], place, text, model))
             file.append(kept[-1])
     return _report(benchmark, [json.loads(line)["text"] for line in kept], out, model, protocol)
+
+
+def check_images(benchmarks: Sequence[Benchmark]) -> None:
+    """Opens every image that will be asked about. The first host does that for all, and all raise its UserError."""
+    by_first(lambda: [benchmark.check_images() for benchmark in benchmarks])
 
 
 def measure_all(

@@ -69,6 +69,9 @@ class Scenes(Benchmark):
     def count(self) -> int:
         return len(self.questions) // 2
 
+    def check_images(self) -> None:
+        """Nothing: they are drawn."""
+
     def first(self, count: int) -> None:
         self.questions, self._asked = self.questions[: 2 * count], self._asked[:count]
 

@@ -52,7 +52,7 @@ class ScienceQA(Benchmark):
 
     def _question(self, row):
         text = _asked(row) + LETTER
-        if "image" not in row:
+        if row.get("image") is None:
             return Question(row["id"], text, None, text)
         picture = self.picture(("images/test", "images"), row["image"])
         return Question(row["id"], text, picture, f"{IMAGE_MARK}\n{text}")
@@ -79,7 +79,7 @@ def _read(file):
     for number, row in enumerate(rows, start=1):
         try:
             turns = row["conversations"]
-            speaker, texts = turns[0]["from"], [row.get("image", ""), *(turn["value"] for turn in turns)]
+            speaker, texts = turns[0]["from"], [turn["value"] for turn in turns]
             if (
                 speaker != "human"
                 or not isinstance(row["id"], (str, int))
@@ -88,6 +88,11 @@ def _read(file):
                 raise TypeError
         except (KeyError, IndexError, TypeError, AttributeError):
             raise UserError(f"{file}, question {number}: it needs id and conversations, the first human's.") from None
+        image = row.get("image")  # null, as pandas writes it, is no image
+        if not isinstance(image, (str, type(None))):
+            raise UserError(f"{file}, question {number}: image must be the name of a file, or null.")
+        if image is None and IMAGE_MARK in texts[0]:
+            raise UserError(f"{file}, question {number}: it has {IMAGE_MARK}, but names no image.")
     return rows
 
 

@@ -27,13 +27,13 @@ class TextVQA(Benchmark):
         self.questions = [self.question(row, "train_images") for row in rows]
         file = self.find("TextVQA_0.5.1_val.json")
         self.labels = (file,)
-        labels = read_labels(file, "data", image_id=str, question=str)
+        labels = read_labels(file, "data", image_id=(str, int), question=str)
         # LLaVA's file has the image's id as that of the question, and no other; so the question itself must tell.
         answers = {
-            (label["image_id"], label["question"].lower()): _answers(label, f"{file}, label {number}")
+            (str(label["image_id"]), label["question"].lower()): _answers(label, f"{file}, label {number}")
             for number, label in enumerate(labels, start=1)
         }
-        keys = [(row["question_id"], row["text"].split("\n")[0].lower()) for row in rows]
+        keys = [(str(row["question_id"]), row["text"].split("\n")[0].lower()) for row in rows]
         self._answers = matched(keys, answers, file)
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:

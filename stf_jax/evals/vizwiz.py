@@ -8,7 +8,7 @@ from etils import epath
 
 from stf_jax.evals import vqa
 from stf_jax.evals.benchmark import Benchmark
-from stf_jax.evals.files import matched, read_labels
+from stf_jax.evals.files import by_id, matched, read_labels
 from stf_jax.runtime.files import write_json
 
 _IMAGES = {"llava_test.jsonl": "test", "llava_val.jsonl": "val"}
@@ -33,7 +33,7 @@ class VizWiz(Benchmark):
         # VizWiz gives both splits in one archive: the pictures tell which is asked about.
         labels, file = max(
             (
-                ({label["image"]: label for label in read_labels(file, image=str)}, file)
+                (by_id(read_labels(file, image=str), "image", file), file)
                 for file in (self.folder / "val.json", self.folder / "test.json")
                 if file.exists()
             ),

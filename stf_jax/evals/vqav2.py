@@ -8,7 +8,7 @@ from etils import epath
 
 from stf_jax.evals import vqa
 from stf_jax.evals.benchmark import Benchmark, by_kind
-from stf_jax.evals.files import matched, read_labels
+from stf_jax.evals.files import by_id, matched, read_labels
 from stf_jax.runtime.files import write_json
 
 _TEST = "llava_vqav2_mscoco_test-dev2015.jsonl"
@@ -29,17 +29,17 @@ class VQAv2(Benchmark):
         super().__init__(data)
         file = self.find(*_IMAGES)
         self.questions = [self.question(row, _IMAGES[file.name]) for row in self.rows(file)]
-        ids = [question.id for question in self.questions]
+        ids = [str(question.id) for question in self.questions]  # one file may have numbers, and another texts
         self._all_ids = None
         whole = self.find_any("llava_vqav2_mscoco_test2015.jsonl")
         if whole is not None and file.name == _TEST:
-            self._all_ids = dict.fromkeys(row["question_id"] for row in self.rows(whole))
+            self._all_ids = {str(row["question_id"]): row["question_id"] for row in self.rows(whole)}
             matched(ids, self._all_ids, whole)
         annotations = self.find_any("v2_mscoco_val2014_annotations.json")
         if annotations is not None:
             self.labels = (annotations,)
             rows = read_labels(annotations, "annotations", question_id=(int, str), answer_type=str)
-            labels = matched(ids, {row["question_id"]: row for row in rows}, annotations)
+            labels = matched(ids, by_id(rows, "question_id", annotations), annotations)
             self._types = [label["answer_type"] for label in labels]
             self._answers = [
                 vqa.annotators(label, f"{annotations}, question {label['question_id']}") for label in labels
@@ -56,8 +56,8 @@ class VQAv2(Benchmark):
 
     def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``vqav2_submission.json``; what was not asked is answered by nothing."""
-        given = {question.id: vqa.normalize(text) for question, text in zip(self.questions, texts, strict=True)}
+        given = {str(question.id): vqa.normalize(text) for question, text in zip(self.questions, texts, strict=True)}
+        ids = self._all_ids or {str(question.id): question.id for question in self.questions}
         file = out / "vqav2_submission.json"
-        answers = [{"question_id": key, "answer": given.get(key, "")} for key in self._all_ids or given]
-        write_json(file, answers)
+        write_json(file, [{"question_id": own, "answer": given.get(key, "")} for key, own in ids.items()])
         return [file]

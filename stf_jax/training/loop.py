@@ -14,7 +14,7 @@ from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Prepare, training_records
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.evals.known import open_benchmarks
-from stf_jax.evals.running import Results, measure_all, scalars
+from stf_jax.evals.running import Results, check_images, measure_all, scalars
 from stf_jax.inference.generator import Generator
 from stf_jax.models.presets import vision_preset
 from stf_jax.models.vlm import slots_per_image
@@ -68,6 +68,7 @@ def _train(config, workdir, measured, ends):
     check_batch(config, mesh)
     vision = vision_preset(config.model.vision)
     benchmarks = open_benchmarks(config.eval.benchmarks, config.eval.data, config.eval.limit)
+    check_images(benchmarks)
     source = training_records(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     generator = Generator(config.model, tokenizer, mesh, config.data.template, config.data.aspect)  # to be measured by

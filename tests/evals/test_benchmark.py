@@ -9,9 +9,12 @@ from etils import epath
 from make_evals import WORD, Given, make_gqa
 
 from stf_jax.config import UserError
+from stf_jax.data.image import read_image
+from stf_jax.evals import benchmark
 from stf_jax.evals.benchmark import Question, by_kind
 from stf_jax.evals.gqa import GQA
 from stf_jax.evals.known import BENCHMARKS, open_benchmarks
+from stf_jax.evals.running import check_images
 
 QUESTIONS = "llava_gqa_testdev_balanced.jsonl"
 ROW = {"question_id": "1", "image": "a.png", "text": "Is it?", "category": "default"}
@@ -43,6 +46,8 @@ def test_rows_are_questions_as_they_stand(tmp_path):
     [
         ('{"question_id": "1"', " is not JSON: "),
         ("7", ": a question needs question_id, image and text."),
+        (ROW | {"image": ""}, ": a question needs question_id, image and text."),
+        (ROW | {"text": ""}, ": a question needs question_id, image and text."),
         (ROW | {"question_id": None}, ": a question needs question_id, image and text."),
         (ROW | {"question_id": 1.5}, ": a question needs question_id, image and text."),
         (ROW | {"image": ["a.png"]}, ": a question needs question_id, image and text."),
@@ -113,6 +118,23 @@ def test_pictures_that_cannot_be_opened_are_named(tmp_path):
     (tmp_path / "images" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"broken\.png"):
         picture("broken.png")()
+
+
+def test_every_image_is_opened_once_before_anything_is_asked(tmp_path, monkeypatch):
+    make_gqa(tmp_path)
+    file, images = tmp_path / "gqa" / QUESTIONS, tmp_path / "gqa" / "images"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[7]["image"] = rows[3]["image"] = rows[0]["image"]  # two questions fewer have an image of their own
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = []
+    monkeypatch.setattr(benchmark, "read_image", lambda folder, name: (read.append(name), read_image(folder, name))[1])
+    check_images(open_benchmarks(["scenes", "gqa"], str(tmp_path)))
+    assert sorted(read) == sorted({row["image"] for row in rows})
+    (images / "n43.png").unlink()
+    (images / "n40.png").write_bytes((images / "n40.png").read_bytes()[:300])
+    with pytest.raises(UserError, match=r"^gqa: 2 of 42 images cannot be used\. The first: Image .*/n40\.png cannot"):
+        check_images(open_benchmarks(["scenes", "gqa"], str(tmp_path)))
+    check_images(open_benchmarks(["gqa"], str(tmp_path), limit=40))  # those that are not asked about do not matter
 
 
 # ---- By name ---------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_the_same_in_chinese(tmp_path):
     assert benchmark.metrics(["是"])["circular_accuracy"] == 1.0
     assert benchmark.submission(["是"], epath.Path(tmp_path)) == [epath.Path(tmp_path) / "mmbench_cn_submission.xlsx"]
     assert openpyxl.load_workbook(tmp_path / "mmbench_cn_submission.xlsx").active["G2"].value == "是"
-    with pytest.raises(UserError, match=r"there is no mmbench_dev_20230712\.tsv or mmbench_test_20230712\.tsv in"):
+    with pytest.raises(UserError, match=r"there is no mmbench_dev_20230712\.tsv or mmbench_test_20230712\.tsv or "):
         MMBench(epath.Path(tmp_path))
 
 
@@ -103,13 +103,13 @@ def test_scores_by_hand(tmp_path):
 
 
 def test_columns_that_are_not_there_are_left_out(tmp_path):
-    _write(tmp_path / DEV, drop=("hint", "C", "D", "category", "l2-category", "comment", "source", "split"))
+    drop = ("hint", "C", "D", "category", "l2-category", "comment", "source", "split")
+    _write(tmp_path / DEV, [ROWS[0], ROWS[1], ROWS[3]], drop)
     benchmark = MMBench(epath.Path(tmp_path))
     assert benchmark.questions[0].prompt == 'Which "is"\ttrue?\nA. cat\nB. dog'
-    assert benchmark.metrics(["B"] * 6) == {
-        "circular_accuracy": 0.0,
-        "vanilla_accuracy": pytest.approx(1 / 3),
-    }
+    assert benchmark.metrics(["B"] * 3) == {"circular_accuracy": 0.5, "vanilla_accuracy": 0.5}
+    _write(tmp_path / DEV, drop=drop)  # in which some right answers are C or D
+    assert _refused(tmp_path) == f"{tmp_path / DEV}, row 3: the answer is C, which is empty; take MMBench's own file."
 
 
 def test_first_leaves_whole_groups(tmp_path):
@@ -207,6 +207,67 @@ def test_answers_read_as_lmms_eval_reads_them():
     assert all(results.count(own) > 500 for own in (*"ABCDE", None))
 
 
+# ---- Images ----------------------------------------------------------------------------------------------------------
+
+
+def _refer(file, cells):
+    """A table of six rows, some with another's index in place of their image."""
+    _write(file)
+    rows = list(csv.DictReader(file.open(newline=""), delimiter="\t"))
+    for row in rows:
+        row["image"] = cells.get(int(row["index"]), row["image"])
+    with file.open("w", newline="") as opened:
+        table = csv.DictWriter(opened, rows[0], delimiter="\t", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+@pytest.mark.parametrize("name", [DEV, "MMBench_DEV_EN.tsv"])
+def test_images_of_other_rows_as_vlmevalkit_writes_them(tmp_path, name):
+    # Backwards; forwards; a chain both ways; two with their own: 241 has the color 0, 7 the color 4.
+    _refer(tmp_path / name, {1000241: "241", 252: "7", 1000252: "252", 2000241: "1000252"})
+    benchmark = MMBench(epath.Path(tmp_path))
+    reds = {question.id: question.picture().getpixel((0, 0))[0] for question in benchmark.questions}
+    assert reds == {241: 0, 252: 4, 1000241: 0, 1000252: 4, 7: 4, 2000241: 4}
+    benchmark.check_images()
+    # A part of the questions may refer to rows that are not asked.
+    benchmark.first(2)
+    assert 7 not in {question.id for question in benchmark.questions}
+    benchmark.check_images()
+
+
+@pytest.mark.parametrize(
+    ("cells", "sentence"),
+    [
+        ({1000241: "242"}, ", index 1000241: its image is that of index 242, which is not there."),
+        ({252: "7", 7: "8"}, ", index 7: its image is that of index 8, which is not there."),
+        ({7: "7"}, ", index 7: its image refers to other rows and back to itself."),
+        ({241: "252", 252: "7", 7: "252"}, ", index 252: its image refers to other rows and back to itself."),
+        ({7: ""}, ", row 5 has no image; take MMBench's own file."),
+    ],
+)
+def test_images_of_rows_that_have_none_are_refused(tmp_path, cells, sentence):
+    _refer(tmp_path / DEV, cells)
+    assert _refused(tmp_path) == f"{tmp_path / DEV}{sentence}"
+
+
+def test_every_image_is_opened_before_anything_is_asked(tmp_path):
+    broken = base64.b64encode(base64.b64decode(_picture("red"))[:45]).decode()
+    _refer(tmp_path / DEV, {1000241: "241", 252: "abc", 7: broken, 2000241: "7"})
+    benchmark = MMBench(epath.Path(tmp_path))  # which does for scoring answers
+    with pytest.raises(UserError) as error:
+        benchmark.check_images()
+    assert str(error.value).startswith(
+        f"mmbench: 2 of 4 images cannot be used. The first: Image of index 252 in {tmp_path / DEV} "
+    )
+    benchmark.limit(2)
+    with pytest.raises(UserError, match="1 of 3 images cannot be used"):
+        benchmark.check_images()
+
+
+# ---- Tables that are no good -----------------------------------------------------------------------------------------
+
+
 def _refused(folder):
     with pytest.raises(UserError) as error:
         MMBench(epath.Path(folder))
@@ -238,19 +299,37 @@ def test_pictures_of_many_bytes_are_fields_too(tmp_path):
         ([ROWS[0], (*ROWS[1][:7], "E", "c", "l")], ", index 252: the answer is 'E', not one of A, B, C, D."),
         ([ROWS[0], (*ROWS[1][:7], "AB", "c", "l")], ", index 252: the answer is 'AB', not one of A, B, C, D."),
         ([ROWS[0], (*ROWS[1][:7], "", "c", "l")], ", index 252: the answer is None, not one of A, B, C, D."),
+        ([(*ROWS[1][:7], "", "c", "l")], " has no answers, and the dev split has: fetch it again; if it is the test "),
+        (
+            [ROWS[0], (*ROWS[1][:7], "C", "c", "l")],
+            ", row 2: the answer is C, which is empty; take MMBench's own file.",
+        ),
+        ([ROWS[0], (*ROWS[1][:4], "nan", *ROWS[1][5:])], ", row 2 has no B; take MMBench's own file."),
+        ([ROWS[0], (*ROWS[1][:3], " ", *ROWS[1][4:])], ", row 2 has no A; take MMBench's own file."),
         ([], " is no table of questions with index, question, A, B and image; take MMBench's own."),
     ],
 )
 def test_bad_rows_are_refused(tmp_path, rows, sentence):
     file = tmp_path / DEV
     _write(file, rows)
-    assert _refused(tmp_path) == f"{file}{sentence}"
+    assert _refused(tmp_path).startswith(f"{file}{sentence}")
+
+
+def test_an_option_may_be_the_word_none(tmp_path):
+    _write(tmp_path / DEV, [(5, "Which?", "", "None", "one", "", "", "A", "c", "l")])
+    assert MMBench(epath.Path(tmp_path)).questions[0].prompt == "Which?"  # as LLaVA, which takes it for no value
 
 
 @pytest.mark.parametrize("column", ["index", "question", "A", "B", "image"])
 def test_columns_that_are_needed(tmp_path, column):
     _write(tmp_path / DEV, drop=(column,))
-    assert "is no table of questions with index, question, A, B and image" in _refused(tmp_path)
+    sentence = f"is no table of questions with index, question, A, B and image: it has no {column}; take MMBench's own."
+    assert _refused(tmp_path) == f"{tmp_path / DEV} {sentence}"
+
+
+def test_a_dev_table_has_answers(tmp_path):
+    _write(tmp_path / DEV, drop=("answer",))
+    assert _refused(tmp_path).endswith("if it is the test split, call it MMBench_TEST_EN.tsv.")
 
 
 def test_a_file_cut_short_is_refused(tmp_path):

@@ -1,4 +1,5 @@
-"""MME: labels where its release and its tool have them, scores by hand and as lmms-eval counts them, its submission."""
+"""MME: labels where its release and its tool have them, answers as its own program reads them, scores by hand and as
+lmms-eval counts them, its submission."""
 
 import json
 import random
@@ -118,13 +119,55 @@ def test_submission_has_a_pictures_lines_together(tmp_path):
     )
 
 
-def test_answers_read_as_lmms_eval_reads_them():
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("Yes", "yes"),
+        ("NO.", "no"),
+        ("Yes, no doubt", "yes"),
+        ("not at all", "no"),
+        ("I know", "other"),
+        ("know", "no"),
+        ("y", "other"),
+        ("n", "other"),
+        ("Y.", "other"),
+        ("A. no", "other"),
+        ("B. yes", "other"),
+        ("a no", "no"),
+        (".yes", "yes"),
+        ("..yes", "other"),
+        ("y.e.s", "other"),
+        ("", "other"),
+    ],
+)
+def test_answers_are_read_as_mmes_own_program_reads_them(text, read):
+    assert says(text) == read
+
+
+def test_answers_without_stops_are_read_as_lmms_eval_reads_them():
     theirs, chance = load("mme/utils.py"), random.Random(0)
-    pieces = ["yes", "no", "Yes", "NO", "y", "n", "Y", "N", "o", "e", "s", ".", " ", "\n", "\t", "a", "not", "1"]
-    texts = ["".join(chance.choices(pieces, k=chance.randint(0, 6))) for _ in range(20_000)]
+    pieces = ["yes", "no", "Yes", "NO", "y", "n", "Y", "N", "o", "e", "s", " ", "\n", "\t", "a", "not", "1"]
+    texts = ["".join(chance.choices(pieces, k=chance.randint(0, 6))).strip() for _ in range(20_000)]
+    texts = [text for text in texts if len(text) != 1]  # they take a lone y or n for an answer; MME's own does not
     read = [says(text) for text in texts]
     assert read == [theirs.parse_pred_ans(text) for text in texts]
     assert min(map(read.count, ("yes", "no", "other"))) > 2000
+
+
+def test_ids_of_an_images_questions_are_compared_as_text(tmp_path):
+    _write(tmp_path, labels="eval_tool/Your_Results/{task}.txt")
+    rows = [json.loads(line) for line in (tmp_path / "llava_mme.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        if row["category"] == "code_reasoning":
+            row["question_id"] = (20, "20")[number % 2 == number // 2]
+    assert len({row["question_id"] for row in rows}) == 4
+    (tmp_path / "llava_mme.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "eval_tool/Your_Results/code_reasoning.txt"
+    file.write_text(file.read_text().replace("0020.png", "20.png"))
+    benchmark = MME(epath.Path(tmp_path))
+    assert benchmark.metrics(TEXTS) == _expected()
+    benchmark.first(2)
+    assert len(benchmark.questions) == 4
 
 
 def test_scores_as_lmms_eval_counts_them(tmp_path):

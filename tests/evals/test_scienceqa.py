@@ -242,7 +242,6 @@ HUMAN = {"from": "human", "value": "Which?"}
         {"id": "1", "conversations": [HUMAN | {"from": "gpt"}]},
         {"id": "1", "conversations": [HUMAN | {"value": 1}]},
         {"id": "1", "conversations": [HUMAN, {"from": "gpt", "value": 1}]},
-        {"id": "1", "conversations": [HUMAN], "image": 1},
     ],
 )
 def test_malformed_questions_are_refused(tmp_path, row):
@@ -250,3 +249,24 @@ def test_malformed_questions_are_refused(tmp_path, row):
     assert _refused(tmp_path) == (
         f"{tmp_path}/llava_test_CQM-A.json, question 5: it needs id and conversations, the first human's."
     )
+
+
+def test_null_is_no_image(tmp_path):
+    _write(tmp_path, [{"image": None} | row for row in _rows()])
+    questions = ScienceQA(epath.Path(tmp_path)).questions
+    assert [question.picture is not None for question in questions] == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"id": "1", "conversations": [HUMAN], "image": 1}, "image must be the name of a file, or null."),
+        (
+            {"id": "1", "conversations": [HUMAN | {"value": "<image>\nWhich?"}], "image": None},
+            "it has <image>, but names no image.",
+        ),
+    ],
+)
+def test_images_that_are_no_names_are_refused(tmp_path, row, sentence):
+    _write(tmp_path, [*_rows(), row])
+    assert _refused(tmp_path) == f"{tmp_path}/llava_test_CQM-A.json, question 5: {sentence}"

@@ -59,6 +59,13 @@ def test_images_of_the_train_folder_or_its_own(tmp_path):
     assert TextVQA(epath.Path(tmp_path)).questions[0].picture().size == (5, 3)
 
 
+def test_ids_are_compared_as_text(tmp_path):
+    _write(tmp_path, [(12, f"What is it?{WORD}")], [("12", "what is it?", ["noon"] * 10)])
+    assert TextVQA(epath.Path(tmp_path)).metrics(["noon"]) == {"accuracy": 1.0}
+    _write(tmp_path, [("12", f"What is it?{WORD}")], [(12, "what is it?", ["noon"] * 10)])
+    assert TextVQA(epath.Path(tmp_path)).metrics(["noon"]) == {"accuracy": 1.0}
+
+
 def test_there_must_be_labels(tmp_path):
     _write(tmp_path)
     (tmp_path / "TextVQA_0.5.1_val.json").unlink()

@@ -122,7 +122,40 @@ def test_submission_of_what_was_asked_alone(tmp_path, name):
 def test_test_dev_must_be_in_the_test_set(tmp_path):
     _ask(tmp_path, TEST_DEV, [1001, 1002, 1003])
     _ask(tmp_path, TEST, [1001, 1003])
-    with pytest.raises(UserError, match=rf"{TEST} lacks 1 of the 3 questions, such as 1002;"):
+    with pytest.raises(UserError, match=rf"{TEST} lacks 1 of the 3 questions, such as '1002';"):
+        VQAv2(epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize(("asked", "labelled"), [(str, int), (int, str)])
+def test_ids_are_compared_as_text(tmp_path, asked, labelled):
+    _ask(tmp_path, VAL, IDS)
+    _annotate(tmp_path, LABELS)
+    texts = ["Yes.", "Two", "Watching", "yes"]
+    same = VQAv2(epath.Path(tmp_path)).metrics(texts)
+    rows = [json.loads(line) for line in (tmp_path / VAL).read_text().splitlines()]
+    lines = [json.dumps(row | {"question_id": asked(row["question_id"])}) + "\n" for row in rows]
+    (tmp_path / VAL).write_text("".join(lines))
+    _annotate(tmp_path, [label | {"question_id": labelled(label["question_id"])} for label in LABELS])
+    assert VQAv2(epath.Path(tmp_path)).metrics(texts) == same
+
+    for name, ids, kind in ((TEST_DEV, [3001, 1002], asked), (TEST, [1001, 1002, 3001], labelled)):
+        _ask(tmp_path, name, ids, "test2015")
+        rows = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        (tmp_path / name).write_text(
+            "".join(json.dumps(row | {"question_id": kind(row["question_id"])}) + "\n" for row in rows)
+        )
+    (tmp_path / ANNOTATIONS).unlink()
+    (file,) = VQAv2(epath.Path(tmp_path)).submission(["red", "blue"], epath.Path(tmp_path))
+    given = [(row["question_id"], row["answer"]) for row in json.loads(file.read_text())]
+    assert given == [(labelled(1001), ""), (labelled(1002), "blue"), (labelled(3001), "red")]
+
+
+def test_two_annotations_of_one_question_must_agree(tmp_path):
+    _ask(tmp_path, VAL, IDS)
+    _annotate(tmp_path, [*LABELS, LABELS[0]])
+    assert VQAv2(epath.Path(tmp_path)).scored
+    _annotate(tmp_path, [*LABELS, LABELS[1] | {"question_id": "262148000", "answer_type": "other"}])
+    with pytest.raises(UserError, match=rf"{ANNOTATIONS} has two labels of question_id '262148000', which differ"):
         VQAv2(epath.Path(tmp_path))
 
 
@@ -134,7 +167,7 @@ def test_there_must_be_questions(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "sentence"),
     [
-        (LABELS[:3], " lacks 1 of the 4 questions, such as 393225000; it is of another split"),
+        (LABELS[:3], " lacks 1 of the 4 questions, such as '393225000'; it is of another split"),
         ({}, " has no list of labels under 'annotations'"),
         (LABELS[:2] + [{"question_id": 1}], ", label 3: a label needs question_id and answer_type."),
         (
