@@ -48,8 +48,9 @@ class Control:
 class Mark(enum.Enum):
     """What stands between spans of text."""
 
-    IMAGE = "a picture's slots"
+    IMAGE = "an image's slots"
     END = "the end-of-sequence token, learned"
+    NEWLINE = "a newline that is a token of its own, learned"
 
 
 Item = Text | Control | Mark
@@ -69,7 +70,9 @@ class Chat:
     """How a family of language models was taught to take turns.
 
     A conversation is ``begin`` and, a round, ``ask`` question ``reply`` answer ``end``, the answer and what of ``end``
-    is learned. A turn's pictures are moved to its front, each followed by a newline, as LLaVA does.
+    is learned. A turn's images are moved to its front, each followed by a newline, as LLaVA does; behind the last, it
+    goes with a question that is empty. Turns lose the white space at their ends, in training as in asking: LLaVA keeps
+    it in turns without an image, and so teaches answers that a prompt as people type it never leads to.
     """
 
     ask: tuple[Item, ...]
@@ -92,8 +95,9 @@ class Chat:
                 raise BadRow("roles", f"turn {i + 1} is by {turn.speaker!r}, but 'human' and 'gpt' must alternate")
             text = turn.text.replace(IMAGE_MARK, "").strip()
             if turn.speaker == "human":
-                pictures = [Mark.IMAGE, Text("\n")] * turn.text.count(IMAGE_MARK)
-                items += [*self.ask, *pictures, Text(text), *self.reply]
+                images = [Mark.IMAGE, Text("\n")] * turn.text.count(IMAGE_MARK)
+                question = [*images, Text(text)] if text else images[:-1]
+                items += [*self.ask, *question, *self.reply]
             elif IMAGE_MARK in turn.text:
                 raise BadRow("mark_in_answer", f"turn {i + 1} is an answer that holds {IMAGE_MARK}")
             else:
@@ -135,23 +139,25 @@ CHATS = {
 def plain(turns: Sequence[Turn]) -> list[Item]:
     """LLaVA's stage-1 template: ``<image>`` caption newline, the caption and the newline learned.
 
-    The instruction is dropped; without a caption after it, it makes a prompt. A record without a picture is a document:
-    its turns as they stand, the model's learned.
+    The newline ends a caption, so it is one token whatever stands before it: Llama's vocabulary has it so, others would
+    join it to a full stop. The instruction is dropped; without a caption after it, it makes a prompt. A record without
+    an image is a document: its turns as they stand, the model's learned.
     """
     images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
     if not images:
         return [Text(turn.text, learned=turn.speaker == "gpt") for turn in turns]
     if len(turns) > 2 or any(turn.speaker != "gpt" for turn in turns[1:]):
         raise BadRow("roles", "template 'plain' takes one instruction and one caption")
-    return [Mark.IMAGE] * images + [Text(turn.text.strip() + "\n", learned=True) for turn in turns[1:]]
+    caption = [item for turn in turns[1:] for item in (Text(turn.text.strip(), learned=True), Mark.NEWLINE)]
+    return [Mark.IMAGE] * images + caption
 
 
 TEMPLATES = {"plain": plain} | CHATS
 
 
 def stop_tokens(template: str, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Ids that end an answer: the token that the template ends it with, and the tokenizer's end of sequence."""
-    ends = (CHATS[template].end[0] if template in CHATS else Mark.END, Mark.END)
+    """Ids that end an answer: the token that the template teaches as its end, and the tokenizer's end of sequence."""
+    ends = (CHATS[template].end[0] if template in CHATS else Mark.NEWLINE, Mark.END)
     return tuple(dict.fromkeys(_id(end, tokenizer) for end in ends))
 
 
@@ -210,7 +216,8 @@ def encode(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, slots: int
             if mark is Mark.IMAGE:
                 parts.append(_Part([end] * slots, [False] * slots, is_image=True))
             else:
-                parts.append(_Part([_id(mark, tokenizer)], [mark is Mark.END or mark.learned], is_image=False))
+                learned = isinstance(mark, Mark) or mark.learned
+                parts.append(_Part([_id(mark, tokenizer)], [learned], is_image=False))
     return Encoded(
         tokens=np.concatenate([np.array(part.tokens, np.int32) for part in parts]),
         learned=np.concatenate([np.array(part.learned, bool) for part in parts]),
@@ -242,6 +249,8 @@ def _is_text(item):
 
 
 def _id(item, tokenizer):
+    if item is Mark.NEWLINE:  # no vocabulary joins it to a letter
+        return _run(_prepared(tokenizer), ["a\n"])[0].ids[-1]
     return tokenizer.eos_token_id if item is Mark.END else tokenizer.convert_tokens_to_ids(item.token)
 
 

@@ -104,7 +104,7 @@ class Generator:
 
     def protocol(self, record: Record) -> dict[str, Any]:
         """How a conversation is put to the model, with that one as it reads it; and a fingerprint of the weights."""
-        names = {Mark.IMAGE: IMAGE_MARK, Mark.END: self._tokenizer.eos_token}
+        names = {Mark.IMAGE: IMAGE_MARK, Mark.END: self._tokenizer.eos_token, Mark.NEWLINE: "\n"}
         items = template_items(self._template, record)
         prompt = "".join(names.get(item) or (item.text if isinstance(item, Text) else item.token) for item in items)
         how = {"vision": self._model.vision, "fusion": self._model.fusion.fusion, "llm": self._model.llm}

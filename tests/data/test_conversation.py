@@ -119,6 +119,7 @@ CONVERSATIONS = {
     "pictures": record("<image>\n<image>\nSame?", "No.", "And <image>?", "Also no", pictures=3),
     "text": record("Write a haiku.", "An old silent pond\nA frog jumps into the pond\nSplash! Silence again."),
     "unicode": record("¿Qué es esto?\n<image>", "Ein Straßenschild — 日本 🤗", pictures=1),
+    "no question": record("<image>\n", "A cat.", " <image> ", "A dog.", pictures=2),
     "begun by gpt": record("Good day.", "What is <image>?", "A dog", first="gpt", pictures=1),
 }
 
@@ -141,11 +142,12 @@ def straightforward_v1(turns, tokenizer, slots):
     prompt = SYSTEM + " "
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         prompt += "USER: "
-        for _ in range(question.text.count("<image>")):
+        text = question.text.replace("<image>", "").strip()
+        for i in reversed(range(question.text.count("<image>"))):
             say(prompt)
             special(slots, False, True)
-            prompt = "\n"
-        prompt += question.text.replace("<image>", "").strip() + " ASSISTANT:"
+            prompt = "\n" * bool(text or i)
+        prompt += text + " ASSISTANT:"
         say(prompt, " " + answer.text)
         special(1, True, False)
         prompt = ""
@@ -292,6 +294,16 @@ def test_what_is_too_long_is_cut_as_llava_cuts_it(template, row, sentencepiece_m
         assert np.where(example.loss_mask, example.targets, -100).tolist() == [*labels[1:], -100]
         whole += 1
     assert whole > 5
+
+
+@pytest.mark.parametrize("template", ["v1", "plain"])
+def test_white_space_at_the_ends_of_turns_is_left_out(template, llama):
+    """Unlike LLaVA's, which keeps it in answers and in turns without an image."""
+    spaced, bare = (
+        record("<image>\n What? ", "\n A cat. \n", pictures=1),
+        record("<image>\nWhat?", "A cat.", pictures=1),
+    )
+    assert encoded(template, spaced, llama).tokens.tolist() == encoded(template, bare, llama).tokens.tolist()
 
 
 def test_v1_reads_as_vicuna_was_trained(miniature):
@@ -635,6 +647,6 @@ def test_encode_takes_any_items(tokenizer, spans):
     assert len(result.tokens) == len(result.learned) == len(result.is_image)
     assert result.is_image.sum() == SLOTS * items.count(Mark.IMAGE)
     if not any(item.learned for item in items if isinstance(item, Text)):
-        assert result.learned.sum() == items.count(Mark.END)
+        assert result.learned.sum() == items.count(Mark.END) + items.count(Mark.NEWLINE)
     if all(item.learned for item in items if isinstance(item, Text)):
         assert (~result.learned).sum() == 1 + result.is_image.sum()

@@ -1,5 +1,6 @@
 """Answers equal a loop that recomputes everything, without cache, filling or batch, whatever the batch and the mesh."""
 
+import copy
 import dataclasses
 import re
 
@@ -8,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny import tiny, vivid
 
 from stf_jax.config import MeshConfig, UserError
-from stf_jax.data.conversation import CHATS, encode, stop_tokens, template_items
+from stf_jax.data.conversation import CHATS, TEMPLATES, encode, stop_tokens, template_items
 from stf_jax.data.image import to_square
 from stf_jax.data.records import BadRow, Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer, unsayable
@@ -223,7 +226,7 @@ def test_ends_where_an_answer_ends_in_the_template(template, tokenizer):
     tokenizer = load_tokenizer("miniature")
     names = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": names})
-    own = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>"}.get(template, "</s>")
+    own = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>", "plain": "\u010a"}.get(template, "</s>")  # Ċ: a newline
     assert stop_tokens(template, tokenizer) == tuple(
         dict.fromkeys(tokenizer.convert_tokens_to_ids(x) for x in (own, "</s>"))
     )
@@ -236,6 +239,37 @@ def test_ends_where_an_answer_ends_in_the_template(template, tokenizer):
     assert answers._text(np.array([a, 2, b, c])) == tokenizer.decode([a])  # the end of sequence ends any
     assert answers._text(np.array([stop, a, b, c])) == ""
     assert template == "plain" or template in CHATS
+
+
+@pytest.fixture(scope="module", params=["miniature", "llama"])
+def any_tokenizer(request):
+    """With the control tokens of every template."""
+    tokenizer = copy.deepcopy(
+        request.getfixturevalue("llama") if request.param == "llama" else load_tokenizer("miniature")
+    )
+    names = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    return tokenizer
+
+
+@given(words=st.lists(st.one_of(st.text(max_size=8), st.sampled_from(["</s>", "a.", "\n", "  ", "USER:"])), min_size=1))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_end_that_a_template_teaches_stops_an_answer_and_cuts_nothing_of_it(template, any_tokenizer, words):
+    answer = "".join(words).replace("\u2581", "").replace("<image>", "").strip()
+    if template == "plain":  # whose end is a newline
+        answer = answer.replace("\n", " ").strip()
+    turns = (Turn("human", "<image>\nWhat?"), Turn("gpt", answer))
+    whole, asked = (
+        encode(template_items(template, Record("r", (None,), turns[:count])), any_tokenizer, 3) for count in (2, 1)
+    )
+    said, learned = (x[len(asked.tokens) :] for x in (whole.tokens, whole.learned))
+    stops = stop_tokens(template, any_tokenizer)
+    taught = said[learned]
+    assert np.flatnonzero(np.isin(taught, stops)).tolist() == [len(taught) - 1]  # the end, and it alone
+    answers = Generator.__new__(Generator)
+    answers._tokenizer, answers._stops = any_tokenizer, np.array(stops)
+    assert answers._text(np.concatenate([said, [5, 6, 7]])) == answer
 
 
 def test_what_nothing_has_trained_is_never_said(tokenizer):

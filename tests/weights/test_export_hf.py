@@ -356,7 +356,10 @@ def test_captions_are_asked_for_as_they_were_learned(tmp_path):
     said = (turn("Describe.", picture(1)), {"role": "assistant", "content": "A cat. "})
     ids = processor.apply_chat_template(list(said), tokenize=True, return_dict=True)["input_ids"][0]
     turns = (Turn("human", "Describe.\n<image>"), Turn("gpt", "A cat. "))
-    ours = our_prompt(folder, load_tokenizer("miniature"), "plain", turns, (picture(1),))
+    tokenizer = load_tokenizer("miniature")
+    ours = our_prompt(folder, tokenizer, "plain", turns, (picture(1),))
+    how = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert how["eos_token_id"] == [ours.tokens[-1], tokenizer.eos_token_id]  # the newline that was learned
     assert [i for i in ids if i != processor.image_token_id] == ours.tokens[~ours.is_image].tolist()
 
 
