@@ -1,6 +1,6 @@
 """Weights under our own parameter paths, read to start a run; and folders that appear whole.
 
-A folder of weights holds ``*.safetensors`` whose tensors are named by parameter path
+A folder of weights holds safetensors (weights/locate.py says which files) whose tensors are named by parameter path
 (``vision/blocks/mlp/up/kernel``). A run's workdir serves as well.
 """
 
@@ -18,7 +18,7 @@ from etils import epath
 from stf_jax.config import UserError
 from stf_jax.runtime.files import fetched, in_bucket, upload
 from stf_jax.runtime.parameters import SavedParams
-from stf_jax.weights.tensors import Tensors, safetensors_entries
+from stf_jax.weights.tensors import open_tensors
 
 MINIATURES = pathlib.Path(__file__).parent / "miniatures"
 _EMBEDDED = {"miniatures": MINIATURES, "miniatures/siglip": MINIATURES / "siglip"}
@@ -119,10 +119,10 @@ def _open(folder):
     if SavedParams.at(folder):
         saved = SavedParams(folder)
         return {path: leaf.shape for path, leaf in saved.shapes.items()}, saved.restore
-    files = sorted(fetched(folder).glob("*.safetensors"))
-    if not files:
+    local = fetched(folder)
+    if not any(local.glob("*.safetensors")):
         raise UserError(f"init_from names {folder}, which holds neither *.safetensors nor a run's checkpoints.")
-    tensors = Tensors({path: entry for file in files for path, entry in safetensors_entries(file).items()})
+    tensors = open_tensors(local)
 
     def read(places):
         return {path: jax.device_put(tensors.read(path), sharding) for path, sharding in places.items()}

@@ -26,6 +26,7 @@ _KEYS = {
     "max_position_embeddings": "context_length",
     "head_dim": "attention.key_length",
     "rope_theta": "rope.freq_base",
+    "vocab_size": "vocab_size",
 }
 _MOST = 1000  # layers, or heads of a layer
 _FACTORS = "rope_freqs.weight"  # by which Llama 3's low frequencies are divided
@@ -58,8 +59,8 @@ def open_gguf(file: pathlib.Path) -> tuple[Tensors, dict[str, Any]]:
         if name in config and not (isinstance(config[name], int) and 0 < config[name] <= _MOST):
             raise UserError(f"{file} says that {kind}.{_KEYS[name]} is {config[name]!r}, which no known model has.")
     try:
-        heads = {"attn_q": config["num_attention_heads"]}
-        heads["attn_k"] = config.setdefault("num_key_value_heads", heads["attn_q"])
+        config.setdefault("num_key_value_heads", config["num_attention_heads"])
+        head_dim = _head_dim(file, kind, values, stored, config)
         names = _names(stored, kind, config["num_hidden_layers"])
         config["rope_scaling"] = _rope_scaling(file, kind, values, stored, config)
     except KeyError as error:
@@ -70,9 +71,8 @@ def open_gguf(file: pathlib.Path) -> tuple[Tensors, dict[str, Any]]:
             continue
         if name not in names:
             raise UserError(f"{file}: tensor {name} has no place in a model of architecture {kind!r}.")
-        part = name.split(".")[2] if name.startswith("blk.") else ""
-        turned = heads.get(part, 0) if kind == "llama" else 0
-        entries[names[name]] = _entry(file, tensor, turned)
+        turned = kind == "llama" and name.startswith("blk.") and name.split(".")[2] in ("attn_q", "attn_k")
+        entries[names[name]] = _entry(file, tensor, head_dim if turned else 0)
     return Tensors(entries), config
 
 
@@ -91,7 +91,17 @@ def _names(stored, kind, layers):
     return {f"{base}.{end}": f"{known[base]}.{end}" for base, _, end in parts if base in known}
 
 
-def _entry(file, tensor, heads):
+def _head_dim(file, kind, values, stored, config):
+    """Channels of a head: the number of heads in query and key follows from their rows, which are the tensors'."""
+    rows = int(stored["blk.0.attn_q.weight"].shape[-1]) if "blk.0.attn_q.weight" in stored else 0
+    head_dim = config.get("head_dim", rows // config["num_attention_heads"])
+    rotated = values.get(f"{kind}.rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        raise UserError(f"{file} rotates {rotated} of a head's {head_dim} channels: only all of them are known.")
+    return head_dim
+
+
+def _entry(file, tensor, head_dim):
     shape = tuple(int(size) for size in reversed(tensor.shape))
     kind = tensor.tensor_type.name
     plain = np.dtype(_PLAIN[kind]) if kind in _PLAIN else None
@@ -101,10 +111,9 @@ def _entry(file, tensor, heads):
             value = np.asarray(tensor.data).view(plain).reshape(shape)
         else:
             value = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        if not heads:
+        if not head_dim:
             return value
-        half = shape[0] // heads // 2
-        return value.reshape(heads, half, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+        return value.reshape(-1, head_dim // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
 
     return Entry(file, shape, plain.name if plain is not None else kind, read)
 

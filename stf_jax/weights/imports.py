@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import tqdm
+from jax import numpy as jnp
 
 from stf_jax.config import UserError
 from stf_jax.data.tokenizer import FILES, read_tokenizer, save_tokenizer
@@ -34,7 +35,8 @@ def import_weights(source: str, to: pathlib.Path, vision: str = "", dtype: str =
 
     Returns:
       The report: count of ``parameters``; names of tensors ``read``, ``transposed``, ``cast`` (by types) and ``unused``
-      (with reasons); parts of a whole model that are ``missing``; ``notes``; the ``model``.
+      (with reasons); by tensor, how many values ``overflowed`` to infinity when cast; parts of a whole model that are
+      ``missing``; ``notes``; the ``model``.
 
     Raises:
       UserError: a source that cannot be read or used, named with the tensor at fault; ``to`` exists.
@@ -59,6 +61,7 @@ def _import(source, folder, vision, dtype):
 
     lacking = [part for part in ("vision", "fusion", "llm") if getattr(description, part) is None]
     report = {"parameters": 0, "read": [], "transposed": [], "cast": collections.defaultdict(list), "missing": lacking}
+    report["overflowed"] = {}
     count = sum(len(found.places) for _, found in sources)
     with tqdm.tqdm(total=count, desc="import", unit="parameter") as bar:
         write_params(folder, _params(sources, dtype, report, bar))
@@ -83,6 +86,11 @@ def summary(report: dict[str, Any], to: pathlib.Path) -> str:
         f"{len(report['transposed'])} transposed; cast: "
         + (", ".join(f"{len(names)} from {kind}" for kind, names in report["cast"].items()) or "none"),
     ]
+    if overflowed := report["overflowed"]:
+        lines.append(
+            f"WARNING: {sum(overflowed.values()):,} values of {len(overflowed)} tensors ({next(iter(overflowed))}, …) "
+            "exceed the range of that type and became infinite; import with --dtype=bfloat16 or float32 instead"
+        )
     reasons = collections.Counter(report["unused"].values())
     lines += [f"{count} unused: {why}" for why, count in reasons.items()]
     return "\n".join([*lines, *report["notes"], f"Every name is in {to / 'import.json'}."])
@@ -96,7 +104,7 @@ def _only(found: Recognised, root: str) -> Recognised:
 def _params(sources, dtype, report, bar) -> Iterator[tuple[str, np.ndarray]]:
     for tensors, found in sources:
         for path, place in found.places.items():
-            value = place.to_ours(values(tensors, path, place, dtype))
+            value = place.to_ours(_cast(tensors, path, place, dtype, report["overflowed"]))
             report["parameters"] += value.size
             for name in place.names:
                 report["read"].append(name)
@@ -107,6 +115,21 @@ def _params(sources, dtype, report, bar) -> Iterator[tuple[str, np.ndarray]]:
             bar.update()
             yield path, value
             del value  # before the next one is made
+
+
+def _cast(tensors, path, place, dtype, overflowed):
+    """:func:`values` in that type, or each in its own; counts those that became infinite, by name."""
+    for name, value in zip(place.names, values(tensors, path, place), strict=True):
+        wanted = jnp.dtype(dtype or value.dtype)
+        if wanted == value.dtype:
+            yield value
+            continue
+        with np.errstate(over="ignore"):
+            cast = value.astype(wanted)
+        narrower = jnp.finfo(wanted).max < jnp.finfo(value.dtype).max
+        if narrower and (count := int(np.isinf(cast).sum()) - int(np.isinf(value).sum())):
+            overflowed[name] = count
+        yield cast
 
 
 def _save_tokenizer(source, folder):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,6 +21,8 @@ from stf_jax.runtime.files import fetched, read_json
 from stf_jax.runtime.parameters import SavedParams
 from stf_jax.weights.recognise import Recognised
 from stf_jax.weights.theirs import open_theirs, recognised, values
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +106,8 @@ def open_model(folder: epath.Path) -> SavedModel:
 def _open_export(folder):
     tensors, config = open_theirs(str(folder))
     found = recognised(str(folder), tensors, config)
+    for note in found.notes:
+        _log.warning("%s: %s", folder, note)
     description = described(found, config)
     # Its own preset, as an imported folder is; but what model.json would say was told by its tensors.
     for known, part in ((VISION, description.vision), (LLM, description.llm)):

@@ -11,31 +11,45 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from stf_jax.config import UserError
-from stf_jax.runtime.files import parse_json
+from stf_jax.weights.locate import locate_weights, weight_map
 
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
-_POINTER = b"version https://git-lfs"
+_INTEGERS = ("int64", "int32")
 
 
 class Entry(NamedTuple):
-    """A tensor: its file, its shape, the name of its type there (numpy's, or a quantised one), and how to read it."""
+    """A tensor.
+
+    Attributes:
+      file: that holds it.
+      shape: of the values.
+      dtype: name of its type there: numpy's, or the file format's for one that numpy lacks.
+      read: gives the values; None for a type that is not known.
+    """
 
     file: pathlib.Path
     shape: tuple[int, ...]
     dtype: str
-    read: Callable[[], np.ndarray]
+    read: Callable[[], np.ndarray] | None
 
 
 class Tensors:
-    """The tensors of a checkpoint. Nothing but names, shapes and types is held."""
+    """The tensors of a checkpoint. Nothing but names, shapes and types is held.
 
-    def __init__(self, entries: dict[str, Entry]):
-        self._entries = entries
+    Attributes:
+      notes: what a user should know of the files that were chosen.
+    """
+
+    def __init__(self, entries: dict[str, Entry], notes: tuple[str, ...] = ()):
+        self._entries, self.notes = entries, notes
 
     @property
     def names(self) -> list[str]:
         """Every tensor's."""
         return list(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
@@ -43,108 +57,70 @@ class Tensors:
     def dtype(self, name: str) -> str:
         return self._entries[name].dtype
 
+    def is_floating(self, name: str) -> bool:
+        """Whether its values can be read, and are floating-point numbers."""
+        entry = self._entries[name]
+        return entry.read is not None and entry.dtype not in _INTEGERS
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values; both are read, where their shapes are equal."""
+        return self.shape(one) == self.shape(other) and np.array_equal(self.read(one), self.read(other))
+
     def file(self, name: str) -> pathlib.Path:
         return self._entries[name].file
 
     def read(self, name: str) -> np.ndarray:
         """The values, in their own type. Raises UserError, naming file and tensor, where they cannot be read."""
         entry = self._entries[name]
+        if entry.read is None:
+            raise UserError(f"{entry.file}: tensor {name} has type {entry.dtype}, which is not known.")
         try:
             return entry.read()
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise UserError(f"{entry.file}: tensor {name} cannot be read: {error}.") from None
 
 
-def open_tensors(source: pathlib.Path) -> Tensors:
-    """Opens a folder of safetensors or else of torch's pickles, or one such file.
-
-    Of a folder it takes what transformers would: the files that an index names, or ``model.safetensors``, or
-    ``pytorch_model.bin`` likewise; without these, every ``*.safetensors`` or else every ``*.bin``.
+def open_tensors(source: pathlib.Path, named: str | None = None) -> Tensors:
+    """Opens the files that :func:`stf_jax.weights.locate.locate_weights` chooses: safetensors or torch's pickles.
 
     Pickles are read with ``weights_only=True``: no code in them is run.
 
     Raises:
       UserError: no such file; one that is malformed, cut short or misses tensors that its index names; a tensor in two
-        files, or of a type that is not known.
+        files.
     """
-    files = _files(source)
-    for file in files:
-        with file.open("rb") as opened:
-            if opened.read(len(_POINTER)) == _POINTER:
-                raise UserError(f"{file} is a Git LFS pointer: fetch the file itself with git lfs pull.")
-    read = {".safetensors": safetensors_entries, ".bin": _pickle}[files[0].suffix]
+    located = locate_weights(source, named)
+    if located.files[0].suffix == ".gguf":
+        raise UserError(f"{located.files[0]} is a GGUF: import it first (python -m stf_jax.convert import).")
+    read = {".safetensors": safetensors_entries, ".bin": _pickle}[located.files[0].suffix]
     entries: dict[str, Entry] = {}
-    for file in files:
+    for file in located.files:
         for name, entry in read(file).items():
             if name in entries:
-                raise UserError(f"Tensor {name} is both in {entries[name].file} and in {file}.")
+                raise UserError(f"Tensor {name} is both in {entries[name].file} and in {file}: keep the right one.")
             entries[name] = entry
-    if source.is_dir():
-        _check_index(source, files, entries)
-    return Tensors(entries)
-
-
-def _files(source):
-    if source.is_file():
-        if source.suffix not in (".safetensors", ".bin"):
-            raise UserError(f"{source} is neither *.safetensors, *.bin nor *.gguf.")
-        return [source]
-    # What transformers would load; beside it may lie an adapter, another format or an optimizer's state.
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        index = source / f"{whole}.index.json"
-        if index.is_file():
-            return _indexed(index)
-        if (source / whole).is_file():
-            return [source / whole]
-    for pattern in ("*.safetensors", "*.bin"):
-        if files := sorted(source.glob(pattern)):
-            return files
-    raise UserError(f"{source} holds no weights: neither *.safetensors, *.bin nor *.gguf.")
-
-
-def _indexed(index):
-    """The files that an index names, all of which are there."""
-    names = sorted(set(_weight_map(index).values()))
-    for name in names:
-        if pathlib.PurePath(name).name != name:
-            raise UserError(f"{index} names {name!r}, which is not a file beside it.")
-        if not (index.parent / name).is_file():
-            raise UserError(f"{index} names {name}, which is missing.")
-    return [index.parent / name for name in names]
-
-
-def _weight_map(index):
-    try:
-        named = parse_json(index.read_bytes())["weight_map"]
-        if named and all(isinstance(file, str) for file in named.values()):
-            return named
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise UserError(f"{index} is not an index of weights; fetch it again.")
-
-
-def _check_index(folder, files, entries):
-    for index in folder.glob(f"*{files[0].suffix}.index.json"):
-        for name, file in _weight_map(index).items():
-            if name not in entries or entries[name].file.name != file:
-                raise UserError(f"{index} places tensor {name} in {file}, which does not hold it.")
+    if located.index is not None:
+        for name, file in weight_map(located.index).items():
+            if name not in entries:
+                raise UserError(f"{located.index} places tensor {name} in {file}, which does not hold it.")
+    return Tensors(entries, located.notes)
 
 
 def safetensors_entries(file: pathlib.Path) -> dict[str, Entry]:
-    """The tensors of such a file, by name. Raises UserError where it is malformed or has a type that is not known."""
+    """The tensors of such a file, by name. Raises UserError where it is malformed."""
     entries = {}
     try:
         with safe_open(file, framework="numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 view = tensors.get_slice(name)
-                if view.get_dtype() not in _TYPES:
-                    raise UserError(f"{file}: tensor {name} has type {view.get_dtype()}, which is not known.")
+                kind = view.get_dtype()
 
                 def read(name=name):
                     with safe_open(file, framework="numpy") as tensors:
                         return tensors.get_tensor(name)
 
-                entries[name] = Entry(file, tuple(view.get_shape()), _TYPES[view.get_dtype()], read)
+                known = read if kind in _TYPES else None
+                entries[name] = Entry(file, tuple(view.get_shape()), _TYPES.get(kind, kind), known)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read as safetensors: {error}; fetch it again.") from None
     return entries
@@ -180,8 +156,6 @@ def _pickle(file):
 
     def entry(name, value):
         dtype = str(value.dtype).removeprefix("torch.")
-        if dtype not in _TYPES.values():
-            raise UserError(f"{file}: tensor {name} has type {dtype}, which is not known.")
 
         def read():
             plain = value.detach().contiguous()
@@ -189,6 +163,6 @@ def _pickle(file):
                 return plain.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
             return plain.numpy()
 
-        return Entry(file, tuple(value.shape), dtype, read)
+        return Entry(file, tuple(value.shape), dtype, read if dtype in _TYPES.values() else None)
 
     return {name: entry(name, value) for name, value in values.items()}

@@ -302,10 +302,10 @@ DAMAGES = {
     "no projector": (without("model.mm_projector.0.weight"), "mm_projector.0.weight"),
     "cut short": (cut_short, "model.safetensors cannot be read as safetensors"),
     "another tokenizer": (another_vocabulary, "The tokenizer's 522 tokens exceed the 501 of {folder}."),
-    "more layers": (config(text_config={"num_hidden_layers": 4}), "layers.3."),
+    "more layers": (config(text_config={"num_hidden_layers": 4}), "num_hidden_layers 4, but the tensors hold 3 layers"),
     "no such template": (config(conversation_template="v2"), "Unknown data.template='v2'"),
     "a template of templates": (config(conversation_template=["v1"]), "Unknown data.template=\"['v1']\""),
-    "no patches": (config(vision_config={"patch_size": 0}), "{folder}: Vision tower with pictures of 36 pixels"),
+    "no patches": (config(vision_config={"patch_size": 0}), "{folder}: Vision tower with images of 36 pixels"),
     "words for taps": (
         config(stf_config={"taps": "4321"}),
         "config.json does not describe an export of ours",
@@ -315,7 +315,7 @@ DAMAGES = {
     "fewer than none": (config(stf_config={"depth": -1}), "config.json does not describe an export of ours"),
     "one mean": (
         lambda folder: rewrite(folder / "preprocessor_config.json", image_mean=0.5),
-        "{folder}: The picture processor's image_mean is 0.5, not three numbers.",
+        "{folder}: The image processor's image_mean is 0.5, not three numbers.",
     ),
 }
 

@@ -1,0 +1,315 @@
+"""What a config claims against what the tensors hold: settled by the tensors, with a note, or refused by name."""
+
+import json
+import logging
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from theirs import DECODERS, decoder, llava, tower
+from transformers import AutoModelForCausalLM
+
+from stf_jax.config import UserError
+from stf_jax.convert import main
+from stf_jax.runtime.cli import door
+from stf_jax.weights.imports import import_weights
+from stf_jax.weights.model import open_model
+from stf_jax.weights.recognise import recognise
+from stf_jax.weights.tensors import Entry, Tensors
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ATTENTION = "model.layers.{}.self_attn."
+
+
+def opened(state):
+    """Tensors in memory."""
+
+    def entry(value):
+        kind = str(value.dtype).removeprefix("torch.")
+        known = kind in ("float32", "float16", "bfloat16", "int32", "int64")
+        return Entry(pathlib.Path("w"), tuple(value.shape), kind, value.numpy if known else None)
+
+    return Tensors({name: entry(value.detach()) for name, value in state.items()})
+
+
+def detect(model, state=(), without=(), **config):
+    """Detects a model of transformers with some tensors and keys of the config changed."""
+    state = {**model.state_dict(), **dict(state)}
+    state = {name: value for name, value in state.items() if name not in without}
+    config = {key: value for key, value in {**model.config.to_dict(), **config}.items() if value is not KeyError}
+    return recognise(opened(state), config)
+
+
+def extra(family, part, shape):
+    """A tensor of each layer."""
+    return {f"model.layers.{i}.{part}": torch.ones(shape) for i in range(decoder(family).config.num_hidden_layers)}
+
+
+def test_a_config_that_is_true_is_not_remarked_on():
+    for family in DECODERS:
+        assert detect(decoder(family)).notes == ()
+    for family in ("clip", "siglip"):
+        assert detect(tower(family)).notes == ()
+    assert detect(llava()).notes == ()
+
+
+# ---- Output heads ----------------------------------------------------------------------------------------------------
+
+
+def saved(folder, state, **changes):
+    folder.mkdir()
+    save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    config = decoder("llama").config.to_dict() | {"architectures": ["LlamaForCausalLM"]} | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("kept", ["both", "equal", "embedding", "head"])
+def test_a_head_is_tied_where_transformers_ties_it(tmp_path, kept, caplog):
+    """Case 75: a config says that the head is tied, and the file holds one of other values."""
+    state = dict(decoder("llama").state_dict())
+    if kept != "both":
+        state[HEAD] = state[EMBEDDING]
+    for name in {"embedding": [HEAD], "head": [EMBEDDING]}.get(kept, []):
+        del state[name]
+    folder = saved(tmp_path / "w", state, tie_word_embeddings=True)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    caplog.clear()
+    report = import_weights(str(folder), tmp_path / "ours")
+    caplog.set_level(logging.INFO, "stf_jax")
+    for model in (open_model(folder), open_model(tmp_path / "ours")):
+        assert model.description.llm.tied is (kept != "both")
+        np.testing.assert_array_equal(model.read("llm/embedding"), theirs.model.embed_tokens.weight.detach())
+        if kept == "both":
+            np.testing.assert_array_equal(model.read("llm/head/kernel").T, theirs.lm_head.weight.detach())
+    told = ["tie_word_embeddings" in text for text in (*report["notes"], *caplog.messages)]
+    assert sum(told) == 2 * (kept == "both")
+
+
+def test_only_the_two_tensors_are_read_to_compare_them():
+    state = decoder("llama").state_dict()
+    entries = {
+        name: Entry(
+            pathlib.Path("w"), tuple(value.shape), "float32", value.numpy if name in (EMBEDDING, HEAD) else 1 / 2
+        )
+        for name, value in state.items()
+    }
+    found = recognise(Tensors(entries), decoder("llama").config.to_dict() | {"tie_word_embeddings": True})
+    assert not found.llm.tied
+
+
+def test_a_head_that_is_missing_is_not_made_up():
+    with pytest.raises(UserError, match=r"lm_head\.weight \(62, 32\) is missing"):
+        detect(decoder("llama"), without=[HEAD])
+    with pytest.raises(UserError, match=r"embed_tokens\.weight is missing"):
+        detect(decoder("llama"), without=[EMBEDDING])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rows", [61, 64])
+def test_a_head_of_other_rows_than_the_embedding_is_refused(rows, tied):
+    with pytest.raises(UserError, match=f"lm_head.weight has {rows} rows and model.embed_tokens.weight 62"):
+        detect(decoder("llama"), {HEAD: torch.zeros(rows, 32)}, tie_word_embeddings=tied)
+
+
+# ---- Sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "field", "value"),
+    [
+        ("llama", {"num_key_value_heads": 4}, "kv_heads", 2),
+        ("llama", {"num_key_value_heads": 1}, "kv_heads", 2),
+        ("llama", {"vocab_size": 60}, "vocab", 62),
+        ("llama", {"vocab_size": 64}, "vocab", 62),
+        ("qwen3", {"head_dim": 16}, "head_dim", 8),
+        ("qwen3", {"num_attention_heads": 8}, "heads", 4),
+    ],
+)
+def test_what_the_tensors_settle_is_noted(family, change, field, value):
+    found = detect(decoder(family), **change)
+    assert getattr(found.llm, field) == value
+    ((key, said),) = change.items()
+    assert found.notes == (f"The config says {key} {said}, but the tensors have {value}, which is taken.",)
+
+
+@pytest.mark.parametrize("key", ["num_key_value_heads", "vocab_size", "head_dim", "attention_bias"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_a_config_leaves_out_is_told_by_the_tensors(family, key):
+    found, whole = detect(decoder(family), **{key: KeyError}), detect(decoder(family))
+    assert found.llm == whole.llm
+    assert found.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"hidden_size": 64}, r"says hidden_size 64, but model\.embed_tokens\.weight is \(62, 32\)"),
+        ({"intermediate_size": 96}, r"says intermediate_size 96, but model\.layers\.0\.mlp\.gate_proj\.weight is"),
+        ({"num_hidden_layers": 2}, "says num_hidden_layers 2, but the tensors hold 3 layers"),
+        ({"num_hidden_layers": 4}, "says num_hidden_layers 4, but the tensors hold 3 layers"),
+        ({"num_attention_heads": 8}, r"says num_attention_heads 8 and head_dim 8, but .*q_proj\.weight is \(32, 32\)"),
+        ({"head_dim": 16}, "says num_attention_heads 4 and head_dim 16, but"),
+        ({"head_dim": "8"}, "config"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        detect(decoder("llama"), **change)
+
+
+def test_frequencies_that_are_stored_tell_the_size_of_a_head():
+    """Without them, four heads of 8 channels and eight of 4 look alike."""
+    changed = {"num_attention_heads": 8, "head_dim": 4, "num_key_value_heads": 4}
+    assert detect(decoder("llama"), **changed).llm.head_dim == 4
+    stored = extra("llama", "self_attn.rotary_emb.inv_freq", 4)
+    with pytest.raises(UserError, match=r"inv_freq is \(4,\), but the config says heads of 4 channels"):
+        detect(decoder("llama"), stored, **changed)
+    assert detect(decoder("llama"), stored).llm.head_dim == 8
+
+
+def test_biases_and_norms_are_those_of_the_tensors():
+    rows = {"q": 32, "k": 16, "v": 16}
+    biases = {}
+    for name, size in rows.items():
+        biases |= extra("llama", f"self_attn.{name}_proj.bias", size)
+    for found in (detect(decoder("llama"), biases), detect(decoder("qwen2"), without=biases)):
+        assert found.llm.qkv_bias is ("with biases" in found.notes[0])
+        assert len(found.notes) == 1
+    assert detect(decoder("llama"), attention_bias=True).notes == (
+        "The attention is read without biases, as the tensors have it.",
+    )
+    assert "mlp_bias" in detect(decoder("llama"), mlp_bias=True).notes[0]
+    norms = extra("llama", "self_attn.q_norm.weight", 8) | extra("llama", "self_attn.k_norm.weight", 8)
+    found = detect(decoder("llama"), norms)
+    assert found.llm.qk_norm
+    assert "normalised" in found.notes[0]
+    with pytest.raises(UserError, match=r"q_norm\.weight is missing"):
+        detect(decoder("qwen3"), without=norms)
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_proj\.bias \(32,\) is missing"):
+        detect(decoder("qwen2"), without=["model.layers.1.self_attn.q_proj.bias"])
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_a_towers_size_is_that_of_its_tensors(family):
+    whole = detect(tower(family))
+    for change, value in (({"image_size": 56}, 28), ({"patch_size": 14}, 7)):
+        found = detect(tower(family), **change)
+        ((key, said),) = change.items()
+        assert found.vision == whole.vision
+        assert found.notes == (f"The config says {key} {said}, but the tensors have {value}, which is taken.",)
+    assert detect(tower(family), image_size=30).vision.image_size == 30  # a size need not be whole patches
+    for key, said, sentence in (
+        ("hidden_size", 64, r"says hidden_size 64, but .*patch_embedding\.weight is \(128, 3, 7, 7\)"),
+        ("intermediate_size", 64, "says intermediate_size 64, but"),
+        ("num_hidden_layers", 3, "says num_hidden_layers 3, but the tensors hold 4 layers"),
+        ("num_attention_heads", 3, "config.json does not describe a model|128 channels with 3 heads"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            detect(tower(family), **{key: said})
+    name = next(name for name in tower(family).state_dict() if name.endswith("position_embedding.weight"))
+    with pytest.raises(UserError, match="patches, which are no square"):
+        detect(tower(family), {name: torch.zeros(13, 128)})
+
+
+def test_a_projector_fits_its_language_model():
+    shapes = {"linear_1.weight": (48, 128), "linear_1.bias": 48, "linear_2.weight": (48, 48), "linear_2.bias": 48}
+    state = {f"model.multi_modal_projector.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    with pytest.raises(UserError, match="projector gives 48 channels, but the language model has 32"):
+        detect(llava(), state)
+
+
+def test_rows_that_were_added_after_an_export_are_kept():
+    config = {"stf_vocab": 59, "image_token_index": 61}
+    assert detect(llava(), **config).llm.vocab == 59
+    found = detect(llava(), **config | {"image_token_index": 59})
+    assert found.llm.vocab == 62
+    assert "resized since" in found.notes[0]
+    for wrong in (63, "59", 0):
+        with pytest.raises(UserError, match=f"says stf_vocab {wrong!r}"):
+            detect(llava(), stf_vocab=wrong)
+
+
+def test_patch_tokens_of_llava_are_rows_of_the_vocabulary():
+    found = detect(llava(), mm_use_im_patch_token=True, mm_use_im_start_end=False)
+    assert (found.llm.vocab, found.notes) == (62, ())
+
+
+# ---- Weights of another kind -----------------------------------------------------------------------------------------
+
+
+QUANTISED = {
+    "gptq": {"q_proj.qweight": torch.int32, "q_proj.qzeros": torch.int32, "q_proj.scales": torch.float16},
+    "bitsandbytes": {"q_proj.weight": torch.uint8, "q_proj.weight.absmax": torch.float32},
+    "int8": {"q_proj.weight": torch.int8, "q_proj.SCB": torch.float32},
+    "fp8": {"q_proj.weight": torch.float8_e4m3fn, "q_proj.weight_scale_inv": torch.float32},
+    "compressed-tensors": {"q_proj.weight_packed": torch.int32, "q_proj.weight_scale": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("method", QUANTISED)
+def test_quantised_weights_are_refused_with_the_fix(method, named):
+    name = ATTENTION.format(0)
+    state = {name + part: torch.zeros(4, 4, dtype=torch.float32).to(kind) for part, kind in QUANTISED[method].items()}
+    config = {"quantization_config": {"quant_method": method}} if named else {}
+    with pytest.raises(UserError, match=f"are quantised{f' by {method}' if named else ''} .*import the model that was"):
+        detect(
+            decoder("llama"),
+            state,
+            without=[f"{name}q_proj.weight"] if f"{name}q_proj.weight" not in state else [],
+            **config,
+        )
+
+
+def test_a_quantization_config_over_plain_tensors_is_left_out():
+    found = detect(decoder("llama"), quantization_config={"quant_method": "awq", "bits": 4})
+    assert found.llm == detect(decoder("llama")).llm
+    assert found.notes == ("The config's quantization_config is left out: no tensor is quantised.",)
+
+
+def test_an_adapter_is_told_by_its_tensors():
+    for name in (
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "model.q_proj.lora_B.default.weight",
+    ):
+        with pytest.raises(UserError, match="are a LoRA adapter's, not a whole model's: merge it"):
+            recognise(opened({name: torch.zeros(2, 2)}), {})
+
+
+def test_integers_are_no_weights():
+    with pytest.raises(UserError, match=r"model\.norm\.weight has type int64, which is no floating-point type"):
+        detect(decoder("llama"), {"model.norm.weight": torch.zeros(32, dtype=torch.int64)})
+
+
+def test_a_config_that_is_missing_is_told(tmp_path, capsys):
+    folder = saved(tmp_path / "w", decoder("llama").state_dict())
+    (folder / "config.json").write_text('{"vocab_size": 62}')
+    for sentence in ("config.json has no model_type", "config.json is missing"):
+        text = f"{folder}: {sentence}" if "missing" in sentence else sentence
+        assert door(main, ["import", str(folder), f"--to={tmp_path / 'ours'}"]) == 2
+        assert text in capsys.readouterr().err
+        (folder / "config.json").unlink(missing_ok=True)
+
+
+# ---- Types -----------------------------------------------------------------------------------------------------------
+
+
+def test_values_beyond_a_type_are_counted_and_told(tmp_path, capsys):
+    state = dict(decoder("llama").state_dict())
+    wide = {EMBEDDING: 3, "model.layers.1.mlp.up_proj.weight": 2}
+    for name, count in wide.items():
+        state[name] = state[name].clone()
+        state[name].view(-1)[:count] = 65520.0  # rounds to infinity, as nothing below does
+        state[name].view(-1)[-1] = 65519.0
+    state[HEAD] = state[HEAD].clone()
+    state[HEAD][0, 0] = torch.inf  # as it was
+    folder = saved(tmp_path / "w", state)
+    assert door(main, ["import", str(folder), f"--to={tmp_path / 'half'}", "--dtype=float16"]) == 0
+    assert "WARNING: 5 values of 2 tensors (model." in capsys.readouterr().out
+    assert json.loads((tmp_path / "half" / "import.json").read_text())["overflowed"] == wide
+    assert np.isinf(open_model(tmp_path / "half").read("llm/embedding")).sum() == 3
+    report = import_weights(str(folder), tmp_path / "bfloat16", dtype="bfloat16")
+    assert report["overflowed"] == {}
