@@ -96,13 +96,14 @@ def _merges(vocabulary):
 
 
 def read_sentencepiece(
-    file: pathlib.Path, config: Mapping[str, Any], names: Mapping[str, Any]
+    file: pathlib.Path, config: Mapping[str, Any], names: Mapping[str, Any], options: Mapping[str, Any]
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of a SentencePiece model and of transformers' small files beside it.
 
     Args:
       config, names: what ``tokenizer_config.json`` and ``special_tokens_map.json`` hold. Special tokens that neither
         names are as the model has them; a text begins with BOS unless ``add_bos_token`` is false, as for Llama.
+      options: for transformers' ``from_pretrained``.
 
     Raises:
       ValueError: a model of another kind, or one whose normalization is not followed, so that ids differ.
@@ -124,7 +125,7 @@ def read_sentencepiece(
         written.write(backend.to_str())
         written.flush()
         tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            file.parent, tokenizer_file=written.name, local_files_only=True, trust_remote_code=False, **values
+            file.parent, tokenizer_file=written.name, **(values | options)
         )
     if not _agrees(tokenizer, file):
         raise ValueError(f"{file.name} cannot be read as SentencePiece reads it")

@@ -44,7 +44,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         reason = (str(error) or repr(error)).splitlines()[0].strip(" :.")
         raise UserError(f"No tokenizer can be read from {folder}: {reason}.") from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise UserError(f"The tokenizer in {folder} needs a tokenizer.json and an end-of-sequence token.")
+        raise UserError(
+            f"The tokenizer in {folder} needs a tokenizer.json and an end-of-sequence token; "
+            "tokenizer_config.json names it as eos_token."
+        )
     model = folder / SENTENCEPIECE
     if (folder / "tokenizer.json").is_file() and model.is_file() and disagrees(tokenizer, model):
         _log.warning(_WRONG_MERGES.format(folder=folder, model=model))
@@ -66,12 +69,14 @@ def read_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
     and its ids are SentencePiece's. All others are read by transformers.
 
     Raises:
-      ValueError: a SentencePiece model that cannot be followed. Otherwise whatever transformers raises.
+      ValueError: a SentencePiece model that cannot be followed, or special tokens that are not in the vocabulary, or
+        elsewhere than the files say. Otherwise whatever transformers raises.
     """
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     config, file = _read_dict(folder / "tokenizer_config.json"), folder / SENTENCEPIECE
+    local |= _described(config)
     if file.is_file() and not (folder / "tokenizer.json").is_file():
-        tokenizer = read_sentencepiece(file, config, _read_dict(folder / "special_tokens_map.json"))
+        tokenizer = read_sentencepiece(file, config, _read_dict(folder / "special_tokens_map.json"), local)
     elif config.get("tokenizer_class") in _AS_WRITTEN:  # it need not look at a config.json that it may not know
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **local)
     else:
@@ -80,7 +85,51 @@ def read_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
     if config.get("legacy") is False:  # which transformers reads and does not save
         tokenizer.init_kwargs["legacy"] = False
+    _check_special_tokens(tokenizer, folder, config)
     return tokenizer
+
+
+def _described(config):
+    """Special tokens that ``tokenizer_config.json`` describes by objects, without the mark that transformers wants."""
+    found = {name: value for name, value in config.items() if name.endswith("_token") and isinstance(value, dict)}
+    return {name: value["content"] for name, value in found.items() if "__type" not in value and "content" in value}
+
+
+def _check_special_tokens(tokenizer, folder, config):
+    """Special tokens are in the vocabulary, where the files say; a name that is empty is none.
+
+    For transformers, an empty name is the unknown token, or, where that is empty too, looked up without end. It gives
+    another id than the files do to a token that does not follow on those before it.
+    """
+    empty = [name for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES if getattr(tokenizer, name, None) == ""]
+    stated = _stated_ids(folder, config)
+    if "eos_token" in empty:
+        known = ", ".join(map(str, tokenizer.added_tokens_decoder.values())) or "none"
+        raise ValueError(
+            f"an empty string is given as its {', '.join(empty)}; write their names into tokenizer_config.json "
+            f"(the vocabulary's special tokens are {known})"
+        )
+    for name in empty:
+        setattr(tokenizer, name, None)
+    vocabulary, end = tokenizer.get_vocab(), tokenizer.eos_token
+    if end is not None and end not in stated and vocabulary.get(end, 0) >= tokenizer.vocab_size:
+        raise ValueError(f"its eos_token {end!r} is not in its vocabulary; correct it in tokenizer_config.json")
+    wrong = [(token, i) for token, i in stated.items() if vocabulary.get(token) != i]
+    if wrong:
+        token, i = wrong[0]
+        raise ValueError(
+            f"its files give the special token {token!r} the id {i}, which does not follow on the other tokens' ids; "
+            f"correct it, or add the tokens that are missing before it"
+        )
+
+
+def _stated_ids(folder, config):
+    """Added tokens with their ids, as the files of a folder state them."""
+    added = _read_dict(folder / "tokenizer.json").get("added_tokens") or []
+    found = {token["content"]: token["id"] for token in added}
+    decoder = config.get("added_tokens_decoder") or {}
+    found |= {token["content"]: int(i) for i, token in decoder.items()}
+    return found | dict(_read_dict(folder / "added_tokens.json"))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, source: pathlib.Path, to: pathlib.Path) -> None:

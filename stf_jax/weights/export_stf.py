@@ -11,7 +11,7 @@ import shutil
 from typing import Any
 
 from stf_jax.config import UserError
-from stf_jax.data.tokenizer import SENTENCEPIECE, load_tokenizer, positions
+from stf_jax.data.tokenizer import SENTENCEPIECE, load_tokenizer, positions, prefixes_once
 from stf_jax.models.fusion import tapped_blocks
 from stf_jax.models.presets import VISION
 from stf_jax.weights import hf
@@ -175,7 +175,7 @@ def _save_tokenizer(source: pathlib.Path, folder: pathlib.Path, config: dict[str
         "pad_token": "<unk>",
         "add_bos_token": True,
         "add_eos_token": False,
-        "legacy": True,
+        "legacy": not prefixes_once(load_tokenizer(str(source))),
         "clean_up_tokenization_spaces": False,
         "model_max_length": config["tokenizer_model_max_length"],
         "padding_side": "right",

@@ -1,6 +1,7 @@
 """The miniatures' tokenizer, and what is said of tokenizers that cannot be used."""
 
 import json
+import shutil
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -133,6 +134,75 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     endless.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"tokenizer in {tmp_path} needs a tokenizer.json and an end-of-sequence token"):
         load_tokenizer(str(tmp_path))
+
+
+END = {"content": "</s>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+ADDED = END | {"content": "<x>", "special": True}
+
+
+def changed(folder, name, **values):
+    """The miniature's tokenizer with other values in one of its files; ``...`` leaves a key out."""
+    shutil.copytree(MINIATURE, folder, dirs_exist_ok=True)
+    file = folder / name
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({key: value for key, value in (known | values).items() if value is not ...}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("tokenizer_config.json", {"unk_token": ""}, ("<s>", "</s>", None, "<unk>")),
+        ("tokenizer_config.json", {"bos_token": "", "pad_token": ""}, (None, "</s>", "<unk>", None)),
+        ("tokenizer_config.json", {"bos_token": None, "unk_token": ...}, (None, "</s>", None, "<unk>")),
+        ("tokenizer_config.json", {"eos_token": END}, ("<s>", "</s>", "<unk>", "<unk>")),
+        ("tokenizer_config.json", {"eos_token": {"__type": "AddedToken", **END}}, ("<s>", "</s>", "<unk>", "<unk>")),
+        ("special_tokens_map.json", {"eos_token": END}, ("<s>", "</s>", "<unk>", "<unk>")),
+        ("added_tokens.json", {"<x>": 501}, ("<s>", "</s>", "<unk>", "<unk>")),
+    ],
+)
+def test_special_tokens_as_people_write_them(tmp_path, miniature, name, values, expected):
+    tokenizer = load_tokenizer(str(changed(tmp_path, name, **values)))
+    assert tuple(getattr(tokenizer, f"{key}_token") for key in ("bos", "eos", "unk", "pad")) == expected
+    assert tokenizer.eos_token_id == 2
+    assert ids(tokenizer, "a b") == ids(miniature, "a b")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = load_tokenizer(str(tmp_path / "saved"))
+    assert (again.bos_token, again.unk_token, again.pad_token) == (*expected[:1], *expected[2:])
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "sentence"),
+    [
+        (
+            "tokenizer_config.json",
+            {"bos_token": "", "eos_token": "", "unk_token": ""},
+            r"an empty string is given as its bos_token, eos_token, unk_token; write their names into "
+            r"tokenizer_config\.json \(the vocabulary's special tokens are <unk>, <s>, </s>\)",
+        ),
+        ("tokenizer_config.json", {"eos_token": END | {"content": ""}}, "an empty string is given as its eos_token"),
+        (
+            "tokenizer_config.json",
+            {"eos_token": "<end>"},
+            "its eos_token '<end>' is not in its vocabulary",
+        ),
+        ("tokenizer_config.json", {"eos_token": 2}, "eos_token has to be either str or AddedToken"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"700": ADDED}}, "give the special token '<x>' the id 700"),
+        ("added_tokens.json", {"<x>": 700}, "give the special token '<x>' the id 700"),
+        ("tokenizer.json", {"added_tokens": [ADDED | {"id": 5}]}, "give the special token '<x>' the id 5"),
+    ],
+)
+def test_special_tokens_that_cannot_be_used_are_named(tmp_path, name, values, sentence):
+    """Among others, transformers would end an answer with the unknown token, or at an id that the model lacks."""
+    with pytest.raises(UserError, match=rf"^No tokenizer can be read from {tmp_path}: .*{sentence}.*\.$"):
+        load_tokenizer(str(changed(tmp_path, name, **values)))
+
+
+@pytest.mark.parametrize("value", [None, ...])
+def test_an_end_that_no_file_names_is_asked_for(tmp_path, value):
+    folder = changed(tmp_path, "tokenizer_config.json", eos_token=value)
+    with pytest.raises(UserError, match=r"an end-of-sequence token; tokenizer_config\.json names it as eos_token\.$"):
+        load_tokenizer(str(folder))
 
 
 def test_a_saved_tokenizer_is_read_back(tmp_path, miniature):
