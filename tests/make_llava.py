@@ -1,4 +1,4 @@
-"""Makes a small data set in LLaVA's exact schema: ``python tests/make_llava.py DIR``.
+"""Makes a small data set in LLaVA's exact schema: ``python -m tests.make_llava DIR``.
 
 Photographs are those that the packages scikit-image and scikit-learn carry (requirements-data.txt), the rest are scenes
 (stf_jax/data/scenes.py). Under DIR stand, as in LLaVA's own data:
@@ -135,4 +135,6 @@ def _save(picture, path, kind="JPEG"):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     make(pathlib.Path(sys.argv[1]))

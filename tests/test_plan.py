@@ -4,13 +4,16 @@ import json
 import math
 
 import jax
+import numpy as np
 import pytest
 from tiny import recipe
 
 from stf_jax import plan
+from stf_jax.data.sampling import Plan
 from stf_jax.planning import report as report_module
 from stf_jax.planning import search as search_module
 from stf_jax.planning.program import OutOfMemory, Program, make_program
+from stf_jax.planning.report import run_steps
 from stf_jax.planning.topology import described
 from stf_jax.runtime.cli import door
 from stf_jax.runtime.cost import decode_flops, forward_flops, step_flops
@@ -68,6 +71,16 @@ def test_a_step_for_devices_that_are_not_here(topology, capsys):
     assert found["steps"] == 1200
     assert found["hours"] == pytest.approx(1200 * found["step_seconds_estimate"] / 3600)
     assert found["cost"] == pytest.approx(3 * 8 * found["hours"])
+
+
+@pytest.mark.parametrize("epochs", [0.07, 0.5, 1.0, 1.3, 3.0])
+@pytest.mark.parametrize("records", [5, 16, 801])
+def test_steps_are_counted_as_training_counts_them(epochs, records):
+    overrides = [f"--config.epochs={epochs}", f"--config.data.records={records}", "--config.global_batch_size=16"]
+    config = recipe("finetune.py", *overrides)
+    lengths = np.full(records, 9)
+    trained = Plan(config.data, 0, 16, lengths, np.ones(records, int), [records])
+    assert run_steps(config) == trained.steps(epochs)
 
 
 def _mesh(topology):

@@ -1,12 +1,12 @@
-"""docs/REPRODUCE.md's rehearsal, run as it stands there."""
+"""docs/REPRODUCE.md's rehearsal, run as it stands there, in a reader's environment."""
 
 import json
 import pathlib
 import re
 import subprocess
-import sys
 
 import pytest
+import reader
 
 pytestmark = pytest.mark.slow  # two minutes
 ROOT = pathlib.Path(__file__).parent.parent
@@ -16,11 +16,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 def rehearsal(tmp_path_factory):
     """The folder in which the commands of the document ran."""
     folder = tmp_path_factory.mktemp("reproduce")
-    for name in ("configs", "tests"):
+    for name in ("configs", "stf_jax", "tests"):  # as in a clone; what the commands write stays here
         (folder / name).symlink_to(ROOT / name)
-    (commands,) = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "REPRODUCE.md").read_text(), re.DOTALL)
-    script = "set -e\n" + commands.replace(".venv/bin/python", sys.executable)
-    done = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True)
+    commands = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "REPRODUCE.md").read_text(), re.DOTALL)[0]
+    script = ["bash", "-c", f"set -e\n{commands}"]
+    done = subprocess.run(script, cwd=folder, env=reader.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "rehearsal", done.stdout
 

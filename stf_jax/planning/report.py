@@ -192,7 +192,7 @@ def _evaluation(prefill, decode):
 
 def _whole(config, what, told, devices, price):
     """The config's training: steps, hours and money."""
-    steps = _steps(config) if what == "train" else None
+    steps = run_steps(config) if what == "train" else None
     hours = steps * told["step_seconds_estimate"] / 3600 if steps else None
     whole = {"steps": steps, "hours": hours}
     if price:
@@ -201,12 +201,13 @@ def _whole(config, what, told, devices, price):
     return whole
 
 
-def _steps(config):
-    """Of the run; None where only the data could tell."""
+def run_steps(config: TrainConfig) -> int | None:
+    """Steps of a run, as training counts them (data.sampling.Plan.steps); None where only the data could tell."""
     if config.steps:
         return config.steps
     if config.data.packing:
         return None  # rows hold several conversations
     here = config.data.annotations or config.data.source == "scenes"
     records = len(training_records(config)) if here else config.data.records
-    return max(1, int(config.epochs * records / config.global_batch_size)) if records else None
+    batches = -(-records // config.global_batch_size)  # of an epoch, whose last is filled up with empty rows
+    return max(1, math.ceil(config.epochs * batches - 1e-6)) if records else None
