@@ -54,6 +54,34 @@ def llama(sentencepiece_model, tmp_path_factory):
     return load_tokenizer(str(folder))
 
 
+@pytest.fixture(scope="session")
+def llama_3():
+    """A small tokenizer of Llama 3's kind: bytes, split by its pattern, with its control tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from stf_jax.data.conversation import SYSTEM  # not before the devices are set
+
+    backend = Tokenizer(models.BPE())
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    pattern += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    control = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=[f"<|{name}|>" for name in control],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([f"{SYSTEM} user assistant system\n\nWhat is this? A cat.\n\n\n"] * 4, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
+
+
 @pytest.fixture(scope="session")  # a process that imported code from one such place finds none in another
 def torch_alone(tmp_path_factory):
     """A place for the code of exports that transformers runs; and one thread, for small models want no more."""

@@ -5,6 +5,7 @@ Mistral, which it calls Llama) hold the rows of query and key in another order; 
 expanded to float32; other values keep their type.
 """
 
+import functools
 import math
 import pathlib
 from typing import Any
@@ -41,7 +42,7 @@ def open_gguf(file: pathlib.Path) -> tuple[Tensors, dict[str, Any]]:
         such models lack.
     """
     try:
-        reader = gguf.GGUFReader(file)
+        reader = open_reader(file, file.stat().st_mtime_ns)
         values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
         kind = values["general.architecture"]
     except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
@@ -74,6 +75,12 @@ def open_gguf(file: pathlib.Path) -> tuple[Tensors, dict[str, Any]]:
         turned = kind == "llama" and name.startswith("blk.") and name.split(".")[2] in ("attn_q", "attn_k")
         entries[names[name]] = _entry(file, tensor, head_dim if turned else 0)
     return Tensors(entries), config
+
+
+@functools.lru_cache(maxsize=1)  # going through a vocabulary takes seconds
+def open_reader(file: pathlib.Path, changed: int) -> gguf.GGUFReader:
+    """The file's index, kept for who asks next; ``changed`` is when the file was written, in nanoseconds."""
+    return gguf.GGUFReader(file)
 
 
 def _names(stored, kind, layers):

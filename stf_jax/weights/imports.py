@@ -16,6 +16,7 @@ from stf_jax.data.tokenizer import FILES, read_tokenizer, save_tokenizer
 from stf_jax.runtime.files import fetched
 from stf_jax.runtime.parameters import write_params
 from stf_jax.weights.folder import new_folder
+from stf_jax.weights.gguf_tokenizer import read_gguf_tokenizer
 from stf_jax.weights.model import described
 from stf_jax.weights.recognise import Recognised
 from stf_jax.weights.theirs import gguf_file, open_theirs, recognised, values
@@ -139,12 +140,7 @@ def _save_tokenizer(source, folder):
     if file is None and not any((source / name).is_file() for name in FILES):
         return "its files are not there"
     try:
-        if file is None:
-            tokenizer = read_tokenizer(source)
-        else:
-            from transformers import AutoTokenizer  # imports torch where it is installed: 3 s
-
-            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name, local_files_only=True)
+        tokenizer = read_tokenizer(source) if file is None else read_gguf_tokenizer(file)
     except Exception as error:  # whatever a foreign tokenizer's files raise, it can be given another way
         return f"reading it fails: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
     save_tokenizer(tokenizer, source, folder)

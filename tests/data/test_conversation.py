@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from specials import special_counts
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
@@ -45,29 +45,6 @@ def miniature():
 def smollm2(smollm2_gguf):
     """SmolLM2's own, with its chat template."""
     return AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
-
-
-@pytest.fixture(scope="session")
-def llama_3():
-    """A small one of Llama 3's kind: bytes, split by its pattern, with its control tokens."""
-    backend = Tokenizer(models.BPE())
-    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    pattern += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    backend.decoder = decoders.ByteLevel()
-    control = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=[f"<|{name}|>" for name in control],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([f"{SYSTEM} user assistant system\n\nWhat is this? A cat.\n\n\n"] * 4, trainer)
-    backend.post_processor = processors.TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
 
 
 @pytest.fixture(params=["miniature", "llama"])

@@ -3,37 +3,17 @@
 import json
 import logging
 import pathlib
-import random
 import shutil
 
 import pytest
 import sentencepiece
+from made_texts import IDENTITY, made_texts, train_sentencepiece
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from stf_jax.config import UserError
-from stf_jax.data.conversation import SYSTEM
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.weights.imports import _save_tokenizer
-
-ATOMS = (
-    *(" ", "  ", "    ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "\u200b", "\u2581", "\x00", "\x7f", "\ufffd"),
-    *("a", "aa", "b", "the", "ing", "USER:", " ASSISTANT:", "<image>", "<s>", "</s>", "<unk>", "<0x0A>", "[INST]"),
-    *("def f():", "return", "{", "}", "==", "//", "#", "\\", "1", "23", "'s", "Straße", "\u6f22\u5b57", "日本語"),
-    *("привет", "العربية", "हिन्दी", "🤗", "👩\u200d👩\u200d👧", "e\u0301", "\u0300", "n\u0303\u0323"),
-)
-
-
-def made_texts(count, seed=0):
-    """Texts of words, code and signs of many scripts, with runs of spaces and of any of them."""
-    draw = random.Random(seed)
-
-    def part():
-        if draw.random() < 0.2:
-            return " " * draw.randrange(40)
-        return draw.choice(ATOMS) * draw.choice((1, 1, 1, 2, 5))
-
-    return ["".join(part() for _ in range(draw.randrange(12))) for _ in range(count)]
 
 
 def ids(tokenizer, texts):
@@ -45,7 +25,7 @@ def ids(tokenizer, texts):
 
 def converted_by_transformers(source, to):
     """As folders that were imported before hold it: merges by token id."""
-    LlamaTokenizer.from_pretrained(source).save_pretrained(to)
+    LlamaTokenizer.from_pretrained(source).save_pretrain_sentencepiece(to)
     shutil.copy(f"{source}/tokenizer.model", to)
 
 
@@ -71,7 +51,10 @@ def test_an_imported_tokenizer_is_read_alike_by_all(llama, sentencepiece_model, 
     texts = made_texts(200, seed=2)
     expected = model.encode(texts)
     assert (tmp_path / "ours" / "tokenizer.model").read_bytes() == sentencepiece_model.read_bytes()
-    for tokenizer in (load_tokenizer(str(tmp_path / "ours")), AutoTokenizer.from_pretrained(tmp_path / "ours")):
+    for tokenizer in (
+        load_tokenizer(str(tmp_path / "ours")),
+        AutoTokenizer.from_pretrained(tmp_path / "ours"),
+    ):
         assert ids(tokenizer, texts) == expected
         assert tokenizer("a  b").input_ids == [model.bos_id(), *model.encode("a  b")]
     alone = Tokenizer.from_file(str(tmp_path / "ours" / "tokenizer.json"))
@@ -97,27 +80,13 @@ def test_a_folder_that_transformers_converted_is_told_with_the_command_that_fixe
 
 def test_a_model_of_another_format_beside_tokenizer_json_is_left_alone(tmp_path, caplog):
     """Llama 3's ``tokenizer.model`` is tiktoken's."""
-    load_tokenizer("miniature").save_pretrained(tmp_path)
+    load_tokenizer("miniature").save_pretrain_sentencepiece(tmp_path)
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
     load_tokenizer(str(tmp_path))
     assert caplog.messages == []
 
 
 # ---- Other SentencePiece models --------------------------------------------------------------------------------------
-
-
-def trained(folder, **options):
-    """A small model of that kind, in a folder of its own."""
-    corpus = folder / "corpus.txt"
-    corpus.write_text(f"{SYSTEM} USER: What is this? ASSISTANT: a cat and  a dog.\n日本語 Straße ﬁne\n" * 20)
-    options = {"model_type": "bpe", "vocab_size": 400, "hard_vocab_limit": False, "byte_fallback": True} | options
-    to = folder / "tokenizer"
-    sentencepiece.SentencePieceTrainer.train(input=str(corpus), model_prefix=str(to), minloglevel=2, **options)
-    (folder / "tokenizer.vocab").unlink()
-    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-
-
-IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 
 
 @pytest.mark.parametrize(
@@ -131,20 +100,20 @@ IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": F
     ids=["llama", "unknown", "no prefix", "spaces"],
 )
 def test_other_models_are_read_alike(tmp_path, options):
-    model = trained(tmp_path, **options)
+    model = train_sentencepiece(tmp_path, **options)
     texts = [text.replace("\x00", "") for text in made_texts(500, seed=4)]
     assert ids(load_tokenizer(str(tmp_path)), texts) == model.encode(texts)
 
 
 @pytest.mark.parametrize("options", [{}, {"model_type": "unigram"}], ids=["spaces dropped", "unigram"])
 def test_a_model_that_cannot_be_followed_is_refused(tmp_path, options):
-    trained(tmp_path, **options)
+    train_sentencepiece(tmp_path, **options)
     with pytest.raises(UserError, match=rf"No tokenizer can be read from {tmp_path}: tokenizer\.model .*\.$"):
         load_tokenizer(str(tmp_path))
 
 
 def test_special_tokens_are_the_models_own_where_no_file_names_them(tmp_path):
-    trained(tmp_path, **IDENTITY, bos_piece="<begin>", eos_piece="<end>", pad_id=3)
+    train_sentencepiece(tmp_path, **IDENTITY, bos_piece="<begin>", eos_piece="<end>", pad_id=3)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": None, "add_bos_token": True}))
     tokenizer = load_tokenizer(str(tmp_path))
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<begin>", "<end>", "<unk>")

@@ -1,6 +1,10 @@
 """GGUF files, written as llama.cpp's converter lays them out, against the transformers models that they hold."""
 
 import functools
+import json
+import re
+import subprocess
+import sys
 
 import gguf
 import jax
@@ -9,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx, traverse_util
+from made_texts import IDENTITY, made_texts, train_sentencepiece
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -24,6 +30,7 @@ from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.llm import Decoder
 from stf_jax.runtime.cli import door
 from stf_jax.weights.gguf import open_gguf
+from stf_jax.weights.gguf_tokenizer import read_gguf_tokenizer
 from stf_jax.weights.imports import import_weights
 from stf_jax.weights.model import open_model
 
@@ -205,6 +212,77 @@ def test_what_cannot_be_used_is_named(tmp_path, capsys):
     assert "architecture 'mamba'" in refused(capsys, cut, to)
 
 
+# ---- Tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def write_tokenizer(file, kind, tokens, kinds, **values):
+    """A GGUF file with that vocabulary and nothing else."""
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tokenizer_model(kind)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    for key, value in values.items():
+        getattr(writer, f"add_{key}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return file
+
+
+def as_text(tokenizer, texts):
+    """Ids where names of special tokens are text."""
+    return [tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in texts]
+
+
+def test_a_sentencepiece_vocabulary_has_sentencepieces_ids(tmp_path):
+    model = train_sentencepiece(tmp_path, **IDENTITY)
+    ids, kinds = range(model.get_piece_size()), [1] * model.get_piece_size()
+    for i in ids:
+        kinds[i] = 2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1
+    tokens, scores = [model.id_to_piece(i) for i in ids], [model.get_score(i) for i in ids]
+    file = write_tokenizer(tmp_path / "a.gguf", "llama", tokens, kinds, token_scores=scores, eos_token_id=2)
+    tokenizer = read_gguf_tokenizer(file)
+    texts = made_texts(500, seed=5)
+    assert as_text(tokenizer, texts) == model.encode(texts)
+    assert tokenizer("a  b").input_ids == [1, *model.encode("a  b")]
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
+    flat = write_tokenizer(tmp_path / "b.gguf", "llama", tokens, kinds, token_scores=[-1000.0] * len(ids))
+    with pytest.raises(ValueError, match="has no scores"):
+        read_gguf_tokenizer(flat)
+
+
+def test_a_vocabulary_of_llama_3s_kind_is_read_as_the_original(tmp_path, llama_3):
+    values = json.loads(llama_3.backend_tokenizer.to_str())
+    tokens = llama_3.convert_ids_to_tokens(range(len(llama_3)))
+    kinds = [3 if i in llama_3.added_tokens_decoder else 1 for i in range(len(tokens))]
+    described = {
+        "token_merges": [" ".join(merge) for merge in values["model"]["merges"]],
+        "tokenizer_pre": "llama-bpe",
+        "bos_token_id": 0,
+        "eos_token_id": 4,
+        "chat_template": "{{ messages[0].content }}",
+    }
+    tokenizer = read_gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", "gpt2", tokens, kinds, **described))
+    texts = [*made_texts(500, seed=6), "He said:  'We've 1234 cats.'\n\n\n A.\n"]
+    assert as_text(tokenizer, texts) == as_text(llama_3, texts)
+    assert tokenizer("A cat<|eot_id|>").input_ids == [0, *llama_3("A cat", add_special_tokens=False).input_ids, 4]
+    assert (tokenizer.eos_token, tokenizer.chat_template) == ("<|eot_id|>", described["chat_template"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "sentence"),
+    [
+        ("bert", {}, "a vocabulary of kind 'bert'; known are 'llama' and 'gpt2'"),
+        ("gpt2", {"tokenizer_pre": "poro-chat"}, "splits texts as 'poro-chat' does, which is not known here"),
+        ("gpt2", {"eos_token_id": 9}, "names 9 as its eos token, of 2 tokens"),
+    ],
+)
+def test_a_vocabulary_that_is_not_known_is_named(tmp_path, kind, values, sentence):
+    file = write_tokenizer(tmp_path / "a.gguf", kind, ["a", "b"], [1, 1], **values)
+    with pytest.raises(ValueError, match=sentence):
+        read_gguf_tokenizer(file)
+
+
 # ---- SmolLM2-135M ----------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +292,29 @@ def smollm2(smollm2_gguf, tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2") / "ours"
     import_weights(str(smollm2_gguf), folder)
     return smollm2_gguf, folder
+
+
+@pytest.mark.slow  # transformers reads the file's 98,000 strings with the package whose speed that is
+def test_smollm2s_tokenizer_is_transformers_own(smollm2_gguf):
+    ours = read_gguf_tokenizer(smollm2_gguf)
+    theirs = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+    # transformers does not know that this model's digits stand apart, also from the spaces before them.
+    texts = [text for text in made_texts(1000, seed=7) if not re.search(r"\s\s\d", text)]
+    assert len(texts) > 800
+    assert as_text(ours, texts) == as_text(theirs, texts)
+    assert ours.tokenize("a  1") == ["a", "\u0120\u0120", "1"]
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template", "added_tokens_decoder"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert ours("").input_ids == theirs("").input_ids
+
+
+@pytest.mark.slow  # the file is read in a process of its own
+def test_smollm2s_tokenizer_comes_along_without_torch(smollm2_gguf, tmp_path):
+    code = "import sys, pathlib; sys.modules['torch'] = None; from stf_jax.weights.imports import _save_tokenizer; "
+    code += f"print(repr(_save_tokenizer(pathlib.Path({str(smollm2_gguf)!r}), pathlib.Path({str(tmp_path)!r}))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "''\n"
+    assert load_tokenizer(str(tmp_path)).tokenize("What is it?") == ["What", "\u0120is", "\u0120it", "?"]
 
 
 @pytest.mark.slow  # a minute
