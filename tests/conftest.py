@@ -96,6 +96,22 @@ def torch_alone(tmp_path_factory):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def nothing_global_changes():
+    """Tables of presets and the environment are after a test as before it, so that the order of tests is free."""
+
+    def look():
+        presets = sys.modules.get("stf_jax.models.presets")
+        tables = (dict(presets.VISION), dict(presets.LLM)) if presets else None
+        return tables, {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+
+    tables, environment = look()
+    yield
+    after, environment_after = look()
+    assert tables is None or after == tables, "the test changed a table of presets"
+    assert environment_after == environment, "the test changed the environment"
+
+
 @pytest.fixture
 def quick_to_compile():
     """For tests of what programs compute, and not of how fast."""

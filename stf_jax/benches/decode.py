@@ -1,6 +1,7 @@
 """Answering, here and by transformers' ``generate`` in PyTorch, on the same exported weights in the same run."""
 
 import argparse
+import dataclasses
 import functools
 import json
 import pathlib
@@ -106,7 +107,7 @@ def _figures(look, answer, said, gib=None):
 
 def _ours(export, batch, count, precision):
     saved = open_model(epath.Path(export))
-    config = ModelConfig(str(export), str(export), saved.config.fusion, precision, remat="none")
+    config = dataclasses.replace(saved.config, precision=precision, remat="none")
     plan, mesh = blueprint(config), make_mesh(MeshConfig(1, 1, 1))
     places = plan.shardings(mesh)
     weights = {

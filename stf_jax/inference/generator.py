@@ -22,7 +22,7 @@ from stf_jax.data.records import IMAGE_MARK, BadRow, Record
 from stf_jax.data.tokenizer import positions, unsayable
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Sampling, layerwise
-from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.presets import llm_of, vision_of
 from stf_jax.models.selection import reduction
 from stf_jax.runtime.mesh import BATCH, computing, row_shards
 from stf_jax.training.state import blueprint
@@ -48,7 +48,7 @@ class Generator:
         check_template(template, tokenizer)
         self.plan, self._reduction, self._model = blueprint(model), reduction(model), model
         self.slots = self._reduction.slots
-        self._vision, vocab = vision_preset(model.vision), llm_preset(model.llm).vocab
+        self._vision, vocab = vision_of(model), llm_of(model).vocab
         # <image> may lie beyond, as in exports: a picture's slots are never looked up, nor is it ever said.
         if any(token >= vocab for name, token in tokenizer.get_vocab().items() if name != IMAGE_MARK):
             raise UserError(f"The tokenizer's {len(tokenizer)} tokens exceed the {vocab} of {model.llm}.")

@@ -1,11 +1,12 @@
 """Shapes of towers and language models: known ones by name, imported ones from their folder's ``model.json``."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TypeVar
 
 from etils import epath
 
-from stf_jax.config import UserError, nearest
+from stf_jax.config import ModelConfig, UserError, nearest
 from stf_jax.models.llm import LLMConfig, RopeScaling
 from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.files import read_json
@@ -71,6 +72,37 @@ _Config = TypeVar("_Config", VisionConfig, LLMConfig)
 
 
 DESCRIPTION = "model.json"  # in a folder of imported weights: {"vision": …, "llm": …, "fusion": …}, null where absent
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedModel(ModelConfig):
+    """A model whose shapes were read already: they hold, whatever its names say, or no longer say.
+
+    Attributes:
+      vision_shape: None for a language model alone.
+      llm_shape: None for a vision tower alone.
+    """
+
+    vision_shape: VisionConfig | None = None
+    llm_shape: LLMConfig | None = None
+
+
+def vision_of(config: ModelConfig) -> VisionConfig | None:
+    """The tower's shape; None for a language model alone. Raises UserError as :func:`vision_preset`."""
+    return config.vision_shape if isinstance(config, ResolvedModel) else vision_preset(config.vision)
+
+
+def llm_of(config: ModelConfig) -> LLMConfig | None:
+    """The language model's shape; None for a tower alone. Raises UserError as :func:`llm_preset`."""
+    return config.llm_shape if isinstance(config, ResolvedModel) else llm_preset(config.llm)
+
+
+def resolved(config: ModelConfig) -> ResolvedModel:
+    """The model with the shapes that its names stand for now. Raises UserError for an unknown name."""
+    if isinstance(config, ResolvedModel):
+        return config
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return ResolvedModel(**values, vision_shape=vision_preset(config.vision), llm_shape=llm_preset(config.llm))
 
 
 def vision_preset(name: str) -> VisionConfig:

@@ -27,7 +27,7 @@ from flax import nnx
 
 from stf_jax.config import ModelConfig, UserError, nearest
 from stf_jax.models.fusion import tapped_blocks, tokens_per_image
-from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.presets import llm_of, vision_of
 from stf_jax.models.vit import VisionTower
 
 FULL_LAYERS = 2  # FastV's K: decoder layers that read all image tokens
@@ -60,7 +60,7 @@ def reduction(config: ModelConfig) -> Reduction:
     Raises:
       UserError: they do not suit each other or the model, or as :func:`stf_jax.models.fusion.tokens_per_image`.
     """
-    name, fusion, vision = config.reduce, config.fusion.fusion, vision_preset(config.vision)
+    name, fusion, vision = config.reduce, config.fusion.fusion, vision_of(config)
     tokens = tokens_per_image(config.fusion, vision.grid)
     if not name:
         if config.keep:
@@ -71,7 +71,7 @@ def reduction(config: ModelConfig) -> Reduction:
     keep = config.keep or max(1, tokens // 4)
     if not 1 <= keep <= tokens:
         raise UserError(f"keep={keep} should be 1 to {tokens}, the image tokens that {fusion} makes of a picture.")
-    if name == "fastv" and llm_preset(config.llm).layers <= FULL_LAYERS:
+    if name == "fastv" and llm_of(config).layers <= FULL_LAYERS:
         raise UserError(f"reduce=fastv acts after decoder layer {FULL_LAYERS}, and {config.llm} has no more.")
     if name == "visionzip" and fusion not in _PER_PATCH:
         raise UserError(

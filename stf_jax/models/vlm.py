@@ -11,7 +11,7 @@ from stf_jax.config import ModelConfig
 from stf_jax.models.fusion import Fusion, tapped_blocks
 from stf_jax.models.layers import shard_rows
 from stf_jax.models.llm import Cache, Decoder
-from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.presets import llm_of, vision_of
 from stf_jax.models.selection import FULL_LAYERS, attention_paid, reduction, remaining, visionzip
 from stf_jax.models.vit import VisionTower
 
@@ -21,7 +21,7 @@ class VLM(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
         """Raises UserError for an unknown preset or fusion, a kernel that does not divide the grid, or a reduction."""
-        vision, llm = vision_preset(config.vision), llm_preset(config.llm)
+        vision, llm = vision_of(config), llm_of(config)
         how = dict(scan=config.scan_layers, remat=config.remat)
         self.dtype = jnp.dtype(config.precision)
         self.taps = tapped_blocks(config.fusion, vision.layers)

@@ -18,7 +18,7 @@ from stf_jax.data.packing import Batch
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import BLOCKS, Rules, Sampling
 from stf_jax.inference.generator import ROOM
-from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.presets import llm_of, vision_of
 from stf_jax.models.selection import FULL_LAYERS, reduction
 from stf_jax.runtime.mesh import BATCH, check_batch, computing, make_mesh, row_shards
 from stf_jax.training.optimizer import make_optimizer
@@ -132,7 +132,7 @@ def _ask(config, what, plan, mesh, rows):
         arguments = (ROOM, weights, tokens, tokens, lengths, images, Sampling())
         parts = {"parameters": weights, "batch": arguments[2:6]}
     else:
-        llm, dtype = llm_preset(config.model.llm), jnp.dtype(plan.precision)
+        llm, dtype = llm_of(config.model), jnp.dtype(plan.precision)
         slots = length + ROOM
         held = slots - images.shape[1] * reduction(config.model).dropped
         sizes = [slots if layer < FULL_LAYERS else held for layer in range(llm.layers)]
@@ -162,7 +162,7 @@ def _placed(x, sharding):
 
 
 def _images(config, rows, mesh):
-    side = vision_preset(config.model.vision).image_size
+    side = vision_of(config.model).image_size
     return _array((rows, config.data.images_per_row, side, side, 3), jnp.uint8, mesh)
 
 

@@ -27,7 +27,7 @@ import jax
 
 from stf_jax.config import ModelConfig
 from stf_jax.models.fusion import tapped_blocks
-from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.presets import llm_of, vision_of
 from stf_jax.models.selection import FULL_LAYERS, contextual_tokens, reduction
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.training.state import blueprint, trainable_paths
@@ -144,7 +144,7 @@ def decode_flops(model: ModelConfig, rows: int, slots: int, pictures: int = 0) -
 
     Where image tokens are dropped in the decoder, these are the first layers' slots, and some are of so many pictures.
     """
-    llm, fewer = llm_preset(model.llm), pictures * reduction(model).dropped
+    llm, fewer = llm_of(model), pictures * reduction(model).dropped
     one = rows * 2 * 2 * llm.heads * llm.head_dim  # both products of a layer for one slot
     looks = llm.layers * slots - (llm.layers - FULL_LAYERS) * fewer
     return forward_flops(model, rows, 1, 0).forward - one * llm.layers // 2 + one * looks
@@ -157,7 +157,7 @@ def _flops(marks):
 
 def _marks(model, walk, rows, length, pictures):
     """What was counted, forward and of a step, before the tower and after each part."""
-    vision, llm, reduced = vision_preset(model.vision), llm_preset(model.llm), reduction(model)
+    vision, llm, reduced = vision_of(model), llm_of(model), reduction(model)
     images, marks = rows * pictures, [(0, 0)]
     if images:
         walk.passes("vision/patch_embed", positions=images * vision.grid**2)

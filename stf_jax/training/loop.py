@@ -16,7 +16,7 @@ from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.evals.known import open_benchmarks
 from stf_jax.evals.running import Results, check_images, measure_all, scalars
 from stf_jax.inference.generator import Generator
-from stf_jax.models.presets import vision_preset
+from stf_jax.models.presets import vision_of
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.checkpoint import Checkpoints
 from stf_jax.runtime.cost import step_flops
@@ -66,7 +66,7 @@ def _train(config, workdir, measured, ends):
     watchdog = ends.enter_context(Watchdog(config.faults.hang_seconds, workdir))
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    vision = vision_preset(config.model.vision)
+    vision = vision_of(config.model)
     benchmarks = open_benchmarks(config.eval.benchmarks, config.eval.data, config.eval.limit)
     check_images(benchmarks)
     source = training_records(config)

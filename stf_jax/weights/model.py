@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from stf_jax.config import FusionConfig, ModelConfig, UserError, from_json
+from stf_jax.config import FusionConfig, UserError, from_json
 from stf_jax.data.tokenizer import FILES, MINIATURE
 from stf_jax.models.llm import LLMConfig
-from stf_jax.models.presets import DESCRIPTION, LLM, VISION, llm_config, llm_preset, vision_config, vision_preset
+from stf_jax.models.presets import DESCRIPTION, ResolvedModel, llm_config, resolved, vision_config
 from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.files import fetched, read_json
 from stf_jax.runtime.parameters import SavedParams
@@ -52,7 +52,7 @@ class SavedModel:
     """A run's newest checkpoint, a folder of imported weights, or an export for PyTorch.
 
     Attributes:
-      config: the model as a run's config names it; a folder of imported weights or an export is its own preset.
+      config: the model with its shapes, under the names that a run's config gives them, or the folder's own.
       shapes: shape and dtype of every parameter, by path (``llm/blocks/mlp/up/kernel``, of all layers at once).
       read: one parameter, into host memory.
       restore: parameters on the devices named, one after the other.
@@ -61,7 +61,7 @@ class SavedModel:
     """
 
     description: Description
-    config: ModelConfig
+    config: ResolvedModel
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     read: Callable[[str], np.ndarray]
     restore: Callable[[Mapping[str, jax.sharding.Sharding]], Iterator[tuple[str, jax.Array]]]
@@ -88,19 +88,22 @@ def open_model(folder: epath.Path) -> SavedModel:
                 values["template"],
                 values["aspect"],
             )
-            model = ModelConfig(str(folder), str(folder), description.fusion or FusionConfig())
+            model = _named_after(folder, description)
             tokenizer = fetched(folder / "tokenizer")
         else:
             config = from_json(read_json(folder / "config.json"))
-            model, data = config.model, config.data
-            description = Description(
-                vision_preset(model.vision), llm_preset(model.llm), model.fusion, data.template, data.aspect
-            )
+            model, data = resolved(config.model), config.data
+            description = Description(model.vision_shape, model.llm_shape, model.fusion, data.template, data.aspect)
             tokenizer = MINIATURE if data.tokenizer == "miniature" else fetched(data.tokenizer)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} does not say what model it holds: {error!r}.") from None
     tokenizer = tokenizer if tokenizer.is_dir() else None
     return SavedModel(description, model, saved.shapes, saved.read, saved.restore, tokenizer, saved.step)
+
+
+def _named_after(folder, description):
+    fusion = description.fusion or FusionConfig()
+    return ResolvedModel(str(folder), str(folder), fusion, vision_shape=description.vision, llm_shape=description.llm)
 
 
 def _open_export(folder):
@@ -109,10 +112,6 @@ def _open_export(folder):
     for note in found.notes:
         _log.warning("%s: %s", folder, note)
     description = described(found, config)
-    # Its own preset, as an imported folder is; but what model.json would say was told by its tensors.
-    for known, part in ((VISION, description.vision), (LLM, description.llm)):
-        if part is not None:
-            known[str(folder)] = part
     shapes = {
         path: jax.ShapeDtypeStruct(
             (len(place.names), *place.shape) if place.stacked else place.shape,
@@ -128,7 +127,7 @@ def _open_export(folder):
         for path, where in places.items():
             yield path, jax.device_put(read(path), where)
 
-    model = ModelConfig(str(folder), str(folder), description.fusion or FusionConfig())
+    model = _named_after(folder, description)
     local = fetched(folder)
     tokenizer = local if any((local / name).is_file() for name in FILES) else None
     return SavedModel(description, model, shapes, read, restore, tokenizer)

@@ -60,8 +60,8 @@ def records(count, seed=1):
 
 def model(family, precision="float32", seed=0):
     """A model of that family whose answers depend on what it reads."""
-    presets.LLM["family-tiny"] = FAMILIES[family]
-    config = tiny(**{"model.llm": "family-tiny", "model.precision": precision}).model
+    config = presets.resolved(tiny(**{"model.precision": precision}).model)
+    config = dataclasses.replace(config, llm=family, llm_shape=FAMILIES[family])
     plan = blueprint(config)
     return config, plan, vivid(plan.shapes, seed)
 
@@ -325,6 +325,6 @@ def test_pictures_that_cannot_be_opened_and_tokenizers_that_do_not_fit(tokenizer
     with pytest.raises(UserError, match=r"a\.jpg"):
         list(answers.answers([bad], 3, rows=1))
     config, *_ = model("llama")
-    presets.LLM["family-tiny"] = dataclasses.replace(TINY, vocab=100)
+    config = dataclasses.replace(config, llm_shape=dataclasses.replace(TINY, vocab=100))
     with pytest.raises(UserError, match="501 tokens exceed the 100"):
         Generator(config, tokenizer, make_mesh(MeshConfig(1, 1, 1)), "v1", "pad")

@@ -21,6 +21,7 @@ from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference import decoding
 from stf_jax.inference.loading import load_generator
+from stf_jax.models import presets
 from stf_jax.models.presets import VISION
 from stf_jax.runtime.mesh import make_mesh
 from stf_jax.training.state import blueprint
@@ -182,6 +183,25 @@ def test_a_run_its_export_and_that_imported_answer_alike(folders, tmp_path):
     said = ours(export)
     assert ours(run) == said
     assert ours(tmp_path / "again") == said
+
+
+def test_of_two_exports_at_one_path_each_is_seen_as_it_is(folders, tmp_path):
+    """Nothing of the first stays in the process: neither its shapes nor an entry in a table of presets."""
+    before = dict(presets.VISION), dict(presets.LLM)
+    place = epath.Path(tmp_path / "hf")
+    for case in ("llama", "llama-3", "qwen2"):  # other fusions, and language models of other kinds
+        start, export = folders(case)
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(export, place)
+        saved = open_model(place)
+        assert saved.description.llm == saved.config.llm_shape == open_model(start).description.llm
+        assert saved.description.vision == saved.config.vision_shape == open_model(start).description.vision
+        assert (saved.config.vision, saved.config.llm) == (str(place), str(place))
+        assert {path: leaf.shape for path, leaf in blueprint(saved.config).shapes.items()} == {
+            path: leaf.shape for path, leaf in saved.shapes.items()
+        }
+    assert dict(presets.VISION) == before[0]
+    assert dict(presets.LLM) == before[1]
 
 
 def test_an_export_for_the_authors_code_is_opened_too(llama, tmp_path, monkeypatch):
