@@ -54,6 +54,7 @@ class Mark(enum.Enum):
 
 
 Item = Text | Control | Mark
+OWN_SYSTEM = Text("(the conversation's own system text)")  # stands for it in Chat.opening
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,36 +71,45 @@ class Chat:
     """How a family of language models was taught to take turns.
 
     A conversation is ``begin`` and, a round, ``ask`` question ``reply`` answer ``end``, the answer and what of ``end``
-    is learned. A turn's images are moved to its front, each followed by a newline, as LLaVA does; behind the last, it
-    goes with a question that is empty. Turns lose the white space at their ends, in training as in asking: LLaVA keeps
-    it in turns without an image, and so teaches answers that a prompt as people type it never leads to.
+    is learned. One with a system text of its own has ``opening`` instead of ``begin`` and the first ``ask``; an empty
+    system text is none. A turn's images are moved to its front, each followed by a newline, as LLaVA does; behind the
+    last, it goes with a question that is empty. Turns lose the white space at their ends, in training as in asking:
+    LLaVA keeps it in turns without an image, and so teaches answers that a prompt as people type it never leads to.
     """
 
     ask: tuple[Item, ...]
     reply: tuple[Item, ...]
     end: tuple[Item, ...]
+    opening: tuple[Item, ...]  # OWN_SYSTEM once in it
     begin: tuple[Item, ...] = ()
-    system: str = ""  # what of ``begin`` a system message would take the place of
     space: str = ""  # before an answer, learned with it
 
     def __call__(self, turns: Sequence[Turn]) -> list[Item]:
         """The items of alternating turns; a conversation that ends with a question makes a prompt.
 
-        A first turn that is not a human's is dropped, as LLaVA does.
+        A first turn by ``gpt`` is dropped, as LLaVA does (:func:`stf_jax.data.records.read_row` reports it).
         """
-        if turns and turns[0].speaker != "human":
-            turns = turns[1:]
-        items = list(self.begin)
-        for i, turn in enumerate(turns):
+        rounds = list(enumerate(turns, start=1))
+        opening = (*self.begin, *self.ask)
+        if rounds and turns[0].speaker == "system":
+            (_, turn), *rounds = rounds
+            if IMAGE_MARK in turn.text:
+                raise BadRow("mark_in_answer", f"turn 1 is a system text that holds {IMAGE_MARK}")
+            if text := turn.text.strip():
+                opening = tuple(Text(text) if item is OWN_SYSTEM else item for item in self.opening)
+        if rounds and rounds[0][1].speaker == "gpt":
+            rounds = rounds[1:]
+        items = []
+        for i, (number, turn) in enumerate(rounds):
             if turn.speaker != ("human", "gpt")[i % 2]:
-                raise BadRow("roles", f"turn {i + 1} is by {turn.speaker!r}, but 'human' and 'gpt' must alternate")
+                raise BadRow("roles", f"turn {number} is by {turn.speaker!r}, but 'human' and 'gpt' must alternate")
             text = turn.text.replace(IMAGE_MARK, "").strip()
             if turn.speaker == "human":
                 images = [Mark.IMAGE, Text("\n")] * turn.text.count(IMAGE_MARK)
                 question = [*images, Text(text)] if text else images[:-1]
-                items += [*self.ask, *question, *self.reply]
+                items += [*(self.ask if i else opening), *question, *self.reply]
             elif IMAGE_MARK in turn.text:
-                raise BadRow("mark_in_answer", f"turn {i + 1} is an answer that holds {IMAGE_MARK}")
+                raise BadRow("mark_in_answer", f"turn {number} is an answer that holds {IMAGE_MARK}")
             else:
                 items += [Text(self.space + text, learned=True), *self.end]
         return items
@@ -111,14 +121,18 @@ CHATS = {
     # Vicuna's, LLaVA's `v1`: SYSTEM USER: … ASSISTANT: …</s>USER: …
     "v1": Chat(
         begin=(Text(SYSTEM + " "),),
-        system=SYSTEM,
+        opening=(OWN_SYSTEM, Text(" USER: ")),
         ask=(Text("USER: "),),
         reply=(Text(" ASSISTANT:"),),
         space=" ",
         end=(Mark.END,),
     ),
-    # Meta's for Llama 3, without a system message.
+    # Meta's for Llama 3.
     "llama-3": Chat(
+        opening=(
+            *(_HEADER, Text("system"), _HEADER_END, Text("\n\n"), OWN_SYSTEM, _EOT),
+            *(_HEADER, Text("user"), _HEADER_END, Text("\n\n")),
+        ),
         ask=(_HEADER, Text("user"), _HEADER_END, Text("\n\n")),
         reply=(_EOT, _HEADER, Text("assistant"), _HEADER_END, Text("\n\n")),
         end=(Control("<|eot_id|>", learned=True),),
@@ -126,13 +140,19 @@ CHATS = {
     # Qwen's and SmolLM2's.
     "chatml": Chat(
         begin=(_TURN, Text("system\nYou are a helpful assistant."), _TURN_END, Text("\n")),
-        system="You are a helpful assistant.",
+        opening=(_TURN, Text("system\n"), OWN_SYSTEM, _TURN_END, Text("\n"), _TURN, Text("user\n")),
         ask=(_TURN, Text("user\n")),
         reply=(_TURN_END, Text("\n"), _TURN, Text("assistant\n")),
         end=(Control("<|im_end|>", learned=True), Text("\n")),
     ),
-    # Mistral-Instruct's first.
-    "mistral": Chat(ask=(Text("[INST] "),), reply=(Text(" [/INST]"),), space=" ", end=(Mark.END,)),
+    # Mistral-Instruct's first, where a system text is the beginning of the first question.
+    "mistral": Chat(
+        opening=(Text("[INST] "), OWN_SYSTEM, Text("\n\n")),
+        ask=(Text("[INST] "),),
+        reply=(Text(" [/INST]"),),
+        space=" ",
+        end=(Mark.END,),
+    ),
 }
 
 
@@ -143,6 +163,10 @@ def plain(turns: Sequence[Turn]) -> list[Item]:
     join it to a full stop. The instruction is dropped; without a caption after it, it makes a prompt. A record without
     an image is a document: its turns as they stand, the model's learned.
     """
+    if turns and turns[0].speaker == "system":
+        if turns[0].text.strip():
+            raise BadRow("no_system", "template 'plain' has no place for a system text")
+        turns = turns[1:]
     images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
     if not images:
         return [Text(turn.text, learned=turn.speaker == "gpt") for turn in turns]
@@ -166,7 +190,7 @@ def check_template(template: str, tokenizer: PreTrainedTokenizerFast | None) -> 
     if template not in TEMPLATES:
         raise UserError(f"Unknown data.template={template!r}; {nearest(template, TEMPLATES)}")
     chat = CHATS.get(template) if tokenizer is not None else None
-    for item in (*chat.begin, *chat.ask, *chat.reply, *chat.end) if chat else ():
+    for item in (*chat.opening, *chat.begin, *chat.ask, *chat.reply, *chat.end) if chat else ():
         if isinstance(item, Control) and _id(item, tokenizer) in (None, tokenizer.unk_token_id):
             raise UserError(f"data.template={template!r} needs the token {item.token}, which the tokenizer lacks.")
 

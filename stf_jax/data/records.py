@@ -16,6 +16,7 @@ IMAGE_MARK = "<image>"  # where a picture stands in a conversation's text
 REASONS = {
     "malformed": "not in LLaVA's conversation format",
     "roles": "human and gpt do not alternate",
+    "no_system": "a system text, for which the template has no place",
     "mark_without_picture": f"more {IMAGE_MARK} than pictures",
     "picture_without_mark": f"more pictures than {IMAGE_MARK}",
     "mark_in_answer": f"{IMAGE_MARK} in an answer",
@@ -41,7 +42,7 @@ class BadRow(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One utterance: ``speaker`` is ``human`` or ``gpt``, as in LLaVA's files."""
+    """One utterance: ``speaker`` is ``human`` or ``gpt``, as in LLaVA's files, or, of a first turn, ``system``."""
 
     speaker: str
     text: str

@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
-from stf_jax.data.conversation import CHATS, Chat, Control, Item, Mark, Text, check_template, stop_tokens
+from stf_jax.data.conversation import CHATS, OWN_SYSTEM, Chat, Control, Item, Mark, Text, check_template, stop_tokens
 from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.tokenizer import load_tokenizer, positions, unsayable
 from stf_jax.models.fusion import tapped_blocks, tokens_per_image
@@ -44,38 +44,29 @@ _NO_SYSTEM = '{{ raise_exception("This model was trained without system messages
 
 
 def _chat_template(chat: Chat) -> str:
-    """The template for transformers' apply_chat_template, in Jinja."""
-    instead = (
-        "{%- set message = messages[0] -%}" + _TEXT + _shown(chat.begin, chat.system) if chat.system else _NO_SYSTEM
-    )
+    """The template for transformers' apply_chat_template, in Jinja; an empty system message is none, as in training."""
     return (
-        "{%- if messages[0].role == 'system' -%}" + instead + "{%- set messages = messages[1:] -%}"
-        "{%- else -%}" + _shown(chat.begin) + "{%- endif -%}"
-        "{%- for message in messages -%}" + _TEXT + "{%- if message.role == 'user' -%}" + _shown(chat.ask)
+        "{%- set system = '' -%}{%- if messages[0].role == 'system' -%}{%- set message = messages[0] -%}" + _TEXT
+        + "{%- set system = text -%}{%- set messages = messages[1:] -%}{%- endif -%}"
+        "{%- if system -%}" + _shown(chat.opening) + "{%- else -%}" + _shown(chat.begin) + "{%- endif -%}"
+        "{%- for message in messages -%}" + _TEXT + "{%- if message.role == 'user' -%}"
+        "{%- if not (system and loop.first) -%}" + _shown(chat.ask) + "{%- endif -%}"
         + _IMAGES + _shown([Text(IMAGE_MARK + "\n")]) + "{%- endfor -%}{{ text }}"
         "{%- if add_generation_prompt or not loop.last -%}" + _shown(chat.reply) + "{%- endif -%}"
         "{%- else -%}" + _shown([Text(chat.space)]) + "{{ text }}" + _shown(chat.end) + "{%- endif -%}{%- endfor -%}"
     )  # fmt: skip
 
 
-def _shown(items: Sequence[Item], system: str = "") -> str:
-    """Jinja that says the items; ``text`` where they say ``system``."""
-    said = []
-    for item in items:
-        if item is Mark.END:
-            said.append("eos_token")
-        elif isinstance(item, Control):
-            said.append(json.dumps(item.token))
-        elif system and system in item.text:
-            before, after = map(json.dumps, item.text.split(system))
-            said += [before, "text", after]
-        else:
-            said.append(json.dumps(item.text))
+def _shown(items: Sequence[Item]) -> str:
+    """Jinja that says the items, its variable ``system`` in the place of OWN_SYSTEM."""
+    names = {Mark.END: "eos_token", OWN_SYSTEM: "system"}
+    said = [names.get(item) or json.dumps(item.token if isinstance(item, Control) else item.text) for item in items]
     return "{{ " + " + ".join(said) + " }}" if said else ""
 
 
 CHAT_TEMPLATES = {template: _chat_template(chat) for template, chat in CHATS.items()} | {
     "plain": (
+        "{%- if messages[0].role == 'system' -%}" + _NO_SYSTEM + "{%- endif -%}"
         "{%- for message in messages -%}{%- if message.role == 'user' -%}" + _IMAGES + _shown([Text(IMAGE_MARK)])
         + "{%- endfor -%}{%- else -%}" + _TEXT + "{{ text + '\\n' }}{%- endif -%}{%- endfor -%}"
     ),

@@ -384,6 +384,54 @@ def published_llama_3(texts, tokenizer, slots=SLOTS):
     return first + [token for piece in rest for token in [None] * slots + piece]
 
 
+PIRATE = "You are a pirate.\n Speak so."
+
+
+def told(row, text=f" {PIRATE}\n"):
+    """The same record with a system text of its own."""
+    return Record(row.id, row.pictures, (Turn("system", text), *row.turns))
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_system_text_is_said_as_each_template_says_it(name, llama, llama_3, smollm2):
+    """Against SmolLM2's own chat template, Mistral's own package, Meta's printed format, and Vicuna's text."""
+    from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    texts, asks = WORDS[name], len(WORDS[name]) % 2 == 1
+    row = told(record(*texts))
+    said = [{"role": "system", "content": PIRATE}, *messages(texts)]
+    theirs = smollm2.apply_chat_template(said, add_generation_prompt=asks)["input_ids"]
+    assert encoded("chatml", row, smollm2).tokens.tolist() == theirs
+
+    said = [SystemMessage(content=PIRATE)]
+    said += [(UserMessage, AssistantMessage)[i % 2](content=text.strip()) for i, text in enumerate(texts)]
+    said += [] if asks else [UserMessage(content="More")]
+    theirs = MistralTokenizer.v1().encode_chat_completion(ChatCompletionRequest(messages=said)).tokens
+    ours = encoded("mistral", row, llama).tokens.tolist()
+    assert ours == theirs[: len(ours)]
+    assert not asks or ours == theirs
+
+    begin, *rest = published_llama_3(texts, llama_3)
+    theirs = ids(llama_3, f"<|start_header_id|>system<|end_header_id|>\n\n{PIRATE}<|eot_id|>")
+    assert encoded("llama-3", row, llama_3).tokens.tolist() == [begin, *theirs, *rest]
+
+    ours, own = (llama.decode(encoded("v1", one, llama).tokens) for one in (row, record(*texts)))
+    assert own.count(SYSTEM) == 1
+    assert ours == own.replace(SYSTEM, PIRATE)
+
+
+def test_a_system_text_is_not_learned_and_an_empty_one_is_none(chat):
+    template, tokenizer = chat
+    row = record("<image>\nWhat?", "A cat.", "Sure?", "Yes", pictures=1)
+    plainly, pirate = encoded(template, row, tokenizer), encoded(template, told(row), tokenizer)
+    assert pirate.tokens[pirate.learned].tolist() == plainly.tokens[plainly.learned].tolist()
+    assert PIRATE in tokenizer.decode(pirate.tokens[~pirate.learned])
+    assert encoded(template, told(row, " \n"), tokenizer).tokens.tolist() == plainly.tokens.tolist()
+    assert count_tokens([template_items(template, told(row))], tokenizer, SLOTS) == [len(pirate.tokens)]
+
+
 PICTURED = {
     "picture": ("<image>\nWhat?", "A cat."),
     "pictures": ("<image>\n<image>\nSame?", "No.", "And <image>?", "Also no"),
@@ -481,7 +529,10 @@ def test_plain_without_a_picture_is_a_document(tokenizer):
         ("v1", Record("row-7", (), (Turn("human", "a"), Turn("human", "b"))), r"turn 2 is by 'human'"),
         ("v1", Record("row-7", (), (Turn("human", "a"), Turn("gpt", "b"), Turn("gpt", "c"))), r"turn 3 is by 'gpt'"),
         ("v1", Record("row-7", (), (Turn("human", "a"), Turn("system", "b"))), r"turn 2 is by 'system'"),
-        ("v1", Record("row-7", (), (Turn("gpt", "a"), Turn("gpt", "b"))), r"turn 1 is by 'gpt'"),
+        ("v1", Record("row-7", (), (Turn("gpt", "a"), Turn("gpt", "b"))), r"turn 2 is by 'gpt'"),
+        ("v1", Record("row-7", (), 2 * (Turn("system", "a"),)), r"turn 2 is by 'system'"),
+        ("v1", Record("row-7", (), (Turn("system", "<image>"), Turn("human", "b"))), r"turn 1 is a system text that"),
+        ("plain", Record("row-7", (), (Turn("system", "a"), Turn("gpt", "b"))), r"'plain' has no place for a system"),
         ("v1", record("What?", "A <image>.", pictures=1), r"turn 2 is an answer that holds <image>"),
         ("v1", record("<image> What?", "A cat."), r"has 0 pictures but 1 <image> marks"),
         ("v1", record("What?", "A cat.", pictures=1), r"has 1 pictures but 0 <image> marks"),

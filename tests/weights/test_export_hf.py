@@ -16,7 +16,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from stf_jax.config import FusionConfig, MeshConfig
 from stf_jax.convert import main
-from stf_jax.data.conversation import CHATS, SYSTEM, encode, template_items
+from stf_jax.data.conversation import CHATS, encode, template_items
 from stf_jax.data.image import to_square
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
@@ -321,25 +321,24 @@ def test_prompts_are_ours_to_the_token(tmp_path, case, kind, template, request):
     assert how.get("suppress_tokens") == never
 
 
-@pytest.mark.parametrize("template", CHATS)
-def test_a_system_message_takes_the_place_of_the_templates(tmp_path, template, request):
+@pytest.mark.parametrize("template", [*CHATS, "plain"])
+def test_a_system_message_is_said_as_in_training(tmp_path, template, request):
     folder = make(tmp_path / "ours", *CASES["the paper's"], template=template)
     with_tokenizer(folder, "miniature", request)
     export_hf(folder, tmp_path / "hf")
     processor = AutoProcessor.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     asked = (turn("What?"), {"role": "assistant", "content": "A cat."}, turn("Sure?"))
+    turns = (Turn("human", "What?"), Turn("gpt", "A cat."), Turn("human", "Sure?"))
     system = {"role": "system", "content": [{"type": "text", "text": ' Say "no".\n'}]}
-
-    def text(*said):
-        return processor.apply_chat_template(list(said), add_generation_prompt=True)
-
-    own = {"v1": SYSTEM, "chatml": "You are a helpful assistant."}.get(template)
-    if own is None:
+    if template == "plain":
         with pytest.raises(Exception, match="trained without system messages"):
-            text(system, *asked)
+            processor.apply_chat_template([system, *asked])
         return
-    assert text(*asked).count(own) == 1
-    assert text(system, *asked) == text(*asked).replace(own, 'Say "no".')
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    for text, message in (' Say "no".\n', system), (" ", {"role": "system", "content": " "}):
+        inputs = prompt(processor, message, *asked)
+        ours = our_prompt(folder, tokenizer, template, (Turn("system", text), *turns), ())
+        assert inputs["input_ids"][0].tolist() == ours.tokens.tolist()
 
 
 def test_a_template_without_its_control_tokens_is_not_exported(tmp_path, capsys):
