@@ -258,7 +258,7 @@ def count_tokens(conversations: Sequence[Sequence[Item]], tokenizer: PreTrainedT
         pieces += new
         owners += [i] * len(new)
     for i, said in zip(owners, _tokenize(pieces, tokenizer), strict=True):
-        counts[i] += len(said)
+        counts[i] += len(said.ids)
     return counts
 
 
@@ -296,15 +296,22 @@ def _begin(tokenizer):
 
 
 def _tokenize(pieces, tokenizer):
-    """The backend's encodings of pieces. Through transformers, a conversation would take half as long again."""
-    backend = _prepared(tokenizer)
+    """Ids and offsets of pieces, by the backend. Through transformers, a conversation would take half as long again."""
     if not prefixes_once(tokenizer):
-        return _run(backend, [text for text, _ in pieces])
-    coded = {
-        start: iter(_run(one, [text for text, starts in pieces if starts is start]))
-        for start, one in ((True, backend), (False, _continuing(tokenizer)))
-    }
-    return [next(coded[starts]) for _, starts in pieces]
+        return _run(_prepared(tokenizer), [text for text, _ in pieces])
+    backend, space = without_prefix(tokenizer)
+    spaces = [space if starts and text else "" for text, starts in pieces]
+    coded = _run(backend, [before + text for before, (text, _) in zip(spaces, pieces, strict=True)])
+    return [_shifted(one, len(before)) for before, one in zip(spaces, coded, strict=True)]
+
+
+class _Coded(NamedTuple):
+    ids: Sequence[int]
+    offsets: Sequence[tuple[int, int]]
+
+
+def _shifted(coded, count):
+    return _Coded(coded.ids, [(max(begin - count, 0), max(end - count, 0)) for begin, end in coded.offsets])
 
 
 def _prepared(tokenizer):
@@ -318,18 +325,20 @@ def _prepared(tokenizer):
 
 
 @functools.lru_cache(maxsize=4)
-def _continuing(tokenizer):
-    """The backend without the space before a text."""
+def without_prefix(tokenizer: PreTrainedTokenizerFast) -> tuple[Tokenizer, str]:
+    """The backend without the space that it puts before a text; and that space, empty if there is none."""
     values = json.loads(_prepared(tokenizer).to_str())
     normalizer, before = values["normalizer"] or {}, values["pre_tokenizer"] or {}
-    if normalizer.get("type") == "Sequence":
-        kept = [step for step in normalizer["normalizers"] if step["type"] != "Prepend"]
+    steps = normalizer.get("normalizers", [])
+    kept = [step for step in steps if step["type"] != "Prepend"]
+    if steps:
         values["normalizer"] = normalizer | {"normalizers": kept}
-    if before.get("type") == "Metaspace":
+    scheme = before.get("prepend_scheme", "never")  # Metaspace's
+    if scheme != "never":
         values["pre_tokenizer"] = before | {"prepend_scheme": "never"}
     backend = Tokenizer.from_str(json.dumps(values))
     backend.encode_special_tokens = True
-    return backend
+    return backend, " " if len(kept) < len(steps) or scheme != "never" else ""
 
 
 def _run(backend, texts, begun=False):

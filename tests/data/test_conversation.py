@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from specials import special_counts
 from tokenizers import Tokenizer, processors
+from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
@@ -213,12 +214,18 @@ def bare(sentencepiece_model):
     return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
-@pytest.mark.parametrize("imported", [False, True])
-def test_v1_of_a_tokenizer_that_is_not_legacy(imported, sentencepiece_model, vicuna, bare, tmp_path):
+@pytest.mark.parametrize("source", ["published", "imported", "transformers"])
+def test_v1_of_a_tokenizer_that_is_not_legacy(source, sentencepiece_model, vicuna, bare, tmp_path):
     """LLaVA's slow tokenizer puts no space before what follows ``</s>``: ``USER`` there is one token, not two."""
     model, tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model)), vicuna
-    if imported:
+    if source != "published":
         save_tokenizer(vicuna, pathlib.Path(vicuna.name_or_path), tmp_path)
+        if source == "transformers":  # its own form, which puts no space before a space
+            backend = vicuna.backend_tokenizer
+            values = json.loads(backend.to_str()) | {"normalizer": None}
+            values["pre_tokenizer"] = json.loads(Metaspace("\u2581", "first", split=False).__getstate__())
+            (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+            (tmp_path / "tokenizer.model").unlink()
         tokenizer = load_tokenizer(str(tmp_path))
     for name in CONVERSATIONS.keys() - {"pictures", "begun by gpt"}:
         row = CONVERSATIONS[name]
