@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
@@ -97,13 +98,20 @@ class Checkpoints:
         cannot be written is tried again, by a later step or, for the last, by itself.
 
         Raises:
-          RunFailed: nothing could be saved for longer than the config bears.
+          RunFailed: nothing could be saved for longer than the config bears; or a trained number is not finite, and the
+            checkpoints before stay as they are.
         """
         self._settle(step)
         trees = _trees(state)
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         facts = {"data": data, "clock": clock}
-        facts["sums"] = _sums(trees) | {name: _crc(value) for name, value in facts.items()}
+        sums, wrong = _sums(trees)
+        if wrong:
+            raise RunFailed(
+                f"Step {step} is not saved, for {wrong[0]} has numbers that are not finite; the newest whole "
+                f"checkpoint: {self._name()}. Start from weights that are finite, with a lower optimizer.learning_rate."
+            )
+        facts["sums"] = sums | {name: _crc(value) for name, value in facts.items()}
         items = arrays | {name: ocp.args.JsonSave(value) for name, value in facts.items()}
         for attempt in range(_ATTEMPTS if last else 1):
             if attempt:
@@ -199,7 +207,7 @@ class Checkpoints:
             )
             arrays = {name: found[name] for name in trees}
             if "sums" in facts:
-                mine = _sums(arrays) | {name: _crc(found[name]) for name in ("data", "clock")}
+                mine = _sums(arrays)[0] | {name: _crc(found[name]) for name in ("data", "clock")}
                 wrong = sorted(name for name in mine if found["sums"].get(name) != mine[name])
                 if wrong:
                     raise Damaged(f"{wrong[0]} is not as it was written")
@@ -282,20 +290,24 @@ def _crc(value):
 
 
 def _sums(trees):
-    """Checksums of all arrays of a state, by item and path."""
+    """Checksums of all arrays of a state, by item and path, and which of those that learn are not finite."""
     named = {
         f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}": leaf
         for name, tree in trees.items()
         for path, leaf in jax.tree.leaves_with_path(tree)
     }
     mesh = next((leaf.sharding.mesh for leaf in named.values() if isinstance(leaf.sharding, NamedSharding)), None)
-    sums = _summing(mesh and NamedSharding(mesh, PartitionSpec()))(named)
-    return {name: int(value) for name, value in jax.device_get(sums).items()}
+    found = jax.device_get(_summing(mesh and NamedSharding(mesh, PartitionSpec()))(named))
+    wrong = [name for name, (_, finite) in found.items() if not finite and not name.startswith("frozen/")]
+    return {name: int(value) for name, (value, _) in found.items()}, wrong
 
 
 @functools.cache
 def _summing(whole):
-    return jax.jit(lambda named: {name: checksum(leaf) for name, leaf in named.items()}, out_shardings=whole)
+    def read(leaf):
+        return checksum(leaf), jnp.isfinite(leaf).all()
+
+    return jax.jit(lambda named: {name: read(leaf) for name, leaf in named.items()}, out_shardings=whole)
 
 
 def absolute(path: epath.Path | pathlib.Path) -> epath.Path | pathlib.Path:

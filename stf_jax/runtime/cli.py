@@ -183,11 +183,19 @@ def parse(
 def _explain(error, argv, defaults):
     """One sentence for what the flag library or the config file raised."""
     lacking = re.search(r"\w+", str(error))  # what ml_collections names first
+    group = re.search(r"--?config\.(stages\.\w+\.)?([\w.]+)=(.*): Failed to parse .* as a ConfigDict", str(error))
+    if group and group[2].startswith("stages"):
+        name = group[2].partition(".")[2] or "NAME"
+        return f"--config.{group[2]}={group[3]} sets a group of keys: name one, such as --config.stages.{name}.steps."
+    if group:
+        return _explain_group(group[1] or "", group[2], group[3], flatten(defaults().to_dict()))
     for item in argv:
         override = re.match(r"--?(?:no)?config\.(stages\.\w+\.)?([\w.]+)", item)
         if override and isinstance(error, (AttributeError, KeyError)):
             stage, key = override.groups()
             keys = list(flatten(defaults().to_dict()))
+            if stage and any(name.startswith(f"{key}.") for name in keys):
+                return _explain_group(stage, key, item.partition("=")[2], keys)
             if key not in keys:
                 return f"Unknown config key {key!r}: {nearest(key, keys)}"
             if stage and lacking and lacking[0] in re.split(r"\W", item):
@@ -207,6 +215,15 @@ def _explain(error, argv, defaults):
     if isinstance(error, OSError) or "Error whilst parsing config file" in str(error):
         return f"The config file cannot be loaded: {''.join(last).strip(' .')}."
     return f"The command line cannot be used: {_one_line(error) or type(error).__name__}"
+
+
+def _explain_group(stage, group, value, keys):
+    """One sentence for a value that was given to a group of keys, which names those that may have been meant."""
+    inside = [key for key in keys if key.startswith(f"{group}." if group else "")]
+    same = f"{group}.{group.rpartition('.')[2]}"  # model.fusion.fusion
+    options = [f"--config.{stage}{key}" for key in ([same] if same in inside else inside)]
+    named = f"did you mean {options[0]}={value}?" if same in inside else f"give it to one of {', '.join(options)}."
+    return f"--config.{stage}{group}={value} sets a group of keys: {named}"
 
 
 _OF_CONFIG_FILES = ("get_config", "<module>")  # functions, as tracebacks name them

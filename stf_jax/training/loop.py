@@ -27,7 +27,7 @@ from stf_jax.runtime.hosts import by_first
 from stf_jax.runtime.journal import Events
 from stf_jax.runtime.mesh import BATCH, check_batch, computing, make_mesh, share_of_rows
 from stf_jax.runtime.telemetry import START, Telemetry
-from stf_jax.training.optimizer import learning_rate, make_optimizer
+from stf_jax.training.optimizer import check_steps, learning_rate, make_optimizer
 from stf_jax.training.resuming import changes
 from stf_jax.training.state import TrainState, init_state, state_layout
 from stf_jax.training.step import make_train_step
@@ -78,6 +78,7 @@ def _train(config, workdir, measured, ends):
     reading = functools.partial(watchdog.comes_to, "data were read")
     batches = Batches(config, source, prepare, host=share, hosts=shares, between=reading)
     steps = config.steps or batches.plan.steps(config.epochs)
+    check_steps(config, steps, len(source))
 
     # ---- Model, optimizer, state -----------------------------------------------------------------------------------
     plan = generator.plan
@@ -136,10 +137,10 @@ def _train(config, workdir, measured, ends):
         return results
 
     # ---- The loop --------------------------------------------------------------------------------------------------
-    first, results, owed = int(state.step), None, clock.pop("owed", None)
+    first, results, owed, in_a_row = int(state.step), None, clock.pop("owed", None), clock.pop("skipped_in_a_row", 0)
     how = dict(mesh=mesh, began=began, active=host == 0, events=events, owed=bool(owed))
     telemetry = ends.enter_context(Telemetry(workdir, config, steps, first, clock, **how))
-    watch = Watch(config.faults, workdir, batches.records, events.add, telemetry.skipped)
+    watch = Watch(config.faults, workdir, batches.records, events.add, telemetry.skipped, in_a_row)
     if first < steps or owed:
         events.add("begin", first, steps=steps, resumed=found is not None, changed=changed)
     if owed:  # the run was stopped in that measurement
@@ -160,6 +161,8 @@ def _train(config, workdir, measured, ends):
         telemetry.advance(step, int((read.segment_ids > 0).sum()), batches.replaced, flops[shape], metrics["loss"])
         watch.note(step, read, metrics)
         last, owed = step == steps, None
+        if last:
+            watch.finish(step, steps - telemetry.updates_skipped)
         stop = termination.after_step() and not last
         measures = (
             benchmarks and not stop and (last or (config.eval.every_steps and step % config.eval.every_steps == 0))
@@ -175,7 +178,7 @@ def _train(config, workdir, measured, ends):
         if checkpoints.due(step, last=last or stop):
             watch.catch_up()
             with telemetry.waiting("save"):
-                clock = telemetry.clock() | ({"owed": owed} if owed else {})
+                clock = telemetry.clock() | {"skipped_in_a_row": watch.in_a_row} | ({"owed": owed} if owed else {})
                 checkpoints.save(step, state, batches.get_state(), clock, last=last or stop)
         if stop:
             raise Stopped(f"Stopped by SIGTERM after step {step}, which is saved; the same command goes on from there.")

@@ -1,11 +1,15 @@
 """AdamW with a warm-up, as torch's and LLaVA's."""
 
+import logging
 import math
 
 import jax
 import optax
 
-from stf_jax.config import OptimizerConfig
+from stf_jax.config import OptimizerConfig, TrainConfig, UserError
+
+_FEW = 10  # updates
+_log = logging.getLogger(__name__)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -13,13 +17,40 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
     A broken step of warm-up counts whole, as in Hugging Face.
     """
-    warmup = math.ceil(config.warmup_ratio * steps)
+    warmup = _warmup(config, steps)
     rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(config.learning_rate, max(steps - warmup, 1))
     else:
         after = optax.constant_schedule(config.learning_rate)
     return optax.join_schedules([rise, after], [warmup]) if warmup else after
+
+
+def _warmup(config, steps):
+    return math.ceil(config.warmup_ratio * steps)
+
+
+def check_steps(config: TrainConfig, steps: int, rows: int) -> None:
+    """Warns of a run of so few steps that it learns little.
+
+    Args:
+      rows: that the data hold.
+
+    Raises:
+      UserError: its only step is the first of the warm-up, whose learning rate is 0.
+    """
+    if steps >= _FEW:
+        return
+    why = f"steps={steps}" if config.steps else f"{rows:,} rows, epochs={config.epochs:g}"
+    run = f"{steps} update{'s' * (steps > 1)} of global_batch_size={config.global_batch_size} ({why})"
+    cure = "Lower global_batch_size or raise epochs (or steps), as configs/small.py does for few rows"
+    if steps <= 1 and _warmup(config.optimizer, steps):
+        raise UserError(
+            f"The run would learn nothing: it has {run}, and the first of the warm-up has learning rate 0. {cure}, or "
+            "set optimizer.warmup_ratio=0."
+        )
+    if jax.process_index() == 0:
+        _log.warning("The run has only %s, and will learn little. %s.", run, cure)
 
 
 def decays(path: str) -> bool:

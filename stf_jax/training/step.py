@@ -39,10 +39,15 @@ def make_train_step(
     The loss is the mean over learned tokens of the global batch. With accumulation, each microbatch's sum is divided
     by the count of the whole batch, so that the result is that of one large batch, not a mean of means.
 
-    Where the loss or the gradients' norm is not finite, parameters and moments stay as they were, and ``skipped`` is 1:
-    one bad batch does not spoil them.
+    Parameters and moments stay as they were, and ``skipped`` is 1, where a number of the loss, the gradients, or the
+    parameters and moments that the update would give is not finite, or where the batch has no learned token: one bad
+    batch does not spoil them.
     """
     accumulation_steps, packed = config.optimizer.accumulation_steps, config.data.packing
+
+    def update(grads, moments, params):
+        updates, moments = tx.update(grads, moments, params)
+        return optax.apply_updates(params, updates), moments
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         learned = batch.loss_mask.sum()
@@ -62,16 +67,22 @@ def make_train_step(
             (value, grads), _ = jax.lax.scan(add, zero, _microbatches(batch, accumulation_steps))
         with jax.named_scope("update"):
             norm = optax.global_norm(grads)
-            finite = jnp.isfinite(value) & jnp.isfinite(norm)
-            updates, moments = tx.update(grads, state.moments, state.trainable)
-            new = optax.apply_updates(state.trainable, updates), moments
-            kept = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, (state.trainable, state.moments))
+            # Computed twice: whether it is made depends on all of it, and keeping it until then would take memory.
+            wrong = _not_finite(update(*jax.lax.optimization_barrier((grads, state.moments, state.trainable))))
+            made = jnp.isfinite(value) & jnp.isfinite(norm) & (wrong == 0) & (learned > 0)
+            new = update(grads, state.moments, state.trainable)
+            kept = jax.tree.map(lambda x, old: jnp.where(made, x, old), new, (state.trainable, state.moments))
         after = dataclasses.replace(state, step=state.step + 1, trainable=kept[0], moments=kept[1])
-        return after, {"loss": value, "gradient_norm": norm, "learned_tokens": learned, "skipped": ~finite}
+        return after, {"loss": value, "gradient_norm": norm, "learned_tokens": learned, "skipped": ~made}
 
     places = jax.tree.map(lambda leaf: leaf.sharding, layout)
     rows = NamedSharding(layout.step.sharding.mesh, BATCH)
     return jax.jit(train_step, in_shardings=(places, rows), out_shardings=(places, None), donate_argnums=0)
+
+
+def _not_finite(tree):
+    """How many numbers of a tree are not finite, float32."""
+    return sum(jnp.sum(~jnp.isfinite(leaf), dtype=jnp.float32) for leaf in jax.tree.leaves(tree))
 
 
 def _microbatches(batch, count):

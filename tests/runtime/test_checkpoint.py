@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import Setup
 
-from stf_jax.config import CheckpointConfig, UserError
+from stf_jax.config import CheckpointConfig, RunFailed, UserError
 from stf_jax.runtime.checkpoint import Checkpoints
 from stf_jax.runtime.parameters import SavedParams
 from stf_jax.training.state import TrainState
@@ -146,6 +146,35 @@ def test_a_half_written_step_is_passed_over_and_cleared_away(tmp_path):
     assert (position, clock) == (_position(16), {"seconds": 2.0})
     np.testing.assert_array_equal(arrays["trainable"]["llm/a"], 2.0)
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("where", ["trainable", "moments"])
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
+def test_a_step_with_numbers_that_are_not_finite_is_not_saved(tmp_path, where, value):
+    """And the checkpoints before stay."""
+    leaf = jnp.array([1.0, value, 1.0, 1.0])
+    bad = dataclasses.replace(
+        _state(), **{"trainable": {"trainable": {"llm/a": leaf}}, "moments": {"moments": (leaf,)}}[where]
+    )
+    with Checkpoints(tmp_path, CheckpointConfig(every_steps=1, keep_last=1)) as checkpoints:
+        checkpoints.save(1, _state(1.0), _position(8), {"seconds": 1.0})
+        name = {"trainable": "trainable/llm/a", "moments": "moments/0"}[where]
+        with pytest.raises(
+            RunFailed, match=rf"^Step 2 is not saved, for {name} has .* not finite; .* checkpoint: step 1\."
+        ):
+            checkpoints.save(2, bad, _position(16), {"seconds": 2.0}, last=True)
+        arrays, _, _ = checkpoints.restore(1, _layout(_state()))
+    np.testing.assert_array_equal(arrays["trainable"]["llm/a"], 1.0)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+def test_frozen_numbers_that_are_not_finite_are_saved_as_they_are(tmp_path):
+    """Training does not write them, and some published models have them in rows that are not used."""
+    state = dataclasses.replace(_state(), frozen={"llm/b": jnp.array([jnp.nan, 1.0])})
+    with Checkpoints(tmp_path, CheckpointConfig(every_steps=1)) as checkpoints:
+        checkpoints.save(1, state, _position(), {"seconds": 0.0})
+        arrays, _, _ = checkpoints.restore(1, _layout(state))
+    np.testing.assert_array_equal(arrays["frozen"]["llm/b"], [np.nan, 1.0])
 
 
 # ---- Parameters alone ------------------------------------------------------------------------------------------------

@@ -289,7 +289,14 @@ def test_overrides_of_stages(run, file):
         ("--config.steps=1.5", r"--config\.steps=1\.5"),
         ("--config.steps=", r"--config\.steps="),
         ("--config.data.packing=maybe", r"--config\.data\.packing=maybe"),
-        ("--config.optimizer=3", r"--config\.optimizer=3"),
+        (
+            "--config.optimizer=3",
+            r"--config\.optimizer=3 sets a group of keys: give it to one of .*optimizer\.learning_rate",
+        ),
+        ("--config.model.fusion=mlp", r"did you mean --config\.model\.fusion\.fusion=mlp\?"),
+        ("--config.mesh=8", r"give it to one of --config\.mesh\.data, --config\.mesh\.fsdp, --config\.mesh\.tensor\."),
+        ("--config.data=rows.json", r"give it to one of --config\.data\.annotations, "),
+        ("--config.optimizer=adamw", r"give it to one of .*--config\.optimizer\.learning_rate, "),
         ("--config.model.fusion.taps=('a',)", r"model\.fusion\.taps is 'a', which is not of type int"),
         ("--config.rules=(1,2)", r"rules is 1, which is not of type tuple"),
         ("--config.steps=-1", r"steps is -1; it must"),
@@ -307,6 +314,9 @@ def test_overrides_that_do_not_fit(run, file, override, sentence):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
+        ("--config.stages.text.model.fusion=mlp", r"mean --config\.stages\.text\.model\.fusion\.fusion=mlp\?"),
+        ("--config.stages.text.mesh=8", r"to one of --config\.stages\.text\.mesh\.data, "),
+        ("--config.stages.text.optimizer=adamw", r"to one of .*--config\.stages\.text\.optimizer\.learning_rate, "),
         ("--config.stages.text.stps=9", r"config key 'stps': did you mean 'steps'"),
         ("--config.stages.text.optimizer.learnin_rate=9", r"did you mean 'optimizer\.learning_rate'"),
         ("--config.stages.txt.steps=9", r"no stages\.txt\.steps to change; it can be given to all stages as steps"),
@@ -321,3 +331,9 @@ def test_overrides_of_stages_that_do_not_fit(run, file, override, sentence):
     assert re.search(sentence, error), error
     # What fits and stands before it is not blamed.
     assert refused(run(f"--config={file(STAGED)}", "--config.stages.text.steps=4", override)) == error
+
+
+@pytest.mark.parametrize(("option", "key"), [("stages.text", "stages.text.steps"), ("stages", "stages.NAME.steps")])
+def test_a_value_for_a_whole_stage_names_a_key(run, file, option, key):
+    error = refused(run(f"--config={file(STAGED)}", f"--config.{option}=5"))
+    assert f"--config.{option}=5 sets a group of keys: name one, such as --config.{key}." in error

@@ -11,12 +11,12 @@ import optax
 import pytest
 import torch
 import transformers
-from tiny import Setup, batches, filled, preparation
+from tiny import Setup, batches, filled, preparation, recipe
 
-from stf_jax.config import OptimizerConfig
+from stf_jax.config import OptimizerConfig, UserError
 from stf_jax.data.packing import Batch, to_batch, to_row
 from stf_jax.data.pipeline import training_records
-from stf_jax.training.optimizer import decays, learning_rate, make_optimizer
+from stf_jax.training.optimizer import check_steps, decays, learning_rate, make_optimizer
 from stf_jax.training.step import loss_sum
 
 # A first step that counts, and an eps at which gradients of nearly nought do not become steps of ± the learning rate.
@@ -138,15 +138,19 @@ def test_gradients_are_the_slopes_of_the_loss():
 
 
 def test_a_batch_without_learned_tokens_counts_none_and_learns_nothing():
+    """Nor is weight decay applied."""
     batch = dataclasses.replace(_data()[0], loss_mask=np.zeros_like(_data()[0].loss_mask))
-    state, metrics = _trained()[3](_one_device().state(), batch)
+    before = _one_device().state()
+    kept = jax.tree.map(np.array, before)
+    state, metrics = _trained()[3](before, batch)
     assert {name: float(value) for name, value in metrics.items()} == {
         "loss": 0.0,
         "gradient_norm": 0.0,
         "learned_tokens": 0.0,
-        "skipped": 0.0,
+        "skipped": 1.0,
     }
-    assert all(np.isfinite(value).all() for value in state.trainable.values())
+    for name in ("trainable", "moments"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(kept, name))
 
 
 # ---- Meshes ----------------------------------------------------------------------------------------------------------
@@ -333,6 +337,28 @@ def test_learning_rate_is_hugging_faces(steps, ratio):
     np.testing.assert_allclose(rates, [2e-5 * theirs(int(c)) for c in counts], rtol=1e-4, atol=2e-5 * 1e-6)
     assert rates[warmup] == np.float32(2e-5)
     assert rates[steps] < 2e-5 * 1e-6
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_run_whose_only_update_has_learning_rate_0_is_refused(steps):
+    config = recipe("finetune.py", f"--config.steps={steps}")
+    with pytest.raises(
+        UserError, match=r"learn nothing: it has 1 update of global_batch_size=128 \(.*learning rate 0"
+    ) as error:
+        check_steps(config, 1, rows=30)
+    for key in ("global_batch_size", "epochs", "steps", "optimizer.warmup_ratio=0", "configs/small.py"):
+        assert key in str(error.value)
+
+
+def test_a_run_of_few_updates_is_warned_of(caplog):
+    for steps in (2, 9, 10):
+        check_steps(recipe("finetune.py"), steps, rows=30)
+    check_steps(recipe("finetune.py", "--config.optimizer.warmup_ratio=0"), 1, rows=30)
+    assert [line.split(",")[0] for line in caplog.messages] == [
+        "The run has only 2 updates of global_batch_size=128 (30 rows",
+        "The run has only 9 updates of global_batch_size=128 (30 rows",
+        "The run has only 1 update of global_batch_size=128 (30 rows",
+    ]
 
 
 def test_constant_schedule_stays_at_its_peak():

@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
+import optax
 import pytest
+from started import saved
 from tiny import Setup, batches, preparation
 
 from stf_jax.config import FaultsConfig, RunFailed
@@ -55,6 +58,42 @@ def test_an_update_from_what_is_not_finite_is_not_made(setup, step, value):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(kept, name))
 
 
+@pytest.mark.parametrize(("moment", "value"), [("nu", -1.0), ("mu", np.inf)])
+def test_an_update_that_would_write_what_is_not_finite_is_not_made(setup, step, moment, value):
+    """Loss and gradients are finite; what AdamW makes of them is not."""
+    before, path = setup.state(), "llm/norm/scale"
+    leaf = np.array(optax.tree_utils.tree_get(before.moments, moment)[path])
+    leaf.flat[0] = value
+    tree = optax.tree_utils.tree_get(before.moments, moment) | {
+        path: jax.device_put(leaf, before.trainable[path].sharding)
+    }
+    before = dataclasses.replace(before, moments=optax.tree_utils.tree_set(before.moments, **{moment: tree}))
+    kept = jax.tree.map(np.array, before)
+    after, metrics = step(before, batches(setup.config, 1)[0])
+    assert metrics["skipped"]
+    assert np.isfinite(float(metrics["loss"]))
+    assert np.isfinite(float(metrics["gradient_norm"]))
+    for name in ("trainable", "moments"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(kept, name))
+
+
+def test_skipped_updates_leave_no_trace(setup, step):
+    """Neither of a batch without a learned token, nor of a count: the next update is the one it would have been."""
+    first, second = batches(setup.config, 2)
+    empty = dataclasses.replace(second, loss_mask=np.zeros_like(second.loss_mask))
+    states = []
+    for stream in ([first, second], [first, empty, empty, second]):
+        state = setup.state()
+        for batch in stream:
+            state, metrics = step(state, batch)
+            assert bool(metrics["skipped"]) == (batch is empty)
+            assert (metrics["learned_tokens"] == 0) == (batch is empty)
+        assert int(state.step) == len(stream)
+        states.append(jax.tree.map(np.array, state))
+    for name in ("trainable", "moments"):
+        jax.tree.map(np.testing.assert_array_equal, *(getattr(state, name) for state in states))
+
+
 def test_an_update_that_is_finite_is_made(setup, step):
     state = setup.state()
     before = jax.tree.map(np.array, state)
@@ -70,9 +109,9 @@ def test_an_update_that_is_finite_is_made(setup, step):
 class _Watched:
     """A watch, and what it told."""
 
-    def __init__(self, workdir, **faults):
+    def __init__(self, workdir, in_a_row=0, **faults):
         self.told, self.skipped = [], 0
-        self.watch = Watch(FaultsConfig(**faults), workdir, self._records, self._tell, self._skipped)
+        self.watch = Watch(FaultsConfig(**faults), workdir, self._records, self._tell, self._skipped, in_a_row)
 
     def _skipped(self):
         self.skipped += 1
@@ -83,8 +122,8 @@ class _Watched:
     def _tell(self, kind, step, **facts):
         self.told.append((kind, step, facts))
 
-    def note(self, step, loss=1.0, skipped=False):
-        metrics = {"loss": loss, "gradient_norm": 2.0, "skipped": skipped}
+    def note(self, step, loss=1.0, skipped=False, tokens=5):
+        metrics = {"loss": loss, "gradient_norm": 2.0, "skipped": skipped or not tokens, "learned_tokens": tokens}
         batch = dataclasses.make_dataclass("Rows", ["tokens"])(np.full((2, 3), step))
         self.watch.note(step, batch, {name: np.asarray(value) for name, value in metrics.items()})
 
@@ -141,6 +180,67 @@ def test_so_many_in_a_row_are_borne_and_no_more(tmp_path):
     np.testing.assert_array_equal(np.load(folder / "batch.host0.npz", allow_pickle=False)["tokens"], np.full((2, 3), 8))
 
 
+def test_skipped_updates_are_counted_over_a_restart(tmp_path):
+    watched = _Watched(tmp_path, skipped_updates=3, in_a_row=2)
+    watched.note(9, np.nan, skipped=True)
+    watched.watch.catch_up()
+    assert watched.watch.in_a_row == 3
+    watched.note(10, np.nan, skipped=True)
+    with pytest.raises(RunFailed, match="in 4 steps in a row"):
+        watched.watch.catch_up()
+
+
+def test_batches_without_a_learned_token_are_counted_and_do_not_end_a_run(tmp_path, caplog):
+    watched = _Watched(tmp_path, skipped_updates=3)
+    for step in range(1, 31):
+        watched.note(step, 0.0 if step > 5 else 1.0, tokens=0 if step > 5 else 9)
+    watched.watch.finish(30, 5)
+    assert watched.skipped == 25
+    assert [(kind, step) for kind, step, _ in watched.told] == [("empty", step) for step in range(6, 31)]
+    lines = [line for line in caplog.messages if "has a learned token" in line]
+    assert len(lines) == 10
+    assert lines[0].startswith(
+        "Step 6: no row of the batch has a learned token, so no update was made; its records: 6a"
+    )
+    assert lines[-1].endswith("Further such batches are only counted.")
+
+
+def test_batches_without_a_learned_token_are_not_what_is_usual(tmp_path):
+    """Their loss of 0 would make a leap of every other."""
+    watched = _Watched(tmp_path, spike=2.0)
+    for step in range(1, 81):
+        watched.note(step, tokens=step % 3 == 0)
+    watched.watch.catch_up()
+    assert {kind for kind, _, _ in watched.told} == {"empty"}
+
+
+@pytest.mark.parametrize("empty", [0, 2])
+def test_a_run_does_not_end_in_skipped_updates(tmp_path, empty):
+    """Nor where batches without a learned token come after these."""
+    watched = _Watched(tmp_path)
+    for step in range(1, 11):
+        watched.note(step, np.nan, skipped=step > 6, tokens=9 if step <= 10 - empty else 0)
+    with pytest.raises(
+        RunFailed, match=rf"ends with {4 - empty} skipped updates.* step 10 is not saved.*learning_rate"
+    ):
+        watched.watch.finish(10, 6)
+
+
+def test_a_run_that_recovers_may_end(tmp_path):
+    watched = _Watched(tmp_path)
+    for step in range(1, 11):
+        watched.note(step, np.nan if step < 10 else 1.0, skipped=step < 10)
+    watched.watch.finish(10, 1)
+
+
+def test_a_run_without_any_update_does_not_end_well(tmp_path):
+    watched = _Watched(tmp_path)
+    for step in range(1, 6):
+        watched.note(step, 0.0, tokens=0)
+    with pytest.raises(RunFailed, match="No update was made in 5 steps, for no batch has a row with a learned token"):
+        watched.watch.finish(5, 0)
+
+
 # ---- A run -----------------------------------------------------------------------------------------------------------
 
 
@@ -150,7 +250,7 @@ def test_a_run_that_diverges_ends_with_a_sentence_and_something_to_look_at(tmp_p
     arguments = [f"--config={ROOT}/tests/tiny.py:steps=40", f"--workdir={workdir}", *(f"--config.{c}" for c in changes)]
     assert door(main, arguments) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: Loss or gradients were not finite in 3 steps in a row")
+    assert said.startswith("error: Updates were skipped in 3 steps in a row (faults.skipped_updates=2), for loss")
     events = [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
     skipped = [event["step"] for event in events if event["event"] == "skipped"]
     assert len(skipped) == 3
@@ -174,3 +274,21 @@ def test_a_run_that_diverges_ends_with_a_sentence_and_something_to_look_at(tmp_p
     assert told["records"] == stream.records(skipped[-1])
     assert [len(row) for row in told["records"]] == [1] * 8
     assert events[-2]["records"] == [name for row in told["records"] for name in row]
+
+
+@pytest.mark.slow  # two runs
+def test_a_run_that_ends_in_skipped_updates_is_not_done(tmp_path, capsys):
+    """Its status is 1, its last step is not saved, and a restart in the middle of these updates changes nothing."""
+    changes = ["mesh.data=1", "optimizer.learning_rate=1e30", "checkpoint.every_steps=3"]
+    arguments = [f"--config={ROOT}/tests/tiny.py:steps=8", *(f"--config.{c}" for c in changes)]
+    said = []
+    for name, first in (("whole", []), ("again", ["--config.faults.skipped_updates=3"])):
+        workdir = tmp_path / name
+        if first:
+            assert door(main, [*arguments, f"--workdir={workdir}", *first]) == 1
+            assert "in 4 steps in a row (faults.skipped_updates=3)" in capsys.readouterr().err
+        assert door(main, [*arguments, f"--workdir={workdir}"]) == 1
+        said.append(capsys.readouterr().err.strip().splitlines()[-1])
+        assert saved(workdir) == [3, 6]  # not 8
+    assert re.match(r"error: The run ends with \d skipped updates, .* step 8 is not saved\.", said[0])
+    assert said[1] == said[0]
