@@ -40,6 +40,10 @@ def check_kind(tensors: Tensors, config: Mapping[str, Any], notes: list[str]) ->
             f"The tensors ({name}, …) are a LoRA adapter's, not a whole model's: merge it into its base model first "
             "(peft: merge_and_unload, then save_pretrained), and import the result."
         )
+    if "tok_embeddings.weight" in tensors:
+        raise UserError(
+            "The tensors have the names of Mistral's or Meta's own code: import the same model's model*.safetensors."
+        )
     said = config.get("quantization_config") or config.get("compression_config")
     method = said.get("quant_method", "") if isinstance(said, Mapping) else ""
     for name in tensors.names:
@@ -107,6 +111,8 @@ def tower_shape(tensors: Tensors, prefix: str, config: Mapping[str, Any], notes:
         raise UserError(f"Tensor {places} has {patches} patches, which are no square.")
     (mlp,) = sizes(tensors, f"{prefix}encoder.layers.0.mlp.fc1.bias", 1)
     values = section(config, "vision_config")
+    if values is not config and config.get("model_type") == "llava":  # whose tower is CLIP's unless it says otherwise
+        values = {"model_type": "clip_vision_model", **values}
     if values.get("model_type") in _TOWERS:
         said = _said_tower(values, config.get("preprocessor", {}))
         _require("hidden_size", said.width, width, f"{conv} is {tensors.shape(conv)}")
@@ -189,11 +195,11 @@ def decoder_shape(
         notes.append(f"The sliding window of {window} positions is not applied: texts up to that length are exact.")
 
     layers, gate = _count_layers(tensors, prefix), f"{prefix}layers.0.mlp.gate_proj.weight"
+    _require("num_hidden_layers", full.num_hidden_layers, layers, f"the tensors hold {layers} layers")
     _, width = sizes(tensors, embedding, 2)
     mlp, _ = sizes(tensors, gate, 2)
     _require("hidden_size", full.hidden_size, width, f"{embedding} is {tensors.shape(embedding)}")
     _require("intermediate_size", full.intermediate_size, mlp, f"{gate} is {tensors.shape(gate)}")
-    _require("num_hidden_layers", full.num_hidden_layers, layers, f"the tensors hold {layers} layers")
     heads, kv_heads, head_dim = _heads(tensors, f"{prefix}layers.0.self_attn.", full, values, notes)
     qkv_bias, qk_norm = _extras(tensors, f"{prefix}layers.0.self_attn.", kind, full, notes)
     return LLMConfig(
@@ -214,7 +220,7 @@ def decoder_shape(
 
 
 def _said_decoder(values, config):
-    kind = values.get("model_type")
+    kind = values.get("model_type", config.get("model_type"))
     if kind is None:
         lacking = "has no model_type" if config.keys() - {"preprocessor"} else "is missing"
         raise UserError(f"config.json {lacking}, without which a language model's shape is not known: fetch it again.")

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 from typing import NamedTuple
 
 from stf_jax.config import UserError
@@ -11,6 +12,8 @@ from stf_jax.runtime.files import parse_json
 _ORDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SUFFIXES = (".safetensors", ".bin", ".gguf")
 _BESIDE = ("consolidated", "adapter_", "training_args", "optimizer", "scheduler", "mmproj")  # never a model's weights
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
+_MOST = 10_000  # shards
 _POINTER = b"version https://git-lfs"
 _MERGE = "merge it into its base model first (peft: merge_and_unload, then save_pretrained), and import the result"
 # Files that hold weights in a form that is not read, and what to do. The first that is there is named.
@@ -126,18 +129,30 @@ def _unlisted(folder):
     if indexes:
         return Located(_shards(indexes[0]), indexes[0], ())
     if files := _weights(folder, "*.safetensors"):
-        return Located(files, None, ())
+        return Located(_complete(files), None, ())
     if files := _weights(folder, "*.gguf"):
         if len(files) > 1:
             raise UserError(f"{folder} holds {len(files)} GGUF files; name the one to import.")
         return Located(files, None, ())
     if files := _weights(folder, "*.bin"):
-        return Located(files, None, ())
+        return Located(_complete(files), None, ())
     raise UserError(_why_unread(folder))
 
 
 def _weights(folder, pattern):
     return tuple(sorted(file for file in folder.glob(pattern) if not file.name.startswith(_BESIDE)))
+
+
+def _complete(files):
+    """The same files. Raises UserError where one of numbered shards, which no index names, is missing."""
+    for file in files:
+        if numbered := _SHARD.fullmatch(file.name):
+            stem, _, count, suffix = numbered.groups()
+            for number in range(1, min(int(count), _MOST) + 1):
+                shard = file.with_name(f"{stem}-{number:0{len(count)}}-of-{count}{suffix}")
+                if not os.path.lexists(shard):
+                    raise UserError(f"{shard} is missing, beside {file.name}: fetch it.")
+    return files
 
 
 def _names(files):

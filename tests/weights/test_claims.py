@@ -270,6 +270,24 @@ def test_a_quantization_config_over_plain_tensors_is_left_out():
     assert found.notes == ("The config's quantization_config is left out: no tensor is quantised.",)
 
 
+def test_parts_of_a_composite_config_have_transformers_kinds_by_default():
+    config = llava().config.to_dict()
+    for key in ("text_config", "vision_config"):
+        config[key] = {name: value for name, value in config[key].items() if name != "model_type"}
+    found = detect(llava(), **config)
+    assert (found.llm, found.vision, found.notes) == (detect(llava()).llm, detect(llava()).vision, ())
+
+
+def test_mistrals_own_names_are_told():
+    with pytest.raises(UserError, match="names of Mistral's or Meta's own code"):
+        recognise(opened({"tok_embeddings.weight": torch.zeros(2, 2), "norm.weight": torch.zeros(2)}), {})
+
+
+def test_an_embedding_beside_a_projector_is_no_language_model():
+    with pytest.raises(UserError, match="says num_hidden_layers 3, but the tensors hold 0 layers"):
+        recognise(opened({EMBEDDING: torch.zeros(62, 32)}), decoder("llama").config.to_dict())
+
+
 def test_an_adapter_is_told_by_its_tensors():
     for name in (
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from stf_jax.config import UserError
 from stf_jax.convert import main
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.llm import Decoder
@@ -96,7 +97,7 @@ def write(file, name, kind=gguf.GGMLQuantizationType.F32, **more):
     if config.rope_parameters["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", divisors(16, 1e4, 8.0))
     for key, value in more.items():
-        writer.add_uint32(key.replace("_", "."), value)
+        writer.add_uint32(key, value)
     for key, value in made.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -203,13 +204,46 @@ def test_what_cannot_be_used_is_named(tmp_path, capsys):
     cut.write_bytes(b"no gguf at all" * 100)
     assert "cut.gguf cannot be read as GGUF" in refused(capsys, cut, to)
     assert "holds 2 GGUF files" in refused(capsys, tmp_path, to)
-    write(cut, "llama", split_count=3)
+    write(cut, "llama", **{"split.count": 3})
     assert "one of 3 parts" in refused(capsys, cut, to)
     writer = gguf.GGUFWriter(cut, "mamba")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     assert "architecture 'mamba'" in refused(capsys, cut, to)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [("attention.head_count_kv", 4), ("attention.head_count_kv", 1), ("vocab_size", 70), ("vocab_size", 60)],
+)
+def test_the_tensors_settle_what_the_file_claims(tmp_path, key, said):
+    """The rows of keys are put in order by heads as many as the tensor has, not as the file says."""
+    file = write(tmp_path / "model.gguf", "llama", **{f"llama.{key}": said})
+    report = import_weights(str(file), tmp_path / "ours")
+    assert len(report["notes"]) == 2  # and that there is no tokenizer
+    assert f" {said}, but the tensors have {62 if key == 'vocab_size' else 2}" in report["notes"][0]
+    keys = model("llama").state_dict()["model.layers.0.self_attn.k_proj.weight"].numpy()  # [K·Dh, D]
+    read = open_model(tmp_path / "ours").read("llm/blocks/attention/key/kernel")[0]  # [D, K, Dh]
+    np.testing.assert_array_equal(read.reshape(64, 32).T, keys)
+
+
+@pytest.mark.parametrize(
+    ("key", "said", "sentence"),
+    [
+        ("rope.dimension_count", 8, "rotates 8 of a head's 16 channels"),
+        ("block_count", 1, "blk.1.\\S+ has no place"),
+        ("block_count", 3, "says num_hidden_layers 3, but the tensors hold 2 layers"),
+        ("embedding_length", 32, "says hidden_size 32, but"),
+        ("feed_forward_length", 48, "says intermediate_size 48, but"),
+        ("attention.head_count", 8, "says num_attention_heads 8 and head_dim 16, but"),
+        ("attention.key_length", 8, "says num_attention_heads 4 and head_dim 8, but"),
+    ],
+)
+def test_a_file_of_another_size_than_it_claims_is_refused(tmp_path, key, said, sentence):
+    file = write(tmp_path / "model.gguf", "llama", **{f"llama.{key}": said})
+    with pytest.raises(UserError, match=sentence):
+        import_weights(str(file), tmp_path / "ours")
 
 
 # ---- Tokenizers ------------------------------------------------------------------------------------------------------

@@ -157,6 +157,11 @@ def test_shards_may_lie_in_a_folder_beside_their_index(tmp_path):
         (["checkpoint-5/model.safetensors"], "its folder checkpoint-5 does: give .*/w/checkpoint-5"),
         (["refs/main", "snapshots/abc/model.safetensors"], "its folder snapshots/abc does: give .*/w/snapshots/abc"),
         (["a.gguf", "b.gguf"], "holds 2 GGUF files; name the one"),
+        (
+            ["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"],
+            "model-00002-of-00003.safetensors is m",
+        ),
+        (["pytorch_model-00002-of-00002.bin"], "pytorch_model-00001-of-00002.bin is missing, beside"),
     ],
 )
 def test_a_folder_without_weights_is_told_with_the_fix(tmp_path, names, sentence):
