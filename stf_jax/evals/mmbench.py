@@ -171,8 +171,9 @@ class _Image:
     name: str = dataclasses.field(compare=False)  # the same image may stand in several rows
 
     def __call__(self):
-        try:
-            content = base64.b64decode(self.text)
+        text = "".join(self.text.split()).rstrip("=")
+        try:  # what does not belong, such as a list of images, would be skipped
+            content = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
         except ValueError as error:
             raise BadRow("corrupt", f"Image {self.name} is not in base64: {error}.", self.name) from None
         return open_image(content, self.name)
@@ -212,6 +213,9 @@ def _read(file):
         raise UserError(
             f"{file} is no table of questions with index, question, A, B and image{what}; take MMBench's own."
         )
+    twice = [column for column in columns if column and columns.count(column) > 1]
+    if twice:
+        raise UserError(f"{file} has two columns {twice[0]!r}; take MMBench's own.")
     rows = {}
     for number, fields in enumerate(found, start=1):
         if None in fields or None in fields.values():

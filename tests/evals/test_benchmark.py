@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 from make_evals import WORD, Given, make_gqa
 
+from stf_jax import evaluate
 from stf_jax.config import UserError
 from stf_jax.data.image import read_image
 from stf_jax.evals import benchmark
@@ -135,6 +136,16 @@ def test_every_image_is_opened_once_before_anything_is_asked(tmp_path, monkeypat
     with pytest.raises(UserError, match=r"^gqa: 2 of 42 images cannot be used\. The first: Image .*/n40\.png cannot"):
         check_images(open_benchmarks(["scenes", "gqa"], str(tmp_path)))
     check_images(open_benchmarks(["gqa"], str(tmp_path), limit=40))  # those that are not asked about do not matter
+
+
+def test_images_are_opened_before_the_model_is_loaded(tmp_path):
+    make_gqa(tmp_path)
+    (tmp_path / "gqa" / "images" / "n43.png").unlink()
+    argv = [f"--checkpoint={tmp_path}/none", "--benchmark=gqa", f"--data={tmp_path}", f"--out={tmp_path}/out"]
+    with pytest.raises(UserError, match=r"^gqa: 1 of 44 images cannot be used\. The first: Image .*/n43\.png "):
+        evaluate.main(argv)
+    with pytest.raises(UserError, match="none is neither the workdir of a run"):
+        evaluate.main([*argv, "--limit=43"])
 
 
 # ---- By name ---------------------------------------------------------------------------------------------------------

@@ -275,11 +275,12 @@ def _refused(folder):
 
 
 def test_pictures_that_are_none(tmp_path):
-    for image, reason in (("abc", "corrupt"), (base64.b64encode(b"no picture").decode(), "corrupt")):
+    whole, text = _picture("red"), base64.b64encode(b"no picture").decode()
+    for image in ("abc", "abc!", text, f"['{whole}', '{whole}']", f"data:image/png;base64,{whole}"):
         _write(tmp_path / DEV, image=image)
         with pytest.raises(BadRow, match="Image of index 241 ") as error:
             MMBench(epath.Path(tmp_path)).questions[0].picture()
-        assert error.value.reason == reason
+        assert error.value.reason == "corrupt"
 
 
 def test_pictures_of_many_bytes_are_fields_too(tmp_path):
@@ -325,6 +326,13 @@ def test_columns_that_are_needed(tmp_path, column):
     _write(tmp_path / DEV, drop=(column,))
     sentence = f"is no table of questions with index, question, A, B and image: it has no {column}; take MMBench's own."
     assert _refused(tmp_path) == f"{tmp_path / DEV} {sentence}"
+
+
+def test_a_column_stands_once(tmp_path):
+    file = tmp_path / DEV
+    _write(file)
+    file.write_text(file.read_text().replace("\thint\t", "\tquestion\t", 1))
+    assert _refused(tmp_path) == f"{file} has two columns 'question'; take MMBench's own."
 
 
 def test_a_dev_table_has_answers(tmp_path):
