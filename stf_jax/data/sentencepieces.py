@@ -18,6 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 SPACE = "\u2581"  # which SentencePiece writes for a space
 _BPE = 2  # TrainerSpec.model_type
+# Llama's and Mistral's first pieces behind the bytes. Both have spaces first, and give them the lowest scores.
+_FIRST = 259
+_SPACES_LAST = ((2 * SPACE, f"{SPACE}t", "er", "in"), (2 * SPACE, 4 * SPACE, f"{SPACE}t", "in"))
 # Spaces between words, in code, and in runs longer than any piece; then what few vocabularies spell whole.
 _PROBE = (
     "USER: What is it?\n A \u00fc.  b\ndef f():\n    return 1\t\t2\n"
@@ -132,17 +135,20 @@ def read_sentencepiece(
     return tokenizer
 
 
-def disagrees(tokenizer: PreTrainedTokenizerFast, file: pathlib.Path) -> bool:
-    """Whether a tokenizer has the pieces of that SentencePiece model, and yet makes other tokens of a text.
+def has_wrong_merges(tokenizer: PreTrainedTokenizerFast, file: pathlib.Path) -> bool:
+    """Whether a tokenizer has the pieces of a SentencePiece model, and yet makes other tokens of a text.
 
-    So do tokenizers that transformers 5 converted. False where the file is no such model.
+    So do tokenizers that transformers 5 converted. Without the model's file, those of Llama and Mistral are known.
     """
+    if not file.is_file():
+        known = tuple(tokenizer.convert_ids_to_tokens(range(_FIRST, _FIRST + 4))) in _SPACES_LAST
+        return known and tokenizer.tokenize("a  b")[1:2] == [2 * SPACE]
     try:
         pieces = _parse(file).pieces
     except ValueError:  # Llama 3's files of that name are of another format
         return False
-    known = tokenizer.get_vocab()
-    same = all(known.get(piece.piece) == i for i, piece in enumerate(pieces) if piece.type == Kind.NORMAL)
+    vocabulary = tokenizer.get_vocab()
+    same = all(vocabulary.get(piece.piece) == i for i, piece in enumerate(pieces) if piece.type == Kind.NORMAL)
     return same and not _agrees(tokenizer, file)
 
 

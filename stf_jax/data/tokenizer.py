@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from stf_jax.config import UserError
 from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.scenes import SHORT_ANSWER, caption, make_scene, questions
-from stf_jax.data.sentencepieces import disagrees, read_sentencepiece
+from stf_jax.data.sentencepieces import has_wrong_merges, read_sentencepiece
 from stf_jax.runtime.files import fetched, read_json
 
 MINIATURE = pathlib.Path(__file__).parent.parent / "weights" / "miniatures" / "tokenizer"
@@ -48,18 +48,23 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             f"The tokenizer in {folder} needs a tokenizer.json and an end-of-sequence token; "
             "tokenizer_config.json names it as eos_token."
         )
-    model = folder / SENTENCEPIECE
-    if (folder / "tokenizer.json").is_file() and model.is_file() and disagrees(tokenizer, model):
-        _log.warning(_WRONG_MERGES.format(folder=folder, model=model))
+    if has_wrong_merges(tokenizer, folder / SENTENCEPIECE):
+        export = (folder / "processor_config.json").is_file()
+        _log.warning(
+            "%s %s", _WRONG_MERGES.format(folder=folder), _EXPORT_AGAIN if export else _FIX.format(folder=folder)
+        )
     return tokenizer
 
 
 _WRONG_MERGES = (
-    "The tokenizer.json in {folder} gives other tokens than {model} beside it, for example wherever two spaces meet: "
-    "transformers 5 converted it. A model that others trained answers worse for it. To fix this, run: "
-    "rm {folder}/tokenizer.json && cp SOURCE/tokenizer_config.json {folder} (SOURCE is the folder that was imported). "
-    "A run that was trained with these tokens should keep them until it is done."
+    "The tokenizer.json in {folder} gives other tokens wherever two spaces meet than SentencePiece, with which the "
+    "model was trained: an earlier release, or transformers 5, converted it. "
 )
+_FIX = (
+    "To fix this, run: rm {folder}/tokenizer.json && cp SOURCE/tokenizer.model SOURCE/tokenizer_config.json {folder} "
+    "(SOURCE is the folder that was imported). A run that was trained with these tokens keeps them until it is done."
+)
+_EXPORT_AGAIN = "Fix the tokenizer of the model that was exported, then export it again."
 
 
 def read_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:

@@ -4,6 +4,7 @@ import json
 import logging
 import pathlib
 import shutil
+import subprocess
 
 import pytest
 import sentencepiece
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from stf_jax.config import UserError
+from stf_jax.data.sentencepieces import has_wrong_merges
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.weights.imports import _save_tokenizer
 
@@ -25,7 +27,7 @@ def ids(tokenizer, texts):
 
 def converted_by_transformers(source, to):
     """As folders that were imported before hold it: merges by token id."""
-    LlamaTokenizer.from_pretrained(source).save_pretrain_sentencepiece(to)
+    LlamaTokenizer.from_pretrained(source).save_pretrained(to)
     shutil.copy(f"{source}/tokenizer.model", to)
 
 
@@ -68,10 +70,12 @@ def test_a_folder_that_transformers_converted_is_told_with_the_command_that_fixe
     converted_by_transformers(source, folder)
     with caplog.at_level(logging.WARNING, "stf_jax"):
         assert load_tokenizer(str(folder)).tokenize("a  b") == ["\u2581a", "\u2581\u2581", "b"]
+    command = f"rm {folder}/tokenizer.json && cp SOURCE/tokenizer.model SOURCE/tokenizer_config.json {folder}"
     (said,) = caplog.messages
-    assert f"rm {folder}/tokenizer.json && cp SOURCE/tokenizer_config.json {folder}" in said
-    (folder / "tokenizer.json").unlink()
-    shutil.copy(f"{source}/tokenizer_config.json", folder)
+    assert f" run: {command} (SOURCE is" in said
+    (folder / "tokenizer.model").unlink()
+    assert has_wrong_merges(load_tokenizer(str(folder)), folder / "tokenizer.model")  # Llama's are known without it
+    subprocess.run(command.replace("SOURCE", source), shell=True, check=True)
     caplog.clear()
     texts = made_texts(100, seed=3)
     assert ids(load_tokenizer(str(folder)), texts) == ids(llama, texts)
@@ -80,7 +84,7 @@ def test_a_folder_that_transformers_converted_is_told_with_the_command_that_fixe
 
 def test_a_model_of_another_format_beside_tokenizer_json_is_left_alone(tmp_path, caplog):
     """Llama 3's ``tokenizer.model`` is tiktoken's."""
-    load_tokenizer("miniature").save_pretrain_sentencepiece(tmp_path)
+    load_tokenizer("miniature").save_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
     load_tokenizer(str(tmp_path))
     assert caplog.messages == []
