@@ -2,7 +2,7 @@
 PYTHON ?= python3
 WORKDIR ?= runs/demo
 
-.PHONY: demo test test-slow soak lint
+.PHONY: demo test test-slow test-serve soak lint
 
 # Trains, measures, and hands the model over to PyTorch, which must answer as we do (where torch is installed). With
 # huge pages steps on a CPU take a seventh less (docs/BENCHMARKS.md).
@@ -24,6 +24,12 @@ test: lint
 test-slow: .venv/ready-dev
 	.venv/bin/python -m pytest -n 0 -m "slow and not soak" --durations=0 --durations-min=1
 
+# Exports asked through transformers and vLLM, in an environment of their own; the demo is run first where it was not.
+test-serve: export DEMO = $(WORKDIR)
+test-serve: .venv/ready-dev .venv-serve/ready
+	test -d $(WORKDIR)/export || $(MAKE) demo
+	.venv/bin/python -m pytest -n 0 tests/serve/check_serving.py
+
 soak: .venv/ready-dev
 	.venv/bin/python -m pytest -n 0 -m soak tests/test_soak.py
 
@@ -41,4 +47,10 @@ lint: .venv/ready-dev
 .venv/ready-dev: requirements-dev.txt requirements-data.txt requirements-plan.txt .venv/ready
 	.venv/bin/python -m pip install --quiet --requirement requirements-dev.txt
 	.venv/bin/python -m pip install --quiet --no-deps --requirement requirements-data.txt --requirement requirements-plan.txt
+	touch $@
+
+.venv-serve/ready: requirements-serve.txt
+	$(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/python -m pip install --quiet --requirement requirements-serve.txt
+	.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

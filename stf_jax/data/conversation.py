@@ -225,7 +225,7 @@ def encode(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, slots: int
     are never looked up).
     """
     end = tokenizer.eos_token_id
-    begin = _begin(tokenizer)
+    begin = begin_tokens(tokenizer)
     parts = [_Part(begin, [False] * len(begin), is_image=False)]
     spoken = iter(_tokenize(_pieces(items), tokenizer))
     for is_text, group in itertools.groupby(items, _is_text):
@@ -251,7 +251,7 @@ def encode(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, slots: int
 
 def count_tokens(conversations: Sequence[Sequence[Item]], tokenizer: PreTrainedTokenizerFast, slots: int) -> list[int]:
     """How many tokens :func:`encode` would give for each; tokenised all at once, which is faster."""
-    pieces, owners, counts = [], [], [len(_begin(tokenizer))] * len(conversations)
+    pieces, owners, counts = [], [], [len(begin_tokens(tokenizer))] * len(conversations)
     for i, items in enumerate(conversations):
         counts[i] += sum(slots if item is Mark.IMAGE else 1 for item in items if not _is_text(item))
         new = _pieces(items)
@@ -290,7 +290,8 @@ def _pieces(items):
 
 
 @functools.lru_cache(maxsize=4)
-def _begin(tokenizer):
+def begin_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids that a conversation begins with: what the tokenizer puts before a text (its BOS, where it has one)."""
     (begun,) = _run(_prepared(tokenizer), [""], begun=True)
     return [token for token in begun.ids if token != tokenizer.eos_token_id]
 

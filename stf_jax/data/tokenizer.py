@@ -22,6 +22,7 @@ MINIATURE_VOCAB = 512
 SENTENCEPIECE = "tokenizer.model"  # Llama's and Vicuna's vocabulary, as they publish it
 _AS_WRITTEN = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that take tokenizer.json as it stands
 FILES = ("tokenizer.json", SENTENCEPIECE, "vocab.json")  # one of which a folder with a tokenizer holds
+BOS_IN_TEMPLATE = "bos_in_chat_template"  # an export's tokenizer_config.json: texts began with BOS in training
 _log = logging.getLogger(__name__)
 
 
@@ -84,6 +85,8 @@ def read_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
         tokenizer = read_sentencepiece(file, config, _read_dict(folder / "special_tokens_map.json"), local)
     elif config.get("tokenizer_class") in _AS_WRITTEN:  # it need not look at a config.json that it may not know
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **local)
+        if config.get(BOS_IN_TEMPLATE):
+            tokenizer.add_bos_token = True
     else:
         from transformers import AutoTokenizer  # imports torch where it is installed: 3 s
 
@@ -141,7 +144,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, source: pathlib.Path, to:
     """Writes a tokenizer that was read from the folder ``source``, so that it is read back alike."""
     tokenizer.save_pretrained(to)
     if (source / SENTENCEPIECE).is_file():  # which LLaVA's own code reads, and transformers no longer writes
-        shutil.copy(source / SENTENCEPIECE, to)
+        shutil.copyfile(source / SENTENCEPIECE, to / SENTENCEPIECE)
 
 
 def prefixes_once(tokenizer: PreTrainedTokenizerFast) -> bool:

@@ -5,20 +5,34 @@ plain projector makes an ordinary ``LlavaForConditionalGeneration``, under the t
 every release reads. Either brings along what lmms-eval and VLMEvalKit ask it through.
 """
 
+import itertools
 import json
 import pathlib
 import shutil
+import string
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
-from stf_jax.data.conversation import CHATS, OWN_SYSTEM, Chat, Control, Item, Mark, Text, check_template, stop_tokens
+from stf_jax.data.conversation import (
+    CHATS,
+    OWN_SYSTEM,
+    Chat,
+    Control,
+    Item,
+    Mark,
+    Text,
+    begin_tokens,
+    check_template,
+    stop_tokens,
+)
 from stf_jax.data.records import IMAGE_MARK
-from stf_jax.data.tokenizer import load_tokenizer, positions, unsayable
+from stf_jax.data.tokenizer import BOS_IN_TEMPLATE, load_tokenizer, positions, prefixes_once, unsayable
 from stf_jax.models.fusion import tapped_blocks, tokens_per_image
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.rivals import DEPTHS
@@ -32,26 +46,31 @@ from stf_jax.weights.recognise import VOCABULARY
 from stf_jax.weights.shards import write_shards
 
 PACKAGE = pathlib.Path(__file__).parent / "torch_package"
-_BUILT = ("__pycache__", "build", "*.egg-info")
+_MODEL_CODE = ("configuration_stf.py", "modeling_stf.py", "processing_stf.py")
+_EVALUATION_CODE = ("lmms_eval_stf/lmms_eval_stf.py", "lmms_eval_stf/pyproject.toml", "vlmevalkit_stf.py")
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 _IMAGES = "{%- for part in message.content if part is not string and part.type == 'image' -%}"
+# In parts, an <image> that is written out is no image: dropped, as training drops it.
 _TEXT = (
-    "{%- if message.content is string -%}{%- set text = message.content | trim -%}{%- else -%}"
+    "{%- if message.content is string -%}{%- set text = message.content -%}{%- else -%}"
     "{%- set said = namespace(text='') -%}{%- for part in message.content if part.type == 'text' -%}"
-    "{%- set said.text = said.text + part.text -%}{%- endfor -%}{%- set text = said.text | trim -%}{%- endif -%}"
+    "{%- set said.text = said.text + part.text -%}{%- endfor -%}"
+    "{%- set text = said.text | replace('" + IMAGE_MARK + "', '') -%}{%- endif -%}"
 )
+_TRIMMED = _TEXT + "{%- set text = text | trim -%}"
 _NO_SYSTEM = '{{ raise_exception("This model was trained without system messages.") }}'
 
 
 def _chat_template(chat: Chat) -> str:
     """The template for transformers' apply_chat_template, in Jinja; an empty system message is none, as in training."""
     return (
-        "{%- set system = '' -%}{%- if messages[0].role == 'system' -%}{%- set message = messages[0] -%}" + _TEXT
+        "{%- set system = '' -%}{%- if messages[0].role == 'system' -%}{%- set message = messages[0] -%}" + _TRIMMED
         + "{%- set system = text -%}{%- set messages = messages[1:] -%}{%- endif -%}"
         "{%- if system -%}" + _shown(chat.opening) + "{%- else -%}" + _shown(chat.begin) + "{%- endif -%}"
-        "{%- for message in messages -%}" + _TEXT + "{%- if message.role == 'user' -%}"
+        "{%- for message in messages -%}" + _TRIMMED + "{%- if message.role == 'user' -%}"
         "{%- if not (system and loop.first) -%}" + _shown(chat.ask) + "{%- endif -%}"
-        + _IMAGES + _shown([Text(IMAGE_MARK + "\n")]) + "{%- endfor -%}{{ text }}"
+        + _IMAGES + _shown([Text(IMAGE_MARK)]) + "{%- if text or not loop.last -%}" + _shown([Text("\n")])
+        + "{%- endif -%}{%- endfor -%}{{ text }}"
         "{%- if add_generation_prompt or not loop.last -%}" + _shown(chat.reply) + "{%- endif -%}"
         "{%- else -%}" + _shown([Text(chat.space)]) + "{{ text }}" + _shown(chat.end) + "{%- endif -%}{%- endfor -%}"
     )  # fmt: skip
@@ -64,13 +83,16 @@ def _shown(items: Sequence[Item]) -> str:
     return "{{ " + " + ".join(said) + " }}" if said else ""
 
 
-CHAT_TEMPLATES = {template: _chat_template(chat) for template, chat in CHATS.items()} | {
-    "plain": (
-        "{%- if messages[0].role == 'system' -%}" + _NO_SYSTEM + "{%- endif -%}"
-        "{%- for message in messages -%}{%- if message.role == 'user' -%}" + _IMAGES + _shown([Text(IMAGE_MARK)])
-        + "{%- endfor -%}{%- else -%}" + _TEXT + "{{ text + '\\n' }}{%- endif -%}{%- endfor -%}"
-    ),
-}  # fmt: skip
+# Without an image, a conversation is a document: its texts as they stand.
+_PLAIN = (
+    "{%- if messages[0].role == 'system' -%}" + _NO_SYSTEM + "{%- endif -%}"
+    "{%- set shown = namespace(any=false) -%}{%- for message in messages -%}" + _IMAGES
+    + "{%- set shown.any = true -%}{%- endfor -%}{%- endfor -%}"
+    "{%- for message in messages -%}{%- if not shown.any -%}" + _TEXT + "{{ text }}"
+    "{%- elif message.role == 'user' -%}" + _IMAGES + _shown([Text(IMAGE_MARK)]) + "{%- endfor -%}"
+    "{%- else -%}" + _TRIMMED + "{{ text + '\\n' }}{%- endif -%}{%- endfor -%}"
+)  # fmt: skip
+CHAT_TEMPLATES = {template: _chat_template(chat) for template, chat in CHATS.items()} | {"plain": _PLAIN}
 
 
 def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> dict[str, Any]:
@@ -95,6 +117,7 @@ def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> di
         grid = what.vision.grid
         count, taps = tokens_per_image(what.fusion, grid), tapped_blocks(what.fusion, what.vision.layers)
         tokenizer = _tokenizer(saved.tokenizer, what)
+        begun = begin_tokens(tokenizer) == [tokenizer.bos_token_id]
         mark = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
         config = {
             "vision_config": vision_values(what.vision),
@@ -105,31 +128,36 @@ def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> di
             "dtype": dtype or widest_dtype(saved),
         }
         tensors = Tensors(saved, _places(saved), dtype)
+        rows = max(mark + 1, what.llm.vocab)
+        config["text_config"]["vocab_size"] = rows
+        if rows != what.llm.vocab:
+            config["stf_vocab"] = what.llm.vocab  # rows beyond are for <image> alone
+        named = _with_image_row(tensors, rows)
         if what.fusion.fusion == "mlp":
-            write_shards(folder, _plain(tensors, what, mark))
-            rows = max(mark + 1, what.llm.vocab)
-            config["text_config"]["vocab_size"] = rows
+            write_shards(folder, itertools.chain(named, _unread_norm(what, config["dtype"])))
             processor = _plain_config(config, what, taps[0], count, mark)
         else:
-            write_shards(folder, tensors)
+            write_shards(folder, named)
             processor = _stf_config(config, what, taps, count, mark)
-            processor["control_tokens"] = _control_tokens(what.template, tokenizer)
-            for kind in ("configuration", "modeling", "processing"):
-                shutil.copy(PACKAGE / f"{kind}_stf.py", folder)
-        shutil.copytree(PACKAGE / "lmms_eval_stf", folder / "lmms_eval_stf", ignore=shutil.ignore_patterns(*_BUILT))
-        shutil.copy(PACKAGE / "vlmevalkit_stf.py", folder)
-        tokenizer.save_pretrained(folder)
-        _declare_tokenizer(folder / "tokenizer_config.json")
-        if what.fusion.fusion == "mlp":
-            _begin_each_piece(folder / "tokenizer.json")
+            processor["begin"] = tokenizer.bos_token if begun else ""
+            _copy_code(_MODEL_CODE, folder)
+        _copy_code(_EVALUATION_CODE, folder)
+        space = CHATS[what.template].space if what.template in CHATS else ""
+        _save_tokenizer(tokenizer, folder, CHAT_TEMPLATES[what.template], begun, space)
         _write(folder / "config.json", config)
         _write(folder / "processor_config.json", {**processor, "image_token": IMAGE_MARK})
-        _write(folder / "preprocessor_config.json", _pictures(what))
+        _write(folder / "preprocessor_config.json", _pixels(what))
         ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "pad_token_id")}
         ids["eos_token_id"] = list(stop_tokens(what.template, tokenizer))
         if never := unsayable(tokenizer, config["text_config"]["vocab_size"]):
             ids["suppress_tokens"] = list(never)
         _write(folder / "generation_config.json", ids)
+        _write_readme(folder, what, count, config, checkpoint, saved.step)
+        if prefixes_once(tokenizer):
+            tensors.report["notes"].append(
+                "The tokenizer says legacy: false. From a conversation's second round on, the export puts a space before "
+                "USER where training had none; first rounds are the same."
+            )
         tensors.save_report(folder)
     return tensors.report
 
@@ -251,8 +279,6 @@ def _plain_config(config, what, tap, count, mark):
         "vision_feature_layer": tap - what.vision.layers - 1,
         "vision_feature_select_strategy": strategy,
     }
-    if config["text_config"]["vocab_size"] != what.llm.vocab:
-        config["stf_vocab"] = what.llm.vocab  # rows beyond are for <image> alone
     return {
         "processor_class": "LlavaProcessor",
         "patch_size": what.vision.patch_size,
@@ -261,20 +287,24 @@ def _plain_config(config, what, tap, count, mark):
     }
 
 
-def _plain(tensors: Tensors, what: Description, mark: int) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors, with rows for ``<image>`` in the vocabulary; and the norm above the taps, which is never read."""
-    rows = max(mark + 1, what.llm.vocab)
+def _with_image_row(tensors: Tensors, rows: int) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors, with so many rows in the vocabulary: servers look ``<image>`` up before its tokens take its place.
+
+    A new row is the mean of the others, so that its logit is never the largest.
+    """
     wide = {name for path, place in tensors.places.items() if path in VOCABULARY for name in place.names}
-    dtype = None
     for name, value in tensors:
-        dtype = dtype or value.dtype
         if name in wide and len(value) < rows:
-            mean = value.astype(np.float32).mean(0).astype(value.dtype)
+            mean = value.mean(0, dtype=np.float32).astype(value.dtype)
             value = np.concatenate([value, np.broadcast_to(mean, (rows - len(value), len(mean)))])
         yield name, value
+
+
+def _unread_norm(what: Description, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The norm above the taps, which transformers' LLaVA has and never reads."""
     norm = "vision_tower.vision_model.post_layernorm."
-    yield f"{norm}weight", np.ones(what.vision.width, dtype)
-    yield f"{norm}bias", np.zeros(what.vision.width, dtype)
+    yield f"{norm}weight", np.ones(what.vision.width, jnp.dtype(dtype))
+    yield f"{norm}bias", np.zeros(what.vision.width, jnp.dtype(dtype))
 
 
 def _tokenizer(folder: pathlib.Path, what: Description) -> PreTrainedTokenizerFast:
@@ -283,42 +313,66 @@ def _tokenizer(folder: pathlib.Path, what: Description) -> PreTrainedTokenizerFa
     tokenizer.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.chat_template = CHAT_TEMPLATES[what.template]
     return tokenizer
 
 
-def _control_tokens(template: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    chat = CHATS.get(template)
-    items = (*chat.begin, *chat.ask, *chat.reply, *chat.end) if chat else ()
-    names = {Mark.END: tokenizer.eos_token}
-    return sorted({names.get(item) or item.token for item in items if not isinstance(item, Text)})
+def _save_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, folder: pathlib.Path, chat_template: str, begun: bool, space: str
+) -> None:
+    """Writes the tokenizer so that whoever renders the chat template and tokenises the text asks as training did.
 
-
-def _declare_tokenizer(file):
-    """Lets any release read ``tokenizer.json`` as it stands, and says what saving leaves out."""
+    The template says the BOS itself where training had one (``begun``), for servers add none; so the tokenizer adds
+    nothing, or transformers' processors would say it twice. Special tokens in a text are those tokens, as in every
+    model of Hugging Face. Any release reads ``tokenizer.json`` as it stands.
+    """
+    backend = tokenizer.backend_tokenizer
+    if space and backend.decode(backend.encode(space + "a", add_special_tokens=False).ids).startswith(space):
+        # The space that the template teaches before an answer is not part of the answer.
+        backend.decoder = decoders.Sequence([backend.decoder, decoders.Strip(space, 1, 0)])
+    tokenizer.chat_template = ("{{ bos_token }}" if begun else "") + chat_template
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
     values = json.loads(file.read_bytes())
-    for local in ("backend", "is_local", "local_files_only"):
-        values.pop(local, None)
+    for unwanted in ("backend", "is_local", "local_files_only", "split_special_tokens", BOS_IN_TEMPLATE):
+        values.pop(unwanted, None)
     if isinstance(values.get("extra_special_tokens"), list):  # which releases before 5 take for a dictionary
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
     values |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
-    _write(file, values | {"model_input_names": ["input_ids", "attention_mask"]})
+    values |= {"model_input_names": ["input_ids", "attention_mask"]} | ({BOS_IN_TEMPLATE: True} if begun else {})
+    _write(file, values)
 
-
-def _begin_each_piece(file):
-    """SentencePiece's prefix space goes before each piece between special tokens, as training puts it.
-
-    Our own processor tokenises piece by piece; transformers' for LLaVA leaves that to the tokenizer.
-    """
+    file = folder / "tokenizer.json"
     values = json.loads(file.read_bytes())
+    if begun:
+        values["post_processor"] = None
     before = values["pre_tokenizer"] or {}
-    if before.get("type") == "Metaspace" and before["prepend_scheme"] == "first":
-        before["prepend_scheme"] = "always"
-        _write(file, values)
+    for step in before.get("pretokenizers", [before]):
+        # SentencePiece's prefix space goes before each piece between special tokens, as training puts it.
+        if step.get("type") == "Metaspace" and step["prepend_scheme"] == "first":
+            step["prepend_scheme"] = "always"
+    _write(file, values)
 
 
-def _pictures(what: Description) -> dict[str, Any]:
-    """How the tower's pictures are prepared, as data/image.py does."""
+def _write_readme(folder, what, count, config, checkpoint, step):
+    """``README.md``: what the export is, how to ask it and how to serve it."""
+    text = string.Template((PACKAGE / "README.md").read_text())
+    plain = what.fusion.fusion == "mlp"
+    values = {
+        "architecture": config["architectures"][0],
+        "code": "No code of its own is needed." if plain else "Its code (`*_stf.py`) is run.",
+        "template": what.template,
+        "tokens": count,
+        "dtype": config["dtype"],
+        "source": f"`{checkpoint}`" + (f", step {step:,}" if step is not None else ""),
+        "image_size": what.vision.image_size,
+        "trust": "" if plain else ", trust_remote_code=True",
+        "flag": "" if plain else " --trust-remote-code",
+    }
+    (folder / "README.md").write_text(text.substitute(values))
+
+
+def _pixels(what: Description) -> dict[str, Any]:
+    """How the tower's images are prepared, as data/image.py does."""
     size = what.vision.image_size
     square = {"height": size, "width": size}
     cropped = {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}
@@ -338,6 +392,12 @@ def _pictures(what: Description) -> dict[str, Any]:
         "image_mean": list(what.vision.mean),
         "image_std": list(what.vision.std),
     }
+
+
+def _copy_code(names, folder):
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(PACKAGE / name, folder / name)  # not with its mode, which is the installation's
 
 
 def _write(file, values):

@@ -166,7 +166,7 @@ def _save_tokenizer(source: pathlib.Path, folder: pathlib.Path, config: dict[str
     if not (source / SENTENCEPIECE).is_file():
         notes.append(f"There is no {SENTENCEPIECE} in {source}: put the language model's own beside the weights.")
         return
-    shutil.copy(source / SENTENCEPIECE, folder)
+    shutil.copyfile(source / SENTENCEPIECE, folder / SENTENCEPIECE)
     values = {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "<s>",

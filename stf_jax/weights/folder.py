@@ -10,6 +10,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 
 import jax
@@ -95,12 +96,12 @@ def new_folder(to: epath.Path) -> Iterator[pathlib.Path]:
     to = pathlib.Path(to).absolute()
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{to.name}.", suffix=".partial", dir=to.parent))
+        partial = to.with_name(f"{to.name}.{uuid.uuid4().hex[:8]}.partial")
+        partial.mkdir()
     except OSError as error:
         raise UserError(f"{to} cannot be written: {error.strerror}.") from None
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp's is for its owner alone
         if to.exists():
             to.rmdir()
         partial.rename(to)

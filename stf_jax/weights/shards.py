@@ -22,7 +22,10 @@ def write_shards(folder: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]]
 
     def write():
         file = folder / f"model-{len(files) + 1:05}.safetensors"
+        file.touch()
+        mode = file.stat().st_mode  # as the umask has it; safetensors makes its files for their owner alone
         save_file(held, file, metadata={"format": "pt"})  # which transformers asks for
+        file.chmod(mode)
         files.append(file)
         held.clear()
 

@@ -282,17 +282,15 @@ def test_prompts_are_ours_to_the_token(tmp_path, case, kind, template, request):
     export_hf(folder, tmp_path / "hf")
     processor = AutoProcessor.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     pictures = (picture(1), picture(2), picture(3))
-    # Our own processor knows which special tokens are the template's.
-    name = "<s> and <unk>" if case != "mlp" else "and"
     said = (
-        turn(f"  Compare\nthem {name}. ", *pictures[:2]),
+        turn("  Compare\nthem all. ", *pictures[:2]),
         {"role": "assistant", "content": [{"type": "text", "text": " One is red. "}]},
         turn("Which?"),
         {"role": "assistant", "content": "Straße 🤗"},
         turn("And now?", pictures[2]),
     )
     turns = (
-        Turn("human", f"<image>\n  Compare\nthem {name}. <image>"),
+        Turn("human", "<image>\n  Compare\nthem all. <image>"),
         Turn("gpt", "One is red."),
         Turn("human", "Which?"),
         Turn("gpt", "Straße 🤗"),
@@ -304,6 +302,11 @@ def test_prompts_are_ours_to_the_token(tmp_path, case, kind, template, request):
     assert is_image.tolist() == ours.is_image.tolist()
     assert inputs["input_ids"][0].numpy()[~is_image].tolist() == ours.tokens[~is_image].tolist()
     assert inputs["attention_mask"].all()
+    # The template, rendered and tokenised, says the same: by the processor, and by servers, which add nothing to it.
+    rendered = processor.apply_chat_template(list(said), add_generation_prompt=True)
+    assert processor(text=[rendered], images=list(pictures))["input_ids"] == inputs["input_ids"].tolist()
+    filled = rendered.replace("<image>", "<image>" * (int(is_image.sum()) // 3))
+    assert processor.tokenizer(filled, add_special_tokens=False).input_ids == inputs["input_ids"][0].tolist()
     # A whole conversation, as for training there.
     whole = processor.apply_chat_template(list(said[:4]), tokenize=True, return_dict=True)["input_ids"][0]
     ours = our_prompt(folder, tokenizer, template, turns[:4], pictures[:2])
@@ -317,8 +320,8 @@ def test_prompts_are_ours_to_the_token(tmp_path, case, kind, template, request):
     how = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     ends = [*STOPS.get(template, []), "</s>"]
     assert how["eos_token_id"] == tokenizer.convert_tokens_to_ids(ends)
-    never = list(range(506, 512)) if kind == "miniature" else [32_005] if case == "mlp" else None
-    assert how.get("suppress_tokens") == never
+    never = list(range(506, 512)) if kind == "miniature" else [32_005]
+    assert how["suppress_tokens"] == never
 
 
 @pytest.mark.parametrize("template", [*CHATS, "plain"])

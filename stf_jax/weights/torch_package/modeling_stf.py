@@ -1,8 +1,8 @@
 """LLaVA-STF (arXiv 2506.07138) in PyTorch: a vision tower read through taps, MBTF, STF, and a language model.
 
 In the place of MBTF and STF may stand what they are compared with; the larger of these are classes at the end of this
-file. Tower and language model are transformers' own. Axis letters: B rows, I pictures, T positions, P patches (a grid
-of g×g), N image tokens a picture, C tower width, M taps, D language model width, k patches a side of a window.
+file. Tower and language model are transformers' own. Axis letters: B rows, I images, T positions, P patches (a grid
+of g×g), N image tokens per image, C tower width, M taps, D language model width, k patches a side of a window.
 """
 
 import itertools
@@ -12,7 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.utils import can_return_tuple
 
 from .configuration_stf import LlavaSTFConfig
 
@@ -24,7 +29,7 @@ class LlavaSTFPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 (its names before and since 5.24)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
@@ -80,14 +85,32 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Image tokens [I, N, D] of normalised pictures [I, 3, H, W], row by row."""
-        states = self.vision_tower(pixel_values.to(self.dtype), output_hidden_states=True).hidden_states
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Image tokens of normalised images [I, 3, H, W], as transformers 5 defines this method.
+
+        Args:
+          kwargs: go to the vision tower. ``return_dict=False`` gives a tuple.
+
+        Returns:
+          ``pooler_output``: the image tokens [I, N, D], row by row; the tower's ``last_hidden_state`` and
+          ``hidden_states`` beside it.
+        """
+        kwargs |= {"output_hidden_states": True, "return_dict": True}
+        outputs = self.vision_tower(pixel_values.to(self.dtype), **kwargs)
+        states = outputs.hidden_states
         x = torch.cat([states[tap][:, int(self.class_token) :] for tap in self.config.stf_config["taps"]], dim=-1)
         x = self.mm_projector_crosslayer(x)
         if self.config.stf_config["fusion"] in RIVALS:
-            return self.mm_projector(_grid(x, self.mm_projector.side)).flatten(1, 2)
-        return self.mm_projector(self._windows(x))
+            tokens = self.mm_projector(_grid(x, self.mm_projector.side)).flatten(1, 2)
+        else:
+            tokens = self.mm_projector(self._windows(x))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=tokens,
+            hidden_states=states,
+            attentions=outputs.attentions,
+        )
 
     def _windows(self, x):
         """The values of each k×k window [I, N, …] of states [I, P, C]."""
@@ -104,26 +127,27 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
             x = x.permute(0, 1, 2, 5, 3, 4).flatten(3)
         return x.flatten(1, 2)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
         pixel_values=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
         inputs_embeds=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Reads text with image tokens in the places of ``<image>``.
 
         Args:
-          input_ids: [B, T]; ``config.image_token_id`` stands N times for each picture. Or ``inputs_embeds`` [B, T, D],
+          input_ids: [B, T]; ``config.image_token_id`` stands N times for each image. Or ``inputs_embeds`` [B, T, D],
             in which image tokens have taken their places already.
-          pixel_values: [I, 3, H, W], pictures in the order in which the rows name them.
-          kwargs: go to the language model, and so to its attention.
+          pixel_values: [I, 3, H, W], images in the order in which the rows name them.
+          kwargs: go to the language model, and so to its attention: also its cache, whose name differs between
+            releases. ``return_dict=False`` gives a tuple.
 
         Raises:
-          ValueError: pictures and places do not match, or not one of ``input_ids`` and ``inputs_embeds`` is given.
+          ValueError: images and places do not match, or not one of ``input_ids`` and ``inputs_embeds`` is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
@@ -131,18 +155,18 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
             is_image = input_ids == self.config.image_token_id
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
             if pixel_values is not None:
-                tokens = self.get_image_features(pixel_values).flatten(0, 1)
+                tokens = self.get_image_features(pixel_values, return_dict=True).pooler_output.flatten(0, 1)
                 if int(is_image.sum()) != len(tokens):
                     raise ValueError(f"The text has {int(is_image.sum())} places for {len(tokens)} image tokens.")
                 tokens = tokens.to(inputs_embeds.device, inputs_embeds.dtype)
                 inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], tokens)
             elif is_image.any():
-                raise ValueError("The text names pictures, but there are no pixel_values.")
+                raise ValueError("The text names images, but there are no pixel_values.")
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            return_dict=True,
             **kwargs,
         )
 
@@ -170,17 +194,17 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, GenerationMixin)
     def set_output_embeddings(self, value):
         self.lm_head = value
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """As :meth:`LlavaSTFModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
         pixel_values=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
         inputs_embeds=None,
         labels=None,
         logits_to_keep=0,
@@ -196,8 +220,8 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, GenerationMixin)
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -205,16 +229,11 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, GenerationMixin)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        """Repeats each row with its own pictures, for beams: rows a, a, b, b take pictures of a, of a, of b, of b."""
+        """Repeats each row with its own images, for beams: rows a, a, b, b take images of a, of a, of b, of b."""
         pixels = kwargs.pop("pixel_values", None)
         rows, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
@@ -226,7 +245,7 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, GenerationMixin)
         return rows, kwargs | {"pixel_values": pixels}
 
     def prepare_inputs_for_generation(self, input_ids, pixel_values=None, **kwargs):
-        """Pictures enter with the positions that name them; with a cache these are read once."""
+        """Images enter with the positions that name them; with a cache these are read once."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         read = inputs.get("input_ids")
         if read is not None and (read == self.config.image_token_id).any():

@@ -1,0 +1,139 @@
+"""Asks exports as their users do, in the environment that serves them: ``ask.py WAY FOLDER …``.
+
+Each FOLDER holds ``export/`` and ``questions.json``: ``questions``, each with its ``text`` and ``images`` (PNG files),
+and ``limit``, the most new tokens of an answer. The answers' token ids go to ``WAY.json`` there, a list per question.
+"""
+
+import base64
+import contextlib
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import PIL.Image
+
+LENGTH = 512  # positions of a conversation
+IMAGES = 2  # in a question, at most
+
+
+def main(way: str, folders: list[str]) -> None:
+    """``way``: ``generate``, ``pipeline``, ``chat`` (vLLM's offline) or ``serve`` (vLLM's OpenAI API)."""
+    for folder in map(pathlib.Path, folders):
+        questions = json.loads((folder / "questions.json").read_bytes())
+        answers = _WAYS[way](str(folder / "export"), questions["questions"], questions["limit"])
+        (folder / f"{way}.json").write_text(json.dumps(answers))
+
+
+def _generate(export, questions, limit):
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(export, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(export, trust_remote_code=True, dtype=torch.float32).eval()
+    answers = []
+    for question in questions:
+        inputs = processor.apply_chat_template(
+            _turns(question, _opened("image")),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        output = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
+        answers.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+    return answers
+
+
+def _pipeline(export, questions, limit):
+    import torch
+    from transformers import pipeline
+
+    ask = pipeline("image-text-to-text", model=export, trust_remote_code=True, dtype=torch.float32)
+    settings = {"max_new_tokens": limit, "do_sample": False}
+    answers = []
+    for question in questions:
+        turns = _turns(question, _opened("image"))
+        output = ask(text=turns, generate_kwargs=settings, return_tensors=True)[0]
+        prompt = ask.processor.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        answers.append(output["generated_token_ids"][prompt["input_ids"].shape[1] :].tolist())
+    return answers
+
+
+def _chat(export, questions, limit):
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engine = LLM(
+        export,
+        trust_remote_code=True,
+        dtype="float32",
+        max_model_len=LENGTH,
+        enforce_eager=True,
+        gpu_memory_utilization=0.2,
+        limit_mm_per_prompt={"image": IMAGES},
+    )
+    turns = [_turns(question, _opened("image_pil")) for question in questions]
+    outputs = engine.chat(turns, SamplingParams(temperature=0, max_tokens=limit), use_tqdm=False)
+    answers = [list(output.outputs[0].token_ids) for output in outputs]
+    del engine
+    cleanup_dist_env_and_memory()
+    return answers
+
+
+def _serve(export, questions, limit):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [pathlib.Path(sys.executable).with_name("vllm"), "serve", export, "--trust-remote-code"]
+    command += ["--dtype=float32", f"--max-model-len={LENGTH}", "--enforce-eager", "--gpu-memory-utilization=0.2"]
+    command += [f"--limit-mm-per-prompt={json.dumps({'image': IMAGES})}", "--host=127.0.0.1", f"--port={port}"]
+    server = subprocess.Popen(command)
+    try:
+        while True:
+            if server.poll() is not None:
+                raise SystemExit(f"vllm serve ended with {server.returncode}")
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
+                break
+            time.sleep(1)
+        return [_post(port, export, question, limit) for question in questions]
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _post(port, export, question, limit):
+    turns = _turns(question, _url)
+    body = {"model": export, "messages": turns, "temperature": 0, "max_tokens": limit, "return_token_ids": True}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)["choices"][0]["token_ids"]
+
+
+def _turns(question, part):
+    content = [part(file) for file in question["images"]]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": question["text"]}]}]
+
+
+def _opened(kind):
+    return lambda file: {"type": kind, kind: PIL.Image.open(file).convert("RGB")}
+
+
+def _url(file):
+    data = base64.b64encode(pathlib.Path(file).read_bytes()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+
+
+_WAYS = {"generate": _generate, "pipeline": _pipeline, "chat": _chat, "serve": _serve}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

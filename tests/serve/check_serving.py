@@ -1,0 +1,109 @@
+"""Exports asked through transformers and vLLM, in .venv-serve, answer as the models do here: `make test-serve`.
+
+The export of the demo (``DEMO``, its workdir), and a small model of random weights for each template, of either kind of
+export, with the miniatures' tokenizer or a SentencePiece one. Greedy, in float32.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+from make_models import CONTROL, DECODERS, make, picture
+
+from stf_jax.config import FusionConfig, MeshConfig
+from stf_jax.data.records import Record, Turn
+from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
+from stf_jax.evals.benchmark import WORD
+from stf_jax.evals.scenes import held_out_questions
+from stf_jax.inference.loading import load_generator
+from stf_jax.models.llm import LLMConfig
+from stf_jax.runtime.mesh import make_mesh
+from stf_jax.weights.export_hf import export_hf
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+QUESTIONS = 48
+WAYS = ("generate", "pipeline", "chat", "serve")
+# Heads of 32, the smallest that vLLM has on CPUs. Vocabularies as large as their tokenizers: <image> lies beyond.
+DECODER = LLMConfig(506, width=64, layers=2, heads=2, kv_heads=1, head_dim=32, mlp=96, norm_eps=1e-4)
+DECODERS["served"], DECODERS["served, llama"] = DECODER, dataclasses.replace(DECODER, vocab=32_005)
+CASES = {  # template → fusion, tower, decoder
+    "v1": ("mlp", "clip", "served, llama"),
+    "plain": ("mbtf_stf", "clip", "served"),
+    "llama-3": ("mbtf_stf", "siglip", "served"),
+    "chatml": ("mlp", "clip", "served"),
+    "mistral": ("mbtf_stf", "clip", "served, llama"),
+}
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory, sentencepiece_model):
+    """Case → its folder, with all answers, and our own."""
+    root, ours = tmp_path_factory.mktemp("served"), {}
+    demo = pathlib.Path(os.environ.get("DEMO", "runs/demo"))
+    for case in (*CASES, "demo"):
+        folder = root / case
+        folder.mkdir()
+        if case == "demo":
+            shutil.copytree(demo / "export", folder / "export")
+            model, limit = demo / "finetune", 16
+        else:
+            model, limit = _make(folder / "model", case, sentencepiece_model), 8
+            export_hf(model, folder / "export")
+        ours[case] = _ask(model, folder, case, limit)
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_MODULES_CACHE": str(root / "modules")}
+    python = ROOT / ".venv-serve" / "bin" / "python"
+    for way in WAYS:
+        command = [python, pathlib.Path(__file__).with_name("ask.py"), way, *(root / case for case in ours)]
+        subprocess.run(command, env=os.environ | environment, check=True, cwd=root)
+    return root, ours
+
+
+def _make(folder, template, sentencepiece_model):
+    fusion, tower, decoder = CASES[template]
+    make(folder, FusionConfig(fusion), tower, decoder, template=template)
+    source = MINIATURE
+    if decoder == "served, llama":
+        source = folder.with_name("sentencepiece")
+        source.mkdir()
+        shutil.copy(sentencepiece_model, source / "tokenizer.model")
+    tokenizer = load_tokenizer(str(source))
+    tokenizer.add_special_tokens({"additional_special_tokens": CONTROL})
+    shutil.rmtree(folder / "tokenizer")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def _ask(model, folder, case, limit):
+    """Our answers; the questions go into the folder. Of the small models' a third has no image, a third two."""
+    questions, records = [], []
+    scenes = held_out_questions(QUESTIONS) if case == "demo" else [None] * QUESTIONS
+    for i, scene in enumerate(scenes[:QUESTIONS]):
+        images = [scene[0]()] if scene else [picture(100 * i + j) for j in range((1, 0, 2)[i % 3])]
+        text = scene[2].text + WORD if scene else f"Which {'very ' * (i % 7)}odd thing is number {i}?"
+        files = [folder / f"{i}-{j}.png" for j in range(len(images))]
+        for image, file in zip(images, files, strict=True):
+            image.save(file)
+        questions.append({"text": text, "images": [str(file) for file in files]})
+        openers = tuple(lambda image=image: image for image in images)
+        records.append(Record(str(i), openers, (Turn("human", "<image>\n" * len(images) + text),)))
+    (folder / "questions.json").write_text(json.dumps({"questions": questions, "limit": limit}))
+    generator, _ = load_generator(model, make_mesh(MeshConfig(1, 1, 1)), "float32")
+    return list(generator.answers(records, limit, 16))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", [*CASES, "demo"])
+def test_served_answers_are_ours(asked, case, way, record_property):
+    root, ours = asked
+    tokenizer = load_tokenizer(str(root / case / "export"))
+    answers = json.loads((root / case / f"{way}.json").read_bytes())
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+    same = sum(text == own for text, own in zip(texts, ours[case], strict=True))
+    record_property(f"{case}, {way}", f"{same} of {len(ours[case])}")
+    assert len(set(ours[case])) > 1
+    assert texts == ours[case]
