@@ -155,8 +155,8 @@ def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> di
         _write_readme(folder, what, count, config, checkpoint, saved.step)
         if prefixes_once(tokenizer):
             tensors.report["notes"].append(
-                "The tokenizer says legacy: false. From a conversation's second round on, the export puts a space before "
-                "USER where training had none; first rounds are the same."
+                "The tokenizer says legacy: false. The export puts a space before text that follows a special token "
+                "(such as the end of an answer), where training had none; elsewhere nothing differs."
             )
         tensors.save_report(folder)
     return tensors.report

@@ -210,11 +210,11 @@ def test_a_model_without_bos_has_none_in_its_template(exports, tmp_path):
 
 def test_an_export_read_again_begins_texts_as_the_model_did(exports, tmp_path):
     """Its tokenizer adds no BOS in others' programs; here, where no template is rendered, it does."""
-    for fusion, (_, folder) in exports.items():
+    for _, folder in exports.values():
         assert begin_tokens(load_tokenizer(str(folder))) == [1]
         assert PreTrainedTokenizerFast.from_pretrained(folder)("").input_ids == []
-        import_weights(str(folder), tmp_path / fusion)
-        assert begin_tokens(load_tokenizer(str(tmp_path / fusion / "tokenizer"))) == [1]
+    import_weights(str(folder), tmp_path / "imported")
+    assert begin_tokens(load_tokenizer(str(tmp_path / "imported" / "tokenizer"))) == [1]
 
 
 def test_texts_without_the_template_begin_with_bos_in_our_processor(opened):
