@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -242,6 +243,7 @@ class Place:
         for layer, tensor in enumerate(turned):  # into place one by one, so that the layers are not held twice
             if value is None:
                 value = np.empty((len(self.names), *self.shape), tensor.dtype)
+            value = value.astype(jnp.promote_types(value.dtype, tensor.dtype), copy=False)  # layers may differ in type
             value[layer] = tensor
         return value
 

@@ -315,6 +315,21 @@ def test_a_config_that_is_missing_is_told(tmp_path, capsys):
 # ---- Types -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("types", [("float16", "float32", "float32"), ("float32", "bfloat16", "float16")])
+def test_layers_of_different_types_lose_nothing(tmp_path, types):
+    state = dict(decoder("llama").state_dict())
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)]
+    for name, kind in zip(names, types, strict=True):
+        state[name] = (state[name] * 1e5 if kind == "float32" else state[name]).to(getattr(torch, kind))
+    report = import_weights(str(saved(tmp_path / "w", state)), tmp_path / "ours")
+    for folder in ("w", "ours"):
+        read = open_model(tmp_path / folder).read("llm/blocks/mlp/up/kernel")
+        assert read.dtype == np.float32
+        for layer, name in enumerate(names):
+            np.testing.assert_array_equal(read[layer].T, state[name].float().numpy())
+    assert sorted(report["cast"]) == sorted({f"{kind} to float32" for kind in types} - {"float32 to float32"})
+
+
 def test_values_beyond_a_type_are_counted_and_told(tmp_path, capsys):
     state = dict(decoder("llama").state_dict())
     wide = {EMBEDDING: 3, "model.layers.1.mlp.up_proj.weight": 2}
