@@ -16,6 +16,7 @@ from stf_jax.weights.folder import new_folder
 from stf_jax.weights.hf import Place, Tensor, places
 from stf_jax.weights.model import SavedModel, open_model
 from stf_jax.weights.shards import write_shards
+from stf_jax.weights.tensors import cast, overflow_lines
 
 
 def whole(saved: SavedModel, checkpoint: pathlib.Path) -> None:
@@ -45,8 +46,9 @@ class Tensors:
 
     Attributes:
       places: by path, of what is written.
-      report: count of ``parameters``; names of tensors ``written``, ``transposed`` and ``cast`` (by types); parameters
-        of the model that went ``unused``; ``notes``.
+      report: count of ``parameters``; names of tensors ``written``, ``transposed`` and ``cast`` (by types); by
+        tensor, how many values ``overflowed`` to infinity when cast; parameters of the model that went ``unused``;
+        ``notes``.
     """
 
     def __init__(self, saved: SavedModel, places: Mapping[str, Place], dtype: str):
@@ -54,7 +56,7 @@ class Tensors:
         self.places, self._saved, self._dtype = places, saved, dtype
         unused = sorted(saved.shapes.keys() - places.keys())
         self.report: dict[str, Any] = {"parameters": 0, "written": [], "transposed": []}
-        self.report |= {"cast": collections.defaultdict(list), "unused": unused, "notes": []}
+        self.report |= {"cast": collections.defaultdict(list), "unused": unused, "notes": [], "overflowed": {}}
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
         """Name and values of one after the other; a parameter of ours is held at a time."""
@@ -67,7 +69,10 @@ class Tensors:
                 self.report["cast"][f"{value.dtype} to {self._dtype}"] += place.names
             for name, tensor in place.to_theirs(value):
                 self.report["written"].append(name)
-                yield name, tensor.astype(jnp.dtype(self._dtype or tensor.dtype), copy=False)
+                tensor, overflowed = cast(tensor, self._dtype)
+                if overflowed:
+                    self.report["overflowed"][name] = overflowed
+                yield name, tensor
             del value  # before the next one is read
 
     def save_report(self, folder: pathlib.Path) -> None:
@@ -112,7 +117,7 @@ def summary(report: dict[str, Any], to: pathlib.Path) -> str:
         f"{len(report['written'])} tensors, {report['parameters']:,} parameters: {to}",
         f"{len(report['transposed'])} transposed; cast: {cast}",
     ]
-    lines += report["notes"]
+    lines += report["notes"] + overflow_lines(report["overflowed"])
     if report["unused"]:
         lines.append(f"not written: {', '.join(report['unused'])}")
     return "\n".join([*lines, f"Every name is in {to / 'export.json'}."])

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import tqdm
-from jax import numpy as jnp
 
 from stf_jax.config import UserError
 from stf_jax.data.tokenizer import FILES, read_tokenizer, save_tokenizer
@@ -19,6 +18,7 @@ from stf_jax.weights.folder import new_folder
 from stf_jax.weights.gguf_tokenizer import read_gguf_tokenizer
 from stf_jax.weights.model import described
 from stf_jax.weights.recognise import Recognised
+from stf_jax.weights.tensors import cast, overflow_lines
 from stf_jax.weights.theirs import gguf_file, open_theirs, recognised, values
 
 
@@ -87,14 +87,10 @@ def summary(report: dict[str, Any], to: pathlib.Path) -> str:
         f"{len(report['transposed'])} transposed; cast: "
         + (", ".join(f"{len(names)} from {kind}" for kind, names in report["cast"].items()) or "none"),
     ]
-    if overflowed := report["overflowed"]:
-        lines.append(
-            f"WARNING: {sum(overflowed.values()):,} values of {len(overflowed)} tensors ({next(iter(overflowed))}, …) "
-            "exceed the range of that type and became infinite; import with --dtype=bfloat16 or float32 instead"
-        )
     reasons = collections.Counter(report["unused"].values())
     lines += [f"{count} unused: {why}" for why, count in reasons.items()]
-    return "\n".join([*lines, *report["notes"], f"Every name is in {to / 'import.json'}."])
+    lines += report["notes"] + overflow_lines(report["overflowed"])
+    return "\n".join([*lines, f"Every name is in {to / 'import.json'}."])
 
 
 def _only(found: Recognised, root: str) -> Recognised:
@@ -121,16 +117,10 @@ def _params(sources, dtype, report, bar) -> Iterator[tuple[str, np.ndarray]]:
 def _cast(tensors, path, place, dtype, overflowed):
     """:func:`values` in that type, or each in its own; counts those that became infinite, by name."""
     for name, value in zip(place.names, values(tensors, path, place), strict=True):
-        wanted = jnp.dtype(dtype or value.dtype)
-        if wanted == value.dtype:
-            yield value
-            continue
-        with np.errstate(over="ignore"):
-            cast = value.astype(wanted)
-        narrower = jnp.finfo(wanted).max < jnp.finfo(value.dtype).max
-        if narrower and (count := int(np.isinf(cast).sum()) - int(np.isinf(value).sum())):
+        value, count = cast(value, dtype)
+        if count:
             overflowed[name] = count
-        yield cast
+        yield value
 
 
 def _save_tokenizer(source, folder):

@@ -3,11 +3,12 @@
 import pathlib
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from jax import numpy as jnp
 from safetensors import SafetensorError, safe_open
 
 from stf_jax.config import UserError
@@ -104,6 +105,28 @@ def open_tensors(source: pathlib.Path, named: str | None = None) -> Tensors:
             if name not in entries:
                 raise UserError(f"{located.index} places tensor {name} in {file}, which does not hold it.")
     return Tensors(entries, located.notes)
+
+
+def cast(value: np.ndarray, dtype: str) -> tuple[np.ndarray, int]:
+    """The values in that type (empty: in their own), and how many became infinite by it."""
+    wanted = jnp.dtype(dtype or value.dtype)
+    if wanted == value.dtype:
+        return value, 0
+    with np.errstate(over="ignore"):
+        result = value.astype(wanted)
+    if jnp.finfo(wanted).max >= jnp.finfo(value.dtype).max:
+        return result, 0
+    return result, int(np.isinf(result).sum()) - int(np.isinf(value).sum())
+
+
+def overflow_lines(overflowed: Mapping[str, int]) -> list[str]:
+    """What a report tells people of values that became infinite, counted by tensor; empty where none did."""
+    if not overflowed:
+        return []
+    return [
+        f"WARNING: {sum(overflowed.values()):,} values of {len(overflowed)} tensors ({next(iter(overflowed))}, …) are "
+        "beyond the range of that type and became infinite; use --dtype=bfloat16 or float32 instead"
+    ]
 
 
 def safetensors_entries(file: pathlib.Path) -> dict[str, Entry]:

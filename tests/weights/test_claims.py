@@ -346,3 +346,6 @@ def test_values_beyond_a_type_are_counted_and_told(tmp_path, capsys):
     assert np.isinf(open_model(tmp_path / "half").read("llm/embedding")).sum() == 3
     report = import_weights(str(folder), tmp_path / "bfloat16", dtype="bfloat16")
     assert report["overflowed"] == {}
+    out = tmp_path / "out"
+    assert door(main, ["export", str(tmp_path / "bfloat16"), "--format=native", "--dtype=float16", f"--to={out}"]) == 0
+    assert "WARNING: 7 values of 2 tensors (llm/" in capsys.readouterr().out  # 65519 is 65536 in bfloat16
