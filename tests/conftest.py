@@ -103,7 +103,8 @@ def nothing_global_changes():
     def look():
         presets = sys.modules.get("stf_jax.models.presets")
         tables = (dict(presets.VISION), dict(presets.LLM)) if presets else None
-        return tables, {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+        libraries = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")  # set by pytest, and by torch at first use
+        return tables, {name: value for name, value in os.environ.items() if name not in libraries}
 
     tables, environment = look()
     yield
