@@ -9,6 +9,7 @@ import sys
 
 import jax
 import pytest
+from make_llava import make
 from tiny import tiny
 
 from stf_jax.config import from_json
@@ -138,3 +139,29 @@ def test_a_profile_tells_the_parts_of_the_model_apart(workdir):
         assert any(re.search(rb"jvp\(" + scopes, name) for name in names), scopes
     assert any(b"transpose(jvp(llm))" in name for name in names)
     assert any(b"/update/" in name for name in names)
+
+
+@pytest.mark.slow  # it compiles for several shapes of batch
+def test_the_recipe_for_few_rows_learns_from_them(tmp_path):
+    """48 rows, of which seven or so cannot be used, for a model that knows nothing: hence the learning rate."""
+    make(tmp_path, captions=1, conversations=48)
+    workdir, changes = (
+        tmp_path / "run",
+        {
+            "init_missing": "('.*',)",
+            "model.precision": "float32",
+            "data.tokenizer": "miniature",
+            "data.annotations": tmp_path / "llava_v1_5_mix665k.json",
+            "data.images": tmp_path / "images",
+            "data.max_length": 192,
+            "optimizer.learning_rate": 3e-3,
+            "mesh.data": 1,
+        },
+    )
+    options = [f"--config.{key}={value}" for key, value in changes.items()]
+    config = f"--config={ROOT}/configs/small.py:vision=clip-tiny,llm=llama-tiny,fusion=mlp"
+    assert door(main, [config, f"--workdir={workdir}", *options]) == 0
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 * 4  # three epochs of 56 rows, 16 a step
+    first, last = (sum(line["loss"] * line["learned_tokens"] for line in part) for part in (lines[:4], lines[-4:]))
+    assert last < 0.9 * first

@@ -42,6 +42,7 @@ def test_both_stages_learn_from_llavas_files(rehearsal):
     for stage in ("pretrain", "finetune"):
         first, second, third = _epochs(folder / stage)
         assert first > second > third, stage
+        assert third < {"pretrain": 0.8, "finetune": 0.6}[stage] * first, stage  # the document has the figures
 
 
 def test_the_report_names_what_was_left_out(rehearsal):

@@ -99,9 +99,10 @@ class Counted:
         """Of a program with its rows and microbatches."""
         rows, moved = program.rows / row_shards(program.mesh), self.fixed_bytes
         if program.what == "train":
-            # Of each parameter that learns: gradient, itself and both moments, read and written.
+            # Of each parameter that learns: gradient, itself and both moments, read, read once more to see whether the
+            # update is finite, and written.
             moved *= config.optimizer.accumulation_steps
-            moved += 8 * bytes_on_a_device(program.arguments[0].trainable)
+            moved += 12 * bytes_on_a_device(program.arguments[0].trainable)
         return Work(_model_flops(config, program), self.flops * program.rows, moved + self.row_bytes * rows)
 
     def kept(self, config: TrainConfig, program: Program) -> int:
