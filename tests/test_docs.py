@@ -36,11 +36,13 @@ OTHERS = {
     "accelerate": "lmms-eval's data must be downloaded; tests/weights/test_lmms_eval.py asks an export through it",
     "cp": "of files that the reader has",
     "cd": "into a folder that the reader has",
+    "curl": "asks a server, as make test-serve does",
     "docker": "there is no daemon; tests/launch reads the Dockerfile",
     "echo": "into a file that the reader has",
     "gcloud": "needs an account",
     "pip": "installs; its requirement files must be there",
     "mpirun": "needs Open MPI",
+    "vllm": "has an environment of its own, in which make test-serve asks it",
 }
 # What stands for something of the reader's, by what does for a check. "…" and "..." alone stand for more options.
 STAND_INS = {
@@ -67,8 +69,16 @@ def blocks(file: pathlib.Path) -> list[tuple[str, str]]:
 
 def commands(text: str) -> list[list[str]]:
     """The words of each command of a shell text, comments left out, lines joined."""
-    lines = re.sub(r" *\\\n *", " ", text).splitlines()
-    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+    found, part = [], ""
+    for line in re.sub(r" *\\\n *", " ", text).splitlines(keepends=True):
+        part += line
+        try:
+            words = shlex.split(part, comments=True)
+        except ValueError:
+            continue  # a text in quotes goes on in the next line
+        found, part = [*found, *([words] if words else [])], ""
+    assert not part, part
+    return found
 
 
 def _in_docs():
