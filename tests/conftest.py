@@ -11,6 +11,8 @@ import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# Most tests compile longer than they compute; tests of what XLA makes of a program ask for `optimized`.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # Test processes started by tests find the project and the tiny presets, wherever they run.
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
@@ -114,13 +116,14 @@ def nothing_global_changes():
 
 
 @pytest.fixture
-def quick_to_compile():
-    """For tests of what programs compute, and not of how fast."""
+def optimized(monkeypatch):
+    """XLA's optimizations, as users have them, in this process and in those that it starts."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Quick compilation, kept for whoever comes later in the same folder: that it is the same program each time matters.
-_ENVIRONMENT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+# What is compiled is kept for whoever comes later in the same folder: that it is the same program each time matters.
+_ENVIRONMENT = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 _PATIENCE = 240  # seconds
 
 

@@ -126,7 +126,6 @@ def test_runs_of_another_config_are_not_taken(world, undrawn, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_real_study(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     common = (*make_study.VALUES["common"], "data.scenes.size=64", "eval.limit=8")
     option = make_study.write(tmp_path / "study.py", common=common, seeds=(3,))
     argv = [option, f"--out={tmp_path / 'out'}"]

@@ -17,7 +17,6 @@ import zipfile
 import zlib
 from collections.abc import Callable
 
-import jax
 import make_study
 import numpy as np
 import PIL.Image
@@ -828,13 +827,11 @@ def shared(tmp_path_factory):
     rows({}, {"id": "b"})(root, None)
     argv = [f"--annotations={root}/rows.json", f"--images={root}/images", f"--out={root}/prepared", "--workers=1"]
     assert door(prepare.main, argv) == 0
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         once = functools.cache(load_generator)  # the good model, and its programs
         for verb in (evaluate, chat):
             patch.setattr(verb, "load_generator", once)
         yield types.SimpleNamespace(root=root, **{path.name: path for path in root.iterdir() if path.is_dir()})
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def tree(folder: pathlib.Path) -> dict[str, str]:

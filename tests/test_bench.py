@@ -50,7 +50,7 @@ def test_weights(tmp_path):
     assert rows["import, peak"]["gib"] > rows["model, in bfloat16"]["gib"] > rows["its largest parameter"]["gib"] > 0
 
 
-@pytest.mark.usefixtures("torch_alone", "quick_to_compile")
+@pytest.mark.usefixtures("torch_alone")
 @pytest.mark.parametrize("fusion", ["mlp", "mbtf_stf"])
 def test_decode_asks_both_programs_the_same_of_an_export(fusion, tmp_path, monkeypatch):
     config = ModelConfig("clip-tiny", "llama-tiny", FusionConfig(fusion), "float32")
@@ -69,7 +69,7 @@ def test_decode_asks_both_programs_the_same_of_an_export(fusion, tmp_path, monke
     assert prompt(2, slots, slots + 60)[0].shape == (2, slots + 60)
 
 
-@pytest.mark.usefixtures("torch_alone", "quick_to_compile")
+@pytest.mark.usefixtures("torch_alone")
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_step_takes_the_same_steps_on_both_sides(stage, tmp_path):
     config = ModelConfig("clip-tiny", "llama-tiny", FusionConfig("mbtf_stf"), "float32", remat="full")

@@ -76,7 +76,7 @@ def gs(tmp_path_factory):
 
         def run(*arguments):
             command = [sys.executable, *map(str, arguments)]
-            quick = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+            quick = {"JAX_NUM_CPU_DEVICES": "1"}
             env = os.environ | environment(port) | cache | quick
             done = subprocess.run(command, env=env, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-3000:]

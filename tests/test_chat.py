@@ -1,7 +1,6 @@
 """The door that answers: one prompt, or a conversation that remembers; what is wrong is said in a sentence."""
 
 import io
-import os
 import pathlib
 import re
 import subprocess
@@ -22,7 +21,6 @@ from stf_jax.runtime.cli import door
 from stf_jax.weights.export_hf import export_hf
 
 ROOT = pathlib.Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 class Echo:
@@ -215,8 +213,7 @@ def test_a_run_an_imported_folder_and_an_export_answer(models, shown, capsys, mo
     assert capsys.readouterr().out == printed
     # As a user has it, in a process of its own.
     command = [sys.executable, "-m", "stf_jax.chat", f"--checkpoint={models['export']}", *options]
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=False)
     assert (done.returncode, done.stdout.decode()) == (0, printed), done.stderr.decode()
 
 

@@ -10,7 +10,6 @@ import sys
 import time
 import types
 
-import jax
 import pytest
 from make_evals import QUESTIONS, WORD, make_gqa, make_model
 
@@ -47,12 +46,10 @@ def gqa(tmp_path_factory):
     def ask(out, *more, data=folder / "data"):
         return door(evaluate.main, [*arguments(out, data), *more])
 
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "load_generator", functools.cache(load_generator))
         assert ask(folder / "whole") == 0
         yield types.SimpleNamespace(folder=folder, gold=gold, ask=ask, arguments=arguments, whole=folder / "whole")
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # ---- Asked -----------------------------------------------------------------------------------------------------------
@@ -77,7 +74,7 @@ def test_killed_and_started_again_it_ends_in_the_same_files(gqa, tmp_path):
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "stf_jax.evaluate", *gqa.arguments(killed)],
-            env=os.environ | locale | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+            env=os.environ | locale,
             stdout=log,
             stderr=log,
         )

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 
-import jax
 import pytest
 from make_llava import make
 from tiny import tiny
@@ -20,13 +19,6 @@ from stf_jax.runtime.cost import step_flops
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = f"--config={ROOT}/tests/tiny.py"
 PRETRAIN = f"--config={ROOT}/configs/pretrain.py"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 UNUSABLE = {

@@ -20,6 +20,8 @@ from stf_jax.runtime.cost import decode_flops, forward_flops, step_flops
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import blueprint, state_layout
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 BFLOAT16 = ["--config.model.precision=bfloat16", "--config.model.scan_layers=True"]
 DEMO = ["--config=configs/demo.py:stage=finetune", "--config.model.remat=full", *BFLOAT16]
 TINY = ["--config=tests/tiny.py", "--config.mesh.data=1", "--config.mesh.fsdp=-1", *BFLOAT16]

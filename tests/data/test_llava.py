@@ -7,7 +7,6 @@ import os
 import pathlib
 import threading
 
-import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -411,11 +410,7 @@ def test_a_run_leaves_bad_rows_out_and_says_how_many(faulty, tmp_path, capsys):
     workdir = tmp_path / "run"
     arguments = {"steps": 0, "epochs": 1.0, "log_every_steps": 2} | changes(folder)
     options = [f"--config.{key}={value}" for key, value in arguments.items()]
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        assert door(main, [f"--config={ROOT}/tests/tiny.py", f"--workdir={workdir}", *options]) == 0
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    assert door(main, [f"--config={ROOT}/tests/tiny.py", f"--workdir={workdir}", *options]) == 0
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = -(-(GOOD + bad) // 4)
     assert lines[-1]["step"] == steps

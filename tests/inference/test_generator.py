@@ -28,7 +28,6 @@ from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.mesh import make_mesh
 from stf_jax.training.state import blueprint
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 TINY = presets.LLM["llama-tiny"]
 FAMILIES = {
     "llama": dataclasses.replace(TINY, tied=False),
@@ -143,9 +142,9 @@ class _Now:
         return type("Done", (), {"result": lambda self: result})()
 
 
+@pytest.mark.usefixtures("optimized")
 def test_layers_are_not_stacked_again_in_a_step(tokenizer):
     """What decoding.layerwise is for: no step copies weights together or apart."""
-    jax.config.update("jax_disable_most_optimizations", False)
     answers = generators("llama", MeshConfig(1, 1, 1), tokenizer)
     ready = answers._ready(_Now(), records(2), 2)
     with generator.computing(answers._mesh, "float32"):

@@ -31,7 +31,7 @@ from stf_jax.weights.exports import export_native
 from stf_jax.weights.imports import import_weights
 from stf_jax.weights.model import open_model
 
-pytestmark = pytest.mark.usefixtures("torch_alone", "quick_to_compile")
+pytestmark = pytest.mark.usefixtures("torch_alone")
 
 CASES = {
     "llama": (FusionConfig("mbtf_stf"), "clip", "llama, full"),
@@ -267,6 +267,7 @@ def held():
     return sum(x.nbytes for x in jax.live_arrays())
 
 
+@pytest.mark.usefixtures("optimized")
 def test_taking_a_parameter_apart_gathers_it_nowhere():
     mesh = make_mesh(MeshConfig(1, 4, 2))
     places = NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor"))

@@ -27,7 +27,6 @@ from stf_jax.runtime.mesh import computing, make_mesh
 from stf_jax.training.state import blueprint
 
 ROOT = pathlib.Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 presets.LLM["llama-deep-tiny"] = dataclasses.replace(presets.LLM["llama-tiny"], layers=4, qkv_bias=True)
 LLM = presets.LLM["llama-deep-tiny"]
 N, KEEP, PICTURES = 16, 4, 2  # a 4×4 grid

@@ -217,6 +217,7 @@ def test_words_are_looked_up_and_their_gradients_counted(mesh):
     np.testing.assert_array_equal(slopes, np.broadcast_to(counts[:, None], (16, 32)))
 
 
+@pytest.mark.usefixtures("optimized")
 def test_the_table_does_not_cross_the_mesh():
     mesh, rows = make_mesh(MeshConfig(1, 8, 1)), jax.sharding.PartitionSpec(("data", "fsdp"))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("tensor", "fsdp"))

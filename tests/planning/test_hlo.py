@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from stf_jax.planning.hlo import Traffic, traffic
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 AXES = ("data", "fsdp", "tensor")
 SUBSETS = [axes for size in (1, 2, 3) for axes in itertools.combinations(AXES, size)]
 ROWS, BYTES = 64, 64 * 4  # float32, on each device

@@ -13,6 +13,8 @@ from stf_jax.planning.topology import described, memory_limit
 from stf_jax.runtime.cost import CHIPS, chip_of
 from stf_jax.runtime.mesh import BATCH, computing, make_mesh
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 TPUS = {"v4:2x2x4": 16, "v5e:4x8": 32, "v5e:1x1": 1, "v5p:2x2x4": 16, "v6e:8x8": 64}
 GPUS = {"a6000:8": 8, "a100-40:8": 8, "a100-80:8": 8, "h100:8": 8, "h200:1": 1, "h200:8": 8, "b200:8": 8}
 

@@ -19,6 +19,8 @@ from stf_jax.planning.program import make_program
 from stf_jax.runtime.cost import CHIPS, chip_of, decode_flops, forward_flops, fusion_flops, step_flops
 from stf_jax.training.state import blueprint, trainable_paths
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 FREEZE = (".*", "freeze")
 STAGE1 = (("fusion/.*", "train"), FREEZE)
 STAGE2 = (("fusion/.*", "train"), ("llm/.*", "train"), FREEZE)

@@ -26,7 +26,6 @@ ARGUMENTS = [
     "--config.eval.batch=4",
     f"--config.eval.every_steps={MEASURED}",
 ]
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 @pytest.mark.parametrize("measured", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -4,7 +4,6 @@ import contextlib
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from started import ROOT, logged, together
@@ -27,10 +26,8 @@ def _arguments():
 
 def _alone(workdir, devices):
     """Trains in this process, on so many of its devices."""
-    jax.config.update("jax_disable_most_optimizations", True)
     mesh = ["--config.mesh.data=1", f"--config.mesh.fsdp={devices}"]
     assert door(main, [*_arguments(), f"--workdir={workdir}", *mesh]) == 0
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @contextlib.contextmanager

@@ -87,6 +87,7 @@ def test_bfloat16_sums_in_float32(monkeypatch):
     assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.bfloat16]
 
 
+@pytest.mark.usefixtures("optimized")
 def test_no_array_is_as_large_as_all_logits(monkeypatch):
     """Nor, on a mesh, as the whole head."""
     monkeypatch.setattr(loss, "_CHUNK", 4 * 128 * 128)

@@ -5,7 +5,6 @@ import json
 import pathlib
 import types
 
-import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -51,14 +50,12 @@ def runs(tmp_path_factory):
                 paused.pop()
 
     inner = loop.measure_all
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "measure_all", measure_all)
         patch.setattr(loop, "Telemetry", Watched)
         assert train("measured", *MEASURED) == 0
     assert train("plain") == 0
-    yield types.SimpleNamespace(folder=folder, train=train, workdir=folder / "measured", paused=measured)
-    jax.config.update("jax_disable_most_optimizations", False)
+    return types.SimpleNamespace(folder=folder, train=train, workdir=folder / "measured", paused=measured)
 
 
 def lines(workdir):

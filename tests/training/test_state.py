@@ -19,13 +19,6 @@ STAGE_2 = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train"))
 PATHS = dict.fromkeys(("vision/kernel", "vision/bias", "fusion/kernel", "llm/kernel"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # ---- Rules -----------------------------------------------------------------------------------------------------------
 
 

@@ -23,13 +23,6 @@ from stf_jax.training.step import loss_sum
 CHANGES = {"optimizer.warmup_ratio": 0.0, "optimizer.weight_decay": 0.1, "optimizer.eps": 1e-4}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def _setup(data=1, fsdp=1, tensor=1, **changes):
     return Setup.of(**CHANGES, **{"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}, **changes)
 

@@ -19,7 +19,6 @@ from stf_jax.runtime.cli import door
 from stf_jax.training.watching import Watch
 
 ROOT = pathlib.Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 # ---- The step --------------------------------------------------------------------------------------------------------
