@@ -105,8 +105,10 @@ def nothing_global_changes():
     def look():
         presets = sys.modules.get("stf_jax.models.presets")
         tables = (dict(presets.VISION), dict(presets.LLM)) if presets else None
-        libraries = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")  # set by pytest, and by torch at first use
-        return tables, {name: value for name, value in os.environ.items() if name not in libraries}
+        # Of the environment, what this project, its launchers and jax's choice of devices read: libraries keep other
+        # things there, at first use.
+        prefixes = ("JAX_", "XLA_", "STF_", "SLURM_", "OMPI_", "TPU_", "HF_", "PYTHON")
+        return tables, {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
 
     tables, environment = look()
     yield
