@@ -241,6 +241,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200].strip(" .") or type(error).__name__
 
 
+def shorten(text: str, most: int = 200) -> str:
+    """A user's text for a message, log or report: as can be written, the middle of one of more characters left out."""
+    text = text.encode(errors="backslashreplace").decode()  # half a surrogate pair cannot be written
+    left_out = len(text) - most
+    if left_out <= 0:
+        return text
+    return f"{text[: most // 2]}… {left_out:,} characters …{text[-(most // 2) :]}"
+
+
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """A clause that names the nearest known spelling, or lists what is known."""
     known = list(known)

@@ -311,7 +311,7 @@ MAIN = [
     trained("a picture that is not there", rows({"image": "lost.png"}), FILE, "{images}/lost.png"),
     trained("a picture above the folder", rows({"image": "../a.png"}), "'../a.png' leaves the folder {images}"),
     trained("a picture elsewhere", rows({"image": "/etc/hostname"}), "'/etc/hostname' leaves the folder {images}"),
-    trained("a picture's name with NUL", rows({"image": "a\0.png"}), "'a\\x00.png' leaves the folder"),
+    trained("a picture's name with NUL", rows({"image": "a\0.png"}), "NUL in its name"),
     trained("a picture that is none", rows({"image": "text.jpg"}), "{images}/text.jpg cannot be opened"),
     trained("a picture of absurd size", rows({"image": "bomb.png"}), "{images}/bomb.png cannot be opened"),
     run("rows over length", rows({}), (LLAVA, ROWS, IMAGES, "--config.data.max_length=8"), "'a'", "max_length=8"),

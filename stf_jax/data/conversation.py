@@ -87,7 +87,7 @@ class Chat:
     def __call__(self, turns: Sequence[Turn]) -> list[Item]:
         """The items of alternating turns; a conversation that ends with a question makes a prompt.
 
-        A first turn by ``gpt`` is dropped, as LLaVA does (:func:`stf_jax.data.records.read_row` reports it).
+        A first turn by ``gpt`` is dropped, as LLaVA does (:func:`stf_jax.data.rows.read_row` reports it).
         """
         rounds = list(enumerate(turns, start=1))
         opening = (*self.begin, *self.ask)
@@ -211,7 +211,15 @@ def template_items(template: str, record: Record) -> list[Item]:
     marks, pictures = sum(item is Mark.IMAGE for item in items), len(record.pictures)
     if marks != pictures:
         reason = "mark_without_picture" if marks > pictures else "picture_without_mark"
-        raise BadRow(reason, f"Record {record.id!r} has {pictures} pictures but {marks} {IMAGE_MARK} marks.")
+        raise BadRow(reason, f"Record {record.id!r} has {pictures} images but {marks} {IMAGE_MARK} marks.")
+    return items
+
+
+def training_items(template: str, record: Record) -> list[Item]:
+    """The record's items in that template. Raises as :func:`template_items`, and BadRow where there is no answer."""
+    items = template_items(template, record)
+    if not any(isinstance(item, Text) and item.learned for item in items):
+        raise BadRow("no_answer", f"Record {record.id!r} has no answer to learn, as template {template!r} reads it.")
     return items
 
 

@@ -14,7 +14,8 @@ from etils import epath
 
 from stf_jax.config import UserError, one_line
 from stf_jax.data.image import open_image, read_image
-from stf_jax.data.records import BadRow, Record, read_row
+from stf_jax.data.records import BadRow, Record
+from stf_jax.data.rows import read_row
 from stf_jax.runtime.files import fetched
 
 KEPT = "kept.json"  # in a prepared folder: the rows that its shards hold the pictures of, in order
@@ -127,8 +128,10 @@ class LlavaRecords:
 
     def __getitem__(self, index: int) -> Record:
         """Raises BadRow for a row that is not of that form; opening its pictures may raise it too."""
-        identity, images, turns = read_row(self._rows[index], f"row {index} of {self.name}")
-        return Record(identity, tuple(functools.partial(self._open, name) for name in images), turns)
+        row = read_row(self._rows[index], f"row {index} of {self.name}")
+        return Record(
+            row.name, tuple(functools.partial(self._open, name) for name in row.images), row.turns, row.unread
+        )
 
     def _open(self, name):
         return open_image(read_image(self._folder, name), os.fspath(self._folder / name))
@@ -155,9 +158,9 @@ class PreparedRecords:
 
     def __getitem__(self, index: int) -> Record:
         """A record; opening its pictures reads the shard."""
-        identity, images, turns = read_row(self._rows[index], f"row {index} of {self.name}")
-        opens = (functools.partial(self._open, index, place, name) for place, name in enumerate(images))
-        return Record(identity, tuple(opens), turns)
+        row = read_row(self._rows[index], f"row {index} of {self.name}")
+        opens = (functools.partial(self._open, index, place, name) for place, name in enumerate(row.images))
+        return Record(row.name, tuple(opens), row.turns, row.unread)
 
     def _open(self, index, place, name):
         try:

@@ -1,5 +1,6 @@
 """From records to batches: measured, planned (sampling.py), then read, decoded and laid in rows by Grain's threads."""
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -16,11 +17,11 @@ from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import DataConfig, TrainConfig, UserError
-from stf_jax.data.conversation import check_template, count_tokens, encode, template_items
+from stf_jax.data.conversation import check_template, count_tokens, encode, training_items
 from stf_jax.data.image import to_square
 from stf_jax.data.llava import llava_records
 from stf_jax.data.packing import Batch, Example, to_batch, to_example, to_row
-from stf_jax.data.records import BadRow, Record
+from stf_jax.data.records import BadRow, Record, format_reasons
 from stf_jax.data.sampling import Plan, PlannedRow
 from stf_jax.data.scenes import SceneRecords
 from stf_jax.data.tokenizer import prefixes_once
@@ -82,7 +83,7 @@ class Prepare:
         if count > places:
             sentence = f"Record {record.id!r} has more pictures, {count}, than data.images_per_row={places}; raise it."
             raise BadRow("too_many_pictures", sentence)
-        return template_items(self._config.template, record)
+        return training_items(self._config.template, record)
 
     def fingerprint(self) -> str:
         """Of the tokenizer: two with the same one make the same tokens."""
@@ -92,18 +93,19 @@ class Prepare:
     def measure(
         self, source: Sequence[Record], *, shown: bool = True, between: Callable[[], None] = lambda: None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and pictures of every record of a data set, int32 [R]; both 0 where it is unfit, pictures unseen.
+        """Tokens and images of every record of a data set, int32 [R]; both 0 where it is unfit, images unseen.
 
         Args:
-          shown: whether there is a progress bar.
+          shown: whether there is a progress bar, and what is left out or not read is logged.
           between: is called now and then.
 
         Raises:
-          UserError: none of the records that are looked at first can be used; says why the first cannot.
+          UserError: none of the records that are looked at first can be used; says why.
         """
         self._look(source)
         lengths, pictures = np.zeros(len(source), np.int32), np.zeros(len(source), np.int32)
         look = {"unit": "row", "delay": 2, "leave": False, "mininterval": 0.5, "disable": not shown}
+        bad, unread = collections.Counter(), collections.Counter()
         every = iter(tqdm.tqdm(range(len(source)), "measuring", **look))
         while indices := list(itertools.islice(every, _CHUNK)):
             between()
@@ -112,22 +114,33 @@ class Prepare:
                 try:
                     record = source[index]
                     items.append(self._items(record))
-                except BadRow:
+                except BadRow as error:
+                    bad[error.reason] += 1
                     continue  # it is named when its turn comes
+                unread.update(record.unread)
                 good.append(index)
                 pictures[index] = len(record.pictures)
             lengths[good] = count_tokens(items, self._tokenizer, self._slots)
+        if bad and shown:
+            counts = bad.total(), len(source), source.name, format_reasons(bad)
+            _log.warning("%d of the %d rows of %s cannot be used, images unseen: %s.", *counts)
+        if unread and shown:
+            keys = ", ".join(f"{key} ({count:,} rows)" for key, count in unread.most_common(_TOLD))
+            _log.warning("Rows of %s have what is not read: %s.", source.name, keys)
         return lengths, pictures
 
     def _look(self, source):
-        first = None
+        errors = []
         for index in np.unique(np.linspace(0, len(source) - 1, _LOOK).astype(int)).tolist():
             try:
                 self(source[index])
                 return
             except BadRow as error:
-                first = first or error
-        raise UserError(f"No row of {source.name} can be used, as far as was looked; the first: {first}")
+                errors.append(error)
+        reasons = format_reasons(collections.Counter(error.reason for error in errors))
+        raise UserError(
+            f"No row of {source.name} can be used, of {len(errors)} that were tried: {reasons}. The first: {errors[0]}"
+        )
 
     def name(self, error: BadRow) -> None:
         """Logs one of the first bad rows."""

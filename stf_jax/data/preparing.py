@@ -32,12 +32,13 @@ import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from stf_jax.config import UserError
-from stf_jax.data.conversation import check_template, count_tokens, template_items
+from stf_jax.config import UserError, shorten
+from stf_jax.data.conversation import check_template, count_tokens, training_items
 from stf_jax.data.image import MOST_RATIO, open_image, read_image, to_rgb
 from stf_jax.data.llava import INFO, KEPT, read_rows
-from stf_jax.data.records import REASONS, BadRow, Record, read_row
+from stf_jax.data.records import REASONS, BadRow, Record
 from stf_jax.data.report import Report, draw_histograms
+from stf_jax.data.rows import read_row
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.runtime.files import in_bucket, make_folder, move_in, new_text, read_json, write_json
 from stf_jax.runtime.hold import lock
@@ -240,7 +241,7 @@ class _Worker:
 
     def make_shard(self, shard: int, rows: Sequence[tuple[str, int, Any]]) -> None:
         """Writes a shard and its note."""
-        note = {key: [] for key in ("kept", "dropped", "tokens", "sizes", "formats", "ids")} | {"bytes": 0}
+        note = {key: [] for key in ("kept", "dropped", "tokens", "sizes", "formats", "ids", "unread")} | {"bytes": 0}
         name = f"{NAME}-train.array_record-{shard:05}-of-{self._shards:05}"
         with tempfile.TemporaryDirectory() as scratch:
             local = pathlib.Path(scratch) / name
@@ -259,8 +260,8 @@ class _Worker:
                             raise UserError(f"--strict: {where}: {error}") from None
                         note["dropped"].append(
                             {
-                                "id": identity,
-                                "image": _text(error.image or _image(row)),
+                                "id": shorten(identity),
+                                "image": shorten(_text(error.image or _image(row))),
                                 "reason": error.reason,
                                 "file": file,
                                 "row": index,
@@ -273,14 +274,15 @@ class _Worker:
         write_json(self._out / NOTES / f"{shard:05}.json", note)
 
     def _write(self, writer, row, where, note):
-        identity, images, turns = read_row(row, where)
-        items = template_items(self._options.template, Record(identity, tuple(images), turns))
-        tokens = self._tokens(items, turns, len(images))
+        read = read_row(row, where)
+        images = read.images
+        items = training_items(self._options.template, Record(read.name, images, read.turns))
+        tokens = self._tokens(items, read.turns, len(images))
         if 0 < self._options.max_length < tokens:
             if self._tokenizer is None:
-                sentence = f"Record {identity!r} has an estimated {tokens} tokens; give --tokenizer to count them."
+                sentence = f"Record {read.name!r} has an estimated {tokens} tokens; give --tokenizer to count them."
                 raise BadRow("over_estimate", sentence)
-            raise BadRow("over_length", f"Record {identity!r} has {tokens} tokens.")
+            raise BadRow("over_length", f"Record {read.name!r} has {tokens} tokens.")
         files, pictures = [], []
         for name in images:
             content = read_image(self._images, name)
@@ -288,11 +290,13 @@ class _Worker:
             side, most = max(picture.size), self._options.max_side
             pictures.append((picture.size, picture.format or "?"))
             files.append(_shrunk(picture, most) if 0 < most < side else content)
-        talk = [{"from": turn.speaker, "value": turn.text} for turn in turns]
-        example = {"id": identity, "conversations": talk, "images": files}
+        talk = [{"from": turn.speaker, "value": turn.text} for turn in read.turns]
+        example = {"id": read.id, "conversations": talk, "images": files}
         coded = self._features.serialize_example(self._features.encode_example(example))
         writer.write(coded)
-        note["kept"].append({"id": identity} | ({"image": row["image"]} if images else {}) | {"conversations": talk})
+        named = {"image": images[0] if len(images) == 1 else list(images)} if images else {}
+        note["kept"].append({"id": read.id} | named | {"conversations": talk})
+        note["unread"] += read.unread
         note["tokens"].append(tokens)
         note["sizes"] += [size for size, _ in pictures]
         note["formats"] += [kind for _, kind in pictures]
@@ -311,7 +315,7 @@ def _text(value):
 
 
 def _image(row):
-    image = row.get("image", "") if isinstance(row, dict) else ""
+    image = (row.get("image") or row.get("images") or "") if isinstance(row, dict) else ""
     return image if isinstance(image, str) else json.dumps(image)
 
 
@@ -344,9 +348,12 @@ def _finish(options, plan, out, notes):
         {
             "rows_read": kept + len(dropped),
             "rows_kept": kept,
-            "rows_dropped": {reason: counts[reason] for reason in REASONS if counts[reason]},
+            "rows_dropped": {reason: counts[reason] for reason in {**REASONS, **counts} if counts[reason]},
             "dropped": dropped,
-            "duplicate_ids": sorted(identity for identity, count in ids.items() if identity and count > 1),
+            "duplicate_ids": sorted(shorten(identity) for identity, count in ids.items() if identity and count > 1),
+            "not_read": dict(
+                collections.Counter(key for note in every for key in note.get("unread", ())).most_common()
+            ),
             "text_only_rows": sum("image" not in row for note in every for row in note["kept"]),
             "images": len(sizes),
             "image_formats": dict(collections.Counter(kind for note in every for kind in note["formats"])),

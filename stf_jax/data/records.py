@@ -5,8 +5,7 @@ so that conversations can be measured without them.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import PIL.Image
 
@@ -14,16 +13,24 @@ from stf_jax.config import UserError
 
 IMAGE_MARK = "<image>"  # where a picture stands in a conversation's text
 REASONS = {
-    "malformed": "not in LLaVA's conversation format",
+    "no_object": "a row that is no JSON object",
+    "no_turns": "no list of turns under conversations or messages",
+    "no_turn": "a turn that is not {from, value} or {role, content}, of texts",
+    "speaker": "a turn by someone other than human, gpt, user, assistant and system",
+    "image_value": "an image that is neither a path nor a list of paths",
+    "unread": "images, other media or texts under keys that are not read",
+    "no_text": "bytes that are not UTF-8, or half a character",
     "roles": "human and gpt do not alternate",
     "no_system": "a system text, for which the template has no place",
-    "mark_without_picture": f"more {IMAGE_MARK} than pictures",
-    "picture_without_mark": f"more pictures than {IMAGE_MARK}",
-    "mark_in_answer": f"{IMAGE_MARK} in an answer",
-    "empty_answer": "an answer without text, or none",
+    "mark_without_picture": f"more {IMAGE_MARK} than images",
+    "picture_without_mark": f"more images than {IMAGE_MARK}",
+    "mark_in_answer": f"{IMAGE_MARK} in an answer or a system text",
+    "empty_answer": "an answer without text",
+    "no_answer": "no answer to learn",
     "over_length": "longer than a row of tokens",
     "over_estimate": "longer than a row of tokens, as estimated without --tokenizer",
-    "too_many_pictures": "more pictures than data.images_per_row",
+    "too_many_pictures": "more images than data.images_per_row",
+    "url": "the image is a URL or a data: URI, not a path",
     "outside": "the image path leaves the folder",
     "missing": "the image file does not exist",
     "corrupt": "the image file cannot be decoded",
@@ -58,33 +65,9 @@ class Record:
     id: str
     pictures: tuple[Callable[[], PIL.Image.Image], ...]
     turns: tuple[Turn, ...]
+    unread: tuple[str, ...] = ()  # what of its row was passed over (data/rows.py)
 
 
-def read_row(row: Any, name: str) -> tuple[str, list[str], tuple[Turn, ...]]:
-    """Id, image paths and turns of a row of LLaVA's files: ``{id, image, conversations: [{from, value}, …]}``.
-
-    ``image`` is a path, a list of such, or absent for a row of text.
-
-    Raises:
-      BadRow: the row is not of that form, or an answer is empty, or there is none; ``name`` says which row it is.
-    """
-    try:
-        turns = tuple(Turn(turn["from"], turn["value"]) for turn in row["conversations"])
-        images = row.get("image", [])
-        images = [images] if isinstance(images, str) else images
-        texts = [*images, *(text for turn in turns for text in _both(turn))]
-        if not isinstance(images, list) or not all(isinstance(text, str) for text in texts):
-            raise TypeError
-        # LLaVA's own files always have an id; the place of a row that has none is its name.
-        identity = name if row.get("id") is None else str(row["id"])
-        "".join([identity, *texts]).encode()  # half a surrogate pair is no text
-    except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
-        raise BadRow("malformed", f"{name[:1].upper()}{name[1:]} is not in LLaVA's conversation format.") from None
-    answers = [turn.text for turn in turns if turn.speaker == "gpt"]
-    if not answers or not all(answer.replace(IMAGE_MARK, "").strip() for answer in answers):
-        raise BadRow("empty_answer", f"Record {identity!r} has an empty answer, or none.")
-    return identity, images, turns
-
-
-def _both(turn):
-    return turn.speaker, turn.text
+def format_reasons(counts: Mapping[str, int]) -> str:
+    """Why so many rows cannot be used, in a line: what is wrong, and how often."""
+    return ", ".join(f"{REASONS.get(reason, reason)} ({count:,})" for reason, count in counts.items())

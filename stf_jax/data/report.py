@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from stf_jax.data.records import REASONS
+from stf_jax.config import shorten
+from stf_jax.data.records import REASONS, format_reasons
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _SHOWN = 3  # dropped rows a reason
@@ -20,7 +21,7 @@ class Report:
 
     def reasons(self) -> str:
         """How many rows were dropped for what, in a line."""
-        return ", ".join(f"{count:,} {REASONS[reason]}" for reason, count in self.values["rows_dropped"].items())
+        return format_reasons(self.values["rows_dropped"])
 
     def summary(self) -> str:
         """All that matters, for people."""
@@ -30,11 +31,12 @@ class Report:
             f"({values['text_only_rows']:,} of text alone), {sum(values['rows_dropped'].values()):,} dropped"
         ]
         for reason, count in values["rows_dropped"].items():
-            lines.append(f"  {count:>9,}  {reason}: {REASONS[reason]}")
+            lines.append(f"  {count:>9,}  {reason}: {REASONS.get(reason, reason)}")
             some = [row for row in values["dropped"] if row["reason"] == reason][:_SHOWN]
-            lines += [f"             {row['id'] or 'no id'}  {row['image'] or '-'}  (row {row['row']})" for row in some]
+            lines += [f"             row {row['row']}, {row['id'] or 'no id'}: {shorten(row['why'])}" for row in some]
             if count > _SHOWN:
                 lines.append(f"             … and {count - _SHOWN:,} more, all in report.json")
+        lines += [f"{count:,} rows with {key}, not read" for key, count in values.get("not_read", {}).items()]
         lines.append(f"{len(values['duplicate_ids']):,} ids stand on more than one row")
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in values["image_formats"].items())
         lines.append(f"{values['images']:,} pictures" + (f" ({kinds})" if kinds else ""))

@@ -328,13 +328,24 @@ def test_the_most_bytes_of_a_file(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["..", "../secret.png", "a/../../secret.png", "/etc/hostname", "http://a.org/b.jpg", "gs://a/b", "a\0.png"]
+    ("name", "reason", "clause"),
+    [
+        ("..", "outside", "leaves the folder"),
+        ("../secret.png", "outside", "leaves the folder"),
+        ("a/../../secret.png", "outside", "leaves the folder"),
+        ("/etc/hostname", "outside", "leaves the folder"),
+        ("http://a.org/b.jpg", "url", "is a URL, not a path of a file: download it to"),
+        ("gs://a/b", "url", "is a URL"),
+        ("file:///etc/hostname", "url", "is a URL"),
+        (" DATA:image/png;base64,iVBO", "url", "is a URL"),
+        ("a\0.png", "missing", "no file has NUL in its name"),
+    ],
 )
-def test_a_path_that_leaves_the_folder_is_refused(folder, name):
+def test_a_path_that_is_not_one_within_the_folder_is_refused(folder, name, reason, clause):
     (folder.parent / "secret.png").write_bytes(saved(noise("RGB", (4, 3)), "PNG"))
-    with pytest.raises(BadRow, match="leaves the folder") as e:
+    with pytest.raises(BadRow, match=clause) as e:
         read_image(folder, name)
-    assert (e.value.reason, e.value.image) == ("outside", name)
+    assert (e.value.reason, e.value.image) == (reason, name)
 
 
 def test_what_stays_in_the_folder_is_read_by_any_path_to_it(folder):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import threading
 
 import numpy as np
@@ -14,9 +15,11 @@ from etils import epath
 from tiny import preparation, tiny
 
 from stf_jax.config import UserError
+from stf_jax.data.image import read_image
 from stf_jax.data.llava import LlavaRecords, read_rows
 from stf_jax.data.pipeline import Batches, training_records
-from stf_jax.data.records import BadRow, Record, Turn
+from stf_jax.data.records import REASONS, BadRow, Record, Turn
+from stf_jax.data.rows import read_row
 from stf_jax.main import main
 from stf_jax.runtime.cli import door
 
@@ -109,7 +112,7 @@ def test_a_picture_that_cannot_be_read_is_named(folder):
     (images / "text.jpg").write_text("no picture")
     (images / "empty.jpg").touch()
     reasons = {"cut.png": "truncated", "cut.jpg": "truncated", "text.jpg": "corrupt", "empty.jpg": "corrupt"}
-    reasons |= dict.fromkeys(["missing.jpg", "deep", "one.png/x", ""], "missing")
+    reasons |= dict.fromkeys(["missing.jpg", "deep", "one.png/x"], "missing")
     records = llava(folder, [{"id": "a", "image": name, "conversations": talk()} for name in reasons])
     for index, (name, reason) in enumerate(reasons.items()):
         # The record is there; what is wrong with the picture is found when it is opened.
@@ -121,39 +124,208 @@ def test_a_picture_that_cannot_be_read_is_named(folder):
         assert error.value.image.endswith(name)
 
 
+def system(text="Be brief."):
+    return {"from": "system", "value": text}
+
+
+PARTS = [{"type": "text", "text": "What?"}, {"type": "image"}]
+NOT_ROWS = [
+    ({"id": "a"}, "no_turns", "has no list of turns under conversations or messages; its keys: id"),
+    ({"id": "a", "conversations": None}, "no_turns", "has no list of turns"),
+    ({"id": "a", "conversation": talk("Hi")}, "no_turns", "its keys: id, conversation"),
+    ({"conversations": ["hello"]}, "no_turn", "turn 1 is a text, no object"),
+    ({"conversations": [{"from": "human"}]}, "no_turn", "turn 1 has no text under 'value', or 'content'"),
+    ({"conversations": [{"value": "Hello"}]}, "no_turn", "turn 1 does not say whose it is"),
+    ({"conversations": [{"from": "human", "value": None}]}, "no_turn", "turn 1 has no text"),
+    ({"conversations": [{"from": "human", "value": 3}]}, "no_turn", "turn 1 has a number for a text"),
+    (
+        {"conversations": [*talk("Hi"), {"from": "tool", "value": "a"}]},
+        "speaker",
+        "turn 3 is by 'tool'; known are human",
+    ),
+    ({"conversations": [*talk("Hi"), system()]}, "roles", "turn 3 is by 'system', which only the first may be"),
+    ({"image": 3, "conversations": talk()}, "image_value", "has an image that is a number, neither a path nor a list"),
+    ({"image": {"path": "a.png"}, "conversations": talk()}, "image_value", "has an image that is an object"),
+    ({"image": [3], "conversations": talk()}, "image_value", "a list of images in which one is a number"),
+    ({"image": ["one.png", None], "conversations": talk()}, "image_value", "in which one is null"),
+    ({"image": "one.png", "images": ["b.png"], "conversations": talk()}, "unread", "both image and images, and they"),
+    ({"system": "a", "conversations": [system(), *talk("Hi")]}, "unread", "two system texts, and they differ"),
+    ({"system": ["a"], "conversations": talk("Hi")}, "unread", "has a system text that is a list"),
+    ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "no_turn", "a part of type 'video'"),
+    ({"conversations": [{"from": "human", "value": "a", "content": "b"}]}, "unread", "both value and content"),
+    (["a", "b"], "no_object", "is a list, no object"),
+    ("a", "no_object", "is a text, no object"),
+    (None, "no_object", "is null, no object"),
+    (3, "no_object", "is a number, no object"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason", "clause"), NOT_ROWS, ids=repr)
+def test_a_row_of_another_form_is_named_with_the_clause_that_failed(folder, row, reason, clause):
+    records = llava(folder, [{"id": "a", "conversations": talk("Hello")}, row])
+    assert records[0].id == "a"
+    with pytest.raises(BadRow, match=rf"^Row 1 of .*rows\.json\b.*{re.escape(clause)}.*\.$") as error:
+        records[1]
+    assert error.value.reason == reason
+    assert reason in REASONS
+
+
 @pytest.mark.parametrize(
-    "row",
+    ("talk", "reason"),
     [
-        {"id": "a"},
-        {"id": "a", "conversations": None},
-        {"id": "a", "conversations": ["hello"]},
-        {"id": "a", "conversations": [{"from": "human"}]},
-        {"id": "a", "conversations": [{"value": "Hello"}]},
-        {"id": "a", "conversations": [{"from": "human", "value": None}]},
-        {"id": "a", "conversations": [{"from": "human", "value": 3}]},
-        {"id": "a", "image": None, "conversations": talk()},
-        {"id": "a", "image": 3, "conversations": talk()},
-        {"id": "a", "image": [3], "conversations": talk()},
-        ["a", "b"],
-        "a",
-        None,
-        3,
+        ([], "no_answer"),
+        (talk()[:1], "no_answer"),
+        ([system(), *talk()[:1]], "no_answer"),
+        (talk(answer=""), "empty_answer"),
+        (talk(answer=" \n"), "empty_answer"),
+        (talk() + talk(answer="<image>"), "empty_answer"),
+    ],
+)
+def test_a_row_without_an_answer_is_named(folder, talk, reason):
+    with pytest.raises(BadRow, match=r"^Record 'a'( has no answer|: turn \d is an empty answer)\.$") as error:
+        llava(folder, [{"id": "a", "image": "one.png", "conversations": talk}])[0]
+    assert error.value.reason == reason
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), "", " ", [], [None], [""], {}], ids=repr)
+@pytest.mark.parametrize("key", ["image", "images", "video", "system", "tools"])
+def test_a_key_that_holds_nothing_says_nothing(folder, key, nothing):
+    """As pandas and parquet write what a row does not have."""
+    record = llava(folder, [{"id": "a", key: nothing, "conversations": talk("Hello")}])[0]
+    assert (record.pictures, record.unread) == ((), ())
+    assert [turn.speaker for turn in record.turns] == ["human", "gpt"]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"video": "x.mp4"},
+        {"videos": ["x.mp4"]},
+        {"audio": {"path": "x.wav"}},
+        {"image_path": "one.png"},
+        {"imagePath": "one.png"},
+        {"img": "one.png"},
+        {"image_url": "http://example.org/a.png"},
+        {"media": [{"type": "image", "file": "one"}]},
+        {"file_name": "one.png"},
+        {"input": "data:image/png;base64,iVBO"},
+        {"tools": '[{"name": "search"}]'},
+        {"image": "one.png", "image_2": "deep/two.jpg"},
+        {"image": "one.png", "video": "x.mp4"},
+        {"image": "one.png", "video_path": "x.mp4"},
     ],
     ids=repr,
 )
-def test_a_row_of_another_form_is_named(folder, row):
-    records = llava(folder, [{"id": "a", "conversations": talk("Hello")}, row])
-    assert records[0].id == "a"
-    with pytest.raises(BadRow, match=r"^Row 1 of .*rows\.json is not in LLaVA's conversation format\.$") as error:
-        records[1]
-    assert error.value.reason == "malformed"
+def test_a_row_with_content_under_a_key_that_is_not_read_is_not_trained_on(folder, extra):
+    question = "<image>\nWhat?" if "image" in extra else "What?"
+    with pytest.raises(BadRow, match=rf"^Row 0 of .* has '{list(extra)[-1]}', which is not read;") as error:
+        llava(folder, [{"id": "a", "conversations": talk(question)} | extra])[0]
+    assert error.value.reason == "unread"
 
 
-@pytest.mark.parametrize("talk", [[], talk()[:1], talk(answer=""), talk(answer=" \n"), talk() + talk(answer="<image>")])
-def test_a_row_without_an_answer_is_named(folder, talk):
-    with pytest.raises(BadRow, match=r"^Record 'a' has an empty answer, or none\.$") as error:
-        llava(folder, [{"id": "a", "image": "one.png", "conversations": talk}])[0]
-    assert error.value.reason == "empty_answer"
+@pytest.mark.parametrize(
+    ("extra", "clause"),
+    [
+        ({"weight": 0}, "turn 2 has weight=0, but every answer is learned"),
+        ({"train": False}, "turn 2 has train=False"),
+        ({"images": ["one.png"]}, "turn 2 has 'images', which is not read"),
+        ({"tool_calls": [{"name": "search"}]}, "turn 2 has 'tool_calls'"),
+        ({"reasoning_content": "Well."}, "turn 2 has 'reasoning_content'"),
+    ],
+    ids=repr,
+)
+def test_content_beside_the_text_of_a_turn_is_named(folder, extra, clause):
+    question, answer = talk("Hi")
+    with pytest.raises(BadRow, match=re.escape(clause)):
+        llava(folder, [{"id": "a", "conversations": [question, answer | extra]}])[0]
+    harmless = answer | {"weight": 1, "markdown": None, "text": ""}
+    assert llava(folder, [{"id": "a", "conversations": [question, harmless]}])[0].id == "a"
+
+
+def test_other_keys_of_public_mixtures_are_passed_over_and_told(folder):
+    """As ShareGPT's, LLaVA-Pretrain's, LLaVA-Med's and Interleave's rows have them."""
+    facts = {
+        "model": "gpt-4",
+        "source": "vqa",
+        "url": "http://a.org/b.jpg",
+        "blip_caption": "a cat",
+        "data_source": "x",
+    }
+    facts |= {
+        "domain": {"mri": True},
+        "metadata": {"split": "train"},
+        "choice_list": ["a"],
+        "image_id": "7",
+        "score": 3,
+    }
+    facts |= {"image_size": "9x9", "answer": "a", "image_source": "coco", "num_images": 1, "has_image": True}
+    rows = [{"id": "a", "image": "one.png", "conversations": talk()} | facts]
+    rows += [{"id": "b", "model": "", "conversations": talk("Hello")}]
+    rows += [{"id": "c", "conversations": [talk()[1], *talk("Hello")]}]
+    records = llava(folder, rows)
+    assert records[0].unread == tuple(facts)
+    assert records[1].unread == ()
+    assert records[2].unread == ("a first turn by gpt",)
+
+
+def test_rows_in_the_words_of_others_are_the_same_rows(folder):
+    ours = {"id": "a", "image": "one.png", "conversations": [system(), *talk()]}
+    openai = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>\nWhat?"}]
+    openai += [{"role": "assistant", "content": "A cat."}]
+    url = {"type": "image_url", "image_url": {"url": "one.png"}}
+    question = {"type": "text", "text": "\nWhat?"}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
+    rows = [
+        ours,
+        {"id": "a", "images": ["one.png"], "messages": openai},
+        {"id": "a", "image": ["one.png"], "system": "Be brief.", "conversations": talk()},
+        {"id": "a", "image": "one.png", "conversations": [{"from": t["role"], "value": t["content"]} for t in openai]},
+        {"id": "a", "messages": [openai[0], {"role": "User", "content": [url, question]}, answer]},
+        {
+            "id": "a",
+            "image": "one.png",
+            "messages": [openai[0], {"role": "user", "content": [PARTS[1], question]}, answer],
+        },
+    ]
+    read = [read_row(row, "row") for row in rows]
+    assert read == [read[0]] * len(rows)
+    assert read[0].images == ("one.png",)
+    assert [turn.text for turn in read[0].turns] == ["Be brief.", "<image>\nWhat?", "A cat."]
+
+
+def test_long_texts_of_users_are_cut_in_messages(folder):
+    """An image in a data: URI is called one, and not printed."""
+    long = "data:image/png;base64," + "A" * 1_000_000
+    rows = [
+        {"id": long, "image": long, "conversations": talk()},
+        {"id": "a", "image": "b" * 1_000_000, "conversations": talk()},
+        {"id": long, "conversations": talk(answer="")},
+        {"id": "a", "conversations": [{"from": long, "value": "a"}]},
+        {long: "a"},
+        {"id": "a", long: "x.png", "conversations": talk("Hi")},
+    ]
+    records, said = llava(folder, rows), []
+    for index in range(len(rows)):
+        with pytest.raises(BadRow) as error:
+            [picture() for picture in records[index].pictures]
+        said.append(str(error.value))
+    assert "is a URL, not a path of a file" in said[0]
+    assert all(len(sentence) < 600 for sentence in said), said
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_absolute_path_within_the_folder_is_used(folder, linked):
+    images = folder / "images"
+    if linked:
+        (folder / "link").symlink_to(images)
+    records = LlavaRecords(
+        str(written(folder, [{"image": f"{images}/deep/../one.png", "conversations": talk()}])),
+        str(folder / "link" if linked else images),
+    )
+    assert records[0].pictures[0]().size == (30, 20)
+    for outside in (f"{images}/../secret.png", f"{images}2/one.png", str(images)):
+        with pytest.raises(BadRow, match="leaves the folder"):
+            read_image(epath.Path(images), outside)
 
 
 @pytest.mark.parametrize(
@@ -222,9 +394,9 @@ def test_text_that_is_no_text_spoils_its_own_row_alone(folder, place, other):
     file.write_bytes(file.read_bytes().replace(place, other, 1))
     records = LlavaRecords(str(file), str(folder / "images"))
     assert records[1].id == "c"
-    with pytest.raises(BadRow, match=r"^Row 0 of .*rows\.json is not in LLaVA's conversation format\.$") as error:
+    with pytest.raises(BadRow, match=r"^Row 0 of .*rows\.json(: turn 1 is by .*| has bytes that .*)\.$") as error:
         records[0]
-    assert error.value.reason == "malformed"
+    assert error.value.reason == ("speaker" if place == b"human" else "no_text")
 
 
 def test_ids_that_are_no_text(folder):
@@ -388,9 +560,13 @@ def test_the_first_bad_rows_are_named_and_the_others_counted(faulty, caplog):
     for _ in range(batches.plan.steps(3)):
         next(batches)
     assert batches.replaced == 3 * bad
-    assert len(caplog.messages) == 10
-    assert all("counted in rows_replaced" in message for message in caplog.messages)
-    assert [message.endswith("Further ones are only counted.") for message in caplog.messages] == [False] * 9 + [True]
+    first, *named = caplog.messages
+    unseen = bad - 6  # those whose image cannot be opened are found when they come up
+    assert first.startswith(f"{unseen} of the {GOOD + bad} rows of {folder}/rows.json cannot be used, images unseen: ")
+    assert "an answer without text (1)" in first
+    assert len(named) == 10
+    assert all("counted in rows_replaced" in message for message in named)
+    assert [message.endswith("Further ones are only counted.") for message in named] == [False] * 9 + [True]
 
 
 def test_rows_of_text_need_no_picture_places_in_groups(faulty):
@@ -499,7 +675,10 @@ def test_a_row_with_more_pictures_than_a_row_has_places_is_left_out(folder, capl
     found = [one for _ in range(batches.plan.steps(1)) for one in conversations(next(batches))]
     assert len(found) == 4
     assert batches.replaced == 1
-    assert caplog.messages[0].startswith("Record 'b' has more pictures, 2, than data.images_per_row=1; raise it.")
+    assert caplog.messages[0].endswith(
+        "rows.json cannot be used, images unseen: more images than data.images_per_row (1)."
+    )
+    assert caplog.messages[1].startswith("Record 'b' has more pictures, 2, than data.images_per_row=1; raise it.")
 
 
 def test_data_of_which_every_row_has_too_many_pictures_end_in_one_sentence(folder):
