@@ -108,7 +108,7 @@ class Checkpoints:
         sums, wrong = _sums(trees)
         if wrong:
             raise RunFailed(
-                f"Step {step} is not saved, for {wrong[0]} has numbers that are not finite; the newest whole "
+                f"Step {step} is not saved, because {wrong[0]} has numbers that are not finite; the newest whole "
                 f"checkpoint: {self._name()}. Start from weights that are finite, with a lower optimizer.learning_rate."
             )
         facts["sums"] = sums | {name: _crc(value) for name, value in facts.items()}

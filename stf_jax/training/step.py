@@ -40,7 +40,7 @@ def make_train_step(
     by the count of the whole batch, so that the result is that of one large batch, not a mean of means.
 
     Parameters and moments stay as they were, and ``skipped`` is 1, where a number of the loss, the gradients, or the
-    parameters and moments that the update would give is not finite, or where the batch has no learned token: one bad
+    parameters and moments that the update would give is not finite, or where the batch has no target token: one bad
     batch does not spoil them.
     """
     accumulation_steps, packed = config.optimizer.accumulation_steps, config.data.packing

@@ -19,7 +19,7 @@ from stf_jax.runtime.files import write_json
 _LAG = 2  # steps
 _USUAL, _ENOUGH = 50, 20  # losses that the next is compared with, and how many of them tell what is usual
 _NAMED = 8  # records in a log line; events.jsonl has all
-_LOGGED = 10  # batches without a learned token that are logged; events.jsonl has all
+_LOGGED = 10  # batches without a target token that are logged; events.jsonl has all
 
 _WRONG = "loss, gradients or new parameters were not finite"
 
@@ -85,12 +85,12 @@ class Watch:
         self.catch_up()
         if self.in_a_row:
             raise RunFailed(
-                f"The run ends with {self.in_a_row} skipped updates, for {_WRONG}; step {step} is not saved. Lower "
+                f"The run ends with {self.in_a_row} skipped updates, because {_WRONG}; step {step} is not saved. Lower "
                 "optimizer.learning_rate or set optimizer.clip_norm; the same command goes on from the last checkpoint."
             )
         if updates <= 0:
             raise RunFailed(
-                f"No update was made in {step} steps, for no batch has a row with a learned token; step {step} is not "
+                f"No update was made in {step} steps, because no batch has a target token; step {step} is not "
                 "saved. Look at the rows that were left out (the log names the first ones)."
             )
 
@@ -100,7 +100,7 @@ class Watch:
             self._skipped()
             self._empty += 1
             rest = " Further such batches are only counted." if self._empty == _LOGGED else ""
-            sentence = "no row of the batch has a learned token, so no update was made"
+            sentence = "no row of the batch has a target token, so no update was made"
             self._say("empty", step, sentence, rest, log=self._empty <= _LOGGED)
             return
         if metrics["skipped"]:
@@ -138,7 +138,7 @@ class Watch:
             where = f"could not be written ({error.strerror or error})"
         raise RunFailed(
             f"Updates were skipped in {self.in_a_row} steps in a row (faults.skipped_updates="
-            f"{self._config.skipped_updates}), for {_WRONG}; the last of them {step}: its batch and the ids of its "
+            f"{self._config.skipped_updates}), because {_WRONG}; the last of them {step}: its batch and the ids of its "
             f"records {where}. "
             "Look at these, lower optimizer.learning_rate or set optimizer.clip_norm; the same command goes on from "
             "the last checkpoint."

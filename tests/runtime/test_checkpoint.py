@@ -160,7 +160,7 @@ def test_a_step_with_numbers_that_are_not_finite_is_not_saved(tmp_path, where, v
         checkpoints.save(1, _state(1.0), _position(8), {"seconds": 1.0})
         name = {"trainable": "trainable/llm/a", "moments": "moments/0"}[where]
         with pytest.raises(
-            RunFailed, match=rf"^Step 2 is not saved, for {name} has .* not finite; .* checkpoint: step 1\."
+            RunFailed, match=rf"^Step 2 is not saved, because {name} has .* not finite; .* checkpoint: step 1\."
         ):
             checkpoints.save(2, bad, _position(16), {"seconds": 2.0}, last=True)
         arrays, _, _ = checkpoints.restore(1, _layout(_state()))

@@ -77,7 +77,7 @@ def test_an_update_that_would_write_what_is_not_finite_is_not_made(setup, step, 
 
 
 def test_skipped_updates_leave_no_trace(setup, step):
-    """Neither of a batch without a learned token, nor of a count: the next update is the one it would have been."""
+    """Neither of a batch without a target token, nor of a count: the next update is the one it would have been."""
     first, second = batches(setup.config, 2)
     empty = dataclasses.replace(second, loss_mask=np.zeros_like(second.loss_mask))
     states = []
@@ -196,11 +196,9 @@ def test_batches_without_a_learned_token_are_counted_and_do_not_end_a_run(tmp_pa
     watched.watch.finish(30, 5)
     assert watched.skipped == 25
     assert [(kind, step) for kind, step, _ in watched.told] == [("empty", step) for step in range(6, 31)]
-    lines = [line for line in caplog.messages if "has a learned token" in line]
+    lines = [line for line in caplog.messages if "has a target token" in line]
     assert len(lines) == 10
-    assert lines[0].startswith(
-        "Step 6: no row of the batch has a learned token, so no update was made; its records: 6a"
-    )
+    assert lines[0].startswith("Step 6: no row of the batch has a target token, so no update was made; its records: 6a")
     assert lines[-1].endswith("Further such batches are only counted.")
 
 
@@ -215,7 +213,7 @@ def test_batches_without_a_learned_token_are_not_what_is_usual(tmp_path):
 
 @pytest.mark.parametrize("empty", [0, 2])
 def test_a_run_does_not_end_in_skipped_updates(tmp_path, empty):
-    """Nor where batches without a learned token come after these."""
+    """Nor where batches without a target token come after these."""
     watched = _Watched(tmp_path)
     for step in range(1, 11):
         watched.note(step, np.nan, skipped=step > 6, tokens=9 if step <= 10 - empty else 0)
@@ -236,7 +234,7 @@ def test_a_run_without_any_update_does_not_end_well(tmp_path):
     watched = _Watched(tmp_path)
     for step in range(1, 6):
         watched.note(step, 0.0, tokens=0)
-    with pytest.raises(RunFailed, match="No update was made in 5 steps, for no batch has a row with a learned token"):
+    with pytest.raises(RunFailed, match="No update was made in 5 steps, because no batch has a target token"):
         watched.watch.finish(5, 0)
 
 
@@ -249,7 +247,7 @@ def test_a_run_that_diverges_ends_with_a_sentence_and_something_to_look_at(tmp_p
     arguments = [f"--config={ROOT}/tests/tiny.py:steps=40", f"--workdir={workdir}", *(f"--config.{c}" for c in changes)]
     assert door(main, arguments) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: Updates were skipped in 3 steps in a row (faults.skipped_updates=2), for loss")
+    assert said.startswith("error: Updates were skipped in 3 steps in a row (faults.skipped_updates=2), because loss")
     events = [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
     skipped = [event["step"] for event in events if event["event"] == "skipped"]
     assert len(skipped) == 3
