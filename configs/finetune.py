@@ -1,7 +1,7 @@
 """Stage 2 as the paper runs it: MBTF, STF and the language model learn LLaVA-1.5's 665K mixture, the ViT is frozen.
 
     python -m stf_jax.main --config=configs/finetune.py --workdir=DIR --config.init_from=STAGE_1_WORKDIR \
-        --config.data.tokenizer=VICUNA --config.data.annotations=llava_v1_5_mix665k.json --config.data.images=DIR
+        --config.data.annotations=llava_v1_5_mix665k.json --config.data.images=DIR
 """
 
 from stf_jax.config import default_config, parse_arg
@@ -9,7 +9,7 @@ from stf_jax.config import default_config, parse_arg
 
 def get_config(arg=None):
     """Batch 128, learning rate 2e-5, cosine with 3 % warm-up, no weight decay, one epoch, bf16, 2048 tokens."""
-    arg = parse_arg(arg, vision="clip-l-14-336", llm="vicuna-7b", fusion="mbtf_stf")
+    arg = parse_arg(arg, vision="", llm="", fusion="mbtf_stf")
     config = default_config()
     config.name = "finetune"
     config.model.update(vision=arg.vision, llm=arg.llm)

@@ -1,7 +1,7 @@
 """Stage 1 as the paper runs it: MBTF and STF learn to caption on LCS-558K, everything else is frozen.
 
     python -m stf_jax.main --config=configs/pretrain.py --workdir=DIR --config.init_from=WEIGHTS \
-        --config.data.tokenizer=VICUNA --config.data.annotations=blip_laion_cc_sbu_558k.json --config.data.images=DIR
+        --config.data.annotations=blip_laion_cc_sbu_558k.json --config.data.images=DIR
 """
 
 from stf_jax.config import default_config, parse_arg
@@ -9,7 +9,7 @@ from stf_jax.config import default_config, parse_arg
 
 def get_config(arg=None):
     """Batch 256, learning rate 1e-3, cosine with 3 % warm-up, no weight decay, one epoch, bf16, 2048 tokens."""
-    arg = parse_arg(arg, vision="clip-l-14-336", llm="vicuna-7b", fusion="mbtf_stf")
+    arg = parse_arg(arg, vision="", llm="", fusion="mbtf_stf")
     config = default_config()
     config.name = "pretrain"
     config.model.update(vision=arg.vision, llm=arg.llm)

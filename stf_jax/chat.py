@@ -13,6 +13,7 @@ from stf_jax.config import MeshConfig, UserError
 from stf_jax.data.image import open_image, read_image
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.inference.decoding import Sampling
+from stf_jax.inference.generator import TEXT_ALONE
 from stf_jax.inference.loading import load_generator
 from stf_jax.runtime.cli import Parser, add_model_arguments, door
 from stf_jax.runtime.mesh import make_mesh
@@ -43,9 +44,11 @@ def main(argv: list[str]) -> None:
         raise UserError("--max-new-tokens must be at least 1.")
     pictures = [_open(file) for file in options.image]  # before anything is loaded, which takes a while
     mesh, how = make_mesh(MeshConfig(*options.mesh)), (options.precision, options.reduce, options.keep)
-    generator, _ = load_generator(options.checkpoint, mesh, *how)
+    generator, _ = load_generator(options.checkpoint, mesh, *how, text_alone=True)
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
-    talk = Conversation(functools.partial(_say, generator, options.max_new_tokens, sampling), pictures)
+    talk = Conversation(functools.partial(_say, generator, options.max_new_tokens, sampling), sees=generator.slots > 0)
+    for image in pictures:
+        talk.show(image)
     if options.prompt is not None:
         talk.ask(options.prompt)
         return
@@ -66,11 +69,18 @@ class Conversation:
       shown: those that go with the next question.
     """
 
-    def __init__(self, say: Callable[[Record], str], shown: list[PIL.Image.Image]):
-        """``say`` answers a record that ends with a question."""
-        self._say, self.shown = say, shown
+    def __init__(self, say: Callable[[Record], str], *, sees: bool = True):
+        """``say`` answers a record that ends with a question; ``sees``: whether it takes images."""
+        self._say, self._sees = say, sees
+        self.shown: list[PIL.Image.Image] = []
         self.turns: list[Turn] = []
         self.pictures: list[PIL.Image.Image] = []
+
+    def show(self, image: PIL.Image.Image) -> None:
+        """The image goes with the next question. Raises UserError where the model takes none."""
+        if not self._sees:
+            raise UserError(f"This image cannot be shown: {TEXT_ALONE}")
+        self.shown.append(image)
 
     def ask(self, text: str) -> str:
         """The answer to a question, which becomes part of the conversation when it is whole.
@@ -97,7 +107,7 @@ def _obey(talk, line):
     command, _, argument = line.partition(" ")
     try:
         if command == "/image" and argument.strip():
-            talk.shown.append(_open(epath.Path(argument.strip())))
+            talk.show(_open(epath.Path(argument.strip())))
             print(f"({argument.strip()} goes with the next question)")
         elif command == "/reset":
             talk.reset()

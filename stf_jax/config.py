@@ -82,8 +82,8 @@ class FusionConfig:
 class ModelConfig:
     """Which tower, which language model, what joins them, and how they are computed."""
 
-    vision: str = "clip-l-14-336"  # a vision preset (models/presets.py)
-    llm: str = "vicuna-7b"  # a language model preset (models/presets.py)
+    vision: str = ""  # a vision preset (models/presets.py) or a folder; "": init_from's, else clip-l-14-336
+    llm: str = ""  # a language model preset (models/presets.py) or a folder; "": init_from's, else vicuna-7b
     fusion: FusionConfig = FusionConfig()
     precision: str = "bfloat16"  # bfloat16: frozen weights and compute | float32: everything
     scan_layers: bool = True  # one compiled block looped over, or each layer written out
@@ -113,7 +113,7 @@ class DataConfig:
     mix: tuple[Factor, ...] = ()  # a number for each of them, read as mix_by says; (): each row once an epoch
     mix_by: str = "epoch"  # epoch: how often an epoch takes each set's rows | weight: the set's share of all rows
     scenes: ScenesConfig = ScenesConfig()
-    tokenizer: str = ""  # folder with a tokenizer that transformers reads; "miniature": the embedded one
+    tokenizer: str = ""  # folder with a tokenizer that transformers reads; "miniature": embedded; "": init_from's
     template: str = "v1"  # plain | v1 | llama-3 | chatml | mistral (data/conversation.py)
     aspect: str = "square"  # square: resize and centre-crop | pad: to a square with the mean colour
     max_length: Size = 2048  # tokens a row, image slots included
@@ -347,8 +347,9 @@ def resolve(config: Mapping[str, Any]) -> list[TrainConfig]:
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain data, for ``config.json``."""
-    return dataclasses.asdict(config)
+    """The config as plain data, for ``config.json``; of a model whose shapes are known, its names alone."""
+    values = dataclasses.asdict(config)
+    return values | {"model": {field.name: values["model"][field.name] for field in dataclasses.fields(ModelConfig)}}
 
 
 def from_json(data: Mapping[str, Any]) -> TrainConfig:

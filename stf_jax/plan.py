@@ -11,6 +11,7 @@ from stf_jax.planning.search import search
 from stf_jax.planning.topology import described
 from stf_jax.planning.words import ranking, summary, trial
 from stf_jax.runtime.cli import Parser, door, parse
+from stf_jax.weights.origin import complete
 
 HELP = """Compile a run's real program for devices that are not here, and tell whether it fits and what it takes.
 
@@ -58,11 +59,11 @@ def main(argv: list[str]) -> None:
     if known.search and known.what != "train":
         raise UserError("--search is for --what=train.")
     jax.config.update("jax_platforms", "cpu")  # what is here is not asked for
-    devices = described(known.topology, known.slices)
+    devices, config = described(known.topology, known.slices), complete(stages[0])
     if known.search:
-        found = search(stages[0], devices, known.price_per_chip_hour, lambda one: print(trial(one), file=sys.stderr))
+        found = search(config, devices, known.price_per_chip_hour, lambda one: print(trial(one), file=sys.stderr))
     else:
-        found = report(stages[0], known.what, devices, known.price_per_chip_hour)
+        found = report(config, known.what, devices, known.price_per_chip_hour)
     found = {"topology": known.topology, "slices": known.slices} | found
     print(json.dumps(found) if known.json else (ranking if known.search else summary)(found))
 

@@ -27,7 +27,7 @@ class Echo:
     """In place of a generator: remembers what it was asked, and says the pieces that it is given, answer by answer."""
 
     def __init__(self, *answers):
-        self._left, self.asked, self.how = list(answers), [], []
+        self._left, self.asked, self.how, self.slots = list(answers), [], [], 3
 
     def answers(self, records, limit, rows, sampling, told):
         (record,) = records
@@ -46,7 +46,7 @@ def talk(monkeypatch, capsys):
     """Holds a conversation with an Echo: (exit status, what was printed, what was complained of)."""
 
     def hold(echo, typed, *argv):
-        monkeypatch.setattr(chat, "load_generator", lambda *_: (echo, None))
+        monkeypatch.setattr(chat, "load_generator", lambda *_, **__: (echo, None))
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode(errors="surrogateescape"))))
         status = door(chat.main, ["--checkpoint=any", *argv])
         return status, *capsys.readouterr()
@@ -196,8 +196,8 @@ def test_a_run_an_imported_folder_and_an_export_answer(models, shown, capsys, mo
     options = ["--prompt=What is red?", f"--image={shown[0]}", "--max-new-tokens=12", "--precision=float32"]
     opened = []
 
-    def load(*how):
-        opened.append(load_generator(*how)[0])
+    def load(*how, **more):
+        opened.append(load_generator(*how, **more)[0])
         return opened[-1], None
 
     monkeypatch.setattr(chat, "load_generator", load)

@@ -195,6 +195,41 @@ def check_template(template: str, tokenizer: PreTrainedTokenizerFast | None) -> 
             raise UserError(f"data.template={template!r} needs the token {item.token}, which the tokenizer lacks.")
 
 
+def own_template(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The template that a tokenizer was made for, by its control tokens or its own chat template; else ``v1``."""
+    known, chat = tokenizer.get_vocab(), tokenizer.chat_template
+    for name in ("llama-3", "chatml"):
+        items = (*CHATS[name].begin, *CHATS[name].ask, *CHATS[name].reply, *CHATS[name].end)
+        if all(item.token in known for item in items if isinstance(item, Control)):
+            return name
+    return "mistral" if isinstance(chat, str) and "[INST]" in chat else "v1"
+
+
+def check_rows(template: str, tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
+    """Raises UserError where every conversation would hold a token beyond that many rows of an embedding."""
+    chat = CHATS.get(template)
+    items = [item for item in (*chat.begin, *chat.ask, *chat.reply, *chat.end) if not _is_text(item)] if chat else []
+    for token in (*encode(items, tokenizer, 0).tokens.tolist(), *stop_tokens(template, tokenizer)):
+        if token >= rows:
+            name = tokenizer.convert_ids_to_tokens(token)
+            raise UserError(
+                f"data.template={template!r} needs the token {name} (id {token}), for which the model's embedding of "
+                f"{rows} rows has none: choose another template, or the tokenizer that the model was trained with."
+            )
+
+
+def check_ids(encoded: Encoded, tokenizer: PreTrainedTokenizerFast, rows: int, name: str) -> None:
+    """Raises BadRow, naming the record, where it holds a token beyond that many rows of an embedding."""
+    beyond = encoded.tokens[(encoded.tokens >= rows) & ~encoded.is_image]
+    if len(beyond):
+        token = tokenizer.convert_ids_to_tokens(int(beyond[0]))
+        raise BadRow(
+            "token_without_row",
+            f"Record {name!r} holds the token {token} (id {beyond[0]}), for which the model's embedding of {rows} rows "
+            "has none.",
+        )
+
+
 def template_items(template: str, record: Record) -> list[Item]:
     """The record's items in that template.
 

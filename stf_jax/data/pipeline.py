@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import logging
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import DataConfig, TrainConfig, UserError
-from stf_jax.data.conversation import check_template, count_tokens, encode, training_items
+from stf_jax.data.conversation import check_ids, check_template, count_tokens, encode, training_items
 from stf_jax.data.image import to_square
 from stf_jax.data.llava import llava_records
 from stf_jax.data.packing import Batch, Example, to_batch, to_example, to_row
@@ -63,15 +64,26 @@ def training_records(config: TrainConfig) -> Records:
 class Prepare:
     """Makes records into examples, and what cannot be used into None, counted and named."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerFast, vision: VisionConfig, slots: int):
-        """``slots``: image slots a picture. Raises UserError for a template that is unknown or not the tokenizer's."""
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        vision: VisionConfig,
+        slots: int,
+        rows: int = sys.maxsize,
+    ):
+        """``slots``: of an image; ``rows``: of the embedding, if it may have fewer than the tokenizer has tokens.
+
+        Raises UserError for a template that is unknown or not the tokenizer's.
+        """
         check_template(config.template, tokenizer)
-        self._config, self._tokenizer, self.vision, self._slots = config, tokenizer, vision, slots
+        self._config, self._tokenizer, self.vision, self._slots, self._rows = config, tokenizer, vision, slots, rows
         self._told, self._lock = 0, threading.Lock()
 
     def __call__(self, record: Record) -> Example:
         """Raises BadRow, naming the record, where it does not fit the template or the row, or a picture fails."""
         encoded = encode(self._items(record), self._tokenizer, self._slots)
+        check_ids(encoded, self._tokenizer, self._rows, record.id)
         pictures = [to_square(picture(), self.vision, self._config.aspect) for picture in record.pictures]
         side = self.vision.image_size
         images = np.stack(pictures) if pictures else np.zeros((0, side, side, 3), np.uint8)

@@ -16,7 +16,17 @@ from jax.sharding import Mesh, NamedSharding
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import ModelConfig, UserError
-from stf_jax.data.conversation import Encoded, Mark, Text, check_template, encode, stop_tokens, template_items
+from stf_jax.data.conversation import (
+    Encoded,
+    Mark,
+    Text,
+    check_ids,
+    check_rows,
+    check_template,
+    encode,
+    stop_tokens,
+    template_items,
+)
 from stf_jax.data.image import to_square
 from stf_jax.data.records import IMAGE_MARK, BadRow, Record
 from stf_jax.data.tokenizer import positions, unsayable
@@ -30,6 +40,7 @@ from stf_jax.training.state import blueprint
 GREEDY = Sampling()
 ROOM = 128  # slots for new tokens at first; they are doubled when they are full
 _THREADS = 2  # that open pictures ahead
+TEXT_ALONE = "the model has no vision tower and answers text alone: leave images out, or choose a model that has one."
 _Told = Callable[[int, str], None]
 
 
@@ -48,10 +59,13 @@ class Generator:
         check_template(template, tokenizer)
         self.plan, self._reduction, self._model = blueprint(model), reduction(model), model
         self.slots = self._reduction.slots
-        self._vision, vocab = vision_of(model), llm_of(model).vocab
-        # <image> may lie beyond, as in exports: a picture's slots are never looked up, nor is it ever said.
-        if any(token >= vocab for name, token in tokenizer.get_vocab().items() if name != IMAGE_MARK):
+        self._vision, self._vocab = vision_of(model), (vocab := llm_of(model).vocab)
+        # Tokens that were added to a vocabulary may lie beyond: <image>, as in exports, or a <pad> of Llama 2. They are
+        # never said, and a text that needs one is refused.
+        added = tokenizer.get_added_vocab()
+        if any(token >= vocab for name, token in tokenizer.get_vocab().items() if name not in added):
             raise UserError(f"The tokenizer's {len(tokenizer)} tokens exceed the {vocab} of {model.llm}.")
+        check_rows(template, tokenizer, vocab)
         self._tokenizer, self._mesh, self._template, self._aspect = tokenizer, mesh, template, aspect
         self._rows = NamedSharding(mesh, BATCH)
         rules = decoding.Rules(stop_tokens(template, tokenizer), unsayable(tokenizer, vocab))
@@ -128,7 +142,10 @@ class Generator:
         return prompts, pictures, size
 
     def _prompt(self, record):
+        if record.pictures and self._vision is None:
+            raise BadRow("no_vision", f"Record {record.id!r} shows an image, and {TEXT_ALONE}")
         prompt = encode(template_items(self._template, record), self._tokenizer, self.slots)
+        check_ids(prompt, self._tokenizer, self._vocab, record.id)
         if len(prompt.tokens) > (most := positions(self._tokenizer)):
             sentence = f"Prompt {record.id!r} has {len(prompt.tokens):,} tokens; the model takes {most:,}: shorten it."
             raise BadRow("over_length", sentence)
@@ -169,7 +186,7 @@ class Generator:
         return self._tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens, skip_special_tokens=True).strip()
 
     def _arrays(self, prompts, pictures, size):
-        most, side = max(map(len, pictures)), self._vision.image_size
+        most, side = max(map(len, pictures)), self._vision.image_size if self._vision else 1
         # A row with fewer pictures than others has fewer tokens to drop, and is not to lose text for it.
         spared = ((most - len(row)) * self._reduction.dropped for row in pictures)
         length = bucket(max(len(prompt.tokens) + more for prompt, more in zip(prompts, spared, strict=True)))

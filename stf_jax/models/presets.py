@@ -71,7 +71,10 @@ LLM: dict[str, LLMConfig] = {
 _Config = TypeVar("_Config", VisionConfig, LLMConfig)
 
 
-DESCRIPTION = "model.json"  # in a folder of imported weights: {"vision": …, "llm": …, "fusion": …}, null where absent
+DEFAULTS = {"vision": "clip-l-14-336", "llm": "vicuna-7b"}  # the paper's, where a config names none
+DESCRIPTION = (
+    "model.json"  # in a run or a folder of imported weights: {"vision": …, "llm": …, "fusion": …}, null where absent
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +100,17 @@ def llm_of(config: ModelConfig) -> LLMConfig | None:
     return config.llm_shape if isinstance(config, ResolvedModel) else llm_preset(config.llm)
 
 
-def resolved(config: ModelConfig) -> ResolvedModel:
-    """The model with the shapes that its names stand for now. Raises UserError for an unknown name."""
+def resolved(config: ModelConfig, vision: VisionConfig | None = None, llm: LLMConfig | None = None) -> ResolvedModel:
+    """The model with the shapes given, or else with those that its names stand for now.
+
+    Raises:
+      UserError: an unknown name.
+    """
     if isinstance(config, ResolvedModel):
         return config
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return ResolvedModel(**values, vision_shape=vision_preset(config.vision), llm_shape=llm_preset(config.llm))
+    vision, llm = vision or vision_preset(config.vision), llm or llm_preset(config.llm)
+    return ResolvedModel(**values, vision_shape=vision, llm_shape=llm)
 
 
 def vision_preset(name: str) -> VisionConfig:
@@ -127,6 +135,7 @@ def llm_config(values: Mapping) -> LLMConfig:
 
 
 def _lookup(presets: Mapping[str, _Config], name: str, key: str, build) -> _Config:
+    name = name or DEFAULTS[key]
     if name in presets:
         return presets[name]
     file = epath.Path(name) / DESCRIPTION

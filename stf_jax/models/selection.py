@@ -61,6 +61,10 @@ def reduction(config: ModelConfig) -> Reduction:
       UserError: they do not suit each other or the model, or as :func:`stf_jax.models.fusion.tokens_per_image`.
     """
     name, fusion, vision = config.reduce, config.fusion.fusion, vision_of(config)
+    if vision is None:
+        if name or config.keep:
+            raise UserError("A language model alone has no image tokens to reduce.")
+        return Reduction("", 0, 0)
     tokens = tokens_per_image(config.fusion, vision.grid)
     if not name:
         if config.keep:

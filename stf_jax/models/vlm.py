@@ -17,18 +17,25 @@ from stf_jax.models.vit import VisionTower
 
 
 class VLM(nnx.Module):
-    """Tower, fusion and decoder. Parameters lie under ``vision/``, ``fusion/`` and ``llm/``."""
+    """Tower, fusion and decoder. Parameters lie under ``vision/``, ``fusion/`` and ``llm/``.
+
+    Of a language model alone (a ResolvedModel without ``vision_shape``) there is no tower and no fusion: it takes no
+    images.
+    """
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
         """Raises UserError for an unknown preset or fusion, a kernel that does not divide the grid, or a reduction."""
         vision, llm = vision_of(config), llm_of(config)
         how = dict(scan=config.scan_layers, remat=config.remat)
         self.dtype = jnp.dtype(config.precision)
-        self.taps = tapped_blocks(config.fusion, vision.layers)
         self.reduction = reduction(config)
-        seeing = "auto" if config.attention == "splash" else config.attention  # splash is for causal attention alone
-        self.vision = VisionTower(rngs, vision, attention=seeing, **how)
-        self.fusion = Fusion(rngs, config.fusion, vision, llm.width)
+        if vision is not None:
+            self.taps = tapped_blocks(config.fusion, vision.layers)
+            seeing = (
+                "auto" if config.attention == "splash" else config.attention
+            )  # splash is for causal attention alone
+            self.vision = VisionTower(rngs, vision, attention=seeing, **how)
+            self.fusion = Fusion(rngs, config.fusion, vision, llm.width)
         self.llm = Decoder(rngs, llm, attention=config.attention, **how)
 
     def image_tokens(self, images: jax.Array) -> jax.Array:

@@ -35,11 +35,10 @@ class SavedParams:
         self.step = None
         self._items, self._sums = [absolute(folder) / IMPORTED / "state"], {}
         if not self._items[0].exists():
-            with ocp.CheckpointManager(absolute(folder) / "checkpoints") as manager:
-                self.step = manager.latest_step()
-                if self.step is None:
-                    raise UserError(f"Run {folder} holds no complete checkpoint to start from.")
-                step = manager.directory / str(self.step)
+            self.step = newest_step(folder)
+            if self.step is None:
+                raise UserError(f"Run {folder} holds no complete checkpoint to start from.")
+            step = absolute(folder) / "checkpoints" / str(self.step)
             self._items = [item for item in (step / "trainable", step / "frozen") if item.exists()]
             self._sums = read_sums(step)
         try:
@@ -91,6 +90,14 @@ class SavedParams:
         with ocp.PyTreeCheckpointer() as reader:
             for path, where in places.items():
                 yield path, self._read(reader, path, ocp.ArrayRestoreArgs(sharding=where), checksum)
+
+
+def newest_step(workdir: epath.Path) -> int | None:
+    """The step of a run's newest complete checkpoint; None where it has none."""
+    if not (workdir / "checkpoints").is_dir():
+        return None
+    with ocp.CheckpointManager(absolute(workdir) / "checkpoints") as manager:
+        return manager.latest_step()
 
 
 def write_params(folder: pathlib.Path, params: Iterable[tuple[str, np.ndarray]]) -> None:

@@ -18,6 +18,7 @@ from stf_jax.runtime.files import read_json
 from stf_jax.training.state import blueprint
 
 ASKED = "asked.json"  # in the folder of a cell that trains nothing
+_FOLLOW = ("model.vision", "model.llm", "data.tokenizer")  # keys that stf_jax.main fills in where they are empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +231,8 @@ class Cell:
             if stage is not stages[0]:  # stf_jax.main lets it start from the one before
                 found = dataclasses.replace(found, init_from=stage.init_from)
             found, wanted = flatten(to_json(found)), flatten(to_json(stage))
-            keys += [key for key in wanted if found[key] != wanted[key]]
+            # What the study leaves open, the run took from its init_from.
+            keys += [key for key in wanted if found[key] != wanted[key] and not (key in _FOLLOW and not wanted[key])]
         return sorted(set(keys))
 
 

@@ -16,7 +16,7 @@ from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.evals.known import open_benchmarks
 from stf_jax.evals.running import Results, check_images, measure_all, scalars
 from stf_jax.inference.generator import Generator
-from stf_jax.models.presets import vision_of
+from stf_jax.models.presets import llm_of, vision_of
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.checkpoint import Checkpoints
 from stf_jax.runtime.cost import step_flops
@@ -33,6 +33,8 @@ from stf_jax.training.state import TrainState, init_state, state_layout
 from stf_jax.training.step import make_train_step
 from stf_jax.training.watching import Watch
 from stf_jax.weights.folder import load_params
+from stf_jax.weights.model import save_description
+from stf_jax.weights.origin import complete
 
 
 def train(config: TrainConfig, workdir: epath.Path, measured: epath.Path) -> list[Results]:
@@ -66,13 +68,14 @@ def _train(config, workdir, measured, ends):
     watchdog = ends.enter_context(Watchdog(config.faults.hang_seconds, workdir))
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
+    config = complete(config, workdir)
     vision = vision_of(config.model)
     benchmarks = open_benchmarks(config.eval.benchmarks, config.eval.data, config.eval.limit)
     check_images(benchmarks)
     source = training_records(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     generator = Generator(config.model, tokenizer, mesh, config.data.template, config.data.aspect)  # to be measured by
-    prepare = Prepare(config.data, tokenizer, vision, slots_per_image(config.model))
+    prepare = Prepare(config.data, tokenizer, vision, slots_per_image(config.model), llm_of(config.model).vocab)
     host = jax.process_index()
     share, shares = share_of_rows(mesh, host)
     reading = functools.partial(watchdog.comes_to, "data were read")
@@ -108,6 +111,7 @@ def _train(config, workdir, measured, ends):
         )
         with writing(workdir):
             write_json(workdir / "config.json", to_json(config))
+            save_description(workdir, config, tokenizer)
 
     # ---- The step, compiled ----------------------------------------------------------------------------------------
     watchdog.comes_to("the weights were read")

@@ -24,7 +24,8 @@ def whole(saved: SavedModel, checkpoint: pathlib.Path) -> None:
     parts = {part: getattr(saved.description, part) for part in ("vision", "fusion", "llm")}
     parts["tokenizer"] = saved.tokenizer
     if lacking := [part for part, value in parts.items() if value is None]:
-        raise UserError(f"{checkpoint} is not a whole model: it lacks {', '.join(lacking)}.")
+        copied = f" Copy the folder of its tokenizer to {checkpoint / 'tokenizer'}." if lacking == ["tokenizer"] else ""
+        raise UserError(f"{checkpoint} is not a whole model: it lacks {', '.join(lacking)}.{copied}")
 
 
 def part_places(

@@ -4,6 +4,7 @@ A folder of weights holds safetensors (weights/locate.py says which files) whose
 (``vision/blocks/mlp/up/kernel``). A run's workdir serves as well.
 """
 
+import collections
 import contextlib
 import errno
 import pathlib
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 from etils import epath
+from safetensors import SafetensorError, safe_open
 
 from stf_jax.config import UserError
 from stf_jax.runtime.files import fetched, in_bucket, upload
@@ -22,7 +24,7 @@ from stf_jax.runtime.parameters import SavedParams
 from stf_jax.weights.tensors import open_tensors
 
 MINIATURES = pathlib.Path(__file__).parent / "miniatures"
-_EMBEDDED = {"miniatures": MINIATURES, "miniatures/siglip": MINIATURES / "siglip"}
+EMBEDDED = {"miniatures": MINIATURES, "miniatures/siglip": MINIATURES / "siglip"}
 
 
 def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh: Iterable[str]) -> dict[str, jax.Array]:
@@ -41,7 +43,7 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
       UserError: a source that cannot be read, or parameters that are missing, unknown or of another shape, all listed.
     """
     names = [part.strip() for part in sources.split(",") if part.strip()]
-    opened = [_open(_EMBEDDED.get(name) or epath.Path(name)) for name in names]
+    opened = [_open(EMBEDDED.get(name) or epath.Path(name)) for name in names]
     found = {path: (shape, read) for shapes, read in opened for path, shape in shapes.items()}
     fresh = [_compiled(pattern) for pattern in fresh]
 
@@ -53,23 +55,47 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
             f"No weights to start from, and {next(filter(taken, layout))} must not start at random: provide "
             "--config.init_from=DIR, or see training work on embedded weights with --config=configs/demo.py."
         )
-    wrong = [f"missing {path} {layout[path].shape}" for path in layout if path not in found and taken(path)]
-    wrong += [f"unknown {path} {found[path][0]}" for path in found if path not in layout and taken(path)]
-    wrong += [
-        f"{path} is {found[path][0]} there and {layout[path].shape} here"
-        for path in found
-        if path in layout and found[path][0] != layout[path].shape and taken(path)
-    ]
+    wrong = collections.defaultdict(list)  # by part
+    for path in filter(taken, layout.keys() | found.keys()):
+        part = path.split("/")[0]
+        if path not in found:
+            wrong[part].append(f"missing {path} {layout[path].shape}")
+        elif path not in layout:
+            wrong[part].append(f"unknown {path} {found[path][0]}")
+        elif found[path][0] != layout[path].shape:
+            wrong[part].append(f"{path} is {found[path][0]} there and {layout[path].shape} here")
     if wrong:
         raise UserError(
-            f"The weights in {sources!r} do not fit the model (init_missing may name what is to start afresh): "
-            + f"{'; '.join(sorted(wrong))}."
+            f"The weights in {sources!r} do not fit the model: {_advice(names, opened, layout, wrong)} "
+            + f"{'; '.join(sorted(line for lines in wrong.values() for line in lines))}."
         )
     loaded = {}
     for _, read in opened:  # each parameter once, from the last source that has it
         wanted = [path for path in layout if taken(path) and path in found and found[path][1] is read]
         loaded.update(read({path: layout[path].sharding for path in wanted}))
     return {path: loaded[path] for path in layout if path in loaded}
+
+
+def _advice(names, opened, layout, wrong):
+    """What to do about each part (``vision``, ``fusion``, ``llm``) of which something is wrong."""
+    clauses = []
+    for part in sorted(wrong):
+        holds = [name for name, (shapes, _) in zip(names, opened, strict=True) if _has(shapes, part)]
+        if not holds:
+            clauses.append(
+                f"they have no {part} (add a folder that has one to init_from, or name {part}/.* in init_missing)"
+            )
+        elif part == "fusion":
+            clauses.append(f"model.fusion differs from the one that {holds[-1]} was trained with (set it to that)")
+        elif _has(layout, part):
+            clauses.append(f"model.{part} is another (set model.{part}={holds[-1]}, or leave it out)")
+        else:
+            clauses.append(f"{part} is not a part of a model (vision, fusion, llm)")
+    return f"{', and '.join(clauses)}:"
+
+
+def _has(paths, part):
+    return any(path.startswith(f"{part}/") for path in paths)
 
 
 def _compiled(pattern):
@@ -126,6 +152,24 @@ def _open(folder):
     tensors = open_tensors(local)
 
     def read(places):
-        return {path: jax.device_put(tensors.read(path), sharding) for path, sharding in places.items()}
+        return {path: _put(tensors, path, sharding) for path, sharding in places.items()}
 
     return {path: tensors.shape(path) for path in tensors.names}, read
+
+
+def _put(tensors, path, sharding):
+    """A tensor on its devices, of which this host reads what its own devices hold, and sends nothing to another's."""
+    file, parts = tensors.file(path), {}
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            view = opened.get_slice(path)
+
+            def part(index):
+                key = tuple((axis.start, axis.stop) for axis in index)
+                if key not in parts:  # several devices may hold the same
+                    parts[key] = view[index] if index else opened.get_tensor(path)
+                return parts[key]
+
+            return jax.make_array_from_callback(tensors.shape(path), sharding, part)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: tensor {path} cannot be read: {error}.") from None

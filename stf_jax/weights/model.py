@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from transformers import PreTrainedTokenizerFast
 
-from stf_jax.config import FusionConfig, UserError, from_json
-from stf_jax.data.tokenizer import FILES, MINIATURE
+from stf_jax.config import FusionConfig, TrainConfig, UserError, from_json
+from stf_jax.data.tokenizer import FILES, MINIATURE, save_tokenizer
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.presets import DESCRIPTION, ResolvedModel, llm_config, resolved, vision_config
 from stf_jax.models.vit import VisionConfig
-from stf_jax.runtime.files import fetched, read_json
-from stf_jax.runtime.parameters import SavedParams
+from stf_jax.runtime.files import fetched, make_folder, read_json, upload, write_json
+from stf_jax.runtime.parameters import IMPORTED, SavedParams
 from stf_jax.weights.recognise import Recognised
 from stf_jax.weights.theirs import open_theirs, recognised, values
 
@@ -78,27 +80,69 @@ def open_model(folder: epath.Path) -> SavedModel:
             f"{folder} is neither the workdir of a run (it has no checkpoints/), nor imported weights, nor an export."
         )
     saved = SavedParams(folder)
+    description, model, tokenizer = describe(folder)
+    return SavedModel(description, model, saved.shapes, saved.read, saved.restore, tokenizer, saved.step)
+
+
+def describe(folder: epath.Path) -> tuple[Description, ResolvedModel, pathlib.Path | None]:
+    """What a run or a folder of imported weights is: no parameter is looked at.
+
+    Returns:
+      Its description; its model; the folder of its tokenizer, None where that is not there.
+
+    Raises:
+      UserError: its description does not read, or it is a run from before these were kept, whose weights are gone.
+    """
     try:
-        if (folder / DESCRIPTION).exists():
-            values = read_json(folder / DESCRIPTION)
-            description = Description(
-                values["vision"] and vision_config(values["vision"]),
-                values["llm"] and llm_config(values["llm"]),
-                values["fusion"] and FusionConfig(**{**values["fusion"], "taps": tuple(values["fusion"]["taps"])}),
-                values["template"],
-                values["aspect"],
-            )
-            model = _named_after(folder, description)
-            tokenizer = fetched(folder / "tokenizer")
-        else:
-            config = from_json(read_json(folder / "config.json"))
-            model, data = resolved(config.model), config.data
-            description = Description(model.vision_shape, model.llm_shape, model.fusion, data.template, data.aspect)
-            tokenizer = MINIATURE if data.tokenizer == "miniature" else fetched(data.tokenizer)
+        kept = _read_description(folder / DESCRIPTION) if (folder / DESCRIPTION).exists() else None
+        if kept is not None and (folder / IMPORTED).is_dir():
+            return kept, _named_after(folder, kept), _folder(fetched(folder / "tokenizer"))
+        config = from_json(read_json(folder / "config.json"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} does not say what model it holds: {error!r}.") from None
-    tokenizer = tokenizer if tokenizer.is_dir() else None
-    return SavedModel(description, model, saved.shapes, saved.read, saved.restore, tokenizer, saved.step)
+    try:
+        model = resolved(config.model, kept and kept.vision, kept and kept.llm)
+    except UserError as error:
+        raise UserError(
+            f"The run in {folder} was made before runs kept their shapes, and where it had them is gone ({error}) "
+            f"Import those weights again, and copy the model.json of that folder to {folder / DESCRIPTION}."
+        ) from None
+    data = config.data
+    description = Description(model.vision_shape, model.llm_shape, model.fusion, data.template, data.aspect)
+    tokenizer = _folder(fetched(folder / "tokenizer"))
+    if tokenizer is None:
+        tokenizer = MINIATURE if data.tokenizer == "miniature" else data.tokenizer and _folder(fetched(data.tokenizer))
+    return description, model, tokenizer or None
+
+
+def save_description(workdir: epath.Path, config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Writes beside a run's ``config.json`` what else it takes to ask, export or move the run: shapes and tokenizer.
+
+    ``config``: with its model's shapes (:func:`stf_jax.weights.origin.complete`) and the name of that tokenizer.
+    """
+    model, data = resolved(config.model), config.data
+    description = Description(model.vision_shape, model.llm_shape, model.fusion, data.template, data.aspect)
+    write_json(workdir / DESCRIPTION, dataclasses.asdict(description))
+    source = MINIATURE if data.tokenizer == "miniature" else fetched(data.tokenizer)
+    if source == fetched(workdir / "tokenizer"):
+        return
+    with tempfile.TemporaryDirectory() as local:
+        save_tokenizer(tokenizer, source, pathlib.Path(local))
+        if (workdir / "tokenizer").exists():  # of a start that left no checkpoint, perhaps with another tokenizer
+            (workdir / "tokenizer").rmtree()
+        make_folder(workdir / "tokenizer")
+        upload(pathlib.Path(local), workdir / "tokenizer")
+
+
+def _read_description(file):
+    values = read_json(file)
+    fusion = values["fusion"] and FusionConfig(**{**values["fusion"], "taps": tuple(values["fusion"]["taps"])})
+    vision, llm = values["vision"] and vision_config(values["vision"]), values["llm"] and llm_config(values["llm"])
+    return Description(vision, llm, fusion, values["template"], values["aspect"])
+
+
+def _folder(path):
+    return path if path.is_dir() else None
 
 
 def _named_after(folder, description):
@@ -125,7 +169,8 @@ def _open_export(folder):
 
     def restore(places):
         for path, where in places.items():
-            yield path, jax.device_put(read(path), where)
+            value = read(path)  # device_put would send every host's copy to the others
+            yield path, jax.make_array_from_callback(value.shape, where, value.__getitem__)
 
     model = _named_after(folder, description)
     local = fetched(folder)
