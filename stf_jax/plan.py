@@ -22,7 +22,8 @@ HELP = """Compile a run's real program for devices that are not here, and tell w
                            a100-40, a100-80, h100, h200 or b200 with the cards of one machine, as h100:8
   --slices=N               of a TPU, N slices of that layout (1)
   --what=WHAT              train, or of eval.batch questions as long as data.max_length: prefill; decode, one token;
-                           evaluate, all of an answer (train)
+                           evaluate, all of an answer, beside the training state if eval.benchmarks
+                           names any (train)
   --search                 try meshes, rematerialisation and microbatches, and rank those that fit
   --price-per-chip-hour=X  tell what the run costs, too
   --json                   one JSON object on standard output, and nothing else

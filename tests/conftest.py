@@ -114,7 +114,9 @@ def nothing_global_changes():
     yield
     after, environment_after = look()
     assert tables is None or after == tables, "the test changed a table of presets"
-    assert environment_after == environment, "the test changed the environment"
+    # What is new may be a library's: jax's for TPUs sets some when a backend is first asked for.
+    kept = {name: environment_after.get(name) for name in environment}
+    assert kept == environment, "the test changed the environment"
 
 
 @pytest.fixture

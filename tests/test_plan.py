@@ -1,5 +1,6 @@
 """The verb as a user meets it, on miniatures; and, slow, at full size as the documentation has it."""
 
+import dataclasses
 import json
 import math
 
@@ -109,8 +110,24 @@ def test_asking(what, capsys):
     assert found["tokens_per_second"] * found["step_seconds_estimate"] == pytest.approx(
         16 * {"prefill": 208, "decode": 1, "evaluate": 128}[what]
     )
+    if what == "evaluate":  # the demo measures as it trains
+        assert found["during_training"] is True
+        assert found["peak_bytes_per_device"] > found["memory"]["training state"] > 3 * found["memory"]["parameters"]
     if what == "decode":  # keys and values of four layers: two rows a device, two heads of 32, 208 + 128 slots
         assert found["memory"]["cache"] == 2 * 4 * (2 * 2 * 336 * 32) * 2
+
+
+def test_a_measurement_during_training_fits_beside_the_training_state():
+    config = recipe("demo.py:stage=finetune", "--config.mesh.data=1", "--config.mesh.fsdp=1", *BFLOAT16)
+    size = sum(analytic(config, 1)) + 12  # and three counts of steps
+    asked = {"fits": True, "peak_bytes_per_device": 10**6, "memory": {"cache": 5}}
+    for room, fits in ((0, True), (-1, False)):
+        limit = {"memory_limit_bytes_per_device": 10**6 + size + room}
+        found = report_module._resident(config, asked | limit, jax.devices()[:1])
+        assert found["memory"] == {"training state": size, "cache": 5}
+        assert (found["peak_bytes_per_device"], found["fits"]) == (10**6 + size, fits)
+    apart = dataclasses.replace(config, eval=dataclasses.replace(config.eval, benchmarks=()))
+    assert report_module._resident(apart, asked, jax.devices()) == {"during_training": False}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from stf_jax.models.presets import llm_of, vision_of
 from stf_jax.models.selection import FULL_LAYERS, reduction
 from stf_jax.runtime.mesh import BATCH, check_batch, computing, make_mesh, row_shards
 from stf_jax.training.optimizer import make_optimizer
-from stf_jax.training.state import Blueprint, blueprint, state_layout
+from stf_jax.training.state import Blueprint, TrainState, blueprint, state_layout
 from stf_jax.training.step import loss_sum, make_train_step
 
 _RULES = Rules(stops=(2,), unsayable=())  # the shapes do not depend on them
@@ -101,6 +101,12 @@ def make_program(config: TrainConfig, what: str, devices: list[jax.Device], rows
         config = dataclasses.replace(config, global_batch_size=rows or config.global_batch_size)
         return _train(config, plan, mesh)
     return _ask(config, what, plan, mesh, rows)
+
+
+def training_state(config: TrainConfig, devices: list[jax.Device]) -> TrainState:
+    """What a run holds all along, while it is measured too. Raises UserError as :func:`make_program`."""
+    tx = make_optimizer(config.optimizer, steps=1000)
+    return state_layout(config, blueprint(config.model), tx, make_mesh(config.mesh, devices))
 
 
 def _train(config, plan, mesh):

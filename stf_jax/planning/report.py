@@ -11,7 +11,7 @@ from stf_jax.data.pipeline import training_records
 from stf_jax.inference.generator import ROOM
 from stf_jax.planning.executed import PRIME, executed
 from stf_jax.planning.hlo import traffic
-from stf_jax.planning.program import OutOfMemory, Program, bytes_on_a_device, make_program
+from stf_jax.planning.program import OutOfMemory, Program, bytes_on_a_device, make_program, training_state
 from stf_jax.planning.topology import memory_limit
 from stf_jax.runtime.cost import CHIPS, chip_of, decode_flops, prefill_flops, step_flops
 from stf_jax.runtime.mesh import make_mesh, row_shards
@@ -27,7 +27,7 @@ def report(config: TrainConfig, what: str, devices: list[jax.Device], price: flo
 
     Args:
       what: ``train``; ``prefill`` or ``decode`` of ``eval.batch`` questions; ``evaluate``, one batch of them with
-        answers of 128 tokens.
+        answers of 128 tokens: beside the training state where the run measures ``eval.benchmarks``, else by itself.
       price: of a chip for an hour.
 
     Returns:
@@ -38,6 +38,7 @@ def report(config: TrainConfig, what: str, devices: list[jax.Device], price: flo
     """
     if what == "evaluate":
         told = _evaluation(*(report(config, part, devices) for part in ("prefill", "decode")))
+        told |= _resident(config, told, devices)
     else:
         told = _program(config, make_program(config, what, devices), devices)
     told |= _whole(config, what, told, len(devices), price)
@@ -189,6 +190,18 @@ def _evaluation(prefill, decode):
     if 2 * prefill["step_seconds_estimate"] < seconds:  # most of it is answering
         told["bound"] = decode["bound"]
     return told
+
+
+def _resident(config, told, devices):
+    """The memory of a measurement with what is there besides: the training state, if the run itself measures."""
+    during = bool(config.eval.benchmarks)
+    if not during:
+        return {"during_training": False}
+    size, peak = bytes_on_a_device(training_state(config, devices)), told["peak_bytes_per_device"]
+    peak = peak and peak + size
+    fits = told["fits"] and peak <= told["memory_limit_bytes_per_device"]
+    memory = {"training state": size} | told["memory"]
+    return {"during_training": True, "fits": fits, "peak_bytes_per_device": peak, "memory": memory}
 
 
 def _whole(config, what, told, devices, price):

@@ -17,6 +17,7 @@ def summary(found: Mapping[str, Any]) -> str:
     needed = f"{peak / _GIB:.2f} GiB" if peak else "more than the compiler can tell"
     lines = [
         f"{found['what']} on {where}: {verdict}. At its peak a device needs {needed}, of {limit / _GIB:.2f} GiB.",
+        *_about(found),
         f"mesh {mesh}; {found['rows']} rows of {found['positions']} positions, {found['pictures']} pictures each",
         "",
         table([_memory(found)]),
@@ -27,6 +28,14 @@ def summary(found: Mapping[str, Any]) -> str:
         lines += ["", table(list(_sent(found)))]
     lines += ["", table([_seconds(found)]), "", _times(found)]
     return "\n".join(lines)
+
+
+def _about(found):
+    """Which of the two an evaluation is."""
+    if found.get("during_training") is True:
+        yield "This is a measurement during training (eval.benchmarks), with the training state beside it."
+    elif found.get("during_training") is False:
+        yield "This is stf_jax.evaluate by itself; name eval.benchmarks to count the training state beside it."
 
 
 def _memory(found):
