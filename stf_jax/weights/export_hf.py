@@ -22,7 +22,6 @@ from stf_jax.config import UserError
 from stf_jax.data.conversation import (
     CHATS,
     OWN_SYSTEM,
-    Chat,
     Control,
     Item,
     Mark,
@@ -30,8 +29,10 @@ from stf_jax.data.conversation import (
     begin_tokens,
     check_template,
     stop_tokens,
+    without_prefix,
 )
 from stf_jax.data.records import IMAGE_MARK
+from stf_jax.data.sentencepieces import SPACE
 from stf_jax.data.tokenizer import BOS_IN_TEMPLATE, load_tokenizer, positions, prefixes_once, unsayable
 from stf_jax.models.fusion import tapped_blocks, tokens_per_image
 from stf_jax.models.llm import LLMConfig
@@ -61,15 +62,27 @@ _TRIMMED = _TEXT + "{%- set text = text | trim -%}"
 _NO_SYSTEM = '{{ raise_exception("This model was trained without system messages.") }}'
 
 
-def _chat_template(chat: Chat) -> str:
-    """The template for transformers' apply_chat_template, in Jinja; an empty system message is none, as in training."""
+def chat_template(template: str, gap: str = "") -> str:
+    """The template for transformers' apply_chat_template, in Jinja; an empty system message is none, as in training.
+
+    ``gap``: a space that the template has to write where a text starts, or goes on after an image, for a tokenizer that
+    puts none there (see :func:`_save_tokenizer`).
+    """
+    return _chat(CHATS[template], gap) if template in CHATS else _plain(gap)
+
+
+def _chat(chat, gap):
+    begins_as_text = isinstance((*chat.begin, *chat.ask)[0], Text)
+    before_reply = gap if isinstance(chat.reply[0], Text) else ""
     return (
-        "{%- set system = '' -%}{%- if messages[0].role == 'system' -%}{%- set message = messages[0] -%}" + _TRIMMED
+        _shown([Text(gap)] * (bool(gap) and begins_as_text))
+        + "{%- set system = '' -%}{%- if messages[0].role == 'system' -%}{%- set message = messages[0] -%}" + _TRIMMED
         + "{%- set system = text -%}{%- set messages = messages[1:] -%}{%- endif -%}"
         "{%- if system -%}" + _shown(chat.opening) + "{%- else -%}" + _shown(chat.begin) + "{%- endif -%}"
         "{%- for message in messages -%}" + _TRIMMED + "{%- if message.role == 'user' -%}"
         "{%- if not (system and loop.first) -%}" + _shown(chat.ask) + "{%- endif -%}"
-        + _IMAGES + _shown([Text(IMAGE_MARK)]) + "{%- if text or not loop.last -%}" + _shown([Text("\n")])
+        + _IMAGES + _shown([Text(IMAGE_MARK)]) + "{%- if text or not loop.last -%}" + _shown([Text(gap + "\n")])
+        + ("{%- else -%}" + _shown([Text(before_reply)]) if before_reply else "")
         + "{%- endif -%}{%- endfor -%}{{ text }}"
         "{%- if add_generation_prompt or not loop.last -%}" + _shown(chat.reply) + "{%- endif -%}"
         "{%- else -%}" + _shown([Text(chat.space)]) + "{{ text }}" + _shown(chat.end) + "{%- endif -%}{%- endfor -%}"
@@ -83,16 +96,18 @@ def _shown(items: Sequence[Item]) -> str:
     return "{{ " + " + ".join(said) + " }}" if said else ""
 
 
-# Without an image, a conversation is a document: its texts as they stand.
-_PLAIN = (
-    "{%- if messages[0].role == 'system' -%}" + _NO_SYSTEM + "{%- endif -%}"
-    "{%- set shown = namespace(any=false) -%}{%- for message in messages -%}" + _IMAGES
-    + "{%- set shown.any = true -%}{%- endfor -%}{%- endfor -%}"
-    "{%- for message in messages -%}{%- if not shown.any -%}" + _TEXT + "{{ text }}"
-    "{%- elif message.role == 'user' -%}" + _IMAGES + _shown([Text(IMAGE_MARK)]) + "{%- endfor -%}"
-    "{%- else -%}" + _TRIMMED + "{{ text + '\\n' }}{%- endif -%}{%- endfor -%}"
-)  # fmt: skip
-CHAT_TEMPLATES = {template: _chat_template(chat) for template, chat in CHATS.items()} | {"plain": _PLAIN}
+def _plain(gap):
+    """Without an image, a conversation is a document: its texts as they stand."""
+    space = _shown([Text(gap)]) if gap else ""
+    return (
+        "{%- if messages[0].role == 'system' -%}" + _NO_SYSTEM + "{%- endif -%}"
+        "{%- set shown = namespace(any=false) -%}{%- for message in messages -%}" + _IMAGES
+        + "{%- set shown.any = true -%}{%- endfor -%}{%- endfor -%}"
+        "{%- for message in messages -%}{%- if not shown.any -%}" + _TEXT
+        + ("{%- if loop.first -%}" + space + "{%- endif -%}" if space else "") + "{{ text }}"
+        "{%- elif message.role == 'user' -%}" + _IMAGES + _shown([Text(IMAGE_MARK)]) + "{%- endfor -%}"
+        "{%- else -%}" + _TRIMMED + space + "{{ text + '\\n' }}{%- endif -%}{%- endfor -%}"
+    )  # fmt: skip
 
 
 def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> dict[str, Any]:
@@ -143,7 +158,7 @@ def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> di
             _copy_code(_MODEL_CODE, folder)
         _copy_code(_EVALUATION_CODE, folder)
         space = CHATS[what.template].space if what.template in CHATS else ""
-        _save_tokenizer(tokenizer, folder, CHAT_TEMPLATES[what.template], begun, space)
+        _save_tokenizer(tokenizer, folder, what.template, begun, space)
         _write(folder / "config.json", config)
         _write(folder / "processor_config.json", {**processor, "image_token": IMAGE_MARK})
         _write(folder / "preprocessor_config.json", _pixels(what))
@@ -153,11 +168,6 @@ def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> di
             ids["suppress_tokens"] = list(never)
         _write(folder / "generation_config.json", ids)
         _write_readme(folder, what, count, config, checkpoint, saved.step)
-        if prefixes_once(tokenizer):
-            tensors.report["notes"].append(
-                "The tokenizer says legacy: false. The export puts a space before text that follows a special token "
-                "(such as the end of an answer), where training had none; elsewhere nothing differs."
-            )
         tensors.save_report(folder)
     return tensors.report
 
@@ -317,19 +327,24 @@ def _tokenizer(folder: pathlib.Path, what: Description) -> PreTrainedTokenizerFa
 
 
 def _save_tokenizer(
-    tokenizer: PreTrainedTokenizerFast, folder: pathlib.Path, chat_template: str, begun: bool, space: str
+    tokenizer: PreTrainedTokenizerFast, folder: pathlib.Path, template: str, begun: bool, space: str
 ) -> None:
     """Writes the tokenizer so that whoever renders the chat template and tokenises the text asks as training did.
 
     The template says the BOS itself where training had one (``begun``), for servers add none; so the tokenizer adds
     nothing, or transformers' processors would say it twice. Special tokens in a text are those tokens, as in every
     model of Hugging Face. Any release reads ``tokenizer.json`` as it stands.
+
+    SentencePiece's space goes before each piece between special tokens, as training puts it. Where it goes only before
+    the first and before what follows an image (``legacy: false``), no tokenizer can tell those pieces from others: the
+    template writes the space, and the tokenizer puts one at the very start alone.
     """
+    gap = without_prefix(tokenizer)[1] if prefixes_once(tokenizer) else ""
     backend = tokenizer.backend_tokenizer
     if space and backend.decode(backend.encode(space + "a", add_special_tokens=False).ids).startswith(space):
         # The space that the template teaches before an answer is not part of the answer.
         backend.decoder = decoders.Sequence([backend.decoder, decoders.Strip(space, 1, 0)])
-    tokenizer.chat_template = ("{{ bos_token }}" if begun else "") + chat_template
+    tokenizer.chat_template = ("{{ bos_token }}" if begun else "") + chat_template(template, gap)
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     values = json.loads(file.read_bytes())
@@ -345,11 +360,15 @@ def _save_tokenizer(
     values = json.loads(file.read_bytes())
     if begun:
         values["post_processor"] = None
-    before = values["pre_tokenizer"] or {}
-    for step in before.get("pretokenizers", [before]):
-        # SentencePiece's prefix space goes before each piece between special tokens, as training puts it.
-        if step.get("type") == "Metaspace" and step["prepend_scheme"] == "first":
-            step["prepend_scheme"] = "always"
+    if gap:
+        steps = (values["normalizer"] or {}).get("normalizers", [])
+        values["normalizer"] = {"type": "Sequence", "normalizers": [s for s in steps if s["type"] == "Precompiled"]}
+        values["pre_tokenizer"] = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+    else:
+        before = values["pre_tokenizer"] or {}
+        for step in before.get("pretokenizers", [before]):
+            if step.get("type") == "Metaspace" and step["prepend_scheme"] == "first":
+                step["prepend_scheme"] = "always"
     _write(file, values)
 
 

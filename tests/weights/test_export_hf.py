@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
 
@@ -265,17 +266,26 @@ STOPS = {"llama-3": ["<|eot_id|>"], "chatml": ["<|im_end|>"]}
 
 def with_tokenizer(folder, kind, request):
     """Gives the model Llama's tokenizer or its own, with the control tokens of every template; loads it."""
-    source = MINIATURE if kind == "miniature" else request.getfixturevalue(kind).name_or_path
+    source = MINIATURE if kind == "miniature" else request.getfixturevalue("llama").name_or_path
     tokenizer = load_tokenizer(str(source))
     tokenizer.add_special_tokens({"additional_special_tokens": CONTROL})
+    if kind.endswith("not legacy"):
+        tokenizer.init_kwargs["legacy"] = False
     shutil.rmtree(folder / "tokenizer")
     tokenizer.save_pretrained(folder / "tokenizer")
     return load_tokenizer(str(folder / "tokenizer"))
 
 
-@pytest.mark.parametrize("template", CHATS)
-@pytest.mark.parametrize("kind", ["miniature", "llama"])
-@pytest.mark.parametrize("case", ["the paper's", "mlp"])
+@pytest.mark.parametrize(
+    ("case", "kind", "template"),
+    [
+        *itertools.product(("the paper's", "mlp"), ("miniature", "llama"), CHATS),
+        # Its later rounds go on without SentencePiece's space.
+        ("the paper's", "llama, not legacy", "v1"),
+        ("mlp", "llama, not legacy", "v1"),
+        ("mlp", "llama, not legacy", "chatml"),
+    ],
+)
 def test_prompts_are_ours_to_the_token(tmp_path, case, kind, template, request):
     folder = make(tmp_path / "ours", *CASES[case], template=template)
     tokenizer = with_tokenizer(folder, kind, request)
@@ -311,6 +321,12 @@ def test_prompts_are_ours_to_the_token(tmp_path, case, kind, template, request):
     whole = processor.apply_chat_template(list(said[:4]), tokenize=True, return_dict=True)["input_ids"][0]
     ours = our_prompt(folder, tokenizer, template, turns[:4], pictures[:2])
     assert [i for i in whole if i != processor.image_token_id] == ours.tokens[~ours.is_image].tolist()
+    # An image alone; and where the template writes spaces, the export read back.
+    alone = prompt(processor, turn("", picture(1)))["input_ids"][0]
+    turns = (Turn("human", "<image>"),)
+    for one in (tokenizer, *([load_tokenizer(str(tmp_path / "hf"))] if kind.endswith("legacy") else [])):
+        ours = our_prompt(folder, one, template, turns, pictures[:1])
+        assert alone[alone != processor.image_token_id].tolist() == ours.tokens[~ours.is_image].tolist()
     # Releases before 5 know these by another name.
     values = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert set(CONTROL) <= set(values["additional_special_tokens"])
