@@ -61,8 +61,9 @@ def by_id(labels: Sequence[dict[str, Any]], key: str, file: epath.Path) -> dict[
     """Labels, read from ``file``, by their ids as text. Raises UserError for two of one id that differ."""
     found = {}
     for label in labels:
-        if found.setdefault(str(label[key]), label) != label:
-            raise UserError(f"{file} has two labels of {key} {label[key]!r}, which differ; take the authors' own file.")
+        name = str(label[key])
+        if found.setdefault(name, label) | {key: name} != label | {key: name}:
+            raise UserError(f"{file} has two labels of {key} {name!r}, which differ; take the authors' own file.")
     return found
 
 

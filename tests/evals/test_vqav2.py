@@ -152,7 +152,7 @@ def test_ids_are_compared_as_text(tmp_path, asked, labelled):
 
 def test_two_annotations_of_one_question_must_agree(tmp_path):
     _ask(tmp_path, VAL, IDS)
-    _annotate(tmp_path, [*LABELS, LABELS[0]])
+    _annotate(tmp_path, [*LABELS, LABELS[0] | {"question_id": str(LABELS[0]["question_id"])}])
     assert VQAv2(epath.Path(tmp_path)).scored
     _annotate(tmp_path, [*LABELS, LABELS[1] | {"question_id": "262148000", "answer_type": "other"}])
     with pytest.raises(UserError, match=rf"{ANNOTATIONS} has two labels of question_id '262148000', which differ"):
