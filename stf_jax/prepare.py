@@ -17,7 +17,13 @@ where it was when the same command is given again. Train on the result with --co
 def main(argv: list[str]) -> None:
     """Prepares a data set and prints what it came to."""
     parser = Parser(prog="python -m stf_jax.prepare", description=DESCRIPTION)
-    parser.add_argument("--annotations", action="append", required=True, metavar="FILE.json", help="may be repeated")
+    parser.add_argument(
+        "--annotations",
+        action="append",
+        required=True,
+        metavar="FILE.json",
+        help="an array, or a row a line; may be repeated",
+    )
     parser.add_argument("--images", required=True, metavar="DIR", help="folder that the image paths start from")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the data set")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the cores (%(default)s)")

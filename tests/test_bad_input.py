@@ -302,7 +302,10 @@ MAIN = [
     trained("annotations cut short", put("rows.json", json.dumps([ROW, ROW])[:-40]), f"Row 1 of {FILE}"),
     trained("no rows", put("rows.json", "[ ]"), FILE, "at least one row"),
     trained("an empty file of rows", put("rows.json", ""), FILE, "at least one row"),
-    trained("rows that are lines", put("rows.json", lines(ROW, ROW)), FILE, "a JSON array"),
+    trained(
+        "lines of rows cut short", put("rows.json", lines(ROW, ROW)[:-40]), f"Line 2 of {FILE}", "may be cut short"
+    ),
+    trained("rows of one object over lines", put("rows.json", '{\n"a": 1}'), FILE, "or a row a line, but line 1"),
     trained("rows in UTF-16", put("rows.json", json.dumps([ROW]).encode("utf-16")), FILE),
     trained("rows of NUL", put("rows.json", bytes(99)), FILE),
     trained("rows nested without end", put("rows.json", "[" * 99_999), f"Row 0 of {FILE}", "take it out"),

@@ -1,7 +1,8 @@
-"""Training data in LLaVA's format: a JSON array with a folder of pictures, or what stf_jax.prepare made of them."""
+"""Training data in LLaVA's format: a JSON array or JSON lines with a folder of images, or what stf_jax.prepare made."""
 
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -15,38 +16,69 @@ from etils import epath
 from stf_jax.config import UserError, one_line
 from stf_jax.data.image import open_image, read_image
 from stf_jax.data.records import BadRow, Record
-from stf_jax.data.rows import read_row
+from stf_jax.data.rows import TALK, read_row
 from stf_jax.runtime.files import fetched
 
 KEPT = "kept.json"  # in a prepared folder: the rows that its shards hold the pictures of, in order
 INFO = "dataset_info.json"  # TFDS's, the last file that is written
 _CHUNK, _LONGEST = 2**16, 2**26  # characters of an annotation file read together, and of a row
 _DEEPEST = 100  # levels of lists and objects in a row, of which LLaVA's have three
+_ABSURD = f"it nests over {_DEEPEST} levels deep, or has a number of thousands of digits"
 _SPACE, _DECODER = re.compile(r"\s*"), json.JSONDecoder()
 
 
 def read_rows(annotations: epath.Path) -> Iterator[Any]:
-    """The elements of a JSON array one after the other; the file is never in memory whole.
+    """The elements of a JSON array, or the values of JSON lines, one after the other; never is all of it in memory.
 
-    Bytes that are not UTF-8 come as lone surrogates, so that they spoil their own row alone.
+    Which it is, the first character tells. Bytes that are not UTF-8 come as lone surrogates, so that they spoil their
+    own row alone.
 
     Raises:
-      UserError: the file cannot be read, is no array of at least one element, or has one that is not JSON or is beyond
-        all measure.
+      UserError: the file cannot be read, is neither, holds nothing, or has an element that is not JSON or is beyond all
+        measure.
     """
     name = os.fspath(annotations)
     try:
         with annotations.open("rb") as file, io.TextIOWrapper(file, "utf-8-sig", "surrogateescape") as text:
-            yield from _elements(text, name)
+            blank, first = 0, text.read(1)
+            while first.isspace():
+                blank, first = blank + (first == "\n"), text.read(1)
+            rows = _lines(text, name, blank, first) if first == "{" else _elements(text, name, first)
+            begun = list(itertools.islice(rows, 2))
+            if first == "{" and len(begun) == 1 and not begun[0].keys() & set(TALK):
+                raise UserError(f"{name} should hold a JSON array of rows, or a row a line, but is one object.")
+            yield from itertools.chain(begun, rows)
     except (OSError, ValueError) as error:
         raise UserError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
-def _elements(file, name):
-    text, index = file.read(_CHUNK), 0
-    begin = re.match(r"\s*\[(?!\s*\])", text)
+def _lines(file, name, blank, first):
+    """The values of JSON lines; of the file, so many blank lines and the first character were read."""
+    number, line = blank, first + file.readline(_LONGEST)
+    while line:
+        number += 1
+        try:
+            if line.strip():
+                row = _DECODER.decode(line)
+                _check_depth(row, line)
+                yield row
+        except json.JSONDecodeError as error:
+            what = f"line {number} of {name} is not JSON: {error.msg}."
+            if number == blank + 1:
+                raise UserError(f"{name} should hold a JSON array of rows, or a row a line, but {what}") from None
+            cut = "" if line.endswith("\n") else " The file ends there, and may be cut short."
+            raise UserError(what[0].upper() + what[1:] + cut) from None
+        except (ValueError, RecursionError):
+            raise UserError(f"Line {number} of {name} cannot be read: {_ABSURD}; take it out.") from None
+        line = file.readline(_LONGEST)
+
+
+def _elements(file, name, first):
+    """The elements of a JSON array; of the file, the first character was read."""
+    text, index = first + file.read(_CHUNK), 0
+    begin = re.match(r"\[(?!\s*\])", text)
     if begin is None:
-        raise UserError(f"{name} should hold a JSON array of at least one row.")
+        raise UserError(f"{name} should hold a JSON array of at least one row, or a row a line.")
     at, mark = begin.end(), ","
     while mark == ",":
         try:
@@ -59,8 +91,7 @@ def _elements(file, name):
             text += more
             continue
         except (ValueError, RecursionError):
-            what = f"it nests over {_DEEPEST} levels deep, or has a number of thousands of digits"
-            raise UserError(f"Row {index} of {name} cannot be read: {what}; take it out.") from None
+            raise UserError(f"Row {index} of {name} cannot be read: {_ABSURD}; take it out.") from None
         yield row
         at, mark, index = end + 1, text[end], index + 1
     if (text[at:] + file.read(_CHUNK)).strip():
@@ -73,9 +104,13 @@ def _element(text, at):
     end = _SPACE.match(text, end).end()
     if text[end : end + 1] not in (",", "]"):
         raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-    if text.count("[", at, end) + text.count("{", at, end) > _DEEPEST and _nests_deeper(row):
-        raise RecursionError  # it was read, but whoever writes it again may have less stack left
+    _check_depth(row, text, at, end)
     return row, end
+
+
+def _check_depth(row, text, *span):
+    if text.count("[", *span) + text.count("{", *span) > _DEEPEST and _nests_deeper(row):
+        raise RecursionError  # it was read, but whoever writes it again may have less stack left
 
 
 def _nests_deeper(row):
@@ -109,10 +144,10 @@ class _JsonRows:
 
 
 class LlavaRecords:
-    """A JSON array of ``{id, image, conversations: [{from, value}, …]}`` and the folder its image paths start from."""
+    """Rows of ``{id, image, conversations: [{from, value}, …]}`` (data/rows.py), and the folder of their images."""
 
     def __init__(self, annotations: str, images: str):
-        """Raises UserError where a file is missing or is not such an array."""
+        """Raises UserError where a file is missing or does not hold such rows."""
         for what, path, key in (("annotations", annotations, "data.annotations"), ("images", images, "data.images")):
             if not path or not epath.Path(path).exists():
                 where = f"{path!r} does not exist" if path else "no path is given"
@@ -175,7 +210,7 @@ def llava_records(annotations: str, images: str) -> list[LlavaRecords | Prepared
     """The data sets of a run.
 
     Args:
-      annotations: JSON files, or folders that stf_jax.prepare wrote, separated by commas.
+      annotations: files of a JSON array or of JSON lines, or folders that stf_jax.prepare wrote, separated by commas.
       images: the JSON files' image folders, in the same order; one serves them all.
 
     Raises:

@@ -13,9 +13,10 @@ from stf_jax.config import shorten
 from stf_jax.data.records import IMAGE_MARK, BadRow, Turn
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
-_TALK, _IMAGES, _SYSTEM = ("conversations", "messages"), ("image", "images"), ("system", "system_prompt")
+TALK = ("conversations", "messages")  # the key of a row's turns
+_IMAGES, _SYSTEM = ("image", "images"), ("system", "system_prompt")
 _SPEAKER, _TEXT = ("from", "role"), ("value", "content")
-_READ = {*_TALK, *_IMAGES, *_SYSTEM, "id"}
+_READ = {*TALK, *_IMAGES, *_SYSTEM, "id"}
 # Keys that weigh a turn: every answer is learned, with weight one.
 _WEIGHTS = {"weight", "loss", "loss_weight", "train", "trainable"}
 _CONTENT = {"tools", "functions", "tool_calls", "function_call", "reasoning_content", "thinking", "history"}
@@ -64,7 +65,7 @@ def read_row(row: Any, name: str) -> Row:
     where = f"{name[:1].upper()}{name[1:]}"
     if not isinstance(row, dict):
         raise BadRow("no_object", f"{where} is {_kind(row)}, no object.")
-    talk = _one_of(row, _TALK, where)
+    talk = _one_of(row, TALK, where)
     if not isinstance(talk, list):
         keys = shorten(", ".join(row))
         raise BadRow("no_turns", f"{where} has no list of turns under conversations or messages; its keys: {keys}.")

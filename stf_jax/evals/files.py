@@ -1,6 +1,8 @@
 """Files of questions and labels: read, checked, matched with each other."""
 
+import contextlib
 import hashlib
+import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +30,26 @@ def read_lines(file: epath.Path) -> Iterator[tuple[int, Any]]:
             raise UserError(f"{file}, line {number} is not JSON: {error}.") from None
 
 
+def read_list(file: epath.Path) -> Any:
+    """A JSON file's value, or, where it holds several lines of an object each, the list of these.
+
+    Raises:
+      UserError: it is neither.
+    """
+    value = _first_of_lines(file)
+    return read_json(file) if value is None else [value for _, value in read_lines(file)]
+
+
+def _first_of_lines(file):
+    """The first of several lines, if it is an object of its own."""
+    lines = list(itertools.islice(text_lines(file), 2)) if file.exists() else []
+    if len(lines) < 2 or not lines[0][1].lstrip().startswith("{"):
+        return None
+    with contextlib.suppress(ValueError):
+        return parse_json(lines[0][1])
+    return None
+
+
 def sha256(file: epath.Path) -> str:
     """Hash of a file's bytes, in hexadecimal."""
     with file.open("rb") as opened:
@@ -35,7 +57,7 @@ def sha256(file: epath.Path) -> str:
 
 
 def read_labels(file: epath.Path, under: str = "", **kinds: type | tuple[type, ...]) -> list[dict[str, Any]]:
-    """The labels in a JSON file: a list of objects, which may stand ``under`` a key.
+    """The labels in a file: a list of objects, which may stand ``under`` a key, or a label a line.
 
     Args:
       file: the file.
@@ -45,8 +67,8 @@ def read_labels(file: epath.Path, under: str = "", **kinds: type | tuple[type, .
     Raises:
       UserError: it is not so.
     """
-    value = read_json(file)
-    if under:
+    value = read_list(file)
+    if under and not (isinstance(value, list) and value):
         value = value.get(under) if isinstance(value, dict) else None
     if not isinstance(value, list):
         where = f" under {under!r}" if under else ""

@@ -10,7 +10,7 @@ from etils import epath
 from stf_jax.config import UserError
 from stf_jax.data.records import IMAGE_MARK
 from stf_jax.evals.benchmark import LETTER, Benchmark, Question
-from stf_jax.evals.files import matched, read_json
+from stf_jax.evals.files import matched, read_json, read_list
 
 _LETTERS = ("A", "B", "C", "D", "E")
 
@@ -73,7 +73,7 @@ def letter(text: str) -> str | None:
 
 
 def _read(file):
-    rows = read_json(file)
+    rows = read_list(file)
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{file} is no list of questions; take it from LLaVA's evaluation files.")
     for number, row in enumerate(rows, start=1):

@@ -332,16 +332,20 @@ def test_an_absolute_path_within_the_folder_is_used(folder, linked):
     ("content", "sentence"),
     [
         ("[{", r"^Row 0 of FILE is not JSON: Expecting property name enclosed in double quotes\.$"),
-        ("", r"^FILE should hold a JSON array of at least one row\.$"),
-        ('{"id": 1}\n{"id": 2}', r"^FILE should hold a JSON array of at least one row\.$"),
+        ("", r"^FILE should hold a JSON array of at least one row, or a row a line\.$"),
+        ('{"id": 1}\n\n{"id": 2', r"^Line 3 of FILE is not JSON: Expecting ',' delimiter\. .* may be cut short\.$"),
+        ('{"id": 1}\n{"id": 2,\n{"id": 3}', r"^Line 2 of FILE is not JSON: Expecting property name .* quotes\.$"),
+        ('{"id": 1} {"id": 2}', r"^FILE should hold a JSON array of rows, or a row a line, but line 1 of FILE is not"),
+        ('\n{\n"id": 1}', r"^FILE should hold a JSON array of rows, or a row a line, but line 2 of FILE is not JSON"),
+        ('{"a": 1}\n{"a": ' + "[" * 101 + "]" * 101 + "}", r"^Line 2 of FILE cannot be read: it nests over 100"),
         ('[{"id": 1}, {"id": 2]', r"^Row 1 of FILE is not JSON: Expecting ',' delimiter\.$"),
         ('[{"id": 1} {"id": 2}]', r"^Row 0 of FILE is not JSON: Expecting ',' delimiter\.$"),
         ('[{"id": 1}, {"id": "2', r"^Row 1 of FILE is not JSON: Unterminated string"),
         ('[{"id": 1}, ]', r"^Row 1 of FILE is not JSON: Expecting value\.$"),
         ('[{"id": 1}]\n[', r"^FILE is not JSON: its array ends after row 0, the file does not\.$"),
-        ('{"id": 1}', r"^FILE should hold a JSON array of at least one row\.$"),
-        (" [ ]\n", r"^FILE should hold a JSON array of at least one row\.$"),
-        ("3", r"^FILE should hold a JSON array of at least one row\.$"),
+        ('{"rows": []}\n\n', r"^FILE should hold a JSON array of rows, or a row a line, but is one object\.$"),
+        (" [ ]\n", r"^FILE should hold a JSON array of at least one row, or a row a line\.$"),
+        ("3", r"^FILE should hold a JSON array of at least one row, or a row a line\.$"),
         ('["a", ' + "[" * 1_000_000 + "]" * 1_000_000 + "]", r"^Row 1 of FILE cannot be read: it nests over 100"),
         ('["a", ' + "[" * 101 + "]" * 101 + "]", r"^Row 1 of FILE cannot be read: it nests over 100 levels deep"),
         ('["a", ' + '{"a": ' * 900 + "1" + "}" * 900 + "]", r"^Row 1 of FILE cannot be read: it nests over 100"),
@@ -365,6 +369,18 @@ def test_a_file_is_read_however_its_rows_lie_in_it(folder, monkeypatch):
     for size in (2, 3, 5, 7, 11, 64, 2**16):
         monkeypatch.setattr("stf_jax.data.llava._CHUNK", size)
         assert list(read_rows(epath.Path(folder / "rows.json"))) == rows
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n \n"])
+def test_lines_of_json_are_read_where_an_array_is(folder, end):
+    """Whatever the file is called, with a byte order mark, blank lines and what splitlines() would split at."""
+    rows = [*ROWS, {"id": "u\u2028\x85", "conversations": talk("naïve 🙂")}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + end for row in rows)
+    for content in (text, "\n" + text, text.rstrip()):
+        (folder / "rows.json").write_bytes(b"\xef\xbb\xbf" + content.encode())
+        assert list(read_rows(epath.Path(folder / "rows.json"))) == rows
+    records = LlavaRecords(str(folder / "rows.json"), str(folder / "images"))
+    assert [records[index].id for index in (0, 5)] == ["a", "u\u2028\x85"]
 
 
 def test_a_row_that_is_deep_but_not_absurd_is_read(folder):

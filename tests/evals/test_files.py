@@ -47,6 +47,20 @@ def test_labels_of_another_form_are_refused(tmp_path, content, under, sentence):
     assert sentence in str(error.value)
 
 
+@pytest.mark.parametrize("under", ["", "annotations"])
+def test_labels_may_be_lines_or_an_array_under_a_key_or_not(tmp_path, under):
+    file, labels = epath.Path(tmp_path) / "labels.json", [{"image": "a", "id": 1}, {"image": "b", "id": 2}]
+    lines = [json.dumps(label) for label in labels]
+    texts = ["\n".join(lines), "\ufeff\r\n" + "\r\n\r\n".join(lines) + "\r\n", json.dumps(labels)]
+    texts += [json.dumps({under: labels}, indent=indent) for indent in (None, 1)] if under else []
+    for text in texts:
+        file.write_bytes(text.encode())
+        assert read_labels(file, under, image=str, id=int) == labels
+    file.write_text("\n".join(lines)[:-4])
+    with pytest.raises(UserError, match=r"labels\.json, line 2 is not JSON: "):
+        read_labels(file, under, image=str, id=int)
+
+
 def test_questions_without_labels_are_counted():
     file = epath.Path("labels.json")
     assert matched([2, 1], {1: "a", 2: "b", 3: "c"}, file) == ["b", "a"]
