@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.flax import save_file
 
 from stf_jax.config import CheckpointConfig, MeshConfig, ModelConfig, UserError
 from stf_jax.runtime.checkpoint import Checkpoints
 from stf_jax.runtime.mesh import make_mesh
 from stf_jax.training.state import TrainState, blueprint
+from stf_jax.weights import folder as folder_module
 from stf_jax.weights.folder import load_params
 
 MESH = make_mesh(MeshConfig(1, 4, 2))
@@ -72,6 +74,61 @@ def test_weights_come_back_to_the_bit_on_their_devices(tmp_path, layout, dtype):
         assert np.asarray(loaded[path]).tobytes() == np.asarray(value).tobytes()
         assert loaded[path].sharding == layout[path].sharding
     assert [file.name for file in (tmp_path / "new" / "folder").iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_what_lies_on_this_hosts_devices_is_read_and_nothing_is_sent(tmp_path, layout, dtype, monkeypatch):
+    """Each slice once, whichever devices hold it; device_put would compare and send whole values between hosts."""
+    params = _params(dtype=dtype)
+    write(tmp_path, params)
+    read = []
+
+    class Counted:
+        def __init__(self, path, view):
+            self.path, self.view = path, view
+
+        def __getitem__(self, index):
+            read.append((self.path, self.view[index].nbytes))
+            return self.view[index]
+
+    class Opened:
+        def __init__(self, *how, **more):
+            self.file = safe_open(*how, **more)
+
+        def __enter__(self):
+            self.tensors = self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def get_slice(self, path):
+            return Counted(path, self.tensors.get_slice(path))
+
+    def refuse(*_, **__):
+        raise AssertionError("device_put of a parameter")
+
+    # As a host sees it that holds two of the eight devices: those of the first row of "fsdp".
+    mine = set(MESH.devices.reshape(4, 2)[0])
+    make_array = jax.make_array_from_callback
+
+    def of_this_host(shape, sharding, part):
+        indices = sharding.devices_indices_map(shape)
+        for device in mine:
+            part(indices[device])
+        held = list(read)
+        array = make_array(shape, sharding, part)
+        read[:] = held
+        return array
+
+    monkeypatch.setattr(folder_module, "safe_open", Opened)
+    monkeypatch.setattr(jax, "device_put", refuse)
+    monkeypatch.setattr(jax, "make_array_from_callback", of_this_host)
+    loaded = load_params(str(tmp_path), layout, ())
+    size = jnp.dtype(dtype).itemsize
+    # llm/a [8, 6] over fsdp 4, tensor 2: two slices of 2×3; llm/b [4] over tensor: two of 2; fusion/c [3] whole, once.
+    assert sorted(read) == sorted([("llm/a", 6 * size)] * 2 + [("llm/b", 2 * size)] * 2 + [("fusion/c", 3 * size)])
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
 def test_a_folder_may_hold_several_files(tmp_path, layout):
