@@ -289,7 +289,8 @@ def _vocabulary(tensors, embedding, head, values, config, notes):
         return rows
     if type(ours) is not int or not 0 < ours <= rows:
         raise UserError(f"The config says stf_vocab {ours!r}, but {embedding} has {rows} rows.")
-    if rows != max(ours, config.get("image_token_index", -1) + 1):
+    mark = config.get("image_token_id", config.get("image_token_index"))  # for which our export added rows
+    if rows != ours and (type(mark) is not int or rows != mark + 1):
         notes.append(
             f"The config says stf_vocab {ours}, but the vocabulary was resized since; all {rows} rows are taken."
         )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -74,7 +75,8 @@ class SavedModel:
 def open_model(folder: epath.Path) -> SavedModel:
     """Raises UserError where the folder is none of these, or its description does not read."""
     if not SavedParams.at(folder):
-        if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+        described_there = (folder / "config.json").exists() or os.path.islink(folder / "config.json")
+        if (described_there and any(folder.glob("*.safetensors"))) or (folder / "adapter_config.json").exists():
             return _open_export(folder)
         raise UserError(
             f"{folder} is neither the workdir of a run (it has no checkpoints/), nor imported weights, nor an export."

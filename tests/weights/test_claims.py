@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from etils import epath
 from safetensors.torch import save_file
 from theirs import DECODERS, decoder, llava, tower
 from transformers import AutoModelForCausalLM
@@ -221,12 +222,15 @@ def test_a_projector_fits_its_language_model():
         detect(llava(), state)
 
 
-def test_rows_that_were_added_after_an_export_are_kept():
-    config = {"stf_vocab": 59, "image_token_index": 61}
-    assert detect(llava(), **config).llm.vocab == 59
-    found = detect(llava(), **config | {"image_token_index": 59})
-    assert found.llm.vocab == 62
-    assert "resized since" in found.notes[0]
+@pytest.mark.parametrize("key", ["image_token_id", "image_token_index"])
+def test_rows_that_were_added_after_an_export_are_kept(key):
+    config = {"stf_vocab": 59, "image_token_id": KeyError, "image_token_index": KeyError}
+    found = detect(llava(), **config | {key: 61})
+    assert (found.llm.vocab, found.notes) == (59, ())
+    for mark in (59, "61", KeyError):
+        found = detect(llava(), **config | {key: mark})
+        assert found.llm.vocab == 62
+        assert "resized since" in found.notes[0]
     for wrong in (63, "59", 0):
         with pytest.raises(UserError, match=f"says stf_vocab {wrong!r}"):
             detect(llava(), stf_vocab=wrong)
@@ -310,6 +314,25 @@ def test_a_config_that_is_missing_is_told(tmp_path, capsys):
         assert door(main, ["import", str(folder), f"--to={tmp_path / 'ours'}"]) == 2
         assert text in capsys.readouterr().err
         (folder / "config.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("damage", ["adapter", "link"])
+def test_chat_and_evaluate_tell_what_import_tells(tmp_path, damage):
+    folder = saved(tmp_path / "w", decoder("llama").state_dict())
+    if damage == "adapter":
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "config.json").unlink()
+    else:
+        (folder / "config.json").unlink()
+        (folder / "config.json").symlink_to("../../blobs/0123")
+    sentences = []
+    for read in (lambda: open_model(epath.Path(folder)), lambda: import_weights(str(folder), tmp_path / "ours")):
+        with pytest.raises(UserError) as raised:
+            read()
+        sentences.append(str(raised.value))
+    assert sentences[0] == sentences[1]
+    assert ("merge it" if damage == "adapter" else "is a link to") in sentences[0]
 
 
 # ---- Types -----------------------------------------------------------------------------------------------------------
