@@ -50,10 +50,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             "tokenizer_config.json names it as eos_token."
         )
     if has_wrong_merges(tokenizer, folder / SENTENCEPIECE):
-        export = (folder / "processor_config.json").is_file()
-        _log.warning(
-            "%s %s", _WRONG_MERGES.format(folder=folder), _EXPORT_AGAIN if export else _FIX.format(folder=folder)
-        )
+        fix = _EXPORT_AGAIN if (folder / "processor_config.json").is_file() else _FIX
+        _log.warning((_WRONG_MERGES + fix).format(folder=folder))
     return tokenizer
 
 
