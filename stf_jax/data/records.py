@@ -19,6 +19,8 @@ REASONS = {
     "speaker": "a turn by someone other than human, gpt, user, assistant and system",
     "image_value": "an image that is neither a path nor a list of paths",
     "unread": "images, other media or texts under keys that are not read",
+    "token_without_row": "a token for which the model's embedding has no row",
+    "no_vision": "an image, asked of a model that answers text alone",
     "no_text": "bytes that are not UTF-8, or half a character",
     "roles": "human and gpt do not alternate",
     "no_system": "a system text, for which the template has no place",
