@@ -61,8 +61,9 @@ def _relative(folder: str, name: str) -> str:
     if in_bucket(folder) and name.startswith(folder.rstrip("/") + "/"):
         name = name[len(folder.rstrip("/")) + 1 :]
     shown = repr(shorten(name))
-    if _URL.match(name):
-        raise BadRow("url", f"Image {shown} is a URL, not a path of a file: download it to {folder}.", name)
+    if url := _URL.match(name):
+        kind = "a data: URI" if url[1].lower() == "data:" else "a URL"
+        raise BadRow("url", f"Image {shown} is {kind}, not a path: save it as a file in {folder}.", name)
     if "\0" in name:
         raise BadRow("missing", f"Image {shown} cannot be opened: no file has NUL in its name.", name)
     relative = posixpath.normpath(name)

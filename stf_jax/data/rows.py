@@ -202,7 +202,9 @@ def _check_unread(key: str, value: Any, has_images: bool, where: str) -> None:
         carries = key in _CONTENT and bool(texts)
         carries |= not has_images and any(_MEDIUM.fullmatch(text) for text in texts)
     if carries:
-        raise BadRow("unread", f"{where} has {shorten(key)!r}, which is not read; images must stand under 'image'.")
+        raise BadRow(
+            "unread", f"{where} has {shorten(key)!r}, which is not read; texts and the images under 'image' are."
+        )
 
 
 def _texts(value) -> Iterator[str]:

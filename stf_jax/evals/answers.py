@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from stf_jax.config import UserError
+from stf_jax.config import UserError, shorten
 from stf_jax.evals.benchmark import Benchmark, Question
 from stf_jax.evals.files import read_lines
 
@@ -68,15 +68,16 @@ def answers_to(benchmark: Benchmark, rows: Sequence[dict[str, Any]], file: epath
         if name not in wanted:
             strangers.append(row["question_id"])
         elif found.setdefault(name, text) != text:
-            raise UserError(f"{file} answers question {row['question_id']!r} twice, and not alike.")
+            raise UserError(f"{file} answers question {shorten(repr(row['question_id']))} twice, and not alike.")
     lacking = [q.id for q in benchmark.questions if key(q.id, q.prompt) not in found]
     if strangers and not benchmark.limited:
         raise UserError(
             f"{file} is not of these questions: {len(strangers)} of its {len(rows)} answers are of none of them, such "
-            f"as {strangers[0]!r}."
+            f"as {shorten(repr(strangers[0]))}."
         )
     if lacking:
         raise UserError(
-            f"{file} leaves {len(lacking)} of {len(benchmark.questions)} questions unanswered, such as {lacking[0]!r}."
+            f"{file} leaves {len(lacking)} of {len(benchmark.questions)} questions unanswered, such as "
+            f"{shorten(repr(lacking[0]))}."
         )
     return [found[key(question.id, question.prompt)] for question in benchmark.questions]

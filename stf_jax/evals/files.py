@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from stf_jax.config import UserError
+from stf_jax.config import UserError, shorten
 from stf_jax.runtime.files import parse_json, read_json
 
 
@@ -94,7 +94,7 @@ def matched(keys: Sequence[Hashable], labels: Mapping[Any, Any], file: epath.Pat
     missing = [key for key in keys if key not in labels]
     if missing:
         raise UserError(
-            f"{file} lacks {len(missing):,} of the {len(keys):,} questions, such as {missing[0]!r}; "
+            f"{file} lacks {len(missing):,} of the {len(keys):,} questions, such as {shorten(repr(missing[0]))}; "
             "it is of another split or version: replace it, or move it away."
         )
     return [labels[key] for key in keys]

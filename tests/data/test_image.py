@@ -334,10 +334,10 @@ def test_the_most_bytes_of_a_file(folder, monkeypatch):
         ("../secret.png", "outside", "leaves the folder"),
         ("a/../../secret.png", "outside", "leaves the folder"),
         ("/etc/hostname", "outside", "leaves the folder"),
-        ("http://a.org/b.jpg", "url", "is a URL, not a path of a file: download it to"),
+        ("http://a.org/b.jpg", "url", "is a URL, not a path: save it as a file in"),
         ("gs://a/b", "url", "is a URL"),
         ("file:///etc/hostname", "url", "is a URL"),
-        (" DATA:image/png;base64,iVBO", "url", "is a URL"),
+        (" DATA:image/png;base64,iVBO", "url", "is a data: URI"),
         ("a\0.png", "missing", "no file has NUL in its name"),
     ],
 )

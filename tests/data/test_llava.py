@@ -309,7 +309,7 @@ def test_long_texts_of_users_are_cut_in_messages(folder):
         with pytest.raises(BadRow) as error:
             [picture() for picture in records[index].pictures]
         said.append(str(error.value))
-    assert "is a URL, not a path of a file" in said[0]
+    assert "is a data: URI, not a path: save it as a file" in said[0]
     assert all(len(sentence) < 600 for sentence in said), said
 
 
