@@ -71,6 +71,12 @@ def test_each_fault_is_dropped_for_its_reason(data, prepared):
     assert values["text_only_rows"] == ROWS // 16
 
 
+def test_its_files_have_the_mode_of_the_umask(prepared, tmp_path):
+    (tmp_path / "file").touch()
+    modes = {file.stat().st_mode for file in prepared[0].rglob("*") if file.is_file()}
+    assert modes == {(tmp_path / "file").stat().st_mode}
+
+
 def test_the_summary_names_reasons_files_and_ids(data, prepared):
     text = prepared[1].summary()
     assert f"{ROWS} kept" in text

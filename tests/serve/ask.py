@@ -7,6 +7,7 @@ and ``limit``, the most new tokens of an answer. The answers' token ids go to ``
 import base64
 import contextlib
 import json
+import os
 import pathlib
 import socket
 import subprocess
@@ -66,12 +67,14 @@ def _pipeline(export, questions, limit):
 
 
 def _chat(export, questions, limit):
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its engine in this process: one start for all exports
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
     engine = LLM(
         export,
         trust_remote_code=True,
+        model_impl="transformers",  # vLLM's own LLaVA wants torchvision, which is not here
         dtype="float32",
         max_model_len=LENGTH,
         enforce_eager=True,
@@ -91,7 +94,13 @@ def _serve(export, questions, limit):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [pathlib.Path(sys.executable).with_name("vllm"), "serve", export, "--trust-remote-code"]
-    command += ["--dtype=float32", f"--max-model-len={LENGTH}", "--enforce-eager", "--gpu-memory-utilization=0.2"]
+    command += [
+        "--model-impl=transformers",
+        "--dtype=float32",
+        f"--max-model-len={LENGTH}",
+        "--enforce-eager",
+        "--gpu-memory-utilization=0.2",
+    ]
     command += [f"--limit-mm-per-prompt={json.dumps({'image': IMAGES})}", "--host=127.0.0.1", f"--port={port}"]
     server = subprocess.Popen(command)
     try:

@@ -55,7 +55,7 @@ def asked(tmp_path_factory, sentencepiece_model):
             export_hf(model, folder / "export")
         ours[case] = _ask(model, folder, case, limit)
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_MODULES_CACHE": str(root / "modules")}
+    environment |= {"HF_MODULES_CACHE": str(root / "modules")}
     python = ROOT / ".venv-serve" / "bin" / "python"
     for way in WAYS:
         command = [python, pathlib.Path(__file__).with_name("ask.py"), way, *(root / case for case in ours)]

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from make_models import load, make, picture, turn
+from make_models import load, make, make_run, picture, turn
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from stf_jax.config import FusionConfig
@@ -248,6 +248,7 @@ def test_files_have_the_mode_of_the_umask(exports, tmp_path):
         export_hf(model, tmp_path / "hf")
         export_native(model, tmp_path / "native")
         import_weights(str(folder), tmp_path / "imported")
+        make_run(tmp_path / "run", model, 1)
     finally:
         os.umask(before)
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
