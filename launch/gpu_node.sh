@@ -16,15 +16,17 @@ if [[ $# == 0 || $1 == --help ]]; then
     sed -n -e 1d -e '/^[^#]/q' -e 's/^# \{0,1\}//p' "$0"
     exit
 fi
-cd "$(dirname "$0")/.."
+# Paths are from the caller's folder; the program is found here, wherever that is.
+here=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 if ! nvidia-smi --list-gpus > /dev/null; then
     echo "error: nvidia-smi finds no GPU on $(hostname)." >&2
     exit 2
 fi
-if ! .venv/bin/python -c 'import jax_cuda12_plugin' 2> /dev/null; then
-    launch/install.sh cuda12
+if ! "$here/.venv/bin/python" -c 'import jax_cuda12_plugin' 2> /dev/null; then
+    "$here/launch/install.sh" cuda12
 fi
 # jax takes 75 % of a GPU's memory if not told more.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.92}
 export JAX_PLATFORMS=cuda,cpu # named, a platform that fails is an error; else training would go on without the GPUs
-exec launch/restart.sh .venv/bin/python -m stf_jax.main "$@"
+exec "$here/launch/restart.sh" "$here/.venv/bin/python" -m stf_jax.main "$@"

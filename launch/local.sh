@@ -14,7 +14,9 @@ if [[ ${1:-} == --help ]]; then
     sed -n -e 1d -e '/^[^#]/q' -e 's/^# \{0,1\}//p' "$0"
     exit
 fi
-cd "$(dirname "$0")/.."
+# Paths are from the caller's folder; the program is found here, wherever that is.
+here=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 if [[ -n ${DEVICES:-} ]]; then
     export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$DEVICES
 fi
@@ -25,10 +27,10 @@ if [[ ! ${PROCESSES:=1} =~ ^[1-9][0-9]*$ ]]; then
     exit 2
 fi
 if ((PROCESSES == 1)); then
-    exec launch/restart.sh .venv/bin/python -m stf_jax.main "$@"
+    exec "$here/launch/restart.sh" "$here/.venv/bin/python" -m stf_jax.main "$@"
 fi
 if [[ ${1:-} != together ]]; then
-    exec launch/restart.sh launch/local.sh together "$@" # all end and start as one
+    exec "$here/launch/restart.sh" "$here/launch/local.sh" together "$@" # all end and start as one
 fi
 shift
 
@@ -57,9 +59,9 @@ finish() {
 trap finish EXIT
 trap 'exit 143' TERM # restart.sh sends no other
 
-port=$(.venv/bin/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+port=$("$here/.venv/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 for ((i = 0; i < PROCESSES; i++)); do
-    command=(.venv/bin/python -m stf_jax.main "$@")
+    command=("$here/.venv/bin/python" -m stf_jax.main "$@")
     command+=(--coordinator="127.0.0.1:$port" --processes="$PROCESSES" --process="$i")
     if ((i == 0)); then
         "${command[@]}" &

@@ -1,6 +1,5 @@
 """Study: ``python -m stf_jax.ablate --config=configs/ablations/fusions.py --out=DIR``."""
 
-import pathlib
 import shlex
 import signal
 import sys
@@ -8,15 +7,10 @@ import sys
 from etils import epath
 
 from stf_jax.config import RunFailed, Stopped, UserError, one_line
-from stf_jax.evals.running import RESULTS
+from stf_jax.evals.files import RESULTS
 from stf_jax.runtime import cli
-from stf_jax.runtime.cli import Parser, door
+from stf_jax.runtime.cli import Parser, door, local_path
 from stf_jax.runtime.files import make_folder
-from stf_jax.studies.cost import cost
-from stf_jax.studies.outcomes import by_variant
-from stf_jax.studies.page import plain
-from stf_jax.studies.report import findings, verdicts, write_report
-from stf_jax.studies.running import run, slots
 from stf_jax.studies.study import cells, default_study, read_study
 
 HELP = """Train variants of a model from several seeds, and tell what difference they make.
@@ -27,7 +21,8 @@ HELP = """Train variants of a model from several seeds, and tell what difference
   --config.KEY=VALUE   change the study: --config.seeds='(0,1)' --config.baseline=mlp
   --out=DIR            gets report.md, report.html, report.json and PNGs
   --cells=DIR          where the runs lie; studies that share it share runs that are equal (OUT/cells)
-  --jobs=N             runs at once (one a GPU, or one a processor as far as memory goes)
+  --jobs=N             runs at once (one a GPU, or one a processor until memory is full)
+  -v                   show what libraries log, too
 
 Every run is an ordinary one of stf_jax.main or stf_jax.evaluate, whose command stands in report.json. Interrupted, the
 same command goes on where it was; what is done is not done again. Exit status: 0 done; 2 your input; 1 a run failed
@@ -38,8 +33,8 @@ same command goes on where it was; what is done is not done again. Exit status: 
 def main(argv: list[str]) -> None:
     """Runs what is not done yet of a study, measures what it costs, and writes the report."""
     own = Parser(add_help=False, allow_abbrev=False)
-    own.add_argument("--out", type=pathlib.Path)
-    own.add_argument("--cells", type=pathlib.Path)
+    own.add_argument("--out", type=local_path)
+    own.add_argument("--cells", type=local_path)
     own.add_argument("--jobs", type=int, default=0)
     options, rest = own.parse_known_args(argv)
     if argv and not rest:
@@ -49,6 +44,13 @@ def main(argv: list[str]) -> None:
         raise UserError("--out is missing; see --help.")
     if options.jobs < 0:
         raise UserError(f"--jobs={options.jobs} should be at least 1, or left out.")
+    # These take seconds to import.
+    from stf_jax.studies.cost import cost
+    from stf_jax.studies.outcomes import by_variant
+    from stf_jax.studies.page import plain
+    from stf_jax.studies.report import findings, verdicts, write_report
+    from stf_jax.studies.running import run, slots
+
     study, shares = read_study(config), slots(options.jobs)
     folder = options.cells or options.out / "cells"
     every = cells(study, folder)

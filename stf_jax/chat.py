@@ -7,16 +7,12 @@ import sys
 from collections.abc import Callable
 
 import PIL.Image
-from etils import epath
 
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.data.image import open_image, read_image
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
-from stf_jax.inference.decoding import Sampling
-from stf_jax.inference.generator import TEXT_ALONE
-from stf_jax.inference.loading import load_generator
-from stf_jax.runtime.cli import Parser, add_model_arguments, door
-from stf_jax.runtime.mesh import make_mesh
+from stf_jax.runtime.cli import Parser, add_model_arguments, door, path, require
+from stf_jax.runtime.files import to_path
 
 DESCRIPTION = """Ask a model about pictures: one question with --prompt, without it a conversation.
 
@@ -31,18 +27,24 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m stf_jax.chat", description=DESCRIPTION)
     parser.add_argument(
         "--checkpoint",
-        type=epath.Path,
+        type=path,
         required=True,
         help="workdir of a run, a folder that was imported, or an export",
     )
-    parser.add_argument("--image", type=epath.Path, action="append", default=[], metavar="FILE", help="may be repeated")
+    parser.add_argument("--image", type=path, action="append", default=[], metavar="FILE", help="may be repeated")
     parser.add_argument("--prompt", help="one question; its answer alone is printed")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="of an answer (%(default)s)")
     add_model_arguments(parser)
     options = parser.parse_args(argv)
     if options.max_new_tokens < 1:
         raise UserError("--max-new-tokens must be at least 1.")
+    require(options.checkpoint)
     pictures = [_open(file) for file in options.image]  # before anything is loaded, which takes a while
+    # These take seconds to import, and none is needed to say what is wrong with the arguments.
+    from stf_jax.inference.decoding import Sampling
+    from stf_jax.inference.loading import load_generator
+    from stf_jax.runtime.mesh import make_mesh
+
     mesh, how = make_mesh(MeshConfig(*options.mesh)), (options.precision, options.reduce, options.keep)
     generator, _ = load_generator(options.checkpoint, mesh, *how, text_alone=True)
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
@@ -79,6 +81,8 @@ class Conversation:
     def show(self, image: PIL.Image.Image) -> None:
         """The image goes with the next question. Raises UserError where the model takes none."""
         if not self._sees:
+            from stf_jax.inference.generator import TEXT_ALONE  # which takes seconds
+
             raise UserError(f"This image cannot be shown: {TEXT_ALONE}")
         self.shown.append(image)
 
@@ -107,7 +111,7 @@ def _obey(talk, line):
     command, _, argument = line.partition(" ")
     try:
         if command == "/image" and argument.strip():
-            talk.show(_open(epath.Path(argument.strip())))
+            talk.show(_open(to_path(argument.strip())))
             print(f"({argument.strip()} goes with the next question)")
         elif command == "/reset":
             talk.reset()

@@ -5,17 +5,10 @@ import os
 import pathlib
 import sys
 
-from etils import epath
-
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.evals.known import BENCHMARKS, open_benchmarks
-from stf_jax.evals.running import RESULTS, check_images, evaluate, score, shown
-from stf_jax.inference.decoding import Sampling
-from stf_jax.inference.loading import load_generator
-from stf_jax.runtime.cli import Parser, add_host_arguments, add_model_arguments, door
+from stf_jax.runtime.cli import Parser, add_host_arguments, add_model_arguments, door, path, path_text, require
 from stf_jax.runtime.files import write_json
-from stf_jax.runtime.hosts import join
-from stf_jax.runtime.mesh import make_mesh
 
 DESCRIPTION = """Ask a model a benchmark's questions, or score answers that were made anywhere.
 
@@ -29,18 +22,18 @@ def main(argv: list[str]) -> None:
     """Evaluates, and prints what the answers come to."""
     parser = Parser(prog="python -m stf_jax.evaluate", description=DESCRIPTION)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--checkpoint", type=epath.Path, help="workdir of a run, a folder that was imported, or an export"
-    )
-    what.add_argument("--answers", type=epath.Path, metavar="FILE", help="score these answers; no model is needed")
+    what.add_argument("--checkpoint", type=path, help="workdir of a run, a folder that was imported, or an export")
+    what.add_argument("--answers", type=path, metavar="FILE", help="score these answers; no model is needed")
     names = f"{', '.join(BENCHMARKS)}, several with commas, or all"
     parser.add_argument("--benchmark", required=True, metavar="NAME", help=names)
     parser.add_argument(
-        "--data", default="", metavar="DIR", help="LLaVA's evaluation files, of all benchmarks or of one"
+        "--data",
+        type=path_text,
+        default="",
+        metavar="DIR",
+        help="LLaVA's evaluation files, of all benchmarks or of one",
     )
-    parser.add_argument(
-        "--out", type=epath.Path, required=True, metavar="DIR", help="several benchmarks get a folder each"
-    )
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="several benchmarks get a folder each")
     parser.add_argument("--limit", type=int, default=0, help="questions of each benchmark, the first ones; all")
     parser.add_argument("--batch", type=int, default=16, help="questions at once (%(default)s)")
     add_model_arguments(parser)
@@ -52,6 +45,10 @@ def main(argv: list[str]) -> None:
     several = len(benchmarks) > 1
     if options.answers is not None and several:
         raise UserError("--answers are of one benchmark; name that one.")
+    if options.checkpoint is not None:
+        require(options.checkpoint)
+    from stf_jax.evals.running import RESULTS, shown  # which takes seconds
+
     results = []
     for result in _results(options, benchmarks, several):
         if result:  # as on the first host of several
@@ -64,6 +61,12 @@ def main(argv: list[str]) -> None:
 
 
 def _results(options: argparse.Namespace, benchmarks, several):
+    from stf_jax.evals.running import check_images, evaluate, score
+    from stf_jax.inference.decoding import Sampling
+    from stf_jax.inference.loading import load_generator
+    from stf_jax.runtime.hosts import join
+    from stf_jax.runtime.mesh import make_mesh
+
     if options.answers is not None:
         yield score(benchmarks[0], options.answers, options.out)
         return

@@ -3,12 +3,9 @@
 import dataclasses
 import sys
 
-import jax
-from etils import epath
-
 from stf_jax.config import UserError, resolve
-from stf_jax.runtime.cli import Parser, add_host_arguments, door, parse
-from stf_jax.runtime.hosts import join
+from stf_jax.runtime.cli import Parser, add_host_arguments, door, parse, path
+from stf_jax.runtime.files import check_paths
 from stf_jax.runtime.status import status
 
 HELP = """Train a model, stage by stage, and measure it.
@@ -22,6 +19,7 @@ HELP = """Train a model, stage by stage, and measure it.
   --workdir=DIR        where the run lives: config.json, metrics.jsonl, checkpoints/, tensorboard/, results.json.
                        A workdir that holds a checkpoint is continued from there.
   --status             only tell where the run in that workdir stands, which may be at work meanwhile
+  -v                   show what libraries log, too
 
 On several hosts, start the same command on each, with one workdir that all of them see. TPU pods, SLURM and Open MPI
 tell which is which; elsewhere add to each:
@@ -44,8 +42,18 @@ def main(argv: list[str]) -> None:
         return
     workdir, config = parse(argv, HELP)
     stages = resolve(config)
+    for stage in stages:
+        check_paths(stage)
+    if len(stages) > 1 and "," in str(workdir):
+        raise UserError(
+            f"--workdir={workdir} has a comma in its name, and the stages of a run pass on their weights by init_from, "
+            "where commas separate folders; choose another name."
+        )
     # These take seconds to import, and neither --help nor --status nor a misspelt key needs them.
+    import jax
+
     from stf_jax.evals.running import shown
+    from stf_jax.runtime.hosts import join
     from stf_jax.runtime.writers import import_wandb
     from stf_jax.training.loop import train
 
@@ -64,7 +72,7 @@ def main(argv: list[str]) -> None:
 def _workdir(argv):
     """That of a command line that may say how to train as well."""
     options = Parser(add_help=False, allow_abbrev=False)
-    options.add_argument("--workdir", type=epath.Path)
+    options.add_argument("--workdir", type=path)
     workdir = options.parse_known_args(argv)[0].workdir
     if workdir is None:
         raise UserError("--workdir is missing; see --help.")

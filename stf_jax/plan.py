@@ -3,15 +3,10 @@
 import json
 import sys
 
-import jax
-
 from stf_jax.config import UserError, resolve
-from stf_jax.planning.report import WHATS, report
-from stf_jax.planning.search import search
-from stf_jax.planning.topology import described
-from stf_jax.planning.words import ranking, summary, trial
 from stf_jax.runtime.cli import Parser, door, parse
-from stf_jax.weights.origin import complete
+from stf_jax.runtime.environment import muted
+from stf_jax.runtime.files import check_paths
 
 HELP = """Compile a run's real program for devices that are not here, and tell whether it fits and what it takes.
 
@@ -27,6 +22,7 @@ HELP = """Compile a run's real program for devices that are not here, and tell w
   --search                 try meshes, rematerialisation and microbatches, and rank those that fit
   --price-per-chip-hour=X  tell what the run costs, too
   --json                   one JSON object on standard output, and nothing else
+  -v                       show what libraries log, too
 
 Times are a roofline: the slowest of compute, memory and links, each at the share of the vendor's figure that good
 programs attain, with every row data.max_length long. Nothing is allocated, and no accelerator is needed, but the
@@ -41,7 +37,7 @@ def main(argv: list[str]) -> None:
     options = Parser(add_help=False, allow_abbrev=False)
     options.add_argument("--topology")
     options.add_argument("--slices", type=int, default=1)
-    options.add_argument("--what", choices=WHATS, default="train")
+    options.add_argument("--what", choices=["train", "prefill", "decode", "evaluate"], default="train")
     options.add_argument("--search", action="store_true")
     options.add_argument("--price-per-chip-hour", type=float, default=0.0)
     options.add_argument("--json", action="store_true")
@@ -59,6 +55,15 @@ def main(argv: list[str]) -> None:
         raise UserError("--slices should be at least 1, and --price-per-chip-hour a price; see --help.")
     if known.search and known.what != "train":
         raise UserError("--search is for --what=train.")
+    check_paths(stages[0])
+    with muted():  # the compilers' packages tell that there is no device for them
+        import jax
+
+        from stf_jax.planning.report import report
+        from stf_jax.planning.search import search
+        from stf_jax.planning.topology import described
+        from stf_jax.planning.words import ranking, summary, trial
+        from stf_jax.weights.origin import complete
     jax.config.update("jax_platforms", "cpu")  # what is here is not asked for
     devices, config = described(known.topology, known.slices), complete(stages[0])
     if known.search:
@@ -70,4 +75,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(door(main))
+    sys.exit(door(main, compilers=True))

@@ -32,6 +32,7 @@ from stf_jax.config import FusionConfig
 from stf_jax.data.conversation import TEMPLATES, encode, template_items
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer
+from stf_jax.inference import loading
 from stf_jax.inference.loading import load_generator
 from stf_jax.runtime.cli import door
 from stf_jax.weights.export_hf import export_hf
@@ -832,8 +833,7 @@ def shared(tmp_path_factory):
     assert door(prepare.main, argv) == 0
     with pytest.MonkeyPatch.context() as patch:
         once = functools.cache(load_generator)  # the good model, and its programs
-        for verb in (evaluate, chat):
-            patch.setattr(verb, "load_generator", once)
+        patch.setattr(loading, "load_generator", once)
         yield types.SimpleNamespace(root=root, **{path.name: path for path in root.iterdir() if path.is_dir()})
 
 

@@ -15,6 +15,7 @@ from stf_jax.config import FusionConfig
 from stf_jax.data.conversation import encode, template_items
 from stf_jax.data.records import BadRow, Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer
+from stf_jax.inference import loading
 from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.loading import load_generator
 from stf_jax.runtime.cli import door
@@ -46,9 +47,9 @@ def talk(monkeypatch, capsys):
     """Holds a conversation with an Echo: (exit status, what was printed, what was complained of)."""
 
     def hold(echo, typed, *argv):
-        monkeypatch.setattr(chat, "load_generator", lambda *_, **__: (echo, None))
+        monkeypatch.setattr(loading, "load_generator", lambda *_, **__: (echo, None))
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode(errors="surrogateescape"))))
-        status = door(chat.main, ["--checkpoint=any", *argv])
+        status = door(chat.main, ["--checkpoint=.", *argv])
         return status, *capsys.readouterr()
 
     return hold
@@ -200,7 +201,7 @@ def test_a_run_an_imported_folder_and_an_export_answer(models, shown, capsys, mo
         opened.append(load_generator(*how, **more)[0])
         return opened[-1], None
 
-    monkeypatch.setattr(chat, "load_generator", load)
+    monkeypatch.setattr(loading, "load_generator", load)
     assert door(chat.main, [f"--checkpoint={models['run']}", *options]) == 0
     printed, complained = capsys.readouterr()
     # What is streamed is the answer, as it is without streaming.
@@ -233,7 +234,7 @@ def test_what_cannot_be_used_ends_in_one_sentence(models, tmp_path, capsys):
     ask = "--prompt=What?"
     cases = [
         ([ask], "The following arguments are required: --checkpoint"),
-        ([f"--checkpoint={tmp_path / 'nowhere'}", ask], f"{tmp_path / 'nowhere'} is neither the workdir of a run"),
+        ([f"--checkpoint={tmp_path / 'nowhere'}", ask], f"{tmp_path / 'nowhere'} does not exist"),
         ([f"--checkpoint={tmp_path / 'text.png'}", ask], f"{tmp_path / 'text.png'} is neither the workdir of a run"),
         ([f"--checkpoint={mute}", ask], "No tokenizer can be read from"),
         ([f"--checkpoint={chatty}", ask], "'chatml' needs the token <|im_start|>"),

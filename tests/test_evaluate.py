@@ -15,6 +15,7 @@ from make_evals import QUESTIONS, WORD, make_gqa, make_model
 
 from stf_jax import evaluate
 from stf_jax.evals.benchmark import Benchmark
+from stf_jax.inference import loading
 from stf_jax.inference.loading import load_generator
 from stf_jax.runtime.cli import door
 
@@ -48,7 +49,7 @@ def gqa(tmp_path_factory):
         return door(evaluate.main, [*arguments(out, data), *more])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "load_generator", functools.cache(load_generator))
+        patch.setattr(loading, "load_generator", functools.cache(load_generator))
         assert ask(folder / "whole") == 0
         yield types.SimpleNamespace(folder=folder, gold=gold, ask=ask, arguments=arguments, whole=folder / "whole")
 
@@ -181,7 +182,7 @@ def score(gqa, tmp_path, monkeypatch, capsys):
     def no_model(*args):
         raise AssertionError
 
-    monkeypatch.setattr(evaluate, "load_generator", no_model)
+    monkeypatch.setattr(loading, "load_generator", no_model)
 
     def run(lines, *more, benchmark="gqa", data=gqa.folder / "data"):
         file, out = tmp_path / "theirs.jsonl", tmp_path / "scored"
@@ -280,7 +281,7 @@ def test_questions_that_share_an_id_are_told_by_their_prompts(score, tmp_path):
         (["--checkpoint=c", "--benchmark=gqa", "--out=o"], "gqa needs the folder of LLaVA's evaluation files: --data"),
         (["--checkpoint=c", "--benchmark=scene", "--out=o"], "Unknown benchmark 'scene'; did you mean 'scenes'?"),
         (["--checkpoint=c", "--benchmark=scenes,pop", "--out=o"], "Unknown benchmark 'pop'; did you mean 'pope'?"),
-        (["--checkpoint=c", "--benchmark=scenes", "--out=o"], "c is neither the workdir of a run"),
+        (["--checkpoint=c", "--benchmark=scenes", "--out=o"], "c does not exist"),
         (["--checkpoint=c", "--benchmark=scenes", "--out=o", "--limit=-1"], "--limit must be at least 0"),
         (["--checkpoint=c", "--benchmark=scenes", "--out=o", "--batch=0"], "--batch at least 1"),
         (

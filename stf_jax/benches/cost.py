@@ -33,7 +33,6 @@ from stf_jax.planning.topology import described
 from stf_jax.runtime.mesh import computing
 from stf_jax.weights.model import Description
 
-HELP = "what 144 vision tokens take instead of 576: measured here with few layers, and foreseen for the paper's machine"
 _FUSIONS = "mlp", "mbtf_stf"
 _TIMES, _LONG = 3, 10.0  # a call is made so often, and the median counts; fewer times once they took so many seconds
 _GIB = 2**30

@@ -28,7 +28,6 @@ from stf_jax.runtime.mesh import computing, make_mesh
 from stf_jax.training.state import blueprint
 from stf_jax.weights.model import open_model
 
-HELP = "prefill, time to first token, decode speed and memory, beside transformers' generate"
 _FUSIONS = ("mlp", "avg_pool", "mbtf_stf")
 _TEXT = 60  # tokens of a prompt beside its picture
 _TIMES, _LONG = 3, 5.0  # a measurement is made so often, and the median counts; once if it takes so many seconds

@@ -10,7 +10,6 @@ from stf_jax.models.fusion import FUSIONS
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.cost import Flops, decode_flops, prefill_flops
 
-HELP = "model FLOPs of every fusion: tower, fusion, prefill and a decoded token, beside figures that papers give"
 # TFLOPs that papers give for LLaVA-1.5 of 7B with CLIP-L/14-336: whose, a fusion with as many vision tokens, how many.
 _PUBLISHED = (
     ("the paper's bound (arXiv 2506.07138)", "mbtf_stf", 1.9),

@@ -21,7 +21,6 @@ from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.runtime.cost import forward_flops
 from stf_jax.runtime.mesh import computing, make_mesh
 
-HELP = "fusions side by side: tokens out, parameters, FLOPs, time forward and backward, memory"
 _TIMES, _LONG = 5, 5.0  # a call is made so often, and the median counts; fewer times once they took so many seconds
 
 

@@ -30,7 +30,6 @@ from stf_jax.data.sampling import Plan
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.presets import vision_preset
 
-HELP = "pictures a second of a core, and share of useful positions, beside LLaVA's way"
 _SLOTS = 144
 _BATCH, _DEVICES = 128, 8  # rows a step, and how LLaVA's recipe deals them out
 

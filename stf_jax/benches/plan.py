@@ -17,7 +17,6 @@ from stf_jax.planning.topology import described
 from stf_jax.runtime.cli import parse
 from stf_jax.training.state import blueprint
 
-HELP = "memory, FLOPs and time that plan foresees: beside MaxText's Llama-2-7B, and of 144 vision tokens beside 576"
 # GiB a chip at its peak, of MaxText's llama2-7b: float32 weights and moments, bfloat16 compute, full rematerialisation,
 # splash attention, rows of 2048 tokens, compiled ahead of time for these slices with so many rows a chip.
 _MAXTEXT = {

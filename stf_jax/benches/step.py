@@ -29,7 +29,6 @@ from stf_jax.models.presets import vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.cost import chip_of, step_flops
 
-HELP = "training steps: time, MFU and memory, beside the export in PyTorch, as it is and compiled"
 _RATE = 1e-3
 _LEARN = {"pretrain": "freeze", "finetune": "train"}  # the language model, in each stage
 

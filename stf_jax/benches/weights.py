@@ -18,8 +18,6 @@ from stf_jax.weights import hf
 from stf_jax.weights.model import Description, open_model
 from stf_jax.weights.shards import write_shards
 
-HELP = "time and peak memory of importing, loading and exporting a model"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of the command line."""

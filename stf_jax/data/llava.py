@@ -17,7 +17,7 @@ from stf_jax.config import UserError, one_line
 from stf_jax.data.image import open_image, read_image
 from stf_jax.data.records import BadRow, Record
 from stf_jax.data.rows import TALK, read_row
-from stf_jax.runtime.files import fetched
+from stf_jax.runtime.files import fetched, to_path
 
 KEPT = "kept.json"  # in a prepared folder: the rows that its shards hold the pictures of, in order
 INFO = "dataset_info.json"  # TFDS's, the last file that is written
@@ -149,14 +149,14 @@ class LlavaRecords:
     def __init__(self, annotations: str, images: str):
         """Raises UserError where a file is missing or does not hold such rows."""
         for what, path, key in (("annotations", annotations, "data.annotations"), ("images", images, "data.images")):
-            if not path or not epath.Path(path).exists():
+            if not path or not to_path(path).exists():
                 where = f"{path!r} does not exist" if path else "no path is given"
                 raise UserError(
                     f"The {what} of the training data are missing: {where}. Provide them with --config.{key}=PATH, "
                     "or see training work on embedded data with --config=configs/demo.py."
                 )
-        self._rows, self.name = _JsonRows(epath.Path(annotations)), annotations
-        self._folder = epath.Path(images)
+        self._rows, self.name = _JsonRows(to_path(annotations)), annotations
+        self._folder = to_path(images)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -177,7 +177,7 @@ class PreparedRecords:
 
     def __init__(self, folder: str):
         """Raises UserError where the folder is incomplete."""
-        path = epath.Path(folder)
+        path = to_path(folder)
         if not (path / INFO).exists():
             raise UserError(f"{folder} holds no finished data set; run python -m stf_jax.prepare --out={folder}.")
         self._rows, self.name = _JsonRows(path / KEPT), folder
@@ -218,7 +218,7 @@ def llava_records(annotations: str, images: str) -> list[LlavaRecords | Prepared
     """
     names = [name.strip() for name in annotations.split(",")]
     folders = [name.strip() for name in images.split(",")]
-    prepared = [bool(name) and epath.Path(name).is_dir() for name in names]
+    prepared = [bool(name) and to_path(name).is_dir() for name in names]
     files = len(names) - sum(prepared)
     if len(folders) == 1:
         folders *= files

@@ -30,7 +30,6 @@ import PIL.Image
 import tensorflow_datasets as tfds
 import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
-from etils import epath
 
 from stf_jax.config import UserError, shorten
 from stf_jax.data.conversation import check_template, count_tokens, training_items
@@ -40,7 +39,7 @@ from stf_jax.data.records import REASONS, BadRow, Record
 from stf_jax.data.report import Report, draw_histograms
 from stf_jax.data.rows import read_row
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.runtime.files import in_bucket, make_folder, move_in, new_text, read_json, write_json
+from stf_jax.runtime.files import in_bucket, make_folder, move_in, new_text, read_json, to_path, write_json
 from stf_jax.runtime.hold import lock
 
 NAME = "llava"
@@ -88,8 +87,8 @@ def prepare(options: Options) -> Report:
       UserError: input that cannot be read, or of which no row can be used; ``out`` holds something else, or work on
         other input, or another run is writing it; with ``strict``, a row that would be dropped.
     """
-    out = epath.Path(options.out)
-    if not epath.Path(options.images).is_dir():
+    out = to_path(options.out)
+    if not to_path(options.images).is_dir():
         raise UserError(f"The image folder {options.images} does not exist.")
     check_template(options.template, load_tokenizer(options.tokenizer) if options.tokenizer else None)
     plan = _plan(options)
@@ -159,7 +158,7 @@ def _plan(options: Options) -> dict[str, Any]:
 
 def _rows(options: Options) -> Iterator[tuple[str, int, Any]]:
     """File, index in it, and row."""
-    every = ((name, i, row) for name in options.annotations for i, row in enumerate(read_rows(epath.Path(name))))
+    every = ((name, i, row) for name in options.annotations for i, row in enumerate(read_rows(to_path(name))))
     return itertools.islice(every, options.limit or None)
 
 
@@ -237,7 +236,7 @@ class _Worker:
     def __init__(self, options: Options, shards: int):
         self._options, self._shards, self._features = options, shards, features()
         self._tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
-        self._images, self._out = epath.Path(options.images), epath.Path(options.out)
+        self._images, self._out = to_path(options.images), to_path(options.out)
 
     def make_shard(self, shard: int, rows: Sequence[tuple[str, int, Any]]) -> None:
         """Writes a shard and its note."""

@@ -11,6 +11,8 @@ from etils import epath
 from stf_jax.config import UserError, shorten
 from stf_jax.runtime.files import parse_json, read_json
 
+RESULTS = "results.json"  # what a measurement comes to
+
 
 def text_lines(file: epath.Path) -> Iterator[tuple[int, str]]:
     """Numbers and texts of a file's lines; empty ones are skipped. Raises UserError for what is no UTF-8 text."""

@@ -15,6 +15,7 @@ from stf_jax.evals.scienceqa import ScienceQA
 from stf_jax.evals.textvqa import TextVQA
 from stf_jax.evals.vizwiz import VizWiz
 from stf_jax.evals.vqav2 import VQAv2
+from stf_jax.runtime.files import to_path
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
     kind.name: kind for kind in (GQA, ScienceQA, VQAv2, VizWiz, TextVQA, POPE, MMBench, MMBenchCN, MME, Scenes)
@@ -40,7 +41,8 @@ def open_benchmarks(names: Sequence[str], data: str, limit: int = 0) -> list[Ben
             raise UserError(
                 f"Benchmark {name} needs the folder of LLaVA's evaluation files: --data, or config.eval.data."
             )
-    opened = [BENCHMARKS[name](epath.Path(data)) for name in names]
+    folder = to_path(data) if data else epath.Path()
+    opened = [BENCHMARKS[name](folder) for name in names]
     for benchmark in opened:
         if limit:
             benchmark.limit(limit)

@@ -17,14 +17,14 @@ from jax.experimental import multihost_utils
 from stf_jax.config import UserError, flatten
 from stf_jax.evals.answers import answer_line, answers_to, read_answers
 from stf_jax.evals.benchmark import Benchmark
-from stf_jax.evals.files import sha256
+from stf_jax.evals.files import RESULTS, sha256
 from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.generator import GREEDY, Generator
 from stf_jax.runtime.files import GrowingFile, make_folder, parse_json, write_json, writing
 from stf_jax.runtime.hosts import by_first
 from stf_jax.runtime.table import table
 
-ANSWERS, PROTOCOL, RESULTS = "answers.jsonl", "protocol.json", "results.json"
+ANSWERS, PROTOCOL = "answers.jsonl", "protocol.json"
 Results = dict[str, Any]
 _LISTED = 20  # label files
 

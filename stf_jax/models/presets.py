@@ -4,12 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TypeVar
 
-from etils import epath
-
 from stf_jax.config import ModelConfig, UserError, nearest
 from stf_jax.models.llm import LLMConfig, RopeScaling
 from stf_jax.models.vit import VisionConfig
-from stf_jax.runtime.files import read_json
+from stf_jax.runtime.files import read_json, to_path
 
 _CLIP = dict(
     activation="quick_gelu",
@@ -138,8 +136,7 @@ def _lookup(presets: Mapping[str, _Config], name: str, key: str, build) -> _Conf
     name = name or DEFAULTS[key]
     if name in presets:
         return presets[name]
-    file = epath.Path(name) / DESCRIPTION
-    if not file.exists():
+    if not (file := to_path(name) / DESCRIPTION).exists():
         raise UserError(f"Unknown preset model.{key}={name!r}; {nearest(name, presets)}")
     try:
         values = read_json(file)[key]

@@ -16,7 +16,6 @@ from stf_jax.planning.topology import memory_limit
 from stf_jax.runtime.cost import CHIPS, chip_of, decode_flops, prefill_flops, step_flops
 from stf_jax.runtime.mesh import make_mesh, row_shards
 
-WHATS = ("train", "prefill", "decode", "evaluate")
 # What good programs attain of a chip's figures: products of models of billions run at 60 to 75 % of the peak, memory
 # and links at 80 to 90 % of theirs. An assumption, the same for all chips.
 ATTAINED = {"compute": 0.7, "memory": 0.8, "link": 0.8, "network": 0.8}

@@ -1,16 +1,15 @@
 """Devices that are not here: described ones, for which the real compilers compile."""
 
-import contextlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
 
 import jax
 from jax.experimental import topologies
 
 from stf_jax.config import UserError, nearest, one_line
 from stf_jax.runtime.cost import CHIPS, chip_of
+from stf_jax.runtime.environment import muted
 
 _NEEDS = "pip install --no-deps -r requirements-plan.txt"
 # Packages, and what each lets be imported. jax asks cuDNN's version before it calls its flash attention.
@@ -56,8 +55,16 @@ def described(name: str, slices: int = 1) -> list[jax.Device]:
     for package, module in _COMPILERS["tpu" if tpu else "gpu"].items():
         if not _installed(module):
             raise UserError(f"Compiling for {name} needs {package}: {_NEEDS}")
+    # libtpu would ask the metadata server of a TPU machine; and let several processes load it, for none holds a TPU.
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
     try:
-        with _quiet():
+        with muted():  # the compilers' libraries look for hardware when they are loaded, and log that there is none
             return (_tpus if tpu else _gpus)(kind, shape, slices)
     except jax.errors.JaxRuntimeError as error:  # the compiler's word on a layout that its chips do not have
         raise UserError(f"--topology={name} cannot be described: {one_line(error)}.") from None
@@ -106,24 +113,3 @@ def memory_limit(device: jax.Device) -> int:
     """Bytes of the device's memory that a program may fill."""
     chip = chip_of(device)
     return int(chip.memory - _TPU_LEFT if chip.name in _TPUS else _GPUS[chip.name][0] * _GPU_SHARE)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The compilers' libraries look for hardware when they are loaded, and tell in their logs that there is none."""
-    # libtpu would ask the metadata server of a TPU machine; and let several processes load it, for none holds a TPU.
-    os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)

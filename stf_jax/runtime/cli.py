@@ -1,12 +1,17 @@
-"""What every verb's command line shares: exit statuses, and ``--config`` with its overrides."""
+"""What every command's line shares: exit statuses, paths, and ``--config`` with its overrides."""
 
 import argparse
+import contextlib
 import logging
+import os
+import pathlib
 import re
+import select
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -14,43 +19,88 @@ from etils import epath
 from ml_collections import config_flags
 
 from stf_jax.config import RunFailed, Stopped, TryAgain, UserError, default_config, flatten, nearest, one_line
-from stf_jax.runtime import hosts
+from stf_jax.runtime.environment import quiet_libraries, settle
+from stf_jax.runtime.files import in_bucket, to_path
+
+_VERBOSE = "-v"
 
 
-def door(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Runs a verb; returns the exit status (docs/OPERATIONS.md); where that is not 0, one sentence on stderr says why.
+def door(main: Callable[[list[str]], None], argv: list[str] | None = None, *, compilers: bool = False) -> int:
+    """Runs a command; returns the exit status (docs/OPERATIONS.md); one sentence on stderr says why it is not 0.
 
     Any other exception than those of :mod:`stf_jax.config` is our bug and keeps its traceback (status 1). Other hosts
-    of the run are not left to wait.
+    of the run are not left to wait. What libraries log is shown only with ``-v``, which every command takes.
+
+    Args:
+      compilers: as for :func:`stf_jax.runtime.environment.settle`.
     """
-    libraries = [logging.getLogger(name) for name in ("absl", "asyncio")]  # Orbax's two
-    libraries[0].setLevel(logging.WARNING)
-    for library in libraries:
-        library.addFilter(_without_traceback)
-    sys.unraisablehook, threading.excepthook = _library_failed, _thread_failed
+    argv = sys.argv[1:] if argv is None else argv
+    settle(compilers=compilers)
     log = logging.getLogger("stf_jax")  # what was chosen for the user, a line each, on standard error
     log.setLevel(logging.INFO)
     log.handlers, log.propagate = [logging.StreamHandler()], False
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        with contextlib.nullcontext() if _VERBOSE in argv else _quiet():
+            try:
+                main([argument for argument in argv if argument != _VERBOSE])
+            finally:
+                sys.stdout.flush()  # a reader who has gone is noticed here, not when Python ends
     except (UserError, RunFailed, TryAgain, Stopped) as error:
         print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
-        return hosts.leave(hosts.status_of(error))
-    except KeyboardInterrupt as error:
+        return _leave(error.status)
+    except KeyboardInterrupt:
         print("Interrupted; the same command goes on where it was.", file=sys.stderr)
-        return hosts.leave(hosts.status_of(error))
+        return _leave(130)  # as shells have it
     except Exception as error:
-        if hosts.lost(error):
-            print(f"error: {hosts.LOST} ({one_line(error)}).", file=sys.stderr)
-            return hosts.leave(hosts.status_of(error))
-        hosts.leave(hosts.status_of(error))
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            return _leave(141)  # as shells have it
+        if "jax" in sys.modules:
+            from stf_jax.runtime import hosts
+
+            if hosts.lost(error):
+                print(f"error: {hosts.LOST} ({one_line(error)}).", file=sys.stderr)
+                return _leave(TryAgain.status)
+        _leave(1)
         raise
     finally:
         log.handlers, log.propagate = [], True
+    return 0
+
+
+def _leave(status):
+    if "jax" in sys.modules:  # else there are no others to leave
+        from stf_jax.runtime import hosts
+
+        hosts.leave(status)
+    return status
+
+
+def _reader_has_gone():
+    """Whether nobody reads what is printed any more (``… | head -1``); Python would complain of it again at its end."""
+    gone = False
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a test's, which is no file
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)
+            if poll.poll(0):  # an error, or that the other end is closed
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                gone = True
+    return gone
+
+
+@contextlib.contextmanager
+def _quiet():
+    libraries = [logging.getLogger(name) for name in ("absl", "asyncio")]  # Orbax's two
+    for library in libraries:
+        library.addFilter(_without_traceback)
+    sys.unraisablehook, threading.excepthook = _library_failed, _thread_failed
+    try:
+        with quiet_libraries():
+            yield
+    finally:
         for library in libraries:
             library.removeFilter(_without_traceback)
         sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
-    return 0
 
 
 # What cannot be written is told by who waits for it (checkpoint.py, journal.py), once; libraries print it many times.
@@ -74,9 +124,46 @@ def _thread_failed(failure):
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are UserErrors."""
 
+    def __init__(self, *args: Any, **options: Any):
+        """As :class:`argparse.ArgumentParser`; ``-v`` is for :func:`door`, and only shown here."""
+        super().__init__(*args, **options)
+        if self.add_help:
+            self.add_argument(
+                _VERBOSE, action="store_true", default=argparse.SUPPRESS, help="show what libraries log, too"
+            )
+
     def error(self, message: str):
         """Raises instead of printing the usage."""
-        raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
+        raise UserError(f"{message[0].upper()}{message[1:].removesuffix('.')}; see --help.")
+
+
+def path(text: str) -> epath.Path:
+    """The type of options that are paths."""
+    try:
+        return to_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path_text(text: str) -> str:
+    """The type of options that are paths, or empty, and stay text."""
+    if text:
+        path(text)
+    return text
+
+
+def local_path(text: str) -> pathlib.Path:
+    """The type of options that are paths of this machine's disks."""
+    if in_bucket(found := path(text)):
+        raise argparse.ArgumentTypeError(f"{text} is in a bucket; give a path on this machine's disks")
+    return pathlib.Path(found)
+
+
+def require(found: epath.Path) -> epath.Path:
+    """Raises UserError where nothing is there; for what would else be missed after imports that take seconds."""
+    if not found.exists():
+        raise UserError(f"{found} does not exist; give a folder or file.")
+    return found
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,7 +264,10 @@ def parse(
     for option in ("config", "workdir")[: 1 + workdir]:
         if values[option].value is None:
             raise UserError(f"--{option} is missing; see --help.")
-    return epath.Path(values.workdir) if workdir else None, values.config
+    try:
+        return to_path(values.workdir) if workdir else None, values.config
+    except UserError as error:
+        raise UserError(f"--workdir: {error}") from None
 
 
 def _explain(error, argv, defaults):

@@ -2,18 +2,79 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-import fsspec
 from etils import epath
 
-from stf_jax.config import UserError
+from stf_jax.config import TrainConfig, UserError, flatten, to_json
+
+_BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # kinds of bucket, and the package that reads each
+_URL = re.compile(r"([A-Za-z][\w+.-]+):/|(data):[^,]*[;,]")  # of one slash, too: pathlib writes two as one
+_PATHS = ("init_from", "data.annotations", "data.images", "data.tokenizer", "eval.data", "model.vision", "model.llm")
+_LISTS = ("init_from", "data.annotations", "data.images")  # of these, those that hold several, with commas between
+
+
+def to_path(text: str | os.PathLike) -> epath.Path:
+    """The path that a user gave, of a disk or a bucket. All paths come from here; no connection is opened.
+
+    Raises:
+      UserError: it is empty, a URL of another kind, of a bucket whose package is not installed, or no path that the
+        system can look at (there may be nothing there, though).
+    """
+    text = os.fspath(text)
+    shown = text if len(text) <= 200 else f"{text[:100]}…"
+    if not text:
+        raise UserError("The path is empty; give a file or folder (. is the current one).")
+    if found := _URL.match(text):
+        scheme, rest = found[1] or found[2], text[found.end() :].lstrip("/")
+        if scheme == "file":
+            raise UserError(f"{shown} is a URL; give the path itself, /{rest.removeprefix('localhost/')}.")
+        if scheme not in _BUCKETS or not text.startswith(f"{scheme}://"):
+            raise UserError(f"{shown} is a URL; paths are those of files and folders, or of buckets: gs://… and s3://…")
+        if not rest:
+            raise UserError(f"{shown} names no bucket; it should be {scheme}://BUCKET/FOLDER.")
+        import fsspec  # takes half a second, and disks need none
+
+        try:
+            fsspec.get_filesystem_class(scheme)
+        except ImportError:
+            raise UserError(f"{shown} cannot be opened here; pip install {_BUCKETS[scheme]}") from None
+        return epath.Path(text)
+    path = os.path.expanduser(text)  # shells leave the ~ in --workdir=~/runs as it is
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # who needs it there says so
+    except (OSError, ValueError) as error:  # no permission, a name that is too long, links in a circle; a null byte
+        raise UserError(f"{shown!r} cannot be looked at: {getattr(error, 'strerror', None) or error}.") from None
+    return epath.Path(path)
+
+
+def check_paths(config: TrainConfig) -> None:
+    """Raises UserError, which names the key, where a path of a config could be none, or has a comma in its name."""
+    values = flatten(to_json(config))
+    for key in _PATHS:
+        parts = values[key].split(",") if key in _LISTS else [values[key]]
+        try:
+            for part in filter(None, map(str.strip, parts)):
+                to_path(part)
+        except UserError as error:
+            raise UserError(f"Config key {key}: {error}") from None
+        for begin, end in itertools.combinations(range(len(parts) + 1), 2):
+            whole = ",".join(parts[begin:end]).strip()
+            if end - begin > 1 and os.path.exists(whole):
+                raise UserError(
+                    f"Config key {key}: {whole} has a comma in its name, and commas separate paths there; rename it, "
+                    "or give a link whose name has none."
+                )
 
 
 @contextlib.contextmanager
@@ -146,9 +207,9 @@ def fetched(path: str | os.PathLike) -> pathlib.Path:
 
     Many libraries read local files alone. The cache is ``$XDG_CACHE_HOME/stf_jax``, or ``~/.cache/stf_jax``.
     """
-    remote = epath.Path(path)
+    remote = to_path(path)
     if not in_bucket(remote):
-        return pathlib.Path(path)
+        return pathlib.Path(remote)
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "stf_jax"
     local = cache / os.fspath(remote).replace("://", "/")
     there = {local / source.relative_to(remote) if source != remote else local: source for source in _files(remote)}
@@ -174,7 +235,7 @@ def upload(local: pathlib.Path, to: epath.Path) -> None:
 
 def in_bucket(path: str | os.PathLike) -> bool:
     """Whether a path is a URI (``gs://``, ``s3://``)."""
-    return "://" in os.fspath(path)
+    return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in _BUCKETS))
 
 
 def _copy(source, target):
@@ -184,6 +245,8 @@ def _copy(source, target):
 
 def _changed(path):
     """When a file in a bucket was written last, in nanoseconds; etils does not say so of s3://."""
+    import fsspec  # as in to_path
+
     bucket, name = fsspec.core.url_to_fs(os.fspath(path))
     return round(bucket.modified(name).timestamp() * 1e6) * 1000
 

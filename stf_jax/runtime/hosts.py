@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from stf_jax.config import RunFailed, Stopped, TryAgain, UserError, one_line
+from stf_jax.runtime.environment import TPUS
 
 _PATIENCE = 300  # seconds that a host waits for the others to start
 LOST = "Another host of the run was lost, it seems; start the same command again on all, and it goes on"
@@ -23,7 +24,6 @@ _LAUNCHERS = (  # Open MPI and SLURM, by which Open MPI may itself be started: h
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
-_TPUS = "/dev/accel*", "/dev/vfio/[0-9]*"
 
 
 def join(
@@ -150,7 +150,7 @@ def _exit_after(seconds, sentence="", *, status):
 def _launched():
     """How many processes a launcher started, and which this one is; or Nones."""
     for names in _LAUNCHERS:
-        processes, process = (int(os.environ.get(name, -1)) for name in names)
+        processes, process = (int(os.environ.get(name) or -1) for name in names)  # an empty one is none
         if processes > 1 and process >= 0:
             return processes, process
     return None, None
@@ -158,4 +158,4 @@ def _launched():
 
 def _on_tpu():
     platforms = jax.config.jax_platforms or "tpu"
-    return "tpu" in platforms.split(",") and importlib.util.find_spec("libtpu") and any(map(glob.glob, _TPUS))
+    return "tpu" in platforms.split(",") and importlib.util.find_spec("libtpu") and any(map(glob.glob, TPUS))

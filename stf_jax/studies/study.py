@@ -11,11 +11,10 @@ import ml_collections
 from etils import epath
 
 from stf_jax.config import TrainConfig, UserError, flatten, from_json, nearest, resolve, to_json
-from stf_jax.evals.running import RESULTS
+from stf_jax.evals.files import RESULTS
 from stf_jax.runtime import cli
 from stf_jax.runtime.cli import Parser
 from stf_jax.runtime.files import read_json
-from stf_jax.training.state import blueprint
 
 ASKED = "asked.json"  # in the folder of a cell that trains nothing
 _FOLLOW = ("model.vision", "model.llm", "data.tokenizer")  # keys that stf_jax.main fills in where they are empty
@@ -158,6 +157,8 @@ def _texts(name, values):
 
 def _check_model(variant, config):
     """Now, and not when all is trained. What is asked, and of whom, is the study's to say."""
+    from stf_jax.training.state import blueprint  # which takes seconds to import
+
     parser = Parser(add_help=False, allow_abbrev=False)
     cli.add_model_arguments(parser)
     try:

@@ -19,7 +19,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from stf_jax.config import UserError
-from stf_jax.runtime.files import fetched, in_bucket, upload
+from stf_jax.runtime.files import fetched, in_bucket, to_path, upload
 from stf_jax.runtime.parameters import SavedParams
 from stf_jax.weights.tensors import open_tensors
 
@@ -43,7 +43,7 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
       UserError: a source that cannot be read, or parameters that are missing, unknown or of another shape, all listed.
     """
     names = [part.strip() for part in sources.split(",") if part.strip()]
-    opened = [_open(EMBEDDED.get(name) or epath.Path(name)) for name in names]
+    opened = [_open(EMBEDDED.get(name) or to_path(name)) for name in names]
     found = {path: (shape, read) for shapes, read in opened for path, shape in shapes.items()}
     fresh = [_compiled(pattern) for pattern in fresh]
 

@@ -8,7 +8,7 @@ from etils import epath
 
 from stf_jax.config import TrainConfig, UserError
 from stf_jax.models.presets import DEFAULTS, llm_preset, resolved, vision_preset
-from stf_jax.runtime.files import read_json
+from stf_jax.runtime.files import read_json, to_path
 from stf_jax.runtime.parameters import SavedParams, newest_step
 from stf_jax.weights.folder import EMBEDDED
 from stf_jax.weights.model import describe
@@ -61,7 +61,7 @@ def _look(source):
     if source in EMBEDDED:
         names = {"vision": _EMBEDDED[source], "llm": "llama-mini"}
         return {part: (name, _PRESETS[part](name)) for part, name in names.items()} | {"tokenizer": "miniature"}
-    folder = epath.Path(source)
+    folder = to_path(source)
     if not SavedParams.at(folder):
         return {}  # whether it can be read at all is said when it is
     description, model, tokenizer = describe(folder)

@@ -25,7 +25,7 @@ import sys
 import time
 
 FOLDER = pathlib.Path(os.environ["STAND_IN"])
-VARIABLES = ("SLURM_", "XLA_", "JAX_", "PYTHONUNBUFFERED")
+VARIABLES = ("SLURM_", "XLA_", "JAX_", "PYTHON")
 
 
 def main(program, argv):
@@ -42,6 +42,7 @@ def main(program, argv):
         "stdin": sys.stdin.read() if "--filename=-" in argv else "",
         "env": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
         "pid": os.getpid(),
+        "cwd": os.getcwd(),
     }
     with calls.open("a") as file:
         file.write(json.dumps(call) + "\n")

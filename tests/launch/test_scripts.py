@@ -369,6 +369,20 @@ def test_one_process_is_the_program_itself(desk):
     assert (call["env"]["JAX_PLATFORMS"], call["env"]["JAX_NUM_CPU_DEVICES"]) == ("cpu", "8")
 
 
+@pytest.mark.parametrize(("script", "processes"), [("local.sh", ""), ("local.sh", "2"), ("gpu_node.sh", "")])
+def test_paths_are_from_the_callers_folder(script, processes, desk):
+    empty = dict.fromkeys(("DEVICES", "RESTARTS"), "")  # as unset
+    done = desk.with_venv().run(script, *PROGRAM, PROCESSES=processes, PYTHONPATH="/theirs", **empty)
+    assert done.returncode == 0, done.stderr
+    assert len(desk.trained()) == int(processes or 1)
+    for call in desk.trained():
+        assert call["argv"][: len(TRAIN)] == TRAIN
+        assert pathlib.Path(call["cwd"]) == desk.folder != desk.tree
+        # The program is the script's own, whatever lies in that folder.
+        folders = call["env"]["PYTHONPATH"].split(":")
+        assert (folders[0], folders[-1], call["env"]["PYTHONSAFEPATH"]) == (str(desk.tree), "/theirs", "1")
+
+
 def test_processes_are_joined_by_a_free_port(desk):
     desk.with_venv().plan({"when": "--process=0", "say": ["first"]}, {"when": "--process=1", "say": ["second"]})
     done = desk.run("local.sh", *PROGRAM, PROCESSES="3", DEVICES="2")

@@ -1,12 +1,19 @@
 """The command line that every verb shares: what is wrong with the input takes one line, and exit status 2."""
 
+import argparse
+import dataclasses
+import os
+import pathlib
 import re
+import subprocess
 import sys
 
 import pytest
 
-from stf_jax.config import UserError, resolve
-from stf_jax.runtime.cli import Parser, door, parse
+from stf_jax.config import DataConfig, ModelConfig, TrainConfig, UserError, resolve
+from stf_jax.runtime import environment
+from stf_jax.runtime.cli import Parser, door, local_path, parse, path, path_text, require
+from stf_jax.runtime.files import check_paths, to_path
 
 HELP = "Usage: as this page says.\n"
 PLAIN = """
@@ -337,3 +344,191 @@ def test_overrides_of_stages_that_do_not_fit(run, file, override, sentence):
 def test_a_value_for_a_whole_stage_names_a_key(run, file, option, key):
     error = refused(run(f"--config={file(STAGED)}", f"--config.{option}=5"))
     assert f"--config.{option}=5 sets a group of keys: name one, such as --config.{key}." in error
+
+
+# ---- Paths -----------------------------------------------------------------------------------------------------------
+
+NO_PATHS = [
+    ("https://host/model", "https://host/model is a URL; paths are those of files and folders, or of buckets"),
+    ("http://host/a.json", "is a URL"),
+    ("hf://owner/model", "hf://owner/model is a URL"),
+    ("hf://datasets/owner/set/rows.json", "is a URL"),
+    ("az://container/run", "is a URL"),
+    ("GS://bucket/run", "GS://bucket/run is a URL; paths are .* gs://"),
+    ("gs:/bucket/run", "is a URL; paths are .* gs://"),
+    ("https:/host/model", "is a URL"),
+    ("data:image/png;base64," + "A" * 5000, "^data:image/png;base64,A+… is a URL"),
+    ("file:///data/model", "give the path itself, /data/model"),
+    ("file://localhost/data/model", "give the path itself, /data/model"),
+    ("gs://", "names no bucket; it should be gs://BUCKET/FOLDER"),
+    ("", "The path is empty"),
+    ("a" * 300, "cannot be looked at: File name too long"),
+    ("a\0b", "cannot be looked at: embedded null byte"),
+]
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a wrong path opens a connection")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize(("text", "sentence"), NO_PATHS)
+def test_what_is_no_path_is_refused(text, sentence, no_network):
+    with pytest.raises(UserError, match=sentence) as refusal:
+        to_path(text)
+    assert len(str(refusal.value)) < 300
+    for kind in (path, local_path):
+        with pytest.raises(argparse.ArgumentTypeError, match=sentence):
+            kind(text)
+
+
+def test_links_in_a_circle_and_closed_folders_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(UserError, match="round' cannot be looked at: Too many levels of symbolic links"):
+        to_path(tmp_path / "round")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert to_path(tmp_path / "dangling") == tmp_path / "dangling"  # there is nothing there, which may be right
+
+    def closed(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "stat", closed)  # what root may look at is not for all
+    with pytest.raises(UserError, match="cannot be looked at: Permission denied"):
+        to_path("/their/folder")
+
+
+def test_paths_are_as_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert to_path("~/runs") == tmp_path / "runs"  # which a shell leaves alone in --workdir=~/runs
+    for text in ("a", "./a:b", "a,b", "/tmp/x=1", "C:/x", "d\u00fc/\u6c34"):
+        assert os.fspath(to_path(text)) == os.path.normpath(text)
+    assert os.fspath(to_path("gs://bucket/run")) == "gs://bucket/run"
+    assert path_text("./a") == "./a"
+    assert path_text("") == ""  # an option that may be left out
+    with pytest.raises(argparse.ArgumentTypeError, match="gs://bucket/run is in a bucket"):
+        local_path("gs://bucket/run")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        require(to_path(tmp_path / "nowhere"))
+
+
+def test_a_bucket_needs_its_package(monkeypatch):
+    def lacking(scheme):
+        raise ImportError
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", lacking)
+    with pytest.raises(UserError, match=r"s3://bucket/run cannot be opened here; pip install s3fs"):
+        to_path("s3://bucket/run")
+
+
+PLACES = {
+    "init_from": lambda text: TrainConfig(init_from=text),
+    "data.annotations": lambda text: TrainConfig(data=DataConfig(annotations=text)),
+    "data.images": lambda text: TrainConfig(data=DataConfig(images=text)),
+    "data.tokenizer": lambda text: TrainConfig(data=DataConfig(tokenizer=text)),
+    "eval.data": lambda text: TrainConfig(eval=dataclasses.replace(TrainConfig().eval, data=text)),
+    "model.vision": lambda text: TrainConfig(model=ModelConfig(vision=text)),
+    "model.llm": lambda text: TrainConfig(model=ModelConfig(llm=text)),
+}
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_every_path_of_a_config_is_checked(key, no_network):
+    check_paths(TrainConfig())
+    check_paths(PLACES[key]("nowhere"))
+    with pytest.raises(UserError, match=f"Config key {key}: https://host/x is a URL"):
+        check_paths(PLACES[key]("https://host/x"))
+
+
+@pytest.mark.parametrize("key", ["init_from", "data.annotations", "data.images"])
+def test_a_comma_in_a_path_is_told(key, tmp_path):
+    for name in ("a,b", "c"):
+        (tmp_path / name).mkdir()
+    for text in (f"{tmp_path}/a,b", f"{tmp_path}/c, {tmp_path}/a,b", f"{tmp_path}/a,b,{tmp_path}/c"):
+        with pytest.raises(UserError, match=rf"Config key {key}: {tmp_path}/a,b has a comma in its name"):
+            check_paths(PLACES[key](text))
+    check_paths(PLACES[key](f"{tmp_path}/c,{tmp_path}/d"))
+    check_paths(PLACES["data.tokenizer"](f"{tmp_path}/a,b"))  # which is one
+
+
+# ---- What else a process finds ---------------------------------------------------------------------------------------
+
+
+def test_packages_of_devices_that_are_not_here_are_useless(tmp_path, monkeypatch):
+    files = {name: str(tmp_path / name) for name in ("tpu0", "nvidia0")}
+    (tpu, *_), (cuda, *_) = environment._DEVICES
+    kinds = ((tpu, (files["tpu0"],), ("libtpu",)), (cuda, ("/nowhere", files["nvidia0"]), ("plugin", "other")))
+    monkeypatch.setattr(environment, "_DEVICES", kinds)
+    assert environment.useless_packages("") == ["libtpu", "plugin", "other"]
+    assert environment.useless_packages("cpu") == ["libtpu", "plugin", "other"]
+    assert environment.useless_packages("tpu,cpu") == ["plugin", "other"]
+    assert environment.useless_packages("cuda") == environment.useless_packages("gpu,cpu") == ["libtpu"]
+    pathlib.Path(files["nvidia0"]).touch()
+    assert environment.useless_packages("") == ["libtpu"]
+    pathlib.Path(files["tpu0"]).touch()
+    assert environment.useless_packages("") == []
+
+
+FIRST_SCREEN = r"""
+import contextlib, importlib, io, sys
+from stf_jax.runtime.cli import door
+
+WRONG = {
+    "main": [["--workdir=https://host/x", "--config=configs/demo.py"], ["--config=configs/demo.py", "--workdir=/x",
+             "--config.model.lm=vicuna-7b"]],
+    "prepare": [["--annotations=hf://o/x.json", "--images=a", "--out=b"], ["--annotations=a", "--images=b"]],
+    "evaluate": [["--benchmark=nonsense", "--answers=/dev/null", "--out=x"], ["--benchmark=gqa",
+                 "--checkpoint=/nowhere", "--out=x"]],
+    "chat": [["--checkpoint=/nowhere"], ["--checkpoint=.", "--image=/nowhere.png"]],
+    "convert": [["export", ".", "--format=nonsense", "--to=x"], ["import", "/nowhere", "--to=x"], ["nonsense"]],
+    "plan": [["--config=configs/pretrain.py", "--what=nonsense"], ["--config=configs/pretrain.py"]],
+    "bench": [["nonsense"]],
+    "ablate": [["--config=configs/ablations/fusions.py"], ["--nonsense"]],
+}
+HEAVY = {"jax", "transformers", "torch", "flax", "orbax", "grain", "tensorflow_datasets", "scipy", "matplotlib"}
+for name, lines in WRONG.items():
+    command = importlib.import_module(f"stf_jax.{name}")
+    for argv in [["--help"], *lines]:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            try:
+                status = door(command.main, argv)
+            except SystemExit as stop:
+                status = stop.code
+        assert status == (0 if argv == ["--help"] else 2), (name, argv, status)
+        assert said.getvalue().count("\n") == bool(status), (name, argv, said.getvalue())
+        assert not HEAVY & set(sys.modules), (name, argv, HEAVY & set(sys.modules))
+        sys.modules.pop("config_config", None)
+import jax, transformers
+assert jax.devices()
+"""
+
+
+def test_the_first_screen_is_the_commands_own():
+    """Arguments are checked before what takes seconds is imported, and packages of devices say nothing."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    root = pathlib.Path(__file__).parents[2]
+    env = inherited | {"JAX_NUM_CPU_DEVICES": "", "XLA_FLAGS": ""}  # empty is as unset
+    done = subprocess.run([sys.executable, "-c", FIRST_SCREEN], cwd=root, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_reader_who_goes_is_no_error():
+    # argparse, whose help the second is, takes no notice.
+    for argv, status in ((["stf_jax.main", "--help"], 141), (["stf_jax.convert", "import", "--help"], 0)):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run([sys.executable, "-m", *argv], stdout=write, stderr=subprocess.PIPE)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (status, b"")
+
+
+def test_a_pipe_that_is_not_the_readers_is_a_bug():
+    def main(argv):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        door(main, [])

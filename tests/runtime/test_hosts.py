@@ -49,7 +49,7 @@ def joined(monkeypatch, tmp_path):
     stand_in = types.SimpleNamespace(distributed=distributed, config=config, errors=jax.errors)
     monkeypatch.setattr(hosts, "jax", stand_in)
     (tmp_path / "accel0").touch()
-    monkeypatch.setattr(hosts, "_TPUS", (str(tmp_path / "none*"), str(tmp_path / "accel*")))
+    monkeypatch.setattr(hosts, "TPUS", (str(tmp_path / "none*"), str(tmp_path / "accel*")))
     libtpu = types.ModuleType("libtpu")
     libtpu.__spec__ = importlib.machinery.ModuleSpec("libtpu", None)
     monkeypatch.setitem(sys.modules, "libtpu", libtpu)
@@ -68,7 +68,7 @@ def test_machines_of_a_tpu_find_themselves(joined, platforms, calls):
 
 
 def test_no_tpu_no_others(joined, monkeypatch):
-    monkeypatch.setattr(hosts, "_TPUS", ())
+    monkeypatch.setattr(hosts, "TPUS", ())
     hosts.join()
     assert not joined.calls
 
