@@ -5,6 +5,7 @@ import sys
 
 from etils import epath
 
+from stf_jax.benches import arguments
 from stf_jax.config import UserError
 from stf_jax.runtime.cli import Parser, door, local_path
 from stf_jax.runtime.files import write_json, writing
@@ -30,15 +31,14 @@ def main(argv: list[str]) -> None:
     for name, text in _BENCHES.items():
         one = names.add_parser(name, help=text, description=text)
         one.add_argument("--json", type=local_path, help="file to write the figures to")
-        if argv[:1] == [name]:  # the others' modules are not imported, which takes seconds
-            bench = importlib.import_module(f"stf_jax.benches.{name}")
-            bench.add_arguments(one)
-            one.set_defaults(run=bench.run)
+        getattr(arguments, name)(one)
     options = parser.parse_args(argv)
-    if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
-        what = "it is a folder" if options.json.is_dir() else "there is no such folder"
-        raise UserError(f"--json={options.json}: {what}.")
-    rows = options.run(options)
+    for option in ("json", "plot"):
+        file = getattr(options, option, None)
+        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+            what = "it is a folder" if file.is_dir() else "there is no such folder"
+            raise UserError(f"--{option}={file}: {what}.")
+    rows = importlib.import_module(f"stf_jax.benches.{options.name}").run(options)  # which takes seconds to import
     print(table(rows))
     if options.json is not None:
         with writing(options.json):

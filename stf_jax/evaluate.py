@@ -45,8 +45,7 @@ def main(argv: list[str]) -> None:
     several = len(benchmarks) > 1
     if options.answers is not None and several:
         raise UserError("--answers are of one benchmark; name that one.")
-    if options.checkpoint is not None:
-        require(options.checkpoint)
+    require(options.checkpoint if options.answers is None else options.answers)
     from stf_jax.evals.running import RESULTS, shown  # which takes seconds
 
     results = []

@@ -4,6 +4,7 @@ import json
 import sys
 
 from stf_jax.config import UserError, resolve
+from stf_jax.planning.topology import check_topology, described
 from stf_jax.runtime.cli import Parser, door, parse
 from stf_jax.runtime.environment import muted
 from stf_jax.runtime.files import check_paths
@@ -56,12 +57,12 @@ def main(argv: list[str]) -> None:
     if known.search and known.what != "train":
         raise UserError("--search is for --what=train.")
     check_paths(stages[0])
+    check_topology(known.topology, known.slices)
     with muted():  # the compilers' packages tell that there is no device for them
         import jax
 
         from stf_jax.planning.report import report
         from stf_jax.planning.search import search
-        from stf_jax.planning.topology import described
         from stf_jax.planning.words import ranking, summary, trial
         from stf_jax.weights.origin import complete
     jax.config.update("jax_platforms", "cpu")  # what is here is not asked for

@@ -8,7 +8,7 @@ import pytest
 import tiny  # noqa: F401 (its presets)
 
 from stf_jax.bench import main
-from stf_jax.benches import cost, decode, process, step
+from stf_jax.benches import arguments, cost, decode, process, step
 from stf_jax.benches.made import make_export
 from stf_jax.benches.mixture import SOURCES, jpegs, lengths
 from stf_jax.config import FusionConfig, ModelConfig
@@ -100,7 +100,7 @@ def test_step_compares_programs_within_a_round(monkeypatch):
     monkeypatch.setattr(step, "measured", measured)
     monkeypatch.setattr(step, "make_export", lambda *_: None)
     options = argparse.ArgumentParser()
-    step.add_arguments(options)
+    arguments.step(options)
     rows = {row["what"]: row for row in step.run(options.parse_args(["--llm=llama-tiny", "--vision=clip-tiny"]))}
     assert len(rows) == 8
     ours, small = rows["pretrain, ours"], rows["finetune, ours, small pages"]

@@ -155,18 +155,23 @@ def test_what_is_wrong_is_said_and_the_conversation_goes_on_as_it_was(talk, show
     (tmp_path / "text.png").write_text("no picture")
     echo = Echo(["One."], BadRow("roles", "This cannot be asked."), ["Three."])
     lost = [tmp_path / "lost.png", tmp_path, tmp_path / "text.png"]
-    typed = "".join(f"/image {file}\n" for file in (*lost, shown[0])) + "First?\n"
+    urls = ["https://example.org/a.jpg", "hf://owner/a.jpg", "data:image/png;base64," + "A" * 5000]
+    typed = "".join(f"/image {file}\n" for file in (*lost, *urls, "a" * 300, "a\0b", shown[0])) + "First?\n"
     status, printed, complained = talk(echo, f"{typed}/image {shown[1]}\nSecond?\nTh\udcffird?\nThird?\n")
     assert status == 0
+    paths = "paths are those of files and folders, or of buckets: gs://… and s3://…"
     assert complained.splitlines() == [
         f"error: Image {lost[0]} cannot be opened: No such file or directory.",
         f"error: Image {lost[1]} cannot be opened: it is no regular file.",
         f"error: Image {lost[2]} cannot be opened: no format of JPEG, PNG, GIF, WEBP, BMP, TIFF, PPM.",
+        *(f"error: {url} is a URL; {paths}" for url in (*urls[:2], f"{urls[2][:100]}…")),
+        f"error: '{'a' * 100}…' cannot be looked at: File name too long.",
+        r"error: 'a\x00b' cannot be looked at: embedded null byte.",
         "error: This cannot be asked.",
         "error: The question is not UTF-8 text.",
     ]
     notes = [f"({file} goes with the next question)\n" for file in shown]
-    assert replies(printed) == ["", "", "", notes[0], "One.\n", notes[1], "", "", "Three.\n", "\n"]
+    assert replies(printed) == [*[""] * 8, notes[0], "One.\n", notes[1], "", "", "Three.\n", "\n"]
     # What could not be answered is no part of it, and its picture goes with the next question.
     last = echo.asked[-1]
     assert [turn.text for turn in last.turns] == ["<image>\nFirst?", "One.", "<image>\nThird?"]

@@ -288,7 +288,7 @@ def test_questions_that_share_an_id_are_told_by_their_prompts(score, tmp_path):
             ["--checkpoint=c", "--benchmark=scenes", "--out=o", "--mesh=2"],
             "Argument --mesh: '2' should be three numbers",
         ),
-        (["--answers=a", "--benchmark=scenes", "--out=o"], "There is no answer file a."),
+        (["--answers=a", "--benchmark=scenes", "--out=o"], "a does not exist; give a folder or file."),
         (["--answers=a", "--benchmark=scenes,gqa", "--data=DATA", "--out=o"], "--answers are of one benchmark"),
         (["--answers=a", "--benchmark=all", "--data=DATA", "--out=o"], "scienceqa: there is no llava_test_CQM-A.json"),
     ],

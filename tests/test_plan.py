@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 
 import jax
 import numpy as np
@@ -195,7 +196,9 @@ def test_a_search_may_find_nothing(monkeypatch, capsys):
 
 def test_the_compilers_word_that_a_program_does_not_fit():
     """libtpu refuses what exceeds a chip's memory and tells what it would have needed."""
+    before = dict(os.environ)
     (device,) = described("v5e:1x1")
+    assert os.environ == before  # what libtpu reads when it is loaded is no longer there
     mesh = jax.sharding.Mesh([[[device]]], ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     x = jax.ShapeDtypeStruct((2**17, 2**17), "float32", sharding=whole)  # 64 GiB

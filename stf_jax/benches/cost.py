@@ -39,17 +39,6 @@ _GIB = 2**30
 _Rows = list[dict[str, Any]]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command line."""
-    parser.add_argument("--vision", default="clip-l-14-336", help="a tower preset (%(default)s)")
-    parser.add_argument("--llm", default="vicuna-7b", help="a language model preset (%(default)s)")
-    parser.add_argument("--layers", default="1,2", help="of the decoder, that are measured: two numbers (%(default)s)")
-    parser.add_argument("--batches", default="1,2", help="rows at once, that are measured (%(default)s)")
-    parser.add_argument("--topology", default="a6000:8", help="to compile for (%(default)s)")
-    parser.add_argument("--rows", default="1,4,8,16", help="a device of that (%(default)s)")
-    parser.add_argument("--plot", type=pathlib.Path, help="PNG to draw")
-
-
 def run(options: argparse.Namespace) -> _Rows:
     """Measures, compiles, and draws both.
 
@@ -59,8 +48,6 @@ def run(options: argparse.Namespace) -> _Rows:
     layers, batches, rows = (_numbers(options, name) for name in ("layers", "batches", "rows"))
     if len(layers) != 2 or layers[0] >= layers[1]:
         raise UserError(f"--layers={options.layers} should be two numbers, the smaller first.")
-    if options.plot is not None and not options.plot.absolute().parent.is_dir():
-        raise UserError(f"--plot={options.plot}: there is no such folder.")
     jax.config.update("jax_platforms", "cpu")  # of this process, which only compiles
     devices = described(options.topology)
     found = measure(options.vision, options.llm, layers, batches)

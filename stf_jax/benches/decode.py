@@ -33,20 +33,6 @@ _TEXT = 60  # tokens of a prompt beside its picture
 _TIMES, _LONG = 3, 5.0  # a measurement is made so often, and the median counts; once if it takes so many seconds
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command line."""
-    parser.add_argument("--llm", default="smollm2-135m", help="a language model preset, with random weights")
-    parser.add_argument("--vision", default="clip-mini-16-384", help="a tower preset; this one costs little")
-    parser.add_argument("--batches", default="1,8", help="prompts at once (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each (%(default)s)")
-    parser.add_argument(
-        "--precision",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="of both (%(default)s); GPUs want bfloat16",
-    )
-
-
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each fusion, batch size and program; each is a process of its own."""
     try:

@@ -5,6 +5,7 @@ import itertools
 import math
 from typing import Any
 
+from stf_jax.benches.arguments import LLAVA
 from stf_jax.config import FusionConfig, ModelConfig, UserError
 from stf_jax.models.fusion import FUSIONS
 from stf_jax.models.vlm import slots_per_image
@@ -16,14 +17,6 @@ _PUBLISHED = (
     ("LLaVA-Mini's table 6 (arXiv 2501.03895)", "mlp", 8.55),
     ("LLaVA-Mini's table 6 (arXiv 2501.03895)", "mbtf_stf", 2.85),
 )
-_LLAVA = "clip-l-14-336", "vicuna-7b"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command line."""
-    parser.add_argument("--vision", default=_LLAVA[0], help="a tower preset (%(default)s)")
-    parser.add_argument("--llm", default=_LLAVA[1], help="a language model preset (%(default)s)")
-    parser.add_argument("--text", default="0,64", help="tokens of prompts beside the picture's (%(default)s)")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -43,7 +36,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     if min(texts) < 0:
         raise UserError("--text should not be negative.")
     rows = [_row(_model(options, fusion), text) for fusion, text in itertools.product(FUSIONS, texts)]
-    if (options.vision, options.llm) == _LLAVA:
+    if (options.vision, options.llm) == LLAVA:
         rows += [_beside(what, _model(options, fusion), published) for what, fusion, published in _PUBLISHED]
     return rows
 

@@ -24,15 +24,6 @@ from stf_jax.runtime.mesh import computing, make_mesh
 _TIMES, _LONG = 5, 5.0  # a call is made so often, and the median counts; fewer times once they took so many seconds
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command line."""
-    parser.add_argument("--vision", default="clip-l-14-336", help="a tower preset (%(default)s)")
-    parser.add_argument("--llm", default="vicuna-7b", help="a language model preset (%(default)s)")
-    parser.add_argument("--fusions", default=",".join(FUSIONS), help="names with commas between (%(default)s)")
-    parser.add_argument("--batch", type=int, default=1, help="pictures at once (%(default)s)")
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="(%(default)s)")
-
-
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each fusion, which has a process of its own; before them, one that says what the columns are of.
 
@@ -43,7 +34,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """
     if options.batch < 1:
         raise UserError("--batch must be at least 1.")
-    configs = [_config(options, name) for name in options.fusions.split(",")]  # all checked before one is measured
+    names = options.fusions.split(",") if options.fusions else FUSIONS
+    configs = [_config(options, name) for name in names]  # all checked before one is measured
     rows = [{"what": f"{options.vision} to {options.llm}", "batch": options.batch, "precision": options.precision}]
     for config in configs:
         task = json.dumps(dataclasses.asdict(config))

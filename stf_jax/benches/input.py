@@ -34,12 +34,6 @@ _SLOTS = 144
 _BATCH, _DEVICES = 128, 8  # rows a step, and how LLaVA's recipe deals them out
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command line."""
-    parser.add_argument("--pictures", type=int, default=384, help="JPEGs to make (%(default)s)")
-    parser.add_argument("--rows", type=int, default=66_530, help="conversations whose lengths are drawn (%(default)s)")
-
-
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of figures; all on one set of files, in one process but for torch's own workers."""
     if options.pictures < 1 or options.rows < 1:

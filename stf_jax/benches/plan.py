@@ -35,13 +35,6 @@ TEXT = {
 _GIB = 2**30
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What can be chosen."""
-    parser.add_argument("--topology", default="v5e:4x8", help="to compare 144 tokens with 576 on (%(default)s)")
-    parser.add_argument("--llm", default="vicuna-7b", help="preset (%(default)s)")
-    parser.add_argument("--no-mark", action="store_true", help="leave out the comparison with MaxText")
-
-
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One program a line.
 

@@ -27,7 +27,8 @@ from stf_jax.config import (
 )
 from stf_jax.models.presets import vision_preset
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.cost import chip_of, step_flops
+from stf_jax.runtime.chips import chip_of
+from stf_jax.runtime.cost import step_flops
 
 _RATE = 1e-3
 _LEARN = {"pretrain": "freeze", "finetune": "train"}  # the language model, in each stage
@@ -45,21 +46,6 @@ class Task:
     steps: int
     precision: str
     remat: str  # full | none, gradient checkpointing
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command line."""
-    parser.add_argument("--llm", default="smollm2-135m", help="a language model preset, with random weights")
-    parser.add_argument("--vision", default="clip-mini-16-384", help="a tower preset; this one costs little")
-    parser.add_argument("--fusion", default="mbtf_stf")
-    parser.add_argument("--rows", type=int, default=2, help="a step (%(default)s)")
-    parser.add_argument("--text", type=int, default=112, help="tokens of a row behind its picture's (%(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="that are timed (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of all programs in turn (%(default)s)")
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="(%(default)s)")
-    parser.add_argument(
-        "--remat", choices=["none", "full"], default="none", help="gradient checkpointing (%(default)s)"
-    )
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -19,12 +19,6 @@ from stf_jax.weights.model import Description, open_model
 from stf_jax.weights.shards import write_shards
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command line."""
-    parser.add_argument("--model", default="vicuna-7b", help="a language model preset, filled with random bfloat16")
-    parser.add_argument("--scratch", type=pathlib.Path, help="folder on a disk with room for the model three times")
-
-
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of ``what``, ``gib`` of memory and ``seconds``; each step is a process of its own."""
     preset = llm_preset(options.model)

@@ -179,7 +179,10 @@ class PreparedRecords:
         """Raises UserError where the folder is incomplete."""
         path = to_path(folder)
         if not (path / INFO).exists():
-            raise UserError(f"{folder} holds no finished data set; run python -m stf_jax.prepare --out={folder}.")
+            raise UserError(
+                f"{folder} holds no finished data set; run python -m stf_jax.prepare --annotations=FILE.json "
+                f"--images=DIR --out={folder}."
+            )
         self._rows, self.name = _JsonRows(path / KEPT), folder
         try:
             self._shards = tfds.builder_from_directory(fetched(path)).as_data_source("train")

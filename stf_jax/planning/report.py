@@ -13,7 +13,8 @@ from stf_jax.planning.executed import PRIME, executed
 from stf_jax.planning.hlo import traffic
 from stf_jax.planning.program import OutOfMemory, Program, bytes_on_a_device, make_program, training_state
 from stf_jax.planning.topology import memory_limit
-from stf_jax.runtime.cost import CHIPS, chip_of, decode_flops, prefill_flops, step_flops
+from stf_jax.runtime.chips import CHIPS, chip_of
+from stf_jax.runtime.cost import decode_flops, prefill_flops, step_flops
 from stf_jax.runtime.mesh import make_mesh, row_shards
 
 # What good programs attain of a chip's figures: products of models of billions run at 60 to 75 % of the peak, memory

@@ -10,7 +10,7 @@ from stf_jax.config import MeshConfig, TrainConfig, UserError
 from stf_jax.planning.program import bytes_on_a_device, make_program
 from stf_jax.planning.report import count, report
 from stf_jax.planning.topology import memory_limit
-from stf_jax.runtime.cost import chip_of
+from stf_jax.runtime.chips import chip_of
 from stf_jax.runtime.mesh import slices_of
 from stf_jax.training.state import blueprint
 

@@ -1,15 +1,18 @@
 """Devices that are not here: described ones, for which the real compilers compile."""
 
+import contextlib
 import importlib.util
 import os
 import re
-
-import jax
-from jax.experimental import topologies
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from stf_jax.config import UserError, nearest, one_line
-from stf_jax.runtime.cost import CHIPS, chip_of
+from stf_jax.runtime.chips import CHIPS, chip_of
 from stf_jax.runtime.environment import muted
+
+if TYPE_CHECKING:  # jax takes seconds to import, and a wrong name is answered without
+    import jax
 
 _NEEDS = "pip install --no-deps -r requirements-plan.txt"
 # Packages, and what each lets be imported. jax asks cuDNN's version before it calls its flash attention.
@@ -34,15 +37,8 @@ _TPU_LEFT = 0.25 * 2**30  # bytes of a TPU's memory that programs do not get
 _GPU_SHARE = 0.92  # of a GPU's memory that launch/ lets jax take (XLA_PYTHON_CLIENT_MEM_FRACTION)
 
 
-def described(name: str, slices: int = 1) -> list[jax.Device]:
-    """The devices of a topology: ``v5e:4x8`` of chips for a TPU slice, ``h100:8`` of cards for a GPU machine.
-
-    Args:
-      slices: of a TPU, how many of them.
-
-    Raises:
-      UserError: an unknown topology, or the compiler for it is not installed.
-    """
+def check_topology(name: str, slices: int = 1) -> None:
+    """Raises UserError for an unknown topology, or where the compiler for it is not installed."""
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
         raise UserError(f"--topology={name}: unknown device {kind!r}; {nearest(kind, CHIPS)}")
@@ -55,19 +51,51 @@ def described(name: str, slices: int = 1) -> list[jax.Device]:
     for package, module in _COMPILERS["tpu" if tpu else "gpu"].items():
         if not _installed(module):
             raise UserError(f"Compiling for {name} needs {package}: {_NEEDS}")
-    # libtpu would ask the metadata server of a TPU machine; and let several processes load it, for none holds a TPU.
-    os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
+
+
+def described(name: str, slices: int = 1) -> list["jax.Device"]:
+    """The devices of a topology: ``v5e:4x8`` of chips for a TPU slice, ``h100:8`` of cards for a GPU machine.
+
+    Args:
+      slices: of a TPU, how many of them.
+
+    Raises:
+      UserError: as :func:`check_topology`, or the chips have no such layout.
+    """
+    check_topology(name, slices)
+    import jax
+
+    kind, _, shape = name.partition(":")
     try:
-        with muted():  # the compilers' libraries look for hardware when they are loaded, and log that there is none
-            return (_tpus if tpu else _gpus)(kind, shape, slices)
+        with muted(), _libtpu_loads():  # the compilers look for hardware when they are loaded, and log that
+            return (_tpus if kind in _TPUS else _gpus)(kind, shape, slices)
     except jax.errors.JaxRuntimeError as error:  # the compiler's word on a layout that its chips do not have
         raise UserError(f"--topology={name} cannot be described: {one_line(error)}.") from None
+
+
+# libtpu would ask the metadata server of a TPU machine; and let several processes load it, since none holds a TPU.
+_LIBTPU_READS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@contextlib.contextmanager
+def _libtpu_loads() -> Iterator[None]:
+    """Sets what libtpu reads when it is loaded, and only then: children of this process may use a real TPU."""
+    before = {name: os.environ.get(name) for name in _LIBTPU_READS}
+    os.environ |= _LIBTPU_READS
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _installed(module):
@@ -78,6 +106,8 @@ def _installed(module):
 
 
 def _tpus(kind, shape, slices):
+    from jax.experimental import topologies
+
     how = {"chip_config_name": "megacore"} if kind == "v4" else {}  # else each chip counts as two devices
     if shape == "1x1":
         how["chips_per_host_bounds"] = (1, 1, 1)
@@ -87,6 +117,8 @@ def _tpus(kind, shape, slices):
 
 
 def _gpus(kind, shape, _):
+    from jax.experimental import topologies
+
     memory, cores, clock, units, shared, block, threads, cache, capability = _GPUS[kind]
     cuda, cudnn = _LIBRARIES
     extension = "ACCELERATED_FEATURES" if CHIPS[kind].flops > 900e12 else "NONE"  # from Hopper on
@@ -109,7 +141,7 @@ def _gpus(kind, shape, _):
     return topologies.get_topology_desc("", platform="cuda", topology=f"1x1x{shape}", target_config=target).devices
 
 
-def memory_limit(device: jax.Device) -> int:
+def memory_limit(device: "jax.Device") -> int:
     """Bytes of the device's memory that a program may fill."""
     chip = chip_of(device)
     return int(chip.memory - _TPU_LEFT if chip.name in _TPUS else _GPUS[chip.name][0] * _GPU_SHARE)

@@ -18,7 +18,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from stf_jax.config import RunFailed, Stopped, TryAgain, UserError, default_config, flatten, nearest, one_line
+from stf_jax.config import RunFailed, Stopped, TryAgain, UserError, default_config, flatten, nearest, one_line, shorten
 from stf_jax.runtime.environment import quiet_libraries, settle
 from stf_jax.runtime.files import in_bucket, to_path
 
@@ -301,10 +301,22 @@ def _explain(error, argv, defaults):
             where = f"{frames[-1].filename}, line {frames[-1].lineno}"
             return f"The config file fails at {where}: {type(cause).__name__}: {_one_line(cause)}"
         cause = cause.__cause__ or cause.__context__
-    last = str(error.__cause__ or error).strip().splitlines()[-1:]
     if isinstance(error, OSError) or "Error whilst parsing config file" in str(error):
-        return f"The config file cannot be loaded: {''.join(last).strip(' .')}."
+        return f"The config file cannot be loaded: {_explain_file(error.__cause__ or error, argv)}."
     return f"The command line cannot be used: {_one_line(error) or type(error).__name__}"
+
+
+def _explain_file(error, argv):
+    """Why a config file could not be opened, or the last line of what Python said of it."""
+    text = ([""] + re.findall(r"^--?config[=\n](.*)$", "\n".join(argv), re.MULTILINE))[-1]
+    name = text.partition(":")[0]
+    if re.match(r"\w+://", text):
+        return f"{shorten(text)} is a URL, and a config is a file on this machine's disks"
+    if name and isinstance(error, OSError):
+        if not error.strerror and os.path.islink(name):  # the library keeps no reason but for files that are not there
+            return f"{shorten(name)} is a link to {shorten(os.readlink(name))}, which does not exist"
+        return f"{shorten(name)}: {error.strerror or 'No such file or directory'}"
+    return "".join(str(error).strip().splitlines()[-1:]).strip(" .")
 
 
 def _explain_group(stage, group, value, keys):

@@ -20,22 +20,24 @@ _DEVICES = (
         ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"),
     ),
 )
+_EMPTY_IS_UNSET = ("JAX_", "XLA_", "SLURM_", "OMPI_")
 _EMPTY_IS_MEANT = ("JAX_PLATFORMS",)  # to jax, empty is "what is there", and unset may be less
 
 
 def settle(*, compilers: bool) -> None:
     """Prepares a process for libraries that are imported later; what is imported already stays as it is.
 
-    Empty variables of jax and XLA count as unset (jax cannot read them). Nothing that transformers reads comes from the
-    network. And jax does not see the packages of devices that this machine lacks, unless ``JAX_PLATFORMS`` names them:
-    it would load them, and print pages about what it did not find. That goes for a cluster's login node, and for the
-    compilers of ``stf_jax.plan`` (requirements-plan.txt), which that command alone wants.
+    Empty variables of jax, XLA, SLURM and Open MPI count as unset (jax cannot read them). Nothing that transformers
+    reads comes from the network. And jax does not see the packages of devices that this machine lacks, unless
+    ``JAX_PLATFORMS`` names them: it would load them, and print pages about what it did not find. So it is on a
+    cluster's login node, and with the compilers of ``stf_jax.plan`` (requirements-plan.txt), which that command alone
+    wants.
 
     Args:
       compilers: jax is to see all packages.
     """
-    for name in [name for name, value in os.environ.items() if not value and name.startswith(("JAX_", "XLA_"))]:
-        if name not in _EMPTY_IS_MEANT:
+    for name, value in list(os.environ.items()):
+        if not value and name.startswith(_EMPTY_IS_UNSET) and name not in _EMPTY_IS_MEANT:
             del os.environ[name]
     os.environ["HF_HUB_OFFLINE"] = "1"
     if not compilers and "jax" not in sys.modules:

@@ -17,7 +17,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from stf_jax.config import TrainConfig, one_line
-from stf_jax.runtime.cost import chip_of
+from stf_jax.runtime.chips import chip_of
 from stf_jax.runtime.hosts import status_of
 from stf_jax.runtime.journal import BOARD, EVENTS, METRICS, Events, enduring
 from stf_jax.runtime.mesh import share_of_rows

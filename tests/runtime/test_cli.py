@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from ml_collections.config_flags import config_flags
 
 from stf_jax.config import DataConfig, ModelConfig, TrainConfig, UserError, resolve
 from stf_jax.runtime import environment
@@ -123,6 +124,37 @@ def test_a_missing_config_file(run, path, tmp_path, monkeypatch):
     # Overrides come to the same.
     assert refused(run(f"--config={path}", "--config.seed=3")) == error
     assert refused(run(f"--config={path}", "--config.optimizer.b1=0.5")) == error
+
+
+def test_a_config_file_that_is_none(run, tmp_path, monkeypatch):
+    (tmp_path / "dangling.py").symlink_to("nowhere.py")
+    (tmp_path / "round.py").symlink_to("round.py")
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "linked.py").symlink_to("folder.py")
+    (tmp_path / "binary.py").write_bytes(b"\x7fELF\x00\x01\xff")
+    (tmp_path / "latin.py").write_bytes(b"x = 'caf\xe9'\n")
+    monkeypatch.chdir(tmp_path)
+    for name, sentence in {
+        "dangling.py": r"cannot be loaded: dangling\.py is a link to nowhere\.py, which does not exist\.$",
+        "nowhere.py:steps=3": r"cannot be loaded: nowhere\.py: No such file or directory\.$",
+        "round.py": r"cannot be loaded: round\.py: Too many levels of symbolic links\.$",
+        "folder.py": r"cannot be loaded: folder\.py: Is a directory\.$",
+        "linked.py": r"cannot be loaded: linked\.py: Is a directory\.$",
+        "a" * 300: r"cannot be loaded: a+… 100 characters …a+: File name too long\.$",
+        "binary.py": r"cannot be read: .*null bytes",
+        "latin.py": r"cannot be read: .*'utf-8' codec can't decode.*latin\.py",
+        "https://host/a.py": r"cannot be loaded: https://host/a\.py is a URL, and a config is a file on this machine",
+        "gs://bucket/a.py:steps=3": r"cannot be loaded: gs://bucket/a\.py:steps=3 is a URL",
+    }.items():
+        for argv in ([f"--config={name}"], ["--config", name]):
+            sys.modules.pop("config_config", None)
+            assert re.search(sentence, refused(run(*argv)), re.MULTILINE), name
+
+    def closed(*_, **__):
+        raise PermissionError(13, "Permission denied", "theirs.py")
+
+    monkeypatch.setattr(config_flags, "_load_source", closed)  # what root may read is not for all
+    assert "cannot be loaded: theirs.py: Permission denied." in refused(run("--config=theirs.py"))
 
 
 BROKEN = {
@@ -481,24 +513,26 @@ WRONG = {
              "--config.model.lm=vicuna-7b"]],
     "prepare": [["--annotations=hf://o/x.json", "--images=a", "--out=b"], ["--annotations=a", "--images=b"]],
     "evaluate": [["--benchmark=nonsense", "--answers=/dev/null", "--out=x"], ["--benchmark=gqa",
-                 "--checkpoint=/nowhere", "--out=x"]],
+                 "--checkpoint=/nowhere", "--out=x"], ["--benchmark=scenes", "--answers=/nowhere", "--out=x"]],
     "chat": [["--checkpoint=/nowhere"], ["--checkpoint=.", "--image=/nowhere.png"]],
     "convert": [["export", ".", "--format=nonsense", "--to=x"], ["import", "/nowhere", "--to=x"], ["nonsense"]],
-    "plan": [["--config=configs/pretrain.py", "--what=nonsense"], ["--config=configs/pretrain.py"]],
-    "bench": [["nonsense"]],
+    "plan": [["--config=configs/pretrain.py", "--what=nonsense"], ["--config=configs/pretrain.py"],
+             ["--config=configs/pretrain.py", "--topology=h10:8"],
+             ["--config=configs/pretrain.py", "--topology=v5e:8"]],
+    "bench": [["nonsense"], ["cost", "--plot=/nowhere/a.png"], ["step", "--rows=x"], ["weights", "--scratch=hf://x"]],
     "ablate": [["--config=configs/ablations/fusions.py"], ["--nonsense"]],
 }
 HEAVY = {"jax", "transformers", "torch", "flax", "orbax", "grain", "tensorflow_datasets", "scipy", "matplotlib"}
 for name, lines in WRONG.items():
     command = importlib.import_module(f"stf_jax.{name}")
-    for argv in [["--help"], *lines]:
+    for argv in [["--help"], *([one, "--help"] for one in getattr(command, "_BENCHES", [])), *lines]:
         said = io.StringIO()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
             try:
                 status = door(command.main, argv)
             except SystemExit as stop:
                 status = stop.code
-        assert status == (0 if argv == ["--help"] else 2), (name, argv, status)
+        assert status == (0 if "--help" in argv else 2), (name, argv, status)
         assert said.getvalue().count("\n") == bool(status), (name, argv, said.getvalue())
         assert not HEAVY & set(sys.modules), (name, argv, HEAVY & set(sys.modules))
         sys.modules.pop("config_config", None)

@@ -16,7 +16,8 @@ from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vit import VisionTower
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.planning.program import make_program
-from stf_jax.runtime.cost import CHIPS, chip_of, decode_flops, forward_flops, fusion_flops, step_flops
+from stf_jax.runtime.chips import CHIPS, chip_of
+from stf_jax.runtime.cost import decode_flops, forward_flops, fusion_flops, step_flops
 from stf_jax.training.state import blueprint, trainable_paths
 
 pytestmark = pytest.mark.usefixtures("optimized")

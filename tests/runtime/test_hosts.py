@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from stf_jax.config import UserError
-from stf_jax.runtime import hosts
+from stf_jax.runtime import environment, hosts
 
 TOGETHER = "go together: give all three or none"
 
@@ -91,15 +91,27 @@ def test_what_is_said_goes_before_what_a_launcher_says(joined, monkeypatch):
     assert joined.calls == [("node0:1234", 2, 1, "deactivate")]
 
 
-@pytest.mark.parametrize("tasks", ["1", None])
+@pytest.mark.parametrize("tasks", ["1", "", None])
 def test_a_step_of_one_task_is_alone(joined, monkeypatch, tasks):
     joined.config.jax_platforms = "cpu"
     monkeypatch.setenv("SLURM_NTASKS", "4")  # of the job, in its script
     monkeypatch.setenv("SLURM_PROCID", "0")
-    if tasks:
+    if tasks is not None:
         monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
     hosts.join()
     assert not joined.calls
+
+
+def test_empty_variables_of_a_launcher_are_unset(joined, monkeypatch):
+    """As a wrapper leaves them; jax, which reads them where a TPU may be, cannot, and would find nobody."""
+    joined.config.jax_platforms = "cpu"
+    names = ("SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
+    for name in names:
+        monkeypatch.setenv(name, "")
+    hosts.join()
+    assert not joined.calls
+    environment.settle(compilers=True)
+    assert not set(names) & set(os.environ)
 
 
 def test_others_that_jax_cannot_find_are_to_be_named(joined, monkeypatch):

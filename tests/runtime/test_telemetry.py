@@ -23,8 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from stf_jax.config import Stopped, UserError
 from stf_jax.main import main
 from stf_jax.runtime import telemetry
+from stf_jax.runtime.chips import CHIPS
 from stf_jax.runtime.cli import door
-from stf_jax.runtime.cost import CHIPS
 from stf_jax.runtime.journal import Events, read
 from stf_jax.runtime.profile import Profile
 from stf_jax.runtime.table import span
