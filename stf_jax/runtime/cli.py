@@ -162,8 +162,14 @@ def local_path(text: str) -> pathlib.Path:
 def require(found: epath.Path) -> epath.Path:
     """Raises UserError where nothing is there; for what would else be missed after imports that take seconds."""
     if not found.exists():
-        raise UserError(f"{found} does not exist; give a folder or file.")
+        raise UserError(f"{found} {_absent(found)}; give a folder or file.")
     return found
+
+
+def _absent(name):
+    if os.path.islink(name):
+        return f"is a link to {shorten(os.readlink(name))}, which does not exist"
+    return "does not exist"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -313,9 +319,8 @@ def _explain_file(error, argv):
     if re.match(r"\w+://", text):
         return f"{shorten(text)} is a URL, and a config is a file on this machine's disks"
     if name and isinstance(error, OSError):
-        if not error.strerror and os.path.islink(name):  # the library keeps no reason but for files that are not there
-            return f"{shorten(name)} is a link to {shorten(os.readlink(name))}, which does not exist"
-        return f"{shorten(name)}: {error.strerror or 'No such file or directory'}"
+        # Where the file is not there, the library raises an error that has no reason.
+        return f"{shorten(name)}: {error.strerror}" if error.strerror else f"{shorten(name)} {_absent(name)}"
     return "".join(str(error).strip().splitlines()[-1:]).strip(" .")
 
 

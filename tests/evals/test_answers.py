@@ -92,6 +92,8 @@ def test_what_is_no_answer_file_is_named_with_its_line(tmp_path):
     file.write_bytes(b'{"question_id": 0, "text": "\xff"}\n')
     with pytest.raises(UserError, match=f"^{re.escape(str(file))} cannot be read: .*utf-8"):
         read_answers(file)
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))} cannot be read: Is a directory"):
+        read_answers(epath.Path(tmp_path))
 
 
 def test_answers_find_their_questions_in_any_order_and_by_ids_of_either_type(tmp_path):

@@ -136,7 +136,7 @@ def test_a_config_file_that_is_none(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, sentence in {
         "dangling.py": r"cannot be loaded: dangling\.py is a link to nowhere\.py, which does not exist\.$",
-        "nowhere.py:steps=3": r"cannot be loaded: nowhere\.py: No such file or directory\.$",
+        "nowhere.py:steps=3": r"cannot be loaded: nowhere\.py does not exist\.$",
         "round.py": r"cannot be loaded: round\.py: Too many levels of symbolic links\.$",
         "folder.py": r"cannot be loaded: folder\.py: Is a directory\.$",
         "linked.py": r"cannot be loaded: linked\.py: Is a directory\.$",
@@ -445,6 +445,9 @@ def test_paths_are_as_given(tmp_path, monkeypatch):
         local_path("gs://bucket/run")
     with pytest.raises(UserError, match="nowhere does not exist"):
         require(to_path(tmp_path / "nowhere"))
+    (tmp_path / "dangling").symlink_to("blobs/1")
+    with pytest.raises(UserError, match="dangling is a link to blobs/1, which does not exist; give a folder or file"):
+        require(to_path(tmp_path / "dangling"))
 
 
 def test_a_bucket_needs_its_package(monkeypatch):
