@@ -7,6 +7,7 @@ from etils import epath
 
 from stf_jax.benches import arguments
 from stf_jax.config import UserError
+from stf_jax.planning.topology import check_topology
 from stf_jax.runtime.cli import Parser, door, local_path
 from stf_jax.runtime.files import write_json, writing
 from stf_jax.runtime.table import table
@@ -38,6 +39,8 @@ def main(argv: list[str]) -> None:
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
             what = "it is a folder" if file.is_dir() else "there is no such folder"
             raise UserError(f"--{option}={file}: {what}.")
+    if "topology" in options:
+        check_topology(options.topology)
     rows = importlib.import_module(f"stf_jax.benches.{options.name}").run(options)  # which takes seconds to import
     print(table(rows))
     if options.json is not None:

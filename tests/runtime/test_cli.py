@@ -522,7 +522,8 @@ WRONG = {
     "plan": [["--config=configs/pretrain.py", "--what=nonsense"], ["--config=configs/pretrain.py"],
              ["--config=configs/pretrain.py", "--topology=h10:8"],
              ["--config=configs/pretrain.py", "--topology=v5e:8"]],
-    "bench": [["nonsense"], ["cost", "--plot=/nowhere/a.png"], ["step", "--rows=x"], ["weights", "--scratch=hf://x"]],
+    "bench": [["nonsense"], ["cost", "--plot=/nowhere/a.png"], ["step", "--rows=x"], ["weights", "--scratch=hf://x"],
+              ["plan", "--topology=h10:8"]],
     "ablate": [["--config=configs/ablations/fusions.py"], ["--nonsense"]],
 }
 HEAVY = {"jax", "transformers", "torch", "flax", "orbax", "grain", "tensorflow_datasets", "scipy", "matplotlib"}
