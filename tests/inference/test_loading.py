@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from make_models import CONTROL, DECODERS, LLAMA, TOWERS, load, make, make_run, picture, turn
 from safetensors.torch import load_file, save_file
 from theirs import decoder, tower
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import FusionConfig, MeshConfig, UserError
 from stf_jax.data.records import Record, Turn
@@ -298,9 +300,9 @@ def cut_short(folder):
 
 
 def another_vocabulary(folder):
-    tokenizer = load_tokenizer(str(folder))
-    tokenizer.add_tokens([f"word {i}" for i in range(20)])
-    tokenizer.save_pretrained(folder)
+    words = {name: i for i, name in enumerate(["</s>", *(f"word{i}" for i in range(521))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
 
 
 def config(**changes):
