@@ -38,8 +38,8 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.max_new_tokens < 1:
         raise UserError("--max-new-tokens must be at least 1.")
-    require(options.checkpoint)
     pictures = [_open(file) for file in options.image]  # before anything is loaded, which takes a while
+    require(options.checkpoint)
     # These take seconds to import, and none is needed to say what is wrong with the arguments.
     from stf_jax.inference.decoding import Sampling
     from stf_jax.inference.loading import load_generator
