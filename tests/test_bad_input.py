@@ -264,7 +264,7 @@ MAIN = [
     run("a config that fails", put("c.py", "def get_config(a=0):\n    1 / a"), "--config={here}/c.py", "c.py, line 2"),
     run("an unknown key", nothing, "--config.data.anotations=a", "data.anotations", "'data.annotations'"),
     run("a number that is none", nothing, "--config.steps=many", "--config.steps=many"),
-    run("a rate of NaN", nothing, "--config.optimizer.learning_rate=nan", "optimizer.learning_rate is nan", "finite"),
+    run("a rate of NaN", nothing, "--config.optimizer.learning_rate=nan", "optimizer.learning_rate is nan", "between"),
     run("a batch of none", nothing, "--config.global_batch_size=0", "global_batch_size is 0", "between 1 and"),
     run("a rule that is no pattern", nothing, "--config.rules=(('(', 'train'),)", "'('", "regular expression"),
     run(
