@@ -2,7 +2,7 @@
 PYTHON ?= python3
 WORKDIR ?= runs/demo
 
-.PHONY: demo test test-slow test-serve soak lint
+.PHONY: demo test test-random test-slow test-serve soak lint
 
 # Trains, measures, and hands the model over to PyTorch, which must answer as we do (where torch is installed). With
 # huge pages steps on a CPU take a seventh less (docs/BENCHMARKS.md).
@@ -19,6 +19,10 @@ demo: .venv/ready
 
 test: lint
 	.venv/bin/python -m pytest
+
+# The same tests in random order, whose seed is printed: no test may depend on what ran before it.
+test-random: .venv/ready-dev
+	.venv/bin/python -m pytest -p randomly
 
 # Faults that really happen to runs, fuzzing, and whatever else takes minutes: one after the other, for some are timed.
 test-slow: .venv/ready-dev
