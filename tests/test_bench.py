@@ -61,7 +61,7 @@ def test_decode_asks_both_programs_the_same_of_an_export(fusion, tmp_path, monke
     for program in (decode._ours, decode._transformers):
         figures = program(str(export), 2, 3, "float32")
         assert set(decode._FIGURES) - {"times_transformers", "gib"} <= figures.keys()
-        assert min(figures.values()) > 0
+        assert min(value for name, value in figures.items() if name != "prefill_ms") > 0  # that one is a difference
     slots = slots_per_image(config)
     assert asked == [(2, slots, 128 if fusion == "mlp" else 64), (2, slots, slots + 60)]
     _, taken = prompt(2, slots, 128)

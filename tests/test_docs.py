@@ -42,6 +42,7 @@ OTHERS = {
     "gcloud": "needs an account",
     "pip": "installs; its requirement files must be there",
     "mpirun": "needs Open MPI",
+    "vllm.entrypoints.openai.api_server": "as vllm",
     "vllm": "has an environment of its own, in which make test-serve asks it",
 }
 # What stands for something of the reader's, by what does for a check. "…" and "..." alone stand for more options.

@@ -1,7 +1,6 @@
 """Tokenizers: any that transformers reads from a local folder, and the small one of the miniatures."""
 
 import logging
-import os
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -32,8 +31,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     Raises:
       UserError: no such folder, no tokenizer in it, or one that cannot tell which characters a token covers.
     """
-    folder = MINIATURE if name == "miniature" else fetched(name)
-    if not name or not os.path.isdir(folder):
+    folder = MINIATURE if name == "miniature" else fetched(name) if name else None
+    if folder is None or not folder.is_dir():
         where = f"{name!r} is no folder" if name else "no folder is given"
         raise UserError(
             f"The tokenizer is missing: {where}. Provide one with --config.data.tokenizer=DIR, "

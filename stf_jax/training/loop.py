@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import math
 import time
 
@@ -35,6 +36,8 @@ from stf_jax.training.watching import Watch
 from stf_jax.weights.folder import load_params
 from stf_jax.weights.model import save_description
 from stf_jax.weights.origin import complete
+
+_log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, workdir: epath.Path, measured: epath.Path) -> list[Results]:
@@ -81,7 +84,7 @@ def _train(config, workdir, measured, ends):
     reading = functools.partial(watchdog.comes_to, "data were read")
     batches = Batches(config, source, prepare, host=share, hosts=shares, between=reading)
     steps = config.steps or batches.plan.steps(config.epochs)
-    check_steps(config, steps, len(source))
+    warning = check_steps(config, steps, len(source))
 
     # ---- Model, optimizer, state -----------------------------------------------------------------------------------
     plan = generator.plan
@@ -109,6 +112,8 @@ def _train(config, workdir, measured, ends):
             f"{sizes[0]:,} of {sizes[1]:,} parameters learn; {steps} steps of {config.global_batch_size} rows; "
             f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
         )
+        if warning:
+            _log.warning(warning)
         with writing(workdir):
             write_json(workdir / "config.json", to_json(config))
             save_description(workdir, config, tokenizer)

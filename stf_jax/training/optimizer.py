@@ -1,6 +1,5 @@
 """AdamW with a warm-up, as torch's and LLaVA's."""
 
-import logging
 import math
 
 import jax
@@ -9,7 +8,6 @@ import optax
 from stf_jax.config import OptimizerConfig, TrainConfig, UserError
 
 _FEW = 10  # updates
-_log = logging.getLogger(__name__)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -30,8 +28,8 @@ def _warmup(config, steps):
     return math.ceil(config.warmup_ratio * steps)
 
 
-def check_steps(config: TrainConfig, steps: int, rows: int) -> None:
-    """Warns of a run of so few steps that it learns little.
+def check_steps(config: TrainConfig, steps: int, rows: int) -> str:
+    """A warning where a run has so few steps that it learns little; otherwise empty.
 
     Args:
       rows: that the data hold.
@@ -40,7 +38,7 @@ def check_steps(config: TrainConfig, steps: int, rows: int) -> None:
       UserError: its only step is the first of the warm-up, whose learning rate is 0.
     """
     if steps >= _FEW:
-        return
+        return ""
     why = f"steps={steps}" if config.steps else f"{rows:,} rows, epochs={config.epochs:g}"
     run = f"{steps} update{'s' * (steps > 1)} of global_batch_size={config.global_batch_size} ({why})"
     cure = "Lower global_batch_size or raise epochs (or steps), as configs/small.py does for few rows"
@@ -49,8 +47,7 @@ def check_steps(config: TrainConfig, steps: int, rows: int) -> None:
             f"The run would learn nothing: it has {run}, and the first of the warm-up has learning rate 0. {cure}, or "
             "set optimizer.warmup_ratio=0."
         )
-    if jax.process_index() == 0:
-        _log.warning("The run has only %s, and will learn little. %s.", run, cure)
+    return f"The run has only {run}, and will learn little. {cure}."
 
 
 def decays(path: str) -> bool:

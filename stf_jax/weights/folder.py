@@ -159,6 +159,7 @@ def _open(folder):
 
 def _put(tensors, path, sharding):
     """A tensor on its devices, of which this host reads what its own devices hold, and sends nothing to another's."""
+    tensors.check_type(path)
     file, parts = tensors.file(path), {}
     try:
         with safe_open(file, framework="numpy") as opened:

@@ -130,10 +130,16 @@ def save_description(workdir: epath.Path, config: TrainConfig, tokenizer: PreTra
         return
     with tempfile.TemporaryDirectory() as local:
         save_tokenizer(tokenizer, source, pathlib.Path(local))
+        if _files(workdir / "tokenizer") == _files(pathlib.Path(local)):
+            return
         if (workdir / "tokenizer").exists():  # of a start that left no checkpoint, perhaps with another tokenizer
             (workdir / "tokenizer").rmtree()
         make_folder(workdir / "tokenizer")
         upload(pathlib.Path(local), workdir / "tokenizer")
+
+
+def _files(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.is_dir() else {}
 
 
 def _read_description(file):

@@ -70,11 +70,16 @@ class Tensors:
     def file(self, name: str) -> pathlib.Path:
         return self._entries[name].file
 
-    def read(self, name: str) -> np.ndarray:
-        """The values, in their own type. Raises UserError, naming file and tensor, where they cannot be read."""
+    def check_type(self, name: str) -> None:
+        """Raises UserError, naming file and tensor, where its type is not known."""
         entry = self._entries[name]
         if entry.read is None:
             raise UserError(f"{entry.file}: tensor {name} has type {entry.dtype}, which is not known.")
+
+    def read(self, name: str) -> np.ndarray:
+        """The values, in their own type. Raises UserError, naming file and tensor, where they cannot be read."""
+        self.check_type(name)
+        entry = self._entries[name]
         try:
             return entry.read()
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:

@@ -113,7 +113,9 @@ def test_pictures_that_cannot_be_opened_are_named(tmp_path):
     PIL.Image.new("RGB", (1, 1)).save(tmp_path / "outside.png")
     with pytest.raises(UserError, match=r"images/absent\.png cannot be opened: No such file"):
         picture("absent.png")()
-    for name in ("../outside.png", "sub/../../outside.png", str(tmp_path / "outside.png"), "file://outside.png"):
+    with pytest.raises(UserError, match=r"'file://outside\.png' is a URL"):
+        picture("file://outside.png")()
+    for name in ("../outside.png", "sub/../../outside.png", str(tmp_path / "outside.png")):
         with pytest.raises(UserError, match=rf"^Image path {re.escape(repr(name))} leaves the folder .*images\.$"):
             picture(name)()
     (tmp_path / "images" / "broken.png").write_bytes(b"no picture")
@@ -141,6 +143,7 @@ def test_every_image_is_opened_once_before_anything_is_asked(tmp_path, monkeypat
 def test_images_are_opened_before_the_model_is_loaded(tmp_path):
     make_gqa(tmp_path)
     (tmp_path / "gqa" / "images" / "n43.png").unlink()
+    (tmp_path / "none").mkdir()
     argv = [f"--checkpoint={tmp_path}/none", "--benchmark=gqa", f"--data={tmp_path}", f"--out={tmp_path}/out"]
     with pytest.raises(UserError, match=r"^gqa: 1 of 44 images cannot be used\. The first: Image .*/n43\.png "):
         evaluate.main(argv)

@@ -276,7 +276,7 @@ def scoring(data: bytes) -> None:
     assert pope.says_yes(text) == pope.says_yes(text.split(".")[0]) == pope.says_yes(text.replace(",", ""))
     if text.isascii():
         assert gqa.predicted(text.swapcase() + "..") == gqa.predicted(text)
-        assert mme.says(text.swapcase()) == mme.says(f" {text}\n") == mme.says(text)
+        assert mme.says(text.swapcase()) == mme.says(text)
     _check_answer_file([text, *others])
 
 

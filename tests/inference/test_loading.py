@@ -385,7 +385,8 @@ def test_what_is_no_model_is_told_in_a_sentence(folders, tmp_path):
         assert refused(folder).startswith(f"{folder}{told}")
     shutil.copy(start / "model.json", folder)
     shutil.rmtree(folder / "tokenizer")
-    assert refused(folder) == f"{folder} is not a whole model: it lacks tokenizer."
+    copy = f"Copy the folder of its tokenizer to {folder}/tokenizer."
+    assert refused(folder) == f"{folder} is not a whole model: it lacks tokenizer. {copy}"
     run = make_run(epath.Path(tmp_path / "run"), start, step=1)
     rewrite(run / "config.json", model={"llm": "llama-9"})
     assert "model.llm='llama-9'" in refused(run)

@@ -116,7 +116,7 @@ def alive():
 
 
 def test_sigterm_lets_the_runs_end(world, alive, capsys, monkeypatch):
-    monkeypatch.setattr(ablate, "slots", lambda _: [Slot(frozenset(os.sched_getaffinity(0)), {})] * 2)
+    monkeypatch.setattr(running, "slots", lambda _: [Slot(frozenset(os.sched_getaffinity(0)), {})] * 2)
     world.plan = {cell.name: [[0, 60]] for cell in world.cells}
     own, ended = signal.getsignal(signal.SIGTERM), threading.Event()
 

@@ -24,8 +24,6 @@ from stf_jax.weights.folder import load_params
 from stf_jax.weights.model import Description, open_model, save_description
 from stf_jax.weights.origin import complete
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
