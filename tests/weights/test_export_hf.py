@@ -405,7 +405,7 @@ def test_pictures_and_places_must_match(exported):
     model, processor = load(exported("the paper's")[1])
     with pytest.raises(ValueError, match="1 <image>, but there are 2 images"):
         processor(text="<image> What?", images=[picture(1), picture(2)])
-    with pytest.raises(ValueError, match="1 <image>, but there are 0 pictures"):
+    with pytest.raises(ValueError, match="1 <image>, but there are 0 images"):
         processor(text="<image> What?")
     inputs = processor(text="<image> What?", images=picture(1), return_tensors="pt")
     with pytest.raises(ValueError, match="no pixel_values"):
