@@ -10,8 +10,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING
-
 from stf_jax.config import UserError, one_line
 from stf_jax.models.llm import LLMConfig, RopeScaling
 from stf_jax.models.presets import VISION as VISION_PRESETS
@@ -316,6 +314,8 @@ def _tied(tensors, embedding, head, said, notes):
 
 def _full(kind, values):
     """transformers' config of that kind, with its defaults in place of keys that are left out."""
+    from transformers import CONFIG_MAPPING  # imports torch where it is installed: 3 s
+
     try:
         full = CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if key != "model_type"})
         said = [full.hidden_size, full.intermediate_size, full.num_hidden_layers, full.num_attention_heads]
