@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.models.attention import Mask, attention
 from stf_jax.planning.topology import described, memory_limit
-from stf_jax.runtime.cost import CHIPS, chip_of
+from stf_jax.runtime.chips import CHIPS, chip_of
 from stf_jax.runtime.mesh import BATCH, computing, make_mesh
 
 pytestmark = pytest.mark.usefixtures("optimized")
