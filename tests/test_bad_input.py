@@ -512,7 +512,7 @@ CONVERT = [
     pickled("that is a bomb", BOMB, "is compressed"),
     pickled("of numbers", torch_file({"a": 3}), "named tensors"),
     pickled("of a list", torch_file([torch.ones(2)]), "named tensors"),
-    pickled("of complex numbers", torch_file({"embed_tokens.weight": torch.ones(2, 2).cfloat()}), "w.bin"),
+    pickled("of complex numbers", torch_file({"a": torch.ones(2, dtype=torch.complex64)}), "complex64"),
     ggufs("of nothing", b""),
     ggufs("that is text", "This is no GGUF, whatever it is called.", "fetch it again"),
     ggufs("cut in its head", gguf(LLAMA)[:-9], "cut short"),

@@ -46,6 +46,8 @@ def check_kind(tensors: Tensors, config: Mapping[str, Any], notes: list[str]) ->
     method = said.get("quant_method", "") if isinstance(said, Mapping) else ""
     for name in tensors.names:
         dtype = tensors.dtype(name)
+        if dtype.startswith("complex"):
+            raise UserError(f"Tensor {name} has type {dtype}, which no weights have: is this a model's file?")
         whole = dtype in _BYTES and name.endswith("weight")
         if whole or _QUANTISED.fullmatch(name) or _NARROW.fullmatch(dtype):
             by = f" by {method}" if method else ""
