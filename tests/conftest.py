@@ -11,8 +11,12 @@ import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Most tests compile longer than they compute; tests of what XLA makes of a program ask for `optimized`.
+# Most tests compile longer than they compute: so a train step takes 3 s of a core to compile, not 20. Tests of what XLA
+# makes of a program ask for `optimized`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1"
+)
 # Test processes started by tests find the project and the tiny presets, wherever they run.
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
@@ -121,10 +125,11 @@ def nothing_global_changes():
 
 @pytest.fixture
 def optimized(monkeypatch):
-    """XLA's optimizations, as users have them, in this process and in those that it starts."""
+    """XLA's optimizations, as users have them, in this process (its way to emit code apart) and in those it starts."""
     import jax
 
     monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+    monkeypatch.delenv("XLA_FLAGS")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

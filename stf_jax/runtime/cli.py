@@ -93,6 +93,7 @@ def _quiet():
     libraries = [logging.getLogger(name) for name in ("absl", "asyncio")]  # Orbax's two
     for library in libraries:
         library.addFilter(_without_traceback)
+    # The first stays: what Orbax left behind may end after the command.
     sys.unraisablehook, threading.excepthook = _library_failed, _thread_failed
     try:
         with quiet_libraries():
@@ -100,7 +101,7 @@ def _quiet():
     finally:
         for library in libraries:
             library.removeFilter(_without_traceback)
-        sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
+        threading.excepthook = threading.__excepthook__
 
 
 # What cannot be written is told by who waits for it (checkpoint.py, journal.py), once; libraries print it many times.
@@ -110,10 +111,13 @@ def _without_traceback(record):
     return not record.exc_info
 
 
+_report_unraisable = sys.unraisablehook
+
+
 def _library_failed(failure):
     # Orbax closes the loop over tensorstore's other writes and reads when one has failed.
     if "Event loop is closed" not in str(failure.exc_value) and "TensorStore" not in str(failure.exc_value):
-        sys.__unraisablehook__(failure)
+        _report_unraisable(failure)
 
 
 def _thread_failed(failure):
