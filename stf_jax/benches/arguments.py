@@ -36,7 +36,7 @@ def flops(parser: argparse.ArgumentParser) -> None:
     """Of :mod:`stf_jax.benches.flops`."""
     parser.add_argument("--vision", default=LLAVA[0], help="a tower preset (%(default)s)")
     parser.add_argument("--llm", default=LLAVA[1], help="a language model preset (%(default)s)")
-    parser.add_argument("--text", default="0,64", help="tokens of prompts beside the picture's (%(default)s)")
+    parser.add_argument("--text", default="0,64", help="text tokens of a prompt (%(default)s)")
 
 
 def fusion(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def fusion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision", default="clip-l-14-336", help="a tower preset (%(default)s)")
     parser.add_argument("--llm", default="vicuna-7b", help="a language model preset (%(default)s)")
     parser.add_argument("--fusions", default="", help="names with commas between; all")
-    parser.add_argument("--batch", type=int, default=1, help="pictures at once (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="images at once (%(default)s)")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="(%(default)s)")
 
 
@@ -67,7 +67,7 @@ def step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision", default="clip-mini-16-384", help="a tower preset; this one costs little")
     parser.add_argument("--fusion", default="mbtf_stf")
     parser.add_argument("--rows", type=int, default=2, help="a step (%(default)s)")
-    parser.add_argument("--text", type=int, default=112, help="tokens of a row behind its picture's (%(default)s)")
+    parser.add_argument("--text", type=int, default=112, help="text tokens of a row (%(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="that are timed (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of all programs in turn (%(default)s)")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="(%(default)s)")

@@ -1,7 +1,7 @@
 """Rows of annotations: LLaVA's form and its relatives, to id, image paths and turns, with what of a row is not read.
 
 Whatever in a row carries an image, another medium or a text that training would miss is read, or the row is refused by
-name. All other keys are passed over, but told, so that they can be counted.
+name. All other keys are ignored, but listed, so that they can be counted.
 """
 
 import dataclasses

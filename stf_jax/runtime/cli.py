@@ -23,6 +23,7 @@ from stf_jax.runtime.environment import quiet_libraries, settle
 from stf_jax.runtime.files import in_bucket, to_path
 
 _VERBOSE = "-v"
+_LONGEST_MESSAGE = 2000  # characters
 
 
 def door(main: Callable[[list[str]], None], argv: list[str] | None = None, *, compilers: bool = False) -> int:
@@ -46,7 +47,9 @@ def door(main: Callable[[list[str]], None], argv: list[str] | None = None, *, co
             finally:
                 sys.stdout.flush()  # a reader who has gone is noticed here, not when Python ends
     except (UserError, RunFailed, TryAgain, Stopped) as error:
-        print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
+        # Foreign texts are cut where they are quoted; what was missed there floods no screen either.
+        text = shorten(str(error), _LONGEST_MESSAGE)
+        print(text if isinstance(error, Stopped) else f"error: {text}", file=sys.stderr)
         return _leave(error.status)
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on where it was.", file=sys.stderr)

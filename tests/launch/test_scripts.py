@@ -142,7 +142,7 @@ def test_a_signal_saves_once_and_ends(number, script, node):
     process = node.start(script, *(COMMAND if script == "restart.sh" else PROGRAM))
     node.until((node.folder / "hangs").exists)
     (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=30)
     assert process.returncode == 143, err
     assert "starting again" not in err
     assert (node.count("saved"), len(node.trained())) == (1, 1)
@@ -154,7 +154,7 @@ def test_a_signal_to_the_script_alone_is_passed_on(number, node):
     process = node.start("restart.sh", *COMMAND)
     node.until((node.folder / "hangs").exists)
     process.send_signal(number)
-    process.communicate(timeout=10)
+    process.communicate(timeout=30)
     assert process.returncode == 143
     assert (node.count("saved"), len(node.trained())) == (1, 1)
 
@@ -166,7 +166,7 @@ def test_a_second_signal_is_passed_on_too(node):
     process.send_signal(signal.SIGTERM)
     node.until((node.folder / "saving").exists)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
+    process.communicate(timeout=30)
     assert process.returncode == 143
     assert (node.count("saved"), len(node.trained())) == (0, 1)
 
@@ -176,7 +176,7 @@ def test_a_signal_ends_the_pause(node):
     process = node.start("restart.sh", *COMMAND)
     node.until((node.folder / "hangs").exists)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
+    process.communicate(timeout=30)
     assert process.returncode == 143
     assert len(node.trained()) == 1
 
@@ -293,7 +293,7 @@ def test_a_job_whose_time_is_over_saves_and_is_queued_again(job):
     job.plan({"when": "stf_jax.main", "hang": [True], "saves": [True]})
     process = both_hang(job)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=10) == 0
+    assert process.wait(timeout=30) == 0
     assert job.count("saved") == 2  # before it is queued
     assert [call["argv"] for call in job.calls("scancel")] == [["--signal=TERM", "77"]]
     assert [call["argv"] for call in job.calls("scontrol")] == REQUEUED
@@ -305,7 +305,7 @@ def test_a_job_whose_tasks_cannot_be_told_is_queued_again_all_the_same(job):
     job.plan({"when": "stf_jax.main", "hang": [True]}, {"when": "scancel", "status": [1]})
     process = both_hang(job)
     process.send_signal(signal.SIGUSR1)
-    process.communicate(timeout=10)
+    process.communicate(timeout=30)
     assert process.returncode == 0
     assert [call["argv"] for call in job.calls("scontrol")] == REQUEUED
 
@@ -329,7 +329,7 @@ def test_a_job_whose_tasks_are_ended_waits_for_slurm_to_take_it_away(job):
     assert job.calls("scontrol") == []
     assert job.count("saved") == 2
     process.send_signal(signal.SIGUSR1)  # its time is over first
-    assert process.wait(timeout=10) == 0
+    assert process.wait(timeout=30) == 0
     os.kill(job.calls("sleep")[0]["pid"], signal.SIGKILL)
     assert [call["argv"] for call in job.calls("scontrol")] == REQUEUED
 
@@ -426,7 +426,7 @@ def test_processes_that_stop_after_one_step_may_save_it(desk):
 
 def test_one_that_fails_ends_all_with_its_status(desk):
     process = together(desk, {"when": "--process=1", "say": ["it broke"], "status": [6]})
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=30)
     assert process.returncode == 6
     assert "process 1 of 0 to 2 ended with status 6" in err
     assert "it broke" in err
@@ -442,7 +442,7 @@ def test_an_interrupt_saves_and_ends_all(number, desk):
     process = together(desk, {"when": "stf_jax.main", "hang": [True], "saves": [True]})
     desk.until(lambda: desk.count("hangs") == 3)
     (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
-    process.communicate(timeout=10)
+    process.communicate(timeout=30)
     assert process.returncode == 143
     assert (desk.count("saved"), len(desk.trained())) == (3, 3)
     for call in desk.calls("python"):

@@ -283,7 +283,7 @@ def test_an_interrupt_cleans_up(at, delete, desk):
     desk.until((desk.folder / "hangs").exists)
     assert len(os.listdir(desk.temporary)) == 1
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=30)
     assert process.returncode == 130, (out, err)
     assert os.listdir(desk.temporary) == []
     if delete:
@@ -303,7 +303,7 @@ def test_termination_between_two_looks_is_not_waited_for(desk):
     desk.until(lambda: verbs(desk) == LOOKED)
     desk.until(lambda: subprocess.run(["pgrep", "-P", str(process.pid), "sleep"], capture_output=True).returncode == 0)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=30)
     assert process.returncode == 143
     assert "watch ended with status 143" in err
     os.killpg(process.pid, signal.SIGKILL)  # the sleep

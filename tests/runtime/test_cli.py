@@ -554,6 +554,17 @@ def test_the_first_screen_is_the_commands_own():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_a_message_floods_no_screen(capsys):
+    def main(argv):
+        raise UserError(f"{'x' * 10**6} is wrong; right is y.")
+
+    assert door(main, []) == 2
+    printed = capsys.readouterr().err
+    assert len(printed) < 2100
+    assert printed.startswith("error: xxx")
+    assert printed.endswith("right is y.\n")
+
+
 def test_a_reader_who_goes_is_no_error():
     # argparse, whose help the second is, takes no notice.
     for argv, status in ((["stf_jax.main", "--help"], 141), (["stf_jax.convert", "import", "--help"], 0)):
