@@ -95,8 +95,9 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScenesConfig:
-    """The embedded procedural pictures (data/scenes.py)."""
+    """The embedded procedural images (data/scenes.py, data/world.py)."""
 
+    edition: int = 1  # 1: shapes and words | 2: print of all sizes, charts and forms, too
     task: str = "conversations"  # documents | captions | mixture | conversations
     size: Size = 20_000  # records in one epoch
     things: Size = 4  # most shapes in a picture, of training as of the benchmark
@@ -229,6 +230,7 @@ _CHOICES = {
     "model.attention": ("auto", "reference", "xla", "cudnn", "splash"),
     "model.reduce": ("", "fastv", "visionzip"),
     "data.source": ("llava", "scenes"),
+    "data.scenes.edition": (1, 2),
     "data.scenes.task": ("documents", "captions", "mixture", "conversations"),
     "data.aspect": ("square", "pad"),
     "data.mix_by": ("epoch", "weight"),

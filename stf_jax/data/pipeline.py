@@ -24,7 +24,7 @@ from stf_jax.data.llava import llava_records
 from stf_jax.data.packing import Batch, Example, to_batch, to_example, to_row
 from stf_jax.data.records import BadRow, Record, format_reasons
 from stf_jax.data.sampling import Plan, PlannedRow
-from stf_jax.data.scenes import SceneRecords
+from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.tokenizer import prefixes_once
 from stf_jax.models.vit import VisionConfig
 
@@ -57,7 +57,9 @@ def training_records(config: TrainConfig) -> Records:
     """The data that the config names. Raises UserError where its files are missing or malformed."""
     data = config.data
     if data.source == "scenes":
-        return Records([SceneRecords(data.scenes.task, data.scenes.size, config.seed, most=data.scenes.things)])
+        world = data.scenes
+        records = SceneRecords(world.task, world.size, config.seed, most=world.things, edition=world.edition)
+        return Records([records])
     return Records(llava_records(data.annotations, data.images))
 
 

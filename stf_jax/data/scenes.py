@@ -1,4 +1,4 @@
-"""Embedded data: a procedural world of coloured shapes and printed words, in LLaVA's conversation format.
+"""Embedded data, first edition: a procedural world of coloured shapes and printed words.
 
 Any record is made from (seed, split, index) alone, so the source has random access and needs no files. There are five
 kinds of question, chosen to show what merging tokens may lose: whether a thing exists, how many there are, an
@@ -9,7 +9,6 @@ shows or names, and their words are never among the training words; only the let
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 
@@ -17,8 +16,6 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
-
-from stf_jax.data.records import IMAGE_MARK, Record, Turn
 
 SIDE = 96  # pixels
 MOST_THINGS = 4
@@ -33,7 +30,7 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 RADII = {"small": 10, "large": 16}  # pixels from a shape's centre to its edge
-ROUNDS = 3  # of questions on one picture; what is asked twice is left out
+DESCRIBE = "Describe the picture."
 SHORT_ANSWER = "Answer the question using a single word or phrase."  # LLaVA's instruction, on the first turn
 
 _PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
@@ -84,7 +81,8 @@ class Question:
     answer: str
 
 
-def _generator(seed, held_out, index):
+def generator(seed: int, held_out: bool, index: int) -> np.random.Generator:
+    """The randomness of one index of one split."""
     return np.random.default_rng([seed, int(held_out), index])
 
 
@@ -93,7 +91,7 @@ def make_scene(seed: int, index: int, held_out: bool = False, most: int = MOST_T
 
     Held-out ones show at least one held-out pair, and only held-out words.
     """
-    rng = _generator(seed, held_out, index)
+    rng = generator(seed, held_out, index)
     boxes, word, word_x, word_y = [], "", 0, 0
     if rng.random() < 0.5:
         word = str(rng.choice(HELD_OUT_WORDS if held_out else TRAINING_WORDS))
@@ -129,7 +127,7 @@ def draw(scene: Scene, seed: int = 0) -> PIL.Image.Image:
     image = PIL.Image.new("RGB", (SIDE * scale, SIDE * scale), scene.background)
     canvas = PIL.ImageDraw.Draw(image)
     for thing in scene.things:
-        _draw_thing(canvas, thing, scale, scene.background)
+        draw_thing(canvas, thing, RADII[thing.size], scale, scene.background)
     if scene.word:
         ink = (15, 15, 15) if sum(scene.background) > 384 else (245, 245, 245)
         font = PIL.ImageFont.load_default(size=20 * scale)
@@ -139,8 +137,11 @@ def draw(scene: Scene, seed: int = 0) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.clip(small + grain, 0, 255).astype(np.uint8))
 
 
-def _draw_thing(canvas, thing, scale, background):
-    x, y, r = (value * scale for value in (thing.x, thing.y, RADII[thing.size]))
+def draw_thing(
+    canvas: PIL.ImageDraw.ImageDraw, thing: Thing, radius: int, scale: int, background: tuple[int, int, int]
+) -> None:
+    """Draws a shape of that radius on a canvas that is ``scale`` times as large as the image."""
+    x, y, r = (value * scale for value in (thing.x, thing.y, radius))
     box, color = (x - r, y - r, x + r, y + r), COLORS[thing.color]
     if thing.shape == "circle":
         canvas.ellipse(box, fill=color)
@@ -268,48 +269,3 @@ def _spatial(scene, rng, pairs):
 def _reading(scene, rng, pairs):
     del rng, pairs
     return Question("reading", "What does the word say?", scene.word) if scene.word else None
-
-
-class SceneRecords:
-    """Scenes as training records, made on demand.
-
-    Tasks:
-      captions: a picture and its caption, for stage 1.
-      conversations: a picture and some rounds of questions of every kind that it allows, for stage 2.
-      documents: a caption as text, then such questions on it, for a language model to begin.
-      mixture: seven in eight captions, one in eight documents.
-    """
-
-    name = "embedded scenes"
-
-    def __init__(self, task: str, size: int, seed: int, held_out: bool = False, most: int = MOST_THINGS):
-        self._task, self._size, self._seed = task, size, seed
-        self._held_out, self._most = held_out, most
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, index: int) -> Record:
-        """The record of that index, below ``len(self)``."""
-        scene = make_scene(self._seed, index, self._held_out, self._most)
-        rng = _generator(self._seed + 1, self._held_out, index)
-        task = self._task
-        if task == "mixture":
-            task = "documents" if index % 8 == 0 else "captions"
-        if task == "captions":
-            # In any order: whoever may begin with any thing has to find it by what it is, not by counting.
-            turns = [Turn("human", f"Describe the picture.\n{IMAGE_MARK}"), Turn("gpt", caption(scene, rng))]
-        else:
-            asked = {q.text: q for _ in range(ROUNDS) for q in questions(scene, rng, self._held_out)}.values()
-            if task == "documents":
-                # The caption stands where the picture will; to repeat it is how a model learns to look things up.
-                told = [(q.text, q.answer) for q in asked]
-                told.insert(rng.integers(len(told) + 1), ("Describe the picture.", caption(scene)))
-                turns = [Turn("human", caption(scene) + "\n")]
-                for question, answer in told:
-                    turns += [Turn("human", f"USER: {question} ASSISTANT:"), Turn("gpt", f" {answer}\n")]
-            else:
-                turns = [t for q in asked for t in (Turn("human", q.text), Turn("gpt", q.answer))]
-                turns[0] = Turn("human", f"{IMAGE_MARK}\n{turns[0].text}\n{SHORT_ANSWER}")
-        pictures = () if task == "documents" else (functools.partial(draw, scene, index),)
-        return Record(f"scene-{self._seed}-{index}", pictures, tuple(turns))

@@ -19,7 +19,7 @@ from stf_jax.data import pipeline
 from stf_jax.data.conversation import Encoded
 from stf_jax.data.packing import Batch, to_example
 from stf_jax.data.pipeline import Batches, Prepare, Records, training_records
-from stf_jax.data.scenes import SceneRecords
+from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.presets import VISION
 

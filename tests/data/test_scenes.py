@@ -10,6 +10,7 @@ import pytest
 
 from stf_jax.data import scenes
 from stf_jax.data.records import IMAGE_MARK
+from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.scenes import (
     COLORS,
     HELD_OUT_PAIRS,
@@ -22,7 +23,6 @@ from stf_jax.data.scenes import (
     TRAINING_PAIRS,
     TRAINING_WORDS,
     Scene,
-    SceneRecords,
     Thing,
     caption,
     draw,

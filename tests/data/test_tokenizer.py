@@ -9,13 +9,13 @@ from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
 from stf_jax.data.conversation import SYSTEM
+from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.scenes import (
     COLORS,
     HELD_OUT_WORDS,
     SHAPES,
     SHORT_ANSWER,
     TRAINING_WORDS,
-    SceneRecords,
     caption,
     make_scene,
 )

@@ -1,0 +1,60 @@
+"""Embedded data as training records in LLaVA's conversation format, made on demand."""
+
+import functools
+from types import ModuleType
+
+from stf_jax.data import scenes, world_text
+from stf_jax.data.records import IMAGE_MARK, Record, Turn
+from stf_jax.data.scenes import MOST_THINGS, SHORT_ANSWER
+
+EDITIONS: dict[int, ModuleType] = {1: scenes, 2: world_text}
+ROUNDS = 3  # of questions on one image; what is asked twice is left out
+
+
+class SceneRecords:
+    """Scenes as training records, made on demand.
+
+    Tasks:
+      captions: an image and its caption, for stage 1.
+      conversations: an image and some rounds of questions of every kind that it allows, for stage 2.
+      documents: a caption as text, then such questions on it, for a language model to begin.
+      mixture: seven in eight captions, one in eight documents.
+    """
+
+    name = "embedded scenes"
+
+    def __init__(
+        self, task: str, size: int, seed: int, held_out: bool = False, most: int = MOST_THINGS, edition: int = 1
+    ):
+        """Records 0 to ``size`` of a seed and split, with ``most`` shapes in an image, of that world's edition."""
+        self._task, self._size, self._seed = task, size, seed
+        self._held_out, self._most, self._edition = held_out, most, edition
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Record:
+        """The record of that index, below ``len(self)``."""
+        world = EDITIONS[self._edition]
+        scene = world.make_scene(self._seed, index, self._held_out, self._most)
+        rng = world.generator(self._seed + 1, self._held_out, index)
+        task = self._task
+        if task == "mixture":
+            task = "documents" if index % 8 == 0 else "captions"
+        if task == "captions":
+            # In any order: whoever may begin with any thing has to find it by what it is, not by counting.
+            turns = [Turn("human", f"{world.DESCRIBE}\n{IMAGE_MARK}"), Turn("gpt", world.caption(scene, rng))]
+        else:
+            asked = {q.text: q for _ in range(ROUNDS) for q in world.questions(scene, rng, self._held_out)}.values()
+            if task == "documents":
+                # The caption stands where the image will; to repeat it is how a model learns to look things up.
+                said = [(q.text, q.answer) for q in asked]
+                said.insert(rng.integers(len(said) + 1), (world.DESCRIBE, world.caption(scene)))
+                turns = [Turn("human", world.caption(scene) + "\n")]
+                for question, answer in said:
+                    turns += [Turn("human", f"USER: {question} ASSISTANT:"), Turn("gpt", f" {answer}\n")]
+            else:
+                turns = [t for q in asked for t in (Turn("human", q.text), Turn("gpt", q.answer))]
+                turns[0] = Turn("human", f"{IMAGE_MARK}\n{turns[0].text}\n{SHORT_ANSWER}")
+        pictures = () if task == "documents" else (functools.partial(world.draw, scene, index),)
+        return Record(f"scene-{self._seed}-{index}", pictures, tuple(turns))

@@ -1,0 +1,278 @@
+"""The embedded world, second edition: what an image of it shows, and how it is drawn.
+
+Images are :data:`SIDE` pixels a side and come in four layouts: coloured shapes, printed texts, bar charts and forms.
+They show what reducing vision tokens is known to lose: small print, numbers in charts and forms, counts, places.
+Everything follows from (seed, split, index), by numpy's generators alone.
+
+Held-out images come from another seed. Each image of shapes shows at least one colour-and-shape pair, and every
+printed word and number of two digits is one, that training never shows or names; half of the prints use fonts
+that training never uses.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+from stf_jax.data.scenes import (
+    COLORS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_WORDS,
+    SHAPES,
+    TRAINING_PAIRS,
+    TRAINING_WORDS,
+    Thing,
+    draw_thing,
+)
+
+SIDE = 96  # pixels
+ZONE = SIDE // 3
+LAYOUTS = {"shapes": 0.4, "texts": 0.25, "chart": 0.175, "form": 0.175}  # shares of the images
+RADII = {"small": 8, "large": 13}  # pixels from a shape's centre to its edge
+MOST_THINGS = 4
+HEIGHTS = (5, 6, 8, 10, 13, 17, 22)  # pixels, of printed capitals
+LARGE = 13  # from here on a print is large
+TRAINING_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "STIXGeneralBol")
+HELD_OUT_FONTS = ("DejaVuSerif-Bold", "cmss10")
+# One number in five, such that training shows every digit at either place.
+HELD_OUT_NUMBERS = [str(n) for n in range(10, 100) if (n // 10 + n % 10) % 5 == 0]
+TRAINING_NUMBERS = [str(n) for n in range(10, 100) if (n // 10 + n % 10) % 5]
+BAR_LABELS = "BDHKLMNPRSTV"
+FORM_LABELS = ("TOTAL", "TAX", "TIP", "ROOM", "AGE", "CODE", "SIZE", "SEAT", "LINE", "UNIT")
+ROWS = ("top", "middle", "bottom")
+_SCALE = 3  # drawn larger, then reduced, for smooth edges
+
+
+@dataclasses.dataclass(frozen=True)
+class Print:
+    """A printed word or number; x and y are its centre in pixels, ``height`` that of its capitals."""
+
+    text: str
+    x: int
+    y: int
+    height: int
+    font: str
+
+    @property
+    def row(self) -> str:
+        """The third of the image that it lies in, from the top: one of :data:`ROWS`."""
+        return ROWS[self.y // ZONE]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """Bars side by side with a letter below each and its value, 1 to 9, above it; no value comes twice."""
+
+    labels: tuple[str, ...]
+    values: tuple[int, ...]
+    colors: tuple[str, ...]
+    height: int
+    font: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Rows of cells. A receipt has a label and a number a row; a table numbers, lettered columns, numbered rows."""
+
+    labels: tuple[str, ...]  # of rows in a receipt, of columns in a table
+    cells: tuple[tuple[str, ...], ...]  # by row
+    height: int
+    font: str
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is a table, not a receipt."""
+        return len(self.cells[0]) > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What an image shows: shapes and prints in reading order, or a chart, or a form."""
+
+    background: tuple[int, int, int]
+    things: tuple[Thing, ...] = ()
+    prints: tuple[Print, ...] = ()
+    chart: Chart | None = None
+    form: Form | None = None
+
+
+def generator(seed: int, held_out: bool, index: int) -> np.random.Generator:
+    """The randomness of one index of one split."""
+    return np.random.default_rng([seed, int(held_out), index, 2])
+
+
+def make_scene(seed: int, index: int, held_out: bool = False, most: int = MOST_THINGS) -> Scene:
+    """The scene of that index, of ``most`` shapes at most."""
+    rng = generator(seed, held_out, index)
+    light = rng.integers(205, 250) if rng.random() < 0.5 else rng.integers(10, 60)
+    background = tuple(int(np.clip(light + rng.integers(-12, 13), 0, 255)) for _ in range(3))
+    layout = str(rng.choice(list(LAYOUTS), p=list(LAYOUTS.values())))
+    if layout == "chart":
+        return Scene(background, chart=_make_chart(rng, held_out))
+    if layout == "form":
+        return Scene(background, form=_make_form(rng, held_out))
+    if layout == "shapes":
+        rows = rng.choice(3, int(rng.random() < 0.4), replace=False)
+        count = int(rng.integers(1, most + 1))
+    else:
+        rows = rng.choice(3, rng.integers(1, 4), replace=False)
+        count = int(len(rows) < 3 and rng.random() < 0.5)
+    prints = tuple(_make_print(rng, held_out, int(row)) for row in sorted(rows))
+    free = [(row, column) for row in range(3) for column in range(3) if row not in rows]
+    return Scene(background, _make_things(rng, held_out, count, free), prints)
+
+
+def _make_things(rng, held_out, count, free):
+    """Shapes in zones of their own. Half of the time some share a colour or a shape, for there to be much to count."""
+    zones = sorted(free[i] for i in rng.permutation(len(free))[:count])
+    shared, value = int(rng.integers(2)), int(rng.integers(6))
+    alike = int(rng.integers(2, count + 1)) if count > 1 and rng.random() < 0.5 else 0
+    special = int(rng.integers(count)) if count else 0
+    things = []
+    for number, (row, column) in enumerate(zones):
+        pairs = sorted(HELD_OUT_PAIRS) if held_out and number == special else TRAINING_PAIRS
+        if number < alike:
+            pairs = [pair for pair in pairs if pair[shared] == ((*COLORS,), SHAPES)[shared][value]]
+        color, shape = pairs[rng.integers(len(pairs))]
+        size = str(rng.choice(list(RADII)))
+        reach = ZONE // 2 - RADII[size] - 1
+        x, y = (ZONE * zone + ZONE // 2 + int(rng.integers(-reach, reach + 1)) for zone in (column, row))
+        things.append(Thing(size, color, shape, x, y))
+    return tuple(things)
+
+
+def _make_print(rng, held_out, row):
+    words, numbers = (HELD_OUT_WORDS, HELD_OUT_NUMBERS) if held_out else (TRAINING_WORDS, TRAINING_NUMBERS)
+    text, height, font = (
+        str(rng.choice(words if rng.random() < 0.5 else numbers)),
+        int(rng.choice(HEIGHTS)),
+        _font(rng, held_out),
+    )
+    spare = SIDE - width(text, height, font) - 4
+    x = SIDE // 2 + int(rng.integers(-spare // 2, spare // 2 + 1))
+    reach = max(0, ZONE // 2 - height // 2 - 2)
+    return Print(text, x, ZONE * row + ZONE // 2 + int(rng.integers(-reach, reach + 1)), height, font)
+
+
+def _font(rng, held_out):
+    new = held_out and rng.random() < 0.5
+    return str(rng.choice(HELD_OUT_FONTS if new else TRAINING_FONTS))
+
+
+def _make_chart(rng, held_out):
+    count = int(rng.integers(2, 5))
+    labels = tuple(BAR_LABELS[i] for i in rng.permutation(len(BAR_LABELS))[:count])
+    values = tuple(int(value) for value in rng.permutation(9)[:count] + 1)
+    colors = tuple(str(color) for color in rng.choice(list(COLORS), count))
+    return Chart(labels, values, colors, int(rng.integers(6, 10)), _font(rng, held_out))
+
+
+def _make_form(rng, held_out):
+    numbers = HELD_OUT_NUMBERS if held_out else TRAINING_NUMBERS
+    if rng.random() < 0.5:
+        rows, columns, labels = int(rng.integers(2, 5)), 1, FORM_LABELS
+        labels = tuple(labels[i] for i in rng.permutation(len(labels))[:rows])
+    else:
+        rows, columns = int(rng.integers(2, 4)), int(rng.integers(2, 4))
+        labels = tuple("ABC"[:columns])
+    picked = [numbers[i] for i in rng.permutation(len(numbers))[: rows * columns]]
+    cells = tuple(tuple(picked[i : i + columns]) for i in range(0, len(picked), columns))
+    return Form(labels, cells, int(rng.integers(6, 10)), _font(rng, held_out))
+
+
+# ---- Drawing ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _face(font, height):
+    """A font at the size where capitals are ``height`` pixels high."""
+    package = importlib.util.find_spec("matplotlib")  # whose fonts these are; it is not imported
+    file = pathlib.Path(package.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf" / f"{font}.ttf"
+    top, bottom = PIL.ImageFont.truetype(file, 200).getbbox("H", anchor="ls")[1::2]
+    return PIL.ImageFont.truetype(file, 200 * height / (bottom - top))
+
+
+@functools.cache
+def width(text: str, height: int, font: str) -> int:
+    """How wide a print is, in pixels."""
+    return -int(-_face(font, height * _SCALE).getlength(text) // _SCALE)
+
+
+class Canvas:
+    """Where a scene is drawn, by pixels of the image."""
+
+    def __init__(self, background: tuple[int, int, int]):
+        """A plain one."""
+        self.background = background
+        self.ink = (15, 15, 15) if sum(background) > 384 else (245, 245, 245)
+        self._image = PIL.Image.new("RGB", (SIDE * _SCALE, SIDE * _SCALE), background)
+        self._pen = PIL.ImageDraw.Draw(self._image)
+
+    def thing(self, thing: Thing) -> None:
+        """Draws a shape."""
+        draw_thing(self._pen, thing, RADII[thing.size], _SCALE, self.background)
+
+    def text(self, text: str, x: float, y: float, height: int, font: str, anchor: str = "m") -> None:
+        """Prints a text, its capitals centred at y; x is its l(eft), m(iddle) or r(ight), as ``anchor`` says."""
+        place = x * _SCALE, y * _SCALE + height * _SCALE / 2
+        self._pen.text(place, text, fill=self.ink, font=_face(font, height * _SCALE), anchor=f"{anchor}s")
+
+    def box(self, left: float, top: float, right: float, bottom: float, color: tuple[int, int, int]) -> None:
+        """Draws a filled rectangle."""
+        corners = (left * _SCALE, top * _SCALE, right * _SCALE - 1, bottom * _SCALE - 1)
+        self._pen.rectangle(corners, fill=color)
+
+    def finish(self, seed: int) -> PIL.Image.Image:
+        """The image, with grain."""
+        small = np.asarray(self._image.reduce(_SCALE), np.int16)
+        grain = np.random.default_rng(seed).integers(-6, 7, small.shape)
+        return PIL.Image.fromarray(np.clip(small + grain, 0, 255).astype(np.uint8))
+
+
+def draw(scene: Scene, seed: int = 0) -> PIL.Image.Image:
+    """Renders a scene in RGB; ``seed`` is of its grain."""
+    canvas = Canvas(scene.background)
+    for thing in scene.things:
+        canvas.thing(thing)
+    for item in scene.prints:
+        canvas.text(item.text, item.x, item.y, item.height, item.font)
+    if scene.chart is not None:
+        _draw_chart(canvas, scene.chart)
+    if scene.form is not None:
+        _draw_form(canvas, scene.form)
+    return canvas.finish(seed)
+
+
+def _draw_chart(canvas, chart):
+    floor, unit, pitch = SIDE - 16, 6.5, (SIDE - 12) / len(chart.labels)
+    for i, (label, value, color) in enumerate(zip(chart.labels, chart.values, chart.colors, strict=True)):
+        middle = 6 + (i + 0.5) * pitch
+        canvas.box(middle - 0.32 * pitch, floor - unit * value, middle + 0.32 * pitch, floor, COLORS[color])
+        canvas.text(label, middle, floor + 8, chart.height, chart.font)
+        canvas.text(str(value), middle, floor - unit * value - 2 - chart.height / 2, chart.height, chart.font)
+    canvas.box(4, floor, SIDE - 4, floor + 1, canvas.ink)
+
+
+def _draw_form(canvas, form):
+    rows = len(form.cells) + form.is_table
+    pitch = (SIDE - 16) / rows
+    for row in range(rows):
+        y = 8 + (row + 0.5) * pitch
+        if not form.is_table:
+            texts = [(form.labels[row], 6, "l"), (form.cells[row][0], SIDE - 6, "r")]
+        else:
+            columns = [26 + (i + 0.5) * (SIDE - 30) / len(form.labels) for i in range(len(form.labels))]
+            texts = [] if row == 0 else [(str(row), 12, "m")]
+            line = form.labels if row == 0 else form.cells[row - 1]
+            texts += [(text, x, "m") for text, x in zip(line, columns, strict=True)]
+            if row == 0:
+                canvas.box(4, y + pitch / 2, SIDE - 4, y + pitch / 2 + 1, canvas.ink)
+        for text, x, anchor in texts:
+            canvas.text(text, x, y, form.height, form.font, anchor)
+    if form.is_table:
+        canvas.box(22, 4, 23, SIDE - 4, canvas.ink)

@@ -1,0 +1,189 @@
+"""What can be said of the embedded world's second edition: captions, and questions with answers.
+
+Questions are balanced, so that who sees nothing earns little: where an answer is yes or no, each is as likely; a
+number, colour, shape or place is drawn evenly from what the question may have as its answer, where the scene allows.
+"""
+
+import collections
+from collections.abc import Callable
+
+import numpy as np
+
+from stf_jax.data.scenes import COLORS, HELD_OUT_PAIRS, SHAPES, TRAINING_PAIRS, Question
+from stf_jax.data.world import ZONE, Scene, draw, generator, make_scene
+
+__all__ = ["DESCRIBE", "KINDS", "caption", "draw", "generator", "make_scene", "questions", "zone"]
+
+KINDS = ("existence", "count", "attribute", "position", "relation", "reading", "chart", "form")
+DESCRIBE = "Describe the image."
+_PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
+
+
+def zone(x: int, y: int) -> str:
+    """The ninth of the image that a point lies in: ``top left``, ``top``, …, ``center``, …"""
+    row, column = ("top", "", "bottom")[y // ZONE], ("left", "", "right")[x // ZONE]
+    return f"{row} {column}".strip() or "center"
+
+
+def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
+    """All that a scene shows, in one line; its parts in reading order, or as ``rng`` shuffles them."""
+    parts = [f"a {t.size} {t.color} {t.shape} at the {zone(t.x, t.y)}" for t in scene.things]
+    parts += [f"the text {p.text} at the {p.row}" for p in scene.prints]
+    if rng is not None:
+        parts = [parts[i] for i in rng.permutation(len(parts))]
+    if scene.chart is not None:
+        bars = zip(scene.chart.labels, scene.chart.values, strict=True)
+        parts.append("a chart of " + ", ".join(f"{label} {value}" for label, value in bars))
+    if scene.form is not None and scene.form.is_table:
+        rows = (f"row {i} {' '.join(cells)}" for i, cells in enumerate(scene.form.cells, start=1))
+        parts.append(f"a table of {' '.join(scene.form.labels)}, " + ", ".join(rows))
+    elif scene.form is not None:
+        lines = zip(scene.form.labels, scene.form.cells, strict=True)
+        parts.append("a form of " + ", ".join(f"{label} {number}" for label, (number,) in lines))
+    return ", ".join(parts)
+
+
+def questions(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> list[Question]:
+    """One question of each kind that the scene allows, in random order. Those of training name training pairs alone."""
+    made = [make(scene, rng, held_out) for make in _MAKERS.values()]
+    made = [question for question in made if question is not None]
+    return [made[i] for i in rng.permutation(len(made))]
+
+
+def _pick(rng, options):
+    return options[rng.integers(len(options))]
+
+
+def _existence(scene, rng, held_out):
+    """Of a colour, of a shape, or of both together, which is the hard one."""
+    if not scene.things:
+        return None
+    asked = rng.integers(3)
+    if asked == 2:
+        present, known = {thing.pair for thing in scene.things}, _PAIRS if held_out else TRAINING_PAIRS
+    else:
+        key = ("color", "shape")[asked]
+        present, known = {getattr(thing, key) for thing in scene.things}, (tuple(COLORS), SHAPES)[asked]
+    absent = [value for value in known if value not in present]
+    answer = "yes" if rng.random() < 0.5 else "no"
+    if answer == "yes":
+        # Few of a held-out scene's shapes are held out; ask of those first, they are what is new.
+        candidates = sorted(present & HELD_OUT_PAIRS) or sorted(present)
+    elif asked == 2:
+        # Half right is harder: another shape of a colour that is there, or another colour of a shape. And what is
+        # held out is asked of as often as where the answer is yes.
+        near = [(c, s) for c, s in absent if any(c == a or s == b for a, b in present)]
+        candidates = [pair for pair in near if pair in HELD_OUT_PAIRS] if held_out else near
+        candidates = candidates or near or absent
+    else:
+        candidates = absent
+    value = _pick(rng, candidates)
+    what = (f"{value} shape", value, " ".join(value))[asked]
+    return Question("existence", f"Is there {'an' if what.startswith('orange') else 'a'} {what}?", answer)
+
+
+def _count(scene, rng, held_out):
+    del held_out
+    if not scene.things or (scene.prints and len(scene.things) == 1):
+        return None
+    asked = rng.integers(3)
+    if asked == 0:
+        return Question("count", "How many shapes are there?", str(len(scene.things)))
+    key, options = (("color", tuple(COLORS)), ("shape", SHAPES))[asked - 1]
+    counts = collections.Counter(getattr(thing, key) for thing in scene.things)
+    by_count = collections.defaultdict(list)
+    for option in options:
+        by_count[counts[option]].append(option)
+    number = _pick(rng, sorted(by_count))
+    value = _pick(rng, by_count[number])
+    noun = f"{value} shapes" if key == "color" else {"cross": "crosses"}.get(value, f"{value}s")
+    return Question("count", f"How many {noun} are there?", str(number))
+
+
+def _attribute(scene, rng, held_out):
+    del held_out
+    by_type = collections.defaultdict(list)
+    for thing in scene.things:
+        if sum(t.shape == thing.shape for t in scene.things) == 1:
+            by_type["color"].append(Question("attribute", f"What color is the {thing.shape}?", thing.color))
+        if sum(t.color == thing.color for t in scene.things) == 1:
+            by_type["shape"].append(Question("attribute", f"What shape is {thing.color}?", thing.shape))
+        if sum(t.pair == thing.pair for t in scene.things) == 1:
+            text = f"Is the {thing.color} {thing.shape} small or large?"
+            by_type["size"].append(Question("attribute", text, thing.size))
+    return _pick(rng, by_type[_pick(rng, sorted(by_type))]) if by_type else None
+
+
+def _unique(scene):
+    return [t for t in scene.things if sum(o.pair == t.pair for o in scene.things) == 1]
+
+
+def _position(scene, rng, held_out):
+    del held_out
+    things = _unique(scene)
+    if not things:
+        return None
+    thing = _pick(rng, things)
+    return Question("position", f"Where is the {thing.color} {thing.shape}?", zone(thing.x, thing.y))
+
+
+_OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def _relation(scene, rng, held_out):
+    """How two shapes lie to each other, in different thirds of the image."""
+    del held_out
+    things, relations = _unique(scene), []
+    for a in things:
+        for b in things:
+            if a.x // ZONE != b.x // ZONE:
+                relations.append((a, b, "left of" if a.x < b.x else "right of"))
+            if a.y // ZONE != b.y // ZONE:
+                relations.append((a, b, "above" if a.y < b.y else "below"))
+    if not relations:
+        return None
+    a, b, relation = _pick(rng, relations)
+    answer = "yes" if rng.random() < 0.5 else "no"
+    relation = relation if answer == "yes" else _OPPOSITE[relation]
+    return Question("relation", f"Is the {a.color} {a.shape} {relation} the {b.color} {b.shape}?", answer)
+
+
+def _reading(scene, rng, held_out):
+    del held_out
+    if not scene.prints:
+        return None
+    item = _pick(rng, scene.prints)
+    which = "" if len(scene.prints) == 1 else f"{item.row} "
+    return Question("reading", f"What does the {which}text say?", item.text)
+
+
+def _chart(scene, rng, held_out):
+    del held_out
+    if scene.chart is None:
+        return None
+    bars = list(zip(scene.chart.values, scene.chart.labels, strict=True))
+    asked = rng.integers(3)
+    if asked == 2:
+        value, label = _pick(rng, bars)
+        return Question("chart", f"What is the value of {label}?", str(value))
+    which, end = (("highest", max), ("lowest", min))[asked]
+    return Question("chart", f"Which bar is {which}?", end(bars)[1])
+
+
+def _form(scene, rng, held_out):
+    del held_out
+    form = scene.form
+    if form is None:
+        return None
+    row, column = int(rng.integers(len(form.cells))), int(rng.integers(len(form.cells[0])))
+    number = form.cells[row][column]
+    if form.is_table:
+        return Question("form", f"What is in row {row + 1} of column {form.labels[column]}?", number)
+    if rng.random() < 0.5:
+        return Question("form", f"What is the {form.labels[row]}?", number)
+    return Question("form", f"Which line says {number}?", form.labels[row])
+
+
+_MAKERS: dict[str, Callable[[Scene, np.random.Generator, bool], Question | None]] = dict(
+    zip(KINDS, (_existence, _count, _attribute, _position, _relation, _reading, _chart, _form), strict=True)
+)

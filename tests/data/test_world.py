@@ -1,0 +1,266 @@
+"""The embedded world's second edition: the same each time, true, balanced, and held out."""
+
+import collections
+import hashlib
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+from stf_jax.data import world
+from stf_jax.data.scene_records import SceneRecords
+from stf_jax.data.scenes import COLORS, HELD_OUT_PAIRS, HELD_OUT_WORDS, SHAPES, TRAINING_WORDS
+from stf_jax.data.world import HELD_OUT_FONTS, HELD_OUT_NUMBERS, RADII, SIDE, TRAINING_NUMBERS, draw, make_scene
+from stf_jax.data.world_text import KINDS, caption, questions, zone
+
+MANY = 2400
+HELD_OUT_SEED = 1_000_003
+NAMED_PAIR = re.compile(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b")
+NAMED_PRINT = re.compile(r"\b(?:[A-Z]{3}|\d\d)\b")
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Scenes by whether they are held out."""
+    return {
+        held_out: [make_scene(seed, index, held_out) for index in range(MANY)]
+        for held_out, seed in ((False, 0), (True, HELD_OUT_SEED))
+    }
+
+
+@pytest.fixture(scope="module")
+def asked(scenes):
+    """(scene, question) of both splits, more than 20,000 in all."""
+    return {
+        held_out: [
+            (scene, question)
+            for index, scene in enumerate(some)
+            for turn in range(3)
+            for question in questions(scene, np.random.default_rng([index, turn]), held_out)
+        ]
+        for held_out, some in scenes.items()
+    }
+
+
+def texts(task, count, held_out=False):
+    records = SceneRecords(task, count, seed=HELD_OUT_SEED if held_out else 0, held_out=held_out, edition=2)
+    return [turn.text for index in range(count) for turn in records[index].turns]
+
+
+# ---- The same each time ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "held_out", "digest"),
+    [
+        ("captions", False, "dc6e4eedf4c7311b"),
+        ("conversations", False, "dc367f4cf83a6216"),
+        ("documents", False, "c010a05c787a5d01"),
+        ("conversations", True, "708650e3885f5cc6"),
+    ],
+)
+def test_text_of_many_records_is_what_it_always_was(task, held_out, digest):
+    """On every version of Python and numpy."""
+    assert hashlib.sha256("\n".join(texts(task, 500, held_out)).encode()).hexdigest()[:16] == digest
+
+
+def test_an_image_is_the_same_each_time_and_of_its_index_alone(scenes):
+    for index in (0, 7, 11):
+        one, again = (np.asarray(draw(make_scene(0, index), index)) for _ in range(2))
+        np.testing.assert_array_equal(one, again)
+        assert one.shape == (SIDE, SIDE, 3)
+    assert len(set(scenes[False])) > 0.99 * MANY
+    assert not set(scenes[False]) & set(scenes[True])
+
+
+# ---- Held out --------------------------------------------------------------------------------------------------------
+
+
+def _prints(scene):
+    yield from (item.text for item in scene.prints)
+    if scene.form is not None:
+        yield from itertools.chain(*scene.form.cells)
+
+
+def _fonts(scene):
+    return {item.font for item in (*scene.prints, scene.chart, scene.form) if item is not None}
+
+
+def test_training_shows_and_names_nothing_held_out(scenes):
+    for scene in scenes[False]:
+        assert not {thing.pair for thing in scene.things} & HELD_OUT_PAIRS
+        assert not {*_prints(scene)} & {*HELD_OUT_WORDS, *HELD_OUT_NUMBERS}
+        assert not _fonts(scene) & {*HELD_OUT_FONTS}
+    for task in ("captions", "conversations", "documents"):
+        said = "\n".join(texts(task, 800))
+        assert len(NAMED_PAIR.findall(said)) > 500
+        assert not {*NAMED_PAIR.findall(said)} & HELD_OUT_PAIRS
+        assert len(NAMED_PRINT.findall(said)) > 500
+        assert not {*NAMED_PRINT.findall(said)} & {*HELD_OUT_WORDS, *HELD_OUT_NUMBERS}
+
+
+def test_held_out_images_show_what_is_held_out(scenes):
+    for scene in scenes[True]:
+        assert not scene.things or {thing.pair for thing in scene.things} & HELD_OUT_PAIRS
+        assert {*_prints(scene)} <= {*HELD_OUT_WORDS, *HELD_OUT_NUMBERS}
+    fonts = [_fonts(scene) for scene in scenes[True] if _fonts(scene)]
+    assert 0.4 < np.mean([bool(one & {*HELD_OUT_FONTS}) for one in fonts]) < 0.7
+
+
+def test_training_shows_every_color_shape_letter_and_digit():
+    assert {*HELD_OUT_NUMBERS} | {*TRAINING_NUMBERS} == {str(number) for number in range(10, 100)}
+    for place in range(2):
+        assert {number[place] for number in TRAINING_NUMBERS} == {number[place] for number in HELD_OUT_NUMBERS}
+    for place in range(3):
+        assert {word[place] for word in HELD_OUT_WORDS} <= {word[place] for word in TRAINING_WORDS}
+
+
+# ---- True ------------------------------------------------------------------------------------------------------------
+
+
+def _truth(scene, text):
+    """The answer, from the caption's facts alone."""
+    facts = caption(scene)
+    things = re.findall(r"an? (small|large) (\w+) (\w+) at the ([a-z ]+)", facts)
+    if found := re.fullmatch(r"Is there an? (\w+) shape\?", text):
+        return "yes" if any(found[1] == color for _, color, _, _ in things) else "no"
+    if found := re.fullmatch(r"Is there an? (\w+)\?", text):
+        return "yes" if any(found[1] == shape for _, _, shape, _ in things) else "no"
+    if found := re.fullmatch(r"Is there an? (\w+) (\w+)\?", text):
+        return "yes" if any(found.groups() == (color, shape) for _, color, shape, _ in things) else "no"
+    if found := re.fullmatch(r"How many (?:(\w+) )?(\w+) are there\?", text):
+        color, noun = found.groups()
+        return str(sum((color in (None, c)) and (noun in ("shapes", f"{s}s", f"{s}es")) for _, c, s, _ in things))
+    if found := re.fullmatch(r"What color is the (\w+)\?", text):
+        return " ".join(color for _, color, shape, _ in things if shape == found[1])
+    if found := re.fullmatch(r"What shape is (\w+)\?", text):
+        return " ".join(shape for _, color, shape, _ in things if color == found[1])
+    if found := re.fullmatch(r"Is the (\w+) (\w+) small or large\?", text):
+        return " ".join(size for size, color, shape, _ in things if found.groups() == (color, shape))
+    if found := re.fullmatch(r"Where is the (\w+) (\w+)\?", text):
+        return " ".join(where for _, color, shape, where in things if found.groups() == (color, shape))
+    if found := re.fullmatch(r"Is the (\w+) (\w+) (left of|right of|above|below) the (\w+) (\w+)\?", text):
+        (a,), (b,) = (
+            [where for _, color, shape, where in things if pair == (color, shape)]
+            for pair in (found.groups()[:2], found.groups()[3:])
+        )
+        words = ("left", "", "right") if found[3].endswith("of") else ("top", "", "bottom")
+        at = [next((i for i, word in enumerate(words) if word and word in where.split()), 1) for where in (a, b)]
+        return "yes" if (at[0] < at[1]) == (found[3] in ("left of", "above")) and at[0] != at[1] else "no"
+    if found := re.fullmatch(r"What does the (\w+ )?text say\?", text):
+        printed = re.findall(r"the text (\w+) at the (\w+)", facts)
+        return " ".join(said for said, row in printed if found[1] in (None, f"{row} "))
+    if found := re.fullmatch(r"(?:Which bar is (highest|lowest)|What is the value of (\w))\?", text):
+        bars = {label: int(value) for label, value in re.findall(r"\b([A-Z]) (\d)\b", facts)}
+        return str(bars[found[2]]) if found[2] else (max if found[1] == "highest" else min)(bars, key=bars.get)
+    if found := re.fullmatch(r"What is in row (\d) of column (\w)\?", text):
+        columns = re.search(r"a table of ([A-C ]+),", facts)[1].split()
+        return re.search(rf"row {found[1]} ([\d ]+)", facts)[1].split()[columns.index(found[2])]
+    lines = dict(re.findall(r"\b([A-Z]{3,}) (\d\d)\b", facts))
+    if found := re.fullmatch(r"What is the ([A-Z]+)\?", text):
+        return lines[found[1]]
+    found = re.fullmatch(r"Which line says (\d\d)\?", text)
+    return {number: label for label, number in lines.items()}[found[1]]
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_answers_are_true(asked, held_out):
+    for scene, question in asked[held_out]:
+        assert question.answer == _truth(scene, question.text), (question, caption(scene))
+    assert {question.kind for _, question in asked[held_out]} == {*KINDS}
+
+
+# ---- Balanced --------------------------------------------------------------------------------------------------------
+
+
+def test_a_blank_image_earns_little(asked):
+    """The best that text alone allows: for each question, the answer that training gives most often."""
+    assert sum(map(len, asked.values())) > 20_000
+    seen, of_kind = collections.defaultdict(collections.Counter), collections.defaultdict(collections.Counter)
+    for _, question in asked[False]:
+        seen[question.text][question.answer] += 1
+        of_kind[question.kind][question.answer] += 1
+    hits = collections.defaultdict(list)
+    for _, question in asked[True]:
+        guess = (seen.get(question.text) or of_kind[question.kind]).most_common(1)[0][0]
+        hits[question.kind].append(guess == question.answer)
+    assert np.mean(list(itertools.chain(*hits.values()))) < 0.3
+    most = {"existence": 0.55, "count": 0.42, "attribute": 0.3, "position": 0.15, "relation": 0.55}
+    for kind in KINDS:
+        assert np.mean(hits[kind]) < most.get(kind, 0.15), kind
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_answers_are_spread(asked, held_out):
+    answers = collections.defaultdict(collections.Counter)
+    for _, question in asked[held_out]:
+        answers[question.kind][question.answer] += 1
+    for kind in ("existence", "relation"):
+        assert 0.47 < answers[kind]["yes"] / answers[kind].total() < 0.53
+    assert max(answers["count"].values()) < 0.35 * answers["count"].total()
+    assert max(answers["position"].values()) < 0.15 * answers["position"].total()
+    # No kind is rare.
+    total = sum(map(len, (asked[held_out],)))
+    assert min(counter.total() for counter in answers.values()) > 0.05 * total
+
+
+# ---- Drawn -----------------------------------------------------------------------------------------------------------
+
+
+def _pixels(scene):
+    return np.asarray(draw(scene), np.int16)
+
+
+def _is(pixels, color, tolerance=40):
+    return np.abs(pixels - np.array(color)).max(-1) < tolerance
+
+
+def test_shapes_are_where_the_scene_says_and_apart(scenes):
+    for scene in scenes[True][:300]:
+        pixels = _pixels(scene)
+        for thing in scene.things:
+            radius = RADII[thing.size]
+            assert radius <= min(thing.x, thing.y, SIDE - 1 - thing.x, SIDE - 1 - thing.y)
+            around = pixels[thing.y - radius : thing.y + radius + 1, thing.x - radius : thing.x + radius + 1]
+            assert _is(around, COLORS[thing.color]).mean() > 0.2
+        assert len({zone(thing.x, thing.y) for thing in scene.things}) == len(scene.things)
+        rows = [item.row for item in scene.prints]
+        assert len({*rows}) == len(rows)
+        assert not {world.ROWS[thing.y // world.ZONE] for thing in scene.things} & {*rows}
+
+
+def test_prints_are_as_high_and_wide_as_the_scene_says(scenes):
+    seen = collections.Counter()
+    for scene in scenes[False][:600]:
+        pixels = _pixels(scene)
+        unlike = ~_is(pixels, scene.background, 90)
+        for item in scene.prints:
+            rows = slice(item.y // world.ZONE * world.ZONE, item.y // world.ZONE * world.ZONE + world.ZONE)
+            down, across = np.nonzero(unlike[rows])
+            assert abs(np.ptp(down) + 1 - item.height) <= 2, item
+            most = world.width(item.text, item.height, item.font)  # with the fonts' margins
+            assert 0.75 * most - 2 <= np.ptp(across) + 1 <= most + 2, item
+            assert 0 < across.min() <= across.max() < SIDE - 1
+            seen[item.height] += 1
+    assert {*seen} == {*world.HEIGHTS}
+
+
+def test_bars_are_as_high_as_their_values(scenes):
+    for scene in [scene for scene in scenes[False] if scene.chart is not None][:60]:
+        pixels, chart = _pixels(scene), scene.chart
+        pitch = (SIDE - 12) / len(chart.values)
+        for i, (value, color) in enumerate(zip(chart.values, chart.colors, strict=True)):
+            column = pixels[:, int(6 + (i + 0.5) * pitch)]
+            assert abs(_is(column, COLORS[color]).sum() - 6.5 * value) <= 2
+
+
+def test_nothing_of_a_form_is_cut_or_overlaps(scenes):
+    for scene in [scene for scene in scenes[False] if scene.form is not None][:150]:
+        unlike = ~_is(_pixels(scene), scene.background, 90)
+        assert not unlike[[0, -1]].any()
+        assert not unlike[:, [0, -1]].any()
+        if not scene.form.is_table:
+            for label, (number,) in zip(scene.form.labels, scene.form.cells, strict=True):
+                widths = [world.width(text, scene.form.height, scene.form.font) for text in (label, number)]
+                assert sum(widths) < SIDE - 16
