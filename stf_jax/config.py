@@ -97,7 +97,7 @@ class ModelConfig:
 class ScenesConfig:
     """The embedded procedural images (data/scenes.py, data/world.py)."""
 
-    edition: int = 1  # 1: shapes and words | 2: print of all sizes, charts and forms, too
+    edition: Size = 1  # 1: shapes and words | 2: print of all sizes, charts and forms, too
     task: str = "conversations"  # documents | captions | mixture | conversations
     size: Size = 20_000  # records in one epoch
     things: Size = 4  # most shapes in a picture, of training as of the benchmark
