@@ -58,6 +58,7 @@ Share = Annotated[float, Range(0, 1)]
 Decay = Annotated[float, Range(0, 0.9999999)]
 Epochs = Annotated[float, Range(0, 10**5)]  # all are planned at the start
 Seconds = Annotated[float, Range(0, 10**9)]
+Edition = Annotated[int, Range(1, 2)]
 Axis = Annotated[int, Range(-1, 10**6)]  # 0 is refused with the mesh (runtime/mesh.py)
 
 
@@ -97,7 +98,7 @@ class ModelConfig:
 class ScenesConfig:
     """The embedded procedural images (data/scenes.py, data/world.py)."""
 
-    edition: Size = 1  # 1: shapes and words | 2: print of all sizes, charts and forms, too
+    edition: Edition = 1  # 1: shapes and words | 2: print of all sizes, charts and forms, too
     task: str = "conversations"  # documents | captions | mixture | conversations
     size: Size = 20_000  # records in one epoch
     things: Size = 4  # most shapes in a picture, of training as of the benchmark
@@ -230,7 +231,6 @@ _CHOICES = {
     "model.attention": ("auto", "reference", "xla", "cudnn", "splash"),
     "model.reduce": ("", "fastv", "visionzip"),
     "data.source": ("llava", "scenes"),
-    "data.scenes.edition": (1, 2),
     "data.scenes.task": ("documents", "captions", "mixture", "conversations"),
     "data.aspect": ("square", "pad"),
     "data.mix_by": ("epoch", "weight"),
