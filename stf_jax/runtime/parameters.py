@@ -17,6 +17,7 @@ from stf_jax.runtime.checksum import host_checksum
 from stf_jax.runtime.files import fetched, in_bucket
 
 _CHUNK = 4 * 2**20  # bytes
+_GROUP = 16 * 2**20  # bytes of small parameters that are written together, for every write reads all that was written
 IMPORTED = "params"  # the Orbax checkpoint in a folder of imported weights
 
 
@@ -101,7 +102,7 @@ def newest_step(workdir: epath.Path) -> int | None:
 
 
 def write_params(folder: pathlib.Path, params: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes an imported folder's parameters one by one, so that one at a time is in memory.
+    """Writes an imported folder's parameters as they come: one large one, or some MiB of small ones, is in memory.
 
     They appear in ``folder`` when the last is written.
     """
@@ -110,7 +111,14 @@ def write_params(folder: pathlib.Path, params: Iterable[tuple[str, np.ndarray]])
     # In small chunks: a device that reads its share of a parameter expands every chunk that the share touches.
     how.array.saving.storage_options.chunk_byte_size = _CHUNK
     with how:
+        group, size = {}, 0
         for path, value in params:
-            v1.partial.save(target, {path: value})
+            group[path] = value
+            size += value.nbytes
             del value  # before the next one is made
+            if size >= _GROUP:
+                v1.partial.save(target, group)
+                group, size = {}, 0
+        if group:
+            v1.partial.save(target, group)
         v1.partial.finalize(target)
