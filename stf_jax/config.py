@@ -92,6 +92,7 @@ class ModelConfig:
     attention: str = "auto"  # auto | reference | xla | cudnn | splash (models/attention.py)
     reduce: str = ""  # when answering, untrained (models/selection.py): fastv | visionzip; "": nothing
     keep: Count = 0  # image tokens a picture that reduce leaves; 0: a quarter
+    cells: Count = 0  # of each patch, a side, that a head on the tower labels: training is on labels, not answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ class ScenesConfig:
     """The embedded procedural images (data/scenes.py, data/world.py)."""
 
     edition: Edition = 1  # 1: shapes and words | 2: print of all sizes, charts and forms, too
-    task: str = "conversations"  # documents | captions | mixture | conversations
+    task: str = "conversations"  # documents | captions | mixture | conversations | cells
     size: Size = 20_000  # records in one epoch
     things: Size = 4  # most shapes in a picture, of training as of the benchmark
 
@@ -231,7 +232,7 @@ _CHOICES = {
     "model.attention": ("auto", "reference", "xla", "cudnn", "splash"),
     "model.reduce": ("", "fastv", "visionzip"),
     "data.source": ("llava", "scenes"),
-    "data.scenes.task": ("documents", "captions", "mixture", "conversations"),
+    "data.scenes.task": ("documents", "captions", "mixture", "conversations", "cells"),
     "data.aspect": ("square", "pad"),
     "data.mix_by": ("epoch", "weight"),
     "optimizer.schedule": ("cosine", "constant"),

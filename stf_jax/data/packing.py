@@ -25,6 +25,7 @@ class Batch:
     segment_ids: np.ndarray  # int32 [B, T]: 1, 2, … for the conversations of a row, 0 where it is not filled
     image_slots: np.ndarray  # int32 [B, T]: −1 for text, else index into the row's M·N image tokens
     images: np.ndarray  # uint8 [B, M, H, W, 3]; black where a row has fewer
+    labels: np.ndarray | None = None  # uint8 [B, M, S, S, 3]: of S×S cells of each image (model.cells), if learned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +37,12 @@ class Example:
     loss_mask: np.ndarray  # bool [T']
     is_image: np.ndarray  # bool [T']
     images: np.ndarray  # uint8 [M', H, W, 3]
+    labels: np.ndarray | None = None  # uint8 [M', S, S, 3]
 
 
-def to_example(encoded: Encoded, images: np.ndarray, max_length: int, name: str) -> Example:
+def to_example(
+    encoded: Encoded, images: np.ndarray, max_length: int, name: str, labels: np.ndarray | None = None
+) -> Example:
     """One conversation, cut at ``max_length`` tokens, as LLaVA does.
 
     Raises:
@@ -50,20 +54,26 @@ def to_example(encoded: Encoded, images: np.ndarray, max_length: int, name: str)
     tokens, learned, is_image = (x[:max_length] for x in (encoded.tokens, encoded.learned, encoded.is_image))
     if len(tokens) < len(encoded.tokens) and not learned[1:].any():
         raise BadRow("over_length", f"Record {name!r} begins to answer beyond data.max_length={max_length} tokens.")
-    return Example(tokens, np.append(tokens[1:], 0).astype(np.int32), np.append(learned[1:], False), is_image, images)
+    targets, learned = np.append(tokens[1:], 0).astype(np.int32), np.append(learned[1:], False)
+    return Example(tokens, targets, learned, is_image, images, labels)
 
 
-def to_row(examples: Sequence[Example], length: int, images_per_row: int, side: int) -> dict[str, np.ndarray]:
+def to_row(
+    examples: Sequence[Example], length: int, images_per_row: int, side: int, cells: int = 0
+) -> dict[str, np.ndarray]:
     """Conversations one after the other as a row, the fields of :class:`Batch` without B.
 
     Args:
       length: T of the row.
       images_per_row: its M.
       side: H and W of its pictures.
+      cells: S of their labels; 0 where they have none.
     """
     row = {key: np.zeros(length, np.int32) for key in ("tokens", "targets", "positions", "segment_ids")}
     row["loss_mask"], is_image = np.zeros(length, bool), np.zeros(length, bool)
     row["images"] = np.zeros((images_per_row, side, side, 3), np.uint8)
+    if cells:
+        row["labels"] = np.zeros((images_per_row, cells, cells, 3), np.uint8)
     begin = pictures = 0
     for segment, example in enumerate(examples, start=1):
         here = slice(begin, begin + len(example.tokens))
@@ -73,6 +83,8 @@ def to_row(examples: Sequence[Example], length: int, images_per_row: int, side: 
         row["segment_ids"][here] = segment
         is_image[here] = example.is_image
         row["images"][pictures : pictures + len(example.images)] = example.images
+        if example.labels is not None:
+            row["labels"][pictures : pictures + len(example.images)] = example.labels
         begin, pictures = here.stop, pictures + len(example.images)
     # Since every picture has all its slots, the n-th slot of a row is its image token n.
     row["image_slots"] = np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)

@@ -26,6 +26,8 @@ from stf_jax.data.records import BadRow, Record, format_reasons
 from stf_jax.data.sampling import Plan, PlannedRow
 from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.tokenizer import prefixes_once
+from stf_jax.data.world_labels import CELLS
+from stf_jax.models.presets import vision_of
 from stf_jax.models.vit import VisionConfig
 
 _CHUNK = 1024  # conversations tokenised at once when they are measured
@@ -34,6 +36,11 @@ _TOLD = 10  # bad rows that a process names
 _ENDLESS = 2**48  # rows
 
 _log = logging.getLogger(__name__)
+
+
+def labelled(config: DataConfig) -> bool:
+    """Whether images come with labels of their cells."""
+    return config.source == "scenes" and config.scenes.task == "cells"
 
 
 class Records:
@@ -54,8 +61,21 @@ class Records:
 
 
 def training_records(config: TrainConfig) -> Records:
-    """The data that the config names. Raises UserError where its files are missing or malformed."""
+    """The data that the config names.
+
+    Raises:
+      UserError: its files are missing or malformed; the model learns labels, and the data have none, or the reverse.
+    """
     data = config.data
+    if labelled(data) != bool(config.model.cells):
+        raise UserError("model.cells and data.scenes.task=cells go together: set both or neither.")
+    if config.model.cells and data.scenes.edition == 1:
+        raise UserError("data.scenes.task=cells is of the world's second edition: set data.scenes.edition=2.")
+    if config.model.cells and vision_of(config.model).grid * config.model.cells != CELLS:
+        raise UserError(
+            f"data.scenes.task=cells has labels of {CELLS} cells a side: choose a tower and a model.cells that have as "
+            "many, as clip-mini-8-96 has with model.cells=2."
+        )
     if data.source == "scenes":
         world = data.scenes
         records = SceneRecords(world.task, world.size, config.seed, most=world.things, edition=world.edition)
@@ -80,6 +100,7 @@ class Prepare:
         """
         check_template(config.template, tokenizer)
         self._config, self._tokenizer, self.vision, self._slots, self._rows = config, tokenizer, vision, slots, rows
+        self.cells = CELLS if labelled(config) else 0
         self._told, self._lock = 0, threading.Lock()
 
     def __call__(self, record: Record) -> Example:
@@ -89,7 +110,8 @@ class Prepare:
         pictures = [to_square(picture(), self.vision, self._config.aspect) for picture in record.pictures]
         side = self.vision.image_size
         images = np.stack(pictures) if pictures else np.zeros((0, side, side, 3), np.uint8)
-        return to_example(encoded, images, self._config.max_length, record.id)
+        labels = record.labels()[None] if record.labels else None
+        return to_example(encoded, images, self._config.max_length, record.id, labels)
 
     def _items(self, record):
         """What is known to be fit or not before a picture is opened."""
@@ -181,7 +203,8 @@ class _MakeRow:
             except BadRow as error:
                 self.prepare.name(error)
                 bad += 1
-        row = to_row(examples, planned.length, planned.images, self.prepare.vision.image_size)
+        side, cells = self.prepare.vision.image_size, self.prepare.cells
+        row = to_row(examples, planned.length, planned.images, side, cells)
         return row | {"replaced": np.int64(bad)}
 
 
@@ -251,6 +274,10 @@ class Batches:
         self._share = share.map(_MakeRow(source, prepare))
         self._start(0)
 
+    def close(self) -> None:
+        """Ends the threads that read ahead, which else run until the garbage is collected."""
+        self._iterator.close()
+
     def _start(self, batch):
         self._batch = batch
         read = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=8 * self._threads)
@@ -298,4 +325,5 @@ class Batches:
                 "The checkpoint was made with other data, or another order of them (seed, global_batch_size, data.*): "
                 "continue with what its config.json says, or start in another workdir with init_from."
             )
+        self.close()
         self._start(state["rows"] // self._rows)

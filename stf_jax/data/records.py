@@ -7,6 +7,7 @@ so that conversations can be measured without them.
 import dataclasses
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import PIL.Image
 
 from stf_jax.config import UserError
@@ -68,6 +69,7 @@ class Record:
     pictures: tuple[Callable[[], PIL.Image.Image], ...]
     turns: tuple[Turn, ...]
     unread: tuple[str, ...] = ()  # what of its row was passed over (data/rows.py)
+    labels: Callable[[], np.ndarray] | None = None  # of its image's cells, uint8 [S, S, 3], where it was drawn
 
 
 def format_reasons(counts: Mapping[str, int]) -> str:

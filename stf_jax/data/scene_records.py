@@ -6,8 +6,10 @@ from types import ModuleType
 from stf_jax.data import scenes, world_text
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.data.scenes import MOST_THINGS, SHORT_ANSWER
+from stf_jax.data.world_labels import label, make_drill
 
 EDITIONS: dict[int, ModuleType] = {1: scenes, 2: world_text}
+_DRILLS = 4  # one labelled image in so many is no drill
 ROUNDS = 3  # of questions on one image; what is asked twice is left out
 
 
@@ -19,6 +21,7 @@ class SceneRecords:
       conversations: an image and some rounds of questions of every kind that it allows, for stage 2.
       documents: a caption as text, then such questions on it, for a language model to begin.
       mixture: seven in eight captions, one in eight documents.
+      cells: an image, in three of four cases a drill, with the labels of its cells; of the second edition.
     """
 
     name = "embedded scenes"
@@ -35,6 +38,8 @@ class SceneRecords:
 
     def __getitem__(self, index: int) -> Record:
         """The record of that index, below ``len(self)``."""
+        if self._task == "cells":
+            return self._labelled(index)
         world = EDITIONS[self._edition]
         scene = world.make_scene(self._seed, index, self._held_out, self._most)
         rng = world.generator(self._seed + 1, self._held_out, index)
@@ -58,3 +63,20 @@ class SceneRecords:
                 turns[0] = Turn("human", f"{IMAGE_MARK}\n{turns[0].text}\n{SHORT_ANSWER}")
         pictures = () if task == "documents" else (functools.partial(world.draw, scene, index),)
         return Record(f"scene-{self._seed}-{index}", pictures, tuple(turns))
+
+    def _labelled(self, index):
+        # Its scene is made where it is looked at: to lay rows out, nothing has to be known of it.
+        image, labels = functools.partial(self._draw, index), functools.partial(self._label, index)
+        turns = (Turn("human", IMAGE_MARK), Turn("gpt", "."))
+        return Record(f"cells-{self._seed}-{index}", (image,), turns, labels=labels)
+
+    def _draw(self, index):
+        return world_text.draw(self._make(index), index)
+
+    def _label(self, index):
+        return label(self._make(index))
+
+    def _make(self, index):
+        if index % _DRILLS:
+            return make_drill(self._seed, index)
+        return world_text.make_scene(self._seed, index, most=self._most)

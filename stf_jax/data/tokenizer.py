@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
+from stf_jax.data import world_text
 from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.scenes import SHORT_ANSWER, caption, make_scene, questions
 from stf_jax.data.sentencepieces import has_wrong_merges, read_sentencepiece
@@ -168,26 +169,39 @@ def unsayable(tokenizer: PreTrainedTokenizerFast, vocab: int) -> tuple[int, ...]
     return tuple(sorted({*range(len(tokenizer), vocab), *range(mark, min(mark + 1, vocab))}))
 
 
-def train_miniature_tokenizer() -> PreTrainedTokenizerFast:
+def train_miniature_tokenizer(edition: int = 1) -> PreTrainedTokenizerFast:
     """Makes the miniatures' tokenizer: byte-level BPE of :data:`MINIATURE_VOCAB` tokens on text of training scenes.
 
-    Printed words are left out of that text, so that they are spelt in letters or nearly so: a model then reads words
-    it never saw. The result is the same each time.
+    A model is to read words that it never saw, so printed words are spelt. Of the first edition they are left out of
+    that text, and so come in letters or nearly so; of the second each letter and digit is a token of its own. The
+    result is the same each time.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alone = pre_tokenizers.Split(Regex("USER|ASSISTANT|[A-Z0-9]"), behavior="isolated")
+    tokenizer.pre_tokenizer = level if edition == 1 else pre_tokenizers.Sequence([alone, level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=MINIATURE_VOCAB,
+        vocab_size=MINIATURE_VOCAB if edition == 1 else MINIATURE_VOCAB - 8,  # with room for tokens to be added
         special_tokens=["<unk>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(), trainer)
+    tokenizer.train_from_iterator(_texts() if edition == 1 else _second_texts(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     )
+
+
+def _second_texts():
+    from stf_jax.data.conversation import SYSTEM
+
+    for index in range(4000):
+        scene = world_text.make_scene(0, index)
+        yield f"{SYSTEM} USER: \n{world_text.DESCRIBE} ASSISTANT: {world_text.caption(scene)}\n"
+        for question in world_text.questions(scene, np.random.default_rng(index)):
+            yield f"USER: {question.text}\n{SHORT_ANSWER} ASSISTANT: {question.answer}"
 
 
 def _texts():

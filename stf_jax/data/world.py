@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import importlib.util
 import pathlib
+from typing import Protocol
 
 import numpy as np
 import PIL.Image
@@ -153,7 +154,7 @@ def _make_print(rng, held_out, row):
         int(rng.choice(HEIGHTS)),
         _font(rng, held_out),
     )
-    spare = SIDE - width(text, height, font) - 4
+    spare = SIDE - text_width(text, height, font) - 4
     x = SIDE // 2 + int(rng.integers(-spare // 2, spare // 2 + 1))
     reach = max(0, ZONE // 2 - height // 2 - 2)
     return Print(text, x, ZONE * row + ZONE // 2 + int(rng.integers(-reach, reach + 1)), height, font)
@@ -198,13 +199,29 @@ def _face(font, height):
 
 
 @functools.cache
-def width(text: str, height: int, font: str) -> int:
+def text_width(text: str, height: int, font: str) -> int:
     """How wide a print is, in pixels."""
     return -int(-_face(font, height * _SCALE).getlength(text) // _SCALE)
 
 
-class Canvas:
-    """Where a scene is drawn, by pixels of the image."""
+class Surface(Protocol):
+    """What a scene can be put on; all places and sizes are in pixels of the image."""
+
+    def thing(self, thing: Thing) -> None:
+        """A shape."""
+
+    def text(self, text: str, x: float, y: float, height: int, font: str, anchor: str = "m") -> None:
+        """A text, its capitals centred at y; x is its l(eft), m(iddle) or r(ight), as ``anchor`` says."""
+
+    def bar(self, left: float, top: float, right: float, bottom: float, color: str) -> None:
+        """A filled rectangle in one of :data:`COLORS`."""
+
+    def line(self, left: float, top: float, right: float, bottom: float) -> None:
+        """A filled rectangle in ink."""
+
+
+class Canvas(Surface):
+    """A surface that makes an image."""
 
     def __init__(self, background: tuple[int, int, int]):
         """A plain one."""
@@ -222,8 +239,15 @@ class Canvas:
         place = x * _SCALE, y * _SCALE + height * _SCALE / 2
         self._pen.text(place, text, fill=self.ink, font=_face(font, height * _SCALE), anchor=f"{anchor}s")
 
-    def box(self, left: float, top: float, right: float, bottom: float, color: tuple[int, int, int]) -> None:
-        """Draws a filled rectangle."""
+    def bar(self, left: float, top: float, right: float, bottom: float, color: str) -> None:
+        """Draws a filled rectangle in one of :data:`COLORS`."""
+        self._box(left, top, right, bottom, COLORS[color])
+
+    def line(self, left: float, top: float, right: float, bottom: float) -> None:
+        """Draws a filled rectangle in ink."""
+        self._box(left, top, right, bottom, self.ink)
+
+    def _box(self, left, top, right, bottom, color):
         corners = (left * _SCALE, top * _SCALE, right * _SCALE - 1, bottom * _SCALE - 1)
         self._pen.rectangle(corners, fill=color)
 
@@ -237,6 +261,12 @@ class Canvas:
 def draw(scene: Scene, seed: int = 0) -> PIL.Image.Image:
     """Renders a scene in RGB; ``seed`` is of its grain."""
     canvas = Canvas(scene.background)
+    paint(canvas, scene)
+    return canvas.finish(seed)
+
+
+def paint(canvas: Surface, scene: Scene) -> None:
+    """Puts all that a scene shows on a surface."""
     for thing in scene.things:
         canvas.thing(thing)
     for item in scene.prints:
@@ -245,17 +275,16 @@ def draw(scene: Scene, seed: int = 0) -> PIL.Image.Image:
         _draw_chart(canvas, scene.chart)
     if scene.form is not None:
         _draw_form(canvas, scene.form)
-    return canvas.finish(seed)
 
 
 def _draw_chart(canvas, chart):
     floor, unit, pitch = SIDE - 16, 6.5, (SIDE - 12) / len(chart.labels)
     for i, (label, value, color) in enumerate(zip(chart.labels, chart.values, chart.colors, strict=True)):
         middle = 6 + (i + 0.5) * pitch
-        canvas.box(middle - 0.32 * pitch, floor - unit * value, middle + 0.32 * pitch, floor, COLORS[color])
+        canvas.bar(middle - 0.32 * pitch, floor - unit * value, middle + 0.32 * pitch, floor, color)
         canvas.text(label, middle, floor + 8, chart.height, chart.font)
         canvas.text(str(value), middle, floor - unit * value - 2 - chart.height / 2, chart.height, chart.font)
-    canvas.box(4, floor, SIDE - 4, floor + 1, canvas.ink)
+    canvas.line(4, floor, SIDE - 4, floor + 1)
 
 
 def _draw_form(canvas, form):
@@ -271,8 +300,8 @@ def _draw_form(canvas, form):
             line = form.labels if row == 0 else form.cells[row - 1]
             texts += [(text, x, "m") for text, x in zip(line, columns, strict=True)]
             if row == 0:
-                canvas.box(4, y + pitch / 2, SIDE - 4, y + pitch / 2 + 1, canvas.ink)
+                canvas.line(4, y + pitch / 2, SIDE - 4, y + pitch / 2 + 1)
         for text, x, anchor in texts:
             canvas.text(text, x, y, form.height, form.font, anchor)
     if form.is_table:
-        canvas.box(22, 4, 23, SIDE - 4, canvas.ink)
+        canvas.line(22, 4, 23, SIDE - 4)

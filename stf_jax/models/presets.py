@@ -37,6 +37,7 @@ VISION: dict[str, VisionConfig] = {
     "siglip-b-16-256": VisionConfig(256, 16, width=768, layers=12, heads=12, mlp=3072, **_SIGLIP),
     "clip-mini-16-384": VisionConfig(384, 16, width=128, layers=8, heads=4, mlp=512, **_CLIP),
     "clip-mini-16-96": VisionConfig(96, 16, width=128, layers=8, heads=4, mlp=512, **_CLIP),
+    "clip-mini-8-96": VisionConfig(96, 8, width=128, layers=8, heads=4, mlp=512, **_CLIP),
     "siglip-mini-16-96": VisionConfig(96, 16, width=128, layers=8, heads=4, mlp=512, **_SIGLIP),
 }
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from stf_jax.config import ModelConfig
+from stf_jax.models.cells import CellHead
 from stf_jax.models.fusion import Fusion, tapped_blocks
 from stf_jax.models.layers import shard_rows
 from stf_jax.models.llm import Cache, Decoder
@@ -18,6 +19,8 @@ from stf_jax.models.vit import VisionTower
 
 class VLM(nnx.Module):
     """Tower, fusion and decoder. Parameters lie under ``vision/``, ``fusion/`` and ``llm/``.
+
+    With ``model.cells`` the head that a tower is trained by lies under ``cells/``.
 
     Of a language model alone (a ResolvedModel without ``vision_shape``) there is no tower and no fusion: it takes no
     images.
@@ -36,6 +39,8 @@ class VLM(nnx.Module):
             )  # splash is for causal attention alone
             self.vision = VisionTower(rngs, vision, attention=seeing, **how)
             self.fusion = Fusion(rngs, config.fusion, vision, llm.width)
+            if config.cells:
+                self.cells = CellHead(rngs, vision, config.cells)
         self.llm = Decoder(rngs, llm, attention=config.attention, **how)
 
     def image_tokens(self, images: jax.Array) -> jax.Array:
@@ -48,6 +53,11 @@ class VLM(nnx.Module):
             states = self.vision(images, self.taps, self.dtype)
         tokens = self.fusion(states)
         return tokens.reshape(batch, -1, tokens.shape[-1])
+
+    def cell_scores(self, images: jax.Array) -> jax.Array:
+        """Scores of all cells, float32 [B·M, S, S, classes] (models/cells.py), of images uint8 [B, M, H, W, 3]."""
+        images = images.reshape(-1, *images.shape[2:])
+        return self.cells(self.vision(images, self.taps[:1], self.dtype)[0])
 
     def embed(self, tokens: jax.Array, image_slots: jax.Array, image_tokens: jax.Array | None) -> jax.Array:
         """Text embeddings with the image tokens in their slots.

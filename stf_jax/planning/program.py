@@ -18,6 +18,7 @@ from stf_jax.data.packing import Batch
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import BLOCKS, Rules, Sampling
 from stf_jax.inference.generator import ROOM
+from stf_jax.models.cells import CLASSES
 from stf_jax.models.presets import llm_of, vision_of
 from stf_jax.models.selection import FULL_LAYERS, reduction
 from stf_jax.runtime.mesh import BATCH, check_batch, computing, make_mesh, row_shards
@@ -116,7 +117,11 @@ def _train(config, plan, mesh):
     shape = config.global_batch_size, config.data.max_length
     row = _array(shape, jnp.int32, mesh)
     images = _images(config, shape[0], mesh)
-    batch = Batch(row, row, _array(shape, bool, mesh), row, row, row, images)
+    labels = None
+    if config.model.cells:
+        side = vision_of(config.model).grid * config.model.cells
+        labels = _array((*images.shape[:2], side, side, len(CLASSES)), jnp.uint8, mesh)
+    batch = Batch(row, row, _array(shape, bool, mesh), row, row, row, images, labels)
     call = make_train_step(config, plan, tx, layout)
     parts = {"parameters": layout.params, "optimizer": layout.moments, "batch": batch}
 

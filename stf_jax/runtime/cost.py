@@ -14,6 +14,7 @@ and recomputation, padding of tiles or attention over masked places make nobody 
   input of its first layer; the language model counts twice in stage 1, but its attention, whose factors are all inputs,
   three times; in stage 2 all of it three times.
 - What is recomputed counts once.
+- With ``model.cells`` there is the tower and, counted as the fusion, the head that labels cells; and nothing else.
 - What reduces image tokens (models/selection.py) counts what it computes of its own, products alone: VisionZip asks a
   block for queries and keys again, compares keys and sums states; FastV ranks by the attention of one position a row.
 """
@@ -120,6 +121,9 @@ def _marks(model, walk, rows, length, pictures):
         if reduced.name == "visionzip":
             walk.product(images * _zipping(model, vision, reduced.keep))
     marks.append((walk.forward, walk.step))
+    if model.cells:
+        walk.passes("cells/scores", positions=images * vision.grid**2)
+        return marks + [(walk.forward, walk.step)] * 3
     if images:
         patches = images * (reduced.keep if reduced.name == "visionzip" else vision.grid**2)
         walk.passes("fusion/mbtf/first", positions=patches)

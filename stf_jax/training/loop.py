@@ -83,6 +83,7 @@ def _train(config, workdir, measured, ends):
     share, shares = share_of_rows(mesh, host)
     reading = functools.partial(watchdog.comes_to, "data were read")
     batches = Batches(config, source, prepare, host=share, hosts=shares, between=reading)
+    ends.callback(batches.close)
     steps = config.steps or batches.plan.steps(config.epochs)
     warning = check_steps(config, steps, len(source))
 

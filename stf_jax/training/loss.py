@@ -1,4 +1,4 @@
-"""Cross-entropy of next tokens, without ever holding all logits.
+"""Cross-entropy of next tokens, without ever holding all logits; and that of the labels of cells.
 
 The logits of a batch are its largest array by far: a row of 2,048 positions and 32,000 words is 250 MiB in float32, and
 as much again is their gradient. So they are made for some words at a time, read, and dropped: once for the sum that
@@ -14,9 +14,30 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from stf_jax.models.cells import split_scores
+
 _CHUNK = 2**27  # bytes of float32 logits at a time on a device
 _LANES = 128  # words that chunks are multiples of, as TPUs lay arrays out
 _ROWS = ("data", "fsdp")
+
+
+_PLAIN = 0.1  # what a cell without a label weighs; most are
+_HARD = (1.0, 1.0, 2.0)  # what colors, shapes and characters weigh
+
+
+def labels_loss_sum(scores: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy in nats, float32, of all cells' labels, summed over cells with weights.
+
+    Args:
+      scores: float32 [B, S, S, classes], as :class:`stf_jax.models.cells.CellHead` gives them.
+      labels: uint8 [B, S, S, 3]: color, shape and character, 0 for none.
+    """
+    total = jnp.zeros(())
+    for index, (part, weight) in enumerate(zip(split_scores(scores), _HARD, strict=True)):
+        label = labels[..., index].astype(jnp.int32)
+        losses = jax.nn.logsumexp(part, -1) - jnp.take_along_axis(part, label[..., None], -1)[..., 0]
+        total += weight * (losses * jnp.where(label > 0, 1, _PLAIN)).sum()
+    return total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -1,6 +1,7 @@
 """One optimizer step: loss over learned tokens, gradients of the trainable tree, update."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -11,24 +12,33 @@ from jax.sharding import NamedSharding
 from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
 from stf_jax.runtime.mesh import BATCH
-from stf_jax.training.loss import cross_entropy_sum
+from stf_jax.training.loss import cross_entropy_sum, labels_loss_sum
 from stf_jax.training.state import Blueprint, Params, TrainState
 
 Metrics = dict[str, jax.Array]
 
 
 def loss_sum(plan: Blueprint, trainable: Params, frozen: Params, batch: Batch, packed: bool) -> jax.Array:
-    """Cross-entropy in nats, float32, summed over the batch's learned tokens.
+    """Cross-entropy in nats, float32, summed over the batch's learned tokens, or over its labelled cells.
 
     Rows that are not packed are one conversation, and what fills them up lies behind it, where no one looks; so their
     attention is plainly causal, which every backend's kernel can do.
     """
     model = plan.merge(trainable, frozen)
+    if batch.labels is not None:
+        scores = model.cell_scores(batch.images)
+        with jax.named_scope("loss"):
+            return labels_loss_sum(scores, batch.labels.reshape(*scores.shape[:3], -1))
     segments = batch.segment_ids if packed else None
     hidden = model.hidden(batch.tokens, batch.positions, segments, batch.image_slots, batch.images)
     with jax.named_scope("loss"):
         tied = model.llm.config.tied
         return cross_entropy_sum(hidden, model.llm.head_kernel, batch.targets, batch.loss_mask, tied)
+
+
+def count_targets(batch: Batch) -> jax.Array:
+    """What a batch's loss is the mean over: its learned tokens or, where images have labels, their cells."""
+    return batch.loss_mask.sum() if batch.labels is None else jnp.int32(math.prod(batch.labels.shape[:-1]))
 
 
 def make_train_step(
@@ -50,7 +60,7 @@ def make_train_step(
         return optax.apply_updates(params, updates), moments
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        learned = batch.loss_mask.sum()
+        learned = count_targets(batch)
 
         def loss(trainable, rows):
             return loss_sum(plan, trainable, state.frozen, rows, packed) / jnp.maximum(learned, 1)

@@ -147,7 +147,8 @@ class Watch:
     def _dump(self, folder, step, batch, facts):
         folder.mkdir(parents=True, exist_ok=True)
         with io.BytesIO() as file:
-            np.savez(file, **{field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)})
+            arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+            np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
             (folder / f"batch.host{jax.process_index()}.npz").write_bytes(file.getvalue())
         if jax.process_index() == 0:
             write_json(folder / "step.json", {"step": step, **facts, "records": self._records(step)})

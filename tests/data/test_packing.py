@@ -62,16 +62,19 @@ def conversations(draw):
     return made
 
 
+FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name != "labels"]
+
+
 def rows_of(batch: Batch):
     """The rows of a batch, as batches without B."""
     count = len(batch.tokens)
-    fields = [field.name for field in dataclasses.fields(Batch)]
-    return [Batch(**{name: getattr(batch, name)[i] for name in fields}) for i in range(count)]
+    return [Batch(**{name: getattr(batch, name)[i] for name in FIELDS}) for i in range(count)]
 
 
 def check_row(row: Batch, known: list[Conversation]) -> list[int]:
     """Asserts all that a row promises; returns the conversations in it, in order."""
-    assert {name: value.dtype for name, value in vars(row).items()} == {
+    assert row.labels is None
+    assert {name: getattr(row, name).dtype for name in FIELDS} == {
         "tokens": np.int32,
         "targets": np.int32,
         "loss_mask": bool,
@@ -171,18 +174,18 @@ def test_a_conversation_is_the_same_in_any_row_that_holds_it():
     (alone,) = stacked([[it.example()]])
     (tight,) = stacked([[it.example()]], images_per_row=1, length=12)
     (shared,) = stacked([[it.example(), conversation(1, [6]).example()]])
-    for field in dataclasses.fields(Batch):
-        ours, *others = (getattr(row, field.name) for row in (alone, tight, shared))
-        end = 1 if field.name == "images" else 12
+    for name in FIELDS:
+        ours, *others = (getattr(row, name) for row in (alone, tight, shared))
+        end = 1 if name == "images" else 12
         for theirs in others:
             assert ours.dtype == theirs.dtype
-            assert np.array_equal(ours[:end], theirs[:end]), field.name
+            assert np.array_equal(ours[:end], theirs[:end]), name
 
 
 class Known:
     """Conversations that are known already, in the place of Prepare; a record is a conversation's number."""
 
-    vision = types.SimpleNamespace(image_size=SIDE)
+    vision, cells = types.SimpleNamespace(image_size=SIDE), 0
 
     def __init__(self, known):
         self.known = known

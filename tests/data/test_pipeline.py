@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import types
 
 import numpy as np
@@ -42,7 +43,7 @@ def same(ours: Batch, theirs: Batch) -> bool:
 class Numbers:
     """In the place of Prepare: record n is a conversation of some tokens, all of them n + 1."""
 
-    vision = types.SimpleNamespace(image_size=1)
+    vision, cells = types.SimpleNamespace(image_size=1), 0
 
     def fingerprint(self):
         return "digits"
@@ -158,6 +159,23 @@ def test_a_state_of_another_order_is_refused(packing, count, changes):
         other.set_state(stopped.get_state())
     with pytest.raises(UserError, match="made with other data"):
         numbers(27, **{"data.packing": not packing}).set_state(stopped.get_state())
+
+
+def test_what_reads_ahead_ends_with_the_stream():
+    before = {*threading.enumerate()}
+
+    def reading():
+        return [thread for thread in threading.enumerate() if thread not in before]
+
+    stream = numbers(30)
+    next(stream)
+    assert reading()
+    stream.set_state(stream.get_state())
+    next(stream)
+    stream.close()
+    for thread in reading():
+        thread.join(60)
+    assert not reading()
 
 
 def test_a_state_of_another_tokenizer_is_refused():

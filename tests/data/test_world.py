@@ -239,7 +239,7 @@ def test_prints_are_as_high_and_wide_as_the_scene_says(scenes):
             rows = slice(item.y // world.ZONE * world.ZONE, item.y // world.ZONE * world.ZONE + world.ZONE)
             down, across = np.nonzero(unlike[rows])
             assert abs(np.ptp(down) + 1 - item.height) <= 2, item
-            most = world.width(item.text, item.height, item.font)  # with the fonts' margins
+            most = world.text_width(item.text, item.height, item.font)  # with the fonts' margins
             assert 0.75 * most - 2 <= np.ptp(across) + 1 <= most + 2, item
             assert 0 < across.min() <= across.max() < SIDE - 1
             seen[item.height] += 1
@@ -262,5 +262,5 @@ def test_nothing_of_a_form_is_cut_or_overlaps(scenes):
         assert not unlike[:, [0, -1]].any()
         if not scene.form.is_table:
             for label, (number,) in zip(scene.form.labels, scene.form.cells, strict=True):
-                widths = [world.width(text, scene.form.height, scene.form.font) for text in (label, number)]
+                widths = [world.text_width(text, scene.form.height, scene.form.font) for text in (label, number)]
                 assert sum(widths) < SIDE - 16

@@ -19,6 +19,7 @@ import tiny
 from etils import epath
 from full import no_room
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from stf_jax.config import Stopped, UserError
 from stf_jax.main import main
@@ -335,6 +336,8 @@ def test_a_run_that_had_ended_before_is_not_said_to_end_again(tmp_path, monkeypa
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
 def test_a_full_disk_neither_ends_a_run_nor_leaves_gaps(tmp_path, monkeypatch, caplog):
+    # Event files are numbered by process and read in order of their names, in which 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     clock = Clock(tmp_path, monkeypatch)
     logged(clock, 1)
     full = (tmp_path / "metrics.jsonl").stat().st_size + 10  # so that the next line is cut

@@ -1,0 +1,127 @@
+"""What each small cell of an image of the embedded world shows: dense targets, for a tower that learns to see.
+
+A cell is :data:`CELL` pixels a side. It has three labels, each 0 where there is nothing of that
+sort: the color, the shape with its size, and the character printed there. Labels are made by the calls that draw the
+image (:func:`stf_jax.data.world.paint`), so the two cannot disagree.
+
+Drills are images of nothing but what a tower finds hard: lines of characters at all heights, and crowds of shapes.
+"""
+
+import string
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+
+from stf_jax.data.scenes import COLORS, HELD_OUT_WORDS, SHAPES, TRAINING_PAIRS, Thing, draw_thing
+from stf_jax.data.world import (
+    HEIGHTS,
+    HELD_OUT_NUMBERS,
+    RADII,
+    SIDE,
+    TRAINING_FONTS,
+    ZONE,
+    Print,
+    Scene,
+    Surface,
+    generator,
+    paint,
+    text_width,
+)
+
+CELL = 4  # pixels a side
+CELLS = SIDE // CELL
+COLOR_NAMES = (*COLORS,)
+KINDS_OF_SHAPE = (*((size, shape) for size in RADII for shape in SHAPES), "bar")
+CHARACTERS = string.ascii_uppercase + string.digits
+_COVERED = 0.25  # of a cell, from which on it shows a character
+_NEVER = {*HELD_OUT_WORDS, *HELD_OUT_NUMBERS}
+
+
+def label(scene: Scene) -> np.ndarray:
+    """Labels of all cells, uint8 [CELLS, CELLS, 3], below :data:`stf_jax.models.cells.CLASSES`."""
+    surface = _Labels()
+    paint(surface, scene)
+    return surface.labels
+
+
+class _Labels(Surface):
+    """A surface that takes down what is where."""
+
+    def __init__(self):
+        self.labels = np.zeros((CELLS, CELLS, 3), np.uint8)
+        self._covered = np.zeros((CELLS, CELLS))  # by the character that has the cell
+
+    def thing(self, thing: Thing) -> None:
+        image = PIL.Image.new("RGB", (SIDE, SIDE))
+        radius = RADII[thing.size]
+        draw_thing(PIL.ImageDraw.Draw(image), thing, radius, 1, (0, 0, 0))
+        colored = np.asarray(image).any(-1).reshape(CELLS, CELL, CELLS, CELL).mean((1, 3)) > 0.4
+        self.labels[colored, 0] = 1 + COLOR_NAMES.index(thing.color)
+        middle = CELL * (np.arange(CELLS) + 0.5) - 0.5
+        inside = np.hypot(middle - thing.x, middle[:, None] - thing.y) <= radius
+        self.labels[inside, 1] = 1 + KINDS_OF_SHAPE.index((thing.size, thing.shape))
+
+    def text(self, text: str, x: float, y: float, height: int, font: str, anchor: str = "m") -> None:
+        left = x - {"l": 0, "m": 0.5, "r": 1}[anchor] * text_width(text, height, font)
+        rows = _overlap(y - height / 2, y + height / 2)
+        for i, character in enumerate(text):
+            edges = (left + text_width(text[:n], height, font) for n in (i, i + 1))
+            covered = np.outer(rows, _overlap(*edges))
+            here = (covered >= _COVERED) & (covered > self._covered)
+            self.labels[here, 2] = 1 + CHARACTERS.index(character)
+            self._covered[here] = covered[here]
+
+    def bar(self, left: float, top: float, right: float, bottom: float, color: str) -> None:
+        here = np.outer(_overlap(top, bottom), _overlap(left, right)) > 0.5
+        self.labels[here, 0] = 1 + COLOR_NAMES.index(color)
+        self.labels[here, 1] = 1 + KINDS_OF_SHAPE.index("bar")
+
+    def line(self, left: float, top: float, right: float, bottom: float) -> None:
+        """Lines have no label."""
+
+
+def _overlap(begin, end):
+    """The share of each row (or column) of cells that lies between two places in pixels."""
+    edges = CELL * np.arange(CELLS)
+    return np.clip(np.minimum(edges + CELL, end) - np.maximum(edges, begin), 0, CELL) / CELL
+
+
+def make_drill(seed: int, index: int) -> Scene:
+    """A drill of that index: in each third of the image lines of characters, or three shapes.
+
+    Its text names nothing held out, and neither do its shapes.
+    """
+    rng = generator(seed, False, index)
+    light = rng.integers(205, 250) if rng.random() < 0.5 else rng.integers(10, 60)
+    background = tuple(int(np.clip(light + rng.integers(-12, 13), 0, 255)) for _ in range(3))
+    things, prints = [], []
+    for row in range(3):
+        if rng.random() < 0.3:
+            things += [_make_thing(rng, row, column) for column in range(3)]
+        else:
+            prints += _make_lines(rng, ZONE * row, ZONE * (row + 1))
+    return Scene(background, tuple(things), tuple(prints))
+
+
+def _make_thing(rng, row, column):
+    color, shape = TRAINING_PAIRS[rng.integers(len(TRAINING_PAIRS))]
+    size = str(rng.choice(list(RADII)))
+    reach = ZONE // 2 - RADII[size] - 1
+    x, y = (ZONE * zone + ZONE // 2 + int(rng.integers(-reach, reach + 1)) for zone in (column, row))
+    return Thing(size, color, shape, x, y)
+
+
+def _make_lines(rng, top, bottom):
+    font = TRAINING_FONTS[rng.integers(len(TRAINING_FONTS))]
+    y = top + int(rng.integers(1, 5))
+    while (height := int(rng.choice(HEIGHTS))) and y + height < bottom:
+        characters = ""
+        room = SIDE - 6 - int(rng.integers(0, 30))
+        while text_width(grown := characters + CHARACTERS[rng.integers(len(CHARACTERS))], height, font) < room:
+            if not any(grown.endswith(never) for never in _NEVER):
+                characters = grown
+        spare = SIDE - 4 - text_width(characters, height, font)
+        x = SIDE // 2 + int(rng.integers(-spare // 2, spare // 2 + 1))
+        yield Print(characters, x, y + height // 2, height, font)
+        y += height + int(rng.integers(3, 8))

@@ -1,0 +1,144 @@
+"""Training a tower on labels of cells: the loss by numpy, on every mesh, and as a user runs it."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from tiny import Setup, batches
+
+from stf_jax.config import UserError
+from stf_jax.data.pipeline import training_records
+from stf_jax.main import main
+from stf_jax.models.cells import CLASSES
+from stf_jax.models.presets import VISION
+from stf_jax.runtime.cli import door
+from stf_jax.training.loss import labels_loss_sum
+
+VISION["clip-tiny-96"] = tiny.dataclasses.replace(VISION["clip-tiny"], image_size=96)
+CHANGES = {
+    "model.vision": "clip-tiny-96",
+    "model.cells": 4,
+    "model.fusion.fusion": "mlp",
+    "data.scenes.task": "cells",
+    "data.scenes.edition": 2,
+    "rules": (("(vision|cells)/.*", "train"), (".*", "freeze")),
+    "optimizer.warmup_ratio": 0.0,
+    "optimizer.eps": 1e-4,
+}
+
+
+def _setup(**mesh):
+    return Setup.of(**CHANGES, **{f"mesh.{axis}": size for axis, size in ({"data": 1} | mesh).items()})
+
+
+@functools.cache
+def _one_device():
+    return _setup()
+
+
+@functools.cache
+def _data():
+    return batches(_one_device().config, 2)
+
+
+def _expected(scores, labels):
+    """The mean over cells, in float64, of what the three labels of a cell cost."""
+    total, begin = 0.0, 0
+    for sort, (classes, weight) in enumerate(zip(CLASSES, (1, 1, 2), strict=True)):
+        part, label = scores[..., begin : begin + classes].astype(np.float64), labels[..., sort].astype(int)
+        shares = np.exp(part - part.max(-1, keepdims=True))
+        right = np.take_along_axis(shares / shares.sum(-1, keepdims=True), label[..., None], -1)
+        total += weight * (-np.log(right[..., 0]) * np.where(label > 0, 1, 0.1)).sum()
+        begin += classes
+    return total
+
+
+def test_the_loss_of_labels_is_what_numpy_makes_of_it():
+    rng = np.random.default_rng(0)
+    scores = 3 * rng.standard_normal((2, 4, 4, sum(CLASSES)), np.float32)
+    labels = np.stack([rng.integers(0, classes, (2, 4, 4)) for classes in CLASSES], -1).astype(np.uint8)
+    labels[0, :2] = 0
+    np.testing.assert_allclose(labels_loss_sum(scores, labels), _expected(scores, labels), rtol=1e-6)
+
+
+def test_a_patch_scores_the_cells_that_lie_in_it():
+    """A change of one patch's state changes the scores of its own cells alone."""
+    setup = _one_device()
+    head = setup.plan.merge(tiny.filled(setup.plan.shapes)).cells
+    states = np.zeros((1, head.grid**2, 32), np.float32)
+    states[0, head.grid + 2] = 1  # the second row's third patch
+    changed = np.nonzero(np.abs(head(states) - head(0 * states)).max(-1)[0])
+    rows, columns = (range(i * head.each, (i + 1) * head.each) for i in (1, 2))
+    assert {*zip(*(axis.tolist() for axis in changed), strict=True)} == {(r, c) for r in rows for c in columns}
+    assert head(states).shape == (1, 24, 24, sum(CLASSES))
+
+
+@functools.cache
+def _trained():
+    return _steps(_one_device())
+
+
+def _steps(setup):
+    state, step, losses = setup.state(), setup.step(), []
+    for batch in _data():
+        state, metrics = step(state, batch)
+        losses.append({name: float(value) for name, value in metrics.items()})
+    return state, losses
+
+
+def test_the_first_loss_is_the_mean_over_cells():
+    setup, batch = _one_device(), _data()[0]
+    scores = jax.jit(lambda params: setup.plan.merge(params).cell_scores(batch.images))(setup.state().params)
+    assert batch.labels.shape == (8, 1, 24, 24, 3)
+    expected = _expected(np.asarray(scores), batch.labels[:, 0]) / batch.labels[..., 0].size
+    first = _trained()[1][0]
+    assert first["loss"] == pytest.approx(expected, rel=1e-5)
+    assert first["learned_tokens"] == batch.labels[..., 0].size
+    assert not first["skipped"]
+
+
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_every_mesh_takes_the_same_steps(mesh):
+    state, losses = _steps(_setup(**mesh))
+    expected, known = _trained()
+    np.testing.assert_allclose([x["loss"] for x in losses], [x["loss"] for x in known], rtol=1e-5)
+    for path, value in expected.trainable.items():
+        np.testing.assert_allclose(state.trainable[path], value, rtol=1e-3, atol=2e-5, err_msg=path)
+    moved = {path.split("/")[0] for path in expected.trainable}
+    assert moved == {"vision", "cells"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model.cells": 0}, "go together"),
+        ({"data.scenes.task": "captions"}, "go together"),
+        ({"data.scenes.edition": 1}, "second edition"),
+        ({"model.vision": "clip-tiny"}, "24 cells a side"),
+    ],
+)
+def test_labels_and_a_head_for_them_go_together(changes, said):
+    with pytest.raises(UserError, match=said):
+        training_records(tiny.tiny(**CHANGES | changes))
+
+
+def test_a_tower_trained_on_cells_begins_a_run_without_the_head(tmp_path):
+    """As a user does it, stage after stage."""
+    flags = [f"--config.{key}={value}" for key, value in CHANGES.items() if key != "rules"]
+    config = f"--config={tiny.__file__}:steps=3,fusion=mlp"
+    rules = "--config.rules=(('(vision|cells)/.*', 'train'), ('.*', 'freeze'))"
+    assert door(main, [config, *flags, rules, f"--workdir={tmp_path / 'cells'}"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "cells" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    next_flags = [
+        f"--config.init_from={tmp_path / 'cells'}",
+        "--config.init_missing=('cells/.*',)",
+        "--config.model.vision=clip-tiny-96",
+        "--config.data.scenes.edition=2",
+        f"--workdir={tmp_path / 'answers'}",
+    ]
+    config = f"--config={tiny.__file__}:steps=2,fusion=mlp"
+    assert door(main, [config, "--config.data.max_length=512", *next_flags]) == 0
