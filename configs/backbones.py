@@ -17,7 +17,7 @@ def get_config(arg=None):
     config.model.update(precision="float32", remat="none", scan_layers=False)
     config.model.fusion.fusion = "mlp"
     config.data.update(source="scenes", tokenizer="miniature", template="plain")
-    config.data.scenes.size = 1_000_000
+    config.data.scenes.update(edition=1, size=1_000_000)
     config.optimizer.update(b2=0.98, clip_norm=1.0)
     config.run = ("sentences", "text", "shapes", "captions")
     config.stages = {

@@ -16,7 +16,7 @@ def get_config(arg=None):
     config.model.update(precision="float32", remat="none", scan_layers=False)
     config.model.fusion.update(fusion=arg.fusion)
     config.data.update(source="scenes", tokenizer="miniature", packing=True)
-    config.data.scenes.things = 2  # so that minutes are enough
+    config.data.scenes.update(edition=1, things=2)  # so that minutes are enough
     # A short run wants more than torch's start and AdamW's long memory give.
     config.model.fusion.init = "kaiming"
     config.optimizer.update(b2=0.98, clip_norm=1.0)
@@ -44,7 +44,7 @@ def get_config(arg=None):
             "rules": (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train")),
             "data": {"template": "v1", "scenes": {"task": "conversations"}, "max_length": 208},
             "optimizer": {"learning_rate": 1.5e-3},
-            "eval": {"benchmarks": ("scenes",), "batch": 64},
+            "eval": {"benchmarks": ("shapes",), "batch": 64},
         },
     }
     return single_stage(config, arg.stage) if arg.stage else config

@@ -13,6 +13,7 @@ from stf_jax.runtime.files import write_json, writing
 from stf_jax.runtime.table import table
 
 _BENCHES = {
+    "backbone": "what a tower that was trained on labels of cells sees in held-out images, by what there is to see",
     "cost": "what 144 vision tokens take instead of 576: measured in few layers, predicted for the paper's machine",
     "decode": "prefill, time to first token, decode speed and memory, beside transformers' generate",
     "flops": "model FLOPs of every fusion: tower, fusion, prefill and a decoded token, beside figures that papers give",

@@ -99,7 +99,7 @@ class ModelConfig:
 class ScenesConfig:
     """The embedded procedural images (data/scenes.py, data/world.py)."""
 
-    edition: Edition = 1  # 1: shapes and words | 2: print of all sizes, charts and forms, too
+    edition: Edition = 2  # 1: shapes and words | 2: print of all sizes, charts and forms, too
     task: str = "conversations"  # documents | captions | mixture | conversations | cells
     size: Size = 20_000  # records in one epoch
     things: Size = 4  # most shapes in a picture, of training as of the benchmark
@@ -356,7 +356,18 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> TrainConfig:
-    """Inverse of :func:`to_json` after a trip through JSON. Raises UserError as :func:`resolve` does."""
+    """Inverse of :func:`to_json` after a trip through JSON. Raises UserError as :func:`resolve` does.
+
+    Runs from before the embedded world had a second edition go on with the first, in training as in measuring.
+    """
+    scenes, measured = data.get("data", {}).get("scenes", {}), data.get("eval", {}).get("benchmarks", ())
+    if scenes and "edition" not in scenes:
+        names = ["shapes" if name == "scenes" else name for name in measured]
+        data = {
+            **data,
+            "data": {**data["data"], "scenes": {**scenes, "edition": 1}},
+            "eval": {**data.get("eval", {}), "benchmarks": names},
+        }
     return _validated(_build(TrainConfig, data, ""))
 
 

@@ -12,6 +12,7 @@ import ml_collections
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny import tiny
 
 from stf_jax.config import (
     _CHOICES,
@@ -510,3 +511,12 @@ def test_every_config_resolves(path):
 def test_every_config_refuses_an_unknown_argument(path):
     with pytest.raises(UserError, match="Config argument 'nonsense=1' is not known"):
         load(path).get_config("nonsense=1")
+
+
+def test_a_run_from_before_the_second_edition_goes_on_with_the_first():
+    config = tiny(**{"data.scenes.edition": 1, "eval.benchmarks": ("shapes", "gqa")})
+    written = json.loads(json.dumps(to_json(config)))
+    assert from_json(written) == config
+    del written["data"]["scenes"]["edition"]
+    written["eval"]["benchmarks"] = ["scenes", "gqa"]
+    assert from_json(written) == config

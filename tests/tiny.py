@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.update(vision="clip-tiny", llm="llama-tiny", precision="float32", remat="none")
     config.model.fusion.update(fusion=arg.fusion, mbtf_hidden=32, stf_hidden=64)
     config.data.update(source="scenes", tokenizer="miniature", max_length=192)
-    config.data.scenes.size = 256
+    config.data.scenes.update(size=256, edition=1)
     config.update(steps=arg.steps, global_batch_size=8, log_every_steps=1)
     config.init_missing = (".*",)
     config.rules = (("vision/.*", "freeze"), (".*", "train"))

@@ -74,11 +74,12 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question of one of :data:`KINDS` with its answer, a single word."""
+    """A question of one of :data:`KINDS` with its answer; ``height`` in pixels is of the print asked for, if known."""
 
     kind: str
     text: str
     answer: str
+    height: int = 0
 
 
 def generator(seed: int, held_out: bool, index: int) -> np.random.Generator:

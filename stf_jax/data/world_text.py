@@ -10,9 +10,9 @@ from collections.abc import Callable
 import numpy as np
 
 from stf_jax.data.scenes import COLORS, HELD_OUT_PAIRS, SHAPES, TRAINING_PAIRS, Question
-from stf_jax.data.world import ZONE, Scene, draw, generator, make_scene
+from stf_jax.data.world import MOST_THINGS, ZONE, Scene, draw, generator, make_scene
 
-__all__ = ["DESCRIBE", "KINDS", "caption", "draw", "generator", "make_scene", "questions", "zone"]
+__all__ = ["DESCRIBE", "KINDS", "MOST_THINGS", "caption", "draw", "generator", "make_scene", "questions", "zone"]
 
 KINDS = ("existence", "count", "attribute", "position", "relation", "reading", "chart", "form")
 DESCRIBE = "Describe the image."
@@ -154,7 +154,7 @@ def _reading(scene, rng, held_out):
         return None
     item = _pick(rng, scene.prints)
     which = "" if len(scene.prints) == 1 else f"{item.row} "
-    return Question("reading", f"What does the {which}text say?", item.text)
+    return Question("reading", f"What does the {which}text say?", item.text, item.height)
 
 
 def _chart(scene, rng, held_out):

@@ -1,9 +1,9 @@
-"""The embedded benchmark: questions on held-out scenes, by kind, beside the same model shown a blank picture."""
+"""The embedded benchmarks: questions on held-out images by kind, beside the same model shown a blank image."""
 
 import dataclasses
 import functools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,58 +12,92 @@ import PIL.ImageDraw
 import PIL.ImageFont
 from etils import epath
 
-from stf_jax.data import scenes
-from stf_jax.data.scenes import KINDS, SIDE, draw, make_scene
+from stf_jax.data import scenes, world_text
+from stf_jax.data.scenes import SIDE
 from stf_jax.evals.benchmark import WORD, Benchmark, Question
 
-SEED = 1_000_003  # of the held-out pictures, whatever a run trained on
-PICTURES = 128
-THINGS = 2  # in a picture at most: what a miniature can tell after minutes of training
+SEED = 1_000_003  # of the held-out images, whatever a run trained on
+EACH = 250  # questions of each kind
 _BLANK = (122, 116, 104)  # CLIP's mean colour
 
 
 @dataclasses.dataclass(frozen=True)
-class Answered:
-    """A question on a picture, with the model's answer to it and to the same question on a blank picture."""
+class Asked:
+    """A question on the held-out image of that index, which ``image`` draws."""
 
-    picture: PIL.Image.Image
+    image: Callable[[], PIL.Image.Image]
+    index: int
     question: scenes.Question
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """A question on an image, with the model's answer to it and to the same question on a blank image."""
+
+    asked: Asked
     answer: str
     blank_answer: str
 
     @property
     def right(self) -> bool:
         """Whether the answer is the truth, letter case aside."""
-        return self.answer.lower() == self.question.answer.lower()
+        return self.answer.lower() == self.asked.question.answer.lower()
 
     @property
     def blank_right(self) -> bool:
-        """The same for the blank picture."""
-        return self.blank_answer.lower() == self.question.answer.lower()
+        """The same for the blank image."""
+        return self.blank_answer.lower() == self.asked.question.answer.lower()
+
+
+@functools.cache
+def held_out_questions(each: int = EACH) -> tuple[Asked, ...]:
+    """So many questions of each kind on held-out images of the second edition, the kinds in turn."""
+    by_kind: dict[str, list[Asked]] = {kind: [] for kind in world_text.KINDS}
+    index = 0
+    while any(len(some) < each for some in by_kind.values()):
+        for asked in _on(world_text, index, world_text.MOST_THINGS):
+            if len(by_kind[asked.question.kind]) < each:
+                by_kind[asked.question.kind].append(asked)
+        index += 1
+    return tuple(asked for turn in zip(*by_kind.values(), strict=True) for asked in turn)
+
+
+def _on(world, index, most):
+    """A question of each kind that the image of that index allows."""
+    scene = world.make_scene(SEED, index, held_out=True, most=most)
+    image = functools.partial(world.draw, scene, index)
+    return [Asked(image, index, q) for q in world.questions(scene, np.random.default_rng([SEED, index]), True)]
 
 
 class Scenes(Benchmark):
-    """One question of each kind that a picture allows, on :data:`PICTURES` held-out pictures, each asked twice."""
+    """:data:`EACH` questions of each kind on held-out images of the world's second edition, each asked twice."""
 
     name = "scenes"
     folders = ()
-    tokens = 6  # the longest answer is a word spelt in letters, and its end
+    tokens = 8  # the longest answer is a word spelt in letters, and its end
     rule = "Right is the one gold word, letter case aside. Every question is asked of a blank picture, too."
     scored = True
+    kinds = world_text.KINDS
 
     def __init__(self, data: epath.Path | None = None):
         """It needs no files."""
-        self._asked = held_out_questions(PICTURES)
+        self._asked = self._questions()
         self.questions = []
-        for picture, index, question in self._asked:
+        for asked in self._asked:
+            question = asked.question
             text = question.text + WORD
             # The blank one comes next to it, so that a part of the questions is a part of either.
             for shown, opens in (
-                ("scene", picture),
+                ("scene", asked.image),
                 ("blank", functools.partial(PIL.Image.new, "RGB", (SIDE, SIDE), _BLANK)),
             ):
                 about = {"kind": question.kind, "picture": shown, "truth": question.answer}
-                self.questions.append(Question(f"{index}/{question.kind}/{shown}", text, opens, text, about))
+                if question.height:
+                    about["height"] = question.height
+                self.questions.append(Question(f"{asked.index}/{question.kind}/{shown}", text, opens, text, about))
+
+    def _questions(self) -> Sequence[Asked]:
+        return held_out_questions()
 
     @property
     def count(self) -> int:
@@ -76,38 +110,41 @@ class Scenes(Benchmark):
         self.questions, self._asked = self.questions[: 2 * count], self._asked[:count]
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
-        """``accuracy``, ``blank_image_accuracy``, and both ``by_kind``."""
+        """``accuracy``, ``blank_image_accuracy``, and both ``by_kind`` and, of reading, ``by_height`` of the print."""
         answered = self._answered(texts)
-        by_kind = {kind: [item for item in answered if item.question.kind == kind] for kind in KINDS}
-        table = {kind: _shares(items) | {"questions": len(items)} for kind, items in by_kind.items() if items}
-        return _shares(answered) | {"by_kind": table}
+        by_kind = {kind: [item for item in answered if item.asked.question.kind == kind] for kind in self.kinds}
+        metrics = _shares(answered) | {"by_kind": _table(by_kind)}
+        prints = [item for item in by_kind["reading"] if item.asked.question.height]
+        heights = sorted({item.asked.question.height for item in prints})
+        by_height = {h: [item for item in prints if item.asked.question.height == h] for h in heights}
+        table = _table({f"letters of {h} pixels": items for h, items in by_height.items()})
+        return metrics | ({"by_height": table} if table else {})
 
     def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
-        """Writes ``contact_sheet.png``: pictures with question, answer and truth, to look at."""
+        """Writes ``contact_sheet.png``: images with question, answer and truth, to look at."""
         file = out / "contact_sheet.png"
         with file.open("wb") as opened:
-            contact_sheet(self._answered(texts)).save(opened, "PNG")
+            contact_sheet(self._answered(texts), self.kinds).save(opened, "PNG")
         return [file]
 
     def _answered(self, texts):
         pairs = zip(texts[::2], texts[1::2], strict=True)
-        return [
-            Answered(picture(), question, *pair)
-            for (picture, _, question), pair in zip(self._asked, pairs, strict=True)
-        ]
+        return [Answered(asked, *pair) for asked, pair in zip(self._asked, pairs, strict=True)]
 
 
-def held_out_questions(pictures: int) -> list[tuple[functools.partial, int, scenes.Question]]:
-    """One question of each kind that the picture allows, for so many held-out pictures.
+class Shapes(Scenes):
+    """The world's first edition: a question of each kind on each of 128 images of up to two shapes."""
 
-    With each, what draws its picture, and the picture's number.
-    """
-    asked = []
-    for index in range(pictures):
-        scene = make_scene(SEED, index, held_out=True, most=THINGS)
-        for question in scenes.questions(scene, np.random.default_rng([SEED, index]), True):
-            asked.append((functools.partial(draw, scene, index), index, question))
-    return asked
+    name = "shapes"
+    tokens = 6
+    kinds = scenes.KINDS
+
+    def _questions(self) -> Sequence[Asked]:
+        return [asked for index in range(128) for asked in _on(scenes, index, 2)]
+
+
+def _table(groups):
+    return {name: _shares(items) | {"questions": len(items)} for name, items in groups.items() if items}
 
 
 def _shares(items):
@@ -117,25 +154,32 @@ def _shares(items):
     }
 
 
-def contact_sheet(answered: Sequence[Answered], columns: int = 6, rows: int = 4) -> PIL.Image.Image:
-    """Pictures with question, answer and truth; right answers green, wrong ones red.
+_COLUMNS, _OF_EACH = 4, 2  # images side by side, and of a kind
+_CELL, _IMAGE, _TEXT, _HEAD, _EDGE = 212, 192, 78, 26, 10  # pixels
 
-    Dealt evenly over the kinds, each from further down its list, so that few pictures come twice.
+
+def contact_sheet(answered: Sequence[Answered], kinds: Sequence[str]) -> PIL.Image.Image:
+    """Two questions of each kind with image, answer and, where that is wrong and red, the truth.
+
+    They are the first of each kind, and each kind's are from further down its list, so that no image comes twice.
     """
-    by_kind = [[item for item in answered if item.question.kind == kind] for kind in KINDS]
-    by_kind = [items for items in by_kind if items]
-    rounds = range(-(-columns * rows // len(by_kind)))
-    dealt = [items[(i * len(by_kind) + j) % len(items)] for i in rounds for j, items in enumerate(by_kind)]
-    width, picture_side, text_height = 232, 208, 92
-    cell_height = picture_side + text_height
-    sheet = PIL.Image.new("RGB", (columns * width, rows * cell_height), "white")
-    canvas = PIL.ImageDraw.Draw(sheet)
-    font = PIL.ImageFont.load_default(size=14)
-    for i, item in enumerate(dealt[: columns * rows]):
-        x, y = i % columns * width + 12, i // columns * cell_height + 12
-        sheet.paste(item.picture.resize((picture_side, picture_side), PIL.Image.Resampling.NEAREST), (x, y))
-        y += picture_side + 4
-        canvas.text((x, y), textwrap.fill(item.question.text, 32), fill="black", font=font)
-        canvas.text((x, y + 36), f"answer: {item.answer}", fill="#0a7d28" if item.right else "#c01818", font=font)
-        canvas.text((x, y + 54), f"truth: {item.question.answer}", fill="#555555", font=font)
+    by_kind = {kind: [item for item in answered if item.asked.question.kind == kind] for kind in kinds}
+    by_kind = {kind: items for kind, items in by_kind.items() if items}
+    across, height = _COLUMNS // _OF_EACH, _HEAD + _IMAGE + _TEXT
+    sheet = PIL.Image.new("RGB", (_COLUMNS * _CELL, -(-len(by_kind) // across) * height), "white")
+    pen, font, bold = PIL.ImageDraw.Draw(sheet), *(PIL.ImageFont.load_default(size=size) for size in (13, 15))
+    for place, (kind, items) in enumerate(by_kind.items()):
+        left, top = place % across * _OF_EACH * _CELL + _EDGE, place // across * height
+        share = f"{100 * _shares(items)['accuracy']:.0f} % of {len(items)} right"
+        pen.text((left, top + 6), f"{kind}: {share}", fill="black", font=bold)
+        for i in range(_OF_EACH):
+            item = items[(place * _OF_EACH + i) % len(items)]
+            x, y = left + i * _CELL, top + _HEAD
+            image = item.asked.image().resize((_IMAGE, _IMAGE), PIL.Image.Resampling.NEAREST)
+            sheet.paste(image, (x, y))
+            y += _IMAGE + 3
+            pen.text((x, y), textwrap.fill(item.asked.question.text, 30), fill="black", font=font)
+            pen.text((x, y + 36), item.answer, fill="#0a7d28" if item.right else "#c01818", font=bold)
+            if not item.right:
+                pen.text((x, y + 54), f"truth: {item.asked.question.answer}", fill="#555555", font=font)
     return sheet

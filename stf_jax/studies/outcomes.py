@@ -8,13 +8,14 @@ import numpy as np
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.data.scenes import KINDS
+from stf_jax.data import scenes, world_text
 from stf_jax.evals.running import ANSWERS, RESULTS, in_points, scalars
 from stf_jax.runtime.files import read_json
 from stf_jax.studies.study import Cell
 
 ALL = "all"
 BLANK = "blank picture"
+KINDS = tuple(dict.fromkeys((*world_text.KINDS, *scenes.KINDS)))  # of either edition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ def outcome(cell: Cell) -> Outcome:
       UserError: there is no metric.
     """
     results = read_json(epath.Path(cell.folder / RESULTS))
-    if isinstance(results, dict) and results["benchmark"] == "scenes":
+    if isinstance(results, dict) and results["benchmark"] in ("scenes", "shapes"):
         return Outcome(_scenes(cell))
     scores = {}
     for one in results if isinstance(results, list) else [results]:

@@ -63,9 +63,9 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit
         raise UserError("Verifying an export runs it in PyTorch: install torch beside transformers.") from None
     open_theirs(str(export))  # what is wrong with its files is said before anything is asked
     asked = [
-        Question(index, question.text + WORD, picture, question.text)
-        for picture, index, question in held_out_questions(questions)
-    ][:questions]
+        Question(asked.index, asked.question.text + WORD, asked.image, asked.question.text)
+        for asked in held_out_questions()[:questions]
+    ]
     try:
         processor = AutoProcessor.from_pretrained(export, trust_remote_code=True, local_files_only=True)
         model = AutoModelForImageTextToText.from_pretrained(

@@ -1,5 +1,7 @@
-"""The embedded benchmark: scoring by hand, held-out questions in pairs, what is written to look at."""
+"""The embedded benchmarks: scoring by hand, held-out questions in pairs, what is written to look at."""
 
+import collections
+import hashlib
 import json
 
 import numpy as np
@@ -9,15 +11,16 @@ from etils import epath
 
 from stf_jax.data.conversation import encode, template_items
 from stf_jax.data.records import Record, Turn
-from stf_jax.data.scenes import HELD_OUT_WORDS, KINDS
-from stf_jax.data.tokenizer import load_tokenizer
+from stf_jax.data.scenes import HELD_OUT_WORDS
+from stf_jax.data.tokenizer import load_tokenizer, train_miniature_tokenizer
+from stf_jax.data.world import HEIGHTS, HELD_OUT_NUMBERS
 from stf_jax.evals.known import open_benchmarks
-from stf_jax.evals.scenes import PICTURES, Scenes
+from stf_jax.evals.scenes import EACH, Scenes, Shapes
 
 
-@pytest.fixture(scope="module")
-def whole():
-    return Scenes()
+@pytest.fixture(scope="module", params=[Scenes, Shapes])
+def whole(request):
+    return request.param()
 
 
 def right(benchmark):
@@ -36,22 +39,48 @@ def test_held_out_questions_are_the_same_each_time_and_of_every_kind(whole):
     def told(benchmark):
         return [(q.id, q.text, q.prompt, q.metadata) for q in benchmark.questions]
 
-    again = Scenes()
+    again = type(whole)()
     assert told(whole) == told(again)
     for first, second in zip(whole.questions[:40], again.questions[:40], strict=True):
         np.testing.assert_array_equal(pixels(first), pixels(second))
-    assert {q.metadata["kind"] for q in whole.questions} == set(KINDS)
-    assert all(q.metadata["truth"] in HELD_OUT_WORDS for q in whole.questions if q.metadata["kind"] == "reading")
+    assert {q.metadata["kind"] for q in whole.questions} == set(whole.kinds)
+    read = [q.metadata["truth"] for q in whole.questions if q.metadata["kind"] == "reading"]
+    assert {*read} <= {*HELD_OUT_WORDS, *(HELD_OUT_NUMBERS if type(whole) is Scenes else ())}
     assert len({q.id for q in whole.questions}) == len(whole.questions)
-    assert {q.id.split("/")[0] for q in whole.questions} == {str(n) for n in range(PICTURES)}
     assert whole.scored
+
+
+def test_the_first_edition_asks_what_it_always_asked():
+    whole = Shapes()
+    assert {q.id.split("/")[0] for q in whole.questions} == {str(n) for n in range(128)}
+    told = "\n".join(f"{q.id} {q.text} {q.metadata['truth']}" for q in whole.questions)
+    assert (whole.count, hashlib.sha256(told.encode()).hexdigest()[:16]) == (568, "cc9f049170c53686")
+
+
+def test_kinds_take_turns_so_that_any_part_of_the_questions_is_even():
+    whole = Scenes()
+    assert whole.count == EACH * len(whole.kinds)
+    kinds = [q.metadata["kind"] for q in whole.questions[::2]]
+    assert kinds == [*whole.kinds] * EACH
+
+
+def test_prints_of_every_height_are_asked_for():
+    whole = Scenes()
+    heights = collections.Counter(q.metadata.get("height") for q in whole.questions if q.metadata["kind"] == "reading")
+    assert {*heights} == {*HEIGHTS}
+    assert min(heights.values()) >= 2 * 20
+    assert not any("height" in q.metadata for q in whole.questions if q.metadata["kind"] != "reading")
+    table = whole.metrics(right(whole))["by_height"]
+    assert list(table) == [f"letters of {height} pixels" for height in HEIGHTS]
+    assert sum(entry["questions"] for entry in table.values()) == EACH
 
 
 def test_each_is_asked_of_its_scene_and_of_a_blank_picture_next_to_it(whole):
     for scene, blank in zip(whole.questions[::2], whole.questions[1::2], strict=True):
         index, kind, _ = scene.id.split("/")
         assert (scene.id, blank.id) == (f"{index}/{kind}/scene", f"{index}/{kind}/blank")
-        assert scene.metadata == {"kind": kind, "picture": "scene", "truth": blank.metadata["truth"]}
+        height = {"height": scene.metadata["height"]} if "height" in scene.metadata else {}
+        assert scene.metadata == {"kind": kind, "picture": "scene", "truth": blank.metadata["truth"]} | height
         assert blank.metadata == scene.metadata | {"picture": "blank"}
         assert scene.text == scene.prompt == blank.text == blank.prompt
         assert scene.text.endswith("?\nAnswer the question using a single word or phrase.")
@@ -59,22 +88,26 @@ def test_each_is_asked_of_its_scene_and_of_a_blank_picture_next_to_it(whole):
         assert pixels(scene).shape == pixels(blank).shape == (96, 96, 3)
         assert pixels(scene).std() > 1
         assert (pixels(blank) == (122, 116, 104)).all()
-    # Questions of a picture show the same, others another.
-    first, second, other = (pixels(q) for q in (whole.questions[0], whole.questions[2], whole.questions[-2]))
-    np.testing.assert_array_equal(first, second)
-    assert (first != other).any()
+    # Questions of an image show the same, others another.
+    first, *others = whole.questions[::2]
+
+    def about(question):
+        return question.id.split("/")[0] == first.id.split("/")[0]
+
+    (same, *_), (other, *_) = ([q for q in others if about(q) == here] for here in (True, False))
+    np.testing.assert_array_equal(pixels(first), pixels(same))
+    assert (pixels(first) != pixels(other)).any()
 
 
 def test_every_truth_can_be_said_in_full_with_its_end(whole):
-    tokenizer = load_tokenizer("miniature")
+    tokenizer = load_tokenizer("miniature") if isinstance(whole, Shapes) else train_miniature_tokenizer(2)
     for truth in {q.metadata["truth"] for q in whole.questions}:
         turns = (Turn("human", "What?"), Turn("gpt", truth))
-        assert encode(template_items("v1", Record("", (), turns)), tokenizer, 0).learned.sum() <= Scenes.tokens
+        assert encode(template_items("v1", Record("", (), turns)), tokenizer, 0).learned.sum() <= whole.tokens
 
 
-def test_a_limit_keeps_pairs_together():
-    (three,) = open_benchmarks(["scenes"], "", limit=3)
-    whole = Scenes()
+def test_a_limit_keeps_pairs_together(whole):
+    (three,) = open_benchmarks([whole.name], "", limit=3)
     assert [q.id for q in three.questions] == [q.id for q in whole.questions[:6]]
     assert (three.count, three.limited, whole.count) == (3, True, len(whole.questions) // 2)
     assert three.metrics(right(three))["accuracy"] == 1.0
@@ -83,9 +116,9 @@ def test_a_limit_keeps_pairs_together():
 # ---- Scores ----------------------------------------------------------------------------------------------------------
 
 
-def test_score_by_hand():
+def test_score_by_hand(whole):
     """Of the first nine questions: two right on their scenes, three on blank pictures."""
-    (benchmark,) = open_benchmarks(["scenes"], "", limit=9)
+    (benchmark,) = open_benchmarks([whole.name], "", limit=9)
     kinds = [q.metadata["kind"] for q in benchmark.questions[::2]]
     truths = [q.metadata["truth"] for q in benchmark.questions[::2]]
     answers = ["wrong"] * 9
@@ -95,6 +128,7 @@ def test_score_by_hand():
     blanks[0], blanks[2], blanks[8] = truths[0], truths[2].title(), truths[8]
     metrics = benchmark.metrics([text for pair in zip(answers, blanks, strict=True) for text in pair])
     table = metrics.pop("by_kind")
+    metrics.pop("by_height", None)
     assert metrics == {"accuracy": 2 / 9, "blank_image_accuracy": 3 / 9}
     assert set(table) == set(kinds)
     for kind, entry in table.items():
@@ -109,7 +143,7 @@ def test_score_by_hand():
 def test_answers_are_of_the_questions_beside_them(whole):
     metrics = whole.metrics(right(whole))
     assert (metrics["accuracy"], metrics["blank_image_accuracy"]) == (1.0, 0.0)
-    assert list(metrics["by_kind"]) == list(KINDS)
+    assert list(metrics["by_kind"]) == list(whole.kinds)
     assert sum(entry["questions"] for entry in metrics["by_kind"].values()) == whole.count == len(whole.questions) // 2
     json.dumps(metrics)
     texts = ["no"] * len(whole.questions)
@@ -138,12 +172,12 @@ def test_a_contact_sheet_is_written(whole, tmp_path):
     assert coloured(all_wrong, red) > 100
     assert coloured(all_right, red) == coloured(all_wrong, green) == 0
     # The first cell is of the first kind's first question.
-    place = next(q for q in whole.questions if q.metadata["kind"] == KINDS[0])
-    corner = np.asarray(place.picture().resize((208, 208), PIL.Image.Resampling.NEAREST))
-    np.testing.assert_array_equal(all_right[12 : 12 + 208, 12 : 12 + 208], corner)
+    place = next(q for q in whole.questions if q.metadata["kind"] == whole.kinds[0])
+    corner = np.asarray(place.picture().resize((192, 192), PIL.Image.Resampling.NEAREST))
+    np.testing.assert_array_equal(all_right[26 : 26 + 192, 10 : 10 + 192], corner)
 
 
 def test_a_sheet_of_few_questions_repeats_them(tmp_path):
-    (one,) = open_benchmarks(["scenes"], "", limit=1)
+    (one,) = open_benchmarks(["shapes"], "", limit=1)
     (file,) = one.submission(["a", "b"], epath.Path(tmp_path))
     assert file.exists()

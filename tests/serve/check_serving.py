@@ -81,10 +81,10 @@ def _make(folder, template, sentencepiece_model):
 def _ask(model, folder, case, limit):
     """Our answers; the questions go into the folder. Of the small models' a third has no image, a third two."""
     questions, records = [], []
-    scenes = held_out_questions(QUESTIONS) if case == "demo" else [None] * QUESTIONS
+    scenes = held_out_questions() if case == "demo" else [None] * QUESTIONS
     for i, scene in enumerate(scenes[:QUESTIONS]):
-        images = [scene[0]()] if scene else [picture(100 * i + j) for j in range((1, 0, 2)[i % 3])]
-        text = scene[2].text + WORD if scene else f"Which {'very ' * (i % 7)}odd thing is number {i}?"
+        images = [scene.image()] if scene else [picture(100 * i + j) for j in range((1, 0, 2)[i % 3])]
+        text = scene.question.text + WORD if scene else f"Which {'very ' * (i % 7)}odd thing is number {i}?"
         files = [folder / f"{i}-{j}.png" for j in range(len(images))]
         for image, file in zip(images, files, strict=True):
             image.save(file)

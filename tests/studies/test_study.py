@@ -65,7 +65,7 @@ def test_a_cell_that_asks_names_the_runs_last_stage(tmp_path):
         "-m",
         "stf_jax.evaluate",
         f"--checkpoint={tmp_path}/mlp/seed_1/finetune",
-        "--benchmark=scenes",
+        "--benchmark=shapes",
         "--limit=7",
         "--batch=5",
         f"--out={tmp_path}/fastv/seed_1",
