@@ -1,24 +1,31 @@
-"""The miniature backbones: the language model on text alone, then everything on captions (a plain MLP connector).
+"""The miniature backbones, of either edition of the embedded world.
 
-How stf_jax/weights/miniatures was made; its README.md has the commands and the scores.
+Edition 1 is how stf_jax/weights/miniatures was made (its README.md has the commands and the scores): the language model
+on text alone, then everything on captions, with a plain MLP connector. Of edition 2 there is the tower's first stage:
+it learns to label small cells of what is drawn (models/cells.py), which takes a small tower further than captions do.
 """
 
 from stf_jax.config import default_config, parse_arg
 
 
 def get_config(arg=None):
-    """Stages ``sentences``, ``text`` of text, ``shapes``, ``captions`` of pictures; ``scale`` multiplies the steps.
+    """Stages ``sentences``, ``text`` of text, ``shapes``, ``captions`` of images; ``scale`` multiplies the steps.
 
     ``vision=siglip-mini-16-96`` makes another tower for the language model that is there already, which stays as it is.
+    ``edition=2`` has one stage, ``cells``; ``vision`` is then ``clip-mini-8-96`` where it is not said.
     """
-    arg = parse_arg(arg, scale=1.0, vision="clip-mini-16-96")
+    arg = parse_arg(arg, scale=1.0, edition=1, vision="")
     config = default_config()
-    config.model.update(vision=arg.vision, llm="llama-mini")
+    config.model.update(vision=arg.vision or ("clip-mini-16-96" if arg.edition == 1 else "clip-mini-8-96"))
+    config.model.llm = "llama-mini"
     config.model.update(precision="float32", remat="none", scan_layers=False)
     config.model.fusion.fusion = "mlp"
     config.data.update(source="scenes", tokenizer="miniature", template="plain")
-    config.data.scenes.update(edition=1, size=1_000_000)
+    config.data.scenes.edition = arg.edition
     config.optimizer.update(b2=0.98, clip_norm=1.0)
+    if arg.edition == 2:
+        return _cells(config, int(6000 * arg.scale))
+    config.data.scenes.size = 1_000_000
     config.run = ("sentences", "text", "shapes", "captions")
     config.stages = {
         # Few shapes first, of text as of pictures: looking one of two up is learned there in minutes.
@@ -52,9 +59,27 @@ def get_config(arg=None):
     }
     for stage in ("shapes", "captions"):
         config.stages[stage].data.packing = True
-    if arg.vision != "clip-mini-16-96":
+    if config.model.vision != "clip-mini-16-96":
         config.run = ("shapes", "captions")
         config.stages = {stage: config.stages[stage] for stage in config.run}
         config.stages.shapes.update(init_from="miniatures", init_missing=("(vision|fusion)/.*",))
         config.rules = (("llm/.*", "freeze"), (".*", "train"))
+    return config
+
+
+def _cells(config, steps):
+    """The tower alone, on new images in every step: three in four are drills (data/world_labels.py)."""
+    config.run = ("cells",)
+    config.stages = {
+        "cells": {
+            "steps": steps,
+            "global_batch_size": 32,
+            "init_missing": (".*",),
+            "rules": (("(vision|cells)/.*", "train"), (".*", "freeze")),
+            "model": {"cells": 2},
+            "data": {"scenes": {"task": "cells", "size": 32 * steps}, "max_length": 160},
+            "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.01},
+            "checkpoint": {"every_steps": 200},
+        }
+    }
     return config

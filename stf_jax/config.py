@@ -100,9 +100,9 @@ class ScenesConfig:
     """The embedded procedural images (data/scenes.py, data/world.py)."""
 
     edition: Edition = 2  # 1: shapes and words | 2: print of all sizes, charts and forms, too
-    task: str = "conversations"  # documents | captions | mixture | conversations | cells
+    task: str = "conversations"  # documents | captions | mixture | conversations | cells | drills
     size: Size = 20_000  # records in one epoch
-    things: Size = 4  # most shapes in a picture, of training as of the benchmark
+    things: Size = 4  # most shapes in an image; of the second edition also most prints, bars, lines of a form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +232,7 @@ _CHOICES = {
     "model.attention": ("auto", "reference", "xla", "cudnn", "splash"),
     "model.reduce": ("", "fastv", "visionzip"),
     "data.source": ("llava", "scenes"),
-    "data.scenes.task": ("documents", "captions", "mixture", "conversations", "cells"),
+    "data.scenes.task": ("documents", "captions", "mixture", "conversations", "cells", "drills"),
     "data.aspect": ("square", "pad"),
     "data.mix_by": ("epoch", "weight"),
     "optimizer.schedule": ("cosine", "constant"),

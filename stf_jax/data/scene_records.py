@@ -20,6 +20,7 @@ class SceneRecords:
       captions: an image and its caption, for stage 1.
       conversations: an image and some rounds of questions of every kind that it allows, for stage 2.
       documents: a caption as text, then such questions on it, for a language model to begin.
+      drills: a caption as text, then cues with what belongs to each (:func:`world_text.drill`); of the second edition.
       mixture: seven in eight captions, one in eight documents.
       cells: an image, in three of four cases a drill, with the labels of its cells; of the second edition.
     """
@@ -51,7 +52,11 @@ class SceneRecords:
             turns = [Turn("human", f"{world.DESCRIBE}\n{IMAGE_MARK}"), Turn("gpt", world.caption(scene, rng))]
         else:
             asked = {q.text: q for _ in range(ROUNDS) for q in world.questions(scene, rng, self._held_out)}.values()
-            if task == "documents":
+            if task == "drills":
+                turns = [Turn("human", world.caption(scene) + "\n")]
+                for cue, answer in world_text.drill(scene, rng):
+                    turns += [Turn("human", f"{cue}:"), Turn("gpt", f" {answer}\n")]
+            elif task == "documents":
                 # The caption stands where the image will; to repeat it is how a model learns to look things up.
                 said = [(q.text, q.answer) for q in asked]
                 said.insert(rng.integers(len(said) + 1), (world.DESCRIBE, world.caption(scene)))
@@ -61,7 +66,7 @@ class SceneRecords:
             else:
                 turns = [t for q in asked for t in (Turn("human", q.text), Turn("gpt", q.answer))]
                 turns[0] = Turn("human", f"{IMAGE_MARK}\n{turns[0].text}\n{SHORT_ANSWER}")
-        pictures = () if task == "documents" else (functools.partial(world.draw, scene, index),)
+        pictures = () if task in ("documents", "drills") else (functools.partial(world.draw, scene, index),)
         return Record(f"scene-{self._seed}-{index}", pictures, tuple(turns))
 
     def _labelled(self, index):

@@ -108,20 +108,20 @@ def generator(seed: int, held_out: bool, index: int) -> np.random.Generator:
 
 
 def make_scene(seed: int, index: int, held_out: bool = False, most: int = MOST_THINGS) -> Scene:
-    """The scene of that index, of ``most`` shapes at most."""
+    """The scene of that index, of ``most`` shapes, prints, bars or lines of a form at most (two, of bars and lines)."""
     rng = generator(seed, held_out, index)
     light = rng.integers(205, 250) if rng.random() < 0.5 else rng.integers(10, 60)
     background = tuple(int(np.clip(light + rng.integers(-12, 13), 0, 255)) for _ in range(3))
     layout = str(rng.choice(list(LAYOUTS), p=list(LAYOUTS.values())))
     if layout == "chart":
-        return Scene(background, chart=_make_chart(rng, held_out))
+        return Scene(background, chart=_make_chart(rng, held_out, most))
     if layout == "form":
-        return Scene(background, form=_make_form(rng, held_out))
+        return Scene(background, form=_make_form(rng, held_out, most))
     if layout == "shapes":
         rows = rng.choice(3, int(rng.random() < 0.4), replace=False)
         count = int(rng.integers(1, most + 1))
     else:
-        rows = rng.choice(3, rng.integers(1, 4), replace=False)
+        rows = rng.choice(3, rng.integers(1, min(most, 3) + 1), replace=False)
         count = int(len(rows) < 3 and rng.random() < 0.5)
     prints = tuple(_make_print(rng, held_out, int(row)) for row in sorted(rows))
     free = [(row, column) for row in range(3) for column in range(3) if row not in rows]
@@ -165,21 +165,22 @@ def _font(rng, held_out):
     return str(rng.choice(HELD_OUT_FONTS if new else TRAINING_FONTS))
 
 
-def _make_chart(rng, held_out):
-    count = int(rng.integers(2, 5))
+def _make_chart(rng, held_out, most):
+    count = int(rng.integers(2, max(most, 2) + 1))
     labels = tuple(BAR_LABELS[i] for i in rng.permutation(len(BAR_LABELS))[:count])
     values = tuple(int(value) for value in rng.permutation(9)[:count] + 1)
     colors = tuple(str(color) for color in rng.choice(list(COLORS), count))
     return Chart(labels, values, colors, int(rng.integers(6, 10)), _font(rng, held_out))
 
 
-def _make_form(rng, held_out):
+def _make_form(rng, held_out, most):
+    most = max(most, 2)
     numbers = HELD_OUT_NUMBERS if held_out else TRAINING_NUMBERS
     if rng.random() < 0.5:
-        rows, columns, labels = int(rng.integers(2, 5)), 1, FORM_LABELS
+        rows, columns, labels = int(rng.integers(2, most + 1)), 1, FORM_LABELS
         labels = tuple(labels[i] for i in rng.permutation(len(labels))[:rows])
     else:
-        rows, columns = int(rng.integers(2, 4)), int(rng.integers(2, 4))
+        rows, columns = (int(rng.integers(2, min(most, 3) + 1)) for _ in range(2))
         labels = tuple("ABC"[:columns])
     picked = [numbers[i] for i in rng.permutation(len(numbers))[: rows * columns]]
     cells = tuple(tuple(picked[i : i + columns]) for i in range(0, len(picked), columns))

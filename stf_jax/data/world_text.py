@@ -50,6 +50,38 @@ def questions(scene: Scene, rng: np.random.Generator, held_out: bool = False) ->
     return [made[i] for i in rng.permutation(len(made))]
 
 
+def drill(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Cues with what belongs to each in a scene, in random order: all that a caption says, asked for in few words.
+
+    A cue that fits several things is left out, and of the answers yes and no there are as many.
+    """
+    pairs = [(f"{t.color} {t.shape}", zone(t.x, t.y)) for t in scene.things]
+    pairs += [(zone(t.x, t.y), f"{t.size} {t.color} {t.shape}") for t in scene.things]
+    for t in scene.things:
+        pairs += [(f"color {t.shape}", t.color), (f"shape {t.color}", t.shape), (f"size {t.color} {t.shape}", t.size)]
+    pairs += [(f"text {p.row}", p.text) for p in scene.prints]
+    if scene.chart is not None:
+        for label, value in zip(scene.chart.labels, scene.chart.values, strict=True):
+            pairs += [(label, str(value)), (str(value), label)]
+    if scene.form is not None and scene.form.is_table:
+        lines = enumerate(scene.form.cells, start=1)
+        pairs += [(f"row {i} {c}", cell) for i, line in lines for c, cell in zip(scene.form.labels, line, strict=True)]
+    elif scene.form is not None:
+        for label, (number,) in zip(scene.form.labels, scene.form.cells, strict=True):
+            pairs += [(label, number), (number, label)]
+    answers = collections.defaultdict(set)
+    for cue, answer in pairs:
+        answers[cue].add(answer)
+    pairs = [pair for pair in dict.fromkeys(pairs) if len(answers[pair[0]]) == 1]
+    if scene.things:
+        seen = {t.color for t in scene.things} | {t.shape for t in scene.things}
+        unseen = [word for word in (*COLORS, *SHAPES) if word not in seen]
+        some = min(3, len(seen), len(unseen))
+        for words, answer in ((sorted(seen), "yes"), (unseen, "no")):
+            pairs += [(f"any {words[i]}", answer) for i in rng.permutation(len(words))[:some]]
+    return [pairs[i] for i in rng.permutation(len(pairs))]
+
+
 def _pick(rng, options):
     return options[rng.integers(len(options))]
 

@@ -12,7 +12,7 @@ from stf_jax.data import world
 from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.scenes import COLORS, HELD_OUT_PAIRS, HELD_OUT_WORDS, SHAPES, TRAINING_WORDS
 from stf_jax.data.world import HELD_OUT_FONTS, HELD_OUT_NUMBERS, RADII, SIDE, TRAINING_NUMBERS, draw, make_scene
-from stf_jax.data.world_text import KINDS, caption, questions, zone
+from stf_jax.data.world_text import KINDS, caption, drill, questions, zone
 
 MANY = 2400
 HELD_OUT_SEED = 1_000_003
@@ -155,8 +155,7 @@ def _truth(scene, text):
         bars = {label: int(value) for label, value in re.findall(r"\b([A-Z]) (\d)\b", facts)}
         return str(bars[found[2]]) if found[2] else (max if found[1] == "highest" else min)(bars, key=bars.get)
     if found := re.fullmatch(r"What is in row (\d) of column (\w)\?", text):
-        columns = re.search(r"a table of ([A-C ]+),", facts)[1].split()
-        return re.search(rf"row {found[1]} ([\d ]+)", facts)[1].split()[columns.index(found[2])]
+        return _truth_of_table(facts, *found.groups())
     lines = dict(re.findall(r"\b([A-Z]{3,}) (\d\d)\b", facts))
     if found := re.fullmatch(r"What is the ([A-Z]+)\?", text):
         return lines[found[1]]
@@ -169,6 +168,41 @@ def test_answers_are_true(asked, held_out):
     for scene, question in asked[held_out]:
         assert question.answer == _truth(scene, question.text), (question, caption(scene))
     assert {question.kind for _, question in asked[held_out]} == {*KINDS}
+
+
+def _fits(facts, cue, answer):
+    """Whether a caption's facts alone give that answer to a cue of a drill, and no other."""
+    things = re.findall(r"an? (small|large) (\w+) (\w+) at the ([a-z ]+)", facts)
+    prints = re.findall(r"the text (\w+) at the (\w+)", facts)
+    bars = re.findall(r"\b([A-Z]) (\d)\b", facts) if "a chart of" in facts else []
+    lines = re.findall(r"\b([A-Z]{3,}) (\d\d)\b", facts) if "a form of" in facts else []
+    if cue.startswith("any "):
+        return answer == ("yes" if any(cue[4:] in (color, shape) for _, color, shape, _ in things) else "no")
+    if found := re.fullmatch(r"row (\d) (\w)", cue):
+        return answer == _truth_of_table(facts, *found.groups())
+    found = {said for said, row in prints if cue == f"text {row}"}
+    found |= {said for pair in (*bars, *lines) for known, said in (pair, pair[::-1]) if known == cue}
+    for size, color, shape, where in things:
+        told = {(f"{color} {shape}", where), (where, f"{size} {color} {shape}"), (f"color {shape}", color)}
+        told |= {(f"shape {color}", shape), (f"size {color} {shape}", size)}
+        found |= {said for known, said in told if known == cue}
+    return found == {answer}
+
+
+def _truth_of_table(facts, row, column):
+    columns = re.search(r"a table of ([A-C ]+),", facts)[1].split()
+    return re.search(rf"row {row} ([\d ]+)", facts)[1].split()[columns.index(column)]
+
+
+def test_drills_of_text_are_true_and_say_yes_as_often_as_no(scenes):
+    answers, cues = collections.Counter(), 0
+    for index, scene in enumerate(scenes[False][:800]):
+        for cue, answer in drill(scene, np.random.default_rng(index)):
+            assert _fits(caption(scene), cue, answer), (caption(scene), cue, answer)
+            answers[answer] += 1
+            cues += 1
+    assert answers["yes"] == answers["no"] > 500
+    assert cues > 5000
 
 
 # ---- Balanced --------------------------------------------------------------------------------------------------------
@@ -264,3 +298,20 @@ def test_nothing_of_a_form_is_cut_or_overlaps(scenes):
             for label, (number,) in zip(scene.form.labels, scene.form.cells, strict=True):
                 widths = [world.text_width(text, scene.form.height, scene.form.font) for text in (label, number)]
                 assert sum(widths) < SIDE - 16
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_as_many_things_of_a_sort_as_are_asked_for(most):
+    """Of bars and lines two at least, or there would be nothing to look up."""
+    counts = collections.defaultdict(set)
+    for index in range(600):
+        scene = make_scene(0, index, most=most)
+        counts["shapes"].add(len(scene.things))
+        counts["prints"].add(len(scene.prints))
+        if scene.chart is not None:
+            counts["bars"].add(len(scene.chart.labels))
+        if scene.form is not None:
+            counts["lines"] |= {len(scene.form.cells), len(scene.form.labels)}
+    assert counts["shapes"] == counts["prints"] == {*range(most + 1)}
+    assert counts["bars"] == {*range(2, max(most, 2) + 1)}
+    assert counts["lines"] == {*range(2, max(most, 2) + 1)}

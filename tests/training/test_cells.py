@@ -9,8 +9,12 @@ import pytest
 import tiny
 from tiny import Setup, batches
 
+from stf_jax import bench
+from stf_jax.benches.backbone import SEED
 from stf_jax.config import UserError
 from stf_jax.data.pipeline import training_records
+from stf_jax.data.world import make_scene
+from stf_jax.data.world_labels import label
 from stf_jax.main import main
 from stf_jax.models.cells import CLASSES
 from stf_jax.models.presets import VISION
@@ -125,7 +129,7 @@ def test_labels_and_a_head_for_them_go_together(changes, said):
         training_records(tiny.tiny(**CHANGES | changes))
 
 
-def test_a_tower_trained_on_cells_begins_a_run_without_the_head(tmp_path):
+def test_a_tower_trained_on_cells_begins_a_run_without_the_head(tmp_path, capsys):
     """As a user does it, stage after stage."""
     flags = [f"--config.{key}={value}" for key, value in CHANGES.items() if key != "rules"]
     config = f"--config={tiny.__file__}:steps=3,fusion=mlp"
@@ -133,6 +137,16 @@ def test_a_tower_trained_on_cells_begins_a_run_without_the_head(tmp_path):
     assert door(main, [config, *flags, rules, f"--workdir={tmp_path / 'cells'}"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "cells" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
+    asked = ["backbone", f"--checkpoint={tmp_path / 'cells'}", "--images=50", f"--json={tmp_path / 'seen.json'}"]
+    assert door(bench.main, asked) == 0
+    seen = {row["what"]: row for row in json.loads((tmp_path / "seen.json").read_text())}
+    labels = np.stack([label(make_scene(SEED, index, held_out=True)) for index in range(50)])
+    for sort, what in enumerate(("color", "shape", "character")):
+        assert seen[what]["cells"] == (labels[..., sort] > 0).sum()
+        assert 0 <= seen[what]["right"] <= 1
+    assert seen["no character"]["cells"] == (labels[..., 2] == 0).sum()
+    by_height = [row["cells"] for what, row in seen.items() if what.endswith("pixels")]
+    assert 0.98 < sum(by_height) / seen["character"]["cells"] <= 1  # two that touch may share a cell
     next_flags = [
         f"--config.init_from={tmp_path / 'cells'}",
         "--config.init_missing=('cells/.*',)",
@@ -142,3 +156,5 @@ def test_a_tower_trained_on_cells_begins_a_run_without_the_head(tmp_path):
     ]
     config = f"--config={tiny.__file__}:steps=2,fusion=mlp"
     assert door(main, [config, "--config.data.max_length=512", *next_flags]) == 0
+    assert door(bench.main, ["backbone", f"--checkpoint={tmp_path / 'answers'}"]) == 2
+    assert "no head that labels cells" in capsys.readouterr().err
