@@ -116,7 +116,7 @@ class DataConfig:
     mix: tuple[Factor, ...] = ()  # a number for each of them, read as mix_by says; (): each row once an epoch
     mix_by: str = "epoch"  # epoch: how often an epoch takes each set's rows | weight: the set's share of all rows
     scenes: ScenesConfig = ScenesConfig()
-    tokenizer: str = ""  # folder with a tokenizer that transformers reads; "miniature": embedded; "": init_from's
+    tokenizer: str = ""  # folder that transformers reads; miniature, miniature/2: embedded; "": init_from's
     template: str = "v1"  # plain | v1 | llama-3 | chatml | mistral (data/conversation.py)
     aspect: str = "square"  # square: resize and centre-crop | pad: to a square with the mean colour
     max_length: Size = 2048  # tokens a row, image slots included

@@ -18,6 +18,7 @@ from stf_jax.data.sentencepieces import has_wrong_merges, read_sentencepiece
 from stf_jax.runtime.files import fetched, read_json
 
 MINIATURE = pathlib.Path(__file__).parent.parent / "weights" / "miniatures" / "tokenizer"
+EMBEDDED = {"miniature": MINIATURE, "miniature/2": MINIATURE.parent / "2" / "tokenizer"}  # by edition of the world
 MINIATURE_VOCAB = 512
 SENTENCEPIECE = "tokenizer.model"  # Llama's and Vicuna's vocabulary, as they publish it
 _AS_WRITTEN = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that take tokenizer.json as it stands
@@ -27,12 +28,12 @@ _log = logging.getLogger(__name__)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Reads a tokenizer from a local folder, or the embedded one for ``"miniature"``. Never downloads.
+    """Reads a tokenizer from a local folder, or one of :data:`EMBEDDED` by its name. Never downloads.
 
     Raises:
       UserError: no such folder, no tokenizer in it, or one that cannot tell which characters a token covers.
     """
-    folder = MINIATURE if name == "miniature" else fetched(name) if name else None
+    folder = EMBEDDED.get(name) or (fetched(name) if name else None)
     if folder is None or not folder.is_dir():
         where = f"{name!r} is no folder" if name else "no folder is given"
         raise UserError(

@@ -16,7 +16,7 @@ from etils import epath
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import FusionConfig, TrainConfig, UserError, from_json
-from stf_jax.data.tokenizer import FILES, MINIATURE, save_tokenizer
+from stf_jax.data.tokenizer import EMBEDDED, FILES, save_tokenizer
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.presets import DESCRIPTION, ResolvedModel, llm_config, resolved, vision_config
 from stf_jax.models.vit import VisionConfig
@@ -113,7 +113,7 @@ def describe(folder: epath.Path) -> tuple[Description, ResolvedModel, pathlib.Pa
     description = Description(model.vision_shape, model.llm_shape, model.fusion, data.template, data.aspect)
     tokenizer = _folder(fetched(folder / "tokenizer"))
     if tokenizer is None:
-        tokenizer = MINIATURE if data.tokenizer == "miniature" else data.tokenizer and _folder(fetched(data.tokenizer))
+        tokenizer = EMBEDDED.get(data.tokenizer) or (data.tokenizer and _folder(fetched(data.tokenizer)))
     return description, model, tokenizer or None
 
 
@@ -125,7 +125,7 @@ def save_description(workdir: epath.Path, config: TrainConfig, tokenizer: PreTra
     model, data = resolved(config.model), config.data
     description = Description(model.vision_shape, model.llm_shape, model.fusion, data.template, data.aspect)
     write_json(workdir / DESCRIPTION, dataclasses.asdict(description))
-    source = MINIATURE if data.tokenizer == "miniature" else fetched(data.tokenizer)
+    source = EMBEDDED.get(data.tokenizer) or fetched(data.tokenizer)
     if source == fetched(workdir / "tokenizer"):
         return
     with tempfile.TemporaryDirectory() as local:

@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from stf_jax.config import TrainConfig, UserError
+from stf_jax.data import tokenizer as tokenizers
 from stf_jax.models.presets import DEFAULTS, llm_preset, resolved, vision_preset
 from stf_jax.runtime.files import read_json, to_path
 from stf_jax.runtime.parameters import SavedParams, newest_step
@@ -39,7 +40,8 @@ def complete(config: TrainConfig, workdir: epath.Path | None = None) -> TrainCon
     model = dataclasses.replace(config.model, **{part: name for part, (name, _) in parts.items()})
     model = resolved(model, *(shape for _, shape in parts.values()))
     tokenizer = config.data.tokenizer or known.get("tokenizer", "")
-    if continued and tokenizer != "miniature" and not os.path.isdir(tokenizer) and (workdir / "tokenizer").is_dir():
+    gone = tokenizer not in tokenizers.EMBEDDED and not os.path.isdir(tokenizer)
+    if continued and gone and (workdir / "tokenizer").is_dir():
         tokenizer = str(workdir / "tokenizer")
     data = dataclasses.replace(config.data, tokenizer=tokenizer)
     return dataclasses.replace(config, model=model, data=data)
@@ -77,4 +79,4 @@ def _tokenizer_name(folder):
     if not (folder / "config.json").exists():
         return ""
     name = read_json(folder / "config.json")["data"]["tokenizer"]
-    return name if name == "miniature" or os.path.isdir(name) else ""
+    return name if name in tokenizers.EMBEDDED or os.path.isdir(name) else ""

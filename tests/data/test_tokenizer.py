@@ -20,25 +20,31 @@ from stf_jax.data.scenes import (
     make_scene,
 )
 from stf_jax.data.tokenizer import MINIATURE, MINIATURE_VOCAB, load_tokenizer, train_miniature_tokenizer, unsayable
+from stf_jax.data.world import FORM_LABELS
 
 WORDS = TRAINING_WORDS + HELD_OUT_WORDS
 
 
-@pytest.fixture(scope="module")
-def miniature():
-    return load_tokenizer("miniature")
+@pytest.fixture(scope="module", params=[1, 2])
+def edition(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def trained():
-    return train_miniature_tokenizer()
+def miniature(edition):
+    return load_tokenizer("miniature" if edition == 1 else "miniature/2")
 
 
-def corpus():
+@pytest.fixture(scope="module")
+def trained(edition):
+    return train_miniature_tokenizer(edition)
+
+
+def corpus(edition):
     """All that the miniatures read and say, and what they never saw."""
     for task in ("documents", "captions"):
         for held_out in (False, True):
-            records = SceneRecords(task, 40, seed=11, held_out=held_out)
+            records = SceneRecords(task, 40, seed=11, held_out=held_out, edition=edition)
             yield from (turn.text for index in range(40) for turn in records[index].turns)
     yield f"{SYSTEM} USER: \nDescribe the picture.\n{SHORT_ANSWER} ASSISTANT: "
     yield from ("", " ", "Größe 日本 🤗\t\n\x00", "ASSISTANT:</s>USER: x", *WORDS)
@@ -60,28 +66,28 @@ def test_special_tokens(miniature):
     assert max(miniature.get_vocab().values()) < MINIATURE_VOCAB
 
 
-def test_any_text_comes_back(miniature):
-    for text in corpus():
+def test_any_text_comes_back(miniature, edition):
+    for text in corpus(edition):
         assert miniature.decode(ids(miniature, text)) == text
         assert miniature(text).input_ids == [1, *ids(miniature, text)]
 
 
-def test_training_gives_the_same_each_time(trained):
-    again = train_miniature_tokenizer()
+def test_training_gives_the_same_each_time(trained, edition):
+    again = train_miniature_tokenizer(edition)
     assert backend(again) == backend(trained)
 
 
-def test_the_committed_tokenizer_is_what_training_gives(miniature, trained):
+def test_the_committed_tokenizer_is_what_training_gives(miniature, trained, edition):
     assert trained.get_vocab() == miniature.get_vocab()
     assert backend(trained) == backend(miniature)
-    assert [ids(trained, text) for text in corpus()] == [ids(miniature, text) for text in corpus()]
+    assert [ids(trained, text) for text in corpus(edition)] == [ids(miniature, text) for text in corpus(edition)]
 
 
-def test_it_was_trained_on_text_like_that(miniature):
+def test_it_was_trained_on_text_like_that(miniature, edition):
     """The common words are tokens of their own."""
     for word in (*COLORS, *SHAPES, "small", "large", "left", "bottom"):
         assert len(ids(miniature, f" {word}")) == 1, word
-    sentence = caption(make_scene(3, 3))
+    sentence = caption(make_scene(3, 3)) if edition == 1 else "a small red star at the top, the text 42 at the bottom"
     assert len(ids(miniature, sentence)) < len(sentence) / 3
 
 
@@ -97,8 +103,20 @@ def test_printed_words_are_spelt(tokenizer, request):
     assert len(letters) > 0.9 * len(WORDS)
 
 
-def test_what_no_text_has_trained_may_not_be_said(miniature):
+def test_the_second_edition_spells_every_print_in_single_characters():
+    """Wherever it stands, so that what is read is always put together of the same tokens."""
+    tokenizer = load_tokenizer("miniature/2")
+    numbers = [str(number) for number in range(10, 100)]
+    for text in (*WORDS, *FORM_LABELS, *numbers):
+        for before, after in (("", ""), (" ", "\n"), ("the text ", " at the top"), ("USER: ", "? ASSISTANT:")):
+            spelt = [tokenizer.decode([token]) for token in ids(tokenizer, before + text + after)]
+            begin = len(ids(tokenizer, before))
+            assert spelt[begin : begin + len(text)] == [*text], (before, text, after)
+
+
+def test_what_no_text_has_trained_may_not_be_said():
     """Rows beyond the tokenizer's 501 tokens, and <image>, wherever it is."""
+    miniature = load_tokenizer("miniature")
     assert unsayable(miniature, 501) == ()
     assert unsayable(miniature, 504) == (501, 502, 503)
     marked = load_tokenizer("miniature")
@@ -161,11 +179,11 @@ def changed(folder, name, **values):
         ("added_tokens.json", {"<x>": 501}, ("<s>", "</s>", "<unk>", "<unk>")),
     ],
 )
-def test_special_tokens_as_people_write_them(tmp_path, miniature, name, values, expected):
+def test_special_tokens_as_people_write_them(tmp_path, name, values, expected):
     tokenizer = load_tokenizer(str(changed(tmp_path, name, **values)))
     assert tuple(getattr(tokenizer, f"{key}_token") for key in ("bos", "eos", "unk", "pad")) == expected
     assert tokenizer.eos_token_id == 2
-    assert ids(tokenizer, "a b") == ids(miniature, "a b")
+    assert ids(tokenizer, "a b") == ids(load_tokenizer("miniature"), "a b")
     tokenizer.save_pretrained(tmp_path / "saved")
     again = load_tokenizer(str(tmp_path / "saved"))
     assert (again.bos_token, again.unk_token, again.pad_token) == (*expected[:1], *expected[2:])
@@ -205,7 +223,7 @@ def test_an_end_that_no_file_names_is_asked_for(tmp_path, value):
         load_tokenizer(str(folder))
 
 
-def test_a_saved_tokenizer_is_read_back(tmp_path, miniature):
+def test_a_saved_tokenizer_is_read_back(tmp_path, miniature, edition):
     miniature.save_pretrained(tmp_path)
     again = load_tokenizer(str(tmp_path))
-    assert [ids(again, text) for text in corpus()] == [ids(miniature, text) for text in corpus()]
+    assert [ids(again, text) for text in corpus(edition)] == [ids(miniature, text) for text in corpus(edition)]

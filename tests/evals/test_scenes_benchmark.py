@@ -12,7 +12,7 @@ from etils import epath
 from stf_jax.data.conversation import encode, template_items
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.scenes import HELD_OUT_WORDS
-from stf_jax.data.tokenizer import load_tokenizer, train_miniature_tokenizer
+from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.data.world import HEIGHTS, HELD_OUT_NUMBERS
 from stf_jax.evals.known import open_benchmarks
 from stf_jax.evals.scenes import EACH, Scenes, Shapes
@@ -100,7 +100,7 @@ def test_each_is_asked_of_its_scene_and_of_a_blank_picture_next_to_it(whole):
 
 
 def test_every_truth_can_be_said_in_full_with_its_end(whole):
-    tokenizer = load_tokenizer("miniature") if isinstance(whole, Shapes) else train_miniature_tokenizer(2)
+    tokenizer = load_tokenizer("miniature" if isinstance(whole, Shapes) else "miniature/2")
     for truth in {q.metadata["truth"] for q in whole.questions}:
         turns = (Turn("human", "What?"), Turn("gpt", truth))
         assert encode(template_items("v1", Record("", (), turns)), tokenizer, 0).learned.sum() <= whole.tokens
