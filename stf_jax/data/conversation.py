@@ -169,11 +169,20 @@ def plain(turns: Sequence[Turn]) -> list[Item]:
         turns = turns[1:]
     images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
     if not images:
-        return [Text(turn.text, learned=turn.speaker == "gpt") for turn in turns]
+        return document(turns)
     if len(turns) > 2 or any(turn.speaker != "gpt" for turn in turns[1:]):
         raise BadRow("roles", "template 'plain' takes one instruction and one caption")
     caption = [item for turn in turns[1:] for item in (Text(turn.text.strip(), learned=True), Mark.NEWLINE)]
     return [Mark.IMAGE] * images + caption
+
+
+def document(turns: Sequence[Turn]) -> list[Item]:
+    """Turns as they stand, the model's learned, and images where they are marked: no template's words between."""
+    items: list[Item] = []
+    for turn in turns:
+        for i, text in enumerate(turn.text.split(IMAGE_MARK)):
+            items += [Mark.IMAGE] * (i > 0) + [Text(text, learned=turn.speaker == "gpt")] * bool(text)
+    return items
 
 
 TEMPLATES = {"plain": plain} | CHATS
@@ -240,7 +249,7 @@ def template_items(template: str, record: Record) -> list[Item]:
     if template not in TEMPLATES:
         raise UserError(f"Unknown data.template={template!r}; {nearest(template, TEMPLATES)}")
     try:
-        items = TEMPLATES[template](record.turns)
+        items = (document if record.document else TEMPLATES[template])(record.turns)
     except BadRow as error:
         raise BadRow(error.reason, f"Record {record.id!r}: {error}.") from None
     marks, pictures = sum(item is Mark.IMAGE for item in items), len(record.pictures)

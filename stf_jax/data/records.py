@@ -69,6 +69,7 @@ class Record:
     pictures: tuple[Callable[[], PIL.Image.Image], ...]
     turns: tuple[Turn, ...]
     unread: tuple[str, ...] = ()  # what of its row was passed over (data/rows.py)
+    document: bool = False  # its turns are read as they stand, whatever the template
     labels: Callable[[], np.ndarray] | None = None  # of its image's cells, uint8 [S, S, 3], where it was drawn
 
 

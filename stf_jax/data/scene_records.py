@@ -10,6 +10,16 @@ from stf_jax.data.world_labels import label, make_drill
 
 EDITIONS: dict[int, ModuleType] = {1: scenes, 2: world_text}
 _DRILLS = 4  # one labelled image in so many is no drill
+# Tasks in turn, and whether the caption stands in place of the image.
+_MIXTURES = {
+    1: (("documents", True), *[("captions", False)] * 7),
+    2: (
+        ("documents", True),
+        ("drills", True),
+        *[("drills", False)] * 4,
+        *[("documents", False)] * 2,
+    ),
+}
 ROUNDS = 3  # of questions on one image; what is asked twice is left out
 
 
@@ -21,7 +31,8 @@ class SceneRecords:
       conversations: an image and some rounds of questions of every kind that it allows, for stage 2.
       documents: a caption as text, then such questions on it, for a language model to begin.
       drills: a caption as text, then cues with what belongs to each (:func:`world_text.drill`); of the second edition.
-      mixture: seven in eight captions, one in eight documents.
+      mixture: of the first edition seven in eight captions, one in eight documents; of the second drills and documents,
+        six in eight with an image in place of the caption.
       cells: an image, in three of four cases a drill, with the labels of its cells; of the second edition.
     """
 
@@ -44,30 +55,33 @@ class SceneRecords:
         world = EDITIONS[self._edition]
         scene = world.make_scene(self._seed, index, self._held_out, self._most)
         rng = world.generator(self._seed + 1, self._held_out, index)
-        task = self._task
+        task, told = self._task, self._task in ("documents", "drills")  # told: the caption stands in place of the image
         if task == "mixture":
-            task = "documents" if index % 8 == 0 else "captions"
+            mixed = _MIXTURES[self._edition]
+            task, told = mixed[index % len(mixed)]
+        head = world.caption(scene) if told else IMAGE_MARK
         if task == "captions":
             # In any order: whoever may begin with any thing has to find it by what it is, not by counting.
             turns = [Turn("human", f"{world.DESCRIBE}\n{IMAGE_MARK}"), Turn("gpt", world.caption(scene, rng))]
+        elif task == "drills":
+            turns = [Turn("human", f"{head}\n")]
+            for cue, answer in world_text.drill(scene, rng):
+                turns += [Turn("human", f"{cue}:"), Turn("gpt", f" {answer}\n")]
         else:
             asked = {q.text: q for _ in range(ROUNDS) for q in world.questions(scene, rng, self._held_out)}.values()
-            if task == "drills":
-                turns = [Turn("human", world.caption(scene) + "\n")]
-                for cue, answer in world_text.drill(scene, rng):
-                    turns += [Turn("human", f"{cue}:"), Turn("gpt", f" {answer}\n")]
-            elif task == "documents":
+            if task == "documents":
                 # The caption stands where the image will; to repeat it is how a model learns to look things up.
                 said = [(q.text, q.answer) for q in asked]
                 said.insert(rng.integers(len(said) + 1), (world.DESCRIBE, world.caption(scene)))
-                turns = [Turn("human", world.caption(scene) + "\n")]
+                turns = [Turn("human", f"{head}\n")]
                 for question, answer in said:
                     turns += [Turn("human", f"USER: {question} ASSISTANT:"), Turn("gpt", f" {answer}\n")]
             else:
                 turns = [t for q in asked for t in (Turn("human", q.text), Turn("gpt", q.answer))]
                 turns[0] = Turn("human", f"{IMAGE_MARK}\n{turns[0].text}\n{SHORT_ANSWER}")
-        pictures = () if task in ("documents", "drills") else (functools.partial(world.draw, scene, index),)
-        return Record(f"scene-{self._seed}-{index}", pictures, tuple(turns))
+        pictures = () if told else (functools.partial(world.draw, scene, index),)
+        plain = task in ("documents", "drills")
+        return Record(f"scene-{self._seed}-{index}", pictures, tuple(turns), document=plain)
 
     def _labelled(self, index):
         # Its scene is made where it is looked at: to lay rows out, nothing has to be known of it.

@@ -1,5 +1,6 @@
 """Conversations to tokens, against LLaVA's own way of doing it and that of each template's own models."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from stf_jax.config import UserError
 from stf_jax.data.conversation import (
     SYSTEM,
+    TEMPLATES,
     Control,
     Mark,
     Text,
@@ -525,6 +527,17 @@ def test_plain_without_a_picture_is_a_document(tokenizer):
     assert tokenizer.decode(result.tokens[~result.learned], skip_special_tokens=True) == "Once upon a time"
     assert tokenizer.decode(result.tokens[result.learned]).strip() == "there was a cat."
     assert not result.is_image.any()
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_document_is_read_as_it_stands_with_its_images_whatever_the_template(template, tokenizer):
+    row = record("Look: <image> It\nred:", " yes\n", "blue:", " no\n", pictures=1)
+    result = encoded(template, dataclasses.replace(row, document=True), tokenizer)
+    end, first = tokenizer.eos_token_id, ids(tokenizer, "Look: ")
+    rest = ids(tokenizer, " It\nred: yes\nblue: no\n")
+    assert result.tokens.tolist() == [tokenizer.bos_token_id, *first, *[end] * SLOTS, *rest]
+    assert result.is_image.tolist() == [False] * (1 + len(first)) + [True] * SLOTS + [False] * len(rest)
+    assert "".join(tokenizer.decode(result.tokens[result.learned]).split()) == "yesno"
 
 
 # ---- What does not fit -----------------------------------------------------------------------------------------------
