@@ -58,6 +58,8 @@ def traced(config, rules, pictures, causal=False):
     images = jax.ShapeDtypeStruct((ROWS, pictures, side, side, 3), jnp.uint8)
 
     def loss(trainable, frozen, tokens, images):
+        if config.cells:
+            return plan.merge(trainable, frozen).cell_scores(images).sum()
         return plan.merge(trainable, frozen)(tokens, tokens, tokens, tokens, images).sum()
 
     function = jax.grad(loss) if rules else loss
@@ -93,6 +95,8 @@ CASES = {
     **{name: (config_of(fusion=name), STAGE1, 1) for name in fusion.FUSIONS},
     "queries": (config_of(fusion="resampler"), (("fusion/tokens/queries", "train"), FREEZE), 1),
     "norms of patches": (config_of(fusion="resampler"), (("fusion/tokens/blocks/patch_norm/.*", "train"), FREEZE), 1),
+    "cells": (dataclasses.replace(config_of(), cells=2), (("(vision|cells)/.*", "train"), FREEZE), 2),
+    "cells on a frozen tower": (dataclasses.replace(config_of(), cells=2), (("cells/.*", "train"), FREEZE), 1),
     "packer's values": (config_of(fusion="token_packer"), (("fusion/tokens/values/.*", "train"), FREEZE), 1),
     "packer, padded": (config_of(fusion="token_packer", kernel=3, pad_grid=True), STAGE1, 1),
     "resampler, not": (config_of(fusion="resampler", kernel=3, pad_grid=True), STAGE1, 1),

@@ -18,6 +18,7 @@ from stf_jax.data.world_labels import label
 from stf_jax.main import main
 from stf_jax.models.cells import CLASSES
 from stf_jax.models.presets import VISION
+from stf_jax.planning.program import make_program
 from stf_jax.runtime.cli import door
 from stf_jax.training.loss import labels_loss_sum
 
@@ -127,6 +128,13 @@ def test_every_mesh_takes_the_same_steps(mesh):
 def test_labels_and_a_head_for_them_go_together(changes, said):
     with pytest.raises(UserError, match=said):
         training_records(tiny.tiny(**CHANGES | changes))
+
+
+def test_plan_compiles_the_step():
+    config = tiny.tiny(**CHANGES)
+    program = make_program(config, "train", jax.devices()[:1])
+    assert program.compile().memory_analysis().temp_size_in_bytes > 0
+    assert {path.split("/")[0] for path in program.arguments[0].trainable} == {"vision", "cells"}
 
 
 def test_a_tower_trained_on_cells_begins_a_run_without_the_head(tmp_path, capsys):
