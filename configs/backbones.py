@@ -1,8 +1,11 @@
 """The miniature backbones, of either edition of the embedded world.
 
 Edition 1 is how stf_jax/weights/miniatures was made (its README.md has the commands and the scores): the language model
-on text alone, then everything on captions, with a plain MLP connector. Of edition 2 there is the tower's first stage:
-it learns to label small cells of what is drawn (models/cells.py), which takes a small tower further than captions do.
+on text alone, then everything on captions, with a plain MLP connector.
+
+Of edition 2 the tower learns to label small cells of what is drawn (models/cells.py), which takes a small tower further
+than captions do; the language model learns to look things up in captions as text; and then, with the tower frozen and
+an MLP connector, in images.
 """
 
 from stf_jax.config import default_config, parse_arg
@@ -12,7 +15,7 @@ def get_config(arg=None):
     """Stages ``sentences``, ``text`` of text, ``shapes``, ``captions`` of images; ``scale`` multiplies the steps.
 
     ``vision=siglip-mini-16-96`` makes another tower for the language model that is there already, which stays as it is.
-    ``edition=2`` has one stage, ``cells``; ``vision`` is then ``clip-mini-8-96`` where it is not said.
+    ``edition=2`` has stages ``cells``, ``drills``, ``answers``, and the tower ``clip-mini-8-96`` unless told otherwise.
     """
     arg = parse_arg(arg, scale=1.0, edition=1, vision="")
     config = default_config()
@@ -20,11 +23,11 @@ def get_config(arg=None):
     config.model.llm = "llama-mini"
     config.model.update(precision="float32", remat="none", scan_layers=False)
     config.model.fusion.fusion = "mlp"
-    config.data.update(source="scenes", tokenizer="miniature", template="plain")
+    config.data.update(source="scenes", tokenizer="miniature" if arg.edition == 1 else "miniature/2", template="plain")
     config.data.scenes.edition = arg.edition
     config.optimizer.update(b2=0.98, clip_norm=1.0)
     if arg.edition == 2:
-        return _cells(config, int(6000 * arg.scale))
+        return _second(config, arg.scale)
     config.data.scenes.size = 1_000_000
     config.run = ("sentences", "text", "shapes", "captions")
     config.stages = {
@@ -67,19 +70,48 @@ def get_config(arg=None):
     return config
 
 
-def _cells(config, steps):
-    """The tower alone, on new images in every step: three in four are drills (data/world_labels.py)."""
-    config.run = ("cells",)
+def _second(config, scale):
+    """Every record is new in each step. The tower and the language model begin apart; then both are read together."""
+    frozen = (".*", "freeze")
+    steps = {"cells": int(5000 * scale), "drills": int(2500 * scale), "answers": int(6000 * scale)}
+    config.run = tuple(steps)
+    config.checkpoint.every_steps = 200
     config.stages = {
         "cells": {
-            "steps": steps,
+            "steps": steps["cells"],
             "global_batch_size": 32,
             "init_missing": (".*",),
-            "rules": (("(vision|cells)/.*", "train"), (".*", "freeze")),
+            "rules": (("(vision|cells)/.*", "train"), frozen),
             "model": {"cells": 2},
-            "data": {"scenes": {"task": "cells", "size": 32 * steps}, "max_length": 160},
+            "data": {"scenes": {"task": "cells", "size": 32 * steps["cells"]}, "max_length": 160},
             "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.01},
-            "checkpoint": {"every_steps": 200},
-        }
+        },
+        # Looking things up is learned from many short questions on captions.
+        "drills": {
+            "steps": steps["drills"],
+            "global_batch_size": 16,
+            "init_missing": ("(llm|fusion|cells)/.*",),
+            "rules": (("llm/.*", "train"), frozen),
+            "data": {
+                "scenes": {"task": "drills", "size": 60 * steps["drills"]},
+                "max_length": 256,
+                "images_per_row": 0,
+            },
+            "optimizer": {"learning_rate": 2e-3, "schedule": "constant"},
+        },
+        "answers": {
+            "steps": steps["answers"],
+            "global_batch_size": 8,
+            "init_missing": ("fusion/.*",),
+            "rules": (("(llm|fusion)/.*", "train"), frozen),
+            "data": {
+                "scenes": {"task": "mixture", "size": 20 * steps["answers"]},
+                "max_length": 480,
+                "images_per_row": 2,
+            },
+            "optimizer": {"learning_rate": 1e-3},
+        },
     }
+    for stage in ("drills", "answers"):
+        config.stages[stage].data.packing = True
     return config
