@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
-from stf_jax.data.scenes import COLORS, HELD_OUT_WORDS, SHAPES, TRAINING_PAIRS, Thing, draw_thing
+from stf_jax.data.scenes import COLORS, HELD_OUT_WORDS, SHAPES, Thing, draw_thing
 from stf_jax.data.world import (
     HEIGHTS,
     HELD_OUT_NUMBERS,
@@ -26,6 +26,7 @@ from stf_jax.data.world import (
     Surface,
     generator,
     paint,
+    pairs_at,
     text_width,
 )
 
@@ -105,7 +106,8 @@ def make_drill(seed: int, index: int) -> Scene:
 
 
 def _make_thing(rng, row, column):
-    color, shape = TRAINING_PAIRS[rng.integers(len(TRAINING_PAIRS))]
+    pairs = pairs_at(row, column, held_out=False)
+    color, shape = pairs[rng.integers(len(pairs))]
     size = str(rng.choice(list(RADII)))
     reach = ZONE // 2 - RADII[size] - 1
     x, y = (ZONE * zone + ZONE // 2 + int(rng.integers(-reach, reach + 1)) for zone in (column, row))

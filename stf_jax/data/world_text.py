@@ -9,14 +9,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from stf_jax.data.scenes import COLORS, HELD_OUT_PAIRS, SHAPES, TRAINING_PAIRS, Question
-from stf_jax.data.world import MOST_THINGS, ZONE, Scene, draw, generator, make_scene
+from stf_jax.data.scenes import COLORS, SHAPES, Question
+from stf_jax.data.world import HELD_OUT_PLACES, MOST_THINGS, PAIRS, ZONE, Scene, draw, generator, make_scene
 
 __all__ = ["DESCRIBE", "KINDS", "MOST_THINGS", "caption", "draw", "generator", "make_scene", "questions", "zone"]
 
 KINDS = ("existence", "count", "attribute", "position", "relation", "reading", "chart", "form")
 DESCRIBE = "Describe the image."
-_PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 
 
 def zone(x: int, y: int) -> str:
@@ -44,7 +43,7 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
 
 
 def questions(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> list[Question]:
-    """One question of each kind that the scene allows, in random order. Those of training name training pairs alone."""
+    """One question of each kind that the scene allows, in random order."""
     made = [make(scene, rng, held_out) for make in _MAKERS.values()]
     made = [question for question in made if question is not None]
     return [made[i] for i in rng.permutation(len(made))]
@@ -88,27 +87,21 @@ def _pick(rng, options):
 
 def _existence(scene, rng, held_out):
     """Of a colour, of a shape, or of both together, which is the hard one."""
+    del held_out
     if not scene.things:
         return None
     asked = rng.integers(3)
     if asked == 2:
-        present, known = {thing.pair for thing in scene.things}, _PAIRS if held_out else TRAINING_PAIRS
+        present, known = {thing.pair for thing in scene.things}, PAIRS
     else:
         key = ("color", "shape")[asked]
         present, known = {getattr(thing, key) for thing in scene.things}, (tuple(COLORS), SHAPES)[asked]
     absent = [value for value in known if value not in present]
     answer = "yes" if rng.random() < 0.5 else "no"
-    if answer == "yes":
-        # Few of a held-out scene's shapes are held out; ask of those first, they are what is new.
-        candidates = sorted(present & HELD_OUT_PAIRS) or sorted(present)
-    elif asked == 2:
-        # Half right is harder: another shape of a colour that is there, or another colour of a shape. And what is
-        # held out is asked of as often as where the answer is yes.
-        near = [(c, s) for c, s in absent if any(c == a or s == b for a, b in present)]
-        candidates = [pair for pair in near if pair in HELD_OUT_PAIRS] if held_out else near
-        candidates = candidates or near or absent
-    else:
-        candidates = absent
+    candidates = sorted(present) if answer == "yes" else absent
+    if answer == "no" and asked == 2:
+        # Half right is harder: another shape of a colour that is there, or another colour of a shape.
+        candidates = [(c, s) for c, s in absent if any(c == a or s == b for a, b in present)] or absent
     value = _pick(rng, candidates)
     what = (f"{value} shape", value, " ".join(value))[asked]
     return Question("existence", f"Is there {'an' if what.startswith('orange') else 'a'} {what}?", answer)
@@ -151,8 +144,10 @@ def _unique(scene):
 
 
 def _position(scene, rng, held_out):
-    del held_out
+    """Of a held-out scene, where it is that one of that color and shape never was in training."""
     things = _unique(scene)
+    if held_out:
+        things = [t for t in things if HELD_OUT_PLACES[t.pair] == t.y // ZONE * 3 + t.x // ZONE]
     if not things:
         return None
     thing = _pick(rng, things)

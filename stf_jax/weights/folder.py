@@ -24,15 +24,19 @@ from stf_jax.runtime.parameters import SavedParams
 from stf_jax.weights.tensors import open_tensors
 
 MINIATURES = pathlib.Path(__file__).parent / "miniatures"
-EMBEDDED = {"miniatures": MINIATURES, "miniatures/siglip": MINIATURES / "siglip"}
+EMBEDDED = {
+    "miniatures": MINIATURES,
+    "miniatures/siglip": MINIATURES / "siglip",
+    "miniatures/2": MINIATURES / "2",
+}
 
 
 def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh: Iterable[str]) -> dict[str, jax.Array]:
     """Reads the parameters that a model wants, each straight onto its devices.
 
     Args:
-      sources: folders of weights or workdirs of runs, separated by commas; ``miniatures`` names the embedded ones,
-        ``miniatures/siglip`` those with the other tower. A later one wins over an earlier one.
+      sources: folders of weights or workdirs of runs, separated by commas; names of :data:`EMBEDDED` stand for
+        those. A later one wins over an earlier one.
       layout: every parameter of the model, with the sharding that it is to have.
       fresh: patterns of parameters that are not taken from the sources, whatever those hold.
 

@@ -10,13 +10,25 @@ import pytest
 
 from stf_jax.data import world
 from stf_jax.data.scene_records import SceneRecords
-from stf_jax.data.scenes import COLORS, HELD_OUT_PAIRS, HELD_OUT_WORDS, SHAPES, TRAINING_WORDS
-from stf_jax.data.world import HELD_OUT_FONTS, HELD_OUT_NUMBERS, RADII, SIDE, TRAINING_NUMBERS, draw, make_scene
+from stf_jax.data.scenes import COLORS, HELD_OUT_WORDS, SHAPES, TRAINING_WORDS
+from stf_jax.data.world import (
+    HELD_OUT_FONTS,
+    HELD_OUT_NUMBERS,
+    HELD_OUT_PLACES,
+    RADII,
+    SIDE,
+    TRAINING_NUMBERS,
+    draw,
+    make_scene,
+)
 from stf_jax.data.world_text import KINDS, caption, drill, questions, zone
 
 MANY = 2400
 HELD_OUT_SEED = 1_000_003
-NAMED_PAIR = re.compile(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b")
+PLACES = ["top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right"]
+NAMED_PLACE = re.compile(
+    rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})(?: at the |\? ASSISTANT: |\?\n)({'|'.join(sorted(PLACES)[::-1])})\b"
+)
 NAMED_PRINT = re.compile(r"\b(?:[A-Z]{3}|\d\d)\b")
 
 
@@ -54,10 +66,10 @@ def texts(task, count, held_out=False):
 @pytest.mark.parametrize(
     ("task", "held_out", "digest"),
     [
-        ("captions", False, "dc6e4eedf4c7311b"),
-        ("conversations", False, "dc367f4cf83a6216"),
-        ("documents", False, "c010a05c787a5d01"),
-        ("conversations", True, "708650e3885f5cc6"),
+        ("captions", False, "0052b30742825514"),
+        ("conversations", False, "c38d1605e9454f9c"),
+        ("documents", False, "17f6e4b4fd57d219"),
+        ("conversations", True, "3d3957bab078a76c"),
     ],
 )
 def test_text_of_many_records_is_what_it_always_was(task, held_out, digest):
@@ -77,6 +89,16 @@ def test_an_image_is_the_same_each_time_and_of_its_index_alone(scenes):
 # ---- Held out --------------------------------------------------------------------------------------------------------
 
 
+def _is_held_out(thing):
+    return HELD_OUT_PLACES[thing.pair] == thing.y // (SIDE // 3) * 3 + thing.x // (SIDE // 3)
+
+
+def test_each_color_and_each_shape_is_held_out_at_several_places_and_never_everywhere():
+    assert {*HELD_OUT_PLACES} == {(color, shape) for color in COLORS for shape in SHAPES}
+    assert collections.Counter(HELD_OUT_PLACES.values()) == dict.fromkeys(range(9), 4)
+    assert [zone(32 * (i % 3) + 16, 32 * (i // 3) + 16) for i in range(9)] == PLACES
+
+
 def _prints(scene):
     yield from (item.text for item in scene.prints)
     if scene.form is not None:
@@ -89,20 +111,21 @@ def _fonts(scene):
 
 def test_training_shows_and_names_nothing_held_out(scenes):
     for scene in scenes[False]:
-        assert not {thing.pair for thing in scene.things} & HELD_OUT_PAIRS
+        assert not any(_is_held_out(thing) for thing in scene.things)
         assert not {*_prints(scene)} & {*HELD_OUT_WORDS, *HELD_OUT_NUMBERS}
         assert not _fonts(scene) & {*HELD_OUT_FONTS}
-    for task in ("captions", "conversations", "documents"):
+    for task in ("captions", "conversations", "documents", "drills"):
         said = "\n".join(texts(task, 800))
-        assert len(NAMED_PAIR.findall(said)) > 500
-        assert not {*NAMED_PAIR.findall(said)} & HELD_OUT_PAIRS
+        named = [(pair, PLACES.index(place)) for *pair, place in NAMED_PLACE.findall(said)]
+        assert len(named) > 500 or task == "conversations"
+        assert not any(HELD_OUT_PLACES[tuple(pair)] == place for pair, place in named)
         assert len(NAMED_PRINT.findall(said)) > 500
         assert not {*NAMED_PRINT.findall(said)} & {*HELD_OUT_WORDS, *HELD_OUT_NUMBERS}
 
 
 def test_held_out_images_show_what_is_held_out(scenes):
     for scene in scenes[True]:
-        assert not scene.things or {thing.pair for thing in scene.things} & HELD_OUT_PAIRS
+        assert not scene.things or any(_is_held_out(thing) for thing in scene.things)
         assert {*_prints(scene)} <= {*HELD_OUT_WORDS, *HELD_OUT_NUMBERS}
     fonts = [_fonts(scene) for scene in scenes[True] if _fonts(scene)]
     assert 0.4 < np.mean([bool(one & {*HELD_OUT_FONTS}) for one in fonts]) < 0.7

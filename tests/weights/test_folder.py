@@ -49,9 +49,15 @@ def _refusal(sources, layout, fresh=()):
 # ---- There and back --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["miniatures", "miniatures/siglip"])
-def test_the_embedded_weights_are_all_of_a_model_but_its_fusion(source):
-    vision = "siglip-mini-16-96" if source.endswith("siglip") else "clip-mini-16-96"
+@pytest.mark.parametrize(
+    ("source", "vision"),
+    [
+        ("miniatures", "clip-mini-16-96"),
+        ("miniatures/siglip", "siglip-mini-16-96"),
+        ("miniatures/2", "clip-mini-8-96"),
+    ],
+)
+def test_the_embedded_weights_are_all_of_a_model_but_its_fusion(source, vision):
     plan = blueprint(ModelConfig(vision=vision, llm="llama-mini"))
     places = plan.shardings(MESH)
     layout = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in plan.shapes.items()}

@@ -60,10 +60,14 @@ def test_without_init_from_it_is_the_papers_model(tmp_path):
     assert blueprint(found.model).shapes == blueprint(ModelConfig()).shapes
 
 
-def test_the_embedded_weights_are_a_path_too():
-    found = complete(TrainConfig(init_from="miniatures/siglip"))
-    assert (found.model.vision, found.model.llm) == ("siglip-mini-16-96", "llama-mini")
-    assert found.data.tokenizer == "miniature"
+@pytest.mark.parametrize(
+    ("source", "vision", "tokenizer"),
+    [("miniatures/siglip", "siglip-mini-16-96", "miniature"), ("miniatures/2", "clip-mini-8-96", "miniature/2")],
+)
+def test_the_embedded_weights_are_a_path_too(source, vision, tokenizer):
+    found = complete(TrainConfig(init_from=source))
+    assert (found.model.vision, found.model.llm) == (vision, "llama-mini")
+    assert found.data.tokenizer == tokenizer
 
 
 def test_what_is_named_wins_and_of_several_folders_the_later(imported, tmp_path):
