@@ -3,9 +3,9 @@
 Edition 1 is how stf_jax/weights/miniatures was made (its README.md has the commands and the scores): the language model
 on text alone, then everything on captions, with a plain MLP connector.
 
-Of edition 2 the tower learns to label small cells of what is drawn (models/cells.py), which takes a small tower further
-than captions do; the language model learns to look things up in captions as text; and then, with the tower frozen and
-an MLP connector, in images.
+In edition 2 the tower learns to label small cells of drawn images (models/cells.py), which teaches a small tower more
+than captions do. The language model learns to look things up in captions, as text, and then in images, with the tower
+frozen and an MLP connector.
 """
 
 from stf_jax.config import default_config, parse_arg
@@ -15,7 +15,7 @@ def get_config(arg=None):
     """Stages ``sentences``, ``text`` of text, ``shapes``, ``captions`` of images; ``scale`` multiplies the steps.
 
     ``vision=siglip-mini-16-96`` makes another tower for the language model that is there already, which stays as it is.
-    ``edition=2`` has stages ``cells``, ``drills``, ``answers``, and the tower ``clip-mini-8-96`` unless told otherwise.
+    ``edition=2`` has stages ``cells``, ``cues`` and ``answers``; its tower is ``clip-mini-8-96`` by default.
     """
     arg = parse_arg(arg, scale=1.0, edition=1, vision="")
     config = default_config()
@@ -71,9 +71,9 @@ def get_config(arg=None):
 
 
 def _second(config, scale):
-    """Every record is new in each step. The tower and the language model begin apart; then both are read together."""
+    """The tower and the language model are trained apart, then the model reads the tower. No record comes twice."""
     frozen = (".*", "freeze")
-    steps = {"cells": int(5000 * scale), "drills": int(2500 * scale), "answers": int(6000 * scale)}
+    steps = {"cells": int(5000 * scale), "cues": int(2500 * scale), "answers": int(6000 * scale)}
     config.run = tuple(steps)
     config.checkpoint.every_steps = 200
     config.stages = {
@@ -86,14 +86,14 @@ def _second(config, scale):
             "data": {"scenes": {"task": "cells", "size": 32 * steps["cells"]}, "max_length": 160},
             "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.01},
         },
-        # Looking things up is learned from many short questions on captions.
-        "drills": {
-            "steps": steps["drills"],
+        # Many short questions teach look-up faster than few whole sentences.
+        "cues": {
+            "steps": steps["cues"],
             "global_batch_size": 16,
             "init_missing": ("(llm|fusion|cells)/.*",),
             "rules": (("llm/.*", "train"), frozen),
             "data": {
-                "scenes": {"task": "drills", "size": 60 * steps["drills"]},
+                "scenes": {"task": "cues", "size": 60 * steps["cues"]},
                 "max_length": 256,
                 "images_per_row": 0,
             },
@@ -112,6 +112,6 @@ def _second(config, scale):
             "optimizer": {"learning_rate": 1e-3},
         },
     }
-    for stage in ("drills", "answers"):
+    for stage in ("cues", "answers"):
         config.stages[stage].data.packing = True
     return config

@@ -1,4 +1,4 @@
-"""Compare speed and memory: ``python -m stf_jax.bench NAME [--json=FILE]``."""
+"""Measure speed, memory and what a tower sees: ``python -m stf_jax.bench NAME [--json=FILE]``."""
 
 import importlib
 import sys
@@ -13,7 +13,7 @@ from stf_jax.runtime.files import write_json, writing
 from stf_jax.runtime.table import table
 
 _BENCHES = {
-    "backbone": "what a tower that was trained on labels of cells sees in held-out images, by what there is to see",
+    "backbone": "what a tower trained on cell labels sees in held-out images: colors, shapes, characters by height",
     "cost": "what 144 vision tokens take instead of 576: measured in few layers, predicted for the paper's machine",
     "decode": "prefill, time to first token, decode speed and memory, beside transformers' generate",
     "flops": "model FLOPs of every fusion: tower, fusion, prefill and a decoded token, beside figures that papers give",
@@ -28,7 +28,7 @@ _COMPILING = ("cost", "plan")  # for devices that are not here
 
 def main(argv: list[str]) -> None:
     """Runs one benchmark; prints its table and, where asked, writes the same figures as JSON."""
-    parser = Parser(prog="python -m stf_jax.bench", description="Compare speed and memory.")
+    parser = Parser(prog="python -m stf_jax.bench", description="Measure speed, memory and what a tower sees.")
     names = parser.add_subparsers(dest="name", required=True, parser_class=Parser)
     for name, text in _BENCHES.items():
         one = names.add_parser(name, help=text, description=text)

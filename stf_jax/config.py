@@ -92,7 +92,7 @@ class ModelConfig:
     attention: str = "auto"  # auto | reference | xla | cudnn | splash (models/attention.py)
     reduce: str = ""  # when answering, untrained (models/selection.py): fastv | visionzip; "": nothing
     keep: Count = 0  # image tokens a picture that reduce leaves; 0: a quarter
-    cells: Count = 0  # of each patch, a side, that a head on the tower labels: training is on labels, not answers
+    cells: Count = 0  # cells along a patch's side that a head on the tower labels; above 0 it trains on their labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class ScenesConfig:
     """The embedded procedural images (data/scenes.py, data/world.py)."""
 
     edition: Edition = 2  # 1: shapes and words | 2: print of all sizes, charts and forms, too
-    task: str = "conversations"  # documents | captions | mixture | conversations | cells | drills
+    task: str = "conversations"  # documents | captions | mixture | conversations | cues | cells
     size: Size = 20_000  # records in one epoch
     things: Size = 4  # most shapes in an image; of the second edition also most prints, bars, lines of a form
 
@@ -232,7 +232,7 @@ _CHOICES = {
     "model.attention": ("auto", "reference", "xla", "cudnn", "splash"),
     "model.reduce": ("", "fastv", "visionzip"),
     "data.source": ("llava", "scenes"),
-    "data.scenes.task": ("documents", "captions", "mixture", "conversations", "cells", "drills"),
+    "data.scenes.task": ("documents", "captions", "mixture", "conversations", "cues", "cells"),
     "data.aspect": ("square", "pad"),
     "data.mix_by": ("epoch", "weight"),
     "optimizer.schedule": ("cosine", "constant"),
@@ -358,7 +358,7 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 def from_json(data: Mapping[str, Any]) -> TrainConfig:
     """Inverse of :func:`to_json` after a trip through JSON. Raises UserError as :func:`resolve` does.
 
-    Runs from before the embedded world had a second edition go on with the first, in training as in measuring.
+    A run made before the embedded world had a second edition continues with the first, in training and evaluation.
     """
     scenes, measured = data.get("data", {}).get("scenes", {}), data.get("eval", {}).get("benchmarks", ())
     if scenes and "edition" not in scenes:

@@ -9,8 +9,10 @@ LLAVA = "clip-l-14-336", "vicuna-7b"  # presets of LLaVA-1.5 7B
 
 def backbone(parser: argparse.ArgumentParser) -> None:
     """Of :mod:`stf_jax.benches.backbone`."""
-    parser.add_argument("--checkpoint", required=True, type=local_path, help="a run with model.cells")
-    parser.add_argument("--images", type=int, default=400, help="held-out images, fifty at once (%(default)s)")
+    parser.add_argument(
+        "--checkpoint", required=True, type=local_path, help="workdir of a run trained with model.cells"
+    )
+    parser.add_argument("--images", type=int, default=400, help="held-out images to label (%(default)s)")
 
 
 def cost(parser: argparse.ArgumentParser) -> None:

@@ -64,17 +64,16 @@ def training_records(config: TrainConfig) -> Records:
     """The data that the config names.
 
     Raises:
-      UserError: its files are missing or malformed; the model learns labels, and the data have none, or the reverse.
+      UserError: its files are missing or malformed; the data have labels and the model does not learn them, or the
+        reverse.
     """
     data = config.data
     if labelled(data) != bool(config.model.cells):
         raise UserError("model.cells and data.scenes.task=cells go together: set both or neither.")
-    if config.model.cells and data.scenes.edition == 1:
-        raise UserError("data.scenes.task=cells is of the world's second edition: set data.scenes.edition=2.")
     if config.model.cells and vision_of(config.model).grid * config.model.cells != CELLS:
         raise UserError(
-            f"data.scenes.task=cells has labels of {CELLS} cells a side: choose a tower and a model.cells that have as "
-            "many, as clip-mini-8-96 has with model.cells=2."
+            f"data.scenes.task=cells labels {CELLS}×{CELLS} cells: choose a tower and a model.cells with as many, such "
+            "as clip-mini-8-96 with model.cells=2."
         )
     if data.source == "scenes":
         world = data.scenes

@@ -3,22 +3,19 @@
 import functools
 from types import ModuleType
 
+from stf_jax.config import UserError
 from stf_jax.data import scenes, world_text
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.data.scenes import MOST_THINGS, SHORT_ANSWER
 from stf_jax.data.world_labels import label, make_drill
 
 EDITIONS: dict[int, ModuleType] = {1: scenes, 2: world_text}
-_DRILLS = 4  # one labelled image in so many is no drill
-# Tasks in turn, and whether the caption stands in place of the image.
+_SECOND_EDITION = ("cues", "cells")  # tasks that the first does not have
+_DRILLS = 4  # of so many labelled images, all but one are drills
+# Tasks in turn, each with whether the caption replaces the image.
 _MIXTURES = {
     1: (("documents", True), *[("captions", False)] * 7),
-    2: (
-        ("documents", True),
-        ("drills", True),
-        *[("drills", False)] * 4,
-        *[("documents", False)] * 2,
-    ),
+    2: (("documents", True), ("cues", True), *[("cues", False)] * 4, *[("documents", False)] * 2),
 }
 ROUNDS = 3  # of questions on one image; what is asked twice is left out
 
@@ -30,10 +27,10 @@ class SceneRecords:
       captions: an image and its caption, for stage 1.
       conversations: an image and some rounds of questions of every kind that it allows, for stage 2.
       documents: a caption as text, then such questions on it, for a language model to begin.
-      drills: a caption as text, then cues with what belongs to each (:func:`world_text.drill`); of the second edition.
-      mixture: of the first edition seven in eight captions, one in eight documents; of the second drills and documents,
-        six in eight with an image in place of the caption.
-      cells: an image, in three of four cases a drill, with the labels of its cells; of the second edition.
+      cues: a caption as text, then short cues with their answers (:func:`world_text.cues`); second edition only.
+      mixture: in the first edition, seven captions to one document; in the second, three records of cues or documents
+        with an image to one with a caption.
+      cells: an image, three times in four a drill, with the labels of its cells; second edition only.
     """
 
     name = "embedded scenes"
@@ -41,7 +38,12 @@ class SceneRecords:
     def __init__(
         self, task: str, size: int, seed: int, held_out: bool = False, most: int = MOST_THINGS, edition: int = 1
     ):
-        """Records 0 to ``size`` of a seed and split, with ``most`` shapes in an image, of that world's edition."""
+        """Records 0 to ``size`` of a seed, split and edition; ``most`` limits what an image shows, as in make_scene.
+
+        Raises UserError for a task that the edition does not have.
+        """
+        if task in _SECOND_EDITION and edition == 1:
+            raise UserError(f"data.scenes.task={task} needs the world's second edition: set data.scenes.edition=2.")
         self._task, self._size, self._seed = task, size, seed
         self._held_out, self._most, self._edition = held_out, most, edition
 
@@ -55,17 +57,16 @@ class SceneRecords:
         world = EDITIONS[self._edition]
         scene = world.make_scene(self._seed, index, self._held_out, self._most)
         rng = world.generator(self._seed + 1, self._held_out, index)
-        task, told = self._task, self._task in ("documents", "drills")  # told: the caption stands in place of the image
-        if task == "mixture":
-            mixed = _MIXTURES[self._edition]
-            task, told = mixed[index % len(mixed)]
-        head = world.caption(scene) if told else IMAGE_MARK
+        mixture = _MIXTURES[self._edition]
+        task, as_text = mixture[index % len(mixture)] if self._task == "mixture" else (self._task, True)
+        as_text = as_text and task in ("documents", "cues")  # whether the caption replaces the image
+        head = world.caption(scene) if as_text else IMAGE_MARK
         if task == "captions":
             # In any order: whoever may begin with any thing has to find it by what it is, not by counting.
             turns = [Turn("human", f"{world.DESCRIBE}\n{IMAGE_MARK}"), Turn("gpt", world.caption(scene, rng))]
-        elif task == "drills":
+        elif task == "cues":
             turns = [Turn("human", f"{head}\n")]
-            for cue, answer in world_text.drill(scene, rng):
+            for cue, answer in world_text.cues(scene, rng):
                 turns += [Turn("human", f"{cue}:"), Turn("gpt", f" {answer}\n")]
         else:
             asked = {q.text: q for _ in range(ROUNDS) for q in world.questions(scene, rng, self._held_out)}.values()
@@ -79,12 +80,12 @@ class SceneRecords:
             else:
                 turns = [t for q in asked for t in (Turn("human", q.text), Turn("gpt", q.answer))]
                 turns[0] = Turn("human", f"{IMAGE_MARK}\n{turns[0].text}\n{SHORT_ANSWER}")
-        pictures = () if told else (functools.partial(world.draw, scene, index),)
-        plain = task in ("documents", "drills")
-        return Record(f"scene-{self._seed}-{index}", pictures, tuple(turns), document=plain)
+        pictures = () if as_text else (functools.partial(world.draw, scene, index),)
+        document = task in ("documents", "cues")
+        return Record(f"scene-{self._seed}-{index}", pictures, tuple(turns), document=document)
 
     def _labelled(self, index):
-        # Its scene is made where it is looked at: to lay rows out, nothing has to be known of it.
+        # The scene is made when its image or labels are needed: planning rows needs neither.
         image, labels = functools.partial(self._draw, index), functools.partial(self._label, index)
         turns = (Turn("human", IMAGE_MARK), Turn("gpt", "."))
         return Record(f"cells-{self._seed}-{index}", (image,), turns, labels=labels)

@@ -4,15 +4,16 @@ Images are :data:`SIDE` pixels a side and come in four layouts: coloured shapes,
 They show what reducing vision tokens is known to lose: small print, numbers in charts and forms, counts, places.
 Everything follows from (seed, split, index), by numpy's generators alone.
 
-Held-out images come from another seed. Each image of shapes shows at least one shape of a color at a place, and every
-printed word and number of two digits is one, that training never shows or names; half of the prints use fonts
-that training never uses.
+Held-out images come from another seed, and show what training never shows or names: each image with shapes has at
+least one whose color and shape training never puts in that zone, all printed words and two-digit numbers are new, and
+half of the prints use new fonts.
 """
 
 import dataclasses
 import functools
 import importlib.util
 import pathlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -45,8 +46,8 @@ BAR_LABELS = "BDHKLMNPRSTV"
 FORM_LABELS = ("TOTAL", "TAX", "TIP", "ROOM", "AGE", "CODE", "SIZE", "SEAT", "LINE", "UNIT")
 ROWS = ("top", "middle", "bottom")
 PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
-# Of the nine places one for each pair, at which training never shows it. To leave whole pairs out would teach a small
-# model that there are none: it would call a yellow ring anything but yellow.
+# For each pair, the one of the nine zones where training never shows it. If whole pairs were held out, a small model
+# would learn that they do not exist, and call a yellow ring anything but yellow.
 HELD_OUT_PLACES = {pair: index % 9 for index, pair in enumerate(PAIRS)}
 _SCALE = 3  # drawn larger, then reduced, for smooth edges
 
@@ -110,10 +111,12 @@ def generator(seed: int, held_out: bool, index: int) -> np.random.Generator:
 
 
 def make_scene(seed: int, index: int, held_out: bool = False, most: int = MOST_THINGS) -> Scene:
-    """The scene of that index, of ``most`` shapes, prints, bars or lines of a form at most (two, of bars and lines)."""
+    """The scene of that index.
+
+    ``most`` limits its shapes, prints, bars and form lines; charts and forms have at least two of theirs.
+    """
     rng = generator(seed, held_out, index)
-    light = rng.integers(205, 250) if rng.random() < 0.5 else rng.integers(10, 60)
-    background = tuple(int(np.clip(light + rng.integers(-12, 13), 0, 255)) for _ in range(3))
+    background = make_background(rng)
     layout = str(rng.choice(list(LAYOUTS), p=list(LAYOUTS.values())))
     if layout == "chart":
         return Scene(background, chart=_make_chart(rng, held_out, most))
@@ -130,8 +133,24 @@ def make_scene(seed: int, index: int, held_out: bool = False, most: int = MOST_T
     return Scene(background, _make_things(rng, held_out, count, free), prints)
 
 
+def make_background(rng: np.random.Generator) -> tuple[int, int, int]:
+    """A light or dark RGB color."""
+    light = rng.integers(205, 250) if rng.random() < 0.5 else rng.integers(10, 60)
+    red, green, blue = (int(np.clip(light + rng.integers(-12, 13), 0, 255)) for _ in range(3))
+    return red, green, blue
+
+
+def make_thing(rng: np.random.Generator, row: int, column: int, pairs: Sequence[tuple[str, str]]) -> Thing:
+    """A shape of random size, wholly inside one of the nine zones; its color and shape are one of ``pairs``."""
+    color, shape = pairs[rng.integers(len(pairs))]
+    size = str(rng.choice(list(RADII)))
+    reach = ZONE // 2 - RADII[size] - 1
+    x, y = (ZONE * zone + ZONE // 2 + int(rng.integers(-reach, reach + 1)) for zone in (column, row))
+    return Thing(size, color, shape, x, y)
+
+
 def pairs_at(row: int, column: int, held_out: bool) -> list[tuple[str, str]]:
-    """The colors and shapes that training never shows in that third of a row and column, or those that it may show."""
+    """The (color, shape) pairs that training never shows in that zone, or, unless ``held_out``, those that it may."""
     return [pair for pair, place in HELD_OUT_PLACES.items() if (place == 3 * row + column) == held_out]
 
 
@@ -146,11 +165,7 @@ def _make_things(rng, held_out, count, free):
         pairs = pairs_at(row, column, held_out and number == special)
         if number < alike:
             pairs = [pair for pair in pairs if pair[shared] == ((*COLORS,), SHAPES)[shared][value]] or pairs
-        color, shape = pairs[rng.integers(len(pairs))]
-        size = str(rng.choice(list(RADII)))
-        reach = ZONE // 2 - RADII[size] - 1
-        x, y = (ZONE * zone + ZONE // 2 + int(rng.integers(-reach, reach + 1)) for zone in (column, row))
-        things.append(Thing(size, color, shape, x, y))
+        things.append(make_thing(rng, row, column, pairs))
     return tuple(things)
 
 

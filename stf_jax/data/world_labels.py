@@ -1,10 +1,10 @@
 """What each small cell of an image of the embedded world shows: dense targets, for a tower that learns to see.
 
-A cell is :data:`CELL` pixels a side. It has three labels, each 0 where there is nothing of that
-sort: the color, the shape with its size, and the character printed there. Labels are made by the calls that draw the
-image (:func:`stf_jax.data.world.paint`), so the two cannot disagree.
+A cell is :data:`CELL` pixels a side. It has three labels, each 0 where there is nothing to label: the color, the shape
+with its size, and the printed character. The calls that draw an image also make its labels
+(:func:`stf_jax.data.world.paint`), so the two cannot disagree.
 
-Drills are images of nothing but what a tower finds hard: lines of characters at all heights, and crowds of shapes.
+Drills are images full of what a tower finds hard: lines of characters of all heights, and rows of shapes.
 """
 
 import string
@@ -25,6 +25,8 @@ from stf_jax.data.world import (
     Scene,
     Surface,
     generator,
+    make_background,
+    make_thing,
     paint,
     pairs_at,
     text_width,
@@ -35,7 +37,7 @@ CELLS = SIDE // CELL
 COLOR_NAMES = (*COLORS,)
 KINDS_OF_SHAPE = (*((size, shape) for size in RADII for shape in SHAPES), "bar")
 CHARACTERS = string.ascii_uppercase + string.digits
-_COVERED = 0.25  # of a cell, from which on it shows a character
+_COVERED = 0.25  # share of a cell that a character has to cover to be its label
 _NEVER = {*HELD_OUT_WORDS, *HELD_OUT_NUMBERS}
 
 
@@ -47,7 +49,7 @@ def label(scene: Scene) -> np.ndarray:
 
 
 class _Labels(Surface):
-    """A surface that takes down what is where."""
+    """A surface that records what is where."""
 
     def __init__(self):
         self.labels = np.zeros((CELLS, CELLS, 3), np.uint8)
@@ -89,29 +91,18 @@ def _overlap(begin, end):
 
 
 def make_drill(seed: int, index: int) -> Scene:
-    """A drill of that index: in each third of the image lines of characters, or three shapes.
+    """The drill of that index: each third of the image has lines of characters, or three shapes.
 
-    Its text names nothing held out, and neither do its shapes.
+    Nothing held out appears in it, inside its lines either.
     """
     rng = generator(seed, False, index)
-    light = rng.integers(205, 250) if rng.random() < 0.5 else rng.integers(10, 60)
-    background = tuple(int(np.clip(light + rng.integers(-12, 13), 0, 255)) for _ in range(3))
-    things, prints = [], []
+    background, things, prints = make_background(rng), [], []
     for row in range(3):
         if rng.random() < 0.3:
-            things += [_make_thing(rng, row, column) for column in range(3)]
+            things += [make_thing(rng, row, column, pairs_at(row, column, held_out=False)) for column in range(3)]
         else:
             prints += _make_lines(rng, ZONE * row, ZONE * (row + 1))
     return Scene(background, tuple(things), tuple(prints))
-
-
-def _make_thing(rng, row, column):
-    pairs = pairs_at(row, column, held_out=False)
-    color, shape = pairs[rng.integers(len(pairs))]
-    size = str(rng.choice(list(RADII)))
-    reach = ZONE // 2 - RADII[size] - 1
-    x, y = (ZONE * zone + ZONE // 2 + int(rng.integers(-reach, reach + 1)) for zone in (column, row))
-    return Thing(size, color, shape, x, y)
 
 
 def _make_lines(rng, top, bottom):

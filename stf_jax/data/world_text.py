@@ -49,10 +49,10 @@ def questions(scene: Scene, rng: np.random.Generator, held_out: bool = False) ->
     return [made[i] for i in rng.permutation(len(made))]
 
 
-def drill(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Cues with what belongs to each in a scene, in random order: all that a caption says, asked for in few words.
+def cues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Short cues with their answers, in random order: everything that the caption says, asked for in a word or three.
 
-    A cue that fits several things is left out, and of the answers yes and no there are as many.
+    Cues with more than one answer are left out. Yes is the answer as often as no.
     """
     pairs = [(f"{t.color} {t.shape}", zone(t.x, t.y)) for t in scene.things]
     pairs += [(zone(t.x, t.y), f"{t.size} {t.color} {t.shape}") for t in scene.things]
@@ -144,7 +144,7 @@ def _unique(scene):
 
 
 def _position(scene, rng, held_out):
-    """Of a held-out scene, where it is that one of that color and shape never was in training."""
+    """In a held-out scene, asks about a shape in a zone where training never shows its color and shape."""
     things = _unique(scene)
     if held_out:
         things = [t for t in things if HELD_OUT_PLACES[t.pair] == t.y // ZONE * 3 + t.x // ZONE]

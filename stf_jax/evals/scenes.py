@@ -161,7 +161,7 @@ _CELL, _IMAGE, _TEXT, _HEAD, _EDGE = 212, 192, 78, 26, 10  # pixels
 def contact_sheet(answered: Sequence[Answered], kinds: Sequence[str]) -> PIL.Image.Image:
     """Two questions of each kind with image, answer and, where that is wrong and red, the truth.
 
-    They are the first of each kind, and each kind's are from further down its list, so that no image comes twice.
+    Each kind starts further down its list than the kind before, so that kinds rarely share an image.
     """
     by_kind = {kind: [item for item in answered if item.asked.question.kind == kind] for kind in kinds}
     by_kind = {kind: items for kind, items in by_kind.items() if items}

@@ -1,8 +1,7 @@
 """A head that labels small cells of an image, by which a tower learns to see from drawn scenes.
 
-Captions teach a small tower slowly: a sentence says little about an image, and nothing about where it says it. Where
-images are drawn, what each cell of one shows is known, and a linear layer on each patch can be asked for it. The head
-is dropped when the tower is trained.
+Captions teach a small tower slowly: they name few things, and not where in the image each is. Of a drawn image it is
+known what every cell shows, and a linear layer on each patch can predict it. The head is dropped after training.
 
 Axis letters: B images, P patches, S cells a side of the image, C tower width.
 """
@@ -21,7 +20,7 @@ class CellHead(nnx.Module):
     """One linear layer: the scores of all cells of a patch from the patch's state."""
 
     def __init__(self, rngs: nnx.Rngs, vision: VisionConfig, each: int):
-        """``each``: cells of a patch, a side."""
+        """``each``: cells along a side of a patch."""
         self.grid, self.each = vision.grid, each
         self.scores = Linear(rngs, [(vision.width, "embed")], [(self.each**2 * sum(CLASSES), "mlp")])
 

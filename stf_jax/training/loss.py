@@ -1,4 +1,4 @@
-"""Cross-entropy of next tokens, without ever holding all logits; and that of the labels of cells.
+"""Cross-entropy of next tokens, without ever holding all logits; and of the labels of image cells.
 
 The logits of a batch are its largest array by far: a row of 2,048 positions and 32,000 words is 250 MiB in float32, and
 as much again is their gradient. So they are made for some words at a time, read, and dropped: once for the sum that
@@ -19,10 +19,8 @@ from stf_jax.models.cells import split_scores
 _CHUNK = 2**27  # bytes of float32 logits at a time on a device
 _LANES = 128  # words that chunks are multiples of, as TPUs lay arrays out
 _ROWS = ("data", "fsdp")
-
-
-_PLAIN = 0.1  # what a cell without a label weighs; most are
-_HARD = (1.0, 1.0, 2.0)  # what colors, shapes and characters weigh
+_WEIGHTS = (1.0, 1.0, 2.0)  # of the losses of colors, shapes and characters
+_UNLABELLED = 0.1  # weight of a cell without a label, as most are
 
 
 def labels_loss_sum(scores: jax.Array, labels: jax.Array) -> jax.Array:
@@ -33,10 +31,10 @@ def labels_loss_sum(scores: jax.Array, labels: jax.Array) -> jax.Array:
       labels: uint8 [B, S, S, 3]: color, shape and character, 0 for none.
     """
     total = jnp.zeros(())
-    for index, (part, weight) in enumerate(zip(split_scores(scores), _HARD, strict=True)):
+    for index, (part, weight) in enumerate(zip(split_scores(scores), _WEIGHTS, strict=True)):
         label = labels[..., index].astype(jnp.int32)
         losses = jax.nn.logsumexp(part, -1) - jnp.take_along_axis(part, label[..., None], -1)[..., 0]
-        total += weight * (losses * jnp.where(label > 0, 1, _PLAIN)).sum()
+        total += weight * (losses * jnp.where(label > 0, 1, _UNLABELLED)).sum()
     return total
 
 

@@ -21,7 +21,7 @@ from stf_jax.data.world import (
     draw,
     make_scene,
 )
-from stf_jax.data.world_text import KINDS, caption, drill, questions, zone
+from stf_jax.data.world_text import KINDS, caption, cues, questions, zone
 
 MANY = 2400
 HELD_OUT_SEED = 1_000_003
@@ -114,7 +114,7 @@ def test_training_shows_and_names_nothing_held_out(scenes):
         assert not any(_is_held_out(thing) for thing in scene.things)
         assert not {*_prints(scene)} & {*HELD_OUT_WORDS, *HELD_OUT_NUMBERS}
         assert not _fonts(scene) & {*HELD_OUT_FONTS}
-    for task in ("captions", "conversations", "documents", "drills"):
+    for task in ("captions", "conversations", "documents", "cues"):
         said = "\n".join(texts(task, 800))
         named = [(pair, PLACES.index(place)) for *pair, place in NAMED_PLACE.findall(said)]
         assert len(named) > 500 or task == "conversations"
@@ -194,7 +194,7 @@ def test_answers_are_true(asked, held_out):
 
 
 def _fits(facts, cue, answer):
-    """Whether a caption's facts alone give that answer to a cue of a drill, and no other."""
+    """Whether a caption's facts alone give that answer to a cue, and no other."""
     things = re.findall(r"an? (small|large) (\w+) (\w+) at the ([a-z ]+)", facts)
     prints = re.findall(r"the text (\w+) at the (\w+)", facts)
     bars = re.findall(r"\b([A-Z]) (\d)\b", facts) if "a chart of" in facts else []
@@ -206,9 +206,9 @@ def _fits(facts, cue, answer):
     found = {said for said, row in prints if cue == f"text {row}"}
     found |= {said for pair in (*bars, *lines) for known, said in (pair, pair[::-1]) if known == cue}
     for size, color, shape, where in things:
-        told = {(f"{color} {shape}", where), (where, f"{size} {color} {shape}"), (f"color {shape}", color)}
-        told |= {(f"shape {color}", shape), (f"size {color} {shape}", size)}
-        found |= {said for known, said in told if known == cue}
+        known = {(f"{color} {shape}", where), (where, f"{size} {color} {shape}"), (f"color {shape}", color)}
+        known |= {(f"shape {color}", shape), (f"size {color} {shape}", size)}
+        found |= {value for key, value in known if key == cue}
     return found == {answer}
 
 
@@ -217,15 +217,15 @@ def _truth_of_table(facts, row, column):
     return re.search(rf"row {row} ([\d ]+)", facts)[1].split()[columns.index(column)]
 
 
-def test_drills_of_text_are_true_and_say_yes_as_often_as_no(scenes):
-    answers, cues = collections.Counter(), 0
+def test_cues_are_true_and_say_yes_as_often_as_no(scenes):
+    answers, count = collections.Counter(), 0
     for index, scene in enumerate(scenes[False][:800]):
-        for cue, answer in drill(scene, np.random.default_rng(index)):
+        for cue, answer in cues(scene, np.random.default_rng(index)):
             assert _fits(caption(scene), cue, answer), (caption(scene), cue, answer)
             answers[answer] += 1
-            cues += 1
+            count += 1
     assert answers["yes"] == answers["no"] > 500
-    assert cues > 5000
+    assert count > 5000
 
 
 # ---- Balanced --------------------------------------------------------------------------------------------------------

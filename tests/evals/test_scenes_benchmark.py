@@ -53,8 +53,8 @@ def test_held_out_questions_are_the_same_each_time_and_of_every_kind(whole):
 def test_the_first_edition_asks_what_it_always_asked():
     whole = Shapes()
     assert {q.id.split("/")[0] for q in whole.questions} == {str(n) for n in range(128)}
-    told = "\n".join(f"{q.id} {q.text} {q.metadata['truth']}" for q in whole.questions)
-    assert (whole.count, hashlib.sha256(told.encode()).hexdigest()[:16]) == (568, "cc9f049170c53686")
+    lines = "\n".join(f"{q.id} {q.text} {q.metadata['truth']}" for q in whole.questions)
+    assert (whole.count, hashlib.sha256(lines.encode()).hexdigest()[:16]) == (568, "cc9f049170c53686")
 
 
 def test_kinds_take_turns_so_that_any_part_of_the_questions_is_even():
@@ -73,6 +73,11 @@ def test_prints_of_every_height_are_asked_for():
     table = whole.metrics(right(whole))["by_height"]
     assert list(table) == [f"letters of {height} pixels" for height in HEIGHTS]
     assert sum(entry["questions"] for entry in table.values()) == EACH
+    only = [q.metadata["truth"] if q.metadata.get("height") == 17 else "" for q in whole.questions]
+    table = whole.metrics(only)["by_height"]
+    assert {name: entry["accuracy"] for name, entry in table.items()} == {
+        f"letters of {height} pixels": float(height == 17) for height in HEIGHTS
+    }
 
 
 def test_each_is_asked_of_its_scene_and_of_a_blank_picture_next_to_it(whole):

@@ -10,14 +10,15 @@ import tiny
 from tiny import Setup, batches
 
 from stf_jax import bench
-from stf_jax.benches.backbone import SEED
 from stf_jax.config import UserError
 from stf_jax.data.pipeline import training_records
 from stf_jax.data.world import make_scene
 from stf_jax.data.world_labels import label
+from stf_jax.evals.scenes import SEED
 from stf_jax.main import main
 from stf_jax.models.cells import CLASSES
 from stf_jax.models.presets import VISION
+from stf_jax.models.vlm import VLM
 from stf_jax.planning.program import make_program
 from stf_jax.runtime.cli import door
 from stf_jax.training.loss import labels_loss_sum
@@ -121,8 +122,9 @@ def test_every_mesh_takes_the_same_steps(mesh):
     [
         ({"model.cells": 0}, "go together"),
         ({"data.scenes.task": "captions"}, "go together"),
-        ({"data.scenes.edition": 1}, "second edition"),
-        ({"model.vision": "clip-tiny"}, "24 cells a side"),
+        ({"data.scenes.edition": 1}, "task=cells needs the world's second edition"),
+        ({"model.cells": 0, "data.scenes.task": "cues", "data.scenes.edition": 1}, "task=cues needs"),
+        ({"model.vision": "clip-tiny"}, "24×24 cells"),
     ],
 )
 def test_labels_and_a_head_for_them_go_together(changes, said):
@@ -137,7 +139,7 @@ def test_plan_compiles_the_step():
     assert {path.split("/")[0] for path in program.arguments[0].trainable} == {"vision", "cells"}
 
 
-def test_a_tower_trained_on_cells_begins_a_run_without_the_head(tmp_path, capsys):
+def test_a_tower_trained_on_cells_begins_a_run_without_the_head(tmp_path, capsys, monkeypatch):
     """As a user does it, stage after stage."""
     flags = [f"--config.{key}={value}" for key, value in CHANGES.items() if key != "rules"]
     config = f"--config={tiny.__file__}:steps=3,fusion=mlp"
@@ -145,14 +147,21 @@ def test_a_tower_trained_on_cells_begins_a_run_without_the_head(tmp_path, capsys
     assert door(main, [config, *flags, rules, f"--workdir={tmp_path / 'cells'}"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "cells" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
-    asked = ["backbone", f"--checkpoint={tmp_path / 'cells'}", "--images=50", f"--json={tmp_path / 'seen.json'}"]
+    labels = np.stack([label(make_scene(SEED, index, held_out=True)) for index in range(60)])
+    # A head that calls everything red, with no shape, and A where it should say so.
+    scores = np.zeros((60, 24, 24, sum(CLASSES)), np.float32)
+    scores[..., 1], scores[..., CLASSES[0]], scores[..., sum(CLASSES[:2]) + 1] = 1, 1, 1
+    parts = iter([scores[:50], scores[50:]])
+    monkeypatch.setattr(VLM, "cell_scores", lambda self, images: next(parts) + 0 * images.sum())
+    asked = ["backbone", f"--checkpoint={tmp_path / 'cells'}", "--images=60", f"--json={tmp_path / 'seen.json'}"]
     assert door(bench.main, asked) == 0
+    monkeypatch.undo()
     seen = {row["what"]: row for row in json.loads((tmp_path / "seen.json").read_text())}
-    labels = np.stack([label(make_scene(SEED, index, held_out=True)) for index in range(50)])
-    for sort, what in enumerate(("color", "shape", "character")):
-        assert seen[what]["cells"] == (labels[..., sort] > 0).sum()
-        assert 0 <= seen[what]["right"] <= 1
-    assert seen["no character"]["cells"] == (labels[..., 2] == 0).sum()
+    for sort, (what, said) in enumerate((("color", 1), ("shape", 0), ("character", 1))):
+        labelled = labels[..., sort][labels[..., sort] > 0]
+        assert seen[what]["cells"] == labelled.size
+        assert seen[what]["right"] == pytest.approx((labelled == said).mean())
+    assert seen["no character"] == {"what": "no character", "cells": (labels[..., 2] == 0).sum(), "right": 0}
     by_height = [row["cells"] for what, row in seen.items() if what.endswith("pixels")]
     assert 0.98 < sum(by_height) / seen["character"]["cells"] <= 1  # two that touch may share a cell
     next_flags = [
@@ -166,3 +175,5 @@ def test_a_tower_trained_on_cells_begins_a_run_without_the_head(tmp_path, capsys
     assert door(main, [config, "--config.data.max_length=512", *next_flags]) == 0
     assert door(bench.main, ["backbone", f"--checkpoint={tmp_path / 'answers'}"]) == 2
     assert "no head that labels cells" in capsys.readouterr().err
+    assert door(bench.main, ["backbone", f"--checkpoint={tmp_path / 'cells'}", "--images=0"]) == 2
+    assert "--images must be at least 1." in capsys.readouterr().err
