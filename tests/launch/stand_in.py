@@ -10,8 +10,8 @@ for all that follow.
 
 A status below 0 is a signal that it dies of. What hangs does so for a minute; if it "saves", SIGTERM makes it write a
 line into $STAND_IN/saved, in half a second, and end with 143, and a second SIGTERM ends it at once; if it is "deaf",
-SIGTERM does nothing. A call may wait for the end of another ("after": a word of it) and be "slow" by some seconds. A
-task of srun has its place at the end of its words, as task=0.
+SIGTERM does nothing. A call may wait until another has begun ("beside": a word of it) or ended ("after"), and be "slow"
+by some seconds. A task of srun has its place at the end of its words, as task=0.
 
 Without a rule, scp and ssh of gcloud act on the folder $MACHINE as on a machine of the TPU, srun starts its tasks and,
 like SLURM's, kills them at SIGTERM, scancel signals all their processes, and python3.12 makes a .venv of stand-ins.
@@ -56,6 +56,8 @@ def main(program, argv):
         values = rule.get(what, [otherwise])
         return values[min(nth, len(values) - 1)]
 
+    while planned("beside", "") and planned("beside", "") not in calls.read_text():
+        time.sleep(0.01)
     if planned("after", ""):
         wait_for_end(planned("after", ""))
     time.sleep(planned("slow", 0))

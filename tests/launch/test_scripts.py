@@ -411,7 +411,8 @@ def test_one_that_is_killed_is_started_again_with_all(node):
 
 
 def test_the_lowest_status_is_the_cause(node):
-    node.plan({"when": "--process=0", "after": ["--process=1"], "status": [-6]}, {"when": "--process=1", "status": [2]})
+    first = {"when": "--process=1", "beside": ["--process=0"], "status": [2]}
+    node.plan({"when": "--process=0", "after": ["--process=1"], "status": [-6]}, first)
     assert node.run("local.sh", *PROGRAM, PROCESSES="2").returncode == 2
     assert len(node.trained()) == 2
 
