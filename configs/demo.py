@@ -1,4 +1,4 @@
-"""The whole method in miniature, in minutes, on two cores: both stages, a measurement and a picture.
+"""The whole method in miniature, in minutes, on two cores: both stages, an evaluation and a contact sheet.
 
 The backbones are the embedded miniatures (stf_jax/weights/miniatures), the data embedded scenes. ``stage=pretrain`` or
 ``stage=finetune`` runs one stage, ``steps=N`` for so many steps, ``fusion=NAME`` with another fusion.
@@ -11,12 +11,12 @@ def get_config(arg=None):
     """The recipe of configs/pretrain.py and configs/finetune.py on miniatures."""
     arg = parse_arg(arg, stage="", steps=0, fusion="mbtf_stf")
     config = default_config()
-    config.model.update(vision="clip-mini-16-96", llm="llama-mini")
+    config.model.update(vision="clip-mini-8-96", llm="llama-mini")
     # CPUs compute in float32, and have the memory not to recompute.
     config.model.update(precision="float32", remat="none", scan_layers=False)
     config.model.fusion.update(fusion=arg.fusion)
-    config.data.update(source="scenes", tokenizer="miniature", packing=True)
-    config.data.scenes.update(edition=1, things=2)  # so that minutes are enough
+    config.data.update(source="scenes", tokenizer="miniature/2", packing=True)
+    config.data.scenes.size = 12_000
     # A short run wants more than torch's start and AdamW's long memory give.
     config.model.fusion.init = "kaiming"
     config.optimizer.update(b2=0.98, clip_norm=1.0)
@@ -24,27 +24,33 @@ def get_config(arg=None):
     config.run = ("pretrain", "finetune")
     config.stages = {
         "pretrain": {
-            "steps": arg.steps or 400,
-            "global_batch_size": 8,
-            "init_from": "miniatures",
+            "steps": arg.steps or 300,
+            "global_batch_size": 4,
+            "init_from": "miniatures/2",
             "init_missing": ("fusion/.*",),
             "rules": (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "freeze")),
-            # Four pictures with their captions in a row.
+            # Four images with their captions in a row.
             "data": {
                 "template": "plain",
                 "scenes": {"task": "captions"},
-                "max_length": 160,
+                "max_length": 320,
                 "images_per_row": 4,
             },
             "optimizer": {"learning_rate": 3e-3},
         },
         "finetune": {
-            "steps": arg.steps or 1200,
-            "global_batch_size": 8,
+            "steps": arg.steps or 300,
+            "global_batch_size": 4,
             "rules": (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train")),
-            "data": {"template": "v1", "scenes": {"task": "conversations"}, "max_length": 208},
-            "optimizer": {"learning_rate": 1.5e-3},
-            "eval": {"benchmarks": ("shapes",), "batch": 64},
+            # Three conversations in a row.
+            "data": {
+                "template": "v1",
+                "scenes": {"task": "conversations"},
+                "max_length": 480,
+                "images_per_row": 4,
+            },
+            "optimizer": {"learning_rate": 1e-3},
+            "eval": {"benchmarks": ("scenes",), "batch": 64},
         },
     }
     return single_stage(config, arg.stage) if arg.stage else config

@@ -90,7 +90,7 @@ class ModelConfig:
     scan_layers: bool = True  # one compiled block looped over, or each layer written out
     remat: str = "full"  # what backward recomputes: none | dots (all but matrix products) | full
     attention: str = "auto"  # auto | reference | xla | cudnn | splash (models/attention.py)
-    reduce: str = ""  # when answering, untrained (models/selection.py): fastv | visionzip; "": nothing
+    reduce: str = ""  # when answering, untrained (models/selection.py): fastv | random | visionzip; "": nothing
     keep: Count = 0  # image tokens a picture that reduce leaves; 0: a quarter
     cells: Count = 0  # cells along a patch's side that a head on the tower labels; above 0 it trains on their labels
 
@@ -224,13 +224,14 @@ class TrainConfig:
     faults: FaultsConfig = FaultsConfig()
 
 
+REDUCTIONS = ("fastv", "random", "visionzip")  # ways to fewer image tokens without training
 _CHOICES = {
     "model.fusion.variant": ("code", "paper"),
     "model.fusion.init": ("torch", "kaiming", "xavier", "normal"),
     "model.precision": ("bfloat16", "float32"),
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "reference", "xla", "cudnn", "splash"),
-    "model.reduce": ("", "fastv", "visionzip"),
+    "model.reduce": ("", *REDUCTIONS),
     "data.source": ("llava", "scenes"),
     "data.scenes.task": ("documents", "captions", "mixture", "conversations", "cues", "cells"),
     "data.aspect": ("square", "pad"),

@@ -15,7 +15,13 @@ _DRILLS = 4  # of so many labelled images, all but one are drills
 # Tasks in turn, each with whether the caption replaces the image.
 _MIXTURES = {
     1: (("documents", True), *[("captions", False)] * 7),
-    2: (("documents", True), ("cues", True), *[("cues", False)] * 4, *[("documents", False)] * 2),
+    2: (
+        ("documents", True),
+        ("cues", True),
+        *[("cues", False)] * 3,
+        ("documents", False),
+        *[("conversations", False)] * 2,
+    ),
 }
 ROUNDS = 3  # of questions on one image; what is asked twice is left out
 
@@ -28,8 +34,8 @@ class SceneRecords:
       conversations: an image and some rounds of questions of every kind that it allows, for stage 2.
       documents: a caption as text, then such questions on it, for a language model to begin.
       cues: a caption as text, then short cues with their answers (:func:`world_text.cues`); second edition only.
-      mixture: in the first edition, seven captions to one document; in the second, three records of cues or documents
-        with an image to one with a caption.
+      mixture: in the first edition, seven captions to one document; in the second, all tasks but captions, three
+        records with an image to one with a caption.
       cells: an image, three times in four a drill, with the labels of its cells; second edition only.
     """
 

@@ -50,7 +50,7 @@ def questions(scene: Scene, rng: np.random.Generator, held_out: bool = False) ->
 
 
 def cues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Short cues with their answers, in random order: everything that the caption says, asked for in a word or three.
+    """Short cues with their answers, in random order: everything that the caption says, asked for in a few words.
 
     Cues with more than one answer are left out. Yes is the answer as often as no.
     """
@@ -62,6 +62,7 @@ def cues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
     if scene.chart is not None:
         for label, value in zip(scene.chart.labels, scene.chart.values, strict=True):
             pairs += [(label, str(value)), (str(value), label)]
+        pairs += [(which, label) for which, label in _extremes(scene.chart).items()]
     if scene.form is not None and scene.form.is_table:
         lines = enumerate(scene.form.cells, start=1)
         pairs += [(f"row {i} {c}", cell) for i, line in lines for c, cell in zip(scene.form.labels, line, strict=True)]
@@ -78,6 +79,15 @@ def cues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
         some = min(3, len(seen), len(unseen))
         for words, answer in ((sorted(seen), "yes"), (unseen, "no")):
             pairs += [(f"any {words[i]}", answer) for i in rng.permutation(len(words))[:some]]
+        pairs.append(("how many shapes", str(len(scene.things))))
+        for counts in _counts(scene):
+            for number, same in _by_count(counts).items():
+                pairs.append((f"how many {_pick(rng, same)}", str(number)))
+    relations = _relations(scene)
+    for i in rng.permutation(len(relations))[:2]:
+        a, b, relation = relations[i]
+        for said, answer in ((relation, "yes"), (_OPPOSITE[relation], "no")):
+            pairs.append((f"{a.color} {a.shape} {said} {b.color} {b.shape}", answer))
     return [pairs[i] for i in rng.permutation(len(pairs))]
 
 
@@ -114,15 +124,24 @@ def _count(scene, rng, held_out):
     asked = rng.integers(3)
     if asked == 0:
         return Question("count", "How many shapes are there?", str(len(scene.things)))
-    key, options = (("color", tuple(COLORS)), ("shape", SHAPES))[asked - 1]
-    counts = collections.Counter(getattr(thing, key) for thing in scene.things)
-    by_count = collections.defaultdict(list)
-    for option in options:
-        by_count[counts[option]].append(option)
+    by_count = _by_count(_counts(scene)[asked - 1])
     number = _pick(rng, sorted(by_count))
     value = _pick(rng, by_count[number])
-    noun = f"{value} shapes" if key == "color" else {"cross": "crosses"}.get(value, f"{value}s")
+    noun = f"{value} shapes" if value in COLORS else {"cross": "crosses"}.get(value, f"{value}s")
     return Question("count", f"How many {noun} are there?", str(number))
+
+
+def _counts(scene):
+    """How often each color comes, and each shape, in two dictionaries."""
+    tables = ((tuple(COLORS), [t.color for t in scene.things]), (SHAPES, [t.shape for t in scene.things]))
+    return [{option: shown.count(option) for option in options} for options, shown in tables]
+
+
+def _by_count(counts):
+    by_count = collections.defaultdict(list)
+    for option, count in counts.items():
+        by_count[count].append(option)
+    return by_count
 
 
 def _attribute(scene, rng, held_out):
@@ -157,9 +176,8 @@ def _position(scene, rng, held_out):
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
-def _relation(scene, rng, held_out):
-    """How two shapes lie to each other, in different thirds of the image."""
-    del held_out
+def _relations(scene):
+    """How any two shapes lie to each other, in different thirds of the image."""
     things, relations = _unique(scene), []
     for a in things:
         for b in things:
@@ -167,6 +185,12 @@ def _relation(scene, rng, held_out):
                 relations.append((a, b, "left of" if a.x < b.x else "right of"))
             if a.y // ZONE != b.y // ZONE:
                 relations.append((a, b, "above" if a.y < b.y else "below"))
+    return relations
+
+
+def _relation(scene, rng, held_out):
+    del held_out
+    relations = _relations(scene)
     if not relations:
         return None
     a, b, relation = _pick(rng, relations)
@@ -193,8 +217,13 @@ def _chart(scene, rng, held_out):
     if asked == 2:
         value, label = _pick(rng, bars)
         return Question("chart", f"What is the value of {label}?", str(value))
-    which, end = (("highest", max), ("lowest", min))[asked]
-    return Question("chart", f"Which bar is {which}?", end(bars)[1])
+    which, label = list(_extremes(scene.chart).items())[asked]
+    return Question("chart", f"Which bar is {which}?", label)
+
+
+def _extremes(chart):
+    bars = list(zip(chart.values, chart.labels, strict=True))
+    return {"highest": max(bars)[1], "lowest": min(bars)[1]}
 
 
 def _form(scene, rng, held_out):

@@ -38,6 +38,7 @@ VISION: dict[str, VisionConfig] = {
     "clip-mini-16-384": VisionConfig(384, 16, width=128, layers=8, heads=4, mlp=512, **_CLIP),
     "clip-mini-16-96": VisionConfig(96, 16, width=128, layers=8, heads=4, mlp=512, **_CLIP),
     "clip-mini-8-96": VisionConfig(96, 8, width=128, layers=8, heads=4, mlp=512, **_CLIP),
+    "clip-mini-8-48": VisionConfig(48, 8, width=128, layers=8, heads=4, mlp=512, **_CLIP),
     "siglip-mini-16-96": VisionConfig(96, 16, width=128, layers=8, heads=4, mlp=512, **_SIGLIP),
 }
 

@@ -14,6 +14,8 @@ it, for so the authors' program adds them. The dominant ones come first, row by 
 54 and 10 of 64 are theirs, a proportion that is kept here; they keep the class token besides, which no projector has
 learned to read and which is left out here.
 
+**Random** keeps a sample of the patches, drawn once and the same for all images: the control that a method must beat.
+
 Axis letters: B rows or pictures, T positions, M pictures a row, N image tokens a picture, P patches, S tokens in the
 tower (P, one more with a class token), C tower width, H heads, K kv heads, Dh head size.
 """
@@ -25,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stf_jax.config import ModelConfig, UserError, nearest
+from stf_jax.config import REDUCTIONS, ModelConfig, UserError, nearest
 from stf_jax.models.fusion import tapped_blocks, tokens_per_image
 from stf_jax.models.presets import llm_of, vision_of
 from stf_jax.models.vit import VisionTower
@@ -39,14 +41,14 @@ _CONTEXTUAL = 10 / 64  # of VisionZip's tokens
 class Reduction:
     """What becomes of a picture's image tokens."""
 
-    name: str  # "": nothing | fastv | visionzip
+    name: str  # "": nothing | one of REDUCTIONS
     tokens: int  # N, as the fusion gives them
     keep: int  # that remain
 
     @property
     def slots(self) -> int:
         """Image tokens a picture in a prompt."""
-        return self.keep if self.name == "visionzip" else self.tokens
+        return self.tokens if self.name == "fastv" else self.keep
 
     @property
     def dropped(self) -> int:
@@ -68,18 +70,19 @@ def reduction(config: ModelConfig) -> Reduction:
     tokens = tokens_per_image(config.fusion, vision.grid)
     if not name:
         if config.keep:
-            raise UserError(f"keep={config.keep} says how many tokens reduce leaves: set reduce=fastv or visionzip.")
+            known = ", ".join(REDUCTIONS)
+            raise UserError(f"keep={config.keep} says how many tokens reduce leaves: set reduce to one of {known}.")
         return Reduction("", tokens, tokens)
-    if name not in ("fastv", "visionzip"):
-        raise UserError(f"reduce={name!r} is not known; {nearest(name, ('fastv', 'visionzip'))}")
+    if name not in REDUCTIONS:
+        raise UserError(f"reduce={name!r} is not known; {nearest(name, REDUCTIONS)}")
     keep = config.keep or max(1, tokens // 4)
     if not 1 <= keep <= tokens:
         raise UserError(f"keep={keep} should be 1 to {tokens}, the image tokens that {fusion} makes of a picture.")
     if name == "fastv" and llm_of(config).layers <= FULL_LAYERS:
         raise UserError(f"reduce=fastv acts after decoder layer {FULL_LAYERS}, and {config.llm} has no more.")
-    if name == "visionzip" and fusion not in _PER_PATCH:
+    if name != "fastv" and fusion not in _PER_PATCH:
         raise UserError(
-            f"reduce=visionzip is for fusions that keep every patch ({', '.join(_PER_PATCH)}), which {fusion} does not."
+            f"reduce={name} is for fusions that keep every patch ({', '.join(_PER_PATCH)}), which {fusion} does not."
         )
     if name == "visionzip" and tapped_blocks(config.fusion, vision.layers)[0] == 0:
         raise UserError("reduce=visionzip asks the block whose state is tapped; model.fusion.taps=(0,) taps none.")
@@ -201,3 +204,12 @@ def zipped(received: jax.Array, keys: jax.Array, states: tuple[jax.Array, ...], 
 
 def _taken(x, places):
     return jnp.take_along_axis(x, places[:, :, None], axis=1)
+
+
+# ---- Random ----------------------------------------------------------------------------------------------------------
+
+
+def sampled(states: tuple[jax.Array, ...], keep: int) -> tuple[jax.Array, ...]:
+    """States [B, P, C] of ``keep`` patches [B, keep, C], in their order; the same patches each time."""
+    patches = np.sort(np.random.default_rng(0).permutation(states[0].shape[1])[:keep])
+    return tuple(state[:, patches] for state in states)

@@ -13,7 +13,7 @@ from stf_jax.models.fusion import Fusion, tapped_blocks
 from stf_jax.models.layers import shard_rows
 from stf_jax.models.llm import Cache, Decoder
 from stf_jax.models.presets import llm_of, vision_of
-from stf_jax.models.selection import FULL_LAYERS, attention_paid, reduction, remaining, visionzip
+from stf_jax.models.selection import FULL_LAYERS, attention_paid, reduction, remaining, sampled, visionzip
 from stf_jax.models.vit import VisionTower
 
 
@@ -51,6 +51,8 @@ class VLM(nnx.Module):
             states = visionzip(self.vision, images, self.taps, self.dtype, self.reduction.keep)
         else:
             states = self.vision(images, self.taps, self.dtype)
+        if self.reduction.name == "random":
+            states = sampled(states, self.reduction.keep)
         tokens = self.fusion(states)
         return tokens.reshape(batch, -1, tokens.shape[-1])
 

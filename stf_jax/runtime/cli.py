@@ -18,7 +18,18 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from stf_jax.config import RunFailed, Stopped, TryAgain, UserError, default_config, flatten, nearest, one_line, shorten
+from stf_jax.config import (
+    REDUCTIONS,
+    RunFailed,
+    Stopped,
+    TryAgain,
+    UserError,
+    default_config,
+    flatten,
+    nearest,
+    one_line,
+    shorten,
+)
 from stf_jax.runtime.environment import quiet_libraries, settle
 from stf_jax.runtime.files import in_bucket, to_path
 
@@ -188,7 +199,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=["", "bfloat16", "float32"], default="", help="to compute in; the run's own, or bfloat16"
     )
     parser.add_argument(
-        "--reduce", choices=["fastv", "visionzip"], default="", help="answer with fewer image tokens, without training"
+        "--reduce", choices=REDUCTIONS, default="", help="answer with fewer image tokens, without training"
     )
     parser.add_argument(
         "--keep",

@@ -125,7 +125,7 @@ def _marks(model, walk, rows, length, pictures):
         walk.passes("cells/scores", positions=images * vision.grid**2)
         return marks + [(walk.forward, walk.step)] * 3
     if images:
-        patches = images * (reduced.keep if reduced.name == "visionzip" else vision.grid**2)
+        patches = images * (reduced.keep if reduced.name in ("random", "visionzip") else vision.grid**2)
         walk.passes("fusion/mbtf/first", positions=patches)
         walk.passes("fusion/mbtf/second", positions=patches)
         _TOKENS.get(model.fusion.fusion, _each_token)(walk, _Places.of(model, vision.grid, images))

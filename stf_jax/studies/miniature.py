@@ -17,9 +17,11 @@ def miniature(arg: str | None, title: str, seeds: int = 3) -> ml_collections.Con
 
 
 def tokens(count: int) -> tuple[str, ...]:
-    """Overrides for pictures of ``count`` tokens: rows so long that as much text stands beside them whatever it is.
+    """Overrides for images of ``count`` tokens: rows so long that the same text stands beside them whatever it is.
 
-    So all variants see the same pictures in the same steps: four captions a row in the first stage, a conversation in
-    the second.
+    So all variants see the same images in the same steps: four captions a row in the first stage, two conversations in
+    the second, of any length that the world has.
     """
-    return (f"stages.pretrain.data.max_length={124 + 4 * count}", f"stages.finetune.data.max_length={199 + count}")
+    lengths = {"pretrain": 256 + 4 * count, "finetune": 430 + 2 * count}
+    images = ("stages.finetune.data.images_per_row=2",)
+    return (*images, *(f"stages.{stage}.data.max_length={length}" for stage, length in lengths.items()))

@@ -20,14 +20,16 @@ KINDS = tuple(dict.fromkeys((*world_text.KINDS, *scenes.KINDS)))  # of either ed
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Of one cell.
+    """Of one cell, or of all cells of a variant, whose arrays have a leading axis of seeds.
 
     Attributes:
       scores: by kind of question, :data:`ALL` first: of each question 100 if it was right, else 0, float [Q]; where
         that is not known one by one, the metric alone, float [1], in percent (MME's in its points).
+      heights: the same of questions on printed text, by the height of its capitals in pixels.
     """
 
     scores: dict[str, np.ndarray]
+    heights: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def outcome(cell: Cell) -> Outcome:
@@ -41,7 +43,7 @@ def outcome(cell: Cell) -> Outcome:
     """
     results = read_json(epath.Path(cell.folder / RESULTS))
     if isinstance(results, dict) and results["benchmark"] in ("scenes", "shapes"):
-        return Outcome(_scenes(cell))
+        return _scenes(cell)
     scores = {}
     for one in results if isinstance(results, list) else [results]:
         figures = {name: value for name, value in scalars(one).items() if isinstance(value, float)}
@@ -54,20 +56,30 @@ def outcome(cell: Cell) -> Outcome:
 def _scenes(cell):
     lines = [json.loads(line) for line in (cell.folder / ANSWERS).read_text().splitlines()]
     right: dict[str, list[float]] = {}
+    by_height: dict[int, list[float]] = {}
     for line in lines:
         about = line["metadata"]
         hit = 100.0 * (line["text"].lower() == about["truth"].lower())
         for kind in (BLANK,) if about["picture"] == "blank" else (ALL, about["kind"]):
             right.setdefault(kind, []).append(hit)
-    return {kind: np.array(right[kind]) for kind in (ALL, *KINDS, BLANK) if kind in right}
+        if about.get("height") and about["picture"] != "blank":
+            by_height.setdefault(about["height"], []).append(hit)
+    return Outcome(
+        {kind: np.array(right[kind]) for kind in (ALL, *KINDS, BLANK) if kind in right},
+        {height: np.array(hits) for height, hits in sorted(by_height.items())},
+    )
 
 
-def by_variant(cells: Sequence[Cell]) -> dict[str, dict[str, np.ndarray]]:
-    """Scores of each variant whose cells are all here, by kind, float [S, Q], seeds in their order."""
+def by_variant(cells: Sequence[Cell]) -> dict[str, Outcome]:
+    """What each variant came to whose cells are all here: scores float [S, Q], seeds in their order."""
     outcomes: dict[str, list[Outcome]] = {}
     for cell in cells:
         outcomes.setdefault(cell.variant.name, []).append(outcome(cell))
     return {
-        name: {kind: np.stack([one.scores[kind] for one in several]) for kind in several[0].scores}
+        name: Outcome(_stacked([one.scores for one in several]), _stacked([one.heights for one in several]))
         for name, several in outcomes.items()
     }
+
+
+def _stacked(scores):
+    return {key: np.stack([one[key] for one in scores]) for key in scores[0]}

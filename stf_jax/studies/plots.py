@@ -18,10 +18,11 @@ _INK, _BLUE, _GREY = "#1f2328", "#0b63c5", "#8c959f"
 
 
 def draw(found: "Findings", out: pathlib.Path) -> dict[str, Picture]:
-    """``quality.png``, ``kinds.png``, ``differences.png`` and ``cost.png``, as far as there are figures for them."""
+    """Draws ``quality``, ``kinds``, ``heights``, ``differences`` and ``cost``: a PNG each where there are figures."""
     pictures = {
         "quality": (_quality, "Right answers of each variant, a point a seed, with the interval of the mean"),
         "kinds": (_kinds, "Right answers by kind of question"),
+        "heights": (_heights, "Right answers to printed text by the height of its capitals, with intervals"),
         "differences": (_differences, f"Differences from {found.study.baseline}, with intervals"),
         "cost": (_cost, "Right answers against FLOPs of a prompt and of a training step"),
     }
@@ -103,17 +104,52 @@ def _kinds(found):
     return figure
 
 
+def _heights(found):
+    if not any(found.heights.values()):
+        return None
+    figure, (axes,) = _figure(8, 4.5)
+    colors = _colors(len(found.heights))
+    for place, (name, by_height) in enumerate(found.heights.items()):
+        base = name == found.study.baseline
+        color = _BLUE if base else colors[place]
+        # Side by side, so that intervals at one height can be told apart.
+        shift = 1 + 0.008 * (place - (len(found.heights) - 1) / 2)
+        xs = [height * shift for height in by_height]
+        ys = [one.value for one in by_height.values()]
+        reach = [0 if math.isnan(one.low) else one.value - one.low for one in by_height.values()]
+        label = _label(name, found)
+        axes.errorbar(xs, ys, yerr=reach, fmt="o-", color=color, ms=4, lw=2.5 if base else 1.2, capsize=2, label=label)
+    heights = list(next(iter(found.heights.values())))
+    axes.set_xscale("log")
+    axes.set_xticks(heights, [str(height) for height in heights])
+    axes.minorticks_off()
+    axes.set_ylim(-2, 102)
+    axes.set_xlabel("height of printed capitals, pixels")
+    axes.set_ylabel("read right, %")
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _colors(count):
+    from matplotlib import colormaps
+
+    return [colormaps["tab20"](i % 20) for i in range(count)]
+
+
 def _differences(found):
     if not found.differences:
         return None
     names = list(found.differences)
     figure, (axes,) = _figure(7, 1 + 0.36 * len(names))
+    margin = found.study.margin
+    axes.axvspan(-margin, margin, color=_BLUE, alpha=0.1, lw=0)
     for place, name in enumerate(names):
         one = next(iter(found.differences[name].values()))
-        axes.errorbar(one.value, place, xerr=_reach(one), fmt="D", color=_GREY if one.noise else _INK, ms=5, capsize=3)
+        color = _BLUE if one.within(margin) else _GREY if one.noise else _INK
+        axes.errorbar(one.value, place, xerr=_reach(one), fmt="D", color=color, ms=5, capsize=3)
     axes.axvline(0, color=_BLUE, lw=1)
     _names_down(axes, names, found)
-    axes.set_xlabel(f"points more than {found.study.baseline}; grey: within noise")
+    axes.set_xlabel(f"points more than {found.study.baseline}; blue: equal within {margin:g}; grey: within noise")
     return figure
 
 

@@ -16,13 +16,13 @@ from etils import epath
 from stf_jax.runtime.files import new_text, parse_json, write_json
 from stf_jax.runtime.table import span
 from stf_jax.studies import plots
-from stf_jax.studies.outcomes import BLANK
+from stf_jax.studies.outcomes import BLANK, Outcome
 from stf_jax.studies.page import Block, Code, Heading, Items, Table, Text, markdown, page
-from stf_jax.studies.statistics import LEVEL, Estimate, deviation, difference, mean
+from stf_jax.studies.statistics import LEVEL, POWER, Difference, Estimate, deviation, difference, mean
 from stf_jax.studies.study import Cell, Study
 
-Scores = Mapping[str, Mapping[str, np.ndarray]]  # of each variant by kind, float [S, Q]
-_NOISE = "·"  # marks a difference that is within noise
+_EQUAL, _NOISE = "=", "·"  # mark a difference that is shown to be small, and one of which nothing is shown
+_MORE_SEEDS = (3, 5, 8, 12)  # for which the report says what a study could find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +30,22 @@ class Findings:
     """All figures of a study.
 
     Attributes:
+      scores: of each variant by kind, float [S, Q].
       quality: of each variant by kind, over seeds.
+      heights: of each variant by the height of printed capitals in pixels, over seeds.
       spread: the standard deviation between seeds of each variant's first kind.
       differences: from the baseline, of each other variant by kind.
+      height_differences: the same by height.
       costs: of each variant (studies/cost.py).
     """
 
     study: Study
-    scores: Scores
+    scores: dict[str, dict[str, np.ndarray]]
     quality: dict[str, dict[str, Estimate]]
+    heights: dict[str, dict[int, Estimate]]
     spread: dict[str, Estimate]
-    differences: dict[str, dict[str, Estimate]]
+    differences: dict[str, dict[str, Difference]]
+    height_differences: dict[str, dict[int, Difference]]
     costs: Mapping[str, Mapping[str, Any]]
 
     @property
@@ -48,22 +53,38 @@ class Findings:
         """Of questions, in the benchmark's order; the first is all of them together."""
         return list(next(iter(self.scores.values())))
 
+    def margin(self, kind: str) -> float:
+        """Points below which a difference of that kind counts as none."""
+        return self.study.margin if kind == self.kinds[0] else self.study.kind_margin
 
-def findings(study: Study, scores: Scores, costs: Mapping[str, Mapping[str, Any]]) -> Findings:
+
+def findings(study: Study, outcomes: Mapping[str, Outcome], costs: Mapping[str, Mapping[str, Any]]) -> Findings:
     """The figures of variants whose runs are all done."""
-    base = scores.get(study.baseline, {})
+    scores = {name: one.scores for name, one in outcomes.items()}
+    heights = {name: one.heights for name, one in outcomes.items()}
     return Findings(
         study,
         scores,
-        {name: {kind: mean(x.mean(1)) for kind, x in kinds.items()} for name, kinds in scores.items()},
+        _means(scores),
+        _means(heights),
         {name: deviation(next(iter(kinds.values())).mean(1)) for name, kinds in scores.items()},
-        {
-            name: {kind: difference(kinds[kind], base[kind]) for kind in base}
-            for name, kinds in scores.items()
-            if name != study.baseline and base
-        },
+        _differences_from(study.baseline, scores),
+        _differences_from(study.baseline, heights),
         costs,
     )
+
+
+def _means(scores):
+    return {name: {key: mean(x.mean(1)) for key, x in by_key.items()} for name, by_key in scores.items()}
+
+
+def _differences_from(baseline, scores):
+    base = scores.get(baseline, {})
+    return {
+        name: {key: difference(by_key[key], base[key]) for key in base}
+        for name, by_key in scores.items()
+        if name != baseline and base
+    }
 
 
 def write_report(found: Findings, cells: Sequence[Cell], failed: Mapping[Cell, str], command: str, out: pathlib.Path):
@@ -85,7 +106,8 @@ def _blocks(found, pictures, cells, failed, command) -> list[Block]:
         blocks.append(Text("**Not all runs ended well.** Variants that lack one are left out."))
         blocks.append(Items([f"{cell.name}: {why}" for cell, why in failed.items()]))
     blocks += _quality(found, pictures)
-    blocks += _differences(found, pictures) if found.differences else []
+    blocks += _heights(found, pictures) if any(found.heights.values()) else []
+    blocks += _differences(found, pictures) + _power(found) if found.differences else []
     blocks += _cost(found, pictures) if found.costs else []
     differing = [[variant.name, _differs(found.study, variant)] for variant in found.study.variants]
     return [
@@ -119,17 +141,63 @@ def _quality(found, pictures):
     return [Heading("Quality"), Text(says), Table(header, rows), *_shown_of(pictures, "quality", "kinds")]
 
 
+def _heights(found, pictures):
+    says = (
+        "Right answers in percent to questions on printed text, by the height of its capitals in pixels: the mean over "
+        f"seeds ± half of Student's {LEVEL:.0%} interval."
+    )
+    heights = list(next(iter(found.heights.values())))
+    rows = [
+        [_bold(name, found.study), *(_plus_minus(by_height[height]) for height in heights)]
+        for name, by_height in found.heights.items()
+    ]
+    table = Table(["", *(f"{height} px" for height in heights)], rows)
+    return [Heading("By height of print"), Text(says), table, *_shown_of(pictures, "heights")]
+
+
 def _differences(found, pictures):
+    study = found.study
     says = (
         f"In points of the table above, paired by seed and question, with the {LEVEL:.0%} interval by a bootstrap over "
-        f"both; {_NOISE} where that holds nought: the difference is within noise. Of twenty such intervals one misses "
-        "by chance."
+        f"both. {_EQUAL}: two one-sided tests find the difference smaller than {_margin(study.margin)} over all "
+        f"questions, or {study.kind_margin:g} in one kind. {_NOISE}: it can be told neither from zero nor from that "
+        "margin. Of twenty intervals one misses by chance."
     )
     rows = [
-        [name, *(_difference(by_kind[kind]) for kind in found.kinds)] for name, by_kind in found.differences.items()
+        [name, *(_difference(by_kind[kind], found.margin(kind)) for kind in found.kinds)]
+        for name, by_kind in found.differences.items()
     ]
-    heading = Heading(f"Differences from {found.study.baseline}")
+    heading = Heading(f"Differences from {study.baseline}")
     return [heading, Text(says), Table(["", *found.kinds], rows), *_shown_of(pictures, "differences")]
+
+
+def _power(found):
+    """What differences could have been found, and with how many seeds."""
+    if len(found.study.seeds) < 2:
+        return []
+    kinds = [kind for kind in found.kinds if kind != BLANK]
+    says = (
+        f"The true difference that this study finds with a probability of {POWER:.0%}, in points, for the variants "
+        "whose difference from the baseline is measured best, in the middle and worst. Below, the same over all "
+        "questions if there were other numbers of seeds."
+    )
+    rows = [_three(kind, [by_kind[kind].detectable() for by_kind in found.differences.values()]) for kind in kinds]
+    first = [by_kind[kinds[0]] for by_kind in found.differences.values()]
+    more = [_three(f"{seeds} seeds", [one.detectable(seeds) for one in first]) for seeds in _MORE_SEEDS]
+    return [
+        Heading("What it could find"),
+        Text(says),
+        Table(["", "best", "median", "worst"], rows),
+        Table([kinds[0], "best", "median", "worst"], more),
+    ]
+
+
+def _three(name, values):
+    return [name, *(f"{value:.1f}" for value in (min(values), np.median(values), max(values)))]
+
+
+def _margin(points):
+    return f"{points:g} point{'s' * (points != 1)}"
 
 
 def _cost(found, pictures):
@@ -168,15 +236,31 @@ _COSTS = {
 
 def verdicts(found: Findings) -> list[str]:
     """A sentence for each difference from the baseline, over all questions."""
-    said, baseline = [], found.study.baseline
+    said, baseline, margin = [], found.study.baseline, found.study.margin
     for name, by_kind in found.differences.items():
         one = next(iter(by_kind.values()))
         if math.isnan(one.low):
             said.append(f"{name} against {baseline}: one seed and one figure tell nothing of noise.")
-        elif one.noise:
-            said.append(f"{name} against {baseline}: {_points(one)}, **within noise**.")
+        elif not one.noise:
+            small = f", by less than {_margin(margin)}" if one.within(margin) else ""
+            said.append(f"{name} is {'better' if one.value > 0 else 'worse'} than {baseline}{small}: {_points(one)}.")
+        elif one.within(margin):
+            said.append(f"{name} and {baseline} are **equal within {_margin(margin)}**: {_points(one)}.")
         else:
-            said.append(f"{name} is {'better' if one.value > 0 else 'worse'} than {baseline}: {_points(one)}.")
+            said.append(f"{name} against {baseline}: {_points(one)}, **within noise**.")
+    return said + _controls(found)
+
+
+def _controls(found):
+    """Whether variants that differ in name alone are kept together."""
+    said = []
+    for variant in found.study.variants:
+        if variant.repeats and {variant.name, variant.repeats} <= found.scores.keys():
+            kinds = found.kinds
+            pairs = [(found.scores[variant.name][kind], found.scores[variant.repeats][kind]) for kind in kinds]
+            told = [kind for kind, pair in zip(kinds, pairs, strict=True) if not difference(*pair).noise]
+            result = f"told apart in {', '.join(told)}, by chance" if told else "not told apart, in all or in any kind"
+            said.append(f"Control: {variant.name} is {variant.repeats} from other seeds; they are {result}.")
     return said
 
 
@@ -223,6 +307,14 @@ def _figures(found, cells):
     def plain(estimate):
         return {key: None if math.isnan(x) else x for key, x in dataclasses.asdict(estimate).items()}
 
+    def compared(one, margin):
+        detectable = one.detectable()
+        return plain(one) | {
+            "within_noise": one.noise,
+            "within_margin": one.within(margin),
+            "detectable": None if math.isnan(detectable) else detectable,
+        }
+
     def nested(by_variant):
         return {name: {kind: plain(one) for kind, one in kinds.items()} for name, kinds in by_variant.items()}
 
@@ -230,12 +322,19 @@ def _figures(found, cells):
         "title": found.study.title,
         "baseline": found.study.baseline,
         "seeds": list(found.study.seeds),
+        "margin": found.study.margin,
+        "kind_margin": found.study.kind_margin,
         "quality": nested(found.quality),
+        "heights": nested(found.heights),
         "by_seed": {name: {k: x.mean(1).tolist() for k, x in kinds.items()} for name, kinds in found.scores.items()},
         "deviation": {name: plain(one) for name, one in found.spread.items()},
         "differences": {
-            name: {kind: plain(one) | {"within_noise": one.noise} for kind, one in kinds.items()}
+            name: {kind: compared(one, found.margin(kind)) for kind, one in kinds.items()}
             for name, kinds in found.differences.items()
+        },
+        "height_differences": {
+            name: {height: compared(one, found.study.kind_margin) for height, one in heights.items()}
+            for name, heights in found.height_differences.items()
         },
         "cost": found.costs,
         "commands": {cell.name: _shown(cell.command) for cell in cells},
@@ -255,10 +354,11 @@ def _between(one):
     return "" if math.isnan(one.value) else f"{one.value:.1f} ({one.low:.1f} to {one.high:.1f})"
 
 
-def _difference(one):
+def _difference(one, margin):
     if math.isnan(one.low):
         return f"{one.value:+.1f}"
-    return f"{one.value:+.1f} ({one.low:+.1f} to {one.high:+.1f}){_NOISE if one.noise else ''}"
+    mark = _EQUAL if one.within(margin) else _NOISE if one.noise else ""
+    return f"{one.value:+.1f} ({one.low:+.1f} to {one.high:+.1f}){mark}"
 
 
 def _points(one: Estimate) -> str:

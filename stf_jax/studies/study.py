@@ -17,6 +17,7 @@ from stf_jax.runtime.cli import Parser
 from stf_jax.runtime.files import read_json
 
 ASKED = "asked.json"  # in the folder of a cell that trains nothing
+_OTHER_SEEDS = 1000  # between the seeds of a variant and those of the one that repeats it
 _FOLLOW = ("model.vision", "model.llm", "data.tokenizer")  # keys that stf_jax.main fills in where they are empty
 
 
@@ -29,12 +30,18 @@ class Variant:
       overrides: ``key=value`` of the run's config, as behind ``--config.`` on the command line.
       of: where it trains nothing, the variant whose runs it asks in another way.
       asked: that way, options of ``stf_jax.evaluate``.
+      repeats: the variant that it is under another name, trained from other seeds: a negative control.
     """
 
     name: str
     overrides: tuple[str, ...] = ()
     of: str = ""
     asked: tuple[str, ...] = ()
+    repeats: str = ""
+
+    def seed(self, seed: int) -> int:
+        """The seed that its run of a study's seed has."""
+        return seed + _OTHER_SEEDS if self.repeats else seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Study:
       base: a config file of ``stf_jax.main``, with its argument, from the folder that a study is started in.
       baseline: the variant that the others are compared with.
       seeds: of initialisation and data; runs of one seed read the same data.
+      margin: points over all questions below which two variants count as equal.
+      kind_margin: the same for the questions of one kind.
     """
 
     title: str
@@ -53,6 +62,8 @@ class Study:
     baseline: str
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
+    margin: float = 2.0
+    kind_margin: float = 5.0
 
     def variant(self, name: str) -> Variant:
         """The variant of that name."""
@@ -71,7 +82,8 @@ class Study:
 
     def options(self, variant: Variant, seed: int) -> list[str]:
         """Of ``stf_jax.main``, but for the workdir."""
-        overrides = (f"seed={seed}", *self.trained(variant).overrides)
+        trained = self.trained(variant)
+        overrides = (f"seed={trained.seed(seed)}", *trained.overrides)
         return [f"--config={self.base}", *(f"--config.{override}" for override in overrides)]
 
 
@@ -85,9 +97,12 @@ def default_study() -> ml_collections.ConfigDict:
     ``title``, ``question``, ``base``, ``baseline`` and ``seeds`` are :class:`Study`'s. ``common`` holds overrides of
     all variants; ``variants`` are pairs of a name and theirs; ``asked`` are pairs of the name of a further variant and
     the one whose runs it asks with options of ``stf_jax.evaluate``: ``(("fastv", ("mlp", "--reduce=fastv")),)``.
+    ``repeated`` are pairs of a name and the variant that is trained once more under it, from other seeds, a control
+    that a sound study must not tell from the variant: ``(("again", ("mlp",)),)``. ``margin`` and ``kind_margin`` are
+    :class:`Study`'s.
     """
     config = ml_collections.ConfigDict(dict.fromkeys(_KEYS, ""))
-    config.update(common=(), seeds=(0, 1, 2), variants=(), asked=())
+    config.update(common=(), seeds=(0, 1, 2), variants=(), asked=(), repeated=(), margin=2.0, kind_margin=5.0)
     return config.lock()
 
 
@@ -114,6 +129,11 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
     for name, overrides in _pairs("variants", values["variants"]):
         variants.append(Variant(name, (*_texts("common", values["common"]), *_texts(name, overrides))))
     trained = [variant.name for variant in variants]
+    for name, options in _pairs("repeated", values["repeated"]):
+        of = (*_texts(name, options), "")[0]
+        if of not in trained:
+            raise UserError(f"Variant {name!r} repeats {of!r}: {nearest(of, trained)}")
+        variants.append(Variant(name, next(one.overrides for one in variants if one.name == of), repeats=of))
     for name, options in _pairs("asked", values["asked"]):
         of, asked = (*_texts(name, options), "")[0], options[1:]
         if of not in trained:
@@ -126,11 +146,14 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
         )
     if values["baseline"] not in names:
         raise UserError(f"The study's baseline is {values['baseline']!r}: {nearest(values['baseline'], names)}")
-    study = Study(*(values[key] for key in _KEYS), tuple(variants), tuple(seeds))
+    margins = values["margin"], values["kind_margin"]
+    if not all(isinstance(margin, int | float) and margin > 0 for margin in margins):
+        raise UserError(f"The study's margin and kind_margin are {margins!r}; they should be points above 0.")
+    study = Study(*(values[key] for key in _KEYS), tuple(variants), tuple(seeds), *margins)
     measured = {}
     for variant, seed in itertools.product(variants, seeds):
         *before, last = study.stages(variant, seed)
-        if any(stage.seed != seed for stage in (*before, last)):
+        if any(stage.seed != study.trained(variant).seed(seed) for stage in (*before, last)):
             raise UserError(f"Variant {variant.name!r} sets its seed; the study's seeds do that.")
         if not last.eval.benchmarks:
             raise UserError(f"Variant {variant.name!r} is not measured: set eval.benchmarks of its last stage.")

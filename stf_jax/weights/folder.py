@@ -15,10 +15,12 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 
 import jax
+import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from stf_jax.config import UserError
+from stf_jax.models.positions import interpolated, same_kind
 from stf_jax.runtime.files import fetched, in_bucket, to_path, upload
 from stf_jax.runtime.parameters import SavedParams
 from stf_jax.weights.tensors import open_tensors
@@ -39,6 +41,8 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
         those. A later one wins over an earlier one.
       layout: every parameter of the model, with the sharding that it is to have.
       fresh: patterns of parameters that are not taken from the sources, whatever those hold.
+
+    Position embeddings of a tower for another image size are interpolated (models/positions.py).
 
     Returns:
       ``{path: array}`` in the types of the files; parameters that match ``fresh`` are left out.
@@ -66,7 +70,7 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
             wrong[part].append(f"missing {path} {layout[path].shape}")
         elif path not in layout:
             wrong[part].append(f"unknown {path} {found[path][0]}")
-        elif found[path][0] != layout[path].shape:
+        elif found[path][0] != layout[path].shape and not _resizable(path, found[path][0], layout[path].shape):
             wrong[part].append(f"{path} is {found[path][0]} there and {layout[path].shape} here")
     if wrong:
         raise UserError(
@@ -76,8 +80,21 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
     loaded = {}
     for _, read in opened:  # each parameter once, from the last source that has it
         wanted = [path for path in layout if taken(path) and path in found and found[path][1] is read]
-        loaded.update(read({path: layout[path].sharding for path in wanted}))
+        fitting = [path for path in wanted if found[path][0] == layout[path].shape]
+        loaded.update(read({path: layout[path].sharding for path in fitting}))
+        loaded.update({path: _resized(read, path, layout[path]) for path in wanted if path not in fitting})
     return {path: loaded[path] for path in layout if path in loaded}
+
+
+def _resizable(path, there, here):
+    """Whether a parameter is a tower's position embeddings, of square grids of two sizes."""
+    return path == "vision/position_embed" and there[1:] == here[1:] and same_kind(there[0], here[0])
+
+
+def _resized(read, path, leaf):
+    everywhere = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+    table = interpolated(np.asarray(read({path: everywhere})[path]), leaf.shape[0])
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: table[index])
 
 
 def _advice(names, opened, layout, wrong):

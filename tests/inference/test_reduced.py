@@ -212,7 +212,8 @@ def whole():
 
 
 @pytest.mark.parametrize(
-    ("reduce", "keep", "slots"), [("fastv", 4, N), pytest.param("visionzip", 5, 5, marks=pytest.mark.slow)]
+    ("reduce", "keep", "slots"),
+    [("fastv", 4, N), ("random", 5, 5), pytest.param("visionzip", 5, 5, marks=pytest.mark.slow)],
 )
 def test_answers_are_the_same_on_a_mesh_and_alone(reduce, keep, slots, whole):
     asked, one = list(records()), generator(MeshConfig(1, 1, 1), reduce=reduce, keep=keep)
@@ -249,7 +250,7 @@ def test_a_reduction_is_asked_for_at_the_door(folder, tmp_path):
     ("options", "sentence"),
     [
         (["--reduce=fastv", "--keep=17"], "keep=17 should be 1 to 16"),
-        (["--keep=4"], "set reduce=fastv or visionzip"),
+        (["--keep=4"], "set reduce to one of fastv, random, visionzip"),
         (["--reduce=zip"], "invalid choice: 'zip'"),
         (["--reduce=fastv", "--keep=-1"], "-1 is not between 0"),
     ],

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import theirs
+import tiny  # noqa: F401 (knows llama-tiny)
 import torch
 from flax import nnx
 
@@ -71,6 +72,20 @@ def test_all_tokens_remain_where_all_are_kept():
     (kept,) = selection.zipped(rng.random((2, 16)), rng.standard_normal((2, 16, 8)), (jnp.asarray(state),), 16)
     assert (kept != state).any()  # in another order
     np.testing.assert_array_equal(np.sort(kept, axis=1), np.sort(state, axis=1))
+
+
+def test_a_sample_is_of_places_the_same_for_all():
+    states = tuple(jnp.asarray(np.random.default_rng(seed).random((2, 16, 5), np.float32)) for seed in (0, 1))
+    places = [
+        [np.flatnonzero((image == token).all(1)).item() for token in tokens]
+        for state, kept in zip(states, selection.sampled(states, 6), strict=True)
+        for image, tokens in zip(state, kept, strict=True)
+    ]
+    assert all(one == places[0] for one in places)
+    assert places[0] == sorted(set(places[0]))
+    assert len(places[0]) == 6
+    np.testing.assert_array_equal(selection.sampled(states, 16)[0], states[0])
+    assert len({tuple(np.asarray(selection.sampled(states, keep)[0])[0, :, 0]) for keep in range(1, 17)}) == 16
 
 
 @functools.cache
@@ -222,6 +237,7 @@ MLP = ModelConfig(fusion=FusionConfig("mlp"))
         ("fastv", 0, "mlp", Reduction("fastv", 576, 144), 576, 432),
         ("fastv", 576, "mlp", Reduction("fastv", 576, 576), 576, 0),
         ("fastv", 0, "mbtf_stf", Reduction("fastv", 144, 36), 144, 108),
+        ("random", 64, "mlp", Reduction("random", 576, 64), 64, 0),
         ("visionzip", 0, "mbtf", Reduction("visionzip", 576, 144), 144, 0),
         ("visionzip", 64, "mlp", Reduction("visionzip", 576, 64), 64, 0),
     ],
@@ -236,9 +252,10 @@ def test_what_a_prompt_and_the_decoder_hold(reduce, keep, fusion, found, slots, 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"keep": 9}, "keep=9 .* set reduce=fastv or visionzip"),
+        ({"keep": 9}, "keep=9 .* set reduce to one of fastv, random, visionzip"),
         ({"reduce": "fastvv"}, "did you mean 'fastv'"),
         ({"reduce": "fastv", "keep": 577}, "keep=577 should be 1 to 576, .* that mlp makes"),
+        ({"reduce": "random", "fusion": FusionConfig("stf")}, r"reduce=random .*mlp, mbtf\), which stf does not"),
         ({"reduce": "visionzip", "keep": -1}, "keep=-1 should be 1 to 576"),
         ({"reduce": "visionzip", "fusion": FusionConfig()}, r"mlp, mbtf\), which mbtf_stf does not"),
         ({"reduce": "visionzip", "fusion": FusionConfig("mlp", taps=(0,))}, r"taps=\(0,\)"),
@@ -246,7 +263,5 @@ def test_what_a_prompt_and_the_decoder_hold(reduce, keep, fusion, found, slots, 
     ],
 )
 def test_what_cannot_be_reduced_is_refused(changes, sentence):
-    import tiny  # noqa: F401 (knows llama-tiny)
-
     with pytest.raises(UserError, match=sentence):
         reduction(dataclasses.replace(MLP, **changes))

@@ -243,6 +243,7 @@ def test_a_fusion_s_count_is_the_compiler_s(case):
     [
         ("fastv", 5, "clip-tiny", {"fusion": "mlp"}),
         ("fastv", 1, "clip-tiny", {"fusion": "mbtf_stf"}),
+        ("random", 9, "clip-tiny", {"fusion": "mlp"}),
         ("visionzip", 9, "clip-tiny", {"fusion": "mlp"}),
         ("visionzip", 13, "clip-tiny", {"fusion": "mbtf", "taps": (3, 1)}),
         ("visionzip", 9, "siglip-tiny", {"fusion": "mlp"}),

@@ -1,5 +1,6 @@
 """Scores are read from what runs leave as it says."""
 
+import dataclasses
 import json
 
 import make_study
@@ -43,7 +44,10 @@ def test_scores_are_what_the_benchmark_says(cell):
         lines.append(json.dumps({"text": texts[-1], "metadata": question.metadata}) + "\n")
     make_study.put(cell.folder / "results.json", {"benchmark": "scenes"})
     (cell.folder / "answers.jsonl").write_text("".join(lines))
-    metrics, scores = benchmark.metrics(texts), outcome(cell).scores
+    metrics, (scores, heights) = benchmark.metrics(texts), dataclasses.astuple(outcome(cell))
+    assert {f"letters of {height} pixels": hits.mean() / 100 for height, hits in heights.items()} == pytest.approx(
+        {name: one["accuracy"] for name, one in metrics["by_height"].items()}
+    )
     means = {kind: hits.mean() / 100 for kind, hits in scores.items()}
     assert means.pop("all") == pytest.approx(metrics["accuracy"])
     assert means.pop("blank picture") == pytest.approx(metrics["blank_image_accuracy"])
@@ -76,10 +80,10 @@ def test_variants_have_their_seeds_in_order(tmp_path):
     made = cells(make_study.study(), tmp_path)
     for number, cell in enumerate(made):
         make_study.finish(cell, share=number / len(made), questions=10)
-    scores = by_variant(made)
-    assert list(scores) == ["mlp", "stf", "fastv"]
-    assert scores["stf"]["all"].shape == (2, 10 * len(KINDS))
+    outcomes = by_variant(made)
+    assert list(outcomes) == ["mlp", "stf", "fastv"]
+    assert outcomes["stf"].scores["all"].shape == (2, 10 * len(KINDS))
     for cell in made:
         results = json.loads((cell.folder / "results.json").read_text())
-        seen = scores[cell.variant.name]["all"][cell.seed].mean() / 100
+        seen = outcomes[cell.variant.name].scores["all"][cell.seed].mean() / 100
         assert seen == pytest.approx(results["metrics"]["accuracy"])

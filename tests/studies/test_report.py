@@ -5,6 +5,7 @@ import html.parser
 import itertools
 import json
 import math
+import re
 
 import make_study
 import matplotlib.text
@@ -14,7 +15,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from stf_jax.studies import plots
-from stf_jax.studies.outcomes import by_variant
+from stf_jax.studies.outcomes import Outcome, by_variant
 from stf_jax.studies.page import Code, Heading, Items, Picture, Table, Text, markdown, page, plain
 from stf_jax.studies.report import findings, verdicts, write_report
 from stf_jax.studies.study import cells
@@ -55,8 +56,9 @@ def scores(seeds=3, questions=200, **shares):
 
 
 def found_of(made, costs=None, **changes):
-    seeds = tuple(range(len(next(iter(made.values()))["all"])))
-    return findings(make_study.study(seeds=seeds, **changes), made, costs or {})
+    seeds = tuple(range(len(next(iter(next(iter(made.values())).values())))))
+    outcomes = {name: Outcome(by_kind) for name, by_kind in made.items()}
+    return findings(make_study.study(seeds=seeds, **changes), outcomes, costs or {})
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +164,71 @@ def test_noise_is_called_noise():
     assert "noise" not in said["better"] + said["worse"]
 
 
+def test_what_is_shown_to_be_equal_is_called_so():
+    luck = np.random.default_rng(0).random((5, 4000))
+    hits, lucky = 100.0 * (luck < 0.8), np.array([[0.76], [0.79], [0.8], [0.81], [0.84]])
+    made = {name: {"all": hits.copy()} for name in ("mlp", "same", "bit_worse", "unclear")}
+    made["same"]["all"][:, :40] = np.random.default_rng(1).permuted(hits[:, :40], axis=1)
+    made["bit_worse"]["all"][:, :60] = 0
+    made["unclear"]["all"] = 100.0 * (np.random.default_rng(2).random((5, 4000)) < lucky)
+    variants = tuple((name, ("model.fusion.fusion=mlp",)) for name in made)
+    found = found_of(made, variants=variants, asked=(), margin=2)
+    said = dict(zip(list(made)[1:], verdicts(found), strict=True))
+    assert said["same"].startswith("same and mlp are **equal within 2 points**: ")
+    assert said["bit_worse"].startswith("bit_worse is worse than mlp, by less than 2 points: -1.")
+    assert said["unclear"].endswith("**within noise**.")
+
+
+def test_what_could_be_found_is_said(written):
+    out, found, _ = written
+    lines = (out / "report.md").read_text().splitlines()
+    detectable = {name: by_kind["all"].detectable() for name, by_kind in found.differences.items()}
+    row = next(line for line in lines[lines.index("## What it could find") :] if line.startswith("| all |"))
+    low, high = (f"{end(detectable.values()):.1f}" for end in (min, max))
+    assert [cell.strip() for cell in row.split("|")[2:5:2]] == [low, high]
+    figures = json.loads((out / "report.json").read_text())
+    assert figures["differences"]["stf"]["all"]["detectable"] == pytest.approx(detectable["stf"])
+    assert (figures["margin"], figures["kind_margin"]) == (2, 5)
+
+
+def test_a_variant_under_another_name_is_a_control(tmp_path):
+    study = make_study.study(repeated=(("again", ("mlp",)),), seeds=(0, 1, 2))
+    every = cells(study, tmp_path)
+    for cell in every:
+        make_study.finish(cell, share=0.5, questions=200)
+    said = verdicts(findings(study, by_variant(every), {}))
+    assert said[-1] == "Control: again is mlp from other seeds; they are not told apart, in all or in any kind."
+    for cell in every:
+        if cell.variant.name == "again":
+            make_study.finish(cell, share=0.9, questions=200)
+    said = verdicts(findings(study, by_variant(every), {}))
+    assert re.fullmatch("Control: again is mlp from other seeds; they are told apart in all, .*, by chance.", said[-1])
+
+
+def test_print_is_drawn_and_listed_by_height(tmp_path):
+    study = make_study.study(asked=())
+    every = cells(study, tmp_path)
+    made = {}
+    for name, shares in (("mlp", (0.2, 0.9)), ("stf", (0.1, 0.8))):
+        luck = np.random.default_rng(0).random((2, 100))
+        heights = {height: 100.0 * (luck < share) for height, share in zip((5, 22), shares, strict=True)}
+        made[name] = Outcome({"all": np.concatenate(list(heights.values()), axis=1)}, heights)
+    found = findings(study, made, {})
+    write_report(found, every, {}, "command", tmp_path)
+    assert "| stf | " in (tmp_path / "report.md").read_text().partition("## By height of print")[2].partition("##")[0]
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert figures["heights"]["stf"]["22"]["value"] == pytest.approx(made["stf"].heights[22].mean())
+    fewer = made["stf"].heights[5].mean() - made["mlp"].heights[5].mean()
+    assert figures["height_differences"]["stf"]["5"]["value"] == pytest.approx(fewer)
+    (axes,) = plots._heights(found).axes
+    assert [line.get_text() for line in axes.get_legend().get_texts()] == ["mlp", "stf"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["5", "22"]
+    assert (tmp_path / "heights.png").exists()
+
+
 def test_one_seed_of_one_figure_is_no_finding():
     made = {name: {"pope/f1": np.array([[share]])} for name, share in (("mlp", 50.0), ("stf", 90.0))}
-    found = findings(make_study.study(seeds=(0,), asked=()), made, {})
+    found = found_of(made, asked=())
     assert verdicts(found) == ["stf against mlp: one seed and one figure tell nothing of noise."]
 
 
@@ -172,9 +236,8 @@ def test_one_seed_of_one_figure_is_no_finding():
 def test_a_report_of_little_is_one(tmp_path, seeds):
     """One seed or figures that do not vary, no costs, one kind of question."""
     made = {name: {"pope/f1": np.full((seeds, 1), share)} for name, share in (("mlp", 0.1), ("stf", 0.7))}
-    study = make_study.study(seeds=tuple(range(seeds)), asked=())
-    every = cells(study, tmp_path)
-    write_report(findings(study, made, {}), every, {}, "command", tmp_path)
+    found = found_of(made, asked=())
+    write_report(found, cells(found.study, tmp_path), {}, "command", tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"quality.png", "differences.png"}
     figures = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert figures["quality"]["stf"]["pope/f1"]["value"] == pytest.approx(0.7)

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from stf_jax.studies import statistics
-from stf_jax.studies.statistics import Estimate, deviation, difference, mean
+from stf_jax.studies.statistics import deviation, difference, mean
 
 STUDENT = {3: 4.302653, 5: 2.776445}  # its 97.5 % quantiles for S − 1 degrees of freedom, as printed tables have them
 
@@ -77,8 +78,9 @@ def test_no_difference_is_exactly_none():
     scores = (np.random.default_rng(0).random((3, 50)) < 0.5).astype(float)
     for chosen in (scores, scores[:1], scores[:, :1]):
         same = difference(chosen, chosen)
-        assert same == Estimate(0.0, 0.0, 0.0)
+        assert (same.value, same.low, same.high, same.error) == (0, 0, 0, 0)
         assert same.noise
+        assert same.within(1e-9)
 
 
 def test_one_figure_tells_nothing():
@@ -118,3 +120,59 @@ def test_means_and_deviations_lie_within(seeds):
     for call, truth in ((mean, 0.5), (deviation, 0.1)):
         within = [one.low <= truth <= one.high for one in map(call, samples)]
         assert np.mean(within) == pytest.approx(0.95, abs=0.015)
+
+
+# ---- Equal, and what could be found ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_a_difference_as_large_as_the_margin_is_rarely_called_small(quick, seeds):
+    rng, taken = np.random.default_rng(0), 400
+    called = []
+    for _ in range(taken):
+        others = rng.random((seeds, 60))
+        called.append(difference(others + 0.1 + drawn(rng, seeds, 60, 0.05, 0.2, 0.1), others).within(0.1))
+    assert sum(called) / taken < 0.075  # 0.05, but for chance among 400
+
+
+def test_a_difference_far_below_the_margin_is_called_small():
+    rng = np.random.default_rng(0)
+    others = rng.random((5, 400))
+    one = difference(others + 0.01 + drawn(rng, 5, 400, 0.01, 0.1, 0.1), others)
+    assert one.within(0.1)
+    assert not one.within(0.005)
+
+
+def test_of_one_figure_a_seed_the_margin_is_students():
+    """By scipy's own one-sided t-tests."""
+    paired = np.random.default_rng(0).normal(0.02, 0.05, (5, 1))
+    one = difference(paired, np.zeros_like(paired))
+    for margin in (0.03, 0.05, 0.06, 0.065, 0.07, 0.08, 0.1, 0.2):
+        above = scipy.stats.ttest_1samp(paired[:, 0], -margin, alternative="greater").pvalue
+        below = scipy.stats.ttest_1samp(paired[:, 0], margin, alternative="less").pvalue
+        if not 0.04 < max(above, below) < 0.06:  # the bootstrap's error is a few percent off
+            assert one.within(margin) == (max(above, below) < 0.05), margin
+
+
+@pytest.mark.parametrize("seeds", [4, 8])
+def test_a_detectable_difference_is_found_four_times_in_five(quick, seeds):
+    """A difference as large as a study says it can detect, with the true spread in place of its estimate."""
+    rng, errors, found = np.random.default_rng(0), [], []
+    noise = (0.05, 0.2, 0.1)
+    for _ in range(200):
+        errors.append(difference(drawn(rng, seeds, 60, *noise), np.zeros((seeds, 60))).detectable())
+    size = float(np.median(errors))
+    for _ in range(400):
+        found.append(difference(size + drawn(rng, seeds, 60, *noise), np.zeros((seeds, 60))).low > 0)
+    assert np.mean(found) == pytest.approx(0.8, abs=0.08)
+
+
+def test_more_seeds_detect_smaller_differences_down_to_what_questions_leave():
+    rng = np.random.default_rng(0)
+    one = difference(drawn(rng, 5, 200, 0.05, 0.2, 0.1), np.zeros((5, 200)))
+    sizes = [one.detectable(seeds) for seeds in (2, 3, 5, 8, 12, 10_000)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[2] == one.detectable()
+    floor = math.sqrt(one.error**2 - one.of_seeds**2) * (1.959964 + 0.841621)
+    assert sizes[-1] == pytest.approx(floor, rel=0.01)
+    assert math.isnan(difference(np.ones((1, 9)), np.zeros((1, 9))).detectable())

@@ -36,7 +36,7 @@ def test_our_own_studies_are_ones(file, monkeypatch):
     study = read_study(cli.parse([f"--config={file}:seeds=2"], "", workdir=False)[1])
     assert study.seeds == (0, 1)
     assert study.question
-    trained = [variant for variant in study.variants if not variant.of]
+    trained = [variant for variant in study.variants if not variant.of and not variant.repeats]
     resolved = [tuple(json.dumps(to_json(stage)) for stage in study.stages(variant, 0)) for variant in trained]
     assert len(set(resolved)) == len(trained)  # none by another's name
     for variant in study.variants:  # seeds differ in nothing else
@@ -65,7 +65,7 @@ def test_a_cell_that_asks_names_the_runs_last_stage(tmp_path):
         "-m",
         "stf_jax.evaluate",
         f"--checkpoint={tmp_path}/mlp/seed_1/finetune",
-        "--benchmark=shapes",
+        "--benchmark=scenes",
         "--limit=7",
         "--batch=5",
         f"--out={tmp_path}/fastv/seed_1",
@@ -73,6 +73,19 @@ def test_a_cell_that_asks_names_the_runs_last_stage(tmp_path):
     ]
     alone = cells(make_study.study(common=("run=('finetune',)",)), tmp_path)[-1]
     assert alone.checkpoint == tmp_path / "mlp" / "seed_1"
+
+
+def test_a_repeated_variant_differs_in_its_seed_alone(tmp_path):
+    study = make_study.study(repeated=(("again", ("stf",)),))
+    first, other = (study.stages(study.variant(name), 1)[-1] for name in ("stf", "again"))
+    differing = {key for key, value in flatten(to_json(first)).items() if flatten(to_json(other))[key] != value}
+    assert differing == {"seed"}
+    assert other.seed == 1001
+    every = [cell for cell in cells(study, tmp_path) if cell.variant.name == "again"]
+    assert [cell.folder for cell in every] == [tmp_path / "again" / f"seed_{seed}" for seed in (0, 1)]
+    assert all("--config.seed=100" in " ".join(cell.command) for cell in every)
+    make_study.finish(every[0])
+    assert every[0].done
 
 
 def test_cells_come_seed_by_seed(tmp_path):
@@ -119,6 +132,9 @@ REFUSED = {
     ),
     "asked in no way": ({"asked": (("fastv", ("mlp", "--reduce=fastvv")),)}, "Variant 'fastv': Argument --reduce"),
     "asked elsewhere": ({"asked": (("fastv", ("mlp", "--out=elsewhere")),)}, "Variant 'fastv': Unrecognized"),
+    "repeating nobody": ({"repeated": (("again", ("mpl",)),)}, "repeats 'mpl': did you mean 'mlp'?"),
+    "repeated as a text": ({"repeated": (("again", "mlp"),)}, "repeated should be pairs"),
+    "no margin": ({"margin": 0}, "margin and kind_margin are (0.0, 5.0); they should be points above 0"),
     "its own seed": ({"variants": (MLP, ("odd", ("seed=5",)))}, "Variant 'odd' sets its seed"),
     "not measured": ({"common": ("stages.finetune.eval.benchmarks=()",)}, "Variant 'mlp' is not measured"),
     "other questions": (

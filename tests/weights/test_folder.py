@@ -8,11 +8,12 @@ from safetensors import safe_open
 from safetensors.flax import save_file
 
 from stf_jax.config import CheckpointConfig, MeshConfig, ModelConfig, UserError
+from stf_jax.models.positions import interpolated
 from stf_jax.runtime.checkpoint import Checkpoints
 from stf_jax.runtime.mesh import make_mesh
 from stf_jax.training.state import TrainState, blueprint
 from stf_jax.weights import folder as folder_module
-from stf_jax.weights.folder import load_params
+from stf_jax.weights.folder import EMBEDDED, load_params
 
 MESH = make_mesh(MeshConfig(1, 4, 2))
 SPECS = {"llm/a": ("fsdp", "tensor"), "llm/b": ("tensor",), "fusion/c": ()}
@@ -177,6 +178,32 @@ def test_a_misshapen_weight_may_be_replaced_by_a_later_source(tmp_path, layout):
     write(tmp_path / "second", {"llm/b": params["llm/b"]})
     loaded = load_params(f"{tmp_path / 'first'},{tmp_path / 'second'}", layout, ())
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(1, 1, 1), MeshConfig(1, 4, 2)], ids=str)
+def test_a_tower_of_another_size_has_its_positions_interpolated(mesh):
+    plan = blueprint(ModelConfig(vision="clip-mini-8-48", llm="llama-mini"))
+    places = plan.shardings(make_mesh(mesh))
+    layout = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in plan.shapes.items()}
+    loaded = load_params("miniatures/2", layout, ("fusion/.*",))
+    path = "vision/position_embed"
+    assert {path: x.shape for path, x in loaded.items()} == {
+        path: x.shape for path, x in layout.items() if not path.startswith("fusion/")
+    }
+    with safe_open(EMBEDDED["miniatures/2"] / "model.safetensors", framework="flax") as opened:
+        table = np.asarray(opened.get_tensor(path))
+    np.testing.assert_array_equal(loaded[path], interpolated(table, 37))
+    assert loaded[path].sharding == places[path]
+    assert loaded[path].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("positions", [36, 38, 144])
+def test_positions_of_no_such_grid_are_refused(tmp_path, positions):
+    write(tmp_path, {"vision/position_embed": jnp.zeros((positions, 4))})
+    one = jax.ShapeDtypeStruct(
+        (37, 4), jnp.float32, sharding=jax.sharding.NamedSharding(MESH, jax.sharding.PartitionSpec())
+    )
+    assert "vision/position_embed is" in _refusal(tmp_path, {"vision/position_embed": one})
 
 
 # ---- What does not fit -----------------------------------------------------------------------------------------------
