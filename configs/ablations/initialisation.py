@@ -5,12 +5,12 @@ from stf_jax.studies.miniature import miniature, tokens
 
 def get_config(arg=None):
     """``seeds=N``."""
-    config = miniature(arg, "How the fusion starts", seeds=5)
+    config = miniature(arg, "How the fusion starts")
     config.question = (
         "Does it matter how MBTF and STF are initialised, for the result or for its spread over seeds? The miniatures "
         "start by `kaiming`; the authors' program by `torch`."
     )
     config.baseline = "mbtf_stf"
-    others = [(init, (f"model.fusion.init={init}", *tokens(9))) for init in ("torch", "xavier", "normal")]
-    config.variants = (("mbtf_stf", ("model.fusion.fusion=mbtf_stf", *tokens(9))), *others)
+    others = [(init, (f"model.fusion.init={init}", *tokens(36))) for init in ("torch", "xavier", "normal")]
+    config.variants = (("mbtf_stf", ("model.fusion.fusion=mbtf_stf", *tokens(36))), *others)
     return config

@@ -18,12 +18,13 @@ _MIXTURES = {
     2: (
         ("documents", True),
         ("cues", True),
-        *[("cues", False)] * 3,
+        *[("cues", False)] * 2,
         ("documents", False),
-        *[("conversations", False)] * 2,
+        *[("conversations", False)] * 3,
     ),
 }
-ROUNDS = 3  # of questions on one image; what is asked twice is left out
+ROUNDS = {1: 3, 2: 6}  # of questions on one image, by edition; what is asked twice is left out
+_MOST_ASKED = {1: 15, 2: 10}  # questions that remain of these, so that many do not make a long conversation
 
 
 class SceneRecords:
@@ -75,7 +76,9 @@ class SceneRecords:
             for cue, answer in world_text.cues(scene, rng):
                 turns += [Turn("human", f"{cue}:"), Turn("gpt", f" {answer}\n")]
         else:
-            asked = {q.text: q for _ in range(ROUNDS) for q in world.questions(scene, rng, self._held_out)}.values()
+            rounds = range(ROUNDS[self._edition])
+            asked = {q.text: q for _ in rounds for q in world.questions(scene, rng, self._held_out)}.values()
+            asked = list(asked)[: _MOST_ASKED[self._edition]]
             if task == "documents":
                 # The caption stands where the image will; to repeat it is how a model learns to look things up.
                 said = [(q.text, q.answer) for q in asked]

@@ -10,7 +10,7 @@ from stf_jax.evals.gqa import GQA
 from stf_jax.evals.mmbench import MMBench, MMBenchCN
 from stf_jax.evals.mme import MME
 from stf_jax.evals.pope import POPE
-from stf_jax.evals.scenes import Scenes, Shapes
+from stf_jax.evals.scenes import Prints, Scenes, Shapes
 from stf_jax.evals.scienceqa import ScienceQA
 from stf_jax.evals.textvqa import TextVQA
 from stf_jax.evals.vizwiz import VizWiz
@@ -18,7 +18,8 @@ from stf_jax.evals.vqav2 import VQAv2
 from stf_jax.runtime.files import to_path
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
-    kind.name: kind for kind in (GQA, ScienceQA, VQAv2, VizWiz, TextVQA, POPE, MMBench, MMBenchCN, MME, Scenes, Shapes)
+    kind.name: kind
+    for kind in (GQA, ScienceQA, VQAv2, VizWiz, TextVQA, POPE, MMBench, MMBenchCN, MME, Scenes, Prints, Shapes)
 }
 
 
@@ -27,7 +28,7 @@ def open_benchmarks(names: Sequence[str], data: str, limit: int = 0) -> list[Ben
 
     Args:
       names: of :data:`BENCHMARKS`; ``all`` names every one.
-      data: folder with LLaVA's evaluation files, as :class:`Benchmark` has it; ``scenes`` and ``shapes`` need none.
+      data: folder with LLaVA's evaluation files, as :class:`Benchmark` has it; embedded ones need none.
       limit: questions of each that are asked; 0: all.
 
     Raises:

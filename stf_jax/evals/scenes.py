@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,12 @@ from etils import epath
 
 from stf_jax.data import scenes, world_text
 from stf_jax.data.scenes import SIDE
+from stf_jax.data.world import HEIGHTS
 from stf_jax.evals.benchmark import WORD, Benchmark, Question
 
 SEED = 1_000_003  # of the held-out images, whatever a run trained on
 EACH = 250  # questions of each kind
+EACH_HEIGHT = 100  # questions on print of each height
 _BLANK = (122, 116, 104)  # CLIP's mean colour
 
 
@@ -52,14 +54,25 @@ class Answered:
 @functools.cache
 def held_out_questions(each: int = EACH) -> tuple[Asked, ...]:
     """So many questions of each kind on held-out images of the second edition, the kinds in turn."""
-    by_kind: dict[str, list[Asked]] = {kind: [] for kind in world_text.KINDS}
+    return _in_turn(lambda asked: asked.question.kind, world_text.KINDS, each)
+
+
+@functools.cache
+def held_out_prints(each: int = EACH_HEIGHT) -> tuple[Asked, ...]:
+    """So many questions on printed text of each height on held-out images, the heights in turn."""
+    return _in_turn(lambda asked: asked.question.height, HEIGHTS, each)
+
+
+def _in_turn(key, values, each):
+    """The first ``each`` questions of the second edition for which the key has each of the values."""
+    groups: dict[Any, list[Asked]] = {value: [] for value in values}
     index = 0
-    while any(len(some) < each for some in by_kind.values()):
+    while any(len(some) < each for some in groups.values()):
         for asked in _on(world_text, index, world_text.MOST_THINGS):
-            if len(by_kind[asked.question.kind]) < each:
-                by_kind[asked.question.kind].append(asked)
+            if len(groups.get(key(asked), [None] * each)) < each:
+                groups[key(asked)].append(asked)
         index += 1
-    return tuple(asked for turn in zip(*by_kind.values(), strict=True) for asked in turn)
+    return tuple(asked for turn in zip(*groups.values(), strict=True) for asked in turn)
 
 
 def _on(world, index, most):
@@ -112,24 +125,37 @@ class Scenes(Benchmark):
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         """``accuracy``, ``blank_image_accuracy``, and both ``by_kind`` and, of reading, ``by_height`` of the print."""
         answered = self._answered(texts)
-        by_kind = {kind: [item for item in answered if item.asked.question.kind == kind] for kind in self.kinds}
-        metrics = _shares(answered) | {"by_kind": _table(by_kind)}
-        prints = [item for item in by_kind["reading"] if item.asked.question.height]
-        heights = sorted({item.asked.question.height for item in prints})
-        by_height = {h: [item for item in prints if item.asked.question.height == h] for h in heights}
-        table = _table({f"letters of {h} pixels": items for h, items in by_height.items()})
+        table = _table(_by_height(answered))
+        metrics = _shares(answered) | {"by_kind": _table(_by_kind(answered, self.kinds))}
         return metrics | ({"by_height": table} if table else {})
 
     def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``contact_sheet.png``: images with question, answer and truth, to look at."""
         file = out / "contact_sheet.png"
         with file.open("wb") as opened:
-            contact_sheet(self._answered(texts), self.kinds).save(opened, "PNG")
+            contact_sheet(self._grouped(self._answered(texts))).save(opened, "PNG")
         return [file]
+
+    def _grouped(self, answered: Sequence[Answered]) -> dict[str, list[Answered]]:
+        """Groups of the contact sheet, each with its title."""
+        return _by_kind(answered, self.kinds)
 
     def _answered(self, texts):
         pairs = zip(texts[::2], texts[1::2], strict=True)
         return [Answered(asked, *pair) for asked, pair in zip(self._asked, pairs, strict=True)]
+
+
+class Prints(Scenes):
+    """:data:`EACH_HEIGHT` questions on printed text of each height, on held-out images of the second edition."""
+
+    name = "prints"
+    kinds = ("reading",)
+
+    def _questions(self) -> Sequence[Asked]:
+        return held_out_prints()
+
+    def _grouped(self, answered: Sequence[Answered]) -> dict[str, list[Answered]]:
+        return _by_height(answered)
 
 
 class Shapes(Scenes):
@@ -143,8 +169,19 @@ class Shapes(Scenes):
         return [asked for index in range(128) for asked in _on(scenes, index, 2)]
 
 
+def _by_kind(answered, kinds):
+    groups = {kind: [item for item in answered if item.asked.question.kind == kind] for kind in kinds}
+    return {kind: items for kind, items in groups.items() if items}
+
+
+def _by_height(answered):
+    heights = sorted({item.asked.question.height for item in answered} - {0})
+    groups = {h: [item for item in answered if item.asked.question.height == h] for h in heights}
+    return {f"letters of {h} pixels": items for h, items in groups.items()}
+
+
 def _table(groups):
-    return {name: _shares(items) | {"questions": len(items)} for name, items in groups.items() if items}
+    return {name: _shares(items) | {"questions": len(items)} for name, items in groups.items()}
 
 
 def _shares(items):
@@ -158,20 +195,18 @@ _COLUMNS, _OF_EACH = 4, 2  # images side by side, and of a kind
 _CELL, _IMAGE, _TEXT, _HEAD, _EDGE = 212, 192, 78, 26, 10  # pixels
 
 
-def contact_sheet(answered: Sequence[Answered], kinds: Sequence[str]) -> PIL.Image.Image:
-    """Two questions of each kind with image, answer and, where that is wrong and red, the truth.
+def contact_sheet(groups: Mapping[str, Sequence[Answered]]) -> PIL.Image.Image:
+    """Two questions of each group with image, answer and, where that is wrong and red, the truth.
 
-    Each kind starts further down its list than the kind before, so that kinds rarely share an image.
+    Each group starts further down its list than the one before, so that groups rarely share an image.
     """
-    by_kind = {kind: [item for item in answered if item.asked.question.kind == kind] for kind in kinds}
-    by_kind = {kind: items for kind, items in by_kind.items() if items}
     across, height = _COLUMNS // _OF_EACH, _HEAD + _IMAGE + _TEXT
-    sheet = PIL.Image.new("RGB", (_COLUMNS * _CELL, -(-len(by_kind) // across) * height), "white")
+    sheet = PIL.Image.new("RGB", (_COLUMNS * _CELL, -(-len(groups) // across) * height), "white")
     pen, font, bold = PIL.ImageDraw.Draw(sheet), *(PIL.ImageFont.load_default(size=size) for size in (13, 15))
-    for place, (kind, items) in enumerate(by_kind.items()):
+    for place, (title, items) in enumerate(groups.items()):
         left, top = place % across * _OF_EACH * _CELL + _EDGE, place // across * height
         share = f"{100 * _shares(items)['accuracy']:.0f} % of {len(items)} right"
-        pen.text((left, top + 6), f"{kind}: {share}", fill="black", font=bold)
+        pen.text((left, top + 6), f"{title}: {share}", fill="black", font=bold)
         for i in range(_OF_EACH):
             item = items[(place * _OF_EACH + i) % len(items)]
             x, y = left + i * _CELL, top + _HEAD

@@ -1,18 +1,18 @@
-"""What the studies of configs/ablations/ share: configs/demo.py, so short that dozens of runs take hours."""
+"""What the studies of configs/ablations/ share: runs of configs/demo.py, from several seeds."""
 
 import ml_collections
 
 from stf_jax.config import parse_arg
 from stf_jax.studies.study import default_study
 
-_SHORTER = ("stages.pretrain.steps=200", "stages.finetune.steps=400", "data.scenes.size=6000")
+_COMMON = ("stages.finetune.eval.benchmarks=('scenes','prints')",)
 
 
-def miniature(arg: str | None, title: str, seeds: int = 3) -> ml_collections.ConfigDict:
+def miniature(arg: str | None, title: str, seeds: int = 5) -> ml_collections.ConfigDict:
     """A study of variants of configs/demo.py, to be filled; ``arg`` is the config file's (``seeds=N``)."""
     arg = parse_arg(arg, seeds=seeds)
     config = default_study()
-    config.update(title=title, base="configs/demo.py", common=_SHORTER, seeds=tuple(range(arg.seeds)))
+    config.update(title=title, base="configs/demo.py", common=_COMMON, seeds=tuple(range(arg.seeds)))
     return config.unlock()
 
 
@@ -22,6 +22,6 @@ def tokens(count: int) -> tuple[str, ...]:
     So all variants see the same images in the same steps: four captions a row in the first stage, two conversations in
     the second, of any length that the world has.
     """
-    lengths = {"pretrain": 256 + 4 * count, "finetune": 430 + 2 * count}
+    lengths = {"pretrain": 256 + 4 * count, "finetune": 320 + 2 * count}
     images = ("stages.finetune.data.images_per_row=2",)
     return (*images, *(f"stages.{stage}.data.max_length={length}" for stage, length in lengths.items()))

@@ -35,15 +35,19 @@ class Outcome:
 def outcome(cell: Cell) -> Outcome:
     """Reads a cell that is done.
 
-    Scenes' answers are taken one by one. Of other benchmarks the metrics are taken, as their published scripts have
-    them, of several side by side.
+    Answers to the embedded benchmarks are taken one by one; beside ``scenes`` or ``shapes``, ``prints`` gives scores by
+    height. Of other benchmarks the metrics are taken, as their published scripts have them, of several side by side.
 
     Raises:
       UserError: there is no metric.
     """
     results = read_json(epath.Path(cell.folder / RESULTS))
-    if isinstance(results, dict) and results["benchmark"] in ("scenes", "shapes"):
-        return _scenes(cell)
+    if isinstance(results, dict):
+        folders = {results["benchmark"]: cell.folder}
+    else:
+        folders = {one["benchmark"]: cell.folder / one["benchmark"] for one in results}
+    if folders.keys() <= {"scenes", "shapes", "prints"}:
+        return _embedded(folders)
     scores = {}
     for one in results if isinstance(results, list) else [results]:
         figures = {name: value for name, value in scalars(one).items() if isinstance(value, float)}
@@ -53,8 +57,15 @@ def outcome(cell: Cell) -> Outcome:
     return Outcome(scores)
 
 
-def _scenes(cell):
-    lines = [json.loads(line) for line in (cell.folder / ANSWERS).read_text().splitlines()]
+def _embedded(folders):
+    read = {name: _right(folder) for name, folder in folders.items()}
+    first = next(iter(sorted(read, key="prints".__eq__)))  # any other before prints
+    return Outcome(read[first][0], read.get("prints", read[first])[1])
+
+
+def _right(folder):
+    """By kind and by height, of each question 100 where the answer is right, else 0."""
+    lines = [json.loads(line) for line in (folder / ANSWERS).read_text().splitlines()]
     right: dict[str, list[float]] = {}
     by_height: dict[int, list[float]] = {}
     for line in lines:
@@ -64,7 +75,7 @@ def _scenes(cell):
             right.setdefault(kind, []).append(hit)
         if about.get("height") and about["picture"] != "blank":
             by_height.setdefault(about["height"], []).append(hit)
-    return Outcome(
+    return (
         {kind: np.array(right[kind]) for kind in (ALL, *KINDS, BLANK) if kind in right},
         {height: np.array(hits) for height, hits in sorted(by_height.items())},
     )

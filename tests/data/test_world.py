@@ -67,9 +67,9 @@ def texts(task, count, held_out=False):
     ("task", "held_out", "digest"),
     [
         ("captions", False, "0052b30742825514"),
-        ("conversations", False, "c38d1605e9454f9c"),
-        ("documents", False, "17f6e4b4fd57d219"),
-        ("conversations", True, "3d3957bab078a76c"),
+        ("conversations", False, "a667f44af449f77d"),
+        ("documents", False, "48b470d0516aaedc"),
+        ("conversations", True, "113052a7446866d1"),
     ],
 )
 def test_text_of_many_records_is_what_it_always_was(task, held_out, digest):

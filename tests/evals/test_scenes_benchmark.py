@@ -15,10 +15,10 @@ from stf_jax.data.scenes import HELD_OUT_WORDS
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.data.world import HEIGHTS, HELD_OUT_NUMBERS
 from stf_jax.evals.known import open_benchmarks
-from stf_jax.evals.scenes import EACH, Scenes, Shapes
+from stf_jax.evals.scenes import EACH, EACH_HEIGHT, Prints, Scenes, Shapes
 
 
-@pytest.fixture(scope="module", params=[Scenes, Shapes])
+@pytest.fixture(scope="module", params=[Scenes, Prints, Shapes])
 def whole(request):
     return request.param()
 
@@ -43,9 +43,9 @@ def test_held_out_questions_are_the_same_each_time_and_of_every_kind(whole):
     assert told(whole) == told(again)
     for first, second in zip(whole.questions[:40], again.questions[:40], strict=True):
         np.testing.assert_array_equal(pixels(first), pixels(second))
-    assert {q.metadata["kind"] for q in whole.questions} == set(whole.kinds)
+    assert {q.metadata["kind"] for q in whole.questions} == ({"reading"} if type(whole) is Prints else {*whole.kinds})
     read = [q.metadata["truth"] for q in whole.questions if q.metadata["kind"] == "reading"]
-    assert {*read} <= {*HELD_OUT_WORDS, *(HELD_OUT_NUMBERS if type(whole) is Scenes else ())}
+    assert {*read} <= {*HELD_OUT_WORDS, *(() if type(whole) is Shapes else HELD_OUT_NUMBERS)}
     assert len({q.id for q in whole.questions}) == len(whole.questions)
     assert whole.scored
 
@@ -80,6 +80,13 @@ def test_prints_of_every_height_are_asked_for():
     }
 
 
+def test_prints_are_of_every_height_in_turn():
+    whole = Prints()
+    assert [q.metadata["height"] for q in whole.questions[::2]] == [*HEIGHTS] * EACH_HEIGHT
+    table = whole.metrics(right(whole))["by_height"]
+    assert {entry["questions"] for entry in table.values()} == {EACH_HEIGHT}
+
+
 def test_each_is_asked_of_its_scene_and_of_a_blank_picture_next_to_it(whole):
     for scene, blank in zip(whole.questions[::2], whole.questions[1::2], strict=True):
         index, kind, _ = scene.id.split("/")
@@ -94,6 +101,8 @@ def test_each_is_asked_of_its_scene_and_of_a_blank_picture_next_to_it(whole):
         assert pixels(scene).std() > 1
         assert (pixels(blank) == (122, 116, 104)).all()
     # Questions of an image show the same, others another.
+    if type(whole) is Prints:
+        return
     first, *others = whole.questions[::2]
 
     def about(question):
@@ -153,7 +162,8 @@ def test_answers_are_of_the_questions_beside_them(whole):
     json.dumps(metrics)
     texts = ["no"] * len(whole.questions)
     noes = sum(q.metadata["truth"] == "no" for q in whole.questions) / len(whole.questions)
-    assert whole.metrics(texts)["accuracy"] == whole.metrics(texts)["blank_image_accuracy"] == noes > 0
+    assert whole.metrics(texts)["accuracy"] == whole.metrics(texts)["blank_image_accuracy"] == noes
+    assert noes > 0 or whole.kinds == ("reading",)
 
 
 # ---- To look at ------------------------------------------------------------------------------------------------------
@@ -176,7 +186,7 @@ def test_a_contact_sheet_is_written(whole, tmp_path):
     assert coloured(all_right, green) > 100
     assert coloured(all_wrong, red) > 100
     assert coloured(all_right, red) == coloured(all_wrong, green) == 0
-    # The first cell is of the first kind's first question.
+    # The first cell is of the first kind's, or height's, first question.
     place = next(q for q in whole.questions if q.metadata["kind"] == whole.kinds[0])
     corner = np.asarray(place.picture().resize((192, 192), PIL.Image.Resampling.NEAREST))
     np.testing.assert_array_equal(all_right[26 : 26 + 192, 10 : 10 + 192], corner)

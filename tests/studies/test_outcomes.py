@@ -55,6 +55,21 @@ def test_scores_are_what_the_benchmark_says(cell):
     assert list(means) == [kind for kind in ALL_KINDS if kind in metrics["by_kind"]]
 
 
+def test_prints_give_heights_beside_scenes(cell):
+    """Whichever comes first."""
+    for name, height in (("prints", 5), ("scenes", 22)):
+        about = {"kind": "reading", "picture": "scene", "truth": "FOX", "height": height}
+        lines = [{"text": text, "metadata": about} for text in ("fox", "fix", "fog")]
+        make_study.put(cell.folder / name / "answers.jsonl", 0)
+        text = "".join(json.dumps(line) + "\n" for line in lines[: 2 + (name == "prints")])
+        (cell.folder / name / "answers.jsonl").write_text(text)
+    for names in (["scenes", "prints"], ["prints", "scenes"]):
+        make_study.put(cell.folder / "results.json", [{"benchmark": name} for name in names])
+        found = outcome(cell)
+        assert found.scores["all"].tolist() == [100, 0]
+        assert {height: hits.tolist() for height, hits in found.heights.items()} == {5: [100, 0, 0]}
+
+
 def test_of_other_benchmarks_the_metrics_are_read(cell):
     pope = {"benchmark": "pope", "metrics": {"f1": 0.8, "random": {"f1": 0.9, "questions": 30}}, "questions": 90}
     make_study.put(cell.folder / "results.json", pope)
