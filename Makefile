@@ -7,7 +7,7 @@ WORKDIR ?= runs/demo
 # Trains, measures, and hands the model over to PyTorch, which must answer as we do (where torch is installed). With
 # huge pages steps on a CPU take a seventh less (docs/BENCHMARKS.md).
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
-demo: .venv/ready
+demo: .venv/ready-demo
 	.venv/bin/python -m stf_jax.main --config=configs/demo.py --workdir=$(WORKDIR)
 	rm -rf $(WORKDIR)/export
 	.venv/bin/python -m stf_jax.convert export $(WORKDIR)/finetune --format=hf --to=$(WORKDIR)/export
@@ -44,7 +44,13 @@ lint: .venv/ready-dev
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/ready: requirements.txt | .venv/bin/python
+# The first part of requirements.txt.
+.venv/ready-demo: requirements.txt | .venv/bin/python
+	sed '/^# ---- The rest/,$$d' requirements.txt > .venv/requirements-demo.txt
+	.venv/bin/python -m pip install --quiet --requirement .venv/requirements-demo.txt
+	touch $@
+
+.venv/ready: .venv/ready-demo
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 

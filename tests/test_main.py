@@ -158,3 +158,15 @@ def test_the_recipe_for_few_rows_learns_from_them(tmp_path):
     epochs = [lines[start : start + 4] for start in (0, 4, 8)]  # of the same rows
     first, second, third = (sum(line["loss"] * line["learned_tokens"] for line in epoch) for epoch in epochs)
     assert first > second > third
+
+
+def test_the_demo_needs_the_first_part_of_the_requirements_alone():
+    """Else `make demo`, which installs nothing more, fails where no test looks."""
+    rest = (ROOT / "requirements.txt").read_text().partition("# ---- The rest")[2]
+    packages = [name.replace("-", "_") for name in re.findall(r"^([\w-]+)==", rest, re.MULTILINE)]
+    assert "tensorflow_datasets" in packages
+    used = ["main", "training.loop", "evals.known", "evals.running", "convert", "weights.exports", "weights.export_hf"]
+    code = f"import importlib, sys\nsys.modules.update(dict.fromkeys({packages}))\n"
+    code += "".join(f"importlib.import_module('stf_jax.{name}')\n" for name in used)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from etils import epath
 
 from stf_jax.config import UserError, one_line
@@ -177,6 +176,8 @@ class PreparedRecords:
 
     def __init__(self, folder: str):
         """Raises UserError where the folder is incomplete."""
+        import tensorflow_datasets as tfds  # slow to import, and only wanted here
+
         path = to_path(folder)
         if not (path / INFO).exists():
             raise UserError(

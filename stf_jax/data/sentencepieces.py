@@ -11,8 +11,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -153,11 +151,15 @@ def has_wrong_merges(tokenizer: PreTrainedTokenizerFast, file: pathlib.Path) -> 
 
 
 def _agrees(tokenizer, file):
+    import sentencepiece  # only wanted here
+
     expected = sentencepiece.SentencePieceProcessor(model_file=str(file)).encode(_PROBE)
     return tokenizer(_PROBE, add_special_tokens=False).input_ids == expected
 
 
 def _parse(file):
+    from sentencepiece import sentencepiece_model_pb2  # only wanted here
+
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(file.read_bytes())

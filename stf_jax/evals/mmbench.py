@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import openpyxl
 from etils import epath
 
 from stf_jax.config import UserError
@@ -101,6 +100,8 @@ class MMBench(Benchmark):
 
     def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``mmbench_submission.xlsx`` (``mmbench_cn_submission.xlsx``), which MMBench's server takes."""
+        import openpyxl  # only wanted here
+
         columns = ["index", "question", *_OPTIONS, "prediction"]
         columns += [column for column in ("answer", "split") if column in self._columns]
         book = openpyxl.Workbook()

@@ -40,6 +40,7 @@ VISION: dict[str, VisionConfig] = {
     "clip-mini-8-96": VisionConfig(96, 8, width=128, layers=8, heads=4, mlp=512, **_CLIP),
     "clip-mini-8-48": VisionConfig(48, 8, width=128, layers=8, heads=4, mlp=512, **_CLIP),
     "siglip-mini-16-96": VisionConfig(96, 16, width=128, layers=8, heads=4, mlp=512, **_SIGLIP),
+    "siglip-mini-8-96": VisionConfig(96, 8, width=128, layers=8, heads=4, mlp=512, **_SIGLIP),
 }
 
 _QWEN2 = dict(rope_theta=1e6, norm_eps=1e-6, qkv_bias=True)

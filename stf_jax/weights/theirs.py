@@ -10,7 +10,6 @@ import numpy as np
 from stf_jax.config import UserError
 from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.files import fetched, read_json
-from stf_jax.weights.gguf import open_gguf
 from stf_jax.weights.hf import Place
 from stf_jax.weights.locate import check_file, locate_weights
 from stf_jax.weights.recognise import VOCABULARY, Recognised, recognise
@@ -29,6 +28,8 @@ def open_theirs(source: str) -> tuple[Tensors, dict[str, Any]]:
     if not os.path.lexists(path):
         raise UserError(f"{source} does not exist; give a folder or file.")
     if (file := gguf_file(path)) is not None:
+        from stf_jax.weights.gguf import open_gguf  # which wants a package of its own
+
         return open_gguf(file)
     folder = path if path.is_dir() else path.parent
     config = _json(folder / "config.json")
