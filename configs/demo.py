@@ -14,7 +14,8 @@ def get_config(arg=None):
     config.model.update(vision="clip-mini-8-96", llm="llama-mini")
     # CPUs compute in float32, and have the memory not to recompute.
     config.model.update(precision="float32", remat="none", scan_layers=False)
-    config.model.fusion.update(fusion=arg.fusion)
+    # Hidden layers to suit a language model of width 128: smaller ones learn in fewer images.
+    config.model.fusion.update(fusion=arg.fusion, mbtf_hidden=256, stf_hidden=1024)
     config.data.update(source="scenes", tokenizer="miniature/2", packing=True)
     config.data.scenes.size = 12_000
     # A short run wants more than torch's start and AdamW's long memory give.
@@ -24,8 +25,8 @@ def get_config(arg=None):
     config.run = ("pretrain", "finetune")
     config.stages = {
         "pretrain": {
-            "steps": arg.steps or 300,
-            "global_batch_size": 4,
+            "steps": arg.steps or 1000,
+            "global_batch_size": 2,
             "init_from": "miniatures/2",
             "init_missing": ("fusion/.*",),
             "rules": (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "freeze")),
@@ -36,10 +37,10 @@ def get_config(arg=None):
                 "max_length": 320,
                 "images_per_row": 4,
             },
-            "optimizer": {"learning_rate": 3e-3},
+            "optimizer": {"learning_rate": 1.5e-3},
         },
         "finetune": {
-            "steps": arg.steps or 300,
+            "steps": arg.steps or 400,
             "global_batch_size": 4,
             "rules": (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train")),
             # Three conversations in a row.

@@ -14,7 +14,7 @@ from etils import epath
 
 from stf_jax.data import scenes, world_text
 from stf_jax.data.scenes import SIDE
-from stf_jax.data.world import HEIGHTS
+from stf_jax.data.world import HEIGHTS, LARGE
 from stf_jax.evals.benchmark import WORD, Benchmark, Question
 
 SEED = 1_000_003  # of the held-out images, whatever a run trained on
@@ -123,11 +123,11 @@ class Scenes(Benchmark):
         self.questions, self._asked = self.questions[: 2 * count], self._asked[:count]
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
-        """``accuracy``, ``blank_image_accuracy``, and both ``by_kind`` and, of reading, ``by_height`` of the print."""
+        """``accuracy``, ``blank_image_accuracy``, both ``by_kind``, and ``by_print``, large and small."""
         answered = self._answered(texts)
-        table = _table(_by_height(answered))
         metrics = _shares(answered) | {"by_kind": _table(_by_kind(answered, self.kinds))}
-        return metrics | ({"by_height": table} if table else {})
+        prints = _table(self._prints(answered))
+        return metrics | ({"by_print": prints} if prints else {})
 
     def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``contact_sheet.png``: images with question, answer and truth, to look at."""
@@ -135,6 +135,12 @@ class Scenes(Benchmark):
         with file.open("wb") as opened:
             contact_sheet(self._grouped(self._answered(texts))).save(opened, "PNG")
         return [file]
+
+    def _prints(self, answered: Sequence[Answered]) -> dict[str, list[Answered]]:
+        """Questions on print by its size."""
+        sizes = {"large print": range(LARGE, SIDE), "small print": range(1, LARGE)}
+        groups = {name: [i for i in answered if i.asked.question.height in sizes[name]] for name in sizes}
+        return {name: items for name, items in groups.items() if items}
 
     def _grouped(self, answered: Sequence[Answered]) -> dict[str, list[Answered]]:
         """Groups of the contact sheet, each with its title."""
@@ -154,8 +160,12 @@ class Prints(Scenes):
     def _questions(self) -> Sequence[Asked]:
         return held_out_prints()
 
+    def _prints(self, answered: Sequence[Answered]) -> dict[str, list[Answered]]:
+        groups = {h: [item for item in answered if item.asked.question.height == h] for h in HEIGHTS}
+        return {f"letters of {h} pixels": items for h, items in groups.items() if items}
+
     def _grouped(self, answered: Sequence[Answered]) -> dict[str, list[Answered]]:
-        return _by_height(answered)
+        return self._prints(answered)
 
 
 class Shapes(Scenes):
@@ -172,12 +182,6 @@ class Shapes(Scenes):
 def _by_kind(answered, kinds):
     groups = {kind: [item for item in answered if item.asked.question.kind == kind] for kind in kinds}
     return {kind: items for kind, items in groups.items() if items}
-
-
-def _by_height(answered):
-    heights = sorted({item.asked.question.height for item in answered} - {0})
-    groups = {h: [item for item in answered if item.asked.question.height == h] for h in heights}
-    return {f"letters of {h} pixels": items for h, items in groups.items()}
 
 
 def _table(groups):

@@ -70,20 +70,19 @@ def test_prints_of_every_height_are_asked_for():
     assert {*heights} == {*HEIGHTS}
     assert min(heights.values()) >= 2 * 20
     assert not any("height" in q.metadata for q in whole.questions if q.metadata["kind"] != "reading")
-    table = whole.metrics(right(whole))["by_height"]
-    assert list(table) == [f"letters of {height} pixels" for height in HEIGHTS]
+    table = whole.metrics(right(whole))["by_print"]
+    assert list(table) == ["large print", "small print"]
     assert sum(entry["questions"] for entry in table.values()) == EACH
-    only = [q.metadata["truth"] if q.metadata.get("height") == 17 else "" for q in whole.questions]
-    table = whole.metrics(only)["by_height"]
-    assert {name: entry["accuracy"] for name, entry in table.items()} == {
-        f"letters of {height} pixels": float(height == 17) for height in HEIGHTS
-    }
+    for height, shares in ((13, (True, False)), (10, (False, True))):
+        only = [q.metadata["truth"] if q.metadata.get("height") == height else "" for q in whole.questions]
+        assert tuple(entry["accuracy"] > 0 for entry in whole.metrics(only)["by_print"].values()) == shares
 
 
 def test_prints_are_of_every_height_in_turn():
     whole = Prints()
     assert [q.metadata["height"] for q in whole.questions[::2]] == [*HEIGHTS] * EACH_HEIGHT
-    table = whole.metrics(right(whole))["by_height"]
+    table = whole.metrics(right(whole))["by_print"]
+    assert list(table) == [f"letters of {height} pixels" for height in HEIGHTS]
     assert {entry["questions"] for entry in table.values()} == {EACH_HEIGHT}
 
 
@@ -142,7 +141,7 @@ def test_score_by_hand(whole):
     blanks[0], blanks[2], blanks[8] = truths[0], truths[2].title(), truths[8]
     metrics = benchmark.metrics([text for pair in zip(answers, blanks, strict=True) for text in pair])
     table = metrics.pop("by_kind")
-    metrics.pop("by_height", None)
+    metrics.pop("by_print", None)
     assert metrics == {"accuracy": 2 / 9, "blank_image_accuracy": 3 / 9}
     assert set(table) == set(kinds)
     for kind, entry in table.items():

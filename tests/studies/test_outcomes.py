@@ -9,6 +9,7 @@ import pytest
 
 from stf_jax.config import UserError
 from stf_jax.data.scenes import KINDS
+from stf_jax.data.world import LARGE
 from stf_jax.evals.scenes import Scenes
 from stf_jax.studies.outcomes import KINDS as ALL_KINDS
 from stf_jax.studies.outcomes import by_variant, outcome
@@ -45,9 +46,9 @@ def test_scores_are_what_the_benchmark_says(cell):
     make_study.put(cell.folder / "results.json", {"benchmark": "scenes"})
     (cell.folder / "answers.jsonl").write_text("".join(lines))
     metrics, (scores, heights) = benchmark.metrics(texts), dataclasses.astuple(outcome(cell))
-    assert {f"letters of {height} pixels": hits.mean() / 100 for height, hits in heights.items()} == pytest.approx(
-        {name: one["accuracy"] for name, one in metrics["by_height"].items()}
-    )
+    large = np.concatenate([hits for height, hits in heights.items() if height >= LARGE])
+    assert large.mean() / 100 == pytest.approx(metrics["by_print"]["large print"]["accuracy"])
+    assert large.size == metrics["by_print"]["large print"]["questions"]
     means = {kind: hits.mean() / 100 for kind, hits in scores.items()}
     assert means.pop("all") == pytest.approx(metrics["accuracy"])
     assert means.pop("blank picture") == pytest.approx(metrics["blank_image_accuracy"])
