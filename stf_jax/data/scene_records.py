@@ -20,7 +20,8 @@ _MIXTURES = {
         ("cues", True),
         *[("cues", False)] * 2,
         ("documents", False),
-        *[("conversations", False)] * 3,
+        ("captions", False),
+        *[("conversations", False)] * 2,
     ),
 }
 ROUNDS = {1: 3, 2: 6}  # of questions on one image, by edition; what is asked twice is left out
@@ -35,8 +36,8 @@ class SceneRecords:
       conversations: an image and some rounds of questions of every kind that it allows, for stage 2.
       documents: a caption as text, then such questions on it, for a language model to begin.
       cues: a caption as text, then short cues with their answers (:func:`world_text.cues`); second edition only.
-      mixture: in the first edition, seven captions to one document; in the second, all tasks but captions, three
-        records with an image to one with a caption.
+      mixture: in the first edition, seven captions to one document; in the second, all tasks, three records
+        with an image to one with a caption in its place.
       cells: an image, three times in four a drill, with the labels of its cells; second edition only.
     """
 
@@ -68,7 +69,11 @@ class SceneRecords:
         task, as_text = mixture[index % len(mixture)] if self._task == "mixture" else (self._task, True)
         as_text = as_text and task in ("documents", "cues")  # whether the caption replaces the image
         head = world.caption(scene) if as_text else IMAGE_MARK
-        if task == "captions":
+        document = task in ("documents", "cues")
+        if task == "captions" and self._task == "mixture" and self._edition == 2:
+            # As the plain template has it, whatever the run's template is.
+            document, turns = True, [Turn("human", IMAGE_MARK), Turn("gpt", f"{world.caption(scene, rng)}\n")]
+        elif task == "captions":
             # In any order: whoever may begin with any thing has to find it by what it is, not by counting.
             turns = [Turn("human", f"{world.DESCRIBE}\n{IMAGE_MARK}"), Turn("gpt", world.caption(scene, rng))]
         elif task == "cues":
@@ -90,7 +95,6 @@ class SceneRecords:
                 turns = [t for q in asked for t in (Turn("human", q.text), Turn("gpt", q.answer))]
                 turns[0] = Turn("human", f"{IMAGE_MARK}\n{turns[0].text}\n{SHORT_ANSWER}")
         pictures = () if as_text else (functools.partial(world.draw, scene, index),)
-        document = task in ("documents", "cues")
         return Record(f"scene-{self._seed}-{index}", pictures, tuple(turns), document=document)
 
     def _labelled(self, index):
