@@ -2,7 +2,7 @@
 PYTHON ?= python3
 WORKDIR ?= runs/demo
 
-.PHONY: demo test test-random test-slow test-serve soak lint
+.PHONY: demo evidence test test-random test-slow test-serve soak lint
 
 # Trains, measures, and hands the model over to PyTorch, which must answer as we do (where torch is installed). With
 # huge pages steps on a CPU take a seventh less (docs/BENCHMARKS.md).
@@ -16,6 +16,14 @@ demo: .venv/ready-demo
 	else \
 	    echo "Install torch in .venv and repeat make demo to see the export answer in PyTorch as the model does here."; \
 	fi
+	@echo "Look at $(WORKDIR)/contact_sheet.png. The exported model is in $(WORKDIR)/export."
+
+# The studies of docs/EVIDENCE.md. Interrupted, it goes on where it was.
+evidence: .venv/ready
+	for study in fusions kernel_and_taps initialisation backbone; do \
+	    .venv/bin/python -m stf_jax.ablate --config=configs/ablations/$$study.py --out=runs/evidence/$$study \
+	        --cells=runs/evidence/cells || exit; \
+	done
 
 test: lint
 	.venv/bin/python -m pytest

@@ -37,6 +37,18 @@ _VERBOSE = "-v"
 _LONGEST_MESSAGE = 2000  # characters
 
 
+class _BesideBars(logging.StreamHandler):
+    """Writes lines above the progress bars that are drawn, which stay whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        import tqdm  # what shows no bar has no need of it
+
+        try:
+            tqdm.tqdm.write(self.format(record), file=self.stream)
+        except Exception:
+            self.handleError(record)
+
+
 def door(main: Callable[[list[str]], None], argv: list[str] | None = None, *, compilers: bool = False) -> int:
     """Runs a command; returns the exit status (docs/OPERATIONS.md); one sentence on stderr says why it is not 0.
 
@@ -50,7 +62,7 @@ def door(main: Callable[[list[str]], None], argv: list[str] | None = None, *, co
     settle(compilers=compilers)
     log = logging.getLogger("stf_jax")  # what was chosen for the user, a line each, on standard error
     log.setLevel(logging.INFO)
-    log.handlers, log.propagate = [logging.StreamHandler()], False
+    log.handlers, log.propagate = [_BesideBars()], False
     try:
         with contextlib.nullcontext() if _VERBOSE in argv else _quiet():
             try:
