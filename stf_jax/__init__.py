@@ -1,1 +1,39 @@
-"""STF-JAX: vision-language models that see with a quarter of the tokens (LLaVA-STF, arXiv 2506.07138), in JAX."""
+"""STF-JAX: vision-language models that see with a quarter of the tokens (LLaVA-STF, arXiv 2506.07138), in JAX.
+
+    import stf_jax
+
+    model = stf_jax.load("runs/demo/finetune")
+    model.chat("photo.jpg", "How many shapes are there?")
+
+Importing the package takes milliseconds: what is named here is imported when it is first used.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Model": "api",
+    "load": "api",
+    "train": "api",
+    "export": "api",
+    "import_weights": "api",
+    "Fusion": "models.fusion",
+    "attention": "models.attention",
+    "cross_entropy_sum": "training.loss",
+    "Plan": "data.sampling",
+}
+__all__ = ["__version__", "evaluate", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "evaluate":  # a command's module, which can be called as the function of that name
+        return importlib.import_module(f"{__name__}.evaluate")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,7 @@ import argparse
 import os
 import pathlib
 import sys
+import types
 
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.evals.known import BENCHMARKS, open_benchmarks
@@ -80,6 +81,17 @@ def _results(options: argparse.Namespace, benchmarks, several):
         out = options.out / benchmark.name if several else options.out
         yield evaluate(benchmark, generator, out, name, origin, rows=options.batch, sampling=sampling)
 
+
+class _Callable(types.ModuleType):
+    """The command's module, which is the function of the Python API as well: both are named ``stf_jax.evaluate``."""
+
+    def __call__(self, *args, **kwargs):
+        from stf_jax.api import evaluate
+
+        return evaluate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     sys.exit(door(main))

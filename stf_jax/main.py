@@ -1,12 +1,11 @@
 """Train: ``python -m stf_jax.main --config=configs/demo.py --workdir=DIR``."""
 
-import dataclasses
 import sys
 
-from stf_jax.config import UserError, resolve
+from stf_jax.config import UserError
 from stf_jax.runtime.cli import Parser, add_host_arguments, door, parse, path
-from stf_jax.runtime.files import check_paths
 from stf_jax.runtime.status import status
+from stf_jax.training.stages import checked_stages, run_stages
 
 HELP = """Train a model, stage by stage, and measure it.
 
@@ -41,29 +40,18 @@ def main(argv: list[str]) -> None:
         print(status(_workdir(argv)))
         return
     workdir, config = parse(argv, HELP)
-    stages = resolve(config)
-    for stage in stages:
-        check_paths(stage)
-    if len(stages) > 1 and "," in str(workdir):
-        raise UserError(
-            f"--workdir={workdir} has a comma in its name, and the stages of a run pass on their weights by init_from, "
-            "where commas separate folders; choose another name."
-        )
+    stages = checked_stages(config, workdir)
     # These take seconds to import, and neither --help nor --status nor a misspelt key needs them.
     import jax
 
     from stf_jax.evals.running import shown
     from stf_jax.runtime.hosts import join
     from stf_jax.runtime.writers import import_wandb
-    from stf_jax.training.loop import train
 
     for stage in stages:
         import_wandb(stage.wandb)  # says in time if it is not here
     join(host.coordinator, host.processes, host.process, silent=stages[0].faults.host_seconds)
-    for before, stage in zip([None, *stages], stages, strict=False):
-        if before is not None:
-            stage = dataclasses.replace(stage, init_from=str(workdir / before.name))
-        results = train(stage, workdir / stage.name if len(stages) > 1 else workdir, workdir)
+    for results in run_stages(stages, workdir):
         if results and jax.process_index() == 0:
             print("\n".join(map(shown, results)))
             print(f"results.json and every answer (answers.jsonl) are in {workdir}")

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 from jax.sharding import Mesh, NamedSharding
 from transformers import PreTrainedTokenizerFast
 
@@ -72,6 +73,7 @@ class Generator:
         self._stops = np.array(rules.stops)
         self.take(())
         self._prefill, self._extend, self._grow = decoding.programs(rules, self.plan, mesh)
+        self._image_tokens = jax.jit(lambda weights, images: decoding.merged(self.plan, weights).image_tokens(images))
 
     def take(self, params: Iterable[tuple[str, jax.Array]]) -> "Generator":
         """Answers with these parameters from now on; each may be forgotten by the caller when the next is asked for."""
@@ -115,6 +117,12 @@ class Generator:
     def length(self, record: Record) -> int:
         """Tokens of the prompt that asks it, image tokens among them. Raises BadRow as :meth:`answers` does."""
         return len(self._prompt(record).tokens)
+
+    def image_tokens(self, image: PIL.Image.Image) -> np.ndarray:
+        """The image tokens of an image as the language model reads them, float32 [N, D]."""
+        pixels = jnp.asarray(to_square(image, self._vision, self._aspect))[None, None]
+        with computing(self._mesh, self.plan.precision):
+            return np.asarray(self._image_tokens(self._weights, pixels)[0], np.float32)
 
     def protocol(self, record: Record) -> dict[str, Any]:
         """How a conversation is put to the model, with that one as it reads it; and a fingerprint of the weights."""

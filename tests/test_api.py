@@ -1,0 +1,104 @@
+"""The Python API gives what the commands give, and importing the package costs nothing."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from make_models import make, picture
+
+import stf_jax
+from stf_jax import chat, evaluate
+from stf_jax.config import FusionConfig, UserError
+from stf_jax.runtime.cli import door
+
+ROOT = pathlib.Path(__file__).parents[1]
+QUESTION = "How many shapes are there?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An imported model of random weights."""
+    return make(tmp_path_factory.mktemp("api") / "model", FusionConfig("mbtf_stf"), "clip", "llama")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return stf_jax.load(folder)
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, stf_jax; print(stf_jax.__version__, sorted({'jax', 'numpy', 'PIL', 'flax'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{stf_jax.__version__} []\n"
+
+
+def test_all_names_are_there():
+    for name in stf_jax.__all__:
+        assert getattr(stf_jax, name) is not None
+    assert set(stf_jax.__all__) <= set(dir(stf_jax))
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        _ = stf_jax.laod
+
+
+def test_a_model_answers_as_the_chat_command_does(model, folder, tmp_path, capsys):
+    picture(1).save(tmp_path / "a.png")
+    options = [f"--checkpoint={folder}", f"--image={tmp_path / 'a.png'}", f"--prompt={QUESTION}", "--max-new-tokens=8"]
+    assert door(chat.main, options) == 0
+    assert model.chat(tmp_path / "a.png", QUESTION, max_new_tokens=8) == capsys.readouterr().out.strip()
+
+
+def test_an_image_may_be_a_path_an_array_or_pils(model, tmp_path):
+    picture(1).save(tmp_path / "a.png")
+    shown = [str(tmp_path / "a.png"), tmp_path / "a.png", picture(1), np.asarray(picture(1))]
+    answers = model.generate([(image, QUESTION) for image in shown], max_new_tokens=8)
+    assert answers == [answers[0]] * 4
+    other, none = model.generate([(picture(2), QUESTION), (None, QUESTION)], max_new_tokens=8)
+    assert len({answers[0], other, none}) > 1
+
+
+def test_image_tokens_are_what_the_language_model_reads(model, folder):
+    tokens = model.image_tokens(picture(1))
+    assert tokens.shape == (model.tokens_per_image, 32) == (9, 32)
+    assert tokens.dtype == np.float32
+    np.testing.assert_array_equal(tokens, model.image_tokens(np.asarray(picture(1))))
+    assert np.abs(tokens - model.image_tokens(picture(2))).max() > 1e-3
+
+
+def test_a_wrong_image_is_a_sentence(model, tmp_path):
+    (tmp_path / "a.png").write_text("no image")
+    for image in (tmp_path / "a.png", tmp_path / "none.png"):
+        with pytest.raises(UserError, match=r"\.png"):
+            model.chat(image, QUESTION)
+
+
+def test_evaluating_is_what_the_command_does(model, folder, tmp_path):
+    results = stf_jax.evaluate(model, "scenes", tmp_path / "api", limit=2, batch_size=4)
+    options = [
+        f"--checkpoint={folder}",
+        "--benchmark=scenes",
+        "--limit=2",
+        "--batch=4",
+        f"--out={tmp_path / 'command'}",
+    ]
+    assert door(evaluate.main, options) == 0
+    written = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("api", "command")]
+    assert json.loads(json.dumps(results)) == written[0] == written[1]
+
+
+def test_training_evaluates_and_leaves_a_model_to_load_and_export(tmp_path):
+    config = tiny.get_config("steps=2")
+    config.eval.update(benchmarks=("shapes",), limit=2)
+    (results,) = stf_jax.train(config, tmp_path / "run")
+    assert (results["benchmark"], results["questions"]) == ("shapes", 2)
+    trained = stf_jax.load(tmp_path / "run")
+    assert trained.step == 2
+    assert isinstance(trained.chat(picture(1), QUESTION, max_new_tokens=2), str)
+    report = stf_jax.export(tmp_path / "run", tmp_path / "exported", format="native")
+    assert report["parameters"] > 1000
+    assert (tmp_path / "exported" / "model.safetensors").exists()
+    with pytest.raises(UserError, match="did you mean 'hf'"):
+        stf_jax.export(tmp_path / "run", tmp_path / "other", format="hff")
