@@ -12,7 +12,7 @@ HELP = """Train a model, stage by stage, and measure it.
   python -m stf_jax.main --config=FILE[:key=value,...] --workdir=DIR [--config.KEY=VALUE ...]
   python -m stf_jax.main --workdir=DIR --status
 
-  --config=FILE        a Python file with get_config(arg): configs/demo.py, configs/pretrain.py, configs/finetune.py
+  --config=FILE        a Python file with get_config(arg), or the name of one in configs/: demo, pretrain, finetune
   --config=FILE:ARG    with arguments of that file's own, e.g. configs/demo.py:stage=pretrain,steps=60
   --config.KEY=VALUE   change any key, e.g. --config.mesh.fsdp=8 --config.optimizer.learning_rate=1e-4
   --workdir=DIR        where the run lives: config.json, metrics.jsonl, checkpoints/, tensorboard/, results.json.

@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -34,6 +35,14 @@ def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, stf_jax; print(stf_jax.__version__, sorted({'jax', 'numpy', 'PIL', 'flax'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == f"{stf_jax.__version__} []\n"
+
+
+def test_the_wheel_has_every_module():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    files = [*(ROOT / "stf_jax").rglob("*.py"), *(ROOT / "configs").rglob("*.py")]
+    folders = {file.parent.relative_to(ROOT) for file in files if "torch_package" not in file.parts}
+    names = {".".join(folder.parts) for folder in folders}
+    assert {*project["packages"]} == {f"stf_jax.{name}" if name.startswith("configs") else name for name in names}
 
 
 def test_all_names_are_there():

@@ -27,7 +27,7 @@ UNUSABLE = {
         ["annotations", "--config.data.annotations=PATH", "configs/demo.py"],
     ),
     "no pictures": (
-        [PRETRAIN, f"--config.data.annotations={ROOT}/pytest.ini"],
+        [PRETRAIN, f"--config.data.annotations={ROOT}/LICENSE"],
         ["images", "--config.data.images=PATH", "configs/demo.py"],
     ),
     "no tokenizer": (

@@ -283,6 +283,7 @@ def parse(
     if not argv or "--help" in argv or "-h" in argv:
         print(help_text, end="")
         sys.exit(0)
+    argv = [_config_file(item) for item in argv]
     values = flags.FlagValues()
     if workdir:
         flags.DEFINE_string("workdir", None, "", flag_values=values)
@@ -304,6 +305,18 @@ def parse(
         return to_path(values.workdir) if workdir else None, values.config
     except UserError as error:
         raise UserError(f"--workdir: {error}") from None
+
+
+def _config_file(option):
+    """``--config=NAME[:ARG]`` with the file of that name in configs/; any other option as it is."""
+    named = re.fullmatch(r"(--?config=)([\w/]+)(:.*)?", option, re.DOTALL)
+    if not named or os.path.exists(named[2]):
+        return option
+    package = pathlib.Path(__file__).parents[1]
+    # In a repository beside the package, in a wheel inside it.
+    files = [folder / "configs" / f"{named[2]}.py" for folder in (package.parent, package)]
+    file = next((file for file in files if file.is_file()), None)
+    return f"{named[1]}{file}{named[3] or ''}" if file else option
 
 
 def _explain(error, argv, defaults):
