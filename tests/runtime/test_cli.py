@@ -119,9 +119,8 @@ def test_a_config_by_its_name(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stages = accepted(run("--config=demo:steps=3", "--config.seed=4"))
     assert [(stage.name, stage.steps, stage.seed) for stage in stages] == [("pretrain", 3, 4), ("finetune", 3, 4)]
-    # A file of one's own wins.
-    (tmp_path / "demo").write_text(PLAIN)
-    assert "cannot be loaded" in refused(run("--config=demo"))  # whose name has to end in .py
+    (tmp_path / "demo").write_text(PLAIN)  # a file of one's own wins
+    assert [stage.steps for stage in accepted(run("--config=demo"))] == [3]
 
 
 @pytest.mark.parametrize("path", ["nowhere.py", "nowhere/at/all.py", ".", ""])
