@@ -21,7 +21,7 @@ def get_config(arg=None):
     arg = parse_arg(arg, scale=1.0, edition=1, vision="")
     config = default_config()
     config.model.update(vision=arg.vision or ("clip-mini-16-96" if arg.edition == 1 else "clip-mini-8-96"))
-    config.model.llm = "llama-mini"
+    config.model.llm = "llama-mini" if arg.edition == 1 else "llama-mini-6"
     config.model.update(precision="float32", remat="none", scan_layers=False)
     config.model.fusion.fusion = "mlp"
     config.data.update(source="scenes", tokenizer="miniature" if arg.edition == 1 else "miniature/2", template="plain")

@@ -11,7 +11,7 @@ def get_config(arg=None):
     """The recipe of configs/pretrain.py and configs/finetune.py on miniatures."""
     arg = parse_arg(arg, stage="", steps=0, fusion="mbtf_stf")
     config = default_config()
-    config.model.update(vision="clip-mini-8-96", llm="llama-mini")
+    config.model.update(vision="clip-mini-8-96", llm="llama-mini-6")
     # CPUs compute in float32, and have the memory not to recompute.
     config.model.update(precision="float32", remat="none", scan_layers=False)
     # Hidden layers to suit a language model of width 128: smaller ones learn in fewer images.

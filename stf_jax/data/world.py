@@ -4,9 +4,9 @@ Images are :data:`SIDE` pixels a side and come in four layouts: coloured shapes,
 They show what reducing vision tokens is known to lose: small print, numbers in charts and forms, counts, places.
 Everything follows from (seed, split, index), by numpy's generators alone.
 
-Held-out images come from another seed, and show what training never shows or names: each image with shapes has at
-least one whose color and shape training never puts in that zone, all printed words and two-digit numbers are new, and
-half of the prints use new fonts.
+Held-out images come from another seed, and show what training never shows: each image with shapes has at least one
+whose color and shape training never puts in that zone, all printed words are new, half of the prints use new fonts,
+and each two-digit number is in a font in which training never prints it.
 """
 
 import dataclasses
@@ -39,9 +39,7 @@ HEIGHTS = (5, 6, 8, 10, 13, 17, 22)  # pixels, of printed capitals
 LARGE = 13  # from here on a print is large
 TRAINING_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "STIXGeneralBol")
 HELD_OUT_FONTS = ("DejaVuSerif-Bold", "cmss10")
-# One number in five, such that training shows every digit at either place.
-HELD_OUT_NUMBERS = [str(n) for n in range(10, 100) if (n // 10 + n % 10) % 5 == 0]
-TRAINING_NUMBERS = [str(n) for n in range(10, 100) if (n // 10 + n % 10) % 5]
+NUMBERS = [str(n) for n in range(10, 100)]
 BAR_LABELS = "BDHKLMNPRSTV"
 FORM_LABELS = ("TOTAL", "TAX", "TIP", "ROOM", "AGE", "CODE", "SIZE", "SEAT", "LINE", "UNIT")
 ROWS = ("top", "middle", "bottom")
@@ -50,6 +48,20 @@ PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 # would learn that they do not exist, and call a yellow ring anything but yellow.
 HELD_OUT_PLACES = {pair: index % 9 for index, pair in enumerate(PAIRS)}
 _SCALE = 3  # drawn larger, then reduced, for smooth edges
+
+
+def is_new_number(number: str, font: str) -> bool:
+    """Whether training never prints a number in that font: one number in five of each training font, all of a new one.
+
+    If whole numbers were held out, a language model would learn that after a 4 there is no 1, and read 41 as 47.
+    """
+    return font in HELD_OUT_FONTS or (int(number[0]) + int(number[1])) % 5 == TRAINING_FONTS.index(font)
+
+
+@functools.cache
+def numbers_in(font: str, held_out: bool) -> list[str]:
+    """The two-digit numbers that are printed in a font, in training or in held-out images."""
+    return [number for number in NUMBERS if is_new_number(number, font) == held_out]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,12 +182,9 @@ def _make_things(rng, held_out, count, free):
 
 
 def _make_print(rng, held_out, row):
-    words, numbers = (HELD_OUT_WORDS, HELD_OUT_NUMBERS) if held_out else (TRAINING_WORDS, TRAINING_NUMBERS)
-    text, height, font = (
-        str(rng.choice(words if rng.random() < 0.5 else numbers)),
-        int(rng.choice(HEIGHTS)),
-        _font(rng, held_out),
-    )
+    font, height = _font(rng, held_out), int(rng.choice(HEIGHTS))
+    words = HELD_OUT_WORDS if held_out else TRAINING_WORDS
+    text = str(rng.choice(words if rng.random() < 0.5 else numbers_in(font, held_out)))
     spare = SIDE - text_width(text, height, font) - 4
     x = SIDE // 2 + int(rng.integers(-spare // 2, spare // 2 + 1))
     reach = max(0, ZONE // 2 - height // 2 - 2)
@@ -196,8 +205,8 @@ def _make_chart(rng, held_out, most):
 
 
 def _make_form(rng, held_out, most):
-    most = max(most, 2)
-    numbers = HELD_OUT_NUMBERS if held_out else TRAINING_NUMBERS
+    most, font = max(most, 2), _font(rng, held_out)
+    numbers = numbers_in(font, held_out)
     if rng.random() < 0.5:
         rows, columns, labels = int(rng.integers(2, most + 1)), 1, FORM_LABELS
         labels = tuple(labels[i] for i in rng.permutation(len(labels))[:rows])
@@ -206,7 +215,7 @@ def _make_form(rng, held_out, most):
         labels = tuple("ABC"[:columns])
     picked = [numbers[i] for i in rng.permutation(len(numbers))[: rows * columns]]
     cells = tuple(tuple(picked[i : i + columns]) for i in range(0, len(picked), columns))
-    return Form(labels, cells, int(rng.integers(6, 10)), _font(rng, held_out))
+    return Form(labels, cells, int(rng.integers(6, 10)), font)
 
 
 # ---- Drawing ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import PIL.ImageDraw
 from stf_jax.data.scenes import COLORS, HELD_OUT_WORDS, SHAPES, Thing, draw_thing
 from stf_jax.data.world import (
     HEIGHTS,
-    HELD_OUT_NUMBERS,
+    NUMBERS,
     RADII,
     SIDE,
     TRAINING_FONTS,
@@ -25,6 +25,7 @@ from stf_jax.data.world import (
     Scene,
     Surface,
     generator,
+    is_new_number,
     make_background,
     make_thing,
     paint,
@@ -38,7 +39,6 @@ COLOR_NAMES = (*COLORS,)
 KINDS_OF_SHAPE = (*((size, shape) for size in RADII for shape in SHAPES), "bar")
 CHARACTERS = string.ascii_uppercase + string.digits
 _COVERED = 0.25  # share of a cell that a character has to cover to be its label
-_NEVER = {*HELD_OUT_WORDS, *HELD_OUT_NUMBERS}
 
 
 def label(scene: Scene) -> np.ndarray:
@@ -112,7 +112,7 @@ def _make_lines(rng, top, bottom):
         characters = ""
         room = SIDE - 6 - int(rng.integers(0, 30))
         while text_width(grown := characters + CHARACTERS[rng.integers(len(CHARACTERS))], height, font) < room:
-            if not any(grown.endswith(never) for never in _NEVER):
+            if grown[-3:] not in HELD_OUT_WORDS and not (grown[-2:] in NUMBERS and is_new_number(grown[-2:], font)):
                 characters = grown
         spare = SIDE - 4 - text_width(characters, height, font)
         x = SIDE // 2 + int(rng.integers(-spare // 2, spare // 2 + 1))

@@ -67,6 +67,7 @@ LLM: dict[str, LLMConfig] = {
     "smollm2-360m": LLMConfig(width=960, layers=32, heads=15, kv_heads=5, mlp=2560, rope_theta=1e5, **_SMOL),
     "smollm2-1.7b": LLMConfig(width=2048, layers=24, heads=32, kv_heads=32, mlp=8192, rope_theta=1.3e5, **_SMOL),
     "llama-mini": LLMConfig(512, width=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp=256, tied=True),
+    "llama-mini-6": LLMConfig(512, width=128, layers=6, heads=4, kv_heads=2, head_dim=32, mlp=512, tied=True),
 }
 
 _Config = TypeVar("_Config", VisionConfig, LLMConfig)

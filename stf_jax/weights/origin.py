@@ -15,10 +15,10 @@ from stf_jax.weights.folder import EMBEDDED
 from stf_jax.weights.model import describe
 
 _PRESETS = {"vision": vision_preset, "llm": llm_preset}
-_EMBEDDED = {  # tower and tokenizer of each; all have a llama-mini
-    "miniatures": ("clip-mini-16-96", "miniature"),
-    "miniatures/siglip": ("siglip-mini-16-96", "miniature"),
-    "miniatures/2": ("clip-mini-8-96", "miniature/2"),
+_EMBEDDED = {  # tower, language model and tokenizer of each
+    "miniatures": ("clip-mini-16-96", "llama-mini", "miniature"),
+    "miniatures/siglip": ("siglip-mini-16-96", "llama-mini", "miniature"),
+    "miniatures/2": ("clip-mini-8-96", "llama-mini-6", "miniature/2"),
 }
 
 
@@ -65,9 +65,9 @@ def _part(part, named, found, continued):
 def _look(source):
     """Name and shape of each part that a folder has, and its tokenizer's name."""
     if source in EMBEDDED:
-        vision, tokenizer = _EMBEDDED[source]
-        names = {"vision": vision, "llm": "llama-mini"}
-        return {part: (name, _PRESETS[part](name)) for part, name in names.items()} | {"tokenizer": tokenizer}
+        *names, tokenizer = _EMBEDDED[source]
+        parts = zip(_PRESETS, names, strict=True)
+        return {part: (name, _PRESETS[part](name)) for part, name in parts} | {"tokenizer": tokenizer}
     folder = to_path(source)
     if not SavedParams.at(folder):
         return {}  # whether it can be read at all is said when it is

@@ -13,13 +13,15 @@ from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.scenes import COLORS, HELD_OUT_WORDS, SHAPES, TRAINING_WORDS
 from stf_jax.data.world import (
     HELD_OUT_FONTS,
-    HELD_OUT_NUMBERS,
     HELD_OUT_PLACES,
+    NUMBERS,
     RADII,
     SIDE,
-    TRAINING_NUMBERS,
+    TRAINING_FONTS,
     draw,
+    is_new_number,
     make_scene,
+    numbers_in,
 )
 from stf_jax.data.world_text import KINDS, caption, cues, questions, zone
 
@@ -66,10 +68,10 @@ def texts(task, count, held_out=False):
 @pytest.mark.parametrize(
     ("task", "held_out", "digest"),
     [
-        ("captions", False, "0052b30742825514"),
-        ("conversations", False, "a667f44af449f77d"),
-        ("documents", False, "48b470d0516aaedc"),
-        ("conversations", True, "113052a7446866d1"),
+        ("captions", False, "9cc2a8116832dcd1"),
+        ("conversations", False, "ef14337a8a7e7c3f"),
+        ("documents", False, "3c758ff2fcc6654c"),
+        ("conversations", True, "ad58f139799f0078"),
     ],
 )
 def test_text_of_many_records_is_what_it_always_was(task, held_out, digest):
@@ -100,9 +102,10 @@ def test_each_color_and_each_shape_is_held_out_at_several_places_and_never_every
 
 
 def _prints(scene):
-    yield from (item.text for item in scene.prints)
+    """Printed words and numbers, each with its font."""
+    yield from ((item.text, item.font) for item in scene.prints)
     if scene.form is not None:
-        yield from itertools.chain(*scene.form.cells)
+        yield from ((number, scene.form.font) for number in itertools.chain(*scene.form.cells))
 
 
 def _fonts(scene):
@@ -112,7 +115,8 @@ def _fonts(scene):
 def test_training_shows_and_names_nothing_held_out(scenes):
     for scene in scenes[False]:
         assert not any(_is_held_out(thing) for thing in scene.things)
-        assert not {*_prints(scene)} & {*HELD_OUT_WORDS, *HELD_OUT_NUMBERS}
+        for text, font in _prints(scene):
+            assert text in TRAINING_WORDS or not is_new_number(text, font)
         assert not _fonts(scene) & {*HELD_OUT_FONTS}
     for task in ("captions", "conversations", "documents", "cues"):
         said = "\n".join(texts(task, 800))
@@ -120,21 +124,27 @@ def test_training_shows_and_names_nothing_held_out(scenes):
         assert len(named) > 500 or task == "conversations"
         assert not any(HELD_OUT_PLACES[tuple(pair)] == place for pair, place in named)
         assert len(NAMED_PRINT.findall(said)) > 500
-        assert not {*NAMED_PRINT.findall(said)} & {*HELD_OUT_WORDS, *HELD_OUT_NUMBERS}
+        assert not {*NAMED_PRINT.findall(said)} & {*HELD_OUT_WORDS}
 
 
 def test_held_out_images_show_what_is_held_out(scenes):
     for scene in scenes[True]:
         assert not scene.things or any(_is_held_out(thing) for thing in scene.things)
-        assert {*_prints(scene)} <= {*HELD_OUT_WORDS, *HELD_OUT_NUMBERS}
+        for text, font in _prints(scene):
+            assert text in HELD_OUT_WORDS or is_new_number(text, font)
     fonts = [_fonts(scene) for scene in scenes[True] if _fonts(scene)]
     assert 0.4 < np.mean([bool(one & {*HELD_OUT_FONTS}) for one in fonts]) < 0.7
 
 
 def test_training_shows_every_color_shape_letter_and_digit():
-    assert {*HELD_OUT_NUMBERS} | {*TRAINING_NUMBERS} == {str(number) for number in range(10, 100)}
-    for place in range(2):
-        assert {number[place] for number in TRAINING_NUMBERS} == {number[place] for number in HELD_OUT_NUMBERS}
+    for font in TRAINING_FONTS:
+        shown, new = numbers_in(font, held_out=False), numbers_in(font, held_out=True)
+        assert sorted(shown + new) == NUMBERS
+        assert len(new) == 18
+        for place in range(2):
+            assert {number[place] for number in shown} == {number[place] for number in NUMBERS}
+    assert all(numbers_in(font, held_out=True) == NUMBERS for font in HELD_OUT_FONTS)
+    assert {*itertools.chain(*(numbers_in(font, held_out=False) for font in TRAINING_FONTS))} == {*NUMBERS}
     for place in range(3):
         assert {word[place] for word in HELD_OUT_WORDS} <= {word[place] for word in TRAINING_WORDS}
 

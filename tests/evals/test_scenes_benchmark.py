@@ -13,7 +13,7 @@ from stf_jax.data.conversation import encode, template_items
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.scenes import HELD_OUT_WORDS
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.data.world import HEIGHTS, HELD_OUT_NUMBERS
+from stf_jax.data.world import HEIGHTS, NUMBERS
 from stf_jax.evals.known import open_benchmarks
 from stf_jax.evals.scenes import EACH, EACH_HEIGHT, Prints, Scenes, Shapes
 
@@ -45,7 +45,7 @@ def test_held_out_questions_are_the_same_each_time_and_of_every_kind(whole):
         np.testing.assert_array_equal(pixels(first), pixels(second))
     assert {q.metadata["kind"] for q in whole.questions} == ({"reading"} if type(whole) is Prints else {*whole.kinds})
     read = [q.metadata["truth"] for q in whole.questions if q.metadata["kind"] == "reading"]
-    assert {*read} <= {*HELD_OUT_WORDS, *(() if type(whole) is Shapes else HELD_OUT_NUMBERS)}
+    assert {*read} <= {*HELD_OUT_WORDS, *(() if type(whole) is Shapes else NUMBERS)}
     assert len({q.id for q in whole.questions}) == len(whole.questions)
     assert whole.scored
 

@@ -51,15 +51,15 @@ def _refusal(sources, layout, fresh=()):
 
 
 @pytest.mark.parametrize(
-    ("source", "vision"),
+    ("source", "vision", "llm"),
     [
-        ("miniatures", "clip-mini-16-96"),
-        ("miniatures/siglip", "siglip-mini-16-96"),
-        ("miniatures/2", "clip-mini-8-96"),
+        ("miniatures", "clip-mini-16-96", "llama-mini"),
+        ("miniatures/siglip", "siglip-mini-16-96", "llama-mini"),
+        ("miniatures/2", "clip-mini-8-96", "llama-mini-6"),
     ],
 )
-def test_the_embedded_weights_are_all_of_a_model_but_its_fusion(source, vision):
-    plan = blueprint(ModelConfig(vision=vision, llm="llama-mini"))
+def test_the_embedded_weights_are_all_of_a_model_but_its_fusion(source, vision, llm):
+    plan = blueprint(ModelConfig(vision=vision, llm=llm))
     places = plan.shardings(MESH)
     layout = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in plan.shapes.items()}
     loaded = load_params(source, layout, ("fusion/.*",))
@@ -182,7 +182,7 @@ def test_a_misshapen_weight_may_be_replaced_by_a_later_source(tmp_path, layout):
 
 @pytest.mark.parametrize("mesh", [MeshConfig(1, 1, 1), MeshConfig(1, 4, 2)], ids=str)
 def test_a_tower_of_another_size_has_its_positions_interpolated(mesh):
-    plan = blueprint(ModelConfig(vision="clip-mini-8-48", llm="llama-mini"))
+    plan = blueprint(ModelConfig(vision="clip-mini-8-48", llm="llama-mini-6"))
     places = plan.shardings(make_mesh(mesh))
     layout = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in plan.shapes.items()}
     loaded = load_params("miniatures/2", layout, ("fusion/.*",))

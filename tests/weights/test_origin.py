@@ -61,12 +61,15 @@ def test_without_init_from_it_is_the_papers_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "vision", "tokenizer"),
-    [("miniatures/siglip", "siglip-mini-16-96", "miniature"), ("miniatures/2", "clip-mini-8-96", "miniature/2")],
+    ("source", "vision", "llm", "tokenizer"),
+    [
+        ("miniatures/siglip", "siglip-mini-16-96", "llama-mini", "miniature"),
+        ("miniatures/2", "clip-mini-8-96", "llama-mini-6", "miniature/2"),
+    ],
 )
-def test_the_embedded_weights_are_a_path_too(source, vision, tokenizer):
+def test_the_embedded_weights_are_a_path_too(source, vision, llm, tokenizer):
     found = complete(TrainConfig(init_from=source))
-    assert (found.model.vision, found.model.llm) == (vision, "llama-mini")
+    assert (found.model.vision, found.model.llm) == (vision, llm)
     assert found.data.tokenizer == tokenizer
 
 
