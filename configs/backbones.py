@@ -24,11 +24,12 @@ def get_config(arg=None):
     config.model.llm = "llama-mini" if arg.edition == 1 else "llama-mini-6"
     config.model.update(precision="float32", remat="none", scan_layers=False)
     config.model.fusion.fusion = "mlp"
-    config.data.update(source="scenes", tokenizer="miniature" if arg.edition == 1 else "miniature/2", template="plain")
+    config.data.update(source="scenes", tokenizer="miniature" if arg.edition == 1 else "miniature/2")
     config.data.scenes.edition = arg.edition
     config.optimizer.update(b2=0.98, clip_norm=1.0)
     if arg.edition == 2:
         return _second(config, arg.scale)
+    config.data.template = "plain"
     config.data.scenes.size = 1_000_000
     config.run = ("sentences", "text", "shapes", "captions")
     config.stages = {
@@ -84,7 +85,11 @@ def _second(config, scale):
             "init_missing": (".*",),
             "rules": (("(vision|cells)/.*", "train"), frozen),
             "model": {"cells": 2},
-            "data": {"scenes": {"task": "cells", "size": 32 * steps["cells"]}, "max_length": 160},
+            "data": {
+                "template": "plain",
+                "scenes": {"task": "cells", "size": 32 * steps["cells"]},
+                "max_length": 160,
+            },
             "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.01},
         },
         # Many short questions teach look-up faster than few whole sentences.
@@ -106,7 +111,6 @@ def _second(config, scale):
             "init_missing": ("fusion/.*",),
             "rules": (("(llm|fusion)/.*", "train"), frozen),
             "data": {
-                "template": "v1",
                 "scenes": {"task": "mixture", "size": 20 * steps["answers"]},
                 "max_length": 480,
                 "images_per_row": 2,

@@ -28,29 +28,23 @@ def get_config(arg=None):
     config.stages = {
         "pretrain": {
             "steps": arg.steps or 1000,
-            "global_batch_size": 2,
+            "global_batch_size": 8,
             "init_from": "miniatures/2",
             "init_missing": ("fusion/.*",),
             "rules": (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "freeze")),
-            # Four images with their captions in a row.
-            "data": {
-                "template": "plain",
-                "scenes": {"task": "captions"},
-                "max_length": 320,
-                "images_per_row": 4,
-            },
+            "data": {"template": "plain", "scenes": {"task": "captions"}, "max_length": 88, "images_per_row": 1},
             "optimizer": {"learning_rate": 1.5e-3},
         },
         "finetune": {
-            "steps": arg.steps or 400,
-            "global_batch_size": 4,
+            "steps": arg.steps or 300,
+            "global_batch_size": 8,
             "rules": (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train")),
-            # Three conversations in a row.
+            # Two conversations in a row.
             "data": {
                 "template": "v1",
                 "scenes": {"task": "conversations"},
-                "max_length": 480,
-                "images_per_row": 4,
+                "max_length": 400,
+                "images_per_row": 2,
             },
             "optimizer": {"learning_rate": 1e-3},
             "eval": {"benchmarks": ("scenes",), "batch": 64},

@@ -131,7 +131,7 @@ def evaluate(
 def import_weights(
     source: str | os.PathLike[str], to: str | os.PathLike[str], *, vision: str = "", dtype: str = ""
 ) -> dict[str, Any]:
-    """Reads weights of others into a folder for ``config.init_from``, as ``python -m stf_jax.convert import`` does.
+    """Reads weights of others into a folder for ``config.init_from``, as ``stf_jax.convert import`` does.
 
     Args:
       source: a folder or file of Hugging Face's, LLaVA's or llama.cpp's (docs/WEIGHTS.md).
@@ -150,7 +150,7 @@ def import_weights(
 def export(
     checkpoint: str | os.PathLike[str], to: str | os.PathLike[str], *, format: str = "hf", dtype: str = ""
 ) -> dict[str, Any]:
-    """Writes a model for others, as ``python -m stf_jax.convert export`` does.
+    """Writes a model for others, as ``stf_jax.convert export`` does.
 
     Args:
       format: ``hf`` for transformers and vLLM, ``llava-stf`` for the authors' program, ``native`` for

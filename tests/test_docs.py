@@ -20,6 +20,7 @@ from stf_jax.evals.known import BENCHMARKS
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.runtime import cli
 from stf_jax.studies import study
+from stf_jax.training import stages
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -145,7 +146,7 @@ def _check_python(words, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(cli.Parser, "parse_args", stop_after(cli.Parser.parse_args, "options"))
-    for where, key in ((config_module, "resolve"), (study, "read_study")):
+    for where, key in ((config_module, "resolve"), (stages, "checked_stages"), (study, "read_study")):
         wrapped = stop_after(getattr(where, key), key)
         monkeypatch.setattr(where, key, wrapped)
         if hasattr(module, key):
@@ -154,7 +155,7 @@ def _check_python(words, monkeypatch):
         monkeypatch.setattr(module, "status", stop_after(str, "status"))
     with pytest.raises(_Read):
         module.main(argv)
-    for stage in read.get("resolve", ()):
+    for stage in read.get("resolve", read.get("checked_stages", ())):
         _check_presets(stage)
     if name == "stf_jax.evaluate":
         assert set(read["options"].benchmark.split(",")) <= {*BENCHMARKS, "all"}

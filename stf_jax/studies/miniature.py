@@ -19,9 +19,7 @@ def miniature(arg: str | None, title: str, seeds: int = 5) -> ml_collections.Con
 def tokens(count: int) -> tuple[str, ...]:
     """Overrides for images of ``count`` tokens: rows so long that the same text stands beside them whatever it is.
 
-    So all variants see the same images in the same steps: four captions a row in the first stage, two conversations in
-    the second, of any length that the world has.
+    So all variants see the same images in the same steps: a caption a row in the first stage, two conversations in the
+    second, of any length that the world has.
     """
-    lengths = {"pretrain": 256 + 4 * count, "finetune": 320 + 2 * count}
-    images = ("stages.finetune.data.images_per_row=2",)
-    return (*images, *(f"stages.{stage}.data.max_length={length}" for stage, length in lengths.items()))
+    return (f"stages.pretrain.data.max_length={52 + count}", f"stages.finetune.data.max_length={432 + 2 * count}")
