@@ -315,7 +315,7 @@ def _config_file(option):
     package = pathlib.Path(__file__).parents[1]
     # In a repository beside the package, in a wheel inside it.
     files = [folder / "configs" / f"{named[2]}.py" for folder in (package.parent, package)]
-    file = next((file for file in files if file.is_file()), None)
+    file = next((file for file in files if os.path.isfile(file)), None)
     return f"{named[1]}{file}{named[3] or ''}" if file else option
 
 

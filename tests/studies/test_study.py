@@ -171,7 +171,7 @@ def test_cells_are_done_when_their_results_are_there(made):
 def test_a_run_from_before_a_key_was_there_is_still_done(made):
     file = made[0].folder / "pretrain" / "config.json"
     edit(file, lambda saved: saved["model"].pop("attention"))
-    edit(file, lambda saved: saved.pop("faults"))
+    edit(file, lambda saved: saved.pop("wandb"))
     assert made[0].done
 
 
