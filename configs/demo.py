@@ -47,7 +47,7 @@ def get_config(arg=None):
                 "images_per_row": 2,
             },
             "optimizer": {"learning_rate": 1e-3},
-            "eval": {"benchmarks": ("scenes",), "batch": 64},
+            "eval": {"benchmarks": ("scenes",), "batch": 64, "limit": 1000},
         },
     }
     return single_stage(config, arg.stage) if arg.stage else config
