@@ -25,7 +25,8 @@ from stf_jax.training.state import blueprint, state_layout
 pytestmark = pytest.mark.usefixtures("optimized")
 
 BFLOAT16 = ["--config.model.precision=bfloat16", "--config.model.scan_layers=True"]
-DEMO = ["--config=configs/demo.py:stage=finetune", "--config.model.remat=full", *BFLOAT16]
+SHAPE = ["--config.model.llm=llama-mini", "--config.data.max_length=208", "--config.data.images_per_row=1"]
+DEMO = ["--config=configs/demo.py:stage=finetune", "--config.model.remat=full", *SHAPE, *BFLOAT16]
 TINY = ["--config=tests/tiny.py", "--config.mesh.data=1", "--config.mesh.fsdp=-1", *BFLOAT16]
 KEYS = {
     "topology", "slices", "what", "chip", "devices", "mesh", "rows", "positions", "pictures", "fits",
@@ -95,7 +96,7 @@ def test_what_it_says_to_people(capsys):
     assert door(plan.main, [*DEMO, "--topology=h100:8", "--price-per-chip-hour=3"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("train on h100:8: fits. At its peak a device needs 0.0")
-    for words in ("mesh data 1, fsdp 8, tensor 1", "recomputed", "all-gather over fsdp", "1,200 steps", "chip hours"):
+    for words in ("mesh data 1, fsdp 8, tensor 1", "recomputed", "all-gather over fsdp", "300 steps", "chip hours"):
         assert words in said
 
 

@@ -156,7 +156,7 @@ def test_images_are_opened_before_the_model_is_loaded(tmp_path):
 
 def test_every_benchmark_goes_by_its_name():
     named = ["gqa", "scienceqa", "vqav2", "vizwiz", "textvqa", "pope", "mmbench", "mmbench_cn", "mme"]
-    named += ["scenes", "shapes"]
+    named += ["scenes", "prints", "shapes"]
     assert list(BENCHMARKS) == named
     assert [kind.name for kind in BENCHMARKS.values()] == named
     assert all(kind.rule.endswith(".") for kind in BENCHMARKS.values())
