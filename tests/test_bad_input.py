@@ -793,7 +793,7 @@ def studied(name, changes, *says, make=nothing, leaves=()):
 ABLATE = [
     studied("a variant of a misspelt key", {"variants": (("mlp", ("model.fuson.fusion=mlp",)),)}, "'mlp'", "fuson"),
     studied("a misspelt fusion", {"variants": (("mlp", ("model.fusion.fusion=mpl",)),)}, "'mlp'", "'mpl'"),
-    studied("more tokens than there are", {"asked": (("zip", ("mlp", "--reduce=fastv", "--keep=145")),)}, "'zip'", "145"),
+    studied("more tokens than there are", {"asked": (("zip", ("mlp", "--reduce=fastv", "--keep=145")),)}, "zip", "145"),
     Case("no study", "ablate", nothing, ("--out={here}/out",), ("--config is missing",)),
     Case(
         "a misspelt key of a study", "ablate", lambda here, shared: make_study.write(here / "study.py"),
