@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 import types
+from typing import Any
 
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.evals.known import BENCHMARKS, open_benchmarks
@@ -85,7 +86,7 @@ def _results(options: argparse.Namespace, benchmarks, several):
 class _Callable(types.ModuleType):
     """The command's module, which is the function of the Python API as well: both are named ``stf_jax.evaluate``."""
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from stf_jax.api import evaluate
 
         return evaluate(*args, **kwargs)

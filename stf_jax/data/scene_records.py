@@ -94,8 +94,8 @@ class SceneRecords:
             else:
                 turns = [t for q in asked for t in (Turn("human", q.text), Turn("gpt", q.answer))]
                 turns[0] = Turn("human", f"{IMAGE_MARK}\n{turns[0].text}\n{SHORT_ANSWER}")
-        pictures = () if as_text else (functools.partial(world.draw, scene, index),)
-        return Record(f"scene-{self._seed}-{index}", pictures, tuple(turns), document=document)
+        images = () if as_text else (functools.partial(world.draw, scene, index),)
+        return Record(f"scene-{self._seed}-{index}", images, tuple(turns), document=document)
 
     def _labelled(self, index):
         # The scene is made when its image or labels are needed: planning rows needs neither.

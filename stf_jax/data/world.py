@@ -125,7 +125,7 @@ def generator(seed: int, held_out: bool, index: int) -> np.random.Generator:
 def make_scene(seed: int, index: int, held_out: bool = False, most: int = MOST_THINGS) -> Scene:
     """The scene of that index.
 
-    ``most`` limits its shapes, prints, bars and form lines; charts and forms have at least two of theirs.
+    ``most`` limits its shapes, prints, bars and form lines. A chart has at least two bars, a form at least two lines.
     """
     rng = generator(seed, held_out, index)
     background = make_background(rng)

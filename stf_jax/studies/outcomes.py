@@ -14,7 +14,7 @@ from stf_jax.runtime.files import read_json
 from stf_jax.studies.study import Cell
 
 ALL = "all"
-BLANK = "blank picture"
+BLANK = "blank image"
 KINDS = tuple(dict.fromkeys((*world_text.KINDS, *scenes.KINDS)))  # of either edition
 
 

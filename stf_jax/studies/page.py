@@ -1,4 +1,4 @@
-"""A page of headings, sentences, tables and pictures, as Markdown and as one file of HTML."""
+"""A page of headings, sentences, tables and images, as Markdown and as one file of HTML."""
 
 import base64
 import dataclasses
@@ -45,18 +45,18 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class Image:
     """A PNG beside the page."""
 
     file: pathlib.Path
     says: str
 
 
-Block = Heading | Text | Items | Code | Table | Picture
+Block = Heading | Text | Items | Code | Table | Image
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:
-    """The page, with pictures beside it."""
+    """The page, with images beside it."""
     lines = [f"# {title}", ""]
     for block in blocks:
         match block:
@@ -72,7 +72,7 @@ def markdown(title: str, blocks: Sequence[Block]) -> str:
                 lines.append("| " + " | ".join(header) + " |")
                 lines.append("|" + "---|" * words + "--:|" * (len(header) - words))
                 lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-            case Picture(file, says):
+            case Image(file, says):
                 lines.append(f"![{says}]({file.name})")
         lines.append("")
     return "\n".join(lines)
@@ -106,7 +106,7 @@ def page(title: str, blocks: Sequence[Block]) -> str:
                 head = _cells("th", header, words)
                 body = "".join(f"<tr>{_cells('td', row, words)}</tr>" for row in rows)
                 parts.append(f"<div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
-            case Picture(file, says):
+            case Image(file, says):
                 data = base64.b64encode(file.read_bytes()).decode()
                 parts.append(f'<img alt="{html.escape(says)}" src="data:image/png;base64,{data}">')
     title = html.escape(title)

@@ -1,4 +1,4 @@
-"""The pictures of a report."""
+"""The plots of a report."""
 
 import math
 import pathlib
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stf_jax.studies.outcomes import ALL, BLANK
-from stf_jax.studies.page import Picture
+from stf_jax.studies.page import Image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 _INK, _BLUE, _GREY = "#1f2328", "#0b63c5", "#8c959f"
 
 
-def draw(found: "Findings", out: pathlib.Path) -> dict[str, Picture]:
+def draw(found: "Findings", out: pathlib.Path) -> dict[str, Image]:
     """Draws ``quality``, ``kinds``, ``heights``, ``differences`` and ``cost``: a PNG each where there are figures."""
-    pictures = {
+    plots = {
         "quality": (_quality, "Right answers of each variant, a point a seed, with the interval of the mean"),
         "kinds": (_kinds, "Right answers by kind of question"),
         "heights": (_heights, "Right answers to printed text by the height of its capitals, with intervals"),
@@ -27,11 +27,11 @@ def draw(found: "Findings", out: pathlib.Path) -> dict[str, Picture]:
         "cost": (_cost, "Right answers against FLOPs of a prompt and of a training step"),
     }
     drawn = {}
-    for name, (call, says) in pictures.items():
+    for name, (call, says) in plots.items():
         figure = call(found)
         if figure is not None:
             figure.savefig(out / f"{name}.png", dpi=150, bbox_inches="tight", metadata={"Software": None})
-            drawn[name] = Picture(out / f"{name}.png", says)
+            drawn[name] = Image(out / f"{name}.png", says)
     return drawn
 
 
@@ -82,7 +82,7 @@ def _quality(found):
         if BLANK in found.kinds:
             axes.plot(found.quality[name][BLANK].value, place, "x", color=_GREY, ms=6)
     _names_down(axes, names, found)
-    axes.set_xlabel(_first(found) + "; ×: of a blank picture" * (BLANK in found.kinds))
+    axes.set_xlabel(_first(found) + "; ×: of a blank image" * (BLANK in found.kinds))
     return figure
 
 
@@ -112,7 +112,7 @@ def _heights(found):
     for place, (name, by_height) in enumerate(found.heights.items()):
         base = name == found.study.baseline
         color = _BLUE if base else colors[place]
-        # Side by side, so that intervals at one height can be told apart.
+        # Shifted a little, so that intervals at one height do not overlap.
         shift = 1 + 0.008 * (place - (len(found.heights) - 1) / 2)
         xs = [height * shift for height in by_height]
         ys = [one.value for one in by_height.values()]

@@ -1,4 +1,4 @@
-"""What a study found, in words, tables and pictures: ``report.md``, ``report.html``, ``report.json`` and four PNGs."""
+"""What a study found, in words, tables and plots: ``report.md``, ``report.html``, ``report.json`` and PNGs."""
 
 import dataclasses
 import importlib.metadata
@@ -89,8 +89,8 @@ def _differences_from(baseline, scores):
 
 def write_report(found: Findings, cells: Sequence[Cell], failed: Mapping[Cell, str], command: str, out: pathlib.Path):
     """Writes the report's files to ``out``."""
-    pictures = plots.draw(found, out)
-    blocks = _blocks(found, pictures, cells, failed, command)
+    images = plots.draw(found, out)
+    blocks = _blocks(found, images, cells, failed, command)
     for name, text in (
         ("report.md", markdown(found.study.title, blocks)),
         ("report.html", page(found.study.title, blocks)),
@@ -100,15 +100,15 @@ def write_report(found: Findings, cells: Sequence[Cell], failed: Mapping[Cell, s
     write_json(epath.Path(out / "report.json"), _figures(found, cells))
 
 
-def _blocks(found, pictures, cells, failed, command) -> list[Block]:
+def _blocks(found, images, cells, failed, command) -> list[Block]:
     blocks: list[Block] = [Text(found.study.question), Items(verdicts(found))]
     if failed:
         blocks.append(Text("**Not all runs ended well.** Variants that lack one are left out."))
         blocks.append(Items([f"{cell.name}: {why}" for cell, why in failed.items()]))
-    blocks += _quality(found, pictures)
-    blocks += _heights(found, pictures) if any(found.heights.values()) else []
-    blocks += _differences(found, pictures) + _power(found) if found.differences else []
-    blocks += _cost(found, pictures) if found.costs else []
+    blocks += _quality(found, images)
+    blocks += _heights(found, images) if any(found.heights.values()) else []
+    blocks += _differences(found, images) + _power(found) if found.differences else []
+    blocks += _cost(found, images) if found.costs else []
     differing = [[variant.name, _differs(found.study, variant)] for variant in found.study.variants]
     return [
         *blocks,
@@ -121,13 +121,13 @@ def _blocks(found, pictures, cells, failed, command) -> list[Block]:
     ]
 
 
-def _quality(found, pictures):
+def _quality(found, images):
     says = (
         f"Right answers in percent (of MME, its points): the mean over seeds ({len(found.study.seeds)}) ± half of "
         f"Student's {LEVEL:.0%} interval; last, the standard deviation between seeds with its interval."
     )
     if BLANK in found.kinds:
-        says += f" **{BLANK}**: the same questions of a grey picture, that is, what is guessed unseen."
+        says += f" **{BLANK}**: the same questions of a gray image, that is, what is guessed unseen."
     rows = [
         [
             _bold(name, found.study),
@@ -138,10 +138,10 @@ def _quality(found, pictures):
         for name, by_kind in found.quality.items()
     ]
     header = ["", *(["image tokens"] if found.costs else []), *found.kinds, "deviation"]
-    return [Heading("Quality"), Text(says), Table(header, rows), *_shown_of(pictures, "quality", "kinds")]
+    return [Heading("Quality"), Text(says), Table(header, rows), *_shown_of(images, "quality", "kinds")]
 
 
-def _heights(found, pictures):
+def _heights(found, images):
     says = (
         "Right answers in percent to questions on printed text, by the height of its capitals in pixels: the mean over "
         f"seeds ± half of Student's {LEVEL:.0%} interval."
@@ -152,23 +152,23 @@ def _heights(found, pictures):
         for name, by_height in found.heights.items()
     ]
     table = Table(["", *(f"{height} px" for height in heights)], rows)
-    return [Heading("By height of print"), Text(says), table, *_shown_of(pictures, "heights")]
+    return [Heading("By height of print"), Text(says), table, *_shown_of(images, "heights")]
 
 
-def _differences(found, pictures):
+def _differences(found, images):
     study = found.study
     says = (
         f"In points of the table above, paired by seed and question, with the {LEVEL:.0%} interval by a bootstrap over "
         f"both. {_EQUAL}: two one-sided tests find the difference smaller than {_margin(study.margin)} over all "
-        f"questions, or {study.kind_margin:g} in one kind. {_NOISE}: it can be told neither from zero nor from that "
-        "margin. Of twenty intervals one misses by chance."
+        f"questions, or {study.kind_margin:g} in one kind. {_NOISE}: inconclusive, since the interval "
+        "holds zero and reaches beyond the margin. Of twenty intervals one misses by chance."
     )
     rows = [
         [name, *(_difference(by_kind[kind], found.margin(kind)) for kind in found.kinds)]
         for name, by_kind in found.differences.items()
     ]
     heading = Heading(f"Differences from {study.baseline}")
-    return [heading, Text(says), Table(["", *found.kinds], rows), *_shown_of(pictures, "differences")]
+    return [heading, Text(says), Table(["", *found.kinds], rows), *_shown_of(images, "differences")]
 
 
 def _power(found):
@@ -200,11 +200,11 @@ def _margin(points):
     return f"{points:g} point{'s' * (points != 1)}"
 
 
-def _cost(found, pictures):
+def _cost(found, images):
     first = next(iter(found.costs.values()))
     says = (
         f"Measured one after the other on one share of the machine ({first['device']}): the median of 20 steps of "
-        f"the last stage; and of ten times from {first['first_token_rows']} questions, their pictures in memory, to "
+        f"the last stage; and of ten times from {first['first_token_rows']} questions, their images in memory, to "
         "the first tokens of all answers. FLOPs are counted by shapes (runtime/cost.py). Memory is what a step holds, "
         "as the compiler laid it out or an accelerator counted it. What is only asked in another way has no step."
     )
@@ -216,11 +216,11 @@ def _cost(found, pictures):
         for name, cost in found.costs.items()
     ]
     header = ["", *(title for title, _ in _COSTS.values())]
-    return [Heading("Cost"), Text(says), Table(header, rows), *_shown_of(pictures, "cost")]
+    return [Heading("Cost"), Text(says), Table(header, rows), *_shown_of(images, "cost")]
 
 
-def _shown_of(pictures, *names):
-    return [pictures[name] for name in names if name in pictures]
+def _shown_of(images, *names):
+    return [images[name] for name in names if name in images]
 
 
 _COSTS = {
@@ -252,15 +252,15 @@ def verdicts(found: Findings) -> list[str]:
 
 
 def _controls(found):
-    """Whether variants that differ in name alone are kept together."""
+    """Whether variants that differ in name alone differ significantly."""
     said = []
     for variant in found.study.variants:
         if variant.repeats and {variant.name, variant.repeats} <= found.scores.keys():
             kinds = found.kinds
             pairs = [(found.scores[variant.name][kind], found.scores[variant.repeats][kind]) for kind in kinds]
-            told = [kind for kind, pair in zip(kinds, pairs, strict=True) if not difference(*pair).noise]
-            result = f"told apart in {', '.join(told)}, by chance" if told else "not told apart, in all or in any kind"
-            said.append(f"Control: {variant.name} is {variant.repeats} from other seeds; they are {result}.")
+            differing = [kind for kind, pair in zip(kinds, pairs, strict=True) if not difference(*pair).noise]
+            result = f"by chance they differ in {', '.join(differing)}" if differing else "no difference is significant"
+            said.append(f"Control: {variant.name} is {variant.repeats} from other seeds; {result}.")
     return said
 
 

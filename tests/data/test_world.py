@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from stf_jax.data import world
+from stf_jax.data.conversation import document, encode, template_items
+from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.scenes import COLORS, HELD_OUT_WORDS, SHAPES, TRAINING_WORDS
+from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.data.world import (
     HELD_OUT_FONTS,
     HELD_OUT_PLACES,
@@ -24,6 +27,7 @@ from stf_jax.data.world import (
     numbers_in,
 )
 from stf_jax.data.world_text import KINDS, caption, cues, questions, zone
+from stf_jax.studies.miniature import tokens
 
 MANY = 2400
 HELD_OUT_SEED = 1_000_003
@@ -86,6 +90,31 @@ def test_an_image_is_the_same_each_time_and_of_its_index_alone(scenes):
         assert one.shape == (SIDE, SIDE, 3)
     assert len(set(scenes[False])) > 0.99 * MANY
     assert not set(scenes[False]) & set(scenes[True])
+
+
+def test_the_mixture_has_captions_as_the_plain_template_has_them():
+    """Whatever the template of the run that trains on it."""
+    tokenizer, records = load_tokenizer("miniature/2"), SceneRecords("mixture", 800, seed=0, edition=2)
+    plain = [i for i in range(800) if len(records[i].turns) == 2 and records[i].turns[0].text == IMAGE_MARK]
+    assert plain == list(range(5, 800, 8))
+    for index in plain[:20]:
+        record = records[index]
+        assert record.document
+        found = encode(document(record.turns), tokenizer, 4)
+        shown = Record("", record.pictures, (Turn("human", IMAGE_MARK), Turn("gpt", record.turns[1].text.strip())))
+        wanted = encode(template_items("plain", shown), tokenizer, 4)
+        np.testing.assert_array_equal(found.tokens, wanted.tokens)
+        np.testing.assert_array_equal(found.learned, wanted.learned)
+
+
+@pytest.mark.parametrize(("task", "template", "stage"), [("captions", "plain", 0), ("conversations", "v1", 1)])
+def test_rows_of_studies_hold_as_many_records_whatever_an_image_takes(task, template, stage):
+    """Else variants of a study would see other images in the same steps."""
+    tokenizer, records = load_tokenizer("miniature/2"), SceneRecords(task, 4000, seed=0, edition=2)
+    texts = max(len(encode(template_items(template, records[i]), tokenizer, 0).tokens) for i in range(4000))
+    for count in (1, 36, 144):
+        length = int(tokens(count)[stage].partition("=")[2])
+        assert length >= (1 + stage) * (texts + count)
 
 
 # ---- Held out --------------------------------------------------------------------------------------------------------

@@ -27,10 +27,10 @@ def test_scenes_are_read_one_by_one(cell):
     right = {"count": [True, False, True], "existence": [False, False]}
     (cell.folder / "answers.jsonl").write_text(make_study.answers(right, [True, False]))
     scores = outcome(cell).scores
-    assert list(scores) == ["all", "existence", "count", "blank picture"]
+    assert list(scores) == ["all", "existence", "count", "blank image"]
     assert scores["count"].tolist() == [100, 0, 100]
     assert scores["existence"].tolist() == [0, 0]
-    assert scores["blank picture"].tolist() == [100, 0]
+    assert scores["blank image"].tolist() == [100, 0]
     assert scores["all"].tolist() == [100, 0, 100, 0, 0]
 
 
@@ -51,7 +51,7 @@ def test_scores_are_what_the_benchmark_says(cell):
     assert large.size == metrics["by_print"]["large print"]["questions"]
     means = {kind: hits.mean() / 100 for kind, hits in scores.items()}
     assert means.pop("all") == pytest.approx(metrics["accuracy"])
-    assert means.pop("blank picture") == pytest.approx(metrics["blank_image_accuracy"])
+    assert means.pop("blank image") == pytest.approx(metrics["blank_image_accuracy"])
     assert means == pytest.approx({kind: one["accuracy"] for kind, one in metrics["by_kind"].items()})
     assert list(means) == [kind for kind in ALL_KINDS if kind in metrics["by_kind"]]
 

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from stf_jax.studies import plots
 from stf_jax.studies.outcomes import Outcome, by_variant
-from stf_jax.studies.page import Code, Heading, Items, Picture, Table, Text, markdown, page, plain
+from stf_jax.studies.page import Code, Heading, Image, Items, Table, Text, markdown, page, plain
 from stf_jax.studies.report import findings, verdicts, write_report
 from stf_jax.studies.study import cells
 
@@ -51,7 +51,7 @@ def scores(seeds=3, questions=200, **shares):
     for name, share in shares.items():
         luck = np.random.default_rng(0).random((seeds, questions))  # the same for all
         hits = 100.0 * (luck < share)
-        made[name] = {"all": hits, "count": hits[:, ::2], "blank picture": 100.0 * (luck[:, :50] < 0.3)}
+        made[name] = {"all": hits, "count": hits[:, ::2], "blank image": 100.0 * (luck[:, :50] < 0.3)}
     return made
 
 
@@ -197,12 +197,12 @@ def test_a_variant_under_another_name_is_a_control(tmp_path):
     for cell in every:
         make_study.finish(cell, share=0.5, questions=200)
     said = verdicts(findings(study, by_variant(every), {}))
-    assert said[-1] == "Control: again is mlp from other seeds; they are not told apart, in all or in any kind."
+    assert said[-1] == "Control: again is mlp from other seeds; no difference is significant."
     for cell in every:
         if cell.variant.name == "again":
             make_study.finish(cell, share=0.9, questions=200)
     said = verdicts(findings(study, by_variant(every), {}))
-    assert re.fullmatch("Control: again is mlp from other seeds; they are told apart in all, .*, by chance.", said[-1])
+    assert re.fullmatch("Control: again is mlp from other seeds; by chance they differ in all, .*", said[-1])
 
 
 def test_print_is_drawn_and_listed_by_height(tmp_path):
@@ -273,7 +273,7 @@ def test_both_pages_have_all_blocks(tmp_path):
         Items(["d", "e"]),
         Code("f <g>"),
         Table(["", "h"], [["i", "`j|k`"]]),
-        Picture(tmp_path / "a.png", 'l "m"'),
+        Image(tmp_path / "a.png", 'l "m"'),
     ]
     written = markdown("T & U", blocks)
     lines = [
