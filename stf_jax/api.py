@@ -10,7 +10,7 @@ import PIL.Image
 from etils import epath
 
 from stf_jax.config import MeshConfig, UserError, nearest
-from stf_jax.data.image import open_image, read_image
+from stf_jax.data.image import open_file
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.inference.generator import TEXT_ALONE, Generator
 from stf_jax.runtime.files import to_path
@@ -181,5 +181,4 @@ def _opened(image):
         return image
     if isinstance(image, np.ndarray):
         return PIL.Image.fromarray(image)
-    file = to_path(os.fspath(image))
-    return open_image(read_image(file.parent, file.name), os.fspath(file))
+    return open_file(to_path(os.fspath(image)))

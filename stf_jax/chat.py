@@ -2,14 +2,13 @@
 
 import contextlib
 import functools
-import os
 import sys
 from collections.abc import Callable
 
 import PIL.Image
 
 from stf_jax.config import MeshConfig, UserError
-from stf_jax.data.image import open_image, read_image
+from stf_jax.data.image import open_file
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.runtime.cli import Parser, add_model_arguments, door, path, require
 from stf_jax.runtime.files import to_path
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.max_new_tokens < 1:
         raise UserError("--max-new-tokens must be at least 1.")
-    pictures = [_open(file) for file in options.image]  # before anything is loaded, which takes a while
+    pictures = [open_file(file) for file in options.image]  # before anything is loaded, which takes a while
     require(options.checkpoint)
     # These take seconds to import, and none is needed to say what is wrong with the arguments.
     from stf_jax.inference.decoding import Sampling
@@ -111,7 +110,7 @@ def _obey(talk, line):
     command, _, argument = line.partition(" ")
     try:
         if command == "/image" and argument.strip():
-            talk.show(_open(to_path(argument.strip())))
+            talk.show(open_file(to_path(argument.strip())))
             print(f"({argument.strip()} goes with the next question)")
         elif command == "/reset":
             talk.reset()
@@ -133,11 +132,6 @@ def _line():
         print()
         return None
     return None if line == "/quit" else line
-
-
-def _open(file):
-    """The picture, decoded now, so that what is wrong with it is said now."""
-    return open_image(read_image(file.parent, file.name), os.fspath(file))
 
 
 def _say(generator, limit, sampling, record):

@@ -110,6 +110,11 @@ def _reason(error):
     return str(error).strip(" .") or type(error).__name__
 
 
+def open_file(file: epath.Path) -> PIL.Image.Image:
+    """Reads and decodes an image file. Raises BadRow as :func:`read_image` and :func:`open_image` do."""
+    return open_image(read_image(file.parent, file.name), os.fspath(file))
+
+
 def to_square(image: PIL.Image.Image, config: "VisionConfig", aspect: str) -> np.ndarray:
     """A picture as the tower takes it, by Pillow's bicubic filter, as transformers' processors give it.
 
