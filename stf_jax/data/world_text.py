@@ -84,7 +84,7 @@ def cues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
             for number, same in _by_count(counts).items():
                 pairs.append((f"how many {_pick(rng, same)}", str(number)))
     relations = _relations(scene)
-    for i in rng.permutation(len(relations))[:2]:
+    for i in rng.permutation(len(relations))[:3]:
         a, b, relation = relations[i]
         for said, answer in ((relation, "yes"), (_OPPOSITE[relation], "no")):
             pairs.append((f"{a.color} {a.shape} {said} {b.color} {b.shape}", answer))
