@@ -33,7 +33,7 @@ def get_config(arg=None):
     config.data.scenes.size = 1_000_000
     config.run = ("sentences", "text", "shapes", "captions")
     config.stages = {
-        # Few shapes first, of text as of pictures: looking one of two up is learned there in minutes.
+        # Few shapes first, of text as of images: looking one of two up is learned there in minutes.
         "sentences": {
             "steps": int(1000 * arg.scale),
             "global_batch_size": 16,

@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         found = findings(study, by_variant(done), costs)
         write_report(found, done, failed, shlex.join(["python", "-m", "stf_jax.ablate", *argv]), options.out)
         print("\n".join(plain(verdict) for verdict in verdicts(found)))
-        print(f"report.md, report.html, report.json and the pictures are in {options.out}")
+        print(f"report.md, report.html, report.json and the images are in {options.out}")
     if failed:
         raise RunFailed(
             f"{len(failed)} of {len(every)} runs failed, the first of them {next(iter(failed)).name}: see above"

@@ -18,7 +18,7 @@ _BENCHES = {
     "decode": "prefill, time to first token, decode speed and memory, beside transformers' generate",
     "flops": "model FLOPs of every fusion: tower, fusion, prefill and a decoded token, beside figures that papers give",
     "fusion": "fusions side by side: tokens out, parameters, FLOPs, time forward and backward, memory",
-    "input": "images a second on one core, and the share of useful positions, compared with LLaVA's pipeline",
+    "input": "images per second on one core, and the share of useful positions, compared with LLaVA's pipeline",
     "plan": "memory, FLOPs and time by plan: beside MaxText's Llama-2-7B, and of 144 vision tokens beside 576",
     "step": "training steps: time, MFU and memory, beside the export in PyTorch, as it is and compiled",
     "weights": "time and peak memory of importing, loading and exporting a model",

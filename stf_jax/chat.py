@@ -13,12 +13,12 @@ from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.runtime.cli import Parser, add_model_arguments, door, path, require
 from stf_jax.runtime.files import to_path
 
-DESCRIPTION = """Ask a model about pictures: one question with --prompt, without it a conversation.
+DESCRIPTION = """Ask a model about images: one question with --prompt, without it a conversation.
 
-In a conversation, a line is a question; the model sees all that was said before. /image FILE shows a picture with the
+In a conversation, a line is a question; the model sees all that was said before. /image FILE shows an image with the
 next question, /reset begins anew, /quit (or Ctrl-D) ends.
 """
-_HELP = "/image FILE shows a picture with the next question, /reset begins anew, /quit ends."
+_HELP = "/image FILE shows an image with the next question, /reset begins anew, /quit ends."
 
 
 def main(argv: list[str]) -> None:
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.max_new_tokens < 1:
         raise UserError("--max-new-tokens must be at least 1.")
-    pictures = [open_file(file) for file in options.image]  # before anything is loaded, which takes a while
+    images = [open_file(file) for file in options.image]  # before anything is loaded, which takes a while
     require(options.checkpoint)
     # These take seconds to import, and none is needed to say what is wrong with the arguments.
     from stf_jax.inference.decoding import Sampling
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     generator, _ = load_generator(options.checkpoint, mesh, *how, text_alone=True)
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     talk = Conversation(functools.partial(_say, generator, options.max_new_tokens, sampling), sees=generator.slots > 0)
-    for image in pictures:
+    for image in images:
         talk.show(image)
     if options.prompt is not None:
         talk.ask(options.prompt)
@@ -66,7 +66,7 @@ class Conversation:
 
     Attributes:
       turns: in order, an answer after each question.
-      pictures: of all questions, in the order of their marks.
+      images: of all questions, in the order of their marks.
       shown: those that go with the next question.
     """
 
@@ -75,7 +75,7 @@ class Conversation:
         self._say, self._sees = say, sees
         self.shown: list[PIL.Image.Image] = []
         self.turns: list[Turn] = []
-        self.pictures: list[PIL.Image.Image] = []
+        self.images: list[PIL.Image.Image] = []
 
     def show(self, image: PIL.Image.Image) -> None:
         """The image goes with the next question. Raises UserError where the model takes none."""
@@ -95,14 +95,14 @@ class Conversation:
         except UnicodeEncodeError:  # how Python keeps bytes that it cannot decode
             raise UserError("The question is not UTF-8 text.") from None
         asked = Turn("human", f"{IMAGE_MARK}\n" * len(self.shown) + text.replace(IMAGE_MARK, ""))
-        turns, pictures = [*self.turns, asked], [*self.pictures, *self.shown]
-        answer = self._say(Record("conversation", tuple(p.copy for p in pictures), tuple(turns)))
-        self.turns, self.pictures, self.shown = [*turns, Turn("gpt", answer.replace(IMAGE_MARK, ""))], pictures, []
+        turns, images = [*self.turns, asked], [*self.images, *self.shown]
+        answer = self._say(Record("conversation", tuple(p.copy for p in images), tuple(turns)))
+        self.turns, self.images, self.shown = [*turns, Turn("gpt", answer.replace(IMAGE_MARK, ""))], images, []
         return answer
 
     def reset(self) -> None:
         """Forgets all of it."""
-        self.turns, self.pictures, self.shown = [], [], []
+        self.turns, self.images, self.shown = [], [], []
 
 
 def _obey(talk, line):

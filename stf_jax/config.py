@@ -91,7 +91,7 @@ class ModelConfig:
     remat: str = "full"  # what backward recomputes: none | dots (all but matrix products) | full
     attention: str = "auto"  # auto | reference | xla | cudnn | splash (models/attention.py)
     reduce: str = ""  # when answering, untrained (models/selection.py): fastv | random | visionzip; "": nothing
-    keep: Count = 0  # image tokens a picture that reduce leaves; 0: a quarter
+    keep: Count = 0  # image tokens per image that reduce leaves; 0: a quarter
     cells: Count = 0  # cells along a patch's side that a head on the tower labels; above 0 it trains on their labels
 
 
@@ -107,7 +107,7 @@ class ScenesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where records come from and how they become rows of tokens and pictures."""
+    """Where records come from and how they become rows of tokens and images."""
 
     source: str = "llava"  # llava: annotations + images | scenes: embedded
     annotations: str = ""  # LLaVA JSON files, or folders that stf_jax.prepare wrote, separated by commas
@@ -119,11 +119,11 @@ class DataConfig:
     tokenizer: str = ""  # folder that transformers reads; miniature, miniature/2: embedded; "": init_from's
     template: str = "v1"  # plain | v1 | llama-3 | chatml | mistral (data/conversation.py)
     aspect: str = "square"  # square: resize and centre-crop | pad: to a square with the mean colour
-    max_length: Size = 2048  # tokens a row, image slots included
+    max_length: Size = 2048  # tokens per row, image slots included
     packing: bool = False  # several conversations a row, kept apart by segment ids
-    group_by_modality_length: bool = True  # unpacked: batches of like length, with pictures or without, as LLaVA's
+    group_by_modality_length: bool = True  # unpacked: batches of like length, with images or without, as LLaVA's
     buckets: Size = 1  # unpacked: lengths that batches are filled up to, told by the data's; each is compiled once
-    images_per_row: Count = 1  # picture places a row (M); 0 for text alone
+    images_per_row: Count = 1  # image places per row (M); 0 for text alone
     threads: Size = 2  # threads that read and decode on each host
 
 
@@ -208,7 +208,7 @@ class TrainConfig:
     seed: Seed = 0  # of initialisation and data order
     steps: Count = 0  # optimizer steps; 0: as many as the epochs need
     epochs: Epochs = 1.0  # passes over the data, where steps is 0
-    global_batch_size: Size = 256  # rows a step, over all devices and microbatches
+    global_batch_size: Size = 256  # rows per step, over all devices and microbatches
     log_every_steps: Size = 10  # steps between lines of metrics.jsonl
     init_from: str = ""  # folders of weights or runs to start from, separated by commas; or "miniatures", embedded
     init_missing: tuple[str, ...] = ()  # patterns of parameters that start afresh; init_from must have all others

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     check.add_argument("checkpoint", type=path, help="what was exported")
     check.add_argument("export", type=path, help="folder that export --format=hf wrote; its code is run")
     check.add_argument("--questions", type=int, default=16, help="on held-out scenes")
-    check.add_argument("--tokens", type=int, default=16, help="new tokens an answer, at most")
+    check.add_argument("--tokens", type=int, default=16, help="new tokens per answer, at most")
     check.set_defaults(run=_verify)
 
     options = parser.parse_args(argv)

@@ -6,7 +6,7 @@ import sys
 from stf_jax.config import UserError
 from stf_jax.runtime.cli import Parser, door, path_text
 
-DESCRIPTION = """Check LLaVA's JSON and pictures, and write a TFDS data set that training reads by index.
+DESCRIPTION = """Check LLaVA's JSON and images, and write a TFDS data set that training reads by index.
 
 Rows that cannot be trained on are left out, each with its reason in report.json. A run that was interrupted goes on
 where it was when the same command is given again. Train on the result with --config.data.annotations=OUT.
@@ -30,13 +30,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=path_text, required=True, metavar="DIR", help="folder of the data set")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the cores (%(default)s)")
     parser.add_argument("--limit", type=int, default=0, help="rows to read; all")
-    parser.add_argument("--max-side", type=int, default=0, help="pixels that larger pictures are shrunk to; kept as is")
+    parser.add_argument("--max-side", type=int, default=0, help="pixels that larger images are shrunk to; kept as is")
     parser.add_argument("--strict", action="store_true", help="end at the first row that would be dropped")
     parser.add_argument(
         "--tokenizer", type=path_text, default="", metavar="DIR", help="counts tokens; without, they are estimated"
     )
     parser.add_argument("--template", default="v1", help="conversation template that is counted (%(default)s)")
-    parser.add_argument("--image-tokens", type=int, default=144, help="tokens a picture takes (%(default)s)")
+    parser.add_argument("--image-tokens", type=int, default=144, help="tokens per image takes (%(default)s)")
     parser.add_argument(
         "--max-length", type=int, default=2048, help="tokens; longer rows are dropped (%(default)s); 0: none is"
     )

@@ -6,7 +6,7 @@ Photographs are those that the packages scikit-image and scikit-learn carry (req
   blip_laion_cc_sbu_558k.json   captions, for stage 1      pretrain_images/00453/004539375.jpg …
   llava_v1_5_mix665k.json       conversations, for stage 2  images/{coco/train2017,gqa/images,ocr_vqa/images,…}/…
 
-with the sets' known faults among them: GIFs named .jpg, pictures that are missing, empty or cut short, rows of text
+with the sets' known faults among them: GIFs named .jpg, images that are missing, empty or cut short, rows of text
 alone, rows over length, template strings inside texts.
 """
 
@@ -41,7 +41,7 @@ PHOTOS = {
     "sklearn/datasets/images/china.jpg": "a palace with a curved roof before the sky",
     "sklearn/datasets/images/flower.jpg": "an orange flower",
 }
-FAULTS = ("missing", "empty", "truncated", "mark_without_picture", "picture_without_mark", "roles", "empty_answer")
+FAULTS = ("missing", "empty", "truncated", "mark_without_image", "image_without_mark", "roles", "empty_answer")
 
 
 def photographs() -> list[tuple[PIL.Image.Image, str]]:
@@ -51,8 +51,8 @@ def photographs() -> list[tuple[PIL.Image.Image, str]]:
         package, rest = path.split("/", 1)
         spec = importlib.util.find_spec(package)  # found, not imported: only its files are wanted
         if spec is not None:
-            with PIL.Image.open(pathlib.Path(spec.submodule_search_locations[0]) / rest) as picture:
-                found.append((picture.convert("RGB"), caption))
+            with PIL.Image.open(pathlib.Path(spec.submodule_search_locations[0]) / rest) as image:
+                found.append((image.convert("RGB"), caption))
     return found
 
 
@@ -66,10 +66,10 @@ def make(folder: pathlib.Path, captions: int = 192, conversations: int = 192, se
 def _captions(folder, count, photos, rng):
     scenes, rows = SceneRecords("captions", count, seed=3, most=2), []
     for i in range(count):
-        picture, caption = photos[i // 4] if i % 4 == 0 and i // 4 < len(photos) else _scene(scenes[i])
+        image, caption = photos[i // 4] if i % 4 == 0 and i // 4 < len(photos) else _scene(scenes[i])
         identity = f"{4539375 + 7 * i:09}"
         name = f"{identity[:5]}/{identity}.jpg"
-        _save(picture, folder / "pretrain_images" / name)
+        _save(image, folder / "pretrain_images" / name)
         ask = ASK[rng.integers(len(ASK))]
         question = f"{ask}\n<image>" if rng.random() < 0.5 else f"<image>\n{ask}"
         rows.append({"id": identity, "image": name, "conversations": _talk(question, caption)})
@@ -77,7 +77,7 @@ def _captions(folder, count, photos, rng):
 
 
 def _scene(record: Record):
-    return record.pictures[0](), record.turns[-1].text
+    return record.images[0](), record.turns[-1].text
 
 
 def _conversations(folder, count, photos, rng):
@@ -88,13 +88,13 @@ def _conversations(folder, count, photos, rng):
             answer = "A row of text alone, which quotes </s> and USER: as text. " * (1 + i % 3)
             rows.append({"id": f"wgByO4Y_{i}", "model": "", "conversations": _talk("Write something.", answer)})
         elif i % 8 == 3:  # OCR-VQA's: GIFs whose name says .jpg
-            picture, caption = photos[i % len(photos)] if photos else _scene(scenes[i])
+            image, caption = photos[i % len(photos)] if photos else _scene(scenes[i])
             name = f"ocr_vqa/images/14003199{i}X.jpg"
-            _save(picture, images / name, "GIF")
+            _save(image, images / name, "GIF")
             rows.append({"id": f"14003199{i}X", "image": name, "conversations": _talk("<image>\nWhat?", caption)})
         else:
             record, name = scenes[i], places[i % len(places)].format(33471 + i)
-            _save(record.pictures[0](), images / name)
+            _save(record.images[0](), images / name)
             talk = [{"from": turn.speaker, "value": turn.text} for turn in record.turns]
             rows.append({"id": f"{33471 + i:012}", "image": name, "conversations": talk})
     rows += [_faulty(images, kind, i) for i, kind in enumerate(FAULTS)]
@@ -114,9 +114,9 @@ def _faulty(images, kind, number):
         (images / name).write_bytes(b"")
     elif kind == "truncated":
         (images / name).write_bytes((images / name).read_bytes()[:5000])
-    elif kind == "mark_without_picture":
+    elif kind == "mark_without_image":
         del row["image"]
-    elif kind == "picture_without_mark":
+    elif kind == "image_without_mark":
         talk[0]["value"] = "What is this?"
     elif kind == "roles":
         talk.insert(1, dict(talk[0]))
@@ -129,9 +129,9 @@ def _talk(question, answer):
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
-def _save(picture, path, kind="JPEG"):
+def _save(image, path, kind="JPEG"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, kind)
+    image.save(path, kind)
 
 
 if __name__ == "__main__":

@@ -83,14 +83,14 @@ def make_run(folder: pathlib.Path, start: pathlib.Path, step: int) -> pathlib.Pa
     return folder
 
 
-def picture(seed: int, size: tuple[int, int] = (50, 41)) -> PIL.Image.Image:
+def make_image(seed: int, size: tuple[int, int] = (50, 41)) -> PIL.Image.Image:
     """Noise of that height and width."""
     return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8))
 
 
-def turn(text: str, *pictures: PIL.Image.Image) -> dict:
+def turn(text: str, *shown: PIL.Image.Image) -> dict:
     """A question in transformers' form."""
-    images = [{"type": "image", "image": one} for one in pictures]
+    images = [{"type": "image", "image": one} for one in shown]
     return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
 
 

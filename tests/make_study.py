@@ -67,13 +67,13 @@ def put(file: pathlib.Path, value) -> None:
 
 
 def answers(right: Mapping[str, Sequence[bool]], blank: Sequence[bool]) -> str:
-    """Lines of ``answers.jsonl`` of scenes: of each kind, and of blank pictures, which are right."""
+    """Lines of ``answers.jsonl`` of scenes: of each kind, and of blank images, which are right."""
     groups = {(kind, "scene"): hits for kind, hits in right.items()} | {("count", "blank"): blank}
     lines = []
-    for (kind, picture), hits in groups.items():
+    for (kind, image), hits in groups.items():
         for index, hit in enumerate(hits):
-            about = {"kind": kind, "picture": picture, "truth": "Ring"}
-            line = {"question_id": f"{index}/{kind}/{picture}", "text": "ring" if hit else "cross", "metadata": about}
+            about = {"kind": kind, "shown": image, "truth": "Ring"}
+            line = {"question_id": f"{index}/{kind}/{image}", "text": "ring" if hit else "cross", "metadata": about}
             lines.append(json.dumps(line) + "\n")
     return "".join(lines)
 
@@ -82,7 +82,7 @@ def finish(cell: Cell, folder: pathlib.Path | None = None, share: float = 0.5, q
     """Leaves what a cell's run leaves, in its folder or another.
 
     Args:
-      share: of right answers to pictures; of blank ones it is a third.
+      share: of right answers to images; of blank ones it is a third.
       questions: of each kind.
     """
     folder = folder or cell.folder

@@ -11,7 +11,7 @@ from stf_jax.data.conversation import Control, Encoded, Item, Mark
 def special_counts(
     result: Encoded, items: Sequence[Item], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[collections.Counter, collections.Counter]:
-    """How often each special token stands outside of pictures, and how often it should."""
+    """How often each special token stands outside of images, and how often it should."""
     special = {token for token, what in tokenizer.added_tokens_decoder.items() if what.special}
     found = collections.Counter(token for token in result.tokens[~result.is_image].tolist() if token in special)
     expected = collections.Counter(tokenizer("").input_ids)

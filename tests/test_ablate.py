@@ -88,7 +88,7 @@ def test_a_study_from_end_to_end(world, tmp_path, capsys, monkeypatch):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Pictures take a second."""
+    """Images take a second."""
     monkeypatch.setattr(plots, "draw", lambda *_: {})
 
 

@@ -9,7 +9,7 @@ import tomllib
 import numpy as np
 import pytest
 import tiny
-from make_models import make, picture
+from make_models import make, make_image
 
 import stf_jax
 from stf_jax import chat, evaluate
@@ -54,27 +54,27 @@ def test_all_names_are_there():
 
 
 def test_a_model_answers_as_the_chat_command_does(model, folder, tmp_path, capsys):
-    picture(1).save(tmp_path / "a.png")
+    make_image(1).save(tmp_path / "a.png")
     options = [f"--checkpoint={folder}", f"--image={tmp_path / 'a.png'}", f"--prompt={QUESTION}", "--max-new-tokens=8"]
     assert door(chat.main, options) == 0
     assert model.chat(tmp_path / "a.png", QUESTION, max_new_tokens=8) == capsys.readouterr().out.strip()
 
 
 def test_an_image_may_be_a_path_an_array_or_pils(model, tmp_path):
-    picture(1).save(tmp_path / "a.png")
-    shown = [str(tmp_path / "a.png"), tmp_path / "a.png", picture(1), np.asarray(picture(1))]
+    make_image(1).save(tmp_path / "a.png")
+    shown = [str(tmp_path / "a.png"), tmp_path / "a.png", make_image(1), np.asarray(make_image(1))]
     answers = model.generate([(image, QUESTION) for image in shown], max_new_tokens=8)
     assert answers == [answers[0]] * 4
-    other, none = model.generate([(picture(2), QUESTION), (None, QUESTION)], max_new_tokens=8)
+    other, none = model.generate([(make_image(2), QUESTION), (None, QUESTION)], max_new_tokens=8)
     assert len({answers[0], other, none}) > 1
 
 
 def test_image_tokens_are_what_the_language_model_reads(model, folder):
-    tokens = model.image_tokens(picture(1))
+    tokens = model.image_tokens(make_image(1))
     assert tokens.shape == (model.tokens_per_image, 32) == (9, 32)
     assert tokens.dtype == np.float32
-    np.testing.assert_array_equal(tokens, model.image_tokens(np.asarray(picture(1))))
-    assert np.abs(tokens - model.image_tokens(picture(2))).max() > 1e-3
+    np.testing.assert_array_equal(tokens, model.image_tokens(np.asarray(make_image(1))))
+    assert np.abs(tokens - model.image_tokens(make_image(2))).max() > 1e-3
 
 
 def test_a_wrong_image_is_a_sentence(model, tmp_path):
@@ -105,7 +105,7 @@ def test_training_evaluates_and_leaves_a_model_to_load_and_export(tmp_path):
     assert (results["benchmark"], results["questions"]) == ("shapes", 2)
     trained = stf_jax.load(tmp_path / "run")
     assert trained.step == 2
-    assert isinstance(trained.chat(picture(1), QUESTION, max_new_tokens=2), str)
+    assert isinstance(trained.chat(make_image(1), QUESTION, max_new_tokens=2), str)
     report = stf_jax.export(tmp_path / "run", tmp_path / "exported", format="native")
     assert report["parameters"] > 1000
     assert (tmp_path / "exported" / "model.safetensors").exists()

@@ -123,7 +123,7 @@ def lines(*values) -> str:
     return "".join(json.dumps(value) + "\n" for value in values)
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------------
+# ---- Images --------------------------------------------------------------------------------------------------------
 
 
 def encoded(kind: str, **how) -> bytes:
@@ -156,7 +156,7 @@ PICTURES = {  # with what is said of each
     "cut.png": (halved(encoded("PNG")), ""),
     "cut.webp": (halved(encoded("WEBP", lossless=True)), ""),
     "empty.jpg": (b"", "no format of JPEG"),
-    "text.jpg": (b"This is no picture.", "no format of JPEG"),
+    "text.jpg": (b"This is no image.", "no format of JPEG"),
     "zip.png": (archive(a=b"a"), "no format of JPEG"),
     "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch pwned) (w) file\n", "no format"),
     "bomb.png": (png(12_000, 12_000), "12000x12000 pixels"),
@@ -312,12 +312,12 @@ MAIN = [
     trained("rows nested without end", put("rows.json", "[" * 99_999), f"Row 0 of {FILE}", "take it out"),
     trained("a row nested deep", put("rows.json", f"[{'[' * 200}{']' * 200}]"), f"Row 0 of {FILE}", "take it out"),
     trained("numbers for texts", rows({"conversations": [{"from": 1, "value": 2}]}), f"Row 0 of {FILE}"),
-    trained("a picture that is not there", rows({"image": "lost.png"}), FILE, "{images}/lost.png"),
-    trained("a picture above the folder", rows({"image": "../a.png"}), "'../a.png' leaves the folder {images}"),
-    trained("a picture elsewhere", rows({"image": "/etc/hostname"}), "'/etc/hostname' leaves the folder {images}"),
-    trained("a picture's name with NUL", rows({"image": "a\0.png"}), "NUL in its name"),
-    trained("a picture that is none", rows({"image": "text.jpg"}), "{images}/text.jpg cannot be opened"),
-    trained("a picture of absurd size", rows({"image": "bomb.png"}), "{images}/bomb.png cannot be opened"),
+    trained("an image that is not there", rows({"image": "lost.png"}), FILE, "{images}/lost.png"),
+    trained("an image above the folder", rows({"image": "../a.png"}), "'../a.png' leaves the folder {images}"),
+    trained("an image elsewhere", rows({"image": "/etc/hostname"}), "'/etc/hostname' leaves the folder {images}"),
+    trained("an image's name with NUL", rows({"image": "a\0.png"}), "NUL in its name"),
+    trained("an image that is none", rows({"image": "text.jpg"}), "{images}/text.jpg cannot be opened"),
+    trained("an image of absurd size", rows({"image": "bomb.png"}), "{images}/bomb.png cannot be opened"),
     run("rows over length", rows({}), (LLAVA, ROWS, IMAGES, "--config.data.max_length=8"), "'a'", "max_length=8"),
     again("a prepared set without rows", "kept.json", lambda _: b"[]", "kept.json"),
     again(
@@ -344,8 +344,8 @@ UNFIT = [{"image": name} for name in (*PICTURES, "lost.png", "../good.png", "/et
 UNFIT += [{"conversations": talk} for talk in (3, TALK[:1], [TALK[0], TALK[0]])]
 PREPARE = [
     prepared("a misspelt option", rows({}), ["--max-lenght=3"], "--max-lenght"),
-    prepared("no folder of pictures", rows({}), ["--images={here}/none"], "{here}/none"),
-    prepared("a file for a folder of pictures", rows({}), [f"--images={FILE}"], FILE),
+    prepared("no folder of images", rows({}), ["--images={here}/none"], "{here}/none"),
+    prepared("a file for a folder of images", rows({}), [f"--images={FILE}"], FILE),
     prepared("no annotations", nothing, [], FILE, "No such file"),
     prepared("a folder for annotations", put("rows.json/mine", ""), [], FILE),
     prepared("annotations cut short", put("rows.json", json.dumps([ROW])[:-30]), [], f"Row 0 of {FILE}"),
@@ -621,7 +621,7 @@ EVALUATE = [
     answered("twice and not alike", lines(*({"question_id": "200000", "text": text} for text in "ab")), "'200000'"),
     answered("to other questions", lines({"question_id": "7", "text": "red"}), "'7'"),
     benchmark("no questions in its file", "gqa", {GQA: "\n"}, GQA),
-    benchmark("a number for a picture", "gqa", {GQA: asked({}, {"image": 3})}, f"{GQA}, line 2"),
+    benchmark("a number for an image", "gqa", {GQA: asked({}, {"image": 3})}, f"{GQA}, line 2"),
     benchmark("NUL for a question", "gqa", {GQA: asked({}) + "\0\n"}, f"{GQA}, line 2"),
     benchmark("labels cut short", "gqa", {GQA: asked({}), LABELS: '{"1": '}, LABELS),
     benchmark("labels nested deep", "gqa", {GQA: asked({}), LABELS: "[" * 99_999}, LABELS),
@@ -668,7 +668,7 @@ EVALUATE = [
         "problems.json, problem 1",
     ),
     benchmark(
-        "a number for a picture",
+        "a number for an image",
         "scienceqa",
         {SCIENCE: json.dumps([{"id": "1", "image": 3, "conversations": CHOICE}])},
         f"{SCIENCE}, question 1",
@@ -684,10 +684,10 @@ EVALUATE = [
     Case(
         "no model", "evaluate", nothing, ("--checkpoint={here}", "--benchmark=scenes", "--out={here}/out"), ("{here}",)
     ),
-    seen("a picture cut short", changed("data", "gqa/images/n2.png", halved), "{here}/data/gqa/images/n2.png"),
-    seen("a picture of absurd size", changed("data", "gqa/images/n2.png", lambda _: PICTURES["bomb.png"][0]), "n2.png"),
-    seen("a picture above the folder", replaced(b'"n2.png"', b'"../../n2.png"'), "'../../n2.png' leaves the folder"),
-    seen("a picture that is not there", replaced(b'"n2.png"', b'"lost.png"'), "{here}/data/gqa/images/lost.png"),
+    seen("an image cut short", changed("data", "gqa/images/n2.png", halved), "{here}/data/gqa/images/n2.png"),
+    seen("an image of absurd size", changed("data", "gqa/images/n2.png", lambda _: PICTURES["bomb.png"][0]), "n2.png"),
+    seen("an image above the folder", replaced(b'"n2.png"', b'"../../n2.png"'), "'../../n2.png' leaves the folder"),
+    seen("an image that is not there", replaced(b'"n2.png"', b'"lost.png"'), "{here}/data/gqa/images/lost.png"),
     seen(
         "a protocol that is a folder",
         several(put("out/protocol.json/mine", ""), replaced(b"", b"")),
@@ -700,7 +700,7 @@ EVALUATE = [
 
 
 def said(name, make, argv, *says):
-    """Asking about a picture; ``argv`` may name a model that is there."""
+    """Asking about an image; ``argv`` may name a model that is there."""
     return Case(name, "chat", make, ("--checkpoint={here}/model", "--prompt=What is it?", *argv), says)
 
 
@@ -715,14 +715,14 @@ CHAT = [
         "{here}/export/model.safetensors",
     ),
     *(
-        said(f"a picture: {name}", put(name, content), ["--image={here}/" + name], "{here}/" + name, words)
+        said(f"an image: {name}", put(name, content), ["--image={here}/" + name], "{here}/" + name, words)
         for name, (content, words) in PICTURES.items()
     ),
-    said("a picture that is not there", nothing, ["--image={here}/lost.png"], "{here}/lost.png"),
-    said("a picture that is a folder", nothing, ["--image={here}"], "{here}"),
-    said("a picture that is a pipe", lambda here, _: os.mkfifo(here / "pipe"), ["--image={here}/pipe"], "{here}/pipe"),
+    said("an image that is not there", nothing, ["--image={here}/lost.png"], "{here}/lost.png"),
+    said("an image that is a folder", nothing, ["--image={here}"], "{here}"),
+    said("an image that is a pipe", lambda here, _: os.mkfifo(here / "pipe"), ["--image={here}/pipe"], "{here}/pipe"),
     said(
-        "a picture that links to itself",
+        "an image that links to itself",
         lambda here, _: (here / "a.png").symlink_to("a.png"),
         ["--image={here}/a.png"],
         "{here}/a.png",
@@ -773,7 +773,7 @@ BENCH = [
     measured("figures to no folder", ("input", "--json={here}/none/a.json"), "--json={here}/none/a.json"),
     measured("figures to a folder", ("input", "--json={here}"), "--json={here}"),
     measured("figures below a file", ("input", "--json={here}/f/a.json"), "--json={here}/f/a.json", make=put("f", "")),
-    measured("no pictures", ("input", "--pictures=0"), "--pictures"),
+    measured("no images", ("input", "--images=0"), "--images"),
     measured("no rows", ("input", "--rows=0"), "--rows"),
     measured("no steps", ("step", "--steps=0"), "--steps"),
     measured("an unknown fusion", ("step", "--fusion=sft"), "'sft'", "'stf'"),

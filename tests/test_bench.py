@@ -23,7 +23,7 @@ from stf_jax.weights.model import Description
 
 def test_input(tmp_path, capsys):
     file = tmp_path / "figures.json"
-    assert door(main, ["input", "--pictures=16", "--rows=20000", f"--json={file}"]) == 0
+    assert door(main, ["input", "--images=16", "--rows=20000", f"--json={file}"]) == 0
     rows = json.loads(file.read_text())
     assert capsys.readouterr().out == table(rows) + "\n"
     by_name = {row["what"]: row for row in rows}
@@ -38,7 +38,7 @@ def test_input(tmp_path, capsys):
             assert row["ratio_per_core"] == pytest.approx(row["images_per_second_per_core"] / loop)
     # These depend on no clock.
     useful = {row["what"]: row["useful_positions"] for row in rows if "useful_positions" in row}
-    assert useful["ours, packed (8 pictures a row)"] >= 0.95
+    assert useful["ours, packed (8 images per row)"] >= 0.95
     assert useful["ours, grouped (8 lengths)"] > useful["LLaVA's group_by_modality_length"]
 
 
@@ -217,9 +217,9 @@ def test_cost_foresees_both_fusions_for_a_machine(monkeypatch):
 
 def test_the_mixture_is_as_it_says():
     assert sum(count for count, *_ in SOURCES.values()) == 665_298
-    tokens, pictures = lengths(20_000, 144, np.random.default_rng(0))
-    assert pictures.mean() == pytest.approx(1 - 40_688 / 665_298, abs=0.01)
-    assert tokens[pictures == 1].min() > 144
+    tokens, images = lengths(20_000, 144, np.random.default_rng(0))
+    assert images.mean() == pytest.approx(1 - 40_688 / 665_298, abs=0.01)
+    assert tokens[images == 1].min() > 144
     assert tokens.max() == 2048
     sizes = [len(file) for file in jpegs(40, np.random.default_rng(0))]
     assert 100_000 < np.mean(sizes) < 250_000

@@ -146,15 +146,15 @@ def s3(tmp_path_factory):
         yield folder / "bucket"
 
 
-def _opened(picture):
+def _opened(image):
     """Its pixels, or why there are none."""
     try:
-        return picture().tobytes()
+        return image().tobytes()
     except BadRow as error:
         return error.reason
 
 
-def test_annotations_and_pictures_are_read_from_s3(s3):
+def test_annotations_and_images_are_read_from_s3(s3):
     make(s3, captions=2, conversations=GOOD)
     records = LlavaRecords("s3://bucket/llava_v1_5_mix665k.json", "s3://bucket/images")
     files = LlavaRecords(str(s3 / "llava_v1_5_mix665k.json"), str(s3 / "images"))
@@ -164,7 +164,7 @@ def test_annotations_and_pictures_are_read_from_s3(s3):
             expected = files[i]
         except UserError:
             continue
-        for ours, theirs in zip(records[i].pictures, expected.pictures, strict=True):
+        for ours, theirs in zip(records[i].images, expected.images, strict=True):
             assert _opened(ours) == _opened(theirs)
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from etils import epath
-from make_models import make, make_run, picture
+from make_models import make, make_image, make_run
 
 from stf_jax import chat
 from stf_jax.config import FusionConfig
@@ -57,10 +57,10 @@ def talk(monkeypatch, capsys):
 
 @pytest.fixture
 def shown(tmp_path):
-    """Files of two pictures, red and blue, and their names."""
+    """Files of two images, red and blue, and their names."""
     files = tmp_path / "red.png", tmp_path / "blue one.png"
     for file, size in zip(files, ((20, 30), (40, 10)), strict=True):
-        picture(1, size).save(file)
+        make_image(1, size).save(file)
     return files
 
 
@@ -81,7 +81,7 @@ def test_a_prompt_prints_its_answer_alone(talk, shown):
     assert talk(echo, "typed", "--prompt=What <image>is it?", *files, *how) == (0, "It is a\ncircle.\n", "")
     (record,) = echo.asked
     assert [turn.text for turn in record.turns] == ["<image>\n<image>\nWhat is it?"]
-    assert [one().size for one in record.pictures] == [(30, 20), (10, 40)]
+    assert [one().size for one in record.images] == [(30, 20), (10, 40)]
     assert echo.how == [(7, 1, Sampling(0.5, 0.9, 3, 4))]
 
 
@@ -104,11 +104,11 @@ def test_a_conversation_remembers(talk, shown):
     assert replies(printed) == ["A circle.\n", *notes, "", "Blue.\n", "No.\n", "\n"]
 
     first, second, third = echo.asked
-    assert [one().size for one in first.pictures] == [(30, 20)]
-    assert [one().size for one in third.pictures] == [(30, 20), (10, 40), (30, 20)]
+    assert [one().size for one in first.images] == [(30, 20)]
+    assert [one().size for one in third.images] == [(30, 20), (10, 40), (30, 20)]
     assert second.turns == (*first.turns, Turn("gpt", "A circle."), Turn("human", "<image>\n<image>\nAnd this?"))
     assert third.turns == (*second.turns, Turn("gpt", "Blue."), Turn("human", "Sure?"))
-    # As the model reads it, three slots a picture.
+    # As the model reads it, three slots per image.
     tokenizer = load_tokenizer("miniature")
     read = encode(template_items("v1", third), tokenizer, 3)
     assert read.is_image.sum() == 9
@@ -118,7 +118,7 @@ def test_a_conversation_remembers(talk, shown):
     )
 
 
-def test_a_reset_forgets_words_and_pictures(talk, shown):
+def test_a_reset_forgets_words_and_images(talk, shown):
     echo = Echo(["Yes."], ["No."])
     typed = f"/image {shown[0]}\nIs it?\n/image {shown[1]}\n/reset\nAnd now?\n"
     status, printed, _ = talk(echo, typed)
@@ -152,7 +152,7 @@ def test_what_is_no_command_is_explained(talk, line):
 
 
 def test_what_is_wrong_is_said_and_the_conversation_goes_on_as_it_was(talk, shown, tmp_path):
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     echo = Echo(["One."], BadRow("roles", "This cannot be asked."), ["Three."])
     lost = [tmp_path / "lost.png", tmp_path, tmp_path / "text.png"]
     urls = ["https://example.org/a.jpg", "hf://owner/a.jpg", "data:image/png;base64," + "A" * 5000]
@@ -172,13 +172,13 @@ def test_what_is_wrong_is_said_and_the_conversation_goes_on_as_it_was(talk, show
     ]
     notes = [f"({file} goes with the next question)\n" for file in shown]
     assert replies(printed) == [*[""] * 8, notes[0], "One.\n", notes[1], "", "", "Three.\n", "\n"]
-    # What could not be answered is no part of it, and its picture goes with the next question.
+    # What could not be answered is no part of it, and its image goes with the next question.
     last = echo.asked[-1]
     assert [turn.text for turn in last.turns] == ["<image>\nFirst?", "One.", "<image>\nThird?"]
-    assert [one().size for one in last.pictures] == [(30, 20), (10, 40)]
+    assert [one().size for one in last.images] == [(30, 20), (10, 40)]
 
 
-def test_marks_of_pictures_that_are_typed_or_said_are_no_pictures(talk):
+def test_marks_of_images_that_are_typed_or_said_are_no_images(talk):
     echo = Echo(["An <image>."], ["Yes."])
     assert replies(talk(echo, "<image>\nAnd <image>?\n")[1])[0] == "An <image>.\n"
     assert [turn.text for turn in echo.asked[1].turns] == ["", "An .", "And ?"]
@@ -210,7 +210,7 @@ def test_a_run_an_imported_folder_and_an_export_answer(models, shown, capsys, mo
     assert door(chat.main, [f"--checkpoint={models['run']}", *options]) == 0
     printed, complained = capsys.readouterr()
     # What is streamed is the answer, as it is without streaming.
-    asked = Record("a", (picture(1, (20, 30)).copy,), (Turn("human", "<image>\nWhat is red?"),))
+    asked = Record("a", (make_image(1, (20, 30)).copy,), (Turn("human", "<image>\nWhat is red?"),))
     (answer,) = opened[0].answers([asked], 12, 1)
     assert len(answer) > 12
     assert printed == answer + "\n"
@@ -227,9 +227,9 @@ def test_a_run_an_imported_folder_and_an_export_answer(models, shown, capsys, mo
 
 
 def test_what_cannot_be_used_ends_in_one_sentence(models, tmp_path, capsys):
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     torn = io.BytesIO()
-    picture(1).save(torn, "PNG")
+    make_image(1).save(torn, "PNG")
     (tmp_path / "torn.png").write_bytes(torn.getvalue()[:-2000])
     mute = epath.Path(tmp_path / "mute")
     make(mute, FusionConfig("stf"), "clip", "llama")

@@ -110,7 +110,7 @@ def test_the_last_batch_alone_is_asked_as_in_a_whole_run(gqa, tmp_path):
         assert contents(out) == contents(gqa.whole)
 
 
-def test_pictures_that_fail_are_named_and_answers_before_them_stay(gqa, tmp_path, capsys, monkeypatch):
+def test_images_that_fail_are_named_and_answers_before_them_stay(gqa, tmp_path, capsys, monkeypatch):
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(gqa.folder / "data", data)
     images, asked = data / "gqa" / "images", data / "gqa" / ASKED
@@ -240,26 +240,26 @@ def test_answers_that_do_not_fit_end_in_a_sentence(score):
 
 
 def test_questions_that_share_an_id_are_told_by_their_prompts(score, tmp_path):
-    """MME's pictures have two questions each, and are their ids."""
+    """MME's images have two questions each, and are their ids."""
     folder = tmp_path / "MME"
     labels = folder / "MME_Benchmark_release_version" / "existence"
     labels.mkdir(parents=True)
     asked, answers = [], []
-    for picture in ("existence/1.jpg", "existence/2.jpg"):
+    for image in ("existence/1.jpg", "existence/2.jpg"):
         for thing, gold in (("dog", "Yes"), ("cat", "No")):
             question = f"Is there a {thing}?"
-            asked.append({"question_id": picture, "image": picture, "text": question + WORD, "category": "existence"})
-            with (labels / f"{picture[10]}.txt").open("a") as file:
+            asked.append({"question_id": image, "image": image, "text": question + WORD, "category": "existence"})
+            with (labels / f"{image[10]}.txt").open("a") as file:
                 file.write(f"{question} Please answer yes or no.\t{gold}\n")
-            answers.append({"question_id": picture, "prompt": question + WORD, "text": gold})
+            answers.append({"question_id": image, "prompt": question + WORD, "text": gold})
     (folder / "llava_mme.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    answers[3]["text"] = "Yes"  # a cat in the second picture
+    answers[3]["text"] = "Yes"  # a cat in the second image
 
     def scored(lines):
         return score([json.dumps(line).encode() + b"\n" for line in lines], benchmark="mme", data=tmp_path)
 
     for order in (answers, answers[::-1], [answers[i] for i in (2, 1, 3, 0)]):
-        # Three of four questions, one of two pictures: 75 + 50.
+        # Three of four questions, one of two images: 75 + 50.
         assert scored(order)["metrics"]["perception"] == 125.0
     for row in answers:
         row["prompt"] = "Is there?"

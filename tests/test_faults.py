@@ -116,7 +116,7 @@ def test_twenty_kills_at_any_moment_change_nothing(tmp_path, record_property):
 
 
 def test_a_second_sigterm_ends_at_once(tmp_path, monkeypatch):
-    """Also while the first waits for what cannot be hurried: here, a picture that never comes."""
+    """Also while the first waits for what cannot be hurried: here, an image that never comes."""
     with _hanging(tmp_path, monkeypatch, "--config.faults.hang_seconds=0") as run:
         trained = -1
         while trained != (trained := len(lines(run.workdir))):  # on what was read before
@@ -202,7 +202,7 @@ PIL.Image.open = open
 
 @contextlib.contextmanager
 def _hanging(folder, monkeypatch, *more):
-    """A run whose pictures are on a disk that answers no more, as a network's may."""
+    """A run whose images are on a disk that answers no more, as a network's may."""
     make(folder, captions=1, conversations=24)
     (folder / "disk").mkdir()
     (folder / "disk" / "sitecustomize.py").write_text(DISK)  # which Python imports by itself

@@ -26,7 +26,7 @@ UNUSABLE = {
         [PRETRAIN, "--config.mesh.fsdp=8"],
         ["annotations", "--config.data.annotations=PATH", "configs/demo.py"],
     ),
-    "no pictures": (
+    "no images": (
         [PRETRAIN, f"--config.data.annotations={ROOT}/LICENSE"],
         ["images", "--config.data.images=PATH", "configs/demo.py"],
     ),

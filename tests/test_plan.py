@@ -29,7 +29,7 @@ SHAPE = ["--config.model.llm=llama-mini", "--config.data.max_length=208", "--con
 DEMO = ["--config=configs/demo.py:stage=finetune", "--config.model.remat=full", *SHAPE, *BFLOAT16]
 TINY = ["--config=tests/tiny.py", "--config.mesh.data=1", "--config.mesh.fsdp=-1", *BFLOAT16]
 KEYS = {
-    "topology", "slices", "what", "chip", "devices", "mesh", "rows", "positions", "pictures", "fits",
+    "topology", "slices", "what", "chip", "devices", "mesh", "rows", "positions", "images", "fits",
     "peak_bytes_per_device", "memory_limit_bytes_per_device", "memory", "model_flops", "executed_flops",
     "memory_traffic_bytes", "collective_bytes", "roofline_seconds", "bound", "step_seconds_estimate",
     "tokens_per_second", "mfu_estimate", "steps", "hours",
@@ -115,7 +115,7 @@ def test_asking(what, capsys):
     if what == "evaluate":  # the demo measures as it trains
         assert found["during_training"] is True
         assert found["peak_bytes_per_device"] > found["memory"]["training state"] > 3 * found["memory"]["parameters"]
-    if what == "decode":  # keys and values of four layers: two rows a device, two heads of 32, 208 + 128 slots
+    if what == "decode":  # keys and values of four layers: two rows per device, two heads of 32, 208 + 128 slots
         assert found["memory"]["cache"] == 2 * 4 * (2 * 2 * 336 * 32) * 2
 
 

@@ -58,7 +58,7 @@ def fusion(parser: argparse.ArgumentParser) -> None:
 
 def input(parser: argparse.ArgumentParser) -> None:
     """Of :mod:`stf_jax.benches.input`."""
-    parser.add_argument("--pictures", type=int, default=384, help="JPEGs to make (%(default)s)")
+    parser.add_argument("--images", type=int, default=384, help="JPEGs to make (%(default)s)")
     parser.add_argument("--rows", type=int, default=66_530, help="conversations whose lengths are drawn (%(default)s)")
 
 

@@ -69,7 +69,7 @@ def _numbers(options, name):
 
 
 def _config(what: str, vision: str, llm: str, fusion: str) -> TrainConfig:
-    """The recipe's stage (prefill: of the second one's model), on rows of one picture and as much text as is usual."""
+    """The recipe's stage (prefill: of the second one's model), on rows of one image and as much text as is usual."""
     config = recipe("finetune" if what == "prefill" else what, "vicuna-7b")
     model = dataclasses.replace(config.model, vision=vision, llm=llm, fusion=FusionConfig(fusion))
     data = dataclasses.replace(config.data, max_length=slots_per_image(model) + TEXT[what], images_per_row=1)
@@ -197,7 +197,7 @@ def foresee(vision: str, llm: str, rows: list[int], devices: list[jax.Device]) -
             row |= {"peak_gib": told["peak_bytes_per_device"] / _GIB, "fits": told["fits"]}
             row |= {"seconds": seconds, "times_mlp": slower / seconds}
             found.append(row)
-            print(f"{row['what']}, {count} rows a device: {row['peak_gib']:.2f} GiB", file=sys.stderr)
+            print(f"{row['what']}, {count} rows per device: {row['peak_gib']:.2f} GiB", file=sys.stderr)
     return found
 
 
@@ -205,7 +205,7 @@ def foresee(vision: str, llm: str, rows: list[int], devices: list[jax.Device]) -
 
 
 def draw(rows: _Rows, file: pathlib.Path) -> None:
-    """Seconds by rows, as measured and as foreseen, and memory by rows a device; what has no rows is left out."""
+    """Seconds by rows, as measured and as foreseen, and memory by rows per device; what has no rows is left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -220,8 +220,8 @@ def draw(rows: _Rows, file: pathlib.Path) -> None:
             "rows",
             "seconds here, by a line\nthrough few layers",
         ),
-        (f", {chip}", "rows", lambda row: row["seconds"], f"rows a card of {chip}", "seconds, foreseen"),
-        (f", {chip}", "rows", lambda row: row["peak_gib"], f"rows a card of {chip}", "GiB of a card, foreseen"),
+        (f", {chip}", "rows", lambda row: row["seconds"], f"rows per card of {chip}", "seconds, foreseen"),
+        (f", {chip}", "rows", lambda row: row["peak_gib"], f"rows per card of {chip}", "GiB of a card, foreseen"),
     )
     titles = {"prefill": "Reading a prompt", "pretrain": "A step of stage 1", "finetune": "A step of stage 2"}
     figure, axes = plt.subplots(len(kinds), len(titles), figsize=(12, 9), constrained_layout=True)

@@ -29,7 +29,7 @@ from stf_jax.training.state import blueprint
 from stf_jax.weights.model import open_model
 
 _FUSIONS = ("mlp", "avg_pool", "mbtf_stf")
-_TEXT = 60  # tokens of a prompt beside its picture
+_TEXT = 60  # tokens of a prompt beside its image
 _TIMES, _LONG = 3, 5.0  # a measurement is made so often, and the median counts; once if it takes so many seconds
 
 
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-_FIGURES = ("picture_ms", "prefill_ms", "first_token_ms", "tokens_per_second", "times_transformers", "gib")
+_FIGURES = ("image_ms", "prefill_ms", "first_token_ms", "tokens_per_second", "times_transformers", "gib")
 
 
 def _median(measure):
@@ -73,9 +73,9 @@ def _median(measure):
 
 
 def _figures(look, answer, said, gib=None):
-    """Of a function that encodes the pictures, and one that answers and gives when: begun, first token, last token."""
+    """Of a function that encodes the images, and one that answers and gives when: begun, first token, last token."""
 
-    def picture():
+    def image():
         begin = time.perf_counter()
         look()
         return (time.perf_counter() - begin,)
@@ -84,8 +84,8 @@ def _figures(look, answer, said, gib=None):
         begin, first, last = answer()
         return first - begin, last - first
 
-    (picture,), (first, rest) = _median(picture), _median(parts)
-    figures = {"picture_ms": 1e3 * picture, "prefill_ms": 1e3 * (first - picture), "first_token_ms": 1e3 * first}
+    (image,), (first, rest) = _median(image), _median(parts)
+    figures = {"image_ms": 1e3 * image, "prefill_ms": 1e3 * (first - image), "first_token_ms": 1e3 * first}
     figures["tokens_per_second"] = said / rest
     return figures | ({"gib": gib()} if gib else {})
 
@@ -170,7 +170,7 @@ def _slots(export):
 
 
 def _prompt(batch, slots, length):
-    """Ids int32 [B, T], the picture's places first, and which image token each of these takes."""
+    """Ids int32 [B, T], the image's places first, and which image token each of these takes."""
     tokens = np.random.default_rng(1).integers(3, 500, (batch, length)).astype(np.int32)
     taken = np.where(np.arange(length) < slots, np.arange(length), -1)
     return tokens, np.tile(taken, (batch, 1)).astype(np.int32)

@@ -20,10 +20,10 @@ _PUBLISHED = (
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One picture and a text; a multiply-add is 2, causal attention half of T² (runtime/cost.py).
+    """One image and a text; a multiply-add is 2, causal attention half of T² (runtime/cost.py).
 
     Returns:
-      For each fusion and length of text ``tokens`` of the picture, GFLOPs of the tower and the fusion, TFLOPs of
+      For each fusion and length of text ``tokens`` of the image, GFLOPs of the tower and the fusion, TFLOPs of
       ``prefill`` (decoder, and head at the last position) and of ``all`` three, and GFLOPs of a ``decoded`` token.
       With the default models then each figure that a paper ``published``, in TFLOPs, beside the decoder's for the
       vision tokens alone, and the text with which the decoder alone, or all parts, come to it; and, should the figure
@@ -46,7 +46,7 @@ def _model(options, fusion):
 
 
 def prompt_flops(model: ModelConfig, text: int) -> Flops:
-    """Of reading a prompt: one picture and so many tokens, the head at the last of them alone."""
+    """Of reading a prompt: one image and so many tokens, the head at the last of them alone."""
     return prefill_flops(model, 1, slots_per_image(model) + text, 1)
 
 

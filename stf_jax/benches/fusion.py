@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each fusion, which has a process of its own; before them, one that says what the columns are of.
 
     Returns:
-      Rows of ``what``, ``tokens`` out for a picture, ``million_parameters``, ``gflop`` (model FLOPs of the batch,
+      Rows of ``what``, ``tokens`` out for an image, ``million_parameters``, ``gflop`` (model FLOPs of the batch,
       forward), ``forward_ms``, ``both_ms`` (forward, and backward to the parameters) and, of these two calls,
       ``forward_mib`` and ``both_mib``: see ``_memory``.
     """

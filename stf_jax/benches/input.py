@@ -1,4 +1,4 @@
-"""The input pipeline beside LLaVA's way: pictures a second of a core, and how much of the rows is not filling.
+"""The input pipeline beside LLaVA's way: images per second of a core, and how much of the rows is not filling.
 
 LLaVA's way is what its training data set does for each sample: open, convert, pad to a square, transformers'
 CLIPImageProcessor (the one on Pillow and numpy), and a conversation tokenised whole, then round by round to mask it.
@@ -31,16 +31,16 @@ from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.presets import vision_preset
 
 _SLOTS = 144
-_BATCH, _DEVICES = 128, 8  # rows a step, and how LLaVA's recipe deals them out
+_BATCH, _DEVICES = 128, 8  # rows per step, and how LLaVA's recipe deals them out
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of figures; all on one set of files, in one process but for torch's own workers."""
-    if options.pictures < 1 or options.rows < 1:
-        raise UserError("--pictures and --rows must be at least 1.")
+    if options.images < 1 or options.rows < 1:
+        raise UserError("--images and --rows must be at least 1.")
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        files = _make(pathlib.Path(folder), options.pictures, rng)
+        files = _make(pathlib.Path(folder), options.images, rng)
         size = {"what": "JPEGs made", "count": len(files), "kilobytes_each": _kilobytes(pathlib.Path(folder))}
         return [size, *_speed(pathlib.Path(folder), files), *_positions(options.rows, rng)]
 
@@ -133,15 +133,15 @@ def _parts(folder, rows, prepare, tokenizer, theirs):
     """Where the time of an image goes, in ours and in theirs."""
     images = epath.Path(folder / "images")
     files = [read_image(images, row["image"]) for row in rows]
-    pictures = [open_image(content, "") for content in files]
+    opened = [open_image(content, "") for content in files]
     records = LlavaRecords(str(folder / "rows.json"), str(folder / "images"))
-    squares = [theirs.square(picture) for picture in pictures]
+    squares = [theirs.square(image) for image in opened]
     parts = {
         "read the file": lambda i: read_image(images, rows[i]["image"]),
         "both: decode the JPEG": lambda i: open_image(files[i], ""),
-        "ours: pad, resize, crop": lambda i: to_square(pictures[i], prepare.vision, "pad"),
+        "ours: pad, resize, crop": lambda i: to_square(opened[i], prepare.vision, "pad"),
         "ours: tokens and masks": lambda i: encode(template_items("v1", records[i]), tokenizer, _SLOTS),
-        "theirs: pad to a square": lambda i: theirs.square(pictures[i]),
+        "theirs: pad to a square": lambda i: theirs.square(opened[i]),
         "theirs: CLIPImageProcessor": lambda i: theirs.processor(squares[i], return_tensors="np"),
         "theirs: tokens and masks": lambda i: theirs.text(rows[i]),
     }
@@ -166,16 +166,16 @@ class _LlavaDataset:
         return len(self.rows)
 
     def __getitem__(self, index):
-        picture = PIL.Image.open(self.folder / "images" / self.rows[index]["image"]).convert("RGB")
-        pixels = self.processor(self.square(picture), return_tensors="np")["pixel_values"][0]
+        image = PIL.Image.open(self.folder / "images" / self.rows[index]["image"]).convert("RGB")
+        pixels = self.processor(self.square(image), return_tensors="np")["pixel_values"][0]
         return pixels, *self.text(self.rows[index])
 
     @staticmethod
-    def square(picture):
+    def square(image):
         """On a square of CLIP's mean colour."""
-        side = max(picture.size)
+        side = max(image.size)
         canvas = PIL.Image.new("RGB", (side, side), (122, 116, 104))
-        canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return canvas
 
     def text(self, row):
@@ -205,41 +205,41 @@ class _LlavaDataset:
 
 def _positions(rows, rng):
     """Share of positions that hold a token, for lengths like the 665K mixture's."""
-    tokens, pictures = lengths(rows, _SLOTS, rng)
+    tokens, image_counts = lengths(rows, _SLOTS, rng)
     figures = []
     for name, data in {
-        "ours, packed (8 pictures a row)": DataConfig(packing=True, images_per_row=8),
-        "ours, packed (6 pictures a row)": DataConfig(packing=True, images_per_row=6),
+        "ours, packed (8 images per row)": DataConfig(packing=True, images_per_row=8),
+        "ours, packed (6 images per row)": DataConfig(packing=True, images_per_row=6),
         "ours, grouped (8 lengths)": DataConfig(buckets=8),
     }.items():
         start = time.monotonic()
-        plan = Plan(data, 0, _BATCH, tokens, pictures, [rows])
+        plan = Plan(data, 0, _BATCH, tokens, image_counts, [rows])
         planned = [plan[i] for i in range(plan.steps(1) * _BATCH)]
         figures.append(
             {
                 "what": name,
                 "useful_positions": float(tokens.sum() / sum(row.length for row in planned)),
-                "useful_picture_places": float(pictures.sum() / sum(row.images for row in planned)),
+                "useful_image_places": float(image_counts.sum() / sum(row.images for row in planned)),
                 "seconds_to_plan": time.monotonic() - start,
             }
         )
-    theirs = _group_by_modality_length(tokens, pictures, np.random.default_rng(0))
+    theirs = _group_by_modality_length(tokens, image_counts, np.random.default_rng(0))
     filled = sum(len(batch) * tokens[batch].max() for batch in theirs)
-    # A row of text alone runs a blank picture through the tower there.
+    # A row of text alone runs a blank image through the tower there.
     figures.append(
         {
             "what": "LLaVA's group_by_modality_length",
             "useful_positions": float(tokens.sum() / filled),
-            "useful_picture_places": float(pictures.mean()),
+            "useful_image_places": float(image_counts.mean()),
         }
     )
     return figures
 
 
-def _group_by_modality_length(tokens, pictures, rng):
+def _group_by_modality_length(tokens, image_counts, rng):
     """Batches of a device as LLaVA's sampler makes them: groups of a step, sorted and dealt out evenly by length."""
     groups, left = [], []
-    for kind in (pictures > 0, pictures == 0):
+    for kind in (image_counts > 0, image_counts == 0):
         mine = rng.permutation(np.flatnonzero(kind))
         whole = len(mine) // _BATCH * _BATCH
         groups += list(mine[:whole].reshape(-1, _BATCH))

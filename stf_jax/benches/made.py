@@ -36,7 +36,7 @@ def make_export(config: ModelConfig, folder: pathlib.Path, export: pathlib.Path)
 
 
 def make_batch(config: TrainConfig) -> Batch:
-    """A global batch of numpy: rows of one picture and then text, random, of which all is learned."""
+    """A global batch of numpy: rows of one image and then text, random, of which all is learned."""
     rng, slots = np.random.default_rng(1), slots_per_image(config.model)
     side = vision_preset(config.model.vision).image_size
     tokens = rng.integers(3, 500, (config.global_batch_size, config.data.max_length)).astype(np.int32)

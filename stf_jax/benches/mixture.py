@@ -1,4 +1,4 @@
-"""Pictures and lengths like those of LLaVA-1.5's 665K mixture, made here."""
+"""Images and lengths like those of LLaVA-1.5's 665K mixture, made here."""
 
 import io
 
@@ -28,7 +28,7 @@ _SIZES = {(640, 480): 40, (480, 640): 14, (640, 427): 14, (500, 375): 12, (800, 
 
 
 def lengths(rows: int, image_tokens: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and pictures of so many conversations, int [R] each; lengths are log-normal about their source's."""
+    """Tokens and images of so many conversations, int [R] each; lengths are log-normal about their source's."""
     counts = np.array([count for count, *_ in SOURCES.values()])
     kinds = rng.choice(len(SOURCES), rows, p=counts / counts.sum())
     text_only = list(SOURCES).index("ShareGPT")
@@ -39,8 +39,8 @@ def lengths(rows: int, image_tokens: int, rng: np.random.Generator) -> tuple[np.
         spread = 0.9 if kind == text_only else 0.35
         a_round = question * rng.lognormal(0, 0.3, len(mine)) + answer * rng.lognormal(0, spread, len(mine)) + _ROUND
         totals[mine] += (many * a_round).astype(int)
-    pictures = (kinds != text_only).astype(np.int64)
-    return np.minimum(totals + pictures * image_tokens, 2048), pictures
+    image_counts = (kinds != text_only).astype(np.int64)
+    return np.minimum(totals + image_counts * image_tokens, 2048), image_counts
 
 
 def jpegs(count: int, rng: np.random.Generator) -> list[bytes]:

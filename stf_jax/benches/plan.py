@@ -17,8 +17,8 @@ from stf_jax.planning.topology import described
 from stf_jax.runtime.cli import parse
 from stf_jax.training.state import blueprint
 
-# GiB a chip at its peak, of MaxText's llama2-7b: float32 weights and moments, bfloat16 compute, full rematerialisation,
-# splash attention, rows of 2048 tokens, compiled ahead of time for these slices with so many rows a chip.
+# GiB per chip at its peak, of MaxText's llama2-7b: float32 weights and moments, bfloat16 compute, full rematerialisation,
+# splash attention, rows of 2048 tokens, compiled ahead of time for these slices with so many rows per chip.
 _MAXTEXT = {
     ("v5e:4x8", 1): 4.59,
     ("v5e:4x8", 4): 7.78,
@@ -31,7 +31,7 @@ TEXT = {
     "pretrain": 64,
     "finetune": 304,
     "prefill": 64,
-}  # tokens of a row beside its picture's; benches/mixture.py's mean
+}  # tokens of a row beside its image's; benches/mixture.py's mean
 _GIB = 2**30
 
 
@@ -79,7 +79,7 @@ def _beside_maxtext(topology, rows, mark):
     learned, frozen = 16 * sizes["fusion"], 2 * sizes["vision"]  # weight, moments and gradient of 4 bytes; bfloat16
     return _said(
         {
-            "what": f"stage 2, {topology}, {rows} rows a chip",
+            "what": f"stage 2, {topology}, {rows} rows per chip",
             "peak_gib": peak,
             "maxtext_gib": mark,
             "ratio": peak / mark,

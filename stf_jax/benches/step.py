@@ -42,7 +42,7 @@ class Task:
     export: str  # the same weights, for PyTorch
     stage: str  # pretrain: the fusion learns | finetune: it and the language model
     rows: int
-    text: int  # tokens of a row behind its picture's
+    text: int  # tokens of a row behind its image's
     steps: int
     precision: str
     remat: str  # full | none, gradient checkpointing

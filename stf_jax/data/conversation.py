@@ -1,7 +1,7 @@
-"""Conversations to token ids: the templates, which tokens are learned, and the slots of pictures.
+"""Conversations to token ids: the templates, which tokens are learned, and the slots of images.
 
 A template turns a record into a list of items: spans of text, each learned or not, control tokens, places of
-pictures, and ends of utterances. :func:`encode` makes ids of them. What is learned follows from the spans themselves,
+images, and ends of utterances. :func:`encode` makes ids of them. What is learned follows from the spans themselves,
 so no second tokenisation can disagree with the first (LLaVA's "tokenization mismatch" cannot happen).
 """
 
@@ -244,7 +244,7 @@ def template_items(template: str, record: Record) -> list[Item]:
 
     Raises:
       UserError: an unknown template.
-      BadRow: a record that does not fit it, or whose pictures and ``<image>`` marks differ in number, named by its id.
+      BadRow: a record that does not fit it, or whose images and ``<image>`` marks differ in number, named by its id.
     """
     if template not in TEMPLATES:
         raise UserError(f"Unknown data.template={template!r}; {nearest(template, TEMPLATES)}")
@@ -252,10 +252,10 @@ def template_items(template: str, record: Record) -> list[Item]:
         items = (document if record.document else TEMPLATES[template])(record.turns)
     except BadRow as error:
         raise BadRow(error.reason, f"Record {record.id!r}: {error}.") from None
-    marks, pictures = sum(item is Mark.IMAGE for item in items), len(record.pictures)
-    if marks != pictures:
-        reason = "mark_without_picture" if marks > pictures else "picture_without_mark"
-        raise BadRow(reason, f"Record {record.id!r} has {pictures} images but {marks} {IMAGE_MARK} marks.")
+    marks, images = sum(item is Mark.IMAGE for item in items), len(record.images)
+    if marks != images:
+        reason = "mark_without_image" if marks > images else "image_without_mark"
+        raise BadRow(reason, f"Record {record.id!r} has {images} images but {marks} {IMAGE_MARK} marks.")
     return items
 
 

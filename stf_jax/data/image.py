@@ -1,4 +1,4 @@
-"""Pictures: opened safely, and made uint8 squares of the tower's size (normalised on the device, models/vit.py)."""
+"""Images: opened safely, and made uint8 squares of the tower's size (normalised on the device, models/vit.py)."""
 
 import contextlib
 import io
@@ -87,14 +87,14 @@ def open_image(content: bytes, name: str) -> PIL.Image.Image:
     """
     shown = shorten(name)
     try:
-        picture = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
-        width, height = picture.size
+        image = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
+        width, height = image.size
         if width * height > MOST_PIXELS or max(width, height) > MOST_RATIO * min(width, height):
             raise PIL.Image.DecompressionBombError(f"it has {width}x{height} pixels")
-        picture.load()
+        image.load()
         with contextlib.suppress(Exception):  # broken EXIF says nothing of the pixels
-            PIL.ImageOps.exif_transpose(picture, in_place=True)
-        return picture
+            PIL.ImageOps.exif_transpose(image, in_place=True)
+        return image
     except PIL.Image.DecompressionBombError as error:
         raise BadRow("too_large", f"Image {shown} cannot be opened: {_reason(error)}.", name) from None
     except PIL.UnidentifiedImageError:
@@ -116,10 +116,10 @@ def open_file(file: epath.Path) -> PIL.Image.Image:
 
 
 def to_square(image: PIL.Image.Image, config: "VisionConfig", aspect: str) -> np.ndarray:
-    """A picture as the tower takes it, by Pillow's bicubic filter, as transformers' processors give it.
+    """An image as the tower takes it, by Pillow's bicubic filter, as transformers' processors give it.
 
     ``square`` is the tower's own processor: CLIP's takes the short side to the tower's size, then the centre; SigLIP's
-    squeezes both sides. ``pad`` is LLaVA-1.5's stage 2: first to a square on the tower's mean colour, the picture in
+    squeezes both sides. ``pad`` is LLaVA-1.5's stage 2: first to a square on the tower's mean colour, the image in
     its middle. What is transparent is laid on white. A large square is reduced by another library: about one value in
     100,000 then differs from Pillow's by 2, all others by 1 at most.
 
@@ -142,7 +142,7 @@ def to_square(image: PIL.Image.Image, config: "VisionConfig", aspect: str) -> np
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """A picture of any mode in RGB, what is transparent laid on white."""
+    """An image of any mode in RGB, what is transparent laid on white."""
     if image.mode == "RGB":
         return image
     if "A" in image.getbands() or "transparency" in image.info:

@@ -18,7 +18,7 @@ from stf_jax.data.records import BadRow, Record
 from stf_jax.data.rows import TALK, read_row
 from stf_jax.runtime.files import fetched, to_path
 
-KEPT = "kept.json"  # in a prepared folder: the rows that its shards hold the pictures of, in order
+KEPT = "kept.json"  # in a prepared folder: the rows that its shards hold the images of, in order
 INFO = "dataset_info.json"  # TFDS's, the last file that is written
 _CHUNK, _LONGEST = 2**16, 2**26  # characters of an annotation file read together, and of a row
 _DEEPEST = 100  # levels of lists and objects in a row, of which LLaVA's have three
@@ -161,7 +161,7 @@ class LlavaRecords:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Record:
-        """Raises BadRow for a row that is not of that form; opening its pictures may raise it too."""
+        """Raises BadRow for a row that is not of that form; opening its images may raise it too."""
         row = read_row(self._rows[index], f"row {index} of {self.name}")
         return Record(
             row.name, tuple(functools.partial(self._open, name) for name in row.images), row.turns, row.unread
@@ -172,7 +172,7 @@ class LlavaRecords:
 
 
 class PreparedRecords:
-    """What stf_jax.prepare wrote: rows that were checked, and their pictures in ArrayRecord shards."""
+    """What stf_jax.prepare wrote: rows that were checked, and their images in ArrayRecord shards."""
 
     def __init__(self, folder: str):
         """Raises UserError where the folder is incomplete."""
@@ -196,7 +196,7 @@ class PreparedRecords:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Record:
-        """A record; opening its pictures reads the shard."""
+        """A record; opening its images reads the shard."""
         row = read_row(self._rows[index], f"row {index} of {self.name}")
         opens = (functools.partial(self._open, index, place, name) for place, name in enumerate(row.images))
         return Record(row.name, tuple(opens), row.turns, row.unread)

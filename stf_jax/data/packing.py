@@ -1,6 +1,6 @@
 """Encoded conversations to rows of one static shape, alone or several in a row.
 
-Axis letters: B rows, T positions, M pictures a row, N slots a picture.
+Axis letters: B rows, T positions, M images per row, N slots per image.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One conversation of T' tokens with its M' pictures."""
+    """One conversation of T' tokens with its M' images."""
 
     tokens: np.ndarray  # int32 [T']
     targets: np.ndarray  # int32 [T']
@@ -46,10 +46,10 @@ def to_example(
     """One conversation, cut at ``max_length`` tokens, as LLaVA does.
 
     Raises:
-      BadRow: the cut goes through a picture, or leaves nothing to learn; ``name`` says of which record.
+      BadRow: the cut goes through an image, or leaves nothing to learn; ``name`` says of which record.
     """
     if encoded.is_image[max_length:].any():
-        sentence = f"Record {name!r} has pictures beyond data.max_length={max_length} tokens; raise it."
+        sentence = f"Record {name!r} has images beyond data.max_length={max_length} tokens; raise it."
         raise BadRow("over_length", sentence)
     tokens, learned, is_image = (x[:max_length] for x in (encoded.tokens, encoded.learned, encoded.is_image))
     if len(tokens) < len(encoded.tokens) and not learned[1:].any():
@@ -66,7 +66,7 @@ def to_row(
     Args:
       length: T of the row.
       images_per_row: its M.
-      side: H and W of its pictures.
+      side: H and W of its images.
       cells: S of their labels; 0 where they have none.
     """
     row = {key: np.zeros(length, np.int32) for key in ("tokens", "targets", "positions", "segment_ids")}
@@ -74,7 +74,7 @@ def to_row(
     row["images"] = np.zeros((images_per_row, side, side, 3), np.uint8)
     if cells:
         row["labels"] = np.zeros((images_per_row, cells, cells, 3), np.uint8)
-    begin = pictures = 0
+    begin = first_image = 0
     for segment, example in enumerate(examples, start=1):
         here = slice(begin, begin + len(example.tokens))
         for key in ("tokens", "targets", "loss_mask"):
@@ -82,42 +82,42 @@ def to_row(
         row["positions"][here] = np.arange(len(example.tokens))
         row["segment_ids"][here] = segment
         is_image[here] = example.is_image
-        row["images"][pictures : pictures + len(example.images)] = example.images
+        row["images"][first_image : first_image + len(example.images)] = example.images
         if example.labels is not None:
-            row["labels"][pictures : pictures + len(example.images)] = example.labels
-        begin, pictures = here.stop, pictures + len(example.images)
-    # Since every picture has all its slots, the n-th slot of a row is its image token n.
+            row["labels"][first_image : first_image + len(example.images)] = example.labels
+        begin, first_image = here.stop, first_image + len(example.images)
+    # Since every image has all its slots, the n-th slot of a row is its image token n.
     row["image_slots"] = np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)
     return row
 
 
-def best_fit(lengths: Sequence[int], pictures: Sequence[int], length: int, most_pictures: int) -> list[list[int]]:
+def best_fit(lengths: Sequence[int], image_counts: Sequence[int], length: int, images_per_row: int) -> list[list[int]]:
     """Packs conversations into rows, the longest first, each into the fullest row that still takes it.
 
-    Best-fit decreasing. Rows of the same room left are alike, so they are kept by that room: for each count of picture
+    Best-fit decreasing. Rows of the same room left are alike, so they are kept by that room: for each count of image
     places left, the bits of an integer say which numbers of free tokens some row has.
 
     Args:
       lengths: tokens of each conversation, at most ``length``.
-      pictures: of each, at most ``most_pictures``.
+      image_counts: images of each, at most ``images_per_row``.
 
     Returns:
       Rows, each the indices of its conversations.
     """
     rows: list[list[int]] = []
-    free: dict[tuple[int, int], list[int]] = {}  # (picture places, tokens) left → rows
-    some = [0] * (most_pictures + 1)  # bit t of entry p: some row has p places and t tokens left
+    free: dict[tuple[int, int], list[int]] = {}  # (image places, tokens) left → rows
+    some = [0] * (images_per_row + 1)  # bit t of entry p: some row has p places and t tokens left
     for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        tokens, places = int(lengths[i]), int(pictures[i])
+        tokens, places = int(lengths[i]), int(image_counts[i])
         best = None
-        for p in range(places, most_pictures + 1):
+        for p in range(places, images_per_row + 1):
             fits = some[p] >> tokens
             if fits:
                 room = (tokens + (fits & -fits).bit_length() - 1, p)
                 best = room if best is None else min(best, room)
         if best is None:
             rows.append([i])
-            t, p, row = length, most_pictures, len(rows) - 1
+            t, p, row = length, images_per_row, len(rows) - 1
         else:
             t, p = best
             waiting = free[p, t]

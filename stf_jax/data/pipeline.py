@@ -103,21 +103,21 @@ class Prepare:
         self._told, self._lock = 0, threading.Lock()
 
     def __call__(self, record: Record) -> Example:
-        """Raises BadRow, naming the record, where it does not fit the template or the row, or a picture fails."""
+        """Raises BadRow, naming the record, where it does not fit the template or the row, or an image fails."""
         encoded = encode(self._items(record), self._tokenizer, self._slots)
         check_ids(encoded, self._tokenizer, self._rows, record.id)
-        pictures = [to_square(picture(), self.vision, self._config.aspect) for picture in record.pictures]
+        squares = [to_square(image(), self.vision, self._config.aspect) for image in record.images]
         side = self.vision.image_size
-        images = np.stack(pictures) if pictures else np.zeros((0, side, side, 3), np.uint8)
+        images = np.stack(squares) if squares else np.zeros((0, side, side, 3), np.uint8)
         labels = record.labels()[None] if record.labels else None
         return to_example(encoded, images, self._config.max_length, record.id, labels)
 
     def _items(self, record):
-        """What is known to be fit or not before a picture is opened."""
-        count, places = len(record.pictures), self._config.images_per_row
+        """What is known to be fit or not before an image is opened."""
+        count, places = len(record.images), self._config.images_per_row
         if count > places:
-            sentence = f"Record {record.id!r} has more pictures, {count}, than data.images_per_row={places}; raise it."
-            raise BadRow("too_many_pictures", sentence)
+            sentence = f"Record {record.id!r} has more images, {count}, than data.images_per_row={places}; raise it."
+            raise BadRow("too_many_images", sentence)
         return training_items(self._config.template, record)
 
     def fingerprint(self) -> str:
@@ -138,7 +138,7 @@ class Prepare:
           UserError: none of the records that are looked at first can be used; says why.
         """
         self._look(source)
-        lengths, pictures = np.zeros(len(source), np.int32), np.zeros(len(source), np.int32)
+        lengths, image_counts = np.zeros(len(source), np.int32), np.zeros(len(source), np.int32)
         look = {"unit": "row", "delay": 2, "leave": False, "mininterval": 0.5, "disable": not shown}
         bad, unread = collections.Counter(), collections.Counter()
         every = iter(tqdm.tqdm(range(len(source)), "measuring", **look))
@@ -154,7 +154,7 @@ class Prepare:
                     continue  # it is named when its turn comes
                 unread.update(record.unread)
                 good.append(index)
-                pictures[index] = len(record.pictures)
+                image_counts[index] = len(record.images)
             lengths[good] = count_tokens(items, self._tokenizer, self._slots)
         if bad and shown:
             counts = bad.total(), len(source), source.name, format_reasons(bad)
@@ -162,7 +162,7 @@ class Prepare:
         if unread and shown:
             keys = ", ".join(f"{key} ({count:,} rows)" for key, count in unread.most_common(_TOLD))
             _log.warning("Rows of %s have what is not read: %s.", source.name, keys)
-        return lengths, pictures
+        return lengths, image_counts
 
     def _look(self, source):
         errors = []
@@ -261,11 +261,11 @@ class Batches:
         measured = [
             prepare.measure(records, shown=host == 0, between=between) for records in source.sets
         ]  # each is looked at
-        lengths, pictures = (np.concatenate(counts) for counts in zip(*measured, strict=True))
+        lengths, image_counts = (np.concatenate(counts) for counts in zip(*measured, strict=True))
         rows = config.global_batch_size
         self._source = source
         self._tokenizer = prepare.fingerprint()
-        self.plan = Plan(config.data, config.seed, rows, lengths, pictures, source.sizes)
+        self.plan = Plan(config.data, config.seed, rows, lengths, image_counts, source.sizes)
         _check_agreement(self.plan.fingerprint())
         self.replaced = 0
         self._threads, self._rows, self._local = config.data.threads, rows, rows // hosts

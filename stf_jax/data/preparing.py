@@ -59,7 +59,7 @@ class Options:
     out: str  # folder of the data set
     workers: int
     limit: int = 0  # rows to read; 0: all
-    max_side: int = 0  # pixels; larger pictures are shrunk to it; 0: files are kept as they are
+    max_side: int = 0  # pixels; larger images are shrunk to it; 0: files are kept as they are
     max_length: int = 2048  # tokens; longer conversations are dropped; 0: none are
     tokenizer: str = ""  # folder, to count tokens with; empty: estimated
     template: str = "v1"
@@ -282,13 +282,13 @@ class _Worker:
                 sentence = f"Record {read.name!r} has an estimated {tokens} tokens; give --tokenizer to count them."
                 raise BadRow("over_estimate", sentence)
             raise BadRow("over_length", f"Record {read.name!r} has {tokens} tokens.")
-        files, pictures = [], []
+        files, opened = [], []
         for name in images:
             content = read_image(self._images, name)
-            picture = open_image(content, name)
-            side, most = max(picture.size), self._options.max_side
-            pictures.append((picture.size, picture.format or "?"))
-            files.append(_shrunk(picture, most) if 0 < most < side else content)
+            image = open_image(content, name)
+            side, most = max(image.size), self._options.max_side
+            opened.append((image.size, image.format or "?"))
+            files.append(_shrunk(image, most) if 0 < most < side else content)
         talk = [{"from": turn.speaker, "value": turn.text} for turn in read.turns]
         example = {"id": read.id, "conversations": talk, "images": files}
         coded = self._features.serialize_example(self._features.encode_example(example))
@@ -297,15 +297,15 @@ class _Worker:
         note["kept"].append({"id": read.id} | named | {"conversations": talk})
         note["unread"] += read.unread
         note["tokens"].append(tokens)
-        note["sizes"] += [size for size, _ in pictures]
-        note["formats"] += [kind for _, kind in pictures]
+        note["sizes"] += [size for size, _ in opened]
+        note["formats"] += [kind for _, kind in opened]
         return len(coded)
 
-    def _tokens(self, items, turns, pictures):
+    def _tokens(self, items, turns, image_count):
         if self._tokenizer is not None:
             return count_tokens([items], self._tokenizer, self._options.image_tokens)[0]
         text = sum(len(turn.text.encode(errors="replace")) for turn in turns)
-        return text // _BYTES_A_TOKEN + pictures * self._options.image_tokens
+        return text // _BYTES_A_TOKEN + image_count * self._options.image_tokens
 
 
 def _text(value):
@@ -318,9 +318,9 @@ def _image(row):
     return image if isinstance(image, str) else json.dumps(image)
 
 
-def _shrunk(picture, side):
-    """The picture as a JPEG whose longer side is that."""
-    small = to_rgb(picture)
+def _shrunk(image, side):
+    """The image as a JPEG whose longer side is that."""
+    small = to_rgb(image)
     small.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
     least = -(-side // MOST_RATIO)  # the short side may have been rounded to less than will be opened
     if min(small.size) < least:
@@ -393,7 +393,7 @@ def _describe(out, lengths, size):
             features=features(),
             split_infos=[split],
             filename_template=_TEMPLATE,
-            description="Conversations about pictures in LLaVA's format, checked by stf_jax.prepare.",
+            description="Conversations about images in LLaVA's format, checked by stf_jax.prepare.",
             check_data=False,
         )
         for name in ("features.json", INFO):

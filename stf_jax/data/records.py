@@ -1,6 +1,6 @@
 """Records by index: what every source of training data gives, and what makes one unfit to train on.
 
-A source is a random-access sequence (``len(source)``, ``source[index]``). Pictures are opened when they are asked for,
+A source is a random-access sequence (``len(source)``, ``source[index]``). Images are opened when they are asked for,
 so that conversations can be measured without them.
 """
 
@@ -12,7 +12,7 @@ import PIL.Image
 
 from stf_jax.config import UserError
 
-IMAGE_MARK = "<image>"  # where a picture stands in a conversation's text
+IMAGE_MARK = "<image>"  # where an image stands in a conversation's text
 REASONS = {
     "no_object": "a row that is no JSON object",
     "no_turns": "no list of turns under conversations or messages",
@@ -25,14 +25,14 @@ REASONS = {
     "no_text": "bytes that are not UTF-8, or half a character",
     "roles": "human and gpt do not alternate",
     "no_system": "a system text, for which the template has no place",
-    "mark_without_picture": f"more {IMAGE_MARK} than images",
-    "picture_without_mark": f"more images than {IMAGE_MARK}",
+    "mark_without_image": f"more {IMAGE_MARK} than images",
+    "image_without_mark": f"more images than {IMAGE_MARK}",
     "mark_in_answer": f"{IMAGE_MARK} in an answer or a system text",
     "empty_answer": "an answer without text",
     "no_answer": "no answer to learn",
     "over_length": "longer than a row of tokens",
     "over_estimate": "longer than a row of tokens, as estimated without --tokenizer",
-    "too_many_pictures": "more images than data.images_per_row",
+    "too_many_images": "more images than data.images_per_row",
     "url": "the image is a URL or a data: URI, not a path",
     "outside": "the image path leaves the folder",
     "missing": "the image file does not exist",
@@ -60,13 +60,13 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A conversation about no, one or several pictures; ``<image>`` stands in its text once for each.
+    """A conversation about no, one or several images; ``<image>`` stands in its text once for each.
 
-    Calling one of ``pictures`` opens it; what cannot be opened raises :class:`BadRow`.
+    Calling one of ``images`` opens it; what cannot be opened raises :class:`BadRow`.
     """
 
     id: str
-    pictures: tuple[Callable[[], PIL.Image.Image], ...]
+    images: tuple[Callable[[], PIL.Image.Image], ...]
     turns: tuple[Turn, ...]
     unread: tuple[str, ...] = ()  # what of its row was passed over (data/rows.py)
     document: bool = False  # its turns are read as they stand, whatever the template

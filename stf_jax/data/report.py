@@ -39,9 +39,9 @@ class Report:
         lines += [f"{count:,} rows with {key}, not read" for key, count in values.get("not_read", {}).items()]
         lines.append(f"{len(values['duplicate_ids']):,} ids stand on more than one row")
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in values["image_formats"].items())
-        lines.append(f"{values['images']:,} pictures" + (f" ({kinds})" if kinds else ""))
+        lines.append(f"{values['images']:,} images" + (f" ({kinds})" if kinds else ""))
         lines += _spread("tokens a conversation, " + values["tokens_are"], values["tokens"], values["token_histogram"])
-        lines += _spread("longer side of pictures, pixels", values["image_sides"], values["image_side_histogram"])
+        lines += _spread("longer side of images, pixels", values["image_sides"], values["image_side_histogram"])
         return "\n".join(lines)
 
 
@@ -58,7 +58,7 @@ def _spread(what, spread, histogram):
 
 
 def draw_histograms(tokens: np.ndarray, sizes: np.ndarray, path: epath.Path) -> None:
-    """A PNG of the lengths of conversations (int [R]) and of the pictures' widths and heights (int [M, 2], pixels)."""
+    """A PNG of the lengths of conversations (int [R]) and of the images' widths and heights (int [M, 2], pixels)."""
     from matplotlib.figure import Figure  # slow to import, and only wanted here
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
@@ -67,6 +67,6 @@ def draw_histograms(tokens: np.ndarray, sizes: np.ndarray, path: epath.Path) -> 
     left.set(title="Length of conversations", xlabel="tokens", ylabel="rows")
     if len(sizes):
         right.scatter(sizes[:, 0], sizes[:, 1], s=9, alpha=0.4, linewidths=0, color="#b0562a", rasterized=True)
-    right.set(title="Size of pictures", xlabel="width, pixels", ylabel="height, pixels")
+    right.set(title="Size of images", xlabel="width, pixels", ylabel="height, pixels")
     with path.open("wb") as file:
         figure.savefig(file, format="png", dpi=110)

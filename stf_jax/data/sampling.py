@@ -21,7 +21,7 @@ _GROUP = 32  # batches that are sorted by length together
 
 
 class PlannedRow(NamedTuple):
-    """A row: the conversations in it, the length it is filled up to, and its picture places."""
+    """A row: the conversations in it, the length it is filled up to, and its image places."""
 
     members: Sequence[int]
     length: int
@@ -31,7 +31,7 @@ class PlannedRow(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class _Epoch:
     rows: list[list[int]]  # a multiple of the batch size; the last may be empty
-    shapes: list[tuple[int, int]]  # length and picture places, a batch
+    shapes: list[tuple[int, int]]  # length and image places, a batch
 
 
 class Plan:
@@ -47,23 +47,23 @@ class Plan:
         seed: int,
         batch_size: int,
         lengths: np.ndarray,
-        pictures: np.ndarray,
+        image_counts: np.ndarray,
         sizes: Sequence[int],
     ):
         """
         Args:
           data: packing, grouping, mixing and the shape of rows.
           seed: of the order.
-          batch_size: rows a batch, over all hosts.
+          batch_size: rows per batch, over all hosts.
           lengths: int [R], tokens of each conversation, 0 for one that cannot be used.
-          pictures: int [R], pictures of each, at most ``data.images_per_row``.
+          image_counts: int [R], images of each, at most ``data.images_per_row``.
           sizes: conversations of each data set; the sets stand one after the other.
 
         Raises:
           UserError: weights that do not match the sets.
         """
         self._data, self._seed, self._batch = data, seed, batch_size
-        self._lengths, self._pictures = np.minimum(lengths, data.max_length), pictures
+        self._lengths, self._image_counts = np.minimum(lengths, data.max_length), image_counts
         self._shares, self._begins = _shares(data, sizes), np.cumsum([0, *sizes])
         self._buckets = _buckets(data, self._lengths)
         self._first = [0]  # row that each epoch begins with
@@ -91,7 +91,7 @@ class Plan:
         """Of all that the order depends on: two plans with the same one are the same."""
         keys = ("packing", "group_by_modality_length", "max_length", "images_per_row", "buckets", "mix", "mix_by")
         facts = repr((self._seed, self._batch, self._begins.tolist(), [getattr(self._data, key) for key in keys]))
-        arrays = self._lengths.astype(np.int64).tobytes() + self._pictures.astype(np.int64).tobytes()
+        arrays = self._lengths.astype(np.int64).tobytes() + self._image_counts.astype(np.int64).tobytes()
         return hashlib.sha256(facts.encode() + arrays).hexdigest()[:16]
 
     def _end(self, epoch):
@@ -112,8 +112,8 @@ class Plan:
         order = rng.permutation(self._members(epoch))
         data, batch = self._data, self._batch
         if data.packing:
-            lengths, pictures = self._lengths[order], self._pictures[order]
-            packed = best_fit(lengths, pictures, data.max_length, data.images_per_row)
+            lengths, image_counts = self._lengths[order], self._image_counts[order]
+            packed = best_fit(lengths, image_counts, data.max_length, data.images_per_row)
             rows = [order[packed[i]].tolist() for i in rng.permutation(len(packed))]
             rows += [[]] * (-len(rows) % batch)
             return _Epoch(rows, [(data.max_length, data.images_per_row)] * (len(rows) // batch))
@@ -123,19 +123,19 @@ class Plan:
         return _Epoch(rows, [self._shape(members) for members in batches])
 
     def _shape(self, members):
-        """The smallest of the buckets that holds a batch; no picture places where it has no picture."""
-        images = self._data.images_per_row if self._pictures[members].any() else 0
+        """The smallest of the buckets that holds a batch; no image places where it has no image."""
+        images = self._data.images_per_row if self._image_counts[members].any() else 0
         return int(self._buckets[np.searchsorted(self._buckets, self._lengths[members].max())]), images
 
     def _grouped(self, order, rng):
-        """Batches of like length, each all with pictures or all without.
+        """Batches of like length, each all with images or all without.
 
         The rule is LLaVA's: each kind is cut at random into groups, a group sorted by length and cut into batches, the
         batches shuffled, and what is left of both kinds comes last, together. There a group is a step, cut into the
         batches of its devices; here, where all devices of a step have one shape, it is many steps.
         """
         batches, left = [], []
-        for kind in (self._pictures[order] > 0, self._pictures[order] == 0):
+        for kind in (self._image_counts[order] > 0, self._image_counts[order] == 0):
             mine = order[kind]
             whole = len(mine) // self._batch * self._batch
             left.append(mine[whole:])

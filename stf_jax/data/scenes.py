@@ -4,7 +4,7 @@ Any record is made from (seed, split, index) alone, so the source has random acc
 kinds of question, chosen to show what merging tokens may lose: whether a thing exists, how many there are, an
 attribute of one, where one is or how two lie to each other, and what a short printed word says.
 
-Held-out pictures come from another seed, each shows a colour-and-shape pair that no training picture or text ever
+Held-out images come from another seed, each shows a colour-and-shape pair that no training image or text ever
 shows or names, and their words are never among the training words; only the letters are.
 """
 
@@ -63,7 +63,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a picture shows, in reading order; ``word`` may be empty."""
+    """What an image shows, in reading order; ``word`` may be empty."""
 
     things: tuple[Thing, ...]
     word: str
@@ -123,7 +123,7 @@ def _free_place(rng, boxes, radius, tries):
 
 
 def draw(scene: Scene, seed: int = 0) -> PIL.Image.Image:
-    """Renders a scene as an RGB picture of :data:`SIDE` pixels a side; ``seed`` is of its grain."""
+    """Renders a scene as an RGB image of :data:`SIDE` pixels a side; ``seed`` is of its grain."""
     scale = 3  # drawn larger, then reduced, for smooth edges
     image = PIL.Image.new("RGB", (SIDE * scale, SIDE * scale), scene.background)
     canvas = PIL.ImageDraw.Draw(image)
@@ -166,7 +166,7 @@ def draw_thing(
 
 
 def zone(x: int, y: int) -> str:
-    """The ninth of the picture that a point lies in: ``top left``, ``top``, …, ``center``, …"""
+    """The ninth of the image that a point lies in: ``top left``, ``top``, …, ``center``, …"""
     row = ("top", "", "bottom")[y * 3 // SIDE]
     column = ("left", "", "right")[x * 3 // SIDE]
     return f"{row} {column}".strip() or "center"
@@ -243,7 +243,7 @@ def _attribute(scene, rng, pairs):
 
 
 def _spatial(scene, rng, pairs):
-    """Where one thing is in the picture, or how two of them lie to each other."""
+    """Where one thing is in the image, or how two of them lie to each other."""
     del pairs
     unique = [t for t in scene.things if sum(o.pair == t.pair for o in scene.things) == 1]
     relations = []

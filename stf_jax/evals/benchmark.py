@@ -29,14 +29,14 @@ class Question:
     id: str | int  # ``question_id``, as the file has it; not always unique
     text: str  # what is asked, without ``<image>``
     # Opens the image (raises BadRow); None for a question of text alone. Equal ones open the same image.
-    picture: Callable[[], PIL.Image.Image] | None
+    image: Callable[[], PIL.Image.Image] | None
     prompt: str  # what an answer file records as the prompt
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # recorded with the answer
 
     def record(self) -> Record:
         """The conversation that ends with it."""
-        pictures = () if self.picture is None else (self.picture,)
-        return Record(str(self.id), pictures, (Turn("human", f"{IMAGE_MARK}\n" * len(pictures) + self.text),))
+        images = () if self.image is None else (self.image,)
+        return Record(str(self.id), images, (Turn("human", f"{IMAGE_MARK}\n" * len(images) + self.text),))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Benchmark(abc.ABC):
 
     def check_images(self) -> None:
         """Opens every image that is asked about once. Raises UserError that counts those that cannot be opened."""
-        images = dict.fromkeys(question.picture for question in self.questions if question.picture is not None)
+        images = dict.fromkeys(question.image for question in self.questions if question.image is not None)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             errors = list(
                 tqdm.tqdm(pool.map(_error, images), f"{self.name}: images", len(images), delay=2, leave=False)
@@ -135,7 +135,7 @@ class Benchmark(abc.ABC):
         """The first of those files or folders in the benchmark's folder that is there."""
         return next((self.folder / name for name in names if (self.folder / name).exists()), None)
 
-    def picture(self, folders: Sequence[str], image: str) -> Callable[[], PIL.Image.Image]:
+    def image_opener(self, folders: Sequence[str], image: str) -> Callable[[], PIL.Image.Image]:
         """Opens an image of the first of those folders that is there, or of the benchmark's own."""
         return ImageFile(self.find_any(*folders) or self.folder, image)
 
@@ -159,7 +159,7 @@ class Benchmark(abc.ABC):
 
     def question(self, row: dict[str, Any], *folders: str) -> Question:
         """The question of such a row, its image in the first of ``folders`` that is there."""
-        return Question(row["question_id"], row["text"], self.picture(folders, row["image"]), row["text"])
+        return Question(row["question_id"], row["text"], self.image_opener(folders, row["image"]), row["text"])
 
 
 def _error(image):

@@ -1,4 +1,4 @@
-"""MME: fourteen tasks, each picture with a question to be answered yes and one to be answered no (Fu et al., 2023)."""
+"""MME: fourteen tasks, each image with a question to be answered yes and one to be answered no (Fu et al., 2023)."""
 
 import collections
 import itertools
@@ -22,7 +22,7 @@ _REQUEST = "Please answer yes or no."  # ends MME's questions; LLaVA asks for a 
 
 
 class MME(Benchmark):
-    """LLaVA's ``llava_mme.jsonl`` with MME's labels, a text file a picture or, of its ``eval_tool``, a file a task."""
+    """LLaVA's ``llava_mme.jsonl`` with MME's labels, a text file an image or, of its ``eval_tool``, a file a task."""
 
     name = "mme"
     folders = ("MME", "mme")
@@ -44,9 +44,9 @@ class MME(Benchmark):
                 known = nearest(str(task), _PERCEPTION + _COGNITION)
                 raise UserError(f"{asked}, question {row['question_id']}: unknown category {task!r}; {known}")
             self._tasks[str(row["question_id"])] = task
-        for picture, count in collections.Counter(str(question.id) for question in self.questions).items():
+        for image, count in collections.Counter(str(question.id) for question in self.questions).items():
             if count != 2:
-                raise UserError(f"{asked}: {picture} has {count} of the two questions that a picture has.")
+                raise UserError(f"{asked}: {image} has {count} of the two questions that an image has.")
         self._labels = self._read_labels()
         missing = [question for question in self.questions if self._key(question) not in self._labels]
         if missing:
@@ -56,13 +56,13 @@ class MME(Benchmark):
             )
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
-        pictures = {}
+        images = {}
         for question, text in zip(self.questions, texts, strict=True):
             _, gold = self._labels[self._key(question)]
-            pictures.setdefault(str(question.id), []).append(says(text) == gold.lower())
+            images.setdefault(str(question.id), []).append(says(text) == gold.lower())
         by_task = {}
         for task in _PERCEPTION + _COGNITION:
-            pairs = [pair for picture, pair in pictures.items() if self._tasks[picture] == task]
+            pairs = [pair for image, pair in images.items() if self._tasks[image] == task]
             if pairs:
                 by_task[task] = _scores(pairs)
         return {
@@ -74,8 +74,8 @@ class MME(Benchmark):
     def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``mme_results/TASK.txt``, which MME's ``calculation.py`` takes.
 
-        A line is the name of the picture's label file (which LLaVA writes there), question, truth and answer, with tabs
-        between. That program takes every two lines for a picture's.
+        A line is the name of the image's label file (which LLaVA writes there), question, truth and answer, with tabs
+        between. That program takes every two lines for an image's.
         """
         folder = out / "mme_results"
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,13 +85,13 @@ class MME(Benchmark):
             line = "\t".join([f"{stem}.txt", *self._labels[key], re.sub(r"[\t\r\n]", " ", text)])
             tasks.setdefault(task, {}).setdefault(str(question.id), []).append(line + "\n")
         files = {task: folder / f"{task}.txt" for task in tasks}
-        for task, pictures in tasks.items():
+        for task, images in tasks.items():
             with new_text(files[task]) as file:
-                file.writelines(itertools.chain(*pictures.values()))
+                file.writelines(itertools.chain(*images.values()))
         return list(files.values())
 
     def first(self, count: int) -> None:
-        """Leaves the first ``count`` questions, and what else is asked about their pictures."""
+        """Leaves the first ``count`` questions, and what else is asked about their images."""
         kept = {str(question.id) for question in self.questions[:count]}
         self.questions = [question for question in self.questions if str(question.id) in kept]
 
@@ -100,10 +100,10 @@ class MME(Benchmark):
         return self._tasks[image], _stem(image), _bare(question.text)
 
     def _read_labels(self):
-        """Question in MME's words and its answer, Yes or No, by task, stem of the picture's name, and bare question."""
+        """Question in MME's words and its answer, Yes or No, by task, stem of the image's name, and bare question."""
         stems = {task: [] for task in self._tasks.values()}
-        for picture, task in self._tasks.items():
-            stems[task].append(_stem(picture))
+        for image, task in self._tasks.items():
+            stems[task].append(_stem(image))
         labels, files = {}, {}
         for task, own in stems.items():
             for file, number, stem, question, answer in self._lines(task, own):
@@ -117,7 +117,7 @@ class MME(Benchmark):
         return labels
 
     def _lines(self, task, stems):
-        """File, number of the line, stem of the picture's name, question and answer of a task's labels."""
+        """File, number of the line, stem of the image's name, question and answer of a task's labels."""
         folder = self.find_any(f"{_RELEASE}/{task}/questions_answers_YN", f"{_RELEASE}/{task}")
         there = {path.name for path in folder.iterdir()} if folder is not None and folder.is_dir() else set()
         texts = [(folder / f"{stem}.txt", stem) for stem in stems if f"{stem}.txt" in there]

@@ -1,4 +1,4 @@
-"""POPE: is there such a thing in the picture? Objects that are there, and others that are not (Li et al., 2023)."""
+"""POPE: is there such a thing in the image? Objects that are there, and others that are not (Li et al., 2023)."""
 
 import statistics
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _SHARES = ("f1", "accuracy", "precision", "recall", "yes_ratio")
 class POPE(Benchmark):
     """LLaVA's ``llava_pope_test.jsonl`` with POPE's ``coco/coco_pope_{random,popular,adversarial}.json``.
 
-    Labels are found by picture and question. POPE's newer files hold the questions in another order, and others; paired
+    Labels are found by image and question. POPE's newer files hold the questions in another order, and others; paired
     by place, as LLaVA's script does, they are wrong without a word.
     """
 

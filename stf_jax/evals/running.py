@@ -55,7 +55,7 @@ def evaluate(
       between: is called after each batch, on all hosts; what it raises ends the run there.
 
     Raises:
-      UserError: a picture cannot be opened; ``out`` holds another run's answers, or cannot be made.
+      UserError: an image cannot be opened; ``out`` holds another run's answers, or cannot be made.
     """
     active = jax.process_index() == 0
     protocol = _scoring(benchmark) | {"asking": generator.protocol(benchmark.questions[0].record())}
@@ -196,7 +196,7 @@ def _scoring(benchmark):
 
 
 def _hashes(files):
-    """Files with their hashes; of very many (MME's, one a picture), the number and one hash of all hashes."""
+    """Files with their hashes; of very many (MME's, one an image), the number and one hash of all hashes."""
     hashes = {str(file): sha256(file) for file in files}
     if len(files) > _LISTED:
         together = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()

@@ -88,7 +88,7 @@ class Scenes(Benchmark):
     name = "scenes"
     folders = ()
     tokens = 8  # the longest answer is a word spelt in letters, and its end
-    rule = "Right is the one gold word, letter case aside. Every question is asked of a blank picture, too."
+    rule = "Right is the one gold word, letter case aside. Every question is asked of a blank image, too."
     scored = True
     kinds = world_text.KINDS
 
@@ -104,7 +104,7 @@ class Scenes(Benchmark):
                 ("scene", asked.image),
                 ("blank", functools.partial(PIL.Image.new, "RGB", (SIDE, SIDE), _BLANK)),
             ):
-                about = {"kind": question.kind, "picture": shown, "truth": question.answer}
+                about = {"kind": question.kind, "shown": shown, "truth": question.answer}
                 if question.height:
                     about["height"] = question.height
                 self.questions.append(Question(f"{asked.index}/{question.kind}/{shown}", text, opens, text, about))

@@ -1,4 +1,4 @@
-"""ScienceQA: school science with a choice of answers, half of it about pictures (Lu et al., 2022); the test split."""
+"""ScienceQA: school science with a choice of answers, half of it about images (Lu et al., 2022); the test split."""
 
 import re
 import statistics
@@ -24,7 +24,7 @@ class ScienceQA(Benchmark):
     rule = (
         "An answer is the letter that it is, or that it begins with before a full stop and a space, or that follows "
         "the only 'The answer is' in it; it is right where that is the gold letter. image_accuracy is of the questions "
-        "with a picture."
+        "with an image."
     )
 
     def __init__(self, data: epath.Path):
@@ -46,16 +46,16 @@ class ScienceQA(Benchmark):
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         labels = self._labels[: len(self.questions)]
         right = [letter(text) == gold for text, gold in zip(texts, labels, strict=True)]
-        pictured = [own for own, question in zip(right, self.questions, strict=True) if question.picture is not None]
-        images = {"image_accuracy": statistics.fmean(pictured)} if pictured else {}
+        with_image = [own for own, question in zip(right, self.questions, strict=True) if question.image is not None]
+        images = {"image_accuracy": statistics.fmean(with_image)} if with_image else {}
         return {"accuracy": statistics.fmean(right)} | images
 
     def _question(self, row):
         text = _asked(row) + LETTER
         if row.get("image") is None:
             return Question(row["id"], text, None, text)
-        picture = self.picture(("images/test", "images"), row["image"])
-        return Question(row["id"], text, picture, f"{IMAGE_MARK}\n{text}")
+        image = self.image_opener(("images/test", "images"), row["image"])
+        return Question(row["id"], text, image, f"{IMAGE_MARK}\n{text}")
 
 
 def letter(text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""TextVQA: questions that text in the picture answers (Singh et al., 2019); validation, version 0.5.1."""
+"""TextVQA: questions that text in the image answers (Singh et al., 2019); validation, version 0.5.1."""
 
 import statistics
 from collections.abc import Sequence

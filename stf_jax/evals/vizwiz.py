@@ -17,7 +17,7 @@ _IMAGES = {"llava_test.jsonl": "test", "llava_val.jsonl": "val"}
 class VizWiz(Benchmark):
     """LLaVA's ``llava_test.jsonl``, or a ``llava_val.jsonl`` with VizWiz's own ``val.json``.
 
-    There is one question to each picture, so that its name tells which it is. VizWiz's ``test.json`` has no answers.
+    There is one question to each image, so that its name tells which it is. VizWiz's ``test.json`` has no answers.
     """
 
     name = "vizwiz"
@@ -30,7 +30,7 @@ class VizWiz(Benchmark):
         rows = self.rows(asked)
         self.questions = [self.question(row, _IMAGES[asked.name]) for row in rows]
         self._images = [row["image"] for row in rows]
-        # VizWiz gives both splits in one archive: the pictures tell which is asked about.
+        # VizWiz gives both splits in one archive: the images tell which is asked about.
         labels, file = max(
             (
                 (by_id(read_labels(file, image=str), "image", file), file)

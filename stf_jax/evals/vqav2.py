@@ -1,4 +1,4 @@
-"""VQAv2: open questions on COCO's pictures (Goyal et al., 2017); test-dev for the server, validation scored here."""
+"""VQAv2: open questions on COCO's images (Goyal et al., 2017); test-dev for the server, validation scored here."""
 
 import statistics
 from collections.abc import Sequence

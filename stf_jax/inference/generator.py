@@ -1,6 +1,6 @@
 """A model that answers: conversations in, texts out, batch by batch, on a mesh. What runs on devices is decoding.py.
 
-Axis letters: B rows, T positions of prompts, M pictures a row, G new tokens.
+Axis letters: B rows, T positions of prompts, M images per row, G new tokens.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ from stf_jax.training.state import blueprint
 
 GREEDY = Sampling()
 ROOM = 128  # slots for new tokens at first; they are doubled when they are full
-_THREADS = 2  # that open pictures ahead
+_THREADS = 2  # that open images ahead
 TEXT_ALONE = "the model has no vision tower and answers text alone: leave images out, or choose a model that has one."
 _Told = Callable[[int, str], None]
 
@@ -52,7 +52,7 @@ class Generator:
 
     Attributes:
       plan: the model's structure; :meth:`take` gives it weights.
-      slots: image tokens a picture in a prompt.
+      slots: image tokens per image in a prompt.
     """
 
     def __init__(self, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh, template: str, aspect: str):
@@ -93,16 +93,16 @@ class Generator:
         sampling: Sampling = GREEDY,
         told: _Told | None = None,
     ) -> Iterator[str]:
-        """Answers in the order of the records, a batch at a time; the next one's pictures are opened meanwhile.
+        """Answers in the order of the records, a batch at a time; the next one's images are opened meanwhile.
 
         Args:
           records: conversations that end with a question.
-          limit: new tokens an answer at most.
+          limit: new tokens per answer at most.
           rows: records at once; as many rows as the mesh wants are filled up.
           told: is called with the row in the batch and each piece of text as it is said; their sum is the answer.
 
         Raises:
-          BadRow: a picture cannot be opened, or a conversation does not fit the template or is over length.
+          BadRow: an image cannot be opened, or a conversation does not fit the template or is over length.
         """
         shards = row_shards(self._mesh)
         size = -(-min(rows, len(records)) // shards) * shards
@@ -136,21 +136,21 @@ class Generator:
         return how | {"precision": self.plan.precision, "weights": self._fingerprint, "first_prompt": prompt}
 
     def _ready(self, pool, records, size) -> tuple[list[Encoded], list[list[Future]], int]:
-        """Prompts of a batch of ``size`` rows, and the pictures of the rows that this host holds, on their way."""
+        """Prompts of a batch of ``size`` rows, and the images of the rows that this host holds, on their way."""
         prompts = [self._prompt(record) for record in records]
         mine = {
             row
             for (part,) in self._rows.addressable_devices_indices_map((size,)).values()
             for row in _range(part, size)
         }
-        pictures = [
-            [pool.submit(self._open, picture) if row in mine else None for picture in record.pictures]
+        pending = [
+            [pool.submit(self._open, image) if row in mine else None for image in record.images]
             for row, record in enumerate(records)
         ]
-        return prompts, pictures, size
+        return prompts, pending, size
 
     def _prompt(self, record):
-        if record.pictures and self._vision is None:
+        if record.images and self._vision is None:
             raise BadRow("no_vision", f"Record {record.id!r} shows an image, and {TEXT_ALONE}")
         prompt = encode(template_items(self._template, record), self._tokenizer, self.slots)
         check_ids(prompt, self._tokenizer, self._vocab, record.id)
@@ -159,14 +159,14 @@ class Generator:
             raise BadRow("over_length", sentence)
         return prompt
 
-    def _open(self, picture):
-        return to_square(picture(), self._vision, self._aspect)
+    def _open(self, image):
+        return to_square(image(), self._vision, self._aspect)
 
-    def _answer(self, prompts, pictures, size, limit, sampling, told):
+    def _answer(self, prompts, pending, size, limit, sampling, told):
         before = [""] * len(prompts)
         with computing(self._mesh, self.plan.precision):
             room = min(limit, ROOM)
-            state = self._prefill(room, self._weights, *self._arrays(prompts, pictures, size), sampling)
+            state = self._prefill(room, self._weights, *self._arrays(prompts, pending, size), sampling)
             while True:
                 count, done = int(state.count), np.asarray(state.done)
                 if told is not None:
@@ -193,10 +193,10 @@ class Generator:
         ends = np.flatnonzero(np.isin(tokens, self._stops))
         return self._tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens, skip_special_tokens=True).strip()
 
-    def _arrays(self, prompts, pictures, size):
-        most, side = max(map(len, pictures)), self._vision.image_size if self._vision else 1
-        # A row with fewer pictures than others has fewer tokens to drop, and is not to lose text for it.
-        spared = ((most - len(row)) * self._reduction.dropped for row in pictures)
+    def _arrays(self, prompts, pending, size):
+        most, side = max(map(len, pending)), self._vision.image_size if self._vision else 1
+        # A row with fewer images than others has fewer tokens to drop, and is not to lose text for it.
+        spared = ((most - len(row)) * self._reduction.dropped for row in pending)
         length = bucket(max(len(prompt.tokens) + more for prompt, more in zip(prompts, spared, strict=True)))
         tokens, slots = np.zeros((size, length), np.int32), np.full((size, length), -1, np.int32)
         lengths = np.zeros(size, np.int32)
@@ -209,7 +209,7 @@ class Generator:
             rows = list(_range(index[0], size))
             share = np.zeros((len(rows), most, side, side, 3), np.uint8)
             for i, row in enumerate(rows):
-                for j, future in enumerate(pictures[row] if row < len(pictures) else ()):
+                for j, future in enumerate(pending[row] if row < len(pending) else ()):
                     share[i, j] = future.result()
             return share
 

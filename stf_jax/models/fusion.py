@@ -21,7 +21,7 @@ to the language model's width by a 1×1 convolution: 24×24 = 576 tokens become 
 ``variant="paper"`` computes what their figure draws: a GELU after MBTF's second layer too, and in STF three
 convolutions, each with a GELU, the first of which keeps all k²·C values of a window (the paper calls this lossless).
 
-Axis letters: B pictures, P patches (a grid of g×g), N tokens out, C tower width, D language model width.
+Axis letters: B images, P patches (a grid of g×g), N tokens out, C tower width, D language model width.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ def _evenly(layers):
 
 
 def tokens_per_image(config: FusionConfig, grid: int) -> int:
-    """N, the image tokens that one picture of ``grid``×``grid`` patches becomes.
+    """N, the image tokens that one image of ``grid``×``grid`` patches becomes.
 
     Raises:
       UserError: the kernel does not divide the grid and ``pad_grid`` is off.

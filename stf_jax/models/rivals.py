@@ -13,7 +13,7 @@ All but token_packer read the deepest tap alone, the same for all, whichever blo
 compute what the authors' published programs do. What is 1024 channels wide there, as CLIP-L, is as wide as the tower
 here. ``init`` is how layers and convolutions start; norms, learned queries and positions start as the authors' do.
 
-Axis letters: B pictures, P patches (a grid of g×g), N tokens out, C tower width, M taps, D language model width,
+Axis letters: B images, P patches (a grid of g×g), N tokens out, C tower width, M taps, D language model width,
 H heads, Dh head size, L blocks.
 """
 

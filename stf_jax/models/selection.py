@@ -2,8 +2,8 @@
 
 **FastV** (arXiv 2403.06764, section 4) drops image tokens inside the decoder. After its layer K = 2 they are ranked by
 the attention that the prompt's last token pays to them in that layer, the mean over heads; all later layers, and their
-caches, hold the best of them and the text. What stays keeps its position. The authors' program knows one picture in a
-batch of one; here each row ranks the tokens of all its pictures together, and keeps as many as its pictures may.
+caches, hold the best of them and the text. What stays keeps its position. The authors' program knows one image in a
+batch of one; here each row ranks the tokens of all its images together, and keeps as many as its images may.
 
 **VisionZip** (arXiv 2412.04467, section 3) acts on the tower's states before a projector that reads them one by one.
 *Dominant* are the patches that get the most of the class token's attention, the mean over heads, in the deepest block
@@ -16,7 +16,7 @@ learned to read and which is left out here.
 
 **Random** keeps a sample of the patches, drawn once and the same for all images: the control that a method must beat.
 
-Axis letters: B rows or pictures, T positions, M pictures a row, N image tokens a picture, P patches, S tokens in the
+Axis letters: B rows or images, T positions, M images per row, N image tokens per image, P patches, S tokens in the
 tower (P, one more with a class token), C tower width, H heads, K kv heads, Dh head size.
 """
 
@@ -39,7 +39,7 @@ _CONTEXTUAL = 10 / 64  # of VisionZip's tokens
 
 @dataclasses.dataclass(frozen=True)
 class Reduction:
-    """What becomes of a picture's image tokens."""
+    """What becomes of an image's image tokens."""
 
     name: str  # "": nothing | one of REDUCTIONS
     tokens: int  # N, as the fusion gives them
@@ -47,7 +47,7 @@ class Reduction:
 
     @property
     def slots(self) -> int:
-        """Image tokens a picture in a prompt."""
+        """Image tokens per image in a prompt."""
         return self.tokens if self.name == "fastv" else self.keep
 
     @property
@@ -77,7 +77,7 @@ def reduction(config: ModelConfig) -> Reduction:
         raise UserError(f"reduce={name!r} is not known; {nearest(name, REDUCTIONS)}")
     keep = config.keep or max(1, tokens // 4)
     if not 1 <= keep <= tokens:
-        raise UserError(f"keep={keep} should be 1 to {tokens}, the image tokens that {fusion} makes of a picture.")
+        raise UserError(f"keep={keep} should be 1 to {tokens}, the image tokens that {fusion} makes of an image.")
     if name == "fastv" and llm_of(config).layers <= FULL_LAYERS:
         raise UserError(f"reduce=fastv acts after decoder layer {FULL_LAYERS}, and {config.llm} has no more.")
     if name != "fastv" and fusion not in _PER_PATCH:

@@ -3,7 +3,7 @@
 CLIP (arXiv 2103.00020): class token, layer norm before the blocks, quick-GELU, patches without bias.
 SigLIP (arXiv 2303.15343): no class token, no layer norm before the blocks, tanh-GELU, patches with bias.
 
-Axis letters: B pictures, P patches, S tokens in the tower (P, one more with a class token), D width, H heads.
+Axis letters: B images, P patches, S tokens in the tower (P, one more with a class token), D width, H heads.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class VisionConfig:
 
     @property
     def crops(self) -> bool:
-        """Whether the tower's own processor crops pictures to their centre, as CLIP's; SigLIP's squeezes them."""
+        """Whether the tower's own processor crops images to their centre, as CLIP's; SigLIP's squeezes them."""
         return self.class_token
 
     @property

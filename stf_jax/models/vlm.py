@@ -1,6 +1,6 @@
 """The whole model: vision tower, fusion, and a language model that reads image tokens among its text tokens.
 
-Axis letters: B rows, T positions, M pictures a row, N tokens a picture, D language model width, V vocabulary.
+Axis letters: B rows, T positions, M images per row, N tokens per image, D language model width, V vocabulary.
 """
 
 import jax
@@ -44,7 +44,7 @@ class VLM(nnx.Module):
         self.llm = Decoder(rngs, llm, attention=config.attention, **how)
 
     def image_tokens(self, images: jax.Array) -> jax.Array:
-        """Image tokens [B, M·N, D] of pictures uint8 [B, M, H, W, 3]."""
+        """Image tokens [B, M·N, D] of images uint8 [B, M, H, W, 3]."""
         batch, count = images.shape[:2]
         images = images.reshape(batch * count, *images.shape[2:])
         if self.reduction.name == "visionzip":
@@ -69,7 +69,7 @@ class VLM(nnx.Module):
         Args:
           tokens: int32 [B, T].
           image_slots: int32 [B, T], index into the row's image tokens, −1 for text.
-          image_tokens: [B, M·N, D], or None for rows without pictures.
+          image_tokens: [B, M·N, D], or None for rows without images.
 
         Returns:
           [B, T, D].
@@ -88,7 +88,7 @@ class VLM(nnx.Module):
         Args:
           tokens, image_slots: int32 [B, T], as :meth:`embed` takes them; beyond a prompt they are never looked at.
           lengths: int32 [B], of prompts; where image tokens are dropped in the decoder, a row has room besides for
-            those that it would drop of pictures, up to M, that it does not have.
+            those that it would drop of images, up to M, that it does not have.
           images: uint8 [B, M, H, W, 3]; M may be 0.
 
         Returns:
@@ -101,13 +101,13 @@ class VLM(nnx.Module):
         held, choose = lengths, None
         if self.reduction.dropped and images.shape[1]:
             image = image_slots >= 0
-            pictures = image.sum(1) // self.reduction.tokens
-            held = lengths - pictures * self.reduction.dropped
+            image_counts = image.sum(1) // self.reduction.tokens
+            held = lengths - image_counts * self.reduction.dropped
             length = tokens.shape[1] - images.shape[1] * self.reduction.dropped
 
             def choose(q, k):
                 paid = attention_paid(q, k, lengths)
-                return remaining(paid, image, lengths, pictures * self.reduction.keep, length)
+                return remaining(paid, image, lengths, image_counts * self.reduction.keep, length)
 
         hidden, cache = self.llm.prefill(x, positions, FULL_LAYERS, choose)
         return jnp.take_along_axis(hidden, jnp.maximum(held - 1, 0)[:, None, None], axis=1)[:, 0], cache, held
@@ -138,5 +138,5 @@ class VLM(nnx.Module):
 
 
 def slots_per_image(config: ModelConfig) -> int:
-    """Image tokens a picture in this model's prompts. Raises UserError as :class:`VLM` does."""
+    """Image tokens per image in this model's prompts. Raises UserError as :class:`VLM` does."""
     return reduction(config).slots

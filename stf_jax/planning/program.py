@@ -1,6 +1,6 @@
 """The programs that a run compiles, over abstract arrays: what `plan` looks at. Nothing is allocated.
 
-Axis letters: B rows, T positions, M pictures a row, K kv heads, S slots of a cache, Dh head size.
+Axis letters: B rows, T positions, M images per row, K kv heads, S slots of a cache, Dh head size.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Program:
     what: str  # train | prefill | decode
     rows: int  # B
     length: int  # T, or for decode S
-    pictures: int  # M
+    images: int  # M
     mesh: Mesh
     precision: str
     call: Callable
@@ -128,8 +128,8 @@ def _train(config, plan, mesh):
     def kept(trainable, frozen, batch):
         return jax.vjp(lambda tree: loss_sum(plan, tree, frozen, batch, config.data.packing), trainable)[1]
 
-    pictures = images.shape[1]
-    return Program("train", *shape, pictures, mesh, plan.precision, call, (layout, batch), parts, kept)
+    images_per_row = images.shape[1]
+    return Program("train", *shape, images_per_row, mesh, plan.precision, call, (layout, batch), parts, kept)
 
 
 def _ask(config, what, plan, mesh, rows):

@@ -54,7 +54,7 @@ def _program(config, program, devices):
         "mesh": dict(program.mesh.shape),
         "rows": program.rows,
         "positions": program.length,
-        "pictures": program.pictures,
+        "images": program.images,
         "memory_limit_bytes_per_device": limit,
     }
     counted = count(config, program.what, devices)
@@ -129,11 +129,11 @@ def count(config: TrainConfig, what: str, devices: list[jax.Device]) -> Counted:
 
 
 def _model_flops(config, program):
-    shape = program.rows, program.length, program.pictures
+    shape = program.rows, program.length, program.images
     if program.what == "train":
         return step_flops(config.model, config.rules, *shape).step
     if program.what == "decode":
-        return decode_flops(config.model, program.rows, program.length, program.pictures)
+        return decode_flops(config.model, program.rows, program.length, program.images)
     return prefill_flops(config.model, *shape).forward
 
 

@@ -18,7 +18,7 @@ def summary(found: Mapping[str, Any]) -> str:
     lines = [
         f"{found['what']} on {where}: {verdict}. At its peak a device needs {needed}, of {limit / _GIB:.2f} GiB.",
         *_about(found),
-        f"mesh {mesh}; {found['rows']} rows of {found['positions']} positions, {found['pictures']} images each",
+        f"mesh {mesh}; {found['rows']} rows of {found['positions']} positions, {found['images']} images each",
         "",
         table([_memory(found)]),
         "",

@@ -218,7 +218,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=_within(int, 0, 2**31 - 1),
         default=0,
         metavar="N",
-        help="image tokens a picture that --reduce leaves; a quarter",
+        help="image tokens per image that --reduce leaves; a quarter",
     )
     parser.add_argument(
         "--temperature", type=_within(float, 0, 100), default=0.0, help="0: the likeliest token (%(default)s)"

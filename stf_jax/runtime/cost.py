@@ -50,53 +50,55 @@ class Flops:
         return self.vision + self.fusion + self.llm + self.head
 
 
-def step_flops(model: ModelConfig, rules: tuple[tuple[str, str], ...], rows: int, length: int, pictures: int) -> Flops:
+def step_flops(
+    model: ModelConfig, rules: tuple[tuple[str, str], ...], rows: int, length: int, images_per_row: int
+) -> Flops:
     """What a training step costs, by the module's rules.
 
     Args:
       model: which model; its precision, remat and kernels change nothing.
       rules: which parameters learn, as in the config.
       rows: B, in the global batch, all microbatches together.
-      length: T, tokens a row.
-      pictures: M, a row.
+      length: T, tokens per row.
+      images_per_row: M.
 
     Raises:
       UserError: as :func:`stf_jax.training.state.blueprint` and :func:`stf_jax.training.state.trainable_paths` do.
     """
     shapes = blueprint(model).shapes
-    return _flops(_marks(model, _Walk(shapes, trainable_paths(rules, shapes)), rows, length, pictures))
+    return _flops(_marks(model, _Walk(shapes, trainable_paths(rules, shapes)), rows, length, images_per_row))
 
 
-def forward_flops(model: ModelConfig, rows: int, length: int, pictures: int) -> Flops:
+def forward_flops(model: ModelConfig, rows: int, length: int, images_per_row: int) -> Flops:
     """As :func:`step_flops` where nothing learns: ``step`` is the forward pass alone.
 
     With ``model.reduce`` it is what reading costs of prompts that fill T as :meth:`stf_jax.models.vlm.VLM.prefill` has
     it, but for the head.
     """
-    return _flops(_marks(model, _Walk(blueprint(model).shapes, ()), rows, length, pictures))
+    return _flops(_marks(model, _Walk(blueprint(model).shapes, ()), rows, length, images_per_row))
 
 
-def prefill_flops(model: ModelConfig, rows: int, length: int, pictures: int) -> Flops:
+def prefill_flops(model: ModelConfig, rows: int, length: int, images_per_row: int) -> Flops:
     """What reading prompts costs: as :func:`forward_flops`, with the head at one position a row."""
-    found = forward_flops(model, rows, length, pictures)
+    found = forward_flops(model, rows, length, images_per_row)
     head = found.head // length
     return dataclasses.replace(found, head=head, step=found.step - found.head + head)
 
 
-def fusion_flops(model: ModelConfig, pictures: int) -> tuple[int, int]:
+def fusion_flops(model: ModelConfig, images: int) -> tuple[int, int]:
     """Of the fusion alone: forward; and forward and backward, where it learns and nothing below it does."""
     shapes = blueprint(model).shapes
     learned = [path for path in shapes if path.startswith("fusion/")]
-    _, (before, _), (after, step), *_ = _marks(model, _Walk(shapes, learned), pictures, 1, 1)
+    _, (before, _), (after, step), *_ = _marks(model, _Walk(shapes, learned), images, 1, 1)
     return after - before, step - before
 
 
-def decode_flops(model: ModelConfig, rows: int, slots: int, pictures: int = 0) -> int:
+def decode_flops(model: ModelConfig, rows: int, slots: int, images_per_row: int = 0) -> int:
     """What one more token a row costs, which looks at so many slots of the cache, its own among them.
 
-    Where image tokens are dropped in the decoder, these are the first layers' slots, and some are of so many pictures.
+    Where image tokens are dropped in the decoder, these are the first layers' slots, and some are of so many images.
     """
-    llm, fewer = llm_of(model), pictures * reduction(model).dropped
+    llm, fewer = llm_of(model), images_per_row * reduction(model).dropped
     one = rows * 2 * 2 * llm.heads * llm.head_dim  # both products of a layer for one slot
     looks = llm.layers * slots - (llm.layers - FULL_LAYERS) * fewer
     return forward_flops(model, rows, 1, 0).forward - one * llm.layers // 2 + one * looks
@@ -107,10 +109,10 @@ def _flops(marks):
     return Flops(*(after - before for before, after in itertools.pairwise(ends)), step=marks[-1][1])
 
 
-def _marks(model, walk, rows, length, pictures):
+def _marks(model, walk, rows, length, images_per_row):
     """What was counted, forward and of a step, before the tower and after each part."""
     vision, llm, reduced = vision_of(model), llm_of(model), reduction(model)
-    images, marks = rows * pictures, [(0, 0)]
+    images, marks = rows * images_per_row, [(0, 0)]
     if images:
         walk.passes("vision/patch_embed", positions=images * vision.grid**2)
         walk.passes("vision/class_token", "vision/position_embed", "vision/pre_norm")
@@ -131,7 +133,7 @@ def _marks(model, walk, rows, length, pictures):
         _TOKENS.get(model.fusion.fusion, _each_token)(walk, _Places.of(model, vision.grid, images))
     marks.append((walk.forward, walk.step))
     walk.passes("llm/embedding")
-    fewer = pictures * reduced.dropped
+    fewer = images_per_row * reduced.dropped
     for layer in range(llm.layers):
         read = length if layer < FULL_LAYERS else length - fewer
         product = rows * read**2 * llm.heads * llm.head_dim  # 2·T²/2
@@ -149,7 +151,7 @@ def _marks(model, walk, rows, length, pictures):
 
 
 def _zipping(model, vision, keep):
-    """FLOPs of VisionZip's own products for a picture."""
+    """FLOPs of VisionZip's own products for an image."""
     patches, targets = vision.grid**2, contextual_tokens(keep)
     tokens, others = patches + vision.class_token, patches - keep
     asking = 1 if vision.class_token else tokens

@@ -86,14 +86,14 @@ def _measure(workdir: pathlib.Path, asked: list[str]) -> dict[str, Any]:
 def _first_token(generator, config):
     """Median seconds from a batch of questions to the first token of all answers; and the longest prompt's tokens.
 
-    The pictures are in memory already.
+    The images are in memory already.
     """
     (benchmark, *_) = open_benchmarks(config.eval.benchmarks, config.eval.data, config.eval.limit)
     records = []
     for question in benchmark.questions[: config.eval.batch]:
         record = question.record()
-        opened = [picture() for picture in record.pictures]
-        records.append(dataclasses.replace(record, pictures=tuple(lambda x=x: x for x in opened)))
+        opened = [image() for image in record.images]
+        records.append(dataclasses.replace(record, images=tuple(lambda x=x: x for x in opened)))
     seconds = []
     for _ in range(_ANSWERS + 1):  # the first one compiles
         begin = time.perf_counter()

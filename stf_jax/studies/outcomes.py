@@ -71,9 +71,9 @@ def _right(folder):
     for line in lines:
         about = line["metadata"]
         hit = 100.0 * (line["text"].lower() == about["truth"].lower())
-        for kind in (BLANK,) if about["picture"] == "blank" else (ALL, about["kind"]):
+        for kind in (BLANK,) if about["shown"] == "blank" else (ALL, about["kind"]):
             right.setdefault(kind, []).append(hit)
-        if about.get("height") and about["picture"] != "blank":
+        if about.get("height") and about["shown"] != "blank":
             by_height.setdefault(about["height"], []).append(hit)
     return (
         {kind: np.array(right[kind]) for kind in (ALL, *KINDS, BLANK) if kind in right},

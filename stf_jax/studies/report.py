@@ -227,7 +227,7 @@ _COSTS = {
     "image_tokens": ("image tokens", "{}"),
     "fusion_parameters": ("fusion's parameters", "{:,}"),
     "step_gflops": ("GFLOP a step", "{:.2f}"),
-    "step_ms": ("ms a step", "{:.0f}"),
+    "step_ms": ("ms per step", "{:.0f}"),
     "step_mib": ("MiB a step", "{:.0f}"),
     "prefill_gflops": ("GFLOP a prompt", "{:.3f}"),
     "first_token_ms": ("ms to first tokens", "{:.0f}"),

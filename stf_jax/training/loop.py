@@ -123,7 +123,7 @@ def _train(config, workdir, measured, ends):
     watchdog.comes_to("the weights were read")
     rows = jax.sharding.NamedSharding(mesh, BATCH)
     train_step = make_train_step(config, plan, tx, layout)
-    programs, flops = {}, {}  # by length and pictures of a row
+    programs, flops = {}, {}  # by length and images of a row
 
     def measure(step, params):
         def between():

@@ -36,7 +36,7 @@ class Description:
     llm: LLMConfig | None
     fusion: FusionConfig | None
     template: str = "v1"  # conversations, as config.data.template
-    aspect: str = "square"  # pictures, as config.data.aspect
+    aspect: str = "square"  # images, as config.data.aspect
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes ``model.json``."""

@@ -48,7 +48,7 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit
       checkpoint: workdir of a run, or a folder of imported weights.
       export: folder that ``convert export --format=hf`` wrote; the code in it is run.
       questions: how many.
-      limit: new tokens an answer at most.
+      limit: new tokens per answer at most.
 
     Raises:
       UserError: a folder that cannot be read; an export whose prompts are not those of training in every way that
@@ -78,7 +78,7 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit
     pairs = []
     for question, answer in zip(tqdm.tqdm(asked, "PyTorch", unit="question"), ours, strict=True):
         inputs = processor.apply_chat_template(
-            _turns(question.text, question.picture()),
+            _turns(question.text, question.image()),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -106,7 +106,7 @@ def check_prompts(checkpoint: epath.Path, processor: Any, asked: Sequence[Questi
     records.append(Record("text alone", (), (Turn("human", asked[0].text),)))
     texts = [question.text for question in asked] + [asked[0].text]
     for record, text in zip(records, texts, strict=True):
-        images = [picture() for picture in record.pictures]
+        images = [image() for image in record.images]
         prompt = encode(template_items(saved.description.template, record), tokenizer, slots)
         ours = np.where(prompt.is_image, processor.image_token_id, prompt.tokens).tolist()
         for way, theirs in _prompts(processor, _turns(text, *images), images, slots).items():

@@ -62,10 +62,10 @@ def chat(request):
     return template, request.getfixturevalue(kind)
 
 
-def record(*texts, pictures=0, first="human"):
+def record(*texts, images=0, first="human"):
     speakers = ("human", "gpt") if first == "human" else ("gpt", "human")
     turns = tuple(Turn(speakers[i % 2], text) for i, text in enumerate(texts))
-    return Record("row-7", (None,) * pictures, turns)
+    return Record("row-7", (None,) * images, turns)
 
 
 def encoded(template, row, tokenizer, slots=SLOTS):
@@ -91,16 +91,16 @@ def learned_texts(result, tokenizer, template="v1"):
 # ---- v1 --------------------------------------------------------------------------------------------------------------
 
 CONVERSATIONS = {
-    "one round": record("<image>\nWhat is this?", "A cat.", pictures=1),
-    "picture last": record("What is this?\n<image>", "A cat.", pictures=1),
-    "picture in the midst": record("What is <image> this?", "A cat.", pictures=1),
-    "rounds": record("<image>\nWhat?", "A cat.", "Which color?", "Black and white.", "Sure?", "Yes", pictures=1),
-    "picture later": record("Hello", "Hi! How can I help?", "<image>\nWhat is this?", "A cat.", pictures=1),
-    "pictures": record("<image>\n<image>\nSame?", "No.", "And <image>?", "Also no", pictures=3),
+    "one round": record("<image>\nWhat is this?", "A cat.", images=1),
+    "image last": record("What is this?\n<image>", "A cat.", images=1),
+    "image in the midst": record("What is <image> this?", "A cat.", images=1),
+    "rounds": record("<image>\nWhat?", "A cat.", "Which color?", "Black and white.", "Sure?", "Yes", images=1),
+    "image later": record("Hello", "Hi! How can I help?", "<image>\nWhat is this?", "A cat.", images=1),
+    "images": record("<image>\n<image>\nSame?", "No.", "And <image>?", "Also no", images=3),
     "text": record("Write a haiku.", "An old silent pond\nA frog jumps into the pond\nSplash! Silence again."),
-    "unicode": record("¿Qué es esto?\n<image>", "Ein Straßenschild — 日本 🤗", pictures=1),
-    "no question": record("<image>\n", "A cat.", " <image> ", "A dog.", pictures=2),
-    "begun by gpt": record("Good day.", "What is <image>?", "A dog", first="gpt", pictures=1),
+    "unicode": record("¿Qué es esto?\n<image>", "Ein Straßenschild — 日本 🤗", images=1),
+    "no question": record("<image>\n", "A cat.", " <image> ", "A dog.", images=2),
+    "begun by gpt": record("Good day.", "What is <image>?", "A dog", first="gpt", images=1),
 }
 
 
@@ -148,7 +148,7 @@ def test_v1(name, tokenizer):
     answers = [turn.text for turn in turns if turn.speaker == "gpt"]
     assert [text.strip() for text in learned_texts(result, tokenizer)] == answers
     assert result.tokens.tolist().count(tokenizer.bos_token_id) == 1
-    assert result.is_image.sum() == SLOTS * len(row.pictures)
+    assert result.is_image.sum() == SLOTS * len(row.images)
     assert not (result.is_image & result.learned).any()
 
 
@@ -188,7 +188,7 @@ def llava_v1(turns, model, bare=None):
 
 
 # LLaVA knows one image a turn.
-@pytest.mark.parametrize("name", sorted(CONVERSATIONS.keys() - {"pictures", "begun by gpt"}))
+@pytest.mark.parametrize("name", sorted(CONVERSATIONS.keys() - {"images", "begun by gpt"}))
 def test_v1_is_what_llava_trains_on(name, sentencepiece_model, llama):
     model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     tokens, labels = llava_v1(CONVERSATIONS[name].turns, model)
@@ -229,7 +229,7 @@ def test_v1_of_a_tokenizer_that_is_not_legacy(source, sentencepiece_model, vicun
             (tmp_path / "tokenizer.json").write_text(json.dumps(values))
             (tmp_path / "tokenizer.model").unlink()
         tokenizer = load_tokenizer(str(tmp_path))
-    for name in CONVERSATIONS.keys() - {"pictures", "begun by gpt"}:
+    for name in CONVERSATIONS.keys() - {"images", "begun by gpt"}:
         row = CONVERSATIONS[name]
         tokens, labels = llava_v1(row.turns, model, bare)
         ours = encoded("v1", row, tokenizer, slots=1)
@@ -255,13 +255,13 @@ def llava_plain(turns, model):
     ("template", "row"),
     [
         ("v1", CONVERSATIONS["rounds"]),
-        ("v1", CONVERSATIONS["picture later"]),
+        ("v1", CONVERSATIONS["image later"]),
         ("v1", CONVERSATIONS["text"]),
-        ("plain", record("<image>\nDescribe.", "select luxury furniture, in Straße 東京", pictures=1)),
+        ("plain", record("<image>\nDescribe.", "select luxury furniture, in Straße 東京", images=1)),
     ],
 )
 def test_what_is_too_long_is_cut_as_llava_cuts_it(template, row, sentencepiece_model, llama):
-    """LLaVA puts SLOTS places for each picture into ids and labels, then cuts both; labels are shifted in the loss."""
+    """LLaVA puts SLOTS places for each image into ids and labels, then cuts both; labels are shifted in the loss."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     pairs = zip(*{"v1": llava_v1, "plain": llava_plain}[template](row.turns, model), strict=True)
     theirs = [pair for token, label in pairs for pair in [(token, label)] * (SLOTS if token == -200 else 1)]
@@ -269,8 +269,8 @@ def test_what_is_too_long_is_cut_as_llava_cuts_it(template, row, sentencepiece_m
     assert len(ours.tokens) == len(theirs)
     for length in range(1, len(theirs) + 1):
         tokens, labels = map(list, zip(*theirs[:length], strict=True))
-        picture_is_cut = any(token == -200 for token, _ in theirs[length:])
-        if picture_is_cut or set(labels[1:]) <= {-100}:
+        image_is_cut = any(token == -200 for token, _ in theirs[length:])
+        if image_is_cut or set(labels[1:]) <= {-100}:
             with pytest.raises(BadRow, match=r"^Record 'row-7' .* beyond data\.max_length") as e:
                 to_example(ours, np.zeros((0, 2, 2, 3), np.uint8), length, "row-7")
             assert e.value.reason == "over_length"
@@ -286,14 +286,14 @@ def test_what_is_too_long_is_cut_as_llava_cuts_it(template, row, sentencepiece_m
 def test_white_space_at_the_ends_of_turns_is_left_out(template, llama):
     """Unlike LLaVA's, which keeps it in answers and in turns without an image."""
     spaced, bare = (
-        record("<image>\n What? ", "\n A cat. \n", pictures=1),
-        record("<image>\nWhat?", "A cat.", pictures=1),
+        record("<image>\n What? ", "\n A cat. \n", images=1),
+        record("<image>\nWhat?", "A cat.", images=1),
     )
     assert encoded(template, spaced, llama).tokens.tolist() == encoded(template, bare, llama).tokens.tolist()
 
 
 def test_v1_reads_as_vicuna_was_trained(miniature):
-    row = record("<image>\nWhat is this?", "Cat", "What color?", "Black and white", pictures=1)
+    row = record("<image>\nWhat is this?", "Cat", "What color?", "Black and white", images=1)
     result = encoded("v1", row, miniature, slots=1)
     assert miniature.decode(result.tokens) == (
         "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
@@ -304,8 +304,8 @@ def test_v1_reads_as_vicuna_was_trained(miniature):
 
 
 def test_a_conversation_that_ends_with_a_question_is_a_prompt(tokenizer):
-    whole = encoded("v1", record("<image>\nWhat?", "A cat.", "Sure?", "Yes", pictures=1), tokenizer)
-    prompt = encoded("v1", record("<image>\nWhat?", "A cat.", "Sure?", pictures=1), tokenizer)
+    whole = encoded("v1", record("<image>\nWhat?", "A cat.", "Sure?", "Yes", images=1), tokenizer)
+    prompt = encoded("v1", record("<image>\nWhat?", "A cat.", "Sure?", images=1), tokenizer)
     answer = len(ids(tokenizer, "USER: Sure? ASSISTANT: Yes")) - len(ids(tokenizer, "USER: Sure? ASSISTANT:"))
     assert prompt.tokens.tolist() == whole.tokens[: -answer - 1].tolist()
     assert prompt.learned.tolist() == whole.learned[: -answer - 1].tolist()
@@ -313,8 +313,8 @@ def test_a_conversation_that_ends_with_a_question_is_a_prompt(tokenizer):
 
 
 def test_an_instruction_without_its_caption_is_a_prompt(tokenizer):
-    whole = encoded("plain", record("Describe.\n<image>", "A cat.", pictures=1), tokenizer)
-    prompt = encoded("plain", record("Describe.\n<image>", pictures=1), tokenizer)
+    whole = encoded("plain", record("Describe.\n<image>", "A cat.", images=1), tokenizer)
+    prompt = encoded("plain", record("Describe.\n<image>", images=1), tokenizer)
     assert prompt.tokens.tolist() == whole.tokens[: len(prompt.tokens)].tolist()
     assert not prompt.learned.any()
     assert whole.learned[len(prompt.tokens) :].all()
@@ -327,7 +327,7 @@ def test_tokenizers_begin_and_end_texts_as_they_like(miniature, processor, first
     special = [("<s>", 1), ("</s>", 2)]
     backend.post_processor = processor and processors.TemplateProcessing(single=processor, special_tokens=special)
     other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>")
-    row = record("<image>\nWhat?", "A cat.", pictures=1)
+    row = record("<image>\nWhat?", "A cat.", images=1)
     expected = encoded("v1", row, miniature)
     assert encoded("v1", row, other).tokens.tolist() == first + expected.tokens[1:].tolist()
 
@@ -384,8 +384,8 @@ def published_llama_3(texts, tokenizer, slots=SLOTS):
     """The format as Meta prints it."""
     said = "<|begin_of_text|>"
     for i, text in enumerate(texts):
-        pictures = "<image>\n" * text.count("<image>")
-        text = pictures + text.replace("<image>", "").strip()
+        images = "<image>\n" * text.count("<image>")
+        text = images + text.replace("<image>", "").strip()
         said += f"<|start_header_id|>{('user', 'assistant')[i % 2]}<|end_header_id|>\n\n{text}<|eot_id|>"
     if len(texts) % 2:
         said += "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -398,7 +398,7 @@ PIRATE = "You are a pirate.\n Speak so."
 
 def told(row, text=f" {PIRATE}\n"):
     """The same record with a system text of its own."""
-    return Record(row.id, row.pictures, (Turn("system", text), *row.turns))
+    return Record(row.id, row.images, (Turn("system", text), *row.turns))
 
 
 @pytest.mark.parametrize("name", WORDS)
@@ -433,7 +433,7 @@ def test_a_system_text_is_said_as_each_template_says_it(name, llama, llama_3, sm
 
 def test_a_system_text_is_not_learned_and_an_empty_one_is_none(chat):
     template, tokenizer = chat
-    row = record("<image>\nWhat?", "A cat.", "Sure?", "Yes", pictures=1)
+    row = record("<image>\nWhat?", "A cat.", "Sure?", "Yes", images=1)
     plainly, pirate = encoded(template, row, tokenizer), encoded(template, told(row), tokenizer)
     assert pirate.tokens[pirate.learned].tolist() == plainly.tokens[plainly.learned].tolist()
     assert PIRATE in tokenizer.decode(pirate.tokens[~pirate.learned])
@@ -442,22 +442,22 @@ def test_a_system_text_is_not_learned_and_an_empty_one_is_none(chat):
 
 
 PICTURED = {
-    "picture": ("<image>\nWhat?", "A cat."),
-    "pictures": ("<image>\n<image>\nSame?", "No.", "And <image>?", "Also no"),
+    "image": ("<image>\nWhat?", "A cat."),
+    "images": ("<image>\n<image>\nSame?", "No.", "And <image>?", "Also no"),
 }
 
 
 @pytest.mark.parametrize("name", [*WORDS, *PICTURED])
 def test_llama_3_is_what_is_published(name, llama_3):
     texts = (WORDS | PICTURED)[name]
-    ours = encoded("llama-3", record(*texts, pictures="".join(texts).count("<image>")), llama_3)
+    ours = encoded("llama-3", record(*texts, images="".join(texts).count("<image>")), llama_3)
     theirs = published_llama_3(texts, llama_3)
     assert [None if image else token for token, image in zip(ours.tokens, ours.is_image, strict=True)] == theirs
 
 
 def test_how_each_template_reads(chat):
     template, tokenizer = chat
-    row = record("<image>\n<image>\nSame?", "No.", "And <image>?", "Also no", pictures=3)
+    row = record("<image>\n<image>\nSame?", "No.", "And <image>?", "Also no", images=3)
     result = encoded(template, row, tokenizer, slots=1)
     tokens = np.where(result.is_image, ids(tokenizer, "*")[-1], result.tokens)
     expected = {
@@ -506,7 +506,7 @@ def test_a_template_needs_its_control_tokens(miniature, llama, llama_3, smollm2)
 @pytest.mark.parametrize("instruction", ["<image>\nDescribe.", "Render a summary of the photo.\n<image>", "<image>"])
 @pytest.mark.parametrize("caption", ["select luxury furniture", "  olive oil .\n", "Straße in 東京"])
 def test_plain(instruction, caption, tokenizer):
-    result = encoded("plain", record(instruction, caption, pictures=1), tokenizer)
+    result = encoded("plain", record(instruction, caption, images=1), tokenizer)
     said = ids(tokenizer, caption.strip() + "\n")
     end = tokenizer.eos_token_id
     assert result.tokens.tolist() == [tokenizer.bos_token_id] + [end] * SLOTS + said
@@ -515,12 +515,12 @@ def test_plain(instruction, caption, tokenizer):
     assert tokenizer.decode(result.tokens[result.learned]) == caption.strip() + "\n"
 
 
-def test_plain_with_several_pictures(tokenizer):
-    result = encoded("plain", record("<image><image>\nCompare.", "Alike", pictures=2), tokenizer)
+def test_plain_with_several_images(tokenizer):
+    result = encoded("plain", record("<image><image>\nCompare.", "Alike", images=2), tokenizer)
     assert result.is_image.tolist() == [False] + [True] * 2 * SLOTS + [False] * len(ids(tokenizer, "Alike\n"))
 
 
-def test_plain_without_a_picture_is_a_document(tokenizer):
+def test_plain_without_a_image_is_a_document(tokenizer):
     result = encoded("plain", record("Once upon a time", " there was a cat."), tokenizer)
     said = ids(tokenizer, "Once upon a time there was a cat.")
     assert result.tokens.tolist() == [tokenizer.bos_token_id, *said]
@@ -531,7 +531,7 @@ def test_plain_without_a_picture_is_a_document(tokenizer):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_document_is_read_as_it_stands_with_its_images_whatever_the_template(template, tokenizer):
-    row = record("Look: <image> It\nred:", " yes\n", "blue:", " no\n", pictures=1)
+    row = record("Look: <image> It\nred:", " yes\n", "blue:", " no\n", images=1)
     result = encoded(template, dataclasses.replace(row, document=True), tokenizer)
     end, first = tokenizer.eos_token_id, ids(tokenizer, "Look: ")
     rest = ids(tokenizer, " It\nred: yes\nblue: no\n")
@@ -553,16 +553,16 @@ def test_a_document_is_read_as_it_stands_with_its_images_whatever_the_template(t
         ("v1", Record("row-7", (), 2 * (Turn("system", "a"),)), r"turn 2 is by 'system'"),
         ("v1", Record("row-7", (), (Turn("system", "<image>"), Turn("human", "b"))), r"turn 1 is a system text that"),
         ("plain", Record("row-7", (), (Turn("system", "a"), Turn("gpt", "b"))), r"'plain' has no place for a system"),
-        ("v1", record("What?", "A <image>.", pictures=1), r"turn 2 is an answer that holds <image>"),
+        ("v1", record("What?", "A <image>.", images=1), r"turn 2 is an answer that holds <image>"),
         ("v1", record("<image> What?", "A cat."), r"has 0 images but 1 <image> marks"),
-        ("v1", record("What?", "A cat.", pictures=1), r"has 1 images but 0 <image> marks"),
-        ("v1", record("<image> What?", "A cat.", pictures=2), r"has 2 images but 1 <image> marks"),
-        ("v1", record("<image>Hi", "<image>What?", "A cat.", first="gpt", pictures=2), r"2 images but 1 <image>"),
+        ("v1", record("What?", "A cat.", images=1), r"has 1 images but 0 <image> marks"),
+        ("v1", record("<image> What?", "A cat.", images=2), r"has 2 images but 1 <image> marks"),
+        ("v1", record("<image>Hi", "<image>What?", "A cat.", first="gpt", images=2), r"2 images but 1 <image>"),
         ("plain", record("<image>", "A cat."), r"has 0 images but 1 <image> marks"),
-        ("plain", record("Describe.", "A cat.", pictures=1), r"has 1 images but 0 <image> marks"),
-        ("plain", record("<image>", "A cat.", "Sure?", "Yes", pictures=1), r"one instruction and one caption"),
-        ("plain", record("<image>", "A cat.", "Sure?", pictures=1), r"one instruction and one caption"),
-        ("plain", record("A cat.", "<image>", first="gpt", pictures=1), r"one instruction and one caption"),
+        ("plain", record("Describe.", "A cat.", images=1), r"has 1 images but 0 <image> marks"),
+        ("plain", record("<image>", "A cat.", "Sure?", "Yes", images=1), r"one instruction and one caption"),
+        ("plain", record("<image>", "A cat.", "Sure?", images=1), r"one instruction and one caption"),
+        ("plain", record("A cat.", "<image>", first="gpt", images=1), r"one instruction and one caption"),
     ],
 )
 def test_a_record_that_does_not_fit_is_named(template, row, sentence):
@@ -598,7 +598,7 @@ NASTY = (
 TEXTS = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(NASTY)), max_size=5).map("".join)
 SPECIAL = ("<s>", "</s>", "<unk>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 SPECIAL += ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "[INST]", "[/INST]", "<<SYS>>")
-# What cannot be told apart afterwards: a picture's mark, and SentencePiece's own mark of a space.
+# What cannot be told apart afterwards: an image's mark, and SentencePiece's own mark of a space.
 ORDINARY = TEXTS.filter(lambda text: not any(mark in text for mark in ("<image>", "\u2581")))
 NAMES = st.lists(st.one_of(TEXTS, st.sampled_from(SPECIAL)), max_size=4).map("".join)
 NAMES = NAMES.filter(lambda text: not any(mark in text for mark in ("<image>", "\u2581")))
@@ -624,15 +624,15 @@ def test_exactly_the_answers_and_their_ends_are_learned(chat, rounds):
     """Names of special tokens in them are text like any other."""
     template, tokenizer = chat
     texts = [t for question, answer, images in rounds for t in ("<image>" * images + question, answer)]
-    pictures = sum(images for *_, images in rounds)
-    items = template_items(template, record(*texts, pictures=pictures))
+    count = sum(images for *_, images in rounds)
+    items = template_items(template, record(*texts, images=count))
     result = encode(items, tokenizer, SLOTS)
     assert len(result.tokens) == len(result.learned) == len(result.is_image)
     said = [text.removeprefix(" ") for text in learned_texts(result, tokenizer, template)]
     assert said == [sayable(answer, tokenizer) for _, answer, _ in rounds]
     found, expected = special_counts(result, items, tokenizer)
     assert found == expected
-    assert result.is_image.sum() == SLOTS * pictures
+    assert result.is_image.sum() == SLOTS * count
     assert not (result.is_image & result.learned).any()
     # All text is there, and in order.
     rest = tokenizer.decode(result.tokens[~result.learned & ~result.is_image])
@@ -645,7 +645,7 @@ def test_exactly_the_answers_and_their_ends_are_learned(chat, rounds):
 @given(caption=ORDINARY)
 @PLENTY
 def test_exactly_the_caption_is_learned(tokenizer, caption):
-    result = encoded("plain", record("<image>\nDescribe.", caption, pictures=1), tokenizer)
+    result = encoded("plain", record("<image>\nDescribe.", caption, images=1), tokenizer)
     assert tokenizer.decode(result.tokens[result.learned]).removeprefix(" ") == caption.strip() + "\n"
     assert not result.learned[: 1 + SLOTS].any()
     assert result.learned[1 + SLOTS :].all()

@@ -1,4 +1,4 @@
-"""Pictures to squares, against transformers' own processors of CLIP, SigLIP and LLaVA; files good and bad."""
+"""Images to squares, against transformers' own processors of CLIP, SigLIP and LLaVA; files good and bad."""
 
 import dataclasses
 import io
@@ -40,7 +40,7 @@ SIZES = [
 
 
 def noise(mode, size, seed=0):
-    """A picture of that mode with something different everywhere; ``P transparent`` is P with colours seen through."""
+    """An image of that mode with something different everywhere; ``P transparent`` is P with colours seen through."""
     width, height = size
     rng = np.random.default_rng(seed)
     if mode.startswith("P"):
@@ -58,7 +58,7 @@ def noise(mode, size, seed=0):
     return PIL.Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels, mode=mode)
 
 
-def theirs(processor, picture, config):
+def theirs(processor, image, config):
     size = config.image_size
     square = {"height": size, "width": size}
     how = {"size": square}
@@ -66,7 +66,7 @@ def theirs(processor, picture, config):
         how = {"size": {"shortest_edge": size}, "crop_size": square, "do_pad": processor is LlavaImageProcessorPil}
     # A mean as CLIP's own or SigLIP's is, for the padding alone.
     how |= {"resample": PIL.Image.Resampling.BICUBIC, "do_normalize": False, "image_mean": config.mean}
-    (pixels,) = processor(**how)(picture, return_tensors="np")["pixel_values"]
+    (pixels,) = processor(**how)(image, return_tensors="np")["pixel_values"]
     return pixels.transpose(1, 2, 0) * 255
 
 
@@ -83,49 +83,49 @@ CASES = {  # tower, aspect, transformers' processor
 @pytest.mark.parametrize("size", SIZES, ids="{0[0]}x{0[1]}".format)
 def test_geometry(case, size):
     config, aspect, processor = CASES[case]
-    picture = noise("RGB", size)
-    ours = to_square(picture, config, aspect)
+    image = noise("RGB", size)
+    ours = to_square(image, config, aspect)
     assert (ours.shape, ours.dtype) == ((57, 57, 3), np.uint8)
-    np.testing.assert_allclose(ours, theirs(processor, picture, config), atol=1)
+    np.testing.assert_allclose(ours, theirs(processor, image, config), atol=1)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mode", ["L", "P", "P transparent", "RGBA", "LA", "1", "I;16", "CMYK"])
 def test_modes(case, mode):
     config, aspect, processor = CASES[case]
-    picture = noise(mode, (83, 61))
-    ours = to_square(picture, config, aspect)
-    np.testing.assert_allclose(ours, theirs(processor, picture, config), atol=1)
+    image = noise(mode, (83, 61))
+    ours = to_square(image, config, aspect)
+    np.testing.assert_allclose(ours, theirs(processor, image, config), atol=1)
     if mode in ("L", "1", "LA", "I;16") and aspect == "square":
         assert (ours == ours[..., :1]).all()
 
 
 def test_what_is_transparent_is_white():
-    picture = PIL.Image.new("RGBA", (2, 1), (200, 0, 100, 0))
-    picture.putpixel((1, 0), (200, 0, 100, 255))
-    assert np.asarray(to_rgb(picture)).tolist() == [[[255, 255, 255], [200, 0, 100]]]
+    image = PIL.Image.new("RGBA", (2, 1), (200, 0, 100, 0))
+    image.putpixel((1, 0), (200, 0, 100, 255))
+    assert np.asarray(to_rgb(image)).tolist() == [[[255, 255, 255], [200, 0, 100]]]
 
 
 def test_at_clip_size():
-    picture = noise("RGB", (640, 427))
+    image = noise("RGB", (640, 427))
     for aspect, processor in PROCESSORS.items():
-        ours = to_square(picture, CLIP, aspect)
+        ours = to_square(image, CLIP, aspect)
         assert ours.shape == (336, 336, 3)
-        np.testing.assert_allclose(ours, theirs(processor, picture, CLIP), atol=1)
+        np.testing.assert_allclose(ours, theirs(processor, image, CLIP), atol=1)
 
 
-def test_a_picture_of_the_right_size_is_left_alone():
-    picture = noise("RGB", (57, 57))
+def test_a_image_of_the_right_size_is_left_alone():
+    image = noise("RGB", (57, 57))
     for aspect in PROCESSORS:
-        assert np.array_equal(to_square(picture, SMALL, aspect), np.asarray(picture))
+        assert np.array_equal(to_square(image, SMALL, aspect), np.asarray(image))
 
 
-def test_the_picture_given_is_not_changed():
-    picture = noise("RGB", (60, 80))
-    before = picture.copy()
+def test_the_image_given_is_not_changed():
+    image = noise("RGB", (60, 80))
+    before = image.copy()
     for aspect in PROCESSORS:
-        to_square(picture, SMALL, aspect)
-    assert picture.tobytes() == before.tobytes()
+        to_square(image, SMALL, aspect)
+    assert image.tobytes() == before.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -133,10 +133,10 @@ def test_the_picture_given_is_not_changed():
 )
 def test_padding(size, left, top):
     """A side of 57 is not resized, so every pixel can be told."""
-    picture = noise("RGB", size)
-    square = to_square(picture, SMALL, "pad")
+    image = noise("RGB", size)
+    square = to_square(image, SMALL, "pad")
     region = (slice(top, top + size[1]), slice(left, left + size[0]))
-    assert np.array_equal(square[region], np.asarray(picture))
+    assert np.array_equal(square[region], np.asarray(image))
     around = np.ones((57, 57), bool)
     around[region] = False
     assert around.sum() == 57 * 57 - size[0] * size[1]
@@ -150,24 +150,24 @@ def test_padding_has_the_color_of_the_tower():
 
 
 @pytest.mark.parametrize("size", [(12, 1999), (1999, 12)])
-def test_the_square_of_a_long_picture_is_never_in_memory(size, monkeypatch):
+def test_the_square_of_a_long_image_is_never_in_memory(size, monkeypatch):
     """A file of 670x133000 pixels would make one of 66 GiB."""
-    make, picture, canvases = PIL.Image.new, noise("RGB", size), []
-    expected = theirs(LlavaImageProcessorPil, picture, SMALL)
+    make, long_image, canvases = PIL.Image.new, noise("RGB", size), []
+    expected = theirs(LlavaImageProcessorPil, long_image, SMALL)
     monkeypatch.setattr(image, "MOST_PIXELS", 200_000)
     monkeypatch.setattr(PIL.Image, "new", lambda mode, size, *how: canvases.append(size) or make(mode, size, *how))
-    square = to_square(picture, SMALL, "pad")
+    square = to_square(long_image, SMALL, "pad")
     assert max(width * height for width, height in canvases) < image.MOST_PIXELS
     np.testing.assert_allclose(square, expected, atol=1)
 
 
 @pytest.mark.parametrize("size", [(200, 100), (100, 200)])
 def test_square_keeps_the_middle_and_pad_keeps_all(size):
-    picture = PIL.Image.new("RGB", size, "red")
+    image = PIL.Image.new("RGB", size, "red")
     width, height = size
     middle = (width // 2 - 50, height // 2 - 50, width // 2 + 49, height // 2 + 49)
-    PIL.ImageDraw.Draw(picture).rectangle(middle, fill="blue")
-    square, padded = (to_square(picture, SMALL, aspect) for aspect in PROCESSORS)
+    PIL.ImageDraw.Draw(image).rectangle(middle, fill="blue")
+    square, padded = (to_square(image, SMALL, aspect) for aspect in PROCESSORS)
     red = (padded == (255, 0, 0)).all(axis=-1).mean()
     assert (square[1:-1, 1:-1] == (0, 0, 255)).all()
     assert 0.2 < red < 0.3
@@ -177,9 +177,9 @@ def test_square_keeps_the_middle_and_pad_keeps_all(size):
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-def saved(picture, kind, **how):
+def saved(image, kind, **how):
     file = io.BytesIO()
-    picture.save(file, kind, **how)
+    image.save(file, kind, **how)
     return file.getvalue()
 
 
@@ -205,18 +205,18 @@ EXACT = {"PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"}  # as saved here: without l
 
 @pytest.mark.parametrize("kind", ["JPEG", *sorted(EXACT)])
 def test_formats_are_told_by_their_content(folder, kind):
-    picture = noise("P", (40, 30)) if kind == "GIF" else noise("RGB", (40, 30))
+    image = noise("P", (40, 30)) if kind == "GIF" else noise("RGB", (40, 30))
     how = {"WEBP": {"lossless": True}}.get(kind, {})
     for suffix in (f".{kind.lower()}", ".jpg", ""):
         name = f"deep/{kind}{suffix}"
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(saved(picture, kind, **how))
+        (folder / name).write_bytes(saved(image, kind, **how))
         opened = open_image(read_image(folder, name), name)
         assert (opened.format, opened.size) == (kind, (40, 30))
         expected = PIL.Image.open(str(folder / name)).convert("RGB")
         assert np.array_equal(np.asarray(to_rgb(opened)), np.asarray(expected))
         if kind in EXACT:
-            assert np.array_equal(np.asarray(to_rgb(opened)), np.asarray(picture.convert("RGB")))
+            assert np.array_equal(np.asarray(to_rgb(opened)), np.asarray(image.convert("RGB")))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF"])
@@ -229,13 +229,13 @@ def test_of_several_frames_the_first_is_taken(kind):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("case", CASES)
-def test_pictures_are_turned_as_their_exif_says(tmp_path, case, orientation):
+def test_images_are_turned_as_their_exif_says(tmp_path, case, orientation):
     config, aspect, processor = CASES[case]
-    picture = PIL.Image.new("RGB", (90, 61), "white")
-    PIL.ImageDraw.Draw(picture).polygon([(0, 0), (80, 0), (0, 50)], fill="red")
+    image = PIL.Image.new("RGB", (90, 61), "white")
+    PIL.ImageDraw.Draw(image).polygon([(0, 0), (80, 0), (0, 50)], fill="red")
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
-    (tmp_path / "a.jpg").write_bytes(saved(picture, "JPEG", exif=exif))
+    (tmp_path / "a.jpg").write_bytes(saved(image, "JPEG", exif=exif))
     opened = open_image((tmp_path / "a.jpg").read_bytes(), "a.jpg")
     assert opened.size == ((90, 61) if orientation < 5 else (61, 90))
     expected = load_image(str(tmp_path / "a.jpg"))
@@ -265,9 +265,9 @@ def test_deep_and_printed_colors():
 
 
 def test_broken_exif_is_no_reason_to_refuse():
-    picture = noise("RGB", (40, 30))
+    image = noise("RGB", (40, 30))
     for exif in (b"Exif\0\0", b"Exif\0\0garbage" * 9, b"Exif\0\0II*\0\xff\xff\xff\xff"):
-        opened = open_image(saved(picture, "JPEG", exif=exif), "a.jpg")
+        opened = open_image(saved(image, "JPEG", exif=exif), "a.jpg")
         assert opened.size == (40, 30)
 
 
@@ -296,7 +296,7 @@ CORRUPT = {
 
 
 @pytest.mark.parametrize("name", CORRUPT)
-def test_what_is_no_picture_is_corrupt(name):
+def test_what_is_no_image_is_corrupt(name):
     assert reason(CORRUPT[name]) == "corrupt"
 
 

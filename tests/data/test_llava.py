@@ -66,7 +66,7 @@ def test_llava_records(folder):
     assert len(records) == 5
     read = [records[index] for index in range(5)]
     assert [record.id for record in read] == ["a", "b", "c", "4", f"row 4 of {folder}/rows.json"]
-    assert [[picture().size for picture in record.pictures] for record in read] == [
+    assert [[image().size for image in record.images] for record in read] == [
         [(30, 20)],
         [(30, 20), (20, 40)],
         [],
@@ -74,7 +74,7 @@ def test_llava_records(folder):
         [(20, 40)],
     ]
     assert read[1].turns == (Turn("human", "<image><image>\nSame?"), Turn("gpt", "A cat."))
-    assert read[0].pictures[0]().getpixel((0, 0)) == (255, 0, 0)
+    assert read[0].images[0]().getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_texts_come_as_they_are_written(folder):
@@ -91,35 +91,35 @@ def test_a_link_in_the_folder_may_lead_elsewhere(folder):
     PIL.Image.new("RGB", (8, 9)).save(elsewhere / "three.png")
     (folder / "images" / "coco").symlink_to(elsewhere)
     records = llava(folder, [{"id": "a", "image": "coco/three.png", "conversations": talk()}])
-    assert records[0].pictures[0]().size == (8, 9)
+    assert records[0].images[0]().size == (8, 9)
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "deep/../../secret.png", "/etc/hostname", "../images2/one.png"])
 def test_a_path_that_leaves_the_folder_is_refused(folder, path):
     records = llava(folder, [{"id": "a", "image": path, "conversations": talk()}])
     with pytest.raises(BadRow, match=r"Image path '.*' leaves the folder .*images\.$") as error:
-        records[0].pictures[0]()
+        records[0].images[0]()
     assert (error.value.reason, error.value.image) == ("outside", path)
 
 
-def test_a_picture_that_cannot_be_read_is_named(folder):
+def test_a_image_that_cannot_be_read_is_named(folder):
     images = folder / "images"
     whole = io.BytesIO()
     rng = np.random.default_rng(0)
     PIL.Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole, "PNG")
     (images / "cut.png").write_bytes(whole.getvalue()[:3000])
     (images / "cut.jpg").write_bytes((images / "deep" / "two.jpg").read_bytes()[:-60])
-    (images / "text.jpg").write_text("no picture")
+    (images / "text.jpg").write_text("no image")
     (images / "empty.jpg").touch()
     reasons = {"cut.png": "truncated", "cut.jpg": "truncated", "text.jpg": "corrupt", "empty.jpg": "corrupt"}
     reasons |= dict.fromkeys(["missing.jpg", "deep", "one.png/x"], "missing")
     records = llava(folder, [{"id": "a", "image": name, "conversations": talk()} for name in reasons])
     for index, (name, reason) in enumerate(reasons.items()):
-        # The record is there; what is wrong with the picture is found when it is opened.
+        # The record is there; what is wrong with the image is found when it is opened.
         record = records[index]
         assert isinstance(record, Record)
         with pytest.raises(BadRow, match=rf"^Image .*{name}.* cannot be opened: .+\.$") as error:
-            record.pictures[0]()
+            record.images[0]()
         assert error.value.reason == reason
         assert error.value.image.endswith(name)
 
@@ -192,7 +192,7 @@ def test_a_row_without_an_answer_is_named(folder, talk, reason):
 def test_a_key_that_holds_nothing_says_nothing(folder, key, nothing):
     """As pandas and parquet write what a row does not have."""
     record = llava(folder, [{"id": "a", key: nothing, "conversations": talk("Hello")}])[0]
-    assert (record.pictures, record.unread) == ((), ())
+    assert (record.images, record.unread) == ((), ())
     assert [turn.speaker for turn in record.turns] == ["human", "gpt"]
 
 
@@ -307,7 +307,7 @@ def test_long_texts_of_users_are_cut_in_messages(folder):
     records, said = llava(folder, rows), []
     for index in range(len(rows)):
         with pytest.raises(BadRow) as error:
-            [picture() for picture in records[index].pictures]
+            [image() for image in records[index].images]
         said.append(str(error.value))
     assert "is a data: URI, not a path: save it as a file" in said[0]
     assert all(len(sentence) < 600 for sentence in said), said
@@ -322,7 +322,7 @@ def test_an_absolute_path_within_the_folder_is_used(folder, linked):
         str(written(folder, [{"image": f"{images}/deep/../one.png", "conversations": talk()}])),
         str(folder / "link" if linked else images),
     )
-    assert records[0].pictures[0]().size == (30, 20)
+    assert records[0].images[0]().size == (30, 20)
     for outside in (f"{images}/../secret.png", f"{images}2/one.png", str(images)):
         with pytest.raises(BadRow, match="leaves the folder"):
             read_image(epath.Path(images), outside)
@@ -430,7 +430,7 @@ def test_a_pipe_in_the_folder_is_not_waited_for(folder):
     def read():
         for index in range(2):
             try:
-                records[index].pictures[0]()
+                records[index].images[0]()
             except BadRow as error:
                 found.append((error.reason, str(error)))
 
@@ -462,7 +462,7 @@ def test_missing_files_are_named_with_their_keys(folder, missing, path):
 
 # ---- Training without the bad rows -----------------------------------------------------------------------------------
 
-GOOD, TEXT = 21, 7  # rows that can be used; those of them without a picture
+GOOD, TEXT = 21, 7  # rows that can be used; those of them without an image
 MODES = {
     "packed": {"data.packing": True, "data.images_per_row": 3},
     "grouped": {},
@@ -475,30 +475,30 @@ def bad_rows(images):
     jpeg = io.BytesIO()
     PIL.Image.effect_noise((90, 60), 50).save(jpeg, "JPEG")
     (images / "cut.jpg").write_bytes(jpeg.getvalue()[:900])
-    (images / "text.jpg").write_text("no picture")
+    (images / "text.jpg").write_text("no image")
     (images / "empty.jpg").touch()
     PIL.Image.new("RGB", (9, 9)).save(images.parent / "outside.png")
-    with_picture = {
+    with_image = {
         "missing": ("nowhere.jpg", talk()),
         "truncated": ("cut.jpg", talk()),
         "corrupt": ("text.jpg", talk()),
         "empty file": ("empty.jpg", talk()),
         "outside": ("../outside.png", talk()),
         "one of two is missing": (["good-0.png", "nowhere.jpg"], talk("<image><image>\nSame?")),
-        "picture without mark": ("good-0.png", talk("What?")),
+        "image without mark": ("good-0.png", talk("What?")),
         "mark in answer": ("good-0.png", talk("What?", "This: <image> is.")),
         "roles": ("good-0.png", talk()[:1] + talk()),
         "speaker": ("good-0.png", [*talk(), {"from": "system", "value": "Stop."}]),
         "empty answer": ("good-0.png", talk(answer=" \n")),
     }
-    rows = {what: {"id": what, "image": image, "conversations": c} for what, (image, c) in with_picture.items()}
-    text = {"mark without picture": talk(), "no answer": talk("Hello")[:1], "no turns": [], "malformed": "Hello"}
+    rows = {what: {"id": what, "image": image, "conversations": c} for what, (image, c) in with_image.items()}
+    text = {"mark without image": talk(), "no answer": talk("Hello")[:1], "no turns": [], "malformed": "Hello"}
     return rows | {what: {"id": what, "conversations": c} for what, c in text.items()}
 
 
 @pytest.fixture
 def faulty(tmp_path):
-    """A folder of good rows, of different lengths and pictures, with bad ones among them; how many are bad."""
+    """A folder of good rows, of different lengths and images, with bad ones among them; how many are bad."""
     images = tmp_path / "images"
     images.mkdir()
     rows = []
@@ -531,14 +531,14 @@ def pipeline(folder, host=0, hosts=1, **more):
 
 
 def conversations(batch):
-    """The tokens and pictures of each conversation of a batch, as bytes."""
+    """The tokens and images of each conversation of a batch, as bytes."""
     found = []
     for row, segments in enumerate(batch.segment_ids):
-        pictures = [picture.tobytes() for picture in batch.images[row]]
+        images = [image.tobytes() for image in batch.images[row]]
         for segment in range(1, segments.max() + 1):
             here = segments == segment
             count = (batch.image_slots[row][here] >= 0).sum() // 4
-            mine, pictures = pictures[:count], pictures[count:]
+            mine, images = images[:count], images[count:]
             found.append((batch.tokens[row][here].tobytes(), b"".join(mine)))
     return found
 
@@ -585,19 +585,19 @@ def test_the_first_bad_rows_are_named_and_the_others_counted(faulty, caplog):
     assert [message.endswith("Further ones are only counted.") for message in named] == [False] * 9 + [True]
 
 
-def test_rows_of_text_need_no_picture_places_in_groups(faulty):
+def test_rows_of_text_need_no_image_places_in_groups(faulty):
     batches = pipeline(faulty[0])
     taken = [next(batches) for _ in range(batches.plan.steps(1))]
     with_slots = [bool((batch.image_slots >= 0).any()) for batch in taken]
     assert [batch.images.shape[1] for batch in taken if not (batch.image_slots >= 0).any()].count(0) >= 1
-    # Never are there fewer places than pictures; without a picture in a batch, there are none.
+    # Never are there fewer places than images; without an image in a batch, there are none.
     assert all(batch.images.shape[1] == 2 for batch, slots in zip(taken, with_slots, strict=True) if slots)
     planned = [batches.plan[4 * step].images for step in range(len(taken))]
     assert [batch.images.shape[1] for batch in taken] == planned
 
 
 def test_a_run_leaves_bad_rows_out_and_says_how_many(faulty, tmp_path, capsys):
-    """One epoch of it: both kinds of batches, with pictures and without, are trained on."""
+    """One epoch of it: both kinds of batches, with images and without, are trained on."""
     folder, bad = faulty
     workdir = tmp_path / "run"
     arguments = {"steps": 0, "epochs": 1.0, "log_every_steps": 2} | changes(folder)
@@ -619,7 +619,7 @@ def test_a_run_leaves_bad_rows_out_and_says_how_many(faulty, tmp_path, capsys):
     assert f"{bad} rows could not be used" in capsys.readouterr().out
 
 
-def test_data_without_any_picture_end_in_one_sentence(faulty, tmp_path, capsys):
+def test_data_without_any_image_end_in_one_sentence(faulty, tmp_path, capsys):
     folder, _ = faulty
     rows = [row for row in json.loads((folder / "rows.json").read_text()) if "image" in row]
     (folder / "rows.json").write_text(json.dumps(rows))
@@ -639,7 +639,7 @@ def test_data_without_any_picture_end_in_one_sentence(faulty, tmp_path, capsys):
 
 @pytest.fixture
 def two(folder):
-    """Two sets: of five rows, two of them with the same picture names in another folder; and what they hold."""
+    """Two sets: of five rows, two of them with the same image names in another folder; and what they hold."""
     (folder / "rows.json").write_text(json.dumps(ROWS))
     (folder / "others").mkdir()
     PIL.Image.new("RGB", (7, 7), "blue").save(folder / "others" / "one.png")
@@ -654,8 +654,8 @@ def test_two_data_sets_stand_one_after_the_other(two, images, colour):
     records = training_records(tiny(**changes(two, "rows.json,others.json", images)))
     assert records.sizes == [5, 3]
     assert [records[i].id for i in (0, 1, 2, 3, 5, 6, 7)] == ["a", "b", "c", "4", "z0", "z1", "z2"]
-    assert records[0].pictures[0]().getpixel((0, 0)) == (255, 0, 0)
-    assert records[6].pictures[0]().getpixel((0, 0)) == colour
+    assert records[0].images[0]().getpixel((0, 0)) == (255, 0, 0)
+    assert records[6].images[0]().getpixel((0, 0)) == colour
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -685,7 +685,7 @@ def test_each_data_set_is_looked_at(two, wrong):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_row_with_more_pictures_than_a_row_has_places_is_left_out(folder, caplog, mode):
+def test_a_row_with_more_images_than_a_row_has_places_is_left_out(folder, caplog, mode):
     (folder / "rows.json").write_text(json.dumps(ROWS))
     batches = pipeline(folder, **MODES[mode] | {"data.images_per_row": 1})
     found = [one for _ in range(batches.plan.steps(1)) for one in conversations(next(batches))]
@@ -694,12 +694,12 @@ def test_a_row_with_more_pictures_than_a_row_has_places_is_left_out(folder, capl
     assert caplog.messages[0].endswith(
         "rows.json cannot be used, images unseen: more images than data.images_per_row (1)."
     )
-    assert caplog.messages[1].startswith("Record 'b' has more pictures, 2, than data.images_per_row=1; raise it.")
+    assert caplog.messages[1].startswith("Record 'b' has more images, 2, than data.images_per_row=1; raise it.")
 
 
-def test_data_of_which_every_row_has_too_many_pictures_end_in_one_sentence(folder):
+def test_data_of_which_every_row_has_too_many_images_end_in_one_sentence(folder):
     (folder / "rows.json").write_text(json.dumps(ROWS[:2]))
-    with pytest.raises(UserError, match=r"^No row of \S*/rows\.json .*Record 'a' has more pictures, 1, than data\.im"):
+    with pytest.raises(UserError, match=r"^No row of \S*/rows\.json .*Record 'a' has more images, 1, than data\.im"):
         pipeline(folder, **{"data.images_per_row": 0})
 
 

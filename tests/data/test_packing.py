@@ -1,6 +1,6 @@
 """Conversations in rows: every token once, in its place, and none that sees or predicts another conversation.
 
-Axis letters: B rows, T positions, M pictures a row, N slots a picture.
+Axis letters: B rows, T positions, M images per row, N slots per image.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ SLOT = 0  # the token of an image slot here
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """What was put in: all tokens and pictures of all conversations differ."""
+    """What was put in: all tokens and images of all conversations differ."""
 
     number: int
     encoded: Encoded
@@ -34,28 +34,28 @@ class Conversation:
 
 
 def conversation(number, parts, seed=0):
-    """From parts: a text's number of tokens, or None for a picture."""
+    """From parts: a text's number of tokens, or None for an image."""
     is_image = np.concatenate([np.full(N if part is None else part, part is None) for part in parts] or [[]]).astype(
         bool
     )
-    length, pictures = len(is_image), parts.count(None)
+    length, count = len(is_image), parts.count(None)
     tokens = np.where(is_image, SLOT, 1000 * (number + 1) + np.arange(length)).astype(np.int32)
     learned = (np.random.default_rng([seed, number]).random(length) < 0.5) & ~is_image
-    images = np.zeros((pictures, SIDE, SIDE, 3), np.uint8)
-    images += (1 + M * number + np.arange(pictures)).astype(np.uint8)[:, None, None, None]
+    images = np.zeros((count, SIDE, SIDE, 3), np.uint8)
+    images += (1 + M * number + np.arange(count)).astype(np.uint8)[:, None, None, None]
     return Conversation(number, Encoded(tokens, learned, is_image), images)
 
 
 @st.composite
 def conversations(draw):
-    """Up to twenty of 1 to T tokens, none with more than M pictures."""
+    """Up to twenty of 1 to T tokens, none with more than M images."""
     made = []
     for number in range(draw(st.integers(1, 20))):
-        pictures = draw(st.integers(0, M))
-        room = T - N * pictures
-        cuts = sorted(draw(st.lists(st.integers(0, room), min_size=pictures + 1, max_size=pictures + 1)))
+        images = draw(st.integers(0, M))
+        room = T - N * images
+        cuts = sorted(draw(st.lists(st.integers(0, room), min_size=images + 1, max_size=images + 1)))
         texts = [b - a for a, b in zip([0, *cuts], cuts, strict=False)]
-        parts = [texts[0] or 1 if not pictures else texts[0]]
+        parts = [texts[0] or 1 if not images else texts[0]]
         for text in texts[1:]:
             parts += [None, text]
         made.append(conversation(number, parts))
@@ -88,13 +88,13 @@ def check_row(row: Batch, known: list[Conversation]) -> list[int]:
     assert (np.diff(row.segment_ids[:filled]) >= 0).all()
     segments = sorted({int(segment) for segment in row.segment_ids[:filled]})
     assert segments == list(range(1, len(segments) + 1))
-    found, slots, pictures = [], 0, []
+    found, slots, images = [], 0, []
     for segment in segments:
         (places,) = np.nonzero(row.segment_ids == segment)
         tokens = row.tokens[places]
         (number,) = {int(token) // 1000 - 1 for token in tokens if token != SLOT} or {None}
-        if number is None:  # pictures alone, which tell whose they are
-            number = (int(row.images[len(pictures), 0, 0, 0]) - 1) // M
+        if number is None:  # images alone, which tell whose they are
+            number = (int(row.images[len(images), 0, 0, 0]) - 1) // M
         it = known[number]
         found.append(number)
         assert tokens.tolist() == it.encoded.tokens.tolist()
@@ -104,12 +104,12 @@ def check_row(row: Batch, known: list[Conversation]) -> list[int]:
         for place, is_image in zip(places, it.encoded.is_image, strict=True):
             assert row.image_slots[place] == (slots if is_image else -1)
             slots += int(is_image)
-        pictures += list(it.images)
-        assert slots == N * len(pictures)
-    assert len(pictures) <= len(row.images)
-    for place, picture in enumerate(pictures):
-        assert np.array_equal(row.images[place], picture)
-    assert not row.images[len(pictures) :].any()
+        images += list(it.images)
+        assert slots == N * len(images)
+    assert len(images) <= len(row.images)
+    for place, image in enumerate(images):
+        assert np.array_equal(row.images[place], image)
+    assert not row.images[len(images) :].any()
     for empty in (row.tokens, row.targets, row.loss_mask, row.positions, row.segment_ids, row.image_slots + 1):
         assert not empty[filled:].any()
     return found
@@ -140,12 +140,12 @@ def test_packing_packs():
     assert [len(check_row(row, known)) for row in packed(known)] == [3, 3, 3]
 
 
-def test_pictures_may_fill_a_row_before_tokens_do():
+def test_images_may_fill_a_row_before_tokens_do():
     known = [conversation(number, [1, None, None]) for number in range(4)]
     assert [len(check_row(row, known)) for row in packed(known)] == [1, 1, 1, 1]
 
 
-def test_text_alone_is_packed_without_picture_places():
+def test_text_alone_is_packed_without_image_places():
     known = [conversation(number, [8]) for number in range(6)]
     rows = packed(known, images_per_row=0)
     assert [len(check_row(row, known)) for row in rows] == [3, 3]
@@ -217,17 +217,17 @@ def test_the_pipeline_packs_so(packing):
 # ---- Best fit --------------------------------------------------------------------------------------------------------
 
 
-def brute(lengths, pictures, length, most):
+def brute(lengths, images, length, most):
     """Best-fit decreasing word for word: every row is looked at for every conversation."""
     rows = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        taking = [row for row in rows if row[0] >= lengths[i] and row[1] >= pictures[i]]
+        taking = [row for row in rows if row[0] >= lengths[i] and row[1] >= images[i]]
         row = min(taking, key=lambda row: row[:2], default=None)
         if row is None:
             row = [length, most, []]
             rows.append(row)
         row[0] -= lengths[i]
-        row[1] -= pictures[i]
+        row[1] -= images[i]
         row[2].append(i)
     return [(length - free, most - places, members) for free, places, members in rows]
 
@@ -236,16 +236,16 @@ def brute(lengths, pictures, length, most):
 def measures(draw):
     length, most = draw(st.integers(1, 40)), draw(st.integers(0, 4))
     pairs = draw(st.lists(st.tuples(st.integers(0, length), st.integers(0, most)), max_size=60))
-    return [tokens for tokens, _ in pairs], [pictures for _, pictures in pairs], length, most
+    return [tokens for tokens, _ in pairs], [images for _, images in pairs], length, most
 
 
 @given(measures())
 @settings(max_examples=300, deadline=None)
 def test_rows_are_those_of_best_fit_decreasing(measured):
-    lengths, pictures, length, most = measured
-    rows = best_fit(lengths, pictures, length, most)
+    lengths, images, length, most = measured
+    rows = best_fit(lengths, images, length, most)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    loads = [(sum(lengths[i] for i in row), sum(pictures[i] for i in row)) for row in rows]
+    loads = [(sum(lengths[i] for i in row), sum(images[i] for i in row)) for row in rows]
     assert all(tokens <= length and places <= most for tokens, places in loads)
     expected = brute(*measured)
     assert len(rows) == len(expected)
@@ -264,8 +264,8 @@ def test_rows_are_those_of_best_fit_decreasing(measured):
 def test_rows_of_realistic_lengths_are_over_95_percent_full(median, spread, least, most):
     rng = np.random.default_rng(0)
     lengths = np.clip(median * np.exp(spread * rng.standard_normal(20_000)), least, 2048).astype(int)
-    pictures = (lengths >= 150).astype(int)
-    rows = best_fit(lengths, pictures, 2048, most)
+    images = (lengths >= 150).astype(int)
+    rows = best_fit(lengths, images, 2048, most)
     assert lengths.sum() / (2048 * len(rows)) > 0.95
     assert sorted(i for row in rows for i in row) == list(range(20_000))
 
@@ -289,13 +289,11 @@ def test_a_long_conversation_loses_its_end(length, limit):
     assert example.loss_mask.tolist() == [*it.encoded.learned[1:kept].tolist(), False]
 
 
-def test_no_picture_is_cut():
+def test_no_image_is_cut():
     it = conversation(4, [5, None, 6])
     assert it.encoded.learned[1:5].any()
     assert len(it.example(5 + N).tokens) == 5 + N  # just after it
     for limit in (1, 5, 5 + N - 1):
-        with pytest.raises(
-            BadRow, match=rf"Record 'row-4' has pictures beyond data\.max_length={limit} tokens"
-        ) as it_is:
+        with pytest.raises(BadRow, match=rf"Record 'row-4' has images beyond data\.max_length={limit} tokens") as it_is:
             it.example(limit)
         assert it_is.value.reason == "over_length"

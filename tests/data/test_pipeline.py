@@ -311,9 +311,9 @@ def test_batches(packing):
     assert batch.images.shape == (8, 2 if packing else 1, SIDE, SIDE, 3)
     assert (batch.segment_ids.max() > 1) == packing
     for row in range(8):
-        pictures = (batch.image_slots[row] >= 0).sum() / SLOTS
-        assert pictures == batch.segment_ids[row].max()  # each of these conversations has one
-        assert batch.images[row].any(axis=(1, 2, 3)).sum() == pictures
+        images = (batch.image_slots[row] >= 0).sum() / SLOTS
+        assert images == batch.segment_ids[row].max()  # each of these conversations has one
+        assert batch.images[row].any(axis=(1, 2, 3)).sum() == images
     assert batch.loss_mask.any(axis=1).all()
 
 
@@ -349,7 +349,7 @@ def test_hosts_rows_are_the_rows_of_one_host():
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_text_alone_needs_no_picture_places(packing):
+def test_text_alone_needs_no_image_places(packing):
     changes = {"data.images_per_row": 0, "data.scenes.task": "documents", "data.template": "plain"}
     (batch,) = take(scenes_pipeline(packing, **changes), 1)
     assert batch.images.shape == (8, 0, SIDE, SIDE, 3)
@@ -358,9 +358,7 @@ def test_text_alone_needs_no_picture_places(packing):
 
 
 def test_data_of_which_nothing_fits_ends_the_run_with_the_first_records_name():
-    with pytest.raises(
-        UserError, match=r"No row .* can be used.*Record 'scene-0-0' has pictures beyond .*max_length=9"
-    ):
+    with pytest.raises(UserError, match=r"No row .* can be used.*Record 'scene-0-0' has images beyond .*max_length=9"):
         scenes_pipeline(**{"data.max_length": SLOTS})
 
 

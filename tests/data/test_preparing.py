@@ -84,9 +84,9 @@ def test_the_summary_names_reasons_files_and_ids(data, prepared):
         assert reason in text
     assert re.search(r"row \d+, bad-missing: Image .*vg/VG_100K_2/0\.jpg cannot be opened: ", text)
     assert "tokens a conversation, counted by miniature: min" in text
-    with PIL.Image.open(prepared[0] / "histograms.png") as picture:
-        assert picture.size == (1100, 396)
-        assert len(np.unique(np.asarray(picture.convert("L")))) > 10
+    with PIL.Image.open(prepared[0] / "histograms.png") as image:
+        assert image.size == (1100, 396)
+        assert len(np.unique(np.asarray(image.convert("L")))) > 10
 
 
 def test_tfds_and_grain_read_it_by_index(data, prepared):
@@ -120,7 +120,7 @@ def test_it_gives_the_records_that_the_files_give(data, prepared):
     for record in (ready[i] for i in range(len(ready))):
         expected = by_id[record.id]
         assert record.turns == expected.turns
-        for ours, theirs in zip(record.pictures, expected.pictures, strict=True):
+        for ours, theirs in zip(record.images, expected.images, strict=True):
             assert ours().tobytes() == theirs().tobytes()
 
 
@@ -145,14 +145,14 @@ def test_the_command_repeated_says_the_same_and_changes_nothing(data, tmp_path, 
     finished = f"{out} was finished before; nothing is checked again, unless the folder is removed.\n"
     assert capsys.readouterr().out == finished + said
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    # What else the command asked for: pictures shrunk on the way in, their proportions kept.
+    # What else the command asked for: images shrunk on the way in, their proportions kept.
     ready = PreparedRecords(str(out))
     files = LlavaRecords(f"{folder}/llava_v1_5_mix665k.json", f"{folder}/images")
-    shapes = {files[i].id: files[i].pictures[0]().size for i in range(20) if "bad" not in str(files._rows[i]["id"])
-              and files[i].pictures}  # fmt: skip
+    shapes = {files[i].id: files[i].images[0]().size for i in range(20) if "bad" not in str(files._rows[i]["id"])
+              and files[i].images}  # fmt: skip
     for i in range(len(ready)):
-        for picture in ready[i].pictures:
-            width, height = picture().size
+        for image in ready[i].images:
+            width, height = image().size
             assert max(width, height) == 64
             assert width / height == pytest.approx(np.divide(*shapes[ready[i].id]), rel=0.05)
     assert door(main, [*command, "--max-length=9"]) == 2
@@ -231,7 +231,7 @@ def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
         prepare(options(data[0], tmp_path / "tfds"))
 
 
-def test_names_that_lead_elsewhere_and_absurd_pictures_are_refused(tmp_path):
+def test_names_that_lead_elsewhere_and_absurd_images_are_refused(tmp_path):
     (tmp_path / "images").mkdir()
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     PIL.Image.new("RGB", (1, 300)).save(tmp_path / "images" / "thin.png")
@@ -261,7 +261,7 @@ def test_names_that_lead_elsewhere_and_absurd_pictures_are_refused(tmp_path):
     assert "over_estimate: longer than a row of tokens, as estimated without --tokenizer" in report.summary()
 
 
-def test_a_shrunk_picture_is_never_too_thin_to_be_opened():
+def test_a_shrunk_image_is_never_too_thin_to_be_opened():
     """399 by 2 pixels would be 201 by 1, over 200 times as long as wide."""
     for size, expected in {(399, 2): (201, 2), (2, 399): (2, 201), (4000, 20): (201, 2), (402, 99): (201, 50)}.items():
         assert open_image(_shrunk(PIL.Image.new("RGB", size), 201), "thin").size == expected

@@ -27,7 +27,7 @@ LENGTH = 64
 
 
 def measured(count, seed=0, longest=LENGTH):
-    """Lengths and pictures of so many conversations, a third of them text alone, some of no use (length 0)."""
+    """Lengths and image_counts of so many conversations, a third of them text alone, some of no use (length 0)."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, longest + 1, count)
     lengths[rng.random(count) < 0.05] = 0
@@ -36,8 +36,8 @@ def measured(count, seed=0, longest=LENGTH):
 
 def planned(count=100, batch=8, seed=0, sizes=None, **data):
     config = DataConfig(**{"max_length": LENGTH, "images_per_row": 4} | data)
-    lengths, pictures = measured(count)
-    return Plan(config, seed, batch, lengths, pictures, sizes or [count])
+    lengths, image_counts = measured(count)
+    return Plan(config, seed, batch, lengths, image_counts, sizes or [count])
 
 
 def epochs_of(plan, count, batch=8):
@@ -83,9 +83,9 @@ def test_any_epoch_is_exact(data):
     """Every conversation once; no row beyond its bounds; empty rows in the last batch alone."""
     count, batch = data.draw(st.integers(1, 120)), data.draw(st.integers(1, 9))
     mode, buckets = data.draw(st.sampled_from(list(MODES))), data.draw(st.integers(1, 4))
-    lengths, pictures = measured(count, data.draw(st.integers(0, 9)), longest=2 * LENGTH)
+    lengths, image_counts = measured(count, data.draw(st.integers(0, 9)), longest=2 * LENGTH)
     config = DataConfig(max_length=LENGTH, images_per_row=3, buckets=buckets, **MODES[mode])
-    plan = Plan(config, data.draw(st.integers(0, 3)), batch, lengths, pictures, [count])
+    plan = Plan(config, data.draw(st.integers(0, 3)), batch, lengths, image_counts, [count])
     for rows in epochs_of(plan, 2, batch):
         assert len(rows) % batch == 0
         assert sorted(members(rows)) == list(range(count))
@@ -96,7 +96,7 @@ def test_any_epoch_is_exact(data):
             # A conversation that is longer than a row is cut, and fills it.
             tokens = sum(min(int(lengths[i]), LENGTH) for i in row.members)
             assert tokens <= row.length <= LENGTH
-            assert sum(pictures[i] for i in row.members) <= row.images <= 3
+            assert sum(image_counts[i] for i in row.members) <= row.images <= 3
             assert mode == "packed" or len(row.members) <= 1
 
 
@@ -178,12 +178,12 @@ def test_steps_of_packed_epochs_end_where_the_conversations_do(epochs):
 # ---- Groups ----------------------------------------------------------------------------------------------------------
 
 
-def llava_batches(lengths, pictures, batch, seed):
+def llava_batches(lengths, image_counts, batch, seed):
     """LLaVA's rule (llava/train/llava_trainer.py, get_modality_length_grouped_indices), megabatches of 32 batches."""
     rng = random.Random(seed)
     batches, additional = [], []
-    for has_picture in (True, False):
-        indices = [i for i in range(len(lengths)) if (pictures[i] > 0) == has_picture]
+    for has_image in (True, False):
+        indices = [i for i in range(len(lengths)) if (image_counts[i] > 0) == has_image]
         rng.shuffle(indices)
         megabatches = [sorted(mega, key=lambda i: lengths[i], reverse=True) for mega in chunks(indices, 32 * batch)]
         cut = chunks([i for mega in megabatches for i in mega], batch)
@@ -198,20 +198,20 @@ def llava_batches(lengths, pictures, batch, seed):
 def test_groups_are_llavas(images, texts):
     rng = np.random.default_rng(0)
     count = images + texts
-    pictures = rng.permutation(np.repeat([1, 0], [images, texts]))
+    image_counts = rng.permutation(np.repeat([1, 0], [images, texts]))
     lengths = np.clip(300 * np.exp(0.6 * rng.standard_normal(count)), 40, 2048).astype(int)
-    plan = Plan(DataConfig(images_per_row=1), 0, 8, lengths, pictures, [count])
+    plan = Plan(DataConfig(images_per_row=1), 0, 8, lengths, image_counts, [count])
     (rows,) = epochs_of(plan, 1)
     found = [members(batch) for batch in chunks(rows, 8)]
-    theirs, additional = llava_batches(lengths, pictures, 8, 0)
+    theirs, additional = llava_batches(lengths, image_counts, 8, 0)
     # As many batches of each kind, none of both kinds, and as much left for the end.
     ours, rest = found[: len(theirs)], sorted(itertools.chain(*found[len(theirs) :]))
     assert [len(batch) for batch in ours] == [8] * len(theirs)
-    kinds = [collections.Counter(tuple(set(pictures[batch].tolist())) for batch in some) for some in (ours, theirs)]
+    kinds = [collections.Counter(tuple(set(image_counts[batch].tolist())) for batch in some) for some in (ours, theirs)]
     assert kinds[0] == kinds[1]
     assert all(len(kind) == 1 for kind in kinds[0])
     assert len(rest) == len(additional) == images % 8 + texts % 8
-    assert pictures[rest].sum() == images % 8
+    assert image_counts[rest].sum() == images % 8
     if len(theirs) < 100:
         return
     # And lengths as close, which is far closer than by chance.
@@ -220,18 +220,18 @@ def test_groups_are_llavas(images, texts):
     shuffled = np.mean([np.ptp(lengths[batch]) for batch in chunks(rng.permutation(count), 8)])
     assert spreads[0] < shuffled / 8
     # The batches are shuffled: neither kinds nor lengths come one after the other.
-    for values in ([lengths[batch].mean() for batch in ours], [pictures[batch].mean() for batch in ours]):
+    for values in ([lengths[batch].mean() for batch in ours], [image_counts[batch].mean() for batch in ours]):
         if np.ptp(values):
             assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.15
 
 
-def test_batches_of_text_have_no_picture_places():
+def test_batches_of_text_have_no_image_places():
     (rows,) = epochs_of(planned(200), 1)
-    pictures = measured(200)[1]
+    image_counts = measured(200)[1]
     batches = [(members(batch), {row.images for row in batch}) for batch in chunks(rows, 8)]
-    kinds = [(bool(pictures[batch].any()), places) for batch, places in batches]
-    assert all(places == ({4} if any_picture else {0}) for any_picture, places in kinds)
-    assert {any_picture for any_picture, _ in kinds} == {True, False}
+    kinds = [(bool(image_counts[batch].any()), places) for batch, places in batches]
+    assert all(places == ({4} if any_image else {0}) for any_image, places in kinds)
+    assert {any_image for any_image, _ in kinds} == {True, False}
 
 
 @pytest.mark.parametrize("mode", ["grouped", "shuffled"])
@@ -327,8 +327,15 @@ def test_mixtures_that_make_no_sense_are_refused(mix, sentence, mix_by):
 
 def test_a_plan_is_known_by_all_that_its_order_depends_on():
     config = DataConfig(max_length=LENGTH, images_per_row=4)
-    lengths, pictures = measured(100)
-    base = {"data": config, "seed": 0, "batch_size": 8, "lengths": lengths, "pictures": pictures, "sizes": [60, 40]}
+    lengths, image_counts = measured(100)
+    base = {
+        "data": config,
+        "seed": 0,
+        "batch_size": 8,
+        "lengths": lengths,
+        "image_counts": image_counts,
+        "sizes": [60, 40],
+    }
 
     def of(**changes):
         return Plan(**base | changes).fingerprint()
@@ -336,9 +343,9 @@ def test_a_plan_is_known_by_all_that_its_order_depends_on():
     def but(**changes):
         return of(data=dataclasses.replace(config, **changes))
 
-    longer, more, other = lengths.copy(), pictures.copy(), lengths.copy()
+    longer, more, other = lengths.copy(), image_counts.copy(), lengths.copy()
     longer[3] += 1
-    more[np.flatnonzero(pictures == 1)[0]] = 2
+    more[np.flatnonzero(image_counts == 1)[0]] = 2
     other[[0, 1]] = lengths[[1, 0]]
     assert lengths[0] != lengths[1]
     prints = [
@@ -349,8 +356,8 @@ def test_a_plan_is_known_by_all_that_its_order_depends_on():
         of(sizes=[100]),
         of(lengths=longer),
         of(lengths=other),
-        of(pictures=more),
-        of(lengths=lengths[:99], pictures=pictures[:99], sizes=[60, 39]),
+        of(image_counts=more),
+        of(lengths=lengths[:99], image_counts=image_counts[:99], sizes=[60, 39]),
         but(packing=True),
         but(group_by_modality_length=False),
         but(max_length=LENGTH + 1),

@@ -120,7 +120,7 @@ def test_records_do_not_depend_on_the_order_of_reading():
     for index in np.random.default_rng(0).permutation(50):
         again = other[int(index)]
         assert (again.id, again.turns) == (forward[index].id, forward[index].turns)
-        assert np.array_equal(np.asarray(again.pictures[0]()), np.asarray(forward[index].pictures[0]()))
+        assert np.array_equal(np.asarray(again.images[0]()), np.asarray(forward[index].images[0]()))
 
 
 def test_seeds_indices_and_splits_differ():
@@ -341,7 +341,7 @@ def test_nothing_overlaps_and_all_lies_inside(world, held_out):
             assert max(box) <= SIDE - 1
         if scene.word:
             boxes.append(ink_box(scene))
-            assert min(boxes[-1]) >= -1  # the edge of the widest letters may touch the picture's
+            assert min(boxes[-1]) >= -1  # the edge of the widest letters may touch the image's
             assert max(boxes[-1]) <= SIDE
         for a, b in itertools.combinations(boxes, 2):
             assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1], scene
@@ -374,11 +374,11 @@ def around(pixels, thing, points):
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_the_picture_shows_the_scene(world, held_out):
+def test_the_image_shows_the_scene(world, held_out):
     for index, scene in enumerate(world[held_out][:300]):
-        picture = draw(scene, seed=index)
-        assert (picture.mode, picture.size) == ("RGB", (SIDE, SIDE))
-        pixels = np.asarray(picture)
+        image = draw(scene, seed=index)
+        assert (image.mode, image.size) == ("RGB", (SIDE, SIDE))
+        pixels = np.asarray(image)
         empty = np.ones((SIDE, SIDE), bool)
         for thing in scene.things:
             radius = RADII[thing.size]
@@ -400,7 +400,7 @@ def test_the_picture_shows_the_scene(world, held_out):
 
 
 def test_words_are_drawn_in_their_letters():
-    """Pictures of two words differ, and only where the words stand."""
+    """Images of two words differ, and only where the words stand."""
     blank = Scene((), "", 48, 48, (220, 220, 220))
     bad, bid = (draw(Scene((), word, 48, 48, blank.background)) for word in ("BAD", "BID"))
     rows, columns = np.nonzero((np.asarray(bad) != np.asarray(bid)).any(axis=-1))
@@ -426,8 +426,8 @@ def test_conversations(held_out):
         asks = [first.split("\n")[1], *rest[1::2]]
         assert len(set(asks)) == len(asks)
         assert [true_answer(scene, question) for question in asks] == rest[::2]
-        (picture,) = record.pictures
-        assert np.array_equal(np.asarray(picture()), np.asarray(draw(scene, index)))
+        (image,) = record.images
+        assert np.array_equal(np.asarray(image()), np.asarray(draw(scene, index)))
 
 
 def test_captions_and_documents():
@@ -437,13 +437,13 @@ def test_captions_and_documents():
         for index in range(40):
             record, scene = records[index], make_scene(2, index)
             if task == "captions" or (task == "mixture" and index % 8):
-                assert len(record.pictures) == 1
+                assert len(record.images) == 1
                 assert [turn.speaker for turn in record.turns] == ["human", "gpt"]
                 assert record.turns[0].text.count(IMAGE_MARK) == 1
                 assert said(record.turns[1].text) == said(caption(scene))
                 shuffled += record.turns[1].text != caption(scene)
             else:
-                assert record.pictures == ()
+                assert record.images == ()
                 first, *asked = record.turns
                 assert (first.speaker, first.text) == ("human", caption(scene) + "\n")
                 assert [turn.speaker for turn in asked] == ["human", "gpt"] * (len(asked) // 2)

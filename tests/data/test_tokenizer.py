@@ -46,7 +46,7 @@ def corpus(edition):
         for held_out in (False, True):
             records = SceneRecords(task, 40, seed=11, held_out=held_out, edition=edition)
             yield from (turn.text for index in range(40) for turn in records[index].turns)
-    yield f"{SYSTEM} USER: \nDescribe the picture.\n{SHORT_ANSWER} ASSISTANT: "
+    yield f"{SYSTEM} USER: \nDescribe the image.\n{SHORT_ANSWER} ASSISTANT: "
     yield from ("", " ", "Größe 日本 🤗\t\n\x00", "ASSISTANT:</s>USER: x", *WORDS)
 
 

@@ -101,7 +101,7 @@ def test_the_mixture_has_captions_as_the_plain_template_has_them():
         record = records[index]
         assert record.document
         found = encode(document(record.turns), tokenizer, 4)
-        shown = Record("", record.pictures, (Turn("human", IMAGE_MARK), Turn("gpt", record.turns[1].text.strip())))
+        shown = Record("", record.images, (Turn("human", IMAGE_MARK), Turn("gpt", record.turns[1].text.strip())))
         wanted = encode(template_items("plain", shown), tokenizer, 4)
         np.testing.assert_array_equal(found.tokens, wanted.tokens)
         np.testing.assert_array_equal(found.learned, wanted.learned)

@@ -116,8 +116,8 @@ def test_records_have_an_image_and_its_labels_and_are_the_same_each_time():
     records = SceneRecords("cells", 8, seed=3, edition=2)
     for index in range(8):
         record = records[index]
-        (image,) = record.pictures
-        np.testing.assert_array_equal(np.asarray(image()), np.asarray(records[index].pictures[0]()))
+        (image,) = record.images
+        np.testing.assert_array_equal(np.asarray(image()), np.asarray(records[index].images[0]()))
         np.testing.assert_array_equal(record.labels(), records[index].labels())
         assert record.labels().any()
         assert not re.search("[A-Z0-9]", " ".join(turn.text for turn in record.turns))

@@ -104,7 +104,7 @@ def test_answers_find_their_questions_in_any_order_and_by_ids_of_either_type(tmp
 
 
 def test_questions_of_one_id_are_told_by_their_prompts(tmp_path):
-    """As MME's and TextVQA's, whose ids are those of pictures."""
+    """As MME's and TextVQA's, whose ids are those of images."""
     benchmark = asked(("p", "Is it a dog?"), ("p", "Is it a cat?"), "q")
     rows = [row("p", "no", prompt="Is it a cat?"), row("q", "red"), row("p", "yes", prompt="Is it a dog?")]
     assert answers_to(benchmark, rows, tmp_path) == ["yes", "no", "red"]
@@ -137,7 +137,7 @@ def test_answers_that_do_not_fit_are_refused(rows, sentence, tmp_path):
 
 
 def test_answers_to_questions_that_were_left_out_are_passed_over(tmp_path):
-    """TextVQA's second question of a picture is, and the first must still be told from it."""
+    """TextVQA's second question of an image is, and the first must still be told from it."""
     rows = [row("p", "yes", prompt="Is it a dog?"), row("p", "no", prompt="Is it a cat?"), row("q", "red")]
     for count, texts in ((1, ["yes"]), (2, ["yes", "no"]), (3, ["yes", "no", "red"])):
         benchmark = asked(("p", "Is it a dog?"), ("p", "Is it a cat?"), "q")

@@ -1,4 +1,4 @@
-"""What benchmarks share: question files, folders, pictures, limits; opened by name, or refused in a sentence."""
+"""What benchmarks share: question files, folders, images, limits; opened by name, or refused in a sentence."""
 
 import json
 import re
@@ -90,37 +90,37 @@ def test_a_limit_leaves_the_first_and_remembers_that_it_did():
         assert benchmark.count == left
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------------
+# ---- Images --------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_come_from_the_first_folder_that_is_there(tmp_path):
+def test_images_come_from_the_first_folder_that_is_there(tmp_path):
     (question,) = opened(tmp_path, ROW).questions
     PIL.Image.new("RGB", (3, 1)).save(tmp_path / "a.png")
-    assert question.picture().size == (3, 1)
+    assert question.image().size == (3, 1)
     for side, folder in ((4, "images"), (5, "data/images")):
         (tmp_path / folder).mkdir(parents=True)
         PIL.Image.new("RGB", (side, 1)).save(tmp_path / folder / "a.png")
         (question,) = GQA(epath.Path(tmp_path)).questions
-        assert question.picture().size == (side, 1)
+        assert question.image().size == (side, 1)
 
 
-def test_pictures_that_cannot_be_opened_are_named(tmp_path):
-    def picture(name):
+def test_images_that_cannot_be_opened_are_named(tmp_path):
+    def make_image(name):
         (question,) = opened(tmp_path, ROW | {"image": name}).questions
-        return question.picture
+        return question.image
 
     (tmp_path / "images").mkdir()
     PIL.Image.new("RGB", (1, 1)).save(tmp_path / "outside.png")
     with pytest.raises(UserError, match=r"images/absent\.png cannot be opened: No such file"):
-        picture("absent.png")()
+        make_image("absent.png")()
     with pytest.raises(UserError, match=r"'file://outside\.png' is a URL"):
-        picture("file://outside.png")()
+        make_image("file://outside.png")()
     for name in ("../outside.png", "sub/../../outside.png", str(tmp_path / "outside.png")):
         with pytest.raises(UserError, match=rf"^Image path {re.escape(repr(name))} leaves the folder .*images\.$"):
-            picture(name)()
-    (tmp_path / "images" / "broken.png").write_bytes(b"no picture")
+            make_image(name)()
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"broken\.png"):
-        picture("broken.png")()
+        make_image("broken.png")()
 
 
 def test_every_image_is_opened_once_before_anything_is_asked(tmp_path, monkeypatch):
@@ -168,7 +168,7 @@ def test_the_folder_is_that_of_all_benchmarks_or_its_own(tmp_path):
         gqa, scenes = open_benchmarks(["gqa", "scenes"], str(folder), limit=6)
         assert (len(gqa.questions), gqa.count) == (6, 6)
         assert (len(scenes.questions), scenes.count) == (12, 6)
-        assert gqa.questions[0].picture().size == (56, 40)
+        assert gqa.questions[0].image().size == (56, 40)
     (whole,) = open_benchmarks(["gqa"], str(tmp_path))
     assert len(whole.questions) == 44
     assert whole.scored

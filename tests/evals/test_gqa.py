@@ -135,12 +135,12 @@ def test_predictions_need_no_labels(tmp_path):
     ]
 
 
-def test_pictures_are_in_either_folder(tmp_path):
+def test_images_are_in_either_folder(tmp_path):
     _ask(tmp_path, ASKED)
     for folder in ("images", "data/images"):
         (tmp_path / folder).mkdir(parents=True)
         with pytest.raises(UserError, match=rf"{tmp_path.name}/{folder}/n201307251\.jpg cannot be opened"):
-            GQA(epath.Path(tmp_path)).questions[0].picture()
+            GQA(epath.Path(tmp_path)).questions[0].image()
 
 
 @pytest.mark.parametrize(

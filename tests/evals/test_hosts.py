@@ -1,4 +1,4 @@
-"""An evaluation over two hosts, each with its share of the pictures, ends in the files that one host writes."""
+"""An evaluation over two hosts, each with its share of the images, ends in the files that one host writes."""
 
 import dataclasses
 import json

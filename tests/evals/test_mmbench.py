@@ -28,7 +28,7 @@ ROWS = [  # index, question, hint, A, B, C, D, answer, category, l2-category
 ]
 
 
-def _picture(color):
+def _image(color):
     with io.BytesIO() as file:
         PIL.Image.new("RGB", (4, 3), color).save(file, "PNG")
         return base64.b64encode(file.getvalue()).decode()
@@ -44,7 +44,7 @@ def _write(file, rows=ROWS, drop=(), **changed):
         for number, (index, question, hint, a, b, c, d, answer, category, l2_category) in enumerate(rows):
             row = {"index": index, "question": question, "hint": hint, "A": a, "B": b, "C": c, "D": d}
             row |= {"answer": answer, "category": category, "l2-category": l2_category, "split": "dev"}
-            table.writerow(row | {"image": _picture((number, 0, 0)), "source": "s", "comment": ""} | changed)
+            table.writerow(row | {"image": _image((number, 0, 0)), "source": "s", "comment": ""} | changed)
 
 
 DEV = "mmbench_dev_20230712.tsv"
@@ -59,7 +59,7 @@ def test_what_is_asked(tmp_path):
     assert first.prompt == 'The passage:\r\nbirds.\nWhich "is"\ttrue?\nA. cat\nB. dog\nC. a bird\nD. fish'
     assert second.prompt == "Red?\nA. yes\nB. no"
     assert seventh.prompt == "How many?\nA. 1\nB. 2"  # as LLaVA: options up to the first without a value
-    assert second.picture().getpixel((0, 0)) == (1, 0, 0)
+    assert second.image().getpixel((0, 0)) == (1, 0, 0)
 
 
 def test_the_same_in_chinese(tmp_path):
@@ -227,7 +227,7 @@ def test_images_of_other_rows_as_vlmevalkit_writes_them(tmp_path, name):
     # Backwards; forwards; a chain both ways; two with their own: 241 has the color 0, 7 the color 4.
     _refer(tmp_path / name, {1000241: "241", 252: "7", 1000252: "252", 2000241: "1000252"})
     benchmark = MMBench(epath.Path(tmp_path))
-    reds = {question.id: question.picture().getpixel((0, 0))[0] for question in benchmark.questions}
+    reds = {question.id: question.image().getpixel((0, 0))[0] for question in benchmark.questions}
     assert reds == {241: 0, 252: 4, 1000241: 0, 1000252: 4, 7: 4, 2000241: 4}
     benchmark.check_images()
     # A part of the questions may refer to rows that are not asked.
@@ -252,7 +252,7 @@ def test_images_of_rows_that_have_none_are_refused(tmp_path, cells, sentence):
 
 
 def test_every_image_is_opened_before_anything_is_asked(tmp_path):
-    broken = base64.b64encode(base64.b64decode(_picture("red"))[:45]).decode()
+    broken = base64.b64encode(base64.b64decode(_image("red"))[:45]).decode()
     _refer(tmp_path / DEV, {1000241: "241", 252: "abc", 7: broken, 2000241: "241"})
     benchmark = MMBench(epath.Path(tmp_path))  # which does for scoring answers
     with pytest.raises(UserError) as error:
@@ -274,18 +274,18 @@ def _refused(folder):
     return str(error.value)
 
 
-def test_pictures_that_are_none(tmp_path):
-    whole, text = _picture("red"), base64.b64encode(b"no picture").decode()
+def test_images_that_are_none(tmp_path):
+    whole, text = _image("red"), base64.b64encode(b"no image").decode()
     for image in ("abc", "abc!", text, f"['{whole}', '{whole}']", f"data:image/png;base64,{whole}"):
         _write(tmp_path / DEV, image=image)
         with pytest.raises(BadRow, match="Image of index 241 ") as error:
-            MMBench(epath.Path(tmp_path)).questions[0].picture()
+            MMBench(epath.Path(tmp_path)).questions[0].image()
         assert error.value.reason == "corrupt"
 
 
-def test_pictures_of_many_bytes_are_fields_too(tmp_path):
-    _write(tmp_path / DEV, image=_picture("red") + "=" * 200_000)  # csv itself stops at 131,072 characters
-    assert MMBench(epath.Path(tmp_path)).questions[0].picture().size == (4, 3)
+def test_images_of_many_bytes_are_fields_too(tmp_path):
+    _write(tmp_path / DEV, image=_image("red") + "=" * 200_000)  # csv itself stops at 131,072 characters
+    assert MMBench(epath.Path(tmp_path)).questions[0].image().size == (4, 3)
 
 
 @pytest.mark.parametrize(

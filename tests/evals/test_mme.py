@@ -13,7 +13,7 @@ from stf_jax.config import UserError
 from stf_jax.evals.mme import MME, says
 
 WORD = "\nAnswer the question using a single word or phrase."
-QUESTIONS = [  # picture, question, gold; the pairs of a picture are apart
+QUESTIONS = [  # image, question, gold; the pairs of an image are apart
     ("existence/a.b.jpg", "Is there a dog?", "Yes"),
     ("code_reasoning/0020.png", "Is the output '1'?", "Yes"),
     ("existence/a.b.jpg", "Is there a cat?", "No"),
@@ -32,19 +32,19 @@ def _write(folder, questions=QUESTIONS, labels="{release}/{task}/questions_answe
     folder.mkdir(exist_ok=True)
     (folder / "llava_mme.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for number, (name, text, gold) in enumerate(questions[::-1]):
-        task, picture = name.split("/")
-        file = folder / labels.format(release=RELEASE, task=task, stem=picture[:-4])
+        task, image = name.split("/")
+        file = folder / labels.format(release=RELEASE, task=task, stem=image[:-4])
         file.parent.mkdir(parents=True, exist_ok=True)
         asked = f"{text}{' ' * (1 + number % 2)}Please answer yes or no."
         with file.open("a") as opened:
-            opened.write(f"{picture}\t{asked}\t{gold}\tYes\n" if "eval_tool" in labels else f"{asked}\t{gold}\n")
+            opened.write(f"{image}\t{asked}\t{gold}\tYes\n" if "eval_tool" in labels else f"{asked}\t{gold}\n")
 
 
 TEXTS = ["Yes", "yes.", "No", "No, it is 7", "no", "No"]  # all right but the last
 
 
 def _expected():
-    # existence: 3 of 4 questions, 1 of 2 pictures: 75 + 50. code_reasoning: all.
+    # existence: 3 of 4 questions, 1 of 2 images: 75 + 50. code_reasoning: all.
     existence = {"score": 125.0, "accuracy": 0.75, "accuracy_plus": 0.5, "questions": 4}
     code = {"score": 200.0, "accuracy": 1.0, "accuracy_plus": 1.0, "questions": 2}
     return {"perception": 125.0, "cognition": 200.0, "by_task": {"existence": existence, "code_reasoning": code}}
@@ -80,13 +80,13 @@ def test_scores_by_hand(tmp_path, labels, files):
     (tmp_path / "MME" / RELEASE / "existence").mkdir(parents=True, exist_ok=True)
     PIL.Image.new("RGB", (5, 3)).save(tmp_path / "MME" / RELEASE / "existence" / "a.b.jpg")
     benchmark = MME(epath.Path(tmp_path))
-    assert benchmark.questions[0].picture().size == (5, 3)
+    assert benchmark.questions[0].image().size == (5, 3)
     assert [str(file.relative_to(tmp_path / "MME")) for file in benchmark.labels] == files
     assert benchmark.metrics(TEXTS) == _expected()
     json.dumps(benchmark.metrics(TEXTS))
 
 
-def test_first_leaves_whole_pictures(tmp_path):
+def test_first_leaves_whole_images(tmp_path):
     _write(tmp_path)
     benchmark = MME(epath.Path(tmp_path))
     benchmark.first(1)
@@ -102,7 +102,7 @@ def test_first_leaves_whole_pictures(tmp_path):
     }
 
 
-def test_submission_has_a_pictures_lines_together(tmp_path):
+def test_submission_has_a_images_lines_together(tmp_path):
     _write(tmp_path)
     files = MME(epath.Path(tmp_path)).submission(["Yes\tor\nno", *TEXTS[1:]], epath.Path(tmp_path / "out"))
     assert files == [tmp_path / "out/mme_results/existence.txt", tmp_path / "out/mme_results/code_reasoning.txt"]
@@ -204,10 +204,10 @@ def _refused(folder):
     return str(error.value)
 
 
-def test_a_picture_has_two_questions(tmp_path):
+def test_a_image_has_two_questions(tmp_path):
     _write(tmp_path, QUESTIONS[:3])
     assert _refused(tmp_path) == (
-        f"{tmp_path}/llava_mme.jsonl: code_reasoning/0020.png has 1 of the two questions that a picture has."
+        f"{tmp_path}/llava_mme.jsonl: code_reasoning/0020.png has 1 of the two questions that an image has."
     )
 
 

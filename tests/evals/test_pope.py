@@ -1,4 +1,4 @@
-"""POPE: labels found by picture and question, scores by hand and as others count them, files that do not fit."""
+"""POPE: labels found by image and question, scores by hand and as others count them, files that do not fit."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from stf_jax.config import UserError
 from stf_jax.evals.pope import POPE, says_yes
 
 WORD = "\nAnswer the question using a single word or phrase."
-QUESTIONS = [  # split, picture, thing, gold
+QUESTIONS = [  # split, image, thing, gold
     ("adversarial", "COCO_val2014_000000310196.jpg", "snowboard", "yes"),
     ("adversarial", "COCO_val2014_000000310196.jpg", "backpack", "yes"),
     ("adversarial", "COCO_val2014_000000210789.jpg", "backpack", "no"),
@@ -85,11 +85,11 @@ def test_means_are_over_the_splits_that_are_left(tmp_path):
     assert metrics == scores | {"adversarial": scores | {"questions": 3}}
 
 
-def test_pictures(tmp_path):
+def test_images(tmp_path):
     _write(tmp_path)
     (tmp_path / "val2014").mkdir()
     PIL.Image.new("RGB", (5, 3)).save(tmp_path / "val2014" / "COCO_val2014_000000310196.jpg")
-    assert POPE(epath.Path(tmp_path)).questions[0].picture().size == (5, 3)
+    assert POPE(epath.Path(tmp_path)).questions[0].image().size == (5, 3)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ SETTINGS = dict(model="m", origin={"step": 3}, rows=4)
 
 
 def given(count=11, labels=(), name="given"):
-    """Questions, each with a picture but the first; ``Parrot`` answers the third and the tenth rightly."""
+    """Questions, each with an image but the first; ``Parrot`` answers the third and the tenth rightly."""
     benchmark = Given(
         [Question(n, f"Näher: {n}?", None if n == 0 else (lambda n=n: n), f"{n}?", {"n": n}) for n in range(count)],
         labels,
@@ -46,7 +46,7 @@ class Parrot:
         return self
 
     def protocol(self, record):
-        assert [picture() for picture in record.pictures] == []  # the first question has none
+        assert [image() for image in record.images] == []  # the first question has none
         return {"llm": self._word, "first_prompt": record.turns[0].text}
 
     def answers(self, records, limit, rows, sampling):
@@ -60,7 +60,7 @@ class Parrot:
                 self.asked.append(place)
                 begin = "" if place == 0 else "<image>\n"
                 assert [turn.text for turn in record.turns] == [f"{begin}Näher: {place}?"]
-                assert [picture() for picture in record.pictures] == [place] * (place > 0)
+                assert [image() for image in record.images] == [place] * (place > 0)
                 company = " ".join(other.id for other in batch)
                 lone = f"{self._word} 紺\u2028 {record.id} among {company} of {min(rows, len(records))}"
                 yield "yes" if place in (2, 9) else lone
@@ -144,7 +144,7 @@ def test_a_finished_run_is_scored_again_without_asking(whole):
     assert contents(whole) == before
 
 
-def test_a_picture_that_fails_leaves_the_answers_before_it(whole, tmp_path, monkeypatch):
+def test_a_image_that_fails_leaves_the_answers_before_it(whole, tmp_path, monkeypatch):
     out, closed = epath.Path(tmp_path) / "out", []
 
     class Recording(running.GrowingFile):

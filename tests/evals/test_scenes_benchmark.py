@@ -24,12 +24,12 @@ def whole(request):
 
 
 def right(benchmark):
-    """The truth about each scene, and nothing about each blank picture."""
-    return [q.metadata["truth"] if q.metadata["picture"] == "scene" else "" for q in benchmark.questions]
+    """The truth about each scene, and nothing about each blank image."""
+    return [q.metadata["truth"] if q.metadata["shown"] == "scene" else "" for q in benchmark.questions]
 
 
 def pixels(question):
-    return np.asarray(question.picture())
+    return np.asarray(question.image())
 
 
 # ---- Questions -------------------------------------------------------------------------------------------------------
@@ -86,13 +86,13 @@ def test_prints_are_of_every_height_in_turn():
     assert {entry["questions"] for entry in table.values()} == {EACH_HEIGHT}
 
 
-def test_each_is_asked_of_its_scene_and_of_a_blank_picture_next_to_it(whole):
+def test_each_is_asked_of_its_scene_and_of_a_blank_image_next_to_it(whole):
     for scene, blank in zip(whole.questions[::2], whole.questions[1::2], strict=True):
         index, kind, _ = scene.id.split("/")
         assert (scene.id, blank.id) == (f"{index}/{kind}/scene", f"{index}/{kind}/blank")
         height = {"height": scene.metadata["height"]} if "height" in scene.metadata else {}
-        assert scene.metadata == {"kind": kind, "picture": "scene", "truth": blank.metadata["truth"]} | height
-        assert blank.metadata == scene.metadata | {"picture": "blank"}
+        assert scene.metadata == {"kind": kind, "shown": "scene", "truth": blank.metadata["truth"]} | height
+        assert blank.metadata == scene.metadata | {"shown": "blank"}
         assert scene.text == scene.prompt == blank.text == blank.prompt
         assert scene.text.endswith("?\nAnswer the question using a single word or phrase.")
     for scene, blank in zip(whole.questions[:40:2], whole.questions[1:40:2], strict=True):
@@ -130,7 +130,7 @@ def test_a_limit_keeps_pairs_together(whole):
 
 
 def test_score_by_hand(whole):
-    """Of the first nine questions: two right on their scenes, three on blank pictures."""
+    """Of the first nine questions: two right on their scenes, three on blank images."""
     (benchmark,) = open_benchmarks([whole.name], "", limit=9)
     kinds = [q.metadata["kind"] for q in benchmark.questions[::2]]
     truths = [q.metadata["truth"] for q in benchmark.questions[::2]]
@@ -187,7 +187,7 @@ def test_a_contact_sheet_is_written(whole, tmp_path):
     assert coloured(all_right, red) == coloured(all_wrong, green) == 0
     # The first cell is of the first kind's, or height's, first question.
     place = next(q for q in whole.questions if q.metadata["kind"] == whole.kinds[0])
-    corner = np.asarray(place.picture().resize((192, 192), PIL.Image.Resampling.NEAREST))
+    corner = np.asarray(place.image().resize((192, 192), PIL.Image.Resampling.NEAREST))
     np.testing.assert_array_equal(all_right[26 : 26 + 192, 10 : 10 + 192], corner)
 
 

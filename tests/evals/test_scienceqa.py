@@ -13,7 +13,7 @@ from stf_jax.evals.scienceqa import ScienceQA, letter
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LIST = "Context: Two facts are known.\nA. whales swim\nB. bats fly\nC. ants crawl\nWhich is a fish?\nA. trout\nB. bat"
-QUESTIONS = [  # id, picture, text, gold
+QUESTIONS = [  # id, image, text, gold
     ("11", "11/image.png", "What is the name of the colony shown?\nA. Maryland\nB. New Hampshire\nC. Vermont", "B"),
     ("4", None, "Context: Homer, The Iliad.\nWhich figure of speech is used?\nA. chiasmus\nB. apostrophe", "B"),
     ("15", None, LIST, "A"),
@@ -57,7 +57,7 @@ def test_accuracy_by_hand(tmp_path, problems):
     assert benchmark.metrics(["B"]) == {"accuracy": 1.0, "image_accuracy": 1.0}
 
 
-def test_without_pictures_there_is_no_accuracy_of_them(tmp_path):
+def test_without_images_there_is_no_accuracy_of_them(tmp_path):
     _write(tmp_path, _rows(QUESTIONS[1:3]))
     assert ScienceQA(epath.Path(tmp_path)).metrics(["B", "B"]) == {"accuracy": 0.5}
 
@@ -66,14 +66,14 @@ def test_what_is_asked(tmp_path):
     _write(tmp_path, _rows())
     (tmp_path / "images" / "11").mkdir(parents=True)
     PIL.Image.new("RGB", (5, 3)).save(tmp_path / "images" / "11" / "image.png")
-    pictured, text, *_ = ScienceQA(epath.Path(tmp_path)).questions
-    assert (pictured.id, pictured.text) == ("11", QUESTIONS[0][2] + LETTER)
-    assert pictured.prompt == f"<image>\n{QUESTIONS[0][2]}{LETTER}"
-    assert pictured.picture().size == (5, 3)
-    assert (text.text, text.prompt, text.picture) == (QUESTIONS[1][2] + LETTER, QUESTIONS[1][2] + LETTER, None)
+    shown, text, *_ = ScienceQA(epath.Path(tmp_path)).questions
+    assert (shown.id, shown.text) == ("11", QUESTIONS[0][2] + LETTER)
+    assert shown.prompt == f"<image>\n{QUESTIONS[0][2]}{LETTER}"
+    assert shown.image().size == (5, 3)
+    assert (text.text, text.prompt, text.image) == (QUESTIONS[1][2] + LETTER, QUESTIONS[1][2] + LETTER, None)
     (tmp_path / "images" / "test" / "11").mkdir(parents=True)
     PIL.Image.new("RGB", (6, 3)).save(tmp_path / "images" / "test" / "11" / "image.png")
-    assert ScienceQA(epath.Path(tmp_path)).questions[0].picture().size == (6, 3)
+    assert ScienceQA(epath.Path(tmp_path)).questions[0].image().size == (6, 3)
 
 
 @pytest.mark.parametrize(
@@ -143,10 +143,10 @@ def test_accuracy_as_lmms_eval_counts_letters_with_or_without_text(tmp_path):
     _write(tmp_path, _rows(questions))
     texts = [chance.choice("ABCDE") + chance.choice(("", ". thing 1", ". The answer is B.")) for _ in questions]
     right = [theirs.sqa_process_results(doc, [text])["exact_match"] for doc, text in zip(docs, texts, strict=True)]
-    pictured = [own for own, (_, image, _, _) in zip(right, questions, strict=True) if image]
+    shown = [own for own, (_, image, _, _) in zip(right, questions, strict=True) if image]
     assert ScienceQA(epath.Path(tmp_path)).metrics(texts) == {
         "accuracy": pytest.approx(sum(right) / 3000, abs=1e-12),
-        "image_accuracy": pytest.approx(sum(pictured) / 2000, abs=1e-12),
+        "image_accuracy": pytest.approx(sum(shown) / 2000, abs=1e-12),
     }
 
 
@@ -254,7 +254,7 @@ def test_malformed_questions_are_refused(tmp_path, row):
 def test_null_is_no_image(tmp_path):
     _write(tmp_path, [{"image": None} | row for row in _rows()])
     questions = ScienceQA(epath.Path(tmp_path)).questions
-    assert [question.picture is not None for question in questions] == [True, False, False, True]
+    assert [question.image is not None for question in questions] == [True, False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""TextVQA: labels found by picture and question, the accuracy by hand, files that do not go together."""
+"""TextVQA: labels found by image and question, the accuracy by hand, files that do not go together."""
 
 import json
 
@@ -13,7 +13,7 @@ WORD = "\nAnswer the question using a single word or phrase."
 QUESTIONS = [
     ("003a8ae2ef43b901", f"What is the brand of this camera?\nReference OCR token: DAKOTA, DIGITAL, Pire{WORD}"),
     ("181f00d3ee2b2076", f"What is the time?\nReference OCR token: N, u, g0{WORD}"),
-    ("181f00d3ee2b2076", f"What brand of watch is that?{WORD}"),  # without OCR, and the second of its picture
+    ("181f00d3ee2b2076", f"What brand of watch is that?{WORD}"),  # without OCR, and the second of its image
 ]
 LABELS = [  # in another order, and one that is not asked about
     ("181f00d3ee2b2076", "What brand of watch is THAT?", ["ap"] * 3 + ["unanswerable"] * 7),
@@ -53,10 +53,10 @@ def test_accuracy_by_hand(tmp_path):
 def test_images_of_the_train_folder_or_its_own(tmp_path):
     _write(tmp_path)
     PIL.Image.new("RGB", (4, 3)).save(tmp_path / "003a8ae2ef43b901.jpg")
-    assert TextVQA(epath.Path(tmp_path)).questions[0].picture().size == (4, 3)
+    assert TextVQA(epath.Path(tmp_path)).questions[0].image().size == (4, 3)
     (tmp_path / "train_images").mkdir()
     PIL.Image.new("RGB", (5, 3)).save(tmp_path / "train_images" / "003a8ae2ef43b901.jpg")
-    assert TextVQA(epath.Path(tmp_path)).questions[0].picture().size == (5, 3)
+    assert TextVQA(epath.Path(tmp_path)).questions[0].image().size == (5, 3)
 
 
 def test_ids_are_compared_as_text(tmp_path):

@@ -1,4 +1,4 @@
-"""VizWiz: the file of labels is that of the questions' pictures; accuracy by hand; the submission."""
+"""VizWiz: the file of labels is that of the questions' images; accuracy by hand; the submission."""
 
 import json
 
@@ -88,13 +88,13 @@ def test_labels_of_the_test_split_are_taken_where_they_have_answers(tmp_path):
     assert VizWiz(epath.Path(tmp_path)).metrics(["red"]) == {"accuracy": 1.0}
 
 
-def test_pictures_are_of_the_questions_split(tmp_path):
+def test_images_are_of_the_questions_split(tmp_path):
     (tmp_path / "val").mkdir()
     (tmp_path / "test").mkdir()
     for split in ("val", "test"):  # test, which LLaVA asks, comes first
         _ask(tmp_path, split, [0])
         with pytest.raises(UserError, match=rf"/{split}/VizWiz_{split}_00000000\.jpg cannot be opened"):
-            VizWiz(epath.Path(tmp_path)).questions[0].picture()
+            VizWiz(epath.Path(tmp_path)).questions[0].image()
 
 
 @pytest.mark.parametrize(

@@ -78,15 +78,15 @@ def test_accuracy_by_hand(tmp_path):
     assert benchmark.metrics(["no", "3"]) == {"accuracy": 0.5, "by_answer_type": {"number": 1.0, "yes/no": 0.0}}
 
 
-def test_pictures_are_of_the_questions_split(tmp_path):
+def test_images_are_of_the_questions_split(tmp_path):
     _ask(tmp_path, VAL, IDS)
     (tmp_path / "val2014").mkdir()
     (tmp_path / "test2015").mkdir()
     with pytest.raises(UserError, match=r"val2014/COCO_val2014_000000262148\.jpg cannot be opened"):
-        VQAv2(epath.Path(tmp_path)).questions[0].picture()
+        VQAv2(epath.Path(tmp_path)).questions[0].image()
     _ask(tmp_path, TEST_DEV, IDS, "test2015")  # what LLaVA asks comes first
     with pytest.raises(UserError, match=r"test2015/COCO_test2015_000000262148\.jpg cannot be opened"):
-        VQAv2(epath.Path(tmp_path)).questions[0].picture()
+        VQAv2(epath.Path(tmp_path)).questions[0].image()
 
 
 def test_submission_answers_the_whole_test_set(tmp_path):

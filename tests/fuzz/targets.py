@@ -74,8 +74,8 @@ def _chosen(name: str, known: Sequence[str]) -> str:
 
 
 @functools.cache
-def _pictures() -> pathlib.Path:
-    folder = _folder("pictures")
+def _images() -> pathlib.Path:
+    folder = _folder("images")
     (folder / "a.png").write_bytes(_image("PNG", "RGB"))
     return folder
 
@@ -85,7 +85,7 @@ def annotations(data: bytes) -> None:
     file = _folder("annotations") / "rows.json"
     file.write_bytes(data)
     try:
-        source = LlavaRecords(str(file), str(_pictures()))
+        source = LlavaRecords(str(file), str(_images()))
     except UserError as error:
         assert "rows.json" in str(error)
         assert not _plain_array(data), "a JSON array is refused"
@@ -100,8 +100,8 @@ def annotations(data: bytes) -> None:
             for template in TEMPLATES:
                 with contextlib.suppress(BadRow):
                     encode(template_items(template, record), _tokenizer(template), SLOTS)
-            for picture in record.pictures:
-                assert picture().size == (20, 9)
+            for image in record.images:
+                assert image().size == (20, 9)
 
 
 def _plain_array(data):
@@ -142,9 +142,9 @@ def conversation(data: bytes) -> None:
     kind = _chosen(kind, _KINDS)
     template, tokenizer = kind.split()[0], _tokenizer(kind)
     turns = tuple(Turn(("human", "gpt")[i % 2], text) for i, text in enumerate(texts))
-    pictures = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+    images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
     try:
-        items = template_items(template, Record("row", (None,) * pictures, turns))
+        items = template_items(template, Record("row", (None,) * images, turns))
     except BadRow as error:
         assert error.reason in REASONS
         two = template == "plain" and len(turns) > 2
@@ -153,23 +153,23 @@ def conversation(data: bytes) -> None:
     result = encode(items, tokenizer, SLOTS)
     assert len(result.tokens) == len(result.learned) == len(result.is_image)
     assert count_tokens([items], tokenizer, SLOTS) == [len(result.tokens)]
-    assert result.is_image.sum() == SLOTS * pictures
+    assert result.is_image.sum() == SLOTS * images
     assert not (result.is_image & result.learned).any()
     found, expected = special_counts(result, items, tokenizer)
     assert found == expected, "text became a control token"
     if "\u2581" in data.decode(errors="replace") and kind.endswith("llama"):
         return  # SentencePiece's own mark of a space, which cannot be told from one afterwards
     if template == "plain":
-        _check_plain(result, turns, pictures, tokenizer)
+        _check_plain(result, turns, images, tokenizer)
     else:
         _check_chat(template, result, turns, tokenizer)
 
 
-def _check_plain(result, turns, pictures, tokenizer):
+def _check_plain(result, turns, images, tokenizer):
     said = tokenizer.decode(result.tokens[result.learned])
-    if pictures and len(turns) == 2:
+    if images and len(turns) == 2:
         assert said.removeprefix(" ") == turns[1].text.strip() + "\n"
-    elif not pictures:
+    elif not images:
         whole, text = tokenizer.decode(result.tokens).removeprefix("<s>"), "".join(turn.text for turn in turns)
         if "\u2581" in tokenizer.get_vocab():  # SentencePiece puts a space before a text
             whole, text = whole.lstrip(" "), text.lstrip(" ")
@@ -204,7 +204,7 @@ def _check_chat(template, result, turns, tokenizer):
             assert len(tokens) == begins[place // 2], "a prompt does not end where the answer begins"
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------------
+# ---- Images --------------------------------------------------------------------------------------------------------
 
 _TOWER = dataclasses.replace(vision_preset("clip-mini-16-96"), image_size=8, patch_size=4)
 _TOWERS = (_TOWER, dataclasses.replace(_TOWER, class_token=False))  # one that crops, one that squeezes
@@ -214,13 +214,13 @@ def image(data: bytes) -> None:
     """An image file: refused with a reason, or squares of the tower's size, the same each time."""
     data = _with_checksums(data)
     try:
-        picture = open_image(data, "x.png")
+        opened = open_image(data, "x.png")
     except BadRow as error:
         assert error.reason in ("corrupt", "truncated", "too_large")
         return
-    assert max(picture.size) <= MOST_RATIO * min(picture.size)
+    assert max(opened.size) <= MOST_RATIO * min(opened.size)
     for tower, aspect in itertools.product(_TOWERS, ("square", "pad")):
-        square = to_square(picture, tower, aspect)
+        square = to_square(opened, tower, aspect)
         assert square.shape == (8, 8, 3)
         assert square.dtype == np.uint8
         assert (square == to_square(open_image(data, "x.png"), tower, aspect)).all()
@@ -240,7 +240,7 @@ def _with_checksums(data):
 
 @functools.cache
 def _yard():
-    """A folder with pictures, beside it what must not be read; the folder, and what its files hold."""
+    """A folder with images, beside it what must not be read; the folder, and what its files hold."""
     yard = _folder("yard")
     folder = yard / "images"
     (folder / "sub").mkdir(parents=True)
@@ -352,9 +352,9 @@ def benchmark(data: bytes) -> None:
         for question in opened.questions:
             with contextlib.suppress(BadRow):
                 encode(template_items("v1", question.record()), _tokenizer("v1"), SLOTS)
-            if question.picture is not None:
+            if question.image is not None:
                 with contextlib.suppress(BadRow):
-                    question.picture()
+                    question.image()
         results = score(opened, epath.Path(folder / "answers.jsonl"), epath.Path(folder / "out"))
     except UserError as error:
         assert "\n" not in str(error)
@@ -405,12 +405,12 @@ def config(data: bytes) -> None:
 
 
 def _image(kind, mode, save=(), **more):
-    """A small picture's file."""
+    """A small image's file."""
     pixels = np.random.default_rng(0).integers(0, 256, (9, 20, 4), np.uint8)
-    picture = PIL.Image.fromarray(pixels).convert("RGB")
-    picture = picture.quantize(16) if mode == "P" else picture.convert(mode)
+    image = PIL.Image.fromarray(pixels).convert("RGB")
+    image = image.quantize(16) if mode == "P" else image.convert(mode)
     file = io.BytesIO()
-    picture.save(file, kind, **dict(save), **more)
+    image.save(file, kind, **dict(save), **more)
     return file.getvalue()
 
 

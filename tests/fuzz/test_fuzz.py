@@ -53,7 +53,7 @@ def _exchanged(data, exchanges):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _small_pictures():
+def _small_images():
     """What a file may ask for is much where many are tried."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stf_jax.data.image, "MOST_PIXELS", 2**20)

@@ -46,14 +46,14 @@ def tokenizer():
 
 
 def records(count, seed=1):
-    """Conversations of unequal length about no, one or two pictures."""
+    """Conversations of unequal length about no, one or two images."""
     rng, found = np.random.default_rng(seed), []
     for i in range(count):
         shown = (1, 2, 0, 1)[i % 4]
-        pictures = [PIL.Image.fromarray(rng.integers(0, 256, (50, 64, 3), np.uint8)) for _ in range(shown)]
+        images = [PIL.Image.fromarray(rng.integers(0, 256, (50, 64, 3), np.uint8)) for _ in range(shown)]
         words = " ".join(rng.choice(["red", "circle", "What", "is", "7", "left"], 1 + 5 * i))
         turns = (Turn("human", "<image>\n" * shown + words), Turn("gpt", "blue"), Turn("human", f"And {i}?"))
-        found.append(Record(str(i), tuple(p.copy for p in pictures), turns[2 * (i % 2) :] if not shown else turns))
+        found.append(Record(str(i), tuple(p.copy for p in images), turns[2 * (i % 2) :] if not shown else turns))
     return found
 
 
@@ -85,8 +85,8 @@ def recomputed(family, asked, tokenizer, limit, template="v1"):
     texts = []
     for record, prompt in zip(asked, prompts, strict=True):
         images = np.zeros((1, 2, vision.image_size, vision.image_size, 3), np.uint8)
-        for i, picture in enumerate(record.pictures):
-            images[0, i] = to_square(picture(), vision, "pad")
+        for i, image in enumerate(record.images):
+            images[0, i] = to_square(image(), vision, "pad")
         count = len(prompt.tokens)
         tokens, slots = np.zeros((1, length), np.int32), np.full((1, length), -1, np.int32)
         tokens[0, :count] = prompt.tokens
@@ -117,7 +117,7 @@ def test_every_family_equals_recomputation_on_every_mesh_and_in_every_batch(fami
     asked = records(5)
     said = list(generators(family, mesh, tokenizer).answers(asked, LIMIT, rows))
     assert said == recomputed(family, asked, tokenizer, LIMIT)
-    assert len(set(said)) == len(said)  # pictures and prompts matter, or the comparison says little
+    assert len(set(said)) == len(said)  # images and prompts matter, or the comparison says little
 
 
 def test_cache_and_weights_lie_split_on_the_mesh(tokenizer):
@@ -314,13 +314,13 @@ def test_draws_depend_on_seed_step_and_row_alone(tokenizer):
     assert len(set(said[0])) == 3
 
 
-def test_pictures_that_cannot_be_opened_and_tokenizers_that_do_not_fit(tokenizer):
+def test_images_that_cannot_be_opened_and_tokenizers_that_do_not_fit(tokenizer):
     answers = generators("llama", MeshConfig(1, 1, 1), tokenizer)
 
     def missing():
         raise BadRow("missing", "Image a.jpg cannot be opened.", "a.jpg")
 
-    bad = dataclasses.replace(records(1)[0], pictures=(missing,))
+    bad = dataclasses.replace(records(1)[0], images=(missing,))
     with pytest.raises(UserError, match=r"a\.jpg"):
         list(answers.answers([bad], 3, rows=1))
     config, *_ = model("llama")

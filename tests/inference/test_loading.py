@@ -12,7 +12,7 @@ import pytest
 import torch
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
-from make_models import CONTROL, DECODERS, LLAMA, TOWERS, load, make, make_run, picture, turn
+from make_models import CONTROL, DECODERS, LLAMA, TOWERS, load, make, make_image, make_run, turn
 from safetensors.torch import load_file, save_file
 from theirs import decoder, tower
 from tokenizers import Tokenizer, models
@@ -70,11 +70,11 @@ def rewrite(file, **changes):
     file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
 
 
-# Of unequal length, about no, one or two pictures, which are of the tower's size: so both prepare the same squares.
+# Of unequal length, about no, one or two images, which are of the tower's size: so both prepare the same squares.
 ASKED = [
     (
         "Which " + "very " * (3 * i % 7) + f"odd thing is number {i}?",
-        [picture(9 * i + j, (36, 36)) for j in range(shown)],
+        [make_image(9 * i + j, (36, 36)) for j in range(shown)],
     )
     for i, shown in enumerate((1, 0, 2, 1, 2, 0))
 ]
@@ -112,7 +112,7 @@ def test_an_export_answers_here_as_in_pytorch(folders, case):
     model, said = theirs(export)
     assert type(model.model.language_model).__name__.lower().startswith(case[:5])
     assert [len(answer) for answer in said] == [LIMIT] * len(ASKED)
-    assert len({tuple(answer) for answer in said}) == len(ASKED)  # pictures and prompts matter, or it says little
+    assert len({tuple(answer) for answer in said}) == len(ASKED)  # images and prompts matter, or it says little
     assert ours(export) == said
 
 

@@ -94,9 +94,9 @@ class Reference:
 
 @functools.cache
 def asked():
-    """Four rows that are as long as they may be: of text alone, with one picture, with two; and a short one."""
+    """Four rows that are as long as they may be: of text alone, with one image, with two; and a short one."""
     rng, length = np.random.default_rng(5), 72
-    layouts = [  # text before each picture, and behind
+    layouts = [  # text before each image, and behind
         (length - PICTURES * DROPPED,),
         (9, length - DROPPED - N - 9),
         (3, 20, length - 2 * N - 23),
@@ -183,7 +183,7 @@ def test_what_is_dropped_matters_and_keeping_all_changes_nothing():
     rows = np.arange(4)
     last = [state.cache[-1][0][rows, :, state.held - 1] for state in (whole, fewer)]  # of each prompt's end
     difference = np.abs(last[0] - last[1]).max((1, 2)) / np.abs(last[0]).max()
-    assert difference[0] < 1e-5  # it has no picture
+    assert difference[0] < 1e-5  # it has no image
     assert (difference[1:] > 1e-3).all()
 
 
@@ -193,9 +193,9 @@ def test_what_is_dropped_matters_and_keeping_all_changes_nothing():
 def records():
     rng = np.random.default_rng(1)
     for i, shown in enumerate((1, 2, 0, 1, 2)):
-        pictures = [PIL.Image.fromarray(rng.integers(0, 256, (50, 64, 3), np.uint8)) for _ in range(shown)]
+        images = [PIL.Image.fromarray(rng.integers(0, 256, (50, 64, 3), np.uint8)) for _ in range(shown)]
         text = "<image>\n" * shown + "What is left? " * (1 + i if shown else 20)
-        yield Record(str(i), tuple(p.copy for p in pictures), (Turn("human", text),))
+        yield Record(str(i), tuple(p.copy for p in images), (Turn("human", text),))
 
 
 def generator(mesh, **how):
@@ -221,7 +221,7 @@ def test_answers_are_the_same_on_a_mesh_and_alone(reduce, keep, slots, whole):
     assert list(generator(MeshConfig(2, 2, 2), reduce=reduce, keep=keep).answers(asked, 8, rows=5)) == said
     assert list(one.answers(asked[3:4], 8, rows=1)) == said[3:4]  # it had longer rows beside it
     same = [a == b for a, b in zip(said, whole, strict=True)]
-    assert same[2]  # which has no picture
+    assert same[2]  # which has no image
     assert not all(same)
     protocol = one.protocol(asked[0])
     assert (protocol["reduce"], protocol["keep"], protocol["image_tokens"]) == (reduce, keep, slots)
@@ -262,7 +262,7 @@ def test_what_cannot_be_is_one_sentence_at_both_doors(options, sentence, folder,
         assert sentence in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_training_is_for_whole_pictures(tmp_path, capsys):
+def test_training_is_for_whole_images(tmp_path, capsys):
     options = [f"--config={ROOT}/tests/tiny.py:fusion=mlp", f"--workdir={tmp_path / 'run'}"]
     assert door(main.main, [*options, "--config.model.reduce=visionzip"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

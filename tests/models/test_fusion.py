@@ -93,7 +93,7 @@ def unfolded_stf(p, x, kernel):
     return torch_linear(p["out"])(F.gelu(unfolded_linear(p["conv"])(windows)))
 
 
-def as_picture(x):
+def as_image(x):
     """[B, P, C] → [B, C, g, g]."""
     grid = math.isqrt(x.shape[1])
     return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], grid, grid)
@@ -139,7 +139,7 @@ def test_mbtf_stf_equals_the_authors_program(kernel):
 def test_paper_variant_equals_the_figure(kernel):
     fusion, p = build(kernel=kernel, variant="paper")
     states = tapped_states(FusionConfig(variant="paper"))
-    x = as_picture(concatenated(states))
+    x = as_image(concatenated(states))
     for layer in (p["mbtf"]["first"], p["mbtf"]["second"], *(p["tokens"][name] for name in ("conv", "mix", "out"))):
         x = F.gelu(torch_conv(layer)(x))
     assert p["tokens"]["conv"]["kernel"].shape == (kernel, kernel, 8, kernel**2 * 8)
@@ -174,7 +174,7 @@ def test_stf(kernel):
 def test_avg_pool(kernel):
     fusion, p = build(fusion="avg_pool", kernel=kernel)
     states = tapped_states(FusionConfig(fusion="avg_pool"))
-    pooled = as_tokens(F.avg_pool2d(as_picture(concatenated(states)), kernel))
+    pooled = as_tokens(F.avg_pool2d(as_image(concatenated(states)), kernel))
     same(fusion, states, mlp(p["tokens"]["projector"], pooled))
 
 
@@ -196,7 +196,7 @@ def test_a_padded_grid_is_padded_by_zeros_at_the_right_and_bottom(fusion):
     module, p = build(vision, fusion=fusion, pad_grid=True)
     states = tapped_states(FusionConfig(fusion=fusion), vision)
     x = concatenated(states)
-    x = F.pad(as_picture(mlp(p["mbtf"], x) if "mbtf" in p else x), (0, 1, 0, 1))
+    x = F.pad(as_image(mlp(p["mbtf"], x) if "mbtf" in p else x), (0, 1, 0, 1))
     tokens = p["tokens"]
     if fusion.endswith("stf"):
         theirs = as_tokens(torch_conv(tokens["out"])(F.gelu(torch_conv(tokens["conv"])(x))))

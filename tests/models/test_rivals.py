@@ -117,7 +117,7 @@ def same(config, side, vision):
     assert ours.dtype == jnp.float32
     assert expected.std() > 0.1
     np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0)
-    # Each token is of its own window: what is the same over the picture is not what is compared.
+    # Each token is of its own window: what is the same over the image is not what is compared.
     assert np.abs(expected[:, 0] - expected[:, -1]).max() > 0.05
 
 

@@ -1,4 +1,4 @@
-"""FastV's and VisionZip's choices against transformers' attention, and the same written again, picture by picture."""
+"""FastV's and VisionZip's choices against transformers' attention, and the same written again, image by image."""
 
 import copy
 import dataclasses
@@ -28,7 +28,7 @@ from stf_jax.models.vlm import slots_per_image
 
 
 def zipped(received, keys, states, keep, contextual):
-    """Of one picture, in float64: received [P], keys [P, Dh], a state [P, C] a tap."""
+    """Of one image, in float64: received [P], keys [P, Dh], a state [P, C] a tap."""
     places = range(len(received))
     dominant = sorted(sorted(places, key=lambda p: (-received[p], p))[: keep - contextual])
     rest = [p for p in places if p not in dominant]
@@ -48,18 +48,18 @@ def zipped(received, keys, states, keep, contextual):
 @pytest.mark.parametrize(
     ("patches", "keep", "contextual"), [(16, 4, 1), (36, 9, 1), (36, 18, 3), (49, 32, 5), (16, 2, 0), (30, 29, 5)]
 )
-def test_dominant_and_contextual_tokens_of_each_picture(patches, keep, contextual):
+def test_dominant_and_contextual_tokens_of_each_image(patches, keep, contextual):
     rng = np.random.default_rng(keep)
     received, keys = rng.random((3, patches), np.float32), rng.standard_normal((3, patches, 8), np.float32)
     received[1, ::3] = received[1, 0]  # of equals the first
     states = tuple(rng.standard_normal((3, patches, width), np.float32) for width in (5, 7))
     found = jax.jit(selection.zipped, static_argnums=3)(received, keys, states, keep)
     assert selection.contextual_tokens(keep) == contextual
-    for picture in range(3):
-        parts = [np.float64(x[picture]) for x in (received, keys, *states)]
+    for image in range(3):
+        parts = [np.float64(x[image]) for x in (received, keys, *states)]
         for ours, expected in zip(found, zipped(*parts[:2], parts[2:], keep, contextual), strict=True):
-            np.testing.assert_allclose(ours[picture], expected, atol=1e-5)
-            np.testing.assert_array_equal(ours[picture, : keep - contextual], expected[: keep - contextual])
+            np.testing.assert_allclose(ours[image], expected, atol=1e-5)
+            np.testing.assert_array_equal(ours[image, : keep - contextual], expected[: keep - contextual])
 
 
 def test_the_authors_proportion():
@@ -145,10 +145,10 @@ def test_a_tower_is_zipped_by_the_deepest_block_s_attention_in_transformers(fami
     keys = keys.reshape(3, -1, 2, 64).mean(2)[:, first:]
     order = np.sort(received, axis=1)
     assert (order[:, -7] - order[:, -8]).min() > 1e-5, "so near that rounding chooses"
-    for picture in range(3):
-        of_it = [states[tap][picture, first:] for tap in taps]
-        for ours, expected in zip(found, zipped(received[picture], keys[picture], of_it, 8, 1), strict=True):
-            np.testing.assert_allclose(ours[picture], expected, atol=2e-4)
+    for image in range(3):
+        of_it = [states[tap][image, first:] for tap in taps]
+        for ours, expected in zip(found, zipped(received[image], keys[image], of_it, 8, 1), strict=True):
+            np.testing.assert_allclose(ours[image], expected, atol=2e-4)
 
 
 def test_fusions_of_single_patches_take_any_number_of_them():
@@ -187,17 +187,17 @@ def test_attention_of_the_last_token_is_that_of_transformers():
         assert length == 1 or expected.max() > 2 / length  # it looks somewhere
 
 
-LENGTH = 40  # room for three pictures of four tokens, and for text about them
+LENGTH = 40  # room for three images of four tokens, and for text about them
 
 
 @st.composite
 def prompts(draw):
-    """Rows of text and pictures of four tokens, of which some number is kept."""
+    """Rows of text and images of four tokens, of which some number is kept."""
     keep, most = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     rows = []
     for _ in range(3):
-        pictures = draw(st.integers(0, most))
-        parts = [draw(st.integers(0, 3)) for _ in range(pictures + 1)]
+        images = draw(st.integers(0, most))
+        parts = [draw(st.integers(0, 3)) for _ in range(images + 1)]
         image = [False] * parts[0]
         for text in parts[1:]:
             image += [True] * 4 + [False] * text
@@ -210,7 +210,7 @@ def prompts(draw):
 
 @hypothesis.settings(deadline=None, max_examples=60, derandomize=True)
 @hypothesis.given(prompts())
-def test_text_remains_and_of_the_pictures_what_is_looked_at_most(drawn):
+def test_text_remains_and_of_the_images_what_is_looked_at_most(drawn):
     rows, shorter, keep, paid = drawn
     image = np.zeros((3, LENGTH), bool)
     for row, marks in enumerate(rows):

@@ -59,7 +59,7 @@ def tower(family, **how):
     return model
 
 
-def pictures(family, count=2):
+def make_images(family, count=2):
     size = CONFIGS[family].image_size
     return np.random.default_rng(2).integers(0, 256, (count, size, size, 3), np.uint8)
 
@@ -76,7 +76,7 @@ def expected(family):
         "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
         "siglip": ([0.5] * 3, [0.5] * 3),
     }[family]
-    values = (pictures(family) / 255 - mean) / std
+    values = (make_images(family) / 255 - mean) / std
     pixels = torch.from_numpy(values.transpose(0, 3, 1, 2).astype(np.float32))
     with torch.no_grad():
         states = torch_model(family)(pixels, output_hidden_states=True).hidden_states
@@ -88,7 +88,7 @@ def expected(family):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_tap_equals_transformers(family, scan):
     taps = tuple(range(LAYERS + 1))
-    states = see(tower(family, scan=scan), pictures(family), taps)
+    states = see(tower(family, scan=scan), make_images(family), taps)
     for tap, ours, theirs in zip(taps, states, expected(family), strict=True):
         assert ours.shape == (2, 16, 32)
         assert ours.dtype == jnp.float32
@@ -98,7 +98,7 @@ def test_every_tap_equals_transformers(family, scan):
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
 @pytest.mark.parametrize("taps", [(3, 1, 4, 0), (2,), (4, 4, 1)])
 def test_taps_come_in_the_order_asked(taps, scan):
-    states = see(tower("clip", scan=scan), pictures("clip"), taps)
+    states = see(tower("clip", scan=scan), make_images("clip"), taps)
     assert len(states) == len(taps)
     for tap, state in zip(taps, states, strict=True):
         np.testing.assert_allclose(state, expected("clip")[tap], atol=1e-4, rtol=0)
@@ -107,18 +107,18 @@ def test_taps_come_in_the_order_asked(taps, scan):
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
 def test_nothing_above_the_highest_tap_matters(scan):
     model = tower("clip", scan=scan)
-    before = see(model, pictures("clip"), (3, 1))
+    before = see(model, make_images("clip"), (3, 1))
     broken = jax.tree.map(lambda p: p.at[3:].set(jnp.nan), nnx.state(model.blocks))
     nnx.update(model.blocks, broken)
-    for a, b in zip(before, see(model, pictures("clip"), (3, 1)), strict=True):
+    for a, b in zip(before, see(model, make_images("clip"), (3, 1)), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert np.isnan(see(model, pictures("clip"), (4,))[0]).all()
+    assert np.isnan(see(model, make_images("clip"), (4,))[0]).all()
 
 
 def test_nothing_above_the_highest_tap_is_computed():
     model = tower("clip", scan=False)
     products = [
-        str(jax.make_jaxpr(lambda x, tap=tap: model(x, (tap,), jnp.float32))(pictures("clip"))).count("dot_general")
+        str(jax.make_jaxpr(lambda x, tap=tap: model(x, (tap,), jnp.float32))(make_images("clip"))).count("dot_general")
         for tap in range(LAYERS + 1)
     ]
     assert len(set(np.diff(products))) == 1
@@ -126,7 +126,7 @@ def test_nothing_above_the_highest_tap_is_computed():
 
 
 def test_pixels_left_over_are_not_seen():
-    model, images = tower("siglip"), pictures("siglip")
+    model, images = tower("siglip"), make_images("siglip")
     changed = images.copy()
     changed[:, 28:], changed[:, :, 28:] = 0, 255
     np.testing.assert_array_equal(see(model, images, (4,))[0], see(model, changed, (4,))[0])
@@ -135,12 +135,12 @@ def test_pixels_left_over_are_not_seen():
 @pytest.mark.parametrize("tap", [-1, 5])
 def test_a_tap_out_of_range_is_refused(tap):
     with pytest.raises(UserError, match=f"Tap {tap} .* 1 to 4"):
-        tower("clip")(pictures("clip"), (tap,), jnp.float32)
+        tower("clip")(make_images("clip"), (tap,), jnp.float32)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_bfloat16_stays_near(family):
-    for state, exact in zip(see(tower(family), pictures(family), (0, 4), jnp.bfloat16), (0, 4), strict=True):
+    for state, exact in zip(see(tower(family), make_images(family), (0, 4), jnp.bfloat16), (0, 4), strict=True):
         assert state.dtype == jnp.bfloat16
         error = np.asarray(state, np.float32) - expected(family)[exact]
         assert 0 < np.linalg.norm(error) < 0.02 * np.linalg.norm(expected(family)[exact])
@@ -148,6 +148,6 @@ def test_bfloat16_stays_near(family):
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_nothing(remat):
-    images = pictures("clip")
+    images = make_images("clip")
     for a, b in zip(see(tower("clip"), images, (4, 2)), see(tower("clip", remat=remat), images, (4, 2)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)

@@ -50,18 +50,18 @@ def logits(tokens, slots, images, segments=None, positions=None):
     return np.asarray(compiled()[0](nnx.state(model()), tokens, positions, segments, slots, images))
 
 
-def batch(rows=2, length=48, pictures=2, seed=0):
+def batch(rows=2, length=48, images_per_row=2, seed=0):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 512, (rows, length), np.int32)
-    images = rng.integers(0, 256, (rows, pictures, 96, 96, 3), np.uint8)
+    images = rng.integers(0, 256, (rows, images_per_row, 96, 96, 3), np.uint8)
     return tokens, images
 
 
 def slots_at(length, *starts, count=N):
-    """Slots of one row: pictures 0, 1, … begin at ``starts``."""
+    """Slots of one row: images 0, 1, … begin at ``starts``."""
     slots = np.full(length, -1, np.int32)
-    for picture, start in enumerate(starts):
-        slots[start : start + count] = picture * count + np.arange(count)
+    for image, start in enumerate(starts):
+        slots[start : start + count] = image * count + np.arange(count)
     return slots
 
 
@@ -85,14 +85,14 @@ def test_image_tokens_take_exactly_their_slots(slots):
     np.testing.assert_array_equal(x, expected)
 
 
-def test_image_tokens_come_picture_by_picture():
+def test_image_tokens_come_image_by_image():
     _, images = batch()
     run = part("image_tokens")
     tokens = run(images)
     assert tokens.shape == (2, 2 * N, 128)
-    for row, picture in np.ndindex(2, 2):
-        alone = run(np.broadcast_to(images[row, picture], images.shape))
-        np.testing.assert_allclose(tokens[row, picture * N : (picture + 1) * N], alone[0, :N], atol=1e-5)
+    for row, image in np.ndindex(2, 2):
+        alone = run(np.broadcast_to(images[row, image], images.shape))
+        np.testing.assert_allclose(tokens[row, image * N : (image + 1) * N], alone[0, :N], atol=1e-5)
 
 
 def test_rows_are_isolated():
@@ -107,15 +107,15 @@ def test_rows_are_isolated():
     assert (np.abs(before[1, 5:] - after[1, 5:]).max(-1) > 1e-6).all()
 
 
-def test_a_picture_without_slots_is_not_seen():
+def test_a_image_without_slots_is_not_seen():
     tokens, images = batch()
-    slots = np.stack([slots_at(48, 3), slots_at(48, 3)])  # each row's second picture has none
+    slots = np.stack([slots_at(48, 3), slots_at(48, 3)])  # each row's second image has none
     other = images.copy()
     other[:, 1] = 0
     np.testing.assert_array_equal(logits(tokens, slots, images), logits(tokens, slots, other))
 
 
-def test_several_pictures_a_row_are_told_apart():
+def test_several_images_a_row_are_told_apart():
     tokens, images = batch()
     slots = np.stack([slots_at(48, 1, 20)] * 2)
     swapped_slots = np.where(slots >= 0, (slots + N) % (2 * N), -1)
@@ -124,7 +124,7 @@ def test_several_pictures_a_row_are_told_apart():
     assert np.abs(straight - logits(tokens, slots, images[:, ::-1])).max() > 1e-3
 
 
-def test_packed_conversations_each_see_their_own_picture():
+def test_packed_conversations_each_see_their_own_image():
     tokens, images = batch()
     segments = np.repeat([[1, 2]], 24, axis=1).repeat(2, 0).astype(np.int32)
     positions = np.tile(np.arange(24, dtype=np.int32), (2, 2))
@@ -137,7 +137,7 @@ def test_packed_conversations_each_see_their_own_picture():
     assert np.abs(before[:, 2:24] - after[:, 2:24]).max() > 1e-3
 
 
-def test_no_pictures_at_all():
+def test_no_images_at_all():
     tokens, _ = batch()
     none = np.zeros((2, 0, 96, 96, 3), np.uint8)
     text = np.full((2, 48), -1, np.int32)
@@ -146,7 +146,7 @@ def test_no_pictures_at_all():
 
 
 def test_slot_layouts_share_one_compilation():
-    tokens, images = batch(rows=3, pictures=1)
+    tokens, images = batch(rows=3, images=1)
     traces = compiled()[1]
     before = len(traces)
     for starts in ([(0,), (1,), (30,)], [(), (), ()], [(7,), (), (32,)]):

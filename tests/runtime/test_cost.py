@@ -48,14 +48,14 @@ def products(jaxpr, causal=(LENGTH,)):
     return total
 
 
-def traced(config, rules, pictures, causal=False):
+def traced(config, rules, images_per_row, causal=False):
     """FLOPs of the model's forward pass, or of forward and backward where rules are given."""
     plan = blueprint(config)
     learned = trainable_paths(rules, plan.shapes) if rules else set()
     trees = [{path: leaf for path, leaf in plan.shapes.items() if (path in learned) == kept} for kept in (True, False)]
     side = vision_preset(config.vision).image_size
     tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
-    images = jax.ShapeDtypeStruct((ROWS, pictures, side, side, 3), jnp.uint8)
+    images = jax.ShapeDtypeStruct((ROWS, images_per_row, side, side, 3), jnp.uint8)
 
     def loss(trainable, frozen, tokens, images):
         if config.cells:
@@ -116,19 +116,19 @@ def variants(monkeypatch):
 
 
 # Depth-wise convolutions are nine shifted products a channel there, and no products of matrices: for 16 patches and 4
-# tokens of 32 channels in each of two pictures, forward and twice backward. The abstractor has three at either.
+# tokens of 32 channels in each of two images_per_row, forward and twice backward. The abstractor has three at either.
 DEPTHWISE = {"ldp_v2": 3 * 2 * 9 * 32 * 2 * 4, "c_abstractor": 3 * 2 * 9 * 32 * 2 * 3 * (16 + 4)}
 
 
 @pytest.mark.usefixtures("variants")
 @pytest.mark.parametrize("case", CASES)
 def test_the_count_is_that_of_the_traced_program(case):
-    config, rules, pictures = CASES[case]
+    config, rules, images_per_row = CASES[case]
     if rules is None:
-        assert forward_flops(config, ROWS, LENGTH, pictures).forward == traced(config, None, pictures)
+        assert forward_flops(config, ROWS, LENGTH, images_per_row).forward == traced(config, None, images_per_row)
     else:
-        found = step_flops(config, rules, ROWS, LENGTH, pictures).step
-        assert found - DEPTHWISE.get(config.fusion.fusion, 0) == traced(config, rules, pictures)
+        found = step_flops(config, rules, ROWS, LENGTH, images_per_row).step
+        assert found - DEPTHWISE.get(config.fusion.fusion, 0) == traced(config, rules, images_per_row)
 
 
 def test_a_token_costs_what_the_traced_program_reads():
@@ -251,18 +251,18 @@ def test_a_fusion_s_count_is_the_compiler_s(case):
 )
 def test_reading_and_answering_with_fewer_image_tokens(reduce, keep, vision, how):
     config = dataclasses.replace(config_of("llama-deep-tiny", vision, **how), reduce=reduce, keep=keep)
-    plan, llm, side, pictures = blueprint(config), tiny.presets.LLM["llama-deep-tiny"], 64, 2
+    plan, llm, side, images_per_row = blueprint(config), tiny.presets.LLM["llama-deep-tiny"], 64, 2
     tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
-    images = jax.ShapeDtypeStruct((ROWS, pictures, side, side, 3), jnp.uint8)
+    images = jax.ShapeDtypeStruct((ROWS, images_per_row, side, side, 3), jnp.uint8)
     lengths = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
 
     def read(params, tokens, lengths, images):
         return plan.merge(params).prefill(tokens, tokens, lengths, images)[:2]
 
     jaxpr, (_, cache) = jax.make_jaxpr(read, return_shape=True)(plan.shapes, tokens, lengths, images)
-    shorter = LENGTH - pictures * (slots_per_image(config) - keep)
+    shorter = LENGTH - images_per_row * (slots_per_image(config) - keep)
     assert [keys.shape[2] for keys, _ in cache] == [LENGTH] * 2 + [shorter] * 2
-    found = forward_flops(config, ROWS, LENGTH, pictures)
+    found = forward_flops(config, ROWS, LENGTH, images_per_row)
     ranking = 2 * ROWS * LENGTH * llm.heads * llm.head_dim * (reduce == "fastv")
     # The products that one position's attention makes are not halved, as a causal one's are.
     assert found.forward - found.head == products(jaxpr.jaxpr, (LENGTH, shorter)) + ranking // 2
@@ -275,7 +275,7 @@ def test_reading_and_answering_with_fewer_image_tokens(reduce, keep, vision, how
 
     filled = [jax.ShapeDtypeStruct((ROWS, keys.shape[2]), bool) for keys, _ in cache]
     jaxpr = jax.make_jaxpr(extend)(plan.shapes, jax.ShapeDtypeStruct((ROWS, 1), jnp.int32), cache, filled)
-    assert decode_flops(config, ROWS, LENGTH, pictures) == products(jaxpr.jaxpr, ())
+    assert decode_flops(config, ROWS, LENGTH, images_per_row) == products(jaxpr.jaxpr, ())
 
 
 # ---- By hand and by others -------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ CLIP = 4 * 1024**2 + 2 * 1024 * 4096  # of one block
 
 
 def test_the_paper_s_model_by_hand():
-    """Stage 1 and 2 with one picture in a row of 2048 tokens, each part and each gradient."""
+    """Stage 1 and 2 with one image in a row of 2048 tokens, each part and each gradient."""
     matrices, head = 2048 * 2 * VICUNA, 2048 * 2 * HEAD
     attention = 32 * 2 * 2048 * 2048 * 4096  # layers × products × 2 · T²/2 · H·Dh
     blocks = 23 * (577 * 2 * CLIP + 2 * 2 * 577 * 577 * 1024)  # all but the last

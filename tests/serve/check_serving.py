@@ -12,7 +12,7 @@ import shutil
 import subprocess
 
 import pytest
-from make_models import CONTROL, DECODERS, make, picture
+from make_models import CONTROL, DECODERS, make, make_image
 
 from stf_jax.config import FusionConfig, MeshConfig
 from stf_jax.data.records import Record, Turn
@@ -83,7 +83,7 @@ def _ask(model, folder, case, limit):
     questions, records = [], []
     scenes = held_out_questions() if case == "demo" else [None] * QUESTIONS
     for i, scene in enumerate(scenes[:QUESTIONS]):
-        images = [scene.image()] if scene else [picture(100 * i + j) for j in range((1, 0, 2)[i % 3])]
+        images = [scene.image()] if scene else [make_image(100 * i + j) for j in range((1, 0, 2)[i % 3])]
         text = scene.question.text + WORD if scene else f"Which {'very ' * (i % 7)}odd thing is number {i}?"
         files = [folder / f"{i}-{j}.png" for j in range(len(images))]
         for image, file in zip(images, files, strict=True):

@@ -59,7 +59,7 @@ def test_scores_are_what_the_benchmark_says(cell):
 def test_prints_give_heights_beside_scenes(cell):
     """Whichever comes first."""
     for name, height in (("prints", 5), ("scenes", 22)):
-        about = {"kind": "reading", "picture": "scene", "truth": "FOX", "height": height}
+        about = {"kind": "reading", "shown": "scene", "truth": "FOX", "height": height}
         lines = [{"text": text, "metadata": about} for text in ("fox", "fix", "fog")]
         make_study.put(cell.folder / name / "answers.jsonl", 0)
         text = "".join(json.dumps(line) + "\n" for line in lines[: 2 + (name == "prints")])

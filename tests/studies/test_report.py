@@ -83,9 +83,9 @@ def test_all_its_files_are_there(written):
     names = [*(f"report.{kind}" for kind in ("md", "html", "json")), *(f"{name}.png" for name in PICTURES)]
     assert sorted(path.name for path in out.iterdir() if path.is_file()) == sorted(names)
     for name in PICTURES:
-        with PIL.Image.open(out / f"{name}.png") as picture:
-            pixels = np.asarray(picture.convert("L"))
-        assert picture.width > 400
+        with PIL.Image.open(out / f"{name}.png") as image:
+            pixels = np.asarray(image.convert("L"))
+        assert image.width > 400
         assert (pixels < 128).sum() > 500  # something is drawn
         assert f"]({name}.png)" in (out / "report.md").read_text()
 
@@ -299,7 +299,7 @@ def test_both_pages_have_all_blocks(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2, 12])
-def test_no_name_lies_on_another_in_the_picture_of_costs(count):
+def test_no_name_lies_on_another_in_the_image_of_costs(count):
     names = [f"variant_{i}" for i in range(count)]
     made = scores(**dict.fromkeys(names, 0.5))  # at one height, and near each other
     costs = {name: {"prefill_gflops": 1 + i // 3 / 100, "step_gflops": 2.0} for i, name in enumerate(names)}

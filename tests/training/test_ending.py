@@ -108,7 +108,7 @@ def test_a_measurement_that_is_given_up_is_made_up_for(tmp_path, capsys, request
             [json.loads(line)["text"] for line in (run / path).read_text().splitlines()] for run in (whole, stopped)
         ]
         assert said[0] == said[1]
-        assert len(said[0]) == 40  # with and without the picture
+        assert len(said[0]) == 40  # with and without the image
     assert [(event["event"], event["step"]) for event in events(stopped)] == [
         ("begin", 0),
         ("stopped", MEASURED),

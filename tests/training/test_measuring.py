@@ -103,7 +103,7 @@ def test_results_say_which_step_they_are_of_and_answers_change_with_it(runs):
         asking = results["protocol"]["asking"]
         assert asking["model"] == {"workdir": str(runs.workdir), "step": step}
         assert (asking["precision"], asking["rows"], asking["template"]) == ("float32", 16, "v1")
-        assert len(texts(folder)) == 6  # three questions, each of a scene and of a blank picture
+        assert len(texts(folder)) == 6  # three questions, each of a scene and of a blank image
         with PIL.Image.open(folder / "contact_sheet.png") as sheet:
             assert min(sheet.size) > 500
     assert len({tuple(texts(folder)) for folder in folders.values()}) == 3

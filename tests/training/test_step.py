@@ -243,7 +243,7 @@ def _gradients_of(which) -> tuple[float, dict[str, np.ndarray]]:
 
 def test_packed_rows_learn_what_their_conversations_learn_alone():
     packed, alone = _packed_and_not()
-    # There is something to be mixed up: several conversations a row, each with a picture of its own.
+    # There is something to be mixed up: several conversations a row, each with an image of its own.
     assert packed.segment_ids.max(1).min() >= 2
     assert packed.loss_mask.sum() == alone.loss_mask.sum()
     assert (packed.image_slots >= 0).sum() == (alone.image_slots >= 0).sum() == 4 * len(alone.tokens)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from make_models import CONTROL, DECODERS, LLAMA, TOWERS, load, make, picture, turn
+from make_models import CONTROL, DECODERS, LLAMA, TOWERS, load, make, make_image, turn
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -77,30 +77,30 @@ def our_model(folder):
     params = {path: jax.device_put(saved.read(path).astype(np.float32), shardings[path]) for path in plan.shapes}
 
     @jax.jit
-    def run(params, tokens, slots, pictures):
-        return plan.merge(params)(tokens, jnp.arange(tokens.shape[1])[None], None, slots, pictures)
+    def run(params, tokens, slots, images):
+        return plan.merge(params)(tokens, jnp.arange(tokens.shape[1])[None], None, slots, images)
 
-    def call(tokens, slots, pictures):
+    def call(tokens, slots, images):
         with computing(mesh, "float32"):
-            return np.array(run(params, tokens, slots, pictures))
+            return np.array(run(params, tokens, slots, images))
 
     return call
 
 
-def our_logits(folder, ids, is_image, pictures):
-    """Of one row of ids [T]; pictures are uint8 [M, H, W, 3], two at most."""
+def our_logits(folder, ids, is_image, images):
+    """Of one row of ids [T]; images are uint8 [M, H, W, 3], two at most."""
     length = -(-len(ids) // 64) * 64  # few lengths, few compilations
     tokens, slots = np.zeros((1, length), np.int32), np.full((1, length), -1, np.int32)
     tokens[0, : len(ids)] = np.where(is_image, 0, ids)
     slots[0, : len(ids)] = np.where(is_image, np.cumsum(is_image) - 1, -1)
     shown = np.zeros((1, 2, 36, 36, 3), np.uint8)
-    for i, one in enumerate(pictures):
+    for i, one in enumerate(images):
         shown[0, i] = one
     return our_model(folder)(tokens, slots, shown)[0, : len(ids)]
 
 
 def seen(inputs, config):
-    """The pictures of a processor's answer, uint8 [M, H, W, 3]."""
+    """The images of a processor's answer, uint8 [M, H, W, 3]."""
     values = inputs["pixel_values"].permute(0, 2, 3, 1).numpy()
     return np.rint((values * np.array(config.std) + np.array(config.mean)) * 255).astype(np.uint8)
 
@@ -119,8 +119,8 @@ def test_logits_agree(exported, case):
     folder, theirs = exported(case)
     model, processor = load(theirs)
     assert isinstance(model, LlavaForConditionalGeneration) == case.startswith("mlp")
-    pictures = [picture(1), picture(2, (36, 80))]
-    inputs = prompt(processor, turn("Which of them is red?", *pictures))
+    images = [make_image(1), make_image(2, (36, 80))]
+    inputs = prompt(processor, turn("Which of them is red?", *images))
     with torch.no_grad():
         logits = model(**inputs).logits[0].numpy()
     ids = inputs["input_ids"][0].numpy()
@@ -135,16 +135,16 @@ def test_logits_agree(exported, case):
 
 @pytest.mark.parametrize("case", ["the paper's", "widths", "mlp"])
 def test_generations_agree_in_batches_padded_on_the_left(exported, case):
-    """Sixteen prompts, with and without pictures; each new token is our greedy choice after those before it."""
+    """Sixteen prompts, with and without images; each new token is our greedy choice after those before it."""
     folder, theirs = exported(case)
     model, processor = load(theirs)
-    texts, pictures = [], []
+    texts, images = [], []
     for i in range(16):
-        shown = [picture(10 * i + j) for j in range((0, 1, 1, 2)[i % 4])]
+        shown = [make_image(10 * i + j) for j in range((0, 1, 1, 2)[i % 4])]
         text = "Which " + "very " * (i % 5) + "odd thing is it?"
         texts.append(processor.apply_chat_template([turn(text, *shown)], add_generation_prompt=True, tokenize=False))
-        pictures.append(shown)
-    flat = [one for shown in pictures for one in shown]
+        images.append(shown)
+    flat = [one for shown in images for one in shown]
     inputs = processor(text=texts, images=flat, padding=True, return_tensors="pt")
     with torch.no_grad():
         said = model.generate(**inputs, max_new_tokens=64, do_sample=False)
@@ -152,7 +152,7 @@ def test_generations_agree_in_batches_padded_on_the_left(exported, case):
     assert torch.equal(said, without)
     vision = open_model(folder).description.vision
     start, squares = inputs["input_ids"].shape[1], iter(seen(inputs, vision))
-    for row, mask, shown in zip(said.numpy(), inputs["attention_mask"].numpy(), pictures, strict=True):
+    for row, mask, shown in zip(said.numpy(), inputs["attention_mask"].numpy(), images, strict=True):
         ids = row[start - mask.sum() :]
         logits = our_logits(folder, ids, ids == processor.image_token_id, [next(squares) for _ in shown])
         logits[:, processor.image_token_id :] = -np.inf  # which the export's generation config keeps from being said
@@ -196,7 +196,7 @@ def test_halves_and_kernels(exported, dtype, kernel):
     assert {
         module.config._attn_implementation for module in (model.model.language_model, model.model.vision_tower)
     } == {kernel}
-    inputs = prompt(processor, turn("What?", picture(1)))
+    inputs = prompt(processor, turn("What?", make_image(1)))
     with torch.no_grad():
         logits, exact = model(**inputs).logits.float(), full(**inputs).logits
         assert (logits - exact).abs().max() < 0.1 * exact.abs().max()
@@ -206,7 +206,7 @@ def test_halves_and_kernels(exported, dtype, kernel):
 def test_it_can_be_trained_there(exported):
     model, processor = load(exported("the paper's")[1])
     model.model.vision_tower.requires_grad_(False)
-    inputs = prompt(processor, turn("What?", picture(1)))
+    inputs = prompt(processor, turn("What?", make_image(1)))
     labels = torch.where(inputs["input_ids"] == processor.image_token_id, -100, inputs["input_ids"])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     losses = []
@@ -253,12 +253,12 @@ def test_what_is_amiss_when_both_are_asked_is_said(exported, tmp_path, capsys, m
     assert said(torn)[2].startswith(f"error: {torn}/model.safetensors ")
 
 
-# ---- Prompts and pictures --------------------------------------------------------------------------------------------
+# ---- Prompts and images --------------------------------------------------------------------------------------------
 
 
-def our_prompt(folder, tokenizer, template, turns, pictures):
+def our_prompt(folder, tokenizer, template, turns, images):
     slots = slots_per_image(open_model(folder).config)
-    return encode(template_items(template, Record("a", pictures, turns)), tokenizer, slots)
+    return encode(template_items(template, Record("a", images, turns)), tokenizer, slots)
 
 
 STOPS = {"llama-3": ["<|eot_id|>"], "chatml": ["<|im_end|>"]}
@@ -291,13 +291,13 @@ def test_prompts_are_ours_to_the_token(tmp_path, case, kind, template, request):
     tokenizer = with_tokenizer(folder, kind, request)
     export_hf(folder, tmp_path / "hf")
     processor = AutoProcessor.from_pretrained(tmp_path / "hf", trust_remote_code=True)
-    pictures = (picture(1), picture(2), picture(3))
+    images = (make_image(1), make_image(2), make_image(3))
     said = (
-        turn("  Compare\nthem all. ", *pictures[:2]),
+        turn("  Compare\nthem all. ", *images[:2]),
         {"role": "assistant", "content": [{"type": "text", "text": " One is red. "}]},
         turn("Which?"),
         {"role": "assistant", "content": "Straße 🤗"},
-        turn("And now?", pictures[2]),
+        turn("And now?", images[2]),
     )
     turns = (
         Turn("human", "<image>\n  Compare\nthem all. <image>"),
@@ -307,25 +307,25 @@ def test_prompts_are_ours_to_the_token(tmp_path, case, kind, template, request):
         Turn("human", "<image>\nAnd now?"),
     )
     inputs = prompt(processor, *said)
-    ours = our_prompt(folder, tokenizer, template, turns, pictures)
+    ours = our_prompt(folder, tokenizer, template, turns, images)
     is_image = inputs["input_ids"][0].numpy() == processor.image_token_id
     assert is_image.tolist() == ours.is_image.tolist()
     assert inputs["input_ids"][0].numpy()[~is_image].tolist() == ours.tokens[~is_image].tolist()
     assert inputs["attention_mask"].all()
     # The template, rendered and tokenised, says the same: by the processor, and by servers, which add nothing to it.
     rendered = processor.apply_chat_template(list(said), add_generation_prompt=True)
-    assert processor(text=[rendered], images=list(pictures))["input_ids"] == inputs["input_ids"].tolist()
+    assert processor(text=[rendered], images=list(images))["input_ids"] == inputs["input_ids"].tolist()
     filled = rendered.replace("<image>", "<image>" * (int(is_image.sum()) // 3))
     assert processor.tokenizer(filled, add_special_tokens=False).input_ids == inputs["input_ids"][0].tolist()
     # A whole conversation, as for training there.
     whole = processor.apply_chat_template(list(said[:4]), tokenize=True, return_dict=True)["input_ids"][0]
-    ours = our_prompt(folder, tokenizer, template, turns[:4], pictures[:2])
+    ours = our_prompt(folder, tokenizer, template, turns[:4], images[:2])
     assert [i for i in whole if i != processor.image_token_id] == ours.tokens[~ours.is_image].tolist()
     # An image alone; and where the template writes spaces, the export read back.
-    alone = prompt(processor, turn("", picture(1)))["input_ids"][0]
+    alone = prompt(processor, turn("", make_image(1)))["input_ids"][0]
     turns = (Turn("human", "<image>"),)
     for one in (tokenizer, *([load_tokenizer(str(tmp_path / "hf"))] if kind.endswith("legacy") else [])):
-        ours = our_prompt(folder, one, template, turns, pictures[:1])
+        ours = our_prompt(folder, one, template, turns, images[:1])
         assert alone[alone != processor.image_token_id].tolist() == ours.tokens[~ours.is_image].tolist()
     # Releases before 5 know these by another name.
     values = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
@@ -371,11 +371,11 @@ def test_captions_are_asked_for_as_they_were_learned(tmp_path):
     folder = make(tmp_path / "ours", *CASES["the paper's"], template="plain")
     export_hf(folder, tmp_path / "hf")
     _, processor = load(tmp_path / "hf")
-    said = (turn("Describe.", picture(1)), {"role": "assistant", "content": "A cat. "})
+    said = (turn("Describe.", make_image(1)), {"role": "assistant", "content": "A cat. "})
     ids = processor.apply_chat_template(list(said), tokenize=True, return_dict=True)["input_ids"][0]
     turns = (Turn("human", "Describe.\n<image>"), Turn("gpt", "A cat. "))
     tokenizer = load_tokenizer("miniature")
-    ours = our_prompt(folder, tokenizer, "plain", turns, (picture(1),))
+    ours = our_prompt(folder, tokenizer, "plain", turns, (make_image(1),))
     how = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert how["eos_token_id"] == [ours.tokens[-1], tokenizer.eos_token_id]  # the newline that was learned
     assert [i for i in ids if i != processor.image_token_id] == ours.tokens[~ours.is_image].tolist()
@@ -383,13 +383,13 @@ def test_captions_are_asked_for_as_they_were_learned(tmp_path):
 
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("aspect", ["square", "pad"])
-def test_pictures_are_ours(tmp_path, tower, aspect):
+def test_images_are_ours(tmp_path, tower, aspect):
     folder = make(tmp_path / "ours", FusionConfig("mbtf_stf"), tower, "llama", aspect=aspect)
     export_hf(folder, tmp_path / "hf")
     _, processor = load(tmp_path / "hf")
     config = TOWERS[tower]
     for size in ((36, 36), (50, 41), (41, 50), (20, 97), (200, 30)):
-        one = picture(3, size)
+        one = make_image(3, size)
         inputs = prompt(processor, turn("What?", one))
         values = inputs["pixel_values"][0].permute(1, 2, 0).numpy()
         ours = to_square(one, config, aspect)
@@ -401,13 +401,13 @@ def test_pictures_are_ours(tmp_path, tower, aspect):
         )
 
 
-def test_pictures_and_places_must_match(exported):
+def test_images_and_places_must_match(exported):
     model, processor = load(exported("the paper's")[1])
     with pytest.raises(ValueError, match="1 <image>, but there are 2 images"):
-        processor(text="<image> What?", images=[picture(1), picture(2)])
+        processor(text="<image> What?", images=[make_image(1), make_image(2)])
     with pytest.raises(ValueError, match="1 <image>, but there are 0 images"):
         processor(text="<image> What?")
-    inputs = processor(text="<image> What?", images=picture(1), return_tensors="pt")
+    inputs = processor(text="<image> What?", images=make_image(1), return_tensors="pt")
     with pytest.raises(ValueError, match="no pixel_values"):
         model(input_ids=inputs["input_ids"])
     with pytest.raises(ValueError, match="places for"):
@@ -416,21 +416,21 @@ def test_pictures_and_places_must_match(exported):
         processor(text="What?", truncation=True, max_length=4)
 
 
-def test_servers_learn_where_the_pictures_are(exported):
+def test_servers_learn_where_the_images_are(exported):
     _, processor = load(exported("the paper's")[1])
     assert processor._get_num_multimodal_tokens([(10, 10), (5, 7)])["num_image_tokens"] == [9, 9]
-    assert processor(images=[picture(1), picture(2)], return_tensors="pt")["pixel_values"].shape == (2, 3, 36, 36)
+    assert processor(images=[make_image(1), make_image(2)], return_tensors="pt")["pixel_values"].shape == (2, 3, 36, 36)
     asked = dict(return_mm_token_type_ids=True, return_text_replacement_offsets=True, padding=True, return_tensors="pt")
-    batch = processor(text=["A <image> b", "<image><image>"], images=[picture(i) for i in range(3)], **asked)
+    batch = processor(text=["A <image> b", "<image><image>"], images=[make_image(i) for i in range(3)], **asked)
     assert torch.equal(batch["mm_token_type_ids"], (batch["input_ids"] == processor.image_token_id).long())
     assert [[one["span"] for one in row] for row in batch["text_replacement_offsets"]] == [[(2, 9)], [(0, 7), (7, 14)]]
     assert all(one["replacement"] == "<image>" * 9 for row in batch["text_replacement_offsets"] for one in row)
 
 
-def test_beams_see_the_pictures_of_their_own_row(exported):
+def test_beams_see_the_images_of_their_own_row(exported):
     model, processor = load(exported("the paper's")[1])
     texts = ["USER: <image>\n<image>\nWhich? ASSISTANT:", "USER: <image>\nWhat? ASSISTANT:"]
-    both = processor(text=texts, images=[picture(i) for i in range(3)], padding=True, return_tensors="pt")
+    both = processor(text=texts, images=[make_image(i) for i in range(3)], padding=True, return_tensors="pt")
     own = both["pixel_values"]
     rows, more = model._expand_inputs_for_generation(2, False, both["input_ids"], pixel_values=own)
     assert torch.equal(rows, both["input_ids"].repeat_interleave(2, 0))

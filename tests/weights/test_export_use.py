@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from make_models import load, make, make_run, picture, turn
+from make_models import load, make, make_image, make_run, turn
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from stf_jax.config import FusionConfig
@@ -58,7 +58,7 @@ def opened(exports):
     """The authors' model in PyTorch, its processor, and a question with two images."""
     model, processor = load(exports["mbtf_stf"][1])
     inputs = processor.apply_chat_template(
-        [turn("Which?", picture(1), picture(2))],
+        [turn("Which?", make_image(1), make_image(2))],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -133,7 +133,7 @@ def test_generating_warns_of_nothing(opened):
 
 def test_a_batch_of_images_is_that_many_images(opened):
     _, processor, _ = opened
-    images = [np.asarray(picture(i)) for i in range(3)]
+    images = [np.asarray(make_image(i)) for i in range(3)]
     text = ["<image> <image>", "<image>"]
     wanted = processor(text=text, images=images, padding=True, return_tensors="pt")["pixel_values"]
     assert len(wanted) == 3
@@ -179,7 +179,7 @@ def test_special_tokens_in_a_text_are_those_tokens(exports, tmp_path, fusion):
 def test_a_prompt_is_the_same_however_it_is_made(exports, plain, fusion, images, template, question):
     """Through apply_chat_template, the processor, or a server, which adds no special tokens; BOS stands there once."""
     folder = plain[fusion] if template == "plain" else exports[fusion][1]
-    shown = tuple(picture(i) for i in range(images))
+    shown = tuple(make_image(i) for i in range(images))
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     turns = [turn(question, *shown)]
     text = processor.apply_chat_template(turns, add_generation_prompt=True)
@@ -266,7 +266,7 @@ def test_the_snippet_of_the_readme_answers(exports, tmp_path, monkeypatch, capsy
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(code.splitlines()) < 30
     here = shutil.copytree(folder, tmp_path / "here")
-    picture(1).save(here / "image.jpg")
+    make_image(1).save(here / "image.jpg")
     monkeypatch.chdir(here)
     exec(code, {})
     said = capsys.readouterr().out

@@ -72,7 +72,7 @@ def our_logits(model, mesh, ids, images=None, slots=None):
         return np.asarray(run(ids))[: len(ids) // 2]
 
 
-def pictures(rows=2):
+def make_images(rows=2):
     return np.random.default_rng(3).integers(0, 256, (rows, 28, 28, 3), np.uint8)
 
 
@@ -110,9 +110,9 @@ def test_towers_agree_at_every_depth(family, mesh, scan, tmp_path):
     import_weights(str(tmp_path / "llm"), tmp_path / "ours", str(tmp_path / "theirs"))
     model, mesh = merged(tmp_path / "ours", mesh, scan)
     with torch.no_grad():
-        states = tower(family)(normalised(pictures(4), family), output_hidden_states=True).hidden_states
+        states = tower(family)(normalised(make_images(4), family), output_hidden_states=True).hidden_states
     with computing(mesh, "float32"):
-        ours = model.vision(pictures(4), (4, 3, 2, 1, 0), jnp.float32)
+        ours = model.vision(make_images(4), (4, 3, 2, 1, 0), jnp.float32)
     for depth, state in zip((4, 3, 2, 1, 0), ours, strict=True):
         np.testing.assert_allclose(state, states[depth][:, int(family == "clip") :].numpy(), atol=1e-4)
 
@@ -248,9 +248,9 @@ def test_llava_agrees_whole(layout, tmp_path):
     slots = np.full(ids.shape, -1, np.int32)
     slots[:, 4:20] = np.arange(16)
     with torch.no_grad():
-        expected = llava()(torch.from_numpy(ids).long(), pixel_values=normalised(pictures())).logits.numpy()
+        expected = llava()(torch.from_numpy(ids).long(), pixel_values=normalised(make_images())).logits.numpy()
     for mesh, scan in zip(MESHES, (True, False), strict=True):
-        ours = our_logits(*merged(tmp_path / "ours", mesh, scan), ids, pictures()[:, None], slots)
+        ours = our_logits(*merged(tmp_path / "ours", mesh, scan), ids, make_images()[:, None], slots)
         np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
@@ -305,8 +305,8 @@ def test_llava_stf_whole_gives_the_references_image_tokens(tmp_path):
     assert (fusion.fusion, fusion.kernel, fusion.taps) == ("mbtf_stf", 2, (3, 2))
     model, mesh = merged(tmp_path / "ours")
     with computing(mesh, "float32"):
-        ours = model.image_tokens(pictures()[:, None])
-    np.testing.assert_allclose(ours, reference_image_tokens(state, pictures(), (3, 2)), atol=1e-4)
+        ours = model.image_tokens(make_images()[:, None])
+    np.testing.assert_allclose(ours, reference_image_tokens(state, make_images(), (3, 2)), atol=1e-4)
 
 
 def test_the_eight_tensors_of_stage_one(tmp_path):

@@ -41,7 +41,7 @@ TASK = """
 dataset_path: {data}
 dataset_kwargs: {{load_from_disk: true}}
 test_split: test
-doc_to_visual: !function utils.pictures
+doc_to_visual: !function utils.images
 doc_to_text: !function utils.question
 doc_to_target: best
 """
@@ -65,15 +65,15 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """,
 }
 UTILS = """
-def pictures(doc):
-    return doc["pictures"]
+def make_images(doc):
+    return doc["images"]
 
 def question(doc, lmms_eval_specific_kwargs=None, previous_output=None, round_idx=None, previous_round_info=None):
     if round_idx is None:
         return doc["question"]
     rounds = (previous_round_info or 0) + 1
     assert round_idx == rounds == len(previous_output)
-    return doc["pictures"][:1], f"{previous_output[-1]} Sure?", rounds == doc["best"] + 1, previous_output, rounds
+    return doc["images"][:1], f"{previous_output[-1]} Sure?", rounds == doc["best"] + 1, previous_output, rounds
 
 def kept(doc, results):
     return {"kept": (doc["question"], results[0])}
@@ -84,7 +84,7 @@ def all_of_them(items):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _torn_pictures_fail_again():
+def _torn_images_fail_again():
     """lmms-eval has Pillow open them, in all of the process."""
     yield
     PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -132,10 +132,10 @@ def plugin(exports, tmp_path_factory):
 
 @pytest.fixture
 def rows():
-    """Questions of unequal lengths with none to two pictures."""
+    """Questions of unequal lengths with none to two images."""
     return [
         {
-            "pictures": [picture(10 * i + j) for j in range((1, 0, 2, 1)[i % 4])],
+            "images": [make_image(10 * i + j) for j in range((1, 0, 2, 1)[i % 4])],
             "question": "Which " + "very " * (i % 5) + f"odd thing is {i}?",
             "choices": WORDS,
             "best": i % 3,
@@ -144,7 +144,7 @@ def rows():
     ]
 
 
-def picture(seed):
+def make_image(seed):
     return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (50, 41, 3), np.uint8))
 
 
@@ -165,9 +165,9 @@ class Asked(NamedTuple):
     processor: Any
 
     @torch.inference_mode()
-    def directly(self, question, pictures, **how):
+    def directly(self, question, images, **how):
         """What transformers says to one question, by itself."""
-        content = [*({"type": "image", "image": one} for one in pictures), {"type": "text", "text": question}]
+        content = [*({"type": "image", "image": one} for one in images), {"type": "text", "text": question}]
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
@@ -176,13 +176,13 @@ class Asked(NamedTuple):
         return self.processor.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     @torch.inference_mode()
-    def likelihood(self, question, pictures, answer):
+    def likelihood(self, question, images, answer):
         """Log-probability of an answer, and whether it is greedy: over the tokens that our training would learn."""
-        turns = (Turn("human", "<image>" * len(pictures) + question), Turn("gpt", answer))
-        items = template_items("v1", Record("", tuple(lambda one=one: one for one in pictures), turns))
+        turns = (Turn("human", "<image>" * len(images) + question), Turn("gpt", answer))
+        items = template_items("v1", Record("", tuple(lambda one=one: one for one in images), turns))
         encoded = encode(items, load_tokenizer("miniature"), SLOTS[self.fusion])
         ids = torch.tensor(np.where(encoded.is_image, self.processor.image_token_id, encoded.tokens)[None]).long()
-        pixels = self.processor.image_processor(pictures, return_tensors="pt") if pictures else {}
+        pixels = self.processor.image_processor(images, return_tensors="pt") if images else {}
         logits = self.model(input_ids=ids, **pixels).logits[0].double()
         logits[:, self.model.generation_config.suppress_tokens or []] = -torch.inf
         places = np.flatnonzero(encoded.learned)[:-1]  # the last ends the turn
@@ -202,7 +202,7 @@ class Asked(NamedTuple):
 
 
 def shown(row):
-    return row["pictures"]
+    return row["images"]
 
 
 # ---- Whole evaluations -----------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_tasks_are_evaluated(asked, rows, tmp_path):
     from lmms_eval.tasks import TaskManager
 
     strings = datasets.Sequence(datasets.Value("string"))
-    features = {"pictures": datasets.Sequence(datasets.Image()), "question": datasets.Value("string")}
+    features = {"images": datasets.Sequence(datasets.Image()), "question": datasets.Value("string")}
     features = datasets.Features(features | {"choices": strings, "best": datasets.Value("int64")})
     split = datasets.Dataset.from_list(rows, features=features)
     datasets.DatasetDict({"test": split}).save_to_disk(tmp_path / "data")
@@ -231,16 +231,16 @@ def test_tasks_are_evaluated(asked, rows, tmp_path):
     )["results"]  # fmt: skip
 
     def rounds(row):
-        said = [asked.directly(row["question"], row["pictures"], max_new_tokens=6)]
+        said = [asked.directly(row["question"], row["images"], max_new_tokens=6)]
         for _ in range(row["best"]):
-            said.append(asked.directly(f"{said[-1]} Sure?", row["pictures"][:1], max_new_tokens=6))
+            said.append(asked.directly(f"{said[-1]} Sure?", row["images"][:1], max_new_tokens=6))
         return said
 
-    one_by_one = {row["question"]: asked.directly(row["question"], row["pictures"], max_new_tokens=12) for row in rows}
+    one_by_one = {row["question"]: asked.directly(row["question"], row["images"], max_new_tokens=12) for row in rows}
     assert len(set(one_by_one.values())) == len(rows)
     assert found["said"]["kept,none"] == one_by_one
     assert found["rounds"]["kept,none"] == {row["question"]: rounds(row) for row in rows}
-    best = [np.argmax([asked.likelihood(row["question"], row["pictures"], word)[0] for word in WORDS]) for row in rows]
+    best = [np.argmax([asked.likelihood(row["question"], row["images"], word)[0] for word in WORDS]) for row in rows]
     right = [int(chosen) == row["best"] for chosen, row in zip(best, rows, strict=True)]
     assert 0 < sum(right) < len(rows)
     assert found["chosen"]["acc,none"] == pytest.approx(sum(right) / len(rows))
@@ -250,12 +250,12 @@ def test_tasks_are_evaluated(asked, rows, tmp_path):
 
 
 def test_likelihoods_are_exact(asked, rows):
-    greedy = [asked.directly(row["question"], row["pictures"], max_new_tokens=2) for row in rows]
+    greedy = [asked.directly(row["question"], row["images"], max_new_tokens=2) for row in rows]
     flags = []
     for words in (*([word] * len(rows) for word in WORDS), greedy):
         for row, word in zip(rows, words, strict=True):
             row["answer"] = word
-        exact = [asked.likelihood(row["question"], row["pictures"], row["answer"]) for row in rows]
+        exact = [asked.likelihood(row["question"], row["images"], row["answer"]) for row in rows]
         flags += [flag for _, flag in exact]
         found = asked.lm.loglikelihood(asked.requests(rows, "loglikelihood", lambda row: row["answer"], shown))
         assert [flag for _, flag in found] == [flag for _, flag in exact]
@@ -264,7 +264,7 @@ def test_likelihoods_are_exact(asked, rows):
     assert 0 < sum(flags) < len(flags)
     # A given answer is compared by how unlikely it is, in lmms-eval.
     (found,) = asked.lm.loglikelihood(asked.requests(rows[:1], "loglikelihood", " red", shown))
-    assert found == (pytest.approx(-asked.likelihood(rows[0]["question"], rows[0]["pictures"], "red")[0]), False)
+    assert found == (pytest.approx(-asked.likelihood(rows[0]["question"], rows[0]["images"], "red")[0]), False)
     (found,) = asked.lm.loglikelihood(asked.requests(rows[:1], "loglikelihood", " ", shown))
     assert found == (0, True)
 
@@ -274,7 +274,7 @@ def test_settings_are_those_of_generate(asked, rows):
         return asked.lm.generate_until(asked.requests(rows[:1], "generate_until", settings, shown))[0]
 
     def direct(**settings):
-        return asked.directly(rows[0]["question"], rows[0]["pictures"], **settings)
+        return asked.directly(rows[0]["question"], rows[0]["images"], **settings)
 
     greedy = direct(max_new_tokens=10)
     assert found(max_new_tokens=10) == greedy
@@ -301,21 +301,19 @@ def test_requests_of_unlike_settings_keep_their_places(asked, rows):
     requests = asked.requests(rows, "generate_until", {}, shown)
     for i, request in enumerate(requests):
         request.arguments = (request.args[0], {"max_new_tokens": 3 + i % 3}, *request.args[2:])
-    expected = [
-        asked.directly(row["question"], row["pictures"], max_new_tokens=3 + i % 3) for i, row in enumerate(rows)
-    ]
+    expected = [asked.directly(row["question"], row["images"], max_new_tokens=3 + i % 3) for i, row in enumerate(rows)]
     assert asked.lm.generate_until(requests) == expected
 
 
 def test_marks_in_a_question_are_moved_to_its_front_as_in_training(asked, rows):
     marked = [rows[2] | {"question": "First <image> then <image>, which?"}]
     (found,) = asked.lm.generate_until(asked.requests(marked, "generate_until", {"max_new_tokens": 8}, shown))
-    assert found == asked.directly("First  then , which?", rows[2]["pictures"], max_new_tokens=8)
+    assert found == asked.directly("First  then , which?", rows[2]["images"], max_new_tokens=8)
 
 
 def test_what_cannot_be_asked_is_said(asked, rows, plugin, tmp_path):
     for visuals, kind in ((["film.mp4"], "str"), ([{"array": 0}], "dict")):
-        with pytest.raises(ValueError, match=f"Task task shows a {kind}, but llava_stf reads pictures alone"):
+        with pytest.raises(ValueError, match=f"Task task shows a {kind}, but llava_stf reads images alone"):
             asked.lm.generate_until(asked.requests(rows[:1], "generate_until", {}, lambda row, v=visuals: v))
     with pytest.raises(ValueError, match="is not a folder of an export"):
         plugin(str(tmp_path))
@@ -371,11 +369,11 @@ def test_vlmevalkit_asks_as_transformers_does(asked, rows, vlmevalkit, tmp_path)
     model.model.to("cpu")
     for row in rows:
         message = [{"type": "text", "value": row["question"]}]
-        for i, one in enumerate(row["pictures"]):
+        for i, one in enumerate(row["images"]):
             one.save(tmp_path / f"{i}.png")
             message.insert(0 if i else 1, {"type": "image", "value": str(tmp_path / f"{i}.png")})
-        pictures = row["pictures"][::-1]  # the second was put first
-        expected = asked.directly(row["question"], pictures, max_new_tokens=8)
+        images = row["images"][::-1]  # the second was put first
+        expected = asked.directly(row["question"], images, max_new_tokens=8)
         assert model.generate_inner(message) == expected
 
 
@@ -385,8 +383,8 @@ def test_vlmevalkit_words_questions_as_llava_does(vlmevalkit):
 
     def worded(dataset, **line):
         assert model.use_custom_prompt(dataset)
-        *pictures, text = model.build_prompt(line, dataset)
-        assert pictures == [{"type": "image", "value": "a.png"}, {"type": "image", "value": "b.png"}]
+        *images, text = model.build_prompt(line, dataset)
+        assert images == [{"type": "image", "value": "a.png"}, {"type": "image", "value": "b.png"}]
         return text["value"]
 
     letter = "Answer with the option's letter from the given choices directly."

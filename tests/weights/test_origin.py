@@ -7,7 +7,7 @@ import shutil
 import jax
 import pytest
 from etils import epath
-from make_models import DECODERS, TOWERS, make, make_run, picture
+from make_models import DECODERS, TOWERS, make, make_image, make_run
 
 from stf_jax import chat
 from stf_jax.config import DataConfig, FusionConfig, MeshConfig, ModelConfig, TrainConfig, UserError, from_json, to_json
@@ -209,7 +209,7 @@ def test_a_language_model_alone_chats_in_text(imported, tmp_path, capsys):
     assert len(whole) > 8
     assert door(chat.main, [f"--checkpoint={alone}", *options]) == 0
     assert capsys.readouterr().out == whole  # as the whole model answers where nothing is shown
-    picture(1).save(tmp_path / "a.png")
+    make_image(1).save(tmp_path / "a.png")
     assert door(chat.main, [f"--checkpoint={alone}", *options, f"--image={tmp_path / 'a.png'}"]) == 2
     printed, complained = capsys.readouterr()
     assert printed == ""

@@ -1,6 +1,6 @@
 """Models that STF-JAX exports, for VLMEvalKit: a file to copy into its ``vlmeval/vlm/``.
 
-They are asked as they were trained: through the export's chat template, a question's pictures before its text.
+They are asked as they were trained: through the export's chat template, a question's images before its text.
 """
 
 import string
@@ -40,26 +40,26 @@ class LlavaSTF(BaseModel):
         return DATASET_TYPE(dataset) in ("MCQ", "Y/N") or dataset == "VizWiz"
 
     def build_prompt(self, line, dataset: str) -> list[dict]:
-        """The pictures and LLaVA's words for a row of a table of questions."""
+        """The images and LLaVA's words for a row of a table of questions."""
         given = {key: line[key] for key in ("hint", *string.ascii_uppercase) if key in line and line[key] == line[key]}
         context = "Context: " if dataset.startswith("ScienceQA") else ""
         hint = f"{context}{given.pop('hint')}\n" if "hint" in given else ""
         options = "".join(f"\n{letter}. {option}" for letter, option in given.items())
         question = line["question"].replace(" Please answer yes or no.", "")
         ending = _LETTER["_CN" in dataset] if options else _UNANSWERABLE * (dataset == "VizWiz") + _SHORT
-        pictures = [{"type": "image", "value": path} for path in self.dump_image(line, dataset)]
-        return [*pictures, {"type": "text", "value": hint + question + options + ending}]
+        images = [{"type": "image", "value": path} for path in self.dump_image(line, dataset)]
+        return [*images, {"type": "text", "value": hint + question + options + ending}]
 
     @torch.inference_mode()
     def generate_inner(self, message: list[dict], dataset: str | None = None) -> str:
-        """The answer to texts and paths of pictures."""
-        pictures = [Image.open(part["value"]) for part in message if part["type"] == "image"]
+        """The answer to texts and paths of images."""
+        images = [Image.open(part["value"]) for part in message if part["type"] == "image"]
         text = "".join(part["value"] for part in message if part["type"] == "text")
-        content = [{"type": "image"}] * len(pictures)
+        content = [{"type": "image"}] * len(images)
         content.append({"type": "text", "text": text.replace(self.processor.image_token, "")})
         turns = [{"role": "user", "content": content}]
         prompt = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        inputs = self.processor(text=[prompt], images=pictures or None, return_tensors="pt")
+        inputs = self.processor(text=[prompt], images=images or None, return_tensors="pt")
         inputs = inputs.to(self.model.device, self.model.dtype)
         said = self.model.generate(**inputs, **self.settings)[0, inputs["input_ids"].shape[1] :]
         return self.processor.tokenizer.decode(said, skip_special_tokens=True).strip()

@@ -1,6 +1,6 @@
 """Models that STF-JAX exports, for lmms-eval: ``--model llava_stf --model_args pretrained=EXPORT``.
 
-They are asked as they were trained: through the export's chat template, a question's pictures before its text.
+They are asked as they were trained: through the export's chat template, a question's images before its text.
 """
 
 import itertools
@@ -23,7 +23,7 @@ class LlavaSTF(lmms):
     """An export of STF-JAX, whatever its fusion.
 
     lmms-eval's "simple" interface serves all its kinds of tasks, the "chat" one not those that compare given answers;
-    and whatever stands between pictures, the model was trained with them first.
+    and whatever stands between images, the model was trained with them first.
 
     Args:
       pretrained: folder of the export. Its code is run; nothing is downloaded.
@@ -32,7 +32,7 @@ class LlavaSTF(lmms):
       batch_size: questions read together.
 
     Raises:
-      ValueError: ``pretrained`` is no folder of a model, or a task shows something other than pictures.
+      ValueError: ``pretrained`` is no folder of a model, or a task shows something other than images.
     """
 
     def __init__(self, pretrained: str, device: str | None = None, dtype: str = "auto", batch_size: int | str = 1):
@@ -57,7 +57,7 @@ class LlavaSTF(lmms):
         answers = [""] * len(requests)
         for batch in self._batches(requests):
             contexts, settings, *where = zip(*(requests[i].args for i in batch), strict=True)
-            shown = [self._pictures(*one) for one in zip(*where, strict=True)]
+            shown = [self._images(*one) for one in zip(*where, strict=True)]
             for i, answer in zip(batch, self._answer(contexts, shown, settings[0]), strict=True):
                 answers[i] = answer
                 self.cache_hook.add_partial("generate_until", requests[i].args[:2], answer)
@@ -68,7 +68,7 @@ class LlavaSTF(lmms):
         conversations = []
         for request in tqdm(requests, disable=self.rank != 0):
             context, settings, doc_to_visual, doc_to_text, *where = request.args
-            document, shown = self._document(*where), self._pictures(doc_to_visual, *where)
+            document, shown = self._document(*where), self._images(doc_to_visual, *where)
             said, info = [], None
             for number in itertools.count(1):
                 said = [*said, *self._answer([context], [shown], settings)]
@@ -95,7 +95,7 @@ class LlavaSTF(lmms):
                 context, answer, doc_to_visual, *where = requests[i].args
                 signs.append(-1 if isinstance(answer, str) else 1)
                 answer = answer if isinstance(answer, str) else answer(self._document(*where))
-                shown.append(self._pictures(doc_to_visual, *where))
+                shown.append(self._images(doc_to_visual, *where))
                 prompts.append(self._prompt(context, shown[-1]))
                 whole.append(self._prompt(context, shown[-1], answer.strip()))
             for i, sign, (value, greedy) in zip(batch, signs, self._scores(prompts, whole, shown), strict=True):
@@ -122,13 +122,13 @@ class LlavaSTF(lmms):
     def _document(self, doc_id, task, split):
         return self.task_dict[task][split][doc_id]
 
-    def _pictures(self, doc_to_visual, doc_id, task, split):
+    def _images(self, doc_to_visual, doc_id, task, split):
         return _checked(doc_to_visual(self._document(doc_id, task, split)), task)
 
-    def _prompt(self, context, pictures, answer=None):
+    def _prompt(self, context, images, answer=None):
         """The text that the model reads, up to the answer's end where it is given."""
         text = {"type": "text", "text": context.replace(self.processor.image_token, "")}
-        turns = [{"role": "user", "content": [*[{"type": "image"}] * len(pictures), text]}]
+        turns = [{"role": "user", "content": [*[{"type": "image"}] * len(images), text]}]
         prompt = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         if answer is None:
             return prompt
@@ -137,8 +137,8 @@ class LlavaSTF(lmms):
         return whole[: whole.index(answer, len(prompt)) + len(answer)]
 
     def _read(self, texts, shown):
-        pictures = list(itertools.chain(*shown)) or None
-        inputs = self.processor(text=list(texts), images=pictures, padding=True, return_tensors="pt")
+        images = list(itertools.chain(*shown)) or None
+        inputs = self.processor(text=list(texts), images=images, padding=True, return_tensors="pt")
         return inputs.to(self.device, self.model.dtype)
 
     @torch.inference_mode()
@@ -167,10 +167,10 @@ class LlavaSTF(lmms):
         """Log-probability of what each whole text says beyond its prompt, and whether greedy decoding says it."""
         inputs = self._read(whole, shown)
         counts = []
-        for prompt, pictures, ids, mask in zip(
+        for prompt, images, ids, mask in zip(
             prompts, shown, inputs["input_ids"], inputs["attention_mask"], strict=True
         ):
-            before = self._read([prompt], [pictures])["input_ids"][0].tolist()
+            before = self._read([prompt], [images])["input_ids"][0].tolist()
             both = ids[mask.bool()].tolist()
             # Where the prompt's last token runs on into the answer, it is part of what is scored.
             alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, both, strict=False))
@@ -199,5 +199,5 @@ def _checked(visuals, task):
     visuals = visuals or []
     for one in visuals:
         if not isinstance(one, Image.Image):
-            raise ValueError(f"Task {task} shows a {type(one).__name__}, but llava_stf reads pictures alone.")
+            raise ValueError(f"Task {task} shows a {type(one).__name__}, but llava_stf reads images alone.")
     return visuals
