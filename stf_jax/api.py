@@ -96,7 +96,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises:
       UserError: the config or the data cannot be used.
-      RunFailed, TryAgain, Stopped: the run ended before its last step (docs/OPERATIONS.md).
+      RunFailed, TryAgain, Stopped: the run ended before its last step (docs/operations.md).
     """
     folder = to_path(os.fspath(workdir))
     results = [result for result in run_stages(checked_stages(config, folder), folder) if result]
@@ -109,7 +109,7 @@ def evaluate(
     """Asks a model a benchmark's questions, as ``python -m stf_jax.evaluate`` does.
 
     Args:
-      benchmark: a name of docs/EVALUATION.md; ``scenes`` needs no files.
+      benchmark: a name of docs/evaluating.md; ``scenes`` needs no files.
       out: the folder for results.json, answers.jsonl and what the benchmark submits; interrupted, the same call
         continues.
       data: the folder of LLaVA's evaluation files.
@@ -134,7 +134,7 @@ def import_weights(
     """Reads weights of others into a folder for ``config.init_from``, as ``stf_jax.convert import`` does.
 
     Args:
-      source: a folder or file of Hugging Face's, LLaVA's or llama.cpp's (docs/WEIGHTS.md).
+      source: a folder or file of Hugging Face's, LLaVA's or llama.cpp's (docs/weights.md).
       to: the folder to write; it must not exist.
       vision: another source, whose vision tower is taken in place of the source's own.
       dtype: the type to cast values to; by default each keeps its own.

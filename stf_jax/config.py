@@ -191,7 +191,7 @@ class WandbConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FaultsConfig:
-    """What a run bears, and when it gives up (docs/OPERATIONS.md)."""
+    """What a run bears, and when it gives up (docs/operations.md)."""
 
     skipped_updates: Count = 10  # updates in a row that are skipped because a loss or gradient is not finite
     spike: Factor = 2.0  # times the median of the last 50 losses that one is logged for; 0: none is

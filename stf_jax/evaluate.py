@@ -14,7 +14,7 @@ from stf_jax.runtime.files import write_json
 
 DESCRIPTION = """Ask a model a benchmark's questions, or score answers that were made anywhere.
 
-Questions, prompts and decoding are LLaVA's, read from LLaVA's own files in their own layout (docs/EVALUATION.md).
+Questions, prompts and decoding are LLaVA's, read from LLaVA's own files in their own layout (docs/evaluating.md).
 Answers are written as they come; interrupted, the same command goes on where it was. OUT gets answers.jsonl,
 results.json with the protocol beside the numbers, and the file for the benchmark's server where labels are not public.
 """

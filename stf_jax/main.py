@@ -26,7 +26,7 @@ tell which is which; elsewhere add to each:
   --coordinator=HOST:PORT --processes=N --process=I     HOST runs process 0; I is from 0 to N-1
 
 Every key with its meaning and unit: stf_jax/config.py. Exit status: 0 done; 2 your input; 1 the run cannot go on, or
-our bug; 75 another machine failed, and 143 SIGTERM was obeyed: start again to go on (docs/OPERATIONS.md).
+our bug; 75 another machine failed, and 143 SIGTERM was obeyed: start again to go on (docs/operations.md).
 """
 
 

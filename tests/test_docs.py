@@ -274,7 +274,7 @@ def test_docs_activate_one_environment():
 
 def test_the_first_command_of_the_rehearsal_starts_for_a_reader():
     """Without its folder it says what it takes; tests/test_reproduce.py runs the whole rehearsal."""
-    (*first, _), *_ = next(commands(text) for language, text in blocks(ROOT / "docs/REPRODUCE.md") if language == "sh")
+    (*first, _), *_ = next(commands(text) for language, text in blocks(ROOT / "docs/reproduce.md") if language == "sh")
     assert first == ["python", "-m", "tests.make_llava"]
     done = subprocess.run(first, cwd=ROOT, env=reader.environment(), capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (1, "")

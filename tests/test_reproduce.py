@@ -1,4 +1,4 @@
-"""docs/REPRODUCE.md's rehearsal, run as it stands there, in a reader's environment."""
+"""docs/reproduce.md's rehearsal, run as it stands there, in a reader's environment."""
 
 import json
 import pathlib
@@ -18,7 +18,7 @@ def rehearsal(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reproduce")
     for name in ("configs", "stf_jax", "tests"):  # as in a clone; what the commands write stays here
         (folder / name).symlink_to(ROOT / name)
-    commands = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "REPRODUCE.md").read_text(), re.DOTALL)[0]
+    commands = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "reproduce.md").read_text(), re.DOTALL)[0]
     script = ["bash", "-c", f"set -e\n{commands}"]
     done = subprocess.run(script, cwd=folder, env=reader.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

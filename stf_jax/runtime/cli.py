@@ -50,7 +50,7 @@ class _BesideBars(logging.StreamHandler):
 
 
 def door(main: Callable[[list[str]], None], argv: list[str] | None = None, *, compilers: bool = False) -> int:
-    """Runs a command; returns the exit status (docs/OPERATIONS.md); one sentence on stderr says why it is not 0.
+    """Runs a command; returns the exit status (docs/operations.md); one sentence on stderr says why it is not 0.
 
     Any other exception than those of :mod:`stf_jax.config` is our bug and keeps its traceback (status 1). Other hosts
     of the run are not left to wait. What libraries log is shown only with ``-v``, which every command takes.

@@ -117,7 +117,7 @@ def lost(error: BaseException) -> bool:
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status of a process that raises it (docs/OPERATIONS.md)."""
+    """The exit status of a process that raises it (docs/operations.md)."""
     if isinstance(error, KeyboardInterrupt):
         return 130  # as shells have it
     if isinstance(error, (UserError, RunFailed, TryAgain, Stopped)):

@@ -55,7 +55,7 @@ def train(config: TrainConfig, workdir: epath.Path, measured: epath.Path) -> lis
 
     Raises:
       UserError: whatever in the config or the data cannot be used; another run is at work in ``workdir``.
-      RunFailed, TryAgain, Stopped: the run ends before its last step (docs/OPERATIONS.md).
+      RunFailed, TryAgain, Stopped: the run ends before its last step (docs/operations.md).
     """
     with contextlib.ExitStack() as ends:
         results, told = _train(config, workdir, measured, ends)
