@@ -6,7 +6,7 @@ import sys
 
 from etils import epath
 
-from stf_jax.config import RunFailed, Stopped, UserError, one_line
+from stf_jax.config import RunFailed, Stopped, UserError, short_message
 from stf_jax.evals.files import RESULTS
 from stf_jax.runtime import cli
 from stf_jax.runtime.cli import Parser, door, local_path
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
             try:
                 costs[cell.variant.name] = cost(cell, shares[0])
             except RunFailed as error:
-                failed[cell] = one_line(error)
+                failed[cell] = short_message(error)
                 print(f"{cell.name}: {failed[cell]}")
     finally:
         signal.signal(signal.SIGTERM, before)

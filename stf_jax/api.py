@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from stf_jax.config import MeshConfig, UserError, nearest
+from stf_jax.config import MeshConfig, UserError, did_you_mean
 from stf_jax.data.image import open_file
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.inference.generator import TEXT_ALONE, Generator
@@ -166,7 +166,7 @@ def export(
 
     formats = {"hf": export_hf, "llava-stf": export_llava_stf, "native": export_native}
     if format not in formats:
-        raise UserError(f"format={format!r} is not known; {nearest(format, formats)}")
+        raise UserError(f"format={format!r} is not known; {did_you_mean(format, formats)}")
     return formats[format](to_path(os.fspath(checkpoint)), to_path(os.fspath(to)), dtype)
 
 

@@ -240,7 +240,7 @@ _CHOICES = {
 }
 
 
-def one_line(error: BaseException) -> str:
+def short_message(error: BaseException) -> str:
     """What an exception says, for the middle of a sentence: in a line, not at length, without a full stop."""
     return " ".join(str(error).split())[:200].strip(" .") or type(error).__name__
 
@@ -254,7 +254,7 @@ def shorten(text: str, most: int = 200) -> str:
     return f"{text[: most // 2]}… {left_out:,} characters …{text[-(most // 2) :]}"
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
+def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
     """A clause that names the nearest known spelling, or lists what is known."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
@@ -281,7 +281,7 @@ def single_stage(config: ml_collections.ConfigDict, stage: str) -> ml_collection
       UserError: an unknown stage.
     """
     if stage not in config.stages:
-        raise UserError(f"Unknown stage {stage!r}; {nearest(stage, config.run)}")
+        raise UserError(f"Unknown stage {stage!r}; {did_you_mean(stage, config.run)}")
     alone = config.copy_and_resolve_references()
     alone.update(config.stages[stage])
     alone.update(name=stage, run=())
@@ -303,7 +303,7 @@ def parse_arg(arg: str | None, **known: Any) -> ml_collections.ConfigDict:
     for item in filter(None, (arg or "").split(",")):
         key, equals, value = item.partition("=")
         if key not in known or not equals:
-            raise UserError(f"Config argument {item!r} is not known; {nearest(key, [f'{k}=' for k in known])}")
+            raise UserError(f"Config argument {item!r} is not known; {did_you_mean(key, [f'{k}=' for k in known])}")
         result[key] = _convert(known[key], value, key)
     return result
 
@@ -336,13 +336,13 @@ def resolve(config: Mapping[str, Any]) -> list[TrainConfig]:
     resolved = []
     for name in run:
         if name not in stages:
-            raise UserError(f"Config key run names stage {name!r}: {nearest(name, stages)}")
+            raise UserError(f"Config key run names stage {name!r}: {did_you_mean(name, stages)}")
         if not isinstance(stages[name], Mapping):
             raise UserError(f"Config key stages.{name} is {stages[name]!r}; it should hold the keys that differ.")
         flat = flatten(base)
         for key, value in flatten(stages[name]).items():
             if key not in defaults:
-                raise UserError(f"Unknown config key stages.{name}.{key}: {nearest(key, defaults)}")
+                raise UserError(f"Unknown config key stages.{name}.{key}: {did_you_mean(key, defaults)}")
             if flat.get(key, defaults[key]) != defaults[key]:
                 raise UserError(f"Config key {key} is set by stage {name!r}; set stages.{name}.{key} instead.")
             flat[key] = value
@@ -395,7 +395,7 @@ def _build(cls, values, prefix):
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise UserError(f"Unknown config key {prefix}{key}: {nearest(key, fields)}")
+            raise UserError(f"Unknown config key {prefix}{key}: {did_you_mean(key, fields)}")
     return cls(**{key: _typed(fields[key].type, value, prefix + key) for key, value in values.items()})
 
 
@@ -425,5 +425,5 @@ def _validated(config):
     flat = flatten(dataclasses.asdict(config))
     for key, choices in _CHOICES.items():
         if flat[key] not in choices:
-            raise UserError(f"Config key {key} is {flat[key]!r}: {nearest(str(flat[key]), filter(None, choices))}")
+            raise UserError(f"Config key {key} is {flat[key]!r}: {did_you_mean(str(flat[key]), filter(None, choices))}")
     return config

@@ -4,7 +4,7 @@ import json
 import sys
 
 from stf_jax.config import UserError, resolve
-from stf_jax.planning.topology import check_topology, described
+from stf_jax.planning.topology import check_topology, topology_devices
 from stf_jax.runtime.cli import Parser, door, parse
 from stf_jax.runtime.environment import muted
 from stf_jax.runtime.files import check_paths
@@ -61,12 +61,12 @@ def main(argv: list[str]) -> None:
     with muted():  # the compilers' packages tell that there is no device for them
         import jax
 
+        from stf_jax.planning.formatting import ranking, summary, trial
         from stf_jax.planning.report import report
         from stf_jax.planning.search import search
-        from stf_jax.planning.words import ranking, summary, trial
         from stf_jax.weights.origin import complete
     jax.config.update("jax_platforms", "cpu")  # what is here is not asked for
-    devices, config = described(known.topology, known.slices), complete(stages[0])
+    devices, config = topology_devices(known.topology, known.slices), complete(stages[0])
     if known.search:
         found = search(config, devices, known.price_per_chip_hour, lambda one: print(trial(one), file=sys.stderr))
     else:

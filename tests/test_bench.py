@@ -9,12 +9,12 @@ import tiny  # noqa: F401 (its presets)
 
 from stf_jax.bench import main
 from stf_jax.benches import arguments, cost, decode, process, step
-from stf_jax.benches.made import make_export
 from stf_jax.benches.mixture import SOURCES, jpegs, lengths
+from stf_jax.benches.synthetic import make_export
 from stf_jax.config import FusionConfig, ModelConfig
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.planning.topology import described
+from stf_jax.planning.topology import topology_devices
 from stf_jax.runtime.cli import door
 from stf_jax.runtime.table import table
 from stf_jax.training.state import blueprint
@@ -207,7 +207,7 @@ def test_cost_times_the_program_of_a_run(what, tmp_path):
 @pytest.mark.slow
 def test_cost_foresees_both_fusions_for_a_machine(monkeypatch):
     monkeypatch.setattr(cost, "TEXT", {"pretrain": 64, "prefill": 64})
-    rows = cost.foresee("clip-mini-16-384", "llama-mini", [1], described("a6000:2"))
+    rows = cost.foresee("clip-mini-16-384", "llama-mini", [1], topology_devices("a6000:2"))
     assert [row["what"] for row in rows] == [
         f"{what}, {fusion}, a6000" for what in cost.TEXT for fusion in ("mlp", "mbtf_stf")
     ]

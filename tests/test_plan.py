@@ -16,7 +16,7 @@ from stf_jax.planning import report as report_module
 from stf_jax.planning import search as search_module
 from stf_jax.planning.program import OutOfMemory, Program, make_program
 from stf_jax.planning.report import run_steps
-from stf_jax.planning.topology import described
+from stf_jax.planning.topology import topology_devices
 from stf_jax.runtime.cli import door
 from stf_jax.runtime.cost import decode_flops, forward_flops, step_flops
 from stf_jax.training.optimizer import make_optimizer
@@ -89,7 +89,7 @@ def test_steps_are_counted_as_training_counts_them(epochs, records):
 
 
 def _mesh(topology):
-    return make_program(recipe("demo.py:stage=finetune"), "train", described(topology)).mesh
+    return make_program(recipe("demo.py:stage=finetune"), "train", topology_devices(topology)).mesh
 
 
 def test_what_it_says_to_people(capsys):
@@ -198,7 +198,7 @@ def test_a_search_may_find_nothing(monkeypatch, capsys):
 def test_the_compilers_word_that_a_program_does_not_fit():
     """libtpu refuses what exceeds a chip's memory and tells what it would have needed."""
     before = dict(os.environ)
-    (device,) = described("v5e:1x1")
+    (device,) = topology_devices("v5e:1x1")
     assert os.environ == before  # what libtpu reads when it is loaded is no longer there
     mesh = jax.sharding.Mesh([[[device]]], ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

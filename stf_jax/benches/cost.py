@@ -21,15 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stf_jax.benches.made import make_batch
 from stf_jax.benches.plan import TEXT, recipe
 from stf_jax.benches.process import measured
+from stf_jax.benches.synthetic import make_batch
 from stf_jax.config import FusionConfig, MeshConfig, TrainConfig, UserError
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.planning.program import Program, make_program
 from stf_jax.planning.report import report
-from stf_jax.planning.topology import described
+from stf_jax.planning.topology import topology_devices
 from stf_jax.runtime.mesh import computing
 from stf_jax.weights.model import Description
 
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> _Rows:
     if len(layers) != 2 or layers[0] >= layers[1]:
         raise UserError(f"--layers={options.layers} should be two numbers, the smaller first.")
     jax.config.update("jax_platforms", "cpu")  # of this process, which only compiles
-    devices = described(options.topology)
+    devices = topology_devices(options.topology)
     found = measure(options.vision, options.llm, layers, batches)
     found += foresee(options.vision, options.llm, rows, devices)
     if options.plot is not None:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from stf_jax.benches.made import make_export
 from stf_jax.benches.process import measured
+from stf_jax.benches.synthetic import make_export
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Rules, Sampling, layerwise

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from stf_jax.benches.process import measured
-from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError, nearest
+from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError, did_you_mean
 from stf_jax.models.fusion import FUSIONS, Fusion, tapped_blocks, tokens_per_image
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.runtime.cost import forward_flops
@@ -50,7 +50,7 @@ _FIGURES = ("tokens", "million_parameters", "gflop", "forward_ms", "both_ms", "f
 
 def _config(options, name):
     if name not in FUSIONS:
-        raise UserError(f"--fusions={options.fusions} names {name!r}: {nearest(name, FUSIONS)}")
+        raise UserError(f"--fusions={options.fusions} names {name!r}: {did_you_mean(name, FUSIONS)}")
     config = ModelConfig(options.vision, options.llm, FusionConfig(name), options.precision)
     tokens_per_image(config.fusion, vision_preset(config.vision).grid)
     llm_preset(config.llm)

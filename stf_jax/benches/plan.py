@@ -13,7 +13,7 @@ import jax
 from stf_jax.config import FusionConfig, TrainConfig, resolve
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.planning.report import report
-from stf_jax.planning.topology import described
+from stf_jax.planning.topology import topology_devices
 from stf_jax.runtime.cli import parse
 from stf_jax.training.state import blueprint
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """
     jax.config.update("jax_platforms", "cpu")
     rows = [] if options.no_mark else [_beside_maxtext(*at, mark) for at, mark in _MAXTEXT.items()]
-    devices = described(options.topology)
+    devices = topology_devices(options.topology)
     for what in ("pretrain", "finetune", "prefill"):
         config = recipe("finetune" if what == "prefill" else what, options.llm)
         slower = None
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _beside_maxtext(topology, rows, mark):
-    devices = described(topology)
+    devices = topology_devices(topology)
     config = dataclasses.replace(recipe("finetune", "vicuna-7b"), global_batch_size=rows * len(devices))
     found = report(config, "train", devices)
     sizes = collections.Counter()

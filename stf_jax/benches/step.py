@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from stf_jax.benches.made import make_batch, make_export
 from stf_jax.benches.process import measured
-from stf_jax.benches.timed import timed_steps
+from stf_jax.benches.synthetic import make_batch, make_export
+from stf_jax.benches.timing import time_train_steps
 from stf_jax.config import (
     DataConfig,
     FusionConfig,
@@ -123,7 +123,7 @@ def _told(config, losses, seconds):
 def ours(task: Task) -> dict[str, Any]:
     """Steps as training takes them, compiled before."""
     config = _config(task)
-    losses, seconds, held = timed_steps(config, task.folder, make_batch(config), task.steps)
+    losses, seconds, held = time_train_steps(config, task.folder, make_batch(config), task.steps)
     # Of a CPU the whole process is measured, as of the other program.
     return _told(config, losses, seconds) | ({} if jax.default_backend() == "cpu" else {"gib": held / 2**30})
 

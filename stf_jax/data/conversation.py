@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from stf_jax.config import UserError, nearest
+from stf_jax.config import UserError, did_you_mean
 from stf_jax.data.records import IMAGE_MARK, BadRow, Record, Turn
 from stf_jax.data.tokenizer import prefixes_once
 
@@ -197,7 +197,7 @@ def stop_tokens(template: str, tokenizer: PreTrainedTokenizerFast) -> tuple[int,
 def check_template(template: str, tokenizer: PreTrainedTokenizerFast | None) -> None:
     """Raises UserError for an unknown template, or one with control tokens that the tokenizer, where given, lacks."""
     if template not in TEMPLATES:
-        raise UserError(f"Unknown data.template={template!r}; {nearest(template, TEMPLATES)}")
+        raise UserError(f"Unknown data.template={template!r}; {did_you_mean(template, TEMPLATES)}")
     chat = CHATS.get(template) if tokenizer is not None else None
     for item in (*chat.opening, *chat.begin, *chat.ask, *chat.reply, *chat.end) if chat else ():
         if isinstance(item, Control) and _id(item, tokenizer) in (None, tokenizer.unk_token_id):
@@ -247,7 +247,7 @@ def template_items(template: str, record: Record) -> list[Item]:
       BadRow: a record that does not fit it, or whose images and ``<image>`` marks differ in number, named by its id.
     """
     if template not in TEMPLATES:
-        raise UserError(f"Unknown data.template={template!r}; {nearest(template, TEMPLATES)}")
+        raise UserError(f"Unknown data.template={template!r}; {did_you_mean(template, TEMPLATES)}")
     try:
         items = (document if record.document else TEMPLATES[template])(record.turns)
     except BadRow as error:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from stf_jax.config import UserError, one_line
+from stf_jax.config import UserError, short_message
 from stf_jax.data.image import open_image, read_image
 from stf_jax.data.records import BadRow, Record
 from stf_jax.data.rows import TALK, read_row
@@ -188,7 +188,7 @@ class PreparedRecords:
         try:
             self._shards = tfds.builder_from_directory(fetched(path)).as_data_source("train")
         except Exception as error:  # whatever its readers of JSON and of protocol buffers raise
-            raise UserError(f"{folder} is damaged, and has to be prepared again: {one_line(error)}.") from None
+            raise UserError(f"{folder} is damaged, and has to be prepared again: {short_message(error)}.") from None
         if len(self._rows) != len(self._shards):
             raise UserError(f"{folder} is damaged: {KEPT} has {len(self._rows)} rows, its shards {len(self._shards)}.")
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from stf_jax.config import UserError, nearest
+from stf_jax.config import UserError, did_you_mean
 from stf_jax.evals.benchmark import Benchmark
 from stf_jax.evals.gqa import GQA
 from stf_jax.evals.mmbench import MMBench, MMBenchCN
@@ -37,7 +37,7 @@ def open_benchmarks(names: Sequence[str], data: str, limit: int = 0) -> list[Ben
     names = list(BENCHMARKS) if "all" in names else names
     for name in names:
         if name not in BENCHMARKS:
-            raise UserError(f"Unknown benchmark {name!r}; {nearest(name, [*BENCHMARKS, 'all'])}")
+            raise UserError(f"Unknown benchmark {name!r}; {did_you_mean(name, [*BENCHMARKS, 'all'])}")
         if BENCHMARKS[name].folders and not data:
             raise UserError(
                 f"Benchmark {name} needs the folder of LLaVA's evaluation files: --data, or config.eval.data."

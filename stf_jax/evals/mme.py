@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from stf_jax.config import UserError, nearest
+from stf_jax.config import UserError, did_you_mean
 from stf_jax.evals.benchmark import WORD, Benchmark
 from stf_jax.evals.files import text_lines
 from stf_jax.runtime.files import new_text
@@ -41,7 +41,7 @@ class MME(Benchmark):
         for row in rows:
             task = row.get("category")
             if task not in _PERCEPTION + _COGNITION:
-                known = nearest(str(task), _PERCEPTION + _COGNITION)
+                known = did_you_mean(str(task), _PERCEPTION + _COGNITION)
                 raise UserError(f"{asked}, question {row['question_id']}: unknown category {task!r}; {known}")
             self._tasks[str(row["question_id"])] = task
         for image, count in collections.Counter(str(question.id) for question in self.questions).items():

@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from stf_jax.config import UserError, nearest
+from stf_jax.config import UserError, did_you_mean
 from stf_jax.evals.benchmark import WORD, Benchmark
 from stf_jax.evals.files import read_lines
 
@@ -38,7 +38,7 @@ class POPE(Benchmark):
         for row in rows:
             split = row.get("category")
             if split not in _SPLITS:
-                known = nearest(str(split), _SPLITS)
+                known = did_you_mean(str(split), _SPLITS)
                 raise UserError(f"{asked}, question {row['question_id']}: unknown category {split!r}; {known}")
             by_split.setdefault(split, []).append(_key(row))
         files = {split: self.find(f"coco/coco_pope_{split}.json") for split in by_split}

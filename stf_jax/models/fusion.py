@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stf_jax.config import FusionConfig, UserError, nearest
+from stf_jax.config import FusionConfig, UserError, did_you_mean
 from stf_jax.models.layers import Linear, StridedConv, gelu, initialisers
 from stf_jax.models.rivals import (
     AvgPool,
@@ -175,7 +175,7 @@ FUSIONS: dict[str, _Kind] = {
 
 def _kind(config):
     if config.fusion not in FUSIONS:
-        raise UserError(f"Config key model.fusion.fusion is {config.fusion!r}: {nearest(config.fusion, FUSIONS)}")
+        raise UserError(f"Config key model.fusion.fusion is {config.fusion!r}: {did_you_mean(config.fusion, FUSIONS)}")
     return FUSIONS[config.fusion]
 
 

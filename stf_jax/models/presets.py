@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TypeVar
 
-from stf_jax.config import ModelConfig, UserError, nearest
+from stf_jax.config import ModelConfig, UserError, did_you_mean
 from stf_jax.models.llm import LLMConfig, RopeScaling
 from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.files import read_json, to_path
@@ -141,7 +141,7 @@ def _lookup(presets: Mapping[str, _Config], name: str, key: str, build) -> _Conf
     if name in presets:
         return presets[name]
     if not (file := to_path(name) / DESCRIPTION).exists():
-        raise UserError(f"Unknown preset model.{key}={name!r}; {nearest(name, presets)}")
+        raise UserError(f"Unknown preset model.{key}={name!r}; {did_you_mean(name, presets)}")
     try:
         values = read_json(file)[key]
         if values is not None:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stf_jax.config import REDUCTIONS, ModelConfig, UserError, nearest
+from stf_jax.config import REDUCTIONS, ModelConfig, UserError, did_you_mean
 from stf_jax.models.fusion import tapped_blocks, tokens_per_image
 from stf_jax.models.presets import llm_of, vision_of
 from stf_jax.models.vit import VisionTower
@@ -74,7 +74,7 @@ def reduction(config: ModelConfig) -> Reduction:
             raise UserError(f"keep={config.keep} says how many tokens reduce leaves: set reduce to one of {known}.")
         return Reduction("", tokens, tokens)
     if name not in REDUCTIONS:
-        raise UserError(f"reduce={name!r} is not known; {nearest(name, REDUCTIONS)}")
+        raise UserError(f"reduce={name!r} is not known; {did_you_mean(name, REDUCTIONS)}")
     keep = config.keep or max(1, tokens // 4)
     if not 1 <= keep <= tokens:
         raise UserError(f"keep={keep} should be 1 to {tokens}, the image tokens that {fusion} makes of an image.")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from stf_jax.config import UserError, nearest, one_line
+from stf_jax.config import UserError, did_you_mean, short_message
 from stf_jax.runtime.chips import CHIPS, chip_of
 from stf_jax.runtime.environment import muted
 
@@ -41,7 +41,7 @@ def check_topology(name: str, slices: int = 1) -> None:
     """Raises UserError for an unknown topology, or where the compiler for it is not installed."""
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
-        raise UserError(f"--topology={name}: unknown device {kind!r}; {nearest(kind, CHIPS)}")
+        raise UserError(f"--topology={name}: unknown device {kind!r}; {did_you_mean(kind, CHIPS)}")
     tpu = kind in _TPUS
     if slices > 1 and not tpu:
         raise UserError(f"--slices={slices} is of TPUs; {kind} has the cards of one machine.")
@@ -53,7 +53,7 @@ def check_topology(name: str, slices: int = 1) -> None:
             raise UserError(f"Compiling for {name} needs {package}: {_NEEDS}")
 
 
-def described(name: str, slices: int = 1) -> list["jax.Device"]:
+def topology_devices(name: str, slices: int = 1) -> list["jax.Device"]:
     """The devices of a topology: ``v5e:4x8`` of chips for a TPU slice, ``h100:8`` of cards for a GPU machine.
 
     Args:
@@ -70,7 +70,7 @@ def described(name: str, slices: int = 1) -> list["jax.Device"]:
         with muted(), _libtpu_loads():  # the compilers look for hardware when they are loaded, and log that
             return (_tpus if kind in _TPUS else _gpus)(kind, shape, slices)
     except jax.errors.JaxRuntimeError as error:  # the compiler's word on a layout that its chips do not have
-        raise UserError(f"--topology={name} cannot be described: {one_line(error)}.") from None
+        raise UserError(f"--topology={name} cannot be described: {short_message(error)}.") from None
 
 
 # libtpu would ask the metadata server of a TPU machine; and let several processes load it, since none holds a TPU.

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from stf_jax.config import CheckpointConfig, FaultsConfig, RunFailed, TrainConfig, TryAgain, UserError, one_line
+from stf_jax.config import CheckpointConfig, FaultsConfig, RunFailed, TrainConfig, TryAgain, UserError, short_message
 from stf_jax.runtime import hosts
 from stf_jax.runtime.checksum import checksum
 from stf_jax.runtime.files import in_bucket
@@ -274,7 +274,7 @@ def _free(folder, name):
 def why(error: BaseException) -> str:
     """Why a read or a write failed, in a few words."""
     system = re.search(r"([^:]+) \[os_error_code", str(error))  # tensorstore names every file on the way to it
-    return system[1].strip() if system else getattr(error, "strerror", None) or one_line(error)
+    return system[1].strip() if system else getattr(error, "strerror", None) or short_message(error)
 
 
 def read_sums(step: epath.Path) -> dict[str, int]:

@@ -25,9 +25,9 @@ from stf_jax.config import (
     TryAgain,
     UserError,
     default_config,
+    did_you_mean,
     flatten,
-    nearest,
-    one_line,
+    short_message,
     shorten,
 )
 from stf_jax.runtime.environment import quiet_libraries, settle
@@ -84,7 +84,7 @@ def door(main: Callable[[list[str]], None], argv: list[str] | None = None, *, co
             from stf_jax.runtime import hosts
 
             if hosts.lost(error):
-                print(f"error: {hosts.LOST} ({one_line(error)}).", file=sys.stderr)
+                print(f"error: {hosts.LOST} ({short_message(error)}).", file=sys.stderr)
                 return _leave(TryAgain.status)
         _leave(1)
         raise
@@ -336,7 +336,7 @@ def _explain(error, argv, defaults):
             if stage and any(name.startswith(f"{key}.") for name in keys):
                 return _explain_group(stage, key, item.partition("=")[2], keys)
             if key not in keys:
-                return f"Unknown config key {key!r}: {nearest(key, keys)}"
+                return f"Unknown config key {key!r}: {did_you_mean(key, keys)}"
             if stage and lacking and lacking[0] in re.split(r"\W", item):
                 return f"The config file has no {stage}{key} to change; it can be given to all stages as {key}."
     if isinstance(error, AttributeError) and error.name in ("get_config", "lock"):

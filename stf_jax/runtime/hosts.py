@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from stf_jax.config import RunFailed, Stopped, TryAgain, UserError, one_line
+from stf_jax.config import RunFailed, Stopped, TryAgain, UserError, short_message
 from stf_jax.runtime.environment import TPUS
 
 _PATIENCE = 300  # seconds that a host waits for the others to start
@@ -80,7 +80,7 @@ def join(
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
         if processes is None and isinstance(error, ValueError):
             return  # a TPU that is part of no pod
-        reason = one_line(error)
+        reason = short_message(error)
         if coordinator and isinstance(error, jax.errors.JaxRuntimeError):  # by one who still waits for who was before
             raise TryAgain(f"{who} was not let in by the others ({reason}); start again on all.") from None
         raise UserError(

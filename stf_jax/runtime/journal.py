@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from stf_jax.config import one_line
+from stf_jax.config import short_message
 from stf_jax.runtime.files import GrowingFile, writing
 
 METRICS, EVENTS, BOARD = "metrics.jsonl", "events.jsonl", "tensorboard"  # in the workdir
@@ -93,7 +93,7 @@ def enduring(name: str) -> Callable[..., None]:
             failing = False
         except Exception as error:  # a disk's, a bucket's, a library's
             if not failing:
-                _log.warning("%s cannot be written (%s); the run goes on.", name, one_line(error))
+                _log.warning("%s cannot be written (%s); the run goes on.", name, short_message(error))
             failing = True
 
     return call

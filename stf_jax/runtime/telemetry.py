@@ -16,7 +16,7 @@ import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
 
-from stf_jax.config import TrainConfig, one_line
+from stf_jax.config import TrainConfig, short_message
 from stf_jax.runtime.chips import chip_of
 from stf_jax.runtime.hosts import status_of
 from stf_jax.runtime.journal import BOARD, EVENTS, METRICS, Events, enduring
@@ -103,7 +103,7 @@ class Telemetry:
         for writer, attempt in self._writers:
             attempt(writer.close, status)
         if self._events.under_way:
-            how = {"status": status, "reason": one_line(error)} if error else {}
+            how = {"status": status, "reason": short_message(error)} if error else {}
             self._events.add("stopped" if error else "end", self._step, **how)
         self._say(print, self._summary(clock, early=error is not None), flush=True)
 

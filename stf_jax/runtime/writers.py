@@ -9,7 +9,7 @@ from typing import Protocol
 from etils import epath
 from tensorboard.summary import Writer as EventFile
 
-from stf_jax.config import TrainConfig, UserError, WandbConfig, one_line, to_json
+from stf_jax.config import TrainConfig, UserError, WandbConfig, short_message, to_json
 from stf_jax.runtime.files import in_bucket, writing
 from stf_jax.runtime.journal import BOARD, Metrics
 
@@ -80,8 +80,8 @@ class Wandb:
             )
         except wandb.Error as error:
             raise UserError(
-                f"Weights & Biases does not take the run ({one_line(error)}); mend that, set WANDB_MODE=offline, or "
-                "leave wandb.project empty."
+                f"Weights & Biases does not take the run ({short_message(error)}); mend that, set WANDB_MODE=offline, "
+                "or leave wandb.project empty."
             ) from None
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(self._run.id)

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from stf_jax.benches.made import make_batch
-from stf_jax.benches.timed import timed_steps
+from stf_jax.benches.synthetic import make_batch
+from stf_jax.benches.timing import time_train_steps
 from stf_jax.config import RunFailed, from_json
 from stf_jax.evals.known import open_benchmarks
 from stf_jax.inference.loading import load_generator
@@ -73,7 +73,7 @@ def _measure(workdir: pathlib.Path, asked: list[str]) -> dict[str, Any]:
     }
     if not reduced.name:
         del generator
-        seconds, memory = timed_steps(config, str(workdir), make_batch(config), _STEPS)[1:]
+        seconds, memory = time_train_steps(config, str(workdir), make_batch(config), _STEPS)[1:]
         figures |= {
             "step_ms": 1e3 * statistics.median(seconds),
             "step_rows": rows,

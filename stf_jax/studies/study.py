@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from stf_jax.config import TrainConfig, UserError, flatten, from_json, nearest, resolve, to_json
+from stf_jax.config import TrainConfig, UserError, did_you_mean, flatten, from_json, resolve, to_json
 from stf_jax.evals.files import RESULTS
 from stf_jax.runtime import cli
 from stf_jax.runtime.cli import Parser
@@ -116,7 +116,7 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
     known = default_study().to_dict()
     for key in values:
         if key not in known:
-            raise UserError(f"Unknown key {key!r} of a study: {nearest(key, known)}")
+            raise UserError(f"Unknown key {key!r} of a study: {did_you_mean(key, known)}")
     if missing := [key for key in known if key not in values]:
         raise UserError(f"The study lacks {', '.join(missing)}; let get_config begin with default_study().")
     for key in _KEYS:
@@ -132,12 +132,12 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
     for name, options in _pairs("repeated", values["repeated"]):
         of = (*_texts(name, options), "")[0]
         if of not in trained:
-            raise UserError(f"Variant {name!r} repeats {of!r}: {nearest(of, trained)}")
+            raise UserError(f"Variant {name!r} repeats {of!r}: {did_you_mean(of, trained)}")
         variants.append(Variant(name, next(one.overrides for one in variants if one.name == of), repeats=of))
     for name, options in _pairs("asked", values["asked"]):
         of, asked = (*_texts(name, options), "")[0], options[1:]
         if of not in trained:
-            raise UserError(f"Variant {name!r} asks the runs of {of!r}: {nearest(of, trained)}")
+            raise UserError(f"Variant {name!r} asks the runs of {of!r}: {did_you_mean(of, trained)}")
         variants.append(Variant(name, of=of, asked=asked))
     names = [variant.name for variant in variants]
     if wrong := [name for name in names if not re.fullmatch(_NAME, name) or names.count(name) > 1]:
@@ -145,7 +145,7 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
             f"The study's variant {wrong[0]!r} should have a name of its own: a letter or digit, then also any of _.=+-"
         )
     if values["baseline"] not in names:
-        raise UserError(f"The study's baseline is {values['baseline']!r}: {nearest(values['baseline'], names)}")
+        raise UserError(f"The study's baseline is {values['baseline']!r}: {did_you_mean(values['baseline'], names)}")
     margins = values["margin"], values["kind_margin"]
     if not all(isinstance(margin, int | float) and margin > 0 for margin in margins):
         raise UserError(f"The study's margin and kind_margin are {margins!r}; they should be points above 0.")

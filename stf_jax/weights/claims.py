@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from stf_jax.config import UserError, one_line
+from stf_jax.config import UserError, short_message
 from stf_jax.models.llm import LLMConfig, RopeScaling
 from stf_jax.models.presets import VISION as VISION_PRESETS
 from stf_jax.models.vit import VisionConfig
@@ -322,7 +322,7 @@ def _full(kind, values):
         full = CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if key != "model_type"})
         said = [full.hidden_size, full.intermediate_size, full.num_hidden_layers, full.num_attention_heads]
     except Exception as error:  # whatever its checks raise, the file is at fault
-        reason = one_line(error)
+        reason = short_message(error)
         raise UserError(f"config.json does not describe a model of model_type {kind!r}: {reason}.") from None
     eps = getattr(full, "rms_norm_eps", getattr(full, "layer_norm_eps", 0))
     if not 0 <= eps < 1:  # nor nan

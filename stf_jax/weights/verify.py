@@ -15,7 +15,7 @@ import tqdm
 from etils import epath
 from safetensors import SafetensorError
 
-from stf_jax.config import MeshConfig, UserError, one_line
+from stf_jax.config import MeshConfig, UserError, short_message
 from stf_jax.data.conversation import encode, template_items
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer
@@ -72,7 +72,7 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit
             export, trust_remote_code=True, local_files_only=True, dtype=torch.float32
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{export} cannot be loaded with transformers: {one_line(error)}.") from None
+        raise UserError(f"{export} cannot be loaded with transformers: {short_message(error)}.") from None
     check_prompts(checkpoint, processor, asked)
     ours = _ours(checkpoint, asked, limit)
     pairs = []

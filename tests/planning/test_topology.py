@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.models.attention import Mask, attention
-from stf_jax.planning.topology import described, memory_limit
+from stf_jax.planning.topology import memory_limit, topology_devices
 from stf_jax.runtime.chips import CHIPS, chip_of
 from stf_jax.runtime.mesh import BATCH, computing, make_mesh
 
@@ -21,7 +21,7 @@ GPUS = {"a6000:8": 8, "a100-40:8": 8, "a100-80:8": 8, "h100:8": 8, "h200:1": 1, 
 
 @pytest.mark.parametrize("name", TPUS | GPUS)
 def test_a_topology_has_its_chips_and_they_are_in_the_table(name):
-    devices = described(name)
+    devices = topology_devices(name)
     assert len(devices) == (TPUS | GPUS)[name]
     chip = chip_of(devices[0])
     assert chip is CHIPS[name.split(":")[0]]
@@ -30,7 +30,7 @@ def test_a_topology_has_its_chips_and_they_are_in_the_table(name):
 
 
 def test_slices_are_told_apart():
-    devices = described("v5e:2x4", slices=2)
+    devices = topology_devices("v5e:2x4", slices=2)
     assert [device.slice_index for device in devices] == 8 * [0] + 8 * [1]
     assert dict(make_mesh(MeshConfig(), devices).shape) == {"data": 2, "fsdp": 8, "tensor": 1}
 
@@ -50,7 +50,7 @@ def test_slices_are_told_apart():
 )
 def test_what_is_no_topology_is_refused_in_a_sentence(name, slices, sentence):
     with pytest.raises(UserError, match=sentence):
-        described(name, slices)
+        topology_devices(name, slices)
 
 
 @pytest.mark.parametrize(
@@ -65,15 +65,15 @@ def test_a_compiler_that_is_missing_is_named_with_the_way_to_it(name, package, m
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda sought: None if sought == module else find(sought))
     with pytest.raises(UserError, match=rf"{name} needs {package}: pip install .* requirements-plan\.txt"):
-        described(name)
+        topology_devices(name)
     for asked in {"v5e:2x2", "h100:8"} - {name}:
-        assert described(asked)  # the other compiler is still there
+        assert topology_devices(asked)  # the other compiler is still there
 
 
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1"])
 def test_splash_compiles_for_tpus_with_packed_rows_and_its_gradients(name, size):
-    mesh = make_mesh(MeshConfig(tensor=2), described(name))
+    mesh = make_mesh(MeshConfig(tensor=2), topology_devices(name))
     at = NamedSharding(mesh, BATCH)
     q, k, segments = (
         jax.ShapeDtypeStruct((4, 577, *rest), dtype, sharding=at)
@@ -89,7 +89,7 @@ def test_splash_compiles_for_tpus_with_packed_rows_and_its_gradients(name, size)
 
 
 def test_cudnn_is_chosen_for_gpus_that_are_not_here():
-    mesh = make_mesh(MeshConfig(), described("h100:2"))
+    mesh = make_mesh(MeshConfig(), topology_devices("h100:2"))
     x = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16, sharding=NamedSharding(mesh, BATCH))
 
     def loss(q, k, v):

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from tiny import Setup, batches, filled, tiny
 
 from stf_jax.config import MeshConfig, ModelConfig, UserError
-from stf_jax.planning.topology import described
+from stf_jax.planning.topology import topology_devices
 from stf_jax.runtime.mesh import BATCH, check_batch, make_mesh, parameter_sharding, share_of_rows
 from stf_jax.training.state import blueprint, init_state, state_layout
 
@@ -107,7 +107,7 @@ def test_mesh_and_microbatches_divide_the_batch(sizes, rows, accumulation, fits)
     ],
 )
 def test_data_goes_over_slices(name, slices, sizes, expected, caplog):
-    devices = described(name, slices)
+    devices = topology_devices(name, slices)
     mesh = make_mesh(MeshConfig(*sizes), devices)
     assert mesh.devices.shape == expected
     assert set(mesh.devices.flat) == set(devices)
@@ -117,7 +117,7 @@ def test_data_goes_over_slices(name, slices, sizes, expected, caplog):
 
 
 def test_fsdp_goes_over_slices_with_a_warning(caplog):
-    mesh = make_mesh(MeshConfig(1, -1, 2), described("v5e:4x8", 2))
+    mesh = make_mesh(MeshConfig(1, -1, 2), topology_devices("v5e:4x8", 2))
     assert mesh.devices.shape == (1, 32, 2)
     assert [{device.slice_index for device in pair} for pair in mesh.devices[0]] == [{0}] * 16 + [{1}] * 16
     (said,) = caplog.messages
@@ -136,7 +136,7 @@ def test_fsdp_goes_over_slices_with_a_warning(caplog):
 )
 def test_tensor_stays_in_a_slice_and_no_host_stands_aside(sizes, says):
     with pytest.raises(UserError, match=says):
-        make_mesh(MeshConfig(*sizes), described("v5e:4x8", 2))
+        make_mesh(MeshConfig(*sizes), topology_devices("v5e:4x8", 2))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_tensor_stays_in_a_slice_and_no_host_stands_aside(sizes, says):
     ],
 )
 def test_hosts_with_the_same_rows_read_the_same_share(name, slices, sizes, shares):
-    mesh = make_mesh(MeshConfig(*sizes), described(name, slices))
+    mesh = make_mesh(MeshConfig(*sizes), topology_devices(name, slices))
     rows = jax.NamedSharding(mesh, BATCH).devices_indices_map((64,))
     held = {}
     for process in {device.process_index for device in mesh.devices.flat}:
@@ -164,7 +164,7 @@ def test_hosts_with_the_same_rows_read_the_same_share(name, slices, sizes, share
 
 
 def test_hosts_that_share_some_rows_are_refused():
-    devices = sorted(described("v5e:4x8", 1), key=lambda device: device.process_index)
+    devices = sorted(topology_devices("v5e:4x8", 1), key=lambda device: device.process_index)
     mesh = jax.sharding.Mesh(np.roll(devices, 1).reshape(1, 4, 8), ("data", "fsdp", "tensor"))
     with pytest.raises(UserError, match=r"mesh\.tensor=8 leaves the hosts unequal shares of the rows"):
         share_of_rows(mesh, 0)

@@ -13,7 +13,7 @@ from stf_jax.training.step import make_train_step
 from stf_jax.weights.folder import load_params
 
 
-def timed_steps(config: TrainConfig, source: str, batch: Batch, steps: int) -> tuple[list[float], list[float], int]:
+def time_train_steps(config: TrainConfig, source: str, batch: Batch, steps: int) -> tuple[list[float], list[float], int]:
     """Takes steps as training does, all on that batch; the program is compiled before.
 
     Args:
