@@ -9,7 +9,7 @@ from etils import epath
 from stf_jax.config import RunFailed, Stopped, UserError, short_message
 from stf_jax.evals.files import RESULTS
 from stf_jax.runtime import cli
-from stf_jax.runtime.cli import Parser, door, local_path
+from stf_jax.runtime.cli import Parser, local_path, run_command
 from stf_jax.runtime.files import make_folder
 from stf_jax.studies.study import cells, default_study, read_study
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     from stf_jax.studies.outcomes import by_variant
     from stf_jax.studies.page import plain
     from stf_jax.studies.report import findings, verdicts, write_report
-    from stf_jax.studies.running import run, slots
+    from stf_jax.studies.runner import run, slots
 
     study, shares = read_study(config), slots(options.jobs)
     folder = options.cells or options.out / "cells"
@@ -86,4 +86,4 @@ def _stop(*_):
 
 
 if __name__ == "__main__":
-    sys.exit(door(main))
+    sys.exit(run_command(main))

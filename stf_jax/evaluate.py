@@ -8,8 +8,8 @@ import types
 from typing import Any
 
 from stf_jax.config import MeshConfig, UserError
-from stf_jax.evals.known import BENCHMARKS, open_benchmarks
-from stf_jax.runtime.cli import Parser, add_host_arguments, add_model_arguments, door, path, path_text, require
+from stf_jax.evals.registry import BENCHMARKS, open_benchmarks
+from stf_jax.runtime.cli import Parser, add_host_arguments, add_model_arguments, path, path_text, require, run_command
 from stf_jax.runtime.files import write_json
 
 DESCRIPTION = """Ask a model a benchmark's questions, or score answers that were made anywhere.
@@ -48,12 +48,12 @@ def main(argv: list[str]) -> None:
     if options.answers is not None and several:
         raise UserError("--answers are of one benchmark; name that one.")
     require(options.checkpoint if options.answers is None else options.answers)
-    from stf_jax.evals.running import RESULTS, shown  # which takes seconds
+    from stf_jax.evals.runner import RESULTS, format_results  # which takes seconds
 
     results = []
     for result in _results(options, benchmarks, several):
         if result:  # as on the first host of several
-            print(shown(result))
+            print(format_results(result))
             results.append(result)
     if results:
         if several:
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
 
 
 def _results(options: argparse.Namespace, benchmarks, several):
-    from stf_jax.evals.running import check_images, evaluate, score
+    from stf_jax.evals.runner import check_images, evaluate, score
     from stf_jax.inference.decoding import Sampling
     from stf_jax.inference.loading import load_generator
     from stf_jax.runtime.hosts import join
@@ -95,4 +95,4 @@ class _Callable(types.ModuleType):
 sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
-    sys.exit(door(main))
+    sys.exit(run_command(main))

@@ -10,7 +10,7 @@ import PIL.Image
 from tiny import tiny, vivid
 
 from stf_jax.data.tokenizer import MINIATURE
-from stf_jax.evals.benchmark import WORD, Benchmark, Question
+from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Benchmark, Question
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.runtime.parameters import write_params
 from stf_jax.training.state import blueprint
@@ -58,7 +58,7 @@ def make_gqa(folder: pathlib.Path) -> list[str]:
     for number in range(QUESTIONS):
         PIL.Image.fromarray(rng.integers(0, 256, (40, 56, 3), np.uint8)).save(images / f"n{number}.png")
         key, gold = f"20{number:04}", COLOURS[number % 4]
-        text = f"Is the thing on the {'left' if number % 3 else 'right'} {gold}?{WORD}"
+        text = f"Is the thing on the {'left' if number % 3 else 'right'} {gold}?{SHORT_ANSWER_SUFFIX}"
         rows.append({"question_id": key, "image": f"n{number}.png", "text": text, "category": "default"})
         types = {"structural": ("query", "verify")[number % 2], "semantic": "attr"}
         labels[key] = {"question": text, "answer": gold, "types": types}

@@ -11,7 +11,7 @@ import numpy as np
 
 from stf_jax.config import to_json
 from stf_jax.data.scenes import KINDS
-from stf_jax.studies.running import Slot, run
+from stf_jax.studies.runner import Slot, run
 from stf_jax.studies.study import Cell, Study, cells, default_study, read_study
 
 DEMO = pathlib.Path(__file__).parent.parent / "configs" / "demo.py"

@@ -9,7 +9,7 @@ import make_study
 import pytest
 
 from stf_jax import ablate
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 from stf_jax.studies import plots
 from stf_jax.studies.study import Cell
 
@@ -26,7 +26,7 @@ def world(tmp_path, monkeypatch):
 def test_help(capsys):
     for argv in (["--help"], [], ["--config=x", "--help"]):
         with pytest.raises(SystemExit) as left:
-            door(ablate.main, argv)
+            run_command(ablate.main, argv)
         assert left.value.code == 0
     said = capsys.readouterr().out
     assert said == 3 * ablate.HELP
@@ -53,7 +53,7 @@ def test_help(capsys):
 )
 def test_what_it_cannot_do_is_one_sentence(tmp_path, capsys, argv, says):
     places = {"here": str(tmp_path), "study": make_study.write(tmp_path / "study.py")}
-    assert door(ablate.main, [word.format(**places) for word in argv]) == 2
+    assert run_command(ablate.main, [word.format(**places) for word in argv]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("error: ")
     assert says.format(**places) in said
@@ -62,7 +62,7 @@ def test_what_it_cannot_do_is_one_sentence(tmp_path, capsys, argv, says):
 
 def test_a_study_from_end_to_end(world, tmp_path, capsys, monkeypatch):
     argv = [world.option, f"--out={tmp_path / 'out'}", f"--cells={tmp_path / 'cells'}"]
-    assert door(ablate.main, argv) == 0
+    assert run_command(ablate.main, argv) == 0
     said = capsys.readouterr().out
     assert "6 runs, 0 of them done before" in said
     assert "stf and mlp are equal within 2 points: +0.0" in said
@@ -75,13 +75,13 @@ def test_a_study_from_end_to_end(world, tmp_path, capsys, monkeypatch):
     assert list(figures["quality"]) == ["mlp", "stf", "fastv"]
     assert figures["cost"]["stf"]["step_ms"] == make_study.COST["step_ms"]
     # Again: no run, and the same report.
-    assert door(ablate.main, argv) == 0
+    assert run_command(ablate.main, argv) == 0
     assert "6 runs, 6 of them done before" in capsys.readouterr().out
     assert len(world.begun()) == 6
     assert {name: (tmp_path / "out" / name).read_bytes() for name in FILES} == written
     # A study of other seeds shares the cells.
     monkeypatch.setattr(plots, "draw", lambda *_: {})
-    assert door(ablate.main, [world.option, "--config.seeds=(1,)", f"--out={tmp_path / 'b'}", argv[-1]]) == 0
+    assert run_command(ablate.main, [world.option, "--config.seeds=(1,)", f"--out={tmp_path / 'b'}", argv[-1]]) == 0
     assert "3 runs, 3 of them done before" in capsys.readouterr().out
     assert json.loads((tmp_path / "b" / "report.json").read_text())["seeds"] == [1]
 
@@ -94,7 +94,7 @@ def undrawn(monkeypatch):
 
 def test_a_study_some_of_whose_runs_fail_is_reported_all_the_same(world, undrawn, tmp_path, capsys):
     world.plan = {"stf, seed 1": [[2, 0]]}
-    assert door(ablate.main, [world.option, f"--out={tmp_path}"]) == 1
+    assert run_command(ablate.main, [world.option, f"--out={tmp_path}"]) == 1
     said = capsys.readouterr()
     assert said.err.splitlines()[-1] == "error: 1 of 6 runs failed, the first of them stf, seed 1: see above"
     assert "stf, seed 1: ended with status 2" in said.out
@@ -102,23 +102,23 @@ def test_a_study_some_of_whose_runs_fail_is_reported_all_the_same(world, undrawn
     assert list(figures["quality"]) == ["mlp", "fastv"]
     # What is mended goes on.
     world.plan = {}
-    assert door(ablate.main, [world.option, f"--out={tmp_path}"]) == 0
+    assert run_command(ablate.main, [world.option, f"--out={tmp_path}"]) == 0
     assert len(world.begun()) == 7
     assert list(json.loads((tmp_path / "report.json").read_text())["quality"]) == ["mlp", "stf", "fastv"]
 
 
 def test_a_study_all_of_whose_runs_fail_has_no_report(world, tmp_path, capsys):
     world.plan = {cell.name: [[2, 0]] for cell in world.cells}
-    assert door(ablate.main, [world.option, f"--out={tmp_path}"]) == 1
+    assert run_command(ablate.main, [world.option, f"--out={tmp_path}"]) == 1
     assert "6 of 6 runs failed" in capsys.readouterr().err
     assert not (tmp_path / "report.md").exists()
 
 
 def test_runs_of_another_config_are_not_taken(world, undrawn, tmp_path, capsys):
-    assert door(ablate.main, [world.option, f"--out={tmp_path}"]) == 0
+    assert run_command(ablate.main, [world.option, f"--out={tmp_path}"]) == 0
     capsys.readouterr()
     argv = [world.option, f"--out={tmp_path}", "--config.common=('stages.pretrain.steps=3',)"]
-    assert door(ablate.main, argv) == 2
+    assert run_command(ablate.main, argv) == 2
     said = capsys.readouterr().err
     assert "cells/mlp/seed_0 holds a run that differs from what the study asks for, in steps: choose another" in said
 
@@ -129,7 +129,7 @@ def test_a_real_study(tmp_path, capsys, monkeypatch):
     common = (*make_study.VALUES["common"], "data.scenes.size=64", "eval.limit=8")
     option = make_study.write(tmp_path / "study.py", common=common, seeds=(3,))
     argv = [option, f"--out={tmp_path / 'out'}"]
-    assert door(ablate.main, argv) == 0, capsys.readouterr()
+    assert run_command(ablate.main, argv) == 0, capsys.readouterr()
     assert "3 runs, 0 of them done before" in capsys.readouterr().out
     figures = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
     for name, tokens in (("mlp", 36), ("stf", 9), ("fastv", 9)):
@@ -147,6 +147,6 @@ def test_a_real_study(tmp_path, capsys, monkeypatch):
         return {path: os.stat(path).st_mtime_ns for path in kept if path.is_file()}
 
     before = times()
-    assert door(ablate.main, argv) == 0
+    assert run_command(ablate.main, argv) == 0
     assert "3 runs, 3 of them done before" in capsys.readouterr().out
     assert times() == before

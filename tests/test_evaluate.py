@@ -11,13 +11,13 @@ import time
 import types
 
 import pytest
-from make_evals import QUESTIONS, WORD, make_gqa, make_model
+from make_evals import QUESTIONS, SHORT_ANSWER_SUFFIX, make_gqa, make_model
 
 from stf_jax import evaluate
 from stf_jax.evals.benchmark import Benchmark
 from stf_jax.inference import loading
 from stf_jax.inference.loading import load_generator
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 
 ASKED, PREDICTIONS = "llava_gqa_testdev_balanced.jsonl", "testdev_balanced_predictions.json"
 
@@ -46,7 +46,7 @@ def gqa(tmp_path_factory):
         return [f"--checkpoint={model}", "--benchmark=gqa", f"--data={data}", f"--out={out}", "--batch=8"]
 
     def ask(out, *more, data=folder / "data"):
-        return door(evaluate.main, [*arguments(out, data), *more])
+        return run_command(evaluate.main, [*arguments(out, data), *more])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "load_generator", functools.cache(load_generator))
@@ -189,7 +189,7 @@ def score(gqa, tmp_path, monkeypatch, capsys):
         shutil.rmtree(out, ignore_errors=True)
         file.write_bytes(b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
         arguments = [f"--answers={file}", f"--benchmark={benchmark}", f"--data={data}", f"--out={out}", *more]
-        status = door(evaluate.main, arguments)
+        status = run_command(evaluate.main, arguments)
         if status:
             assert status == 2
             assert not out.exists()
@@ -248,10 +248,12 @@ def test_questions_that_share_an_id_are_told_by_their_prompts(score, tmp_path):
     for image in ("existence/1.jpg", "existence/2.jpg"):
         for thing, gold in (("dog", "Yes"), ("cat", "No")):
             question = f"Is there a {thing}?"
-            asked.append({"question_id": image, "image": image, "text": question + WORD, "category": "existence"})
+            asked.append(
+                {"question_id": image, "image": image, "text": question + SHORT_ANSWER_SUFFIX, "category": "existence"}
+            )
             with (labels / f"{image[10]}.txt").open("a") as file:
                 file.write(f"{question} Please answer yes or no.\t{gold}\n")
-            answers.append({"question_id": image, "prompt": question + WORD, "text": gold})
+            answers.append({"question_id": image, "prompt": question + SHORT_ANSWER_SUFFIX, "text": gold})
     (folder / "llava_mme.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     answers[3]["text"] = "Yes"  # a cat in the second image
 
@@ -295,6 +297,8 @@ def test_questions_that_share_an_id_are_told_by_their_prompts(score, tmp_path):
 )
 def test_what_cannot_be_run_is_said_at_once(arguments, sentence, gqa, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert door(evaluate.main, [argument.replace("DATA", str(gqa.folder / "data")) for argument in arguments]) == 2
+    assert (
+        run_command(evaluate.main, [argument.replace("DATA", str(gqa.folder / "data")) for argument in arguments]) == 2
+    )
     assert sentence in said(capsys)
     assert not (tmp_path / "o").exists()

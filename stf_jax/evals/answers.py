@@ -10,7 +10,7 @@ from etils import epath
 
 from stf_jax.config import UserError, shorten
 from stf_jax.evals.benchmark import Benchmark, Question
-from stf_jax.evals.files import read_lines
+from stf_jax.evals.files import read_jsonl
 
 _ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"  # shortuuid's
 
@@ -35,7 +35,7 @@ def read_answers(file: epath.Path) -> list[dict[str, Any]]:
     if not file.exists():
         raise UserError(f"There is no answer file {file}.")
     rows = []
-    for number, row in read_lines(file):
+    for number, row in read_jsonl(file):
         fits = isinstance(row, dict) and isinstance(row.get("question_id"), (str, int))
         if not fits or not isinstance(row.get("text"), str):
             raise UserError(f"{file}, line {number}: an answer needs question_id and text.")
@@ -43,7 +43,7 @@ def read_answers(file: epath.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def answers_to(benchmark: Benchmark, rows: Sequence[dict[str, Any]], file: epath.Path) -> list[str]:
+def match_answers(benchmark: Benchmark, rows: Sequence[dict[str, Any]], file: epath.Path) -> list[str]:
     """One text for each of the benchmark's questions, in their order.
 
     Rows are told by ``question_id`` and, where a question shares its with others, by ``prompt`` too. Rows of questions

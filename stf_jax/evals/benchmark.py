@@ -16,10 +16,10 @@ from stf_jax.config import UserError
 from stf_jax.data.image import open_image, read_image
 from stf_jax.data.records import IMAGE_MARK, BadRow, Record, Turn
 from stf_jax.data.scenes import SHORT_ANSWER
-from stf_jax.evals.files import read_lines
+from stf_jax.evals.files import read_jsonl
 
-WORD = f"\n{SHORT_ANSWER}"  # LLaVA's; already in most of its question files
-LETTER = "\nAnswer with the option's letter from the given choices directly."
+SHORT_ANSWER_SUFFIX = f"\n{SHORT_ANSWER}"  # LLaVA's; already in most of its question files
+LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Benchmark(abc.ABC):
 
     name: ClassVar[str]
     folders: ClassVar[tuple[str, ...]]
-    tokens: ClassVar[int] = 128
+    max_new_tokens: ClassVar[int] = 128
     rule: ClassVar[str]
     questions: list[Question]
     labels: Sequence[epath.Path] = ()
@@ -98,7 +98,7 @@ class Benchmark(abc.ABC):
         """How many questions the metric speaks of."""
         return len(self.questions)
 
-    def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
+    def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes what the benchmark's server or own program takes into the folder ``out``; which files."""
         del texts, out
         return []
@@ -106,10 +106,10 @@ class Benchmark(abc.ABC):
     def limit(self, count: int) -> None:
         """Leaves only the first ``count`` questions, or about so many, where questions belong together."""
         before = len(self.questions)
-        self.first(count)
+        self.keep_first(count)
         self.limited = len(self.questions) < before
 
-    def first(self, count: int) -> None:
+    def keep_first(self, count: int) -> None:
         """What :meth:`limit` does to the questions."""
         self.questions = self.questions[:count]
 
@@ -139,14 +139,14 @@ class Benchmark(abc.ABC):
         """Opens an image of the first of those folders that is there, or of the benchmark's own."""
         return ImageFile(self.find_any(*folders) or self.folder, image)
 
-    def rows(self, file: epath.Path) -> list[dict[str, Any]]:
+    def read_rows(self, file: epath.Path) -> list[dict[str, Any]]:
         """Rows of a question file of LLaVA's: JSON lines of ``question_id``, ``image``, ``text``, ``category``.
 
         Raises:
           UserError: a line that is none, named by its number; no line at all.
         """
         found = []
-        for number, row in read_lines(file):
+        for number, row in read_jsonl(file):
             if not isinstance(row, dict) or not all(
                 isinstance(row.get(key), kind) and row[key] != ""
                 for key, kind in (("question_id", (str, int)), ("image", str), ("text", str))
@@ -157,7 +157,7 @@ class Benchmark(abc.ABC):
             raise UserError(f"{file} holds no questions.")
         return found
 
-    def question(self, row: dict[str, Any], *folders: str) -> Question:
+    def make_question(self, row: dict[str, Any], *folders: str) -> Question:
         """The question of such a row, its image in the first of ``folders`` that is there."""
         return Question(row["question_id"], row["text"], self.image_opener(folders, row["image"]), row["text"])
 
@@ -170,7 +170,7 @@ def _error(image):
     return None
 
 
-def by_kind(kinds: Sequence[str], scores: Sequence[float]) -> dict[str, dict[str, Any]]:
+def accuracy_by_kind(kinds: Sequence[str], scores: Sequence[float]) -> dict[str, dict[str, Any]]:
     """For each kind of question, in alphabetical order, ``{"accuracy": mean score, "questions": how many}``."""
     groups = {kind: [] for kind in sorted(set(kinds))}
     for kind, score in zip(kinds, scores, strict=True):

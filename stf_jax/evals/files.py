@@ -14,7 +14,7 @@ from stf_jax.runtime.files import parse_json, read_json
 RESULTS = "results.json"  # what a measurement comes to
 
 
-def text_lines(file: epath.Path) -> Iterator[tuple[int, str]]:
+def read_text_lines(file: epath.Path) -> Iterator[tuple[int, str]]:
     """Numbers and texts of a file's lines; empty ones are skipped. Raises UserError for what is no UTF-8 text."""
     try:
         lines = file.read_bytes().decode("utf-8-sig").split("\n")  # splitlines() also splits within JSON strings
@@ -23,9 +23,9 @@ def text_lines(file: epath.Path) -> Iterator[tuple[int, str]]:
     yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
-def read_lines(file: epath.Path) -> Iterator[tuple[int, Any]]:
+def read_jsonl(file: epath.Path) -> Iterator[tuple[int, Any]]:
     """Line numbers and values of a file of JSON lines. Raises UserError for what is none."""
-    for number, line in text_lines(file):
+    for number, line in read_text_lines(file):
         try:
             yield number, parse_json(line)
         except ValueError as error:
@@ -39,12 +39,12 @@ def read_list(file: epath.Path) -> Any:
       UserError: it is neither.
     """
     value = _first_of_lines(file)
-    return read_json(file) if value is None else [value for _, value in read_lines(file)]
+    return read_json(file) if value is None else [value for _, value in read_jsonl(file)]
 
 
 def _first_of_lines(file):
     """The first of several lines, if it is an object of its own."""
-    lines = list(itertools.islice(text_lines(file), 2)) if file.exists() else []
+    lines = list(itertools.islice(read_text_lines(file), 2)) if file.exists() else []
     if len(lines) < 2 or not lines[0][1].lstrip().startswith("{"):
         return None
     with contextlib.suppress(ValueError):
@@ -81,7 +81,7 @@ def read_labels(file: epath.Path, under: str = "", **kinds: type | tuple[type, .
     return value
 
 
-def by_id(labels: Sequence[dict[str, Any]], key: str, file: epath.Path) -> dict[str, dict[str, Any]]:
+def index_by_id(labels: Sequence[dict[str, Any]], key: str, file: epath.Path) -> dict[str, dict[str, Any]]:
     """Labels, read from ``file``, by their ids as text. Raises UserError for two of one id that differ."""
     found = {}
     for label in labels:
@@ -91,7 +91,7 @@ def by_id(labels: Sequence[dict[str, Any]], key: str, file: epath.Path) -> dict[
     return found
 
 
-def matched(keys: Sequence[Hashable], labels: Mapping[Any, Any], file: epath.Path) -> list[Any]:
+def match_labels(keys: Sequence[Hashable], labels: Mapping[Any, Any], file: epath.Path) -> list[Any]:
     """What ``labels``, read from ``file``, has under each question's key. Raises UserError where it lacks some."""
     missing = [key for key in keys if key not in labels]
     if missing:

@@ -7,8 +7,8 @@ from typing import Any
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.evals.benchmark import Benchmark, by_kind
-from stf_jax.evals.files import matched, read_json
+from stf_jax.evals.benchmark import Benchmark, accuracy_by_kind
+from stf_jax.evals.files import match_labels, read_json
 from stf_jax.runtime.files import write_json
 
 _LABELS = "testdev_balanced_questions.json"
@@ -29,35 +29,37 @@ class GQA(Benchmark):
 
     def __init__(self, data: epath.Path):
         super().__init__(data)
-        rows = self.rows(self.find("llava_gqa_testdev_balanced.jsonl"))
-        self.questions = [self.question(row, "data/images", "images") for row in rows]
+        rows = self.read_rows(self.find("llava_gqa_testdev_balanced.jsonl"))
+        self.questions = [self.make_question(row, "data/images", "images") for row in rows]
         folders = ("", "data/", "data/questions1.2/", "questions1.2/")
         file = self.find_any(*(f"{folder}{_LABELS}" for folder in folders))
         if file is not None:
             self.labels = (file,)
-            self._labels = matched([str(question.id) for question in self.questions], _read(file), file)
+            self._labels = match_labels([str(question.id) for question in self.questions], _read(file), file)
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         labels = self._labels[: len(self.questions)]
-        right = [predicted(text) == gold for text, (gold, _, _) in zip(texts, labels, strict=True)]
+        right = [normalize_answer(text) == gold for text, (gold, _, _) in zip(texts, labels, strict=True)]
         _, structural, semantic = zip(*labels, strict=True)
-        answers = by_kind(["open" if kind == "query" else "binary" for kind in structural], right)
+        answers = accuracy_by_kind(["open" if kind == "query" else "binary" for kind in structural], right)
         return {
             "accuracy": statistics.fmean(right),
             **{kind: entry["accuracy"] for kind, entry in answers.items()},
-            "by_structural": by_kind(structural, right),
-            "by_semantic": by_kind(semantic, right),
+            "by_structural": accuracy_by_kind(structural, right),
+            "by_semantic": accuracy_by_kind(semantic, right),
         }
 
-    def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
+    def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``testdev_balanced_predictions.json``, which GQA's ``eval.py`` takes."""
         file = out / "testdev_balanced_predictions.json"
         asked = zip(self.questions, texts, strict=True)
-        write_json(file, [{"questionId": str(question.id), "prediction": predicted(text)} for question, text in asked])
+        write_json(
+            file, [{"questionId": str(question.id), "prediction": normalize_answer(text)} for question, text in asked]
+        )
         return [file]
 
 
-def predicted(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """The answer that a text gives."""
     return text.rstrip(".").lower()  # to the letter as LLaVA does: "yes. ." is "yes. "
 

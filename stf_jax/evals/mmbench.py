@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.data.image import MOST_BYTES, open_image
+from stf_jax.data.image import MAX_FILE_BYTES, open_image
 from stf_jax.data.records import BadRow
-from stf_jax.evals.benchmark import LETTER, Benchmark, Question
-from stf_jax.runtime.files import move_in
+from stf_jax.evals.benchmark import LETTER_SUFFIX, Benchmark, Question
+from stf_jax.runtime.files import move_file
 
-csv.field_size_limit(MOST_BYTES)  # an image is a field
+csv.field_size_limit(MAX_FILE_BYTES)  # an image is a field
 _OPTIONS = "ABCD"
 _TURN = 1_000_000  # between the indices of a question and of its rotations
 _NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # nor in an Excel file
@@ -42,7 +42,7 @@ class MMBench(Benchmark):
 
     name = "mmbench"
     folders = ("mmbench",)
-    tokens = 1024
+    max_new_tokens = 1024
     rule = (
         "An answer chooses the one letter of A to E that stands alone or with punctuation among its words (a bare A "
         "only where there are at most three), else the one option whose text it holds, letter case aside; what chooses "
@@ -55,7 +55,7 @@ class MMBench(Benchmark):
         "MMBench_DEV_EN.tsv",
         "MMBench_TEST_EN.tsv",
     )
-    _request: ClassVar[str] = LETTER
+    _request: ClassVar[str] = LETTER_SUFFIX
 
     def __init__(self, data: epath.Path):
         super().__init__(data)
@@ -78,7 +78,7 @@ class MMBench(Benchmark):
         right = {}
         for question, text in zip(self.questions, texts, strict=True):
             row = self._rows[question.id]
-            right[question.id] = chosen(text, _options(row)) == row["answer"]
+            right[question.id] = parse_choice(text, _options(row)) == row["answer"]
         circular = dict.fromkeys((index for index in right if index < _TURN), True)
         for index, own in right.items():
             circular[index % _TURN] &= own
@@ -98,7 +98,7 @@ class MMBench(Benchmark):
                 result[key] = {kind: shares(own) | {"questions": len(own)} for kind, own in sorted(kinds.items())}
         return result
 
-    def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
+    def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``mmbench_submission.xlsx`` (``mmbench_cn_submission.xlsx``), which MMBench's server takes."""
         import openpyxl  # only wanted here
 
@@ -119,10 +119,10 @@ class MMBench(Benchmark):
         with tempfile.TemporaryDirectory() as folder:
             local = pathlib.Path(folder) / file.name
             book.save(local)
-            move_in(local, file)
+            move_file(local, file)
         return [file]
 
-    def first(self, count: int) -> None:
+    def keep_first(self, count: int) -> None:
         """Leaves the first ``count`` rows, and the other rotations of their questions."""
         kept = {question.id % _TURN for question in self.questions[:count]}
         self.questions = [question for question in self.questions if question.id % _TURN in kept]
@@ -137,7 +137,7 @@ class MMBenchCN(MMBench):
     _request = "\n请直接回答选项字母。"
 
 
-def chosen(text: str, options: Mapping[str, str]) -> str | None:
+def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
     """The letter that an answer chooses, by lmms-eval's rule (its ``can_infer``); None where it cannot be told.
 
     Args:

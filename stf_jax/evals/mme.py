@@ -11,9 +11,9 @@ from typing import Any
 from etils import epath
 
 from stf_jax.config import UserError, did_you_mean
-from stf_jax.evals.benchmark import WORD, Benchmark
-from stf_jax.evals.files import text_lines
-from stf_jax.runtime.files import new_text
+from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Benchmark
+from stf_jax.evals.files import read_text_lines
+from stf_jax.runtime.files import open_atomic
 
 _PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 _COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -35,8 +35,8 @@ class MME(Benchmark):
     def __init__(self, data: epath.Path):
         super().__init__(data)
         asked = self.find("llava_mme.jsonl")
-        rows = self.rows(asked)
-        self.questions = [self.question(row, _RELEASE) for row in rows]
+        rows = self.read_rows(asked)
+        self.questions = [self.make_question(row, _RELEASE) for row in rows]
         self._tasks = {}  # of each image, by its question_id as text
         for row in rows:
             task = row.get("category")
@@ -59,7 +59,7 @@ class MME(Benchmark):
         images = {}
         for question, text in zip(self.questions, texts, strict=True):
             _, gold = self._labels[self._key(question)]
-            images.setdefault(str(question.id), []).append(says(text) == gold.lower())
+            images.setdefault(str(question.id), []).append(parse_yes_no(text) == gold.lower())
         by_task = {}
         for task in _PERCEPTION + _COGNITION:
             pairs = [pair for image, pair in images.items() if self._tasks[image] == task]
@@ -71,7 +71,7 @@ class MME(Benchmark):
             "by_task": by_task,
         }
 
-    def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
+    def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``mme_results/TASK.txt``, which MME's ``calculation.py`` takes.
 
         A line is the name of the image's label file (which LLaVA writes there), question, truth and answer, with tabs
@@ -86,11 +86,11 @@ class MME(Benchmark):
             tasks.setdefault(task, {}).setdefault(str(question.id), []).append(line + "\n")
         files = {task: folder / f"{task}.txt" for task in tasks}
         for task, images in tasks.items():
-            with new_text(files[task]) as file:
+            with open_atomic(files[task]) as file:
                 file.writelines(itertools.chain(*images.values()))
         return list(files.values())
 
-    def first(self, count: int) -> None:
+    def keep_first(self, count: int) -> None:
         """Leaves the first ``count`` questions, and what else is asked about their images."""
         kept = {str(question.id) for question in self.questions[:count]}
         self.questions = [question for question in self.questions if str(question.id) in kept]
@@ -132,7 +132,7 @@ class MME(Benchmark):
         return [(file, number, _stem(line[0]), *line[1:]) for number, line in _fields(file, 3)]
 
 
-def says(text: str) -> str:
+def parse_yes_no(text: str) -> str:
     """``yes``, ``no`` or ``other``, as MME's ``calculation.py`` reads an answer.
 
     lmms-eval's program differs: it drops full stops first, and takes a lone ``y`` or ``n`` for an answer.
@@ -162,11 +162,11 @@ def _stem(name):
 
 
 def _bare(question):
-    return question.replace(WORD.strip(), "").replace(_REQUEST, "").strip()
+    return question.replace(SHORT_ANSWER_SUFFIX.strip(), "").replace(_REQUEST, "").strip()
 
 
 def _fields(file, columns):
-    for number, line in text_lines(file):
+    for number, line in read_text_lines(file):
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) < columns:
             wanted = ("file", "question", "answer")[-columns:]

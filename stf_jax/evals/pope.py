@@ -7,8 +7,8 @@ from typing import Any
 from etils import epath
 
 from stf_jax.config import UserError, did_you_mean
-from stf_jax.evals.benchmark import WORD, Benchmark
-from stf_jax.evals.files import read_lines
+from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Benchmark
+from stf_jax.evals.files import read_jsonl
 
 _SPLITS = ("random", "popular", "adversarial")
 _SHARES = ("f1", "accuracy", "precision", "recall", "yes_ratio")
@@ -32,8 +32,8 @@ class POPE(Benchmark):
     def __init__(self, data: epath.Path):
         super().__init__(data)
         asked = self.find("llava_pope_test.jsonl")
-        rows = self.rows(asked)
-        self.questions = [self.question(row, "val2014") for row in rows]
+        rows = self.read_rows(asked)
+        self.questions = [self.make_question(row, "val2014") for row in rows]
         by_split = {}
         for row in rows:
             split = row.get("category")
@@ -49,25 +49,25 @@ class POPE(Benchmark):
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         pairs = {split: [] for split in _SPLITS}
         for (split, gold), text in zip(self._labels[: len(self.questions)], texts, strict=True):
-            pairs[split].append((says_yes(text), gold))
+            pairs[split].append((is_yes(text), gold))
         splits = {split: _scores(own) for split, own in pairs.items() if own}
         # The one number of papers (LLaVA-1.5-7B: 85.9) is the mean F1 of the splits, not the F1 of all answers.
         return {share: statistics.fmean(scores[share] for scores in splits.values()) for share in _SHARES} | splits
 
 
-def says_yes(text: str) -> bool:
+def is_yes(text: str) -> bool:
     """Whether an answer is taken for a yes, to the letter as LLaVA's script does: ``NO``, too, is a yes."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return not {"No", "not", "no"} & set(words)
 
 
 def _key(row):
-    return row["image"], row["text"].removesuffix(WORD).strip()
+    return row["image"], row["text"].removesuffix(SHORT_ANSWER_SUFFIX).strip()
 
 
 def _read(file, asked):
     labels = {}
-    for number, row in read_lines(file):
+    for number, row in read_jsonl(file):
         if (
             not isinstance(row, dict)
             or not isinstance(row.get("image"), str)

@@ -15,16 +15,16 @@ from etils import epath
 from stf_jax.data import scenes, world_text
 from stf_jax.data.scenes import SIDE
 from stf_jax.data.world import HEIGHTS, LARGE
-from stf_jax.evals.benchmark import WORD, Benchmark, Question
+from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Benchmark, Question
 
 SEED = 1_000_003  # of the held-out images, whatever a run trained on
-EACH = 250  # questions of each kind
-EACH_HEIGHT = 100  # questions on print of each height
+QUESTIONS_PER_KIND = 250  # questions of each kind
+QUESTIONS_PER_HEIGHT = 100  # questions on print of each height
 _BLANK = (122, 116, 104)  # CLIP's mean colour
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class HeldOutQuestion:
     """A question on the held-out image of that index, which ``image`` draws."""
 
     image: Callable[[], PIL.Image.Image]
@@ -33,10 +33,10 @@ class Asked:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answered:
+class AnsweredQuestion:
     """A question on an image, with the model's answer to it and to the same question on a blank image."""
 
-    asked: Asked
+    asked: HeldOutQuestion
     answer: str
     blank_answer: str
 
@@ -52,23 +52,23 @@ class Answered:
 
 
 @functools.cache
-def held_out_questions(each: int = EACH) -> tuple[Asked, ...]:
+def held_out_questions(each: int = QUESTIONS_PER_KIND) -> tuple[HeldOutQuestion, ...]:
     """So many questions of each kind on held-out images of the second edition, the kinds in turn."""
     return _in_turn(lambda asked: asked.question.kind, world_text.KINDS, each)
 
 
 @functools.cache
-def held_out_prints(each: int = EACH_HEIGHT) -> tuple[Asked, ...]:
+def held_out_print_questions(each: int = QUESTIONS_PER_HEIGHT) -> tuple[HeldOutQuestion, ...]:
     """So many questions on printed text of each height on held-out images, the heights in turn."""
     return _in_turn(lambda asked: asked.question.height, HEIGHTS, each)
 
 
 def _in_turn(key, values, each):
     """The first ``each`` questions of the second edition for which the key has each of the values."""
-    groups: dict[Any, list[Asked]] = {value: [] for value in values}
+    groups: dict[Any, list[HeldOutQuestion]] = {value: [] for value in values}
     index = 0
     while any(len(some) < each for some in groups.values()):
-        for asked in _on(world_text, index, world_text.MOST_THINGS):
+        for asked in _on(world_text, index, world_text.MAX_THINGS):
             if len(groups.get(key(asked), [None] * each)) < each:
                 groups[key(asked)].append(asked)
         index += 1
@@ -77,17 +77,19 @@ def _in_turn(key, values, each):
 
 def _on(world, index, most):
     """A question of each kind that the image of that index allows."""
-    scene = world.make_scene(SEED, index, held_out=True, most=most)
+    scene = world.make_scene(SEED, index, held_out=True, max_things=most)
     image = functools.partial(world.draw, scene, index)
-    return [Asked(image, index, q) for q in world.questions(scene, np.random.default_rng([SEED, index]), True)]
+    return [
+        HeldOutQuestion(image, index, q) for q in world.make_questions(scene, np.random.default_rng([SEED, index]), True)
+    ]
 
 
 class Scenes(Benchmark):
-    """:data:`EACH` questions of each kind on held-out images of the world's second edition, each asked twice."""
+    """:data:`QUESTIONS_PER_KIND` questions of each kind on held-out images of the world's second edition, each asked twice."""
 
     name = "scenes"
     folders = ()
-    tokens = 8  # the longest answer is a word spelt in letters, and its end
+    max_new_tokens = 8  # the longest answer is a word spelt in letters, and its end
     rule = "Right is the one gold word, letter case aside. Every question is asked of a blank image, too."
     scored = True
     kinds = world_text.KINDS
@@ -98,7 +100,7 @@ class Scenes(Benchmark):
         self.questions = []
         for asked in self._asked:
             question = asked.question
-            text = question.text + WORD
+            text = question.text + SHORT_ANSWER_SUFFIX
             # The blank one comes next to it, so that a part of the questions is a part of either.
             for shown, opens in (
                 ("scene", asked.image),
@@ -109,7 +111,7 @@ class Scenes(Benchmark):
                     about["height"] = question.height
                 self.questions.append(Question(f"{asked.index}/{question.kind}/{shown}", text, opens, text, about))
 
-    def _questions(self) -> Sequence[Asked]:
+    def _questions(self) -> Sequence[HeldOutQuestion]:
         return held_out_questions()
 
     @property
@@ -119,7 +121,7 @@ class Scenes(Benchmark):
     def check_images(self) -> None:
         """Nothing: they are drawn."""
 
-    def first(self, count: int) -> None:
+    def keep_first(self, count: int) -> None:
         self.questions, self._asked = self.questions[: 2 * count], self._asked[:count]
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
@@ -129,42 +131,42 @@ class Scenes(Benchmark):
         prints = _table(self._prints(answered))
         return metrics | ({"by_print": prints} if prints else {})
 
-    def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
+    def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``contact_sheet.png``: images with question, answer and truth, to look at."""
         file = out / "contact_sheet.png"
         with file.open("wb") as opened:
             contact_sheet(self._grouped(self._answered(texts))).save(opened, "PNG")
         return [file]
 
-    def _prints(self, answered: Sequence[Answered]) -> dict[str, list[Answered]]:
+    def _prints(self, answered: Sequence[AnsweredQuestion]) -> dict[str, list[AnsweredQuestion]]:
         """Questions on print by its size."""
         sizes = {"large print": range(LARGE, SIDE), "small print": range(1, LARGE)}
         groups = {name: [i for i in answered if i.asked.question.height in sizes[name]] for name in sizes}
         return {name: items for name, items in groups.items() if items}
 
-    def _grouped(self, answered: Sequence[Answered]) -> dict[str, list[Answered]]:
+    def _grouped(self, answered: Sequence[AnsweredQuestion]) -> dict[str, list[AnsweredQuestion]]:
         """Groups of the contact sheet, each with its title."""
         return _by_kind(answered, self.kinds)
 
     def _answered(self, texts):
         pairs = zip(texts[::2], texts[1::2], strict=True)
-        return [Answered(asked, *pair) for asked, pair in zip(self._asked, pairs, strict=True)]
+        return [AnsweredQuestion(asked, *pair) for asked, pair in zip(self._asked, pairs, strict=True)]
 
 
 class Prints(Scenes):
-    """:data:`EACH_HEIGHT` questions on printed text of each height, on held-out images of the second edition."""
+    """:data:`QUESTIONS_PER_HEIGHT` questions on printed text of each height, on held-out images of the second edition."""
 
     name = "prints"
     kinds = ("reading",)
 
-    def _questions(self) -> Sequence[Asked]:
-        return held_out_prints()
+    def _questions(self) -> Sequence[HeldOutQuestion]:
+        return held_out_print_questions()
 
-    def _prints(self, answered: Sequence[Answered]) -> dict[str, list[Answered]]:
+    def _prints(self, answered: Sequence[AnsweredQuestion]) -> dict[str, list[AnsweredQuestion]]:
         groups = {h: [item for item in answered if item.asked.question.height == h] for h in HEIGHTS}
         return {f"letters of {h} pixels": items for h, items in groups.items() if items}
 
-    def _grouped(self, answered: Sequence[Answered]) -> dict[str, list[Answered]]:
+    def _grouped(self, answered: Sequence[AnsweredQuestion]) -> dict[str, list[AnsweredQuestion]]:
         return self._prints(answered)
 
 
@@ -172,10 +174,10 @@ class Shapes(Scenes):
     """The world's first edition: a question of each kind on each of 128 images of up to two shapes."""
 
     name = "shapes"
-    tokens = 6
+    max_new_tokens = 6
     kinds = scenes.KINDS
 
-    def _questions(self) -> Sequence[Asked]:
+    def _questions(self) -> Sequence[HeldOutQuestion]:
         return [asked for index in range(128) for asked in _on(scenes, index, 2)]
 
 
@@ -199,7 +201,7 @@ _COLUMNS, _OF_EACH = 4, 2  # images side by side, and of a kind
 _CELL, _IMAGE, _TEXT, _HEAD, _EDGE = 212, 192, 78, 26, 10  # pixels
 
 
-def contact_sheet(groups: Mapping[str, Sequence[Answered]]) -> PIL.Image.Image:
+def contact_sheet(groups: Mapping[str, Sequence[AnsweredQuestion]]) -> PIL.Image.Image:
     """Two questions of each group with image, answer and, where that is wrong and red, the truth.
 
     Each group starts further down its list than the one before, so that groups rarely share an image.

@@ -9,8 +9,8 @@ from etils import epath
 
 from stf_jax.config import UserError
 from stf_jax.data.records import IMAGE_MARK
-from stf_jax.evals.benchmark import LETTER, Benchmark, Question
-from stf_jax.evals.files import matched, read_json, read_list
+from stf_jax.evals.benchmark import LETTER_SUFFIX, Benchmark, Question
+from stf_jax.evals.files import match_labels, read_json, read_list
 
 _LETTERS = ("A", "B", "C", "D", "E")
 
@@ -20,7 +20,7 @@ class ScienceQA(Benchmark):
 
     name = "scienceqa"
     folders = ("scienceqa",)
-    tokens = 1024
+    max_new_tokens = 1024
     rule = (
         "An answer is the letter that it is, or that it begins with before a full stop and a space, or that follows "
         "the only 'The answer is' in it; it is right where that is the gold letter. image_accuracy is of the questions "
@@ -37,7 +37,7 @@ class ScienceQA(Benchmark):
             problems = read_json(file)
             if not isinstance(problems, dict):
                 raise UserError(f"{file} is no object of problems by their ids; take ScienceQA's own file.")
-            own = matched([str(row["id"]) for row in rows], problems, file)
+            own = match_labels([str(row["id"]) for row in rows], problems, file)
             self._labels = [_label(file, row, problem) for row, problem in zip(rows, own, strict=True)]
         else:
             self._labels = [_own_label(asked, row) for row in rows]
@@ -45,20 +45,20 @@ class ScienceQA(Benchmark):
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         labels = self._labels[: len(self.questions)]
-        right = [letter(text) == gold for text, gold in zip(texts, labels, strict=True)]
+        right = [parse_choice(text) == gold for text, gold in zip(texts, labels, strict=True)]
         with_image = [own for own, question in zip(right, self.questions, strict=True) if question.image is not None]
         images = {"image_accuracy": statistics.fmean(with_image)} if with_image else {}
         return {"accuracy": statistics.fmean(right)} | images
 
     def _question(self, row):
-        text = _asked(row) + LETTER
+        text = _asked(row) + LETTER_SUFFIX
         if row.get("image") is None:
             return Question(row["id"], text, None, text)
         image = self.image_opener(("images/test", "images"), row["image"])
         return Question(row["id"], text, image, f"{IMAGE_MARK}\n{text}")
 
 
-def letter(text: str) -> str | None:
+def parse_choice(text: str) -> str | None:
     """The letter, A to E, that an answer chooses, as LLaVA's ``eval_science_qa.py`` reads it; None where it does not.
 
     It may be beyond the question's choices, which is wrong as any other that is not the gold letter.

@@ -9,7 +9,7 @@ from etils import epath
 from stf_jax.config import UserError
 from stf_jax.evals import vqa
 from stf_jax.evals.benchmark import Benchmark
-from stf_jax.evals.files import matched, read_labels
+from stf_jax.evals.files import match_labels, read_labels
 
 _ANNOTATORS = 10
 
@@ -23,8 +23,8 @@ class TextVQA(Benchmark):
 
     def __init__(self, data: epath.Path):
         super().__init__(data)
-        rows = self.rows(self.find("llava_textvqa_val_v051_ocr.jsonl"))
-        self.questions = [self.question(row, "train_images") for row in rows]
+        rows = self.read_rows(self.find("llava_textvqa_val_v051_ocr.jsonl"))
+        self.questions = [self.make_question(row, "train_images") for row in rows]
         file = self.find("TextVQA_0.5.1_val.json")
         self.labels = (file,)
         labels = read_labels(file, "data", image_id=(str, int), question=str)
@@ -34,14 +34,14 @@ class TextVQA(Benchmark):
             for number, label in enumerate(labels, start=1)
         }
         keys = [(str(row["question_id"]), row["text"].split("\n")[0].lower()) for row in rows]
-        self._answers = matched(keys, answers, file)
+        self._answers = match_labels(keys, answers, file)
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         return {"accuracy": statistics.fmean(vqa.accuracies(texts, self._answers[: len(self.questions)]))}
 
 
 def _answers(label, name):
-    answers = vqa.annotators(label, name)
+    answers = vqa.annotator_answers(label, name)
     if len(answers) != _ANNOTATORS:
         raise UserError(f"{name}: TextVQA has {_ANNOTATORS} answers to a question, not {len(answers)}.")
     return answers

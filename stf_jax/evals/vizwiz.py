@@ -8,7 +8,7 @@ from etils import epath
 
 from stf_jax.evals import vqa
 from stf_jax.evals.benchmark import Benchmark
-from stf_jax.evals.files import by_id, matched, read_labels
+from stf_jax.evals.files import index_by_id, match_labels, read_labels
 from stf_jax.runtime.files import write_json
 
 _IMAGES = {"llava_test.jsonl": "test", "llava_val.jsonl": "val"}
@@ -27,13 +27,13 @@ class VizWiz(Benchmark):
     def __init__(self, data: epath.Path):
         super().__init__(data)
         asked = self.find(*_IMAGES)
-        rows = self.rows(asked)
-        self.questions = [self.question(row, _IMAGES[asked.name]) for row in rows]
+        rows = self.read_rows(asked)
+        self.questions = [self.make_question(row, _IMAGES[asked.name]) for row in rows]
         self._images = [row["image"] for row in rows]
         # VizWiz gives both splits in one archive: the images tell which is asked about.
         labels, file = max(
             (
-                (by_id(read_labels(file, image=str), "image", file), file)
+                (index_by_id(read_labels(file, image=str), "image", file), file)
                 for file in (self.folder / "val.json", self.folder / "test.json")
                 if file.exists()
             ),
@@ -42,13 +42,13 @@ class VizWiz(Benchmark):
         )
         if any("answers" in label for label in labels.values()):
             self.labels = (file,)
-            own = matched(self._images, labels, file)
-            self._answers = [vqa.annotators(label, f"{file}, {label['image']}") for label in own]
+            own = match_labels(self._images, labels, file)
+            self._answers = [vqa.annotator_answers(label, f"{file}, {label['image']}") for label in own]
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         return {"accuracy": statistics.fmean(vqa.accuracies(texts, self._answers[: len(self.questions)]))}
 
-    def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
+    def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``vizwiz_submission.json``."""
         file = out / "vizwiz_submission.json"
         asked = zip(self._images[: len(self.questions)], texts, strict=True)

@@ -73,7 +73,7 @@ def accuracies(texts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[f
     return [accuracy(text, own) for text, own in zip(texts, answers, strict=True)]
 
 
-def annotators(label: Mapping[str, Any], name: str) -> list[str]:
+def annotator_answers(label: Mapping[str, Any], name: str) -> list[str]:
     """The answers of a label, ``{"answers": […]}``, each a text or ``{"answer": text}``.
 
     Raises:

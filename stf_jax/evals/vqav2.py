@@ -7,8 +7,8 @@ from typing import Any
 from etils import epath
 
 from stf_jax.evals import vqa
-from stf_jax.evals.benchmark import Benchmark, by_kind
-from stf_jax.evals.files import by_id, matched, read_labels
+from stf_jax.evals.benchmark import Benchmark, accuracy_by_kind
+from stf_jax.evals.files import index_by_id, match_labels, read_labels
 from stf_jax.runtime.files import write_json
 
 _TEST = "llava_vqav2_mscoco_test-dev2015.jsonl"
@@ -28,33 +28,33 @@ class VQAv2(Benchmark):
     def __init__(self, data: epath.Path):
         super().__init__(data)
         file = self.find(*_IMAGES)
-        self.questions = [self.question(row, _IMAGES[file.name]) for row in self.rows(file)]
+        self.questions = [self.make_question(row, _IMAGES[file.name]) for row in self.read_rows(file)]
         ids = [str(question.id) for question in self.questions]  # one file may have numbers, and another texts
         self._all_ids = None
         whole = self.find_any("llava_vqav2_mscoco_test2015.jsonl")
         if whole is not None and file.name == _TEST:
-            self._all_ids = {str(row["question_id"]): row["question_id"] for row in self.rows(whole)}
-            matched(ids, self._all_ids, whole)
+            self._all_ids = {str(row["question_id"]): row["question_id"] for row in self.read_rows(whole)}
+            match_labels(ids, self._all_ids, whole)
         annotations = self.find_any("v2_mscoco_val2014_annotations.json")
         if annotations is not None:
             self.labels = (annotations,)
             rows = read_labels(annotations, "annotations", question_id=(int, str), answer_type=str)
-            labels = matched(ids, by_id(rows, "question_id", annotations), annotations)
+            labels = match_labels(ids, index_by_id(rows, "question_id", annotations), annotations)
             self._types = [label["answer_type"] for label in labels]
             self._answers = [
-                vqa.annotators(label, f"{annotations}, question {label['question_id']}") for label in labels
+                vqa.annotator_answers(label, f"{annotations}, question {label['question_id']}") for label in labels
             ]
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         asked = len(self.questions)
         scores = vqa.accuracies(texts, self._answers[:asked])
-        types = by_kind(self._types[:asked], scores)
+        types = accuracy_by_kind(self._types[:asked], scores)
         return {
             "accuracy": statistics.fmean(scores),
             "by_answer_type": {kind: entry["accuracy"] for kind, entry in types.items()},
         }
 
-    def submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
+    def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``vqav2_submission.json``; what was not asked is answered by nothing."""
         given = {str(question.id): vqa.normalize(text) for question, text in zip(self.questions, texts, strict=True)}
         ids = self._all_ids or {str(question.id): question.id for question in self.questions}

@@ -16,14 +16,14 @@ from etils import epath
 from stf_jax.benches.synthetic import make_batch
 from stf_jax.benches.timing import time_train_steps
 from stf_jax.config import RunFailed, from_json
-from stf_jax.evals.known import open_benchmarks
+from stf_jax.evals.registry import open_benchmarks
 from stf_jax.inference.loading import load_generator
-from stf_jax.models.selection import reduction
+from stf_jax.models.selection import resolve_reduction
 from stf_jax.runtime.cli import Parser, add_model_arguments
 from stf_jax.runtime.cost import prefill_flops, step_flops
 from stf_jax.runtime.files import read_json, write_json
 from stf_jax.runtime.mesh import make_mesh
-from stf_jax.studies.running import Slot
+from stf_jax.studies.runner import Slot
 from stf_jax.studies.study import Cell
 
 COST = "cost.json"  # beside a cell's results
@@ -59,7 +59,7 @@ def _measure(workdir: pathlib.Path, asked: list[str]) -> dict[str, Any]:
     how = parser.parse_known_args(asked)[0]
     config = from_json(read_json(epath.Path(workdir / "config.json")))
     model = dataclasses.replace(config.model, reduce=how.reduce, keep=how.keep)
-    reduced, rows, length = reduction(model), config.global_batch_size, config.data.max_length
+    reduced, rows, length = resolve_reduction(model), config.global_batch_size, config.data.max_length
     mesh = make_mesh(config.mesh)
     generator, saved = load_generator(epath.Path(workdir), mesh, how.precision, how.reduce, how.keep)
     fusion = sum(leaf.size for path, leaf in saved.shapes.items() if path.startswith("fusion/"))
@@ -97,7 +97,7 @@ def _first_token(generator, config):
     seconds = []
     for _ in range(_ANSWERS + 1):  # the first one compiles
         begin = time.perf_counter()
-        for _ in generator.answers(records, 1, len(records)):
+        for _ in generator.generate(records, 1, len(records)):
             pass
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds[1:]), max(map(generator.length, records))

@@ -9,7 +9,7 @@ from etils import epath
 
 from stf_jax.config import UserError
 from stf_jax.data import scenes, world_text
-from stf_jax.evals.running import ANSWERS, RESULTS, in_points, scalars
+from stf_jax.evals.runner import ANSWERS, RESULTS, flatten_metrics, in_display_units
 from stf_jax.runtime.files import read_json
 from stf_jax.studies.study import Cell
 
@@ -50,8 +50,8 @@ def outcome(cell: Cell) -> Outcome:
         return _embedded(folders)
     scores = {}
     for one in results if isinstance(results, list) else [results]:
-        figures = {name: value for name, value in scalars(one).items() if isinstance(value, float)}
-        scores |= {name: np.array([in_points(name, value)]) for name, value in figures.items()}
+        figures = {name: value for name, value in flatten_metrics(one).items() if isinstance(value, float)}
+        scores |= {name: np.array([in_display_units(name, value)]) for name, value in figures.items()}
     if not scores:
         raise UserError(f"{cell.folder} has answers, but no metric: the labels of its benchmarks are not there.")
     return Outcome(scores)

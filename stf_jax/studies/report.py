@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from stf_jax.runtime.files import new_text, parse_json, write_json
-from stf_jax.runtime.table import span
+from stf_jax.runtime.files import open_atomic, parse_json, write_json
+from stf_jax.runtime.table import format_duration
 from stf_jax.studies import plots
 from stf_jax.studies.outcomes import BLANK, Outcome
 from stf_jax.studies.page import Block, Code, Heading, Items, Table, Text, markdown, page
@@ -95,7 +95,7 @@ def write_report(found: Findings, cells: Sequence[Cell], failed: Mapping[Cell, s
         ("report.md", markdown(found.study.title, blocks)),
         ("report.html", page(found.study.title, blocks)),
     ):
-        with new_text(epath.Path(out / name)) as file:
+        with open_atomic(epath.Path(out / name)) as file:
             file.write(text)
     write_json(epath.Path(out / "report.json"), _figures(found, cells))
 
@@ -269,7 +269,7 @@ def _made(study, cells):
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
     return (
         f"Seeds {', '.join(map(str, study.seeds))}; {len(seconds)} training runs, whose steps took "
-        f"{span(sum(seconds))} together and {span(max(seconds, default=0))} at most. The report was made on "
+        f"{format_duration(sum(seconds))} together and {format_duration(max(seconds, default=0))} at most. The report was made on "
         f"{_machine()}, Python {platform.python_version()}, {versions}."
     )
 

@@ -9,7 +9,7 @@ from etils import epath
 from make_evals import Given
 
 from stf_jax.config import UserError
-from stf_jax.evals.answers import answer_line, answers_to, read_answers
+from stf_jax.evals.answers import answer_line, match_answers, read_answers
 from stf_jax.evals.benchmark import Question
 
 SHORTUUID = "[2-9A-HJ-NP-Za-km-z]{22}"  # no 0, 1, I, O, l
@@ -67,7 +67,7 @@ def test_texts_of_any_kind_come_back(tmp_path):
     rows = read_answers(file)
     assert [row["text"] for row in rows] == texts
     assert [row["question_id"] for row in rows] == list(range(500))
-    assert answers_to(benchmark, rows, file) == [text.strip() for text in texts]
+    assert match_answers(benchmark, rows, file) == [text.strip() for text in texts]
 
 
 # ---- Read ------------------------------------------------------------------------------------------------------------
@@ -99,19 +99,19 @@ def test_what_is_no_answer_file_is_named_with_its_line(tmp_path):
 def test_answers_find_their_questions_in_any_order_and_by_ids_of_either_type(tmp_path):
     benchmark = asked(1, "2", "three")
     rows = [row("three", " c\n"), row("1", "a", prompt="any other"), row(2, "b", model_id="m")]
-    assert answers_to(benchmark, rows, write(tmp_path, *rows)) == ["a", "b", "c"]
-    assert answers_to(benchmark, [*rows, row(1, "a ")], tmp_path) == ["a", "b", "c"]  # said twice, but alike
+    assert match_answers(benchmark, rows, write(tmp_path, *rows)) == ["a", "b", "c"]
+    assert match_answers(benchmark, [*rows, row(1, "a ")], tmp_path) == ["a", "b", "c"]  # said twice, but alike
 
 
 def test_questions_of_one_id_are_told_by_their_prompts(tmp_path):
     """As MME's and TextVQA's, whose ids are those of images."""
     benchmark = asked(("p", "Is it a dog?"), ("p", "Is it a cat?"), "q")
     rows = [row("p", "no", prompt="Is it a cat?"), row("q", "red"), row("p", "yes", prompt="Is it a dog?")]
-    assert answers_to(benchmark, rows, tmp_path) == ["yes", "no", "red"]
+    assert match_answers(benchmark, rows, tmp_path) == ["yes", "no", "red"]
     with pytest.raises(UserError, match=r"1 of its 3 answers are of none of them, such as 'p'\.$"):
-        answers_to(benchmark, [*rows[:2], row("p", "yes", prompt="Is it a cow?")], tmp_path)
+        match_answers(benchmark, [*rows[:2], row("p", "yes", prompt="Is it a cow?")], tmp_path)
     with pytest.raises(UserError, match=r"leaves 1 of 3 questions unanswered, such as 'p'\.$"):
-        answers_to(benchmark, rows[:2], tmp_path)
+        match_answers(benchmark, rows[:2], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_questions_of_one_id_are_told_by_their_prompts(tmp_path):
 )
 def test_answers_that_do_not_fit_are_refused(rows, sentence, tmp_path):
     with pytest.raises(UserError) as error:
-        answers_to(asked(1, 2, 3), rows, epath.Path("FILE"))
+        match_answers(asked(1, 2, 3), rows, epath.Path("FILE"))
     assert str(error.value) == sentence
 
 
@@ -142,11 +142,11 @@ def test_answers_to_questions_that_were_left_out_are_passed_over(tmp_path):
     for count, texts in ((1, ["yes"]), (2, ["yes", "no"]), (3, ["yes", "no", "red"])):
         benchmark = asked(("p", "Is it a dog?"), ("p", "Is it a cat?"), "q")
         benchmark.limit(count)
-        assert answers_to(benchmark, rows, tmp_path) == texts
-        assert answers_to(benchmark, rows[::-1], tmp_path) == texts
+        assert match_answers(benchmark, rows, tmp_path) == texts
+        assert match_answers(benchmark, rows[::-1], tmp_path) == texts
     benchmark = asked(*"pq")
     benchmark.limit(1)
     with pytest.raises(UserError, match="leaves 1 of 1 questions unanswered"):
-        answers_to(benchmark, rows[2:], tmp_path)
+        match_answers(benchmark, rows[2:], tmp_path)
     # Prompts of others are of no account where ids suffice.
-    assert answers_to(benchmark, [row("q", "a", prompt="theirs"), row("p", "b", prompt="theirs")], tmp_path) == ["b"]
+    assert match_answers(benchmark, [row("q", "a", prompt="theirs"), row("p", "b", prompt="theirs")], tmp_path) == ["b"]

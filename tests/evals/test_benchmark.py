@@ -6,16 +6,16 @@ import re
 import PIL.Image
 import pytest
 from etils import epath
-from make_evals import WORD, Given, make_gqa
+from make_evals import SHORT_ANSWER_SUFFIX, Given, make_gqa
 
 from stf_jax import evaluate
 from stf_jax.config import UserError
 from stf_jax.data.image import read_image
 from stf_jax.evals import benchmark
-from stf_jax.evals.benchmark import Question, by_kind
+from stf_jax.evals.benchmark import Question, accuracy_by_kind
 from stf_jax.evals.gqa import GQA
-from stf_jax.evals.known import BENCHMARKS, open_benchmarks
-from stf_jax.evals.running import check_images
+from stf_jax.evals.registry import BENCHMARKS, open_benchmarks
+from stf_jax.evals.runner import check_images
 
 QUESTIONS = "llava_gqa_testdev_balanced.jsonl"
 ROW = {"question_id": "1", "image": "a.png", "text": "Is it?", "category": "default"}
@@ -34,11 +34,16 @@ def opened(folder, *rows):
 def test_rows_are_questions_as_they_stand(tmp_path):
     first, second = opened(
         tmp_path,
-        "\ufeff" + json.dumps(ROW | {"text": f"Is it?{WORD}"}),
+        "\ufeff" + json.dumps(ROW | {"text": f"Is it?{SHORT_ANSWER_SUFFIX}"}),
         "",
         ROW | {"question_id": 2, "text": "a\u2028紺"},
     ).questions
-    assert (first.id, first.text, first.prompt, first.metadata) == ("1", f"Is it?{WORD}", f"Is it?{WORD}", {})
+    assert (first.id, first.text, first.prompt, first.metadata) == (
+        "1",
+        f"Is it?{SHORT_ANSWER_SUFFIX}",
+        f"Is it?{SHORT_ANSWER_SUFFIX}",
+        {},
+    )
     assert (second.id, second.text) == (2, "a\u2028紺")
 
 
@@ -76,7 +81,7 @@ def test_files_that_are_empty_or_no_text_are_said(tmp_path):
 
 
 def test_kinds_are_counted_apart():
-    assert list(by_kind(["b", "a", "b", "b"], [1, 0.5, 0, 0]).items()) == [
+    assert list(accuracy_by_kind(["b", "a", "b", "b"], [1, 0.5, 0, 0]).items()) == [
         ("a", {"accuracy": 0.5, "questions": 1}),
         ("b", {"accuracy": 1 / 3, "questions": 3}),
     ]

@@ -8,14 +8,14 @@ import pytest
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.evals.files import matched, read_json, read_labels, read_lines, sha256
+from stf_jax.evals.files import match_labels, read_json, read_jsonl, read_labels, sha256
 
 
 def test_json_and_hashes(tmp_path):
     file = epath.Path(tmp_path) / "labels.json"
     file.write_bytes('\ufeff{"a": "ü"}'.encode())
     assert read_json(file) == {"a": "ü"}
-    assert list(read_lines(file)) == [(1, {"a": "ü"})]
+    assert list(read_jsonl(file)) == [(1, {"a": "ü"})]
     assert sha256(file) == hashlib.sha256('\ufeff{"a": "ü"}'.encode()).hexdigest()
     for content in (b"{", b'"\xff"', b""):
         file.write_bytes(content)
@@ -63,9 +63,9 @@ def test_labels_may_be_lines_or_an_array_under_a_key_or_not(tmp_path, under):
 
 def test_questions_without_labels_are_counted():
     file = epath.Path("labels.json")
-    assert matched([2, 1], {1: "a", 2: "b", 3: "c"}, file) == ["b", "a"]
+    assert match_labels([2, 1], {1: "a", 2: "b", 3: "c"}, file) == ["b", "a"]
     with pytest.raises(UserError) as error:
-        matched([2, 5, 1, 4], {1: "a", 2: "b"}, file)
+        match_labels([2, 5, 1, 4], {1: "a", 2: "b"}, file)
     assert str(error.value) == (
         "labels.json lacks 2 of the 4 questions, such as 5; it is of another split or version: replace it, or move it "
         "away."

@@ -72,7 +72,7 @@ def test_accuracy_by_hand(tmp_path, place):
             "rel": {"accuracy": 0.5, "questions": 2},
         },
     }
-    benchmark.first(1)  # none of them is open
+    benchmark.keep_first(1)  # none of them is open
     assert benchmark.metrics(["yes"]) == {
         "accuracy": 0.0,
         "binary": 0.0,
@@ -127,7 +127,7 @@ def test_predictions_need_no_labels(tmp_path):
     _ask(tmp_path, [201307251, "201640614"])
     benchmark = GQA(epath.Path(tmp_path))
     assert not benchmark.labels
-    (file,) = benchmark.submission(["Yes.", "Polo Shirt.. "], epath.Path(tmp_path))
+    (file,) = benchmark.write_submission(["Yes.", "Polo Shirt.. "], epath.Path(tmp_path))
     assert file == epath.Path(tmp_path) / "testdev_balanced_predictions.json"
     assert json.loads(file.read_text()) == [
         {"questionId": "201307251", "prediction": "yes"},

@@ -10,11 +10,11 @@ import openpyxl
 import PIL.Image
 import pytest
 from etils import epath
-from lmms import load
+from lmms import load_task_module
 
 from stf_jax.config import UserError
 from stf_jax.data.records import BadRow
-from stf_jax.evals.mmbench import MMBench, MMBenchCN, chosen
+from stf_jax.evals.mmbench import MMBench, MMBenchCN, parse_choice
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 COLUMNS = ["index", "question", "hint", *"ABCD", "answer", "category", "image", "source", "l2-category", "comment"]
@@ -54,7 +54,7 @@ def test_what_is_asked(tmp_path):
     _write(tmp_path / "mmbench" / DEV)
     benchmark = MMBench(epath.Path(tmp_path))
     first, second, *_, seventh, _ = benchmark.questions
-    assert benchmark.tokens == 1024
+    assert benchmark.max_new_tokens == 1024
     assert (first.id, first.text) == (241, first.prompt + LETTER)
     assert first.prompt == 'The passage:\r\nbirds.\nWhich "is"\ttrue?\nA. cat\nB. dog\nC. a bird\nD. fish'
     assert second.prompt == "Red?\nA. yes\nB. no"
@@ -70,7 +70,9 @@ def test_the_same_in_chinese(tmp_path):
     assert benchmark.questions[0].prompt == "红色吗?\nA. 是\nB. 不"
     assert benchmark.questions[0].text == "红色吗?\nA. 是\nB. 不\n请直接回答选项字母。"
     assert benchmark.metrics(["是"])["circular_accuracy"] == 1.0
-    assert benchmark.submission(["是"], epath.Path(tmp_path)) == [epath.Path(tmp_path) / "mmbench_cn_submission.xlsx"]
+    assert benchmark.write_submission(["是"], epath.Path(tmp_path)) == [
+        epath.Path(tmp_path) / "mmbench_cn_submission.xlsx"
+    ]
     assert openpyxl.load_workbook(tmp_path / "mmbench_cn_submission.xlsx").active["G2"].value == "是"
     with pytest.raises(UserError, match=r"there is no mmbench_dev_20230712\.tsv or mmbench_test_20230712\.tsv or "):
         MMBench(epath.Path(tmp_path))
@@ -115,7 +117,7 @@ def test_columns_that_are_not_there_are_left_out(tmp_path):
 def test_first_leaves_whole_groups(tmp_path):
     _write(tmp_path / DEV)
     benchmark = MMBench(epath.Path(tmp_path))
-    benchmark.first(1)
+    benchmark.keep_first(1)
     assert [question.id for question in benchmark.questions] == [241, 1000241, 2000241]
     ocr = {"circular_accuracy": 0.0, "vanilla_accuracy": 1.0}
     assert benchmark.metrics(["B", "C", "A"]) == {
@@ -130,7 +132,7 @@ def test_the_workbook_of_a_test_split(tmp_path):
     benchmark = MMBench(epath.Path(tmp_path))
     assert benchmark.labels == ()
     texts = ["B", "=1+1", "#N/A", "a\x07b\nc", "", "D. dog"]
-    (file,) = benchmark.submission(texts, epath.Path(tmp_path))
+    (file,) = benchmark.write_submission(texts, epath.Path(tmp_path))
     assert file == epath.Path(tmp_path) / "mmbench_submission.xlsx"
     head, *rows = openpyxl.load_workbook(file).active.iter_rows()
     assert [cell.value for cell in head] == ["index", "question", "A", "B", "C", "D", "prediction", "split"]
@@ -144,8 +146,8 @@ def test_the_workbook_of_a_test_split(tmp_path):
 def test_the_workbook_of_a_dev_split(tmp_path):
     _write(tmp_path / DEV)
     benchmark = MMBench(epath.Path(tmp_path))
-    benchmark.first(2)
-    (file,) = benchmark.submission(["B", "A", "C", "B", "D"], epath.Path(tmp_path))
+    benchmark.keep_first(2)
+    (file,) = benchmark.write_submission(["B", "A", "C", "B", "D"], epath.Path(tmp_path))
     head, *rows = openpyxl.load_workbook(file).active.iter_rows(values_only=True)
     assert head == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
     assert rows[3] == (1000252, "Red?", "no", "yes", None, None, "B", "B", "dev")
@@ -185,11 +187,11 @@ OPTIONS = {"A": "Cat", "B": "a dog", "C": "cart", "D": "Fish"}
     ],
 )
 def test_answers_by_hand(text, letter):
-    assert chosen(text, OPTIONS) == letter
+    assert parse_choice(text, OPTIONS) == letter
 
 
 def test_answers_read_as_lmms_eval_reads_them():
-    theirs, chance = load("mmbench/mmbench_evals.py").MMBench_Evaluator(), random.Random(0)
+    theirs, chance = load_task_module("mmbench/mmbench_evals.py").MMBench_Evaluator(), random.Random(0)
     marks = ["", "", "", ".", ",", ":", ")", ").", "]", "!"]
     words = ["a", "dog", "cat", "Fish", "cart", "is", "the", "answer", "\n", "红", "option"]
     results = []
@@ -202,7 +204,7 @@ def test_answers_read_as_lmms_eval_reads_them():
         ]
         text = chance.choice([" ", "  ", "\n"]).join(parts)
         options = dict(list(OPTIONS.items())[: chance.randint(2, 4)])
-        results.append(chosen(text, options))
+        results.append(parse_choice(text, options))
         assert results[-1] == (theirs.can_infer(text, dict(options)) or None), (text, options)
     assert all(results.count(own) > 500 for own in (*"ABCDE", None))
 
@@ -231,7 +233,7 @@ def test_images_of_other_rows_as_vlmevalkit_writes_them(tmp_path, name):
     assert reds == {241: 0, 252: 4, 1000241: 0, 1000252: 4, 7: 4, 2000241: 4}
     benchmark.check_images()
     # A part of the questions may refer to rows that are not asked.
-    benchmark.first(2)
+    benchmark.keep_first(2)
     assert 7 not in {question.id for question in benchmark.questions}
     benchmark.check_images()
 

@@ -7,10 +7,10 @@ import random
 import PIL.Image
 import pytest
 from etils import epath
-from lmms import load
+from lmms import load_task_module
 
 from stf_jax.config import UserError
-from stf_jax.evals.mme import MME, says
+from stf_jax.evals.mme import MME, parse_yes_no
 
 WORD = "\nAnswer the question using a single word or phrase."
 QUESTIONS = [  # image, question, gold; the pairs of an image are apart
@@ -89,7 +89,7 @@ def test_scores_by_hand(tmp_path, labels, files):
 def test_first_leaves_whole_images(tmp_path):
     _write(tmp_path)
     benchmark = MME(epath.Path(tmp_path))
-    benchmark.first(1)
+    benchmark.keep_first(1)
     assert [(question.id, question.text) for question in benchmark.questions] == [
         ("existence/a.b.jpg", "Is there a dog?" + WORD),
         ("existence/a.b.jpg", "Is there a cat?" + WORD),
@@ -104,7 +104,7 @@ def test_first_leaves_whole_images(tmp_path):
 
 def test_submission_has_a_images_lines_together(tmp_path):
     _write(tmp_path)
-    files = MME(epath.Path(tmp_path)).submission(["Yes\tor\nno", *TEXTS[1:]], epath.Path(tmp_path / "out"))
+    files = MME(epath.Path(tmp_path)).write_submission(["Yes\tor\nno", *TEXTS[1:]], epath.Path(tmp_path / "out"))
     assert files == [tmp_path / "out/mme_results/existence.txt", tmp_path / "out/mme_results/code_reasoning.txt"]
     # The files of labels are written from the last question on, every other one with two spaces.
     assert files[0].read_text() == (
@@ -141,15 +141,15 @@ def test_submission_has_a_images_lines_together(tmp_path):
     ],
 )
 def test_answers_are_read_as_mmes_own_program_reads_them(text, read):
-    assert says(text) == read
+    assert parse_yes_no(text) == read
 
 
 def test_answers_without_stops_are_read_as_lmms_eval_reads_them():
-    theirs, chance = load("mme/utils.py"), random.Random(0)
+    theirs, chance = load_task_module("mme/utils.py"), random.Random(0)
     pieces = ["yes", "no", "Yes", "NO", "y", "n", "Y", "N", "o", "e", "s", " ", "\n", "\t", "a", "not", "1"]
     texts = ["".join(chance.choices(pieces, k=chance.randint(0, 6))).strip() for _ in range(20_000)]
     texts = [text for text in texts if len(text) != 1]  # they take a lone y or n for an answer; MME's own does not
-    read = [says(text) for text in texts]
+    read = [parse_yes_no(text) for text in texts]
     assert read == [theirs.parse_pred_ans(text) for text in texts]
     assert min(map(read.count, ("yes", "no", "other"))) > 2000
 
@@ -166,12 +166,12 @@ def test_ids_of_an_images_questions_are_compared_as_text(tmp_path):
     file.write_text(file.read_text().replace("0020.png", "20.png"))
     benchmark = MME(epath.Path(tmp_path))
     assert benchmark.metrics(TEXTS) == _expected()
-    benchmark.first(2)
+    benchmark.keep_first(2)
     assert len(benchmark.questions) == 4
 
 
 def test_scores_as_lmms_eval_counts_them(tmp_path):
-    theirs, chance = load("mme/utils.py"), random.Random(1)
+    theirs, chance = load_task_module("mme/utils.py"), random.Random(1)
     sides = {"perception": theirs.eval_type_dict["Perception"], "cognition": theirs.eval_type_dict["Cognition"]}
     questions = [
         (f"{task}/{n}.jpg", f"Is it {m}?", chance.choice(("Yes", "No")))

@@ -7,10 +7,10 @@ import statistics
 import PIL.Image
 import pytest
 from etils import epath
-from lmms import load
+from lmms import load_task_module
 
 from stf_jax.config import UserError
-from stf_jax.evals.pope import POPE, says_yes
+from stf_jax.evals.pope import POPE, is_yes
 
 WORD = "\nAnswer the question using a single word or phrase."
 QUESTIONS = [  # split, image, thing, gold
@@ -79,7 +79,7 @@ def test_scores_by_hand(tmp_path):
 def test_means_are_over_the_splits_that_are_left(tmp_path):
     _write(tmp_path)
     benchmark = POPE(epath.Path(tmp_path))
-    benchmark.first(3)
+    benchmark.keep_first(3)
     metrics = benchmark.metrics(["yes", "no", "yes"])  # gold: yes, yes, no
     scores = {"f1": 0.5, "accuracy": 1 / 3, "precision": 0.5, "recall": 0.5, "yes_ratio": 2 / 3}
     assert metrics == scores | {"adversarial": scores | {"questions": 3}}
@@ -110,7 +110,7 @@ def test_images(tmp_path):
     ],
 )
 def test_answers_by_hand(text, yes):
-    assert says_yes(text) is yes
+    assert is_yes(text) is yes
 
 
 def _plain(text):
@@ -132,12 +132,12 @@ def test_answers_read_as_the_rule_written_out_again():
     chance = random.Random(0)
     pieces = ["No", "no", "not", "NO", "Not", "none", "yes", "Yes", "n", "o", ".", ",", *[" "] * 12, "\n", "!"]
     texts = ["".join(chance.choices(pieces, k=chance.randint(0, 8))) for _ in range(20_000)]
-    assert [says_yes(text) for text in texts] == [_plain(text) for text in texts]
+    assert [is_yes(text) for text in texts] == [_plain(text) for text in texts]
     assert 0.1 < statistics.fmean(map(_plain, texts)) < 0.9
 
 
 def test_scores_as_lmms_eval_counts_answers_of_one_word(tmp_path):
-    theirs, chance = load("pope/utils.py"), random.Random(1)
+    theirs, chance = load_task_module("pope/utils.py"), random.Random(1)
     questions = [
         (chance.choice(("random", "popular")), f"{n}.jpg", "dog", chance.choice(("yes", "no"))) for n in range(1000)
     ]

@@ -14,8 +14,8 @@ from stf_jax.data.records import Record, Turn
 from stf_jax.data.scenes import HELD_OUT_WORDS
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.data.world import HEIGHTS, NUMBERS
-from stf_jax.evals.known import open_benchmarks
-from stf_jax.evals.scenes import EACH, EACH_HEIGHT, Prints, Scenes, Shapes
+from stf_jax.evals.registry import open_benchmarks
+from stf_jax.evals.scenes import QUESTIONS_PER_HEIGHT, QUESTIONS_PER_KIND, Prints, Scenes, Shapes
 
 
 @pytest.fixture(scope="module", params=[Scenes, Prints, Shapes])
@@ -59,9 +59,9 @@ def test_the_first_edition_asks_what_it_always_asked():
 
 def test_kinds_take_turns_so_that_any_part_of_the_questions_is_even():
     whole = Scenes()
-    assert whole.count == EACH * len(whole.kinds)
+    assert whole.count == QUESTIONS_PER_KIND * len(whole.kinds)
     kinds = [q.metadata["kind"] for q in whole.questions[::2]]
-    assert kinds == [*whole.kinds] * EACH
+    assert kinds == [*whole.kinds] * QUESTIONS_PER_KIND
 
 
 def test_prints_of_every_height_are_asked_for():
@@ -72,7 +72,7 @@ def test_prints_of_every_height_are_asked_for():
     assert not any("height" in q.metadata for q in whole.questions if q.metadata["kind"] != "reading")
     table = whole.metrics(right(whole))["by_print"]
     assert list(table) == ["large print", "small print"]
-    assert sum(entry["questions"] for entry in table.values()) == EACH
+    assert sum(entry["questions"] for entry in table.values()) == QUESTIONS_PER_KIND
     for height, shares in ((13, (True, False)), (10, (False, True))):
         only = [q.metadata["truth"] if q.metadata.get("height") == height else "" for q in whole.questions]
         assert tuple(entry["accuracy"] > 0 for entry in whole.metrics(only)["by_print"].values()) == shares
@@ -80,10 +80,10 @@ def test_prints_of_every_height_are_asked_for():
 
 def test_prints_are_of_every_height_in_turn():
     whole = Prints()
-    assert [q.metadata["height"] for q in whole.questions[::2]] == [*HEIGHTS] * EACH_HEIGHT
+    assert [q.metadata["height"] for q in whole.questions[::2]] == [*HEIGHTS] * QUESTIONS_PER_HEIGHT
     table = whole.metrics(right(whole))["by_print"]
     assert list(table) == [f"letters of {height} pixels" for height in HEIGHTS]
-    assert {entry["questions"] for entry in table.values()} == {EACH_HEIGHT}
+    assert {entry["questions"] for entry in table.values()} == {QUESTIONS_PER_HEIGHT}
 
 
 def test_each_is_asked_of_its_scene_and_of_a_blank_image_next_to_it(whole):
@@ -116,7 +116,7 @@ def test_every_truth_can_be_said_in_full_with_its_end(whole):
     tokenizer = load_tokenizer("miniature" if isinstance(whole, Shapes) else "miniature/2")
     for truth in {q.metadata["truth"] for q in whole.questions}:
         turns = (Turn("human", "What?"), Turn("gpt", truth))
-        assert encode(template_items("v1", Record("", (), turns)), tokenizer, 0).learned.sum() <= whole.tokens
+        assert encode(template_items("v1", Record("", (), turns)), tokenizer, 0).is_target.sum() <= whole.max_new_tokens
 
 
 def test_a_limit_keeps_pairs_together(whole):
@@ -170,7 +170,7 @@ def test_answers_are_of_the_questions_beside_them(whole):
 
 def test_a_contact_sheet_is_written(whole, tmp_path):
     def sheet(texts):
-        (file,) = whole.submission(texts, epath.Path(tmp_path))
+        (file,) = whole.write_submission(texts, epath.Path(tmp_path))
         assert file == epath.Path(tmp_path) / "contact_sheet.png"
         with PIL.Image.open(file) as image:
             assert image.format == "PNG"
@@ -193,5 +193,5 @@ def test_a_contact_sheet_is_written(whole, tmp_path):
 
 def test_a_sheet_of_few_questions_repeats_them(tmp_path):
     (one,) = open_benchmarks(["shapes"], "", limit=1)
-    (file,) = one.submission(["a", "b"], epath.Path(tmp_path))
+    (file,) = one.write_submission(["a", "b"], epath.Path(tmp_path))
     assert file.exists()

@@ -6,10 +6,10 @@ import random
 import PIL.Image
 import pytest
 from etils import epath
-from lmms import load
+from lmms import load_task_module
 
 from stf_jax.config import UserError
-from stf_jax.evals.scienceqa import ScienceQA, letter
+from stf_jax.evals.scienceqa import ScienceQA, parse_choice
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LIST = "Context: Two facts are known.\nA. whales swim\nB. bats fly\nC. ants crawl\nWhich is a fish?\nA. trout\nB. bat"
@@ -53,7 +53,7 @@ def test_accuracy_by_hand(tmp_path, problems):
     # Right; right; C of a question with two choices; wrong.
     assert benchmark.metrics(["B", "B. apostrophe", "C", "A"]) == {"accuracy": 0.5, "image_accuracy": 0.5}
     assert benchmark.metrics(["A", "B", "A", "The answer is E."]) == {"accuracy": 0.75, "image_accuracy": 0.5}
-    benchmark.first(1)
+    benchmark.keep_first(1)
     assert benchmark.metrics(["B"]) == {"accuracy": 1.0, "image_accuracy": 1.0}
 
 
@@ -97,7 +97,7 @@ def test_what_is_asked(tmp_path):
     ],
 )
 def test_answers_by_hand(text, chosen):
-    assert letter(text) == chosen
+    assert parse_choice(text) == chosen
 
 
 def _plain(text):
@@ -127,13 +127,13 @@ def test_answers_read_as_the_rule_written_out_again():
     chosen = []
     for _ in range(20_000):
         text = "".join(chance.choices(pieces, k=chance.randint(0, 5)))
-        chosen.append(letter(text))
+        chosen.append(parse_choice(text))
         assert chosen[-1] == _plain(text), text
     assert all(chosen.count(own) > 100 for own in (*"ABCDE", None))
 
 
 def test_accuracy_as_lmms_eval_counts_letters_with_or_without_text(tmp_path):
-    theirs, chance = load("scienceqa/utils.py"), random.Random(1)
+    theirs, chance = load_task_module("scienceqa/utils.py"), random.Random(1)
     questions, docs = [], []
     for n in range(3000):
         choices = [f"thing {m}" for m in range(chance.randint(2, 5))]

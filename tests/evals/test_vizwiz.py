@@ -58,7 +58,7 @@ def test_accuracy_by_hand(tmp_path):
     # All of ten: 1. Two of ten: (2·1/3 + 8·2/3)/10 = 0.6. Three of ten: (3·2/3 + 7)/10 = 0.9.
     found = benchmark.metrics(["Unanswerable", "Basil.", "a soda"])
     assert found == {"accuracy": pytest.approx((1 + 0.6 + 0.9) / 3, abs=1e-12)}
-    benchmark.first(1)
+    benchmark.keep_first(1)
     assert benchmark.metrics(["basil"]) == {"accuracy": 0.0}
 
 
@@ -69,15 +69,15 @@ def test_the_test_split_is_for_the_server(tmp_path, files):
         _write(tmp_path, name, labels)
     benchmark = VizWiz(epath.Path(tmp_path))
     assert not benchmark.labels
-    (file,) = benchmark.submission(["Unanswerable", "Two dogs.", "x-ray"], epath.Path(tmp_path))
+    (file,) = benchmark.write_submission(["Unanswerable", "Two dogs.", "x-ray"], epath.Path(tmp_path))
     assert file == epath.Path(tmp_path) / "vizwiz_submission.json"
     assert json.loads(file.read_text()) == [
         {"image": "VizWiz_test_00000002.jpg", "answer": "unanswerable"},
         {"image": "VizWiz_test_00000000.jpg", "answer": "2 dogs"},
         {"image": "VizWiz_test_00000001.jpg", "answer": "x ray"},
     ]
-    benchmark.first(1)
-    benchmark.submission(["Cat"], epath.Path(tmp_path))
+    benchmark.keep_first(1)
+    benchmark.write_submission(["Cat"], epath.Path(tmp_path))
     assert json.loads(file.read_text()) == [{"image": "VizWiz_test_00000002.jpg", "answer": "cat"}]
 
 

@@ -16,10 +16,10 @@ from stf_jax.evals.vqa import accuracy, normalize
 def theirs():
     """lmms-eval's normaliser, and how its TextVQA scores an answer."""
     utils = "lmms_eval.tasks._task_utils"
-    metric = lmms.load("_task_utils/vqa_eval_metric.py")
+    metric = lmms.load_task_module("_task_utils/vqa_eval_metric.py")
     modules = {f"{utils}.vqa_eval_metric": metric, f"{utils}.file_utils": mock.MagicMock()}
     with mock.patch.dict(sys.modules, modules):
-        textvqa = lmms.load("textvqa/utils.py")
+        textvqa = lmms.load_task_module("textvqa/utils.py")
     return metric.EvalAIAnswerProcessor(), textvqa.textvqa_process_results
 
 
@@ -118,9 +118,9 @@ def test_each_text_has_its_own_answers():
 
 @pytest.mark.parametrize("answers", [None, [], "yes", {"answer": "yes"}, [1], [{"answer": 1}], [{}], ["yes", None]])
 def test_annotators_without_texts_are_refused(answers):
-    assert vqa.annotators({"answers": [{"answer": "a"}, {"answer": "b"}]}, "x") == ["a", "b"]
-    assert vqa.annotators({"answers": ["a", "b"]}, "x") == ["a", "b"]
+    assert vqa.annotator_answers({"answers": [{"answer": "a"}, {"answer": "b"}]}, "x") == ["a", "b"]
+    assert vqa.annotator_answers({"answers": ["a", "b"]}, "x") == ["a", "b"]
     with pytest.raises(UserError, match=r"^label 3: a label needs answers, a list of the annotators' texts\.$"):
-        vqa.annotators({"answers": answers}, "label 3")
+        vqa.annotator_answers({"answers": answers}, "label 3")
     with pytest.raises(UserError, match="needs answers"):
-        vqa.annotators({}, "label 3")
+        vqa.annotator_answers({}, "label 3")

@@ -74,7 +74,7 @@ def test_accuracy_by_hand(tmp_path):
             "yes/no": (1 + 0) / 2,
         },
     }
-    benchmark.first(2)
+    benchmark.keep_first(2)
     assert benchmark.metrics(["no", "3"]) == {"accuracy": 0.5, "by_answer_type": {"number": 1.0, "yes/no": 0.0}}
 
 
@@ -94,7 +94,7 @@ def test_submission_answers_the_whole_test_set(tmp_path):
     _ask(tmp_path, TEST, [1001, 1002, 2001, 3001], "test2015")
     benchmark = VQAv2(epath.Path(tmp_path))
     assert not benchmark.labels
-    (file,) = benchmark.submission(["The Two Dogs.", "x-ray"], epath.Path(tmp_path))
+    (file,) = benchmark.write_submission(["The Two Dogs.", "x-ray"], epath.Path(tmp_path))
     assert file == epath.Path(tmp_path) / "vqav2_submission.json"
     assert json.loads(file.read_text()) == [
         {"question_id": 1001, "answer": ""},
@@ -102,8 +102,8 @@ def test_submission_answers_the_whole_test_set(tmp_path):
         {"question_id": 2001, "answer": ""},
         {"question_id": 3001, "answer": "2 dogs"},
     ]
-    benchmark.first(1)
-    benchmark.submission(["dont"], epath.Path(tmp_path))
+    benchmark.keep_first(1)
+    benchmark.write_submission(["dont"], epath.Path(tmp_path))
     assert [entry["answer"] for entry in json.loads(file.read_text())] == ["", "", "", "don't"]
 
 
@@ -112,7 +112,7 @@ def test_submission_of_what_was_asked_alone(tmp_path, name):
     _ask(tmp_path, name, [3001, 1002])
     if name == VAL:
         _ask(tmp_path, TEST, [7001], "test2015")  # of no use here
-    (file,) = VQAv2(epath.Path(tmp_path)).submission(["Red", ""], epath.Path(tmp_path))
+    (file,) = VQAv2(epath.Path(tmp_path)).write_submission(["Red", ""], epath.Path(tmp_path))
     assert json.loads(file.read_text()) == [
         {"question_id": 3001, "answer": "red"},
         {"question_id": 1002, "answer": ""},
@@ -145,7 +145,7 @@ def test_ids_are_compared_as_text(tmp_path, asked, labelled):
             "".join(json.dumps(row | {"question_id": kind(row["question_id"])}) + "\n" for row in rows)
         )
     (tmp_path / ANNOTATIONS).unlink()
-    (file,) = VQAv2(epath.Path(tmp_path)).submission(["red", "blue"], epath.Path(tmp_path))
+    (file,) = VQAv2(epath.Path(tmp_path)).write_submission(["red", "blue"], epath.Path(tmp_path))
     given = [(row["question_id"], row["answer"]) for row in json.loads(file.read_text())]
     assert given == [(labelled(1001), ""), (labelled(1002), "blue"), (labelled(3001), "red")]
 

@@ -10,7 +10,7 @@ import pytest
 
 from stf_jax.config import RunFailed
 from stf_jax.studies import cost
-from stf_jax.studies.running import Slot
+from stf_jax.studies.runner import Slot
 from stf_jax.studies.study import cells
 
 

@@ -36,7 +36,7 @@ def test_scenes_are_read_one_by_one(cell):
 
 def test_scores_are_what_the_benchmark_says(cell):
     benchmark = Scenes()
-    benchmark.first(60)
+    benchmark.keep_first(60)
     rng = np.random.default_rng(0)
     texts, lines = [], []
     for question in benchmark.questions:

@@ -12,9 +12,9 @@ import pytest
 
 from stf_jax import ablate
 from stf_jax.config import UserError
-from stf_jax.runtime.cli import door
-from stf_jax.studies import running
-from stf_jax.studies.running import Slot, slots
+from stf_jax.runtime.cli import run_command
+from stf_jax.studies import runner
+from stf_jax.studies.runner import Slot, slots
 from stf_jax.studies.study import Cell
 
 
@@ -116,7 +116,7 @@ def alive():
 
 
 def test_sigterm_lets_the_runs_end(world, alive, capsys, monkeypatch):
-    monkeypatch.setattr(running, "slots", lambda _: [Slot(frozenset(os.sched_getaffinity(0)), {})] * 2)
+    monkeypatch.setattr(runner, "slots", lambda _: [Slot(frozenset(os.sched_getaffinity(0)), {})] * 2)
     world.plan = {cell.name: [[0, 60]] for cell in world.cells}
     own, ended = signal.getsignal(signal.SIGTERM), threading.Event()
 
@@ -129,7 +129,7 @@ def test_sigterm_lets_the_runs_end(world, alive, capsys, monkeypatch):
     sender = threading.Thread(target=send)
     sender.start()
     begun = time.monotonic()
-    status = door(ablate.main, [world.option, f"--out={world.folder}"])
+    status = run_command(ablate.main, [world.option, f"--out={world.folder}"])
     ended.set()
     sender.join()
     assert (status, alive) == (143, [])
@@ -144,7 +144,7 @@ def test_sigterm_lets_the_runs_end(world, alive, capsys, monkeypatch):
             os.kill(one["pid"], 0)
     # The same command goes on.
     world.plan = {}
-    assert door(ablate.main, [world.option, f"--out={world.folder}"]) == 0
+    assert run_command(ablate.main, [world.option, f"--out={world.folder}"]) == 0
     assert len(world.begun()) == 8
 
 
@@ -202,7 +202,7 @@ def test_a_share_a_processor(machine, how, jobs, processors):
     made = slots(jobs)
     assert [set(one.processors) for one in made] == processors
     assert all(one.environment["MALLOC_ARENA_MAX"] == "2" for one in made)
-    assert all(one.environment == running._MALLOC for one in made)
+    assert all(one.environment == runner._MALLOC for one in made)
 
 
 def test_a_tpu_is_one_share(machine):

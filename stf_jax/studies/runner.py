@@ -15,9 +15,9 @@ import tqdm
 from etils import epath
 
 from stf_jax.config import TryAgain, UserError
-from stf_jax.evals.running import RESULTS, figure, scalars
+from stf_jax.evals.runner import RESULTS, flatten_metrics, format_metric
 from stf_jax.runtime.files import make_folder, read_json, write_json
-from stf_jax.runtime.table import span
+from stf_jax.runtime.table import format_duration
 from stf_jax.studies.study import ASKED, Cell
 
 LOG = "log.txt"  # of each cell
@@ -105,7 +105,7 @@ def run(cells: Sequence[Cell], shares: Sequence[Slot], cache: pathlib.Path) -> d
                 raise
             finally:
                 bar.close()
-    print(f"{len(wanted)} runs took {span(time.monotonic() - begun)}")
+    print(f"{len(wanted)} runs took {format_duration(time.monotonic() - begun)}")
     return failed
 
 
@@ -162,5 +162,7 @@ def _said(cell):
     """The first metrics of a cell."""
     found = read_json(epath.Path(cell.folder / RESULTS))
     first = found[0] if isinstance(found, list) else found
-    shown = [f"{name} {figure(name, value)}" for name, value in scalars(first).items() if name.count("/") == 1]
+    shown = [
+        f"{name} {format_metric(name, value)}" for name, value in flatten_metrics(first).items() if name.count("/") == 1
+    ]
     return ", ".join(shown[:2])

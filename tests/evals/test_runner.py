@@ -6,14 +6,14 @@ import re
 import jax
 import pytest
 from etils import epath
-from full import no_room
+from full_disk import limit_file_size
 from make_evals import Given
 
 from stf_jax.config import UserError
 from stf_jax.data.records import BadRow
-from stf_jax.evals import running
+from stf_jax.evals import runner
 from stf_jax.evals.benchmark import Question
-from stf_jax.evals.running import evaluate, measure_all, scalars, score, shown
+from stf_jax.evals.runner import evaluate, evaluate_all, flatten_metrics, format_results, score
 from stf_jax.inference.decoding import Sampling
 
 FILES = ("answers.jsonl", "protocol.json", "results.json")
@@ -41,7 +41,7 @@ class Parrot:
     def __init__(self, word="says", breaks=None):
         self.asked, self.taken, self._word, self._breaks = [], [], word, breaks
 
-    def take(self, params):
+    def load_params(self, params):
         self.taken.append(dict(params))
         return self
 
@@ -49,7 +49,7 @@ class Parrot:
         assert [image() for image in record.images] == []  # the first question has none
         return {"llm": self._word, "first_prompt": record.turns[0].text}
 
-    def answers(self, records, limit, rows, sampling):
+    def generate(self, records, limit, rows, sampling):
         assert limit == 128
         for start in range(0, len(records), rows):
             batch = records[start : start + rows]
@@ -147,14 +147,14 @@ def test_a_finished_run_is_scored_again_without_asking(whole):
 def test_a_image_that_fails_leaves_the_answers_before_it(whole, tmp_path, monkeypatch):
     out, closed = epath.Path(tmp_path) / "out", []
 
-    class Recording(running.GrowingFile):
+    class Recording(runner.AppendOnlyFile):
         """A bucket's file is written when it is closed."""
 
         def close(self):
             closed.append(True)
             super().close()
 
-    monkeypatch.setattr(running, "GrowingFile", Recording)
+    monkeypatch.setattr(runner, "AppendOnlyFile", Recording)
     with pytest.raises(UserError, match=r"^Image 9 cannot be opened\.$"):
         evaluate(given(), Parrot(breaks="9"), out, **SETTINGS)
     lines = (whole / "answers.jsonl").read_bytes().splitlines(True)
@@ -207,7 +207,7 @@ def test_answers_of_another_run_are_refused_or_given_up(case, whole, tmp_path):
     fresh = epath.Path(tmp_path) / "fresh"
     asked = other_run(case, fresh).asked
     assert asked[0] == 0
-    assert other_run(case, whole, afresh=True).asked == asked
+    assert other_run(case, whole, overwrite=True).asked == asked
     assert contents(whole) == contents(fresh)
 
 
@@ -228,7 +228,7 @@ def test_lines_that_are_no_run_s_own_are_refused_or_given_up(old, new, whole, tm
     (whole / "answers.jsonl").write_text(answers.replace(old, new), encoding="utf-8")
     with pytest.raises(UserError, match="holds answers to other questions"):
         evaluate(given(), Parrot(), whole, **SETTINGS)
-    evaluate(given(), Parrot(), whole, **SETTINGS, afresh=True)
+    evaluate(given(), Parrot(), whole, **SETTINGS, overwrite=True)
     assert contents(whole) == before
 
 
@@ -237,7 +237,7 @@ def test_answers_without_a_protocol_are_of_nobody(whole):
     (whole / "protocol.json").unlink()
     with pytest.raises(UserError, match="holds answers to other questions"):
         evaluate(given(), Parrot(), whole, **SETTINGS)
-    evaluate(given(), Parrot(), whole, **SETTINGS, afresh=True)
+    evaluate(given(), Parrot(), whole, **SETTINGS, overwrite=True)
     assert contents(whole) == before
 
 
@@ -247,10 +247,10 @@ def test_answers_that_gave_way_never_lie_beside_the_new_protocol(whole, monkeypa
     def kill(path, lines):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(running, "GrowingFile", kill)
+    monkeypatch.setattr(runner, "AppendOnlyFile", kill)
     other = SETTINGS | {"origin": {"step": 4}}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(given(), Parrot(), whole, **other, afresh=True)
+        evaluate(given(), Parrot(), whole, **other, overwrite=True)
     monkeypatch.undo()
     parrot = Parrot()
     evaluate(given(), parrot, whole, **other)
@@ -281,7 +281,7 @@ def test_very_many_labels_are_one_hash_of_all(tmp_path):
         file.write_text("a")
 
     def stated():
-        results = evaluate(given(labels=files), Parrot(), epath.Path(tmp_path) / "out", **SETTINGS, afresh=True)
+        results = evaluate(given(labels=files), Parrot(), epath.Path(tmp_path) / "out", **SETTINGS, overwrite=True)
         return results["protocol"]["labels"]
 
     (first,) = stated()
@@ -298,7 +298,7 @@ def test_a_full_disk_keeps_the_answers_so_far(whole, tmp_path):
     out = epath.Path(tmp_path) / "full"
     full = len((whole / "answers.jsonl").read_bytes()) - 20
     assert len((whole / "protocol.json").read_bytes()) < full
-    with no_room(full), pytest.raises(UserError, match=r"answers\.jsonl cannot be written: File too large"):
+    with limit_file_size(full), pytest.raises(UserError, match=r"answers\.jsonl cannot be written: File too large"):
         evaluate(given(), Parrot(), out, **SETTINGS)
     assert (out / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()[:full]
     evaluate(given(), Parrot(), out, **SETTINGS)
@@ -345,7 +345,7 @@ def test_a_benchmark_without_labels_is_not_scored_but_submitted(tmp_path):
         def metrics(self, texts):
             raise AssertionError
 
-        def submission(self, texts, out):
+        def write_submission(self, texts, out):
             (out / "sent.txt").write_text("\n".join(texts))
             return [out / "sent.txt"]
 
@@ -354,8 +354,8 @@ def test_a_benchmark_without_labels_is_not_scored_but_submitted(tmp_path):
     assert (results["metrics"], results["submission"]) == ({}, ["sent.txt"])
     assert (out / "sent.txt").read_text().startswith("says 紺")
     told = ["given, 2 questions: m", "Its labels are not here, so there is no metric.", "written beside: sent.txt"]
-    assert shown(results).splitlines() == told
-    assert scalars(results) == {}
+    assert format_results(results).splitlines() == told
+    assert flatten_metrics(results) == {}
 
 
 # ---- Of a run that trains --------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def test_several_benchmarks_have_a_folder_each_and_a_list(tmp_path):
     params = {"llm/head/kernel": jax.numpy.zeros(())}
     # Answers of an earlier run give way.
     evaluate(given(), Parrot(), out / "two", model="other", origin={}, rows=3)
-    results = measure_all([given(name="one"), given(3, name="two")], parrot, params, out, "m", {"step": 3}, rows=4)
+    results = evaluate_all([given(name="one"), given(3, name="two")], parrot, params, out, "m", {"step": 3}, rows=4)
     assert [result["benchmark"] for result in results] == ["one", "two"]
     assert [result["metrics"]["accuracy"] for result in results] == [2 / 11, 1 / 3]
     assert json.loads((out / "results.json").read_text()) == results
@@ -378,14 +378,14 @@ def test_several_benchmarks_have_a_folder_each_and_a_list(tmp_path):
 
 def test_one_benchmark_has_the_folder_itself(whole, tmp_path):
     out = epath.Path(tmp_path) / "out"
-    (result,) = measure_all([given()], Parrot(), {}, out, "m", {"step": 3}, rows=4)
+    (result,) = evaluate_all([given()], Parrot(), {}, out, "m", {"step": 3}, rows=4)
     assert json.loads((out / "results.json").read_text()) == result
     assert contents(out) == contents(whole)
 
 
 def test_no_benchmark_takes_nothing(tmp_path):
     parrot = Parrot()
-    assert measure_all([], parrot, {}, epath.Path(tmp_path) / "out", "m", {}, rows=4) == []
+    assert evaluate_all([], parrot, {}, epath.Path(tmp_path) / "out", "m", {}, rows=4) == []
     assert parrot.taken == []
     assert not (tmp_path / "out").exists()
 
@@ -435,7 +435,7 @@ SCENES = told(
 
 def test_people_read_percent_and_points_in_every_row():
     def rows(results):
-        return [" ".join(line.split()) for line in shown(results).splitlines() if line]
+        return [" ".join(line.split()) for line in format_results(results).splitlines() if line]
 
     assert rows(POPE) == [
         "pope, 8910 questions: m",
@@ -471,7 +471,7 @@ def test_people_read_percent_and_points_in_every_row():
 
 
 def test_logs_get_every_share_under_the_benchmark_s_name():
-    assert scalars(POPE) == {
+    assert flatten_metrics(POPE) == {
         "pope/f1": 0.859,
         "pope/accuracy": 0.87449,
         "pope/random/f1": 0.9,
@@ -479,11 +479,11 @@ def test_logs_get_every_share_under_the_benchmark_s_name():
         "pope/popular/f1": 0.8,
         "pope/popular/accuracy": 1.0,
     }
-    assert scalars(VQA)["vqav2/by_answer_type/yes/no"] == 0.91
-    assert scalars(SCENES) == {
+    assert flatten_metrics(VQA)["vqav2/by_answer_type/yes/no"] == 0.91
+    assert flatten_metrics(SCENES) == {
         "scenes/accuracy": 0.5,
         "scenes/blank_image_accuracy": 0.25,
         "scenes/by_kind/count/accuracy": 0.5,
         "scenes/by_kind/count/blank_image_accuracy": 0.25,
     }
-    assert scalars({}) == {}  # of a host that does not write
+    assert flatten_metrics({}) == {}  # of a host that does not write

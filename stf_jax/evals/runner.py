@@ -15,14 +15,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from stf_jax.config import UserError, flatten
-from stf_jax.evals.answers import answer_line, answers_to, read_answers
+from stf_jax.evals.answers import answer_line, match_answers, read_answers
 from stf_jax.evals.benchmark import Benchmark
 from stf_jax.evals.files import RESULTS, sha256
 from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.generator import GREEDY, Generator
-from stf_jax.runtime.files import GrowingFile, make_folder, parse_json, write_json, writing
-from stf_jax.runtime.hosts import by_first
-from stf_jax.runtime.table import table
+from stf_jax.runtime.files import AppendOnlyFile, as_user_error, make_folder, parse_json, write_json
+from stf_jax.runtime.hosts import run_on_host0
+from stf_jax.runtime.table import format_table
 
 ANSWERS, PROTOCOL = "answers.jsonl", "protocol.json"
 Results = dict[str, Any]
@@ -38,8 +38,8 @@ def evaluate(
     *,
     rows: int,
     sampling: Sampling = GREEDY,
-    afresh: bool = False,
-    between: Callable[[], None] = lambda: None,
+    overwrite: bool = False,
+    on_batch_end: Callable[[], None] = lambda: None,
 ) -> Results:
     """Asks all questions and scores the answers. All hosts of a run take part; the first one writes, and has results.
 
@@ -51,7 +51,7 @@ def evaluate(
       model: what the answers and the results call the model.
       origin: what else tells it from others; goes into the protocol.
       rows: questions at once.
-      afresh: whether answers in ``out`` that another protocol made give way; without, they are refused.
+      overwrite: whether answers in ``out`` that another protocol made give way; without, they are refused.
       between: is called after each batch, on all hosts; what it raises ends the run there.
 
     Raises:
@@ -63,23 +63,23 @@ def evaluate(
     questions, kept = benchmark.questions, []
     if active:
         make_folder(out)
-        kept = _kept(benchmark, out, model, protocol, afresh)
+        kept = _kept(benchmark, out, model, protocol, overwrite)
         if len(kept) < len(questions):
             # Whole batches, and so many that what is left makes one: a smaller one is another program, which may round
             # otherwise.
             kept = kept[: min(len(kept), len(questions) - rows) // rows * rows]
-        with writing(out):
+        with as_user_error(out):
             write_json(out / PROTOCOL, protocol)
     done = int(multihost_utils.broadcast_one_to_all(np.int32(len(kept))))
     records = [question.record() for question in questions[done:]]
-    said = _interrupted(generator.answers(records, benchmark.tokens, rows, sampling), rows, between)
+    said = _interrupted(generator.generate(records, benchmark.max_new_tokens, rows, sampling), rows, on_batch_end)
     said = tqdm.tqdm(
         said, benchmark.name, len(questions), initial=done, unit="question", disable=not active, mininterval=0.5
     )
     if not active:
         collections.deque(said, maxlen=0)
         return {}
-    with writing(out / ANSWERS), contextlib.closing(GrowingFile(out / ANSWERS, kept)) as file:
+    with as_user_error(out / ANSWERS), contextlib.closing(AppendOnlyFile(out / ANSWERS, kept)) as file:
         for place, text in enumerate(said, start=done):
             kept.append(answer_line(questions[place], place, text, model))
             file.append(kept[-1])
@@ -88,10 +88,10 @@ def evaluate(
 
 def check_images(benchmarks: Sequence[Benchmark]) -> None:
     """Opens every image that will be asked about. The first host does that for all, and all raise its UserError."""
-    by_first(lambda: [benchmark.check_images() for benchmark in benchmarks])
+    run_on_host0(lambda: [benchmark.check_images() for benchmark in benchmarks])
 
 
-def measure_all(
+def evaluate_all(
     benchmarks: Sequence[Benchmark],
     generator: Generator,
     params: Mapping[str, jax.Array],
@@ -100,20 +100,20 @@ def measure_all(
     origin: dict[str, Any],
     *,
     rows: int,
-    between: Callable[[], None] = lambda: None,
+    on_batch_end: Callable[[], None] = lambda: None,
 ) -> list[Results]:
     """:func:`evaluate` of a run's parameters by each benchmark, of one in ``out`` itself, of several below it."""
     if not benchmarks:
         return []
-    generator.take(params.items())
+    generator.load_params(params.items())
     folders = [out / benchmark.name if len(benchmarks) > 1 else out for benchmark in benchmarks]
     results = [
-        evaluate(benchmark, generator, folder, model, origin, rows=rows, afresh=True, between=between)
+        evaluate(benchmark, generator, folder, model, origin, rows=rows, overwrite=True, on_batch_end=on_batch_end)
         for benchmark, folder in zip(benchmarks, folders, strict=True)
     ]
-    generator.take(())  # training wants the memory
+    generator.load_params(())  # training wants the memory
     if len(benchmarks) > 1 and jax.process_index() == 0:
-        with writing(out / RESULTS):
+        with as_user_error(out / RESULTS):
             write_json(out / RESULTS, results)
     return results
 
@@ -132,14 +132,14 @@ def score(benchmark: Benchmark, answers: epath.Path, out: epath.Path) -> Results
       UserError: the file is none, or does not fit the questions; there are neither labels nor a submission.
     """
     rows = read_answers(answers)
-    texts = answers_to(benchmark, rows, answers)
+    texts = match_answers(benchmark, rows, answers)
     models = sorted({str(row["model_id"]) for row in rows if row.get("model_id")})
     make_folder(out)
     protocol = _scoring(benchmark) | {"answers": {"file": str(answers), "sha256": sha256(answers)}}
     return _report(benchmark, texts, out, ", ".join(models) or answers.name, protocol)
 
 
-def scalars(results: Results) -> dict[str, float]:
+def flatten_metrics(results: Results) -> dict[str, float]:
     """The metrics of a benchmark as flat names and numbers: ``pope/random/f1``."""
     flat = flatten(results["metrics"]) if results else {}
     return {
@@ -149,12 +149,12 @@ def scalars(results: Results) -> dict[str, float]:
     }
 
 
-def shown(results: Results) -> str:
+def format_results(results: Results) -> str:
     """The results for people to read: shares in percent, MME's scores in its points."""
     rows, groups = [{"what": "all"}], []
     for key, value in results["metrics"].items():
         if not isinstance(value, dict):
-            rows[0][key] = figure(key, value)
+            rows[0][key] = format_metric(key, value)
         elif all(isinstance(inner, dict) for inner in value.values()):
             groups += [{"what": name, **inner} for name, inner in value.items()]
         elif any(isinstance(inner, float) and name in rows[0] for name, inner in value.items()):
@@ -162,9 +162,9 @@ def shown(results: Results) -> str:
         else:
             groups += [{"what": name, "accuracy": inner} for name, inner in value.items()]
     rows[0]["questions"] = results["questions"]
-    rows += [{key: figure(key, value) for key, value in row.items()} for row in groups]
+    rows += [{key: format_metric(key, value) for key, value in row.items()} for row in groups]
     lines = [f"{results['benchmark']}, {results['questions']} questions: {results['model']}"]
-    lines.append(table(rows) if results["metrics"] else "Its labels are not here, so there is no metric.")
+    lines.append(format_table(rows) if results["metrics"] else "Its labels are not here, so there is no metric.")
     lines += [f"written beside: {file}" for file in results["submission"]]
     return "\n".join(lines)
 
@@ -172,17 +172,17 @@ def shown(results: Results) -> str:
 _POINTS = ("perception", "cognition", "score")  # MME's sums; all others are shares
 
 
-def in_points(metric: str, value: float) -> float:
+def in_display_units(metric: str, value: float) -> float:
     """A metric in the unit people know it in: shares in percent, MME's scores as they are."""
     return value if metric.split("/")[-1] in _POINTS else 100 * value
 
 
-def figure(metric: str, value: Any) -> Any:
+def format_metric(metric: str, value: Any) -> Any:
     """The same as text; what is no float stays as it is."""
     if not isinstance(value, float):
         return value
     unit = "" if metric.split("/")[-1] in _POINTS else "%"
-    return f"{in_points(metric, value):.1f}{unit}"
+    return f"{in_display_units(metric, value):.1f}{unit}"
 
 
 def _scoring(benchmark):
@@ -205,10 +205,10 @@ def _hashes(files):
 
 
 def _decoding(benchmark, sampling):
-    return {"max_new_tokens": benchmark.tokens, **dataclasses.asdict(sampling)}
+    return {"max_new_tokens": benchmark.max_new_tokens, **dataclasses.asdict(sampling)}
 
 
-def _kept(benchmark, out, model, protocol, afresh):
+def _kept(benchmark, out, model, protocol, overwrite):
     """Lines of answers in ``out`` to go on from."""
     if not (out / ANSWERS).exists():
         return []
@@ -225,7 +225,7 @@ def _kept(benchmark, out, model, protocol, afresh):
             lines.append(line)
         return lines
     except (OSError, ValueError, KeyError, TypeError):
-        if afresh:
+        if overwrite:
             (out / ANSWERS).unlink()  # before the new protocol is there, which they might be taken to be of
             return []
         raise UserError(
@@ -235,8 +235,8 @@ def _kept(benchmark, out, model, protocol, afresh):
 
 
 def _report(benchmark, texts, out, model, protocol):
-    with writing(out):
-        files = benchmark.submission(texts, out)
+    with as_user_error(out):
+        files = benchmark.write_submission(texts, out)
     results = {
         "benchmark": benchmark.name,
         "metrics": benchmark.metrics(texts) if benchmark.scored else {},
@@ -245,6 +245,6 @@ def _report(benchmark, texts, out, model, protocol):
         "submission": [str(file.relative_to(out)) for file in files],
         "protocol": protocol,
     }
-    with writing(out):
+    with as_user_error(out):
         write_json(out / RESULTS, results)
     return results
