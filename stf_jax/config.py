@@ -1,10 +1,9 @@
-"""What can be configured: frozen dataclasses, one field a line with its unit.
+"""Configuration: frozen dataclasses, one field per line with its meaning and unit.
 
-A config file (``configs/*.py``) defines ``get_config(arg) -> ml_collections.ConfigDict``: it starts from
-:func:`default_config`, which holds every key there is, and changes what it wants. The command line may change more
-(``--config.mesh.fsdp=8``). :func:`resolve` then freezes the result into one :class:`TrainConfig` a stage. A key that
-does not exist is refused at each of these steps, with the nearest key that does. The type of each number says which
-values it may have.
+A config file (``configs/*.py``) defines ``get_config(arg) -> ml_collections.ConfigDict``. It starts from
+:func:`default_config`, which holds every key, and changes some of them. The command line may override more
+(``--config.mesh.fsdp=8``). :func:`resolve` then freezes the result into one :class:`TrainConfig` per stage. Each of
+these steps rejects an unknown key and suggests the closest known one. The type of a number defines its range.
 """
 
 import dataclasses
@@ -17,32 +16,32 @@ import ml_collections
 
 
 class UserError(Exception):
-    """The input cannot be used: one sentence that names the thing and the mend. Verbs end with exit status 2."""
+    """The input cannot be used: one sentence that states the problem and how to fix it. Exit status 2."""
 
     status = 2
 
 
 class RunFailed(Exception):
-    """A run cannot go on as it is: one sentence. Verbs end with exit status 1."""
+    """The run cannot continue: one sentence that says why. Exit status 1."""
 
     status = 1
 
 
 class TryAgain(Exception):
-    """Other machines are to blame: one sentence. Exit status 75; the same command, given again, goes on."""
+    """A transient failure on another host: one sentence. Exit status 75; the same command resumes the run."""
 
     status = 75  # "temporary failure" in BSD's sysexits.h
 
 
 class Stopped(Exception):
-    """SIGTERM was obeyed: one sentence. Exit status 143; the same command, given again, goes on."""
+    """The run stopped on SIGTERM: one sentence. Exit status 143; the same command resumes the run."""
 
-    status = 143  # as shells have it
+    status = 143  # as shells report it
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The values that a number may have, both ends included. Of floats, NaN is never in range."""
+    """The values that a number may have, both ends included. NaN is never in range."""
 
     low: float
     high: float
@@ -52,167 +51,167 @@ class Range:
 Count = Annotated[int, Range(0, 10**9)]
 Size = Annotated[int, Range(1, 10**9)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
-Factor = Annotated[float, Range(0, 1e30)]
-Above0 = Annotated[float, Range(1e-30, 1e30)]
-Share = Annotated[float, Range(0, 1)]
+NonNegative = Annotated[float, Range(0, 1e30)]
+Positive = Annotated[float, Range(1e-30, 1e30)]
+Fraction = Annotated[float, Range(0, 1)]
 Decay = Annotated[float, Range(0, 0.9999999)]
 Epochs = Annotated[float, Range(0, 10**5)]  # all are planned at the start
 Seconds = Annotated[float, Range(0, 10**9)]
 Edition = Annotated[int, Range(1, 2)]
-Axis = Annotated[int, Range(-1, 10**6)]  # 0 is refused with the mesh (runtime/mesh.py)
+Axis = Annotated[int, Range(-1, 10**6)]  # 0 is rejected with the mesh (runtime/mesh.py)
 
 
 @dataclasses.dataclass(frozen=True)
 class FusionConfig:
     """How the tapped states of the vision tower become image tokens of the language model (models/fusion.py)."""
 
-    # mlp | avg_pool | pixel_shuffle | ldp_v2 | c_abstractor | resampler | token_packer | stf | mbtf | mbtf_stf
+    # fusion: mlp | avg_pool | pixel_shuffle | ldp_v2 | c_abstractor | resampler | token_packer | stf | mbtf | mbtf_stf
     fusion: str = "mbtf_stf"
-    taps: tuple[Count, ...] = ()  # tower blocks, deepest first, 1-based (0: embedding); (): eight evenly spaced
-    kernel: Size = 2  # patches a side that become one token; mlp and mbtf do not ask
+    taps: tuple[Count, ...] = ()  # tower blocks to read, deepest first, 1-based (0: embedding); (): 8, evenly spaced
+    kernel: Size = 2  # patches per side of the window that becomes one token; mlp and mbtf ignore it
     mbtf_hidden: Count = 0  # channels between MBTF's two layers; 0: half of all tapped channels (8192 → 4096)
-    mbtf_width: Count = 0  # channels MBTF gives; 0: the tower's width (1024)
+    mbtf_width: Count = 0  # output channels of MBTF; 0: the tower's width (1024)
     stf_hidden: Count = 0  # channels between STF's two layers; 0: 4·kernel²·its input width (16384)
-    depth: Count = 0  # blocks of resampler, and of c_abstractor before its pooling and after; 0: their authors' 6 and 3
-    variant: str = "code"  # code: what the authors' program computes | paper: what their figure draws
-    init: str = "torch"  # torch | kaiming | xavier | normal
-    pad_grid: bool = False  # pad a patch grid that the kernel does not divide, by zeros at the right and bottom
+    depth: Count = 0  # blocks of resampler, and of c_abstractor before and after its pooling; 0: as published, 6 and 3
+    variant: str = "code"  # code: what the authors' program computes | paper: what the paper's figure shows
+    init: str = "torch"  # initialization of the layers: torch | kaiming | xavier | normal
+    pad_grid: bool = False  # pad a patch grid that kernel does not divide, with zeros at the right and bottom
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Which tower, which language model, what joins them, and how they are computed."""
+    """The vision tower, the language model, the fusion between them, and how they are computed."""
 
-    vision: str = ""  # a vision preset (models/presets.py) or a folder; "": init_from's, else clip-l-14-336
-    llm: str = ""  # a language model preset (models/presets.py) or a folder; "": init_from's, else vicuna-7b
+    vision: str = ""  # vision preset (models/presets.py) or folder; "": that of init_from, else clip-l-14-336
+    llm: str = ""  # language model preset (models/presets.py) or folder; "": that of init_from, else vicuna-7b
     fusion: FusionConfig = FusionConfig()
-    precision: str = "bfloat16"  # bfloat16: frozen weights and compute | float32: everything
-    scan_layers: bool = True  # one compiled block looped over, or each layer written out
-    remat: str = "full"  # what backward recomputes: none | dots (all but matrix products) | full
-    attention: str = "auto"  # auto | reference | xla | cudnn | splash (models/attention.py)
-    reduce: str = ""  # when answering, untrained (models/selection.py): fastv | random | visionzip; "": nothing
-    keep: Count = 0  # image tokens per image that reduce leaves; 0: a quarter
-    cells: Count = 0  # cells along a patch's side that a head on the tower labels; above 0 it trains on their labels
+    precision: str = "bfloat16"  # bfloat16: of frozen weights and compute | float32: of everything
+    scan_layers: bool = True  # true: compile one block and loop over the layers | false: unroll the layers
+    remat: str = "full"  # what the backward pass recomputes: none | dots (all but matrix products) | full
+    attention: str = "auto"  # attention kernel: auto | reference | xla | cudnn | splash (models/attention.py)
+    reduce: str = ""  # untrained reducer at inference: fastv | random | visionzip (models/selection.py); "": none
+    keep: Count = 0  # image tokens per image that the reducer keeps; 0: one quarter
+    cells: Count = 0  # cells per patch side that a head on the vision tower is trained to label; 0: no such head
 
 
 @dataclasses.dataclass(frozen=True)
 class ScenesConfig:
     """The embedded procedural images (data/scenes.py, data/world.py)."""
 
-    edition: Edition = 2  # 1: shapes and words | 2: print of all sizes, charts and forms, too
+    edition: Edition = 2  # 1: shapes and words | 2: also printed text of all sizes, charts and forms
     task: str = "conversations"  # documents | captions | mixture | conversations | cues | cells
-    size: Size = 20_000  # records in one epoch
-    things: Size = 4  # most shapes in an image; of the second edition also most prints, bars, lines of a form
+    size: Size = 20_000  # records per epoch
+    things: Size = 4  # maximum shapes per image; edition 2: also maximum printed texts, chart bars and form lines
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where records come from and how they become rows of tokens and images."""
 
-    source: str = "llava"  # llava: annotations + images | scenes: embedded
+    source: str = "llava"  # llava: files in annotations and images | scenes: embedded procedural images
     annotations: str = ""  # LLaVA JSON files, or folders that stf_jax.prepare wrote, separated by commas
-    images: str = ""  # folders that the JSON files' image paths start from, in the same order; one serves them all
-    records: Count = 0  # how many they hold, for stf_jax.plan where they are not here to be counted; 0: unknown
-    mix: tuple[Factor, ...] = ()  # a number for each of them, read as mix_by says; (): each row once an epoch
-    mix_by: str = "epoch"  # epoch: how often an epoch takes each set's rows | weight: the set's share of all rows
+    images: str = ""  # image folder of each JSON file in annotations, separated by commas; one folder serves all files
+    records: Count = 0  # records in annotations, for stf_jax.plan where the files are absent; 0: unknown
+    mix: tuple[NonNegative, ...] = ()  # one number per item of annotations, see mix_by; (): every record once per epoch
+    mix_by: str = "epoch"  # what mix gives. epoch: passes over the item per epoch | weight: its share of all rows
     scenes: ScenesConfig = ScenesConfig()
-    tokenizer: str = ""  # folder that transformers reads; miniature, miniature/2: embedded; "": init_from's
-    template: str = "v1"  # plain | v1 | llama-3 | chatml | mistral (data/conversation.py)
-    aspect: str = "square"  # square: resize and centre-crop | pad: to a square with the mean colour
-    max_length: Size = 2048  # tokens per row, image slots included
-    packing: bool = False  # several conversations a row, kept apart by segment ids
-    group_by_modality_length: bool = True  # unpacked: batches of like length, with images or without, as LLaVA's
-    buckets: Size = 1  # unpacked: lengths that batches are filled up to, told by the data's; each is compiled once
-    images_per_row: Count = 1  # image places per row (M); 0 for text alone
-    threads: Size = 2  # threads that read and decode on each host
+    tokenizer: str = ""  # folder that transformers loads; miniature, miniature/2: embedded; "": that of init_from
+    template: str = "v1"  # conversation template: plain | v1 | llama-3 | chatml | mistral (data/conversation.py)
+    aspect: str = "square"  # square: resize and center-crop | pad: pad to a square with the mean color
+    max_length: Size = 2048  # tokens per row, image tokens included
+    packing: bool = False  # put several conversations in a row, separated by segment ids
+    group_by_modality_length: bool = True  # without packing: batch rows of similar length, images apart, as LLaVA does
+    buckets: Size = 1  # without packing: number of row lengths to pad batches to, chosen by the data; each is compiled
+    images_per_row: Count = 1  # maximum images per row (M); 0: text only
+    threads: Size = 2  # threads per host that read and decode
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW as torch and LLaVA run it."""
+    """AdamW as in PyTorch and LLaVA."""
 
-    learning_rate: Above0 = 1e-3  # at the peak
-    schedule: str = "cosine"  # cosine (to zero) | constant (after warm-up)
-    warmup_ratio: Share = 0.03  # share of all steps with a linearly rising rate
-    weight_decay: Factor = 0.0  # of matrices; biases and norms are spared
-    b1: Decay = 0.9
-    b2: Decay = 0.999
-    eps: Above0 = 1e-8
-    clip_norm: Factor = 0.0  # global gradient norm; 0: no clipping, as in the authors' runs
-    accumulation_steps: Size = 1  # microbatches a step
+    learning_rate: Positive = 1e-3  # peak learning rate
+    schedule: str = "cosine"  # learning rate after the warm-up: cosine (to zero) | constant
+    warmup_ratio: Fraction = 0.03  # fraction of all steps with a linearly rising learning rate
+    weight_decay: NonNegative = 0.0  # decoupled weight decay of matrices; biases and norms have none
+    b1: Decay = 0.9  # decay rate of the first moment
+    b2: Decay = 0.999  # decay rate of the second moment
+    eps: Positive = 1e-8  # added to the square root of the second moment
+    clip_norm: NonNegative = 0.0  # maximum global gradient norm; 0: no clipping, as in the authors' runs
+    accumulation_steps: Size = 1  # microbatches per step
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one axis may be -1: all that are left; ``data`` and ``fsdp`` both: see ``fsdp``."""
+    """Devices along each mesh axis. One axis may be -1, for all remaining devices; data and fsdp may both be -1."""
 
-    data: Axis = -1  # batch; parameters whole
-    fsdp: Axis = -1  # batch; parameters and moments sharded; with data -1 as well: a whole slice, and data the slices
-    tensor: Axis = 1  # heads, feed-forward and vocabulary sharded
+    data: Axis = -1  # splits the batch; parameters are replicated. -1 with fsdp -1: the number of slices
+    fsdp: Axis = -1  # splits the batch, parameters and moments. -1 with data -1: all devices of a slice
+    tensor: Axis = 1  # splits attention heads, feed-forward and vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What of a run is kept on disk."""
+    """Which checkpoints of a run are written and kept."""
 
     every_steps: Size = 500  # steps between checkpoints; the last step is always saved
-    keep_last: Size = 2  # newest checkpoints kept
-    keep_every: Count = 0  # steps; checkpoints at its multiples are kept for good; 0: none
+    keep_last: Size = 2  # number of newest checkpoints to keep
+    keep_every: Count = 0  # keep checkpoints at multiples of this many steps permanently; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """What a run is measured on, at its end and on the way (evals/)."""
+    """Benchmarks that evaluate a run during and after training (evals/)."""
 
-    benchmarks: tuple[
-        str, ...
-    ] = ()  # gqa | scienceqa | vqav2 | vizwiz | textvqa | pope | mmbench | mmbench_cn | mme | scenes
+    # benchmarks: gqa | scienceqa | vqav2 | vizwiz | textvqa | pope | mmbench | mmbench_cn | mme | scenes | shapes
+    benchmarks: tuple[str, ...] = ()
     data: str = ""  # folder with LLaVA's evaluation files; scenes needs none
-    limit: Count = 0  # questions of each, the first ones; 0: all
-    every_steps: Count = 0  # steps between measurements; 0: at the end alone
-    batch: Size = 16  # questions at once
+    limit: Count = 0  # evaluate only the first N questions of each benchmark; 0: all
+    every_steps: Count = 0  # steps between evaluations; 0: only at the end
+    batch: Size = 16  # questions per batch
 
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-    """Steps of which a profile is taken, for TensorBoard (xprof), in ``workdir/profile``."""
+    """Steps to profile for TensorBoard (xprof), written to ``workdir/profile``."""
 
-    first_step: Count = 0  # the first of them; 0: none
-    steps: Size = 3  # how many
+    first_step: Count = 0  # first step to profile; 0: no profile
+    steps: Size = 3  # number of steps to profile
 
 
 @dataclasses.dataclass(frozen=True)
 class WandbConfig:
-    """Weights & Biases beside TensorBoard, once ``pip install wandb`` is done; it reads ``WANDB_MODE`` and the like."""
+    """Weights & Biases, in addition to TensorBoard. Needs ``pip install wandb``; reads ``WANDB_MODE`` and its like."""
 
-    project: str = ""  # "": none
-    entity: str = ""  # team or user; "": the key's own
+    project: str = ""  # Weights & Biases project; "": do not use Weights & Biases
+    entity: str = ""  # Weights & Biases team or user; "": the default of the API key
 
 
 @dataclasses.dataclass(frozen=True)
 class FaultsConfig:
-    """What a run bears, and when it gives up (docs/operations.md)."""
+    """Which faults a run tolerates, and when it gives up (docs/OPERATIONS.md)."""
 
-    skipped_updates: Count = 10  # updates in a row that are skipped because a loss or gradient is not finite
-    spike: Factor = 2.0  # times the median of the last 50 losses that one is logged for; 0: none is
-    unsaved_steps: Count = 0  # steps past the newest whole checkpoint while saving fails; 0: 2·checkpoint.every_steps
-    hang_seconds: Seconds = 1800.0  # a step, a save, some questions, reading the weights may take; 0: for ever
-    host_seconds: Size = 60  # that another host may be silent before it is taken for dead
+    skipped_updates: Count = 10  # consecutive updates that may be skipped for a loss or gradient that is not finite
+    spike: NonNegative = 2.0  # log a loss that exceeds this many times the median of the last 50; 0: never
+    unsaved_steps: Count = 0  # maximum steps past the last checkpoint while saves fail; 0: 2·checkpoint.every_steps
+    hang_seconds: Seconds = 1800.0  # watchdog timeout in seconds of a step, save, evaluation batch or load; 0: disabled
+    host_seconds: Size = 60  # seconds without a heartbeat after which another host is considered dead
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One stage of training."""
 
-    name: str = "train"  # what logs and tables call it
-    seed: Seed = 0  # of initialisation and data order
-    steps: Count = 0  # optimizer steps; 0: as many as the epochs need
-    epochs: Epochs = 1.0  # passes over the data, where steps is 0
+    name: str = "train"  # name of the stage in logs and tables
+    seed: Seed = 0  # seed of initialization and data order
+    steps: Count = 0  # optimizer steps; 0: as many as epochs needs
+    epochs: Epochs = 1.0  # passes over the data, if steps is 0
     global_batch_size: Size = 256  # rows per step, over all devices and microbatches
     log_every_steps: Size = 10  # steps between lines of metrics.jsonl
     init_from: str = ""  # folders of weights or runs to start from, separated by commas; or "miniatures", embedded
-    init_missing: tuple[str, ...] = ()  # patterns of parameters that start afresh; init_from must have all others
-    rules: tuple[tuple[str, str], ...] = ((".*", "train"),)  # (pattern of parameter path, train | freeze), first wins
+    init_missing: tuple[str, ...] = ()  # regular expressions of parameters to initialize; init_from has all others
+    # (regular expression of parameter path, train | freeze) pairs; the first match decides
+    rules: tuple[tuple[str, str], ...] = ((".*", "train"),)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -224,7 +223,7 @@ class TrainConfig:
     faults: FaultsConfig = FaultsConfig()
 
 
-REDUCTIONS = ("fastv", "random", "visionzip")  # ways to fewer image tokens without training
+REDUCTIONS = ("fastv", "random", "visionzip")  # untrained ways to reduce image tokens
 _CHOICES = {
     "model.fusion.variant": ("code", "paper"),
     "model.fusion.init": ("torch", "kaiming", "xavier", "normal"),
@@ -241,30 +240,30 @@ _CHOICES = {
 
 
 def short_message(error: BaseException) -> str:
-    """What an exception says, for the middle of a sentence: in a line, not at length, without a full stop."""
+    """The message of an exception, to embed in a sentence: one line, at most 200 characters, no final period."""
     return " ".join(str(error).split())[:200].strip(" .") or type(error).__name__
 
 
-def shorten(text: str, most: int = 200) -> str:
-    """A user's text for a message, log or report: as can be written, the middle of one of more characters left out."""
-    text = text.encode(errors="backslashreplace").decode()  # half a surrogate pair cannot be written
-    left_out = len(text) - most
-    if left_out <= 0:
+def shorten(text: str, limit: int = 200) -> str:
+    """A user's text for a message, log or report: encodable, its middle omitted beyond ``limit`` characters."""
+    text = text.encode(errors="backslashreplace").decode()  # half a surrogate pair cannot be encoded
+    omitted = len(text) - limit
+    if omitted <= 0:
         return text
-    return f"{text[: most // 2]}… {left_out:,} characters …{text[-(most // 2) :]}"
+    return f"{text[: limit // 2]}… {omitted:,} characters …{text[-(limit // 2) :]}"
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
-    """A clause that names the nearest known spelling, or lists what is known."""
+    """A clause that suggests the closest known name, or lists all known names."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}."
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {matches[0]!r}?" if matches else f"known: {', '.join(known) or 'none'}."
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every key of :class:`TrainConfig` at its default, and two for runs of several stages.
+    """All keys of :class:`TrainConfig` at their defaults, plus ``stages`` and ``run`` for runs of several stages.
 
-    ``stages`` maps a stage's name to the keys in which it differs; ``run`` names the stages to run, in order.
+    ``stages`` maps the name of a stage to the keys it overrides; ``run`` lists the stages to run, in order.
 
     Returns a locked ``ConfigDict``: assigning to an unknown key raises.
     """
@@ -275,26 +274,26 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def single_stage(config: ml_collections.ConfigDict, stage: str) -> ml_collections.ConfigDict:
-    """One of the config's stages as a config of its own, whose keys the command line may change directly.
+    """One stage of a config as a separate config, whose keys the command line can override directly.
 
     Raises:
       UserError: an unknown stage.
     """
     if stage not in config.stages:
         raise UserError(f"Unknown stage {stage!r}; {did_you_mean(stage, config.run)}")
-    alone = config.copy_and_resolve_references()
-    alone.update(config.stages[stage])
-    alone.update(name=stage, run=())
-    alone.stages = ml_collections.ConfigDict()
-    return alone.lock()
+    single = config.copy_and_resolve_references()
+    single.update(config.stages[stage])
+    single.update(name=stage, run=())
+    single.stages = ml_collections.ConfigDict()
+    return single.lock()
 
 
 def parse_arg(arg: str | None, **known: Any) -> ml_collections.ConfigDict:
-    """Reads ``"key=value,…"`` after a config file's name, each value in the type of its default.
+    """Parses ``"key=value,…"`` after the name of a config file, each value in the type of its default.
 
     Args:
       arg: the text after the colon of ``--config=FILE:arg``, or None.
-      **known: the keys that the config file takes, with their defaults.
+      **known: the keys that the config file accepts, with their defaults.
 
     Raises:
       UserError: an unknown key, or a value of another type.
@@ -318,16 +317,16 @@ def _convert(default, text, key):
 
 
 def resolve(config: Mapping[str, Any]) -> list[TrainConfig]:
-    """Freezes a ``ConfigDict`` into the stages that it runs, in order; a config without ``run`` is one stage.
+    """Freezes a ``ConfigDict`` into the stages it runs, in order; a config without ``run`` is one stage.
 
     Raises:
       UserError: an unknown key, a value of the wrong type or out of range, or a key set both for the whole run and
-        by a stage (the stage's would win without a word).
+        by a stage (the stage's value would silently win).
     """
     base = ml_collections.ConfigDict(config).to_dict()
     stages, run = base.pop("stages", {}), base.pop("run", ())
     if not all(isinstance(name, str) for name in run) or len(set(run)) < len(run):
-        raise UserError(f"Config key run is {run!r}; it should hold names of stages, each once.")
+        raise UserError(f"Config key run is {run!r}; it should list names of stages, each once.")
     if stages and not run:
         raise UserError(f"The config has stages {', '.join(stages)} but runs none; set run to their names, in order.")
     if not run:
@@ -338,7 +337,7 @@ def resolve(config: Mapping[str, Any]) -> list[TrainConfig]:
         if name not in stages:
             raise UserError(f"Config key run names stage {name!r}: {did_you_mean(name, stages)}")
         if not isinstance(stages[name], Mapping):
-            raise UserError(f"Config key stages.{name} is {stages[name]!r}; it should hold the keys that differ.")
+            raise UserError(f"Config key stages.{name} is {stages[name]!r}; it should hold the keys to override.")
         flat = flatten(base)
         for key, value in flatten(stages[name]).items():
             if key not in defaults:
@@ -351,19 +350,19 @@ def resolve(config: Mapping[str, Any]) -> list[TrainConfig]:
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain data, for ``config.json``; of a model whose shapes are known, its names alone."""
+    """The config as plain data, for ``config.json``; of a resolved model only the keys of :class:`ModelConfig`."""
     values = dataclasses.asdict(config)
     return values | {"model": {field.name: values["model"][field.name] for field in dataclasses.fields(ModelConfig)}}
 
 
 def from_json(data: Mapping[str, Any]) -> TrainConfig:
-    """Inverse of :func:`to_json` after a trip through JSON. Raises UserError as :func:`resolve` does.
+    """Inverse of :func:`to_json` after a JSON round trip. Raises UserError as :func:`resolve` does.
 
-    A run made before the embedded world had a second edition continues with the first, in training and evaluation.
+    A run from before the second edition of the embedded world continues with the first, in training and evaluation.
     """
-    scenes, measured = data.get("data", {}).get("scenes", {}), data.get("eval", {}).get("benchmarks", ())
+    scenes, benchmarks = data.get("data", {}).get("scenes", {}), data.get("eval", {}).get("benchmarks", ())
     if scenes and "edition" not in scenes:
-        names = ["shapes" if name == "scenes" else name for name in measured]
+        names = ["shapes" if name == "scenes" else name for name in benchmarks]
         data = {
             **data,
             "data": {**data["data"], "scenes": {**scenes, "edition": 1}},
@@ -373,7 +372,7 @@ def from_json(data: Mapping[str, Any]) -> TrainConfig:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Nested mappings as one flat dict with dotted keys."""
     flat = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

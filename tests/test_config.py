@@ -1,4 +1,4 @@
-"""Configs: every typo is refused where it is made, and says what was meant."""
+"""Configs: every misspelled key is rejected with a suggestion."""
 
 import dataclasses
 import importlib.util
@@ -33,7 +33,7 @@ CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
 
 
 def put(tree, path, value):
-    """Sets a dotted key of nested dicts, whether it is there or not."""
+    """Sets a dotted key of nested dicts, existing or new."""
     *parents, leaf = path.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
@@ -41,7 +41,7 @@ def put(tree, path, value):
 
 
 def changed(**changes) -> ml_collections.ConfigDict:
-    """The default config with dotted keys changed, or added."""
+    """The default config with dotted keys changed or added."""
     tree = default_config().to_dict()
     for path, value in changes.items():
         put(tree, path, value)
@@ -56,7 +56,7 @@ def staged(stages, run=None, **changes) -> ml_collections.ConfigDict:
 
 
 def leaves(cls, prefix=""):
-    """Dotted key → type, of every key."""
+    """Maps every dotted key to its type."""
     found = {}
     for field in dataclasses.fields(cls):
         nested = dataclasses.is_dataclass(field.type)
@@ -72,26 +72,26 @@ def test_defaults_resolve_to_defaults():
     assert resolve({}) == [TrainConfig()]
 
 
-def test_default_config_holds_every_key_and_two_more():
+def test_default_config_has_every_key_plus_stages_and_run():
     keys = set(flatten(default_config().to_dict()))
     assert keys == set(flatten(to_json(TrainConfig()))) | {"run"}
     assert "stages" in default_config()
 
 
-def test_what_scripts_rely_on():
-    """The contract of DESIGN.md."""
+def test_config_keys_of_the_contract_exist():
+    """Scripts rely on these keys (DESIGN.md, Contracts)."""
     keys = set(flatten(to_json(TrainConfig())))
     assert keys >= {"seed", "steps", "global_batch_size", "log_every_steps", "checkpoint.every_steps", "init_from"}
     assert keys >= {"mesh.data", "mesh.fsdp", "mesh.tensor", "model.vision", "model.llm", "model.fusion.taps"}
 
 
-def test_resolved_configs_cannot_be_changed():
+def test_resolved_configs_are_frozen():
     (config,) = resolve(default_config())
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.steps = 3
 
 
-def test_changes_arrive():
+def test_resolve_applies_changes():
     (config,) = resolve(
         changed(
             **{
@@ -125,8 +125,8 @@ TYPOS = {
 
 
 @pytest.mark.parametrize(("typo", "meant"), TYPOS.items())
-def test_a_config_refuses_an_unknown_key_when_it_is_set(typo, meant):
-    """In a config file: ConfigDict itself raises, being locked."""
+def test_setting_an_unknown_key_raises(typo, meant):
+    """In a config file: the locked ConfigDict itself raises."""
     with pytest.raises((AttributeError, KeyError), match=f'Did you mean "{meant}"'):
         exec(f"config.{typo} = 3", {"config": default_config()})
     with pytest.raises((AttributeError, KeyError)):
@@ -134,14 +134,14 @@ def test_a_config_refuses_an_unknown_key_when_it_is_set(typo, meant):
 
 
 @pytest.mark.parametrize(("typo", "meant"), TYPOS.items())
-def test_resolve_refuses_an_unknown_key(typo, meant):
+def test_resolve_rejects_an_unknown_key(typo, meant):
     first = re.escape(typo if typo.split(".")[0] in default_config() else typo.split(".")[0])
     with pytest.raises(UserError, match=rf"^Unknown config key {first}: did you mean '{meant}'\?$"):
         resolve(changed(**{typo: 3}))
 
 
 @pytest.mark.parametrize(("typo", "meant"), TYPOS.items())
-def test_from_json_refuses_an_unknown_key(typo, meant):
+def test_from_json_rejects_an_unknown_key(typo, meant):
     data = to_json(TrainConfig())
     put(data, typo, 3)
     with pytest.raises(UserError, match=rf"Unknown config key .*: did you mean '{meant}'\?$"):
@@ -149,16 +149,16 @@ def test_from_json_refuses_an_unknown_key(typo, meant):
 
 
 @pytest.mark.parametrize(("typo", "meant"), TYPOS.items())
-def test_a_stage_may_not_set_an_unknown_key(typo, meant):
+def test_resolve_rejects_an_unknown_key_of_a_stage(typo, meant):
     nested = {}
     put(nested, typo, 3)
     with pytest.raises(UserError, match=rf"^Unknown config key stages\.one\.{re.escape(typo)}: did you mean .*{meant}"):
         resolve(staged({"one": nested}))
     with pytest.raises(UserError, match=r"Unknown config key stages\.one\."):
-        resolve({"stages": {"one": nested}, "run": ("one",), **nested})  # nor if the base has it as well
+        resolve({"stages": {"one": nested}, "run": ("one",), **nested})  # also if the base has the key
 
 
-def test_far_from_any_key_all_are_listed():
+def test_without_a_close_match_all_keys_are_listed():
     with pytest.raises(UserError, match=r"Unknown config key mesh\.zzz: known: data, fsdp, tensor\.$"):
         resolve(changed(**{"mesh.zzz": 1}))
 
@@ -196,7 +196,7 @@ def test_far_from_any_key_all_are_listed():
         ("optimizer", None),
     ],
 )
-def test_a_value_of_another_type_is_refused(key, value):
+def test_a_value_of_the_wrong_type_is_rejected(key, value):
     data = to_json(TrainConfig())
     put(data, key, value)
     for read in (resolve, from_json):
@@ -235,15 +235,15 @@ def test_a_value_of_another_type_is_refused(key, value):
         ("optimizer.schedule", "cosin", "did you mean 'cosine'"),
     ],
 )
-def test_a_value_out_of_range_is_refused(key, value, sentence):
+def test_a_value_out_of_range_is_rejected(key, value, sentence):
     with pytest.raises(UserError, match=rf"^Config key {re.escape(key)} is .*{sentence}"):
         resolve(changed(**{key: value}))
 
 
 def numbers(kind):
-    """The types of the numbers in a key's type: its own, or those of a tuple."""
+    """The number types in the type of a key: the type itself, or those in its tuple."""
     inner = typing.get_args(kind) if typing.get_origin(kind) is tuple else (kind,)
-    return [one for one in inner if one in (int, float) or typing.get_origin(one) is typing.Annotated]
+    return [item for item in inner if item in (int, float) or typing.get_origin(item) is typing.Annotated]
 
 
 NUMBERS = {key: numbers(kind) for key, kind in leaves(TrainConfig).items() if numbers(kind)}
@@ -256,18 +256,18 @@ def test_every_number_has_a_range():
 
 
 @pytest.mark.parametrize("key", NUMBERS)
-def test_a_number_is_taken_in_its_range_and_refused_outside(key):
-    """Also each number of a tuple."""
+def test_numbers_are_accepted_within_their_range_and_rejected_outside(key):
+    """Includes the numbers in tuples."""
     ((number, allowed),) = (typing.get_args(kind) for kind in NUMBERS[key])
-    several = typing.get_origin(leaves(TrainConfig)[key]) is tuple
+    is_tuple = typing.get_origin(leaves(TrainConfig)[key]) is tuple
 
     def data(value):
         tree = {}
-        put(tree, key, (value,) if several else value)
+        put(tree, key, (value,) if is_tuple else value)
         return tree
 
     for end in (number(allowed.low), number(allowed.high)):
-        assert flatten(to_json(resolve(data(end))[0]))[key] == ((end,) if several else end)
+        assert flatten(to_json(resolve(data(end))[0]))[key] == ((end,) if is_tuple else end)
     outside = [allowed.low - 1, allowed.high * 2, *([math.nan, math.inf, -math.inf] if number is float else [])]
     for value in outside:
         for read in (resolve, from_json):
@@ -289,7 +289,7 @@ def test_a_number_is_taken_in_its_range_and_refused_outside(key):
         ("eval.benchmarks", ()),
     ],
 )
-def test_the_ends_of_ranges_are_taken(key, value):
+def test_range_ends_are_accepted(key, value):
     (config,) = resolve(changed(**{key: value}))
     assert flatten(to_json(config))[key] == value
 
@@ -321,37 +321,37 @@ def test_a_partial_mapping_may_have_stages():
     assert one == TrainConfig(name="one", seed=3, steps=4)
 
 
-def test_resolving_changes_nothing():
+def test_resolve_does_not_modify_the_config():
     config = staged(STAGES)
     before = config.to_json()
     assert resolve(config) == resolve(config)
     assert config.to_json() == before
 
 
-def test_run_may_not_name_an_unknown_stage():
+def test_run_rejects_an_unknown_stage():
     with pytest.raises(UserError, match=r"run names stage 'caption': did you mean 'captions'\?"):
         resolve(staged(STAGES, run=("text", "caption")))
 
 
 @pytest.mark.parametrize("run", [("text", "text"), (1,), ([],)])
-def test_run_names_stages_each_once(run):
-    with pytest.raises(UserError, match=r"^Config key run is .*; it should hold names of stages, each once\.$"):
+def test_run_rejects_repeated_or_non_string_names(run):
+    with pytest.raises(UserError, match=r"^Config key run is .*; it should list names of stages, each once\.$"):
         resolve({"stages": STAGES, "run": run})
 
 
-def test_a_stage_holds_keys():
-    with pytest.raises(UserError, match=r"^Config key stages\.text is 3; it should hold the keys that differ\.$"):
+def test_a_stage_must_be_a_mapping():
+    with pytest.raises(UserError, match=r"^Config key stages\.text is 3; it should hold the keys to override\.$"):
         resolve({"stages": {"text": 3}, "run": ("text",)})
 
 
 @pytest.mark.parametrize("key", ["steps", "optimizer.learning_rate", "data.scenes.task"])
-def test_a_key_is_set_for_the_run_or_by_a_stage(key):
+def test_a_key_may_not_be_set_for_the_run_and_by_a_stage(key):
     value = {"steps": 3, "optimizer.learning_rate": 0.5, "data.scenes.task": "captions"}[key]
     with pytest.raises(UserError, match=rf"{key} is set by stage '(\w+)'; set stages\.\1\.{key} instead"):
         resolve(staged(STAGES, **{key: value}))
 
 
-def test_a_stage_is_checked_as_a_whole():
+def test_stage_values_are_validated():
     with pytest.raises(UserError, match=r"Config key steps is -3; it must"):
         resolve(staged({"one": {"steps": -3}}))
     with pytest.raises(UserError, match=r"Config key steps is 'x', which is not of type int"):
@@ -360,21 +360,21 @@ def test_a_stage_is_checked_as_a_whole():
         resolve(staged({"one": {"model": 3}}))
 
 
-def test_single_stage_is_that_stage_alone():
+def test_single_stage_resolves_to_that_stage():
     config = staged(STAGES, seed=4)
     for name, stage in zip(STAGES, resolve(config), strict=True):
-        alone = single_stage(config, name)
-        assert resolve(alone) == [stage]
-        assert alone.run == ()
-        assert not alone.stages
-        alone.steps = 77  # what the command line does
-        assert resolve(alone)[0].steps == 77
+        single = single_stage(config, name)
+        assert resolve(single) == [stage]
+        assert single.run == ()
+        assert not single.stages
+        single.steps = 77  # as the command line does
+        assert resolve(single)[0].steps == 77
         with pytest.raises((AttributeError, KeyError)):
-            alone.stps = 77
-    assert resolve(config)[0].steps == 5  # and the whole is left as it was
+            single.stps = 77
+    assert resolve(config)[0].steps == 5  # the original config is unchanged
 
 
-def test_single_stage_refuses_an_unknown_stage():
+def test_single_stage_rejects_an_unknown_stage():
     with pytest.raises(UserError, match=r"Unknown stage 'captoins'; did you mean 'captions'\?"):
         single_stage(staged(STAGES), "captoins")
 
@@ -421,7 +421,7 @@ def test_parse_arg(arg, expected):
         ("packing=maybe", r"packing='maybe' should be of type bool"),
     ],
 )
-def test_parse_arg_refuses(arg, sentence):
+def test_parse_arg_rejects(arg, sentence):
     with pytest.raises(UserError, match=sentence):
         parse_arg(arg, **KNOWN)
 
@@ -440,7 +440,7 @@ def test_parse_arg_refuses(arg, sentence):
 @example("steps=" + "9" * 5000)
 @example("scale=1e999,packing=İ")
 @settings(deadline=None, max_examples=300)
-def test_parse_arg_says_what_is_wrong_or_gives_the_types_asked_for(arg):
+def test_parse_arg_raises_or_returns_the_types_of_the_defaults(arg):
     try:
         result = parse_arg(arg, **KNOWN)
     except UserError:
@@ -452,7 +452,7 @@ def test_parse_arg_says_what_is_wrong_or_gives_the_types_asked_for(arg):
 
 
 def values(key, kind):
-    """A strategy for a key of that type."""
+    """A strategy for values of a key with this type."""
     if key in _CHOICES:
         return st.sampled_from(_CHOICES[key])
     if typing.get_origin(kind) is tuple:
@@ -468,14 +468,14 @@ def values(key, kind):
 
 @given(st.fixed_dictionaries({}, optional={key: values(key, kind) for key, kind in leaves(TrainConfig).items()}))
 @settings(max_examples=100, deadline=None)
-def test_json_and_back(changes):
+def test_json_round_trip(changes):
     (config,) = resolve(changed(**changes))
     flat = flatten(to_json(config))
     assert {key: flat[key] for key in changes} == changes
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
 
 
-def test_json_of_real_configs_and_back():
+def test_json_round_trip_of_real_configs():
     for config in [TrainConfig(), *resolve(staged(STAGES, **{"model.fusion.taps": (3, 1)}))]:
         assert from_json(json.loads(json.dumps(to_json(config)))) == config
 
@@ -490,7 +490,7 @@ def load(path):
     return module
 
 
-def test_there_are_configs():
+def test_the_expected_configs_exist():
     assert {"demo", "pretrain", "finetune"} <= {path.stem for path in CONFIGS}
 
 
@@ -508,12 +508,12 @@ def test_every_config_resolves(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_refuses_an_unknown_argument(path):
+def test_every_config_rejects_an_unknown_argument(path):
     with pytest.raises(UserError, match="Config argument 'nonsense=1' is not known"):
         load(path).get_config("nonsense=1")
 
 
-def test_a_run_from_before_the_second_edition_goes_on_with_the_first():
+def test_a_run_from_before_the_second_edition_continues_with_the_first():
     config = tiny(**{"data.scenes.edition": 1, "eval.benchmarks": ("shapes", "gqa")})
     written = json.loads(json.dumps(to_json(config)))
     assert from_json(written) == config
