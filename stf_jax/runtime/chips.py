@@ -1,4 +1,4 @@
-"""What chips can do. Imports no jax, so that a wrong name is answered at once."""
+"""Peak performance of accelerators. Does not import jax, so that a wrong chip name is reported at once."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -11,33 +11,33 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What an accelerator can do at most, by its vendor's word."""
+    """An accelerator's peak figures, as published by its vendor."""
 
     name: str
-    kinds: tuple[str, ...]  # what jax.Device.device_kind says
+    kinds: tuple[str, ...]  # values of jax.Device.device_kind
     flops: float  # bfloat16 FLOP/s, dense
-    memory: int  # bytes; a program has 1 to 6 % less, for the runtime keeps some
-    bandwidth: float  # bytes/s of that memory
-    link: float  # bytes/s to the chips beside it (ICI, NVLink), one direction, all links together
-    network: float  # bytes/s to other slices or nodes (DCN, InfiniBand), one direction, a chip's share
+    memory: int  # bytes; programs get 1 to 6 % less, because the runtime reserves some
+    bandwidth: float  # memory, bytes/s
+    link: float  # bytes/s to neighboring chips (ICI, NVLink), one direction, all links together
+    network: float  # bytes/s to other slices or nodes (DCN, InfiniBand), one direction, per chip
 
 
-# A vendor's GB of memory are GiB: the 16 GB of a v5e are 17.2e9 bytes.
-# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. ICI stands there in both directions together, the network for a chip
-# or for a pod.
-# GPUs: NVIDIA's datasheets. NVLink stands there in both directions together, tensor figures often with sparsity, twice
-# the dense ones. The network is that of a DGX, one adapter a GPU.
+# Vendors' "GB" of memory are GiB: the 16 GB of a v5e are 17.2e9 bytes.
+# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, which give ICI for both directions together, and the network per
+# chip or per pod.
+# GPUs: NVIDIA's datasheets, which give NVLink for both directions together, and tensor FLOP/s often with sparsity,
+# twice the dense figure. The network is that of a DGX, one adapter per GPU.
 _CHIPS = (
-    # ICI: six links of 50 GB/s (arXiv 2304.01433, table 4). Network: not published; as v5p's.
+    # ICI: six links of 50 GB/s (arXiv 2304.01433, table 4). Network: not published; assumed equal to v5p's.
     Chip("v4", ("TPU v4",), 275e12, 32 * _GIB, 1200e9, 300e9, 6.25e9),
     # 400 GB/s of ICI; 6.4 Tbit/s for 256 chips.
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * _GIB, 819e9, 200e9, 3.125e9),
-    # 1200 GB/s of ICI; 50 Gbit/s a chip.
+    # 1200 GB/s of ICI; 50 Gbit/s per chip.
     Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * _GIB, 2765e9, 600e9, 6.25e9),
     # 800 GB/s of ICI; 25.6 Tbit/s for 256 chips.
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * _GIB, 1638e9, 400e9, 12.5e9),
-    # "NVIDIA RTX A6000" datasheet (309.7 TFLOPS sparse) and GA102 whitepaper. Its NVLink joins two cards alone, so more
-    # talk over PCIe 4.0 ×16. Network: no system of NVIDIA's; 100 Gbit/s for a node of eight.
+    # "NVIDIA RTX A6000" datasheet (309.7 TFLOPS sparse) and GA102 whitepaper. Its NVLink joins only two cards, so the
+    # link is PCIe 4.0 ×16. Network: NVIDIA sells no such system; 100 Gbit/s for a node of eight is assumed.
     Chip("a6000", ("NVIDIA RTX A6000",), 154.8e12, 48 * _GIB, 768e9, 32e9, 1.5625e9),
     # "NVIDIA A100 Tensor Core GPU" datasheet, SXM; DGX A100: eight adapters of 200 Gbit/s.
     Chip("a100-40", ("NVIDIA A100-SXM4-40GB",), 312e12, 40 * _GIB, 1555e9, 300e9, 25e9),
@@ -51,6 +51,6 @@ _CHIPS = (
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in _CHIPS}
 
 
-def chip_of(device: "jax.Device") -> Chip | None:
-    """The chip that a device is, or None for one that the table does not know (a CPU, a PCIe card)."""
+def find_chip(device: "jax.Device") -> Chip | None:
+    """Looks up a device's chip; None if it is not in the table (a CPU, a PCIe card)."""
     return next((chip for chip in _CHIPS if device.device_kind in chip.kinds), None)

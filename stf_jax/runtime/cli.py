@@ -1,4 +1,4 @@
-"""What every command's line shares: exit statuses, paths, and ``--config`` with its overrides."""
+"""What all commands share: exit statuses, types of options, and ``--config`` with its overrides."""
 
 import argparse
 import contextlib
@@ -30,18 +30,18 @@ from stf_jax.config import (
     short_message,
     shorten,
 )
-from stf_jax.runtime.environment import quiet_libraries, settle
+from stf_jax.runtime.environment import configure_process, quiet_libraries
 from stf_jax.runtime.files import in_bucket, to_path
 
 _VERBOSE = "-v"
-_LONGEST_MESSAGE = 2000  # characters
+_MAX_MESSAGE = 2000  # characters
 
 
-class _BesideBars(logging.StreamHandler):
-    """Writes lines above the progress bars that are drawn, which stay whole."""
+class _TqdmHandler(logging.StreamHandler):
+    """Writes log lines above progress bars without breaking them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        import tqdm  # what shows no bar has no need of it
+        import tqdm  # not needed by commands that log nothing
 
         try:
             tqdm.tqdm.write(self.format(record), file=self.stream)
@@ -49,126 +49,129 @@ class _BesideBars(logging.StreamHandler):
             self.handleError(record)
 
 
-def door(main: Callable[[list[str]], None], argv: list[str] | None = None, *, compilers: bool = False) -> int:
-    """Runs a command; returns the exit status (docs/operations.md); one sentence on stderr says why it is not 0.
+def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None, *, compilers: bool = False) -> int:
+    """Runs a command and returns its exit status (docs/operations.md). Prints errors as one sentence on stderr.
 
-    Any other exception than those of :mod:`stf_jax.config` is our bug and keeps its traceback (status 1). Other hosts
-    of the run are not left to wait. What libraries log is shown only with ``-v``, which every command takes.
+    Any exception that is not of :mod:`stf_jax.config` is a bug and keeps its traceback (status 1). On an error, other
+    hosts of the run do not have to wait for this one. Logs of libraries are shown only with ``-v``, which every command
+    accepts.
 
     Args:
-      compilers: as for :func:`stf_jax.runtime.environment.settle`.
+      main: the command, given its arguments.
+      argv: the arguments; default: those of the process.
+      compilers: as for :func:`stf_jax.runtime.environment.configure_process`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    settle(compilers=compilers)
-    log = logging.getLogger("stf_jax")  # what was chosen for the user, a line each, on standard error
+    configure_process(compilers=compilers)
+    log = logging.getLogger("stf_jax")  # decisions made for the user, one line each, on standard error
     log.setLevel(logging.INFO)
-    log.handlers, log.propagate = [_BesideBars()], False
+    log.handlers, log.propagate = [_TqdmHandler()], False
     try:
         with contextlib.nullcontext() if _VERBOSE in argv else _quiet():
             try:
                 main([argument for argument in argv if argument != _VERBOSE])
             finally:
-                sys.stdout.flush()  # a reader who has gone is noticed here, not when Python ends
+                sys.stdout.flush()  # raises here, not when Python exits, if the reader has closed the pipe
     except (UserError, RunFailed, TryAgain, Stopped) as error:
-        # Foreign texts are cut where they are quoted; what was missed there floods no screen either.
-        text = shorten(str(error), _LONGEST_MESSAGE)
+        # Quoted text is shortened where it is quoted; this limits whatever was missed there.
+        text = shorten(str(error), _MAX_MESSAGE)
         print(text if isinstance(error, Stopped) else f"error: {text}", file=sys.stderr)
-        return _leave(error.status)
+        return _exit_soon(error.status)
     except KeyboardInterrupt:
-        print("Interrupted; the same command goes on where it was.", file=sys.stderr)
-        return _leave(130)  # as shells have it
+        print("Interrupted; run the same command to resume.", file=sys.stderr)
+        return _exit_soon(130)  # the shells' convention
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _reader_has_gone():
-            return _leave(141)  # as shells have it
+        if isinstance(error, BrokenPipeError) and _is_pipe_closed():
+            return _exit_soon(141)  # the shells' convention
         if "jax" in sys.modules:
             from stf_jax.runtime import hosts
 
-            if hosts.lost(error):
-                print(f"error: {hosts.LOST} ({short_message(error)}).", file=sys.stderr)
-                return _leave(TryAgain.status)
-        _leave(1)
+            if hosts.is_peer_lost(error):
+                print(f"error: {hosts.PEER_LOST} ({short_message(error)}).", file=sys.stderr)
+                return _exit_soon(TryAgain.status)
+        _exit_soon(1)
         raise
     finally:
         log.handlers, log.propagate = [], True
     return 0
 
 
-def _leave(status):
-    if "jax" in sys.modules:  # else there are no others to leave
+def _exit_soon(status):
+    if "jax" in sys.modules:  # without jax there are no other hosts
         from stf_jax.runtime import hosts
 
-        hosts.leave(status)
+        hosts.exit_soon(status)
     return status
 
 
-def _reader_has_gone():
-    """Whether nobody reads what is printed any more (``… | head -1``); Python would complain of it again at its end."""
-    gone = False
+def _is_pipe_closed():
+    """Whether the reader of the output is gone (``… | head -1``). If so, redirects it, so that Python exits quietly."""
+    closed = False
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a test's, which is no file
+        with contextlib.suppress(OSError, ValueError):  # tests replace streams by objects without a descriptor
             poll = select.poll()
             poll.register(stream.fileno(), 0)
-            if poll.poll(0):  # an error, or that the other end is closed
+            if poll.poll(0):  # an error, or the other end is closed
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-                gone = True
-    return gone
+                closed = True
+    return closed
 
 
 @contextlib.contextmanager
 def _quiet():
-    libraries = [logging.getLogger(name) for name in ("absl", "asyncio")]  # Orbax's two
-    for library in libraries:
-        library.addFilter(_without_traceback)
-    # The first stays: what Orbax left behind may end after the command.
-    sys.unraisablehook, threading.excepthook = _library_failed, _thread_failed
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]  # both used by Orbax
+    for logger in loggers:
+        logger.addFilter(_has_no_traceback)
+    # The unraisable hook stays: Orbax's leftovers may be collected after the command.
+    sys.unraisablehook, threading.excepthook = _on_unraisable, _on_thread_exception
     try:
         with quiet_libraries():
             yield
     finally:
-        for library in libraries:
-            library.removeFilter(_without_traceback)
+        for logger in loggers:
+            logger.removeFilter(_has_no_traceback)
         threading.excepthook = threading.__excepthook__
 
 
-# What cannot be written is told by who waits for it (checkpoint.py, journal.py), once; libraries print it many times.
+# Failed writes are reported once, by checkpoint.py and events.py; libraries would print them many times.
 
 
-def _without_traceback(record):
+def _has_no_traceback(record):
     return not record.exc_info
 
 
 _report_unraisable = sys.unraisablehook
 
 
-def _library_failed(failure):
-    # Orbax closes the loop over tensorstore's other writes and reads when one has failed.
+def _on_unraisable(failure):
+    # When one of tensorstore's operations fails, Orbax closes the event loop of the others.
     if "Event loop is closed" not in str(failure.exc_value) and "TensorStore" not in str(failure.exc_value):
         _report_unraisable(failure)
 
 
-def _thread_failed(failure):
-    if not issubclass(failure.exc_type, OSError):  # of TensorBoard's thread
+def _on_thread_exception(failure):
+    if not issubclass(failure.exc_type, OSError):  # raised in TensorBoard's thread
         threading.__excepthook__(failure)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are UserErrors."""
+    """An argument parser that raises UserError."""
 
     def __init__(self, *args: Any, **options: Any):
-        """As :class:`argparse.ArgumentParser`; ``-v`` is for :func:`door`, and only shown here."""
+        """As :class:`argparse.ArgumentParser`. Documents ``-v``, which :func:`run_command` handles."""
         super().__init__(*args, **options)
         if self.add_help:
             self.add_argument(
-                _VERBOSE, action="store_true", default=argparse.SUPPRESS, help="show what libraries log, too"
+                _VERBOSE, action="store_true", default=argparse.SUPPRESS, help="also show what libraries log"
             )
 
     def error(self, message: str):
-        """Raises instead of printing the usage."""
+        """Raises UserError instead of printing the usage."""
         raise UserError(f"{message[0].upper()}{message[1:].removesuffix('.')}; see --help.")
 
 
 def path(text: str) -> epath.Path:
-    """The type of options that are paths."""
+    """Parses an option that is a path."""
     try:
         return to_path(text)
     except UserError as error:
@@ -176,87 +179,105 @@ def path(text: str) -> epath.Path:
 
 
 def path_text(text: str) -> str:
-    """The type of options that are paths, or empty, and stay text."""
+    """Checks an option that is a path or empty; returns the text."""
     if text:
         path(text)
     return text
 
 
 def local_path(text: str) -> pathlib.Path:
-    """The type of options that are paths of this machine's disks."""
+    """Parses an option that is a path on this machine's disks."""
     if in_bucket(found := path(text)):
         raise argparse.ArgumentTypeError(f"{text} is in a bucket; give a path on this machine's disks")
     return pathlib.Path(found)
 
 
 def require(found: epath.Path) -> epath.Path:
-    """Raises UserError where nothing is there; for what would else be missed after imports that take seconds."""
+    """Raises UserError unless the path exists. Commands check this before imports that take seconds."""
     if not found.exists():
-        raise UserError(f"{found} {_absent(found)}; give a folder or file.")
+        raise UserError(f"{found} {_describe_missing(found)}; give a folder or file.")
     return found
 
 
-def _absent(name):
+def _describe_missing(name):
     if os.path.islink(name):
         return f"is a link to {shorten(os.readlink(name))}, which does not exist"
     return "does not exist"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a model is laid out, computed and decoded, for the verbs that ask it."""
+    """Adds the options of commands that run a model: mesh, precision, token reduction and sampling."""
     parser.add_argument(
-        "--mesh", type=_mesh, default=(1, 1, 1), metavar="DATA,FSDP,TENSOR", help="devices along each axis; 1,1,1"
+        "--mesh",
+        type=_parse_mesh,
+        default=(1, 1, 1),
+        metavar="DATA,FSDP,TENSOR",
+        help="devices along each mesh axis (default: 1,1,1)",
     )
     parser.add_argument(
-        "--precision", choices=["", "bfloat16", "float32"], default="", help="to compute in; the run's own, or bfloat16"
+        "--precision",
+        choices=["", "bfloat16", "float32"],
+        default="",
+        help="compute precision (default: the run's, or bfloat16)",
     )
     parser.add_argument(
-        "--reduce", choices=REDUCTIONS, default="", help="answer with fewer image tokens, without training"
+        "--reduce", choices=REDUCTIONS, default="", help="use fewer image tokens, by a method that needs no training"
     )
     parser.add_argument(
         "--keep",
-        type=_within(int, 0, 2**31 - 1),
+        type=_number_between(int, 0, 2**31 - 1),
         default=0,
         metavar="N",
-        help="image tokens per image that --reduce leaves; a quarter",
+        help="image tokens kept per image with --reduce (default: one quarter)",
     )
     parser.add_argument(
-        "--temperature", type=_within(float, 0, 100), default=0.0, help="0: the likeliest token (%(default)s)"
+        "--temperature",
+        type=_number_between(float, 0, 100),
+        default=0.0,
+        help="sampling temperature; 0 is greedy decoding (default: %(default)s)",
     )
     parser.add_argument(
-        "--top-p", type=_within(float, 0, 1), default=1.0, help="draw from the likeliest of this share (%(default)s)"
+        "--top-p",
+        type=_number_between(float, 0, 1),
+        default=1.0,
+        help="nucleus sampling threshold (default: %(default)s)",
     )
     parser.add_argument(
-        "--top-k", type=_within(int, 0, 2**31 - 1), default=0, help="draw from so many of the likeliest; 0: all"
+        "--top-k",
+        type=_number_between(int, 0, 2**31 - 1),
+        default=0,
+        help="sample from the k most probable tokens; 0 means all (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=_within(int, 0, 2**31 - 1), default=0, help="of draws (%(default)s)")
+    parser.add_argument(
+        "--seed", type=_number_between(int, 0, 2**31 - 1), default=0, help="sampling seed (default: %(default)s)"
+    )
 
 
 def add_host_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which of several hosts this is: the arguments of :func:`stf_jax.runtime.hosts.join`."""
+    """Adds the options for several hosts, the arguments of :func:`stf_jax.runtime.hosts.join`."""
     parser.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="of several hosts: the first, and a free port there, as all reach it"
+        "--coordinator", metavar="HOST:PORT", help="address and a free port of process 0, reachable from all hosts"
     )
-    parser.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    parser.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+    parser.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
 
 
-def _mesh(text):
+def _parse_mesh(text):
     sizes = text.split(",")
     if len(sizes) != 3 or not all(re.fullmatch(r"-?\d+", size) for size in sizes):
-        raise argparse.ArgumentTypeError(f"{text!r} should be three numbers with commas between, such as 1,4,2")
+        raise argparse.ArgumentTypeError(f"{text!r} should be three comma-separated integers, such as 1,4,2")
     return tuple(map(int, sizes))
 
 
-def _within(kind, low, high):
-    def read(text):
-        value = kind(text)
+def _number_between(number_type, low, high):
+    def parse_number(text):
+        value = number_type(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
-    read.__name__ = kind.__name__  # which argparse names
-    return read
+    parse_number.__name__ = number_type.__name__  # shown in argparse's errors
+    return parse_number
 
 
 def parse(
@@ -266,24 +287,27 @@ def parse(
     workdir: bool = True,
     defaults: Callable[[], ml_collections.ConfigDict] = default_config,
 ) -> tuple[epath.Path | None, ml_collections.ConfigDict]:
-    """Reads ``--config=FILE[:ARG]``, its overrides ``--config.KEY=VALUE`` and, unless none is asked, ``--workdir=DIR``.
+    """Parses ``--config=FILE[:ARG]``, overrides ``--config.KEY=VALUE`` and, with ``workdir``, ``--workdir=DIR``.
 
     Prints ``help_text`` and exits with status 0 for ``--help``.
 
     Args:
-      defaults: has all keys that there are, of which a misspelt one is explained.
+      argv: the arguments.
+      help_text: printed for ``--help``.
+      workdir: whether ``--workdir`` is required; otherwise it is unknown.
+      defaults: returns a config with all existing keys, for suggestions when one is misspelled.
 
     Returns:
       The workdir or None, and the config, not yet resolved.
 
     Raises:
-      UserError: a missing or unknown option, a config file that is not there or fails, an unknown key or a value of
-        the wrong type.
+      UserError: a missing or unknown option, a config file that is missing or fails, an unknown key or a value of the
+        wrong type.
     """
     if not argv or "--help" in argv or "-h" in argv:
         print(help_text, end="")
         sys.exit(0)
-    argv = [_config_file(item) for item in argv]
+    argv = [_expand_config_name(item) for item in argv]
     values = flags.FlagValues()
     if workdir:
         flags.DEFINE_string("workdir", None, "", flag_values=values)
@@ -291,10 +315,10 @@ def parse(
         config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["", *argv])
         rest = values(["", *argv])[1:]
         if values["config"].present:
-            values.config.lock()  # a file that could not be opened says so only when the config is used
+            values.config.lock()  # a file that could not be opened raises only when the config is used
     except UserError:
         raise
-    except Exception as error:  # the flag library's, or any that the config file raises, which is the user's input
+    except Exception as error:  # from the flag library or the config file, which is user input
         raise UserError(_explain(error, argv, defaults)) from None
     if rest:
         raise UserError(f"Unexpected argument {rest[0]!r}; see --help.")
@@ -307,21 +331,21 @@ def parse(
         raise UserError(f"--workdir: {error}") from None
 
 
-def _config_file(option):
-    """``--config=NAME[:ARG]`` with the file of that name in configs/; any other option as it is."""
-    named = re.fullmatch(r"(--?config=)([\w/]+)(:.*)?", option, re.DOTALL)
-    if not named or os.path.exists(named[2]):
+def _expand_config_name(option):
+    """Replaces the name in ``--config=NAME[:ARG]`` by the path of that file in configs/; leaves other options."""
+    match = re.fullmatch(r"(--?config=)([\w/]+)(:.*)?", option, re.DOTALL)
+    if not match or os.path.exists(match[2]):
         return option
     package = pathlib.Path(__file__).parents[1]
-    # In a repository beside the package, in a wheel inside it.
-    files = [folder / "configs" / f"{named[2]}.py" for folder in (package.parent, package)]
+    # configs/ is beside the package in a repository, inside it in a wheel.
+    files = [folder / "configs" / f"{match[2]}.py" for folder in (package.parent, package)]
     file = next((file for file in files if os.path.isfile(file)), None)
-    return f"{named[1]}{file}{named[3] or ''}" if file else option
+    return f"{match[1]}{file}{match[3] or ''}" if file else option
 
 
 def _explain(error, argv, defaults):
-    """One sentence for what the flag library or the config file raised."""
-    lacking = re.search(r"\w+", str(error))  # what ml_collections names first
+    """Explains in one sentence what the flag library or the config file raised."""
+    missing = re.search(r"\w+", str(error))  # the key that ml_collections names first
     group = re.search(r"--?config\.(stages\.\w+\.)?([\w.]+)=(.*): Failed to parse .* as a ConfigDict", str(error))
     if group and group[2].startswith("stages"):
         name = group[2].partition(".")[2] or "NAME"
@@ -337,50 +361,50 @@ def _explain(error, argv, defaults):
                 return _explain_group(stage, key, item.partition("=")[2], keys)
             if key not in keys:
                 return f"Unknown config key {key!r}: {did_you_mean(key, keys)}"
-            if stage and lacking and lacking[0] in re.split(r"\W", item):
-                return f"The config file has no {stage}{key} to change; it can be given to all stages as {key}."
+            if stage and missing and missing[0] in re.split(r"\W", item):
+                return f"The config file does not set {stage}{key}; set it for all stages as {key}."
     if isinstance(error, AttributeError) and error.name in ("get_config", "lock"):
         return "The config file needs a function get_config(arg) that returns a ConfigDict."
     if isinstance(error, SyntaxError):
-        return f"The config file cannot be read: {_one_line(error)}."
+        return f"The config file cannot be read: {_single_line(error)}."
     cause = error
     while cause is not None:
-        frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if frame.name in _OF_CONFIG_FILES]
+        frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if frame.name in _CONFIG_FUNCTIONS]
         if frames:
-            where = f"{frames[-1].filename}, line {frames[-1].lineno}"
-            return f"The config file fails at {where}: {type(cause).__name__}: {_one_line(cause)}"
+            location = f"{frames[-1].filename}, line {frames[-1].lineno}"
+            return f"The config file fails at {location}: {type(cause).__name__}: {_single_line(cause)}"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, OSError) or "Error whilst parsing config file" in str(error):
         return f"The config file cannot be loaded: {_explain_file(error.__cause__ or error, argv)}."
-    return f"The command line cannot be used: {_one_line(error) or type(error).__name__}"
+    return f"The command line cannot be used: {_single_line(error) or type(error).__name__}"
 
 
 def _explain_file(error, argv):
-    """Why a config file could not be opened, or the last line of what Python said of it."""
+    """Explains why a config file could not be opened; otherwise returns the last line of Python's message."""
     text = ([""] + re.findall(r"^--?config[=\n](.*)$", "\n".join(argv), re.MULTILINE))[-1]
     name = text.partition(":")[0]
     if re.match(r"\w+://", text):
-        return f"{shorten(text)} is a URL, and a config is a file on this machine's disks"
+        return f"{shorten(text)} is a URL, but a config must be a file on this machine's disks"
     if name and isinstance(error, OSError):
-        # Where the file is not there, the library raises an error that has no reason.
-        return f"{shorten(name)}: {error.strerror}" if error.strerror else f"{shorten(name)} {_absent(name)}"
+        # For a missing file, the library's error has no strerror.
+        return f"{shorten(name)}: {error.strerror}" if error.strerror else f"{shorten(name)} {_describe_missing(name)}"
     return "".join(str(error).strip().splitlines()[-1:]).strip(" .")
 
 
 def _explain_group(stage, group, value, keys):
-    """One sentence for a value that was given to a group of keys, which names those that may have been meant."""
-    inside = [key for key in keys if key.startswith(f"{group}." if group else "")]
-    same = f"{group}.{group.rpartition('.')[2]}"  # model.fusion.fusion
-    options = [f"--config.{stage}{key}" for key in ([same] if same in inside else inside)]
-    named = f"did you mean {options[0]}={value}?" if same in inside else f"give it to one of {', '.join(options)}."
-    return f"--config.{stage}{group}={value} sets a group of keys: {named}"
+    """Explains in one sentence that a value was set for a group of keys, and names the keys that may be meant."""
+    members = [key for key in keys if key.startswith(f"{group}." if group else "")]
+    namesake = f"{group}.{group.rpartition('.')[2]}"  # model.fusion.fusion
+    options = [f"--config.{stage}{key}" for key in ([namesake] if namesake in members else members)]
+    hint = f"did you mean {options[0]}={value}?" if namesake in members else f"set one of {', '.join(options)}."
+    return f"--config.{stage}{group}={value} sets a group of keys: {hint}"
 
 
-_OF_CONFIG_FILES = ("get_config", "<module>")  # functions, as tracebacks name them
+_CONFIG_FUNCTIONS = ("get_config", "<module>")  # functions of config files, as tracebacks name them
 
 
-def _one_line(error):
-    """The message without line breaks, and without ml_collections' list of every key beside an unknown one."""
+def _single_line(error):
+    """Returns the message on one line, without ml_collections' list of all keys next to an unknown one."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = re.sub(r" Other fields present: .*}\"", "", text.replace("\\n", " "), flags=re.DOTALL)
     return " ".join(text.split())

@@ -28,8 +28,8 @@ import jax
 
 from stf_jax.config import ModelConfig
 from stf_jax.models.fusion import tapped_blocks
-from stf_jax.models.presets import llm_of, vision_of
-from stf_jax.models.selection import FULL_LAYERS, contextual_tokens, reduction
+from stf_jax.models.presets import get_llm_config, get_vision_config
+from stf_jax.models.selection import FULL_LAYERS, contextual_tokens, resolve_reduction
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.training.state import blueprint, trainable_paths
 
@@ -98,7 +98,7 @@ def decode_flops(model: ModelConfig, rows: int, slots: int, images_per_row: int 
 
     Where image tokens are dropped in the decoder, these are the first layers' slots, and some are of so many images.
     """
-    llm, fewer = llm_of(model), images_per_row * reduction(model).dropped
+    llm, fewer = get_llm_config(model), images_per_row * resolve_reduction(model).dropped
     one = rows * 2 * 2 * llm.heads * llm.head_dim  # both products of a layer for one slot
     looks = llm.layers * slots - (llm.layers - FULL_LAYERS) * fewer
     return forward_flops(model, rows, 1, 0).forward - one * llm.layers // 2 + one * looks
@@ -111,7 +111,7 @@ def _flops(marks):
 
 def _marks(model, walk, rows, length, images_per_row):
     """What was counted, forward and of a step, before the tower and after each part."""
-    vision, llm, reduced = vision_of(model), llm_of(model), reduction(model)
+    vision, llm, reduced = get_vision_config(model), get_llm_config(model), resolve_reduction(model)
     images, marks = rows * images_per_row, [(0, 0)]
     if images:
         walk.passes("vision/patch_embed", positions=images * vision.grid**2)

@@ -1,4 +1,4 @@
-"""What a command's process finds around it, settled before libraries look: variables, packages of devices, logs."""
+"""Prepares a command's process before libraries are imported: environment variables, device packages, logs."""
 
 import contextlib
 import glob
@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Iterator
 
 TPUS = ("/dev/accel*", "/dev/vfio/[0-9]*")
-_NVIDIA = ("/dev/nvidia*", "/dev/dxg", "/dev/nvhost*", "/dev/nvmap")  # NVIDIA's cards; under Windows; Jetson
-# Names in JAX_PLATFORMS, the devices' files, and the packages by which jax finds them.
+_NVIDIA = ("/dev/nvidia*", "/dev/dxg", "/dev/nvhost*", "/dev/nvmap")  # NVIDIA GPUs; under WSL; Jetson
+# Names in JAX_PLATFORMS, device files, and the packages by which jax finds the devices.
 _DEVICES = (
     (("tpu",), TPUS, ("libtpu",)),
     (
@@ -21,39 +21,39 @@ _DEVICES = (
     ),
 )
 _EMPTY_IS_UNSET = ("JAX_", "XLA_", "SLURM_", "OMPI_")
-_EMPTY_IS_MEANT = ("JAX_PLATFORMS",)  # to jax, empty is "what is there", and unset may be less
+_EMPTY_IS_SET = ("JAX_PLATFORMS",)  # jax reads empty as "all available"; unset may mean fewer
 
 
-def settle(*, compilers: bool) -> None:
-    """Prepares a process for libraries that are imported later; what is imported already stays as it is.
+def configure_process(*, compilers: bool) -> None:
+    """Prepares the process for libraries that are imported later. Does not affect those already imported.
 
-    Empty variables of jax, XLA, SLURM and Open MPI count as unset (jax cannot read them). Nothing that transformers
-    reads comes from the network. And jax does not see the packages of devices that this machine lacks, unless
-    ``JAX_PLATFORMS`` names them: it would load them, and print pages about what it did not find. So it is on a
-    cluster's login node, and with the compilers of ``stf_jax.plan`` (requirements-plan.txt), which that command alone
-    wants.
+    - Removes empty variables of jax, XLA, SLURM and Open MPI, which jax cannot parse.
+    - Keeps transformers from reading anything from the network.
+    - Hides from jax the packages of devices that this machine lacks, unless ``JAX_PLATFORMS`` names them. jax would
+      load them and print pages about missing devices: on a cluster's login node, or with the compilers of
+      ``stf_jax.plan`` (requirements-plan.txt), which only that command uses.
 
     Args:
-      compilers: jax is to see all packages.
+      compilers: hide no packages.
     """
     for name, value in list(os.environ.items()):
-        if not value and name.startswith(_EMPTY_IS_UNSET) and name not in _EMPTY_IS_MEANT:
+        if not value and name.startswith(_EMPTY_IS_UNSET) and name not in _EMPTY_IS_SET:
             del os.environ[name]
     os.environ["HF_HUB_OFFLINE"] = "1"
     if not compilers and "jax" not in sys.modules:
-        for package in useless_packages(os.environ.get("JAX_PLATFORMS", "")):
+        for package in unused_device_packages(os.environ.get("JAX_PLATFORMS", "")):
             sys.modules[package] = _NoPlugin(package) if package.startswith("jax_plugins.") else None
 
 
-def useless_packages(platforms: str) -> list[str]:
-    """Packages of devices that are not here and that ``platforms`` (as ``JAX_PLATFORMS``) does not name."""
+def unused_device_packages(platforms: str) -> list[str]:
+    """Lists the packages of devices that this machine lacks and ``platforms`` (as ``JAX_PLATFORMS``) does not name."""
     named = set(platforms.split(","))
-    absent = [kind for kind in _DEVICES if not named & set(kind[0]) and not any(map(glob.glob, kind[1]))]
+    absent = [device for device in _DEVICES if not named & set(device[0]) and not any(map(glob.glob, device[1]))]
     return [package for _, _, packages in absent for package in packages]
 
 
 class _NoPlugin(types.ModuleType):
-    """In a jax plugin's place, for jax warns of one that it cannot import."""
+    """Takes the place of a hidden jax plugin, because jax warns about plugins that it cannot import."""
 
     def initialize(self) -> None:
         """Registers nothing."""
@@ -61,9 +61,9 @@ class _NoPlugin(types.ModuleType):
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Errors alone are heard from libraries that tell more; jax's warnings stay, for they are about devices."""
+    """Limits the logs of verbose libraries to errors. jax's warnings stay, because they are about devices."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logger = logging.getLogger("absl")  # Orbax's, grain's and TFDS's
+    logger = logging.getLogger("absl")  # used by Orbax, grain and TFDS
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
@@ -76,14 +76,14 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def muted() -> Iterator[None]:
-    """Nothing of the process reaches standard error, not even what libraries in C++ write."""
+def suppress_stderr() -> Iterator[None]:
+    """Discards everything written to standard error, including by C++ libraries."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    saved = os.dup(2)
     try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved, 2)
+        os.close(saved)

@@ -1,4 +1,4 @@
-"""Files that appear whole, here or in a bucket (where an object is there whole or not at all)."""
+"""Reads and writes files on disks and in buckets. A file appears only once it is complete."""
 
 import contextlib
 import io
@@ -16,70 +16,78 @@ from etils import epath
 
 from stf_jax.config import TrainConfig, UserError, flatten, to_json
 
-_BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # kinds of bucket, and the package that reads each
-_URL = re.compile(r"([A-Za-z][\w+.-]+):/|(data):[^,]*[;,]")  # of one slash, too: pathlib writes two as one
-_PATHS = ("init_from", "data.annotations", "data.images", "data.tokenizer", "eval.data", "model.vision", "model.llm")
-_LISTS = ("init_from", "data.annotations", "data.images")  # of these, those that hold several, with commas between
+_BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # URL schemes, and the package that reads each
+_URL = re.compile(r"([A-Za-z][\w+.-]+):/|(data):[^,]*[;,]")  # one slash is enough: pathlib merges two into one
+_PATH_KEYS = (
+    "init_from",
+    "data.annotations",
+    "data.images",
+    "data.tokenizer",
+    "eval.data",
+    "model.vision",
+    "model.llm",
+)
+_LIST_KEYS = ("init_from", "data.annotations", "data.images")  # those whose value is a comma-separated list
 
 
 def to_path(text: str | os.PathLike) -> epath.Path:
-    """The path that a user gave, of a disk or a bucket. All paths come from here; no connection is opened.
+    """Checks a path that a user gave, on a disk or in a bucket. It need not exist. Opens no connection.
 
     Raises:
-      UserError: it is empty, a URL of another kind, of a bucket whose package is not installed, or no path that the
-        system can look at (there may be nothing there, though).
+      UserError: the path is empty, a URL of an unsupported scheme, in a bucket whose package is not installed, or one
+        that the system cannot access.
     """
     text = os.fspath(text)
-    shown = text if len(text) <= 200 else f"{text[:100]}…"
+    short = text if len(text) <= 200 else f"{text[:100]}…"
     if not text:
         raise UserError("The path is empty; give a file or folder (. is the current one).")
     if found := _URL.match(text):
         scheme, rest = found[1] or found[2], text[found.end() :].lstrip("/")
         if scheme == "file":
-            raise UserError(f"{shown} is a URL; give the path itself, /{rest.removeprefix('localhost/')}.")
+            raise UserError(f"{short} is a URL; give the path itself, /{rest.removeprefix('localhost/')}.")
         if scheme not in _BUCKETS or not text.startswith(f"{scheme}://"):
-            raise UserError(f"{shown} is a URL; paths are those of files and folders, or of buckets: gs://… and s3://…")
+            raise UserError(f"{short} is a URL; give a local path, or one in a bucket: gs://… or s3://…")
         if not rest:
-            raise UserError(f"{shown} names no bucket; it should be {scheme}://BUCKET/FOLDER.")
-        import fsspec  # takes half a second, and disks need none
+            raise UserError(f"{short} names no bucket; it should be {scheme}://BUCKET/FOLDER.")
+        import fsspec  # takes half a second, and local paths do not need it
 
         try:
             fsspec.get_filesystem_class(scheme)
         except ImportError:
-            raise UserError(f"{shown} cannot be opened here; pip install {_BUCKETS[scheme]}") from None
+            raise UserError(f"{short} needs a package that is not installed: pip install {_BUCKETS[scheme]}") from None
         return epath.Path(text)
-    path = os.path.expanduser(text)  # shells leave the ~ in --workdir=~/runs as it is
+    path = os.path.expanduser(text)  # shells do not expand the ~ in --workdir=~/runs
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        pass  # who needs it there says so
-    except (OSError, ValueError) as error:  # no permission, a name that is too long, links in a circle; a null byte
-        raise UserError(f"{shown!r} cannot be looked at: {getattr(error, 'strerror', None) or error}.") from None
+        pass  # callers that need it to exist check that
+    except (OSError, ValueError) as error:  # no permission, a name that is too long, a loop of links; a null byte
+        raise UserError(f"{short!r} cannot be accessed: {getattr(error, 'strerror', None) or error}.") from None
     return epath.Path(path)
 
 
 def check_paths(config: TrainConfig) -> None:
-    """Raises UserError, which names the key, where a path of a config could be none, or has a comma in its name."""
+    """Checks all paths of a config. Raises UserError, which names the key, if one is invalid or contains a comma."""
     values = flatten(to_json(config))
-    for key in _PATHS:
-        parts = values[key].split(",") if key in _LISTS else [values[key]]
+    for key in _PATH_KEYS:
+        parts = values[key].split(",") if key in _LIST_KEYS else [values[key]]
         try:
             for part in filter(None, map(str.strip, parts)):
                 to_path(part)
         except UserError as error:
             raise UserError(f"Config key {key}: {error}") from None
         for begin, end in itertools.combinations(range(len(parts) + 1), 2):
-            whole = ",".join(parts[begin:end]).strip()
-            if end - begin > 1 and os.path.exists(whole):
+            joined = ",".join(parts[begin:end]).strip()
+            if end - begin > 1 and os.path.exists(joined):
                 raise UserError(
-                    f"Config key {key}: {whole} has a comma in its name, and commas separate paths there; rename it, "
-                    "or give a link whose name has none."
+                    f"Config key {key}: {joined} has a comma in its name, but commas separate paths there; rename it, "
+                    "or give a symbolic link without a comma."
                 )
 
 
 @contextlib.contextmanager
-def new_text(path: epath.Path) -> Iterator[TextIO]:
-    """A UTF-8 file to write, which has its name only after the ``with`` block; nothing remains of one that fails."""
+def open_atomic(path: epath.Path) -> Iterator[TextIO]:
+    """Opens a UTF-8 file for writing; it appears when the ``with`` block ends, and not at all if the block raises."""
     if in_bucket(path):
         with io.StringIO() as file:
             yield file
@@ -96,26 +104,26 @@ def new_text(path: epath.Path) -> Iterator[TextIO]:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    """Writes a value, indented, as a file that appears whole."""
-    with new_text(path) as file:
+    """Writes a value as indented JSON, atomically."""
+    with open_atomic(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON says. Raises ValueError where it is none, nests too deep to be read, or has half a surrogate pair."""
+    """Parses JSON. Raises ValueError if it is invalid, nested too deeply, or contains an unpaired surrogate."""
     try:
         value = json.loads(text)
-        if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():  # elsewhere, all is text already
+        if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():  # only such escapes give surrogates
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except RecursionError:
-        raise ValueError("it nests too deep") from None
+        raise ValueError("it is nested too deeply") from None
     except UnicodeEncodeError:
-        raise ValueError("it has half a surrogate pair, which is no text") from None
+        raise ValueError("it contains an unpaired surrogate, which is not valid text") from None
 
 
 def read_json(path: epath.Path) -> Any:
-    """A JSON file's value. Raises UserError for what is none."""
+    """Reads a JSON file. Raises UserError if it cannot be read or is not JSON."""
     try:
         return parse_json(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
@@ -125,25 +133,25 @@ def read_json(path: epath.Path) -> Any:
 
 
 @contextlib.contextmanager
-def writing(path: epath.Path) -> Iterator[None]:
-    """What cannot be written there is told: raises UserError in place of OSError."""
+def as_user_error(path: epath.Path) -> Iterator[None]:
+    """Turns an OSError from writing ``path`` into a UserError that names the file."""
     try:
         yield
     except OSError as error:
-        place = error.filename2 or error.filename or path
-        raise UserError(f"{place} cannot be written: {error.strerror or error}.") from None
+        name = error.filename2 or error.filename or path
+        raise UserError(f"{name} cannot be written: {error.strerror or error}.") from None
 
 
 def make_folder(path: epath.Path) -> None:
-    """Makes a folder, and those above it, where they are not there. Raises UserError where it cannot."""
+    """Creates a folder and its parents if they do not exist. Raises UserError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"The folder {path} cannot be made: {error.strerror or error}.") from None
+        raise UserError(f"The folder {path} cannot be created: {error.strerror or error}.") from None
 
 
-def move_in(local: pathlib.Path, path: epath.Path) -> None:
-    """Moves a local file to where it belongs, which may be another disk or a bucket; it appears whole."""
+def move_file(local: pathlib.Path, path: epath.Path) -> None:
+    """Moves a local file, possibly to another disk or a bucket; it appears there only when complete."""
     partial = path if in_bucket(path) else _partial(path)
     _copy(local, partial)
     if partial != path:
@@ -151,90 +159,91 @@ def move_in(local: pathlib.Path, path: epath.Path) -> None:
     local.unlink()
 
 
-class GrowingFile:
-    """A text file that lines are added to, as it is read by others.
+class AppendOnlyFile:
+    """A text file to which lines are appended while others read it.
 
-    A bucket's files cannot grow: there, all of it is written again, twice a minute at most, and when it is closed.
+    Objects in a bucket cannot be appended to: there the complete file is rewritten, every 30 seconds at most and when
+    it is closed.
     """
 
-    _EVERY = 30.0  # seconds
+    _REWRITE_SECONDS = 30.0
 
     def __init__(self, path: epath.Path, lines: Sequence[str]):
-        """Begins with those lines, whatever the file held."""
-        self._path, self._lines, self._written = path, list(lines), time.monotonic()
-        self._write()
+        """Replaces the file with these lines."""
+        self._path, self._lines, self._last_rewrite = path, list(lines), time.monotonic()
+        self._rewrite()
         self._file = None if in_bucket(path) else pathlib.Path(path).open("ab", buffering=0)  # noqa: SIM115
-        self._rest = b""  # of lines that a full disk did not take
+        self._unwritten = b""  # what a full disk has not accepted yet
 
     def append(self, line: str, *, now: bool = False) -> None:
-        """Adds a line; ``now`` writes it at once in a bucket, too.
+        """Appends a line; with ``now`` it is written at once even in a bucket.
 
         Raises:
-          OSError: it cannot be written now; the next call, or ``close``, writes it as well.
+          OSError: the line cannot be written now; the next call, or ``close``, tries again.
         """
         if self._file is not None:
-            self._rest += f"{line}\n".encode()
-            self._write_rest()
+            self._unwritten += f"{line}\n".encode()
+            self._flush()
             return
         self._lines.append(line)
-        if now or time.monotonic() - self._written > self._EVERY:
-            self._write()
+        if now or time.monotonic() - self._last_rewrite > self._REWRITE_SECONDS:
+            self._rewrite()
 
     def close(self) -> None:
-        """Nothing more comes. Raises OSError where lines remain that cannot be written."""
+        """Writes what is pending and closes the file. Raises OSError if that fails."""
         if self._file is None:
-            self._write()
+            self._rewrite()
             return
         with self._file:
-            self._write_rest()
+            self._flush()
 
-    def _write_rest(self):
-        while self._rest:
-            self._rest = self._rest[self._file.write(self._rest) :]
+    def _flush(self):
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
-    def _write(self):
-        with new_text(self._path) as file:
+    def _rewrite(self):
+        with open_atomic(self._path) as file:
             file.write("".join(line + "\n" for line in self._lines))
-        self._written = time.monotonic()
+        self._last_rewrite = time.monotonic()
 
 
 def _partial(path):
     return path.parent / f".{os.path.basename(path)}.partial"
 
 
-def fetched(path: str | os.PathLike) -> pathlib.Path:
-    """A file or folder as a local path: itself, or, of a bucket, a copy in the cache, brought up to date.
+def local_copy(path: str | os.PathLike) -> pathlib.Path:
+    """Returns a local path for a file or folder: the path itself, or an up-to-date cached copy from a bucket.
 
-    Many libraries read local files alone. The cache is ``$XDG_CACHE_HOME/stf_jax``, or ``~/.cache/stf_jax``.
+    For libraries that read only local files. The cache is ``$XDG_CACHE_HOME/stf_jax``, or ``~/.cache/stf_jax``.
     """
     remote = to_path(path)
     if not in_bucket(remote):
         return pathlib.Path(remote)
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "stf_jax"
     local = cache / os.fspath(remote).replace("://", "/")
-    there = {local / source.relative_to(remote) if source != remote else local: source for source in _files(remote)}
-    for target, source in there.items():
-        size, changed = source.stat().length, _changed(source)
-        if not target.exists() or (target.stat().st_size, target.stat().st_mtime_ns) != (size, changed):
+    sources = {local / source.relative_to(remote) if source != remote else local: source for source in _files(remote)}
+    for target, source in sources.items():
+        size, modified = source.stat().length, _modified_ns(source)
+        if not target.exists() or (target.stat().st_size, target.stat().st_mtime_ns) != (size, modified):
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.{os.getpid()}")  # hosts may share a cache
             _copy(source, partial)
-            os.utime(partial, ns=(changed, changed))
+            os.utime(partial, ns=(modified, modified))
             partial.replace(target)
-    for old in [local, *local.rglob("[!.]*")]:  # not the others' partial files
-        if old.is_file() and old not in there:
+    for old in [local, *local.rglob("[!.]*")]:  # leaves the partial files of other processes
+        if old.is_file() and old not in sources:
             old.unlink(missing_ok=True)
     return local
 
 
 def upload(local: pathlib.Path, to: epath.Path) -> None:
-    """Copies a local folder's files to a bucket."""
+    """Copies the files of a local folder to a bucket."""
     for source in sorted(path for path in local.rglob("*") if path.is_file()):
         _copy(source, to / source.relative_to(local).as_posix())
 
 
 def in_bucket(path: str | os.PathLike) -> bool:
-    """Whether a path is a URI (``gs://``, ``s3://``)."""
+    """Whether a path is in a bucket (``gs://``, ``s3://``)."""
     return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in _BUCKETS))
 
 
@@ -243,9 +252,9 @@ def _copy(source, target):
         shutil.copyfileobj(opened, file, 2**22)
 
 
-def _changed(path):
-    """When a file in a bucket was written last, in nanoseconds; etils does not say so of s3://."""
-    import fsspec  # as in to_path
+def _modified_ns(path):
+    """When a file in a bucket was last modified, in nanoseconds; etils does not report it for s3://."""
+    import fsspec  # slow, as in to_path
 
     bucket, name = fsspec.core.url_to_fs(os.fspath(path))
     return round(bucket.modified(name).timestamp() * 1e6) * 1000

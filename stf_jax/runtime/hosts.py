@@ -1,4 +1,4 @@
-"""Several hosts, one run: each starts the same command, and they find each other before a device is touched."""
+"""Runs on several hosts: each starts the same command, and they connect before any device is used."""
 
 import glob
 import importlib.util
@@ -15,12 +15,12 @@ from jax.experimental import multihost_utils
 from stf_jax.config import RunFailed, Stopped, TryAgain, UserError, short_message
 from stf_jax.runtime.environment import TPUS
 
-_PATIENCE = 300  # seconds that a host waits for the others to start
-LOST = "Another host of the run was lost, it seems; start the same command again on all, and it goes on"
-_GRACE = 5  # seconds that a host which failed leaves the others to fail likewise
-_LONGEST = 2000  # bytes of a sentence
-_OWN = re.compile("RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED|out of memory")  # of what jax raises, our doing
-_LAUNCHERS = (  # Open MPI and SLURM, by which Open MPI may itself be started: how many processes, and which
+_JOIN_TIMEOUT = 300  # seconds that a host waits for the others to start
+PEER_LOST = "Another host of the run seems to be lost; run the same command on all hosts to resume"
+_GRACE = 5  # seconds that a failed host leaves the others to report the same failure
+_MESSAGE_BYTES = 2000  # of a message broadcast to all hosts; the rest is cut
+_LOCAL_ERROR = re.compile("RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED|out of memory")  # not a peer's fault
+_LAUNCHERS = (  # number of processes and own rank; Open MPI first, because SLURM may have started it
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
@@ -29,20 +29,20 @@ _LAUNCHERS = (  # Open MPI and SLURM, by which Open MPI may itself be started: h
 def join(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, silent: int = 100
 ) -> None:
-    """Makes this process one of a run's, where it is: as told, or as SLURM, Open MPI or a TPU pod's machines tell jax.
+    """Connects this process to the others of its run, found by the arguments, SLURM, Open MPI or a TPU pod.
 
-    Without arguments and without those, there is one process. SLURM and Open MPI are taken to start a process for each
-    GPU, as jax has it; told by arguments, a process takes all devices that it sees. On CPUs, jax uses gloo.
+    With none of these the run has one process. Under SLURM and Open MPI, jax expects one process per GPU; with
+    arguments, a process uses all devices that it sees. On CPUs, jax communicates by gloo.
 
     Args:
-      coordinator: ``HOST:PORT`` of process 0, as the others reach it.
-      processes: how many there are; 1 keeps this one alone wherever it was started.
-      process: which this one is, from 0.
-      silent: seconds that one may be silent before the others take it for dead.
+      coordinator: ``HOST:PORT`` of process 0, as reachable from the others.
+      processes: number of processes; with 1, this process runs alone wherever it was started.
+      process: index of this process, from 0.
+      silent: seconds without a heartbeat after which a process counts as dead.
 
     Raises:
-      UserError: arguments that do not go together; there are others, but jax cannot find them. Where they do not come
-        in time, the process ends with exit status 75, for jax would abort.
+      UserError: only some of the arguments are given, or jax cannot find the other processes. If they do not start in
+        time, the process exits with status 75, because jax would abort.
     """
     if jax.distributed.is_initialized():
         return
@@ -57,88 +57,89 @@ def join(
     elif any(named):
         raise UserError("--coordinator, --processes and --process go together: give all three or none.")
     else:
-        processes, process = _launched()
+        processes, process = _read_launcher()
         if processes is None and not _on_tpu():
             return
     who = "This process" if process is None else f"Process {process} of {processes}"
-    late = _exit_after(
-        _PATIENCE,
-        f"error: {who} has not met the others at {coordinator or 'their coordinator'} in {_PATIENCE} s: start all of "
-        "them together, and let them reach that port where process 0 runs.",
+    timeout = _exit_after(
+        _JOIN_TIMEOUT,
+        f"error: {who} did not connect to the others at {coordinator or 'their coordinator'} within {_JOIN_TIMEOUT} s: "
+        "start all processes together, and make that port of process 0 reachable from all hosts.",
         status=TryAgain.status,
     )
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM itself
     try:
         jax.distributed.initialize(
             coordinator,
             processes,
             process,
             cluster_detection_method="deactivate" if coordinator else None,
-            initialization_timeout=2 * _PATIENCE,  # when jax would abort
+            initialization_timeout=2 * _JOIN_TIMEOUT,  # when jax would abort
             heartbeat_timeout_seconds=silent,
         )
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
         if processes is None and isinstance(error, ValueError):
-            return  # a TPU that is part of no pod
+            return  # a TPU that is not part of a pod
         reason = short_message(error)
-        if coordinator and isinstance(error, jax.errors.JaxRuntimeError):  # by one who still waits for who was before
-            raise TryAgain(f"{who} was not let in by the others ({reason}); start again on all.") from None
+        if coordinator and isinstance(error, jax.errors.JaxRuntimeError):
+            # The coordinator of the previous start is still waiting for that start's processes.
+            raise TryAgain(f"{who} was rejected by the coordinator ({reason}); start again on all hosts.") from None
         raise UserError(
-            f"{who} cannot join the others ({reason}); say --coordinator=HOST:PORT, --processes=N and --process=I."
+            f"{who} cannot join the others ({reason}); give --coordinator=HOST:PORT, --processes=N and --process=I."
         ) from None
     finally:
-        late.cancel()
+        timeout.cancel()
 
 
-def by_first(do: Callable[[], None]) -> None:
-    """What process 0 does for all. Raises, in all, the UserError that it raises there."""
-    sentence = ""
+def run_on_host0(function: Callable[[], None]) -> None:
+    """Runs a function on process 0 alone. A UserError that it raises there is raised on all processes."""
+    message = ""
     if jax.process_index() == 0:
         try:
-            do()
+            function()
         except UserError as error:
-            sentence = str(error)
+            message = str(error)
     if jax.process_count() > 1:
-        told = np.frombuffer(sentence.encode()[:_LONGEST].ljust(_LONGEST), np.uint8)
-        sentence = multihost_utils.broadcast_one_to_all(told).tobytes().decode(errors="ignore").strip()
-    if sentence:
-        raise UserError(sentence)
+        padded = np.frombuffer(message.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES), np.uint8)
+        message = multihost_utils.broadcast_one_to_all(padded).tobytes().decode(errors="ignore").strip()
+    if message:
+        raise UserError(message)
 
 
-def any_says(mine: bool) -> bool:
-    """Whether any process says so; all must ask."""
-    return mine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(mine)).any())
+def any_process(local: bool) -> bool:
+    """Whether ``local`` is true on any process. All processes must call this."""
+    return local if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(local)).any())
 
 
-def lost(error: BaseException) -> bool:
-    """Whether an exception may come of another process of this run having gone: jax's, but for a few kinds."""
+def is_peer_lost(error: BaseException) -> bool:
+    """Whether another process of the run may have died: any jax runtime error but those with a local cause."""
     several = jax.distributed.is_initialized() and jax.process_count() > 1
-    return several and isinstance(error, jax.errors.JaxRuntimeError) and not _OWN.search(str(error))
+    return several and isinstance(error, jax.errors.JaxRuntimeError) and not _LOCAL_ERROR.search(str(error))
 
 
-def status_of(error: BaseException) -> int:
-    """The exit status of a process that raises it (docs/operations.md)."""
+def exit_status(error: BaseException) -> int:
+    """Returns the exit status of a process that raises this error (docs/operations.md)."""
     if isinstance(error, KeyboardInterrupt):
-        return 130  # as shells have it
+        return 130  # the shells' convention
     if isinstance(error, (UserError, RunFailed, TryAgain, Stopped)):
         return error.status
-    return TryAgain.status if lost(error) else 1
+    return TryAgain.status if is_peer_lost(error) else 1
 
 
-def leave(status: int) -> int:
-    """Lets a process that failed end with that status in a few seconds, where there are others; gives the status.
+def exit_soon(status: int) -> int:
+    """Makes a failed process of several exit with this status within seconds; returns the status.
 
-    By itself jax would wait five minutes for the others, and they for this one. So those that fail for the same reason
-    have the time to say so, and the rest are ended by jax when this one's connections are lost.
+    On its own, jax would wait five minutes for the others, and they for this one. The delay lets processes that fail
+    for the same reason report it; jax ends the rest when this one's connections are lost.
     """
     if jax.distributed.is_initialized():
         _exit_after(_GRACE, status=status)
     return status
 
 
-def _exit_after(seconds, sentence="", *, status):
+def _exit_after(seconds, message="", *, status):
     def end():
-        print(sentence, end="\n" if sentence else "", file=sys.stderr, flush=True)
+        print(message, end="\n" if message else "", file=sys.stderr, flush=True)
         os._exit(status)
 
     timer = threading.Timer(seconds, end)
@@ -147,10 +148,10 @@ def _exit_after(seconds, sentence="", *, status):
     return timer
 
 
-def _launched():
-    """How many processes a launcher started, and which this one is; or Nones."""
+def _read_launcher():
+    """Reads the number of processes that a launcher started and this one's index; (None, None) without a launcher."""
     for names in _LAUNCHERS:
-        processes, process = (int(os.environ.get(name) or -1) for name in names)  # an empty one is none
+        processes, process = (int(os.environ.get(name) or -1) for name in names)  # empty counts as unset
         if processes > 1 and process >= 0:
             return processes, process
     return None, None

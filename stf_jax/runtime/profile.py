@@ -1,4 +1,4 @@
-"""A profile of chosen steps."""
+"""Records a profile of selected steps."""
 
 import pathlib
 import shutil
@@ -11,31 +11,32 @@ from stf_jax.runtime.files import in_bucket, upload
 
 
 class Profile:
-    """A trace of chosen steps, as TensorBoard's profile plugin (xprof) reads it."""
+    """A trace of selected steps, in the format of TensorBoard's profile plugin (xprof)."""
 
     def __init__(self, folder: epath.Path, first: int, steps: int):
-        """The trace of ``steps`` steps from ``first`` on; of none where one of them is 0."""
-        self._folder, self._steps, self._at = folder, range(first, first + steps) if first else range(0), None
+        """Selects ``steps`` steps, starting with ``first``; none if either is 0."""
+        self._folder, self._steps = folder, range(first, first + steps) if first else range(0)
+        self._trace_folder = None  # while a trace is recorded
 
-    def before(self, step: int) -> None:
-        """Begins with the first of the steps; where a run goes on among them, with that one."""
-        if step in self._steps and self._at is None:
-            # The profiler writes to local disks alone.
-            self._at = pathlib.Path(tempfile.mkdtemp() if in_bucket(self._folder) else self._folder)
-            jax.profiler.start_trace(self._at)
+    def before_step(self, step: int) -> None:
+        """Starts the trace at the first selected step that this process runs."""
+        if step in self._steps and self._trace_folder is None:
+            # The profiler writes only to local disks.
+            self._trace_folder = pathlib.Path(tempfile.mkdtemp() if in_bucket(self._folder) else self._folder)
+            jax.profiler.start_trace(self._trace_folder)
 
-    def after(self, step: int, done: jax.Array) -> None:
-        """Ends with the last of the steps, when the devices have ended it."""
-        if self._at is not None and step + 1 not in self._steps:
-            done.block_until_ready()
-            self.end()
+    def after_step(self, step: int, output: jax.Array) -> None:
+        """Stops the trace after the last selected step, once its ``output`` is ready."""
+        if self._trace_folder is not None and step + 1 not in self._steps:
+            output.block_until_ready()
+            self.stop()
 
-    def end(self) -> None:
-        """Ends the trace, if there is one: a run may end before its steps do."""
-        if self._at is None:
+    def stop(self) -> None:
+        """Stops the trace if one is being recorded: a run may end before its selected steps do."""
+        if self._trace_folder is None:
             return
         jax.profiler.stop_trace()
         if in_bucket(self._folder):
-            upload(self._at, self._folder)
-            shutil.rmtree(self._at)
-        self._at = None
+            upload(self._trace_folder, self._folder)
+            shutil.rmtree(self._trace_folder)
+        self._trace_folder = None

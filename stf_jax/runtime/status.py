@@ -1,4 +1,4 @@
-"""Where a run stands, by what lies in its workdir: ``python -m stf_jax.main --workdir=DIR --status``. It only reads."""
+"""The status of a run, read from its workdir without changing it: ``python -m stf_jax.main --workdir=DIR --status``."""
 
 import datetime
 import json
@@ -10,158 +10,164 @@ from typing import Any
 from etils import epath
 
 from stf_jax.config import UserError
+from stf_jax.runtime.events import EVENTS, METRICS, count_restarts, read_lines
 from stf_jax.runtime.files import in_bucket
-from stf_jax.runtime.hold import NAME, holder
-from stf_jax.runtime.journal import EVENTS, METRICS, read, restarts
-from stf_jax.runtime.table import facts, span
+from stf_jax.runtime.lock import LOCK_NAME, lock_owner
+from stf_jax.runtime.table import format_duration, format_facts
 
-_WHOLE = "commit_success.txt"  # by which Orbax ends a checkpoint in a bucket, where no folder can be renamed
-_END = 2**16  # bytes of metrics.jsonl that are looked at
-_NEEDED = {"step", "loss", "seconds_per_step", "tokens_per_second", "seconds", "tokens", "rows_replaced"}  # of a line
-_NEWS, _WIDTH = 5, 100  # events shown, and letters of what each says
+_COMMIT = "commit_success.txt"  # marks a complete Orbax checkpoint in a bucket, where folders cannot be renamed
+_TAIL = 2**16  # bytes of metrics.jsonl that are read
+_REQUIRED = {"step", "loss", "seconds_per_step", "tokens_per_second", "seconds", "tokens", "rows_replaced"}
+_EVENTS_SHOWN, _WIDTH = 5, 100  # and characters of each event's details
 _log = logging.getLogger(__name__)
 
 
-def status(workdir: epath.Path) -> str:
-    """Where a run stands, for people; of one with several stages, where each stands that was begun.
+def format_status(workdir: epath.Path) -> str:
+    """Formats the status of a run for people; with several stages, of each that has begun.
 
-    It may be at work meanwhile, also on another machine: nothing is written, and nothing is asked of it.
+    The run may be in progress, also on another machine: nothing is written, and the run is not contacted.
 
     Raises:
-      UserError: the folder is no run's, or cannot be read.
+      UserError: the folder is not a run's workdir, or cannot be read.
     """
     try:
-        folders = _stages(workdir)
-        held = {path: _holder(path) for path in dict.fromkeys([workdir, *folders, *_entries(workdir)])}
-        told = [_stage(folder, held[folder]) for folder in folders]
-        told += [
-            f"{path}: {_running(who)}, and getting ready" for path, who in held.items() if who and path not in folders
+        stages = _find_stages(workdir)
+        owners = {path: _find_owner(path) for path in dict.fromkeys([workdir, *stages, *_entries(workdir)])}
+        parts = [_format_stage(folder, owners[folder]) for folder in stages]
+        parts += [
+            f"{path}: {_format_owner(owner)}, preparing to train"
+            for path, owner in owners.items()
+            if owner and path not in stages
         ]
-        if told:
-            return "\n\n".join(told)
+        if parts:
+            return "\n\n".join(parts)
     except OSError as error:
         raise UserError(f"The workdir {workdir} cannot be read: {error.strerror or error}.") from None
-    raise UserError(f"{workdir} is no workdir of a run, for it holds no config.json; give what --workdir was there.")
+    raise UserError(f"{workdir} is not a run's workdir: it has no config.json of a run. Give the run's --workdir.")
 
 
-def _stages(workdir):
-    """The folders of the stages in the order in which they were begun; the workdir itself where it is one stage's."""
-    if _begun(workdir):
+def _find_stages(workdir):
+    """Lists the folders of the stages in the order in which they began; of a single-stage run, the workdir itself."""
+    if _is_stage(workdir):
         return [workdir]
-    found = [path for path in _entries(workdir) if _begun(path)]
-    begun = {path: next((event["time"] for event in _events(path)), "later") for path in found}
-    return sorted(found, key=lambda path: (begun[path], path.name))
+    stages = [path for path in _entries(workdir) if _is_stage(path)]
+    begin_times = {path: next((event["time"] for event in _read_events(path)), "later") for path in stages}
+    return sorted(stages, key=lambda path: (begin_times[path], path.name))
 
 
-def _begun(folder):
-    """Whether a folder holds a run's config.json; models have files of that name, too."""
+def _is_stage(folder):
+    """Whether a folder has a run's config.json; models have files of that name, too."""
     try:
         return "global_batch_size" in json.loads((folder / "config.json").read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return False
 
 
-def _events(folder):
-    return _lines(folder / EVENTS, {"time", "event", "step"})
+def _read_events(folder):
+    return _read_objects(folder / EVENTS, {"time", "event", "step"})
 
 
-def _lines(path, keys, end=0):
-    """What the lines say that have all those keys."""
-    return [values for _, values in read(path, end) if keys <= values.keys()]
+def _read_objects(path, keys, tail=0):
+    """Reads the objects of a JSONL file that have all these keys."""
+    return [values for _, values in read_lines(path, tail) if keys <= values.keys()]
 
 
-def _holder(folder):
-    if in_bucket(folder) and (folder / NAME).exists():
-        _log.info("%s: waiting for whether its run is alive, for a bucket has no locks", folder)
-    return holder(folder)
+def _find_owner(folder):
+    if in_bucket(folder) and (folder / LOCK_NAME).exists():
+        _log.info("%s: waiting to see whether its run is alive, because a bucket has no locks", folder)
+    return lock_owner(folder)
 
 
-def _stage(folder, held):
-    events = _events(folder)
-    last = next(reversed(_lines(folder / METRICS, _NEEDED, _END)), {})
+def _format_stage(folder, owner):
+    events = _read_events(folder)
+    last = next(reversed(_read_objects(folder / METRICS, _REQUIRED, _TAIL)), {})
     steps = next((event["steps"] for event in reversed(events) if "steps" in event), 0)
-    running, state = _state(events, held)
-    whole, half = _checkpoints(folder / "checkpoints")
+    running, state = _describe_state(events, owner)
+    complete, incomplete = _list_checkpoints(folder / "checkpoints")
     damaged = sorted(path.name for path in _entries(folder / "damaged"))
-    shown = {"step": "none is logged yet"}
+    progress = {"step": "none logged yet"}
     if last:
-        age = span(max(time.time() - (folder / METRICS).stat().mtime, 0))
+        age = format_duration(max(time.time() - (folder / METRICS).stat().mtime, 0))
         left = (steps - last["step"]) * last["seconds_per_step"]
-        shown = {
+        progress = {
             "step": f"{last['step']:,}{f' of {steps:,}' if steps else ''}, logged {age} ago",
             "loss": "not finite" if last["loss"] is None else f"{last['loss']:.3f}",
-            "speed": _speed(last),
-            "left": f"{span(left)} at that speed" if running and left > 0 else "",
-            "trained": f"{last['tokens']:,} tokens in {span(last['seconds'])}",
-            "skipped": _skipped(last),
+            "speed": _format_speed(last),
+            "left": f"{format_duration(left)} at that speed" if running and left > 0 else "",
+            "trained": f"{last['tokens']:,} tokens in {format_duration(last['seconds'])}",
+            "skipped": _format_skipped(last),
         }
-    return facts(
+    return format_facts(
         f"{folder}: {state}",
-        shown
+        progress
         | {
-            "restarts": f"{restarts(events):,}" if restarts(events) else "",
-            "checkpoints": ", ".join([*map(str, whole), *(f"{name} (not whole)" for name in half)]) or "none",
-            "damaged": f"{', '.join(damaged)}, set aside in {folder / 'damaged'}" if damaged else "",
-            "lately": f"\n{'':15}".join(map(_told, events[-_NEWS:])),
+            "restarts": f"{count_restarts(events):,}" if count_restarts(events) else "",
+            "checkpoints": ", ".join([*map(str, complete), *(f"{name} (incomplete)" for name in incomplete)]) or "none",
+            "damaged": f"{', '.join(damaged)}, moved to {folder / 'damaged'}" if damaged else "",
+            "events": f"\n{'':15}".join(map(_format_event, events[-_EVENTS_SHOWN:])),
         },
     )
 
 
-def _state(events, held):
-    """Whether a process is at work on it, and what to say of that."""
-    fate = next((event for event in reversed(events) if event["event"] in ("begin", "stopped", "end")), {})
-    # One that is held again since was started again.
-    ended = fate.get("event") == "end" and not (held and _when(held["since"]) > _when(fate["time"]))
-    if held and not ended:
-        return True, _running(held)
+def _describe_state(events, owner):
+    """Returns whether a process is running the stage, and the state as text."""
+    latest = next((event for event in reversed(events) if event["event"] in ("begin", "stopped", "end")), {})
+    # A lock taken after the end means that the run was started again.
+    ended = latest.get("event") == "end" and not (owner and _timestamp(owner["since"]) > _timestamp(latest["time"]))
+    if owner and not ended:
+        return True, _format_owner(owner)
     if ended:
-        return False, f"ended {_ago(fate)}"
-    if fate.get("event") == "stopped":
-        return False, f"stopped {_ago(fate)} at step {fate['step']:,}, exit status {fate.get('status', 'unknown')}"
-    if fate:
-        return False, "dead: it has not ended, and no process is at work on it; its command, given again, goes on"
-    return False, "no process is at work on it"
+        return False, f"ended {_format_age(latest)}"
+    if latest.get("event") == "stopped":
+        status = latest.get("status", "unknown")
+        return False, f"stopped {_format_age(latest)} at step {latest['step']:,}, exit status {status}"
+    if latest:
+        return False, "dead: it has not ended, and no process is running it; run the same command to resume"
+    return False, "no process is running it"
 
 
-def _running(held):
-    return f"running since {held['since']}, process {held['pid']} on {held['host']}"
+def _format_owner(owner):
+    return f"running since {owner['since']}, process {owner['pid']} on {owner['host']}"
 
 
-def _speed(last):
-    named = {"MFU": "mfu", "data wait": "data_wait", "goodput": "goodput"}
-    shares = [f"{name} {last[key]:.0%}" for name, key in named.items() if key in last]
+def _format_speed(last):
+    keys = {"MFU": "mfu", "data wait": "data_wait", "goodput": "goodput"}
+    shares = [f"{name} {last[key]:.0%}" for name, key in keys.items() if key in last]
     return ", ".join([f"{last['tokens_per_second']:,.0f} tok/s", *shares])
 
 
-def _skipped(last):
+def _format_skipped(last):
     counts = {"rows": last["rows_replaced"], "updates": last.get("updates_skipped", 0)}
-    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
 
 
-def _checkpoints(folder):
-    """The steps that are whole, in order, and the names of folders that are not: by names, for Orbax would tidy up."""
+def _list_checkpoints(folder):
+    """Lists complete steps in order, and the names of incomplete folders; without Orbax, which would delete those."""
     found = {path.name: path for path in _entries(folder)}
-    whole = [name for name in found if name.isdigit() and (not in_bucket(folder) or (found[name] / _WHOLE).exists())]
-    return sorted(map(int, whole)), sorted(name for name in found.keys() - set(whole) if name.split(".")[0].isdigit())
+    complete = [
+        name for name in found if name.isdigit() and (not in_bucket(folder) or (found[name] / _COMMIT).exists())
+    ]
+    incomplete = (name for name in found.keys() - set(complete) if name.split(".")[0].isdigit())
+    return sorted(map(int, complete)), sorted(incomplete)
 
 
 def _entries(folder):
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def _told(event: Mapping[str, Any]) -> str:
-    rest = {
+def _format_event(event: Mapping[str, Any]) -> str:
+    details = {
         key: value for key, value in event.items() if key not in ("time", "event", "step") and value not in ("", {}, [])
     }
-    text = ", ".join(f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in rest.items())
+    text = ", ".join(f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in details.items())
     text = text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
-    when = event["time"][:19].replace("T", " ")
-    return f"{when} UTC, step {event['step']:,}: {event['event']}{f' ({text})' if text else ''}"
+    time_text = event["time"][:19].replace("T", " ")
+    return f"{time_text} UTC, step {event['step']:,}: {event['event']}{f' ({text})' if text else ''}"
 
 
-def _ago(event):
-    return f"{span(max(time.time() - _when(event['time']), 0))} ago"
+def _format_age(event):
+    return f"{format_duration(max(time.time() - _timestamp(event['time']), 0))} ago"
 
 
-def _when(text):
+def _timestamp(text):
     return datetime.datetime.fromisoformat(text.replace(" UTC", "+00:00")).timestamp()

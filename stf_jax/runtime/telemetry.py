@@ -1,6 +1,6 @@
-"""What a run says: a line a logged step and a summary for people, and for machines what journal.py and writers.py keep.
+"""Reports a run's progress: log lines, a progress bar, a summary, and the figures in ``metrics.jsonl``.
 
-docs/ARCHITECTURE.md defines each figure. Nothing here waits for a device, but for the end of a profile.
+docs/ARCHITECTURE.md defines each figure. Nothing here waits for a device, except the end of a profile.
 """
 
 import concurrent.futures
@@ -17,23 +17,23 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from stf_jax.config import TrainConfig, short_message
-from stf_jax.runtime.chips import chip_of
-from stf_jax.runtime.hosts import status_of
-from stf_jax.runtime.journal import BOARD, EVENTS, METRICS, Events, enduring
-from stf_jax.runtime.mesh import share_of_rows
+from stf_jax.runtime.chips import find_chip
+from stf_jax.runtime.events import EVENTS, METRICS, TENSORBOARD, Events, log_errors_once
+from stf_jax.runtime.hosts import exit_status
+from stf_jax.runtime.mesh import get_row_share
 from stf_jax.runtime.profile import Profile
-from stf_jax.runtime.table import facts, span
+from stf_jax.runtime.table import format_duration, format_facts
 from stf_jax.runtime.writers import open_writers
 
-# Seconds of wall-clock in training; tokens trained on; rows that could not be used; updates that were not made.
+# Seconds of wall-clock time in training; tokens trained on; unusable rows replaced; updates skipped.
 Clock = dict[str, float]
-START: Clock = {"seconds": 0.0, "tokens": 0, "rows_replaced": 0, "updates_skipped": 0}
+INITIAL_CLOCK: Clock = {"seconds": 0.0, "tokens": 0, "rows_replaced": 0, "updates_skipped": 0}
 
 
 class Telemetry:
-    """Tells of a run's steps, and how it ends. Only the first host of a run writes.
+    """Reports the steps of a run and how it ends, from its first host alone.
 
-    It ends with the ``with`` block: with the run's last step, or with what is raised before.
+    Leaving the ``with`` block ends the report: after the last step, or with the error that was raised.
     """
 
     def __init__(
@@ -45,44 +45,51 @@ class Telemetry:
         clock: Clock,
         *,
         mesh: jax.sharding.Mesh,
-        began: float,
+        start_time: float,
         active: bool,
         events: Events,
-        owed: bool = False,
+        log_first_step: bool = False,
     ):
-        """Stands between all that is prepared and the first step.
+        """Starts timing. Create it when everything is ready for the first step.
 
         Args:
+          workdir: the run's folder.
+          config: the run's config.
+          steps: the step at which the run ends.
           first: the step to continue from, reached at ``clock``; later lines of metrics are dropped.
-          began: ``time.monotonic()`` when this process turned to the run.
-          owed: whether the line of step ``first`` is still to be written.
-          events: a run that has begun there is said to have ended or stopped.
+          clock: totals of the run so far.
+          mesh: its devices.
+          start_time: ``time.monotonic()`` when this process started to prepare the run.
+          active: whether this host reports.
+          events: if the run has begun there, its end or stop is added.
+          log_first_step: whether step ``first`` is still to be logged.
 
         Raises:
-          UserError: the workdir cannot be written to; Weights & Biases does not take the run.
+          UserError: the workdir cannot be written to, or Weights & Biases rejects the run.
         """
         self._active, self._workdir, self._name, self._steps = active, workdir, config.name, steps
         self._events, self._writers = events, []
-        self._before, self._begin = START | clock, time.monotonic()  # runs of old counted less
-        self._clock = self._before  # as it was asked for last
+        self._initial, self._train_start = INITIAL_CLOCK | clock, time.monotonic()  # old runs lack some counts
+        self._clock = self._initial  # as last computed
         self._first = self._step = self._last_step = first
-        self._last_time = self._begin
-        self._tokens = self._all_tokens = self._replaced = 0  # this host's
-        self._skipped = self._skipped_before = 0
+        self._last_time = self._train_start
+        self._tokens = self._total_tokens = self._replaced = 0  # of this host
+        self._skipped = self._last_skipped = 0
         self._loss = math.nan
-        self._devices, self._local, self._chip = mesh.size, mesh.local_devices, chip_of(mesh.devices.flat[0])
-        self._shares = share_of_rows(mesh, jax.process_index())[1]  # of the rows, among the hosts
-        self._flops = 0  # all devices', since the last logged step
-        self._began, self._waited = began, dict.fromkeys(("data", "compile", "measure", "save"), 0.0)
-        self._waited_before, self._compiling, self._news = dict(self._waited), 0.0, {}
-        self._watch, self._ended = concurrent.futures.ThreadPoolExecutor(1), concurrent.futures.Future()
-        self._ended.set_result(self._begin)  # when the devices ended the last step that they were given
+        self._devices, self._local, self._chip = mesh.size, mesh.local_devices, find_chip(mesh.devices.flat[0])
+        self._shares = get_row_share(mesh, jax.process_index())[1]  # of the rows, among the hosts
+        self._flops = 0  # of all devices, since the last logged step
+        self._start_time, self._waited = start_time, dict.fromkeys(("data", "compile", "measure", "save"), 0.0)
+        self._last_waited, self._compile_seconds, self._compile_scalar = dict(self._waited), 0.0, {}
+        self._executor, self._done_time = concurrent.futures.ThreadPoolExecutor(1), concurrent.futures.Future()
+        self._done_time.set_result(self._train_start)  # when the devices finished the last step they were given
         self._profile = Profile(workdir / "profile", config.profile.first_step, config.profile.steps if active else 0)
         if not active:
             return
-        self._say = enduring("The log")  # which may be on a full disk, too
-        self._writers = [(writer, enduring(writer.name)) for writer in open_writers(workdir, config, first - owed)]
-        # Where it would not be seen, it would fill a log file with carriage returns.
+        self._try_print = log_errors_once("The log")  # the log may be on a full disk, too
+        writers = open_writers(workdir, config, first - log_first_step)
+        self._writers = [(writer, log_errors_once(writer.name)) for writer in writers]
+        # Shown on terminals only: in a log file it would leave carriage returns.
         self._bar = tqdm.tqdm(
             total=steps, initial=first, desc=self._name, unit="step", dynamic_ncols=True, mininterval=0.5, disable=None
         )
@@ -91,90 +98,92 @@ class Telemetry:
         return self
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
-        # Where something failed, the other hosts cannot be asked, and for what the devices still do nobody waits.
+        # After an error, the other hosts may be gone, and what the devices still compute is not waited for.
         clock = self._clock if error else self.clock()
-        self._watch.shutdown(wait=not error, cancel_futures=bool(error))
-        with contextlib.suppress(*([Exception] if error else [])):  # the first is to be told
-            self._profile.end()
+        self._executor.shutdown(wait=not error, cancel_futures=bool(error))
+        with contextlib.suppress(*([Exception] if error else [])):  # the first error is the one to report
+            self._profile.stop()
         if not self._active:
             return
-        status = status_of(error) if error else 0
+        status = exit_status(error) if error else 0
         self._bar.close()
         for writer, attempt in self._writers:
             attempt(writer.close, status)
-        if self._events.under_way:
-            how = {"status": status, "reason": short_message(error)} if error else {}
-            self._events.add("stopped" if error else "end", self._step, **how)
-        self._say(print, self._summary(clock, early=error is not None), flush=True)
+        if self._events.in_progress and error:
+            self._events.add("stopped", self._step, status=status, reason=short_message(error))
+        elif self._events.in_progress:
+            self._events.add("end", self._step)
+        self._try_print(print, self._summary(clock, early=error is not None), flush=True)
 
     @property
     def updates_skipped(self) -> int:
-        """Updates that were not made, over restarts."""
-        return int(self._before["updates_skipped"]) + self._skipped
+        """Number of skipped updates, over restarts."""
+        return int(self._initial["updates_skipped"]) + self._skipped
 
-    def skipped(self) -> None:
-        """Counts an update that was not made; all hosts call it alike."""
+    def count_skipped_update(self) -> None:
+        """Counts a skipped update. All hosts must call it."""
         self._skipped += 1
 
     def clock(self) -> Clock:
-        """The run so far, over restarts and all hosts; they must all ask at the same step."""
-        # In halves, for jax would send numbers of 64 bits as 32.
-        mine = np.array([self._all_tokens, self._replaced], np.int64).view(np.int32)
-        counts = np.ascontiguousarray(multihost_utils.process_allgather(mine)).view(np.int64).reshape(-1, 2)
-        # Of hosts that read the same rows, each counts them.
+        """Computes totals over restarts and hosts. All hosts must call it at the same step."""
+        # As pairs of int32, because jax would send 64-bit numbers as 32-bit ones.
+        local = np.array([self._total_tokens, self._replaced], np.int64).view(np.int32)
+        counts = np.ascontiguousarray(multihost_utils.process_allgather(local)).view(np.int64).reshape(-1, 2)
+        # Hosts that read the same rows each count them.
         tokens, replaced = counts.sum(axis=0) * self._shares // jax.process_count()
         self._clock = {
-            "seconds": self._before["seconds"] + time.monotonic() - self._begin,
-            "tokens": self._before["tokens"] + int(tokens),
-            "rows_replaced": self._before["rows_replaced"] + int(replaced),
+            "seconds": self._initial["seconds"] + time.monotonic() - self._train_start,
+            "tokens": self._initial["tokens"] + int(tokens),
+            "rows_replaced": self._initial["rows_replaced"] + int(replaced),
             "updates_skipped": self.updates_skipped,
         }
         return self._clock
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """In which a step is given to the devices; a profile shows it by its number."""
-        self._profile.before(step)
+        """Wraps the dispatch of a step, so that a profile shows it by its number."""
+        self._profile.before_step(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
-    def advance(self, step: int, tokens: int, replaced: int, flops: int, done: jax.Array) -> None:
-        """Counts a step that the devices were given.
+    def advance(self, step: int, tokens: int, replaced: int, flops: int, output: jax.Array) -> None:
+        """Counts a dispatched step.
 
         Args:
-          tokens: this host's, without filling.
-          replaced: this host's rows so far that could not be used.
-          flops: the step's model FLOPs, all devices together.
-          done: something that the step gives.
+          step: its number.
+          tokens: this host's tokens in the step, without padding.
+          replaced: this host's unusable rows so far.
+          flops: the step's model FLOPs on all devices together.
+          output: an output of the step, to see when it is done.
         """
         self._step = step
         self._tokens += tokens
-        self._all_tokens += tokens
+        self._total_tokens += tokens
         self._replaced, self._flops = replaced, self._flops + flops
-        self._ended = self._watch.submit(_when_ready, done)
-        self._profile.after(step, done)
+        self._done_time = self._executor.submit(_time_when_ready, output)
+        self._profile.after_step(step, output)
         if self._active:
             self._bar.update()
 
     @contextlib.contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """What the next step waits for: ``data``, ``compile``, ``measure`` or ``save``.
+    def time_waiting(self, kind: str) -> Iterator[None]:
+        """Times what the next step waits for: ``data``, ``compile``, ``measure`` or ``save``.
 
-        It costs time only from when the devices have ended the steps they were given, which they work at meanwhile.
+        Only time in which the devices are idle counts, that is, after they finish the steps they were given.
         """
         begin = time.monotonic()
         yield
         end = time.monotonic()
-        if what == "compile":
-            self._compiling += end - begin
-            self._news = {"compile_seconds": self._compiling}
-        if self._ended.done():
-            self._waited[what] += max(end - max(begin, self._ended.result()), 0.0)
+        if kind == "compile":
+            self._compile_seconds += end - begin
+            self._compile_scalar = {"compile_seconds": self._compile_seconds}
+        if self._done_time.done():
+            self._waited[kind] += max(end - max(begin, self._done_time.result()), 0.0)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes a logged step: the scalars, and the speed since the last one."""
+        """Logs a step: its scalars, and the speed since the last logged step."""
         now = time.monotonic()
-        waited = {what: seconds - self._waited_before[what] for what, seconds in self._waited.items()}
+        waited = {kind: seconds - self._last_waited[kind] for kind, seconds in self._waited.items()}
         elapsed = max(now - self._last_time - waited["compile"] - waited["measure"], 1e-9)
         tokens = self._tokens * self._shares / elapsed
         flops = self._flops / elapsed / self._devices
@@ -185,16 +194,16 @@ class Telemetry:
             "model_flops_per_second": flops,
             "data_wait": waited["data"] / elapsed,
             "goodput": self._goodput(now),
-            **self._news,
+            **self._compile_scalar,
         }
         if self._chip is not None:
             speed["mfu"] = flops / self._chip.flops
         memory = [stats["peak_bytes_in_use"] for device in self._local if (stats := device.memory_stats())]
-        if memory:  # none of CPUs
+        if memory:  # CPU devices report none
             speed["device_memory_bytes"] = max(memory)
         self._last_time, self._last_step, self._tokens, self._flops = now, step, 0, 0
-        self._waited_before, self._news = dict(self._waited), {}
-        skipped, self._skipped_before = self._skipped - self._skipped_before, self._skipped
+        self._last_waited, self._compile_scalar = dict(self._waited), {}
+        skipped, self._last_skipped = self._skipped - self._last_skipped, self._skipped
         clock = self.clock()
         if not self._active:
             return
@@ -202,14 +211,14 @@ class Telemetry:
         values = {**scalars, **speed, **clock}
         for writer, attempt in self._writers:
             attempt(writer.write, step, values)
-        self._say(tqdm.tqdm.write, self._line(step, values, skipped, now), file=sys.stderr)
+        self._try_print(tqdm.tqdm.write, self._format_line(step, values, skipped, now), file=sys.stderr)
 
     def _goodput(self, now):
-        idle = self._begin - self._began + sum(self._waited.values())
-        return 1 - idle / max(now - self._began, 1e-9)
+        idle = self._train_start - self._start_time + sum(self._waited.values())
+        return 1 - idle / max(now - self._start_time, 1e-9)
 
-    def _line(self, step, values, skipped, now):
-        """A logged step for people; what there is no figure for is left out."""
+    def _format_line(self, step, values, skipped, now):
+        """Formats a logged step for people, without figures that are not available."""
         total = f"{self._steps:,}"
         parts = [
             f"step {step:>{len(total)},}/{total}",
@@ -223,22 +232,23 @@ class Telemetry:
         ]
         if skipped:
             parts.append(f"{skipped} update{'s' * (skipped > 1)} skipped")
-        # Of measurements, what a benchmark comes to as a whole: its parts have longer names.
+        # Only the overall metrics of benchmarks: those of their parts have longer names.
         parts += [f"{key} {value:.4g}" for key, value in values.items() if key.count("/") == 1]
         if self._first < step < self._steps:
-            each = (now - self._begin - self._waited["compile"]) / (step - self._first)  # measuring and saving with it
-            parts.append(f"{span(each * (self._steps - step))} left")
+            # Measuring and saving count, compiling does not.
+            seconds_per_step = (now - self._train_start - self._waited["compile"]) / (step - self._first)
+            parts.append(f"{format_duration(seconds_per_step * (self._steps - step))} left")
         return "  ".join(filter(None, parts))
 
     def _summary(self, clock, early):
         rows, updates, restarts = clock["rows_replaced"], clock["updates_skipped"], self._events.restarts
-        skipped = [f"{rows:,} rows could not be used"] * (rows > 0) + [f"{updates:,} updates"] * (updates > 0)
-        return facts(
+        skipped = [f"{rows:,} unusable rows"] * (rows > 0) + [f"{updates:,} updates"] * (updates > 0)
+        return format_facts(
             f"{self._name}: {'ended early' if early else 'done'}",
             {
                 "steps": f"{self._step:,} of {self._steps:,}" if early else f"{self._steps:,}",
                 "tokens": f"{clock['tokens']:,}",
-                "time": span(clock["seconds"]),
+                "time": format_duration(clock["seconds"]),
                 "last loss": "" if math.isnan(self._loss) else f"{self._loss:.3f}",
                 "skipped": ", ".join(skipped),
                 "restarts": f"{restarts:,}" if restarts else "",
@@ -246,11 +256,11 @@ class Telemetry:
                 "checkpoints": str(self._workdir / "checkpoints"),
                 "metrics": str(self._workdir / METRICS),
                 "events": str(self._workdir / EVENTS),
-                "TensorBoard": str(self._workdir / BOARD),
+                "TensorBoard": str(self._workdir / TENSORBOARD),
             },
         )
 
 
-def _when_ready(done):
-    done.block_until_ready()
+def _time_when_ready(output):
+    output.block_until_ready()
     return time.monotonic()

@@ -1,4 +1,4 @@
-"""Where the scalars of logged steps go: ``metrics.jsonl``, TensorBoard and, if asked for, Weights & Biases."""
+"""Writers of the scalars of logged steps: ``metrics.jsonl``, TensorBoard and, optionally, Weights & Biases."""
 
 import os
 import tempfile
@@ -10,39 +10,57 @@ from etils import epath
 from tensorboard.summary import Writer as EventFile
 
 from stf_jax.config import TrainConfig, UserError, WandbConfig, short_message, to_json
-from stf_jax.runtime.files import in_bucket, writing
-from stf_jax.runtime.journal import BOARD, Metrics
+from stf_jax.runtime.events import METRICS, TENSORBOARD, read_lines, to_json_line
+from stf_jax.runtime.files import AppendOnlyFile, as_user_error, in_bucket
 
 
 class Writer(Protocol):
-    """Takes the scalars of one logged step after the other."""
+    """Receives the scalars of each logged step."""
 
-    name: str  # as a warning has it
+    name: str  # for warnings
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def close(self, status: int) -> None:
-        """Nothing more comes: the run ends with that exit status."""
+        """Closes the writer; the run ends with this exit status."""
 
 
 def open_writers(workdir: epath.Path, config: TrainConfig, first: int) -> list[Writer]:
-    """All writers of a run that continues from step ``first``.
+    """Opens all writers of a run that continues from step ``first``.
 
     Raises:
-      UserError: the workdir cannot be written to; Weights & Biases does not take the run.
+      UserError: the workdir cannot be written to, or Weights & Biases rejects the run.
     """
-    with writing(workdir):
-        writers = [Metrics(workdir, first), Board(workdir)]
+    with as_user_error(workdir):
+        writers = [Metrics(workdir, first), TensorBoard(workdir)]
         return [*writers, Wandb(workdir, config)] if config.wandb.project else writers
 
 
-class Board:
+class Metrics:
+    """``metrics.jsonl``: one object per logged step."""
+
+    name = METRICS
+
+    def __init__(self, workdir: epath.Path, first: int):
+        """Drops lines after step ``first``: a run that was killed may have gone past its last checkpoint."""
+        path = workdir / METRICS
+        kept = [line for line, value in read_lines(path) if value.get("step", first + 1) <= first]
+        self._file = AppendOnlyFile(path, kept)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.append(to_json_line({"step": step, **values}))
+
+    def close(self, status: int) -> None:
+        self._file.close()
+
+
+class TensorBoard:
     """TensorBoard's event files."""
 
     name = "TensorBoard's event file"
 
     def __init__(self, workdir: epath.Path):
-        self._folder = str(workdir / BOARD)
+        self._folder = str(workdir / TENSORBOARD)
         self._file = EventFile(self._folder)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -52,7 +70,7 @@ class Board:
             for key, value in values.items():
                 self._file.add_scalar(key, value, step)
         except OSError:
-            self._file = None  # one that has failed takes nothing more
+            self._file = None  # a file that has failed once accepts nothing more
             raise
 
     def close(self, status: int) -> None:
@@ -61,40 +79,40 @@ class Board:
 
 
 class Wandb:
-    """Weights & Biases. Its mode and key are its own environment variables' (``WANDB_MODE``, ``WANDB_API_KEY``)."""
+    """Weights & Biases. Its own environment variables set mode and key (``WANDB_MODE``, ``WANDB_API_KEY``)."""
 
     name = "Weights & Biases"
 
     def __init__(self, workdir: epath.Path, config: TrainConfig):
-        """Begins a run there, or goes on with that of this workdir, whose id is kept in ``wandb/id``."""
-        wandb, kept = import_wandb(config.wandb), workdir / "wandb" / "id"
+        """Starts a W&B run, or resumes this workdir's, whose id is stored in ``wandb/id``."""
+        wandb, id_file = import_wandb(config.wandb), workdir / "wandb" / "id"
         try:
             self._run = wandb.init(
                 project=config.wandb.project,
                 entity=config.wandb.entity or None,
                 name=os.fspath(workdir),
-                id=kept.read_text() if kept.exists() else None,
+                id=id_file.read_text() if id_file.exists() else None,
                 resume="allow",
                 dir=tempfile.mkdtemp() if in_bucket(workdir) else os.fspath(workdir),
                 config=to_json(config),
             )
         except wandb.Error as error:
             raise UserError(
-                f"Weights & Biases does not take the run ({short_message(error)}); mend that, set WANDB_MODE=offline, "
+                f"Weights & Biases rejected the run ({short_message(error)}). Fix the cause, set WANDB_MODE=offline, "
                 "or leave wandb.project empty."
             ) from None
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text(self._run.id)
+        id_file.parent.mkdir(exist_ok=True)
+        id_file.write_text(self._run.id)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)  # of steps that are run again, it keeps what it had: the same
+        self._run.log(dict(values), step=step)  # for steps logged before, W&B keeps the earlier values, which are equal
 
     def close(self, status: int) -> None:
         self._run.finish(status)
 
 
 def import_wandb(config: WandbConfig) -> ModuleType | None:
-    """The package of Weights & Biases; None where the config does not ask for it.
+    """Imports the package of Weights & Biases; returns None if the config does not use it.
 
     Raises:
       UserError: it is not installed.
@@ -104,9 +122,10 @@ def import_wandb(config: WandbConfig) -> ModuleType | None:
     try:
         import wandb
 
-        _ = wandb.init  # which a mere folder of that name, as it leaves behind, has not
+        _ = wandb.init  # missing if `wandb` is only a folder of that name, which W&B itself creates
     except (ImportError, AttributeError):
         raise UserError(
-            f"wandb.project={config.project!r} needs a package that is not here: pip install wandb, or leave it empty."
+            f"wandb.project={config.project!r} needs a package that is not installed: pip install wandb, or leave "
+            "wandb.project empty."
         ) from None
     return wandb

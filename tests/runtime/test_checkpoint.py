@@ -113,7 +113,7 @@ def test_checkpoints_are_kept_as_configured(tmp_path, every, keep_last, keep_eve
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(every, keep_last, keep_every))
     assert checkpoints.latest is None
     for step in range(1, 11):
-        if checkpoints.due(step, last=step == 10):
+        if checkpoints.should_save(step, last=step == 10):
             checkpoints.save(step, _state(), _position(), {"seconds": 0.0})
     checkpoints.close()
     assert sorted(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir()) == kept
@@ -121,11 +121,11 @@ def test_checkpoints_are_kept_as_configured(tmp_path, every, keep_last, keep_eve
 
 def test_the_last_step_is_not_saved_twice(tmp_path):
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(every_steps=2))
-    assert checkpoints.due(2)
-    assert not checkpoints.due(3)
-    assert checkpoints.due(3, last=True)
+    assert checkpoints.should_save(2)
+    assert not checkpoints.should_save(3)
+    assert checkpoints.should_save(3, last=True)
     checkpoints.save(2, _state(), _position(), {"seconds": 0.0})
-    assert not checkpoints.due(2, last=True)
+    assert not checkpoints.should_save(2, last=True)
     checkpoints.close()
     assert Checkpoints(tmp_path, CheckpointConfig()).latest == 2
 
@@ -206,5 +206,5 @@ def test_parameters_are_laid_out_as_wanted(saved):
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match=rf"Run {tmp_path} holds no complete checkpoint"):
+    with pytest.raises(UserError, match=rf"Run {tmp_path} has no complete checkpoint"):
         SavedParams(tmp_path)

@@ -13,7 +13,7 @@ from ml_collections.config_flags import config_flags
 
 from stf_jax.config import DataConfig, ModelConfig, TrainConfig, UserError, resolve
 from stf_jax.runtime import environment
-from stf_jax.runtime.cli import Parser, door, local_path, parse, path, path_text, require
+from stf_jax.runtime.cli import Parser, local_path, parse, path, path_text, require, run_command
 from stf_jax.runtime.files import check_paths, to_path
 
 HELP = "Usage: as this page says.\n"
@@ -71,7 +71,7 @@ def run(tmp_path, capsys):
 
     def run(*argv, workdir=True):
         seen.clear()
-        status = door(main, [*argv, *([f"--workdir={tmp_path / 'run'}"] if workdir else [])])
+        status = run_command(main, [*argv, *([f"--workdir={tmp_path / 'run'}"] if workdir else [])])
         out, error = capsys.readouterr()
         assert out == ""
         return status, error, seen.get("stages"), seen.get("workdir")
@@ -151,7 +151,7 @@ def test_a_config_file_that_is_none(run, tmp_path, monkeypatch):
         "a" * 300: r"cannot be loaded: a+… 100 characters …a+: File name too long\.$",
         "binary.py": r"cannot be read: .*null bytes",
         "latin.py": r"cannot be read: .*'utf-8' codec can't decode.*latin\.py",
-        "https://host/a.py": r"cannot be loaded: https://host/a\.py is a URL, and a config is a file on this machine",
+        "https://host/a.py": r"cannot be loaded: https://host/a\.py is a URL, but a config must be a file on this machine",
         "gs://bucket/a.py:steps=3": r"cannot be loaded: gs://bucket/a\.py:steps=3 is a URL",
     }.items():
         for argv in ([f"--config={name}"], ["--config", name]):
@@ -229,7 +229,7 @@ def test_unknown_options(run, file):
 def test_help(capsys, file):
     for argv in (["--help"], ["-h"], [], [f"--config={file(PLAIN)}", "--help"]):
         with pytest.raises(SystemExit) as stop:
-            door(lambda argv: parse(argv, HELP), argv)
+            run_command(lambda argv: parse(argv, HELP), argv)
         assert stop.value.code == 0
         assert capsys.readouterr() == (HELP, "")
 
@@ -239,14 +239,14 @@ def test_a_bug_keeps_its_traceback(capsys):
         raise RuntimeError("ours")
 
     with pytest.raises(RuntimeError, match="ours"):
-        door(main, [])
+        run_command(main, [])
     assert capsys.readouterr() == ("", "")
 
 
 def test_door_reads_the_command_line(monkeypatch):
     seen = []
     monkeypatch.setattr(sys, "argv", ["verb", "--a", "b"])
-    assert door(seen.append) == 0
+    assert run_command(seen.append) == 0
     assert seen == [["--a", "b"]]
 
 
@@ -254,7 +254,7 @@ def test_door_tells_what_is_wrong_with_the_input(capsys):
     def main(argv):
         raise UserError("No such thing; make one.")
 
-    assert door(main, []) == 2
+    assert run_command(main, []) == 2
     assert capsys.readouterr() == ("", "error: No such thing; make one.\n")
 
 
@@ -264,9 +264,9 @@ def test_parsers_of_other_verbs_complain_alike(capsys):
         parser.add_argument("--count", type=int, required=True)
         parser.parse_args(argv)
 
-    assert door(main, ["--count=3"]) == 0
+    assert run_command(main, ["--count=3"]) == 0
     for argv in ([], ["--count=x"], ["--count=3", "--cuont=4"]):
-        assert door(main, argv) == 2
+        assert run_command(main, argv) == 2
         out, error = capsys.readouterr()
         assert out == ""
         assert re.fullmatch(r"error: [A-Z][^\n]+; see --help\.\n", error), error
@@ -338,12 +338,12 @@ def test_overrides_of_stages(run, file):
         ("--config.data.packing=maybe", r"--config\.data\.packing=maybe"),
         (
             "--config.optimizer=3",
-            r"--config\.optimizer=3 sets a group of keys: give it to one of .*optimizer\.learning_rate",
+            r"--config\.optimizer=3 sets a group of keys: set one of .*optimizer\.learning_rate",
         ),
         ("--config.model.fusion=mlp", r"did you mean --config\.model\.fusion\.fusion=mlp\?"),
-        ("--config.mesh=8", r"give it to one of --config\.mesh\.data, --config\.mesh\.fsdp, --config\.mesh\.tensor\."),
-        ("--config.data=rows.json", r"give it to one of --config\.data\.annotations, "),
-        ("--config.optimizer=adamw", r"give it to one of .*--config\.optimizer\.learning_rate, "),
+        ("--config.mesh=8", r"set one of --config\.mesh\.data, --config\.mesh\.fsdp, --config\.mesh\.tensor\."),
+        ("--config.data=rows.json", r"set one of --config\.data\.annotations, "),
+        ("--config.optimizer=adamw", r"set one of .*--config\.optimizer\.learning_rate, "),
         ("--config.model.fusion.taps=('a',)", r"model\.fusion\.taps is 'a', which is not of type int"),
         ("--config.rules=(1,2)", r"rules is 1, which is not of type tuple"),
         ("--config.steps=-1", r"steps is -1; it must"),
@@ -362,12 +362,12 @@ def test_overrides_that_do_not_fit(run, file, override, sentence):
     ("override", "sentence"),
     [
         ("--config.stages.text.model.fusion=mlp", r"mean --config\.stages\.text\.model\.fusion\.fusion=mlp\?"),
-        ("--config.stages.text.mesh=8", r"to one of --config\.stages\.text\.mesh\.data, "),
-        ("--config.stages.text.optimizer=adamw", r"to one of .*--config\.stages\.text\.optimizer\.learning_rate, "),
+        ("--config.stages.text.mesh=8", r"set one of --config\.stages\.text\.mesh\.data, "),
+        ("--config.stages.text.optimizer=adamw", r"set one of .*--config\.stages\.text\.optimizer\.learning_rate, "),
         ("--config.stages.text.stps=9", r"config key 'stps': did you mean 'steps'"),
         ("--config.stages.text.optimizer.learnin_rate=9", r"did you mean 'optimizer\.learning_rate'"),
-        ("--config.stages.txt.steps=9", r"no stages\.txt\.steps to change; it can be given to all stages as steps"),
-        ("--config.stages.text.seed=9", r"no stages\.text\.seed to change; it can be given to all stages as seed"),
+        ("--config.stages.txt.steps=9", r"does not set stages\.txt\.steps; set it for all stages as steps"),
+        ("--config.stages.text.seed=9", r"does not set stages\.text\.seed; set it for all stages as seed"),
         ("--config.stages.text.steps=many", r"--config\.stages\.text\.steps=many"),
         ("--config.steps=9", r"steps is set by stage 'text'; set stages\.text\.steps instead"),
         ("--config.run=('txt',)", r"run names stage 'txt': did you mean 'text'"),
@@ -389,21 +389,21 @@ def test_a_value_for_a_whole_stage_names_a_key(run, file, option, key):
 # ---- Paths -----------------------------------------------------------------------------------------------------------
 
 NO_PATHS = [
-    ("https://host/model", "https://host/model is a URL; paths are those of files and folders, or of buckets"),
+    ("https://host/model", "https://host/model is a URL; give a local path, or one in a bucket: gs://… or s3://…"),
     ("http://host/a.json", "is a URL"),
     ("hf://owner/model", "hf://owner/model is a URL"),
     ("hf://datasets/owner/set/rows.json", "is a URL"),
     ("az://container/run", "is a URL"),
-    ("GS://bucket/run", "GS://bucket/run is a URL; paths are .* gs://"),
-    ("gs:/bucket/run", "is a URL; paths are .* gs://"),
+    ("GS://bucket/run", "GS://bucket/run is a URL; give .* gs://"),
+    ("gs:/bucket/run", "is a URL; give .* gs://"),
     ("https:/host/model", "is a URL"),
     ("data:image/png;base64," + "A" * 5000, "^data:image/png;base64,A+… is a URL"),
     ("file:///data/model", "give the path itself, /data/model"),
     ("file://localhost/data/model", "give the path itself, /data/model"),
     ("gs://", "names no bucket; it should be gs://BUCKET/FOLDER"),
     ("", "The path is empty"),
-    ("a" * 300, "cannot be looked at: File name too long"),
-    ("a\0b", "cannot be looked at: embedded null byte"),
+    ("a" * 300, "cannot be accessed: File name too long"),
+    ("a\0b", "cannot be accessed: embedded null byte"),
 ]
 
 
@@ -428,7 +428,7 @@ def test_what_is_no_path_is_refused(text, sentence, no_network):
 
 def test_links_in_a_circle_and_closed_folders_are_refused(tmp_path, monkeypatch):
     (tmp_path / "round").symlink_to("round")
-    with pytest.raises(UserError, match="round' cannot be looked at: Too many levels of symbolic links"):
+    with pytest.raises(UserError, match="round' cannot be accessed: Too many levels of symbolic links"):
         to_path(tmp_path / "round")
     (tmp_path / "dangling").symlink_to("nowhere")
     assert to_path(tmp_path / "dangling") == tmp_path / "dangling"  # there is nothing there, which may be right
@@ -437,7 +437,7 @@ def test_links_in_a_circle_and_closed_folders_are_refused(tmp_path, monkeypatch)
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "stat", closed)  # what root may look at is not for all
-    with pytest.raises(UserError, match="cannot be looked at: Permission denied"):
+    with pytest.raises(UserError, match="cannot be accessed: Permission denied"):
         to_path("/their/folder")
 
 
@@ -463,7 +463,7 @@ def test_a_bucket_needs_its_package(monkeypatch):
         raise ImportError
 
     monkeypatch.setattr("fsspec.get_filesystem_class", lacking)
-    with pytest.raises(UserError, match=r"s3://bucket/run cannot be opened here; pip install s3fs"):
+    with pytest.raises(UserError, match=r"s3://bucket/run needs a package that is not installed: pip install s3fs"):
         to_path("s3://bucket/run")
 
 
@@ -505,19 +505,19 @@ def test_packages_of_devices_that_are_not_here_are_useless(tmp_path, monkeypatch
     (tpu, *_), (cuda, *_) = environment._DEVICES
     kinds = ((tpu, (files["tpu0"],), ("libtpu",)), (cuda, ("/nowhere", files["nvidia0"]), ("plugin", "other")))
     monkeypatch.setattr(environment, "_DEVICES", kinds)
-    assert environment.useless_packages("") == ["libtpu", "plugin", "other"]
-    assert environment.useless_packages("cpu") == ["libtpu", "plugin", "other"]
-    assert environment.useless_packages("tpu,cpu") == ["plugin", "other"]
-    assert environment.useless_packages("cuda") == environment.useless_packages("gpu,cpu") == ["libtpu"]
+    assert environment.unused_device_packages("") == ["libtpu", "plugin", "other"]
+    assert environment.unused_device_packages("cpu") == ["libtpu", "plugin", "other"]
+    assert environment.unused_device_packages("tpu,cpu") == ["plugin", "other"]
+    assert environment.unused_device_packages("cuda") == environment.unused_device_packages("gpu,cpu") == ["libtpu"]
     pathlib.Path(files["nvidia0"]).touch()
-    assert environment.useless_packages("") == ["libtpu"]
+    assert environment.unused_device_packages("") == ["libtpu"]
     pathlib.Path(files["tpu0"]).touch()
-    assert environment.useless_packages("") == []
+    assert environment.unused_device_packages("") == []
 
 
 FIRST_SCREEN = r"""
 import contextlib, importlib, io, sys
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 
 WRONG = {
     "main": [["--workdir=https://host/x", "--config=configs/demo.py"], ["--config=configs/demo.py", "--workdir=/x",
@@ -541,7 +541,7 @@ for name, lines in WRONG.items():
         said = io.StringIO()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
             try:
-                status = door(command.main, argv)
+                status = run_command(command.main, argv)
             except SystemExit as stop:
                 status = stop.code
         assert status == (0 if "--help" in argv else 2), (name, argv, status)
@@ -566,7 +566,7 @@ def test_a_message_floods_no_screen(capsys):
     def main(argv):
         raise UserError(f"{'x' * 10**6} is wrong; right is y.")
 
-    assert door(main, []) == 2
+    assert run_command(main, []) == 2
     printed = capsys.readouterr().err
     assert len(printed) < 2100
     assert printed.startswith("error: xxx")
@@ -588,4 +588,4 @@ def test_a_pipe_that_is_not_the_readers_is_a_bug():
         raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
-        door(main, [])
+        run_command(main, [])

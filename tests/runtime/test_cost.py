@@ -16,7 +16,7 @@ from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vit import VisionTower
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.planning.program import make_program
-from stf_jax.runtime.chips import CHIPS, chip_of
+from stf_jax.runtime.chips import CHIPS, find_chip
 from stf_jax.runtime.cost import decode_flops, forward_flops, fusion_flops, step_flops
 from stf_jax.training.state import blueprint, trainable_paths
 
@@ -338,9 +338,9 @@ def test_a_chip_multiplies_as_fast_as_its_units(name, units, each, hertz):
 
 def test_chips_are_told_by_their_kind():
     for name, kind in {"v5e": "TPU v5 lite", "v5p": "TPU v5", "h100": "NVIDIA H100 80GB HBM3"}.items():
-        assert chip_of(types.SimpleNamespace(device_kind=kind)) is CHIPS[name]
-    assert chip_of(types.SimpleNamespace(device_kind="NVIDIA H100 PCIe")) is None  # which does less
-    assert chip_of(jax.devices()[0]) is None
+        assert find_chip(types.SimpleNamespace(device_kind=kind)) is CHIPS[name]
+    assert find_chip(types.SimpleNamespace(device_kind="NVIDIA H100 PCIe")) is None  # which does less
+    assert find_chip(jax.devices()[0]) is None
     kinds = [kind for chip in CHIPS.values() for kind in chip.kinds]
     assert len(kinds) == len(set(kinds))
     assert [name for name, chip in CHIPS.items() if name != chip.name] == []

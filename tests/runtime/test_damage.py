@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from full import no_room
+from full_disk import limit_file_size
 
 from stf_jax.config import CheckpointConfig, FaultsConfig, RunFailed, TryAgain, UserError
 from stf_jax.runtime import checkpoint
-from stf_jax.runtime.checkpoint import Checkpoints, Damaged
+from stf_jax.runtime.checkpoint import Checkpoints, DamagedCheckpoint
 from stf_jax.runtime.parameters import SavedParams
 from stf_jax.training.state import TrainState
 
@@ -80,7 +80,7 @@ def test_no_damage_to_any_file_goes_unnoticed(saved, tmp_path, harm):
         with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
             try:
                 arrays, data, clock = checkpoints.restore(2, _layout(expected))
-            except Damaged:
+            except DamagedCheckpoint:
                 found.append(name)
             else:
                 assert (data, clock) == (DATA, CLOCK), name
@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(workdir, 
     with Checkpoints(
         workdir, CheckpointConfig(), tell=lambda *what, **facts: told.append((what, facts))
     ) as checkpoints:
-        step, arrays, data, _ = checkpoints.newest(_layout(_state()))
+        step, arrays, data, _ = checkpoints.restore_newest(_layout(_state()))
         assert (step, data) == (1, DATA)
         np.testing.assert_array_equal(arrays["trainable"]["llm/a"], _state(1).trainable["llm/a"])
         # Nothing was deleted, and the run goes on: the step is free again.
@@ -114,14 +114,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(workdir, 
     assert (kind, at) == ("set_aside", 2)
     assert facts["folder"] == str(workdir / "damaged" / "2")
     assert facts["reason"].startswith("trainable/llm/")
-    assert f"Checkpoint 2 is damaged ({facts['reason']}), and was moved to {workdir}/damaged/2." in caplog.text
+    assert f"Checkpoint 2 is damaged ({facts['reason']}) and was moved to {workdir}/damaged/2." in caplog.text
 
 
 def test_a_second_damaged_checkpoint_of_a_step_does_not_replace_the_first(workdir):
     (workdir / "damaged" / "2").mkdir(parents=True)
     shutil.rmtree(workdir / "checkpoints/2/moments")
     with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
-        assert checkpoints.newest(_layout(_state()))[0] == 1
+        assert checkpoints.restore_newest(_layout(_state()))[0] == 1
     assert sorted(path.name for path in (workdir / "damaged").iterdir()) == ["2", "2.2"]
 
 
@@ -131,11 +131,11 @@ def test_a_run_whose_every_checkpoint_is_damaged_does_not_begin_anew(workdir):
     said = rf"No checkpoint of this run can be read; they are in {workdir}/damaged"
     for _ in range(2):  # nor when the command is given again
         with Checkpoints(workdir, CheckpointConfig()) as checkpoints, pytest.raises(UserError, match=said):
-            checkpoints.newest(_layout(_state()))
+            checkpoints.restore_newest(_layout(_state()))
     assert sorted(path.name for path in (workdir / "damaged").iterdir()) == ["1", "2"]
     (workdir / "damaged").rename(workdir / "moved")
     with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
-        assert checkpoints.newest(_layout(_state())) is None
+        assert checkpoints.restore_newest(_layout(_state())) is None
 
 
 def test_of_several_hosts_each_that_finds_damage_ends(workdir, monkeypatch):
@@ -148,7 +148,7 @@ def test_of_several_hosts_each_that_finds_damage_ends(workdir, monkeypatch):
     with Checkpoints(workdir, CheckpointConfig(), tell=tell) as checkpoints, monkeypatch.context() as patch:
         patch.setattr(checkpoint.jax, "process_count", lambda: 2)
         for _ in range(2):
-            with pytest.raises(TryAgain, match="takes the one before"):
+            with pytest.raises(TryAgain, match="to resume from the one before"):
                 checkpoints._set_aside(2, "cut")
     assert [path.name for path in (workdir / "damaged").iterdir()] == ["2"]
     assert told == [str(workdir / "damaged" / "2")] * 2
@@ -159,7 +159,7 @@ REFUSALS = {
     "too many files": (OSError(errno.EMFILE, "Too many open files"), TryAgain, "cannot be read now"),
     "a bucket that is away": (ValueError("UNAVAILABLE: the bucket is away"), TryAgain, "start again later"),
     "a disk that fails, to tensorstore": (ValueError("read: I/O error [os_error_code='5']"), TryAgain, "read now"),
-    "what may not be read": (ValueError("PERMISSION_DENIED: no"), UserError, "mend its permissions"),
+    "what may not be read": (ValueError("PERMISSION_DENIED: no"), UserError, "fix its permissions"),
 }
 
 
@@ -174,7 +174,7 @@ def test_what_cannot_be_read_now_is_not_taken_for_damage(workdir, case, monkeypa
     with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, "restore", restore)
         with pytest.raises(raised, match=rf"{workdir}/checkpoints/2 .*{says}"):
-            checkpoints.newest(_layout(_state()))
+            checkpoints.restore_newest(_layout(_state()))
         assert checkpoints.latest == 2
     assert not (workdir / "damaged").exists()
 
@@ -183,7 +183,7 @@ def test_another_model_is_not_taken_for_damage(workdir):
     layout = _layout(_state(size=301))
     with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
         with pytest.raises(UserError, match=r"of another model: llm/a was \(300,\), now \(301,\)"):
-            checkpoints.newest(layout)
+            checkpoints.restore_newest(layout)
         assert checkpoints.latest == 2
     assert not (workdir / "damaged").exists()
 
@@ -208,7 +208,7 @@ def _run(checkpoints, steps):
     """As training does; until ``steps`` are done or it is given up. Gives the steps that were tried to be saved."""
     tried = []
     for step in steps:
-        if checkpoints.due(step):
+        if checkpoints.should_save(step):
             tried.append(step)
             checkpoints.save(step, _state(step, 5000), DATA, CLOCK)
             while checkpoints._manager.is_saving_in_progress():
@@ -219,7 +219,7 @@ def _run(checkpoints, steps):
 def test_what_could_not_be_saved_is_saved_later(tmp_path, told, caplog):
     with _checkpoints(tmp_path, told) as checkpoints:
         assert _run(checkpoints, range(1, 11)) == [10]
-        with no_room(1024):
+        with limit_file_size(1024):
             # Noticed a step later, and tried again after a tenth of the interval.
             assert _run(checkpoints, range(11, 24)) == [20, 22]
         assert checkpoints.latest == 10
@@ -227,7 +227,7 @@ def test_what_could_not_be_saved_is_saved_later(tmp_path, told, caplog):
         arrays, *_ = checkpoints.restore(30, _layout(_state(size=5000)))
     np.testing.assert_array_equal(arrays["trainable"]["llm/a"], _state(30, 5000).trainable["llm/a"])
     assert told == [("save_failed", step, 10) for step in (20, 22)]
-    assert "Step 20 could not be saved (File too large); the newest whole checkpoint: step 10." in caplog.text
+    assert "Step 20 could not be saved (File too large); the newest complete checkpoint: step 10." in caplog.text
     # Nothing half-written takes up the room that is wanted.
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["24", "30"]
 
@@ -236,7 +236,7 @@ def test_a_run_that_cannot_be_saved_for_long_ends(tmp_path, told):
     with _checkpoints(tmp_path, told, unsaved_steps=15) as checkpoints:
         _run(checkpoints, range(1, 11))
         with (
-            no_room(1024),
+            limit_file_size(1024),
             pytest.raises(
                 RunFailed, match=r"Step 2[67] cannot be saved.*File too large.*checkpoint: step 10.*unsaved_steps"
             ),
@@ -249,7 +249,7 @@ def test_a_run_that_cannot_be_saved_for_long_ends(tmp_path, told):
 def test_the_last_step_is_tried_again_and_then_given_up(tmp_path, told):
     with _checkpoints(tmp_path, told) as checkpoints:
         _run(checkpoints, range(1, 11))
-        with no_room(1024), pytest.raises(RunFailed, match="Step 12 cannot be saved"):
+        with limit_file_size(1024), pytest.raises(RunFailed, match="Step 12 cannot be saved"):
             checkpoints.save(12, _state(12, 5000), DATA, CLOCK, last=True)
         assert told == [("save_failed", 12, 10)] * 3
         checkpoints.save(12, _state(12, 5000), DATA, CLOCK, last=True)
@@ -272,10 +272,10 @@ def test_a_parameter_that_is_not_as_it_was_written_is_not_given(workdir):
             np.testing.assert_array_equal(SavedParams(workdir).read("llm/c"), expected.trainable["llm/c"])
         except UserError as error:
             sentence = str(error)
-        if "not as it was written" in sentence:
+        if "does not match its checksum" in sentence:
             unnoticed += 1
             saved = SavedParams(workdir)
-            with pytest.raises(UserError, match="trainable is damaged: parameter llm/c is not as it was written"):
+            with pytest.raises(UserError, match="trainable is damaged: parameter llm/c does not match its checksum"):
                 dict(saved.restore({"llm/c": where}))
             np.testing.assert_array_equal(saved.read("llm/b"), expected.frozen["llm/b"])
     assert unnoticed > 5

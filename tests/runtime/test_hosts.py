@@ -110,7 +110,7 @@ def test_empty_variables_of_a_launcher_are_unset(joined, monkeypatch):
         monkeypatch.setenv(name, "")
     hosts.join()
     assert not joined.calls
-    environment.settle(compilers=True)
+    environment.configure_process(compilers=True)
     assert not set(names) & set(os.environ)
 
 
@@ -128,7 +128,7 @@ def test_others_that_jax_cannot_find_are_to_be_named(joined, monkeypatch):
 JOIN = """
 import sys
 from stf_jax.runtime import cli, hosts
-hosts._PATIENCE, hosts._GRACE = int(sys.argv[1]), 1
+hosts._JOIN_TIMEOUT, hosts._GRACE = int(sys.argv[1]), 1
 def main(argv):
     hosts.join(*[kind(text) if text else None for kind, text in zip((str, int, int), argv)])
     work(argv)
@@ -136,7 +136,7 @@ def work(argv):
     import jax
     print(jax.process_index(), jax.process_count(), len(jax.devices()))
 """
-END = "sys.exit(cli.door(main, sys.argv[2:]))"
+END = "sys.exit(cli.run_command(main, sys.argv[2:]))"
 
 
 def _start(*argv, work="", **environment):
@@ -160,7 +160,7 @@ def test_a_host_whose_others_do_not_come_says_so():
     process = _start(1, address, 2, 1)
     said = process.communicate(timeout=60)[1].strip().splitlines()[-1]
     assert process.returncode == 75  # it may help to start again
-    assert said.startswith(f"error: Process 1 of 2 has not met the others at {address} in 1 s: start all of them")
+    assert said.startswith(f"error: Process 1 of 2 did not connect to the others at {address} within 1 s: start all")
 
 
 SLURM = {
@@ -199,14 +199,14 @@ def work(argv):
     import jax, json
     from etils import epath
     from stf_jax.config import MeshConfig, TrainConfig, UserError
-    from stf_jax.runtime.journal import Events
+    from stf_jax.runtime.events import Events
     from stf_jax.runtime.mesh import make_mesh
-    from stf_jax.runtime.telemetry import START, Telemetry
+    from stf_jax.runtime.telemetry import INITIAL_CLOCK, Telemetry
     host, config = jax.process_index(), TrainConfig()
     for sizes in MeshConfig(), MeshConfig(tensor=2):
         mesh = make_mesh(sizes)
         events = Events(epath.Path("."), active=False)
-        log = Telemetry(epath.Path("."), config, 1, 0, START, mesh=mesh, began=0.0, active=False, events=events)
+        log = Telemetry(epath.Path("."), config, 1, 0, INITIAL_CLOCK, mesh=mesh, began=0.0, active=False, events=events)
         log.advance(1, 2**40 + 1 + host * mesh.shape["fsdp"] // 2, 2**31 + 1, 1, jax.numpy.zeros(()))
         print(json.dumps(log.clock()), flush=True)
     if host:

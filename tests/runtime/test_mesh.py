@@ -11,7 +11,7 @@ from tiny import Setup, batches, filled, tiny
 
 from stf_jax.config import MeshConfig, ModelConfig, UserError
 from stf_jax.planning.topology import topology_devices
-from stf_jax.runtime.mesh import BATCH, check_batch, make_mesh, parameter_sharding, share_of_rows
+from stf_jax.runtime.mesh import BATCH, check_batch, get_row_share, make_mesh, parameter_sharding
 from stf_jax.training.state import blueprint, init_state, state_layout
 
 # ---- Sizes -----------------------------------------------------------------------------------------------------------
@@ -121,14 +121,14 @@ def test_fsdp_goes_over_slices_with_a_warning(caplog):
     assert mesh.devices.shape == (1, 32, 2)
     assert [{device.slice_index for device in pair} for pair in mesh.devices[0]] == [{0}] * 16 + [{1}] * 16
     (said,) = caplog.messages
-    assert "mesh.fsdp=32 reaches over 2 slices" in said
-    assert "mesh.data a multiple of 2" in said
+    assert "mesh.fsdp=32 spans 2 slices" in said
+    assert "mesh.data to a multiple of 2" in said
 
 
 @pytest.mark.parametrize(
     ("sizes", "says"),
     [
-        ((1, 1, 64), "leave mesh.tensor=64 between the 2 slices here; set mesh.data to a multiple of 2"),
+        ((1, 1, 64), "make mesh.tensor=64 span the 2 slices here; set mesh.data to a multiple of 2"),
         ((3, 1, -1), "does not fit the 64 tpu device"),
         # Of several hosts, none may stand aside.
         ((1, 32, 1), "does not fit the 64 tpu device"),
@@ -154,7 +154,7 @@ def test_hosts_with_the_same_rows_read_the_same_share(name, slices, sizes, share
     held = {}
     for process in {device.process_index for device in mesh.devices.flat}:
         mine = {(part.start, part.stop) for d, (part,) in rows.items() if d.process_index == process}
-        share, count = share_of_rows(mesh, process)
+        share, count = get_row_share(mesh, process)
         assert count == shares
         assert held.setdefault(share, mine) == mine
     assert sorted(held) == list(range(shares))
@@ -166,8 +166,8 @@ def test_hosts_with_the_same_rows_read_the_same_share(name, slices, sizes, share
 def test_hosts_that_share_some_rows_are_refused():
     devices = sorted(topology_devices("v5e:4x8", 1), key=lambda device: device.process_index)
     mesh = jax.sharding.Mesh(np.roll(devices, 1).reshape(1, 4, 8), ("data", "fsdp", "tensor"))
-    with pytest.raises(UserError, match=r"mesh\.tensor=8 leaves the hosts unequal shares of the rows"):
-        share_of_rows(mesh, 0)
+    with pytest.raises(UserError, match=r"mesh\.tensor=8 gives the hosts unequal shares of the rows"):
+        get_row_share(mesh, 0)
 
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------

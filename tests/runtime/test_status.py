@@ -15,10 +15,10 @@ from etils import epath
 
 from stf_jax.config import to_json
 from stf_jax.main import HELP, main
-from stf_jax.runtime.cli import door
-from stf_jax.runtime.hold import hold
-from stf_jax.runtime.journal import read
-from stf_jax.runtime.status import status
+from stf_jax.runtime.cli import run_command
+from stf_jax.runtime.events import read_lines
+from stf_jax.runtime.lock import workdir_lock
+from stf_jax.runtime.status import format_status
 
 LINE = {
     "step": 4,
@@ -59,13 +59,13 @@ def make(folder, *events, lines=(LINE,), checkpoints=("2", "4")):
 
 
 def told(folder):
-    return status(epath.Path(folder)).splitlines()
+    return format_status(epath.Path(folder)).splitlines()
 
 
 def test_a_run_at_work(tmp_path):
     spike = event("spike", 3, 15, loss=9.5, usual=1.5, records=["ä"] * 99)
     make(tmp_path, begin(60), begin(20, resumed=True, changed={}), spike)
-    with hold(epath.Path(tmp_path)):
+    with workdir_lock(epath.Path(tmp_path)):
         first, *rest = told(tmp_path)
     assert re.fullmatch(rf"{tmp_path}: running since 20[-\d]+ [:\d]+ UTC, process {os.getpid()} on \S+", first)
     assert rest[:8] == [
@@ -78,7 +78,7 @@ def test_a_run_at_work(tmp_path):
         "  restarts     1",
         "  checkpoints  2, 4",
     ]
-    assert [line[:15] for line in rest[8:]] == ["  lately       ", " " * 15, " " * 15]
+    assert [line[:15] for line in rest[8:]] == ["  events       ", " " * 15, " " * 15]
     assert [re.sub(r"20[-\d]+ [:\d]+", "THEN", line[15:], count=1) for line in rest[8:]] == [
         "THEN UTC, step 0: begin (resumed false, steps 10)",
         "THEN UTC, step 0: begin (resumed true, steps 10)",
@@ -88,12 +88,12 @@ def test_a_run_at_work(tmp_path):
 
 def test_a_run_that_was_just_begun(tmp_path):
     workdir = epath.Path(tmp_path)
-    with hold(workdir):
-        assert told(tmp_path)[0].endswith(", and getting ready")
+    with workdir_lock(workdir):
+        assert told(tmp_path)[0].endswith(", preparing to train")
         (tmp_path / "config.json").write_text('{"name": "tr')  # as it is being written
-        assert told(tmp_path)[0].endswith(", and getting ready")
+        assert told(tmp_path)[0].endswith(", preparing to train")
         make(tmp_path, begin(0), lines=(), checkpoints=())
-        assert told(tmp_path)[1:3] == ["  step         none is logged yet", "  checkpoints  none"]
+        assert told(tmp_path)[1:3] == ["  step         none logged yet", "  checkpoints  none"]
 
 
 FATES = {  # made when they are looked at, for they tell how long ago they were
@@ -104,13 +104,13 @@ FATES = {  # made when they are looked at, for they tell how long ago they were
     ),
     "dead": (
         lambda: [begin(), event("spike", 3)],
-        "dead: it has not ended, and no process is at work on it; its command, given",
+        "dead: it has not ended, and no process is running it; run the same command to",
     ),
     "dead after it was stopped": (
         lambda: [event("stopped", 6), begin(resumed=True)],
         "dead: it has not ended, and no",
     ),
-    "older than events": (list, "no process is at work on it"),
+    "older than events": (list, "no process is running it"),
 }
 
 
@@ -126,7 +126,7 @@ def test_a_run_that_is_not_at_work(fate, tmp_path):
 def test_a_run_that_goes_on_is_at_work_from_its_first_second(kind, tmp_path):
     """Before it has begun anew, its last event is still that of the process before."""
     make(tmp_path, begin(), event(kind, 4, 5, status=143))
-    with hold(epath.Path(tmp_path)):
+    with workdir_lock(epath.Path(tmp_path)):
         assert "running since" in told(tmp_path)[0]
 
 
@@ -134,7 +134,7 @@ def test_stages_are_told_in_the_order_in_which_they_were_begun(tmp_path):
     make(tmp_path / "pretrain", begin(), event("end", 10, 2))
     make(tmp_path / "finetune", begin(1))
     make(tmp_path / "evals" / "step_2")  # no stage
-    with hold(epath.Path(tmp_path / "finetune")):
+    with workdir_lock(epath.Path(tmp_path / "finetune")):
         heads = [line for line in told(tmp_path) if line and not line.startswith(" ")]
     assert [re.split(" since| ago", line)[0] for line in heads] == [
         f"{tmp_path}/pretrain: ended 2 min",
@@ -144,20 +144,20 @@ def test_stages_are_told_in_the_order_in_which_they_were_begun(tmp_path):
 
 def test_a_stage_that_reads_its_weights_is_getting_ready(tmp_path):
     """The first, of which nothing is there yet, and the second beside it."""
-    with hold(epath.Path(tmp_path / "pretrain")):
+    with workdir_lock(epath.Path(tmp_path / "pretrain")):
         (line,) = told(tmp_path)
-    assert re.fullmatch(rf"{tmp_path}/pretrain: running since .*, and getting ready", line)
+    assert re.fullmatch(rf"{tmp_path}/pretrain: running since .*, preparing to train", line)
     make(tmp_path / "pretrain", begin(), event("end", 10))
-    with hold(epath.Path(tmp_path / "finetune")):
+    with workdir_lock(epath.Path(tmp_path / "finetune")):
         heads = [line for line in told(tmp_path) if line and not line.startswith(" ")]
     assert heads[0].startswith(f"{tmp_path}/pretrain: ended")
-    assert re.fullmatch(rf"{tmp_path}/finetune: running since .*, and getting ready", heads[1])
+    assert re.fullmatch(rf"{tmp_path}/finetune: running since .*, preparing to train", heads[1])
 
 
 def test_each_stage_may_be_held_by_itself(tmp_path):
     for name in ("a", "b"):
         make(tmp_path / name, begin())
-    with hold(epath.Path(tmp_path / "b")):
+    with workdir_lock(epath.Path(tmp_path / "b")):
         heads = [line for line in told(tmp_path) if line and not line.startswith(" ")]
     assert [": running" in line for line in heads] == [False, True]
 
@@ -169,8 +169,8 @@ def test_what_is_half_written_is_not_counted(tmp_path):
         with (tmp_path / name).open("a") as file:
             file.write('{"time": "2026-11-27T00:00:00+00:00", "event": "end", "step": 9, "lo')
     lines = told(tmp_path)
-    assert "  checkpoints  2, 4, 10, 12.orbax-checkpoint-tmp-17 (not whole)" in lines
-    assert f"  damaged      8, set aside in {tmp_path}/damaged" in lines
+    assert "  checkpoints  2, 4, 10, 12.orbax-checkpoint-tmp-17 (incomplete)" in lines
+    assert f"  damaged      8, moved to {tmp_path}/damaged" in lines
     assert lines[0].startswith(f"{tmp_path}: dead")
     assert lines[1].startswith("  step         4 of 10")
 
@@ -179,7 +179,7 @@ def test_of_long_metrics_the_end_is_read(tmp_path):
     many = [LINE | {"step": step} for step in range(2000)]
     assert told(make(tmp_path, begin(steps=3000), lines=many))[1].startswith("  step         1,999 of 3,000")
     size = len(json.dumps(many[-1])) + 1
-    found = read(epath.Path(tmp_path / "metrics.jsonl"), 3 * size - 5)
+    found = read_lines(epath.Path(tmp_path / "metrics.jsonl"), 3 * size - 5)
     assert [values["step"] for _, values in found] == [1998, 1999]
 
 
@@ -209,7 +209,7 @@ WORDS = ["--status", "--workdir={}", f"--config={ROOT}/tests/tiny.py", "--config
 def test_the_door_tells_and_writes_nothing(words, tmp_path, capsys):
     make(tmp_path, begin(), event("end", 10))
     before = everything(tmp_path)
-    assert door(main, [word.format(tmp_path) for word in words]) == 0
+    assert run_command(main, [word.format(tmp_path) for word in words]) == 0
     said = capsys.readouterr()
     assert said.out.startswith(f"{tmp_path}: ended 10 min ago\n  step ")
     assert said.err == ""
@@ -218,16 +218,16 @@ def test_the_door_tells_and_writes_nothing(words, tmp_path, capsys):
 
 def test_help_comes_first(capsys):
     with pytest.raises(SystemExit) as ended:
-        door(main, ["--status", "--help"])
+        run_command(main, ["--status", "--help"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == HELP
 
 
 UNUSABLE = {
     "none is named": ([], "--workdir is missing; see --help."),
-    "it is not there": (["--workdir={}/absent"], "{}/absent is no workdir of a run, for it holds no config.json; give"),
-    "it is a file": (["--workdir={}/config.json"], "{}/config.json is no workdir of a run"),
-    "it is a model's": (["--workdir={}"], "{} is no workdir of a run, for it holds no config.json; give what"),
+    "it is not there": (["--workdir={}/absent"], "{}/absent is not a run's workdir: it has no config.json of a run. Give"),
+    "it is a file": (["--workdir={}/config.json"], "{}/config.json is not a run's workdir"),
+    "it is a model's": (["--workdir={}"], "{} is not a run's workdir: it has no config.json of a run. Give"),
 }
 
 
@@ -235,7 +235,7 @@ UNUSABLE = {
 def test_what_is_no_workdir_is_said_in_a_sentence(case, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     words, says = UNUSABLE[case]
-    assert door(main, ["--status", *(word.format(tmp_path) for word in words)]) == 2
+    assert run_command(main, ["--status", *(word.format(tmp_path) for word in words)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {says.format(tmp_path)}")
     assert error.count("\n") == 1

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tiny
 from etils import epath
-from full import no_room
+from full_disk import limit_file_size
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
@@ -25,11 +25,11 @@ from stf_jax.config import Stopped, UserError
 from stf_jax.main import main
 from stf_jax.runtime import telemetry
 from stf_jax.runtime.chips import CHIPS
-from stf_jax.runtime.cli import door
-from stf_jax.runtime.journal import Events, read
+from stf_jax.runtime.cli import run_command
+from stf_jax.runtime.events import Events, read_lines
 from stf_jax.runtime.profile import Profile
-from stf_jax.runtime.table import span
-from stf_jax.runtime.telemetry import START, Telemetry
+from stf_jax.runtime.table import format_duration
+from stf_jax.runtime.telemetry import INITIAL_CLOCK, Telemetry
 
 TINY = f"--config={pathlib.Path(__file__).parents[1]}/tiny.py"
 
@@ -40,12 +40,12 @@ class Clock:
     def __init__(self, folder, monkeypatch, kind="cpu", memory=None, config=None, **options):
         self.seconds, self.folder, self._undo = 100.0, folder, monkeypatch.undo
         monkeypatch.setattr(telemetry.time, "monotonic", lambda: self.seconds)
-        monkeypatch.setattr(telemetry, "share_of_rows", lambda mesh, process: (0, 1))
+        monkeypatch.setattr(telemetry, "get_row_share", lambda mesh, process: (0, 1))
         device = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: memory)
         mesh = types.SimpleNamespace(size=4, devices=np.array([device] * 4), local_devices=[device] * 2)
         folder.mkdir(exist_ok=True)
         self.events = Events(epath.Path(folder), active=True)
-        options = {"steps": 9, "first": 0, "clock": START, "active": True, "events": self.events} | options
+        options = {"steps": 9, "first": 0, "clock": INITIAL_CLOCK, "active": True, "events": self.events} | options
         self.log = Telemetry(epath.Path(folder), config or tiny.tiny(), mesh=mesh, began=90.0, **options)
 
     def wait(self, what, seconds):
@@ -182,7 +182,7 @@ def test_what_is_left_is_told_by_the_steps_of_this_process_alone(tmp_path, monke
     [(0.2, "0 s"), (59.4, "59 s"), (60, "1 min"), (3599, "1 h 0 min"), (11_520, "3 h 12 min"), (86_400 * 2, "2 d 0 h")],
 )
 def test_times_are_for_people(seconds, text):
-    assert span(seconds) == text
+    assert format_duration(seconds) == text
 
 
 class Terminal(io.StringIO):
@@ -209,7 +209,7 @@ def test_a_bar_is_for_terminals_alone(tmp_path, monkeypatch, capsys):
 
 
 def events(folder):
-    return [event for _, event in read(epath.Path(folder) / "events.jsonl")]
+    return [event for _, event in read_lines(epath.Path(folder) / "events.jsonl")]
 
 
 def test_events_are_kept_over_restarts(tmp_path):
@@ -254,7 +254,7 @@ def test_updates_that_were_skipped_are_counted_over_restarts(tmp_path, monkeypat
     logged(clock, 1)
     (line,) = clock.lines()
     assert (line["rows_replaced"], line["updates_skipped"], line["tokens"]) == (2, 1, 60)
-    again = Clock(tmp_path / "again", monkeypatch, clock=START | {"updates_skipped": 4})
+    again = Clock(tmp_path / "again", monkeypatch, clock=INITIAL_CLOCK | {"updates_skipped": 4})
     again.log.skipped()
     assert again.log.clock()["updates_skipped"] == 5
     again.end()
@@ -264,7 +264,7 @@ def test_updates_that_were_skipped_are_counted_over_restarts(tmp_path, monkeypat
 
 
 def test_a_summary_ends_the_run(tmp_path, monkeypatch, capsys):
-    clock = Clock(tmp_path, monkeypatch, clock=START | {"seconds": 3600.0, "tokens": 1000, "rows_replaced": 3})
+    clock = Clock(tmp_path, monkeypatch, clock=INITIAL_CLOCK | {"seconds": 3600.0, "tokens": 1000, "rows_replaced": 3})
     clock.events.add("begin", 0, resumed=True)
     for step in range(1, 10):
         logged(clock, step)
@@ -279,7 +279,7 @@ def test_a_summary_ends_the_run(tmp_path, monkeypatch, capsys):
         "  tokens       1,450",
         "  time         1 h 5 min",
         "  last loss    1.250",
-        "  skipped      3 rows could not be used, 1 updates",
+        "  skipped      3 unusable rows, 1 updates",
         "  restarts     1",
         "  goodput      97%",
         f"  checkpoints  {tmp_path}/checkpoints",
@@ -341,7 +341,7 @@ def test_a_full_disk_neither_ends_a_run_nor_leaves_gaps(tmp_path, monkeypatch, c
     clock = Clock(tmp_path, monkeypatch)
     logged(clock, 1)
     full = (tmp_path / "metrics.jsonl").stat().st_size + 10  # so that the next line is cut
-    with caplog.at_level(logging.WARNING), no_room(full):
+    with caplog.at_level(logging.WARNING), limit_file_size(full):
         for step in (2, 3):
             logged(clock, step)
             clock.events.add("save_failed", step, reason="?" * 2000)
@@ -367,7 +367,7 @@ def test_a_log_on_a_full_disk_does_not_end_the_run_either(tmp_path, monkeypatch,
         with contextlib.suppress(OSError):
             full.close()
     told = [record.getMessage() for record in caplog.records if record.name.startswith("stf_jax")]
-    assert told == ["The log cannot be written ([Errno 28] No space left on device); the run goes on."]
+    assert told == ["The log cannot be written ([Errno 28] No space left on device); the run continues."]
 
 
 def test_a_workdir_that_cannot_be_written_to_is_said_in_a_sentence(tmp_path):
@@ -427,13 +427,13 @@ def test_weights_and_biases_goes_on_with_the_same_run(tmp_path, monkeypatch, cap
     ).keys() - {"step"}
     assert stand_in.finished == [143, 0]
     assert [record.getMessage() for record in caplog.records if record.name.startswith("stf_jax")] == [
-        "Weights & Biases cannot be written (Its service has gone); the run goes on."
+        "Weights & Biases cannot be written (Its service has gone); the run continues."
     ] * 2
 
 
 def test_weights_and_biases_may_refuse_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", StandIn(refuses="no API key\nconfigured"))
-    with pytest.raises(UserError, match=r"does not take the run \(no API key configured\); .* WANDB_MODE=offline"):
+    with pytest.raises(UserError, match=r"rejected the run \(no API key configured\); .* WANDB_MODE=offline"):
         Clock(tmp_path, monkeypatch, config=tiny.tiny(**WANDB))
 
 
@@ -442,9 +442,9 @@ def test_weights_and_biases_that_is_not_installed_is_said_before_anything_is_mad
     module, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(sys.modules, "wandb", module)
-    assert door(main, [TINY, f"--workdir={tmp_path / 'run'}", "--config.wandb.project=stf"]) == 2
+    assert run_command(main, [TINY, f"--workdir={tmp_path / 'run'}", "--config.wandb.project=stf"]) == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(r"error: wandb.project='stf' needs a package that is not here: pip install wandb.*\n", error)
+    assert re.fullmatch(r"error: wandb.project='stf' needs a package that is not installed: pip install wandb.*\n", error)
     assert not (tmp_path / "run").exists()
 
 

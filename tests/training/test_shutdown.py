@@ -10,9 +10,9 @@ import time
 import pytest
 from started import ROOT, events, logged, saved
 
-from stf_jax.evals import running
+from stf_jax.evals import runner
 from stf_jax.main import main
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 from stf_jax.training import loop
 
 STEPS, MEASURED = 6, 3
@@ -43,7 +43,7 @@ def test_sigterm_in_the_last_step_of_a_stage(tmp_path, monkeypatch, capsys, meas
     rest = [argument for argument in ARGUMENTS[1:] if measured or "benchmarks" not in argument]
     arguments = [f"{TINY}2", *rest, f"--workdir={workdir}"]
     _ends(arguments, 143)
-    said = "after step 2, which is saved" if measured else "when train was done"
+    said = "after step 2, which is saved" if measured else "after train was complete"
     assert f"Stopped by SIGTERM {said}" in capsys.readouterr().err
     assert saved(workdir) == [2]
     assert [line["step"] for line in logged(workdir)] == ([1] if measured else [1, 2])
@@ -59,7 +59,7 @@ def test_sigterm_in_the_last_step_of_a_stage(tmp_path, monkeypatch, capsys, meas
 @pytest.fixture
 def told(monkeypatch):
     """SIGTERM to this process as it writes the sixth answer."""
-    real, answers = running.answer_line, itertools.count(1)
+    real, answers = runner.answer_line, itertools.count(1)
 
     def answer_line(*what):
         if next(answers) == 6:
@@ -67,12 +67,12 @@ def told(monkeypatch):
             time.sleep(0.5)
         return real(*what)
 
-    monkeypatch.setattr(running, "answer_line", answer_line)
+    monkeypatch.setattr(runner, "answer_line", answer_line)
 
 
 def _ends(arguments, status):
     threads, handler = set(threading.enumerate()), signal.getsignal(signal.SIGTERM)
-    assert door(main, arguments) == status
+    assert run_command(main, arguments) == status
     assert signal.getsignal(signal.SIGTERM) == handler
     left = [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon]
     for thread in left:
@@ -95,7 +95,7 @@ def test_a_measurement_that_is_given_up_is_made_up_for(tmp_path, capsys, request
     assert len(answers) == 8  # the batch at hand to its end
 
     _ends([*ARGUMENTS, f"--workdir={stopped}", "--config.seed=1"], 2)
-    assert "cannot go on with a changed seed (was 0, now 1)" in capsys.readouterr().err
+    assert "cannot resume with a changed seed (was 0, now 1)" in capsys.readouterr().err
     _ends([*ARGUMENTS, f"--workdir={stopped}", "--config.name=again"], 0)
     assert [line["step"] for line in logged(stopped)] == list(range(1, STEPS + 1))
     timed = ("second", "flops", "wait", "goodput")
