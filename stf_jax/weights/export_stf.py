@@ -1,8 +1,7 @@
-"""A model for the authors' own code (visresearch/LLaVA-STF): their tensor names and their config keys.
+"""Exports a model for the authors' code (visresearch/LLaVA-STF), with their tensor names and config keys.
 
-Their program has the shape of the fusion written into it, so a model of another shape is refused: eight taps of 24
-blocks (the deepest may be chosen, the others are blocks 21, 18, …, 3), MBTF 8C → 4C → C, windows of 2×2, and STF
-4C → 16C → D.
+Their code hard-codes the shape of the fusion, so models of another shape are refused: eight taps of 24 blocks (the
+deepest may be chosen, the others are blocks 21, 18, …, 3), MBTF 8C → 4C → C, windows of 2×2, and STF 4C → 16C → D.
 """
 
 import json
@@ -11,18 +10,18 @@ import shutil
 from typing import Any
 
 from stf_jax.config import UserError
-from stf_jax.data.tokenizer import SENTENCEPIECE, load_tokenizer, positions, prefixes_once
+from stf_jax.data.tokenizer import SENTENCEPIECE, load_tokenizer, max_positions, prefixes_only_start
 from stf_jax.models.fusion import tapped_blocks
 from stf_jax.models.presets import VISION
 from stf_jax.weights import hf
-from stf_jax.weights.exports import Tensors, part_places, whole, widest_dtype
+from stf_jax.weights.exports import ExportStream, map_part, require_complete, widest_dtype
 from stf_jax.weights.folder import new_folder
 from stf_jax.weights.model import Description, open_model
 from stf_jax.weights.shards import write_shards
 
-ADAPTER = "mm_projector.bin"  # what their first stage leaves
+ADAPTER = "mm_projector.bin"  # the output of their first stage
 _TAPS = (21, 18, 15, 12, 9, 6, 3)  # below the deepest
-_TOWERS = {  # by pixels a side and width
+_TOWERS = {  # by image size in pixels and width
     (336, 1024): "openai/clip-vit-large-patch14-336",
     (224, 1024): "openai/clip-vit-large-patch14",
 }
@@ -32,51 +31,51 @@ _TOWER_PREFIX = {"": "model.vision_tower.vision_tower.vision_model."}
 def export_llava_stf(
     checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "", adapter_only: bool = False
 ) -> dict[str, Any]:
-    """Writes a folder that their ``load_pretrained_model`` reads; it appears when it is complete.
+    """Writes a folder for the authors' ``load_pretrained_model``; it appears when it is complete.
 
     Args:
       checkpoint: workdir of a run, or a folder of imported weights.
       to: the folder to write; it must not exist.
       dtype: the type to cast values to; empty: each keeps its own.
-      adapter_only: only MBTF and STF, eight tensors, as their ``--pretrain_mm_mlp_adapter`` takes them.
+      adapter_only: write only MBTF and STF, the eight tensors of their ``--pretrain_mm_mlp_adapter``.
 
     Returns:
-      The report of :class:`stf_jax.weights.exports.Tensors`.
+      The report of :class:`stf_jax.weights.exports.ExportStream`.
 
     Raises:
-      UserError: a checkpoint that cannot be read or lacks a part; ``to`` exists; a model that their code has no room
-        for; PyTorch, which alone writes the adapter's file, is not installed.
+      UserError: the checkpoint cannot be read or lacks a part; ``to`` exists; the authors' code cannot represent the
+        model; PyTorch, which writes the adapter's file, is not installed.
     """
     with new_folder(to) as folder:
         saved = open_model(checkpoint)
-        what = saved.description
-        if what.fusion is None:
+        model = saved.description
+        if model.fusion is None:
             raise UserError(f"{checkpoint} holds no fusion to export.")
-        taps = _checked_taps(what)
-        found = part_places(saved, "fusion", hf.fusion_table(what.fusion), {"": "model."})
+        taps = _check_fusion(model)
+        mappings = map_part(saved, "fusion", hf.fusion_table(model.fusion), {"": "model."})
         if adapter_only:
-            tensors = Tensors(saved, found, dtype)
-            _save_adapter(folder / ADAPTER, tensors)
+            stream = ExportStream(saved, mappings, dtype)
+            _save_adapter(folder / ADAPTER, stream)
         else:
-            whole(saved, checkpoint)
-            _check_llm(what)
-            found |= part_places(saved, "vision", hf.VISION, _TOWER_PREFIX)
-            found |= part_places(saved, "llm", hf.DECODER, {"": ""})
-            tensors = Tensors(saved, found, dtype)
-            write_shards(folder, tensors)
-            config = _config(what, taps[0], dtype or widest_dtype(saved), saved.tokenizer)
+            require_complete(saved, checkpoint)
+            _check_llm(model)
+            mappings |= map_part(saved, "vision", hf.VISION, _TOWER_PREFIX)
+            mappings |= map_part(saved, "llm", hf.DECODER, {"": ""})
+            stream = ExportStream(saved, mappings, dtype)
+            write_shards(folder, stream)
+            config = _make_config(model, taps[0], dtype or widest_dtype(saved), saved.tokenizer)
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            _save_tokenizer(saved.tokenizer, folder, config, tensors.report["notes"])
-        tensors.save_report(folder)
-    return tensors.report
+            _save_tokenizer(saved.tokenizer, folder, config, stream.report["notes"])
+        stream.save_report(folder)
+    return stream.report
 
 
-def _checked_taps(what: Description) -> tuple[int, ...]:
-    """The taps. Raises UserError for a fusion other than the one that their code computes."""
-    fusion, tower = what.fusion, what.vision or VISION["clip-l-14-336"]
+def _check_fusion(model: Description) -> tuple[int, ...]:
+    """Returns the taps. Raises UserError for a fusion that the authors' code does not compute."""
+    fusion, tower = model.fusion, model.vision or VISION["clip-l-14-336"]
     taps = tapped_blocks(fusion, tower.layers)
-    width = tower.width if what.vision else fusion.mbtf_width  # the eight tensors alone have no tower beside them
-    wanted = {
+    width = tower.width if model.vision else fusion.mbtf_width  # the eight tensors alone come without a tower
+    expected = {
         "fusion": (fusion.fusion, "mbtf_stf"),
         "variant": (fusion.variant, "code"),
         "kernel": (fusion.kernel, 2),
@@ -86,39 +85,42 @@ def _checked_taps(what: Description) -> tuple[int, ...]:
         "stf_hidden": (fusion.stf_hidden or 16 * width, 16 * width),
         "vision layers": (tower.layers, 24),
     }
-    wrong = [f"{key} is {value}, not {theirs}" for key, (value, theirs) in wanted.items() if value != theirs]
+    problems = [f"{key} is {value}, not {fixed}" for key, (value, fixed) in expected.items() if value != fixed]
     if not (tower.class_token and tower.pre_norm):
-        wrong.append("the vision tower is not CLIP's")
-    if wrong:
-        raise UserError(f"The authors' code has no room for this model ({'; '.join(wrong)}): export it as hf instead.")
+        problems.append("the vision tower is not CLIP's")
+    if problems:
+        problems = "; ".join(problems)
+        raise UserError(f"The authors' code does not support this model ({problems}): export it as hf instead.")
     return taps
 
 
-def _check_llm(what: Description) -> None:
-    llm = what.llm
+def _check_llm(model: Description) -> None:
+    llm = model.llm
     if llm.qkv_bias or llm.qk_norm or llm.head_dim * llm.heads != llm.width:
-        raise UserError("The authors' code knows no language model but Llama: export this one as hf instead.")
+        raise UserError("The authors' code supports no language model but Llama: export this one as hf instead.")
     if llm.rope_scaling is not None and llm.rope_scaling.kind != "linear":
-        raise UserError(f"The authors' code knows no {llm.rope_scaling.kind} positions: export this one as hf instead.")
+        raise UserError(
+            f"The authors' code supports no {llm.rope_scaling.kind} positions: export this model as hf instead."
+        )
 
 
-def _save_adapter(file: pathlib.Path, tensors: Tensors) -> None:
+def _save_adapter(file: pathlib.Path, stream: ExportStream) -> None:
     try:
         import torch
     except ImportError:
         raise UserError(f"{file.name} is a torch pickle: install torch to write it.") from None
 
     def to_torch(value):
-        if value.dtype.name == "bfloat16":  # numpy has none of its own
+        if value.dtype.name == "bfloat16":  # which torch.from_numpy does not read
             return torch.from_numpy(value.view("uint16")).view(torch.bfloat16)
         return torch.from_numpy(value)
 
-    torch.save({name: to_torch(value) for name, value in tensors}, file)
+    torch.save({name: to_torch(value) for name, value in stream}, file)
 
 
-def _config(what: Description, tap: int, dtype: str, tokenizer_folder: pathlib.Path) -> dict[str, Any]:
-    """Their ``config.json``: transformers 4.37's of a Llama, and LLaVA's keys beside it."""
-    llm, tokenizer = what.llm, load_tokenizer(str(tokenizer_folder))
+def _make_config(model: Description, tap: int, dtype: str, tokenizer_folder: pathlib.Path) -> dict[str, Any]:
+    """Returns the authors' ``config.json``: transformers 4.37's keys for a Llama, and LLaVA's keys."""
+    llm, tokenizer = model.llm, load_tokenizer(str(tokenizer_folder))
     scaling = llm.rope_scaling
     return {
         "architectures": ["LlavaLlamaForCausalLM"],
@@ -134,17 +136,17 @@ def _config(what: Description, tap: int, dtype: str, tokenizer_folder: pathlib.P
         "rope_theta": llm.rope_theta,
         "rope_scaling": {"type": "linear", "factor": scaling.factor} if scaling else None,
         "attention_bias": False,
-        "max_position_embeddings": positions(tokenizer),
+        "max_position_embeddings": max_positions(tokenizer),
         "tie_word_embeddings": llm.tied,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.unk_token_id,
         "torch_dtype": dtype,
         "use_cache": True,
-        "mm_vision_tower": _TOWERS.get((what.vision.image_size, what.vision.width), ""),
-        "mm_vision_select_layer": tap - what.vision.layers - 1,
+        "mm_vision_tower": _TOWERS.get((model.vision.image_size, model.vision.width), ""),
+        "mm_vision_select_layer": tap - model.vision.layers - 1,
         "mm_vision_select_feature": "patch",
-        "mm_hidden_size": what.vision.width,
+        "mm_hidden_size": model.vision.width,
         "mm_projector_type": "mlp2x_gelu",
         "mm_patch_merge_type": "flat",
         "mm_use_im_start_end": False,
@@ -153,18 +155,18 @@ def _config(what: Description, tap: int, dtype: str, tokenizer_folder: pathlib.P
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,
         "mm_projector_lr": None,
-        "image_aspect_ratio": what.aspect,
+        "image_aspect_ratio": model.aspect,
         "tokenizer_padding_side": "right",
-        "tokenizer_model_max_length": positions(tokenizer),
+        "tokenizer_model_max_length": max_positions(tokenizer),
     }
 
 
 def _save_tokenizer(source: pathlib.Path, folder: pathlib.Path, config: dict[str, Any], notes: list[str]) -> None:
-    """Their code reads the SentencePiece file alone, through transformers' slow tokenizer."""
+    """Saves the tokenizer for the authors' code, which reads only the SentencePiece file."""
     if not config["mm_vision_tower"]:
-        notes.append("config.json names no mm_vision_tower: set it to a folder with the tower.")
+        notes.append("config.json has no mm_vision_tower: set it to a folder with the tower.")
     if not (source / SENTENCEPIECE).is_file():
-        notes.append(f"There is no {SENTENCEPIECE} in {source}: put the language model's own beside the weights.")
+        notes.append(f"There is no {SENTENCEPIECE} in {source}: copy the language model's file to the export.")
         return
     shutil.copyfile(source / SENTENCEPIECE, folder / SENTENCEPIECE)
     values = {
@@ -175,7 +177,7 @@ def _save_tokenizer(source: pathlib.Path, folder: pathlib.Path, config: dict[str
         "pad_token": "<unk>",
         "add_bos_token": True,
         "add_eos_token": False,
-        "legacy": not prefixes_once(load_tokenizer(str(source))),
+        "legacy": not prefixes_only_start(load_tokenizer(str(source))),
         "clean_up_tokenization_spaces": False,
         "model_max_length": config["tokenizer_model_max_length"],
         "padding_side": "right",

@@ -1,4 +1,4 @@
-"""What every export does: parameters one by one under new names, and a report of it; and the export under our own."""
+"""Streams parameters under new names, with a report, for all exports; and the export under our own names."""
 
 import collections
 import json
@@ -13,68 +13,67 @@ import tqdm
 
 from stf_jax.config import UserError
 from stf_jax.weights.folder import new_folder
-from stf_jax.weights.hf import Place, Tensor, places
+from stf_jax.weights.hf import Tensor, TensorMapping, map_parameters
 from stf_jax.weights.model import SavedModel, open_model
 from stf_jax.weights.shards import write_shards
-from stf_jax.weights.tensors import cast, overflow_lines
+from stf_jax.weights.tensors import cast, format_overflow
 
 
-def whole(saved: SavedModel, checkpoint: pathlib.Path) -> None:
-    """Raises UserError where the model lacks a part or its tokenizer."""
+def require_complete(saved: SavedModel, checkpoint: pathlib.Path) -> None:
+    """Raises UserError if the model lacks a part or its tokenizer."""
     parts = {part: getattr(saved.description, part) for part in ("vision", "fusion", "llm")}
     parts["tokenizer"] = saved.tokenizer
-    if lacking := [part for part, value in parts.items() if value is None]:
-        copied = f" Copy the folder of its tokenizer to {checkpoint / 'tokenizer'}." if lacking == ["tokenizer"] else ""
-        raise UserError(f"{checkpoint} is not a whole model: it lacks {', '.join(lacking)}.{copied}")
+    if missing := [part for part, value in parts.items() if value is None]:
+        fix = f" Copy the folder of its tokenizer to {checkpoint / 'tokenizer'}." if missing == ["tokenizer"] else ""
+        raise UserError(f"{checkpoint} is not a complete model: it lacks {', '.join(missing)}.{fix}")
 
 
-def part_places(
+def map_part(
     saved: SavedModel, part: str, table: Mapping[str, Tensor], prefixes: Mapping[str, str]
-) -> dict[str, Place]:
-    """:func:`stf_jax.weights.hf.places` of one part (``vision``, ``fusion``, ``llm``) of a model, by whole paths."""
-    begin = f"{part}/"
-    shapes = {path.removeprefix(begin): leaf.shape for path, leaf in saved.shapes.items() if path.startswith(begin)}
-    return {begin + path: place for path, place in places(table, shapes, prefixes).items()}
+) -> dict[str, TensorMapping]:
+    """Maps one part (``vision``, ``fusion``, ``llm``) of a model, by full parameter paths."""
+    root = f"{part}/"
+    shapes = {path.removeprefix(root): leaf.shape for path, leaf in saved.shapes.items() if path.startswith(root)}
+    return {root + path: mapping for path, mapping in map_parameters(table, shapes, prefixes).items()}
 
 
 def widest_dtype(saved: SavedModel) -> str:
-    """Name of the type that holds every parameter's."""
+    """Returns the name of the smallest type that holds the values of all parameters."""
     return jnp.result_type(*(leaf.dtype for leaf in saved.shapes.values())).name
 
 
-class Tensors:
-    """The tensors of a model under others' names, cast where asked, counted as they pass.
+class ExportStream:
+    """Iterates over a model's tensors under new names, casts them and records what was done.
 
     Attributes:
-      places: by path, of what is written.
-      report: count of ``parameters``; names of tensors ``written``, ``transposed`` and ``cast`` (by types); by
-        tensor, how many values ``overflowed`` to infinity when cast; parameters of the model that went ``unused``;
-        ``notes``.
+      mappings: tensors of each exported parameter, by path.
+      report: count of ``parameters``; names of tensors ``written``, ``transposed`` and ``cast`` (by types); number of
+        values that ``overflowed`` to infinity when cast, by tensor; ``unused`` parameters of the model; ``notes``.
     """
 
-    def __init__(self, saved: SavedModel, places: Mapping[str, Place], dtype: str):
-        """``dtype``: type to write in; empty: each tensor keeps its own."""
-        self.places, self._saved, self._dtype = places, saved, dtype
-        unused = sorted(saved.shapes.keys() - places.keys())
+    def __init__(self, saved: SavedModel, mappings: Mapping[str, TensorMapping], dtype: str):
+        """``dtype``: the type to write; empty: each tensor keeps its own."""
+        self.mappings, self._saved, self._dtype = mappings, saved, dtype
+        unused = sorted(saved.shapes.keys() - mappings.keys())
         self.report: dict[str, Any] = {"parameters": 0, "written": [], "transposed": []}
         self.report |= {"cast": collections.defaultdict(list), "unused": unused, "notes": [], "overflowed": {}}
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and values of one after the other; a parameter of ours is held at a time."""
-        for path, place in tqdm.tqdm(self.places.items(), "export", unit="parameter"):
+        """Yields names and values; only one parameter is in memory at a time."""
+        for path, mapping in tqdm.tqdm(self.mappings.items(), "export", unit="parameter"):
             value = self._saved.read(path)
             self.report["parameters"] += value.size
-            if place.turned:
-                self.report["transposed"] += place.names
+            if mapping.transposed:
+                self.report["transposed"] += mapping.names
             if self._dtype and value.dtype != jnp.dtype(self._dtype):
-                self.report["cast"][f"{value.dtype} to {self._dtype}"] += place.names
-            for name, tensor in place.to_theirs(value):
+                self.report["cast"][f"{value.dtype} to {self._dtype}"] += mapping.names
+            for name, tensor in mapping.to_hf(value):
                 self.report["written"].append(name)
                 tensor, overflowed = cast(tensor, self._dtype)
                 if overflowed:
                     self.report["overflowed"][name] = overflowed
                 yield name, tensor
-            del value  # before the next one is read
+            del value  # frees it before the next one is read
 
     def save_report(self, folder: pathlib.Path) -> None:
         """Writes ``export.json``."""
@@ -88,13 +87,13 @@ def export_native(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "", o
       checkpoint: workdir of a run, or a folder of imported weights.
       to: the folder to write; it must not exist.
       dtype: the type to cast values to; empty: each keeps its own.
-      only: a regular expression; parameters whose path it matches whole are written.
+      only: a regular expression that must match the full path of a parameter for it to be written.
 
     Returns:
-      The report of :class:`Tensors`.
+      The report of :class:`ExportStream`.
 
     Raises:
-      UserError: a checkpoint that cannot be read; ``to`` exists; a pattern that matches nothing.
+      UserError: the checkpoint cannot be read; ``to`` exists; the pattern matches nothing.
     """
     with new_folder(to) as folder:
         saved = open_model(checkpoint)
@@ -104,21 +103,21 @@ def export_native(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "", o
             raise UserError(f"--only={only!r} is not a regular expression: {error}.") from None
         if not chosen:
             raise UserError(f"--only={only!r} matches none of the {len(saved.shapes)} parameters.")
-        unturned = {path: Tensor(path, tuple((axis,) for axis in range(len(shape)))) for path, shape in chosen.items()}
-        tensors = Tensors(saved, places(unturned, chosen, {"": ""}), dtype)
-        write_shards(folder, tensors)
-        tensors.save_report(folder)
-    return tensors.report
+        table = {path: Tensor(path, tuple((axis,) for axis in range(len(shape)))) for path, shape in chosen.items()}
+        stream = ExportStream(saved, map_parameters(table, chosen, {"": ""}), dtype)
+        write_shards(folder, stream)
+        stream.save_report(folder)
+    return stream.report
 
 
-def summary(report: dict[str, Any], to: pathlib.Path) -> str:
-    """The report for people to read."""
-    cast = ", ".join(f"{len(names)} from {kind}" for kind, names in report["cast"].items()) or "none"
+def summarize(report: dict[str, Any], to: pathlib.Path) -> str:
+    """Formats the report for the terminal."""
+    cast = ", ".join(f"{len(names)} from {types}" for types, names in report["cast"].items()) or "none"
     lines = [
         f"{len(report['written'])} tensors, {report['parameters']:,} parameters: {to}",
         f"{len(report['transposed'])} transposed; cast: {cast}",
     ]
-    lines += report["notes"] + overflow_lines(report["overflowed"])
+    lines += report["notes"] + format_overflow(report["overflowed"])
     if report["unused"]:
         lines.append(f"not written: {', '.join(report['unused'])}")
     return "\n".join([*lines, f"Every name is in {to / 'export.json'}."])

@@ -1,7 +1,7 @@
-"""Weights under our own parameter paths, read to start a run; and folders that appear whole.
+"""Loads weights under our own parameter paths to start a run; and writes folders that appear only when complete.
 
-A folder of weights holds safetensors (weights/locate.py says which files) whose tensors are named by parameter path
-(``vision/blocks/mlp/up/kernel``). A run's workdir serves as well.
+A folder of weights holds safetensors (weights/locate.py chooses the files) whose tensors are named by parameter path
+(``vision/blocks/mlp/up/kernel``). A run's workdir can be loaded too.
 """
 
 import collections
@@ -20,8 +20,8 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from stf_jax.config import UserError
-from stf_jax.models.positions import interpolated, same_kind
-from stf_jax.runtime.files import fetched, in_bucket, to_path, upload
+from stf_jax.models.positions import interpolate_positions, same_grid_kind
+from stf_jax.runtime.files import in_bucket, local_copy, to_path, upload
 from stf_jax.runtime.parameters import SavedParams
 from stf_jax.weights.tensors import open_tensors
 
@@ -34,92 +34,91 @@ EMBEDDED = {
 
 
 def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh: Iterable[str]) -> dict[str, jax.Array]:
-    """Reads the parameters that a model wants, each straight onto its devices.
+    """Loads the parameters of a model, each directly onto its devices.
 
     Args:
-      sources: folders of weights or workdirs of runs, separated by commas; names of :data:`EMBEDDED` stand for
-        those. A later one wins over an earlier one.
-      layout: every parameter of the model, with the sharding that it is to have.
-      fresh: patterns of parameters that are not taken from the sources, whatever those hold.
+      sources: folders of weights, workdirs of runs, or names in :data:`EMBEDDED`, separated by commas. Later ones win.
+      layout: every parameter of the model, with its target sharding.
+      fresh: patterns of parameters that are not loaded from the sources.
 
     Position embeddings of a tower for another image size are interpolated (models/positions.py).
 
     Returns:
-      ``{path: array}`` in the types of the files; parameters that match ``fresh`` are left out.
+      ``{path: array}`` in the dtypes of the files, without the parameters that match ``fresh``.
 
     Raises:
-      UserError: a source that cannot be read, or parameters that are missing, unknown or of another shape, all listed.
+      UserError: a source cannot be read, or parameters are missing, unknown or of another shape (all are listed).
     """
     names = [part.strip() for part in sources.split(",") if part.strip()]
     opened = [_open(EMBEDDED.get(name) or to_path(name)) for name in names]
     found = {path: (shape, read) for shapes, read in opened for path, shape in shapes.items()}
-    fresh = [_compiled(pattern) for pattern in fresh]
+    fresh = [_compile(pattern) for pattern in fresh]
 
-    def taken(path):
+    def is_loaded(path):
         return not any(pattern.fullmatch(path) for pattern in fresh)
 
-    if not names and any(taken(path) for path in layout):
+    if not names and any(is_loaded(path) for path in layout):
         raise UserError(
-            f"No weights to start from, and {next(filter(taken, layout))} must not start at random: provide "
-            "--config.init_from=DIR, or see training work on embedded weights with --config=configs/demo.py."
+            f"There are no weights to start from, and {next(filter(is_loaded, layout))} must not start at random: set "
+            "--config.init_from=DIR, or try training on embedded weights with --config=configs/demo.py."
         )
-    wrong = collections.defaultdict(list)  # by part
-    for path in filter(taken, layout.keys() | found.keys()):
+    problems = collections.defaultdict(list)  # by part
+    for path in filter(is_loaded, layout.keys() | found.keys()):
         part = path.split("/")[0]
         if path not in found:
-            wrong[part].append(f"missing {path} {layout[path].shape}")
+            problems[part].append(f"missing {path} {layout[path].shape}")
         elif path not in layout:
-            wrong[part].append(f"unknown {path} {found[path][0]}")
-        elif found[path][0] != layout[path].shape and not _resizable(path, found[path][0], layout[path].shape):
-            wrong[part].append(f"{path} is {found[path][0]} there and {layout[path].shape} here")
-    if wrong:
+            problems[part].append(f"unknown {path} {found[path][0]}")
+        elif found[path][0] != layout[path].shape and not _is_resizable(path, found[path][0], layout[path].shape):
+            problems[part].append(f"{path} is {found[path][0]} there and {layout[path].shape} here")
+    if problems:
         raise UserError(
-            f"The weights in {sources!r} do not fit the model: {_advice(names, opened, layout, wrong)} "
-            + f"{'; '.join(sorted(line for lines in wrong.values() for line in lines))}."
+            f"The weights in {sources!r} do not fit the model: {_suggest_fixes(names, opened, layout, problems)} "
+            + f"{'; '.join(sorted(line for lines in problems.values() for line in lines))}."
         )
     loaded = {}
     for _, read in opened:  # each parameter once, from the last source that has it
-        wanted = [path for path in layout if taken(path) and path in found and found[path][1] is read]
-        fitting = [path for path in wanted if found[path][0] == layout[path].shape]
-        loaded.update(read({path: layout[path].sharding for path in fitting}))
-        loaded.update({path: _resized(read, path, layout[path]) for path in wanted if path not in fitting})
+        wanted = [path for path in layout if is_loaded(path) and path in found and found[path][1] is read]
+        same_shape = [path for path in wanted if found[path][0] == layout[path].shape]
+        loaded.update(read({path: layout[path].sharding for path in same_shape}))
+        loaded.update({path: _resize(read, path, layout[path]) for path in wanted if path not in same_shape})
     return {path: loaded[path] for path in layout if path in loaded}
 
 
-def _resizable(path, there, here):
-    """Whether a parameter is a tower's position embeddings, of square grids of two sizes."""
-    return path == "vision/position_embed" and there[1:] == here[1:] and same_kind(there[0], here[0])
+def _is_resizable(path, saved, wanted):
+    """Whether a parameter is a tower's position embeddings and both shapes are of square grids."""
+    return path == "vision/position_embed" and saved[1:] == wanted[1:] and same_grid_kind(saved[0], wanted[0])
 
 
-def _resized(read, path, leaf):
-    everywhere = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
-    table = interpolated(np.asarray(read({path: everywhere})[path]), leaf.shape[0])
+def _resize(read, path, leaf):
+    replicated = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+    table = interpolate_positions(np.asarray(read({path: replicated})[path]), leaf.shape[0])
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: table[index])
 
 
-def _advice(names, opened, layout, wrong):
-    """What to do about each part (``vision``, ``fusion``, ``llm``) of which something is wrong."""
+def _suggest_fixes(names, opened, layout, problems):
+    """Returns how to fix each part (``vision``, ``fusion``, ``llm``) that does not fit."""
     clauses = []
-    for part in sorted(wrong):
-        holds = [name for name, (shapes, _) in zip(names, opened, strict=True) if _has(shapes, part)]
-        if not holds:
+    for part in sorted(problems):
+        having = [name for name, (shapes, _) in zip(names, opened, strict=True) if _has_part(shapes, part)]
+        if not having:
             clauses.append(
                 f"they have no {part} (add a folder that has one to init_from, or name {part}/.* in init_missing)"
             )
         elif part == "fusion":
-            clauses.append(f"model.fusion differs from the one that {holds[-1]} was trained with (set it to that)")
-        elif _has(layout, part):
-            clauses.append(f"model.{part} is another (set model.{part}={holds[-1]}, or leave it out)")
+            clauses.append(f"model.fusion differs from the one that {having[-1]} was trained with (set it to that)")
+        elif _has_part(layout, part):
+            clauses.append(f"model.{part} is a different model (set model.{part}={having[-1]}, or leave it out)")
         else:
             clauses.append(f"{part} is not a part of a model (vision, fusion, llm)")
     return f"{', and '.join(clauses)}:"
 
 
-def _has(paths, part):
+def _has_part(paths, part):
     return any(path.startswith(f"{part}/") for path in paths)
 
 
-def _compiled(pattern):
+def _compile(pattern):
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -128,7 +127,7 @@ def _compiled(pattern):
 
 @contextlib.contextmanager
 def new_folder(to: epath.Path) -> Iterator[pathlib.Path]:
-    """A local folder to fill, which becomes ``to`` when all is well, and is removed when it is not.
+    """Yields a local folder to fill. It becomes ``to`` on success and is removed on failure.
 
     Raises:
       UserError: ``to`` exists and is not an empty folder, or cannot be written; the disk is full.
@@ -155,7 +154,7 @@ def new_folder(to: epath.Path) -> Iterator[pathlib.Path]:
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         if error.errno == errno.ENOSPC:
-            raise UserError(f"The disk is full: {to} was not written, and nothing was left behind.") from None
+            raise UserError(f"The disk is full: {to} was not written, and no partial files remain.") from None
         raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -163,35 +162,35 @@ def new_folder(to: epath.Path) -> Iterator[pathlib.Path]:
 
 
 def _open(folder):
-    """Shapes by path, and a function that reads: places by path → arrays by path."""
-    if SavedParams.at(folder):
+    """Returns shapes by path, and a function that reads arrays by path, given shardings by path."""
+    if SavedParams.exists_in(folder):
         saved = SavedParams(folder)
         return {path: leaf.shape for path, leaf in saved.shapes.items()}, saved.restore
-    local = fetched(folder)
+    local = local_copy(folder)
     if not any(local.glob("*.safetensors")):
-        raise UserError(f"init_from names {folder}, which holds neither *.safetensors nor a run's checkpoints.")
+        raise UserError(f"init_from names {folder}, which holds neither *.safetensors nor the checkpoints of a run.")
     tensors = open_tensors(local)
 
-    def read(places):
-        return {path: _put(tensors, path, sharding) for path, sharding in places.items()}
+    def read(shardings):
+        return {path: _load_tensor(tensors, path, sharding) for path, sharding in shardings.items()}
 
     return {path: tensors.shape(path) for path in tensors.names}, read
 
 
-def _put(tensors, path, sharding):
-    """A tensor on its devices, of which this host reads what its own devices hold, and sends nothing to another's."""
+def _load_tensor(tensors, path, sharding):
+    """Loads a tensor onto its devices. Each host reads the slices of its own devices; nothing is sent between hosts."""
     tensors.check_type(path)
-    file, parts = tensors.file(path), {}
+    file, slices = tensors.file(path), {}
     try:
         with safe_open(file, framework="numpy") as opened:
             view = opened.get_slice(path)
 
-            def part(index):
+            def read_slice(index):
                 key = tuple((axis.start, axis.stop) for axis in index)
-                if key not in parts:  # several devices may hold the same
-                    parts[key] = view[index] if index else opened.get_tensor(path)
-                return parts[key]
+                if key not in slices:  # several devices may hold the same slice
+                    slices[key] = view[index] if index else opened.get_tensor(path)
+                return slices[key]
 
-            return jax.make_array_from_callback(tensors.shape(path), sharding, part)
+            return jax.make_array_from_callback(tensors.shape(path), sharding, read_slice)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: tensor {path} cannot be read: {error}.") from None

@@ -1,7 +1,7 @@
-"""The tokenizer that a GGUF file describes: what llama.cpp knows by names, spelled out. Needs no torch.
+"""Builds the tokenizer that a GGUF file describes, without torch.
 
-llama.cpp keeps vocabularies of two kinds for Llama, Mistral and Qwen models: SentencePiece's (``llama``), and
-byte-level BPE (``gpt2``), whose way of splitting a text into words it names (``tokenizer.ggml.pre``).
+llama.cpp has two kinds of vocabularies for Llama, Mistral and Qwen models: SentencePiece's (``llama``), and byte-level
+BPE (``gpt2``). It refers to the pre-tokenizer of the latter by name (``tokenizer.ggml.pre``).
 """
 
 import pathlib
@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.data.sentencepieces import Kind, Vocabulary, build_tokenizer
-from stf_jax.weights.gguf import open_reader
+from stf_jax.weights.gguf import cached_reader
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
 _WORDS += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -21,34 +21,34 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GPT2 = ("", "default", "gpt-2")
-_DIGITS = ("smollm", "starcoder", "refact", "command-r")  # GPT-2's words, digits apart
+_DIGITS = ("smollm", "starcoder", "refact", "command-r")  # GPT-2's words, with separate digits
 _LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "smaug-bpe")
 _QWEN2 = ("qwen2", "deepseek-r1-qwen", "megrez")
-_WHOLE = (*_LLAMA3, "tekken")  # a word that is a token is not merged from its parts
-_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # ours → as the file names them
-_LLAMA_IDS = {"bos": 1, "eos": 2, "unk": 0}  # of SentencePiece's where the file names none, as llama.cpp has them
+_IGNORE_MERGES = (*_LLAMA3, "tekken")  # words in the vocabulary become tokens without merging
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # name in transformers → name in the file
+_LLAMA_IDS = {"bos": 1, "eos": 2, "unk": 0}  # llama.cpp's defaults for SentencePiece
 
 
 def read_gguf_tokenizer(file: pathlib.Path) -> PreTrainedTokenizerFast:
-    """The tokenizer, with its chat template where the file has one.
+    """Reads the tokenizer, with its chat template if the file has one.
 
     Raises:
-      ValueError: the file has none, or one of a kind that is not known here, or that contradicts itself.
+      ValueError: the file has no tokenizer, one of an unsupported kind, or an inconsistent one.
     """
     prefix = "tokenizer."
-    fields = open_reader(file, file.stat().st_mtime_ns).fields
+    fields = cached_reader(file, file.stat().st_mtime_ns).fields
     values = {key.removeprefix(prefix): field.contents() for key, field in fields.items() if key.startswith(prefix)}
     kind, tokens = values.get("ggml.model"), values.get("ggml.tokens")
     if kind not in ("llama", "gpt2") or not tokens:
-        raise ValueError(f"the file has a vocabulary of kind {kind!r}; known are 'llama' and 'gpt2'")
+        raise ValueError(f"the file has a vocabulary of kind {kind!r}; supported: 'llama', 'gpt2'")
     is_llama, pre = kind == "llama", values.get("ggml.pre", "")
     kinds = values.get("ggml.token_type") or [Kind.NORMAL] * len(tokens)
-    backend = _sentencepiece(values, tokens, kinds) if is_llama else _byte_level(values, tokens, kinds, pre)
+    backend = _build_sentencepiece(values, tokens, kinds) if is_llama else _build_byte_level(values, tokens, kinds, pre)
     special: dict[str, Any] = {}
-    for name, theirs in _SPECIAL.items():
-        i = values.get(f"ggml.{theirs}_token_id", _LLAMA_IDS.get(name) if is_llama else None)
+    for name, gguf_name in _SPECIAL.items():
+        i = values.get(f"ggml.{gguf_name}_token_id", _LLAMA_IDS.get(name) if is_llama else None)
         if i is not None and not i < len(tokens):
-            raise ValueError(f"the file names {i} as its {theirs} token, of {len(tokens)} tokens")
+            raise ValueError(f"the id of the file's {gguf_name} token is {i}, but it has {len(tokens)} tokens")
         special[f"{name}_token"] = None if i is None else tokens[i]
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -59,35 +59,35 @@ def read_gguf_tokenizer(file: pathlib.Path) -> PreTrainedTokenizerFast:
     )
 
 
-def _sentencepiece(values, tokens, kinds):
+def _build_sentencepiece(values, tokens, kinds):
     scores = values.get("ggml.scores")
     if not scores or len(set(scores)) == 1:
-        raise ValueError("the file's vocabulary has no scores, without which no text can be tokenised")
+        raise ValueError("the file's vocabulary has no scores, which are needed to tokenize")
     return build_tokenizer(Vocabulary(tokens, scores, kinds), values.get("ggml.add_space_prefix", True))
 
 
-def _byte_level(values, tokens, kinds, pre) -> Tokenizer:
+def _build_byte_level(values, tokens, kinds, pre) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in values.get("ggml.merges", ())]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _WHOLE))
-    backend.pre_tokenizer, backend.decoder = _splitter(pre), decoders.ByteLevel()
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _IGNORE_MERGES))
+    backend.pre_tokenizer, backend.decoder = _make_pre_tokenizer(pre), decoders.ByteLevel()
     if pre in _QWEN2:
         backend.normalizer = normalizers.NFC()
     for kind, special in ((Kind.CONTROL, True), (Kind.USER_DEFINED, False)):
-        added = [token for token, its_kind in zip(tokens, kinds, strict=True) if its_kind == kind]
+        added = [token for token, token_kind in zip(tokens, kinds, strict=True) if token_kind == kind]
         added = [AddedToken(token, normalized=False, special=special) for token in added]
         (backend.add_special_tokens if special else backend.add_tokens)(added)
     return backend
 
 
-def _splitter(pre):
-    """How a text is split into words before merging."""
+def _make_pre_tokenizer(pre):
+    """Returns the pre-tokenizer, which splits a text into words before merging."""
     if pre in _GPT2:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     if pre in _DIGITS:
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     patterns = dict.fromkeys(_LLAMA3, _WORDS % "{1,3}") | dict.fromkeys(_QWEN2, _WORDS % "") | {"tekken": _TEKKEN}
     if pre not in patterns:
-        raise ValueError(f"the file's vocabulary splits texts as {pre!r} does, which is not known here")
+        raise ValueError(f"the file's vocabulary has the pre-tokenizer {pre!r}, which is not supported")
     split = pre_tokenizers.Split(Regex(patterns[pre]), "isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -1,12 +1,13 @@
-"""Hugging Face's names and layouts for our parameters.
+"""Hugging Face's tensor names and layouts for our parameters.
 
-One table a family: path of our parameter → name of their tensor, and its layout. A layout says, for each axis of their
-tensor, which axes of ours it holds, the outermost first; it is data, so that it can be followed in both directions:
+One table per model family maps the path of a parameter to the name of its tensor and a layout. For each axis of the
+tensor, the layout lists the axes of the parameter that it holds, outermost first. Layouts are data, so the same table
+serves imports and exports:
 
-    theirs [H·Dh, D], ours [D, H, Dh]      layout ((1, 2), (0,))
+    tensor [H·Dh, D], parameter [D, H, Dh]      layout ((1, 2), (0,))
 
-A parameter of a block is one tensor a layer over there, and a leading axis L here; layouts speak of one layer. Shapes
-are the model's own declarations. Values keep their type.
+A parameter of a block has a leading axis L here and is one tensor per layer in Hugging Face; layouts describe one
+layer. Shapes come from the model's own declarations. Values keep their dtype.
 """
 
 import dataclasses
@@ -24,13 +25,13 @@ Layout = tuple[tuple[int, ...], ...]
 
 
 class Tensor(NamedTuple):
-    """Where a parameter lies in a state dict; ``{layer}`` counts from 0."""
+    """The name and layout of a parameter in a state dict; ``{layer}`` counts from 0."""
 
     name: str
     layout: Layout
 
 
-#                                              theirs           ours
+#                                              tensor           parameter
 VECTOR: Layout = ((0,),)  #                    [D]              [D]
 MATRIX: Layout = ((0,), (1,))  #               [V, D]           [V, D]
 LINEAR: Layout = ((1,), (0,))  #               [out, in]        [in, out]
@@ -48,7 +49,7 @@ VISION: Mapping[str, Tensor] = {
     "patch_embed/bias": Tensor("embeddings.patch_embedding.bias", VECTOR),
     "class_token": Tensor("embeddings.class_embedding", VECTOR),
     "position_embed": Tensor("embeddings.position_embedding.weight", MATRIX),
-    "pre_norm/scale": Tensor("pre_layrnorm.weight", VECTOR),  # their spelling
+    "pre_norm/scale": Tensor("pre_layrnorm.weight", VECTOR),  # transformers' spelling
     "pre_norm/bias": Tensor("pre_layrnorm.bias", VECTOR),
     "blocks/attention_norm/scale": Tensor("encoder.layers.{layer}.layer_norm1.weight", VECTOR),
     "blocks/attention_norm/bias": Tensor("encoder.layers.{layer}.layer_norm1.bias", VECTOR),
@@ -68,7 +69,7 @@ VISION: Mapping[str, Tensor] = {
     "blocks/mlp/down/bias": Tensor("encoder.layers.{layer}.mlp.fc2.bias", VECTOR),
 }
 
-# LlamaForCausalLM, and Mistral, Qwen2 (biases) and Qwen3 (head norms), which name theirs alike.
+# LlamaForCausalLM, and Mistral, Qwen2 (biases) and Qwen3 (head norms), which use the same names.
 DECODER: Mapping[str, Tensor] = {
     "embedding": Tensor("model.embed_tokens.weight", MATRIX),
     "blocks/attention_norm/scale": Tensor("model.layers.{layer}.input_layernorm.weight", VECTOR),
@@ -89,8 +90,8 @@ DECODER: Mapping[str, Tensor] = {
     "head/kernel": Tensor("lm_head.weight", LINEAR),
 }
 
-# LLaVA's projector, and LLaVA-STF's two modules under its names: "crosslayer" is MBTF, and STF's convolution is a
-# linear layer on a window's values, channel by channel.
+# LLaVA's projector, and LLaVA-STF's two modules under LLaVA's names: "crosslayer" is MBTF. STF's convolution is a
+# linear layer over the values of a window, channel by channel.
 MBTF: Mapping[str, Tensor] = {
     "mbtf/first/kernel": Tensor("mm_projector_crosslayer.0.weight", LINEAR),
     "mbtf/first/bias": Tensor("mm_projector_crosslayer.0.bias", VECTOR),
@@ -135,8 +136,8 @@ def _mlp(path: str, name: str) -> dict[str, Tensor]:
 def _attention(path: str, name: str) -> dict[str, Tensor]:
     heads = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
     table = _layer(f"{path}/out", f"{name}.out_proj", FROM_HEADS)
-    for ours, theirs in heads.items():
-        table |= _layer(f"{path}/{ours}", f"{name}.{theirs}", TO_HEADS, HEADS)
+    for projection, hf_name in heads.items():
+        table |= _layer(f"{path}/{projection}", f"{name}.{hf_name}", TO_HEADS, HEADS)
     return table
 
 
@@ -153,7 +154,7 @@ def _conv_block(path: str, name: str) -> dict[str, Tensor]:
     }
 
 
-# Of the classes in weights/torch_package/modeling_stf.py.
+# The classes in weights/torch_package/modeling_stf.py.
 LDP_V2: Mapping[str, Tensor] = {
     **_mlp("tokens/projector", "mm_projector.mlp"),
     **_layer("tokens/position", "mm_projector.peg", DEPTHWISE),
@@ -190,7 +191,7 @@ TOKEN_PACKER: Mapping[str, Tensor] = {
 
 
 def fusion_table(config: FusionConfig) -> dict[str, Tensor]:
-    """The fusion's parameters; beyond the authors' own, as weights/torch_package names them."""
+    """Returns the table of a fusion. Fusions other than the authors' use the names in weights/torch_package."""
     stf = STF_PAPER if config.variant == "paper" else STF
     tokens = {
         "mlp": PROJECTOR,
@@ -207,7 +208,7 @@ def fusion_table(config: FusionConfig) -> dict[str, Tensor]:
     return {**(MBTF if config.fusion.startswith("mbtf") else {}), **tokens}
 
 
-# The same projector as transformers' LlavaForConditionalGeneration names it.
+# The same projector under the names of transformers' LlavaForConditionalGeneration.
 LLAVA_HF: Mapping[str, Tensor] = {
     path: Tensor(name.replace("mm_projector.0", "linear_1").replace("mm_projector.2", "linear_2"), layout)
     for path, (name, layout) in PROJECTOR.items()
@@ -215,69 +216,70 @@ LLAVA_HF: Mapping[str, Tensor] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a parameter of ours lies in a state dict: one tensor, or one a layer for a stacked parameter."""
+class TensorMapping:
+    """The tensors of one parameter in a state dict: one tensor, or one per layer for a stacked parameter."""
 
     names: tuple[str, ...]
     layout: Layout
-    shape: tuple[int, ...]  # ours, of one layer where stacked
+    shape: tuple[int, ...]  # of the parameter; of one layer if stacked
     stacked: bool
 
     @property
-    def theirs(self) -> tuple[int, ...]:
-        """Shape of each tensor over there."""
+    def hf_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor in Hugging Face's layout."""
         return tuple(math.prod(self.shape[axis] for axis in axes) for axes in self.layout)
 
     @property
-    def turned(self) -> bool:
-        """Whether axes change order on the way."""
+    def transposed(self) -> bool:
+        """Whether the conversion reorders or merges axes."""
         return self.layout != tuple((axis,) for axis in range(len(self.layout)))
 
-    def to_ours(self, tensors: Iterable[np.ndarray]) -> np.ndarray:
-        """The parameter, of its tensors in the order of ``names``."""
+    def from_hf(self, tensors: Iterable[np.ndarray]) -> np.ndarray:
+        """Builds the parameter from its tensors, given in the order of ``names``."""
         order = [axis for axes in self.layout for axis in axes]
-        turned = (t.reshape([self.shape[axis] for axis in order]).transpose(np.argsort(order)) for t in tensors)
+        layers = (t.reshape([self.shape[axis] for axis in order]).transpose(np.argsort(order)) for t in tensors)
         if not self.stacked:
-            return next(turned)
+            return next(layers)
         value = None
-        for layer, tensor in enumerate(turned):  # into place one by one, so that the layers are not held twice
+        for layer, tensor in enumerate(layers):  # copied one by one, so that only one layer is in memory twice
             if value is None:
                 value = np.empty((len(self.names), *self.shape), tensor.dtype)
-            value = value.astype(jnp.promote_types(value.dtype, tensor.dtype), copy=False)  # layers may differ in type
+            value = value.astype(jnp.promote_types(value.dtype, tensor.dtype), copy=False)  # layers may differ in dtype
             value[layer] = tensor
         return value
 
-    def to_theirs(self, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Names and tensors of the parameter; inverse of :meth:`to_ours`."""
+    def to_hf(self, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields the names and tensors of the parameter; the inverse of :meth:`from_hf`."""
         order = [axis for axes in self.layout for axis in axes]
-        for name, one in zip(self.names, value if self.stacked else [value], strict=True):
-            yield name, np.ascontiguousarray(one.transpose(order).reshape(self.theirs))
+        for name, layer in zip(self.names, value if self.stacked else [value], strict=True):
+            yield name, np.ascontiguousarray(layer.transpose(order).reshape(self.hf_shape))
 
 
-def declared(build: Callable[[], nnx.Module]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters, by path, of the module that ``build`` makes; nothing is allocated."""
+def param_shapes(build: Callable[[], nnx.Module]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a module's parameters by path, without allocating them."""
     flat = nnx.to_flat_state(nnx.state(nnx.eval_shape(build)))
     return {"/".join(map(str, path)): leaf.get_value().shape for path, leaf in flat}
 
 
-def places(
+def map_parameters(
     table: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], prefixes: Mapping[str, str]
-) -> dict[str, Place]:
-    """Where each parameter of a module lies, by the parameter's path in that module.
+) -> dict[str, TensorMapping]:
+    """Maps each parameter of a module, by its path in that module, to its tensors.
 
     Args:
       table: one of the tables above.
-      shapes: of the module's parameters.
-      prefixes: how names of the table begin → how they begin in this state dict (``{"model.": "language_model."}``).
+      shapes: shapes of the module's parameters.
+      prefixes: prefixes of names in the table → their replacements in this state dict
+        (``{"model.": "language_model."}``).
     """
-    found = {}
+    mappings = {}
     for path, shape in shapes.items():
         name, layout = table[path]
-        begin = next(begin for begin in sorted(prefixes, key=len, reverse=True) if name.startswith(begin))
-        name = prefixes[begin] + name.removeprefix(begin)
+        prefix = next(prefix for prefix in sorted(prefixes, key=len, reverse=True) if name.startswith(prefix))
+        name = prefixes[prefix] + name.removeprefix(prefix)
         if "{layer}" in name:
             names = tuple(name.format(layer=i) for i in range(shape[0]))
-            found[path] = Place(names, layout, shape[1:], stacked=True)
+            mappings[path] = TensorMapping(names, layout, shape[1:], stacked=True)
         else:
-            found[path] = Place((name,), layout, shape, stacked=False)
-    return found
+            mappings[path] = TensorMapping((name,), layout, shape, stacked=False)
+    return mappings

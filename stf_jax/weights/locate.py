@@ -1,4 +1,4 @@
-"""Which files of a folder are its weights: those that transformers 5 would load, and a clear refusal without any."""
+"""Finds the weight files of a folder: those that transformers 5 would load, or a clear error if there are none."""
 
 import os
 import pathlib
@@ -8,37 +8,44 @@ from typing import NamedTuple
 from stf_jax.config import UserError
 from stf_jax.runtime.files import parse_json
 
-# transformers' order (modeling_utils._get_resolved_checkpoint_files). Of a pair, the single file comes first.
+# transformers' order (modeling_utils._get_resolved_checkpoint_files): a single file comes before an index.
 _ORDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SUFFIXES = (".safetensors", ".bin", ".gguf")
-_BESIDE = ("consolidated", "adapter_", "training_args", "optimizer", "scheduler", "mmproj")  # never a model's weights
+_NOT_WEIGHTS = (
+    "consolidated",
+    "adapter_",
+    "training_args",
+    "optimizer",
+    "scheduler",
+    "mmproj",
+)  # never the weights of a model
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
-_MOST = 10_000  # shards
+_MAX_SHARDS = 10_000  # shards
 _POINTER = b"version https://git-lfs"
 _MERGE = "merge it into its base model first (peft: merge_and_unload, then save_pretrained), and import the result"
-# Files that hold weights in a form that is not read, and what to do. The first that is there is named.
-_UNREAD = (
-    ("adapter_config.json", f"a LoRA adapter, not a whole model: {_MERGE}"),
-    ("adapter_model.*", f"a LoRA adapter, not a whole model: {_MERGE}"),
+# Files with weights in unsupported formats, and what to do. Errors name the first one that exists.
+_UNSUPPORTED = (
+    ("adapter_config.json", f"a LoRA adapter, not a complete model: {_MERGE}"),
+    ("adapter_model.*", f"a LoRA adapter, not a complete model: {_MERGE}"),
     (
         "consolidated*",
-        "weights under the names of Mistral's or Meta's own code: fetch the same model's model*.safetensors",
+        "weights under the names of Mistral's or Meta's own code: download the model's model*.safetensors",
     ),
-    ("flax_model*.msgpack", "weights for Flax: fetch the same model's model*.safetensors"),
-    ("tf_model*.h5", "weights for TensorFlow: fetch the same model's model*.safetensors"),
-    ("*.onnx", "weights for ONNX: fetch the same model's model*.safetensors"),
-    ("*.pt", "a pickle of torch's: save it with transformers' save_pretrained"),
-    ("*.pth", "a pickle of torch's: save it with transformers' save_pretrained"),
+    ("flax_model*.msgpack", "weights for Flax: download the model's model*.safetensors"),
+    ("tf_model*.h5", "weights for TensorFlow: download the model's model*.safetensors"),
+    ("*.onnx", "weights for ONNX: download the model's model*.safetensors"),
+    ("*.pt", "a torch pickle: save it with transformers' save_pretrained"),
+    ("*.pth", "a torch pickle: save it with transformers' save_pretrained"),
 )
 
 
-class Located(NamedTuple):
-    """The files of a checkpoint, all of one suffix.
+class LocatedWeights(NamedTuple):
+    """The weight files of a checkpoint, all with the same suffix.
 
     Attributes:
-      files: in the order of their names.
-      index: that named them; None where none did.
-      notes: what a user should know of the choice.
+      files: the files, sorted by name.
+      index: the index that lists them, or None.
+      notes: remarks for the user on the choice.
     """
 
     files: tuple[pathlib.Path, ...]
@@ -46,140 +53,143 @@ class Located(NamedTuple):
     notes: tuple[str, ...]
 
 
-def locate_weights(source: pathlib.Path, named: str | None = None) -> Located:
-    """Decides which files are read; nothing else in the folder is opened.
+def locate_weights(source: pathlib.Path, weights_name: str | None = None) -> LocatedWeights:
+    """Chooses the weight files to read. No other file of the folder is opened.
 
-    These are, of a folder, the first of: what its config names; ``model.safetensors``; the shards of
+    In a folder, this is the first of: the file that its config names; ``model.safetensors``; the shards of
     ``model.safetensors.index.json``; ``pytorch_model.bin``; the shards of its index. transformers refuses a folder with
-    none of them; here its one other index counts, then all ``*.safetensors``, then its one ``*.gguf``, then all
+    none of them; this function then tries a single other index, all ``*.safetensors``, a single ``*.gguf``, and all
     ``*.bin``.
 
     Args:
-      source: a folder, or one file of weights.
-      named: the ``transformers_weights`` of the config.
+      source: a folder, or a single weight file.
+      weights_name: the ``transformers_weights`` of the config.
 
     Raises:
-      UserError: no weights, or weights of a kind that is not read; a shard that is missing; a link to nothing, a folder
-        or a Git LFS pointer in place of a file.
+      UserError: there are no weights, or only in an unsupported format; a shard is missing; a file is a dangling link,
+        a folder or a Git LFS pointer.
     """
     if not source.is_dir():
         check_file(source)
         if source.suffix not in _SUFFIXES:
             raise UserError(f"{source} is neither *.safetensors, *.bin nor *.gguf.")
-        return Located((source,), None, ())
-    located = _listed(source, named) or _unlisted(source)
+        return LocatedWeights((source,), None, ())
+    located = _find_standard(source, weights_name) or _find_other(source)
     for file in located.files:
         check_file(file)
     return located
 
 
 def check_file(file: pathlib.Path) -> None:
-    """Raises UserError for what stands in place of a file: nothing, a link to nothing, a folder, a Git LFS pointer."""
+    """Raises UserError if a file is missing, a dangling link, a folder or a Git LFS pointer."""
     if file.is_symlink() and not file.exists():
         raise UserError(
-            f"{file} is a link to {os.readlink(file)}, which does not exist: copy the folder with its links followed "
-            "(cp -rL), or fetch the file again."
+            f"{file} is a link to {os.readlink(file)}, which does not exist: copy the folder with its links resolved "
+            "(cp -rL), or download the file again."
         )
     if file.is_dir():
-        raise UserError(f"{file} is a folder where a file is expected: fetch the file again.")
+        raise UserError(f"{file} is a folder where a file is expected: download the file again.")
     if not file.is_file():
         raise UserError(f"{file} does not exist.")
     with file.open("rb") as opened:
         if opened.read(len(_POINTER)) == _POINTER:
-            raise UserError(f"{file} is a Git LFS pointer: fetch the file itself with git lfs pull.")
+            raise UserError(f"{file} is a Git LFS pointer: download the file itself with git lfs pull.")
 
 
-def _listed(folder, named):
-    """The files under transformers' names; None where there are none."""
+def _find_standard(folder, weights_name):
+    """Returns the files under transformers' standard names; None if there are none."""
     order = _ORDER
-    if named is not None:
-        if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
-            raise UserError(f"config.json names {named!r} as its transformers_weights, which is no safetensors file.")
-        _check_inside(folder / "config.json", named)
-        check_file(folder / named)
-        order = (named,)
+    if weights_name is not None:
+        if not isinstance(weights_name, str) or not weights_name.endswith((".safetensors", ".safetensors.index.json")):
+            raise UserError(
+                f"config.json sets transformers_weights to {weights_name!r}, which is not a safetensors file."
+            )
+        _check_relative(folder / "config.json", weights_name)
+        check_file(folder / weights_name)
+        order = (weights_name,)
     chosen = next((name for name in order if (folder / name).is_file()), None)
     if chosen is None:
         return None
     notes = [
-        f"{name} in that folder cannot be read as a file; {chosen} is read instead."
+        f"{name} in that folder is not a readable file; {chosen} is read instead."
         for name in order[: order.index(chosen)]
         if os.path.lexists(folder / name)
     ]
     other = f"{chosen}.index.json"
     if (folder / other).is_file():
-        notes.append(f"{chosen} is read, as transformers does, and not the shards of {other} beside it.")
+        notes.append(f"{chosen} is read, as in transformers, and not the shards of {other}.")
     if (folder / "adapter_config.json").exists():
-        notes.append("The adapter beside the model (adapter_config.json) is not applied.")
+        notes.append("The adapter in the model's folder (adapter_config.json) is not applied.")
     if chosen.endswith(".index.json"):
-        return Located(_shards(folder / chosen), folder / chosen, tuple(notes))
-    return Located((folder / chosen,), None, tuple(notes))
+        return LocatedWeights(_list_shards(folder / chosen), folder / chosen, tuple(notes))
+    return LocatedWeights((folder / chosen,), None, tuple(notes))
 
 
-def _unlisted(folder):
-    """The files under other names."""
+def _find_other(folder):
+    """Returns weight files under other names. Raises UserError if there are none."""
     for name in _ORDER:
-        if os.path.lexists(folder / name):  # but is no file
+        if os.path.lexists(folder / name):  # but is not a file
             check_file(folder / name)
     if any(folder.glob("adapter_*")):
-        raise UserError(_why_unread(folder))
-    indexes = _weights(folder, "*.safetensors.index.json")
+        raise UserError(_explain_no_weights(folder))
+    indexes = _glob_weights(folder, "*.safetensors.index.json")
     if len(indexes) > 1:
-        raise UserError(f"{folder} has several indexes ({_names(indexes)}): keep the one whose shards are wanted.")
+        raise UserError(f"{folder} has several indexes ({_join_names(indexes)}): keep the one whose shards to import.")
     if indexes:
-        return Located(_shards(indexes[0]), indexes[0], ())
-    if files := _weights(folder, "*.safetensors"):
-        return Located(_complete(files), None, ())
-    if files := _weights(folder, "*.gguf"):
+        return LocatedWeights(_list_shards(indexes[0]), indexes[0], ())
+    if files := _glob_weights(folder, "*.safetensors"):
+        return LocatedWeights(_check_series(files), None, ())
+    if files := _glob_weights(folder, "*.gguf"):
         if len(files) > 1:
-            raise UserError(f"{folder} holds {len(files)} GGUF files; name the one to import.")
-        return Located(files, None, ())
-    if files := _weights(folder, "*.bin"):
-        return Located(_complete(files), None, ())
-    raise UserError(_why_unread(folder))
+            raise UserError(f"{folder} holds {len(files)} GGUF files; give the path of the one to import.")
+        return LocatedWeights(files, None, ())
+    if files := _glob_weights(folder, "*.bin"):
+        return LocatedWeights(_check_series(files), None, ())
+    raise UserError(_explain_no_weights(folder))
 
 
-def _weights(folder, pattern):
-    return tuple(sorted(file for file in folder.glob(pattern) if not file.name.startswith(_BESIDE)))
+def _glob_weights(folder, pattern):
+    return tuple(sorted(file for file in folder.glob(pattern) if not file.name.startswith(_NOT_WEIGHTS)))
 
 
-def _complete(files):
-    """The same files. Raises UserError where one of numbered shards, which no index names, is missing."""
+def _check_series(files):
+    """Returns the same files. Raises UserError if one of a numbered series of shards is missing."""
     for file in files:
         if numbered := _SHARD.fullmatch(file.name):
             stem, _, count, suffix = numbered.groups()
-            for number in range(1, min(int(count), _MOST) + 1):
+            for number in range(1, min(int(count), _MAX_SHARDS) + 1):
                 shard = file.with_name(f"{stem}-{number:0{len(count)}}-of-{count}{suffix}")
                 if not os.path.lexists(shard):
-                    raise UserError(f"{shard} is missing, beside {file.name}: fetch it.")
+                    raise UserError(f"{shard} is missing, although {file.name} exists: download it.")
     return files
 
 
-def _names(files):
+def _join_names(files):
     return ", ".join(file.name for file in files)
 
 
-def _why_unread(folder):
-    for pattern, why in _UNREAD:
+def _explain_no_weights(folder):
+    for pattern, explanation in _UNSUPPORTED:
         if files := sorted(folder.glob(pattern)):
-            return f"{folder} holds {files[0].name}, {why}."
-    inside = sorted(
+            return f"{folder} holds {files[0].name}, {explanation}."
+    subfolders = sorted(
         {file.parent for glob in ("*/*", "snapshots/*/*") for file in folder.glob(glob) if _is_weights(file)}
     )
-    if inside:
-        return f"{folder} holds no weights, but its folder {inside[0].relative_to(folder)} does: give {inside[0]}."
+    if subfolders:
+        inner = subfolders[0]
+        return f"{folder} holds no weights, but its folder {inner.relative_to(folder)} does: give {inner}."
     return f"{folder} holds no weights: neither *.safetensors, *.bin nor *.gguf."
 
 
 def _is_weights(file):
-    return file.suffix in _SUFFIXES and not file.name.startswith(_BESIDE)
+    return file.suffix in _SUFFIXES and not file.name.startswith(_NOT_WEIGHTS)
 
 
-def _shards(index):
-    """The files that an index names, all of which are there."""
-    names = sorted(set(weight_map(index).values()))
+def _list_shards(index):
+    """Returns the files that an index lists. Raises UserError if one is missing."""
+    names = sorted(set(read_weight_map(index).values()))
     for name in names:
-        _check_inside(index, name)
+        _check_relative(index, name)
         if not os.path.lexists(index.parent / name):
             raise UserError(f"{index} names {name}, which is missing.")
     suffixes = {pathlib.PurePath(name).suffix for name in names}
@@ -188,18 +198,18 @@ def _shards(index):
     return tuple(index.parent / name for name in names)
 
 
-def _check_inside(file, name):
+def _check_relative(file, name):
     path = pathlib.PurePath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise UserError(f"{file} names {name!r}, which is not a file beside it.")
+        raise UserError(f"{file} names {name!r}, which is not a file in its folder.")
 
 
-def weight_map(index: pathlib.Path) -> dict[str, str]:
-    """Tensor → file, as an index says. Raises UserError where it is none."""
+def read_weight_map(index: pathlib.Path) -> dict[str, str]:
+    """Reads the map from tensor to file of an index. Raises UserError if the file is not an index."""
     try:
-        named = parse_json(index.read_bytes())["weight_map"]
-        if named and all(isinstance(file, str) for file in named.values()):
-            return named
+        weight_map = parse_json(index.read_bytes())["weight_map"]
+        if weight_map and all(isinstance(file, str) for file in weight_map.values()):
+            return weight_map
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise UserError(f"{index} is not an index of weights; fetch it again.")
+    raise UserError(f"{index} is not an index of weights; download it again.")

@@ -1,4 +1,4 @@
-"""A model on disk: what it is, and its parameters one at a time. What imports write; what is exported, or asked."""
+"""Opens models on disk: their description, and their parameters one at a time, for exports and inference."""
 
 import dataclasses
 import json
@@ -18,36 +18,36 @@ from transformers import PreTrainedTokenizerFast
 from stf_jax.config import FusionConfig, TrainConfig, UserError, from_json
 from stf_jax.data.tokenizer import EMBEDDED, FILES, save_tokenizer
 from stf_jax.models.llm import LLMConfig
-from stf_jax.models.presets import DESCRIPTION, ResolvedModel, llm_config, resolved, vision_config
+from stf_jax.models.presets import DESCRIPTION, ResolvedModel, parse_llm_config, parse_vision_config, resolve_model
 from stf_jax.models.vit import VisionConfig
-from stf_jax.runtime.files import fetched, make_folder, read_json, upload, write_json
+from stf_jax.runtime.files import local_copy, make_folder, read_json, upload, write_json
 from stf_jax.runtime.parameters import IMPORTED, SavedParams
-from stf_jax.weights.recognise import Recognised
-from stf_jax.weights.theirs import open_theirs, recognised, values
+from stf_jax.weights.detect import DetectedModel
+from stf_jax.weights.foreign import detect_or_raise, open_checkpoint, read_tensors
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a model is; a part that is not there is None."""
+    """The shapes and data settings of a model; a missing part is None."""
 
     vision: VisionConfig | None
     llm: LLMConfig | None
     fusion: FusionConfig | None
-    template: str = "v1"  # conversations, as config.data.template
-    aspect: str = "square"  # images, as config.data.aspect
+    template: str = "v1"  # as config.data.template
+    aspect: str = "square"  # as config.data.aspect
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes ``model.json``."""
         (folder / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
-def described(found: Recognised, config: Mapping[str, Any]) -> Description:
-    """A checkpoint of theirs with that ``config.json``."""
+def describe_checkpoint(detected: DetectedModel, config: Mapping[str, Any]) -> Description:
+    """Returns the description of a foreign checkpoint with that ``config.json``."""
     aspect = "pad" if config.get("image_aspect_ratio") == "pad" else "square"
-    template = str(config.get("conversation_template", "v1"))  # whether there is one of that name is checked later
-    return Description(found.vision, found.llm, found.fusion, template, aspect)
+    template = str(config.get("conversation_template", "v1"))  # checked when it is used
+    return Description(detected.vision, detected.llm, detected.fusion, template, aspect)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +55,13 @@ class SavedModel:
     """A run's newest checkpoint, a folder of imported weights, or an export for PyTorch.
 
     Attributes:
-      config: the model with its shapes, under the names that a run's config gives them, or the folder's own.
-      shapes: shape and dtype of every parameter, by path (``llm/blocks/mlp/up/kernel``, of all layers at once).
-      read: one parameter, into host memory.
-      restore: parameters on the devices named, one after the other.
-      tokenizer: folder with the tokenizer, or None.
-      step: of the run; None where it is none.
+      description: shapes and data settings of the model.
+      config: the model config with its shapes; parts are named as in the run's config, or by the folder.
+      shapes: shape and dtype of every parameter, by path (``llm/blocks/mlp/up/kernel`` stacks all layers).
+      read: reads one parameter into host memory.
+      restore: reads parameters one by one onto the devices of the given shardings.
+      tokenizer: folder of the tokenizer, or None.
+      step: step of the run; None for other folders.
     """
 
     description: Description
@@ -73,114 +74,119 @@ class SavedModel:
 
 
 def open_model(folder: epath.Path) -> SavedModel:
-    """Raises UserError where the folder is none of these, or its description does not read."""
-    if not SavedParams.at(folder):
-        described_there = (folder / "config.json").exists() or os.path.islink(folder / "config.json")
-        if (described_there and any(folder.glob("*.safetensors"))) or (folder / "adapter_config.json").exists():
+    """Opens a run, imported weights or an export. Raises UserError if the folder is none of these or unreadable."""
+    if not SavedParams.exists_in(folder):
+        has_config = (folder / "config.json").exists() or os.path.islink(folder / "config.json")
+        if (has_config and any(folder.glob("*.safetensors"))) or (folder / "adapter_config.json").exists():
             return _open_export(folder)
         raise UserError(
             f"{folder} is neither the workdir of a run (it has no checkpoints/), nor imported weights, nor an export."
         )
     saved = SavedParams(folder)
-    description, model, tokenizer = describe(folder)
+    description, model, tokenizer = describe_folder(folder)
     return SavedModel(description, model, saved.shapes, saved.read, saved.restore, tokenizer, saved.step)
 
 
-def describe(folder: epath.Path) -> tuple[Description, ResolvedModel, pathlib.Path | None]:
-    """What a run or a folder of imported weights is: no parameter is looked at.
+def describe_folder(folder: epath.Path) -> tuple[Description, ResolvedModel, pathlib.Path | None]:
+    """Describes a run or a folder of imported weights, without reading parameters.
 
     Returns:
-      Its description; its model; the folder of its tokenizer, None where that is not there.
+      Its description; its model config; the folder of its tokenizer, None if that is missing.
 
     Raises:
-      UserError: its description does not read, or it is a run from before these were kept, whose weights are gone.
+      UserError: the description cannot be read; or the run is from before runs saved one, and the weights that it
+        started from are gone.
     """
     try:
-        kept = _read_description(folder / DESCRIPTION) if (folder / DESCRIPTION).exists() else None
-        if kept is not None and (folder / IMPORTED).is_dir():
-            return kept, _named_after(folder, kept), _folder(fetched(folder / "tokenizer"))
+        saved = _read_description(folder / DESCRIPTION) if (folder / DESCRIPTION).exists() else None
+        if saved is not None and (folder / IMPORTED).is_dir():
+            return saved, _config_of_folder(folder, saved), _existing_folder(local_copy(folder / "tokenizer"))
         config = from_json(read_json(folder / "config.json"))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} does not say what model it holds: {error!r}.") from None
+        raise UserError(f"{folder} does not describe its model: {error!r}.") from None
     try:
-        model = resolved(config.model, kept and kept.vision, kept and kept.llm)
+        model = resolve_model(config.model, saved and saved.vision, saved and saved.llm)
     except UserError as error:
         raise UserError(
-            f"The run in {folder} was made before runs kept their shapes, and where it had them is gone ({error}) "
-            f"Import those weights again, and copy the model.json of that folder to {folder / DESCRIPTION}."
+            f"The run in {folder} is from before runs saved their shapes, and the weights it started from are gone "
+            f"({error}) Import those weights again, and copy the model.json of that folder to {folder / DESCRIPTION}."
         ) from None
     data = config.data
     description = Description(model.vision_shape, model.llm_shape, model.fusion, data.template, data.aspect)
-    tokenizer = _folder(fetched(folder / "tokenizer"))
+    tokenizer = _existing_folder(local_copy(folder / "tokenizer"))
     if tokenizer is None:
-        tokenizer = EMBEDDED.get(data.tokenizer) or (data.tokenizer and _folder(fetched(data.tokenizer)))
+        tokenizer = EMBEDDED.get(data.tokenizer) or (data.tokenizer and _existing_folder(local_copy(data.tokenizer)))
     return description, model, tokenizer or None
 
 
 def save_description(workdir: epath.Path, config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Writes beside a run's ``config.json`` what else it takes to ask, export or move the run: shapes and tokenizer.
+    """Writes the shapes and the tokenizer beside a run's ``config.json``, so that the run can be used on its own.
 
-    ``config``: with its model's shapes (:func:`stf_jax.weights.origin.complete`) and the name of that tokenizer.
+    ``config`` has the model's shapes (:func:`stf_jax.weights.origin.complete_config`) and names the tokenizer.
     """
-    model, data = resolved(config.model), config.data
+    model, data = resolve_model(config.model), config.data
     description = Description(model.vision_shape, model.llm_shape, model.fusion, data.template, data.aspect)
     write_json(workdir / DESCRIPTION, dataclasses.asdict(description))
-    source = EMBEDDED.get(data.tokenizer) or fetched(data.tokenizer)
-    if source == fetched(workdir / "tokenizer"):
+    source = EMBEDDED.get(data.tokenizer) or local_copy(data.tokenizer)
+    if source == local_copy(workdir / "tokenizer"):
         return
     with tempfile.TemporaryDirectory() as local:
         save_tokenizer(tokenizer, source, pathlib.Path(local))
-        if _files(workdir / "tokenizer") == _files(pathlib.Path(local)):
+        if _read_files(workdir / "tokenizer") == _read_files(pathlib.Path(local)):
             return
-        if (workdir / "tokenizer").exists():  # of a start that left no checkpoint, perhaps with another tokenizer
+        if (workdir / "tokenizer").exists():  # from a start that saved no checkpoint, perhaps with another tokenizer
             (workdir / "tokenizer").rmtree()
         make_folder(workdir / "tokenizer")
         upload(pathlib.Path(local), workdir / "tokenizer")
 
 
-def _files(folder):
+def _read_files(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.is_dir() else {}
 
 
 def _read_description(file):
     values = read_json(file)
     fusion = values["fusion"] and FusionConfig(**{**values["fusion"], "taps": tuple(values["fusion"]["taps"])})
-    vision, llm = values["vision"] and vision_config(values["vision"]), values["llm"] and llm_config(values["llm"])
+    vision, llm = (
+        values["vision"] and parse_vision_config(values["vision"]),
+        values["llm"] and parse_llm_config(values["llm"]),
+    )
     return Description(vision, llm, fusion, values["template"], values["aspect"])
 
 
-def _folder(path):
+def _existing_folder(path):
     return path if path.is_dir() else None
 
 
-def _named_after(folder, description):
+def _config_of_folder(folder, description):
     fusion = description.fusion or FusionConfig()
     return ResolvedModel(str(folder), str(folder), fusion, vision_shape=description.vision, llm_shape=description.llm)
 
 
 def _open_export(folder):
-    tensors, config = open_theirs(str(folder))
-    found = recognised(str(folder), tensors, config)
-    for note in found.notes:
+    tensors, config = open_checkpoint(str(folder))
+    detected = detect_or_raise(str(folder), tensors, config)
+    for note in detected.notes:
         _log.warning("%s: %s", folder, note)
-    description = described(found, config)
+    description = describe_checkpoint(detected, config)
     shapes = {
         path: jax.ShapeDtypeStruct(
-            (len(place.names), *place.shape) if place.stacked else place.shape,
-            jnp.result_type(*map(tensors.dtype, place.names)),
+            (len(mapping.names), *mapping.shape) if mapping.stacked else mapping.shape,
+            jnp.result_type(*map(tensors.dtype, mapping.names)),
         )
-        for path, place in found.places.items()
+        for path, mapping in detected.mappings.items()
     }
 
     def read(path):
-        return found.places[path].to_ours(values(tensors, path, found.places[path]))
+        mapping = detected.mappings[path]
+        return mapping.from_hf(read_tensors(tensors, path, mapping))
 
-    def restore(places):
-        for path, where in places.items():
+    def restore(shardings):
+        for path, sharding in shardings.items():
             value = read(path)  # device_put would send every host's copy to the others
-            yield path, jax.make_array_from_callback(value.shape, where, value.__getitem__)
+            yield path, jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
 
-    model = _named_after(folder, description)
-    local = fetched(folder)
+    model = _config_of_folder(folder, description)
+    local = local_copy(folder)
     tokenizer = local if any((local / name).is_file() for name in FILES) else None
     return SavedModel(description, model, shapes, read, restore, tokenizer)

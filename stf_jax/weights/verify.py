@@ -1,8 +1,8 @@
-"""An export beside the model that it was made from: the same questions, asked of one in PyTorch, of the other here.
+"""Compares an export in PyTorch with the model that it was made from, on the same questions.
 
-Tools put a question to an export in different ways: through transformers' ``apply_chat_template``, or by rendering the
-chat template and tokenising the text, as the processor does or as servers do, which add no special tokens. Each must
-give the tokens that training gave.
+Tools build a prompt in different ways: with transformers' ``apply_chat_template``, or by rendering the chat template
+and tokenizing the text, either with the processor or as servers do, which add no special tokens. Each must give the
+same tokens as training.
 """
 
 import dataclasses
@@ -19,52 +19,52 @@ from stf_jax.config import MeshConfig, UserError, short_message
 from stf_jax.data.conversation import encode, template_items
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.evals.benchmark import WORD, Question
+from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Question
 from stf_jax.evals.scenes import held_out_questions
 from stf_jax.inference.loading import load_generator
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.mesh import make_mesh
+from stf_jax.weights.foreign import open_checkpoint
 from stf_jax.weights.model import open_model
-from stf_jax.weights.theirs import open_theirs
 
-_ROWS = 16  # questions at once
+_BATCH_SIZE = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """A question, and what both models answer."""
+class AnswerPair:
+    """A question and the answers of both models."""
 
     question: str
-    ours: str
-    theirs: str
+    jax: str
+    pytorch: str
 
 
-def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit: int) -> list[Pair]:
-    """Asks both models about held-out scenes, greedily, in float32 on the CPU.
+def verify(checkpoint: pathlib.Path, export: pathlib.Path, num_questions: int, max_new_tokens: int) -> list[AnswerPair]:
+    """Asks both models about held-out scenes, with greedy decoding in float32 on the CPU.
 
-    Nothing is shared between them: the export's own processor prepares its images and prompts.
+    They share no code: the export's own processor prepares its images and prompts.
 
     Args:
       checkpoint: workdir of a run, or a folder of imported weights.
       export: folder that ``convert export --format=hf`` wrote; the code in it is run.
-      questions: how many.
-      limit: new tokens per answer at most.
+      num_questions: number of questions.
+      max_new_tokens: maximum number of new tokens per answer.
 
     Raises:
-      UserError: a folder that cannot be read; an export whose prompts are not those of training in every way that
-        tools make them; PyTorch is not installed.
+      UserError: a folder cannot be read; some way of building prompts for the export does not give the tokens of
+        training; PyTorch is not installed.
     """
-    if questions < 1 or limit < 1:
+    if num_questions < 1 or max_new_tokens < 1:
         raise UserError("--questions and --tokens must be at least 1.")
     try:
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
     except ImportError:
         raise UserError("Verifying an export runs it in PyTorch: install torch beside transformers.") from None
-    open_theirs(str(export))  # what is wrong with its files is said before anything is asked
-    asked = [
-        Question(asked.index, asked.question.text + WORD, asked.image, asked.question.text)
-        for asked in held_out_questions()[:questions]
+    open_checkpoint(str(export))  # reports damaged files early
+    questions = [
+        Question(scene.index, scene.question.text + SHORT_ANSWER_SUFFIX, scene.image, scene.question.text)
+        for scene in held_out_questions()[:num_questions]
     ]
     try:
         processor = AutoProcessor.from_pretrained(export, trust_remote_code=True, local_files_only=True)
@@ -73,10 +73,10 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{export} cannot be loaded with transformers: {short_message(error)}.") from None
-    check_prompts(checkpoint, processor, asked)
-    ours = _ours(checkpoint, asked, limit)
+    check_prompts(checkpoint, processor, questions)
+    answers = _answer_in_jax(checkpoint, questions, max_new_tokens)
     pairs = []
-    for question, answer in zip(tqdm.tqdm(asked, "PyTorch", unit="question"), ours, strict=True):
+    for question, answer in zip(tqdm.tqdm(questions, "PyTorch", unit="question"), answers, strict=True):
         inputs = processor.apply_chat_template(
             _turns(question.text, question.image()),
             add_generation_prompt=True,
@@ -85,51 +85,53 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, questions: int, limit
             return_tensors="pt",
         )
         with torch.no_grad():
-            said = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
-        said = processor.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        pairs.append(Pair(question.prompt, answer, said))
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        pairs.append(AnswerPair(question.prompt, answer, text))
     return pairs
 
 
-def check_prompts(checkpoint: epath.Path, processor: Any, asked: Sequence[Question]) -> None:
-    """Compares the prompts of questions, and of the first without its image, with those of training.
+def check_prompts(checkpoint: epath.Path, processor: Any, questions: Sequence[Question]) -> None:
+    """Compares the prompts of questions, and of the first one without its image, with those of training.
 
     Args:
-      processor: of the export, as ``AutoProcessor`` loads it.
+      checkpoint: as for :func:`verify`.
+      processor: the export's processor, loaded by ``AutoProcessor``.
+      questions: the questions.
 
     Raises:
-      UserError: one that differs, with the way it is made and the first tokens of both.
+      UserError: a prompt differs; the message names how it was built and the first differing tokens.
     """
     saved = open_model(checkpoint)
     tokenizer, slots = load_tokenizer(str(saved.tokenizer)), slots_per_image(saved.config)
-    records = [question.record() for question in asked]
-    records.append(Record("text alone", (), (Turn("human", asked[0].text),)))
-    texts = [question.text for question in asked] + [asked[0].text]
+    records = [question.to_record() for question in questions]
+    records.append(Record("text alone", (), (Turn("human", questions[0].text),)))
+    texts = [question.text for question in questions] + [questions[0].text]
     for record, text in zip(records, texts, strict=True):
         images = [image() for image in record.images]
         prompt = encode(template_items(saved.description.template, record), tokenizer, slots)
-        ours = np.where(prompt.is_image, processor.image_token_id, prompt.tokens).tolist()
-        for way, theirs in _prompts(processor, _turns(text, *images), images, slots).items():
-            if theirs != ours:
-                at = next((i for i, pair in enumerate(zip(theirs, ours, strict=False)) if len(set(pair)) > 1), 0)
-                found, wanted = (tokenizer.convert_ids_to_tokens(ids[at : at + 4]) for ids in (theirs, ours))
+        expected = np.where(prompt.is_image, processor.image_token_id, prompt.tokens).tolist()
+        for method, ids in _build_prompts(processor, _turns(text, *images), images, slots).items():
+            if ids != expected:
+                first = next((i for i, pair in enumerate(zip(ids, expected, strict=False)) if len(set(pair)) > 1), 0)
+                got, want = (tokenizer.convert_ids_to_tokens(row[first : first + 4]) for row in (ids, expected))
                 raise UserError(
-                    f"The export's prompts are not those of training: {way} gives {found} where training has {wanted} "
-                    f"(token {at} of {len(ours)}); export {checkpoint} again."
+                    f"The export's prompts differ from those of training: {method} gives {got} where training has "
+                    f"{want} (token {first} of {len(expected)}); export {checkpoint} again."
                 )
 
 
-def _prompts(processor, turns, images, slots):
-    """Token ids of a prompt by the way that makes them."""
+def _build_prompts(processor, turns, images, slots):
+    """Returns the token ids of a prompt by the method that builds it."""
     text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     applied = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
     rendered = processor(text=[text], images=images or None)
-    filled = text.replace(processor.image_token, processor.image_token * slots)
+    expanded = text.replace(processor.image_token, processor.image_token * slots)
     return {
         "apply_chat_template": applied["input_ids"][0],
         "the processor, called with the rendered template,": rendered["input_ids"][0],
         "a server (the rendered template, no special tokens added)": processor.tokenizer(
-            filled, add_special_tokens=False
+            expanded, add_special_tokens=False
         ).input_ids,
     }
 
@@ -139,15 +141,15 @@ def _turns(text, *images):
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
-def table(pairs: list[Pair]) -> str:
-    """The answers side by side, for people to read."""
+def format_table(pairs: list[AnswerPair]) -> str:
+    """Formats the answers side by side."""
     width = max(len(pair.question) for pair in pairs) + 2
-    lines = [f"{'question':<{width}}{'here':<16}PyTorch"]
-    lines += [f"{pair.question:<{width}}{pair.ours:<16}{pair.theirs}" for pair in pairs]
-    same = sum(pair.ours == pair.theirs for pair in pairs)
+    lines = [f"{'question':<{width}}{'JAX':<16}PyTorch"]
+    lines += [f"{pair.question:<{width}}{pair.jax:<16}{pair.pytorch}" for pair in pairs]
+    same = sum(pair.jax == pair.pytorch for pair in pairs)
     return "\n".join([*lines, f"{same} of {len(pairs)} answers are the same."])
 
 
-def _ours(checkpoint, asked, limit):
+def _answer_in_jax(checkpoint, questions, max_new_tokens):
     generator, _ = load_generator(checkpoint, make_mesh(MeshConfig(1, 1, 1)), "float32")
-    return list(generator.answers([question.record() for question in asked], limit, _ROWS))
+    return list(generator.generate([question.to_record() for question in questions], max_new_tokens, _BATCH_SIZE))

@@ -1,8 +1,8 @@
 """LLaVA-STF (arXiv 2506.07138) in PyTorch: a vision tower read through taps, MBTF, STF, and a language model.
 
-In the place of MBTF and STF may stand what they are compared with; the larger of these are classes at the end of this
-file. Tower and language model are transformers' own. Axis letters: B rows, I images, T positions, P patches (a grid
-of g×g), N image tokens per image, C tower width, M taps, D language model width, k patches a side of a window.
+Baseline fusions can replace MBTF and STF; the larger ones are classes at the end of this file. Tower and language
+model are transformers' own. Axis letters: B rows, I images, T positions, P patches (a grid of g×g), N image tokens per
+image, C tower width, M taps, D language model width, k side of a window in patches.
 """
 
 import itertools
@@ -23,13 +23,13 @@ from .configuration_stf import LlavaSTFConfig
 
 
 class LlavaSTFPreTrainedModel(PreTrainedModel):
-    """What both models below declare to transformers."""
+    """Declarations to transformers that both models below share."""
 
     config_class = LlavaSTFConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 (its names before and since 5.24)
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 (names before and since 5.24)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
@@ -43,40 +43,40 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
     def __init__(self, config: LlavaSTFConfig):
         super().__init__(config)
         tower = AutoModel.from_config(config.vision_config)
-        self.vision_tower = getattr(tower, "vision_model", tower)  # older releases wrap it once more
-        self.vision_tower.post_layernorm = nn.Identity()  # above every tap
+        self.vision_tower = getattr(tower, "vision_model", tower)  # older releases wrap it
+        self.vision_tower.post_layernorm = nn.Identity()  # above all taps, so never used
         self.language_model = AutoModel.from_config(config.text_config)
 
         fusion, width = config.stf_config, config.vision_config.hidden_size
         self.kernel = 1 if fusion["fusion"] == "mbtf" else fusion["kernel"]
         self.class_token = hasattr(self.vision_tower.embeddings, "class_embedding")
-        paper = fusion["variant"] == "paper"
+        is_paper = fusion["variant"] == "paper"
         if fusion["fusion"].startswith("mbtf"):
-            hidden, mixed = fusion["mbtf_hidden"], fusion["mbtf_width"]
-            layers = [nn.Linear(len(fusion["taps"]) * width, hidden), nn.GELU(), nn.Linear(hidden, mixed)]
-            self.mm_projector_crosslayer = nn.Sequential(*layers, *[nn.GELU()] * paper)
-            width = mixed
+            hidden, mbtf_width = fusion["mbtf_hidden"], fusion["mbtf_width"]
+            layers = [nn.Linear(len(fusion["taps"]) * width, hidden), nn.GELU(), nn.Linear(hidden, mbtf_width)]
+            self.mm_projector_crosslayer = nn.Sequential(*layers, *[nn.GELU()] * is_paper)
+            width = mbtf_width
         else:
             self.mm_projector_crosslayer = nn.Identity()
         out = config.text_config.hidden_size
-        if fusion["fusion"] in RIVALS:
-            self.mm_projector = RIVALS[fusion["fusion"]](config)
+        if fusion["fusion"] in BASELINE_FUSIONS:
+            self.mm_projector = BASELINE_FUSIONS[fusion["fusion"]](config)
         else:
-            self.mm_projector = self._projector(fusion, width, out)
+            self.mm_projector = self._make_projector(fusion, width, out)
         self.post_init()
 
-    def _projector(self, fusion, width, out):
-        """Linear layers over what a window holds."""
-        paper = fusion["variant"] == "paper"
+    def _make_projector(self, fusion, width, out):
+        """Returns linear layers over the values of a window."""
+        is_paper = fusion["variant"] == "paper"
         window = width if fusion["fusion"] == "avg_pool" else self.kernel**2 * width
         if not fusion["fusion"].endswith("stf"):
             sizes = [window, out, out]
-        elif paper:
+        elif is_paper:
             sizes = [window, window, fusion["stf_hidden"], out]
         else:
             sizes = [window, fusion["stf_hidden"], out]
         layers = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.GELU())]
-        ends_in_gelu = paper and fusion["fusion"].endswith("stf")
+        ends_in_gelu = is_paper and fusion["fusion"].endswith("stf")
         return nn.Sequential(*(layers if ends_in_gelu else layers[:-1]))
 
     def get_input_embeddings(self):
@@ -87,21 +87,22 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Image tokens of normalised images [I, 3, H, W], as transformers 5 defines this method.
+        """Computes the image tokens of normalized images [I, 3, H, W]; transformers 5 defines this method.
 
         Args:
-          kwargs: go to the vision tower. ``return_dict=False`` gives a tuple.
+          pixel_values: normalized images.
+          kwargs: passed to the vision tower. ``return_dict=False`` returns a tuple.
 
         Returns:
-          ``pooler_output``: the image tokens [I, N, D], row by row; the tower's ``last_hidden_state`` and
-          ``hidden_states`` beside it.
+          ``pooler_output``: the image tokens [I, N, D] in row-major order; and the tower's ``last_hidden_state`` and
+          ``hidden_states``.
         """
         kwargs |= {"output_hidden_states": True, "return_dict": True}
         outputs = self.vision_tower(pixel_values.to(self.dtype), **kwargs)
         states = outputs.hidden_states
         x = torch.cat([states[tap][:, int(self.class_token) :] for tap in self.config.stf_config["taps"]], dim=-1)
         x = self.mm_projector_crosslayer(x)
-        if self.config.stf_config["fusion"] in RIVALS:
+        if self.config.stf_config["fusion"] in BASELINE_FUSIONS:
             tokens = self.mm_projector(_grid(x, self.mm_projector.side)).flatten(1, 2)
         else:
             tokens = self.mm_projector(self._windows(x))
@@ -113,7 +114,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
         )
 
     def _windows(self, x):
-        """The values of each k×k window [I, N, …] of states [I, P, C]."""
+        """Groups states [I, P, C] into the values of each k×k window [I, N, …]."""
         fusion, k = self.config.stf_config["fusion"], self.kernel
         if k == 1:
             return x
@@ -123,7 +124,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
             x = x.mean((3, 4))
         elif fusion == "pixel_shuffle":  # patch by patch
             x = x.flatten(3)
-        else:  # channel by channel, as the authors' layers read it
+        else:  # channel by channel, as in the authors' layers
             x = x.permute(0, 1, 2, 5, 3, 4).flatten(3)
         return x.flatten(1, 2)
 
@@ -137,17 +138,18 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
         inputs_embeds=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Reads text with image tokens in the places of ``<image>``.
+        """Runs the language model over text, with image tokens in place of ``<image>``.
 
         Args:
-          input_ids: [B, T]; ``config.image_token_id`` stands N times for each image. Or ``inputs_embeds`` [B, T, D],
-            in which image tokens have taken their places already.
-          pixel_values: [I, 3, H, W], images in the order in which the rows name them.
-          kwargs: go to the language model, and so to its attention: also its cache, whose name differs between
-            releases. ``return_dict=False`` gives a tuple.
+          input_ids: [B, T], with ``config.image_token_id`` N times per image. Alternatively ``inputs_embeds``
+            [B, T, D], which already contains the image tokens.
+          pixel_values: [I, 3, H, W], the images in the order of the rows.
+          kwargs: passed to the language model and its attention. They include its cache, whose name differs between
+            releases. ``return_dict=False`` returns a tuple.
 
         Raises:
-          ValueError: images and places do not match, or not one of ``input_ids`` and ``inputs_embeds`` is given.
+          ValueError: images and placeholders do not match, or not exactly one of ``input_ids`` and ``inputs_embeds`` is
+            given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
@@ -157,11 +159,11 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
             if pixel_values is not None:
                 tokens = self.get_image_features(pixel_values, return_dict=True).pooler_output.flatten(0, 1)
                 if int(is_image.sum()) != len(tokens):
-                    raise ValueError(f"The text has {int(is_image.sum())} places for {len(tokens)} image tokens.")
+                    raise ValueError(f"The text has {int(is_image.sum())} placeholders for {len(tokens)} image tokens.")
                 tokens = tokens.to(inputs_embeds.device, inputs_embeds.dtype)
                 inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], tokens)
             elif is_image.any():
-                raise ValueError("The text names images, but there are no pixel_values.")
+                raise ValueError("The text refers to images, but there are no pixel_values.")
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -195,7 +197,7 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, GenerationMixin)
         self.lm_head = value
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """As :meth:`LlavaSTFModel.get_image_features`."""
+        """Calls :meth:`LlavaSTFModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
     @can_return_tuple
@@ -210,10 +212,10 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, GenerationMixin)
         logits_to_keep=0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, V], or of the last ``logits_to_keep`` positions.
+        """Computes logits [B, T, V], or those of the last ``logits_to_keep`` positions.
 
-        With ``labels`` [B, T] (−100 where nothing is learned) also the mean next-token loss. Otherwise as
-        :meth:`LlavaSTFModel.forward`.
+        With ``labels`` [B, T] (−100 for positions that are not targets) also the mean next-token loss. Other arguments
+        are those of :meth:`LlavaSTFModel.forward`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -233,40 +235,40 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, GenerationMixin)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        """Repeats each row with its own images, for beams: rows a, a, b, b take images of a, of a, of b, of b."""
+        """Repeats each row with its images for beam search: rows a, a, b, b get the images of a, a, b, b."""
         pixels = kwargs.pop("pixel_values", None)
         rows, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
         if pixels is not None and expand_size > 1:
-            places = (input_ids == self.config.image_token_id).sum(-1)
-            counts = places * len(pixels) // places.sum()
-            pixels = torch.cat([own.repeat(expand_size, 1, 1, 1) for own in pixels.split(counts.tolist())])
+            slots = (input_ids == self.config.image_token_id).sum(-1)
+            counts = slots * len(pixels) // slots.sum()
+            pixels = torch.cat([images.repeat(expand_size, 1, 1, 1) for images in pixels.split(counts.tolist())])
         return rows, kwargs | {"pixel_values": pixels}
 
     def prepare_inputs_for_generation(self, input_ids, pixel_values=None, **kwargs):
-        """Images enter with the positions that name them; with a cache these are read once."""
+        """Passes images only with positions that refer to them; with a cache, that is once."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        read = inputs.get("input_ids")
-        if read is not None and (read == self.config.image_token_id).any():
+        ids = inputs.get("input_ids")
+        if ids is not None and (ids == self.config.image_token_id).any():
             inputs["pixel_values"] = pixel_values
         return inputs
 
 
-# ---- What MBTF and STF are compared with -----------------------------------------------------------------------------
+# ---- Baseline fusions ------------------------------------------------------------------------------------------------
 
 
 def _grid(x, side):
-    """States [I, P, C] as [I, side, side, C], with zeros at the right and bottom."""
+    """Reshapes states [I, P, C] to [I, side, side, C], with zeros at the right and bottom."""
     grid = math.isqrt(x.shape[1])
     return F.pad(x.unflatten(1, (grid, grid)), (0, 0, 0, side - grid, 0, side - grid))
 
 
-class Rival(nn.Module):
-    """Makes image tokens [I, g/k, g/k, D] of states [I, g, g, M·C], the deepest tap's channels first.
+class BaselineFusion(nn.Module):
+    """Base of fusions that map states [I, g, g, M·C], deepest tap first, to image tokens [I, g/k, g/k, D].
 
     Attributes:
-      side: g, with room for whole windows.
+      side: g, padded to a multiple of k.
     """
 
     def __init__(self, config: LlavaSTFConfig):
@@ -276,7 +278,7 @@ class Rival(nn.Module):
         self.width, self.out = vision.hidden_size, config.text_config.hidden_size
 
 
-class LDPv2(Rival):
+class LDPv2(BaselineFusion):
     """MobileVLM V2's projector (arXiv 2402.03766)."""
 
     def __init__(self, config: LlavaSTFConfig):
@@ -289,7 +291,7 @@ class LDPv2(Rival):
         return (x + self.peg(x)).permute(0, 2, 3, 1)
 
 
-class CAbstractor(Rival):
+class CAbstractor(BaselineFusion):
     """Honeybee's C-Abstractor (arXiv 2312.06742)."""
 
     def __init__(self, config: LlavaSTFConfig):
@@ -324,13 +326,13 @@ class RegNetBlock(nn.Module):
         return F.silu(x + _over_channels(self.norm3, self.conv3(y)))
 
 
-class Resampler(Rival):
-    """Learned queries that look at the patches: the resampler of Honeybee (arXiv 2312.06742)."""
+class Resampler(BaselineFusion):
+    """Honeybee's resampler (arXiv 2312.06742): trainable queries that attend to the patches."""
 
     def __init__(self, config: LlavaSTFConfig):
         super().__init__(config)
         self.n = self.side // self.kernel
-        self.side = config.vision_config.image_size // config.vision_config.patch_size  # without windows
+        self.side = config.vision_config.image_size // config.vision_config.patch_size  # not padded
         self.query_tokens = nn.Parameter(torch.zeros(self.n**2, self.width))
         self.input = nn.Linear(self.width, self.width)
         self.layers = nn.ModuleList(ResamplerLayer(self.width) for _ in range(config.stf_config["depth"]))
@@ -345,7 +347,7 @@ class Resampler(Rival):
 
 
 class ResamplerLayer(nn.Module):
-    """Queries [I, N, C] look at themselves and at patches [I, P, C]."""
+    """A layer in which queries [I, N, C] attend to themselves and to patches [I, P, C]."""
 
     def __init__(self, width):
         super().__init__()
@@ -357,14 +359,14 @@ class ResamplerLayer(nn.Module):
 
     def forward(self, queries, patches):
         queries = self.query_norm(queries)
-        seen = torch.cat([queries, self.patch_norm(patches)], dim=1)
-        x = queries + self.attention(queries, seen, seen)
+        keys = torch.cat([queries, self.patch_norm(patches)], dim=1)
+        x = queries + self.attention(queries, keys, keys)
         y = self.mlp_norm(x)
         return x + self.down_proj(self.hidden_norm(F.silu(self.gate_proj(y)) * self.up_proj(y)))
 
 
-class TokenPacker(Rival):
-    """TokenPacker (arXiv 2407.02392): a coarse query looks at the patches of its window, in all taps."""
+class TokenPacker(BaselineFusion):
+    """TokenPacker (arXiv 2407.02392): a coarse query attends to the patches of its window, in all taps."""
 
     def __init__(self, config: LlavaSTFConfig):
         super().__init__(config)
@@ -384,12 +386,12 @@ class TokenPacker(Rival):
             return y.unfold(1, k, k).unfold(2, k, k).flatten(4).flatten(0, 2).transpose(1, 2)
 
         keys, values = self.key_norm(self.key(x)), self.value_norm(self.value(x))
-        found = self.attention(queries.flatten(0, 2)[:, None], windows(keys), windows(values))
-        return self.mlp(found.view(images, n, n, -1))
+        attended = self.attention(queries.flatten(0, 2)[:, None], windows(keys), windows(values))
+        return self.mlp(attended.view(images, n, n, -1))
 
 
 class Attention(nn.Module):
-    """Of [I, T, C] to keys and values [I, S, C], by heads of ``size`` channels, or as many as divide that and C."""
+    """Attention of [I, T, C] to keys and values [I, S, C]; heads have gcd(C, ``size``) channels."""
 
     def __init__(self, width, size):
         super().__init__()
@@ -410,4 +412,4 @@ def _over_channels(norm, x):
     return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-RIVALS = {"ldp_v2": LDPv2, "c_abstractor": CAbstractor, "resampler": Resampler, "token_packer": TokenPacker}
+BASELINE_FUSIONS = {"ldp_v2": LDPv2, "c_abstractor": CAbstractor, "resampler": Resampler, "token_packer": TokenPacker}

@@ -1,6 +1,6 @@
-"""Models that STF-JAX exports, for VLMEvalKit: a file to copy into its ``vlmeval/vlm/``.
+"""Evaluates STF-JAX exports with VLMEvalKit: copy this file into its ``vlmeval/vlm/``.
 
-They are asked as they were trained: through the export's chat template, a question's images before its text.
+Prompts are built as in training: with the export's chat template, and the images of a question before its text.
 """
 
 import string
@@ -18,33 +18,34 @@ _LETTER = {False: "\nAnswer with the option's letter from the given choices dire
 
 
 class LlavaSTF(BaseModel):
-    """An export of STF-JAX, whatever its fusion.
+    """An STF-JAX export with any fusion.
 
     Args:
       model_path: folder of the export. Its code is run.
-      settings: of ``generate``; greedy, at most 1024 new tokens, where they say nothing else.
+      settings: options of ``generate``; the defaults are greedy decoding and at most 1024 new tokens.
     """
 
     INTERLEAVE = True
 
     def __init__(self, model_path: str, **settings):
         super().__init__()
-        how = {"trust_remote_code": True, "local_files_only": True}
-        self.processor = AutoProcessor.from_pretrained(model_path, **how)
-        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype="auto", **how)
+        self.processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True, local_files_only=True)
+        model = AutoModelForImageTextToText.from_pretrained(
+            model_path, dtype="auto", trust_remote_code=True, local_files_only=True
+        )
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.settings = {"do_sample": False, "max_new_tokens": 1024} | settings
 
     def use_custom_prompt(self, dataset: str) -> bool:
-        """Whether LLaVA's words differ from VLMEvalKit's, which has its suffix of open questions but for VizWiz."""
+        """Whether LLaVA's prompt differs from VLMEvalKit's. For open questions, only that of VizWiz does."""
         return DATASET_TYPE(dataset) in ("MCQ", "Y/N") or dataset == "VizWiz"
 
     def build_prompt(self, line, dataset: str) -> list[dict]:
-        """The images and LLaVA's words for a row of a table of questions."""
-        given = {key: line[key] for key in ("hint", *string.ascii_uppercase) if key in line and line[key] == line[key]}
+        """Builds LLaVA's prompt for a row of a dataset."""
+        fields = {key: line[key] for key in ("hint", *string.ascii_uppercase) if key in line and line[key] == line[key]}
         context = "Context: " if dataset.startswith("ScienceQA") else ""
-        hint = f"{context}{given.pop('hint')}\n" if "hint" in given else ""
-        options = "".join(f"\n{letter}. {option}" for letter, option in given.items())
+        hint = f"{context}{fields.pop('hint')}\n" if "hint" in fields else ""
+        options = "".join(f"\n{letter}. {option}" for letter, option in fields.items())
         question = line["question"].replace(" Please answer yes or no.", "")
         ending = _LETTER["_CN" in dataset] if options else _UNANSWERABLE * (dataset == "VizWiz") + _SHORT
         images = [{"type": "image", "value": path} for path in self.dump_image(line, dataset)]
@@ -52,7 +53,7 @@ class LlavaSTF(BaseModel):
 
     @torch.inference_mode()
     def generate_inner(self, message: list[dict], dataset: str | None = None) -> str:
-        """The answer to texts and paths of images."""
+        """Returns the answer to a message of texts and image paths."""
         images = [Image.open(part["value"]) for part in message if part["type"] == "image"]
         text = "".join(part["value"] for part in message if part["type"] == "text")
         content = [{"type": "image"}] * len(images)
@@ -61,5 +62,5 @@ class LlavaSTF(BaseModel):
         prompt = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         inputs = self.processor(text=[prompt], images=images or None, return_tensors="pt")
         inputs = inputs.to(self.model.device, self.model.dtype)
-        said = self.model.generate(**inputs, **self.settings)[0, inputs["input_ids"].shape[1] :]
-        return self.processor.tokenizer.decode(said, skip_special_tokens=True).strip()
+        output = self.model.generate(**inputs, **self.settings)[0, inputs["input_ids"].shape[1] :]
+        return self.processor.tokenizer.decode(output, skip_special_tokens=True).strip()

@@ -1,4 +1,4 @@
-"""Small models of transformers' own classes, and parameters of our modules from state dicts of such."""
+"""Reference models: small models of transformers' classes, and their weights as parameters of our modules."""
 
 import functools
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from transformers import (
 from stf_jax.models.llm import Decoder, LLMConfig
 from stf_jax.models.vit import VisionConfig, VisionTower
 from stf_jax.weights import hf
-from stf_jax.weights.hf import declared, places
+from stf_jax.weights.hf import map_parameters, param_shapes
 
 VISION = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 7, "layer_norm_eps": 1e-3}
@@ -44,8 +44,8 @@ DECODERS = {
 }
 
 
-def enliven(model):
-    """Weights, biases and norms large enough to matter."""
+def randomize(model):
+    """Adds noise to all parameters, so that biases and norms affect the outputs."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -55,15 +55,15 @@ def enliven(model):
 
 @functools.cache
 def decoder(family):
-    kind, config = DECODERS[family]
-    return enliven(kind(config))
+    model_class, config = DECODERS[family]
+    return randomize(model_class(config))
 
 
 @functools.cache
 def tower(family):
     if family == "clip":
-        return enliven(CLIPVisionModel(CLIPVisionConfig(**VISION)))
-    return enliven(SiglipVisionModel(SiglipVisionConfig(**VISION)))
+        return randomize(CLIPVisionModel(CLIPVisionConfig(**VISION)))
+    return randomize(SiglipVisionModel(SiglipVisionConfig(**VISION)))
 
 
 @functools.cache
@@ -72,21 +72,23 @@ def llava():
         vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT), image_token_index=60,
         vision_feature_layer=-2,
     )  # fmt: skip
-    return enliven(LlavaForConditionalGeneration(config))
+    return randomize(LlavaForConditionalGeneration(config))
 
 
 def vision_params(state: Mapping[str, np.ndarray], config: VisionConfig) -> dict:
-    """Of a CLIP or SigLIP tower under any prefix."""
+    """Converts the weights of a CLIP or SigLIP tower under any prefix."""
     anchor = hf.VISION["patch_embed/kernel"].name
     (prefix,) = (name.removesuffix(anchor) for name in state if name.endswith(anchor))
-    return _tree(state, places(hf.VISION, declared(lambda: VisionTower(nnx.Rngs(0), config)), {"": prefix}))
+    return _convert(
+        state, map_parameters(hf.VISION, param_shapes(lambda: VisionTower(nnx.Rngs(0), config)), {"": prefix})
+    )
 
 
 def decoder_params(state: Mapping[str, np.ndarray], config: LLMConfig) -> dict:
-    """Of a Llama, Mistral, Qwen2 or Qwen3 model."""
-    return _tree(state, places(hf.DECODER, declared(lambda: Decoder(nnx.Rngs(0), config)), {"": ""}))
+    """Converts the weights of a Llama, Mistral, Qwen2 or Qwen3 model."""
+    return _convert(state, map_parameters(hf.DECODER, param_shapes(lambda: Decoder(nnx.Rngs(0), config)), {"": ""}))
 
 
-def _tree(state, found):
-    values = {path: place.to_ours(np.asarray(state[name]) for name in place.names) for path, place in found.items()}
+def _convert(state, mappings):
+    values = {path: m.from_hf(np.asarray(state[name]) for name in m.names) for path, m in mappings.items()}
     return traverse_util.unflatten_dict(values, sep="/")
