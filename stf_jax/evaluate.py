@@ -1,4 +1,4 @@
-"""Measure: ``python -m stf_jax.evaluate --checkpoint=DIR --benchmark=NAME --data=DIR --out=DIR``."""
+"""Evaluate a model: ``python -m stf_jax.evaluate --checkpoint=DIR --benchmark=NAME --data=DIR --out=DIR``."""
 
 import argparse
 import os
@@ -12,32 +12,35 @@ from stf_jax.evals.registry import BENCHMARKS, open_benchmarks
 from stf_jax.runtime.cli import Parser, add_host_arguments, add_model_arguments, path, path_text, require, run_command
 from stf_jax.runtime.files import write_json
 
-DESCRIPTION = """Ask a model a benchmark's questions, or score answers that were made anywhere.
+DESCRIPTION = """Evaluate a model on benchmarks, or score an existing answer file.
 
 Questions, prompts and decoding are LLaVA's, read from LLaVA's own files in their own layout (docs/evaluating.md).
-Answers are written as they come; interrupted, the same command goes on where it was. OUT gets answers.jsonl,
-results.json with the protocol beside the numbers, and the file for the benchmark's server where labels are not public.
+Answers are written as they arrive. After an interruption, the same command continues where it stopped. OUT gets
+answers.jsonl, results.json with metrics and protocol, and the file for the benchmark's server if its labels are not
+public.
 """
 
 
 def main(argv: list[str]) -> None:
-    """Evaluates, and prints what the answers come to."""
+    """Evaluates a model or scores answers, and prints the results."""
     parser = Parser(prog="python -m stf_jax.evaluate", description=DESCRIPTION)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", type=path, help="workdir of a run, a folder that was imported, or an export")
-    what.add_argument("--answers", type=path, metavar="FILE", help="score these answers; no model is needed")
-    names = f"{', '.join(BENCHMARKS)}, several with commas, or all"
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=path, help="a run's workdir, an imported folder, or an export")
+    source.add_argument("--answers", type=path, metavar="FILE", help="score these answers; no model is needed")
+    names = f"{', '.join(BENCHMARKS)}; several separated by commas, or all"
     parser.add_argument("--benchmark", required=True, metavar="NAME", help=names)
     parser.add_argument(
         "--data",
         type=path_text,
         default="",
         metavar="DIR",
-        help="LLaVA's evaluation files, of all benchmarks or of one",
+        help="folder of LLaVA's evaluation files, for all benchmarks or for one",
     )
-    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="several benchmarks get a folder each")
-    parser.add_argument("--limit", type=int, default=0, help="questions of each benchmark, the first ones; all")
-    parser.add_argument("--batch", type=int, default=16, help="questions at once (%(default)s)")
+    parser.add_argument(
+        "--out", type=path, required=True, metavar="DIR", help="output folder; several benchmarks get one folder each"
+    )
+    parser.add_argument("--limit", type=int, default=0, help="evaluate only the first N questions (default: all)")
+    parser.add_argument("--batch", type=int, default=16, help="questions per batch (default: %(default)s)")
     add_model_arguments(parser)
     add_host_arguments(parser)
     options = parser.parse_args(argv)
@@ -46,22 +49,22 @@ def main(argv: list[str]) -> None:
     benchmarks = open_benchmarks(options.benchmark.split(","), options.data, options.limit)
     several = len(benchmarks) > 1
     if options.answers is not None and several:
-        raise UserError("--answers are of one benchmark; name that one.")
+        raise UserError("--answers can only be scored for one benchmark; name that one.")
     require(options.checkpoint if options.answers is None else options.answers)
-    from stf_jax.evals.runner import RESULTS, format_results  # which takes seconds
+    from stf_jax.evals.runner import RESULTS, format_results  # takes seconds to import
 
     results = []
-    for result in _results(options, benchmarks, several):
-        if result:  # as on the first host of several
+    for result in _evaluate_or_score(options, benchmarks, several):
+        if result:  # only host 0 has results
             print(format_results(result))
             results.append(result)
     if results:
         if several:
             write_json(options.out / RESULTS, results)
-        print(f"{RESULTS} and all else that was written is in {options.out}")
+        print(f"{RESULTS} and all other files are in {options.out}")
 
 
-def _results(options: argparse.Namespace, benchmarks, several):
+def _evaluate_or_score(options: argparse.Namespace, benchmarks, several):
     from stf_jax.evals.runner import check_images, evaluate, score
     from stf_jax.inference.decoding import Sampling
     from stf_jax.inference.loading import load_generator
@@ -73,9 +76,9 @@ def _results(options: argparse.Namespace, benchmarks, several):
         return
     join(options.coordinator, options.processes, options.process)
     check_images(benchmarks)
-    mesh, how = make_mesh(MeshConfig(*options.mesh)), (options.precision, options.reduce, options.keep)
-    generator, saved = load_generator(options.checkpoint, mesh, *how)
-    name = pathlib.Path(os.path.abspath(options.checkpoint)).name  # of "." as of any other
+    mesh = make_mesh(MeshConfig(*options.mesh))
+    generator, saved = load_generator(options.checkpoint, mesh, options.precision, options.reduce, options.keep)
+    name = pathlib.Path(os.path.abspath(options.checkpoint)).name  # abspath: a name even for "."
     origin = {"checkpoint": str(options.checkpoint), "step": saved.step}
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     for benchmark in benchmarks:
@@ -84,7 +87,7 @@ def _results(options: argparse.Namespace, benchmarks, several):
 
 
 class _Callable(types.ModuleType):
-    """The command's module, which is the function of the Python API as well: both are named ``stf_jax.evaluate``."""
+    """The command's module, which is also the Python API's function: both are named ``stf_jax.evaluate``."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from stf_jax.api import evaluate

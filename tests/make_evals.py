@@ -1,4 +1,4 @@
-"""What tests of evaluation share: a model that answers, a GQA for it to answer, and a benchmark of given questions."""
+"""Helpers for tests of evaluation: a tiny model, a small GQA, and a benchmark with fixed questions."""
 
 import json
 import pathlib
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
-from tiny import tiny, vivid
+from tiny import tiny, large_params
 
 from stf_jax.data.tokenizer import MINIATURE
 from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Benchmark, Question
@@ -16,48 +16,48 @@ from stf_jax.runtime.parameters import write_params
 from stf_jax.training.state import blueprint
 from stf_jax.weights.model import Description
 
-COLOURS = ("red", "grün", "blue", "紺")
-QUESTIONS = 44  # in batches of eight, the last is not whole
+COLORS = ("red", "grün", "blue", "紺")
+QUESTIONS = 44  # not a multiple of the batch size of eight
 
 
-class Given(Benchmark):
-    """Questions as a test gives them, to be answered with yes."""
+class FixedBenchmark(Benchmark):
+    """A benchmark with the questions that a test passes; the correct answer is always yes."""
 
     name = "given"
     folders = ("given",)
-    rule = "Right is yes."
+    rule = "Yes is correct."
     scored = True
 
     def __init__(self, questions: Sequence[Question], labels=()):
         self.questions, self.labels = list(questions), tuple(labels)
 
     def metrics(self, texts):
-        right = [text == "yes" for text in texts]
-        assert len(right) == len(self.questions)
-        return {"accuracy": sum(right) / len(right)}
+        correct = [text == "yes" for text in texts]
+        assert len(correct) == len(self.questions)
+        return {"accuracy": sum(correct) / len(correct)}
 
 
 def make_model(folder: pathlib.Path, seed: int = 0, **changes) -> pathlib.Path:
-    """A tiny model of random weights as an import leaves it; what it says depends on what it sees.
+    """Writes a tiny model with random weights, as an import does; its answers depend on the images.
 
-    ``changes``: of the tiny config, by dotted keys.
+    ``changes``: changes to the tiny config, by dotted keys.
     """
     folder.mkdir()
     config = tiny(**changes).model
     Description(vision_preset(config.vision), llm_preset(config.llm), config.fusion).save(folder)
     shutil.copytree(MINIATURE, folder / "tokenizer")
-    write_params(folder, vivid(blueprint(config).shapes, seed).items())
+    write_params(folder, large_params(blueprint(config).shapes, seed).items())
     return folder
 
 
 def make_gqa(folder: pathlib.Path) -> list[str]:
-    """LLaVA's and GQA's files of :data:`QUESTIONS` questions in ``folder/gqa``; the gold answers."""
+    """Writes LLaVA's and GQA's files of :data:`QUESTIONS` questions to ``folder/gqa``; returns the gold answers."""
     images = folder / "gqa" / "images"
     images.mkdir(parents=True)
     rng, rows, labels = np.random.default_rng(3), [], {}
     for number in range(QUESTIONS):
         PIL.Image.fromarray(rng.integers(0, 256, (40, 56, 3), np.uint8)).save(images / f"n{number}.png")
-        key, gold = f"20{number:04}", COLOURS[number % 4]
+        key, gold = f"20{number:04}", COLORS[number % 4]
         text = f"Is the thing on the {'left' if number % 3 else 'right'} {gold}?{SHORT_ANSWER_SUFFIX}"
         rows.append({"question_id": key, "image": f"n{number}.png", "text": text, "category": "default"})
         types = {"structural": ("query", "verify")[number % 2], "semantic": "attr"}

@@ -1,4 +1,4 @@
-"""The evaluation door: killed and started again, scored without a model, and what it says to what it cannot use."""
+"""The evaluate command: killed and restarted, scoring without a model, and its messages for bad input."""
 
 import functools
 import json
@@ -19,15 +19,15 @@ from stf_jax.inference import loading
 from stf_jax.inference.loading import load_generator
 from stf_jax.runtime.cli import run_command
 
-ASKED, PREDICTIONS = "llava_gqa_testdev_balanced.jsonl", "testdev_balanced_predictions.json"
+QUESTION_FILE, PREDICTIONS = "llava_gqa_testdev_balanced.jsonl", "testdev_balanced_predictions.json"
 
 
 def contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
-def said(capsys):
-    """The one sentence of a run that could not be."""
+def read_error(capsys):
+    """Returns the error message of a failed command."""
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     return error.removeprefix("error: ")
@@ -35,9 +35,9 @@ def said(capsys):
 
 @pytest.fixture(scope="module")
 def gqa(tmp_path_factory):
-    """A model, GQA, and what a run that nothing disturbed left in ``whole``; ``ask`` runs it to another folder.
+    """A model, GQA, and an uninterrupted run's folder ``complete``; ``evaluate`` runs the command with another folder.
 
-    The model is loaded and compiled once for all of them.
+    The model is loaded and compiled once for all tests.
     """
     folder = tmp_path_factory.mktemp("gqa")
     gold, model = make_gqa(folder / "data"), make_model(folder / "model")
@@ -45,32 +45,34 @@ def gqa(tmp_path_factory):
     def arguments(out, data=folder / "data"):
         return [f"--checkpoint={model}", "--benchmark=gqa", f"--data={data}", f"--out={out}", "--batch=8"]
 
-    def ask(out, *more, data=folder / "data"):
+    def run_evaluate(out, *more, data=folder / "data"):
         return run_command(evaluate.main, [*arguments(out, data), *more])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "load_generator", functools.cache(load_generator))
-        assert ask(folder / "whole") == 0
-        yield types.SimpleNamespace(folder=folder, gold=gold, ask=ask, arguments=arguments, whole=folder / "whole")
+        assert run_evaluate(folder / "complete") == 0
+        yield types.SimpleNamespace(
+            folder=folder, gold=gold, evaluate=run_evaluate, arguments=arguments, complete=folder / "complete"
+        )
 
 
-# ---- Asked -----------------------------------------------------------------------------------------------------------
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 
-def test_every_answer_is_written_and_no_two_are_alike(gqa):
-    assert set(contents(gqa.whole)) == {"answers.jsonl", "protocol.json", "results.json", PREDICTIONS}
-    rows = [json.loads(line) for line in (gqa.whole / "answers.jsonl").read_bytes().splitlines()]
-    questions = [json.loads(line) for line in (gqa.folder / "data" / "gqa" / ASKED).read_bytes().splitlines()]
+def test_every_answer_is_written_and_all_differ(gqa):
+    assert set(contents(gqa.complete)) == {"answers.jsonl", "protocol.json", "results.json", PREDICTIONS}
+    rows = [json.loads(line) for line in (gqa.complete / "answers.jsonl").read_bytes().splitlines()]
+    questions = [json.loads(line) for line in (gqa.folder / "data" / "gqa" / QUESTION_FILE).read_bytes().splitlines()]
     keys = ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
     assert [list(row) for row in rows] == [keys] * QUESTIONS
     assert [(row["question_id"], row["prompt"]) for row in rows] == [(q["question_id"], q["text"]) for q in questions]
     assert "grün" in rows[1]["prompt"]
     assert {row["model_id"] for row in rows} == {"model"}
-    assert len({row["text"] for row in rows}) == QUESTIONS  # or the tests below could not tell them apart
+    assert len({row["text"] for row in rows}) == QUESTIONS  # the tests below rely on it
 
 
-def test_killed_and_started_again_it_ends_in_the_same_files(gqa, tmp_path):
-    """In a process of its own, under a locale that knows no ü."""
+def test_a_killed_and_restarted_run_ends_with_the_same_files(gqa, tmp_path):
+    """The killed run is a separate process with a locale that cannot encode ü."""
     locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     killed, answers = tmp_path / "killed", tmp_path / "killed" / "answers.jsonl"
     with (tmp_path / "log").open("wb") as log:
@@ -86,98 +88,100 @@ def test_killed_and_started_again_it_ends_in_the_same_files(gqa, tmp_path):
         finally:
             process.kill()
     assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
-    left, all_of_it = answers.read_bytes(), (gqa.whole / "answers.jsonl").read_bytes()
-    assert 8 < left.count(b"\n") < QUESTIONS
-    assert all_of_it.startswith(left)
+    partial, complete = answers.read_bytes(), (gqa.complete / "answers.jsonl").read_bytes()
+    assert 8 < partial.count(b"\n") < QUESTIONS
+    assert complete.startswith(partial)
     assert not (killed / "results.json").exists()
     cut = tmp_path / "cut"
     shutil.copytree(killed, cut)
-    last = left[left[:-1].rindex(b"\n") + 1 :]
-    (cut / "answers.jsonl").write_bytes(left[: -len(last) // 2])
+    last = partial[partial[:-1].rindex(b"\n") + 1 :]
+    (cut / "answers.jsonl").write_bytes(partial[: -len(last) // 2])
     for out in (killed, cut):
-        assert gqa.ask(out) == 0
-        assert contents(out) == contents(gqa.whole)
+        assert gqa.evaluate(out) == 0
+        assert contents(out) == contents(gqa.complete)
 
 
-def test_the_last_batch_alone_is_asked_as_in_a_whole_run(gqa, tmp_path):
-    """It is half a batch: asked by itself, in bfloat16, some of its answers would be others."""
-    lines = (gqa.whole / "answers.jsonl").read_bytes().splitlines(True)
+def test_a_last_partial_batch_is_asked_as_in_a_complete_run(gqa, tmp_path):
+    """It is half a batch: asked by itself in bfloat16, some of its answers would differ."""
+    lines = (gqa.complete / "answers.jsonl").read_bytes().splitlines(True)
     for count in (40, 43):
         out = tmp_path / str(count)
-        shutil.copytree(gqa.whole, out)
+        shutil.copytree(gqa.complete, out)
         (out / "answers.jsonl").write_bytes(b"".join(lines[:count]))
-        assert gqa.ask(out) == 0
-        assert contents(out) == contents(gqa.whole)
+        assert gqa.evaluate(out) == 0
+        assert contents(out) == contents(gqa.complete)
 
 
-def test_images_that_fail_are_named_and_answers_before_them_stay(gqa, tmp_path, capsys, monkeypatch):
+def test_bad_images_are_named_and_earlier_answers_are_kept(gqa, tmp_path, capsys, monkeypatch):
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(gqa.folder / "data", data)
-    images, asked = data / "gqa" / "images", data / "gqa" / ASKED
-    lines, rows = (gqa.whole / "answers.jsonl").read_bytes().splitlines(True), asked.read_bytes()
+    images, question_file = data / "gqa" / "images", data / "gqa" / QUESTION_FILE
+    lines, rows = (gqa.complete / "answers.jsonl").read_bytes().splitlines(True), question_file.read_bytes()
 
-    def fails(kept):
-        assert gqa.ask(out, data=data) == 2
+    def fail(kept):
+        assert gqa.evaluate(out, data=data) == 2
         assert (out / "answers.jsonl").read_bytes() == b"".join(lines[:kept])
         assert not (out / "results.json").exists()
-        return said(capsys)
+        return read_error(capsys)
 
     (images / "n12.png").write_bytes((images / "n12.png").read_bytes()[:900])
     (images / "n20.png").rename(tmp_path / "n20.png")
-    asked.write_bytes(rows.replace(b'"n31.png"', b'"../n31.png"'))
-    assert gqa.ask(out, data=data) == 2
-    assert said(capsys).startswith(f"gqa: 3 of 44 images cannot be used. The first: Image {images}/n12.png cannot be ")
-    assert not out.exists()  # nothing was asked
-    monkeypatch.setattr(Benchmark, "check_images", lambda self: None)  # they break after they were looked at
-    assert "n12.png" in fails(8)
+    question_file.write_bytes(rows.replace(b'"n31.png"', b'"../n31.png"'))
+    assert gqa.evaluate(out, data=data) == 2
+    assert read_error(capsys).startswith(
+        f"gqa: 3 of 44 images cannot be used. The first: Image {images}/n12.png cannot be "
+    )
+    assert not out.exists()  # no question was asked
+    monkeypatch.setattr(Benchmark, "check_images", lambda self: None)  # as if they broke after the check
+    assert "n12.png" in fail(8)
     shutil.copy(gqa.folder / "data" / "gqa" / "images" / "n12.png", images)
-    assert fails(16) == f"Image {images}/n20.png cannot be opened: No such file or directory."
+    assert fail(16) == f"Image {images}/n20.png cannot be opened: No such file or directory."
     (tmp_path / "n20.png").rename(images / "n20.png")
     shutil.copy(images / "n31.png", data / "gqa")
-    assert fails(24) == f"Image path '../n31.png' leaves the folder {images}."
-    asked.write_bytes(rows)
-    assert gqa.ask(out, data=data) == 0
+    assert fail(24) == f"Image path '../n31.png' leaves the folder {images}."
+    question_file.write_bytes(rows)
+    assert gqa.evaluate(out, data=data) == 0
     assert (out / "answers.jsonl").read_bytes() == b"".join(lines)
 
 
 @pytest.mark.parametrize("other", ["--precision=float32", "--temperature=0.5", "--batch=4", "--limit=40", "model"])
-def test_a_folder_with_another_run_s_answers_is_refused(other, gqa, capsys):
-    before = contents(gqa.whole)
+def test_a_folder_with_another_runs_answers_is_refused(other, gqa, capsys):
+    before = contents(gqa.complete)
     if other == "model":
         copy = gqa.folder / "copy"
         copy.symlink_to(gqa.folder / "model")
         other = f"--checkpoint={copy}"
-    assert gqa.ask(gqa.whole, other) == 2
-    assert said(capsys) == (
-        f"{gqa.whole} holds answers to other questions, of another model or of another protocol (see protocol.json "
-        "there); choose another --out, or remove them."
+    assert gqa.evaluate(gqa.complete, other) == 2
+    assert read_error(capsys) == (
+        f"{gqa.complete} contains answers to other questions, or from another model or protocol (see protocol.json "
+        "there); choose another --out, or delete them."
     )
-    assert contents(gqa.whole) == before
+    assert contents(gqa.complete) == before
 
 
-def test_several_benchmarks_have_a_folder_each_and_a_list(gqa, tmp_path, capsys):
+def test_several_benchmarks_write_one_folder_each_and_a_list(gqa, tmp_path, capsys):
     out = tmp_path / "out"
-    assert gqa.ask(out, "--benchmark=gqa,scenes", "--limit=8") == 0
+    assert gqa.evaluate(out, "--benchmark=gqa,scenes", "--limit=8") == 0
     results = json.loads((out / "results.json").read_text())
     assert [(result["benchmark"], result["questions"]) for result in results] == [("gqa", 8), ("scenes", 8)]
     for result in results:
         assert json.loads((out / result["benchmark"] / "results.json").read_text()) == result
-    # The first batch is that of the whole run.
-    first = (gqa.whole / "answers.jsonl").read_bytes().splitlines()[:8]
+    # The first batch is that of the complete run.
+    first = (gqa.complete / "answers.jsonl").read_bytes().splitlines()[:8]
     assert (out / "gqa" / "answers.jsonl").read_bytes().splitlines() == first
-    spoken = capsys.readouterr().out
-    assert "gqa, 8 questions: model" in spoken
-    assert "scenes, 8 questions: model" in spoken
-    assert "written beside: contact_sheet.png" in spoken
-    assert spoken.endswith(f"results.json and all else that was written is in {out}\n")
+    output = capsys.readouterr().out
+    assert "gqa, 8 questions: model" in output
+    assert "scenes, 8 questions: model" in output
+    assert "also written: contact_sheet.png" in output
+    assert output.endswith(f"results.json and all other files are in {out}\n")
 
 
-# ---- Scored ----------------------------------------------------------------------------------------------------------
+# ---- Scoring ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def score(gqa, tmp_path, monkeypatch, capsys):
-    """Scores lines as GQA's answers without a model: the results, or the sentence that refuses them."""
+    """Scores lines as GQA's answers without a model; returns the results, or the error message."""
 
     def no_model(*args):
         raise AssertionError
@@ -185,7 +189,7 @@ def score(gqa, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loading, "load_generator", no_model)
 
     def run(lines, *more, benchmark="gqa", data=gqa.folder / "data"):
-        file, out = tmp_path / "theirs.jsonl", tmp_path / "scored"
+        file, out = tmp_path / "other.jsonl", tmp_path / "scored"
         shutil.rmtree(out, ignore_errors=True)
         file.write_bytes(b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
         arguments = [f"--answers={file}", f"--benchmark={benchmark}", f"--data={data}", f"--out={out}", *more]
@@ -193,7 +197,7 @@ def score(gqa, tmp_path, monkeypatch, capsys):
         if status:
             assert status == 2
             assert not out.exists()
-            return said(capsys).replace(str(file), "FILE")
+            return read_error(capsys).replace(str(file), "FILE")
         assert not (out / "answers.jsonl").exists()
         return json.loads((out / "results.json").read_text())
 
@@ -204,73 +208,73 @@ def rows(pairs):
     return [json.dumps({"question_id": key, "text": text}).encode() + b"\n" for key, text in pairs]
 
 
-def test_answers_are_scored_as_the_run_that_made_them_in_any_order(gqa, score, tmp_path):
-    expected = json.loads((gqa.whole / "results.json").read_text())
-    lines = (gqa.whole / "answers.jsonl").read_bytes().splitlines(True)
+def test_answers_in_any_order_get_the_score_of_their_run(gqa, score, tmp_path):
+    expected = json.loads((gqa.complete / "results.json").read_text())
+    lines = (gqa.complete / "answers.jsonl").read_bytes().splitlines(True)
     for order in (lines, lines[::-1], lines[20:] + lines[:20]):
         results = score(order)
-        protocol, answers = results.pop("protocol"), expected["protocol"]
+        protocol, original = results.pop("protocol"), expected["protocol"]
         assert results == {key: value for key, value in expected.items() if key != "protocol"}
-        assert protocol == {key: answers[key] for key in ("benchmark", "questions", "rule", "labels")} | {
+        assert protocol == {key: original[key] for key in ("benchmark", "questions", "rule", "labels")} | {
             "answers": protocol["answers"]
         }
-        assert (tmp_path / "scored" / PREDICTIONS).read_bytes() == (gqa.whole / PREDICTIONS).read_bytes()
+        assert (tmp_path / "scored" / PREDICTIONS).read_bytes() == (gqa.complete / PREDICTIONS).read_bytes()
 
 
 def test_the_score_by_hand(gqa, score):
-    """Eleven of 44 are right, six of them open (those of even number)."""
+    """Eleven of 44 answers are correct, six of them to open questions (the even ones)."""
     pairs = [(f"20{n:04}", f" {gold.upper()}. " if n < 11 else f"no {gold}") for n, gold in enumerate(gqa.gold)]
     metrics = score(rows(pairs))["metrics"]
     assert (metrics["accuracy"], metrics["open"], metrics["binary"]) == (11 / 44, 6 / 22, 5 / 22)
-    # And of the first four, as for --limit=4 alone; the others are passed over.
+    # --limit scores only the first questions, and ignores the other answers.
     assert score(rows(pairs), "--limit=4")["metrics"]["accuracy"] == 1.0
     assert score(rows(pairs), "--limit=22")["metrics"]["accuracy"] == 0.5
 
 
-def test_answers_that_do_not_fit_end_in_a_sentence(score):
-    fits = rows((f"20{n:04}", "red") for n in range(QUESTIONS))
+def test_answers_that_do_not_match_are_refused(score):
+    matching = rows((f"20{n:04}", "red") for n in range(QUESTIONS))
     assert score([]) == "FILE leaves 44 of 44 questions unanswered, such as '200000'."
-    assert score(fits[1:]) == "FILE leaves 1 of 44 questions unanswered, such as '200000'."
-    assert score([*fits, *rows([(200003, "blue")])]) == "FILE answers question 200003 twice, and not alike."
-    assert score([*fits, *rows([("7", "red")])]) == (
-        "FILE is not of these questions: 1 of its 45 answers are of none of them, such as '7'."
+    assert score(matching[1:]) == "FILE leaves 1 of 44 questions unanswered, such as '200000'."
+    assert score([*matching, *rows([(200003, "blue")])]) == "FILE has two different answers for question 200003."
+    assert score([*matching, *rows([("7", "red")])]) == (
+        "FILE does not match the benchmark: 1 of its 45 answers are to other questions, such as '7'."
     )
-    assert score([*fits[:2], b'{"question_id"\n']).startswith("FILE, line 3 is not JSON: ")
-    assert score([*fits[:2], b'{"question_id": "1"}\n']) == "FILE, line 3: an answer needs question_id and text."
+    assert score([*matching[:2], b'{"question_id"\n']).startswith("FILE, line 3 is not JSON: ")
+    assert score([*matching[:2], b'{"question_id": "1"}\n']) == "FILE, line 3: an answer needs question_id and text."
 
 
-def test_questions_that_share_an_id_are_told_by_their_prompts(score, tmp_path):
-    """MME's images have two questions each, and are their ids."""
+def test_questions_with_the_same_id_are_matched_by_prompt(score, tmp_path):
+    """In MME, the two questions of an image have its name as their id."""
     folder = tmp_path / "MME"
     labels = folder / "MME_Benchmark_release_version" / "existence"
     labels.mkdir(parents=True)
-    asked, answers = [], []
+    questions, answers = [], []
     for image in ("existence/1.jpg", "existence/2.jpg"):
         for thing, gold in (("dog", "Yes"), ("cat", "No")):
             question = f"Is there a {thing}?"
-            asked.append(
+            questions.append(
                 {"question_id": image, "image": image, "text": question + SHORT_ANSWER_SUFFIX, "category": "existence"}
             )
             with (labels / f"{image[10]}.txt").open("a") as file:
                 file.write(f"{question} Please answer yes or no.\t{gold}\n")
             answers.append({"question_id": image, "prompt": question + SHORT_ANSWER_SUFFIX, "text": gold})
-    (folder / "llava_mme.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    answers[3]["text"] = "Yes"  # a cat in the second image
+    (folder / "llava_mme.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    answers[3]["text"] = "Yes"  # wrong: no cat in the second image
 
-    def scored(lines):
+    def score_mme(lines):
         return score([json.dumps(line).encode() + b"\n" for line in lines], benchmark="mme", data=tmp_path)
 
     for order in (answers, answers[::-1], [answers[i] for i in (2, 1, 3, 0)]):
         # Three of four questions, one of two images: 75 + 50.
-        assert scored(order)["metrics"]["perception"] == 125.0
+        assert score_mme(order)["metrics"]["perception"] == 125.0
     for row in answers:
         row["prompt"] = "Is there?"
-    assert scored(answers) == (
-        "FILE is not of these questions: 4 of its 4 answers are of none of them, such as 'existence/1.jpg'."
+    assert score_mme(answers) == (
+        "FILE does not match the benchmark: 4 of its 4 answers are to other questions, such as 'existence/1.jpg'."
     )
 
 
-# ---- Refused ---------------------------------------------------------------------------------------------------------
+# ---- Bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -291,14 +295,17 @@ def test_questions_that_share_an_id_are_told_by_their_prompts(score, tmp_path):
             "Argument --mesh: '2' should be three numbers",
         ),
         (["--answers=a", "--benchmark=scenes", "--out=o"], "a does not exist; give a folder or file."),
-        (["--answers=a", "--benchmark=scenes,gqa", "--data=DATA", "--out=o"], "--answers are of one benchmark"),
+        (
+            ["--answers=a", "--benchmark=scenes,gqa", "--data=DATA", "--out=o"],
+            "--answers can only be scored for one benchmark",
+        ),
         (["--answers=a", "--benchmark=all", "--data=DATA", "--out=o"], "scienceqa: there is no llava_test_CQM-A.json"),
     ],
 )
-def test_what_cannot_be_run_is_said_at_once(arguments, sentence, gqa, tmp_path, monkeypatch, capsys):
+def test_bad_arguments_are_refused_at_once(arguments, sentence, gqa, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert (
         run_command(evaluate.main, [argument.replace("DATA", str(gqa.folder / "data")) for argument in arguments]) == 2
     )
-    assert sentence in said(capsys)
+    assert sentence in read_error(capsys)
     assert not (tmp_path / "o").exists()

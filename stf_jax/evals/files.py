@@ -1,4 +1,4 @@
-"""Files of questions and labels: read, checked, matched with each other."""
+"""Reading and checking files of questions and labels, and matching labels with questions."""
 
 import contextlib
 import hashlib
@@ -11,11 +11,11 @@ from etils import epath
 from stf_jax.config import UserError, shorten
 from stf_jax.runtime.files import parse_json, read_json
 
-RESULTS = "results.json"  # what a measurement comes to
+RESULTS = "results.json"  # the metrics and protocol of an evaluation
 
 
 def read_text_lines(file: epath.Path) -> Iterator[tuple[int, str]]:
-    """Numbers and texts of a file's lines; empty ones are skipped. Raises UserError for what is no UTF-8 text."""
+    """Yields the number and text of each nonempty line. Raises UserError if the file is not UTF-8 text."""
     try:
         lines = file.read_bytes().decode("utf-8-sig").split("\n")  # splitlines() also splits within JSON strings
     except (OSError, UnicodeDecodeError) as error:
@@ -24,7 +24,7 @@ def read_text_lines(file: epath.Path) -> Iterator[tuple[int, str]]:
 
 
 def read_jsonl(file: epath.Path) -> Iterator[tuple[int, Any]]:
-    """Line numbers and values of a file of JSON lines. Raises UserError for what is none."""
+    """Yields the line number and value of each line of JSON. Raises UserError for a line that is not JSON."""
     for number, line in read_text_lines(file):
         try:
             yield number, parse_json(line)
@@ -33,17 +33,17 @@ def read_jsonl(file: epath.Path) -> Iterator[tuple[int, Any]]:
 
 
 def read_list(file: epath.Path) -> Any:
-    """A JSON file's value, or, where it holds several lines of an object each, the list of these.
+    """Reads a JSON file's value, or the list of objects if the file has one object per line.
 
     Raises:
-      UserError: it is neither.
+      UserError: the file is neither.
     """
-    value = _first_of_lines(file)
+    value = _read_first_object(file)
     return read_json(file) if value is None else [value for _, value in read_jsonl(file)]
 
 
-def _first_of_lines(file):
-    """The first of several lines, if it is an object of its own."""
+def _read_first_object(file):
+    """Returns the first line's object if the file has several lines and the first is a complete object."""
     lines = list(itertools.islice(read_text_lines(file), 2)) if file.exists() else []
     if len(lines) < 2 or not lines[0][1].lstrip().startswith("{"):
         return None
@@ -53,28 +53,28 @@ def _first_of_lines(file):
 
 
 def sha256(file: epath.Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
+    """Computes the hash of a file's bytes, in hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_labels(file: epath.Path, under: str = "", **kinds: type | tuple[type, ...]) -> list[dict[str, Any]]:
-    """The labels in a file: a list of objects, which may stand ``under`` a key, or a label a line.
+    """Reads labels: a JSON list of objects, possibly under a key, or one object per line.
 
     Args:
       file: the file.
-      under: the key; none where the list is all there is.
-      **kinds: keys that a label must have, and of which type.
+      under: the key of the list; empty if the file is the list itself.
+      **kinds: the keys that each label must have, and their types.
 
     Raises:
-      UserError: it is not so.
+      UserError: the file has another form.
     """
     value = read_list(file)
     if under and not (isinstance(value, list) and value):
         value = value.get(under) if isinstance(value, dict) else None
     if not isinstance(value, list):
         where = f" under {under!r}" if under else ""
-        raise UserError(f"{file} has no list of labels{where}; take the file that the benchmark's authors give.")
+        raise UserError(f"{file} has no list of labels{where}; use the file that the benchmark's authors publish.")
     for number, label in enumerate(value, start=1):
         if not isinstance(label, dict) or not all(isinstance(label.get(key), kind) for key, kind in kinds.items()):
             raise UserError(f"{file}, label {number}: a label needs {' and '.join(kinds)}.")
@@ -82,21 +82,21 @@ def read_labels(file: epath.Path, under: str = "", **kinds: type | tuple[type, .
 
 
 def index_by_id(labels: Sequence[dict[str, Any]], key: str, file: epath.Path) -> dict[str, dict[str, Any]]:
-    """Labels, read from ``file``, by their ids as text. Raises UserError for two of one id that differ."""
-    found = {}
+    """Maps ids, as text, to the labels read from ``file``. Raises UserError for two different labels with one id."""
+    by_id = {}
     for label in labels:
-        name = str(label[key])
-        if found.setdefault(name, label) | {key: name} != label | {key: name}:
-            raise UserError(f"{file} has two labels of {key} {name!r}, which differ; take the authors' own file.")
-    return found
+        label_id = str(label[key])
+        if by_id.setdefault(label_id, label) | {key: label_id} != label | {key: label_id}:
+            raise UserError(f"{file} has two different labels for {key} {label_id!r}; use the authors' own file.")
+    return by_id
 
 
 def match_labels(keys: Sequence[Hashable], labels: Mapping[Any, Any], file: epath.Path) -> list[Any]:
-    """What ``labels``, read from ``file``, has under each question's key. Raises UserError where it lacks some."""
+    """Returns the label, read from ``file``, of each question's key. Raises UserError if any is missing."""
     missing = [key for key in keys if key not in labels]
     if missing:
         raise UserError(
-            f"{file} lacks {len(missing):,} of the {len(keys):,} questions, such as {shorten(repr(missing[0]))}; "
-            "it is of another split or version: replace it, or move it away."
+            f"{file} lacks {len(missing):,} of the {len(keys):,} questions, such as {shorten(repr(missing[0]))}: it "
+            "belongs to another split or version. Replace it or move it away."
         )
     return [labels[key] for key in keys]

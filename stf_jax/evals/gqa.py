@@ -17,14 +17,15 @@ _LABELS = "testdev_balanced_questions.json"
 class GQA(Benchmark):
     """LLaVA's ``llava_gqa_testdev_balanced.jsonl`` with GQA's ``testdev_balanced_questions.json``.
 
-    Accuracy, binary and open, and by structural and semantic type, as GQA's ``eval.py`` has them.
+    The metrics are those of GQA's ``eval.py``: accuracy over all, binary and open questions, and by structural and
+    semantic type.
     """
 
     name = "gqa"
     folders = ("gqa",)
     rule = (
-        "An answer without full stops at its end, in lower case, is right where it equals the one gold answer. "
-        "Questions of structural type query are open, all others binary."
+        "An answer, in lower case and without full stops at its end, is correct if it equals the gold answer. "
+        "Questions of structural type query are open; all others are binary."
     )
 
     def __init__(self, data: epath.Path):
@@ -35,39 +36,37 @@ class GQA(Benchmark):
         file = self.find_any(*(f"{folder}{_LABELS}" for folder in folders))
         if file is not None:
             self.labels = (file,)
-            self._labels = match_labels([str(question.id) for question in self.questions], _read(file), file)
+            self._labels = match_labels([str(question.id) for question in self.questions], _read_labels(file), file)
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         labels = self._labels[: len(self.questions)]
-        right = [normalize_answer(text) == gold for text, (gold, _, _) in zip(texts, labels, strict=True)]
+        correct = [normalize_answer(text) == gold for text, (gold, _, _) in zip(texts, labels, strict=True)]
         _, structural, semantic = zip(*labels, strict=True)
-        answers = accuracy_by_kind(["open" if kind == "query" else "binary" for kind in structural], right)
+        by_answer = accuracy_by_kind(["open" if kind == "query" else "binary" for kind in structural], correct)
         return {
-            "accuracy": statistics.fmean(right),
-            **{kind: entry["accuracy"] for kind, entry in answers.items()},
-            "by_structural": accuracy_by_kind(structural, right),
-            "by_semantic": accuracy_by_kind(semantic, right),
+            "accuracy": statistics.fmean(correct),
+            **{kind: entry["accuracy"] for kind, entry in by_answer.items()},
+            "by_structural": accuracy_by_kind(structural, correct),
+            "by_semantic": accuracy_by_kind(semantic, correct),
         }
 
     def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
-        """Writes ``testdev_balanced_predictions.json``, which GQA's ``eval.py`` takes."""
+        """Writes ``testdev_balanced_predictions.json`` for GQA's ``eval.py``."""
         file = out / "testdev_balanced_predictions.json"
-        asked = zip(self.questions, texts, strict=True)
-        write_json(
-            file, [{"questionId": str(question.id), "prediction": normalize_answer(text)} for question, text in asked]
-        )
+        pairs = zip(self.questions, texts, strict=True)
+        write_json(file, [{"questionId": str(q.id), "prediction": normalize_answer(text)} for q, text in pairs])
         return [file]
 
 
 def normalize_answer(text: str) -> str:
-    """The answer that a text gives."""
-    return text.rstrip(".").lower()  # to the letter as LLaVA does: "yes. ." is "yes. "
+    """Lowercases an answer and strips full stops at its end."""
+    return text.rstrip(".").lower()  # exactly LLaVA's rule: "yes. ." becomes "yes. "
 
 
-def _read(file):
+def _read_labels(file):
     labels = read_json(file)
     if not isinstance(labels, dict):
-        raise UserError(f"{file} is no object of questions by their ids; take GQA's own file.")
+        raise UserError(f"{file} is not a JSON object keyed by question id; use GQA's own file.")
     found = {}
     for key, label in labels.items():
         try:
@@ -76,6 +75,6 @@ def _read(file):
                 raise TypeError
         except (KeyError, TypeError):
             raise UserError(
-                f"{file}, question {key}: a label needs answer and types, structural and semantic."
+                f"{file}, question {key}: a label needs answer, types.structural and types.semantic."
             ) from None
     return found

@@ -1,4 +1,4 @@
-"""MMBench and MMBench-CN: one of up to four options, asked again with the options moved round (Liu et al., 2023)."""
+"""MMBench and MMBench-CN: multiple choice, asked again with the options rotated (Liu et al., 2023)."""
 
 import base64
 import csv
@@ -22,32 +22,32 @@ from stf_jax.runtime.files import move_file
 
 csv.field_size_limit(MAX_FILE_BYTES)  # an image is a field
 _OPTIONS = "ABCD"
-_TURN = 1_000_000  # between the indices of a question and of its rotations
-_NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # nor in an Excel file
+_ROTATION = 1_000_000  # difference between the indices of a question and of its next rotation
+_INVALID_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # also invalid in an Excel file
 _INDEX = re.compile("[0-9]{1,18}")
-# LLaVA reads the table with pandas, for which these are no values, and leaves out any "nan" and "none" besides.
-_NO_VALUES = ("", "#N/A", "<NA>", "N/A", "NA", "NULL", "n/a", "null")
-# How an answer may write a letter, apart from other words; what comes first is looked for first.
+# LLaVA reads the table with pandas, which treats these as missing, and also ignores any "nan" and "none".
+_MISSING = ("", "#N/A", "<NA>", "N/A", "NA", "NULL", "n/a", "null")
+# The forms of a letter as a separate word, in order of precedence.
 _FORMS = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
 
 
 class MMBench(Benchmark):
-    """``mmbench_dev_20230712.tsv``, which has the answers and the images, or ``mmbench_test_20230712.tsv`` without.
+    """``mmbench_dev_20230712.tsv`` with images and answers, or ``mmbench_test_20230712.tsv`` without answers.
 
-    VLMEvalKit's tables of the same questions will do as well: where several rows have one image, it writes the image
-    once, and in the other rows' place for it the index of that row.
+    VLMEvalKit's tables of the same questions work too. Where several rows share an image, they contain it once, and the
+    other rows contain the index of that row.
 
-    Each rotation of a question is a row of its own; a question stands for itself in ``questions`` of the metrics.
+    Each rotation of a question is a row; ``questions`` in the metrics counts questions, not rotations.
     """
 
     name = "mmbench"
     folders = ("mmbench",)
     max_new_tokens = 1024
     rule = (
-        "An answer chooses the one letter of A to E that stands alone or with punctuation among its words (a bare A "
-        "only where there are at most three), else the one option whose text it holds, letter case aside; what chooses "
-        "none, or several, is wrong (no judge model is asked). circular_accuracy counts a question whose rotations are "
-        "all right, vanilla_accuracy one right as first asked."
+        "An answer chooses the one letter of A to E that is among its words, alone or with punctuation (a bare A "
+        "counts only among at most three words), or else the one option whose text it contains, ignoring case. An "
+        "answer that chooses none or several is wrong; no judge model is used. circular_accuracy counts questions "
+        "whose rotations are all answered correctly, vanilla_accuracy those answered correctly in their original order."
     )
     _files: ClassVar[tuple[str, ...]] = (
         "mmbench_dev_20230712.tsv",
@@ -55,14 +55,14 @@ class MMBench(Benchmark):
         "MMBench_DEV_EN.tsv",
         "MMBench_TEST_EN.tsv",
     )
-    _request: ClassVar[str] = LETTER_SUFFIX
+    _suffix: ClassVar[str] = LETTER_SUFFIX
 
     def __init__(self, data: epath.Path):
         super().__init__(data)
         file = self.find(*self._files)
-        self._columns, self._rows = _read(file)
-        images = _images(file, self._rows)
-        self.questions = [_question(index, row, images[index], self._request) for index, row in self._rows.items()]
+        self._columns, self._rows = _read_table(file)
+        images = _find_images(file, self._rows)
+        self.questions = [_make_question(index, row, images[index], self._suffix) for index, row in self._rows.items()]
         if any(row.get("answer") for row in self._rows.values()):
             for index, row in self._rows.items():
                 if row["answer"] not in tuple(_OPTIONS):
@@ -70,51 +70,53 @@ class MMBench(Benchmark):
             self.labels = (file,)
         elif "dev" in file.name.lower():
             raise UserError(
-                f"{file} has no answers, and the dev split has: fetch it again; if it is the test split, call it "
-                f"{self._files[-1]}."
+                f"{file} has no answers, but the dev split has them: download it again. If this is the test split, "
+                f"name it {self._files[-1]}."
             )
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
-        right = {}
+        correct = {}
         for question, text in zip(self.questions, texts, strict=True):
             row = self._rows[question.id]
-            right[question.id] = parse_choice(text, _options(row)) == row["answer"]
-        circular = dict.fromkeys((index for index in right if index < _TURN), True)
-        for index, own in right.items():
-            circular[index % _TURN] &= own
+            correct[question.id] = parse_choice(text, _get_options(row)) == row["answer"]
+        circular = dict.fromkeys((index for index in correct if index < _ROTATION), True)
+        for index, is_correct in correct.items():
+            circular[index % _ROTATION] &= is_correct
 
-        def shares(indices):
+        def accuracies(indices):
             return {
                 "circular_accuracy": statistics.fmean(circular[index] for index in indices),
-                "vanilla_accuracy": statistics.fmean(right[index] for index in indices),
+                "vanilla_accuracy": statistics.fmean(correct[index] for index in indices),
             }
 
-        result = shares(circular)
+        result = accuracies(circular)
         for column, key in (("category", "by_category"), ("l2-category", "by_l2_category")):
             if column in self._columns:
-                kinds = {}
+                groups = {}
                 for index in circular:
-                    kinds.setdefault(self._rows[index][column] or "", []).append(index)
-                result[key] = {kind: shares(own) | {"questions": len(own)} for kind, own in sorted(kinds.items())}
+                    groups.setdefault(self._rows[index][column] or "", []).append(index)
+                result[key] = {
+                    kind: accuracies(indices) | {"questions": len(indices)} for kind, indices in sorted(groups.items())
+                }
         return result
 
     def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
-        """Writes ``mmbench_submission.xlsx`` (``mmbench_cn_submission.xlsx``), which MMBench's server takes."""
-        import openpyxl  # only wanted here
+        """Writes ``mmbench_submission.xlsx`` (``mmbench_cn_submission.xlsx``) for MMBench's server."""
+        import openpyxl  # only used here
 
         columns = ["index", "question", *_OPTIONS, "prediction"]
         columns += [column for column in ("answer", "split") if column in self._columns]
         book = openpyxl.Workbook()
         book.active.append(columns)
-        for place, (question, text) in enumerate(zip(self.questions, texts, strict=True), start=2):
+        for line, (question, text) in enumerate(zip(self.questions, texts, strict=True), start=2):
             row = self._rows[question.id] | {"index": question.id, "prediction": text}
             for column, name in enumerate(columns, start=1):
                 value = row.get(name)
                 if isinstance(value, str):
-                    cell = book.active.cell(place, column, _NOT_IN_XML.sub("", value))
-                    cell.data_type = "s"  # "=1+1" is a text, too
+                    cell = book.active.cell(line, column, _INVALID_XML.sub("", value))
+                    cell.data_type = "s"  # "=1+1" is text as well
                 else:
-                    book.active.cell(place, column, value)
+                    book.active.cell(line, column, value)
         file = out / f"{self.name}_submission.xlsx"
         with tempfile.TemporaryDirectory() as folder:
             local = pathlib.Path(folder) / file.name
@@ -123,65 +125,65 @@ class MMBench(Benchmark):
         return [file]
 
     def keep_first(self, count: int) -> None:
-        """Leaves the first ``count`` rows, and the other rotations of their questions."""
-        kept = {question.id % _TURN for question in self.questions[:count]}
-        self.questions = [question for question in self.questions if question.id % _TURN in kept]
+        """Keeps the first ``count`` rows, and the other rotations of their questions."""
+        kept = {question.id % _ROTATION for question in self.questions[:count]}
+        self.questions = [question for question in self.questions if question.id % _ROTATION in kept]
 
 
 class MMBenchCN(MMBench):
-    """The same in Chinese: ``mmbench_dev_cn_20231003.tsv``."""
+    """MMBench in Chinese: ``mmbench_dev_cn_20231003.tsv``."""
 
     name = "mmbench_cn"
     folders = ("mmbench_cn", "mmbench")
     _files = ("mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv", "MMBench_TEST_CN.tsv")
-    _request = "\n请直接回答选项字母。"
+    _suffix = "\n请直接回答选项字母。"
 
 
 def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
-    """The letter that an answer chooses, by lmms-eval's rule (its ``can_infer``); None where it cannot be told.
+    """Returns the letter that an answer chooses by lmms-eval's rule (its ``can_infer``), or None if it is unclear.
 
     Args:
       text: the answer.
-      options: texts of the options by their letters.
+      options: the options' texts by letter.
     """
     words = text.split()
     for form in _FORMS:
-        found = [letter for letter in "ABCDE" if form.format(letter) in words]  # E: none of them, as judges say
-        article = form == "{}" and found == ["A"] and len(words) > 3
-        if len(found) == 1 and not article:
+        found = [letter for letter in "ABCDE" if form.format(letter) in words]  # E: a judge's "none of them"
+        is_article = form == "{}" and found == ["A"] and len(words) > 3
+        if len(found) == 1 and not is_article:
             return found[0]
     found = [letter for letter, option in options.items() if option.lower() in text.lower()]
     return found[0] if len(found) == 1 else None
 
 
-def _options(row):
+def _get_options(row):
     return {letter: row[letter] for letter in itertools.takewhile(row.get, _OPTIONS)}
 
 
-def _question(index, row, image, request):
+def _make_question(index, row, image, suffix):
     hint = [row["hint"]] if row.get("hint") else []
-    prompt = "\n".join([*hint, row["question"], *(f"{letter}. {text}" for letter, text in _options(row).items())])
-    return Question(index, prompt + request, image, prompt)
+    prompt = "\n".join([*hint, row["question"], *(f"{letter}. {text}" for letter, text in _get_options(row).items())])
+    return Question(index, prompt + suffix, image, prompt)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Image:
-    """Opens an image that stands in the table."""
+    """Opens an image in the table."""
 
-    text: str  # in base64
-    name: str = dataclasses.field(compare=False)  # the same image may stand in several rows
+    text: str  # base64
+    name: str = dataclasses.field(compare=False)  # several rows may contain the same image
 
     def __call__(self):
         text = "".join(self.text.split()).rstrip("=")
-        try:  # what does not belong, such as a list of images, would be skipped
+        try:  # without validate, invalid text such as a list of images would be skipped
             content = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
         except ValueError as error:
-            raise BadRow("corrupt", f"Image {self.name} is not in base64: {error}.", self.name) from None
+            raise BadRow("corrupt", f"Image {self.name} is not base64: {error}.", self.name) from None
         return open_image(content, self.name)
 
 
-def _images(file, rows):
-    """The image of each row, by index: its own, or that of the row whose index stands in its place, which may go on."""
+def _find_images(file, rows):
+    """Returns the image of each row by index: its own, or that of the row it refers to, possibly through others."""
     images = {}
     for index in rows:
         chain = [index]
@@ -190,54 +192,56 @@ def _images(file, rows):
             if not _INDEX.fullmatch(cell):
                 images[last] = _Image(cell, f"of index {last} in {file}")
             elif int(cell) not in rows:
-                raise UserError(f"{file}, index {last}: its image is that of index {cell}, which is not there.")
+                raise UserError(f"{file}, index {last}: its image refers to index {cell}, which does not exist.")
             elif int(cell) in chain:
-                raise UserError(f"{file}, index {cell}: its image refers to other rows and back to itself.")
+                raise UserError(f"{file}, index {cell}: its image refers to itself, directly or through other rows.")
             else:
                 chain.append(int(cell))
         images |= dict.fromkeys(chain, images[last])
     return images
 
 
-def _read(file):
-    """Columns of the table, and its rows by index; a value that is none is None."""
+def _read_table(file):
+    """Returns the table's columns, and its rows by index; missing values are None."""
     try:
         with file.open("rb") as opened:
             table = csv.DictReader(io.TextIOWrapper(opened, "utf-8-sig", newline=""), delimiter="\t")
             columns, found = table.fieldnames or (), list(table)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file} cannot be read as values with tabs between: {error}.") from None
+        raise UserError(f"{file} cannot be read as tab-separated values: {error}.") from None
     needed = ("index", "question", "A", "B", "image")
-    lacking = [column for column in needed if column not in columns]
-    if not found or lacking:
-        what = f": it has no {' and no '.join(lacking)}" if lacking else ""
+    missing = [column for column in needed if column not in columns]
+    if not found or missing:
+        reason = f" (it has no {' and no '.join(missing)})" if missing else ""
         raise UserError(
-            f"{file} is no table of questions with index, question, A, B and image{what}; take MMBench's own."
+            f"{file} is not a table of questions with index, question, A, B and image{reason}; use MMBench's own file."
         )
-    twice = [column for column in columns if column and columns.count(column) > 1]
-    if twice:
-        raise UserError(f"{file} has two columns {twice[0]!r}; take MMBench's own.")
+    repeated = [column for column in columns if column and columns.count(column) > 1]
+    if repeated:
+        raise UserError(f"{file} has two columns named {repeated[0]!r}; use MMBench's own file.")
     rows = {}
     for number, fields in enumerate(found, start=1):
         if None in fields or None in fields.values():
-            raise UserError(f"{file}, row {number} has other columns than the table's head; fetch the file again.")
-        row = {column: None if _is_none(value) else value for column, value in fields.items()}
-        # An option may be the word "None", which LLaVA leaves out; an empty one is a fault.
-        lacking = [key for key in needed if _is_empty(fields[key]) or (key not in _OPTIONS and not row[key])]
-        if lacking:
-            raise UserError(f"{file}, row {number} has no {lacking[0]}; take MMBench's own file.")
+            raise UserError(f"{file}, row {number} does not have the header's columns; download the file again.")
+        row = {column: None if _is_missing(value) else value for column, value in fields.items()}
+        # An option may be the word "None", which LLaVA leaves out; an empty option is an error.
+        missing = [key for key in needed if _is_empty(fields[key]) or (key not in _OPTIONS and not row[key])]
+        if missing:
+            raise UserError(f"{file}, row {number} has no {missing[0]}; use MMBench's own file.")
         answer = row.get("answer")
         if answer in tuple(_OPTIONS) and _is_empty(fields.get(answer, "")):
-            raise UserError(f"{file}, row {number}: the answer is {answer}, which is empty; take MMBench's own file.")
+            raise UserError(
+                f"{file}, row {number}: the answer is {answer}, but that option is empty; use MMBench's own file."
+            )
         index = row.pop("index")
         if not _INDEX.fullmatch(index):
-            raise UserError(f"{file}, row {number}: index {index[:40]!r} is not a whole number of at most 18 digits.")
+            raise UserError(f"{file}, row {number}: index {index[:40]!r} is not an integer of at most 18 digits.")
         if int(index) in rows:
-            raise UserError(f"{file}, row {number}: index {index} is another row's, too.")
+            raise UserError(f"{file}, row {number}: another row also has index {index}.")
         rows[int(index)] = row
     for index in rows:
-        if index % _TURN not in rows:
-            raise UserError(f"{file}: index {index} is a rotation of {index % _TURN}, which is not there.")
+        if index % _ROTATION not in rows:
+            raise UserError(f"{file}: index {index} is a rotation of {index % _ROTATION}, which does not exist.")
     return columns, rows
 
 
@@ -245,5 +249,5 @@ def _is_empty(value):
     return value.strip().lower() in ("", "nan")
 
 
-def _is_none(value):
-    return value in _NO_VALUES or value.lower() in ("nan", "none")
+def _is_missing(value):
+    return value in _MISSING or value.lower() in ("nan", "none")

@@ -1,4 +1,4 @@
-"""The benchmarks by name."""
+"""The registry of benchmarks by name."""
 
 from collections.abc import Sequence
 
@@ -24,15 +24,15 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
 
 
 def open_benchmarks(names: Sequence[str], data: str, limit: int = 0) -> list[Benchmark]:
-    """Reads questions and labels of benchmarks.
+    """Reads the questions and labels of benchmarks.
 
     Args:
-      names: of :data:`BENCHMARKS`; ``all`` names every one.
-      data: folder with LLaVA's evaluation files, as :class:`Benchmark` has it; embedded ones need none.
-      limit: questions of each that are asked; 0: all.
+      names: keys of :data:`BENCHMARKS`; ``all`` stands for every one.
+      data: the folder with LLaVA's evaluation files, for :class:`Benchmark`; the embedded benchmarks need none.
+      limit: the number of questions of each benchmark to keep, the first ones; 0: all.
 
     Raises:
-      UserError: an unknown name; files that are missing, malformed or at odds.
+      UserError: an unknown name; files that are missing, malformed or inconsistent.
     """
     names = list(BENCHMARKS) if "all" in names else names
     for name in names:
@@ -43,8 +43,8 @@ def open_benchmarks(names: Sequence[str], data: str, limit: int = 0) -> list[Ben
                 f"Benchmark {name} needs the folder of LLaVA's evaluation files: --data, or config.eval.data."
             )
     folder = to_path(data) if data else epath.Path()
-    opened = [BENCHMARKS[name](folder) for name in names]
-    for benchmark in opened:
+    benchmarks = [BENCHMARKS[name](folder) for name in names]
+    for benchmark in benchmarks:
         if limit:
             benchmark.limit(limit)
-    return opened
+    return benchmarks

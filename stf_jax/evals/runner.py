@@ -1,4 +1,4 @@
-"""A benchmark run: questions asked and answers kept as they come, then scored, with the protocol beside the numbers."""
+"""Evaluation runs: asks a benchmark's questions, saves answers as they arrive, and scores them with their protocol."""
 
 import collections
 import contextlib
@@ -26,7 +26,7 @@ from stf_jax.runtime.table import format_table
 
 ANSWERS, PROTOCOL = "answers.jsonl", "protocol.json"
 Results = dict[str, Any]
-_LISTED = 20  # label files
+_MAX_LISTED_FILES = 20  # label files that the protocol lists one by one
 
 
 def evaluate(
@@ -41,53 +41,54 @@ def evaluate(
     overwrite: bool = False,
     on_batch_end: Callable[[], None] = lambda: None,
 ) -> Results:
-    """Asks all questions and scores the answers. All hosts of a run take part; the first one writes, and has results.
+    """Asks all questions and scores the answers. All hosts take part; only host 0 writes and returns results.
 
-    Answers that ``out`` holds already are kept, but for a last batch or two: asked again in the same company, their
-    questions get the very same answers. So a run that was interrupted ends in the files that it would have ended in.
+    Answers already in ``out`` are kept, except for the last one or two batches. Those are asked again in the same
+    batches, so they get exactly the same answers: an interrupted run ends with the same files as an uninterrupted one.
 
     Args:
-      out: folder for ``answers.jsonl``, ``protocol.json``, ``results.json`` and what is submitted.
-      model: what the answers and the results call the model.
-      origin: what else tells it from others; goes into the protocol.
-      rows: questions at once.
-      overwrite: whether answers in ``out`` that another protocol made give way; without, they are refused.
-      between: is called after each batch, on all hosts; what it raises ends the run there.
+      out: the folder for ``answers.jsonl``, ``protocol.json``, ``results.json`` and the submission.
+      model: the model's name in the answers and results.
+      origin: what else identifies the model; recorded in the protocol.
+      rows: the number of questions per batch.
+      overwrite: replace answers in ``out`` that have another protocol; by default they raise UserError.
+      on_batch_end: called after each batch, on all hosts; an exception from it ends the run.
 
     Raises:
-      UserError: an image cannot be opened; ``out`` holds another run's answers, or cannot be made.
+      UserError: an image cannot be opened; ``out`` contains another run's answers, or cannot be created.
     """
     active = jax.process_index() == 0
-    protocol = _scoring(benchmark) | {"asking": generator.protocol(benchmark.questions[0].record())}
-    protocol["asking"] |= {"decoding": _decoding(benchmark, sampling), "rows": rows, "model": origin}
-    questions, kept = benchmark.questions, []
+    protocol = _scoring_protocol(benchmark) | {"asking": generator.protocol(benchmark.questions[0].to_record())}
+    protocol["asking"] |= {"decoding": _decoding_protocol(benchmark, sampling), "rows": rows, "model": origin}
+    questions, lines = benchmark.questions, []
     if active:
         make_folder(out)
-        kept = _kept(benchmark, out, model, protocol, overwrite)
-        if len(kept) < len(questions):
-            # Whole batches, and so many that what is left makes one: a smaller one is another program, which may round
-            # otherwise.
-            kept = kept[: min(len(kept), len(questions) - rows) // rows * rows]
+        lines = _read_kept_lines(benchmark, out, model, protocol, overwrite)
+        if len(lines) < len(questions):
+            # Keep full batches, and leave at least one full batch: a smaller one is another program, which may round
+            # differently.
+            lines = lines[: min(len(lines), len(questions) - rows) // rows * rows]
         with as_user_error(out):
             write_json(out / PROTOCOL, protocol)
-    done = int(multihost_utils.broadcast_one_to_all(np.int32(len(kept))))
-    records = [question.record() for question in questions[done:]]
-    said = _interrupted(generator.generate(records, benchmark.max_new_tokens, rows, sampling), rows, on_batch_end)
-    said = tqdm.tqdm(
-        said, benchmark.name, len(questions), initial=done, unit="question", disable=not active, mininterval=0.5
+    done = int(multihost_utils.broadcast_one_to_all(np.int32(len(lines))))
+    records = [question.to_record() for question in questions[done:]]
+    texts = generator.generate(records, benchmark.max_new_tokens, rows, sampling)
+    texts = _call_after_batches(texts, rows, on_batch_end)
+    texts = tqdm.tqdm(
+        texts, benchmark.name, len(questions), initial=done, unit="question", disable=not active, mininterval=0.5
     )
     if not active:
-        collections.deque(said, maxlen=0)
+        collections.deque(texts, maxlen=0)
         return {}
-    with as_user_error(out / ANSWERS), contextlib.closing(AppendOnlyFile(out / ANSWERS, kept)) as file:
-        for place, text in enumerate(said, start=done):
-            kept.append(answer_line(questions[place], place, text, model))
-            file.append(kept[-1])
-    return _report(benchmark, [json.loads(line)["text"] for line in kept], out, model, protocol)
+    with as_user_error(out / ANSWERS), contextlib.closing(AppendOnlyFile(out / ANSWERS, lines)) as file:
+        for index, text in enumerate(texts, start=done):
+            lines.append(answer_line(questions[index], index, text, model))
+            file.append(lines[-1])
+    return _write_results(benchmark, [json.loads(line)["text"] for line in lines], out, model, protocol)
 
 
 def check_images(benchmarks: Sequence[Benchmark]) -> None:
-    """Opens every image that will be asked about. The first host does that for all, and all raise its UserError."""
+    """Opens every image of the benchmarks. Host 0 does this for all hosts, and all raise its UserError."""
     run_on_host0(lambda: [benchmark.check_images() for benchmark in benchmarks])
 
 
@@ -102,7 +103,10 @@ def evaluate_all(
     rows: int,
     on_batch_end: Callable[[], None] = lambda: None,
 ) -> list[Results]:
-    """:func:`evaluate` of a run's parameters by each benchmark, of one in ``out`` itself, of several below it."""
+    """Runs :func:`evaluate` on a training run's parameters for each benchmark.
+
+    A single benchmark writes to ``out``; several write to one folder each below it.
+    """
     if not benchmarks:
         return []
     generator.load_params(params.items())
@@ -111,36 +115,36 @@ def evaluate_all(
         evaluate(benchmark, generator, folder, model, origin, rows=rows, overwrite=True, on_batch_end=on_batch_end)
         for benchmark, folder in zip(benchmarks, folders, strict=True)
     ]
-    generator.load_params(())  # training wants the memory
+    generator.load_params(())  # frees the memory for training
     if len(benchmarks) > 1 and jax.process_index() == 0:
         with as_user_error(out / RESULTS):
             write_json(out / RESULTS, results)
     return results
 
 
-def _interrupted(said, rows, between):
-    for place, text in enumerate(said):
+def _call_after_batches(texts, rows, on_batch_end):
+    for index, text in enumerate(texts):
         yield text
-        if (place + 1) % rows == 0:
-            between()
+        if (index + 1) % rows == 0:
+            on_batch_end()
 
 
 def score(benchmark: Benchmark, answers: epath.Path, out: epath.Path) -> Results:
-    """Scores an answer file made anywhere; writes ``results.json`` and what is submitted.
+    """Scores any answer file; writes ``results.json`` and the submission.
 
     Raises:
-      UserError: the file is none, or does not fit the questions; there are neither labels nor a submission.
+      UserError: the file is malformed or does not match the questions.
     """
     rows = read_answers(answers)
     texts = match_answers(benchmark, rows, answers)
     models = sorted({str(row["model_id"]) for row in rows if row.get("model_id")})
     make_folder(out)
-    protocol = _scoring(benchmark) | {"answers": {"file": str(answers), "sha256": sha256(answers)}}
-    return _report(benchmark, texts, out, ", ".join(models) or answers.name, protocol)
+    protocol = _scoring_protocol(benchmark) | {"answers": {"file": str(answers), "sha256": sha256(answers)}}
+    return _write_results(benchmark, texts, out, ", ".join(models) or answers.name, protocol)
 
 
 def flatten_metrics(results: Results) -> dict[str, float]:
-    """The metrics of a benchmark as flat names and numbers: ``pope/random/f1``."""
+    """Flattens a benchmark's metrics to names such as ``pope/random/f1``."""
     flat = flatten(results["metrics"]) if results else {}
     return {
         f"{results['benchmark']}/{key.replace('.', '/')}": value
@@ -150,7 +154,7 @@ def flatten_metrics(results: Results) -> dict[str, float]:
 
 
 def format_results(results: Results) -> str:
-    """The results for people to read: shares in percent, MME's scores in its points."""
+    """Formats results as a table: shares in percent, MME's scores in its points."""
     rows, groups = [{"what": "all"}], []
     for key, value in results["metrics"].items():
         if not isinstance(value, dict):
@@ -164,61 +168,61 @@ def format_results(results: Results) -> str:
     rows[0]["questions"] = results["questions"]
     rows += [{key: format_metric(key, value) for key, value in row.items()} for row in groups]
     lines = [f"{results['benchmark']}, {results['questions']} questions: {results['model']}"]
-    lines.append(format_table(rows) if results["metrics"] else "Its labels are not here, so there is no metric.")
-    lines += [f"written beside: {file}" for file in results["submission"]]
+    lines.append(format_table(rows) if results["metrics"] else "There are no labels here, so there are no metrics.")
+    lines += [f"also written: {file}" for file in results["submission"]]
     return "\n".join(lines)
 
 
-_POINTS = ("perception", "cognition", "score")  # MME's sums; all others are shares
+_POINTS = ("perception", "cognition", "score")  # MME's sums; all other metrics are shares
 
 
 def in_display_units(metric: str, value: float) -> float:
-    """A metric in the unit people know it in: shares in percent, MME's scores as they are."""
+    """Converts a metric to its usual unit: shares to percent, MME's scores unchanged."""
     return value if metric.split("/")[-1] in _POINTS else 100 * value
 
 
 def format_metric(metric: str, value: Any) -> Any:
-    """The same as text; what is no float stays as it is."""
+    """Formats a metric in its usual unit; a value that is not a float is returned unchanged."""
     if not isinstance(value, float):
         return value
     unit = "" if metric.split("/")[-1] in _POINTS else "%"
     return f"{in_display_units(metric, value):.1f}{unit}"
 
 
-def _scoring(benchmark):
-    """What of the protocol is the benchmark's."""
+def _scoring_protocol(benchmark):
+    """Returns the benchmark's part of the protocol."""
     return {
         "benchmark": benchmark.name,
         "questions": len(benchmark.questions),
         "rule": benchmark.rule,
-        "labels": _hashes(benchmark.labels),
+        "labels": _hash_files(benchmark.labels),
     }
 
 
-def _hashes(files):
-    """Files with their hashes; of very many (MME's, one an image), the number and one hash of all hashes."""
+def _hash_files(files):
+    """Lists files with their hashes; many files (MME has one per image) become a count and one hash of all hashes."""
     hashes = {str(file): sha256(file) for file in files}
-    if len(files) > _LISTED:
-        together = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
-        return [{"files": len(files), "first": str(files[0]), "sha256": together}]
+    if len(files) > _MAX_LISTED_FILES:
+        combined = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
+        return [{"files": len(files), "first": str(files[0]), "sha256": combined}]
     return [{"file": file, "sha256": value} for file, value in hashes.items()]
 
 
-def _decoding(benchmark, sampling):
+def _decoding_protocol(benchmark, sampling):
     return {"max_new_tokens": benchmark.max_new_tokens, **dataclasses.asdict(sampling)}
 
 
-def _kept(benchmark, out, model, protocol, overwrite):
-    """Lines of answers in ``out`` to go on from."""
+def _read_kept_lines(benchmark, out, model, protocol, overwrite):
+    """Returns the answer lines in ``out`` from which the run can resume."""
     if not (out / ANSWERS).exists():
         return []
     try:
-        before, now = parse_json((out / PROTOCOL).read_bytes()), json.loads(json.dumps(protocol))
-        if before | {"labels": now["labels"]} != now:  # labels may come later
+        saved, wanted = parse_json((out / PROTOCOL).read_bytes()), json.loads(json.dumps(protocol))
+        if saved | {"labels": wanted["labels"]} != wanted:  # labels may be added later
             raise ValueError
         lines = []
-        written = (out / ANSWERS).read_bytes().split(b"\n")[:-1]  # but for a line that was cut
-        for line, question in zip(map(bytes.decode, written), benchmark.questions, strict=False):
+        complete = (out / ANSWERS).read_bytes().split(b"\n")[:-1]  # without a truncated last line
+        for line, question in zip(map(bytes.decode, complete), benchmark.questions, strict=False):
             row = parse_json(line)
             if line != answer_line(question, len(lines), row["text"], model):
                 raise ValueError
@@ -226,15 +230,15 @@ def _kept(benchmark, out, model, protocol, overwrite):
         return lines
     except (OSError, ValueError, KeyError, TypeError):
         if overwrite:
-            (out / ANSWERS).unlink()  # before the new protocol is there, which they might be taken to be of
+            (out / ANSWERS).unlink()  # before the new protocol is written, or they might be taken for its answers
             return []
         raise UserError(
-            f"{out} holds answers to other questions, of another model or of another protocol (see {PROTOCOL} there); "
-            "choose another --out, or remove them."
+            f"{out} contains answers to other questions, or from another model or protocol (see {PROTOCOL} there); "
+            "choose another --out, or delete them."
         ) from None
 
 
-def _report(benchmark, texts, out, model, protocol):
+def _write_results(benchmark, texts, out, model, protocol):
     with as_user_error(out):
         files = benchmark.write_submission(texts, out)
     results = {

@@ -1,4 +1,4 @@
-"""TextVQA: questions that text in the image answers (Singh et al., 2019); validation, version 0.5.1."""
+"""TextVQA: questions answered by text in the image (Singh et al., 2019); the validation split, version 0.5.1."""
 
 import statistics
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ class TextVQA(Benchmark):
         file = self.find("TextVQA_0.5.1_val.json")
         self.labels = (file,)
         labels = read_labels(file, "data", image_id=(str, int), question=str)
-        # LLaVA's file has the image's id as that of the question, and no other; so the question itself must tell.
+        # LLaVA's file has the image's id as question id, so labels are matched by image and question text.
         answers = {
-            (str(label["image_id"]), label["question"].lower()): _answers(label, f"{file}, label {number}")
+            (str(label["image_id"]), label["question"].lower()): _read_ten_answers(label, f"{file}, label {number}")
             for number, label in enumerate(labels, start=1)
         }
         keys = [(str(row["question_id"]), row["text"].split("\n")[0].lower()) for row in rows]
@@ -40,8 +40,8 @@ class TextVQA(Benchmark):
         return {"accuracy": statistics.fmean(vqa.accuracies(texts, self._answers[: len(self.questions)]))}
 
 
-def _answers(label, name):
+def _read_ten_answers(label, name):
     answers = vqa.annotator_answers(label, name)
     if len(answers) != _ANNOTATORS:
-        raise UserError(f"{name}: TextVQA has {_ANNOTATORS} answers to a question, not {len(answers)}.")
+        raise UserError(f"{name}: TextVQA has {_ANNOTATORS} answers per question, not {len(answers)}.")
     return answers

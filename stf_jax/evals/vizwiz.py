@@ -1,4 +1,4 @@
-"""VizWiz: questions that blind people asked of their own photographs (Gurari et al., 2018)."""
+"""VizWiz: questions of blind people about their own photographs (Gurari et al., 2018)."""
 
 import statistics
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _IMAGES = {"llava_test.jsonl": "test", "llava_val.jsonl": "val"}
 class VizWiz(Benchmark):
     """LLaVA's ``llava_test.jsonl``, or a ``llava_val.jsonl`` with VizWiz's own ``val.json``.
 
-    There is one question to each image, so that its name tells which it is. VizWiz's ``test.json`` has no answers.
+    Each image has one question, so labels are matched by image name. VizWiz's ``test.json`` has no answers.
     """
 
     name = "vizwiz"
@@ -26,11 +26,11 @@ class VizWiz(Benchmark):
 
     def __init__(self, data: epath.Path):
         super().__init__(data)
-        asked = self.find(*_IMAGES)
-        rows = self.read_rows(asked)
-        self.questions = [self.make_question(row, _IMAGES[asked.name]) for row in rows]
+        question_file = self.find(*_IMAGES)
+        rows = self.read_rows(question_file)
+        self.questions = [self.make_question(row, _IMAGES[question_file.name]) for row in rows]
         self._images = [row["image"] for row in rows]
-        # VizWiz gives both splits in one archive: the images tell which is asked about.
+        # VizWiz's archive contains both splits: use the one with more of the questions' images.
         labels, file = max(
             (
                 (index_by_id(read_labels(file, image=str), "image", file), file)
@@ -42,8 +42,8 @@ class VizWiz(Benchmark):
         )
         if any("answers" in label for label in labels.values()):
             self.labels = (file,)
-            own = match_labels(self._images, labels, file)
-            self._answers = [vqa.annotator_answers(label, f"{file}, {label['image']}") for label in own]
+            matched = match_labels(self._images, labels, file)
+            self._answers = [vqa.annotator_answers(label, f"{file}, {label['image']}") for label in matched]
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         return {"accuracy": statistics.fmean(vqa.accuracies(texts, self._answers[: len(self.questions)]))}
@@ -51,6 +51,6 @@ class VizWiz(Benchmark):
     def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``vizwiz_submission.json``."""
         file = out / "vizwiz_submission.json"
-        asked = zip(self._images[: len(self.questions)], texts, strict=True)
-        write_json(file, [{"image": image, "answer": vqa.normalize(text)} for image, text in asked])
+        pairs = zip(self._images[: len(self.questions)], texts, strict=True)
+        write_json(file, [{"image": image, "answer": vqa.normalize(text)} for image, text in pairs])
         return [file]

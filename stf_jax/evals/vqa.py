@@ -1,4 +1,4 @@
-"""Open answers to visual questions: EvalAI's normaliser, and the accuracy among annotators."""
+"""Scoring of open answers: EvalAI's normalization and the accuracy against several annotators."""
 
 import functools
 import re
@@ -8,8 +8,8 @@ from typing import Any
 from stf_jax.config import UserError
 
 RULE = (
-    "An answer and the annotators' are normalised as EvalAI does. Each annotator is left out in turn: an answer that n "
-    "of the others gave counts min(1, n/3), and the mean of these is its accuracy."
+    "The answer and the annotators' answers are normalized as EvalAI does. Each annotator is left out in turn, and an "
+    "answer that n of the others gave scores min(1, n/3); the accuracy is the mean of these scores."
 )
 
 _MARKS = ';/[]"{}()=+\\_-><@`!'
@@ -24,44 +24,44 @@ _WITH_APOSTROPHES = """
     there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-""".split()  # noqa: SIM905 (a list would be thrice as long)
-# A contraction is mended where exactly one apostrophe is missing. The original also loses one, and has four with a
-# capital I, which never meet a text in lower case: "im" stays as it is.
+""".split()  # noqa: SIM905 (a list would be three times as long)
+# A contraction with exactly one missing apostrophe is corrected. The original table also drops one apostrophe, and has
+# four entries with a capital I, which never match lowercase text: "im" is unchanged.
 _CONTRACTIONS = {
-    word[:place] + word[place + 1 :]: word
+    word[:index] + word[index + 1 :]: word
     for word in _WITH_APOSTROPHES
-    for place, mark in enumerate(word)
+    for index, mark in enumerate(word)
     if mark == "'"
 } | {"somebody'd": "somebodyd"}
 
 
-@functools.lru_cache(maxsize=2**16)  # annotators agree: most answers of a data set are a few thousand words
+@functools.lru_cache(maxsize=2**16)  # annotators agree: most answers in a data set are a few thousand words
 def normalize(text: str) -> str:
-    """An answer as EvalAI's answer processor gives it, to the character (Pythia's, which LLaVA and lmms-eval use).
+    """Normalizes an answer exactly as EvalAI's answer processor does (Pythia's, used by LLaVA and lmms-eval).
 
-    In lower case, without punctuation and articles, numbers up to ten in digits, apostrophes in contractions. Its
-    oddities are kept, for scores are compared with those of others.
+    It lowercases, removes punctuation and articles, writes numbers up to ten as digits, and adds apostrophes to
+    contractions. Its oddities are kept, because scores are compared with published ones.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ")
-    # One place beside a space decides for all places of a mark: "a-b" is two words, but "a-b - c" has "ab".
+    # A mark next to a space anywhere is removed everywhere: "a-b" becomes two words, but "a-b - c" contains "ab".
     text = text.translate({ord(mark): "" if f"{mark} " in text or f" {mark}" in text else " " for mark in _MARKS})
-    # 32: the original hands re.UNICODE, whose value that is, to the argument that counts. The full stop after a digit
-    # goes too ("5." is "5"), as the original's look-behind is misspelt.
+    # count=32: the original passes re.UNICODE, whose value is 32, as the count. The full stop after a digit is removed
+    # too ("5." becomes "5"), because the original's look-behind is misspelled.
     text = re.sub(r"\.(?!\d)", "", text, count=32)
     words = [_NUMBERS.get(word, word) for word in text.split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Mean over the annotators of min(1, n/3), where n of the *others* gave the predicted answer; all normalised.
+    """Computes VQA's consensus accuracy (Antol et al., 2015), in 0..1.
 
-    The consensus metric of VQA (Antol et al., 2015). A share in 0..1: of ten annotators, 3 who agree with the
-    prediction make 0.9, 4 make 1.
+    It is the mean over the annotators of min(1, n/3), where n of the *others* gave the predicted answer; all answers
+    are normalized. If 3 of ten annotators agree with the prediction, it is 0.9; if 4 agree, 1.
 
     Args:
       prediction: the model's answer.
-      answers: one of each annotator, at least one.
+      answers: one answer per annotator, at least one.
     """
     prediction = normalize(prediction)
     same = sum(normalize(answer) == prediction for answer in answers)
@@ -69,19 +69,19 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def accuracies(texts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
-    """:func:`accuracy` of each text, by its own annotators' answers."""
-    return [accuracy(text, own) for text, own in zip(texts, answers, strict=True)]
+    """Computes :func:`accuracy` of each text against its annotators' answers."""
+    return [accuracy(text, annotators) for text, annotators in zip(texts, answers, strict=True)]
 
 
 def annotator_answers(label: Mapping[str, Any], name: str) -> list[str]:
-    """The answers of a label, ``{"answers": […]}``, each a text or ``{"answer": text}``.
+    """Returns the answers of a label ``{"answers": […]}``, each a string or ``{"answer": string}``.
 
     Raises:
-      UserError: it has none, or others; ``name`` says which label it is.
+      UserError: the answers are missing or malformed; ``name`` identifies the label in the message.
     """
     answers = label.get("answers")
     entries = answers if isinstance(answers, list) else []
     texts = [entry.get("answer") if isinstance(entry, dict) else entry for entry in entries]
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{name}: a label needs answers, a list of the annotators' texts.")
+        raise UserError(f"{name}: a label needs answers, a list of the annotators' strings.")
     return texts

@@ -1,4 +1,4 @@
-"""VQAv2: open questions on COCO's images (Goyal et al., 2017); test-dev for the server, validation scored here."""
+"""VQAv2: open questions about COCO images (Goyal et al., 2017); test-dev for the server, validation scored locally."""
 
 import statistics
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _IMAGES = {_TEST: "test2015", "llava_vqav2_mscoco_val2014.jsonl": "val2014"}
 class VQAv2(Benchmark):
     """LLaVA's ``llava_vqav2_mscoco_test-dev2015.jsonl``, or ``…_val2014.jsonl`` with VQA's own annotations.
 
-    The server takes answers to the whole test set alone; ``llava_vqav2_mscoco_test2015.jsonl`` lists its questions.
+    The server only accepts answers to the complete test set; ``llava_vqav2_mscoco_test2015.jsonl`` lists its questions.
     """
 
     name = "vqav2"
@@ -29,12 +29,12 @@ class VQAv2(Benchmark):
         super().__init__(data)
         file = self.find(*_IMAGES)
         self.questions = [self.make_question(row, _IMAGES[file.name]) for row in self.read_rows(file)]
-        ids = [str(question.id) for question in self.questions]  # one file may have numbers, and another texts
+        ids = [str(question.id) for question in self.questions]  # one file may have numbers, another strings
         self._all_ids = None
-        whole = self.find_any("llava_vqav2_mscoco_test2015.jsonl")
-        if whole is not None and file.name == _TEST:
-            self._all_ids = {str(row["question_id"]): row["question_id"] for row in self.read_rows(whole)}
-            match_labels(ids, self._all_ids, whole)
+        test_set = self.find_any("llava_vqav2_mscoco_test2015.jsonl")
+        if test_set is not None and file.name == _TEST:
+            self._all_ids = {str(row["question_id"]): row["question_id"] for row in self.read_rows(test_set)}
+            match_labels(ids, self._all_ids, test_set)
         annotations = self.find_any("v2_mscoco_val2014_annotations.json")
         if annotations is not None:
             self.labels = (annotations,)
@@ -46,18 +46,18 @@ class VQAv2(Benchmark):
             ]
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
-        asked = len(self.questions)
-        scores = vqa.accuracies(texts, self._answers[:asked])
-        types = accuracy_by_kind(self._types[:asked], scores)
+        count = len(self.questions)
+        scores = vqa.accuracies(texts, self._answers[:count])
+        by_type = accuracy_by_kind(self._types[:count], scores)
         return {
             "accuracy": statistics.fmean(scores),
-            "by_answer_type": {kind: entry["accuracy"] for kind, entry in types.items()},
+            "by_answer_type": {kind: entry["accuracy"] for kind, entry in by_type.items()},
         }
 
     def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
-        """Writes ``vqav2_submission.json``; what was not asked is answered by nothing."""
-        given = {str(question.id): vqa.normalize(text) for question, text in zip(self.questions, texts, strict=True)}
+        """Writes ``vqav2_submission.json``; questions that were not asked get empty answers."""
+        answers = {str(question.id): vqa.normalize(text) for question, text in zip(self.questions, texts, strict=True)}
         ids = self._all_ids or {str(question.id): question.id for question in self.questions}
         file = out / "vqav2_submission.json"
-        write_json(file, [{"question_id": own, "answer": given.get(key, "")} for key, own in ids.items()])
+        write_json(file, [{"question_id": value, "answer": answers.get(key, "")} for key, value in ids.items()])
         return [file]

@@ -1,4 +1,4 @@
-"""What benchmarks share: question files, folders, images, limits; opened by name, or refused in a sentence."""
+"""Tests of the base class and registry: question files, folders, images, limits, names."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import re
 import PIL.Image
 import pytest
 from etils import epath
-from make_evals import SHORT_ANSWER_SUFFIX, Given, make_gqa
+from make_evals import SHORT_ANSWER_SUFFIX, FixedBenchmark, make_gqa
 
 from stf_jax import evaluate
 from stf_jax.config import UserError
@@ -21,7 +21,7 @@ QUESTIONS = "llava_gqa_testdev_balanced.jsonl"
 ROW = {"question_id": "1", "image": "a.png", "text": "Is it?", "category": "default"}
 
 
-def opened(folder, *rows):
+def open_gqa(folder, *rows):
     """GQA with these rows or lines as its questions, without labels."""
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     (folder / QUESTIONS).write_bytes("".join(line + "\n" for line in lines).encode())
@@ -31,8 +31,8 @@ def opened(folder, *rows):
 # ---- Questions -------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_questions_as_they_stand(tmp_path):
-    first, second = opened(
+def test_rows_become_questions_unchanged(tmp_path):
+    first, second = open_gqa(
         tmp_path,
         "\ufeff" + json.dumps(ROW | {"text": f"Is it?{SHORT_ANSWER_SUFFIX}"}),
         "",
@@ -64,14 +64,14 @@ def test_rows_are_questions_as_they_stand(tmp_path):
         ),
     ],
 )
-def test_a_malformed_row_is_named_by_its_line(line, sentence, tmp_path):
+def test_a_malformed_row_is_reported_with_its_line(line, sentence, tmp_path):
     with pytest.raises(UserError, match=rf"{QUESTIONS}, line 3{sentence}"):
-        opened(tmp_path, ROW, "", line)
+        open_gqa(tmp_path, ROW, "", line)
 
 
-def test_files_that_are_empty_or_no_text_are_said(tmp_path):
-    with pytest.raises(UserError, match=rf"{QUESTIONS} holds no questions\.$"):
-        opened(tmp_path, "", " ")
+def test_files_that_are_empty_or_not_text_are_refused(tmp_path):
+    with pytest.raises(UserError, match=rf"{QUESTIONS} contains no questions\.$"):
+        open_gqa(tmp_path, "", " ")
     (tmp_path / QUESTIONS).write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=rf"{QUESTIONS} cannot be read: .*utf-8"):
         GQA(epath.Path(tmp_path))
@@ -80,15 +80,15 @@ def test_files_that_are_empty_or_no_text_are_said(tmp_path):
         GQA(epath.Path(tmp_path))
 
 
-def test_kinds_are_counted_apart():
+def test_kinds_are_scored_separately():
     assert list(accuracy_by_kind(["b", "a", "b", "b"], [1, 0.5, 0, 0]).items()) == [
         ("a", {"accuracy": 0.5, "questions": 1}),
         ("b", {"accuracy": 1 / 3, "questions": 3}),
     ]
 
 
-def test_a_limit_leaves_the_first_and_remembers_that_it_did():
-    benchmark = Given([Question(n, "", None, "") for n in range(5)])
+def test_a_limit_keeps_the_first_questions_and_sets_limited():
+    benchmark = FixedBenchmark([Question(n, "", None, "") for n in range(5)])
     for count, left, limited in ((7, 5, False), (5, 5, False), (2, 2, True)):
         benchmark.limit(count)
         assert ([q.id for q in benchmark.questions], benchmark.limited) == (list(range(left)), limited)
@@ -98,8 +98,8 @@ def test_a_limit_leaves_the_first_and_remembers_that_it_did():
 # ---- Images --------------------------------------------------------------------------------------------------------
 
 
-def test_images_come_from_the_first_folder_that_is_there(tmp_path):
-    (question,) = opened(tmp_path, ROW).questions
+def test_images_come_from_the_first_folder_that_exists(tmp_path):
+    (question,) = open_gqa(tmp_path, ROW).questions
     PIL.Image.new("RGB", (3, 1)).save(tmp_path / "a.png")
     assert question.image().size == (3, 1)
     for side, folder in ((4, "images"), (5, "data/images")):
@@ -109,14 +109,14 @@ def test_images_come_from_the_first_folder_that_is_there(tmp_path):
         assert question.image().size == (side, 1)
 
 
-def test_images_that_cannot_be_opened_are_named(tmp_path):
+def test_an_image_that_cannot_be_opened_is_named(tmp_path):
     def make_image(name):
-        (question,) = opened(tmp_path, ROW | {"image": name}).questions
+        (question,) = open_gqa(tmp_path, ROW | {"image": name}).questions
         return question.image
 
     (tmp_path / "images").mkdir()
     PIL.Image.new("RGB", (1, 1)).save(tmp_path / "outside.png")
-    with pytest.raises(UserError, match=r"images/absent\.png cannot be opened: No such file"):
+    with pytest.raises(UserError, match=r"images/absent\.png cannot be open_gqa: No such file"):
         make_image("absent.png")()
     with pytest.raises(UserError, match=r"'file://outside\.png' is a URL"):
         make_image("file://outside.png")()
@@ -128,11 +128,11 @@ def test_images_that_cannot_be_opened_are_named(tmp_path):
         make_image("broken.png")()
 
 
-def test_every_image_is_opened_once_before_anything_is_asked(tmp_path, monkeypatch):
+def test_check_images_opens_every_image_once(tmp_path, monkeypatch):
     make_gqa(tmp_path)
     file, images = tmp_path / "gqa" / QUESTIONS, tmp_path / "gqa" / "images"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    rows[7]["image"] = rows[3]["image"] = rows[0]["image"]  # two questions fewer have an image of their own
+    rows[7]["image"] = rows[3]["image"] = rows[0]["image"]  # three questions share an image
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     read = []
     monkeypatch.setattr(benchmark, "read_image", lambda folder, name: (read.append(name), read_image(folder, name))[1])
@@ -142,7 +142,7 @@ def test_every_image_is_opened_once_before_anything_is_asked(tmp_path, monkeypat
     (images / "n40.png").write_bytes((images / "n40.png").read_bytes()[:300])
     with pytest.raises(UserError, match=r"^gqa: 2 of 42 images cannot be used\. The first: Image .*/n40\.png cannot"):
         check_images(open_benchmarks(["scenes", "gqa"], str(tmp_path)))
-    check_images(open_benchmarks(["gqa"], str(tmp_path), limit=40))  # those that are not asked about do not matter
+    check_images(open_benchmarks(["gqa"], str(tmp_path), limit=40))  # images beyond the limit are not open_gqa
 
 
 def test_images_are_opened_before_the_model_is_loaded(tmp_path):
@@ -156,27 +156,27 @@ def test_images_are_opened_before_the_model_is_loaded(tmp_path):
         evaluate.main([*argv, "--limit=43"])
 
 
-# ---- By name ---------------------------------------------------------------------------------------------------------
+# ---- Registry --------------------------------------------------------------------------------------------------------
 
 
-def test_every_benchmark_goes_by_its_name():
-    named = ["gqa", "scienceqa", "vqav2", "vizwiz", "textvqa", "pope", "mmbench", "mmbench_cn", "mme"]
-    named += ["scenes", "prints", "shapes"]
-    assert list(BENCHMARKS) == named
-    assert [kind.name for kind in BENCHMARKS.values()] == named
+def test_every_benchmark_is_registered_by_its_name():
+    names = ["gqa", "scienceqa", "vqav2", "vizwiz", "textvqa", "pope", "mmbench", "mmbench_cn", "mme"]
+    names += ["scenes", "prints", "shapes"]
+    assert list(BENCHMARKS) == names
+    assert [kind.name for kind in BENCHMARKS.values()] == names
     assert all(kind.rule.endswith(".") for kind in BENCHMARKS.values())
 
 
-def test_the_folder_is_that_of_all_benchmarks_or_its_own(tmp_path):
+def test_data_is_the_folder_of_all_benchmarks_or_of_one(tmp_path):
     make_gqa(tmp_path)
     for folder in (tmp_path, tmp_path / "gqa"):
         gqa, scenes = open_benchmarks(["gqa", "scenes"], str(folder), limit=6)
         assert (len(gqa.questions), gqa.count) == (6, 6)
         assert (len(scenes.questions), scenes.count) == (12, 6)
         assert gqa.questions[0].image().size == (56, 40)
-    (whole,) = open_benchmarks(["gqa"], str(tmp_path))
-    assert len(whole.questions) == 44
-    assert whole.scored
+    (gqa,) = open_benchmarks(["gqa"], str(tmp_path))
+    assert len(gqa.questions) == 44
+    assert gqa.scored
     (tmp_path / "gqa" / "testdev_balanced_questions.json").unlink()
     assert not open_benchmarks(["gqa"], str(tmp_path))[0].scored
 
@@ -200,7 +200,7 @@ def test_the_folder_is_that_of_all_benchmarks_or_its_own(tmp_path):
         (["gqa"], "nowhere", f"gqa: there is no {QUESTIONS} in nowhere."),
     ],
 )
-def test_what_cannot_be_opened_is_said_in_a_sentence(names, data, sentence, tmp_path):
+def test_names_and_folders_that_cannot_be_opened_are_refused(names, data, sentence, tmp_path):
     make_gqa(tmp_path)
     with pytest.raises(UserError) as error:
         open_benchmarks(names, data.replace("DATA", str(tmp_path)))

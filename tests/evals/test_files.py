@@ -1,4 +1,4 @@
-"""Files of questions and labels: what is malformed, missing or of another version is named in a sentence."""
+"""Files of questions and labels: malformed, missing and mismatched files are reported."""
 
 import hashlib
 import json
@@ -32,13 +32,13 @@ def test_json_and_hashes(tmp_path):
         ({"x": []}, "data", "has no list of labels under 'data'"),
         ([], "data", "has no list of labels under 'data'"),
         ({"data": {}}, "data", "has no list of labels under 'data'"),
-        ({}, "", "has no list of labels; take the file"),
+        ({}, "", "has no list of labels; use the file"),
         ([{"image": "x", "id": 1}, {"image": "y"}], "", "label 2: a label needs image and id."),
         ([{"image": "x", "id": "1"}], "", "label 1: a label needs image and id."),
         (["x"], "", "label 1: a label needs image and id."),
     ],
 )
-def test_labels_of_another_form_are_refused(tmp_path, content, under, sentence):
+def test_malformed_labels_are_refused(tmp_path, content, under, sentence):
     file = epath.Path(tmp_path) / "labels.json"
     file.write_text(json.dumps(content))
     with pytest.raises(UserError) as error:
@@ -67,6 +67,6 @@ def test_questions_without_labels_are_counted():
     with pytest.raises(UserError) as error:
         match_labels([2, 5, 1, 4], {1: "a", 2: "b"}, file)
     assert str(error.value) == (
-        "labels.json lacks 2 of the 4 questions, such as 5; it is of another split or version: replace it, or move it "
-        "away."
+        "labels.json lacks 2 of the 4 questions, such as 5: it belongs to another split or version. Replace it or move "
+        "it away."
     )

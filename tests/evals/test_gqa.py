@@ -1,4 +1,4 @@
-"""GQA: exact match by hand and against a plain re-implementation, accuracies by type, the predictions file."""
+"""GQA: exact match by hand and against a reimplementation, accuracies by type, the predictions file."""
 
 import collections
 import json
@@ -12,10 +12,10 @@ from stf_jax.evals.gqa import GQA
 
 WORD = "\nAnswer the question using a single word or phrase."
 LABELS = "testdev_balanced_questions.json"
-PLACES = [LABELS, f"data/{LABELS}", f"data/questions1.2/{LABELS}", f"questions1.2/{LABELS}"]
+LABEL_PATHS = [LABELS, f"data/{LABELS}", f"data/questions1.2/{LABELS}", f"questions1.2/{LABELS}"]
 
 
-def _ask(folder, ids):
+def _write_questions(folder, ids):
     folder.mkdir(exist_ok=True)
     rows = [
         {"question_id": key, "image": f"n{key}.jpg", "text": f"Is it overcast?{WORD}", "category": "default"}
@@ -34,27 +34,27 @@ def _label(answer, structural, semantic):
     }
 
 
-ASKED = {
+LABELED = {
     "201307251": _label("no", "verify", "global"),
     "201640614": _label("woman", "query", "rel"),
     "202225914": _label("no", "logical", "attr"),
     "2062325": _label("yes", "verify", "rel"),
 }
-TEXTS = ["No.", "the woman", "no. ", "YES..."]  # right, wrong, wrong (a space ends it), right
+TEXTS = ["No.", "the woman", "no. ", "YES..."]  # correct, wrong, wrong (trailing space), correct
 
 
-def _write(folder, labels, place=LABELS):
-    file = folder / place
+def _write_labels(folder, labels, path=LABELS):
+    file = folder / path
     file.parent.mkdir(exist_ok=True, parents=True)
     file.write_text(json.dumps(labels))
     return file
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_accuracy_by_hand(tmp_path, place):
-    _ask(tmp_path / "gqa", ASKED)
+@pytest.mark.parametrize("path", LABEL_PATHS)
+def test_accuracy_by_hand(tmp_path, path):
+    _write_questions(tmp_path / "gqa", LABELED)
     others = {"1": _label("left", "choose", "rel")}
-    file = _write(tmp_path / "gqa", others | dict(reversed(ASKED.items())), place)
+    file = _write_labels(tmp_path / "gqa", others | dict(reversed(LABELED.items())), path)
     benchmark = GQA(epath.Path(tmp_path))
     assert benchmark.labels == (epath.Path(file),)
     assert benchmark.metrics(TEXTS) == {
@@ -81,17 +81,17 @@ def test_accuracy_by_hand(tmp_path, place):
     }
 
 
-def _plain(texts, labels):
-    """What GQA's paper and LLaVA's page say, without any of the code under test."""
+def _reference_metrics(texts, labels):
+    """Computes the metrics as GQA's paper and LLaVA's page describe, without any of the code under test."""
     scores = collections.defaultdict(list)
     for text, label in zip(texts, labels, strict=True):
         while text[-1:] == ".":
             text = text[:-1]
-        right = 1.0 if text.lower() == label["answer"] else 0.0
+        correct = 1.0 if text.lower() == label["answer"] else 0.0
         structural, semantic = label["types"]["structural"], label["types"]["semantic"]
         kind = {"query": "open"}.get(structural, "binary")
         for key in ("accuracy", kind, ("by_structural", structural), ("by_semantic", semantic)):
-            scores[key].append(right)
+            scores[key].append(correct)
     found = {"by_structural": {}, "by_semantic": {}}
     for key, values in scores.items():
         mean = pytest.approx(sum(values) / len(values), abs=1e-12)
@@ -102,29 +102,28 @@ def _plain(texts, labels):
     return found
 
 
-def test_accuracy_as_a_plain_computation(tmp_path):
-    chance = random.Random(0)
+def test_accuracy_matches_a_reimplementation(tmp_path):
+    rng = random.Random(0)
     golds = ["yes", "no", "left", "t-shirt", "polo shirt", "."]
     structural, semantic = ["verify", "query", "choose", "logical", "compare"], ["rel", "attr", "obj", "cat", "global"]
     labels = {
-        str(number): _label(chance.choice(golds), chance.choice(structural), chance.choice(semantic))
-        for number in range(4_000)
+        str(number): _label(rng.choice(golds), rng.choice(structural), rng.choice(semantic)) for number in range(4_000)
     }
     ends = ["", "", ".", "..", ". ", " .", "!", "\n", ",", ".,."]
     texts = [
-        chance.choice([str.lower, str.upper, str.title])(chance.choice([label["answer"], chance.choice(golds), ""]))
-        + chance.choice(ends)
+        rng.choice([str.lower, str.upper, str.title])(rng.choice([label["answer"], rng.choice(golds), ""]))
+        + rng.choice(ends)
         for label in labels.values()
     ]
-    _ask(tmp_path, labels)
-    _write(tmp_path, labels)
+    _write_questions(tmp_path, labels)
+    _write_labels(tmp_path, labels)
     found = GQA(epath.Path(tmp_path)).metrics(texts)
-    assert found == _plain(texts, labels.values())
+    assert found == _reference_metrics(texts, labels.values())
     assert 0.1 < found["accuracy"] < 0.9
 
 
 def test_predictions_need_no_labels(tmp_path):
-    _ask(tmp_path, [201307251, "201640614"])
+    _write_questions(tmp_path, [201307251, "201640614"])
     benchmark = GQA(epath.Path(tmp_path))
     assert not benchmark.labels
     (file,) = benchmark.write_submission(["Yes.", "Polo Shirt.. "], epath.Path(tmp_path))
@@ -135,8 +134,8 @@ def test_predictions_need_no_labels(tmp_path):
     ]
 
 
-def test_images_are_in_either_folder(tmp_path):
-    _ask(tmp_path, ASKED)
+def test_images_may_be_in_either_folder(tmp_path):
+    _write_questions(tmp_path, LABELED)
     for folder in ("images", "data/images"):
         (tmp_path / folder).mkdir(parents=True)
         with pytest.raises(UserError, match=rf"{tmp_path.name}/{folder}/n201307251\.jpg cannot be opened"):
@@ -146,17 +145,20 @@ def test_images_are_in_either_folder(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "sentence"),
     [
-        ([], " is no object of questions by their ids; take GQA's own file."),
-        ({}, " lacks 4 of the 4 questions, such as '201307251'; it is of another split"),
-        (ASKED | {"7": "yes"}, ", question 7: a label needs answer and types, structural and semantic."),
-        (ASKED | {"7": {"answer": "yes"}}, ", question 7: a label needs answer and types, structural and semantic."),
-        (ASKED | {"7": _label("yes", "verify", None)}, ", question 7: a label needs answer and types, structural and"),
-        (ASKED | {"7": _label(True, "verify", "rel")}, ", question 7: a label needs answer and types, structural and"),
+        ([], " is not a JSON object keyed by question id; use GQA's own file."),
+        ({}, " lacks 4 of the 4 questions, such as '201307251': it belongs to another split"),
+        (LABELED | {"7": "yes"}, ", question 7: a label needs answer, types.structural and types.semantic."),
+        (
+            LABELED | {"7": {"answer": "yes"}},
+            ", question 7: a label needs answer, types.structural and types.semantic.",
+        ),
+        (LABELED | {"7": _label("yes", "verify", None)}, ", question 7: a label needs answer, types.structural and"),
+        (LABELED | {"7": _label(True, "verify", "rel")}, ", question 7: a label needs answer, types.structural and"),
     ],
 )
-def test_labels_of_another_form_are_refused(tmp_path, labels, sentence):
-    _ask(tmp_path, ASKED)
-    file = _write(tmp_path, labels)
+def test_malformed_labels_are_refused(tmp_path, labels, sentence):
+    _write_questions(tmp_path, LABELED)
+    file = _write_labels(tmp_path, labels)
     with pytest.raises(UserError) as error:
         GQA(epath.Path(tmp_path))
     assert str(error.value).startswith(f"{file}{sentence}")

@@ -1,4 +1,4 @@
-"""An evaluation over two hosts, each with its share of the images, ends in the files that one host writes."""
+"""An evaluation on two hosts, each with its share of the images, writes the same files as on one host."""
 
 import dataclasses
 import json
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-from tiny import Setup, vivid
+from tiny import Setup, large_params
 
 from stf_jax.config import to_json
 from stf_jax.runtime.checkpoint import Checkpoints
 
-# As a pod launches it: every host runs the same command; only here both are on one machine.
+# As on a pod, every host runs the same command; here both hosts are on one machine.
 _HOST = """
 import sys, tiny
 from stf_jax import evaluate
@@ -41,10 +41,10 @@ def data(tmp_path):
     return folder.parent
 
 
-def test_two_hosts_write_what_one_does(data, tmp_path):
+def test_two_hosts_write_the_same_files_as_one(data, tmp_path):
     run = tmp_path / "run"
     setup = Setup.of()
-    values = vivid(setup.plan.shapes)
+    values = large_params(setup.plan.shapes)
     state = setup.state()
     trees = ({path: jnp.asarray(values[path]) for path in tree} for tree in (state.trainable, state.frozen))
     state = dataclasses.replace(state, **dict(zip(("trainable", "frozen"), trees, strict=True)))
@@ -70,11 +70,11 @@ def test_two_hosts_write_what_one_does(data, tmp_path):
         )
         for i in range(2)
     ]  # fmt: skip
-    said = [host.communicate(timeout=300)[0] for host in hosts]
+    outputs = [host.communicate(timeout=300)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0]
-    first, second = (int(text.split("opened ")[1]) for text in said)
-    first -= 10  # that it looked at, for both, before anything was asked
-    assert max(first, second) < 10  # neither opened all
+    first, second = (int(text.split("opened ")[1]) for text in outputs)
+    first -= 10  # host 0 checked all images before the first question
+    assert max(first, second) < 10  # neither host opened all of them
     assert first + second >= 10
     answers = [(tmp_path / name / "answers.jsonl").read_text() for name in ("one", "two")]
     assert answers[0] == answers[1]

@@ -1,4 +1,4 @@
-"""MMBench and MMBench-CN: what is asked, answers as lmms-eval reads them, scores by hand, the workbook, bad tables."""
+"""MMBench and MMBench-CN: prompts, answers parsed as lmms-eval does, scores by hand, the workbook, bad tables."""
 
 import base64
 import csv
@@ -35,7 +35,7 @@ def _image(color):
 
 
 def _write(file, rows=ROWS, drop=(), **changed):
-    """A table as pandas writes it: quotes only where they are needed."""
+    """Writes a table as pandas does: with quotes only where needed."""
     columns = [column for column in (*COLUMNS, "split") if column not in drop]
     file.parent.mkdir(exist_ok=True)
     with file.open("w", newline="", encoding="utf-8") as opened:
@@ -50,7 +50,7 @@ def _write(file, rows=ROWS, drop=(), **changed):
 DEV = "mmbench_dev_20230712.tsv"
 
 
-def test_what_is_asked(tmp_path):
+def test_prompts(tmp_path):
     _write(tmp_path / "mmbench" / DEV)
     benchmark = MMBench(epath.Path(tmp_path))
     first, second, *_, seventh, _ = benchmark.questions
@@ -58,11 +58,11 @@ def test_what_is_asked(tmp_path):
     assert (first.id, first.text) == (241, first.prompt + LETTER)
     assert first.prompt == 'The passage:\r\nbirds.\nWhich "is"\ttrue?\nA. cat\nB. dog\nC. a bird\nD. fish'
     assert second.prompt == "Red?\nA. yes\nB. no"
-    assert seventh.prompt == "How many?\nA. 1\nB. 2"  # as LLaVA: options up to the first without a value
+    assert seventh.prompt == "How many?\nA. 1\nB. 2"  # as in LLaVA: options up to the first missing one
     assert second.image().getpixel((0, 0)) == (1, 0, 0)
 
 
-def test_the_same_in_chinese(tmp_path):
+def test_mmbench_in_chinese(tmp_path):
     _write(
         tmp_path / "mmbench" / "mmbench_dev_cn_20231003.tsv", [(3, "红色吗?", "", "是", "不", "", "", "A", "c", "l")]
     )
@@ -82,7 +82,7 @@ def test_scores_by_hand(tmp_path):
     _write(tmp_path / DEV)
     benchmark = MMBench(epath.Path(tmp_path))
     assert benchmark.labels == (epath.Path(tmp_path) / DEV,)
-    # 241: right in all its three rows. 252: right only as first asked. 7: wrong.
+    # 241: correct in its three rows. 252: correct only in its original order. 7: wrong.
     metrics = benchmark.metrics(["B", "A.", "It is a dog", "A", "3", "D"])
     ocr = {"circular_accuracy": 1 / 2, "vanilla_accuracy": 1 / 2, "questions": 2}
     color = {"circular_accuracy": 0.0, "vanilla_accuracy": 1.0, "questions": 1}
@@ -95,7 +95,7 @@ def test_scores_by_hand(tmp_path):
         "by_l2_category": {"fine": fine, "logic": logic},
     }
     json.dumps(metrics)
-    # A question is wrong where one rotation is, whichever.
+    # A question is wrong if any of its rotations is.
     for wrong in (0, 2, 5):
         texts = ["B", "A", "C", "B", "A", "D"]
         texts[wrong] = "none"
@@ -104,17 +104,19 @@ def test_scores_by_hand(tmp_path):
         assert metrics["vanilla_accuracy"] == pytest.approx(1.0 if wrong else 2 / 3)
 
 
-def test_columns_that_are_not_there_are_left_out(tmp_path):
+def test_optional_columns_may_be_missing(tmp_path):
     drop = ("hint", "C", "D", "category", "l2-category", "comment", "source", "split")
     _write(tmp_path / DEV, [ROWS[0], ROWS[1], ROWS[3]], drop)
     benchmark = MMBench(epath.Path(tmp_path))
     assert benchmark.questions[0].prompt == 'Which "is"\ttrue?\nA. cat\nB. dog'
     assert benchmark.metrics(["B"] * 3) == {"circular_accuracy": 0.5, "vanilla_accuracy": 0.5}
-    _write(tmp_path / DEV, drop=drop)  # in which some right answers are C or D
-    assert _refused(tmp_path) == f"{tmp_path / DEV}, row 3: the answer is C, which is empty; take MMBench's own file."
+    _write(tmp_path / DEV, drop=drop)  # some gold answers are C or D
+    assert _open_error(tmp_path) == (
+        f"{tmp_path / DEV}, row 3: the answer is C, but that option is empty; use MMBench's own file."
+    )
 
 
-def test_first_leaves_whole_groups(tmp_path):
+def test_keep_first_keeps_all_rotations(tmp_path):
     _write(tmp_path / DEV)
     benchmark = MMBench(epath.Path(tmp_path))
     benchmark.keep_first(1)
@@ -163,7 +165,7 @@ OPTIONS = {"A": "Cat", "B": "a dog", "C": "cart", "D": "Fish"}
 
 
 @pytest.mark.parametrize(
-    ("text", "letter"),
+    ("text", "expected"),
     [
         ("B", "B"),
         ("b", None),
@@ -178,7 +180,7 @@ OPTIONS = {"A": "Cat", "B": "a dog", "C": "cart", "D": "Fish"}
         ("A B", None),
         ("A B: cart", "A"),
         ("A or B: cart", "B"),
-        ("E", "E"),  # one that no row has for right
+        ("E", "E"),  # never the gold answer
         ("E. fish", "E"),
         ("FISH!", "D"),
         ("cat and fish", None),
@@ -186,34 +188,34 @@ OPTIONS = {"A": "Cat", "B": "a dog", "C": "cart", "D": "Fish"}
         ("", None),
     ],
 )
-def test_answers_by_hand(text, letter):
-    assert parse_choice(text, OPTIONS) == letter
+def test_parse_choice_by_hand(text, expected):
+    assert parse_choice(text, OPTIONS) == expected
 
 
-def test_answers_read_as_lmms_eval_reads_them():
-    theirs, chance = load_task_module("mmbench/mmbench_evals.py").MMBench_Evaluator(), random.Random(0)
+def test_parse_choice_matches_lmms_eval():
+    reference, rng = load_task_module("mmbench/mmbench_evals.py").MMBench_Evaluator(), random.Random(0)
     marks = ["", "", "", ".", ",", ":", ")", ").", "]", "!"]
     words = ["a", "dog", "cat", "Fish", "cart", "is", "the", "answer", "\n", "红", "option"]
     results = []
     for _ in range(20_000):
         parts = [
-            chance.choice(["", "", "", "(", ":", "["]) + chance.choice("ABCDEFab") + chance.choice(marks)
-            if chance.random() < 0.4
-            else chance.choice(words)
-            for _ in range(chance.randint(0, 6))
+            rng.choice(["", "", "", "(", ":", "["]) + rng.choice("ABCDEFab") + rng.choice(marks)
+            if rng.random() < 0.4
+            else rng.choice(words)
+            for _ in range(rng.randint(0, 6))
         ]
-        text = chance.choice([" ", "  ", "\n"]).join(parts)
-        options = dict(list(OPTIONS.items())[: chance.randint(2, 4)])
+        text = rng.choice([" ", "  ", "\n"]).join(parts)
+        options = dict(list(OPTIONS.items())[: rng.randint(2, 4)])
         results.append(parse_choice(text, options))
-        assert results[-1] == (theirs.can_infer(text, dict(options)) or None), (text, options)
-    assert all(results.count(own) > 500 for own in (*"ABCDE", None))
+        assert results[-1] == (reference.can_infer(text, dict(options)) or None), (text, options)
+    assert all(results.count(letter) > 500 for letter in (*"ABCDE", None))
 
 
 # ---- Images ----------------------------------------------------------------------------------------------------------
 
 
-def _refer(file, cells):
-    """A table of six rows, some with another's index in place of their image."""
+def _write_references(file, cells):
+    """Writes a table of six rows, some with another row's index in place of their image."""
     _write(file)
     rows = list(csv.DictReader(file.open(newline=""), delimiter="\t"))
     for row in rows:
@@ -225,14 +227,14 @@ def _refer(file, cells):
 
 
 @pytest.mark.parametrize("name", [DEV, "MMBench_DEV_EN.tsv"])
-def test_images_of_other_rows_as_vlmevalkit_writes_them(tmp_path, name):
-    # Backwards; forwards; a chain both ways; two with their own: 241 has the color 0, 7 the color 4.
-    _refer(tmp_path / name, {1000241: "241", 252: "7", 1000252: "252", 2000241: "1000252"})
+def test_image_references_as_vlmevalkit_writes_them(tmp_path, name):
+    # Backward, forward, and chained references; two rows with images: 241 has the color 0, 7 the color 4.
+    _write_references(tmp_path / name, {1000241: "241", 252: "7", 1000252: "252", 2000241: "1000252"})
     benchmark = MMBench(epath.Path(tmp_path))
     reds = {question.id: question.image().getpixel((0, 0))[0] for question in benchmark.questions}
     assert reds == {241: 0, 252: 4, 1000241: 0, 1000252: 4, 7: 4, 2000241: 4}
     benchmark.check_images()
-    # A part of the questions may refer to rows that are not asked.
+    # Questions within a limit may refer to rows beyond it.
     benchmark.keep_first(2)
     assert 7 not in {question.id for question in benchmark.questions}
     benchmark.check_images()
@@ -241,22 +243,25 @@ def test_images_of_other_rows_as_vlmevalkit_writes_them(tmp_path, name):
 @pytest.mark.parametrize(
     ("cells", "sentence"),
     [
-        ({1000241: "242"}, ", index 1000241: its image is that of index 242, which is not there."),
-        ({252: "7", 7: "8"}, ", index 7: its image is that of index 8, which is not there."),
-        ({7: "7"}, ", index 7: its image refers to other rows and back to itself."),
-        ({241: "252", 252: "7", 7: "252"}, ", index 252: its image refers to other rows and back to itself."),
-        ({7: ""}, ", row 5 has no image; take MMBench's own file."),
+        ({1000241: "242"}, ", index 1000241: its image refers to index 242, which does not exist."),
+        ({252: "7", 7: "8"}, ", index 7: its image refers to index 8, which does not exist."),
+        ({7: "7"}, ", index 7: its image refers to itself, directly or through other rows."),
+        (
+            {241: "252", 252: "7", 7: "252"},
+            ", index 252: its image refers to itself, directly or through other rows.",
+        ),
+        ({7: ""}, ", row 5 has no image; use MMBench's own file."),
     ],
 )
-def test_images_of_rows_that_have_none_are_refused(tmp_path, cells, sentence):
-    _refer(tmp_path / DEV, cells)
-    assert _refused(tmp_path) == f"{tmp_path / DEV}{sentence}"
+def test_broken_image_references_are_refused(tmp_path, cells, sentence):
+    _write_references(tmp_path / DEV, cells)
+    assert _open_error(tmp_path) == f"{tmp_path / DEV}{sentence}"
 
 
-def test_every_image_is_opened_before_anything_is_asked(tmp_path):
+def test_check_images_opens_every_image(tmp_path):
     broken = base64.b64encode(base64.b64decode(_image("red"))[:45]).decode()
-    _refer(tmp_path / DEV, {1000241: "241", 252: "abc", 7: broken, 2000241: "241"})
-    benchmark = MMBench(epath.Path(tmp_path))  # which does for scoring answers
+    _write_references(tmp_path / DEV, {1000241: "241", 252: "abc", 7: broken, 2000241: "241"})
+    benchmark = MMBench(epath.Path(tmp_path))  # enough to score answers
     with pytest.raises(UserError) as error:
         benchmark.check_images()
     assert str(error.value).startswith(
@@ -267,88 +272,93 @@ def test_every_image_is_opened_before_anything_is_asked(tmp_path):
         benchmark.check_images()
 
 
-# ---- Tables that are no good -----------------------------------------------------------------------------------------
+# ---- Bad tables ------------------------------------------------------------------------------------------------------
 
 
-def _refused(folder):
+def _open_error(folder):
     with pytest.raises(UserError) as error:
         MMBench(epath.Path(folder))
     return str(error.value)
 
 
-def test_images_that_are_none(tmp_path):
-    whole, text = _image("red"), base64.b64encode(b"no image").decode()
-    for image in ("abc", "abc!", text, f"['{whole}', '{whole}']", f"data:image/png;base64,{whole}"):
+def test_images_that_are_not_images(tmp_path):
+    valid, text = _image("red"), base64.b64encode(b"no image").decode()
+    for image in ("abc", "abc!", text, f"['{valid}', '{valid}']", f"data:image/png;base64,{valid}"):
         _write(tmp_path / DEV, image=image)
         with pytest.raises(BadRow, match="Image of index 241 ") as error:
             MMBench(epath.Path(tmp_path)).questions[0].image()
         assert error.value.reason == "corrupt"
 
 
-def test_images_of_many_bytes_are_fields_too(tmp_path):
-    _write(tmp_path / DEV, image=_image("red") + "=" * 200_000)  # csv itself stops at 131,072 characters
+def test_large_images_fit_into_a_field(tmp_path):
+    _write(tmp_path / DEV, image=_image("red") + "=" * 200_000)  # csv's default limit is 131,072 characters
     assert MMBench(epath.Path(tmp_path)).questions[0].image().size == (4, 3)
 
 
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        ([ROWS[0], ROWS[0]], ", row 2: index 241 is another row's, too."),
-        ([ROWS[0], ROWS[3]], ": index 1000252 is a rotation of 252, which is not there."),
-        ([ROWS[0], ("2.5", *ROWS[1][1:])], ", row 2: index '2.5' is not a whole number of at most 18 digits."),
-        ([("-1", *ROWS[1][1:])], ", row 1: index '-1' is not a whole number of at most 18 digits."),
-        ([("", *ROWS[1][1:])], ", row 1 has no index; take MMBench's own file."),
-        ([(5, "nan", *ROWS[1][2:])], ", row 1 has no question; take MMBench's own file."),
+        ([ROWS[0], ROWS[0]], ", row 2: another row also has index 241."),
+        ([ROWS[0], ROWS[3]], ": index 1000252 is a rotation of 252, which does not exist."),
+        ([ROWS[0], ("2.5", *ROWS[1][1:])], ", row 2: index '2.5' is not an integer of at most 18 digits."),
+        ([("-1", *ROWS[1][1:])], ", row 1: index '-1' is not an integer of at most 18 digits."),
+        ([("", *ROWS[1][1:])], ", row 1 has no index; use MMBench's own file."),
+        ([(5, "nan", *ROWS[1][2:])], ", row 1 has no question; use MMBench's own file."),
         ([ROWS[0], (*ROWS[1][:7], "E", "c", "l")], ", index 252: the answer is 'E', not one of A, B, C, D."),
         ([ROWS[0], (*ROWS[1][:7], "AB", "c", "l")], ", index 252: the answer is 'AB', not one of A, B, C, D."),
         ([ROWS[0], (*ROWS[1][:7], "", "c", "l")], ", index 252: the answer is None, not one of A, B, C, D."),
-        ([(*ROWS[1][:7], "", "c", "l")], " has no answers, and the dev split has: fetch it again; if it is the test "),
+        (
+            [(*ROWS[1][:7], "", "c", "l")],
+            " has no answers, but the dev split has them: download it again. If this is the test split, ",
+        ),
         (
             [ROWS[0], (*ROWS[1][:7], "C", "c", "l")],
-            ", row 2: the answer is C, which is empty; take MMBench's own file.",
+            ", row 2: the answer is C, but that option is empty; use MMBench's own file.",
         ),
-        ([ROWS[0], (*ROWS[1][:4], "nan", *ROWS[1][5:])], ", row 2 has no B; take MMBench's own file."),
-        ([ROWS[0], (*ROWS[1][:3], " ", *ROWS[1][4:])], ", row 2 has no A; take MMBench's own file."),
-        ([], " is no table of questions with index, question, A, B and image; take MMBench's own."),
+        ([ROWS[0], (*ROWS[1][:4], "nan", *ROWS[1][5:])], ", row 2 has no B; use MMBench's own file."),
+        ([ROWS[0], (*ROWS[1][:3], " ", *ROWS[1][4:])], ", row 2 has no A; use MMBench's own file."),
+        ([], " is not a table of questions with index, question, A, B and image; use MMBench's own file."),
     ],
 )
 def test_bad_rows_are_refused(tmp_path, rows, sentence):
     file = tmp_path / DEV
     _write(file, rows)
-    assert _refused(tmp_path).startswith(f"{file}{sentence}")
+    assert _open_error(tmp_path).startswith(f"{file}{sentence}")
 
 
 def test_an_option_may_be_the_word_none(tmp_path):
     _write(tmp_path / DEV, [(5, "Which?", "", "None", "one", "", "", "A", "c", "l")])
-    assert MMBench(epath.Path(tmp_path)).questions[0].prompt == "Which?"  # as LLaVA, which takes it for no value
+    assert MMBench(epath.Path(tmp_path)).questions[0].prompt == "Which?"  # as in LLaVA, which takes it as missing
 
 
 @pytest.mark.parametrize("column", ["index", "question", "A", "B", "image"])
-def test_columns_that_are_needed(tmp_path, column):
+def test_required_columns(tmp_path, column):
     _write(tmp_path / DEV, drop=(column,))
-    sentence = f"is no table of questions with index, question, A, B and image: it has no {column}; take MMBench's own."
-    assert _refused(tmp_path) == f"{tmp_path / DEV} {sentence}"
+    assert _open_error(tmp_path) == (
+        f"{tmp_path / DEV} is not a table of questions with index, question, A, B and image (it has no {column}); use "
+        "MMBench's own file."
+    )
 
 
-def test_a_column_stands_once(tmp_path):
+def test_a_repeated_column_is_refused(tmp_path):
     file = tmp_path / DEV
     _write(file)
     file.write_text(file.read_text().replace("\thint\t", "\tquestion\t", 1))
-    assert _refused(tmp_path) == f"{file} has two columns 'question'; take MMBench's own."
+    assert _open_error(tmp_path) == f"{file} has two columns named 'question'; use MMBench's own file."
 
 
-def test_a_dev_table_has_answers(tmp_path):
+def test_a_dev_table_needs_answers(tmp_path):
     _write(tmp_path / DEV, drop=("answer",))
-    assert _refused(tmp_path).endswith("if it is the test split, call it MMBench_TEST_EN.tsv.")
+    assert _open_error(tmp_path).endswith("If this is the test split, name it MMBench_TEST_EN.tsv.")
 
 
-def test_a_file_cut_short_is_refused(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     file = tmp_path / DEV
     _write(file)
     file.write_text(file.read_text()[:-60])
-    assert _refused(tmp_path) == (f"{file}, row 6 has other columns than the table's head; fetch the file again.")
+    assert _open_error(tmp_path) == f"{file}, row 6 does not have the header's columns; download the file again."
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path):
+def test_a_file_that_is_not_text_is_refused(tmp_path):
     (tmp_path / DEV).write_bytes(b"index\tquestion\n\xff\xfe\t\n")
-    assert _refused(tmp_path).startswith(f"{tmp_path / DEV} cannot be read as values with tabs between: ")
+    assert _open_error(tmp_path).startswith(f"{tmp_path / DEV} cannot be read as tab-separated values: ")

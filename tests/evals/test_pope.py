@@ -1,4 +1,4 @@
-"""POPE: labels found by image and question, scores by hand and as others count them, files that do not fit."""
+"""POPE: labels matched by image and question, scores by hand and against lmms-eval, mismatched files."""
 
 import json
 import random
@@ -26,7 +26,7 @@ QUESTIONS = [  # split, image, thing, gold
 
 
 def _write(folder, questions=QUESTIONS):
-    """Labels are in another order than the questions, and count from 1 in each split, as POPE's do."""
+    """Writes labels in another order than the questions, numbered from 1 in each split, as in POPE."""
     (folder / "coco").mkdir(parents=True)
     rows = [
         {
@@ -58,9 +58,9 @@ def test_scores_by_hand(tmp_path):
     ]
     texts = ["Yes", "No", "yes, two.", "There is not", "yes", "no", "no", "no"]
     metrics = benchmark.metrics(texts)
-    # Adversarial: yes, no, yes, no of yes, yes, no, no: one of each kind of hit and miss.
+    # Adversarial: yes, no, yes, no for gold yes, yes, no, no: one of each kind of hit and miss.
     half = {"f1": 0.5, "accuracy": 0.5, "precision": 0.5, "recall": 0.5, "yes_ratio": 0.5, "questions": 4}
-    # Popular: yes, no of no, yes. Random: no, no of yes, no.
+    # Popular: yes, no for gold no, yes. Random: no, no for gold yes, no.
     popular = {"f1": 0.0, "accuracy": 0.0, "precision": 0.0, "recall": 0.0, "yes_ratio": 0.5, "questions": 2}
     none = {"f1": 0.0, "accuracy": 0.5, "precision": 0.0, "recall": 0.0, "yes_ratio": 0.0, "questions": 2}
     assert metrics == {
@@ -76,7 +76,7 @@ def test_scores_by_hand(tmp_path):
     json.dumps(metrics)
 
 
-def test_means_are_over_the_splits_that_are_left(tmp_path):
+def test_means_are_over_the_splits_within_the_limit(tmp_path):
     _write(tmp_path)
     benchmark = POPE(epath.Path(tmp_path))
     benchmark.keep_first(3)
@@ -105,16 +105,16 @@ def test_images(tmp_path):
         ("It does not", False),
         ("It doesn't", True),
         ("Not", True),
-        ("no\ndog", True),  # words are between spaces alone
+        ("no\ndog", True),  # only spaces separate words
         ("", True),
     ],
 )
-def test_answers_by_hand(text, yes):
+def test_is_yes_by_hand(text, yes):
     assert is_yes(text) is yes
 
 
-def _plain(text):
-    """The rule written out again, a character at a time."""
+def _reference_is_yes(text):
+    """Implements the rule again, character by character."""
     word, words = "", []
     for character in text:
         if character == ".":
@@ -128,42 +128,40 @@ def _plain(text):
     return all(word not in ("No", "not", "no") for word in words)
 
 
-def test_answers_read_as_the_rule_written_out_again():
-    chance = random.Random(0)
+def test_is_yes_matches_a_reimplementation():
+    rng = random.Random(0)
     pieces = ["No", "no", "not", "NO", "Not", "none", "yes", "Yes", "n", "o", ".", ",", *[" "] * 12, "\n", "!"]
-    texts = ["".join(chance.choices(pieces, k=chance.randint(0, 8))) for _ in range(20_000)]
-    assert [is_yes(text) for text in texts] == [_plain(text) for text in texts]
-    assert 0.1 < statistics.fmean(map(_plain, texts)) < 0.9
+    texts = ["".join(rng.choices(pieces, k=rng.randint(0, 8))) for _ in range(20_000)]
+    assert [is_yes(text) for text in texts] == [_reference_is_yes(text) for text in texts]
+    assert 0.1 < statistics.fmean(map(_reference_is_yes, texts)) < 0.9
 
 
-def test_scores_as_lmms_eval_counts_answers_of_one_word(tmp_path):
-    theirs, chance = load_task_module("pope/utils.py"), random.Random(1)
-    questions = [
-        (chance.choice(("random", "popular")), f"{n}.jpg", "dog", chance.choice(("yes", "no"))) for n in range(1000)
-    ]
+def test_scores_of_one_word_answers_match_lmms_eval(tmp_path):
+    reference, rng = load_task_module("pope/utils.py"), random.Random(1)
+    questions = [(rng.choice(("random", "popular")), f"{n}.jpg", "dog", rng.choice(("yes", "no"))) for n in range(1000)]
     _write(tmp_path, questions)
-    (tmp_path / "coco" / "coco_pope_adversarial.json").unlink()  # nothing is asked of it
+    (tmp_path / "coco" / "coco_pope_adversarial.json").unlink()  # no question needs it
     benchmark = POPE(epath.Path(tmp_path))
     for share in (0.0, 0.1, 0.5, 0.9, 1.0):
-        texts = [chance.choice(("yes", "Yes") if chance.random() < share else ("no", "No")) for _ in questions]
+        texts = [rng.choice(("yes", "Yes") if rng.random() < share else ("no", "No")) for _ in questions]
         metrics = benchmark.metrics(texts)
         for split in ("random", "popular"):
             rows = [
-                theirs.pope_process_results({"answer": gold, "question_id": "0"}, [text])["pope_accuracy"]
-                for (own, _, _, gold), text in zip(questions, texts, strict=True)
-                if own == split
+                reference.pope_process_results({"answer": gold, "question_id": "0"}, [text])["pope_accuracy"]
+                for (question_split, _, _, gold), text in zip(questions, texts, strict=True)
+                if question_split == split
             ]
             assert metrics[split]["questions"] == len(rows)
             for key, count in (
-                ("accuracy", theirs.pope_aggregate_accuracy),
-                ("precision", theirs.pope_aggregate_precision),
-                ("recall", theirs.pope_aggregate_recall),
-                ("f1", theirs.pope_aggregate_f1_score),
+                ("accuracy", reference.pope_aggregate_accuracy),
+                ("precision", reference.pope_aggregate_precision),
+                ("recall", reference.pope_aggregate_recall),
+                ("f1", reference.pope_aggregate_f1_score),
             ):
                 assert metrics[split][key] == pytest.approx(count(rows), abs=1e-12), (split, key)
 
 
-def _refused(folder):
+def _open_error(folder):
     with pytest.raises(UserError) as error:
         POPE(epath.Path(folder))
     return str(error.value)
@@ -173,30 +171,30 @@ def test_labels_of_other_questions_are_refused(tmp_path):
     _write(tmp_path)
     file = tmp_path / "coco" / "coco_pope_adversarial.json"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[2:]))
-    assert _refused(tmp_path) == (
-        f"{file} does not fit the questions: 2 of 4 have no label, such as 'Is there a backpack in the image?' on "
-        "COCO_val2014_000000210789.jpg; take the file that LLaVA names (POPE's repository at commit e3e39262)."
+    assert _open_error(tmp_path) == (
+        f"{file} does not match the questions: 2 of 4 have no label, such as 'Is there a backpack in the image?' on "
+        "COCO_val2014_000000210789.jpg; use the file that LLaVA names (POPE's repository at commit e3e39262)."
     )
 
 
-def test_every_split_asked_about_needs_its_labels(tmp_path):
+def test_every_split_with_questions_needs_labels(tmp_path):
     _write(tmp_path)
     (tmp_path / "coco" / "coco_pope_popular.json").unlink()
-    assert _refused(tmp_path) == f"pope: there is no coco/coco_pope_popular.json in {tmp_path}."
+    assert _open_error(tmp_path) == f"pope: there is no coco/coco_pope_popular.json in {tmp_path}."
 
 
-def test_two_labels_of_a_question_are_refused(tmp_path):
+def test_contradictory_labels_are_refused(tmp_path):
     _write(tmp_path)
     file = tmp_path / "coco" / "coco_pope_popular.json"
     line = file.read_text().splitlines()[0]
     with file.open("a") as opened:
         opened.write(line + "\n")
-    POPE(epath.Path(tmp_path))  # the same again is no harm
+    POPE(epath.Path(tmp_path))  # a repeated label is accepted
     with file.open("a") as opened:
         opened.write(line.replace('"yes"', '"no"') + "\n")
-    assert _refused(tmp_path) == (
-        f"{file}, line 4: 'Is there a snowboard in the image?' on COCO_val2014_000000310196.jpg has a yes and a no; "
-        "take POPE's own file."
+    assert _open_error(tmp_path) == (
+        f"{file}, line 4: 'Is there a snowboard in the image?' on COCO_val2014_000000310196.jpg is labeled both yes "
+        "and no; use POPE's own file."
     )
 
 
@@ -216,12 +214,12 @@ def test_malformed_labels_are_refused(tmp_path, label):
     file = tmp_path / "coco" / "coco_pope_random.json"
     with file.open("a") as opened:
         opened.write(json.dumps(label) + "\n")
-    assert _refused(tmp_path) == f"{file}, line 3: a label needs image, text, and yes or no under label."
+    assert _open_error(tmp_path) == f"{file}, line 3: a label needs image, text, and a label of yes or no."
 
 
 def test_unknown_splits_are_refused(tmp_path):
     _write(tmp_path, [("adversary", "0.jpg", "dog", "yes")])
-    assert _refused(tmp_path) == (
+    assert _open_error(tmp_path) == (
         f"{tmp_path}/llava_pope_test.jsonl, question 20000000: unknown category 'adversary'; "
         "did you mean 'adversarial'?"
     )

@@ -1,4 +1,4 @@
-"""Benchmark runs with a stand-in for the model: answers kept, given up or refused; scored; told to people and logs."""
+"""Evaluation runs with a fake generator: answers kept, overwritten or refused; scoring; formatting and logging."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import jax
 import pytest
 from etils import epath
 from full_disk import limit_file_size
-from make_evals import Given
+from make_evals import FixedBenchmark
 
 from stf_jax.config import UserError
 from stf_jax.data.records import BadRow
@@ -20,9 +20,9 @@ FILES = ("answers.jsonl", "protocol.json", "results.json")
 SETTINGS = dict(model="m", origin={"step": 3}, rows=4)
 
 
-def given(count=11, labels=(), name="given"):
-    """Questions, each with an image but the first; ``Parrot`` answers the third and the tenth rightly."""
-    benchmark = Given(
+def make_benchmark(count=11, labels=(), name="given"):
+    """A benchmark; all questions but the first have an image. ``FakeGenerator`` answers two of them correctly."""
+    benchmark = FixedBenchmark(
         [Question(n, f"Näher: {n}?", None if n == 0 else (lambda n=n: n), f"{n}?", {"n": n}) for n in range(count)],
         labels,
     )
@@ -30,19 +30,19 @@ def given(count=11, labels=(), name="given"):
     return benchmark
 
 
-class Parrot:
-    """Stands for a generator. As with one, what it says hangs on the batch, and on the size that was compiled for it.
+class FakeGenerator:
+    """A fake generator. As with a real one, its answers depend on the batch and on the compiled batch size.
 
     Attributes:
-      asked: places of the questions that it was asked.
-      taken: what it was given as parameters.
+      asked: indices of the questions that it was asked.
+      loaded: the parameters of each ``load_params`` call.
     """
 
-    def __init__(self, word="says", breaks=None):
-        self.asked, self.taken, self._word, self._breaks = [], [], word, breaks
+    def __init__(self, word="says", bad_id=None):
+        self.asked, self.loaded, self._word, self._bad_id = [], [], word, bad_id
 
     def load_params(self, params):
-        self.taken.append(dict(params))
+        self.loaded.append(dict(params))
         return self
 
     def protocol(self, record):
@@ -53,17 +53,17 @@ class Parrot:
         assert limit == 128
         for start in range(0, len(records), rows):
             batch = records[start : start + rows]
-            if self._breaks in [record.id for record in batch]:
-                raise BadRow("missing", f"Image {self._breaks} cannot be opened.")
+            if self._bad_id in [record.id for record in batch]:
+                raise BadRow("missing", f"Image {self._bad_id} cannot be opened.")
             for record in batch:
-                place = int(record.id)
-                self.asked.append(place)
-                begin = "" if place == 0 else "<image>\n"
-                assert [turn.text for turn in record.turns] == [f"{begin}Näher: {place}?"]
-                assert [image() for image in record.images] == [place] * (place > 0)
-                company = " ".join(other.id for other in batch)
-                lone = f"{self._word} 紺\u2028 {record.id} among {company} of {min(rows, len(records))}"
-                yield "yes" if place in (2, 9) else lone
+                index = int(record.id)
+                self.asked.append(index)
+                prefix = "" if index == 0 else "<image>\n"
+                assert [turn.text for turn in record.turns] == [f"{prefix}Näher: {index}?"]
+                assert [image() for image in record.images] == [index] * (index > 0)
+                ids = " ".join(other.id for other in batch)
+                text = f"{self._word} 紺\u2028 {record.id} among {ids} of {min(rows, len(records))}"
+                yield "yes" if index in (2, 9) else text
 
 
 def contents(folder):
@@ -71,28 +71,28 @@ def contents(folder):
 
 
 @pytest.fixture
-def whole(tmp_path):
-    """The folder of a run that nothing disturbed."""
-    out = epath.Path(tmp_path) / "whole"
-    results = evaluate(given(), Parrot(), out, **SETTINGS)
+def complete(tmp_path):
+    """The folder of an uninterrupted run."""
+    out = epath.Path(tmp_path) / "complete"
+    results = evaluate(make_benchmark(), FakeGenerator(), out, **SETTINGS)
     assert results["metrics"] == {"accuracy": 2 / 11}
     assert json.loads((out / "results.json").read_text()) == results
     assert set(contents(out)) == set(FILES)
     return out
 
 
-# ---- Answers are kept ------------------------------------------------------------------------------------------------
+# ---- Resuming --------------------------------------------------------------------------------------------------------
 
 
-def test_results_name_all_that_they_hang_on(whole):
-    results = json.loads((whole / "results.json").read_text())
+def test_results_record_the_protocol(complete):
+    results = json.loads((complete / "results.json").read_text())
     assert list(results) == ["benchmark", "metrics", "questions", "model", "submission", "protocol"]
     assert (results["benchmark"], results["questions"], results["model"]) == ("given", 11, "m")
-    assert results["protocol"] == json.loads((whole / "protocol.json").read_text())
+    assert results["protocol"] == json.loads((complete / "protocol.json").read_text())
     assert results["protocol"] == {
         "benchmark": "given",
         "questions": 11,
-        "rule": "Right is yes.",
+        "rule": "Yes is correct.",
         "labels": [],
         "asking": {
             "llm": "says",
@@ -104,51 +104,51 @@ def test_results_name_all_that_they_hang_on(whole):
     }
 
 
-def test_a_run_cut_anywhere_ends_as_if_it_had_not_been(whole, tmp_path):
-    answers, out = (whole / "answers.jsonl").read_bytes(), epath.Path(tmp_path) / "cut"
+def test_a_run_interrupted_anywhere_ends_with_the_same_files(complete, tmp_path):
+    answers, out = (complete / "answers.jsonl").read_bytes(), epath.Path(tmp_path) / "cut"
     out.mkdir()
     ends = [match.end() for match in re.finditer(b"\n", answers)]
     assert len(ends) == 11
-    # In the middle of lines, of characters, and at every end of one, a byte before it and after.
+    # In the middle of lines and characters; at the end of every line, and a byte before and after it.
     cuts = {*range(0, len(answers), 53), *ends, *(end - 1 for end in ends), *(end + 1 for end in ends[:-1])}
     for cut in sorted(cuts):
-        (out / "protocol.json").write_bytes((whole / "protocol.json").read_bytes())
+        (out / "protocol.json").write_bytes((complete / "protocol.json").read_bytes())
         (out / "answers.jsonl").write_bytes(answers[:cut])
-        parrot = Parrot()
-        evaluate(given(), parrot, out, **SETTINGS)
-        assert contents(out) == contents(whole), cut
+        generator = FakeGenerator()
+        evaluate(make_benchmark(), generator, out, **SETTINGS)
+        assert contents(out) == contents(complete), cut
         lines = sum(end <= cut for end in ends)
-        # Whole batches of four are kept, but for the one that makes up the last one's size.
+        # Full batches of four are kept, except the one needed to fill up the last batch.
         first = 11 if lines == 11 else 4 * (lines >= 4)
-        assert parrot.asked == list(range(first, 11)), cut
+        assert generator.asked == list(range(first, 11)), cut
 
 
-def test_fewer_questions_than_a_batch_are_one(tmp_path):
-    whole, cut = epath.Path(tmp_path) / "whole", epath.Path(tmp_path) / "cut"
+def test_fewer_questions_than_a_batch_are_all_asked_again(tmp_path):
+    complete, cut = epath.Path(tmp_path) / "complete", epath.Path(tmp_path) / "cut"
     settings = SETTINGS | {"rows": 16}
-    for out in (whole, cut):
-        evaluate(given(), Parrot(), out, **settings)
-    (cut / "answers.jsonl").write_bytes(b"".join((whole / "answers.jsonl").read_bytes().splitlines(True)[:7]))
-    parrot = Parrot()
-    evaluate(given(), parrot, cut, **settings)
-    assert contents(cut) == contents(whole)
-    assert parrot.asked == list(range(11))
+    for out in (complete, cut):
+        evaluate(make_benchmark(), FakeGenerator(), out, **settings)
+    (cut / "answers.jsonl").write_bytes(b"".join((complete / "answers.jsonl").read_bytes().splitlines(True)[:7]))
+    generator = FakeGenerator()
+    evaluate(make_benchmark(), generator, cut, **settings)
+    assert contents(cut) == contents(complete)
+    assert generator.asked == list(range(11))
 
 
-def test_a_finished_run_is_scored_again_without_asking(whole):
-    before = contents(whole)
-    (whole / "results.json").unlink()
-    parrot = Parrot()
-    evaluate(given(), parrot, whole, **SETTINGS)
-    assert parrot.asked == []
-    assert contents(whole) == before
+def test_a_finished_run_is_scored_again_without_asking(complete):
+    before = contents(complete)
+    (complete / "results.json").unlink()
+    generator = FakeGenerator()
+    evaluate(make_benchmark(), generator, complete, **SETTINGS)
+    assert generator.asked == []
+    assert contents(complete) == before
 
 
-def test_a_image_that_fails_leaves_the_answers_before_it(whole, tmp_path, monkeypatch):
+def test_a_bad_image_keeps_the_answers_before_it(complete, tmp_path, monkeypatch):
     out, closed = epath.Path(tmp_path) / "out", []
 
     class Recording(runner.AppendOnlyFile):
-        """A bucket's file is written when it is closed."""
+        """Records that the file is closed: in a bucket, only closing writes it."""
 
         def close(self):
             closed.append(True)
@@ -156,16 +156,16 @@ def test_a_image_that_fails_leaves_the_answers_before_it(whole, tmp_path, monkey
 
     monkeypatch.setattr(runner, "AppendOnlyFile", Recording)
     with pytest.raises(UserError, match=r"^Image 9 cannot be opened\.$"):
-        evaluate(given(), Parrot(breaks="9"), out, **SETTINGS)
-    lines = (whole / "answers.jsonl").read_bytes().splitlines(True)
+        evaluate(make_benchmark(), FakeGenerator(bad_id="9"), out, **SETTINGS)
+    lines = (complete / "answers.jsonl").read_bytes().splitlines(True)
     assert (out / "answers.jsonl").read_bytes() == b"".join(lines[:8])
     assert closed == [True]
     assert set(contents(out)) == {"answers.jsonl", "protocol.json"}
-    evaluate(given(), Parrot(), out, **SETTINGS)
-    assert contents(out) == contents(whole)
+    evaluate(make_benchmark(), FakeGenerator(), out, **SETTINGS)
+    assert contents(out) == contents(complete)
 
 
-# ---- Answers of others -----------------------------------------------------------------------------------------------
+# ---- Other runs' answers ---------------------------------------------------------------------------------------------
 
 OTHERS = {
     "model": dict(settings={"model": "n"}),
@@ -173,42 +173,42 @@ OTHERS = {
     "rows": dict(settings={"rows": 5}),
     "decoding": dict(settings={"sampling": Sampling(0.5)}),
     "seed": dict(settings={"sampling": Sampling(seed=1)}),
-    "structure": dict(parrot=lambda: Parrot("sings")),
-    "questions": dict(benchmark=lambda: given(10)),
-    "rule": dict(benchmark=lambda: changed(rule="Right is no.")),
-    "name": dict(benchmark=lambda: given(name="other")),
+    "structure": dict(generator=lambda: FakeGenerator("sings")),
+    "questions": dict(benchmark=lambda: make_benchmark(10)),
+    "rule": dict(benchmark=lambda: changed(rule="No is correct.")),
+    "name": dict(benchmark=lambda: make_benchmark(name="other")),
 }
 
 
 def changed(**attributes):
-    benchmark = given()
+    benchmark = make_benchmark()
     for key, value in attributes.items():
         setattr(benchmark, key, value)
     return benchmark
 
 
-def other_run(case, out, **how):
-    what = OTHERS[case]
-    parrot = what.get("parrot", Parrot)()
-    evaluate(what.get("benchmark", given)(), parrot, out, **SETTINGS | what.get("settings", {}) | how)
-    return parrot
+def run_other(case, out, **options):
+    other = OTHERS[case]
+    generator = other.get("generator", FakeGenerator)()
+    evaluate(other.get("benchmark", make_benchmark)(), generator, out, **SETTINGS | other.get("settings", {}) | options)
+    return generator
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_answers_of_another_run_are_refused_or_given_up(case, whole, tmp_path):
-    before = contents(whole)
+def test_answers_of_another_run_are_refused_or_overwritten(case, complete, tmp_path):
+    before = contents(complete)
     with pytest.raises(UserError) as error:
-        other_run(case, whole)
+        run_other(case, complete)
     assert str(error.value) == (
-        f"{whole} holds answers to other questions, of another model or of another protocol (see protocol.json there); "
-        "choose another --out, or remove them."
+        f"{complete} contains answers to other questions, or from another model or protocol (see protocol.json there); "
+        "choose another --out, or delete them."
     )
-    assert contents(whole) == before
+    assert contents(complete) == before
     fresh = epath.Path(tmp_path) / "fresh"
-    asked = other_run(case, fresh).asked
+    asked = run_other(case, fresh).asked
     assert asked[0] == 0
-    assert other_run(case, whole, overwrite=True).asked == asked
-    assert contents(whole) == contents(fresh)
+    assert run_other(case, complete, overwrite=True).asked == asked
+    assert contents(complete) == contents(fresh)
 
 
 @pytest.mark.parametrize(
@@ -221,28 +221,28 @@ def test_answers_of_another_run_are_refused_or_given_up(case, whole, tmp_path):
         ("{", "["),
     ],
 )
-def test_lines_that_are_no_run_s_own_are_refused_or_given_up(old, new, whole, tmp_path):
-    before = contents(whole)
-    answers = (whole / "answers.jsonl").read_text(encoding="utf-8")
+def test_foreign_lines_are_refused_or_overwritten(old, new, complete, tmp_path):
+    before = contents(complete)
+    answers = (complete / "answers.jsonl").read_text(encoding="utf-8")
     assert old in answers
-    (whole / "answers.jsonl").write_text(answers.replace(old, new), encoding="utf-8")
-    with pytest.raises(UserError, match="holds answers to other questions"):
-        evaluate(given(), Parrot(), whole, **SETTINGS)
-    evaluate(given(), Parrot(), whole, **SETTINGS, overwrite=True)
-    assert contents(whole) == before
+    (complete / "answers.jsonl").write_text(answers.reindex(old, new), encoding="utf-8")
+    with pytest.raises(UserError, match="contains answers to other questions"):
+        evaluate(make_benchmark(), FakeGenerator(), complete, **SETTINGS)
+    evaluate(make_benchmark(), FakeGenerator(), complete, **SETTINGS, overwrite=True)
+    assert contents(complete) == before
 
 
-def test_answers_without_a_protocol_are_of_nobody(whole):
-    before = contents(whole)
-    (whole / "protocol.json").unlink()
-    with pytest.raises(UserError, match="holds answers to other questions"):
-        evaluate(given(), Parrot(), whole, **SETTINGS)
-    evaluate(given(), Parrot(), whole, **SETTINGS, overwrite=True)
-    assert contents(whole) == before
+def test_answers_without_a_protocol_are_refused_or_overwritten(complete):
+    before = contents(complete)
+    (complete / "protocol.json").unlink()
+    with pytest.raises(UserError, match="contains answers to other questions"):
+        evaluate(make_benchmark(), FakeGenerator(), complete, **SETTINGS)
+    evaluate(make_benchmark(), FakeGenerator(), complete, **SETTINGS, overwrite=True)
+    assert contents(complete) == before
 
 
-def test_answers_that_gave_way_never_lie_beside_the_new_protocol(whole, monkeypatch):
-    """Killed just after the protocol was written, it must not take them for its own."""
+def test_overwritten_answers_are_deleted_before_the_new_protocol_is_written(complete, monkeypatch):
+    """A run that is killed right after writing the protocol must not resume from the old answers."""
 
     def kill(path, lines):
         raise KeyboardInterrupt
@@ -250,38 +250,40 @@ def test_answers_that_gave_way_never_lie_beside_the_new_protocol(whole, monkeypa
     monkeypatch.setattr(runner, "AppendOnlyFile", kill)
     other = SETTINGS | {"origin": {"step": 4}}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(given(), Parrot(), whole, **other, overwrite=True)
+        evaluate(make_benchmark(), FakeGenerator(), complete, **other, overwrite=True)
     monkeypatch.undo()
-    parrot = Parrot()
-    evaluate(given(), parrot, whole, **other)
-    assert parrot.asked == list(range(11))
+    generator = FakeGenerator()
+    evaluate(make_benchmark(), generator, complete, **other)
+    assert generator.asked == list(range(11))
 
 
 def test_labels_are_part_of_the_protocol(tmp_path):
     labels, out = epath.Path(tmp_path) / "labels", epath.Path(tmp_path) / "out"
     labels.write_text("a")
-    evaluate(given(labels=[labels]), Parrot(), out, **SETTINGS)
+    evaluate(make_benchmark(labels=[labels]), FakeGenerator(), out, **SETTINGS)
     stated = json.loads((out / "protocol.json").read_text())["labels"]
-    # As sha256sum says.
+    # As computed by sha256sum.
     assert stated == [
         {"file": str(labels), "sha256": "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"}
     ]
-    # Labels that came later, or were put right, score the answers that are there.
+    # New or corrected labels score the existing answers.
     labels.write_text("b")
-    before, parrot = (out / "answers.jsonl").read_bytes(), Parrot()
-    results = evaluate(given(labels=[labels]), parrot, out, **SETTINGS)
+    before, generator = (out / "answers.jsonl").read_bytes(), FakeGenerator()
+    results = evaluate(make_benchmark(labels=[labels]), generator, out, **SETTINGS)
     assert results["protocol"]["labels"] != stated
     assert json.loads((out / "protocol.json").read_text()) == results["protocol"]
     assert (out / "answers.jsonl").read_bytes() == before
 
 
-def test_very_many_labels_are_one_hash_of_all(tmp_path):
+def test_many_label_files_become_one_hash(tmp_path):
     files = [epath.Path(tmp_path) / f"{n}.txt" for n in range(21)]
     for file in files:
         file.write_text("a")
 
     def stated():
-        results = evaluate(given(labels=files), Parrot(), epath.Path(tmp_path) / "out", **SETTINGS, overwrite=True)
+        results = evaluate(
+            make_benchmark(labels=files), FakeGenerator(), epath.Path(tmp_path) / "out", **SETTINGS, overwrite=True
+        )
         return results["protocol"]["labels"]
 
     (first,) = stated()
@@ -294,52 +296,52 @@ def test_very_many_labels_are_one_hash_of_all(tmp_path):
     assert [entry["file"] for entry in stated()] == [str(file) for file in files]
 
 
-def test_a_full_disk_keeps_the_answers_so_far(whole, tmp_path):
+def test_a_full_disk_keeps_the_answers_so_far(complete, tmp_path):
     out = epath.Path(tmp_path) / "full"
-    full = len((whole / "answers.jsonl").read_bytes()) - 20
-    assert len((whole / "protocol.json").read_bytes()) < full
+    full = len((complete / "answers.jsonl").read_bytes()) - 20
+    assert len((complete / "protocol.json").read_bytes()) < full
     with limit_file_size(full), pytest.raises(UserError, match=r"answers\.jsonl cannot be written: File too large"):
-        evaluate(given(), Parrot(), out, **SETTINGS)
-    assert (out / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()[:full]
-    evaluate(given(), Parrot(), out, **SETTINGS)
-    assert (out / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
+        evaluate(make_benchmark(), FakeGenerator(), out, **SETTINGS)
+    assert (out / "answers.jsonl").read_bytes() == (complete / "answers.jsonl").read_bytes()[:full]
+    evaluate(make_benchmark(), FakeGenerator(), out, **SETTINGS)
+    assert (out / "answers.jsonl").read_bytes() == (complete / "answers.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("way", ["evaluate", "score"])
-def test_a_folder_that_cannot_be_made_is_said(way, whole, tmp_path):
+@pytest.mark.parametrize("function", ["evaluate", "score"])
+def test_a_folder_that_cannot_be_created_is_refused(function, complete, tmp_path):
     (tmp_path / "file").write_text("")
     out = epath.Path(tmp_path) / "file" / "out"
-    ways = {
-        "evaluate": lambda: evaluate(given(), Parrot(), out, **SETTINGS),
-        "score": lambda: score(given(), whole / "answers.jsonl", out),
+    calls = {
+        "evaluate": lambda: evaluate(make_benchmark(), FakeGenerator(), out, **SETTINGS),
+        "score": lambda: score(make_benchmark(), complete / "answers.jsonl", out),
     }
-    with pytest.raises(UserError, match=rf"^The folder {re.escape(str(out))} cannot be made: Not a directory\.$"):
-        ways[way]()
+    with pytest.raises(UserError, match=rf"^The folder {re.escape(str(out))} cannot be created: Not a directory\.$"):
+        calls[function]()
 
 
-# ---- Scored without a model ------------------------------------------------------------------------------------------
+# ---- Scoring without a model -----------------------------------------------------------------------------------------
 
 
-def test_an_answer_file_is_scored_as_the_run_that_made_it(whole, tmp_path):
-    expected = json.loads((whole / "results.json").read_text())
-    file, out = epath.Path(tmp_path) / "theirs.jsonl", epath.Path(tmp_path) / "scored"
-    lines = (whole / "answers.jsonl").read_bytes().splitlines(True)
+def test_an_answer_file_gets_the_score_of_its_run(complete, tmp_path):
+    expected = json.loads((complete / "results.json").read_text())
+    file, out = epath.Path(tmp_path) / "other.jsonl", epath.Path(tmp_path) / "scored"
+    lines = (complete / "answers.jsonl").read_bytes().splitlines(True)
     file.write_bytes(b"".join(lines[5:] + lines[:5]))
-    results = score(given(), file, out)
+    results = score(make_benchmark(), file, out)
     assert results["protocol"].pop("answers")["file"] == str(file)
     assert results["protocol"].keys() == {"benchmark", "questions", "rule", "labels"}
     for key in ("benchmark", "metrics", "questions", "model", "submission"):
         assert results[key] == expected[key], key
     assert set(contents(out)) == {"results.json"}
-    # Of several models, or of none that is named.
-    file.write_bytes(b"".join(lines).replace(b'"model_id": "m"', b'"model_id": "a"', 1))
-    assert score(given(), file, out)["model"] == "a, m"
-    file.write_bytes(b"".join(lines).replace(b'"model_id": "m", ', b""))
-    assert score(given(), file, out)["model"] == "theirs.jsonl"
+    # Several models, or no model name.
+    file.write_bytes(b"".join(lines).reindex(b'"model_id": "m"', b'"model_id": "a"', 1))
+    assert score(make_benchmark(), file, out)["model"] == "a, m"
+    file.write_bytes(b"".join(lines).reindex(b'"model_id": "m", ', b""))
+    assert score(make_benchmark(), file, out)["model"] == "other.jsonl"
 
 
-def test_a_benchmark_without_labels_is_not_scored_but_submitted(tmp_path):
-    class Submitted(Given):
+def test_a_benchmark_without_labels_writes_only_a_submission(tmp_path):
+    class Unlabeled(FixedBenchmark):
         scored = False
 
         def metrics(self, texts):
@@ -350,54 +352,56 @@ def test_a_benchmark_without_labels_is_not_scored_but_submitted(tmp_path):
             return [out / "sent.txt"]
 
     out = epath.Path(tmp_path) / "out"
-    results = evaluate(Submitted(given(2).questions), Parrot(), out, **SETTINGS)
+    results = evaluate(Unlabeled(make_benchmark(2).questions), FakeGenerator(), out, **SETTINGS)
     assert (results["metrics"], results["submission"]) == ({}, ["sent.txt"])
     assert (out / "sent.txt").read_text().startswith("says 紺")
-    told = ["given, 2 questions: m", "Its labels are not here, so there is no metric.", "written beside: sent.txt"]
-    assert format_results(results).splitlines() == told
+    lines = ["given, 2 questions: m", "There are no labels here, so there are no metrics.", "also written: sent.txt"]
+    assert format_results(results).splitlines() == lines
     assert flatten_metrics(results) == {}
 
 
-# ---- Of a run that trains --------------------------------------------------------------------------------------------
+# ---- During training -------------------------------------------------------------------------------------------------
 
 
-def test_several_benchmarks_have_a_folder_each_and_a_list(tmp_path):
-    out, parrot = epath.Path(tmp_path) / "out", Parrot()
+def test_several_benchmarks_write_one_folder_each_and_a_list(tmp_path):
+    out, generator = epath.Path(tmp_path) / "out", FakeGenerator()
     params = {"llm/head/kernel": jax.numpy.zeros(())}
-    # Answers of an earlier run give way.
-    evaluate(given(), Parrot(), out / "two", model="other", origin={}, rows=3)
-    results = evaluate_all([given(name="one"), given(3, name="two")], parrot, params, out, "m", {"step": 3}, rows=4)
+    # Answers of an earlier run are overwritten.
+    evaluate(make_benchmark(), FakeGenerator(), out / "two", model="other", origin={}, rows=3)
+    results = evaluate_all(
+        [make_benchmark(name="one"), make_benchmark(3, name="two")], generator, params, out, "m", {"step": 3}, rows=4
+    )
     assert [result["benchmark"] for result in results] == ["one", "two"]
     assert [result["metrics"]["accuracy"] for result in results] == [2 / 11, 1 / 3]
     assert json.loads((out / "results.json").read_text()) == results
     assert {file.name for file in out.iterdir()} == {"one", "two", "results.json"}
     for result in results:
         assert json.loads((out / result["benchmark"] / "results.json").read_text()) == result
-    assert parrot.taken == [params, {}]  # and the memory is training's again
+    assert generator.loaded == [params, {}]  # the memory is freed for training
 
 
-def test_one_benchmark_has_the_folder_itself(whole, tmp_path):
+def test_one_benchmark_writes_to_the_folder_itself(complete, tmp_path):
     out = epath.Path(tmp_path) / "out"
-    (result,) = evaluate_all([given()], Parrot(), {}, out, "m", {"step": 3}, rows=4)
+    (result,) = evaluate_all([make_benchmark()], FakeGenerator(), {}, out, "m", {"step": 3}, rows=4)
     assert json.loads((out / "results.json").read_text()) == result
-    assert contents(out) == contents(whole)
+    assert contents(out) == contents(complete)
 
 
-def test_no_benchmark_takes_nothing(tmp_path):
-    parrot = Parrot()
-    assert evaluate_all([], parrot, {}, epath.Path(tmp_path) / "out", "m", {}, rows=4) == []
-    assert parrot.taken == []
+def test_no_benchmark_loads_and_writes_nothing(tmp_path):
+    generator = FakeGenerator()
+    assert evaluate_all([], generator, {}, epath.Path(tmp_path) / "out", "m", {}, rows=4) == []
+    assert generator.loaded == []
     assert not (tmp_path / "out").exists()
 
 
-# ---- Told ------------------------------------------------------------------------------------------------------------
+# ---- Formatting and logging ------------------------------------------------------------------------------------------
 
 
-def told(metrics, questions=1000, name="bench", submission=()):
+def make_results(metrics, questions=1000, name="bench", submission=()):
     return {"benchmark": name, "metrics": metrics, "questions": questions, "model": "m", "submission": submission}
 
 
-POPE = told(
+POPE = make_results(
     {
         "f1": 0.859,
         "accuracy": 0.87449,
@@ -407,7 +411,7 @@ POPE = told(
     8910,
     "pope",
 )
-MME = told(
+MME = make_results(
     {
         "perception": 1510.72,
         "cognition": 300.0,
@@ -419,10 +423,10 @@ MME = told(
     2374,
     "mme",
 )
-VQA = told(
+VQA = make_results(
     {"accuracy": 0.785, "by_answer_type": {"number": 0.5, "yes/no": 0.91, "other": 0.704}}, 7, "vqav2", ["a.json"]
 )
-SCENES = told(
+SCENES = make_results(
     {
         "accuracy": 0.5,
         "blank_image_accuracy": 0.25,
@@ -433,7 +437,7 @@ SCENES = told(
 )
 
 
-def test_people_read_percent_and_points_in_every_row():
+def test_format_results_has_percents_and_points_in_every_row():
     def rows(results):
         return [" ".join(line.split()) for line in format_results(results).splitlines() if line]
 
@@ -460,7 +464,7 @@ def test_people_read_percent_and_points_in_every_row():
         "number 50.0%",
         "yes/no 91.0%",
         "other 70.4%",
-        "written beside: a.json",
+        "also written: a.json",
     ]
     assert rows(SCENES) == [
         "scenes, 4 questions: m",
@@ -470,7 +474,7 @@ def test_people_read_percent_and_points_in_every_row():
     ]
 
 
-def test_logs_get_every_share_under_the_benchmark_s_name():
+def test_flatten_metrics_has_every_share_under_the_benchmarks_name():
     assert flatten_metrics(POPE) == {
         "pope/f1": 0.859,
         "pope/accuracy": 0.87449,
@@ -486,4 +490,4 @@ def test_logs_get_every_share_under_the_benchmark_s_name():
         "scenes/by_kind/count/accuracy": 0.5,
         "scenes/by_kind/count/blank_image_accuracy": 0.25,
     }
-    assert flatten_metrics({}) == {}  # of a host that does not write
+    assert flatten_metrics({}) == {}  # on a host that does not write

@@ -1,4 +1,4 @@
-"""ScienceQA: what is asked, both sources of labels, answers as LLaVA and lmms-eval read them, files at odds."""
+"""ScienceQA: prompts, both sources of labels, answers parsed as LLaVA and lmms-eval do, inconsistent files."""
 
 import json
 import random
@@ -50,26 +50,26 @@ def test_accuracy_by_hand(tmp_path, problems):
     benchmark = ScienceQA(epath.Path(tmp_path))
     name = "llava_test_CQM-A.json" if problems is None else "problems.json"
     assert benchmark.labels == (epath.Path(tmp_path) / "scienceqa" / name,)
-    # Right; right; C of a question with two choices; wrong.
+    # Correct; correct; C for a question with two choices; wrong.
     assert benchmark.metrics(["B", "B. apostrophe", "C", "A"]) == {"accuracy": 0.5, "image_accuracy": 0.5}
     assert benchmark.metrics(["A", "B", "A", "The answer is E."]) == {"accuracy": 0.75, "image_accuracy": 0.5}
     benchmark.keep_first(1)
     assert benchmark.metrics(["B"]) == {"accuracy": 1.0, "image_accuracy": 1.0}
 
 
-def test_without_images_there_is_no_accuracy_of_them(tmp_path):
+def test_without_images_there_is_no_image_accuracy(tmp_path):
     _write(tmp_path, _rows(QUESTIONS[1:3]))
     assert ScienceQA(epath.Path(tmp_path)).metrics(["B", "B"]) == {"accuracy": 0.5}
 
 
-def test_what_is_asked(tmp_path):
+def test_prompts(tmp_path):
     _write(tmp_path, _rows())
     (tmp_path / "images" / "11").mkdir(parents=True)
     PIL.Image.new("RGB", (5, 3)).save(tmp_path / "images" / "11" / "image.png")
-    shown, text, *_ = ScienceQA(epath.Path(tmp_path)).questions
-    assert (shown.id, shown.text) == ("11", QUESTIONS[0][2] + LETTER)
-    assert shown.prompt == f"<image>\n{QUESTIONS[0][2]}{LETTER}"
-    assert shown.image().size == (5, 3)
+    with_image, text, *_ = ScienceQA(epath.Path(tmp_path)).questions
+    assert (with_image.id, with_image.text) == ("11", QUESTIONS[0][2] + LETTER)
+    assert with_image.prompt == f"<image>\n{QUESTIONS[0][2]}{LETTER}"
+    assert with_image.image().size == (5, 3)
     assert (text.text, text.prompt, text.image) == (QUESTIONS[1][2] + LETTER, QUESTIONS[1][2] + LETTER, None)
     (tmp_path / "images" / "test" / "11").mkdir(parents=True)
     PIL.Image.new("RGB", (6, 3)).save(tmp_path / "images" / "test" / "11" / "image.png")
@@ -77,7 +77,7 @@ def test_what_is_asked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "chosen"),
+    ("text", "expected"),
     [
         ("A", "A"),
         ("E", "E"),
@@ -90,102 +90,102 @@ def test_what_is_asked(tmp_path):
         ("F", None),  # LLaVA knows five letters
         ("The answer is B.", "B"),
         ("I think: The answer is B, or so", "B"),
-        ("The answer is B", None),  # some character must follow
+        ("The answer is B", None),  # a character must follow
         ("The answer is B\n", None),
         ("The answer is A. The answer is B.", None),
-        ("C. The answer is A.", "C"),  # how it begins comes first
+        ("C. The answer is A.", "C"),  # the letter at the start takes precedence
     ],
 )
-def test_answers_by_hand(text, chosen):
-    assert parse_choice(text) == chosen
+def test_parse_choice_by_hand(text, expected):
+    assert parse_choice(text) == expected
 
 
-def _plain(text):
-    """The rule written out again, without regular expressions."""
+def _reference_parse_choice(text):
+    """Implements the rule again, without regular expressions."""
     if text in list("ABCDE"):
-        said = text
+        choice = text
     elif len(text) >= 3 and text[1] == "." and text[2] == " ":
-        said = text[0]
+        choice = text[0]
     else:
-        said, hits, place, lead = None, [], 0, "The answer is "
-        while place < len(text):
-            letter_at = place + len(lead)
-            after = text[letter_at : letter_at + 2]
-            if text.startswith(lead, place) and len(after) == 2 and "A" <= after[0] <= "Z" and after[1] != "\n":
+        choice, hits, start, lead = None, [], 0, "The answer is "
+        while start < len(text):
+            letter_start = start + len(lead)
+            after = text[letter_start : letter_start + 2]
+            if text.startswith(lead, start) and len(after) == 2 and "A" <= after[0] <= "Z" and after[1] != "\n":
                 hits.append(after[0])
-                place = letter_at + 2
+                start = letter_start + 2
             else:
-                place += 1
+                start += 1
         if len(hits) == 1:
-            said = hits[0]
-    return said if said in list("ABCDE") else None
+            choice = hits[0]
+    return choice if choice in list("ABCDE") else None
 
 
-def test_answers_read_as_the_rule_written_out_again():
-    chance = random.Random(0)
+def test_parse_choice_matches_a_reimplementation():
+    rng = random.Random(0)
     pieces = [*"ABCDEEFab", ".", *[". "] * 4, " ", "\n", *["The answer is "] * 4, "The answer is C."]
-    chosen = []
+    choices = []
     for _ in range(20_000):
-        text = "".join(chance.choices(pieces, k=chance.randint(0, 5)))
-        chosen.append(parse_choice(text))
-        assert chosen[-1] == _plain(text), text
-    assert all(chosen.count(own) > 100 for own in (*"ABCDE", None))
+        text = "".join(rng.choices(pieces, k=rng.randint(0, 5)))
+        choices.append(parse_choice(text))
+        assert choices[-1] == _reference_parse_choice(text), text
+    assert all(choices.count(letter) > 100 for letter in (*"ABCDE", None))
 
 
-def test_accuracy_as_lmms_eval_counts_letters_with_or_without_text(tmp_path):
-    theirs, chance = load_task_module("scienceqa/utils.py"), random.Random(1)
+def test_accuracy_matches_lmms_eval(tmp_path):
+    reference, rng = load_task_module("scienceqa/utils.py"), random.Random(1)
     questions, docs = [], []
     for n in range(3000):
-        choices = [f"thing {m}" for m in range(chance.randint(2, 5))]
-        docs.append({"choices": choices, "answer": chance.randrange(len(choices))})
+        choices = [f"thing {m}" for m in range(rng.randint(2, 5))]
+        docs.append({"choices": choices, "answer": rng.randrange(len(choices))})
         lines = "".join(f"\n{chr(65 + m)}. {choice}" for m, choice in enumerate(choices))
         questions.append((str(n), f"{n}.png" if n % 3 else None, f"Which?{lines}", chr(65 + docs[-1]["answer"])))
     _write(tmp_path, _rows(questions))
-    texts = [chance.choice("ABCDE") + chance.choice(("", ". thing 1", ". The answer is B.")) for _ in questions]
-    right = [theirs.sqa_process_results(doc, [text])["exact_match"] for doc, text in zip(docs, texts, strict=True)]
-    shown = [own for own, (_, image, _, _) in zip(right, questions, strict=True) if image]
+    texts = [rng.choice("ABCDE") + rng.choice(("", ". thing 1", ". The answer is B.")) for _ in questions]
+    correct = [reference.sqa_process_results(doc, [text])["exact_match"] for doc, text in zip(docs, texts, strict=True)]
+    with_image = [hit for hit, (_, image, _, _) in zip(correct, questions, strict=True) if image]
     assert ScienceQA(epath.Path(tmp_path)).metrics(texts) == {
-        "accuracy": pytest.approx(sum(right) / 3000, abs=1e-12),
-        "image_accuracy": pytest.approx(sum(shown) / 2000, abs=1e-12),
+        "accuracy": pytest.approx(sum(correct) / 3000, abs=1e-12),
+        "image_accuracy": pytest.approx(sum(with_image) / 2000, abs=1e-12),
     }
 
 
-def _refused(folder):
+def _open_error(folder):
     with pytest.raises(UserError) as error:
         ScienceQA(epath.Path(folder))
     return str(error.value)
 
 
-def test_files_at_odds_are_refused(tmp_path):
+def test_inconsistent_files_are_refused(tmp_path):
     _write(tmp_path, _rows(), PROBLEMS | {"4": PROBLEMS["4"] | {"answer": 0}})
-    assert _refused(tmp_path) == (
-        f"{tmp_path}/problems.json, problem 4: its answer is A, but B in LLaVA's question file; one of the two is of "
-        "another version."
+    assert _open_error(tmp_path) == (
+        f"{tmp_path}/problems.json, problem 4: its answer is A, but B in LLaVA's question file; the two files are of "
+        "different versions."
     )
 
 
-def test_a_question_may_lack_the_answer_that_problems_have(tmp_path):
+def test_answers_in_problems_json_suffice(tmp_path):
     rows = _rows()
     rows[0]["conversations"] = rows[0]["conversations"][:1]
     rows[1]["conversations"][1]["value"] = "The answer is B."
     _write(tmp_path, rows, PROBLEMS)
     assert ScienceQA(epath.Path(tmp_path)).metrics(["B", "B", "A", "E"])["accuracy"] == 1.0
     (tmp_path / "problems.json").unlink()
-    assert _refused(tmp_path) == (
+    assert _open_error(tmp_path) == (
         f"{tmp_path}/llava_test_CQM-A.json, question 11: gpt's answer is not the letter of one of its choices; put "
-        "ScienceQA's problems.json beside the file."
+        "ScienceQA's problems.json into the same folder."
     )
 
 
 @pytest.mark.parametrize("text", ["Which?\nA. trout\nB. bat", "Which, trout or bat?", "Which?\nA. trout\nC. bat", LIST])
 def test_an_answer_beyond_the_choices_is_refused(tmp_path, text):
     _write(tmp_path, _rows([("15", None, text, "C")]))
-    assert "question 15: gpt's answer is not the letter of one of its choices" in _refused(tmp_path)
+    assert "question 15: gpt's answer is not the letter of one of its choices" in _open_error(tmp_path)
 
 
 def test_every_question_needs_its_problem(tmp_path):
     _write(tmp_path, _rows(), {key: value for key, value in PROBLEMS.items() if key not in ("4", "15")})
-    assert "problems.json lacks 2 of the 4 questions, such as '4'" in _refused(tmp_path)
+    assert "problems.json lacks 2 of the 4 questions, such as '4'" in _open_error(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -204,23 +204,23 @@ def test_every_question_needs_its_problem(tmp_path):
 )
 def test_malformed_problems_are_refused(tmp_path, problem):
     _write(tmp_path, _rows(), PROBLEMS | {"4": problem})
-    assert _refused(tmp_path) == (
-        f"{tmp_path}/problems.json, problem 4: it needs choices and answer, the number of one."
+    assert _open_error(tmp_path) == (
+        f"{tmp_path}/problems.json, problem 4: it needs choices, and answer, the index of one of them."
     )
 
 
 def test_problems_are_an_object(tmp_path):
     _write(tmp_path, _rows(), list(PROBLEMS.values()))
-    assert _refused(tmp_path) == (
-        f"{tmp_path}/problems.json is no object of problems by their ids; take ScienceQA's own file."
+    assert _open_error(tmp_path) == (
+        f"{tmp_path}/problems.json is not a JSON object keyed by problem id; use ScienceQA's own file."
     )
 
 
 @pytest.mark.parametrize("rows", [[], {}, {"questions": []}])
 def test_questions_are_a_list(tmp_path, rows):
     _write(tmp_path, rows)
-    assert _refused(tmp_path) == (
-        f"{tmp_path}/llava_test_CQM-A.json is no list of questions; take it from LLaVA's evaluation files."
+    assert _open_error(tmp_path) == (
+        f"{tmp_path}/llava_test_CQM-A.json is not a list of questions; use the one in LLaVA's evaluation files."
     )
 
 
@@ -246,12 +246,12 @@ HUMAN = {"from": "human", "value": "Which?"}
 )
 def test_malformed_questions_are_refused(tmp_path, row):
     _write(tmp_path, [*_rows(), row])
-    assert _refused(tmp_path) == (
-        f"{tmp_path}/llava_test_CQM-A.json, question 5: it needs id and conversations, the first human's."
+    assert _open_error(tmp_path) == (
+        f"{tmp_path}/llava_test_CQM-A.json, question 5: it needs id and conversations that start with a human turn."
     )
 
 
-def test_null_is_no_image(tmp_path):
+def test_null_means_no_image(tmp_path):
     _write(tmp_path, [{"image": None} | row for row in _rows()])
     questions = ScienceQA(epath.Path(tmp_path)).questions
     assert [question.image is not None for question in questions] == [True, False, False, True]
@@ -263,10 +263,10 @@ def test_null_is_no_image(tmp_path):
         ({"id": "1", "conversations": [HUMAN], "image": 1}, "image must be the name of a file, or null."),
         (
             {"id": "1", "conversations": [HUMAN | {"value": "<image>\nWhich?"}], "image": None},
-            "it has <image>, but names no image.",
+            "it contains <image>, but names no image.",
         ),
     ],
 )
-def test_images_that_are_no_names_are_refused(tmp_path, row, sentence):
+def test_invalid_image_names_are_refused(tmp_path, row, sentence):
     _write(tmp_path, [*_rows(), row])
-    assert _refused(tmp_path) == f"{tmp_path}/llava_test_CQM-A.json, question 5: {sentence}"
+    assert _open_error(tmp_path) == f"{tmp_path}/llava_test_CQM-A.json, question 5: {sentence}"

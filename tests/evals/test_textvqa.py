@@ -1,4 +1,4 @@
-"""TextVQA: labels found by image and question, the accuracy by hand, files that do not go together."""
+"""TextVQA: labels matched by image and question, the accuracy by hand, mismatched files."""
 
 import json
 
@@ -13,9 +13,9 @@ WORD = "\nAnswer the question using a single word or phrase."
 QUESTIONS = [
     ("003a8ae2ef43b901", f"What is the brand of this camera?\nReference OCR token: DAKOTA, DIGITAL, Pire{WORD}"),
     ("181f00d3ee2b2076", f"What is the time?\nReference OCR token: N, u, g0{WORD}"),
-    ("181f00d3ee2b2076", f"What brand of watch is that?{WORD}"),  # without OCR, and the second of its image
+    ("181f00d3ee2b2076", f"What brand of watch is that?{WORD}"),  # without OCR; the image's second question
 ]
-LABELS = [  # in another order, and one that is not asked about
+LABELS = [  # in another order, with one that has no question
     ("181f00d3ee2b2076", "What brand of watch is THAT?", ["ap"] * 3 + ["unanswerable"] * 7),
     ("003a8ae2ef43b901", "what is the brand of this camera?", ["dakota digital"] * 2 + ["Dakota"] * 8),
     ("181f00d3ee2b2076", "what is the time?", ["10:08"] * 10),
@@ -50,7 +50,7 @@ def test_accuracy_by_hand(tmp_path):
     assert benchmark.metrics(["Dakota"]) == {"accuracy": 1.0}  # eight of ten
 
 
-def test_images_of_the_train_folder_or_its_own(tmp_path):
+def test_images_may_be_in_the_train_folder_or_the_benchmarks(tmp_path):
     _write(tmp_path)
     PIL.Image.new("RGB", (4, 3)).save(tmp_path / "003a8ae2ef43b901.jpg")
     assert TextVQA(epath.Path(tmp_path)).questions[0].image().size == (4, 3)
@@ -66,14 +66,14 @@ def test_ids_are_compared_as_text(tmp_path):
     assert TextVQA(epath.Path(tmp_path)).metrics(["noon"]) == {"accuracy": 1.0}
 
 
-def test_there_must_be_labels(tmp_path):
+def test_labels_are_required(tmp_path):
     _write(tmp_path)
     (tmp_path / "TextVQA_0.5.1_val.json").unlink()
     with pytest.raises(UserError, match=r"^textvqa: there is no TextVQA_0\.5\.1_val\.json in "):
         TextVQA(epath.Path(tmp_path))
 
 
-def test_every_question_must_have_a_label(tmp_path):
+def test_every_question_needs_a_label(tmp_path):
     _write(tmp_path, labels=LABELS[:2])
     with pytest.raises(UserError, match=r"lacks 1 of the 3 questions, such as .*'what is the time\?'"):
         TextVQA(epath.Path(tmp_path))
@@ -82,12 +82,12 @@ def test_every_question_must_have_a_label(tmp_path):
 @pytest.mark.parametrize(
     ("answers", "sentence"),
     [
-        (["noon"] * 9, "label 1: TextVQA has 10 answers to a question, not 9."),
-        (["noon"] * 9 + [12], "label 1: a label needs answers, a list of the annotators' texts."),
-        (None, "label 1: a label needs answers, a list of the annotators' texts."),
+        (["noon"] * 9, "label 1: TextVQA has 10 answers per question, not 9."),
+        (["noon"] * 9 + [12], "label 1: a label needs answers, a list of the annotators' strings."),
+        (None, "label 1: a label needs answers, a list of the annotators' strings."),
     ],
 )
-def test_ten_texts_are_needed(tmp_path, answers, sentence):
+def test_ten_answers_are_required(tmp_path, answers, sentence):
     _write(tmp_path, labels=[("ffffffffffffffff", "what is the time?", answers), *LABELS[:3]])
     with pytest.raises(UserError) as error:
         TextVQA(epath.Path(tmp_path))

@@ -1,4 +1,4 @@
-"""VizWiz: the file of labels is that of the questions' images; accuracy by hand; the submission."""
+"""VizWiz: choice of the label file by the questions' images, accuracy by hand, the submission."""
 
 import json
 
@@ -14,7 +14,7 @@ SUFFIX = (
 )
 
 
-def _ask(folder, split, numbers):
+def _write_questions(folder, split, numbers):
     rows = [
         {
             "question_id": number,
@@ -50,7 +50,7 @@ def _write(folder, name, labels):
 def test_accuracy_by_hand(tmp_path):
     folder = tmp_path / "vizwiz"
     folder.mkdir()
-    _ask(folder, "val", [0, 1, 2])
+    _write_questions(folder, "val", [0, 1, 2])
     _write(folder, "val.json", VAL)
     _write(folder, "test.json", TEST)
     benchmark = VizWiz(epath.Path(tmp_path))
@@ -63,8 +63,8 @@ def test_accuracy_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize("files", [{}, {"test.json": TEST}, {"test.json": TEST, "val.json": VAL}])
-def test_the_test_split_is_for_the_server(tmp_path, files):
-    _ask(tmp_path, "test", [2, 0, 1])
+def test_the_test_split_has_a_submission_and_no_labels(tmp_path, files):
+    _write_questions(tmp_path, "test", [2, 0, 1])
     for name, labels in files.items():
         _write(tmp_path, name, labels)
     benchmark = VizWiz(epath.Path(tmp_path))
@@ -81,18 +81,18 @@ def test_the_test_split_is_for_the_server(tmp_path, files):
     assert json.loads(file.read_text()) == [{"image": "VizWiz_test_00000002.jpg", "answer": "cat"}]
 
 
-def test_labels_of_the_test_split_are_taken_where_they_have_answers(tmp_path):
-    _ask(tmp_path, "test", [0])
+def test_labels_of_the_test_split_are_used_if_they_have_answers(tmp_path):
+    _write_questions(tmp_path, "test", [0])
     _write(tmp_path, "val.json", VAL)
     _write(tmp_path, "test.json", [_label("test", 0, ["red"] * 10)])
     assert VizWiz(epath.Path(tmp_path)).metrics(["red"]) == {"accuracy": 1.0}
 
 
-def test_images_are_of_the_questions_split(tmp_path):
+def test_images_come_from_the_questions_split(tmp_path):
     (tmp_path / "val").mkdir()
     (tmp_path / "test").mkdir()
-    for split in ("val", "test"):  # test, which LLaVA asks, comes first
-        _ask(tmp_path, split, [0])
+    for split in ("val", "test"):  # LLaVA's file, test, takes precedence
+        _write_questions(tmp_path, split, [0])
         with pytest.raises(UserError, match=rf"/{split}/VizWiz_{split}_00000000\.jpg cannot be opened"):
             VizWiz(epath.Path(tmp_path)).questions[0].image()
 
@@ -100,15 +100,15 @@ def test_images_are_of_the_questions_split(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "sentence"),
     [
-        (VAL[:2], " lacks 1 of the 3 questions, such as 'VizWiz_val_00000002.jpg'; it is of another split"),
-        ([_label("train", 0, ["x"])], " lacks 3 of the 3 questions, such as 'VizWiz_val_00000000.jpg'; it is of"),
+        (VAL[:2], " lacks 1 of the 3 questions, such as 'VizWiz_val_00000002.jpg': it belongs to another split"),
+        ([_label("train", 0, ["x"])], " lacks 3 of the 3 questions, such as 'VizWiz_val_00000000.jpg': it belongs"),
         ([*VAL[:2], _label("val", 2)], ", VizWiz_val_00000002.jpg: a label needs answers, a list of"),
         ([*VAL, {"image": 1}], ", label 4: a label needs image."),
-        ({"0": VAL[0]}, " has no list of labels; take the file"),
+        ({"0": VAL[0]}, " has no list of labels; use the file"),
     ],
 )
-def test_labels_of_another_kind_are_refused(tmp_path, labels, sentence):
-    _ask(tmp_path, "val", [0, 1, 2])
+def test_mismatched_labels_are_refused(tmp_path, labels, sentence):
+    _write_questions(tmp_path, "val", [0, 1, 2])
     _write(tmp_path, "val.json", labels)
     with pytest.raises(UserError) as error:
         VizWiz(epath.Path(tmp_path))

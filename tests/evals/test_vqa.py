@@ -1,4 +1,4 @@
-"""EvalAI's normaliser and the accuracy among annotators, against lmms-eval's; labels that are not as they should be."""
+"""EvalAI's normalization and the consensus accuracy, against lmms-eval's; malformed labels."""
 
 import random
 import sys
@@ -13,8 +13,8 @@ from stf_jax.evals.vqa import accuracy, normalize
 
 
 @pytest.fixture(scope="module")
-def theirs():
-    """lmms-eval's normaliser, and how its TextVQA scores an answer."""
+def lmms_eval():
+    """lmms-eval's normalizer, and its TextVQA scoring function."""
     utils = "lmms_eval.tasks._task_utils"
     metric = lmms.load_task_module("_task_utils/vqa_eval_metric.py")
     modules = {f"{utils}.vqa_eval_metric": metric, f"{utils}.file_utils": mock.MagicMock()}
@@ -38,53 +38,57 @@ def theirs():
         ("5.", "5"),
         (".5", ".5"),
         ("U.S.A.", "usa"),
-        ("a-b", "b"),  # the hyphen is a space, and "a" then an article
+        ("a-b", "b"),  # the hyphen becomes a space, and then "a" is an article
         ("x-ray", "x ray"),
-        ("x-ray - y-ray", "xray yray"),  # one hyphen beside a space, and all are dropped
-        ("x-ray/y - z", "xray y z"),  # which says nothing of other marks
+        ("x-ray - y-ray", "xray yray"),  # one hyphen next to a space, so all are removed
+        ("x-ray/y - z", "xray y z"),  # other marks are not affected
         ("really?", "really"),
         ("john's", "john 's"),
         ("dont", "don't"),
-        ("Im", "im"),  # the table has "Im", which no text in lower case is
+        ("Im", "im"),  # the table has "Im", which never matches lowercase text
         ("somebody'd", "somebodyd"),
-        ("couldntve", "couldntve"),  # two apostrophes are missing
+        ("couldntve", "couldntve"),  # two missing apostrophes
         ("couldn'tve", "couldn't've"),
         ("red\tgreen\nblue", "red green blue"),
         ("red\n- blue", "red blue"),
-        (" -x-y- ", "x y"),  # spaces at the ends do not count
-        ("." * 33 + "x", ".x"),  # 32 go
+        (" -x-y- ", "x y"),  # spaces at the ends are stripped first
+        ("." * 33 + "x", ".x"),  # 32 are removed
         ("", ""),
     ],
 )
-def test_normalize_by_hand(text, expected, theirs):
-    assert normalize(text) == theirs[0](text) == expected
+def test_normalize_by_hand(text, expected, lmms_eval):
+    assert normalize(text) == lmms_eval[0](text) == expected
 
 
-def test_contractions_are_those_of_lmms_eval(theirs):
-    effective = {key: word for key, word in theirs[0].CONTRACTIONS.items() if key != word and "I" not in key}
+def test_contractions_match_lmms_eval(lmms_eval):
+    effective = {key: word for key, word in lmms_eval[0].CONTRACTIONS.items() if key != word and "I" not in key}
     assert effective == vqa._CONTRACTIONS
-    assert len(theirs[0].CONTRACTIONS) == len(effective) + len(["let's", "she's", "Id've", "I'dve", "Im", "Ive"])
+    assert len(lmms_eval[0].CONTRACTIONS) == len(effective) + len(["let's", "she's", "Id've", "I'dve", "Im", "Ive"])
 
 
-def test_normalize_as_lmms_eval_does(theirs):
-    their_normalize, _ = theirs
-    chance = random.Random(0)
-    # Characters to which lower, split and digits mean something, and those that the normaliser names.
+def test_normalize_matches_lmms_eval(lmms_eval):
+    reference_normalize, _ = lmms_eval
+    rng = random.Random(0)
+    # Characters that lower, split or digit handling changes, and those in the normalizer's tables.
     odd = [c for c in map(chr, range(0x11000)) if c.lower() != c or c.isspace() or c.isdigit()]
     marks = list(";/[]\"{}()=+\\_-><@`,?!.'*#:&")
-    words = [*their_normalize.CONTRACTIONS, *their_normalize.CONTRACTIONS.values(), *their_normalize.ARTICLES]
+    words = [
+        *reference_normalize.CONTRACTIONS,
+        *reference_normalize.CONTRACTIONS.values(),
+        *reference_normalize.ARTICLES,
+    ]
     words += ["one", "Two", "none", "ten", "eleven", "cat", "'s", "1,000", "2.5", "0", "7", "." * 12, "ΑΣ"]
     spaces = [" ", " ", " ", "\t", "\n", "", "", ""]
     for _ in range(30_000):
-        pool = chance.choice([words, marks, words + marks, odd, odd + marks])
-        parts = [chance.choice(pool) + chance.choice(spaces) for _ in range(chance.randrange(12))]
-        text = "".join(part.upper() if chance.random() < 0.1 else part for part in parts)
-        assert normalize(text) == their_normalize(text), repr(text)
+        pool = rng.choice([words, marks, words + marks, odd, odd + marks])
+        parts = [rng.choice(pool) + rng.choice(spaces) for _ in range(rng.randrange(12))]
+        text = "".join(part.upper() if rng.random() < 0.1 else part for part in parts)
+        assert normalize(text) == reference_normalize(text), repr(text)
 
 
 @pytest.mark.parametrize(
     ("same", "expected"),
-    # n of ten agree: for each of them n - 1 others do, for the other 10 - n all n.
+    # n of ten agree: each of them has n - 1 agreeing others, each of the other 10 - n has n.
     [
         (0, 0.0),
         (1, (1 * 0 + 9 * 1 / 3) / 10),  # 0.3
@@ -99,28 +103,28 @@ def test_accuracy_by_hand(same, expected):
     assert accuracy("2.", answers) == pytest.approx(expected, abs=1e-12)
 
 
-def test_accuracy_as_lmms_eval_computes_it(theirs):
-    chance = random.Random(1)
+def test_accuracy_matches_lmms_eval(lmms_eval):
+    rng = random.Random(1)
     pool = ["yes", "Yes.", "no", "two", "2", "the 2", "", "a", "x-ray", "x ray", "dont", "don't", "unanswerable"]
     for _ in range(5_000):
-        answers = chance.choices(chance.sample(pool, 4), k=chance.choice([1, 2, 3, 9, 10, 10, 10]))
-        text = chance.choice([*answers, *pool])
-        their_result = theirs[1]({"answers": list(answers), "question_id": 0}, [text])
-        assert accuracy(text, answers) == pytest.approx(their_result["exact_match"], abs=1e-12)
-        assert normalize(text) == their_result["submission"]["answer"]
+        answers = rng.choices(rng.sample(pool, 4), k=rng.choice([1, 2, 3, 9, 10, 10, 10]))
+        text = rng.choice([*answers, *pool])
+        reference = lmms_eval[1]({"answers": list(answers), "question_id": 0}, [text])
+        assert accuracy(text, answers) == pytest.approx(reference["exact_match"], abs=1e-12)
+        assert normalize(text) == reference["submission"]["answer"]
 
 
-def test_each_text_has_its_own_answers():
+def test_each_text_is_scored_against_its_own_answers():
     assert vqa.accuracies(["yes", "no"], [["yes"] * 10, ["yes"] * 10]) == [1.0, 0.0]
     with pytest.raises(ValueError, match="argument 2 is longer"):
         vqa.accuracies(["yes"], [["yes"] * 10, ["yes"] * 10])
 
 
 @pytest.mark.parametrize("answers", [None, [], "yes", {"answer": "yes"}, [1], [{"answer": 1}], [{}], ["yes", None]])
-def test_annotators_without_texts_are_refused(answers):
+def test_malformed_annotator_answers_are_refused(answers):
     assert vqa.annotator_answers({"answers": [{"answer": "a"}, {"answer": "b"}]}, "x") == ["a", "b"]
     assert vqa.annotator_answers({"answers": ["a", "b"]}, "x") == ["a", "b"]
-    with pytest.raises(UserError, match=r"^label 3: a label needs answers, a list of the annotators' texts\.$"):
+    with pytest.raises(UserError, match=r"^label 3: a label needs answers, a list of the annotators' strings\.$"):
         vqa.annotator_answers({"answers": answers}, "label 3")
     with pytest.raises(UserError, match="needs answers"):
         vqa.annotator_answers({}, "label 3")

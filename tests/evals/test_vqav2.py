@@ -1,4 +1,4 @@
-"""VQAv2: accuracy by hand and by type of answer, the whole test set's submission, files that do not go together."""
+"""VQAv2: accuracy by hand and by type of answer, the submission for the complete test set, mismatched files."""
 
 import json
 
@@ -15,7 +15,7 @@ VAL = "llava_vqav2_mscoco_val2014.jsonl"
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 
-def _ask(folder, name, ids, split="val2014"):
+def _write_questions(folder, name, ids, split="val2014"):
     rows = [
         {
             "question_id": key,
@@ -53,15 +53,15 @@ LABELS = [
 IDS = [262148000, 262148001, 262148002, 393225000]
 
 
-def _annotate(folder, labels):
+def _write_annotations(folder, labels):
     (folder / ANNOTATIONS).write_text(json.dumps({"info": {}, "annotations": labels}))
 
 
 def test_accuracy_by_hand(tmp_path):
     folder = tmp_path / "vqav2"
     folder.mkdir()
-    _ask(folder, VAL, IDS)
-    _annotate(folder, LABELS)
+    _write_questions(folder, VAL, IDS)
+    _write_annotations(folder, LABELS)
     benchmark = VQAv2(epath.Path(tmp_path))
     assert benchmark.labels == (epath.Path(folder) / ANNOTATIONS,)
     # All of ten: 1. Two of ten: (2·1/3 + 8·2/3)/10 = 0.6. Three of ten: (3·2/3 + 7)/10 = 0.9. None: 0.
@@ -78,20 +78,20 @@ def test_accuracy_by_hand(tmp_path):
     assert benchmark.metrics(["no", "3"]) == {"accuracy": 0.5, "by_answer_type": {"number": 1.0, "yes/no": 0.0}}
 
 
-def test_images_are_of_the_questions_split(tmp_path):
-    _ask(tmp_path, VAL, IDS)
+def test_images_come_from_the_questions_split(tmp_path):
+    _write_questions(tmp_path, VAL, IDS)
     (tmp_path / "val2014").mkdir()
     (tmp_path / "test2015").mkdir()
     with pytest.raises(UserError, match=r"val2014/COCO_val2014_000000262148\.jpg cannot be opened"):
         VQAv2(epath.Path(tmp_path)).questions[0].image()
-    _ask(tmp_path, TEST_DEV, IDS, "test2015")  # what LLaVA asks comes first
+    _write_questions(tmp_path, TEST_DEV, IDS, "test2015")  # LLaVA's file takes precedence
     with pytest.raises(UserError, match=r"test2015/COCO_test2015_000000262148\.jpg cannot be opened"):
         VQAv2(epath.Path(tmp_path)).questions[0].image()
 
 
-def test_submission_answers_the_whole_test_set(tmp_path):
-    _ask(tmp_path, TEST_DEV, [3001, 1002], "test2015")
-    _ask(tmp_path, TEST, [1001, 1002, 2001, 3001], "test2015")
+def test_the_submission_covers_the_complete_test_set(tmp_path):
+    _write_questions(tmp_path, TEST_DEV, [3001, 1002], "test2015")
+    _write_questions(tmp_path, TEST, [1001, 1002, 2001, 3001], "test2015")
     benchmark = VQAv2(epath.Path(tmp_path))
     assert not benchmark.labels
     (file,) = benchmark.write_submission(["The Two Dogs.", "x-ray"], epath.Path(tmp_path))
@@ -108,10 +108,10 @@ def test_submission_answers_the_whole_test_set(tmp_path):
 
 
 @pytest.mark.parametrize("name", [TEST_DEV, VAL])
-def test_submission_of_what_was_asked_alone(tmp_path, name):
-    _ask(tmp_path, name, [3001, 1002])
+def test_without_the_test_set_the_submission_has_only_the_write_questionsed_questions(tmp_path, name):
+    _write_questions(tmp_path, name, [3001, 1002])
     if name == VAL:
-        _ask(tmp_path, TEST, [7001], "test2015")  # of no use here
+        _write_questions(tmp_path, TEST, [7001], "test2015")  # ignored for validation
     (file,) = VQAv2(epath.Path(tmp_path)).write_submission(["Red", ""], epath.Path(tmp_path))
     assert json.loads(file.read_text()) == [
         {"question_id": 3001, "answer": "red"},
@@ -120,46 +120,46 @@ def test_submission_of_what_was_asked_alone(tmp_path, name):
 
 
 def test_test_dev_must_be_in_the_test_set(tmp_path):
-    _ask(tmp_path, TEST_DEV, [1001, 1002, 1003])
-    _ask(tmp_path, TEST, [1001, 1003])
-    with pytest.raises(UserError, match=rf"{TEST} lacks 1 of the 3 questions, such as '1002';"):
+    _write_questions(tmp_path, TEST_DEV, [1001, 1002, 1003])
+    _write_questions(tmp_path, TEST, [1001, 1003])
+    with pytest.raises(UserError, match=rf"{TEST} lacks 1 of the 3 questions, such as '1002':"):
         VQAv2(epath.Path(tmp_path))
 
 
-@pytest.mark.parametrize(("asked", "labelled"), [(str, int), (int, str)])
-def test_ids_are_compared_as_text(tmp_path, asked, labelled):
-    _ask(tmp_path, VAL, IDS)
-    _annotate(tmp_path, LABELS)
+@pytest.mark.parametrize(("question_type", "label_type"), [(str, int), (int, str)])
+def test_ids_are_compared_as_text(tmp_path, question_type, label_type):
+    _write_questions(tmp_path, VAL, IDS)
+    _write_annotations(tmp_path, LABELS)
     texts = ["Yes.", "Two", "Watching", "yes"]
-    same = VQAv2(epath.Path(tmp_path)).metrics(texts)
+    expected = VQAv2(epath.Path(tmp_path)).metrics(texts)
     rows = [json.loads(line) for line in (tmp_path / VAL).read_text().splitlines()]
-    lines = [json.dumps(row | {"question_id": asked(row["question_id"])}) + "\n" for row in rows]
+    lines = [json.dumps(row | {"question_id": question_type(row["question_id"])}) + "\n" for row in rows]
     (tmp_path / VAL).write_text("".join(lines))
-    _annotate(tmp_path, [label | {"question_id": labelled(label["question_id"])} for label in LABELS])
-    assert VQAv2(epath.Path(tmp_path)).metrics(texts) == same
+    _write_annotations(tmp_path, [label | {"question_id": label_type(label["question_id"])} for label in LABELS])
+    assert VQAv2(epath.Path(tmp_path)).metrics(texts) == expected
 
-    for name, ids, kind in ((TEST_DEV, [3001, 1002], asked), (TEST, [1001, 1002, 3001], labelled)):
-        _ask(tmp_path, name, ids, "test2015")
+    for name, ids, kind in ((TEST_DEV, [3001, 1002], question_type), (TEST, [1001, 1002, 3001], label_type)):
+        _write_questions(tmp_path, name, ids, "test2015")
         rows = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         (tmp_path / name).write_text(
             "".join(json.dumps(row | {"question_id": kind(row["question_id"])}) + "\n" for row in rows)
         )
     (tmp_path / ANNOTATIONS).unlink()
     (file,) = VQAv2(epath.Path(tmp_path)).write_submission(["red", "blue"], epath.Path(tmp_path))
-    given = [(row["question_id"], row["answer"]) for row in json.loads(file.read_text())]
-    assert given == [(labelled(1001), ""), (labelled(1002), "blue"), (labelled(3001), "red")]
+    submitted = [(row["question_id"], row["answer"]) for row in json.loads(file.read_text())]
+    assert submitted == [(label_type(1001), ""), (label_type(1002), "blue"), (label_type(3001), "red")]
 
 
 def test_two_annotations_of_one_question_must_agree(tmp_path):
-    _ask(tmp_path, VAL, IDS)
-    _annotate(tmp_path, [*LABELS, LABELS[0] | {"question_id": str(LABELS[0]["question_id"])}])
+    _write_questions(tmp_path, VAL, IDS)
+    _write_annotations(tmp_path, [*LABELS, LABELS[0] | {"question_id": str(LABELS[0]["question_id"])}])
     assert VQAv2(epath.Path(tmp_path)).scored
-    _annotate(tmp_path, [*LABELS, LABELS[1] | {"question_id": "262148000", "answer_type": "other"}])
-    with pytest.raises(UserError, match=rf"{ANNOTATIONS} has two labels of question_id '262148000', which differ"):
+    _write_annotations(tmp_path, [*LABELS, LABELS[1] | {"question_id": "262148000", "answer_type": "other"}])
+    with pytest.raises(UserError, match=rf"{ANNOTATIONS} has two different labels for question_id '262148000'"):
         VQAv2(epath.Path(tmp_path))
 
 
-def test_there_must_be_questions(tmp_path):
+def test_questions_are_required(tmp_path):
     with pytest.raises(UserError, match=rf"^vqav2: there is no {TEST_DEV} or {VAL} in "):
         VQAv2(epath.Path(tmp_path))
 
@@ -167,7 +167,7 @@ def test_there_must_be_questions(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "sentence"),
     [
-        (LABELS[:3], " lacks 1 of the 4 questions, such as '393225000'; it is of another split"),
+        (LABELS[:3], " lacks 1 of the 4 questions, such as '393225000': it belongs to another split"),
         ({}, " has no list of labels under 'annotations'"),
         (LABELS[:2] + [{"question_id": 1}], ", label 3: a label needs question_id and answer_type."),
         (
@@ -180,16 +180,16 @@ def test_there_must_be_questions(tmp_path):
         ),
     ],
 )
-def test_annotations_of_another_kind_are_refused(tmp_path, labels, sentence):
-    _ask(tmp_path, VAL, IDS)
-    _annotate(tmp_path, labels)
+def test_mismatched_annotations_are_refused(tmp_path, labels, sentence):
+    _write_questions(tmp_path, VAL, IDS)
+    _write_annotations(tmp_path, labels)
     with pytest.raises(UserError) as error:
         VQAv2(epath.Path(tmp_path))
     assert str(error.value).startswith(f"{tmp_path / ANNOTATIONS}{sentence}")
 
 
-def test_annotations_that_are_no_json_are_refused(tmp_path):
-    _ask(tmp_path, VAL, IDS)
+def test_annotations_that_are_not_json_are_refused(tmp_path):
+    _write_questions(tmp_path, VAL, IDS)
     (tmp_path / ANNOTATIONS).write_text("{")
     with pytest.raises(UserError, match=f"{ANNOTATIONS} is not JSON"):
         VQAv2(epath.Path(tmp_path))
