@@ -64,7 +64,7 @@ def make(folder: pathlib.Path, captions: int = 192, conversations: int = 192, se
 
 
 def _captions(folder, count, photos, rng):
-    scenes, rows = SceneRecords("captions", count, seed=3, most=2), []
+    scenes, rows = SceneRecords("captions", count, seed=3, max_things=2), []
     for i in range(count):
         image, caption = photos[i // 4] if i % 4 == 0 and i // 4 < len(photos) else _scene(scenes[i])
         identity = f"{4539375 + 7 * i:09}"
@@ -81,7 +81,7 @@ def _scene(record: Record):
 
 
 def _conversations(folder, count, photos, rng):
-    scenes, rows, images = SceneRecords("conversations", count, seed=4, most=2), [], folder / "images"
+    scenes, rows, images = SceneRecords("conversations", count, seed=4, max_things=2), [], folder / "images"
     places = ("coco/train2017/{:012}.jpg", "gqa/images/{}.jpg", "vg/VG_100K/{}.jpg", "textvqa/train_images/{}.jpg")
     for i in range(count):
         if i % 16 == 15:  # ShareGPT's, of text alone

@@ -22,11 +22,11 @@ from stf_jax.config import CheckpointConfig, UserError
 from stf_jax.data.llava import LlavaRecords
 from stf_jax.data.records import BadRow
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
-from stf_jax.runtime import hold as hold_module
+from stf_jax.runtime import lock
 from stf_jax.runtime.checkpoint import Checkpoints
-from stf_jax.runtime.files import GrowingFile, fetched, new_text, upload
-from stf_jax.runtime.journal import Events
-from stf_jax.runtime.status import status
+from stf_jax.runtime.events import Events
+from stf_jax.runtime.files import AppendOnlyFile, local_copy, open_atomic, upload
+from stf_jax.runtime.status import format_status
 from stf_jax.weights.folder import load_params, new_folder
 
 TESTS = pathlib.Path(__file__).parent
@@ -173,7 +173,7 @@ def test_weights_and_tokenizers_come_through_the_cache(s3):
     assert load_tokenizer("s3://bucket/tokenizer").get_vocab() == load_tokenizer("miniature").get_vocab()
     weights = MINIATURE.parent
     upload(weights, epath.Path("s3://bucket/weights"))
-    copy = fetched("s3://bucket/weights")
+    copy = local_copy("s3://bucket/weights")
     assert copy == s3.parent / "cache" / "stf_jax" / "s3" / "bucket" / "weights"
     assert sorted(path.name for path in copy.iterdir()) == sorted(path.name for path in weights.iterdir())
     assert load_params("s3://bucket/weights", {}, (".*",)) == {}
@@ -181,18 +181,18 @@ def test_weights_and_tokenizers_come_through_the_cache(s3):
 
 def test_what_changed_in_the_bucket_is_fetched_again(s3):
     (s3 / "one.txt").write_text("first")
-    assert fetched("s3://bucket/one.txt").read_text() == "first"
+    assert local_copy("s3://bucket/one.txt").read_text() == "first"
     (s3 / "one.txt").write_text("second one")
-    assert fetched("s3://bucket/one.txt").read_text() == "second one"
+    assert local_copy("s3://bucket/one.txt").read_text() == "second one"
     (s3 / "one.txt").write_text("second two")  # as long as before
-    assert fetched("s3://bucket/one.txt").read_text() == "second two"
-    assert fetched("/some/where") == pathlib.Path("/some/where")
+    assert local_copy("s3://bucket/one.txt").read_text() == "second two"
+    assert local_copy("/some/where") == pathlib.Path("/some/where")
 
 
 def test_what_did_not_change_is_not_fetched_again(s3):
     (s3 / "kept.txt").write_text("kept")
-    before = fetched("s3://bucket/kept.txt").stat()
-    after = fetched("s3://bucket/kept.txt").stat()
+    before = local_copy("s3://bucket/kept.txt").stat()
+    after = local_copy("s3://bucket/kept.txt").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
@@ -200,13 +200,13 @@ def test_what_the_bucket_has_no_more_is_dropped(s3):
     (s3 / "folder" / "deep").mkdir(parents=True)
     for name in ("one", "deep/two"):
         (s3 / "folder" / name).write_text(name)
-    copy = fetched("s3://bucket/folder")
+    copy = local_copy("s3://bucket/folder")
     (copy / ".three.1234").touch()  # another host is fetching it
     (s3 / "folder" / "deep" / "two").unlink()
-    fetched("s3://bucket/folder")
+    local_copy("s3://bucket/folder")
     assert sorted(path.name for path in copy.rglob("*") if path.is_file()) == [".three.1234", "one"]
     (s3 / "folder" / "one").unlink()
-    assert not fetched("s3://bucket/folder/one").exists()
+    assert not local_copy("s3://bucket/folder/one").exists()
 
 
 def test_folders_and_files_are_written_whole(s3):
@@ -217,21 +217,21 @@ def test_folders_and_files_are_written_whole(s3):
     assert (s3 / "made" / "deep" / "file").read_text() == "here"
     with pytest.raises(UserError, match="exists and is not empty"), new_folder(epath.Path("s3://bucket/made")):
         pass
-    with contextlib.suppress(KeyError), new_text(epath.Path("s3://bucket/broken.txt")) as file:
+    with contextlib.suppress(KeyError), open_atomic(epath.Path("s3://bucket/broken.txt")) as file:
         file.write("half")
         raise KeyError
     assert not (s3 / "broken.txt").exists()
 
 
 def test_a_log_in_a_bucket_is_written_again_as_it_grows(s3, monkeypatch):
-    log = GrowingFile(epath.Path("s3://bucket/log.jsonl"), ["before"])
+    log = AppendOnlyFile(epath.Path("s3://bucket/log.jsonl"), ["before"])
     assert (s3 / "log.jsonl").read_text() == "before\n"
     log.append("one")
     assert (s3 / "log.jsonl").read_text() == "before\n"  # not each time
-    monkeypatch.setattr(log, "_EVERY", 0.0)
+    monkeypatch.setattr(log, "_REWRITE_SECONDS", 0.0)
     log.append("two")
     assert (s3 / "log.jsonl").read_text() == "before\none\ntwo\n"
-    monkeypatch.setattr(log, "_EVERY", 99.0)
+    monkeypatch.setattr(log, "_REWRITE_SECONDS", 99.0)
     log.append("three")
     log.close()
     assert (s3 / "log.jsonl").read_text() == "before\none\ntwo\nthree\n"
@@ -242,7 +242,7 @@ def test_a_log_on_a_disk_is_begun_whole(tmp_path):
     path = epath.Path(tmp_path / "log.jsonl")
     path.write_text("one\ntwo\n")
     with path.open() as before:
-        log = GrowingFile(path, ["one"])
+        log = AppendOnlyFile(path, ["one"])
         assert before.read() == "one\ntwo\n"
     log.append("three")
     assert path.read_text() == "one\nthree\n"
@@ -251,7 +251,7 @@ def test_a_log_on_a_disk_is_begun_whole(tmp_path):
 
 
 def test_where_a_run_in_a_bucket_stands(s3, monkeypatch):
-    monkeypatch.setattr(hold_module, "_RENEWED", 0.2)
+    monkeypatch.setattr(lock, "_RENEWAL_SECONDS", 0.2)
     workdir = epath.Path("s3://bucket/run")
     for step in (2, 4):
         (s3 / "run" / "checkpoints" / str(step)).mkdir(parents=True)
@@ -259,11 +259,11 @@ def test_where_a_run_in_a_bucket_stands(s3, monkeypatch):
     (s3 / "run" / "config.json").write_text('{"global_batch_size": 8}')
     with Events(workdir, active=True) as log:
         log.add("begin", 0, resumed=False)
-    assert status(workdir).startswith("s3://bucket/run: dead")
-    with hold_module.hold(workdir):
-        said = status(workdir)
+    assert format_status(workdir).startswith("s3://bucket/run: dead")
+    with lock.workdir_lock(workdir):
+        said = format_status(workdir)
     assert said.startswith("s3://bucket/run: running since")
-    assert "\n  checkpoints  2, 4 (not whole)\n" in said
+    assert "\n  checkpoints  2, 4 (incomplete)\n" in said
 
 
 def test_events_in_a_bucket_are_there_at_once(s3):
@@ -273,5 +273,5 @@ def test_events_in_a_bucket_are_there_at_once(s3):
 
 
 def test_a_workdir_that_orbax_cannot_write_to_is_refused(s3):
-    with pytest.raises(UserError, match=r"Orbax writes no checkpoints to s3://bucket/run; give a gs:// or a local"):
+    with pytest.raises(UserError, match=r"Orbax cannot write checkpoints to s3://bucket/run; give a gs:// or a local"):
         Checkpoints(epath.Path("s3://bucket/run"), CheckpointConfig())

@@ -1,4 +1,4 @@
-"""Encoded conversations to rows of one static shape, alone or several in a row.
+"""Packs encoded conversations into rows of a static shape, one or several per row.
 
 Axis letters: B rows, T positions, M images per row, N slots per image.
 """
@@ -16,16 +16,16 @@ from stf_jax.data.records import BadRow
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of training data. Arrays are numpy on a host, and jax.Array, sharded on B, on devices."""
+    """A batch of training rows: numpy arrays on a host, jax.Array sharded on B on devices."""
 
-    tokens: np.ndarray  # int32 [B, T]; 0 where a row is not filled
+    tokens: np.ndarray  # int32 [B, T]; 0 for padding
     targets: np.ndarray  # int32 [B, T]: the next token of the same conversation
-    loss_mask: np.ndarray  # bool [B, T]: whether the target is learned
-    positions: np.ndarray  # int32 [B, T], counted anew in each conversation
-    segment_ids: np.ndarray  # int32 [B, T]: 1, 2, … for the conversations of a row, 0 where it is not filled
+    loss_mask: np.ndarray  # bool [B, T]: whether the loss counts the target
+    positions: np.ndarray  # int32 [B, T], from 0 in each conversation
+    segment_ids: np.ndarray  # int32 [B, T]: 1, 2, … for the conversations of a row, 0 for padding
     image_slots: np.ndarray  # int32 [B, T]: −1 for text, else index into the row's M·N image tokens
-    images: np.ndarray  # uint8 [B, M, H, W, 3]; black where a row has fewer
-    labels: np.ndarray | None = None  # uint8 [B, M, S, S, 3]: of S×S cells of each image (model.cells), if learned
+    images: np.ndarray  # uint8 [B, M, H, W, 3]; unused ones are black
+    labels: np.ndarray | None = None  # uint8 [B, M, S, S, 3]: labels of S×S cells per image, with model.cells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,31 +43,31 @@ class Example:
 def to_example(
     encoded: Encoded, images: np.ndarray, max_length: int, name: str, labels: np.ndarray | None = None
 ) -> Example:
-    """One conversation, cut at ``max_length`` tokens, as LLaVA does.
+    """Makes an example of a conversation, truncated to ``max_length`` tokens like LLaVA's.
 
     Raises:
-      BadRow: the cut goes through an image, or leaves nothing to learn; ``name`` says of which record.
+      BadRow: truncation would cut off image slots or all targets; ``name`` is the record's name for the message.
     """
     if encoded.is_image[max_length:].any():
-        sentence = f"Record {name!r} has images beyond data.max_length={max_length} tokens; raise it."
-        raise BadRow("over_length", sentence)
-    tokens, learned, is_image = (x[:max_length] for x in (encoded.tokens, encoded.learned, encoded.is_image))
-    if len(tokens) < len(encoded.tokens) and not learned[1:].any():
-        raise BadRow("over_length", f"Record {name!r} begins to answer beyond data.max_length={max_length} tokens.")
-    targets, learned = np.append(tokens[1:], 0).astype(np.int32), np.append(learned[1:], False)
-    return Example(tokens, targets, learned, is_image, images, labels)
+        message = f"Record {name!r} has images beyond data.max_length={max_length} tokens; raise it."
+        raise BadRow("over_length", message)
+    tokens, is_target, is_image = (x[:max_length] for x in (encoded.tokens, encoded.is_target, encoded.is_image))
+    if len(tokens) < len(encoded.tokens) and not is_target[1:].any():
+        raise BadRow("over_length", f"Record {name!r} has no answer within data.max_length={max_length} tokens.")
+    targets, loss_mask = np.append(tokens[1:], 0).astype(np.int32), np.append(is_target[1:], False)
+    return Example(tokens, targets, loss_mask, is_image, images, labels)
 
 
 def to_row(
     examples: Sequence[Example], length: int, images_per_row: int, side: int, cells: int = 0
 ) -> dict[str, np.ndarray]:
-    """Conversations one after the other as a row, the fields of :class:`Batch` without B.
+    """Concatenates conversations into a row: the fields of :class:`Batch` without B.
 
     Args:
-      length: T of the row.
-      images_per_row: its M.
-      side: H and W of its images.
-      cells: S of their labels; 0 where they have none.
+      length: T.
+      images_per_row: M.
+      side: H and W of the images.
+      cells: S of the images' labels; 0 if they have none.
     """
     row = {key: np.zeros(length, np.int32) for key in ("tokens", "targets", "positions", "segment_ids")}
     row["loss_mask"], is_image = np.zeros(length, bool), np.zeros(length, bool)
@@ -86,51 +86,51 @@ def to_row(
         if example.labels is not None:
             row["labels"][first_image : first_image + len(example.images)] = example.labels
         begin, first_image = here.stop, first_image + len(example.images)
-    # Since every image has all its slots, the n-th slot of a row is its image token n.
+    # Every image has all its slots, so the n-th slot of a row is image token n.
     row["image_slots"] = np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)
     return row
 
 
 def best_fit(lengths: Sequence[int], image_counts: Sequence[int], length: int, images_per_row: int) -> list[list[int]]:
-    """Packs conversations into rows, the longest first, each into the fullest row that still takes it.
+    """Packs conversations into rows by best-fit decreasing: longest first, each into the fullest row that has room.
 
-    Best-fit decreasing. Rows of the same room left are alike, so they are kept by that room: for each count of image
-    places left, the bits of an integer say which numbers of free tokens some row has.
+    Rows with the same free space are interchangeable, so they are grouped by it. For each count of free image places,
+    the bits of an integer tell which numbers of free tokens occur.
 
     Args:
       lengths: tokens of each conversation, at most ``length``.
       image_counts: images of each, at most ``images_per_row``.
 
     Returns:
-      Rows, each the indices of its conversations.
+      The rows, each a list of indices of conversations.
     """
     rows: list[list[int]] = []
-    free: dict[tuple[int, int], list[int]] = {}  # (image places, tokens) left → rows
-    some = [0] * (images_per_row + 1)  # bit t of entry p: some row has p places and t tokens left
+    free: dict[tuple[int, int], list[int]] = {}  # (free image places, free tokens) → rows
+    occurs = [0] * (images_per_row + 1)  # bit t of entry p: some row has p free places and t free tokens
     for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         tokens, places = int(lengths[i]), int(image_counts[i])
         best = None
         for p in range(places, images_per_row + 1):
-            fits = some[p] >> tokens
+            fits = occurs[p] >> tokens
             if fits:
-                room = (tokens + (fits & -fits).bit_length() - 1, p)
-                best = room if best is None else min(best, room)
+                space = (tokens + (fits & -fits).bit_length() - 1, p)
+                best = space if best is None else min(best, space)
         if best is None:
             rows.append([i])
             t, p, row = length, images_per_row, len(rows) - 1
         else:
             t, p = best
-            waiting = free[p, t]
-            row = waiting.pop()
+            candidates = free[p, t]
+            row = candidates.pop()
             rows[row].append(i)
-            if not waiting:
-                some[p] ^= 1 << t
+            if not candidates:
+                occurs[p] ^= 1 << t
         t, p = t - tokens, p - places
         free.setdefault((p, t), []).append(row)
-        some[p] |= 1 << t
+        occurs[p] |= 1 << t
     return rows
 
 
 def to_batch(rows: Mapping[str, np.ndarray]) -> Batch:
-    """Rows stacked on B as a :class:`Batch`."""
+    """Makes a :class:`Batch` of rows that are stacked on B."""
     return Batch(**rows)

@@ -1,4 +1,4 @@
-"""What preparing a data set came to: a summary to read, and histograms to look at."""
+"""The report of preparing a data set: a summary and histograms."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from stf_jax.config import shorten
 from stf_jax.data.records import REASONS, format_reasons
 
 _BARS = " ▁▂▃▄▅▆▇█"
-_SHOWN = 3  # dropped rows a reason
+_EXAMPLES = 3  # dropped rows listed per reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,46 +20,48 @@ class Report:
     values: dict[str, Any]
 
     def reasons(self) -> str:
-        """How many rows were dropped for what, in a line."""
+        """Returns the reasons why rows were dropped, with counts, as one line."""
         return format_reasons(self.values["rows_dropped"])
 
     def summary(self) -> str:
-        """All that matters, for people."""
+        """Returns a summary as text."""
         values = self.values
         lines = [
             f"{values['rows_read']:,} rows read, {values['rows_kept']:,} kept "
-            f"({values['text_only_rows']:,} of text alone), {sum(values['rows_dropped'].values()):,} dropped"
+            f"({values['text_only_rows']:,} text-only), {sum(values['rows_dropped'].values()):,} dropped"
         ]
         for reason, count in values["rows_dropped"].items():
             lines.append(f"  {count:>9,}  {reason}: {REASONS.get(reason, reason)}")
-            some = [row for row in values["dropped"] if row["reason"] == reason][:_SHOWN]
-            lines += [f"             row {row['row']}, {row['id'] or 'no id'}: {shorten(row['why'])}" for row in some]
-            if count > _SHOWN:
-                lines.append(f"             … and {count - _SHOWN:,} more, all in report.json")
-        lines += [f"{count:,} rows with {key}, not read" for key, count in values.get("not_read", {}).items()]
-        lines.append(f"{len(values['duplicate_ids']):,} ids stand on more than one row")
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in values["image_formats"].items())
-        lines.append(f"{values['images']:,} images" + (f" ({kinds})" if kinds else ""))
-        lines += _spread("tokens a conversation, " + values["tokens_are"], values["tokens"], values["token_histogram"])
-        lines += _spread("longer side of images, pixels", values["image_sides"], values["image_side_histogram"])
+            examples = [row for row in values["dropped"] if row["reason"] == reason][:_EXAMPLES]
+            lines += [f"             row {r['row']}, {r['id'] or 'no id'}: {shorten(r['why'])}" for r in examples]
+            if count > _EXAMPLES:
+                lines.append(f"             … and {count - _EXAMPLES:,} more; report.json lists all")
+        lines += [f"{count:,} rows with {key}, which is ignored" for key, count in values.get("not_read", {}).items()]
+        lines.append(f"{len(values['duplicate_ids']):,} ids occur in more than one row")
+        formats = ", ".join(f"{count:,} {name}" for name, count in values["image_formats"].items())
+        lines.append(f"{values['images']:,} images" + (f" ({formats})" if formats else ""))
+        title = f"tokens per conversation, {values['tokens_are']}"
+        lines += _format_distribution(title, values["tokens"], values["token_histogram"])
+        title = "longer side of images, pixels"
+        lines += _format_distribution(title, values["image_sides"], values["image_side_histogram"])
         return "\n".join(lines)
 
 
-def _spread(what, spread, histogram):
-    if not spread:
+def _format_distribution(title, statistics, histogram):
+    if not statistics:
         return []
     counts = np.array(histogram["counts"])
-    # The smallest bar is kept for what is there at all.
+    # Any count above zero gets a bar.
     heights = np.where(counts > 0, np.ceil(counts / counts.max() * (len(_BARS) - 1)), 0).astype(int)
-    points = ", ".join(f"{name} {value:,.0f}" for name, value in spread.items())
+    points = ", ".join(f"{name} {value:,.0f}" for name, value in statistics.items())
     edges = histogram["edges"]
     bars = "".join(_BARS[height] for height in heights)
-    return [f"{what}: {points}", f"  {edges[0]:,.0f} ▕{bars}▏ {edges[-1]:,.0f}"]
+    return [f"{title}: {points}", f"  {edges[0]:,.0f} ▕{bars}▏ {edges[-1]:,.0f}"]
 
 
 def draw_histograms(tokens: np.ndarray, sizes: np.ndarray, path: epath.Path) -> None:
-    """A PNG of the lengths of conversations (int [R]) and of the images' widths and heights (int [M, 2], pixels)."""
-    from matplotlib.figure import Figure  # slow to import, and only wanted here
+    """Draws a PNG of conversation lengths (int [R]) and of image widths and heights (int [M, 2], pixels)."""
+    from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)

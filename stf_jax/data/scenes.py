@@ -1,11 +1,11 @@
-"""Embedded data, first edition: a procedural world of coloured shapes and printed words.
+"""Embedded data, first edition: procedural images of colored shapes and printed words.
 
-Any record is made from (seed, split, index) alone, so the source has random access and needs no files. There are five
-kinds of question, chosen to show what merging tokens may lose: whether a thing exists, how many there are, an
-attribute of one, where one is or how two lie to each other, and what a short printed word says.
+Each record follows from (seed, split, index) alone, so the source has random access and needs no files. The five kinds
+of questions test what merging tokens may lose: whether a thing exists, how many there are, an attribute of one, where
+one is or how two relate in space, and what a short printed word says.
 
-Held-out images come from another seed, each shows a colour-and-shape pair that no training image or text ever
-shows or names, and their words are never among the training words; only the letters are.
+Held-out images use another seed. Each shows a color-and-shape pair that no training image shows and no training text
+names, and their words never occur in training; only the letters do.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 SIDE = 96  # pixels
-MOST_THINGS = 4
+MAX_THINGS = 4
 KINDS = ("existence", "count", "attribute", "spatial", "reading")
 COLORS = {
     "red": (214, 40, 40),
@@ -29,25 +29,25 @@ COLORS = {
     "orange": (245, 125, 20),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-RADII = {"small": 10, "large": 16}  # pixels from a shape's centre to its edge
+RADII = {"small": 10, "large": 16}  # pixels from a shape's center to its edge
 DESCRIBE = "Describe the picture."
-SHORT_ANSWER = "Answer the question using a single word or phrase."  # LLaVA's instruction, on the first turn
+SHORT_ANSWER = "Answer the question using a single word or phrase."  # LLaVA's instruction, in the first turn
 
 _PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
-# One pair for each colour and each shape, so that nothing but the combination is new.
+# One pair per color and per shape, so that only the combination is new.
 HELD_OUT_PAIRS = frozenset((color, SHAPES[(i + 2) % len(SHAPES)]) for i, color in enumerate(COLORS))
 TRAINING_PAIRS = [pair for pair in _PAIRS if pair not in HELD_OUT_PAIRS]
 
 _CONSONANTS, _VOWELS = "BDHLMNPRSTVZ", "AEIOU"  # with F, G and K some would be rude
 _LETTERS = list(itertools.product(enumerate(_CONSONANTS), enumerate(_VOWELS), enumerate(_CONSONANTS)))
-# One word in five, such that every letter keeps standing at every place in training words.
+# One word in five; training words still have every letter at every position.
 HELD_OUT_WORDS = [a + v + b for (i, a), (j, v), (k, b) in _LETTERS if (i + j + k) % 5 == 0]
 TRAINING_WORDS = [a + v + b for (i, a), (j, v), (k, b) in _LETTERS if (i + j + k) % 5]
 
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """A shape in a scene; x and y are its centre in pixels from the top left."""
+    """A shape in a scene; x and y are its center in pixels from the top left."""
 
     size: str
     color: str
@@ -57,13 +57,13 @@ class Thing:
 
     @property
     def pair(self) -> tuple[str, str]:
-        """Colour and shape."""
+        """Color and shape."""
         return self.color, self.shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What an image shows, in reading order; ``word`` may be empty."""
+    """The contents of an image, in reading order; ``word`` may be empty."""
 
     things: tuple[Thing, ...]
     word: str
@@ -74,7 +74,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question of one of :data:`KINDS` with its answer; ``height`` in pixels is of the print asked for, if known."""
+    """A question of one of :data:`KINDS`, its answer, and the height in pixels of the printed text, if known."""
 
     kind: str
     text: str
@@ -82,29 +82,29 @@ class Question:
     height: int = 0
 
 
-def generator(seed: int, held_out: bool, index: int) -> np.random.Generator:
-    """The randomness of one index of one split."""
+def make_rng(seed: int, held_out: bool, index: int) -> np.random.Generator:
+    """Makes the random generator of an index and split."""
     return np.random.default_rng([seed, int(held_out), index])
 
 
-def make_scene(seed: int, index: int, held_out: bool = False, most: int = MOST_THINGS) -> Scene:
-    """The scene of that index, of 1 to ``most`` things.
+def make_scene(seed: int, index: int, held_out: bool = False, max_things: int = MAX_THINGS) -> Scene:
+    """Makes the scene of an index, with 1 to ``max_things`` things.
 
-    Held-out ones show at least one held-out pair, and only held-out words.
+    Held-out scenes have at least one held-out pair, and only held-out words.
     """
-    rng = generator(seed, held_out, index)
+    rng = make_rng(seed, held_out, index)
     boxes, word, word_x, word_y = [], "", 0, 0
     if rng.random() < 0.5:
         word = str(rng.choice(HELD_OUT_WORDS if held_out else TRAINING_WORDS))
         word_x, word_y = int(rng.integers(24, SIDE - 24)), int(rng.integers(11, SIDE - 11))
         boxes.append((word_x, word_y, 24, 11))
     things = []
-    for position in range(rng.integers(1, most + 1)):
+    for position in range(rng.integers(1, max_things + 1)):
         pairs = sorted(HELD_OUT_PAIRS) if held_out and position == 0 else TRAINING_PAIRS
         color, shape = pairs[rng.integers(len(pairs))]
         size = str(rng.choice(list(RADII)))
-        # The first always finds a place, beside any word; the others may give up in a crowd.
-        place = _free_place(rng, boxes, RADII[size], tries=20 if things else 100_000)
+        # There is always room for the first thing; others are left out if there is none.
+        place = _find_place(rng, boxes, RADII[size], tries=20 if things else 100_000)
         if place is not None:
             boxes.append((*place, RADII[size], RADII[size]))
             things.append(Thing(size, color, shape, *place))
@@ -114,7 +114,7 @@ def make_scene(seed: int, index: int, held_out: bool = False, most: int = MOST_T
     return Scene(tuple(things), word, word_x, word_y, background)
 
 
-def _free_place(rng, boxes, radius, tries):
+def _find_place(rng, boxes, radius, tries):
     for _ in range(tries):
         x, y = (int(value) for value in rng.integers(radius + 1, SIDE - radius - 1, 2))
         if all(abs(x - bx) > radius + w + 1 or abs(y - by) > radius + h + 1 for bx, by, w, h in boxes):
@@ -123,7 +123,7 @@ def _free_place(rng, boxes, radius, tries):
 
 
 def draw(scene: Scene, seed: int = 0) -> PIL.Image.Image:
-    """Renders a scene as an RGB image of :data:`SIDE` pixels a side; ``seed`` is of its grain."""
+    """Draws a scene as an RGB image of :data:`SIDE`×:data:`SIDE` pixels; ``seed`` is for its noise."""
     scale = 3  # drawn larger, then reduced, for smooth edges
     image = PIL.Image.new("RGB", (SIDE * scale, SIDE * scale), scene.background)
     canvas = PIL.ImageDraw.Draw(image)
@@ -141,7 +141,7 @@ def draw(scene: Scene, seed: int = 0) -> PIL.Image.Image:
 def draw_thing(
     canvas: PIL.ImageDraw.ImageDraw, thing: Thing, radius: int, scale: int, background: tuple[int, int, int]
 ) -> None:
-    """Draws a shape of that radius on a canvas that is ``scale`` times as large as the image."""
+    """Draws a shape of a given radius on a canvas that is ``scale`` times as large as the image."""
     x, y, r = (value * scale for value in (thing.x, thing.y, radius))
     box, color = (x - r, y - r, x + r, y + r), COLORS[thing.color]
     if thing.shape == "circle":
@@ -165,54 +165,54 @@ def draw_thing(
         canvas.polygon(points, fill=color)
 
 
-def zone(x: int, y: int) -> str:
-    """The ninth of the image that a point lies in: ``top left``, ``top``, …, ``center``, …"""
+def zone_name(x: int, y: int) -> str:
+    """Returns the name of the ninth of the image with a point: ``top left``, ``top``, …, ``center``, …"""
     row = ("top", "", "bottom")[y * 3 // SIDE]
     column = ("left", "", "right")[x * 3 // SIDE]
     return f"{row} {column}".strip() or "center"
 
 
-def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """All that the scene shows in one sentence: its things in reading order, or as ``rng`` shuffles them; its word."""
+def make_caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
+    """Describes the scene in one sentence: its things, in reading order or shuffled by ``rng``, and its word."""
     order = range(len(scene.things)) if rng is None else rng.permutation(len(scene.things))
     things = [scene.things[i] for i in order]
-    parts = [f"a {t.size} {t.color} {t.shape} at the {zone(t.x, t.y)}" for t in things]
+    parts = [f"a {t.size} {t.color} {t.shape} at the {zone_name(t.x, t.y)}" for t in things]
     if scene.word:
-        parts.append(f"the word {scene.word} at the {zone(scene.word_x, scene.word_y)}")
+        parts.append(f"the word {scene.word} at the {zone_name(scene.word_x, scene.word_y)}")
     return ", ".join(parts)
 
 
-def questions(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> list[Question]:
-    """One question of each kind that the scene allows, in random order.
+def make_questions(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> list[Question]:
+    """Makes one question of each kind that the scene allows, in random order.
 
-    Training questions name training pairs only; answers yes and no are equally likely.
+    Training questions name training pairs only. The answers yes and no are equally likely.
     """
     pairs = _PAIRS if held_out else TRAINING_PAIRS
     makers = (_existence, _count, _attribute, _spatial, _reading)
-    made = [maker(scene, rng, pairs) for maker in makers]
-    made = [question for question in made if question is not None]
-    return [made[i] for i in rng.permutation(len(made))]
+    questions = [maker(scene, rng, pairs) for maker in makers]
+    questions = [question for question in questions if question is not None]
+    return [questions[i] for i in rng.permutation(len(questions))]
 
 
 def _existence(scene, rng, pairs):
-    """Of a colour, of a shape, or of both together, which is the hard one."""
-    asked = rng.integers(3)
-    if asked == 2:
+    """Asks for a color, a shape, or a pair of both, which is the hardest."""
+    choice = rng.integers(3)
+    if choice == 2:
         present, known = {thing.pair for thing in scene.things}, pairs
     else:
-        key = ("color", "shape")[asked]
-        present, known = {getattr(thing, key) for thing in scene.things}, (tuple(COLORS), SHAPES)[asked]
+        key = ("color", "shape")[choice]
+        present, known = {getattr(thing, key) for thing in scene.things}, (tuple(COLORS), SHAPES)[choice]
     if rng.random() < 0.5:
-        # A held-out scene has at most a few held-out things; ask of those first, they are what is new.
+        # Prefer held-out pairs: they are what a held-out scene tests.
         candidates, answer = sorted(present & HELD_OUT_PAIRS) or sorted(present), "yes"
     else:
         candidates, answer = [value for value in known if value not in present], "no"
-        if asked == 2 and rng.random() < 0.7:
-            # Half right is harder: another shape of a colour that is there, or another colour of a shape.
+        if choice == 2 and rng.random() < 0.7:
+            # Harder: a pair with a color or a shape that is present.
             candidates = [(c, s) for c, s in candidates if any(c == a or s == b for a, b in present)] or candidates
     value = candidates[rng.integers(len(candidates))]
-    what = (f"{value} shape", value, " ".join(value))[asked]
-    return Question("existence", f"Is there {'an' if what.startswith('orange') else 'a'} {what}?", answer)
+    noun = (f"{value} shape", value, " ".join(value))[choice]
+    return Question("existence", f"Is there {'an' if noun.startswith('orange') else 'a'} {noun}?", answer)
 
 
 def _count(scene, rng, pairs):
@@ -243,7 +243,7 @@ def _attribute(scene, rng, pairs):
 
 
 def _spatial(scene, rng, pairs):
-    """Where one thing is in the image, or how two of them lie to each other."""
+    """Asks where a thing is in the image, or how two things relate in space."""
     del pairs
     unique = [t for t in scene.things if sum(o.pair == t.pair for o in scene.things) == 1]
     relations = []
@@ -255,7 +255,7 @@ def _spatial(scene, rng, pairs):
                 relations.append((a, b, "above" if a.y < b.y else "below"))
     if unique and (not relations or rng.random() < 0.5):
         thing = unique[rng.integers(len(unique))]
-        return Question("spatial", f"Where is the {thing.color} {thing.shape}?", zone(thing.x, thing.y))
+        return Question("spatial", f"Where is the {thing.color} {thing.shape}?", zone_name(thing.x, thing.y))
     if not relations:
         return None
     a, b, relation = relations[rng.integers(len(relations))]

@@ -1,7 +1,7 @@
-"""SentencePiece's BPE vocabularies (Llama's, Vicuna's, Mistral's), read so that every id is SentencePiece's own.
+"""Reads SentencePiece BPE vocabularies (Llama, Vicuna, Mistral) into tokenizers with exactly SentencePiece's ids.
 
-transformers 5 reads them too, but orders merges by token id. SentencePiece goes by score, and Llama's pieces of spaces
-have a high score's ids and the lowest score: wherever two spaces meet, transformers gives other tokens.
+transformers 5 reads them too, but orders merges by token id, while SentencePiece orders them by score. Llama's pieces
+of spaces have low ids but the lowest scores, so transformers gives different tokens wherever two spaces meet.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-SPACE = "\u2581"  # which SentencePiece writes for a space
+SPACE = "\u2581"  # SentencePiece's symbol for a space
 _BPE = 2  # TrainerSpec.model_type
-# Llama's and Mistral's first pieces behind the bytes. Both have spaces first, and give them the lowest scores.
-_FIRST = 259
-_SPACES_LAST = ((2 * SPACE, f"{SPACE}t", "er", "in"), (2 * SPACE, 4 * SPACE, f"{SPACE}t", "in"))
-# Spaces between words, in code, and in runs longer than any piece; then what few vocabularies spell whole.
+# The first pieces after the bytes in Llama's and Mistral's vocabularies. Spaces come first, with the lowest scores.
+_FIRST_ID = 259
+_FIRST_PIECES = ((2 * SPACE, f"{SPACE}t", "er", "in"), (2 * SPACE, 4 * SPACE, f"{SPACE}t", "in"))
+# Spaces between words, in code, and in runs longer than any piece; then text that few vocabularies have as one piece.
 _PROBE = (
     "USER: What is it?\n A \u00fc.  b\ndef f():\n    return 1\t\t2\n"
     + "".join("x" + " " * count for count in range(40))
@@ -28,7 +28,7 @@ _PROBE = (
 
 
 class Kind(enum.IntEnum):
-    """What a piece is, as SentencePiece and GGUF number it."""
+    """The type of a piece, as numbered by SentencePiece and GGUF."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -40,7 +40,7 @@ class Kind(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Pieces by id, with the score and the :class:`Kind` of each."""
+    """The pieces in the order of their ids, with their scores and :class:`Kind`."""
 
     pieces: Sequence[str]
     scores: Sequence[float]
@@ -48,16 +48,16 @@ class Vocabulary:
 
 
 def build_tokenizer(vocabulary: Vocabulary, prefix: bool = True, charsmap: bytes = b"") -> Tokenizer:
-    """A tokenizer with SentencePiece's ids, which adds nothing before or behind a text.
+    """Builds a tokenizer with SentencePiece's ids, which adds no tokens before or after a text.
 
     Args:
-      prefix: put a space before each text, and before what follows a special token.
+      prefix: put a space before each text, and before text that follows a special token.
       charsmap: SentencePiece's compiled normalization.
     """
     kinds = list(zip(vocabulary.pieces, vocabulary.kinds, strict=True))
     bpe = models.BPE(
         {piece: i for i, piece in enumerate(vocabulary.pieces)},
-        _merges(vocabulary),
+        _make_merges(vocabulary),
         unk_token=next((piece for piece, kind in kinds if kind == Kind.UNKNOWN), None),
         fuse_unk=True,
         byte_fallback=any(kind == Kind.BYTE for _, kind in kinds),
@@ -78,11 +78,11 @@ def build_tokenizer(vocabulary: Vocabulary, prefix: bool = True, charsmap: bytes
     return tokenizer
 
 
-def _merges(vocabulary):
-    """All pairs that make a piece, the likeliest piece first.
+def _make_merges(vocabulary):
+    """Returns all pairs that make a piece, the piece with the highest score first.
 
-    Where scores are equal, as those of Llama's runs of spaces are, SentencePiece takes the leftmost pair. In a run that
-    is the one that has grown longest, so the longer left half goes first.
+    If scores are equal, as those of Llama's runs of spaces are, SentencePiece merges the leftmost pair. In a run of
+    spaces that is the pair with the longest left half, so longer left halves go first.
     """
     rows = zip(vocabulary.pieces, vocabulary.scores, vocabulary.kinds, strict=True)
     scores = {piece: score for piece, score, kind in rows if kind == Kind.NORMAL}
@@ -99,19 +99,19 @@ def _merges(vocabulary):
 def read_sentencepiece(
     file: pathlib.Path, config: Mapping[str, Any], names: Mapping[str, Any], options: Mapping[str, Any]
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of a SentencePiece model and of transformers' small files beside it.
+    """Loads the tokenizer of a SentencePiece model, with the config files of transformers next to it.
 
     Args:
-      config, names: what ``tokenizer_config.json`` and ``special_tokens_map.json`` hold. Special tokens that neither
-        names are as the model has them; a text begins with BOS unless ``add_bos_token`` is false, as for Llama.
+      config, names: contents of ``tokenizer_config.json`` and ``special_tokens_map.json``. Special tokens that neither
+        of them names are the model's; a text starts with BOS unless ``add_bos_token`` is false, as for Llama.
       options: for transformers' ``from_pretrained``.
 
     Raises:
-      ValueError: a model of another kind, or one whose normalization is not followed, so that ids differ.
+      ValueError: the model is not BPE, or its normalization is not supported, so that ids would differ.
     """
     model = _parse(file)
     if model.trainer_spec.model_type != _BPE:
-        raise ValueError(f"{file.name} is a SentencePiece model of another kind than BPE")
+        raise ValueError(f"{file.name} is a SentencePiece model that is not BPE")
     spec, normalizer = model.trainer_spec, model.normalizer_spec
     own = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
     values: dict[str, Any] = {
@@ -122,48 +122,48 @@ def read_sentencepiece(
     values["add_bos_token"] = config.get("add_bos_token") is not False
     values["add_eos_token"] = config.get("add_eos_token") is True
     backend = build_tokenizer(_vocabulary(model), normalizer.add_dummy_prefix, normalizer.precompiled_charsmap)
-    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as written:
-        written.write(backend.to_str())
-        written.flush()
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as json_file:
+        json_file.write(backend.to_str())
+        json_file.flush()
         tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            file.parent, tokenizer_file=written.name, **(values | options)
+            file.parent, tokenizer_file=json_file.name, **(values | options)
         )
-    if not _agrees(tokenizer, file):
-        raise ValueError(f"{file.name} cannot be read as SentencePiece reads it")
+    if not _matches_sentencepiece(tokenizer, file):
+        raise ValueError(f"{file.name} needs features of SentencePiece that are not supported")
     return tokenizer
 
 
 def has_wrong_merges(tokenizer: PreTrainedTokenizerFast, file: pathlib.Path) -> bool:
-    """Whether a tokenizer has the pieces of a SentencePiece model, and yet makes other tokens of a text.
+    """Whether a tokenizer has the pieces of a SentencePiece model but encodes text differently.
 
-    So do tokenizers that transformers 5 converted. Without the model's file, those of Llama and Mistral are known.
+    This is the case if transformers 5 converted it. Without the model's file, only Llama's and Mistral's are detected.
     """
     if not file.is_file():
-        known = tuple(tokenizer.convert_ids_to_tokens(range(_FIRST, _FIRST + 4))) in _SPACES_LAST
-        return known and tokenizer.tokenize("a  b")[1:2] == [2 * SPACE]
+        first = tuple(tokenizer.convert_ids_to_tokens(range(_FIRST_ID, _FIRST_ID + 4)))
+        return first in _FIRST_PIECES and tokenizer.tokenize("a  b")[1:2] == [2 * SPACE]
     try:
         pieces = _parse(file).pieces
-    except ValueError:  # Llama 3's files of that name are of another format
+    except ValueError:  # Llama 3's file of that name has another format
         return False
     vocabulary = tokenizer.get_vocab()
     same = all(vocabulary.get(piece.piece) == i for i, piece in enumerate(pieces) if piece.type == Kind.NORMAL)
-    return same and not _agrees(tokenizer, file)
+    return same and not _matches_sentencepiece(tokenizer, file)
 
 
-def _agrees(tokenizer, file):
-    import sentencepiece  # only wanted here
+def _matches_sentencepiece(tokenizer, file):
+    import sentencepiece  # only needed here
 
     expected = sentencepiece.SentencePieceProcessor(model_file=str(file)).encode(_PROBE)
     return tokenizer(_PROBE, add_special_tokens=False).input_ids == expected
 
 
 def _parse(file):
-    from sentencepiece import sentencepiece_model_pb2  # only wanted here
+    from sentencepiece import sentencepiece_model_pb2  # only needed here
 
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(file.read_bytes())
-    except Exception:  # protobuf's own, of which it has two kinds
+    except Exception:  # protobuf raises two types of its own
         model.Clear()
     if not model.pieces:
         raise ValueError(f"{file.name} is not a SentencePiece model")

@@ -1,4 +1,4 @@
-"""Tokenizers: any that transformers reads from a local folder, and the small one of the miniatures."""
+"""Loads tokenizers: any that transformers can read from a local folder, and the small ones of the miniatures."""
 
 import logging
 import pathlib
@@ -13,42 +13,42 @@ from transformers import PreTrainedTokenizerFast
 from stf_jax.config import UserError
 from stf_jax.data import world_text
 from stf_jax.data.records import IMAGE_MARK
-from stf_jax.data.scenes import SHORT_ANSWER, caption, make_scene, questions
+from stf_jax.data.scenes import SHORT_ANSWER, make_caption, make_questions, make_scene
 from stf_jax.data.sentencepieces import has_wrong_merges, read_sentencepiece
-from stf_jax.runtime.files import fetched, read_json
+from stf_jax.runtime.files import local_copy, read_json
 
 MINIATURE = pathlib.Path(__file__).parent.parent / "weights" / "miniatures" / "tokenizer"
-EMBEDDED = {"miniature": MINIATURE, "miniature/2": MINIATURE.parent / "2" / "tokenizer"}  # by edition of the world
+EMBEDDED = {"miniature": MINIATURE, "miniature/2": MINIATURE.parent / "2" / "tokenizer"}  # for the two editions
 MINIATURE_VOCAB = 512
-SENTENCEPIECE = "tokenizer.model"  # Llama's and Vicuna's vocabulary, as they publish it
-_AS_WRITTEN = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that take tokenizer.json as it stands
-FILES = ("tokenizer.json", SENTENCEPIECE, "vocab.json")  # one of which a folder with a tokenizer holds
-BOS_IN_TEMPLATE = "bos_in_chat_template"  # an export's tokenizer_config.json: texts began with BOS in training
+SENTENCEPIECE = "tokenizer.model"  # file name of Llama's and Vicuna's published vocabulary
+_GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that use tokenizer.json unchanged
+FILES = ("tokenizer.json", SENTENCEPIECE, "vocab.json")  # a folder with a tokenizer has one of them
+BOS_IN_TEMPLATE = "bos_in_chat_template"  # key in an export's tokenizer_config.json: training texts start with BOS
 _log = logging.getLogger(__name__)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Reads a tokenizer from a local folder, or one of :data:`EMBEDDED` by its name. Never downloads.
+    """Loads a tokenizer from a local folder, or one of :data:`EMBEDDED` by its name. Never downloads.
 
     Raises:
-      UserError: no such folder, no tokenizer in it, or one that cannot tell which characters a token covers.
+      UserError: the folder is missing or has no tokenizer, or the tokenizer has no offsets or no end of sequence.
     """
-    folder = EMBEDDED.get(name) or (fetched(name) if name else None)
+    folder = EMBEDDED.get(name) or (local_copy(name) if name else None)
     if folder is None or not folder.is_dir():
-        where = f"{name!r} is no folder" if name else "no folder is given"
+        problem = f"{name!r} is not a folder" if name else "no folder is given"
         raise UserError(
-            f"The tokenizer is missing: {where}. Provide one with --config.data.tokenizer=DIR, "
-            "or see training work on embedded data with --config=configs/demo.py."
+            f"The tokenizer is missing: {problem}. Provide one with --config.data.tokenizer=DIR, "
+            "or try training on embedded data with --config=configs/demo.py."
         )
     try:
         tokenizer = read_tokenizer(folder)
-    except Exception as error:  # tokenizers raises just that for a file of another form
+    except Exception as error:  # tokenizers raises a bare Exception for a malformed file
         reason = (str(error) or repr(error)).splitlines()[0].strip(" :.")
         raise UserError(f"No tokenizer can be read from {folder}: {reason}.") from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(
-            f"The tokenizer in {folder} needs a tokenizer.json and an end-of-sequence token; "
-            "tokenizer_config.json names it as eos_token."
+            f"The tokenizer in {folder} needs a tokenizer.json and an end-of-sequence token "
+            "(eos_token in tokenizer_config.json)."
         )
     if has_wrong_merges(tokenizer, folder / SENTENCEPIECE):
         fix = _EXPORT_AGAIN if (folder / "processor_config.json").is_file() else _FIX
@@ -57,32 +57,33 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 _WRONG_MERGES = (
-    "The tokenizer.json in {folder} gives other tokens wherever two spaces meet than SentencePiece, with which the "
-    "model was trained: an earlier release, or transformers 5, converted it. "
+    "The tokenizer.json in {folder} splits double spaces differently than SentencePiece, with which the model was "
+    "trained: an earlier release or transformers 5 converted it. "
 )
 _FIX = (
     "To fix this, run: rm {folder}/tokenizer.json && cp SOURCE/tokenizer.model SOURCE/tokenizer_config.json {folder} "
-    "(SOURCE is the folder that was imported). A run that was trained with these tokens keeps them until it is done."
+    "(SOURCE is the folder that was imported). Finish runs that were started with the old file before you change it."
 )
-_EXPORT_AGAIN = "Fix the tokenizer of the model that was exported, then export it again."
+_EXPORT_AGAIN = "Fix the tokenizer of the exported model, then export it again."
 
 
 def read_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
-    """A folder's tokenizer; nothing in the folder is run.
+    """Reads a folder's tokenizer, without running any code in the folder.
 
-    A folder that holds ``tokenizer.model`` and no ``tokenizer.json`` is a Llama's (so are Vicuna's and LLaVA's own),
-    and its ids are SentencePiece's. All others are read by transformers.
+    A folder with ``tokenizer.model`` but no ``tokenizer.json`` has Llama's format (also used by Vicuna and LLaVA); its
+    ids are SentencePiece's. transformers reads all others.
 
     Raises:
-      ValueError: a SentencePiece model that cannot be followed, or special tokens that are not in the vocabulary, or
-        elsewhere than the files say. Otherwise whatever transformers raises.
+      ValueError: the SentencePiece model is not supported, or a special token is missing or has another id than the
+        files say.
+      Exception: raised by transformers.
     """
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     config, file = _read_dict(folder / "tokenizer_config.json"), folder / SENTENCEPIECE
-    local |= _described(config)
+    local |= _parse_token_objects(config)
     if file.is_file() and not (folder / "tokenizer.json").is_file():
         tokenizer = read_sentencepiece(file, config, _read_dict(folder / "special_tokens_map.json"), local)
-    elif config.get("tokenizer_class") in _AS_WRITTEN:  # it need not look at a config.json that it may not know
+    elif config.get("tokenizer_class") in _GENERIC_CLASSES:  # does not read config.json, which may be of another type
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **local)
         if config.get(BOS_IN_TEMPLATE):
             tokenizer.add_bos_token = True
@@ -90,48 +91,48 @@ def read_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
         from transformers import AutoTokenizer  # imports torch where it is installed: 3 s
 
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-    if config.get("legacy") is False:  # which transformers reads and does not save
+    if config.get("legacy") is False:  # transformers reads it but does not save it
         tokenizer.init_kwargs["legacy"] = False
     _check_special_tokens(tokenizer, folder, config)
     return tokenizer
 
 
-def _described(config):
-    """Special tokens that ``tokenizer_config.json`` describes by objects, without the mark that transformers wants."""
+def _parse_token_objects(config):
+    """Returns special tokens that ``tokenizer_config.json`` gives as objects without transformers' ``__type``."""
     found = {name: value for name, value in config.items() if name.endswith("_token") and isinstance(value, dict)}
     return {name: value["content"] for name, value in found.items() if "__type" not in value and "content" in value}
 
 
 def _check_special_tokens(tokenizer, folder, config):
-    """Special tokens are in the vocabulary, where the files say; a name that is empty is none.
+    """Checks that special tokens have the ids that the files give; sets tokens with an empty name to None.
 
-    For transformers, an empty name is the unknown token, or, where that is empty too, looked up without end. It gives
-    another id than the files do to a token that does not follow on those before it.
+    transformers maps an empty name to the unknown token; if that is empty too, the lookup never ends. It also changes
+    the ids of tokens that do not directly follow the previous ones.
     """
     empty = [name for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES if getattr(tokenizer, name, None) == ""]
-    stated = _stated_ids(folder, config)
+    listed = _read_token_ids(folder, config)
     if "eos_token" in empty:
         known = ", ".join(map(str, tokenizer.added_tokens_decoder.values())) or "none"
         raise ValueError(
-            f"an empty string is given as its {', '.join(empty)}; write their names into tokenizer_config.json "
+            f"it has an empty string as its {', '.join(empty)}; set them in tokenizer_config.json "
             f"(the vocabulary's special tokens are {known})"
         )
     for name in empty:
         setattr(tokenizer, name, None)
-    vocabulary, end = tokenizer.get_vocab(), tokenizer.eos_token
-    if end is not None and end not in stated and vocabulary.get(end, 0) >= tokenizer.vocab_size:
-        raise ValueError(f"its eos_token {end!r} is not in its vocabulary; correct it in tokenizer_config.json")
-    wrong = [(token, i) for token, i in stated.items() if vocabulary.get(token) != i]
+    vocabulary, eos = tokenizer.get_vocab(), tokenizer.eos_token
+    if eos is not None and eos not in listed and vocabulary.get(eos, 0) >= tokenizer.vocab_size:
+        raise ValueError(f"its eos_token {eos!r} is not in its vocabulary; correct it in tokenizer_config.json")
+    wrong = [(token, i) for token, i in listed.items() if vocabulary.get(token) != i]
     if wrong:
         token, i = wrong[0]
         raise ValueError(
-            f"its files give the special token {token!r} the id {i}, which does not follow on the other tokens' ids; "
-            f"correct it, or add the tokens that are missing before it"
+            f"its files give the special token {token!r} the id {i}, which leaves a gap after the other tokens' ids; "
+            f"correct it, or add the missing tokens before it"
         )
 
 
-def _stated_ids(folder, config):
-    """Added tokens with their ids, as the files of a folder state them."""
+def _read_token_ids(folder, config):
+    """Returns added tokens and their ids from the files of a folder."""
     added = _read_dict(folder / "tokenizer.json").get("added_tokens") or []
     found = {token["content"]: token["id"] for token in added}
     decoder = config.get("added_tokens_decoder") or {}
@@ -140,16 +141,16 @@ def _stated_ids(folder, config):
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, source: pathlib.Path, to: pathlib.Path) -> None:
-    """Writes a tokenizer that was read from the folder ``source``, so that it is read back alike."""
+    """Saves a tokenizer that was read from the folder ``source``, so that loading it gives the same tokenizer."""
     tokenizer.save_pretrained(to)
-    if (source / SENTENCEPIECE).is_file():  # which LLaVA's own code reads, and transformers no longer writes
+    if (source / SENTENCEPIECE).is_file():  # LLaVA's code reads it, but transformers no longer writes it
         shutil.copyfile(source / SENTENCEPIECE, to / SENTENCEPIECE)
 
 
-def prefixes_once(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether text that follows a special token goes on without SentencePiece's space.
+def prefixes_only_start(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether text after a special token gets no SentencePiece space, only text at the start.
 
-    So it does in the slow tokenizer, which LLaVA uses, where ``tokenizer_config.json`` says ``legacy: false``.
+    This is how the slow tokenizer, which LLaVA uses, behaves with ``legacy: false`` in ``tokenizer_config.json``.
     """
     return tokenizer.init_kwargs.get("legacy") is False
 
@@ -159,60 +160,60 @@ def _read_dict(file: pathlib.Path) -> Mapping[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def positions(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Text positions that a model is said to take: what its tokenizer names, else LLaVA-1.5's and Vicuna's."""
+def max_positions(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Returns the maximum sequence length: the tokenizer's, or by default that of LLaVA-1.5 and Vicuna."""
     return tokenizer.model_max_length if tokenizer.model_max_length < 2**24 else 4096
 
 
-def unsayable(tokenizer: PreTrainedTokenizerFast, vocab: int) -> tuple[int, ...]:
-    """Ids of a vocabulary of that size which no text has trained: ``<image>``, and those beyond the tokenizer's."""
+def untrained_tokens(tokenizer: PreTrainedTokenizerFast, vocab: int) -> tuple[int, ...]:
+    """Returns the ids below ``vocab`` that no text contains: ``<image>`` and those beyond the tokenizer's."""
     mark = tokenizer.get_vocab().get(IMAGE_MARK, vocab)
     return tuple(sorted({*range(len(tokenizer), vocab), *range(mark, min(mark + 1, vocab))}))
 
 
 def train_miniature_tokenizer(edition: int = 1) -> PreTrainedTokenizerFast:
-    """Makes the miniatures' tokenizer: byte-level BPE of :data:`MINIATURE_VOCAB` tokens on text of training scenes.
+    """Trains the miniatures' tokenizer: byte-level BPE with :data:`MINIATURE_VOCAB` tokens on text of training scenes.
 
-    A model is to read words that it never saw, so printed words are spelt. Of the first edition they are left out of
-    that text, and so come in letters or nearly so; of the second each letter and digit is a token of its own. The
-    result is the same each time.
+    Models must read words that they never saw, so printed words are spelled out. In the first edition, the words are
+    left out of the training text and so split into letters, or nearly; in the second, each letter and digit is a
+    separate token. The result is deterministic.
     """
     tokenizer = Tokenizer(models.BPE())
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alone = pre_tokenizers.Split(Regex("USER|ASSISTANT|[A-Z0-9]"), behavior="isolated")
-    tokenizer.pre_tokenizer = level if edition == 1 else pre_tokenizers.Sequence([alone, level])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    isolate = pre_tokenizers.Split(Regex("USER|ASSISTANT|[A-Z0-9]"), behavior="isolated")
+    tokenizer.pre_tokenizer = byte_level if edition == 1 else pre_tokenizers.Sequence([isolate, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=MINIATURE_VOCAB if edition == 1 else MINIATURE_VOCAB - 8,  # with room for tokens to be added
+        vocab_size=MINIATURE_VOCAB if edition == 1 else MINIATURE_VOCAB - 8,  # leaves ids for added tokens
         special_tokens=["<unk>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts() if edition == 1 else _second_texts(), trainer)
+    tokenizer.train_from_iterator(_make_texts() if edition == 1 else _make_second_texts(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     )
 
 
-def _second_texts():
+def _make_second_texts():
     from stf_jax.data.conversation import SYSTEM
 
     for index in range(4000):
         scene = world_text.make_scene(0, index)
-        yield f"{SYSTEM} USER: \n{world_text.DESCRIBE} ASSISTANT: {world_text.caption(scene)}\n"
-        for question in world_text.questions(scene, np.random.default_rng(index)):
+        yield f"{SYSTEM} USER: \n{world_text.DESCRIBE} ASSISTANT: {world_text.make_caption(scene)}\n"
+        for question in world_text.make_questions(scene, np.random.default_rng(index)):
             yield f"USER: {question.text}\n{SHORT_ANSWER} ASSISTANT: {question.answer}"
 
 
-def _texts():
+def _make_texts():
     from stf_jax.data.conversation import SYSTEM
 
     for index in range(2000):
         scene = make_scene(0, index)
         yield f"{SYSTEM} USER: \nDescribe the picture. ASSISTANT: "
-        yield caption(scene).replace(scene.word, "") if scene.word else caption(scene)
-        for question in questions(scene, np.random.default_rng(index)):
+        yield make_caption(scene).replace(scene.word, "") if scene.word else make_caption(scene)
+        for question in make_questions(scene, np.random.default_rng(index)):
             if question.kind != "reading":
                 yield f"USER: {question.text}\n{SHORT_ANSWER} ASSISTANT: {question.answer}"
             else:

@@ -1,7 +1,7 @@
-"""What can be said of the embedded world's second edition: captions, and questions with answers.
+"""Captions, questions and cues for the second edition of the embedded data.
 
-Questions are balanced, so that who sees nothing earns little: where an answer is yes or no, each is as likely; a
-number, colour, shape or place is drawn evenly from what the question may have as its answer, where the scene allows.
+Questions are balanced, so that guessing without the image scores low: yes and no are equally likely, and a number,
+color, shape or position is drawn evenly from the possible answers, as the scene allows.
 """
 
 import collections
@@ -10,23 +10,26 @@ from collections.abc import Callable
 import numpy as np
 
 from stf_jax.data.scenes import COLORS, SHAPES, Question
-from stf_jax.data.world import HELD_OUT_PLACES, MOST_THINGS, PAIRS, ZONE, Scene, draw, generator, make_scene
+from stf_jax.data.world import HELD_OUT_PLACES, MAX_THINGS, PAIRS, ZONE, Scene, draw, make_rng, make_scene
 
-__all__ = ["DESCRIBE", "KINDS", "MOST_THINGS", "caption", "draw", "generator", "make_scene", "questions", "zone"]
+__all__ = [
+    *("DESCRIBE", "KINDS", "MAX_THINGS"),
+    *("draw", "make_caption", "make_cues", "make_questions", "make_rng", "make_scene", "zone_name"),
+]
 
 KINDS = ("existence", "count", "attribute", "position", "relation", "reading", "chart", "form")
 DESCRIBE = "Describe the image."
 
 
-def zone(x: int, y: int) -> str:
-    """The ninth of the image that a point lies in: ``top left``, ``top``, …, ``center``, …"""
+def zone_name(x: int, y: int) -> str:
+    """Returns the name of the ninth of the image with a point: ``top left``, ``top``, …, ``center``, …"""
     row, column = ("top", "", "bottom")[y // ZONE], ("left", "", "right")[x // ZONE]
     return f"{row} {column}".strip() or "center"
 
 
-def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """All that a scene shows, in one line; its parts in reading order, or as ``rng`` shuffles them."""
-    parts = [f"a {t.size} {t.color} {t.shape} at the {zone(t.x, t.y)}" for t in scene.things]
+def make_caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
+    """Describes everything in a scene in one line, in reading order or shuffled by ``rng``."""
+    parts = [f"a {t.size} {t.color} {t.shape} at the {zone_name(t.x, t.y)}" for t in scene.things]
     parts += [f"the text {p.text} at the {p.row}" for p in scene.prints]
     if rng is not None:
         parts = [parts[i] for i in rng.permutation(len(parts))]
@@ -42,27 +45,27 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     return ", ".join(parts)
 
 
-def questions(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> list[Question]:
-    """One question of each kind that the scene allows, in random order."""
-    made = [make(scene, rng, held_out) for make in _MAKERS.values()]
-    made = [question for question in made if question is not None]
-    return [made[i] for i in rng.permutation(len(made))]
+def make_questions(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> list[Question]:
+    """Makes one question of each kind that the scene allows, in random order."""
+    questions = [make(scene, rng, held_out) for make in _MAKERS.values()]
+    questions = [question for question in questions if question is not None]
+    return [questions[i] for i in rng.permutation(len(questions))]
 
 
-def cues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Short cues with their answers, in random order: everything that the caption says, asked for in a few words.
+def make_cues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Makes short cues and their answers, in random order: all facts of the caption, asked for in a few words.
 
-    Cues with more than one answer are left out. Yes is the answer as often as no.
+    Cues with more than one answer are left out. Yes and no are equally frequent.
     """
-    pairs = [(f"{t.color} {t.shape}", zone(t.x, t.y)) for t in scene.things]
-    pairs += [(zone(t.x, t.y), f"{t.size} {t.color} {t.shape}") for t in scene.things]
+    pairs = [(f"{t.color} {t.shape}", zone_name(t.x, t.y)) for t in scene.things]
+    pairs += [(zone_name(t.x, t.y), f"{t.size} {t.color} {t.shape}") for t in scene.things]
     for t in scene.things:
         pairs += [(f"color {t.shape}", t.color), (f"shape {t.color}", t.shape), (f"size {t.color} {t.shape}", t.size)]
     pairs += [(f"text {p.row}", p.text) for p in scene.prints]
     if scene.chart is not None:
         for label, value in zip(scene.chart.labels, scene.chart.values, strict=True):
             pairs += [(label, str(value)), (str(value), label)]
-        pairs += [(which, label) for which, label in _extremes(scene.chart).items()]
+        pairs += [(which, label) for which, label in _find_extremes(scene.chart).items()]
     if scene.form is not None and scene.form.is_table:
         lines = enumerate(scene.form.cells, start=1)
         pairs += [(f"row {i} {c}", cell) for i, line in lines for c, cell in zip(scene.form.labels, line, strict=True)]
@@ -74,20 +77,20 @@ def cues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
         answers[cue].add(answer)
     pairs = [pair for pair in dict.fromkeys(pairs) if len(answers[pair[0]]) == 1]
     if scene.things:
-        seen = {t.color for t in scene.things} | {t.shape for t in scene.things}
-        unseen = [word for word in (*COLORS, *SHAPES) if word not in seen]
-        some = min(3, len(seen), len(unseen))
-        for words, answer in ((sorted(seen), "yes"), (unseen, "no")):
-            pairs += [(f"any {words[i]}", answer) for i in rng.permutation(len(words))[:some]]
+        present = {t.color for t in scene.things} | {t.shape for t in scene.things}
+        absent = [word for word in (*COLORS, *SHAPES) if word not in present]
+        count = min(3, len(present), len(absent))
+        for words, answer in ((sorted(present), "yes"), (absent, "no")):
+            pairs += [(f"any {words[i]}", answer) for i in rng.permutation(len(words))[:count]]
         pairs.append(("how many shapes", str(len(scene.things))))
-        for counts in _counts(scene):
-            for number, same in _by_count(counts).items():
-                pairs.append((f"how many {_pick(rng, same)}", str(number)))
-    relations = _relations(scene)
+        for counts in _count_colors_and_shapes(scene):
+            for number, options in _group_by_count(counts).items():
+                pairs.append((f"how many {_pick(rng, options)}", str(number)))
+    relations = _find_relations(scene)
     for i in rng.permutation(len(relations))[:3]:
-        a, b, relation = relations[i]
-        for said, answer in ((relation, "yes"), (_OPPOSITE[relation], "no")):
-            pairs.append((f"{a.color} {a.shape} {said} {b.color} {b.shape}", answer))
+        a, b, true_relation = relations[i]
+        for relation, answer in ((true_relation, "yes"), (_OPPOSITE[true_relation], "no")):
+            pairs.append((f"{a.color} {a.shape} {relation} {b.color} {b.shape}", answer))
     return [pairs[i] for i in rng.permutation(len(pairs))]
 
 
@@ -96,48 +99,48 @@ def _pick(rng, options):
 
 
 def _existence(scene, rng, held_out):
-    """Of a colour, of a shape, or of both together, which is the hard one."""
+    """Asks for a color, a shape, or a pair of both, which is the hardest."""
     del held_out
     if not scene.things:
         return None
-    asked = rng.integers(3)
-    if asked == 2:
+    choice = rng.integers(3)
+    if choice == 2:
         present, known = {thing.pair for thing in scene.things}, PAIRS
     else:
-        key = ("color", "shape")[asked]
-        present, known = {getattr(thing, key) for thing in scene.things}, (tuple(COLORS), SHAPES)[asked]
+        key = ("color", "shape")[choice]
+        present, known = {getattr(thing, key) for thing in scene.things}, (tuple(COLORS), SHAPES)[choice]
     absent = [value for value in known if value not in present]
     answer = "yes" if rng.random() < 0.5 else "no"
     candidates = sorted(present) if answer == "yes" else absent
-    if answer == "no" and asked == 2:
-        # Half right is harder: another shape of a colour that is there, or another colour of a shape.
+    if answer == "no" and choice == 2:
+        # Harder: a pair with a color or a shape that is present.
         candidates = [(c, s) for c, s in absent if any(c == a or s == b for a, b in present)] or absent
     value = _pick(rng, candidates)
-    what = (f"{value} shape", value, " ".join(value))[asked]
-    return Question("existence", f"Is there {'an' if what.startswith('orange') else 'a'} {what}?", answer)
+    noun = (f"{value} shape", value, " ".join(value))[choice]
+    return Question("existence", f"Is there {'an' if noun.startswith('orange') else 'a'} {noun}?", answer)
 
 
 def _count(scene, rng, held_out):
     del held_out
     if not scene.things or (scene.prints and len(scene.things) == 1):
         return None
-    asked = rng.integers(3)
-    if asked == 0:
+    choice = rng.integers(3)
+    if choice == 0:
         return Question("count", "How many shapes are there?", str(len(scene.things)))
-    by_count = _by_count(_counts(scene)[asked - 1])
+    by_count = _group_by_count(_count_colors_and_shapes(scene)[choice - 1])
     number = _pick(rng, sorted(by_count))
     value = _pick(rng, by_count[number])
     noun = f"{value} shapes" if value in COLORS else {"cross": "crosses"}.get(value, f"{value}s")
     return Question("count", f"How many {noun} are there?", str(number))
 
 
-def _counts(scene):
-    """How often each color comes, and each shape, in two dictionaries."""
+def _count_colors_and_shapes(scene):
+    """Returns a dictionary of how often each color occurs, and one for each shape."""
     tables = ((tuple(COLORS), [t.color for t in scene.things]), (SHAPES, [t.shape for t in scene.things]))
-    return [{option: shown.count(option) for option in options} for options, shown in tables]
+    return [{option: values.count(option) for option in options} for options, values in tables]
 
 
-def _by_count(counts):
+def _group_by_count(counts):
     by_count = collections.defaultdict(list)
     for option, count in counts.items():
         by_count[count].append(option)
@@ -158,27 +161,27 @@ def _attribute(scene, rng, held_out):
     return _pick(rng, by_type[_pick(rng, sorted(by_type))]) if by_type else None
 
 
-def _unique(scene):
+def _get_unique(scene):
     return [t for t in scene.things if sum(o.pair == t.pair for o in scene.things) == 1]
 
 
 def _position(scene, rng, held_out):
     """In a held-out scene, asks about a shape in a zone where training never shows its color and shape."""
-    things = _unique(scene)
+    things = _get_unique(scene)
     if held_out:
         things = [t for t in things if HELD_OUT_PLACES[t.pair] == t.y // ZONE * 3 + t.x // ZONE]
     if not things:
         return None
     thing = _pick(rng, things)
-    return Question("position", f"Where is the {thing.color} {thing.shape}?", zone(thing.x, thing.y))
+    return Question("position", f"Where is the {thing.color} {thing.shape}?", zone_name(thing.x, thing.y))
 
 
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
-def _relations(scene):
-    """How any two shapes lie to each other, in different thirds of the image."""
-    things, relations = _unique(scene), []
+def _find_relations(scene):
+    """Returns the spatial relations of all pairs of shapes in different thirds of the image."""
+    things, relations = _get_unique(scene), []
     for a in things:
         for b in things:
             if a.x // ZONE != b.x // ZONE:
@@ -190,7 +193,7 @@ def _relations(scene):
 
 def _relation(scene, rng, held_out):
     del held_out
-    relations = _relations(scene)
+    relations = _find_relations(scene)
     if not relations:
         return None
     a, b, relation = _pick(rng, relations)
@@ -213,15 +216,15 @@ def _chart(scene, rng, held_out):
     if scene.chart is None:
         return None
     bars = list(zip(scene.chart.values, scene.chart.labels, strict=True))
-    asked = rng.integers(3)
-    if asked == 2:
+    choice = rng.integers(3)
+    if choice == 2:
         value, label = _pick(rng, bars)
         return Question("chart", f"What is the value of {label}?", str(value))
-    which, label = list(_extremes(scene.chart).items())[asked]
+    which, label = list(_find_extremes(scene.chart).items())[choice]
     return Question("chart", f"Which bar is {which}?", label)
 
 
-def _extremes(chart):
+def _find_extremes(chart):
     bars = list(zip(chart.values, chart.labels, strict=True))
     return {"highest": max(bars)[1], "lowest": min(bars)[1]}
 

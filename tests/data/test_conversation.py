@@ -12,7 +12,7 @@ import sentencepiece
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
-from specials import special_counts
+from special_tokens import count_special_tokens
 from tokenizers import Tokenizer, processors
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -31,7 +31,7 @@ from stf_jax.data.conversation import (
     template_items,
 )
 from stf_jax.data.packing import to_example
-from stf_jax.data.pipeline import Prepare
+from stf_jax.data.pipeline import Preprocessor
 from stf_jax.data.records import BadRow, Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer, save_tokenizer
 
@@ -79,7 +79,7 @@ def ids(tokenizer, text):
 def learned_texts(result, tokenizer, template="v1"):
     """What the model learns to say, one text for each end of an answer."""
     (stop, *_), said = stop_tokens(template, tokenizer), [[]]
-    for token in result.tokens[result.learned]:
+    for token in result.tokens[result.is_target]:
         if token == stop:
             said.append([])
         else:
@@ -141,15 +141,15 @@ def test_v1(name, tokenizer):
     result = encoded("v1", row, tokenizer)
     tokens, learned, is_image = straightforward_v1(turns, tokenizer, SLOTS)
     assert result.tokens.tolist() == tokens
-    assert result.learned.tolist() == learned
+    assert result.is_target.tolist() == learned
     assert result.is_image.tolist() == is_image
-    assert (result.tokens.dtype, result.learned.dtype, result.is_image.dtype) == (np.int32, bool, bool)
+    assert (result.tokens.dtype, result.is_target.dtype, result.is_image.dtype) == (np.int32, bool, bool)
     # What that means.
     answers = [turn.text for turn in turns if turn.speaker == "gpt"]
     assert [text.strip() for text in learned_texts(result, tokenizer)] == answers
     assert result.tokens.tolist().count(tokenizer.bos_token_id) == 1
     assert result.is_image.sum() == SLOTS * len(row.images)
-    assert not (result.is_image & result.learned).any()
+    assert not (result.is_image & result.is_target).any()
 
 
 def llava_v1(turns, model, bare=None):
@@ -194,7 +194,7 @@ def test_v1_is_what_llava_trains_on(name, sentencepiece_model, llama):
     tokens, labels = llava_v1(CONVERSATIONS[name].turns, model)
     ours = encoded("v1", CONVERSATIONS[name], llama, slots=1)
     assert np.where(ours.is_image, -200, ours.tokens).tolist() == tokens
-    assert np.where(ours.learned, ours.tokens, -100).tolist() == labels
+    assert np.where(ours.is_target, ours.tokens, -100).tolist() == labels
 
 
 @pytest.fixture(scope="session")
@@ -234,14 +234,14 @@ def test_v1_of_a_tokenizer_that_is_not_legacy(source, sentencepiece_model, vicun
         tokens, labels = llava_v1(row.turns, model, bare)
         ours = encoded("v1", row, tokenizer, slots=1)
         assert np.where(ours.is_image, -200, ours.tokens).tolist() == tokens, name
-        assert np.where(ours.learned, ours.tokens, -100).tolist() == labels, name
+        assert np.where(ours.is_target, ours.tokens, -100).tolist() == labels, name
         assert count_tokens([template_items("v1", row)], tokenizer, 1) == [len(tokens)], name
         assert (tokenizer.convert_tokens_to_ids("USER") in tokens) == (len(row.turns) > 2), name
 
 
 def test_the_space_before_later_rounds_is_part_of_the_runs_tokenizer(llama, vicuna):
     """A run goes on with the tokens that it began with."""
-    prints = {Prepare.fingerprint(SimpleNamespace(_tokenizer=tokenizer)) for tokenizer in (llama, vicuna)}
+    prints = {Preprocessor.fingerprint(SimpleNamespace(_tokenizer=tokenizer)) for tokenizer in (llama, vicuna)}
     assert len(prints) == 2
 
 
@@ -300,7 +300,7 @@ def test_v1_reads_as_vicuna_was_trained(miniature):
         "detailed, and polite answers to the user's questions. USER: </s>\nWhat is this? ASSISTANT: Cat</s>"
         "USER: What color? ASSISTANT: Black and white</s>"
     )
-    assert miniature.decode(result.tokens[result.learned]) == " Cat</s> Black and white</s>"
+    assert miniature.decode(result.tokens[result.is_target]) == " Cat</s> Black and white</s>"
 
 
 def test_a_conversation_that_ends_with_a_question_is_a_prompt(tokenizer):
@@ -308,7 +308,7 @@ def test_a_conversation_that_ends_with_a_question_is_a_prompt(tokenizer):
     prompt = encoded("v1", record("<image>\nWhat?", "A cat.", "Sure?", images=1), tokenizer)
     answer = len(ids(tokenizer, "USER: Sure? ASSISTANT: Yes")) - len(ids(tokenizer, "USER: Sure? ASSISTANT:"))
     assert prompt.tokens.tolist() == whole.tokens[: -answer - 1].tolist()
-    assert prompt.learned.tolist() == whole.learned[: -answer - 1].tolist()
+    assert prompt.is_target.tolist() == whole.is_target[: -answer - 1].tolist()
     assert tokenizer.decode(prompt.tokens).endswith("USER: Sure? ASSISTANT:")
 
 
@@ -316,8 +316,8 @@ def test_an_instruction_without_its_caption_is_a_prompt(tokenizer):
     whole = encoded("plain", record("Describe.\n<image>", "A cat.", images=1), tokenizer)
     prompt = encoded("plain", record("Describe.\n<image>", images=1), tokenizer)
     assert prompt.tokens.tolist() == whole.tokens[: len(prompt.tokens)].tolist()
-    assert not prompt.learned.any()
-    assert whole.learned[len(prompt.tokens) :].all()
+    assert not prompt.is_target.any()
+    assert whole.is_target[len(prompt.tokens) :].all()
 
 
 @pytest.mark.parametrize(("processor", "first"), [(None, []), ("<s> $A </s>", [1]), ("$A </s>", [])])
@@ -337,7 +337,7 @@ def test_a_token_belongs_to_the_span_of_its_last_character(miniature):
     for spans, learned in (((" th", False), ("e", True)), True), (((" th", True), ("e", False)), False):
         result = encode([Text(*span) for span in spans], miniature, SLOTS)
         assert result.tokens.tolist() == [1, the]
-        assert result.learned.tolist() == [False, learned]
+        assert result.is_target.tolist() == [False, learned]
 
 
 # ---- Other templates -------------------------------------------------------------------------------------------------
@@ -435,8 +435,8 @@ def test_a_system_text_is_not_learned_and_an_empty_one_is_none(chat):
     template, tokenizer = chat
     row = record("<image>\nWhat?", "A cat.", "Sure?", "Yes", images=1)
     plainly, pirate = encoded(template, row, tokenizer), encoded(template, told(row), tokenizer)
-    assert pirate.tokens[pirate.learned].tolist() == plainly.tokens[plainly.learned].tolist()
-    assert PIRATE in tokenizer.decode(pirate.tokens[~pirate.learned])
+    assert pirate.tokens[pirate.is_target].tolist() == plainly.tokens[plainly.is_target].tolist()
+    assert PIRATE in tokenizer.decode(pirate.tokens[~pirate.is_target])
     assert encoded(template, told(row, " \n"), tokenizer).tokens.tolist() == plainly.tokens.tolist()
     assert count_tokens([template_items(template, told(row))], tokenizer, SLOTS) == [len(pirate.tokens)]
 
@@ -478,7 +478,7 @@ def test_how_each_template_reads(chat):
     expected = expected.replace("USER: And", "USER: *\nAnd")
     said = tokenizer.decode(tokens).removeprefix(tokenizer.decode(tokenizer("").input_ids))
     assert said.replace(" ", "") == expected.replace(" ", "")  # SentencePiece begins each piece with a space
-    assert not result.learned[result.is_image].any()
+    assert not result.is_target[result.is_image].any()
 
 
 def test_a_template_needs_its_control_tokens(miniature, llama, llama_3, smollm2):
@@ -510,9 +510,9 @@ def test_plain(instruction, caption, tokenizer):
     said = ids(tokenizer, caption.strip() + "\n")
     end = tokenizer.eos_token_id
     assert result.tokens.tolist() == [tokenizer.bos_token_id] + [end] * SLOTS + said
-    assert result.learned.tolist() == [False] * (1 + SLOTS) + [True] * len(said)
+    assert result.is_target.tolist() == [False] * (1 + SLOTS) + [True] * len(said)
     assert result.is_image.tolist() == [False] + [True] * SLOTS + [False] * len(said)
-    assert tokenizer.decode(result.tokens[result.learned]) == caption.strip() + "\n"
+    assert tokenizer.decode(result.tokens[result.is_target]) == caption.strip() + "\n"
 
 
 def test_plain_with_several_images(tokenizer):
@@ -524,8 +524,8 @@ def test_plain_without_a_image_is_a_document(tokenizer):
     result = encoded("plain", record("Once upon a time", " there was a cat."), tokenizer)
     said = ids(tokenizer, "Once upon a time there was a cat.")
     assert result.tokens.tolist() == [tokenizer.bos_token_id, *said]
-    assert tokenizer.decode(result.tokens[~result.learned], skip_special_tokens=True) == "Once upon a time"
-    assert tokenizer.decode(result.tokens[result.learned]).strip() == "there was a cat."
+    assert tokenizer.decode(result.tokens[~result.is_target], skip_special_tokens=True) == "Once upon a time"
+    assert tokenizer.decode(result.tokens[result.is_target]).strip() == "there was a cat."
     assert not result.is_image.any()
 
 
@@ -537,7 +537,7 @@ def test_a_document_is_read_as_it_stands_with_its_images_whatever_the_template(t
     rest = ids(tokenizer, " It\nred: yes\nblue: no\n")
     assert result.tokens.tolist() == [tokenizer.bos_token_id, *first, *[end] * SLOTS, *rest]
     assert result.is_image.tolist() == [False] * (1 + len(first)) + [True] * SLOTS + [False] * len(rest)
-    assert "".join(tokenizer.decode(result.tokens[result.learned]).split()) == "yesno"
+    assert "".join(tokenizer.decode(result.tokens[result.is_target]).split()) == "yesno"
 
 
 # ---- What does not fit -----------------------------------------------------------------------------------------------
@@ -552,8 +552,8 @@ def test_a_document_is_read_as_it_stands_with_its_images_whatever_the_template(t
         ("v1", Record("row-7", (), (Turn("gpt", "a"), Turn("gpt", "b"))), r"turn 2 is by 'gpt'"),
         ("v1", Record("row-7", (), 2 * (Turn("system", "a"),)), r"turn 2 is by 'system'"),
         ("v1", Record("row-7", (), (Turn("system", "<image>"), Turn("human", "b"))), r"turn 1 is a system text that"),
-        ("plain", Record("row-7", (), (Turn("system", "a"), Turn("gpt", "b"))), r"'plain' has no place for a system"),
-        ("v1", record("What?", "A <image>.", images=1), r"turn 2 is an answer that holds <image>"),
+        ("plain", Record("row-7", (), (Turn("system", "a"), Turn("gpt", "b"))), r"'plain' does not support a system"),
+        ("v1", record("What?", "A <image>.", images=1), r"turn 2 is an answer that contains <image>"),
         ("v1", record("<image> What?", "A cat."), r"has 0 images but 1 <image> marks"),
         ("v1", record("What?", "A cat.", images=1), r"has 1 images but 0 <image> marks"),
         ("v1", record("<image> What?", "A cat.", images=2), r"has 2 images but 1 <image> marks"),
@@ -627,15 +627,15 @@ def test_exactly_the_answers_and_their_ends_are_learned(chat, rounds):
     count = sum(images for *_, images in rounds)
     items = template_items(template, record(*texts, images=count))
     result = encode(items, tokenizer, SLOTS)
-    assert len(result.tokens) == len(result.learned) == len(result.is_image)
+    assert len(result.tokens) == len(result.is_target) == len(result.is_image)
     said = [text.removeprefix(" ") for text in learned_texts(result, tokenizer, template)]
     assert said == [sayable(answer, tokenizer) for _, answer, _ in rounds]
-    found, expected = special_counts(result, items, tokenizer)
+    found, expected = count_special_tokens(result, items, tokenizer)
     assert found == expected
     assert result.is_image.sum() == SLOTS * count
-    assert not (result.is_image & result.learned).any()
+    assert not (result.is_image & result.is_target).any()
     # All text is there, and in order.
-    rest = tokenizer.decode(result.tokens[~result.learned & ~result.is_image])
+    rest = tokenizer.decode(result.tokens[~result.is_target & ~result.is_image])
     for question, *_ in rounds:
         question = sayable(question, tokenizer)
         assert question in rest
@@ -646,9 +646,9 @@ def test_exactly_the_answers_and_their_ends_are_learned(chat, rounds):
 @PLENTY
 def test_exactly_the_caption_is_learned(tokenizer, caption):
     result = encoded("plain", record("<image>\nDescribe.", caption, images=1), tokenizer)
-    assert tokenizer.decode(result.tokens[result.learned]).removeprefix(" ") == caption.strip() + "\n"
-    assert not result.learned[: 1 + SLOTS].any()
-    assert result.learned[1 + SLOTS :].all()
+    assert tokenizer.decode(result.tokens[result.is_target]).removeprefix(" ") == caption.strip() + "\n"
+    assert not result.is_target[: 1 + SLOTS].any()
+    assert result.is_target[1 + SLOTS :].all()
 
 
 @given(texts=st.lists(NAMES, min_size=2, max_size=2), length=st.integers(1, 120))
@@ -656,17 +656,17 @@ def test_exactly_the_caption_is_learned(tokenizer, caption):
 def test_any_text_is_encoded_and_cut_at_its_end(tokenizer, texts, length):
     """What is cut off changes nothing before it."""
     result = encoded("v1", record(*texts), tokenizer)
-    assert len(result.tokens) == len(result.learned) == len(result.is_image)
-    assert result.learned[-1]
-    if not result.learned[:length].any():
-        with pytest.raises(BadRow, match="begins to answer beyond") as e:
+    assert len(result.tokens) == len(result.is_target) == len(result.is_image)
+    assert result.is_target[-1]
+    if not result.is_target[:length].any():
+        with pytest.raises(BadRow, match="has no answer within") as e:
             to_example(result, np.zeros((0, 2, 2, 3), np.uint8), length, "row-7")
         assert e.value.reason == "over_length"
         return
     row = to_example(result, np.zeros((0, 2, 2, 3), np.uint8), length, "row-7")
     assert row.tokens.tolist() == result.tokens[:length].tolist()
     assert row.targets.tolist() == [*result.tokens[1:length].tolist(), 0]
-    assert row.loss_mask.tolist() == [*result.learned[1:length].tolist(), False]
+    assert row.loss_mask.tolist() == [*result.is_target[1:length].tolist(), False]
 
 
 ITEMS = st.one_of(st.builds(Text, NAMES, st.booleans()), st.sampled_from([*Mark, Control("</s>"), Control("<s>")]))
@@ -692,9 +692,9 @@ def test_tokens_of_each_template_are_counted(chat, slots):
 def test_encode_takes_any_items(tokenizer, spans):
     items = [span if isinstance(span, Mark) else Text(*span) for span in spans]
     result = encode(items, tokenizer, SLOTS)
-    assert len(result.tokens) == len(result.learned) == len(result.is_image)
+    assert len(result.tokens) == len(result.is_target) == len(result.is_image)
     assert result.is_image.sum() == SLOTS * items.count(Mark.IMAGE)
-    if not any(item.learned for item in items if isinstance(item, Text)):
-        assert result.learned.sum() == items.count(Mark.END) + items.count(Mark.NEWLINE)
-    if all(item.learned for item in items if isinstance(item, Text)):
-        assert (~result.learned).sum() == 1 + result.is_image.sum()
+    if not any(item.is_target for item in items if isinstance(item, Text)):
+        assert result.is_target.sum() == items.count(Mark.END) + items.count(Mark.NEWLINE)
+    if all(item.is_target for item in items if isinstance(item, Text)):
+        assert (~result.is_target).sum() == 1 + result.is_image.sum()

@@ -154,10 +154,10 @@ def test_the_square_of_a_long_image_is_never_in_memory(size, monkeypatch):
     """A file of 670x133000 pixels would make one of 66 GiB."""
     make, long_image, canvases = PIL.Image.new, noise("RGB", size), []
     expected = theirs(LlavaImageProcessorPil, long_image, SMALL)
-    monkeypatch.setattr(image, "MOST_PIXELS", 200_000)
+    monkeypatch.setattr(image, "MAX_PIXELS", 200_000)
     monkeypatch.setattr(PIL.Image, "new", lambda mode, size, *how: canvases.append(size) or make(mode, size, *how))
     square = to_square(long_image, SMALL, "pad")
-    assert max(width * height for width, height in canvases) < image.MOST_PIXELS
+    assert max(width * height for width, height in canvases) < image.MAX_PIXELS
     np.testing.assert_allclose(square, expected, atol=1)
 
 
@@ -319,9 +319,9 @@ def test_what_is_absurdly_large_is_refused_unopened():
 def test_the_most_bytes_of_a_file(folder, monkeypatch):
     content = saved(noise("RGB", (40, 30)), "PNG")
     (folder / "a.png").write_bytes(content)
-    monkeypatch.setattr(image, "MOST_BYTES", len(content))
+    monkeypatch.setattr(image, "MAX_FILE_BYTES", len(content))
     assert read_image(folder, "a.png") == content
-    monkeypatch.setattr(image, "MOST_BYTES", len(content) - 1)
+    monkeypatch.setattr(image, "MAX_FILE_BYTES", len(content) - 1)
     with pytest.raises(BadRow, match=f"over {len(content) - 1:,} bytes") as e:
         read_image(folder, "a.png")
     assert (e.value.reason, e.value.image) == ("too_large", "a.png")
@@ -338,7 +338,7 @@ def test_the_most_bytes_of_a_file(folder, monkeypatch):
         ("gs://a/b", "url", "is a URL"),
         ("file:///etc/hostname", "url", "is a URL"),
         (" DATA:image/png;base64,iVBO", "url", "is a data: URI"),
-        ("a\0.png", "missing", "no file has NUL in its name"),
+        ("a\0.png", "missing", "its name contains NUL"),
     ],
 )
 def test_a_path_that_is_not_one_within_the_folder_is_refused(folder, name, reason, clause):

@@ -12,16 +12,16 @@ import numpy as np
 import PIL.Image
 import pytest
 from etils import epath
-from tiny import preparation, tiny
+from tiny import make_preprocessor, tiny
 
 from stf_jax.config import UserError
 from stf_jax.data.image import read_image
 from stf_jax.data.llava import LlavaRecords, read_rows
-from stf_jax.data.pipeline import Batches, training_records
+from stf_jax.data.pipeline import Batches, load_training_records
 from stf_jax.data.records import REASONS, BadRow, Record, Turn
 from stf_jax.data.rows import read_row
 from stf_jax.main import main
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -133,17 +133,17 @@ NOT_ROWS = [
     ({"id": "a"}, "no_turns", "has no list of turns under conversations or messages; its keys: id"),
     ({"id": "a", "conversations": None}, "no_turns", "has no list of turns"),
     ({"id": "a", "conversation": talk("Hi")}, "no_turns", "its keys: id, conversation"),
-    ({"conversations": ["hello"]}, "no_turn", "turn 1 is a text, no object"),
-    ({"conversations": [{"from": "human"}]}, "no_turn", "turn 1 has no text under 'value', or 'content'"),
-    ({"conversations": [{"value": "Hello"}]}, "no_turn", "turn 1 does not say whose it is"),
-    ({"conversations": [{"from": "human", "value": None}]}, "no_turn", "turn 1 has no text"),
-    ({"conversations": [{"from": "human", "value": 3}]}, "no_turn", "turn 1 has a number for a text"),
+    ({"conversations": ["hello"]}, "no_turn", "turn 1 is a string, not an object"),
+    ({"conversations": [{"from": "human"}]}, "no_turn", "turn 1 has no string under 'value' or 'content'"),
+    ({"conversations": [{"value": "Hello"}]}, "no_turn", "turn 1 has no speaker under 'from' or 'role'"),
+    ({"conversations": [{"from": "human", "value": None}]}, "no_turn", "turn 1 has no string"),
+    ({"conversations": [{"from": "human", "value": 3}]}, "no_turn", "turn 1 has a number instead of a string"),
     (
         {"conversations": [*talk("Hi"), {"from": "tool", "value": "a"}]},
         "speaker",
-        "turn 3 is by 'tool'; known are human",
+        "turn 3 is by 'tool'; known speakers: human",
     ),
-    ({"conversations": [*talk("Hi"), system()]}, "roles", "turn 3 is by 'system', which only the first may be"),
+    ({"conversations": [*talk("Hi"), system()]}, "roles", "turn 3 is by 'system', but only the first turn may be"),
     ({"image": 3, "conversations": talk()}, "image_value", "has an image that is a number, neither a path nor a list"),
     ({"image": {"path": "a.png"}, "conversations": talk()}, "image_value", "has an image that is an object"),
     ({"image": [3], "conversations": talk()}, "image_value", "a list of images in which one is a number"),
@@ -153,10 +153,10 @@ NOT_ROWS = [
     ({"system": ["a"], "conversations": talk("Hi")}, "unread", "has a system text that is a list"),
     ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "no_turn", "a part of type 'video'"),
     ({"conversations": [{"from": "human", "value": "a", "content": "b"}]}, "unread", "both value and content"),
-    (["a", "b"], "no_object", "is a list, no object"),
-    ("a", "no_object", "is a text, no object"),
-    (None, "no_object", "is null, no object"),
-    (3, "no_object", "is a number, no object"),
+    (["a", "b"], "no_object", "is a list, not an object"),
+    ("a", "no_object", "is a string, not an object"),
+    (None, "no_object", "is null, not an object"),
+    (3, "no_object", "is a number, not an object"),
 ]
 
 
@@ -192,7 +192,7 @@ def test_a_row_without_an_answer_is_named(folder, talk, reason):
 def test_a_key_that_holds_nothing_says_nothing(folder, key, nothing):
     """As pandas and parquet write what a row does not have."""
     record = llava(folder, [{"id": "a", key: nothing, "conversations": talk("Hello")}])[0]
-    assert (record.images, record.unread) == ((), ())
+    assert (record.images, record.ignored_keys) == ((), ())
     assert [turn.speaker for turn in record.turns] == ["human", "gpt"]
 
 
@@ -226,7 +226,7 @@ def test_a_row_with_content_under_a_key_that_is_not_read_is_not_trained_on(folde
 @pytest.mark.parametrize(
     ("extra", "clause"),
     [
-        ({"weight": 0}, "turn 2 has weight=0, but every answer is learned"),
+        ({"weight": 0}, "turn 2 has weight=0, but every answer is trained on"),
         ({"train": False}, "turn 2 has train=False"),
         ({"images": ["one.png"]}, "turn 2 has 'images', which is not read"),
         ({"tool_calls": [{"name": "search"}]}, "turn 2 has 'tool_calls'"),
@@ -263,9 +263,9 @@ def test_other_keys_of_public_mixtures_are_passed_over_and_told(folder):
     rows += [{"id": "b", "model": "", "conversations": talk("Hello")}]
     rows += [{"id": "c", "conversations": [talk()[1], *talk("Hello")]}]
     records = llava(folder, rows)
-    assert records[0].unread == tuple(facts)
-    assert records[1].unread == ()
-    assert records[2].unread == ("a first turn by gpt",)
+    assert records[0].ignored_keys == tuple(facts)
+    assert records[1].ignored_keys == ()
+    assert records[2].ignored_keys == ("a first turn by gpt",)
 
 
 def test_rows_in_the_words_of_others_are_the_same_rows(folder):
@@ -332,26 +332,32 @@ def test_an_absolute_path_within_the_folder_is_used(folder, linked):
     ("content", "sentence"),
     [
         ("[{", r"^Row 0 of FILE is not JSON: Expecting property name enclosed in double quotes\.$"),
-        ("", r"^FILE should hold a JSON array of at least one row, or a row a line\.$"),
+        ("", r"^FILE should be a JSON array with at least one row, or have one row per line\.$"),
         ('{"id": 1}\n\n{"id": 2', r"^Line 3 of FILE is not JSON: Expecting ',' delimiter\. .* may be cut short\.$"),
         ('{"id": 1}\n{"id": 2,\n{"id": 3}', r"^Line 2 of FILE is not JSON: Expecting property name .* quotes\.$"),
-        ('{"id": 1} {"id": 2}', r"^FILE should hold a JSON array of rows, or a row a line, but line 1 of FILE is not"),
-        ('\n{\n"id": 1}', r"^FILE should hold a JSON array of rows, or a row a line, but line 2 of FILE is not JSON"),
+        (
+            '{"id": 1} {"id": 2}',
+            r"^FILE should be a JSON array of rows, or have one row per line, but line 1 of FILE is not",
+        ),
+        (
+            '\n{\n"id": 1}',
+            r"^FILE should be a JSON array of rows, or have one row per line, but line 2 of FILE is not JSON",
+        ),
         ('{"a": 1}\n{"a": ' + "[" * 101 + "]" * 101 + "}", r"^Line 2 of FILE cannot be read: it nests over 100"),
         ('[{"id": 1}, {"id": 2]', r"^Row 1 of FILE is not JSON: Expecting ',' delimiter\.$"),
         ('[{"id": 1} {"id": 2}]', r"^Row 0 of FILE is not JSON: Expecting ',' delimiter\.$"),
         ('[{"id": 1}, {"id": "2', r"^Row 1 of FILE is not JSON: Unterminated string"),
         ('[{"id": 1}, ]', r"^Row 1 of FILE is not JSON: Expecting value\.$"),
-        ('[{"id": 1}]\n[', r"^FILE is not JSON: its array ends after row 0, the file does not\.$"),
-        ('{"rows": []}\n\n', r"^FILE should hold a JSON array of rows, or a row a line, but is one object\.$"),
-        (" [ ]\n", r"^FILE should hold a JSON array of at least one row, or a row a line\.$"),
-        ("3", r"^FILE should hold a JSON array of at least one row, or a row a line\.$"),
+        ('[{"id": 1}]\n[', r"^FILE is not JSON: there is more text after its array, which ends with row 0\.$"),
+        ('{"rows": []}\n\n', r"^FILE should be a JSON array of rows, or have one row per line, but is one object\.$"),
+        (" [ ]\n", r"^FILE should be a JSON array with at least one row, or have one row per line\.$"),
+        ("3", r"^FILE should be a JSON array with at least one row, or have one row per line\.$"),
         ('["a", ' + "[" * 1_000_000 + "]" * 1_000_000 + "]", r"^Row 1 of FILE cannot be read: it nests over 100"),
         ('["a", ' + "[" * 101 + "]" * 101 + "]", r"^Row 1 of FILE cannot be read: it nests over 100 levels deep"),
         ('["a", ' + '{"a": ' * 900 + "1" + "}" * 900 + "]", r"^Row 1 of FILE cannot be read: it nests over 100"),
         (
             '["a", ' + "1" * 5000 + "]",
-            r"^Row 1 of FILE cannot be read: .* or has a number of thousands of digits; take",
+            r"^Row 1 of FILE cannot be read: .* or has a number with thousands of digits; remove",
         ),
     ],
     ids=lambda value: value[:30],
@@ -391,7 +397,7 @@ def test_a_row_that_is_deep_but_not_absurd_is_read(folder):
 def test_a_row_that_does_not_end_is_given_up(folder, monkeypatch):
     """The rest of a large file is not read into memory for want of a quotation mark."""
     monkeypatch.setattr("stf_jax.data.llava._CHUNK", 16)
-    monkeypatch.setattr("stf_jax.data.llava._LONGEST", 1000)
+    monkeypatch.setattr("stf_jax.data.llava._MAX_ROW", 1000)
     with pytest.raises(UserError, match=r"^Row 1 of .*rows\.json is not JSON: Unterminated string"):
         llava(folder, '["a", "' + "b" * 2000 + '"]')
     assert len(llava(folder, '["a", "' + "b" * 400 + '"]')) == 2
@@ -438,11 +444,11 @@ def test_a_pipe_in_the_folder_is_not_waited_for(folder):
     reader.start()
     reader.join(timeout=10)
     assert [reason for reason, _ in found] == ["missing", "missing"]
-    assert found[0][1].endswith("pipe.png cannot be opened: it is no regular file.")
+    assert found[0][1].endswith("pipe.png cannot be opened: it is not a regular file.")
 
 
 def test_annotations_that_are_no_text_are_named(folder):
-    with pytest.raises(UserError, match=r"one\.png should hold a JSON array of at least one row"):
+    with pytest.raises(UserError, match=r"one\.png should be a JSON array with at least one row"):
         LlavaRecords(str(folder / "images" / "one.png"), str(folder / "images"))
     with pytest.raises(UserError, match=r"deep cannot be read: Is a directory\.$"):
         LlavaRecords(str(folder / "images" / "deep"), str(folder / "images"))
@@ -457,7 +463,7 @@ def test_missing_files_are_named_with_their_keys(folder, missing, path):
         LlavaRecords(**paths)
     config = tiny(**{"data.source": "llava"} | {f"data.{name}": value for name, value in paths.items()})
     with pytest.raises(UserError, match=rf"--config\.data\.{missing}=PATH"):
-        training_records(config)
+        load_training_records(config)
 
 
 # ---- Training without the bad rows -----------------------------------------------------------------------------------
@@ -527,7 +533,7 @@ def changes(folder, annotations="rows.json", images="images", **more):
 
 def pipeline(folder, host=0, hosts=1, **more):
     config = tiny(**changes(folder, **more))
-    return Batches(config, training_records(config), preparation(config), host=host, hosts=hosts)
+    return Batches(config, load_training_records(config), make_preprocessor(config), host=host, hosts=hosts)
 
 
 def conversations(batch):
@@ -549,7 +555,7 @@ def test_every_epoch_has_all_good_rows_once_and_counts_the_bad(faulty, mode, hos
     folder, bad = faulty
     shares = [pipeline(folder, host, hosts, **MODES[mode]) for host in range(hosts)]
     records = LlavaRecords(str(folder / "rows.json"), str(folder / "images"))
-    prepare = preparation(tiny(**changes(folder, **MODES[mode])))
+    prepare = make_preprocessor(tiny(**changes(folder, **MODES[mode])))
     good = []
     for index in range(len(records)):
         try:
@@ -578,7 +584,9 @@ def test_the_first_bad_rows_are_named_and_the_others_counted(faulty, caplog):
     assert batches.replaced == 3 * bad
     first, *named = caplog.messages
     unseen = bad - 6  # those whose image cannot be opened are found when they come up
-    assert first.startswith(f"{unseen} of the {GOOD + bad} rows of {folder}/rows.json cannot be used, images unseen: ")
+    assert first.startswith(
+        f"{unseen} of the {GOOD + bad} rows of {folder}/rows.json cannot be used (images not checked yet): "
+    )
     assert "an answer without text (1)" in first
     assert len(named) == 10
     assert all("counted in rows_replaced" in message for message in named)
@@ -602,7 +610,7 @@ def test_a_run_leaves_bad_rows_out_and_says_how_many(faulty, tmp_path, capsys):
     workdir = tmp_path / "run"
     arguments = {"steps": 0, "epochs": 1.0, "log_every_steps": 2} | changes(folder)
     options = [f"--config.{key}={value}" for key, value in arguments.items()]
-    assert door(main, [f"--config={ROOT}/tests/tiny.py", f"--workdir={workdir}", *options]) == 0
+    assert run_command(main, [f"--config={ROOT}/tests/tiny.py", f"--workdir={workdir}", *options]) == 0
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = -(-(GOOD + bad) // 4)
     assert lines[-1]["step"] == steps
@@ -616,7 +624,7 @@ def test_a_run_leaves_bad_rows_out_and_says_how_many(faulty, tmp_path, capsys):
         consumed.append(batches.replaced)
     assert counts == [consumed[line["step"] - 1] for line in lines]
     assert all(np.isfinite(line["loss"]) for line in lines)
-    assert f"{bad} rows could not be used" in capsys.readouterr().out
+    assert f"{bad} unusable rows" in capsys.readouterr().out
 
 
 def test_data_without_any_image_end_in_one_sentence(faulty, tmp_path, capsys):
@@ -625,10 +633,10 @@ def test_data_without_any_image_end_in_one_sentence(faulty, tmp_path, capsys):
     (folder / "rows.json").write_text(json.dumps(rows))
     (folder / "none").mkdir()
     options = [f"--config.{key}={value}" for key, value in changes(folder, images="none").items()]
-    assert door(main, [f"--config={ROOT}/tests/tiny.py", f"--workdir={tmp_path / 'run'}", *options]) == 2
+    assert run_command(main, [f"--config={ROOT}/tests/tiny.py", f"--workdir={tmp_path / 'run'}", *options]) == 2
     spoken = capsys.readouterr().err.strip().splitlines()
     (sentence,) = [line for line in spoken if line.startswith("error: ")]
-    assert f"No row of {folder}/rows.json can be used" in sentence
+    assert f"sampled rows of {folder}/rows.json can be used" in sentence
     assert f"Image {folder}/none/good-0.png cannot be opened: No such file or directory" in sentence
     assert "Traceback" not in "".join(spoken)
     assert not (tmp_path / "run").exists()
@@ -651,7 +659,7 @@ def two(folder):
 @pytest.mark.parametrize(("images", "colour"), [("images,others", (0, 0, 255)), ("images", (255, 0, 0))])
 def test_two_data_sets_stand_one_after_the_other(two, images, colour):
     """With a folder each, or one for both."""
-    records = training_records(tiny(**changes(two, "rows.json,others.json", images)))
+    records = load_training_records(tiny(**changes(two, "rows.json,others.json", images)))
     assert records.sizes == [5, 3]
     assert [records[i].id for i in (0, 1, 2, 3, 5, 6, 7)] == ["a", "b", "c", "4", "z0", "z1", "z2"]
     assert records[0].images[0]().getpixel((0, 0)) == (255, 0, 0)
@@ -678,7 +686,10 @@ def test_each_data_set_is_looked_at(two, wrong):
     folders = ["images", "others"]
     folders[wrong] = "empty"
     name = ("rows.json", "others.json")[wrong]
-    with pytest.raises(UserError, match=rf"^No row of \S*/{name} can be used.* Image \S*/empty/one\.png cannot be"):
+    with pytest.raises(
+        UserError,
+        match=rf"^None of the \d+ sampled rows of \S*/{name} can be used.* Image \S*/empty/one\.png cannot be",
+    ):
         pipeline(two, **changes(two, "rows.json,others.json", ",".join(folders)))
     batches = pipeline(two, **changes(two, "rows.json,others.json", "images,others"))
     assert batches.plan.steps(1) == 2  # six conversations, four a batch
@@ -692,24 +703,29 @@ def test_a_row_with_more_images_than_a_row_has_places_is_left_out(folder, caplog
     assert len(found) == 4
     assert batches.replaced == 1
     assert caplog.messages[0].endswith(
-        "rows.json cannot be used, images unseen: more images than data.images_per_row (1)."
+        "rows.json cannot be used (images not checked yet): more images than data.images_per_row (1)."
     )
-    assert caplog.messages[1].startswith("Record 'b' has more images, 2, than data.images_per_row=1; raise it.")
+    assert caplog.messages[1].startswith("Record 'b' has 2 images, more than data.images_per_row=1; raise it.")
 
 
 def test_data_of_which_every_row_has_too_many_images_end_in_one_sentence(folder):
     (folder / "rows.json").write_text(json.dumps(ROWS[:2]))
-    with pytest.raises(UserError, match=r"^No row of \S*/rows\.json .*Record 'a' has more images, 1, than data\.im"):
+    with pytest.raises(
+        UserError,
+        match=r"^None of the \d+ sampled rows of \S*/rows\.json .*Record 'a' has 1 images, more than data\.im",
+    ):
         pipeline(folder, **{"data.images_per_row": 0})
 
 
 def test_folders_that_do_not_match_the_annotations_are_refused(two):
-    with pytest.raises(UserError, match=r"data\.images names 2 folders for 1 annotation files; name one, or one each"):
-        training_records(tiny(**changes(two, "rows.json", "images,others")))
-    with pytest.raises(UserError, match=r"data\.images names 2 folders for 3 annotation files"):
-        training_records(tiny(**changes(two, "rows.json,others.json,rows.json", "images,others")))
+    with pytest.raises(
+        UserError, match=r"data\.images has 2 folders for 1 annotation files; give one for all, or one for each"
+    ):
+        load_training_records(tiny(**changes(two, "rows.json", "images,others")))
+    with pytest.raises(UserError, match=r"data\.images has 2 folders for 3 annotation files"):
+        load_training_records(tiny(**changes(two, "rows.json,others.json,rows.json", "images,others")))
     with pytest.raises(UserError, match=r"annotations .* missing: '.*absent\.json' does not exist"):
-        training_records(tiny(**changes(two, "rows.json,absent.json")))
+        load_training_records(tiny(**changes(two, "rows.json,absent.json")))
 
 
 def test_llava_records_become_batches(folder):

@@ -14,7 +14,7 @@ from tiny import tiny
 
 from stf_jax.data.conversation import Encoded
 from stf_jax.data.packing import Batch, best_fit, to_batch, to_example, to_row
-from stf_jax.data.pipeline import Batches, Records
+from stf_jax.data.pipeline import Batches, ConcatenatedRecords
 from stf_jax.data.records import BadRow
 
 T, M, N, SIDE = 24, 3, 3, 2
@@ -99,7 +99,7 @@ def check_row(row: Batch, known: list[Conversation]) -> list[int]:
         found.append(number)
         assert tokens.tolist() == it.encoded.tokens.tolist()
         assert row.targets[places].tolist() == [*it.encoded.tokens[1:].tolist(), 0]
-        assert row.loss_mask[places].tolist() == [*it.encoded.learned[1:].tolist(), False]
+        assert row.loss_mask[places].tolist() == [*it.encoded.is_target[1:].tolist(), False]
         assert row.positions[places].tolist() == list(range(len(places)))
         for place, is_image in zip(places, it.encoded.is_image, strict=True):
             assert row.image_slots[place] == (slots if is_image else -1)
@@ -183,7 +183,7 @@ def test_a_conversation_is_the_same_in_any_row_that_holds_it():
 
 
 class Known:
-    """Conversations that are known already, in the place of Prepare; a record is a conversation's number."""
+    """Conversations that are known already, in the place of Preprocessor; a record is a conversation's number."""
 
     vision, cells = types.SimpleNamespace(image_size=SIDE), 0
 
@@ -193,7 +193,7 @@ class Known:
     def fingerprint(self):
         return "none"
 
-    def measure(self, source, *, shown, between):
+    def measure(self, source, *, log, on_chunk):
         lengths = [len(self.known[source[i]].encoded.tokens) for i in range(len(source))]
         return np.array(lengths), np.array([len(self.known[source[i]].images) for i in range(len(source))])
 
@@ -206,7 +206,7 @@ def test_the_pipeline_packs_so(packing):
     """Through the pipeline itself, epoch after epoch: every row keeps its promises, and none is favoured."""
     known = [conversation(number, [2 + number % 5, None, 1 + number % 3]) for number in range(12)]
     changes = {"data.packing": packing, "data.max_length": T, "data.images_per_row": M, "global_batch_size": 4}
-    batches = Batches(tiny(**changes), Records([range(12)]), Known(known), host=0, hosts=1)
+    batches = Batches(tiny(**changes), ConcatenatedRecords([range(12)]), Known(known), host=0, hosts=1)
     steps = batches.plan.steps(1)
     assert steps == (2 if packing else 3)
     for _ in range(5):
@@ -278,20 +278,20 @@ def test_rows_of_realistic_lengths_are_over_95_percent_full(median, spread, leas
 def test_a_long_conversation_loses_its_end(length, limit):
     it = conversation(1, [length])
     kept = min(length, limit)
-    if length > limit and not it.encoded.learned[1:kept].any():
-        with pytest.raises(BadRow, match=rf"Record 'row-1' begins to answer beyond data\.max_length={limit}") as caught:
+    if length > limit and not it.encoded.is_target[1:kept].any():
+        with pytest.raises(BadRow, match=rf"Record 'row-1' has no answer within data\.max_length={limit}") as caught:
             it.example(limit)
         assert caught.value.reason == "over_length"
         return
     example = it.example(limit)
     assert example.tokens.tolist() == it.encoded.tokens[:kept].tolist()
     assert example.targets.tolist() == [*it.encoded.tokens[1:kept].tolist(), 0]
-    assert example.loss_mask.tolist() == [*it.encoded.learned[1:kept].tolist(), False]
+    assert example.loss_mask.tolist() == [*it.encoded.is_target[1:kept].tolist(), False]
 
 
 def test_no_image_is_cut():
     it = conversation(4, [5, None, 6])
-    assert it.encoded.learned[1:5].any()
+    assert it.encoded.is_target[1:5].any()
     assert len(it.example(5 + N).tokens) == 5 + N  # just after it
     for limit in (1, 5, 5 + N - 1):
         with pytest.raises(BadRow, match=rf"Record 'row-4' has images beyond data\.max_length={limit} tokens") as it_is:

@@ -13,13 +13,13 @@ import types
 
 import numpy as np
 import pytest
-from tiny import preparation, tiny
+from tiny import make_preprocessor, tiny
 
 from stf_jax.config import UserError
 from stf_jax.data import pipeline
 from stf_jax.data.conversation import Encoded
 from stf_jax.data.packing import Batch, to_example
-from stf_jax.data.pipeline import Batches, Prepare, Records, training_records
+from stf_jax.data.pipeline import Batches, ConcatenatedRecords, Preprocessor, load_training_records
 from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.presets import VISION
@@ -41,14 +41,14 @@ def same(ours: Batch, theirs: Batch) -> bool:
 
 
 class Numbers:
-    """In the place of Prepare: record n is a conversation of some tokens, all of them n + 1."""
+    """In the place of Preprocessor: record n is a conversation of some tokens, all of them n + 1."""
 
     vision, cells = types.SimpleNamespace(image_size=1), 0
 
     def fingerprint(self):
         return "digits"
 
-    def measure(self, source, *, shown, between):
+    def measure(self, source, *, log, on_chunk):
         return np.array([2 + source[i] * 7 % 5 for i in range(len(source))]), np.zeros(len(source), int)
 
     def __call__(self, number):
@@ -60,7 +60,7 @@ class Numbers:
 def numbers(count, host=0, hosts=1, **changes):
     """Batches of the numbers below ``count``."""
     config = tiny(**{"global_batch_size": 4, "data.max_length": 12, "data.images_per_row": 0} | changes)
-    return Batches(config, Records([range(count)]), Numbers(), host=host, hosts=hosts)
+    return Batches(config, ConcatenatedRecords([range(count)]), Numbers(), host=host, hosts=hosts)
 
 
 def read(batches):
@@ -155,9 +155,9 @@ def test_a_state_of_another_order_is_refused(packing, count, changes):
     stopped = numbers(27, **{"data.packing": packing})
     take(stopped, 3)
     other = numbers(count, **{"data.packing": packing} | changes)
-    with pytest.raises(UserError, match=r"made with other data, or another order of them .*config\.json"):
+    with pytest.raises(UserError, match=r"made with different data, or a different order .*config\.json"):
         other.set_state(stopped.get_state())
-    with pytest.raises(UserError, match="made with other data"):
+    with pytest.raises(UserError, match="made with different data"):
         numbers(27, **{"data.packing": not packing}).set_state(stopped.get_state())
 
 
@@ -186,42 +186,49 @@ def test_a_state_of_another_tokenizer_is_refused():
     assert state["tokenizer"] == "digits"
     other = numbers(27)
     other.set_state(state)
-    with pytest.raises(UserError, match=r"made with another tokenizer than data\.tokenizer is now"):
+    with pytest.raises(UserError, match=r"made with a different tokenizer than data\.tokenizer"):
         other.set_state(state | {"tokenizer": "letters"})
 
 
 def test_tokenizers_are_told_apart_by_what_they_do(tmp_path):
-    one, same = (preparation(tiny()) for _ in range(2))
+    one, same = (make_preprocessor(tiny()) for _ in range(2))
     assert one.fingerprint() == same.fingerprint()
     folder = tmp_path / "other"
     tokenizer = load_tokenizer("miniature")
     tokenizer.add_tokens(["zebra"])
     tokenizer.save_pretrained(folder)
-    assert preparation(tiny(**{"data.tokenizer": str(folder)})).fingerprint() != one.fingerprint()
+    assert make_preprocessor(tiny(**{"data.tokenizer": str(folder)})).fingerprint() != one.fingerprint()
 
 
 def test_who_waits_for_the_measuring_hears_of_it(monkeypatch):
     """So that a long one is not taken for one that hangs."""
     monkeypatch.setattr(pipeline, "_CHUNK", 100)
     config, heard = tiny(), []
-    Batches(config, training_records(config), preparation(config), host=0, hosts=1, between=lambda: heard.append(1))
+    Batches(
+        config,
+        load_training_records(config),
+        make_preprocessor(config),
+        host=0,
+        hosts=1,
+        on_chunk=lambda: heard.append(1),
+    )
     assert len(heard) == 3  # of 256 records
 
 
 @PACKING
 def test_the_records_of_a_batch_are_those_that_it_was_made_of(packing):
     config = tiny(**{"data.packing": packing, "data.images_per_row": 3, "data.max_length": 384, "global_batch_size": 4})
-    source, prepare = training_records(config), preparation(config)
+    source, prepare = load_training_records(config), make_preprocessor(config)
     stream = Batches(config, source, prepare, host=0, hosts=1)
     by_id = {source[index].id: source[index] for index in range(len(source))}
     for number, batch in enumerate(take(stream, 3), start=1):
-        ids = stream.records(number)
+        ids = stream.record_ids(number)
         assert len(ids) == 4
         for row, names in enumerate(ids):
             tokens = np.concatenate([prepare(by_id[name]).tokens for name in names])
             np.testing.assert_array_equal(batch.tokens[row][batch.segment_ids[row] > 0], tokens)
     # Of another host's stream they are the same.
-    assert Batches(config, source, prepare, host=1, hosts=2).records(2) == stream.records(2)
+    assert Batches(config, source, prepare, host=1, hosts=2).record_ids(2) == stream.record_ids(2)
 
 
 WORKER = """
@@ -269,11 +276,11 @@ HOST = """
 import importlib.util, sys
 import jax
 jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 spec = importlib.util.spec_from_file_location("pipeline_test", sys.argv[1])
 test = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(test)
-sys.exit(door(lambda argv: test.numbers(int(argv[0]), host=jax.process_index(), hosts=2), sys.argv[4:]))
+sys.exit(run_command(lambda argv: test.numbers(int(argv[0]), host=jax.process_index(), hosts=2), sys.argv[4:]))
 """
 
 
@@ -291,7 +298,7 @@ def test_hosts_that_plan_differently_end_at_once():
         said = [process.communicate(timeout=60)[1] for process in hosts]
     assert [process.returncode for process in hosts] == [2, 2], said
     for host, text in enumerate(said):
-        assert f"error: Host {host} has other data or another order of them than host {1 - host}: give all" in text
+        assert f"error: Host {host} has different data, or a different order, than host {1 - host}: give all" in text
 
 
 # ---- Real batches ----------------------------------------------------------------------------------------------------
@@ -300,8 +307,8 @@ def test_hosts_that_plan_differently_end_at_once():
 def scenes_pipeline(packing=False, host=0, hosts=1, **changes):
     settings = {"data.packing": packing, "data.images_per_row": 2 if packing else 1, "data.scenes.size": 20}
     config = tiny(**settings | {"data.max_length": 420} | changes)
-    prepare = Prepare(config.data, load_tokenizer("miniature"), VISION["clip-tiny"], SLOTS)
-    return Batches(config, training_records(config), prepare, host=host, hosts=hosts)
+    prepare = Preprocessor(config.data, load_tokenizer("miniature"), VISION["clip-tiny"], SLOTS)
+    return Batches(config, load_training_records(config), prepare, host=host, hosts=hosts)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -358,19 +365,21 @@ def test_text_alone_needs_no_image_places(packing):
 
 
 def test_data_of_which_nothing_fits_ends_the_run_with_the_first_records_name():
-    with pytest.raises(UserError, match=r"No row .* can be used.*Record 'scene-0-0' has images beyond .*max_length=9"):
+    with pytest.raises(
+        UserError, match=r"sampled rows .* can be used.*Record 'scene-0-0' has images beyond .*max_length=9"
+    ):
         scenes_pipeline(**{"data.max_length": SLOTS})
 
 
 def test_scenes_are_the_configs():
     config = tiny(**{"data.scenes.size": 7, "data.scenes.task": "captions", "seed": 3})
-    records = training_records(config)
+    records = load_training_records(config)
     assert len(records) == 7
     assert records[5].turns == SceneRecords("captions", 7, 3)[5].turns
 
 
 def test_data_sets_stand_one_after_the_other():
-    records = Records(["ab", "", "cde"])
+    records = ConcatenatedRecords(["ab", "", "cde"])
     assert records.sizes == [2, 0, 3]
     assert [records[i] for i in range(len(records))] == list("abcde")
     with pytest.raises(IndexError):

@@ -25,10 +25,10 @@ from stf_jax.config import UserError
 from stf_jax.data.conversation import encode, template_items
 from stf_jax.data.image import open_image
 from stf_jax.data.llava import LlavaRecords, PreparedRecords, read_rows
-from stf_jax.data.preparing import Options, _shrunk, prepare
+from stf_jax.data.preparing import Options, _shrink, prepare
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.prepare import main
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 
 ROWS, SHARD = 40, 16
 
@@ -83,7 +83,7 @@ def test_the_summary_names_reasons_files_and_ids(data, prepared):
     for reason in data[1]:
         assert reason in text
     assert re.search(r"row \d+, bad-missing: Image .*vg/VG_100K_2/0\.jpg cannot be opened: ", text)
-    assert "tokens a conversation, counted by miniature: min" in text
+    assert "tokens per conversation, counted by miniature: min" in text
     with PIL.Image.open(prepared[0] / "histograms.png") as image:
         assert image.size == (1100, 396)
         assert len(np.unique(np.asarray(image.convert("L")))) > 10
@@ -136,13 +136,13 @@ def test_the_command_repeated_says_the_same_and_changes_nothing(data, tmp_path, 
     folder, out = data[0], tmp_path / "out"
     command = [f"--annotations={folder}/llava_v1_5_mix665k.json", f"--images={folder}/images", f"--out={out}"]
     command += ["--limit=20", "--max-side=64", "--workers=1"]
-    assert door(main, command) == 0
+    assert run_command(main, command) == 0
     said = capsys.readouterr().out
     assert "20 rows read" in said
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert not (out / "unfinished").exists()
-    assert door(main, command) == 0
-    finished = f"{out} was finished before; nothing is checked again, unless the folder is removed.\n"
+    assert run_command(main, command) == 0
+    finished = f"{out} is already finished; to check the input again, remove the folder.\n"
     assert capsys.readouterr().out == finished + said
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     # What else the command asked for: images shrunk on the way in, their proportions kept.
@@ -155,8 +155,8 @@ def test_the_command_repeated_says_the_same_and_changes_nothing(data, tmp_path, 
             width, height = image().size
             assert max(width, height) == 64
             assert width / height == pytest.approx(np.divide(*shapes[ready[i].id]), rel=0.05)
-    assert door(main, [*command, "--max-length=9"]) == 2
-    assert "holds a data set made from other input" in capsys.readouterr().err
+    assert run_command(main, [*command, "--max-length=9"]) == 2
+    assert "has a data set made from other input" in capsys.readouterr().err
 
 
 _KILLED = """
@@ -181,7 +181,7 @@ def test_a_killed_run_goes_on_where_it_was(data, tmp_path):
     finally:
         process.wait()
     assert not (out / "dataset_info.json").exists()
-    with pytest.raises(UserError, match="holds no finished data set"):
+    with pytest.raises(UserError, match="has no finished data set"):
         PreparedRecords(str(out))
     done = {f"llava-train.array_record-{note.stem}-of-00024" for note in notes.glob("0*.json")}
     assert 3 <= len(done) < 24
@@ -205,7 +205,7 @@ def test_a_killed_run_goes_on_where_it_was(data, tmp_path):
 def test_strict_ends_at_a_bad_row_and_leaves_nothing_that_reads_as_finished(data, tmp_path, capsys):
     folder, out = data[0], tmp_path / "out"
     command = [f"--annotations={folder}/llava_v1_5_mix665k.json", f"--images={folder}/images", f"--out={out}"]
-    assert door(main, [*command, "--strict", "--workers=1"]) == 2
+    assert run_command(main, [*command, "--strict", "--workers=1"]) == 2
     assert capsys.readouterr().err.startswith("error: --strict: ")
     assert not list(out.glob("llava-train*"))
     assert not (out / "dataset_info.json").exists()
@@ -223,11 +223,11 @@ def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
     (tmp_path / "tfds" / "dataset_info.json").write_text("{}")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "report.json").write_text("{}")
-    with pytest.raises(UserError, match=r"file cannot be made: File exists\.$"):
+    with pytest.raises(UserError, match=r"file cannot be created: File exists\.$"):
         prepare(options(data[0], tmp_path / "file"))
     with pytest.raises(UserError, match="exists and is not empty"):
         prepare(options(data[0], tmp_path / "other"))
-    with pytest.raises(UserError, match="holds a data set made from other input"):
+    with pytest.raises(UserError, match="has a data set made from other input"):
         prepare(options(data[0], tmp_path / "tfds"))
 
 
@@ -258,13 +258,13 @@ def test_names_that_lead_elsewhere_and_absurd_images_are_refused(tmp_path):
     assert "1 rows with" not in report.summary()
     assert long["why"].endswith("has an estimated 3752 tokens; give --tokenizer to count them.")
     assert (long["id"], half["id"], half["image"]) == ("", "half \\ud83d", "\\ud83d.png")
-    assert "over_estimate: longer than a row of tokens, as estimated without --tokenizer" in report.summary()
+    assert "over_estimate: more tokens than fit in a row (estimated without --tokenizer)" in report.summary()
 
 
 def test_a_shrunk_image_is_never_too_thin_to_be_opened():
     """399 by 2 pixels would be 201 by 1, over 200 times as long as wide."""
     for size, expected in {(399, 2): (201, 2), (2, 399): (2, 201), (4000, 20): (201, 2), (402, 99): (201, 50)}.items():
-        assert open_image(_shrunk(PIL.Image.new("RGB", size), 201), "thin").size == expected
+        assert open_image(_shrink(PIL.Image.new("RGB", size), 201), "thin").size == expected
 
 
 # ---- What ends a run, and the next one -------------------------------------------------------------------------------
@@ -274,13 +274,13 @@ def test_where_no_row_is_kept_the_report_says_why_and_a_mended_command_begins_an
     folder, out = data[0], tmp_path / "out"
     (tmp_path / "none").mkdir()
     command = [f"--annotations={folder}/blip_laion_cc_sbu_558k.json", f"--out={out}", "--workers=1"]
-    assert door(main, [*command, f"--images={tmp_path}/none"]) == 2
-    sentence = f"error: No row can be used: the image file does not exist (8); report.json in {out} names each.\n"
+    assert run_command(main, [*command, f"--images={tmp_path}/none"]) == 2
+    sentence = f"error: No row can be used: the image file does not exist (8); report.json in {out} lists them all.\n"
     assert capsys.readouterr().err.endswith(sentence)
     assert len(json.loads((out / "report.json").read_text())["dropped"]) == 8
-    with pytest.raises(UserError, match=r"holds no finished .* --annotations=FILE\.json --images=DIR --out="):
+    with pytest.raises(UserError, match=r"has no finished .* --annotations=FILE\.json --images=DIR --out="):
         PreparedRecords(str(out))
-    assert door(main, [*command, f"--images={folder}/pretrain_images"]) == 0
+    assert run_command(main, [*command, f"--images={folder}/pretrain_images"]) == 0
     assert "8 kept" in capsys.readouterr().out
     assert len(PreparedRecords(str(out))) == 8
 
@@ -305,7 +305,7 @@ def test_workers_that_are_gone_when_they_are_given_work_are_said_to_be(data, tmp
         raise concurrent.futures.process.BrokenProcessPool
 
     monkeypatch.setattr(concurrent.futures.ProcessPoolExecutor, "submit", submit)
-    with pytest.raises(UserError, match=r"^A worker process was killed, perhaps for want of memory"):
+    with pytest.raises(UserError, match=r"^A worker process was killed, perhaps for lack of memory"):
         prepare(options(data[0], tmp_path / "out"))
 
 
@@ -319,9 +319,9 @@ def test_a_worker_that_cannot_begin_says_why(data, tmp_path, monkeypatch):
 _LARGE = """
 import sys
 from stf_jax.prepare import main
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 if __name__ == "__main__":
-    sys.exit(door(main, sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))
 """
 
 
@@ -366,7 +366,7 @@ def test_workers_end_with_their_parent(data, tmp_path, end):
         ({"tokenizer": "miniature", "template": "chatml"}, r"needs the token <\|im_start\|>"),
         ({"tokenizer": "miniature", "template": "phi"}, r"Unknown data\.template='phi'"),
         ({"out": "."}, r"\. exists and is not empty"),
-        ({"out": "something/below"}, r"The folder something/below cannot be made: Not a directory"),
+        ({"out": "something/below"}, r"The folder something/below cannot be created: Not a directory"),
     ],
 )
 def test_input_that_cannot_be_used_is_named(data, tmp_path, monkeypatch, changes, sentence):
@@ -379,7 +379,7 @@ def test_input_that_cannot_be_used_is_named(data, tmp_path, monkeypatch, changes
 
 @pytest.mark.parametrize("option", ["--workers=0", "--limit=-1", "--max-length=-5", "--image-tokens=0", "--limit=x"])
 def test_numbers_out_of_range_are_refused(option, capsys):
-    assert door(main, ["--annotations=a", "--images=b", "--out=c", option]) == 2
+    assert run_command(main, ["--annotations=a", "--images=b", "--out=c", option]) == 2
     assert option.split("=")[0] in capsys.readouterr().err
 
 

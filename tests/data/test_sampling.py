@@ -312,8 +312,8 @@ def test_without_a_mixture_each_set_is_taken_once():
     [
         ((1.0,), r"data\.mix has 1 numbers for 2 data sets"),
         ((1.0, 1.0, 1.0), r"data\.mix has 3 numbers for 2 data sets"),
-        ((1.0, -0.5), r"data\.mix=\(1\.0, -0\.5\) should hold numbers that are not negative"),
-        ((0.0, 0.0), r"data\.mix=\(0\.0, 0\.0\) should hold numbers .* one of them positive"),
+        ((1.0, -0.5), r"data\.mix=\(1\.0, -0\.5\) must be numbers of at least 0"),
+        ((0.0, 0.0), r"data\.mix=\(0\.0, 0\.0\) must be numbers of at least 0, with a positive sum"),
     ],
 )
 @pytest.mark.parametrize("mix_by", ["epoch", "weight"])

@@ -24,10 +24,10 @@ from stf_jax.data.scenes import (
     TRAINING_WORDS,
     Scene,
     Thing,
-    caption,
     draw,
+    make_caption,
+    make_questions,
     make_scene,
-    questions,
 )
 
 MANY = 3000
@@ -47,7 +47,7 @@ def world() -> dict[bool, list[Scene]]:
 def asked(world):
     """(scene, question) of both splits."""
     return {
-        held_out: [(s, q) for i, s in enumerate(some) for q in questions(s, np.random.default_rng(i), held_out)]
+        held_out: [(s, q) for i, s in enumerate(some) for q in make_questions(s, np.random.default_rng(i), held_out)]
         for held_out, some in world.items()
     }
 
@@ -101,7 +101,7 @@ def test_text_of_a_record_is_what_it_always_was():
         "How many stars are there?",
         "1",
     ]
-    assert caption(make_scene(0, 7)) == (
+    assert make_caption(make_scene(0, 7)) == (
         "a small orange circle at the top left, a large purple square at the top right, "
         "a small green square at the left, a small blue star at the center, the word BAS at the bottom"
     )
@@ -130,11 +130,11 @@ def test_seeds_indices_and_splits_differ():
 
 @pytest.mark.parametrize("most", [1, 2, 4, 6])
 def test_scenes_hold_up_to_so_many_things(most):
-    counts = [len(make_scene(0, index, most=most).things) for index in range(300)]
+    counts = [len(make_scene(0, index, max_things=most).things) for index in range(300)]
     assert set(counts) == set(range(1, most + 1))
-    records = SceneRecords("captions", 300, seed=0, most=most)
+    records = SceneRecords("captions", 300, seed=0, max_things=most)
     for index in range(20):
-        assert said(records[index].turns[1].text) == said(caption(make_scene(0, index, most=most)))
+        assert said(records[index].turns[1].text) == said(make_caption(make_scene(0, index, max_things=most)))
 
 
 # ---- Held out --------------------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_captions_name_everything_where_it_is(world, held_out):
     for scene in world[held_out]:
         expected = [(f"{t.size} {t.color} {t.shape}", t.x, t.y) for t in scene.things]
         expected += [(f"word {scene.word}", scene.word_x, scene.word_y)] if scene.word else []
-        parts = caption(scene).split(", ")
+        parts = make_caption(scene).split(", ")
         assert len(parts) == len(expected)
         for part, (what, x, y) in zip(parts, expected, strict=True):
             assert part in (f"a {what} at the {zone_of(x, y)}", f"the {what} at the {zone_of(x, y)}")
@@ -440,18 +440,18 @@ def test_captions_and_documents():
                 assert len(record.images) == 1
                 assert [turn.speaker for turn in record.turns] == ["human", "gpt"]
                 assert record.turns[0].text.count(IMAGE_MARK) == 1
-                assert said(record.turns[1].text) == said(caption(scene))
-                shuffled += record.turns[1].text != caption(scene)
+                assert said(record.turns[1].text) == said(make_caption(scene))
+                shuffled += record.turns[1].text != make_caption(scene)
             else:
                 assert record.images == ()
                 first, *asked = record.turns
-                assert (first.speaker, first.text) == ("human", caption(scene) + "\n")
+                assert (first.speaker, first.text) == ("human", make_caption(scene) + "\n")
                 assert [turn.speaker for turn in asked] == ["human", "gpt"] * (len(asked) // 2)
                 told = {}
                 for question, answer in zip(asked[::2], asked[1::2], strict=True):
                     question = re.fullmatch(r"USER: (.*) ASSISTANT:", question.text).group(1)
                     told[question] = re.fullmatch(r" (.*)\n", answer.text).group(1)
-                assert told.pop("Describe the picture.") == caption(scene)
+                assert told.pop("Describe the picture.") == make_caption(scene)
                 assert told == {question: true_answer(scene, question) for question in told}
                 assert told
     assert shuffled > 20

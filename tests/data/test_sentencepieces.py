@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import sentencepiece
-from made_texts import IDENTITY, made_texts, train_sentencepiece
+from hard_texts import IDENTITY, make_texts, train_sentencepiece
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer
 
@@ -33,7 +33,7 @@ def converted_by_transformers(source, to):
 
 def test_ids_are_sentencepieces_own(llama, sentencepiece_model):
     model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
-    texts = made_texts(10_000)
+    texts = make_texts(10_000)
     assert sum("  " in text for text in texts) > 5_000
     wrong = [text for text, ours, own in zip(texts, ids(llama, texts), model.encode(texts), strict=True) if ours != own]
     assert wrong == []
@@ -42,7 +42,7 @@ def test_ids_are_sentencepieces_own(llama, sentencepiece_model):
 
 
 def test_texts_come_back(llama):
-    texts = [text for text in made_texts(500, seed=1) if "\u2581" not in text]
+    texts = [text for text in make_texts(500, seed=1) if "\u2581" not in text]
     assert [llama.decode(one) for one in ids(llama, texts)] == texts
 
 
@@ -50,7 +50,7 @@ def test_an_imported_tokenizer_is_read_alike_by_all(llama, sentencepiece_model, 
     """By transformers' own class, by the tokenizers library, and by us."""
     assert _save_tokenizer(pathlib.Path(llama.name_or_path), tmp_path / "ours") == ""
     model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
-    texts = made_texts(200, seed=2)
+    texts = make_texts(200, seed=2)
     expected = model.encode(texts)
     assert (tmp_path / "ours" / "tokenizer.model").read_bytes() == sentencepiece_model.read_bytes()
     for tokenizer in (
@@ -77,7 +77,7 @@ def test_a_folder_that_transformers_converted_is_told_with_the_command_that_fixe
     assert has_wrong_merges(load_tokenizer(str(folder)), folder / "tokenizer.model")  # Llama's are known without it
     subprocess.run(command.replace("SOURCE", source), shell=True, check=True)
     caplog.clear()
-    texts = made_texts(100, seed=3)
+    texts = make_texts(100, seed=3)
     assert ids(load_tokenizer(str(folder)), texts) == ids(llama, texts)
     assert caplog.messages == []
 
@@ -105,7 +105,7 @@ def test_a_model_of_another_format_beside_tokenizer_json_is_left_alone(tmp_path,
 )
 def test_other_models_are_read_alike(tmp_path, options):
     model = train_sentencepiece(tmp_path, **options)
-    texts = [text.replace("\x00", "") for text in made_texts(500, seed=4)]
+    texts = [text.replace("\x00", "") for text in make_texts(500, seed=4)]
     assert ids(load_tokenizer(str(tmp_path)), texts) == model.encode(texts)
 
 

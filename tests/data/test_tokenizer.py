@@ -16,10 +16,16 @@ from stf_jax.data.scenes import (
     SHAPES,
     SHORT_ANSWER,
     TRAINING_WORDS,
-    caption,
+    make_caption,
     make_scene,
 )
-from stf_jax.data.tokenizer import MINIATURE, MINIATURE_VOCAB, load_tokenizer, train_miniature_tokenizer, unsayable
+from stf_jax.data.tokenizer import (
+    MINIATURE,
+    MINIATURE_VOCAB,
+    load_tokenizer,
+    train_miniature_tokenizer,
+    untrained_tokens,
+)
 from stf_jax.data.world import FORM_LABELS
 
 WORDS = TRAINING_WORDS + HELD_OUT_WORDS
@@ -87,7 +93,9 @@ def test_it_was_trained_on_text_like_that(miniature, edition):
     """The common words are tokens of their own."""
     for word in (*COLORS, *SHAPES, "small", "large", "left", "bottom"):
         assert len(ids(miniature, f" {word}")) == 1, word
-    sentence = caption(make_scene(3, 3)) if edition == 1 else "a small red star at the top, the text 42 at the bottom"
+    sentence = (
+        make_caption(make_scene(3, 3)) if edition == 1 else "a small red star at the top, the text 42 at the bottom"
+    )
     assert len(ids(miniature, sentence)) < len(sentence) / 3
 
 
@@ -115,14 +123,14 @@ def test_the_second_edition_spells_every_print_in_single_characters():
 def test_what_no_text_has_trained_may_not_be_said():
     """Rows beyond the tokenizer's 501 tokens, and <image>, wherever it is."""
     miniature = load_tokenizer("miniature")
-    assert unsayable(miniature, 501) == ()
-    assert unsayable(miniature, 504) == (501, 502, 503)
+    assert untrained_tokens(miniature, 501) == ()
+    assert untrained_tokens(miniature, 504) == (501, 502, 503)
     marked = load_tokenizer("miniature")
     marked.add_tokens(["<image>", "behind"])
-    assert unsayable(marked, 501) == ()
-    assert unsayable(marked, 502) == (501,)
-    assert unsayable(marked, 503) == (501,)
-    assert unsayable(marked, 505) == (501, 503, 504)
+    assert untrained_tokens(marked, 501) == ()
+    assert untrained_tokens(marked, 502) == (501,)
+    assert untrained_tokens(marked, 503) == (501,)
+    assert untrained_tokens(marked, 505) == (501, 503, 504)
 
 
 # ---- What cannot be used ---------------------------------------------------------------------------------------------
@@ -193,10 +201,10 @@ def test_special_tokens_as_people_write_them(tmp_path, name, values, expected):
         (
             "tokenizer_config.json",
             {"bos_token": "", "eos_token": "", "unk_token": ""},
-            r"an empty string is given as its bos_token, eos_token, unk_token; write their names into "
+            r"it has an empty string as its bos_token, eos_token, unk_token; set them in "
             r"tokenizer_config\.json \(the vocabulary's special tokens are <unk>, <s>, </s>\)",
         ),
-        ("tokenizer_config.json", {"eos_token": END | {"content": ""}}, "an empty string is given as its eos_token"),
+        ("tokenizer_config.json", {"eos_token": END | {"content": ""}}, "it has an empty string as its eos_token"),
         (
             "tokenizer_config.json",
             {"eos_token": "<end>"},
@@ -217,7 +225,7 @@ def test_special_tokens_that_cannot_be_used_are_named(tmp_path, name, values, se
 @pytest.mark.parametrize("value", [None, ...])
 def test_an_end_that_no_file_names_is_asked_for(tmp_path, value):
     folder = changed(tmp_path, "tokenizer_config.json", eos_token=value)
-    with pytest.raises(UserError, match=r"an end-of-sequence token; tokenizer_config\.json names it as eos_token\.$"):
+    with pytest.raises(UserError, match=r"an end-of-sequence token \(eos_token in tokenizer_config\.json\)\.$"):
         load_tokenizer(str(folder))
 
 

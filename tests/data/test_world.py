@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stf_jax.data import world
-from stf_jax.data.conversation import document, encode, template_items
+from stf_jax.data.conversation import document_items, encode, template_items
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.scenes import COLORS, HELD_OUT_WORDS, SHAPES, TRAINING_WORDS
@@ -22,11 +22,11 @@ from stf_jax.data.world import (
     SIDE,
     TRAINING_FONTS,
     draw,
-    is_new_number,
+    is_held_out_number,
+    list_numbers,
     make_scene,
-    numbers_in,
 )
-from stf_jax.data.world_text import KINDS, caption, cues, questions, zone
+from stf_jax.data.world_text import KINDS, make_caption, make_cues, make_questions, zone_name
 from stf_jax.studies.miniature import tokens
 
 MANY = 2400
@@ -55,7 +55,7 @@ def asked(scenes):
             (scene, question)
             for index, scene in enumerate(some)
             for turn in range(3)
-            for question in questions(scene, np.random.default_rng([index, turn]), held_out)
+            for question in make_questions(scene, np.random.default_rng([index, turn]), held_out)
         ]
         for held_out, some in scenes.items()
     }
@@ -100,11 +100,11 @@ def test_the_mixture_has_captions_as_the_plain_template_has_them():
     for index in plain[:20]:
         record = records[index]
         assert record.document
-        found = encode(document(record.turns), tokenizer, 4)
+        found = encode(document_items(record.turns), tokenizer, 4)
         shown = Record("", record.images, (Turn("human", IMAGE_MARK), Turn("gpt", record.turns[1].text.strip())))
         wanted = encode(template_items("plain", shown), tokenizer, 4)
         np.testing.assert_array_equal(found.tokens, wanted.tokens)
-        np.testing.assert_array_equal(found.learned, wanted.learned)
+        np.testing.assert_array_equal(found.is_target, wanted.is_target)
 
 
 @pytest.mark.parametrize(("task", "template", "stage"), [("captions", "plain", 0), ("conversations", "v1", 1)])
@@ -127,7 +127,7 @@ def _is_held_out(thing):
 def test_each_color_and_each_shape_is_held_out_at_several_places_and_never_everywhere():
     assert {*HELD_OUT_PLACES} == {(color, shape) for color in COLORS for shape in SHAPES}
     assert collections.Counter(HELD_OUT_PLACES.values()) == dict.fromkeys(range(9), 4)
-    assert [zone(32 * (i % 3) + 16, 32 * (i // 3) + 16) for i in range(9)] == PLACES
+    assert [zone_name(32 * (i % 3) + 16, 32 * (i // 3) + 16) for i in range(9)] == PLACES
 
 
 def _prints(scene):
@@ -145,7 +145,7 @@ def test_training_shows_and_names_nothing_held_out(scenes):
     for scene in scenes[False]:
         assert not any(_is_held_out(thing) for thing in scene.things)
         for text, font in _prints(scene):
-            assert text in TRAINING_WORDS or not is_new_number(text, font)
+            assert text in TRAINING_WORDS or not is_held_out_number(text, font)
         assert not _fonts(scene) & {*HELD_OUT_FONTS}
     for task in ("captions", "conversations", "documents", "cues"):
         said = "\n".join(texts(task, 800))
@@ -160,20 +160,20 @@ def test_held_out_images_show_what_is_held_out(scenes):
     for scene in scenes[True]:
         assert not scene.things or any(_is_held_out(thing) for thing in scene.things)
         for text, font in _prints(scene):
-            assert text in HELD_OUT_WORDS or is_new_number(text, font)
+            assert text in HELD_OUT_WORDS or is_held_out_number(text, font)
     fonts = [_fonts(scene) for scene in scenes[True] if _fonts(scene)]
     assert 0.4 < np.mean([bool(one & {*HELD_OUT_FONTS}) for one in fonts]) < 0.7
 
 
 def test_training_shows_every_color_shape_letter_and_digit():
     for font in TRAINING_FONTS:
-        shown, new = numbers_in(font, held_out=False), numbers_in(font, held_out=True)
+        shown, new = list_numbers(font, held_out=False), list_numbers(font, held_out=True)
         assert sorted(shown + new) == NUMBERS
         assert len(new) == 18
         for place in range(2):
             assert {number[place] for number in shown} == {number[place] for number in NUMBERS}
-    assert all(numbers_in(font, held_out=True) == NUMBERS for font in HELD_OUT_FONTS)
-    assert {*itertools.chain(*(numbers_in(font, held_out=False) for font in TRAINING_FONTS))} == {*NUMBERS}
+    assert all(list_numbers(font, held_out=True) == NUMBERS for font in HELD_OUT_FONTS)
+    assert {*itertools.chain(*(list_numbers(font, held_out=False) for font in TRAINING_FONTS))} == {*NUMBERS}
     for place in range(3):
         assert {word[place] for word in HELD_OUT_WORDS} <= {word[place] for word in TRAINING_WORDS}
 
@@ -183,7 +183,7 @@ def test_training_shows_every_color_shape_letter_and_digit():
 
 def _truth(scene, text):
     """The answer, from the caption's facts alone."""
-    facts = caption(scene)
+    facts = make_caption(scene)
     things = re.findall(r"an? (small|large) (\w+) (\w+) at the ([a-z ]+)", facts)
     if found := re.fullmatch(r"Is there an? (\w+) shape\?", text):
         return "yes" if any(found[1] == color for _, color, _, _ in things) else "no"
@@ -228,7 +228,7 @@ def _truth(scene, text):
 @pytest.mark.parametrize("held_out", [False, True])
 def test_answers_are_true(asked, held_out):
     for scene, question in asked[held_out]:
-        assert question.answer == _truth(scene, question.text), (question, caption(scene))
+        assert question.answer == _truth(scene, question.text), (question, make_caption(scene))
     assert {question.kind for _, question in asked[held_out]} == {*KINDS}
 
 
@@ -246,7 +246,7 @@ def _fits(scene, cue, answer):
     for pattern, question in _CUES_AS_QUESTIONS.items():
         if found := re.fullmatch(pattern, cue):
             return answer == _truth(scene, found.expand(question))
-    facts = caption(scene)
+    facts = make_caption(scene)
     things = re.findall(r"an? (small|large) (\w+) (\w+) at the ([a-z ]+)", facts)
     prints = re.findall(r"the text (\w+) at the (\w+)", facts)
     bars = re.findall(r"\b([A-Z]) (\d)\b", facts) if "a chart of" in facts else []
@@ -272,8 +272,8 @@ def _truth_of_table(facts, row, column):
 def test_cues_are_true_and_say_yes_as_often_as_no(scenes):
     answers, count = collections.Counter(), 0
     for index, scene in enumerate(scenes[False][:800]):
-        for cue, answer in cues(scene, np.random.default_rng(index)):
-            assert _fits(scene, cue, answer), (caption(scene), cue, answer)
+        for cue, answer in make_cues(scene, np.random.default_rng(index)):
+            assert _fits(scene, cue, answer), (make_caption(scene), cue, answer)
             answers[answer] += 1
             count += 1
     assert answers["yes"] == answers["no"] > 500
@@ -333,7 +333,7 @@ def test_shapes_are_where_the_scene_says_and_apart(scenes):
             assert radius <= min(thing.x, thing.y, SIDE - 1 - thing.x, SIDE - 1 - thing.y)
             around = pixels[thing.y - radius : thing.y + radius + 1, thing.x - radius : thing.x + radius + 1]
             assert _is(around, COLORS[thing.color]).mean() > 0.2
-        assert len({zone(thing.x, thing.y) for thing in scene.things}) == len(scene.things)
+        assert len({zone_name(thing.x, thing.y) for thing in scene.things}) == len(scene.things)
         rows = [item.row for item in scene.prints]
         assert len({*rows}) == len(rows)
         assert not {world.ROWS[thing.y // world.ZONE] for thing in scene.things} & {*rows}
@@ -380,7 +380,7 @@ def test_as_many_things_of_a_sort_as_are_asked_for(most):
     """Of bars and lines two at least, or there would be nothing to look up."""
     counts = collections.defaultdict(set)
     for index in range(600):
-        scene = make_scene(0, index, most=most)
+        scene = make_scene(0, index, max_things=most)
         counts["shapes"].add(len(scene.things))
         counts["prints"].add(len(scene.prints))
         if scene.chart is not None:

@@ -18,10 +18,10 @@ from stf_jax.data.world import (
     Chart,
     Print,
     Scene,
-    is_new_number,
+    is_held_out_number,
     text_width,
 )
-from stf_jax.data.world_labels import CELL, CELLS, CHARACTERS, COLOR_NAMES, KINDS_OF_SHAPE, label, make_drill
+from stf_jax.data.world_labels import CELL, CELLS, CHARACTERS, COLOR_NAMES, KINDS_OF_SHAPE, label_cells, make_drill
 from stf_jax.models.cells import CLASSES
 
 LIGHT = (230, 230, 230)
@@ -37,7 +37,7 @@ def test_classes_are_as_many_as_there_are_labels():
     assert tuple(len(some) + 1 for some in names) == CLASSES
     seen = np.zeros((3, max(CLASSES)), bool)
     for scene in scenes(200):
-        found = label(scene)
+        found = label_cells(scene)
         assert found.shape == (CELLS, CELLS, 3)
         assert found.dtype == np.uint8
         for sort in range(3):
@@ -54,7 +54,7 @@ def test_a_cell_has_the_color_that_it_is_drawn_in():
         spread = image.reshape(CELLS, CELL, CELLS, CELL, 3).std((1, 3)).max(-1)
         colors = np.array([scene.background, *COLORS.values()], np.float64)
         nearest = np.linalg.norm(mean[:, :, None] - colors, axis=-1).argmin(-1)
-        here = label(scene)
+        here = label_cells(scene)
         flat = (spread < 8) & (here[..., 2] == 0)  # of one colour, and without print
         flat &= np.linalg.norm(mean[:, :, None] - colors, axis=-1).min(-1) < 12
         assert np.array_equal(here[..., 0][flat], nearest[flat])
@@ -65,7 +65,7 @@ def test_a_cell_has_the_color_that_it_is_drawn_in():
 @pytest.mark.parametrize("height", [8, 13, 22])
 def test_characters_stand_in_the_order_that_they_are_read_in(height):
     text = "K7M" if height == 22 else "K7MB2"
-    found = label(Scene(LIGHT, prints=(Print(text, 48, 48, height, "DejaVuSansMono"),)))[..., 2]
+    found = label_cells(Scene(LIGHT, prints=(Print(text, 48, 48, height, "DejaVuSansMono"),)))[..., 2]
     rows = np.nonzero(found.any(1))[0]
     assert abs(CELL * (rows.mean() + 0.5) - 48) <= CELL
     line = found[rows[len(rows) // 2]]
@@ -77,7 +77,7 @@ def test_characters_stand_in_the_order_that_they_are_read_in(height):
 
 def test_shapes_are_labelled_by_size_and_kind_where_they_are():
     things = (Thing("small", "red", "star", 16, 16), Thing("large", "blue", "ring", 70, 60))
-    found = label(Scene(LIGHT, things))
+    found = label_cells(Scene(LIGHT, things))
     for thing in things:
         kind = 1 + KINDS_OF_SHAPE.index((thing.size, thing.shape))
         rows, columns = np.nonzero(found[..., 1] == kind)
@@ -89,7 +89,7 @@ def test_shapes_are_labelled_by_size_and_kind_where_they_are():
 
 def test_bars_are_higher_where_values_are():
     chart = Chart(("B", "D"), (2, 8), ("red", "green"), 8, "DejaVuSans")
-    found = label(Scene(LIGHT, chart=chart))
+    found = label_cells(Scene(LIGHT, chart=chart))
     low, high = (int((found[..., 0] == 1 + COLOR_NAMES.index(color)).sum()) for color in chart.colors)
     assert 3 < high / low < 5
     assert ((found[..., 1] == 1 + KINDS_OF_SHAPE.index("bar")) == (found[..., 0] > 0)).all()
@@ -105,7 +105,7 @@ def test_drills_show_nothing_held_out():
             assert item.font not in HELD_OUT_FONTS
             found = {item.text[i : i + size] for size in (2, 3) for i in range(len(item.text))}
             assert not found & {*HELD_OUT_WORDS}
-            assert not any(is_new_number(number, item.font) for number in found & {*NUMBERS})
+            assert not any(is_held_out_number(number, item.font) for number in found & {*NUMBERS})
             characters |= {*item.text}
             assert text_width(item.text, item.height, item.font) <= SIDE
             assert item.height / 2 <= item.y <= SIDE - item.height / 2

@@ -23,7 +23,7 @@ def main() -> None:
     """Runs until libFuzzer's options say that it is enough, or a target breaks."""
     name, *options, corpus = sys.argv[1:]
     # What a file may ask for is much for a fuzzer that wants to try many of them.
-    stf_jax.data.image.MOST_PIXELS = 2**20
+    stf_jax.data.image.MAX_PIXELS = 2**20
     folder = pathlib.Path(corpus)
     folder.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate([*SEEDS[name], *FOUND[name]]):

@@ -24,20 +24,20 @@ import numpy as np
 import PIL.Image
 import tokenizers
 from etils import epath
-from specials import special_counts
+from special_tokens import count_special_tokens
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError, from_json, resolve, to_json
 from stf_jax.data.conversation import TEMPLATES, count_tokens, encode, stop_tokens, template_items
-from stf_jax.data.image import MOST_RATIO, open_image, read_image, to_square
+from stf_jax.data.image import MAX_ASPECT_RATIO, open_image, read_image, to_square
 from stf_jax.data.llava import LlavaRecords, read_rows
 from stf_jax.data.records import IMAGE_MARK, REASONS, BadRow, Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer, read_tokenizer
 from stf_jax.evals import gqa, mmbench, mme, pope, scienceqa, vqa
-from stf_jax.evals.answers import answer_line, answers_to, read_answers
+from stf_jax.evals.answers import answer_line, match_answers, read_answers
 from stf_jax.evals.benchmark import Question
-from stf_jax.evals.known import BENCHMARKS
-from stf_jax.evals.running import scalars, score, shown
+from stf_jax.evals.registry import BENCHMARKS
+from stf_jax.evals.runner import flatten_metrics, format_results, score
 from stf_jax.models.presets import vision_preset
 from stf_jax.runtime import cli
 
@@ -151,11 +151,11 @@ def conversation(data: bytes) -> None:
         assert any(IMAGE_MARK in turn.text for turn in turns[1::2]) or two, "a good record is refused"
         return
     result = encode(items, tokenizer, SLOTS)
-    assert len(result.tokens) == len(result.learned) == len(result.is_image)
+    assert len(result.tokens) == len(result.is_target) == len(result.is_image)
     assert count_tokens([items], tokenizer, SLOTS) == [len(result.tokens)]
     assert result.is_image.sum() == SLOTS * images
-    assert not (result.is_image & result.learned).any()
-    found, expected = special_counts(result, items, tokenizer)
+    assert not (result.is_image & result.is_target).any()
+    found, expected = count_special_tokens(result, items, tokenizer)
     assert found == expected, "text became a control token"
     if "\u2581" in data.decode(errors="replace") and kind.endswith("llama"):
         return  # SentencePiece's own mark of a space, which cannot be told from one afterwards
@@ -166,7 +166,7 @@ def conversation(data: bytes) -> None:
 
 
 def _check_plain(result, turns, images, tokenizer):
-    said = tokenizer.decode(result.tokens[result.learned])
+    said = tokenizer.decode(result.tokens[result.is_target])
     if images and len(turns) == 2:
         assert said.removeprefix(" ") == turns[1].text.strip() + "\n"
     elif not images:
@@ -176,12 +176,12 @@ def _check_plain(result, turns, images, tokenizer):
         assert whole == text
         if len(turns) == 2:  # a token with an end of one and a beginning of the other is learned
             assert said.endswith(turns[1].text)
-    assert len(turns) > 1 or not result.learned.any()
+    assert len(turns) > 1 or not result.is_target.any()
 
 
 def _check_chat(template, result, turns, tokenizer):
     (stop, *_), said = stop_tokens(template, tokenizer), [[]]
-    for token in result.tokens[result.learned].tolist():
+    for token in result.tokens[result.is_target].tolist():
         if token == stop:
             said.append([])
         else:
@@ -189,13 +189,13 @@ def _check_chat(template, result, turns, tokenizer):
     answers = [turn.text.strip() for turn in turns[1::2]]
     assert said.pop() == [], "the last answer is not ended"
     assert [tokenizer.decode(tokens).removeprefix(" ") for tokens in said] == answers
-    rest = tokenizer.decode(result.tokens[~result.learned & ~result.is_image])
+    rest = tokenizer.decode(result.tokens[~result.is_target & ~result.is_image])
     for turn in turns[::2]:
         question = turn.text.replace(IMAGE_MARK, "").strip()
         assert question in rest, "a question is not all there, or not in order"
         rest = rest[rest.index(question) + len(question) :]
     # What is said first does not depend on what comes later: a prompt is how the model was trained to be asked.
-    begins = np.flatnonzero(result.learned & ~np.concatenate([[False], result.learned[:-1]]))
+    begins = np.flatnonzero(result.is_target & ~np.concatenate([[False], result.is_target[:-1]]))
     for place in range(1, len(turns)):
         part = Record("row", (None,) * sum(turn.text.count(IMAGE_MARK) for turn in turns[:place]), turns[:place])
         tokens = encode(template_items(template, part), tokenizer, SLOTS).tokens
@@ -218,7 +218,7 @@ def image(data: bytes) -> None:
     except BadRow as error:
         assert error.reason in ("corrupt", "truncated", "too_large")
         return
-    assert max(opened.size) <= MOST_RATIO * min(opened.size)
+    assert max(opened.size) <= MAX_ASPECT_RATIO * min(opened.size)
     for tower, aspect in itertools.product(_TOWERS, ("square", "pad")):
         square = to_square(opened, tower, aspect)
         assert square.shape == (8, 8, 3)
@@ -271,12 +271,12 @@ def scoring(data: bytes) -> None:
     text, *others = _texts(data)
     _check_vqa(text, others)
     _check_choices(text, others)
-    assert gqa.predicted(gqa.predicted(text)) == gqa.predicted(text)
-    assert mme.says(text) in ("yes", "no", "other")
-    assert pope.says_yes(text) == pope.says_yes(text.split(".")[0]) == pope.says_yes(text.replace(",", ""))
+    assert gqa.normalize_answer(gqa.normalize_answer(text)) == gqa.normalize_answer(text)
+    assert mme.parse_yes_no(text) in ("yes", "no", "other")
+    assert pope.is_yes(text) == pope.is_yes(text.split(".")[0]) == pope.is_yes(text.replace(",", ""))
     if text.isascii():
-        assert gqa.predicted(text.swapcase() + "..") == gqa.predicted(text)
-        assert mme.says(text.swapcase()) == mme.says(text)
+        assert gqa.normalize_answer(text.swapcase() + "..") == gqa.normalize_answer(text)
+        assert mme.parse_yes_no(text.swapcase()) == mme.parse_yes_no(text)
     _check_answer_file([text, *others])
 
 
@@ -297,13 +297,13 @@ def _check_vqa(text, others):
 
 def _check_choices(text, others):
     options = dict(zip("ABCD", filter(None, others), strict=False))
-    assert mmbench.chosen(text, options) in (None, *"ABCDE")
-    assert scienceqa.letter(text) in (None, *"ABCDE")
+    assert mmbench.parse_choice(text, options) in (None, *"ABCDE")
+    assert scienceqa.parse_choice(text) in (None, *"ABCDE")
     for letter in options:
         for said in (letter, f"{letter}.", f"({letter})", f"\n{letter} "):
-            assert mmbench.chosen(said, options) == letter
+            assert mmbench.parse_choice(said, options) == letter
         for said in (letter, f"{letter}. {text}", f"The answer is {letter}."):
-            assert scienceqa.letter(said) == letter
+            assert scienceqa.parse_choice(said) == letter
 
 
 class _Questions:
@@ -319,7 +319,7 @@ def _check_answer_file(texts):
     file, asked = epath.Path(_folder("answers")) / "answers.jsonl", _Questions(texts)
     lines = [answer_line(question, i, texts[i], "model") for i, question in enumerate(asked.questions)]
     file.write_text("\n".join(reversed(lines)) + "\n")
-    assert answers_to(asked, read_answers(file), file) == [text.strip() for text in texts]
+    assert match_answers(asked, read_answers(file), file) == [text.strip() for text in texts]
 
 
 _FILES = {
@@ -351,7 +351,7 @@ def benchmark(data: bytes) -> None:
             (folder / "answers.jsonl").write_text("\n".join(lines), encoding="utf-8")
         for question in opened.questions:
             with contextlib.suppress(BadRow):
-                encode(template_items("v1", question.record()), _tokenizer("v1"), SLOTS)
+                encode(template_items("v1", question.to_record()), _tokenizer("v1"), SLOTS)
             if question.image is not None:
                 with contextlib.suppress(BadRow):
                     question.image()
@@ -360,8 +360,8 @@ def benchmark(data: bytes) -> None:
         assert "\n" not in str(error)
         return
     _check_range("", results["metrics"])
-    assert all(isinstance(value, (int, float)) for value in scalars(results).values())
-    assert results["model"] in shown(results)
+    assert all(isinstance(value, (int, float)) for value in flatten_metrics(results).values())
+    assert results["model"] in format_results(results)
     assert json.loads((folder / "out" / "results.json").read_bytes()) == json.loads(json.dumps(results))
 
 

@@ -56,7 +56,7 @@ def _exchanged(data, exchanges):
 def _small_images():
     """What a file may ask for is much where many are tried."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stf_jax.data.image, "MOST_PIXELS", 2**20)
+        patch.setattr(stf_jax.data.image, "MAX_PIXELS", 2**20)
         yield
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from stf_jax.data.conversation import Control, Encoded, Item, Mark
 
 
-def special_counts(
+def count_special_tokens(
     result: Encoded, items: Sequence[Item], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[collections.Counter, collections.Counter]:
     """How often each special token stands outside of images, and how often it should."""

@@ -17,7 +17,7 @@ ATOMS = (
 )
 
 
-def made_texts(count: int, seed: int = 0) -> list[str]:
+def make_texts(count: int, seed: int = 0) -> list[str]:
     """Texts of words, code and signs of many scripts, with runs of spaces and of any of them."""
     draw = random.Random(seed)
 
