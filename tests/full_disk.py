@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def no_room(size: int) -> Iterator[None]:
+def limit_file_size(size: int) -> Iterator[None]:
     """Limits files to ``size`` bytes, so that longer writes fail as on a full disk."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
