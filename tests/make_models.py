@@ -1,4 +1,4 @@
-"""Whole models of random weights, small: folders as imports leave them, runs that began with these, their exports."""
+"""Small models of random weights: imported folders, runs that start from these, and their exports."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ TOWERS = {
 LLAMA = LLMConfig(512, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, norm_eps=1e-4)
 DECODERS = {
     "llama": LLAMA,
-    "llama, full": dataclasses.replace(LLAMA, vocab=501),  # as many as its tokenizer's, as Vicuna has
+    "llama, full": dataclasses.replace(LLAMA, vocab=501),  # equal to its tokenizer's, as in Vicuna
     "llama, tied": dataclasses.replace(LLAMA, tied=True),
     "llama-3": dataclasses.replace(LLAMA, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64)),
     "linear": dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", 2.0), tied=True),
@@ -39,18 +39,20 @@ DECODERS = {
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]  # of all templates
 
 
-def make(folder: pathlib.Path, fusion: FusionConfig, vision: str, llm: str, dtype="float32", **how) -> pathlib.Path:
-    """A folder of random weights as an import leaves it; they never say the end of sequence.
+def make(
+    folder: pathlib.Path, fusion: FusionConfig, vision: str, llm: str, dtype="float32", **description
+) -> pathlib.Path:
+    """A folder of random weights as an import leaves it; they never sample the end of sequence.
 
-    ``how``: of its Description.
+    ``description``: further fields of its Description.
     """
     folder.mkdir()
-    Description(TOWERS[vision], DECODERS[llm], fusion, **how).save(folder)
+    Description(TOWERS[vision], DECODERS[llm], fusion, **description).save(folder)
     shutil.copytree(MINIATURE, folder / "tokenizer")
     plan, rng = blueprint(ModelConfig(str(folder), str(folder), fusion)), np.random.default_rng(0)
 
     def value(path, leaf):
-        # A head's kernel is [.., D, H, Dh]; with scores any larger the softmax magnifies every rounding.
+        # A head's kernel is [.., D, H, Dh]; with larger scores the softmax would magnify rounding errors.
         fan_in = 32 if "/attention/" in path else leaf.shape[-2] if path.endswith("kernel") else 1
         x = rng.normal(size=leaf.shape) * (1.2 * fan_in**-0.5 if path.endswith("kernel") else 0.3)
         if path.endswith("scale"):
@@ -58,7 +60,7 @@ def make(folder: pathlib.Path, fusion: FusionConfig, vision: str, llm: str, dtyp
         if path in ("llm/head/kernel", "llm/embedding"):
             x[(slice(None), 2) if path == "llm/head/kernel" else 2] = 0
         if path == "llm/embedding" and DECODERS[llm].tied:
-            x /= 4  # or each token would say itself again
+            x /= 4  # otherwise each token would predict itself
         return x.astype(jnp.dtype(dtype))
 
     write_params(folder, ((path, value(path, leaf)) for path, leaf in plan.shapes.items()))
@@ -66,7 +68,7 @@ def make(folder: pathlib.Path, fusion: FusionConfig, vision: str, llm: str, dtyp
 
 
 def make_run(folder: pathlib.Path, start: pathlib.Path, step: int) -> pathlib.Path:
-    """A run as it stands at a step, its tower frozen; it began with an imported folder, and learned nothing."""
+    """A run at a step, with a frozen tower; its weights equal those of the imported folder."""
     saved = open_model(start)
     config = default_config()
     config.model.update(vision=str(start), llm=str(start), precision="float32")
@@ -84,18 +86,18 @@ def make_run(folder: pathlib.Path, start: pathlib.Path, step: int) -> pathlib.Pa
 
 
 def make_image(seed: int, size: tuple[int, int] = (50, 41)) -> PIL.Image.Image:
-    """Noise of that height and width."""
+    """A noise image of that height and width."""
     return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8))
 
 
-def turn(text: str, *shown: PIL.Image.Image) -> dict:
-    """A question in transformers' form."""
-    images = [{"type": "image", "image": one} for one in shown]
-    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+def turn(text: str, *images: PIL.Image.Image) -> dict:
+    """A question in transformers' format."""
+    content = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
 
 
-def load(folder: pathlib.Path, **how):
-    """An export in PyTorch, in float32, and its processor."""
-    how = {"dtype": torch.float32} | how
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **how).eval()
+def load(folder: pathlib.Path, **options):
+    """An export in PyTorch, in float32 by default, and its processor."""
+    options = {"dtype": torch.float32} | options
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **options).eval()
     return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)

@@ -12,12 +12,12 @@ import optax
 
 from stf_jax.config import TrainConfig, default_config, parse_arg, resolve
 from stf_jax.data.packing import Batch
-from stf_jax.data.pipeline import Batches, Prepare, training_records
+from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models import presets
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.cli import parse
-from stf_jax.runtime.mesh import BATCH, computing, make_mesh
+from stf_jax.runtime.mesh import BATCH, compute_context, make_mesh
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import Blueprint, TrainState, blueprint, state_layout
 from stf_jax.training.step import make_train_step
@@ -42,7 +42,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.init_missing = (".*",)
     config.rules = (("vision/.*", "freeze"), (".*", "train"))
     config.checkpoint.every_steps = 2
-    config.mesh.fsdp = 1  # whole parameters, unless a test is about their parts
+    config.mesh.fsdp = 1  # parameters are not sharded by default
     return config
 
 
@@ -56,7 +56,7 @@ def tiny(**changes) -> TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What training makes of a config before there are any weights."""
+    """The objects that training builds from a config before it has weights."""
 
     config: TrainConfig
     plan: Blueprint
@@ -66,15 +66,15 @@ class Setup:
 
     @classmethod
     def of(cls, **changes) -> "Setup":
-        """Of the tiny config with dotted keys changed."""
+        """The setup of the tiny config with dotted keys changed."""
         config = tiny(**changes)
         plan, mesh = blueprint(config.model), make_mesh(config.mesh)
         tx = make_optimizer(config.optimizer, config.steps)
         return cls(config, plan, tx, mesh, state_layout(config, plan, tx, mesh))
 
     def state(self, seed: int = 0) -> TrainState:
-        """A first state filled by numpy, which, unlike the initialisers, has nothing to compile."""
-        values = filled(self.plan.shapes, seed)
+        """An initial state filled by numpy, which compiles nothing, unlike the initializers."""
+        values = random_params(self.plan.shapes, seed)
 
         def put(leaf, value):
             return jax.device_put(np.asarray(value).astype(leaf.dtype), leaf.sharding)
@@ -84,25 +84,25 @@ class Setup:
         return jax.tree.map(put, self.layout, dataclasses.replace(zeros, trainable=trainable, frozen=frozen))
 
     def step(self) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-        """The train step for numpy batches, compiled as training/loop.py compiles it."""
+        """The train step for numpy batches, compiled as in training/loop.py."""
         step, rows = make_train_step(self.config, self.plan, self.tx, self.layout), jax.NamedSharding(self.mesh, BATCH)
 
         def run(state, batch):
-            with computing(self.mesh, self.plan.precision):
+            with compute_context(self.mesh, self.plan.precision):
                 return step(state, jax.device_put(batch, rows))
 
         return run
 
 
-def recipe(file: str, *overrides: str) -> TrainConfig:
-    """The one stage of a file in configs/ (``finetune.py``, ``demo.py:stage=pretrain``), changed as a user would."""
+def load_recipe(file: str, *overrides: str) -> TrainConfig:
+    """The single stage of a file in configs/ (``finetune.py``, ``demo.py:stage=pretrain``), with flags as overrides."""
     configs = pathlib.Path(__file__).parent.parent / "configs"
     (config,) = resolve(parse([f"--config={configs}/{file}", *overrides], "", workdir=False)[1])
     return config
 
 
-def filled(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -> dict[str, np.ndarray]:
-    """Float32 values for parameters: scales about 1, all others about 0."""
+def random_params(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -> dict[str, np.ndarray]:
+    """Random float32 parameters: scales around 1, all others around 0."""
     rng = np.random.default_rng(seed)
     return {
         path: 0.1 * rng.standard_normal(leaf.shape, np.float32) + np.float32(path.endswith("scale"))
@@ -110,18 +110,18 @@ def filled(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -> dict[st
     }
 
 
-def vivid(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -> dict[str, np.ndarray]:
-    """Such values, but so large that answers depend on what is read."""
-    return {path: x if path.endswith("scale") else 4 * x for path, x in filled(shapes, seed).items()}
+def large_params(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -> dict[str, np.ndarray]:
+    """Random parameters large enough that answers depend on the prompt."""
+    return {path: x if path.endswith("scale") else 4 * x for path, x in random_params(shapes, seed).items()}
 
 
-def preparation(config: TrainConfig) -> Prepare:
-    """What makes the config's records into examples."""
+def make_preprocessor(config: TrainConfig) -> Preprocessor:
+    """The preprocessor that turns the config's records into examples."""
     tokenizer, tower = load_tokenizer(config.data.tokenizer), presets.vision_preset(config.model.vision)
-    return Prepare(config.data, tokenizer, tower, slots_per_image(config.model))
+    return Preprocessor(config.data, tokenizer, tower, slots_per_image(config.model))
 
 
 def batches(config: TrainConfig, count: int) -> list[Batch]:
     """The first batches of the config's data."""
-    every = Batches(config, training_records(config), preparation(config), host=0, hosts=1)
-    return list(itertools.islice(every, count))
+    stream = Batches(config, load_training_records(config), make_preprocessor(config), host=0, hosts=1)
+    return list(itertools.islice(stream, count))

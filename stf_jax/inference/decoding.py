@@ -1,8 +1,8 @@
-"""What runs on the devices to answer prompts: read them once, then choose a token, read it, choose the next.
+"""The compiled programs that answer prompts: read a batch of prompts, then repeatedly sample a token and read it.
 
-Prompts of unequal length are filled up at their right to one length T, so that reading them is plain causal attention,
-the same numbers as alone. New tokens share the slots from T on in all rows, whatever their positions; so a step writes
-one slice of the cache, and a mask leaves the filling out:
+Prompts of unequal length are padded at the right to one length T, so that reading them needs only causal attention and
+gives the same numbers as reading each by itself. New tokens take the slots from T on in all rows, whatever their
+positions. So a step writes one slice of the cache, and a mask excludes the padding:
 
     prompt of 3 in T = 5, two new tokens    slots      a b c . . d e
                                             positions  0 1 2     3 4
@@ -28,16 +28,16 @@ from stf_jax.runtime.mesh import BATCH
 from stf_jax.training.state import Blueprint
 
 BLOCKS = "llm/blocks/"
-Weights = Mapping[str, jax.Array | tuple[jax.Array, ...]]  # by path; those of decoder layers one array a layer
+Weights = Mapping[str, jax.Array | tuple[jax.Array, ...]]  # by path; a tuple of one array per layer for decoder blocks
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen; numbers, or arrays of one number, so that none of them is compiled in.
+    """How a token is sampled. The values are numbers, or arrays of one number, so that programs do not depend on them.
 
-    The order is transformers': divide by the temperature, keep the ``top_k`` most likely, of these the fewest whose
-    probabilities sum to ``top_p``, draw.
+    The order is that of transformers: divide by the temperature, keep the ``top_k`` most likely tokens, then the fewest
+    of these whose probabilities sum to ``top_p``, and draw.
     """
 
     temperature: float = 0.0  # 0: the most likely token
@@ -48,153 +48,180 @@ class Sampling:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class State:
-    """Where a batch of answers stands. A row that is done says nothing but a stop token."""
+class DecodeState:
+    """The state of a batch of answers. Finished rows keep emitting a stop token."""
 
-    cache: Cache  # [B, K, S, Dh], a pair a layer; S may be less after FULL_LAYERS
+    cache: Cache  # [B, K, S, Dh], a pair per layer; S may be less after FULL_LAYERS
     lengths: jax.Array  # int32 [B], of the prompts
-    held: jax.Array  # int32 [B], what decoder layers after FULL_LAYERS hold of them
-    said: jax.Array  # int32 [B, G]
-    count: jax.Array  # int32: tokens said; the last of them is not in the cache yet
+    cache_lengths: jax.Array  # int32 [B], prompt positions in the caches of decoder layers after FULL_LAYERS
+    output_ids: jax.Array  # int32 [B, G]
+    count: jax.Array  # int32: new tokens so far; the last of them is not in the cache yet
     done: jax.Array  # bool [B]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
-    """What of the tokenizer matters here: ids that end an answer, and ids that are never said."""
+class TokenRules:
+    """Token ids that end an answer, and ids that are never sampled."""
 
     stops: tuple[int, ...]
-    unsayable: tuple[int, ...]
+    suppressed_tokens: tuple[int, ...]
 
-    def ends(self, tokens: jax.Array) -> jax.Array:
+    def is_stop(self, tokens: jax.Array) -> jax.Array:
         """Which of the tokens end an answer."""
         return jnp.isin(tokens, jnp.array(self.stops))
 
 
-def places(mesh: Mesh) -> State:
-    """Where the parts of a state lie, the cache's as each of its arrays."""
-    rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
+def state_shardings(mesh: Mesh) -> DecodeState:
+    """Shardings of a state; the cache's applies to each of its arrays."""
+    rows, replicated = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
     cache = NamedSharding(mesh, PartitionSpec(*BATCH, "tensor"))
-    # What is said is whole on every host, for all of them decide alike when to end.
-    return State(cache, rows, rows, said=whole, count=whole, done=whole)
+    # The output is replicated on every host, because all of them must make the same decision when to stop.
+    return DecodeState(cache, rows, rows, output_ids=replicated, count=replicated, done=replicated)
 
 
-def programs(rules: Rules, plan: Blueprint, mesh: Mesh) -> tuple[Callable, Callable, Callable]:
-    """:func:`prefill`, :func:`extend` and :func:`grow` for that mesh, to be compiled when they are called.
+def make_programs(rules: TokenRules, plan: Blueprint, mesh: Mesh) -> tuple[Callable, Callable, Callable]:
+    """Jitted :func:`prefill`, :func:`extend` and :func:`extend_capacity` for a mesh, compiled when first called.
 
-    They take what those take after ``rules`` and ``plan``; ``extend`` takes the state's memory over.
+    They take the arguments after ``rules`` and ``plan``. The state's memory is donated to ``extend``.
     """
 
-    def compiled(call, *fixed, **how):
-        return jax.jit(functools.partial(call, rules, *fixed), out_shardings=places(mesh), **how)
+    def jit(call, *fixed, **jit_options):
+        return jax.jit(functools.partial(call, rules, *fixed), out_shardings=state_shardings(mesh), **jit_options)
 
     return (
-        compiled(prefill, plan, static_argnums=0),
-        compiled(extend, plan, donate_argnums=1),
-        compiled(grow, static_argnums=0),
+        jit(prefill, plan, static_argnums=0),
+        jit(extend, plan, donate_argnums=1),
+        jit(extend_capacity, static_argnums=0),
     )
 
 
-def layerwise(
+def split_layers(
     path: str, value: jax.Array, dtype: jnp.dtype, mesh: Mesh, spec: PartitionSpec
 ) -> tuple[jax.Array | tuple[jax.Array, ...], int]:
-    """A parameter as :data:`Weights` hold it (of a decoder block, layer by layer), in that type; and its checksum.
+    """Converts a parameter to its form in :data:`Weights` and to ``dtype``; also returns its checksum.
 
-    Layers that lie in one array would be copied out of it at every step, which takes longer than to use them.
+    A stack of decoder layers is split, because slicing it at every step would copy each layer, which takes longer than
+    using it.
     """
-    apart = path.startswith(BLOCKS)
-    place = NamedSharding(mesh, PartitionSpec(*spec[int(apart) :]))
-    value, total = _taken(dtype, place, apart)(value)
+    is_stacked = path.startswith(BLOCKS)
+    sharding = NamedSharding(mesh, PartitionSpec(*spec[int(is_stacked) :]))
+    value, total = _compile_split(dtype, sharding, is_stacked)(value)
     return value, int(total)
 
 
 @functools.cache
-def _taken(dtype, place, apart):
-    def take(x):
+def _compile_split(dtype, sharding, is_stacked):
+    def split(x):
         x = x.astype(dtype)
-        return (tuple(x) if apart else x), checksum(x)
+        return (tuple(x) if is_stacked else x), checksum(x)
 
-    whole = NamedSharding(place.mesh, PartitionSpec())
-    return jax.jit(take, out_shardings=(place, whole))
+    replicated = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.jit(split, out_shardings=(sharding, replicated))
 
 
-def merged(plan: Blueprint, weights: Weights) -> VLM:
-    """The model with those weights, inside a compiled program."""
-    # The compiler takes each layer's slice of a stack for the array that was stacked, and stacks nothing.
+def merge_weights(plan: Blueprint, weights: Weights) -> VLM:
+    """The model with these weights, inside a compiled program."""
+    # The compiler replaces each slice of a stack by the array that was stacked, so nothing is copied.
     return plan.merge({path: jnp.stack(x) if isinstance(x, tuple) else x for path, x in weights.items()})
 
 
 def prefill(
-    rules: Rules, plan: Blueprint, room: int, weights: Weights, tokens, slots, lengths, images, sampling: Sampling
-) -> State:
-    """Reads prompts and says the first token of each answer.
+    rules: TokenRules,
+    plan: Blueprint,
+    capacity: int,
+    weights: Weights,
+    tokens,
+    slots,
+    lengths,
+    images,
+    sampling: Sampling,
+) -> DecodeState:
+    """Reads prompts and samples the first token of each answer.
 
     Args:
-      room: G.
-      tokens, slots, lengths, images: as :meth:`stf_jax.models.vlm.VLM.prefill` takes them; a row of none is done from
-        the start.
+      capacity: G.
+      tokens, slots, lengths, images: as for :meth:`stf_jax.models.vlm.VLM.prefill`; a row of length 0 is done from the
+        start.
     """
-    model = merged(plan, weights)
-    last, cache, held = model.prefill(tokens, slots, lengths, images)
-    first = choose(rules, model.llm.logits(last), sampling, jnp.int32(0))
-    said = jnp.full((len(tokens), room), rules.stops[0], jnp.int32).at[:, 0].set(first)
-    return State(_longer(cache, room), lengths, held, said, jnp.int32(1), rules.ends(first) | (lengths == 0))
+    model = merge_weights(plan, weights)
+    last, cache, cache_lengths = model.prefill(tokens, slots, lengths, images)
+    first = sample_token(rules, model.llm.logits(last), sampling, jnp.int32(0))
+    output_ids = jnp.full((len(tokens), capacity), rules.stops[0], jnp.int32).at[:, 0].set(first)
+    return DecodeState(
+        _pad_cache(cache, capacity),
+        lengths,
+        cache_lengths,
+        output_ids,
+        jnp.int32(1),
+        rules.is_stop(first) | (lengths == 0),
+    )
 
 
-def extend(rules: Rules, plan: Blueprint, weights: Weights, state: State, most: jax.Array, sampling: Sampling) -> State:
-    """Says further tokens, until all rows are done or ``most`` (at most G) are said."""
-    room = state.said.shape[1]
+def extend(
+    rules: TokenRules, plan: Blueprint, weights: Weights, state: DecodeState, limit: jax.Array, sampling: Sampling
+) -> DecodeState:
+    """Samples further tokens, until all rows are done or ``limit`` (at most G) tokens are sampled."""
+    capacity = state.output_ids.shape[1]
 
-    def place(layer, last):
-        """The new token's slot in that layer, and the slots that it looks at."""
+    def find_slots(layer, newest):
+        """The slot of the new token in that layer, and the slots that it attends to."""
         slots = jnp.arange(state.cache[layer][0].shape[2])
-        slot = len(slots) - room + last
-        held = state.lengths if layer < FULL_LAYERS else state.held
-        return slot, (slots < held[:, None]) | ((slots >= len(slots) - room) & (slots <= slot))
+        slot = len(slots) - capacity + newest
+        cache_lengths = state.lengths if layer < FULL_LAYERS else state.cache_lengths
+        return slot, (slots < cache_lengths[:, None]) | ((slots >= len(slots) - capacity) & (slots <= slot))
 
-    def step(state: State) -> State:
-        model = merged(plan, weights)
-        last = state.count - 1
-        token = jax.lax.dynamic_slice_in_dim(state.said, last, 1, axis=1)
+    def step(state: DecodeState) -> DecodeState:
+        model = merge_weights(plan, weights)
+        newest = state.count - 1
+        token = jax.lax.dynamic_slice_in_dim(state.output_ids, newest, 1, axis=1)
         x = shard_rows(model.llm.embed(token, model.dtype))
-        places = [place(layer, last) for layer in range(len(state.cache))]
-        hidden, cache = model.llm.extend(x, state.lengths[:, None] + last, state.cache, places)
-        chosen = choose(rules, model.llm.logits(hidden[:, 0]), sampling, state.count)
-        chosen = jnp.where(state.done, rules.stops[0], chosen)
-        said = jax.lax.dynamic_update_slice(state.said, chosen[:, None], (0, state.count))
-        return State(cache, state.lengths, state.held, said, state.count + 1, state.done | rules.ends(chosen))
+        slots = [find_slots(layer, newest) for layer in range(len(state.cache))]
+        hidden, cache = model.llm.extend(x, state.lengths[:, None] + newest, state.cache, slots)
+        next_token = sample_token(rules, model.llm.logits(hidden[:, 0]), sampling, state.count)
+        next_token = jnp.where(state.done, rules.stops[0], next_token)
+        output_ids = jax.lax.dynamic_update_slice(state.output_ids, next_token[:, None], (0, state.count))
+        return DecodeState(
+            cache,
+            state.lengths,
+            state.cache_lengths,
+            output_ids,
+            state.count + 1,
+            state.done | rules.is_stop(next_token),
+        )
 
-    return jax.lax.while_loop(lambda state: (state.count < most) & ~state.done.all(), step, state)
-
-
-def grow(rules: Rules, room: int, state: State) -> State:
-    """The same state with G = ``room``, more than it had."""
-    more = room - state.said.shape[1]
-    said = jnp.pad(state.said, ((0, 0), (0, more)), constant_values=rules.stops[0])
-    return dataclasses.replace(state, cache=_longer(state.cache, more), said=said)
-
-
-def _longer(cache, more):
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), cache)
+    return jax.lax.while_loop(lambda state: (state.count < limit) & ~state.done.all(), step, state)
 
 
-def choose(rules: Rules, logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
-    """A token a row, int32 [B], of float32 logits [B, V].
+def extend_capacity(rules: TokenRules, capacity: int, state: DecodeState) -> DecodeState:
+    """The same state with G = ``capacity``, which must be larger than before."""
+    extra = capacity - state.output_ids.shape[1]
+    output_ids = jnp.pad(state.output_ids, ((0, 0), (0, extra)), constant_values=rules.stops[0])
+    return dataclasses.replace(state, cache=_pad_cache(state.cache, extra), output_ids=output_ids)
 
-    A row's draws depend on the seed, the step and its place in the batch.
+
+def _pad_cache(cache, extra):
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))), cache)
+
+
+def sample_token(rules: TokenRules, logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
+    """Samples one token per row, int32 [B], from float32 logits [B, V].
+
+    The random draws of a row depend on the seed, the step and its index in the batch.
     """
-    if rules.unsayable:
-        logits = jnp.where(np.isin(np.arange(logits.shape[-1]), rules.unsayable), -jnp.inf, logits)
+    if rules.suppressed_tokens:
+        logits = jnp.where(np.isin(np.arange(logits.shape[-1]), rules.suppressed_tokens), -jnp.inf, logits)
 
     def draw():
-        kept = logits / jnp.maximum(sampling.temperature, 1e-6)
-        order = jnp.argsort(-kept, axis=-1)
-        ranked = jnp.take_along_axis(kept, order, axis=-1)
+        scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
+        order = jnp.argsort(-scaled, axis=-1)
+        ranked = jnp.take_along_axis(scaled, order, axis=-1)
         top_k = jnp.where(sampling.top_k > 0, sampling.top_k, ranked.shape[-1])
         ranked = jnp.where(jnp.arange(ranked.shape[-1]) < top_k, ranked, -jnp.inf)
-        shares = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(shares, axis=-1) - shares  # nought for the most likely, which always stays
-        ranked = jnp.where((before < sampling.top_p) | (before == 0), ranked, -jnp.inf)
+        probabilities = jax.nn.softmax(ranked, axis=-1)
+        mass_above = (
+            jnp.cumsum(probabilities, axis=-1) - probabilities
+        )  # 0 for the most likely token, which is always kept
+        ranked = jnp.where((mass_above < sampling.top_p) | (mass_above == 0), ranked, -jnp.inf)
         key = jax.random.fold_in(jax.random.key(sampling.seed), step)
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
         rank = jax.vmap(jax.random.categorical)(keys, ranked)

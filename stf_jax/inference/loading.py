@@ -1,4 +1,4 @@
-"""A saved model, ready to answer: a run's newest checkpoint, a folder of imported weights, or an export."""
+"""Loads a saved model for inference: the newest checkpoint of a run, a folder of imported weights, or an export."""
 
 import dataclasses
 
@@ -6,10 +6,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from stf_jax.config import UserError
-from stf_jax.data.conversation import own_template
+from stf_jax.data.conversation import detect_template
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference.generator import Generator
-from stf_jax.weights.exports import whole
+from stf_jax.weights.exports import require_complete
 from stf_jax.weights.model import SavedModel, open_model
 
 
@@ -20,29 +20,33 @@ def load_generator(
     reduce: str = "",
     keep: int = 0,
     *,
-    text_alone: bool = False,
+    allow_text_only: bool = False,
 ) -> tuple[Generator, SavedModel]:
-    """The model in that folder on a mesh, and what it is.
+    """Loads the model in a folder onto a mesh; returns it with its description.
 
     Args:
       precision: as ``config.model.precision``; empty: the run's own, bfloat16 for other folders.
       reduce, keep: as ``config.model.reduce`` and ``keep``.
-      text_alone: whether a language model without a vision tower will do; it answers in the template that its
-        tokenizer has the control tokens of.
+      allow_text_only: whether to accept a language model without a vision tower; its chat template is detected from the
+        control tokens of its tokenizer.
 
     Raises:
-      UserError: the folder holds no model, or one that lacks a part or its tokenizer, or that cannot be reduced so.
+      UserError: the folder holds no model, the model lacks a part or its tokenizer, or it cannot be reduced as
+        requested.
     """
     saved = open_model(checkpoint)
-    what = saved.description
-    alone = text_alone and what.llm is not None and (what.vision is None or what.fusion is None)
-    if not alone:
-        whole(saved, checkpoint)
+    description = saved.description
+    lacks_vision = description.vision is None or description.fusion is None
+    without_vision = allow_text_only and description.llm is not None and lacks_vision
+    if not without_vision:
+        require_complete(saved, checkpoint)
     elif saved.tokenizer is None:
-        raise UserError(f"{checkpoint} has no tokenizer: copy the folder of one to {checkpoint / 'tokenizer'}.")
-    how = dict(precision=precision or saved.config.precision, remat="none", reduce=reduce, keep=keep)
-    config, tokenizer, template = saved.config, load_tokenizer(str(saved.tokenizer)), what.template
-    if alone:
-        config, template = dataclasses.replace(config, vision_shape=None), own_template(tokenizer)
-    generator = Generator(dataclasses.replace(config, **how), tokenizer, mesh, template, what.aspect)
-    return generator.take(saved.restore(generator.plan.shardings(mesh))), saved
+        raise UserError(f"{checkpoint} has no tokenizer: copy a tokenizer folder to {checkpoint / 'tokenizer'}.")
+    tokenizer, template = load_tokenizer(str(saved.tokenizer)), description.template
+    config = dataclasses.replace(
+        saved.config, precision=precision or saved.config.precision, remat="none", reduce=reduce, keep=keep
+    )
+    if without_vision:
+        config, template = dataclasses.replace(config, vision_shape=None), detect_template(tokenizer)
+    generator = Generator(config, tokenizer, mesh, template, description.aspect)
+    return generator.load_params(saved.restore(generator.plan.shardings(mesh))), saved

@@ -1,15 +1,15 @@
-"""One ``attention(q, k, v, mask)`` for the tower and the decoder.
+"""One ``attention(q, k, v, mask)`` for the vision tower and the decoder.
 
-The mask is a description, not an array, so that each kernel takes it in its own form:
+A mask is a description instead of an array, so that each kernel can receive it in its own form:
 
     Mask(causal=True)              position i sees 0..i
-    Mask(segments=s)               i sees j where s[i] == s[j]: conversations packed in one row stay apart
+    Mask(segments=s)               i sees j where s[i] == s[j]: keeps conversations packed in one row apart
     Mask(causal=True, segments=s)  both, e.g. for s = 1 1 2 2:   1 0 0 0
                                                                  1 1 0 0
                                                                  0 0 1 0
                                                                  0 0 1 1
 
-:func:`cached_attention` is the same for one position over a cache that is partly filled.
+:func:`cached_attention` attends from one position to a partly filled cache.
 
 Axis letters: B batch, T positions, S slots of a cache, H heads, K kv heads (K divides H), Dh head size.
 """
@@ -30,17 +30,17 @@ from stf_jax.models.layers import platform
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Which positions may see which. ``segments``: int32 [B, T], or None where a row is one whole."""
+    """Which positions may attend to which. ``segments``: int32 [B, T], or None where each row is one segment."""
 
     causal: bool = False
     segments: jax.Array | None = None
 
     def dense(self, queries: jax.Array, length: int) -> jax.Array | None:
-        """The mask as bool [B or 1, 1, Q, T], True where attention flows; None where it flows everywhere.
+        """The mask as bool [B or 1, 1, Q, T], True where attention is allowed; None where it is allowed everywhere.
 
         Args:
-          queries: int32 [Q], the positions that look.
-          length: T, positions that are looked at, from the left.
+          queries: int32 [Q], the query positions.
+          length: T, the number of key positions, counted from the left.
         """
         allowed = None
         if self.causal:
@@ -60,35 +60,35 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, implementati
     Args:
       q: [B, T, H, Dh].
       k, v: [B, T, K, Dh]; query head h reads kv head h·K//H.
-      mask: which positions may see which.
-      implementation: ``auto`` (the backend's kernel where it can do what is asked, else XLA), or by name:
-        ``splash``, Pallas' on TPU (on CPU interpreted, for tests); ``cudnn``, flash attention on GPU; ``xla``;
-        ``reference``. Which one it is, and why, is logged once.
+      mask: which positions may attend to which.
+      implementation: ``auto`` (the backend's kernel where it supports the inputs, else XLA), or a kernel by name:
+        ``splash``, Pallas' on TPU (interpreted on CPU, for tests); ``cudnn``, flash attention on GPU; ``xla``;
+        ``reference``. The chosen kernel and the reason are logged once.
 
     Returns:
       [B, T, H, Dh] in q's type.
 
     Raises:
-      UserError: a kernel was asked by name for what it cannot do.
+      UserError: the kernel named by ``implementation`` does not support the inputs.
     """
     if implementation == "reference":
         return reference_attention(q, k, v, mask)
-    chosen, reason = implementation, ""
+    kernel_name, reason = implementation, ""
     if implementation == "auto":
         kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform())
         refusal = _REFUSALS[kernel](q, mask) if kernel else None
-        chosen = kernel if kernel and not refusal else "xla"
+        kernel_name = kernel if kernel and not refusal else "xla"
         reason = f": {kernel} {refusal}" if refusal else ""
     elif implementation in _REFUSALS and (refusal := _REFUSALS[implementation](q, mask)):
         raise UserError(f"model.attention={implementation} {refusal}; set model.attention=auto.")
     kind = f"{'causal ' * mask.causal}{'packed ' * (mask.segments is not None)}attention"
-    _say(f"{kind} with heads of {q.shape[-1]} in {q.dtype}: {chosen}{reason}")
-    return _KERNELS[chosen](q, k, v, mask)
+    _log_once(f"{kind} with heads of {q.shape[-1]} in {q.dtype}: {kernel_name}{reason}")
+    return _KERNELS[kernel_name](q, k, v, mask)
 
 
 def _cudnn(q, k, v, mask):
     length = q.shape[1]
-    if mask.causal:  # it has no gradients of odd lengths; filling lies at the right, where a causal mask hides it
+    if mask.causal:  # cuDNN has no gradients for odd lengths; padding at the right is hidden by the causal mask
         q, k, v = (jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, is_causal=mask.causal, implementation="cudnn")[:, :length]
 
@@ -99,33 +99,40 @@ def _cudnn_refusal(q, mask):
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"does not compute in {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
-        return f"does not take heads of size {q.shape[-1]}"
+        return f"does not support heads of size {q.shape[-1]}"
     if mask.segments is not None:
-        # Its only form for packed rows is a dense bias, which costs the memory that flash attention is to save.
-        return "does not keep packed conversations apart"
+        # For packed rows it has only a dense bias, which costs the memory that flash attention should save.
+        return "does not support packed conversations"
     return None
 
 
-_LANES = 128  # of a TPU's vector registers: splash's blocks are multiples of it
-_BLOCK = 512  # positions a side of splash's blocks, where they divide the length
+_LANES = 128  # lanes of a TPU's vector registers; splash's blocks are multiples of it
+_BLOCK = 512  # largest side of splash's blocks, in positions
 
 
 def _splash(q, k, v, mask):
-    """Pallas' splash attention, on each device's rows and heads."""
+    """Pallas' splash attention on each device's rows and heads."""
     length = q.shape[1]
-    # Filling lies at the right, where a causal mask hides it.
+    # Padding at the right is hidden by the causal mask.
     q, k, v = (jnp.pad(x, ((0, 0), (0, -length % _LANES), (0, 0), (0, 0))) for x in (q, k, v))
-    whole = q.shape[1]
-    block = next(size for size in range(_BLOCK, 0, -_LANES) if whole % size == 0)
-    forward = dict(block_q=block, block_kv=block, block_kv_compute=block)
-    backward = dict(block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block)
-    sizes = splash_attention.BlockSizes(**forward, **backward, block_q_dq=block, block_kv_dq=block)
+    padded = q.shape[1]
+    block = next(size for size in range(_BLOCK, 0, -_LANES) if padded % size == 0)
+    sizes = splash_attention.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     segments = None
     if mask.segments is not None:
-        segments = jnp.pad(mask.segments, ((0, 0), (0, whole - length)), constant_values=-1)
+        segments = jnp.pad(mask.segments, ((0, 0), (0, padded - length)), constant_values=-1)
 
     def local(q, k, v, segments):
-        heads = [splash_attention.CausalMask((whole, whole))] * q.shape[2]
+        heads = [splash_attention.CausalMask((padded, padded))] * q.shape[2]
         kernel = splash_attention.make_splash_mha(
             splash_attention.MultiHeadMask(heads),
             block_sizes=sizes,
@@ -145,7 +152,7 @@ def _splash(q, k, v, mask):
     rows = PartitionSpec(("data", "fsdp"))
     heads = PartitionSpec(("data", "fsdp"), None, "tensor")
     if not jax.sharding.get_abstract_mesh().empty:
-        # Not checked, for Pallas does not say over which axes what it writes varies.
+        # check_vma is off because Pallas does not declare over which mesh axes its outputs vary.
         local = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
     return local(q, k, v, segments)[:, :length]
 
@@ -154,55 +161,56 @@ def _splash_refusal(q, mask):
     if platform() == "gpu":
         return "needs a TPU"
     if not mask.causal:
-        return "is for causal attention"
+        return "supports only causal attention"
     if q.shape[-1] % 64:
-        return f"does not take heads of size {q.shape[-1]}"
+        return f"does not support heads of size {q.shape[-1]}"
     return None
 
 
-_QUERIES = 512  # at once, of longer rows
-_SPANS = 4  # of a row at most, each of 64 queries or more
+_QUERY_BLOCK = 512  # queries per block of a long row
+_MAX_SPANS = 4  # spans of a short row, each of at least 64 queries
 
 
 def _xla(q, k, v, mask):
     rows, length, heads, size = q.shape
     kv_heads = k.shape[2]
-    # Heads first, and all query heads of a kv head below each other: so both products are of plain matrices, and scores
-    # are never copied into another layout (on a CPU, that and softmax would take longer than the products).
+    # Heads come first, and the query heads of a kv head are stacked. Both products are then of plain matrices, and
+    # scores are never copied into another layout (on a CPU, that and softmax would take longer than the products).
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
 
-    def look(queries, q, seen):  # the queries and their positions, and how many positions from the left they may see
+    def attend_span(positions, q, visible):
+        """Attends from the queries at these positions to the first ``visible`` keys."""
         stacked = q.reshape(rows, kv_heads, -1, size)
-        scores = jnp.einsum("bkqd,bksd->bkqs", stacked, k[:, :, :seen], preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bkqd,bksd->bkqs", stacked, k[:, :, :visible], preferred_element_type=jnp.float32)
         scores *= size**-0.5
-        allowed = mask.dense(queries, seen)
+        allowed = mask.dense(positions, visible)
         if allowed is not None:
-            apart = scores.reshape(*q.shape[:3], seen)
-            scores = jnp.where(allowed, apart, -jnp.inf).reshape(scores.shape)
-        # Softmax, but divided behind the product: backward too that is then over [Q, Dh] in place of [Q, T].
+            by_head = scores.reshape(*q.shape[:3], visible)
+            scores = jnp.where(allowed, by_head, -jnp.inf).reshape(scores.shape)
+        # Softmax with the division after the product, so that it is over [Q, Dh] instead of [Q, T], backward too.
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-        read = jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype), v[:, :, :seen])
-        return (read / weights.sum(-1, keepdims=True)).astype(v.dtype).reshape(q.shape)
+        output = jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype), v[:, :, :visible])
+        return (output / weights.sum(-1, keepdims=True)).astype(v.dtype).reshape(q.shape)
 
-    if length <= 2 * _QUERIES:
-        # What lies to the right of a span is hidden by a causal mask and not computed: by four spans, 3/8 are spared.
-        count = max(1, min(_SPANS, length // 64)) if mask.causal else 1
+    if length <= 2 * _QUERY_BLOCK:
+        # Keys to the right of a span are hidden by the causal mask and not computed: four spans save 3/8 of the work.
+        count = max(1, min(_MAX_SPANS, length // 64)) if mask.causal else 1
         bounds = [length * i // count for i in range(count + 1)]
         spans = itertools.pairwise(bounds)
-        parts = [look(jnp.arange(start, stop), q[:, :, start:stop], stop) for start, stop in spans]
+        parts = [attend_span(jnp.arange(start, stop), q[:, :, start:stop], stop) for start, stop in spans]
         return jnp.concatenate(parts, axis=2).swapaxes(1, 2)
-    # Block by block of queries, backward too, so that scores of all positions with all never lie in memory.
-    blocks = -(-length // _QUERIES)
-    queries = jnp.minimum(jnp.arange(blocks * _QUERIES), length - 1).reshape(blocks, _QUERIES)
-    block = jax.checkpoint(lambda part: look(part, q[:, :, part], length), prevent_cse=False)
+    # One block of queries at a time, backward too, so that the full [T, T] scores are never in memory.
+    blocks = -(-length // _QUERY_BLOCK)
+    queries = jnp.minimum(jnp.arange(blocks * _QUERY_BLOCK), length - 1).reshape(blocks, _QUERY_BLOCK)
+    block = jax.checkpoint(lambda part: attend_span(part, q[:, :, part], length), prevent_cse=False)
     parts = jax.lax.map(block, queries)  # [blocks, B, H, Q, Dh]
     return parts.transpose(1, 0, 3, 2, 4).reshape(rows, -1, heads, size)[:, :length]
 
 
 @functools.cache
-def _say(sentence):
+def _log_once(message):
     if jax.process_index() == 0:
-        logging.getLogger(__name__).info(sentence)
+        logging.getLogger(__name__).info(message)
 
 
 _KERNELS = {"cudnn": _cudnn, "splash": _splash, "xla": _xla}
@@ -210,7 +218,7 @@ _REFUSALS = {"cudnn": _cudnn_refusal, "splash": _splash_refusal}
 
 
 def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-    """The same by the definition, all in float32: what the kernels are tested against."""
+    """Attention by its definition, all in float32, which the kernels are tested against."""
     group = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
     q, k, v32 = (x.astype(jnp.float32) for x in (q, k, v))
@@ -223,14 +231,14 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) ->
 
 
 def cached_attention(q: jax.Array, keys: jax.Array, values: jax.Array, filled: jax.Array) -> jax.Array:
-    """Attention of one position a row over what is filled of a cache, softmax in float32.
+    """Attention from one position per row to the filled slots of a cache, softmax in float32.
 
-    Written for the cache's layout, in which neither product has to turn it round: it is read at every step.
+    The cache is read at every step, so its layout is one that neither product has to transpose.
 
     Args:
       q: [B, 1, H, Dh].
       keys, values: [B, K, S, Dh].
-      filled: bool [B, S], at least one a row.
+      filled: bool [B, S], at least one True per row.
 
     Returns:
       [B, 1, H, Dh] in q's type.
@@ -239,5 +247,5 @@ def cached_attention(q: jax.Array, keys: jax.Array, values: jax.Array, filled: j
     groups = q.reshape(rows, keys.shape[1], -1, size)
     scores = jnp.einsum("bkgd,bksd->bkgs", groups, keys, preferred_element_type=jnp.float32) * size**-0.5
     weights = jax.nn.softmax(jnp.where(filled[:, None, None], scores, -jnp.inf), axis=-1)
-    read = jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values)
-    return read.reshape(rows, 1, heads, size)
+    output = jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values)
+    return output.reshape(rows, 1, heads, size)

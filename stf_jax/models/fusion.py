@@ -1,13 +1,13 @@
-"""Token fusion: the tapped states of the tower become a few image tokens of the language model.
+"""Token fusion: turns the tapped states of the vision tower into a few image tokens of the language model.
 
 **MBTF** (multi-block token fusion, arXiv 2506.07138) concatenates the taps on channels and mixes them with 1×1
-convolutions. **STF** (spatial token fusion) merges each k×k neighbourhood by a k×k convolution of stride k, then maps
-to the language model's width by a 1×1 convolution: 24×24 = 576 tokens become 144 for k = 2. Their rivals
-(models/rivals.py) stand under the same interface.
+convolutions. **STF** (spatial token fusion) merges each k×k neighborhood by a k×k convolution of stride k, then maps
+to the language model's width by a 1×1 convolution: 24×24 = 576 tokens become 144 for k = 2. The baselines
+(models/baselines.py) have the same interface.
 
     name            reads           tokens  layers
     mlp             deepest tap     P       projector
-    avg_pool        deepest tap     P/k²    this and the next five: models/rivals.py
+    avg_pool        deepest tap     P/k²    this and the next five: models/baselines.py
     pixel_shuffle   deepest tap     P/k²
     ldp_v2          deepest tap     P/k²
     c_abstractor    deepest tap     P/k²
@@ -18,7 +18,7 @@ to the language model's width by a 1×1 convolution: 24×24 = 576 tokens become 
     mbtf_stf        8 taps          P/k²    MBTF, STF: the paper's
 
 ``variant="code"`` computes what the authors' program does: MBTF is linear-GELU-linear, STF is conv-GELU-linear.
-``variant="paper"`` computes what their figure draws: a GELU after MBTF's second layer too, and in STF three
+``variant="paper"`` computes what their figure shows: a GELU after MBTF's second layer too, and in STF three
 convolutions, each with a GELU, the first of which keeps all k²·C values of a window (the paper calls this lossless).
 
 Axis letters: B images, P patches (a grid of g×g), N tokens out, C tower width, D language model width.
@@ -34,8 +34,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from stf_jax.config import FusionConfig, UserError, did_you_mean
-from stf_jax.models.layers import Linear, StridedConv, gelu, initialisers
-from stf_jax.models.rivals import (
+from stf_jax.models.baselines import (
     AvgPool,
     CAbstractor,
     Grid,
@@ -45,46 +44,47 @@ from stf_jax.models.rivals import (
     Resampler,
     TokenPacker,
 )
+from stf_jax.models.layers import Linear, StridedConv, gelu, initializers
 from stf_jax.models.vit import VisionConfig
 
-TAPS = 8  # blocks that MBTF reads unless told otherwise
+TAPS = 8  # blocks that MBTF reads by default
 
 
 def tapped_blocks(config: FusionConfig, layers: int) -> tuple[int, ...]:
     """The blocks that this fusion reads, deepest first.
 
-    Where the config names none, MBTF reads eight evenly spaced ones: for CLIP-L's 24 layers 24, 21, …, 3. The authors'
-    code takes the last but one layer in place of the last (23, 21, …, 3), as LLaVA does, and so does
-    ``variant="code"`` where that layer is not among the eight already. A fusion of one tap reads the deepest of these,
-    and TokenPacker that, the one before it, and two at about 2/3 and 1/2 of its depth (23, 22, 16, 12).
+    If the config names none, MBTF reads eight evenly spaced blocks: for CLIP-L's 24 layers 24, 21, …, 3. The authors'
+    code takes the last but one layer instead of the last (23, 21, …, 3), as LLaVA does, and so does ``variant="code"``
+    unless that layer is already among the eight. A fusion of one tap reads the deepest of these. TokenPacker reads the
+    deepest, the one before it, and two at about 2/3 and 1/2 of its depth (23, 22, 16, 12).
 
     Raises:
       UserError: taps that the tower does not have, or that are not in descending order.
     """
-    kind, taps = _kind(config), config.taps
+    spec, taps = _fusion_spec(config), config.taps
     if not all(0 <= tap <= layers for tap in taps) or any(a <= b for a, b in itertools.pairwise(taps)):
         raise UserError(
-            f"model.fusion.taps={taps} should name blocks of the tower, 0 to {layers}, each once, the deepest first."
+            f"model.fusion.taps={taps} must be distinct blocks of the tower, 0 to {layers}, in descending order."
         )
-    before_last = config.variant == "code" and layers - 1 not in _evenly(layers)
+    before_last = config.variant == "code" and layers - 1 not in _evenly_spaced(layers)
     deepest = taps[0] if taps else layers - before_last
-    if kind.taps is None:
+    if spec.taps is None:
         return (deepest,)
-    return taps or kind.taps(layers, deepest)
+    return taps or spec.taps(layers, deepest)
 
 
-def _evenly(layers):
+def _evenly_spaced(layers):
     count = min(TAPS, layers)
     return tuple(math.ceil(layers * i / count) for i in range(count, 0, -1))
 
 
 def tokens_per_image(config: FusionConfig, grid: int) -> int:
-    """N, the image tokens that one image of ``grid``×``grid`` patches becomes.
+    """N, the image tokens per image of ``grid``×``grid`` patches.
 
     Raises:
       UserError: the kernel does not divide the grid and ``pad_grid`` is off.
     """
-    if not _kind(config).merges:
+    if not _fusion_spec(config).merges:
         return grid * grid
     if grid % config.kernel and not config.pad_grid:
         fitting = [str(k) for k in range(1, grid + 1) if grid % k == 0]
@@ -102,9 +102,9 @@ class MBTF(nnx.Module):
         hidden = config.mbtf_hidden or channels // 2
         self.last_gelu = config.variant == "paper"
         self.first = Linear(
-            rngs, [(channels, "embed")], [(hidden, "mlp")], **initialisers(config.init, channels, hidden)
+            rngs, [(channels, "embed")], [(hidden, "mlp")], **initializers(config.init, channels, hidden)
         )
-        self.second = Linear(rngs, [(hidden, "mlp")], [(out, "embed")], **initialisers(config.init, hidden, out))
+        self.second = Linear(rngs, [(hidden, "mlp")], [(out, "embed")], **initializers(config.init, hidden, out))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.second(gelu(self.first(x)))
@@ -120,83 +120,83 @@ class STF(nnx.Module):
         hidden = config.stf_hidden or 4 * window
         self.paper = config.variant == "paper"
         if self.paper:
-            wide = initialisers(config.init, window, window)
-            self.conv = StridedConv(rngs, k, (channels, "channel"), (window, "embed"), **wide)
-            self.mix = Linear(rngs, [(window, "embed")], [(hidden, "mlp")], **initialisers(config.init, window, hidden))
+            conv_init = initializers(config.init, window, window)
+            self.conv = StridedConv(rngs, k, (channels, "channel"), (window, "embed"), **conv_init)
+            self.mix = Linear(rngs, [(window, "embed")], [(hidden, "mlp")], **initializers(config.init, window, hidden))
         else:
-            wide = initialisers(config.init, window, hidden)
-            self.conv = StridedConv(rngs, k, (channels, "embed"), (hidden, "mlp"), **wide)
-        self.out = Linear(rngs, [(hidden, "mlp")], [(out, "embed")], **initialisers(config.init, hidden, out))
+            conv_init = initializers(config.init, window, hidden)
+            self.conv = StridedConv(rngs, k, (channels, "embed"), (hidden, "mlp"), **conv_init)
+        self.out = Linear(rngs, [(hidden, "mlp")], [(out, "embed")], **initializers(config.init, hidden, out))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = gelu(self.conv(x))
         return gelu(self.out(gelu(self.mix(x)))) if self.paper else self.out(x)
 
 
-def _each_patch(rngs, config, grid, out):
+def _patch_projector(rngs, config, grid, out):
     return Projector(rngs, config, grid.channels, out)
 
 
-def _spaced(layers, deepest):
-    """MBTF's taps: eight evenly spaced, but for the deepest."""
-    return (deepest, *_evenly(layers)[1:])
+def _mbtf_taps(layers, deepest):
+    """Evenly spaced taps for MBTF, with the deepest replaced by ``deepest``."""
+    return (deepest, *_evenly_spaced(layers)[1:])
 
 
-def _packed(layers, deepest):
-    """TokenPacker's: for CLIP-L's 24 blocks, of which LLaVA reads 23, theirs are 23, 22, 16 and 12."""
+def _token_packer_taps(layers, deepest):
+    """Taps of TokenPacker; its authors use 23, 22, 16 and 12 of CLIP-L, of which LLaVA reads 23."""
     depths = (deepest, deepest - 1, round(16 / 23 * deepest), round(12 / 23 * deepest))
     return tuple(sorted({max(depth, 0) for depth in depths}, reverse=True))  # fewer in a tower of three blocks
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kind:
-    """What is known of a fusion before it is built."""
+class FusionSpec:
+    """Properties of a fusion that are known before it is built."""
 
-    tokens: Callable[..., nnx.Module]  # of (rngs, config, grid, D); takes [B, g, g, channels], gives [B, …, D]
-    mixes: bool = False  # MBTF makes one state of all taps first
-    taps: Callable[[int, int], tuple[int, ...]] | None = None  # of (layers, deepest); None: it reads one tap
-    merges: bool = True  # a token for k×k patches
-    windows: bool = True  # which are windows, so that a grid may have to be padded
+    connector: Callable[..., nnx.Module]  # (rngs, config, grid, D) → a module [B, g, g, channels] → [B, …, D]
+    uses_mbtf: bool = False  # whether MBTF first mixes all taps into one state
+    taps: Callable[[int, int], tuple[int, ...]] | None = None  # (layers, deepest) → taps; None: one tap
+    merges: bool = True  # whether each token stands for k×k patches
+    windows: bool = True  # whether these are windows, so that the grid may need padding
 
 
-FUSIONS: dict[str, _Kind] = {
-    "mlp": _Kind(_each_patch, merges=False, windows=False),
-    "avg_pool": _Kind(AvgPool),
-    "pixel_shuffle": _Kind(PixelShuffle),
-    "ldp_v2": _Kind(LDPv2),
-    "c_abstractor": _Kind(CAbstractor),
-    "resampler": _Kind(Resampler, windows=False),
-    "token_packer": _Kind(TokenPacker, taps=_packed),
-    "stf": _Kind(STF),
-    "mbtf": _Kind(_each_patch, mixes=True, taps=_spaced, merges=False, windows=False),
-    "mbtf_stf": _Kind(STF, mixes=True, taps=_spaced),
+FUSIONS: dict[str, FusionSpec] = {
+    "mlp": FusionSpec(_patch_projector, merges=False, windows=False),
+    "avg_pool": FusionSpec(AvgPool),
+    "pixel_shuffle": FusionSpec(PixelShuffle),
+    "ldp_v2": FusionSpec(LDPv2),
+    "c_abstractor": FusionSpec(CAbstractor),
+    "resampler": FusionSpec(Resampler, windows=False),
+    "token_packer": FusionSpec(TokenPacker, taps=_token_packer_taps),
+    "stf": FusionSpec(STF),
+    "mbtf": FusionSpec(_patch_projector, uses_mbtf=True, taps=_mbtf_taps, merges=False, windows=False),
+    "mbtf_stf": FusionSpec(STF, uses_mbtf=True, taps=_mbtf_taps),
 }
 
 
-def _kind(config):
+def _fusion_spec(config):
     if config.fusion not in FUSIONS:
         raise UserError(f"Config key model.fusion.fusion is {config.fusion!r}: {did_you_mean(config.fusion, FUSIONS)}")
     return FUSIONS[config.fusion]
 
 
 class Fusion(nnx.Module):
-    """Any of the fusions above, by name."""
+    """A fusion of the table above, built by name."""
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, vision: VisionConfig, out: int):
         """``out`` is D. Raises UserError for an unknown name or a kernel that does not divide the grid."""
         tokens_per_image(config, vision.grid)
-        kind = _kind(config)
-        self.side, self.merges = vision.grid, kind.merges
-        self.pad = -vision.grid % config.kernel if kind.windows else 0
+        spec = _fusion_spec(config)
+        self.side, self.merges = vision.grid, spec.merges
+        self.pad = -vision.grid % config.kernel if spec.windows else 0
         grid = Grid(self.side + self.pad, vision.width, len(tapped_blocks(config, vision.layers)))
-        mixed = dataclasses.replace(grid, width=config.mbtf_width or vision.width, taps=1)
-        self.mbtf = MBTF(rngs, config, grid.channels, mixed.width) if kind.mixes else None
-        self.tokens = kind.tokens(rngs, config, mixed if kind.mixes else grid, out)
+        mbtf_grid = dataclasses.replace(grid, width=config.mbtf_width or vision.width, taps=1)
+        self.mbtf = MBTF(rngs, config, grid.channels, mbtf_grid.width) if spec.uses_mbtf else None
+        self.tokens = spec.connector(rngs, config, mbtf_grid if spec.uses_mbtf else grid, out)
 
     def __call__(self, states: tuple[jax.Array, ...]) -> jax.Array:
-        """Image tokens [B, N, D], row by row, of tapped states, each [B, P, C], deepest first.
+        """Image tokens [B, N, D], in row-major order, of tapped states, each [B, P, C], deepest first.
 
-        A fusion that does not merge patches takes any number of them.
+        A fusion that does not merge patches accepts any number of them.
         """
         with jax.named_scope("fusion"):
             x = jnp.concatenate(states, axis=-1)

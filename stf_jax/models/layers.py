@@ -1,8 +1,8 @@
-"""The parts that the tower, the fusion and the decoder share, and the one way to declare a parameter.
+"""Layers shared by the vision tower, the fusion and the decoder, and the one way to declare a parameter.
 
-A parameter is declared once, by :func:`parameter`: shape, logical axes and initialiser. Sharding (runtime/mesh.py),
-restore targets and exports derive from that declaration. Every parameter is float32 here; what is frozen is cast when
-the training state is made. A layer computes in the type of its input.
+:func:`parameter` declares a parameter once: shape, logical axes and initializer. Sharding (runtime/mesh.py), restore
+targets and exports derive from that declaration. Every parameter is float32 here; frozen parameters are cast when the
+training state is built. A layer computes in the type of its input.
 
 Axis letters: B batch, T positions, L layers, D width, H heads, K kv heads, F feed-forward.
 """
@@ -25,33 +25,33 @@ def parameter(rngs: nnx.Rngs, axes: Sequence[Axis], init: Init) -> nnx.Param:
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Initialiser: 0."""
+    """Initializer: 0."""
     del key
     return jnp.zeros(shape, jnp.float32)
 
 
 def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Initialiser: 1."""
+    """Initializer: 1."""
     del key
     return jnp.ones(shape, jnp.float32)
 
 
 def normal(stddev: float) -> Init:
-    """Initialiser: N(0, stddev²)."""
+    """Initializer: N(0, stddev²)."""
     return lambda key, shape: stddev * jax.random.normal(key, shape, jnp.float32)
 
 
 def uniform(bound: float) -> Init:
-    """Initialiser: U(−bound, bound)."""
+    """Initializer: U(−bound, bound)."""
     return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-def initialisers(name: str, fan_in: int, fan_out: int) -> dict[str, Init]:
+def initializers(name: str, fan_in: int, fan_out: int) -> dict[str, Init]:
     """``kernel_init`` and ``bias_init`` of a layer, by the name of the scheme.
 
-    ``torch`` is how ``torch.nn.Linear`` and ``Conv2d`` start, weights and biases U(±1/√fan_in), and so how the
-    authors' layers do; ``kaiming`` is N(0, 2/fan_in), ``xavier`` U(±√(6/(fan_in + fan_out))), ``normal`` N(0, 0.02²),
-    these with biases at 0.
+    ``torch`` is the default of ``torch.nn.Linear`` and ``Conv2d``, weights and biases U(±1/√fan_in), which the authors'
+    layers use. ``kaiming`` is N(0, 2/fan_in), ``xavier`` U(±√(6/(fan_in + fan_out))) and ``normal`` N(0, 0.02²), each
+    with zero biases.
     """
     if name == "torch":
         return {"kernel_init": uniform(fan_in**-0.5), "bias_init": uniform(fan_in**-0.5)}
@@ -82,10 +82,10 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
 
 
 class Linear(nnx.Module):
-    """``y = x·kernel + bias`` over one or more trailing axes.
+    """``y = x·kernel + bias`` over one or more trailing axes: [..., *inputs] → [..., *outputs].
 
-    ``stack`` puts a leading axis of that many layers on the parameters; the caller scans over it, so that a call
-    always sees one layer's parameters. Takes ``[..., *inputs]`` and gives ``[..., *outputs]``.
+    ``stack`` adds a leading axis of that many layers to the parameters. The caller scans over it, so that a call always
+    sees one layer's parameters.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Linear(nnx.Module):
         self.bias = parameter(rngs, [*lead, *outputs], bias_init) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # As one product of two matrices: XLA's CPU backward pass of a product over more axes takes twice the time.
+        # One product of two matrices: XLA's CPU backward pass of a product over more axes takes twice the time.
         lead = x.shape[: x.ndim - len(self.inputs)]
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
         y = x.reshape(-1, fan_in) @ self.kernel[...].astype(x.dtype).reshape(fan_in, fan_out)
@@ -117,7 +117,7 @@ class Linear(nnx.Module):
 class StridedConv(nnx.Module):
     """A k×k convolution of stride k without padding, as one matrix product over k×k windows.
 
-    The kernel is HWIO, ``[k, k, in, out]``. Takes ``[B, k·h, k·w, in]`` and gives ``[B, h, w, out]``.
+    The kernel is HWIO, ``[k, k, in, out]``: ``[B, k·h, k·w, in]`` → ``[B, h, w, out]``.
     """
 
     def __init__(
@@ -140,8 +140,8 @@ class StridedConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
         k = self.size
-        # Channels first in a row: merged behind the window, their split over devices could not be told any more, and
-        # the kernel's gradient would be summed whole on each of them.
+        # Channels come before the window. Merged behind it, their sharding could no longer be expressed, and each
+        # device would sum the full gradient of the kernel.
         windows = x.reshape(batch, height // k, k, width // k, k, channels).transpose(0, 1, 3, 5, 2, 4)
         kernel = self.kernel[...].astype(x.dtype).transpose(2, 0, 1, 3)
         y = windows.reshape(-1, channels * k * k) @ kernel.reshape(channels * k * k, -1)
@@ -150,7 +150,7 @@ class StridedConv(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis, with statistics in float32."""
+    """Layer normalization over the last axis, with statistics in float32."""
 
     def __init__(self, rngs: nnx.Rngs, width: int, eps: float, *, stack: int | None = None):
         lead = [] if stack is None else [(stack, "layers")]
@@ -167,7 +167,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation over the last axis (arXiv 1910.07467), with statistics in float32."""
+    """Root-mean-square normalization over the last axis (arXiv 1910.07467), with statistics in float32."""
 
     def __init__(self, rngs: nnx.Rngs, width: int, eps: float, *, stack: int | None = None):
         lead = [] if stack is None else [(stack, "layers")]
@@ -181,22 +181,22 @@ class RMSNorm(nnx.Module):
 
 
 def platform() -> str:
-    """What is compiled for, ``cpu``, ``gpu`` or ``tpu``: the devices of the mesh in use, which need not be here."""
+    """The platform to compile for, ``cpu``, ``gpu`` or ``tpu``: that of the active mesh, else the default backend."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
-    """Asks for a layout of ``x`` on the mesh in use, by mesh axis; without a mesh, ``x`` as it is."""
+    """Constrains the layout of ``x`` on the active mesh, by mesh axis; returns ``x`` unchanged without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))
 
 
 def shard_rows(x: jax.Array) -> jax.Array:
-    """Keeps activations [B, ...] split by rows and whole on their other axes.
+    """Keeps activations [B, ...] split by rows and unsplit on their other axes.
 
-    Said where a residual stream begins, so that the compiler does not carry a parameter's layout into it.
+    Called where a residual stream begins, so that the compiler does not carry a parameter's layout into it.
     """
     return constrain(x, ("data", "fsdp"))
 
@@ -215,24 +215,24 @@ def apply_layers(
     scan: bool,
     remat: str,
 ) -> jax.Array:
-    """Runs ``layers`` (a step-1 range) of a stacked block on ``x``, scanned or written out.
+    """Applies ``layers`` (a step-1 range) of a stacked block to ``x``, scanned or unrolled.
 
-    ``block`` holds parameters ``[L, ...]``; its call sees one layer's, takes ``(x, *context)`` and gives the next
-    ``x``. ``remat`` names what the backward pass recomputes: ``none``, ``dots`` (all but matrix products), ``full``.
+    ``block`` holds parameters ``[L, ...]``; its call sees one layer's, takes ``(x, *context)`` and returns the next
+    ``x``. ``remat`` names what the backward pass recomputes: ``none``, ``dots`` (all but matrix products) or ``full``.
     """
     graph, stacked = nnx.split(block)
 
-    def one(x, layer):
+    def apply_one(x, layer):
         return nnx.merge(graph, layer)(x, *context)
 
     if remat != "none":
         # Inside a scan, XLA cannot merge the recomputation with the forward pass, so CSE need not be prevented.
-        one = jax.checkpoint(one, policy=_REMAT[remat], prevent_cse=not scan)
+        apply_one = jax.checkpoint(apply_one, policy=_REMAT[remat], prevent_cse=not scan)
     if scan and len(layers) > 1:
-        taken = jax.tree.map(lambda p: p[layers.start : layers.stop], stacked)
-        return jax.lax.scan(lambda x, layer: (one(x, layer), None), x, taken)[0]
-    # Split at once: so the parts' gradients are laid behind each other, and not each padded to the whole and added.
+        params = jax.tree.map(lambda p: p[layers.start : layers.stop], stacked)
+        return jax.lax.scan(lambda x, layer: (apply_one(x, layer), None), x, params)[0]
+    # One split: its gradient concatenates the parts' gradients. Those of slices would be padded to full size and added.
     parts = jax.tree.map(lambda p: jax.lax.split(p[layers.start : layers.stop], (1,) * len(layers)), stacked)
     for index in range(len(layers)):
-        x = one(x, jax.tree.map(lambda _, part, i=index: part[i][0], stacked, parts))
+        x = apply_one(x, jax.tree.map(lambda _, part, i=index: part[i][0], stacked, parts))
     return x

@@ -3,8 +3,8 @@
 RMSNorm, rotary positions, grouped-query attention, SwiGLU (arXiv 2302.13971); optional biases on query, key and value
 (Qwen2), norms on query and key heads (Qwen3), and an output head tied to the embedding.
 
-It reads a text whole (:meth:`Decoder.__call__`, for training), or once and then token by token with a cache of keys and
-values (:meth:`Decoder.prefill`, :meth:`Decoder.extend`, for inference/).
+It reads a complete text (:meth:`Decoder.__call__`, for training), or a prompt and then token by token with a cache of
+keys and values (:meth:`Decoder.prefill`, :meth:`Decoder.extend`, for inference/).
 
 Axis letters: B batch, T positions, S slots of a cache, L layers, D width, H heads, K kv heads, Dh head size,
 F feed-forward, V vocabulary.
@@ -25,9 +25,9 @@ from stf_jax.models.layers import Linear, RMSNorm, apply_layers, constrain, norm
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched to longer texts than a model was pretrained on."""
+    """Scaling of rotary frequencies to texts longer than those of pretraining."""
 
-    kind: str  # linear: all by factor | llama3: low frequencies by factor, high ones kept, a ramp between
+    kind: str  # linear: all by factor | llama3: low frequencies by factor, high ones unchanged, a ramp between
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -56,7 +56,7 @@ class LLMConfig:
 def rope_angles(config: LLMConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of rotary positions (arXiv 2104.09864), with Llama 3's scaling where configured.
 
-    In float32 whatever the compute type: bfloat16 has eight bits, so that position 257 would be position 256.
+    Always float32: bfloat16 has eight significant bits, so position 257 would become 256.
 
     Args:
       positions: int32 [B, T].
@@ -84,11 +84,11 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def look_up(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The table's rows of these tokens, [B, T, D] in ``dtype``; gradients by the table are summed in its own type.
+def sharded_embedding_lookup(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Looks up the embeddings [B, T, D] of tokens, in ``dtype``; the table's gradients are summed in its own type.
 
-    On a mesh in use a device looks up its own widths for the rows of all devices beside it on ``fsdp``, and they trade:
-    a batch of embeddings crosses the mesh, not the table.
+    On the active mesh each device looks up its own slice of the widths for the rows of all its ``fsdp`` peers, followed
+    by an all-to-all: a batch of embeddings crosses the mesh instead of the table.
 
     Args:
       table: [V, D].
@@ -100,22 +100,22 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
     def local(table, tokens):
         tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
-        here = tokens - jax.lax.axis_index("tensor") * table.shape[0]
-        found = table.at[here].get(mode="fill", fill_value=0, wrap_negative_indices=False).astype(dtype)
-        found = jax.lax.psum(found, "tensor")  # the one device that has the word, and noughts
-        return jax.lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+        local_ids = tokens - jax.lax.axis_index("tensor") * table.shape[0]
+        rows = table.at[local_ids].get(mode="fill", fill_value=0, wrap_negative_indices=False).astype(dtype)
+        rows = jax.lax.psum(rows, "tensor")  # zeros from all devices but the one that has the token
+        return jax.lax.all_to_all(rows, "fsdp", split_axis=0, concat_axis=2, tiled=True)
 
-    rows = PartitionSpec(("data", "fsdp"))
-    return jax.shard_map(local, in_specs=(PartitionSpec("tensor", "fsdp"), rows), out_specs=rows)(table, tokens)
+    row_spec = PartitionSpec(("data", "fsdp"))
+    return jax.shard_map(local, in_specs=(PartitionSpec("tensor", "fsdp"), row_spec), out_specs=row_spec)(table, tokens)
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) of a layer → [B, T, H, Dh]
-Choose = Callable[[jax.Array, jax.Array], jax.Array]  # (q, k) of a layer → int32 [B, T'], positions for the next ones
-Cache = tuple[tuple[jax.Array, jax.Array], ...]  # for each layer keys and values, [B, K, S, Dh]
+SelectPositions = Callable[[jax.Array, jax.Array], jax.Array]  # (q, k) of a layer → int32 [B, T'], for later layers
+Cache = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each layer, [B, K, S, Dh]
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention; the caller says over what, by ``attend``."""
+    """Grouped-query self-attention; ``attend`` supplies the keys, values and mask."""
 
     def __init__(self, rngs: nnx.Rngs, config: LLMConfig):
         width, head_dim = (config.width, "embed"), (config.head_dim, "head_dim")
@@ -149,7 +149,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A pre-norm decoder block; parameters of all layers, a call with one layer's. [B, T, D] → [B, T, D]."""
+    """A pre-norm decoder block, [B, T, D] → [B, T, D]. Holds all layers' parameters; a call sees one layer's."""
 
     def __init__(self, rngs: nnx.Rngs, config: LLMConfig):
         self.attention_norm = RMSNorm(rngs, config.width, config.norm_eps, stack=config.layers)
@@ -165,7 +165,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embeddings in, next-token logits out; the caller may put image tokens among the embeddings."""
+    """A decoder from embeddings to next-token logits; the caller may place image tokens among the embeddings."""
 
     def __init__(
         self,
@@ -185,18 +185,18 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Embeddings [B, T, D] in ``dtype`` of int32 tokens [B, T]."""
-        return look_up(self.embedding[...], tokens, dtype)
+        return sharded_embedding_lookup(self.embedding[...], tokens, dtype)
 
     def __call__(self, x: jax.Array, positions: jax.Array, segments: jax.Array | None) -> jax.Array:
         """Hidden states after the final norm.
 
         Args:
           x: [B, T, D] embeddings.
-          positions: int32 [B, T], counted anew in each segment.
+          positions: int32 [B, T], starting at 0 in each segment.
           segments: int32 [B, T], or None where each row is one conversation.
 
         Returns:
-          [B, T, D] in x's type; :meth:`logits` reads them.
+          [B, T, D] in x's type; :meth:`logits` converts them.
         """
         mask = Mask(causal=True, segments=segments)
 
@@ -204,68 +204,70 @@ class Decoder(nnx.Module):
             return attention(q, k, v, mask, self.attention)
 
         with jax.named_scope("llm"):
-            every = range(self.config.layers)
-            return self.norm(self._layers(x, positions, attend, every, scan=self.scan, remat=self.remat))
+            all_layers = range(self.config.layers)
+            return self.norm(self._layers(x, positions, attend, all_layers, scan=self.scan, remat=self.remat))
 
     def prefill(
-        self, x: jax.Array, positions: jax.Array, after: int = 0, choose: Choose | None = None
+        self, x: jax.Array, positions: jax.Array, select_after: int = 0, select: SelectPositions | None = None
     ) -> tuple[jax.Array, Cache]:
-        """As a call without segments, but keeps each layer's keys and values, one slot a position (S = T).
+        """Reads prompts like a call without segments, and keeps each layer's keys and values, one slot per position.
 
         Args:
-          choose: is asked after so many layers which positions the others read; these see each other causally in the
-            order given. None: all do.
+          select_after: number of layers before ``select`` is called.
+          select: returns the positions that the remaining layers read, which attend to one another causally in the
+            order given. None: all positions.
 
         Returns:
-          Hidden states after the final norm of the positions that the last layer read, and the cache.
+          Hidden states after the final norm of the positions that the last layer read, and the cache (S = T).
         """
-        cache, seen = [], ()
+        cache, last_qk = [], ()
 
         def attend(q, k, v):
-            nonlocal seen
-            cache.append(tuple(_kept(y.swapaxes(1, 2)) for y in (k, v)))
-            seen = q, k
+            nonlocal last_qk
+            cache.append(tuple(_constrain_cache(y.swapaxes(1, 2)) for y in (k, v)))
+            last_qk = q, k
             return attention(q, k, v, Mask(causal=True), self.attention)
 
         with jax.named_scope("llm"):
-            if choose is not None:
-                x = self._layers(x, positions, attend, range(after))
-                chosen = choose(*seen)
-                positions = jnp.take_along_axis(positions, chosen, axis=1)
-                x = jnp.take_along_axis(x, chosen[:, :, None], axis=1)
+            if select is not None:
+                x = self._layers(x, positions, attend, range(select_after))
+                selected = select(*last_qk)
+                positions = jnp.take_along_axis(positions, selected, axis=1)
+                x = jnp.take_along_axis(x, selected[:, :, None], axis=1)
             x = self._layers(x, positions, attend, range(len(cache), self.config.layers))
             return self.norm(x), tuple(cache)
 
     def extend(
-        self, x: jax.Array, positions: jax.Array, cache: Cache, places: Iterable[tuple[jax.Array, jax.Array]]
+        self, x: jax.Array, positions: jax.Array, cache: Cache, slots: Iterable[tuple[jax.Array, jax.Array]]
     ) -> tuple[jax.Array, Cache]:
-        """Reads one more token a row, which goes to one slot of a layer's cache, the same in all rows.
+        """Reads one more token per row, and writes it to one slot of each layer's cache, the same in all rows.
 
-        Where a key lies says nothing of its position, which was turned into it; so rows may have gaps.
+        A slot is not a position (rotary positions are already applied to the keys), so rows may have gaps.
 
         Args:
           x: [B, 1, D] embeddings.
           positions: int32 [B, 1].
-          cache: of S slots, which need not be as many in all layers.
-          places: for each layer the slot, int32, below S, and the slots to look at, bool [B, S], the new one included.
+          cache: of S slots; S may differ between layers.
+          slots: for each layer the slot to write, int32, below S, and the slots to attend to, bool [B, S], the new one
+            included.
 
         Returns:
           Hidden states [B, 1, D] after the final norm, and the cache.
         """
-        before, after = zip(cache, places, strict=True), []
+        layers, new_cache = zip(cache, slots, strict=True), []
 
         def attend(q, k, v):
-            held, (slot, filled) = next(before)
-            pair = zip(held, (k, v), strict=True)
+            layer_cache, (slot, filled) = next(layers)
+            pair = zip(layer_cache, (k, v), strict=True)
             keys, values = (
                 jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, slot, 0))
                 for old, new in pair
             )
-            after.append((_kept(keys), _kept(values)))
+            new_cache.append((_constrain_cache(keys), _constrain_cache(values)))
             return cached_attention(q, keys, values, filled)
 
         with jax.named_scope("llm"):
-            return self.norm(self._layers(x, positions, attend, range(self.config.layers))), tuple(after)
+            return self.norm(self._layers(x, positions, attend, range(self.config.layers))), tuple(new_cache)
 
     def _layers(self, x, positions, attend, layers, scan=False, remat="none"):
         cos, sin = rope_angles(self.config, positions)
@@ -273,7 +275,7 @@ class Decoder(nnx.Module):
 
     @property
     def head_kernel(self) -> jax.Array:
-        """What turns hidden states into logits: [D, V], or of a tied head the embedding, [V, D]."""
+        """The kernel of the output head: [D, V], or for a tied head the embedding, [V, D]."""
         return self.embedding[...] if self.head is None else self.head.kernel[...]
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -283,6 +285,6 @@ class Decoder(nnx.Module):
         return self.head(x).astype(jnp.float32)
 
 
-def _kept(x):
-    """Keys or values of a cache, split as the rows and the heads are."""
+def _constrain_cache(x):
+    """Constrains keys or values of a cache to be split by rows and heads."""
     return constrain(x, ("data", "fsdp"), "tensor")

@@ -1,4 +1,4 @@
-"""Shapes of towers and language models: known ones by name, imported ones from their folder's ``model.json``."""
+"""Shapes of vision towers and language models: presets by name, imported ones from ``model.json`` in their folder."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _SIGLIP = dict(
     std=(0.5, 0.5, 0.5),
 )
 
-# "mini" are the demo's backbones (stf_jax/weights/miniatures): eight blocks, so that there are eight depths to tap.
+# "mini" are the demo's backbones (stf_jax/weights/miniatures), with eight blocks to provide eight depths to tap.
 VISION: dict[str, VisionConfig] = {
     "clip-l-14-336": VisionConfig(336, 14, width=1024, layers=24, heads=16, mlp=4096, **_CLIP),
     "clip-b-16-224": VisionConfig(224, 16, width=768, layers=12, heads=12, mlp=3072, **_CLIP),
@@ -73,15 +73,14 @@ LLM: dict[str, LLMConfig] = {
 _Config = TypeVar("_Config", VisionConfig, LLMConfig)
 
 
-DEFAULTS = {"vision": "clip-l-14-336", "llm": "vicuna-7b"}  # the paper's, where a config names none
-DESCRIPTION = (
-    "model.json"  # in a run or a folder of imported weights: {"vision": …, "llm": …, "fusion": …}, null where absent
-)
+DEFAULTS = {"vision": "clip-l-14-336", "llm": "vicuna-7b"}  # the paper's; used where a config names none
+# In a run or a folder of imported weights: {"vision": …, "llm": …, "fusion": …}, null where absent.
+DESCRIPTION = "model.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedModel(ModelConfig):
-    """A model whose shapes were read already: they hold, whatever its names say, or no longer say.
+    """A model with its shapes resolved. These hold even if its names have changed their meaning since.
 
     Attributes:
       vision_shape: None for a language model alone.
@@ -92,18 +91,20 @@ class ResolvedModel(ModelConfig):
     llm_shape: LLMConfig | None = None
 
 
-def vision_of(config: ModelConfig) -> VisionConfig | None:
-    """The tower's shape; None for a language model alone. Raises UserError as :func:`vision_preset`."""
+def get_vision_config(config: ModelConfig) -> VisionConfig | None:
+    """The shape of the vision tower; None for a language model alone. Raises UserError as :func:`vision_preset`."""
     return config.vision_shape if isinstance(config, ResolvedModel) else vision_preset(config.vision)
 
 
-def llm_of(config: ModelConfig) -> LLMConfig | None:
-    """The language model's shape; None for a tower alone. Raises UserError as :func:`llm_preset`."""
+def get_llm_config(config: ModelConfig) -> LLMConfig | None:
+    """The shape of the language model; None for a tower alone. Raises UserError as :func:`llm_preset`."""
     return config.llm_shape if isinstance(config, ResolvedModel) else llm_preset(config.llm)
 
 
-def resolved(config: ModelConfig, vision: VisionConfig | None = None, llm: LLMConfig | None = None) -> ResolvedModel:
-    """The model with the shapes given, or else with those that its names stand for now.
+def resolve_model(
+    config: ModelConfig, vision: VisionConfig | None = None, llm: LLMConfig | None = None
+) -> ResolvedModel:
+    """The model with the given shapes, or else with those of its names.
 
     Raises:
       UserError: an unknown name.
@@ -117,21 +118,21 @@ def resolved(config: ModelConfig, vision: VisionConfig | None = None, llm: LLMCo
 
 def vision_preset(name: str) -> VisionConfig:
     """The tower of that name, or of that folder of imported weights. Raises UserError for an unknown one."""
-    return _lookup(VISION, name, "vision", vision_config)
+    return _lookup(VISION, name, "vision", parse_vision_config)
 
 
 def llm_preset(name: str) -> LLMConfig:
     """The language model of that name, or of that folder of imported weights. Raises UserError for an unknown one."""
-    return _lookup(LLM, name, "llm", llm_config)
+    return _lookup(LLM, name, "llm", parse_llm_config)
 
 
-def vision_config(values: Mapping) -> VisionConfig:
-    """From plain data, as ``dataclasses.asdict`` and JSON leave it."""
+def parse_vision_config(values: Mapping) -> VisionConfig:
+    """A tower shape from plain data, as ``dataclasses.asdict`` and JSON produce it."""
     return VisionConfig(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
-def llm_config(values: Mapping) -> LLMConfig:
-    """From plain data, as ``dataclasses.asdict`` and JSON leave it."""
+def parse_llm_config(values: Mapping) -> LLMConfig:
+    """A language model shape from plain data, as ``dataclasses.asdict`` and JSON produce it."""
     scaling = values["rope_scaling"]
     return LLMConfig(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
@@ -148,4 +149,4 @@ def _lookup(presets: Mapping[str, _Config], name: str, key: str, build) -> _Conf
             return build(values)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} does not describe a model.") from None
-    raise UserError(f"model.{key}={name}: the weights in that folder have no such part.")
+    raise UserError(f"model.{key}={name}: that folder has no {key} weights.")

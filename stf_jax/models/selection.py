@@ -1,18 +1,19 @@
-"""Fewer image tokens without training, when a model answers that was trained with all of them.
+"""Training-free token reduction: fewer image tokens at inference for a model trained with all of them.
 
-**FastV** (arXiv 2403.06764, section 4) drops image tokens inside the decoder. After its layer K = 2 they are ranked by
-the attention that the prompt's last token pays to them in that layer, the mean over heads; all later layers, and their
-caches, hold the best of them and the text. What stays keeps its position. The authors' program knows one image in a
-batch of one; here each row ranks the tokens of all its images together, and keeps as many as its images may.
+**FastV** (arXiv 2403.06764, section 4) drops image tokens inside the decoder. After layer K = 2 it ranks them by the
+attention that the prompt's last token pays to them in that layer, averaged over heads; all later layers, and their
+caches, hold only the best of them and the text. Kept tokens keep their positions. The authors' program handles one
+image in a batch of one; here each row ranks the tokens of all its images together, and keeps ``keep`` per image in
+total.
 
-**VisionZip** (arXiv 2412.04467, section 3) acts on the tower's states before a projector that reads them one by one.
-*Dominant* are the patches that get the most of the class token's attention, the mean over heads, in the deepest block
-that the fusion reads (the last but one in LLaVA, as in the authors' program); without a class token, as in SigLIP, of
-all patches' on average. Of the rest, evenly spaced ones are *targets*; each of the others goes to the target that its
-key, the mean over heads, is most like by its cosine; and a *contextual* token is a target plus the mean of what went to
-it, for so the authors' program adds them. The dominant ones come first, row by row, then the contextual ones, as there.
-54 and 10 of 64 are theirs, a proportion that is kept here; they keep the class token besides, which no projector has
-learned to read and which is left out here.
+**VisionZip** (arXiv 2412.04467, section 3) acts on the tower's states, before a projector that reads them one by one.
+*Dominant* patches get the most attention from the class token, averaged over heads, in the deepest block that the
+fusion reads (the last but one in LLaVA, as in the authors' program). Without a class token, as in SigLIP, attention
+from all patches is averaged. Among the other patches, evenly spaced ones are *targets*, and each of the rest is
+assigned to the target with the most similar key (averaged over heads, by cosine). A *contextual* token is a target plus
+the mean of the patches assigned to it, added as in the authors' program. The dominant tokens come first, in row-major
+order, then the contextual ones, also as there. The authors use 54 and 10 of 64, and this proportion is kept here. They
+also keep the class token, which is left out here because no projector was trained to read it.
 
 **Random** keeps a sample of the patches, drawn once and the same for all images: the control that a method must beat.
 
@@ -29,21 +30,21 @@ from flax import nnx
 
 from stf_jax.config import REDUCTIONS, ModelConfig, UserError, did_you_mean
 from stf_jax.models.fusion import tapped_blocks, tokens_per_image
-from stf_jax.models.presets import llm_of, vision_of
+from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.vit import VisionTower
 
 FULL_LAYERS = 2  # FastV's K: decoder layers that read all image tokens
-_PER_PATCH = ("mlp", "mbtf")  # fusions that make each patch a token by itself
-_CONTEXTUAL = 10 / 64  # of VisionZip's tokens
+_PER_PATCH = ("mlp", "mbtf")  # fusions that map each patch to a token
+_CONTEXTUAL = 10 / 64  # fraction of VisionZip's tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Reduction:
-    """What becomes of an image's image tokens."""
+    """How many of the image tokens of an image are kept, and where they are dropped."""
 
-    name: str  # "": nothing | one of REDUCTIONS
-    tokens: int  # N, as the fusion gives them
-    keep: int  # that remain
+    name: str  # "": no reduction | one of REDUCTIONS
+    tokens: int  # N, the output of the fusion
+    keep: int  # tokens that are kept
 
     @property
     def slots(self) -> int:
@@ -52,17 +53,17 @@ class Reduction:
 
     @property
     def dropped(self) -> int:
-        """Of these, those that decoder layers after :data:`FULL_LAYERS` do not have."""
+        """Those of :attr:`slots` that decoder layers after :data:`FULL_LAYERS` drop."""
         return self.slots - self.keep
 
 
-def reduction(config: ModelConfig) -> Reduction:
-    """What ``config.reduce`` and ``config.keep`` come to.
+def resolve_reduction(config: ModelConfig) -> Reduction:
+    """The reduction that ``config.reduce`` and ``config.keep`` ask for.
 
     Raises:
-      UserError: they do not suit each other or the model, or as :func:`stf_jax.models.fusion.tokens_per_image`.
+      UserError: they do not fit each other or the model, or as :func:`stf_jax.models.fusion.tokens_per_image`.
     """
-    name, fusion, vision = config.reduce, config.fusion.fusion, vision_of(config)
+    name, fusion, vision = config.reduce, config.fusion.fusion, get_vision_config(config)
     if vision is None:
         if name or config.keep:
             raise UserError("A language model alone has no image tokens to reduce.")
@@ -70,34 +71,34 @@ def reduction(config: ModelConfig) -> Reduction:
     tokens = tokens_per_image(config.fusion, vision.grid)
     if not name:
         if config.keep:
-            known = ", ".join(REDUCTIONS)
-            raise UserError(f"keep={config.keep} says how many tokens reduce leaves: set reduce to one of {known}.")
+            names = ", ".join(REDUCTIONS)
+            raise UserError(f"keep={config.keep} has no effect without reduce: set reduce to one of {names}.")
         return Reduction("", tokens, tokens)
     if name not in REDUCTIONS:
-        raise UserError(f"reduce={name!r} is not known; {did_you_mean(name, REDUCTIONS)}")
+        raise UserError(f"reduce={name!r} is unknown; {did_you_mean(name, REDUCTIONS)}")
     keep = config.keep or max(1, tokens // 4)
     if not 1 <= keep <= tokens:
-        raise UserError(f"keep={keep} should be 1 to {tokens}, the image tokens that {fusion} makes of an image.")
-    if name == "fastv" and llm_of(config).layers <= FULL_LAYERS:
-        raise UserError(f"reduce=fastv acts after decoder layer {FULL_LAYERS}, and {config.llm} has no more.")
+        raise UserError(f"keep={keep} must be 1 to {tokens}, the image tokens per image of {fusion}.")
+    if name == "fastv" and get_llm_config(config).layers <= FULL_LAYERS:
+        raise UserError(f"reduce=fastv acts after decoder layer {FULL_LAYERS}, but {config.llm} has no more layers.")
     if name != "fastv" and fusion not in _PER_PATCH:
         raise UserError(
-            f"reduce={name} is for fusions that keep every patch ({', '.join(_PER_PATCH)}), which {fusion} does not."
+            f"reduce={name} needs a fusion that keeps every patch ({', '.join(_PER_PATCH)}), but {fusion} does not."
         )
     if name == "visionzip" and tapped_blocks(config.fusion, vision.layers)[0] == 0:
-        raise UserError("reduce=visionzip asks the block whose state is tapped; model.fusion.taps=(0,) taps none.")
+        raise UserError("reduce=visionzip needs a tapped block, but model.fusion.taps=(0,) taps only the embedding.")
     return Reduction(name, tokens, keep)
 
 
 # ---- FastV -----------------------------------------------------------------------------------------------------------
 
 
-def attention_paid(q: jax.Array, k: jax.Array, lengths: jax.Array) -> jax.Array:
-    """What each position gets of the attention of its prompt's last token, the mean over heads.
+def last_token_attention(q: jax.Array, k: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The attention that each position gets from the last token of its prompt, averaged over heads.
 
     Args:
-      q: [B, T, H, Dh], positions turned into it; k: [B, T, K, Dh], likewise.
-      lengths: int32 [B]; of a prompt of none, the first position counts as its last.
+      q: [B, T, H, Dh], with rotary positions applied; k: [B, T, K, Dh], likewise.
+      lengths: int32 [B], of prompts; for an empty prompt the first position counts as its last.
 
     Returns:
       Float32 [B, T], 0 beyond the prompt.
@@ -106,110 +107,116 @@ def attention_paid(q: jax.Array, k: jax.Array, lengths: jax.Array) -> jax.Array:
     last = jnp.maximum(lengths - 1, 0)
     q = jnp.take_along_axis(q, last[:, None, None, None], axis=1).reshape(rows, k.shape[2], -1, size)
     scores = jnp.einsum("bkgd,btkd->bkgt", q, k, preferred_element_type=jnp.float32) * size**-0.5
-    seen = jnp.arange(length) <= last[:, None]
-    return jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1).sum((1, 2)) / heads
+    visible = jnp.arange(length) <= last[:, None]
+    return jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1).sum((1, 2)) / heads
 
 
-def remaining(paid: jax.Array, image: jax.Array, lengths: jax.Array, keep: jax.Array, length: int) -> jax.Array:
-    """The positions that later layers read: all text, and of the image tokens those with the most attention.
+def kept_positions(
+    scores: jax.Array, is_image: jax.Array, lengths: jax.Array, keep: jax.Array, length: int
+) -> jax.Array:
+    """The positions that later layers read: all text, and the image tokens with the highest scores.
 
     Args:
-      paid: float32 [B, T].
-      image: bool [B, T], which positions are image tokens.
+      scores: float32 [B, T].
+      is_image: bool [B, T], which positions are image tokens.
       lengths: int32 [B], of prompts.
-      keep: int32 [B], image tokens that remain, at most as many as there are; of equals the first.
-      length: of what comes back, no less than any row keeps.
+      keep: int32 [B], image tokens to keep, at most as many as there are; among equal scores the first are kept.
+      length: T', the length of the result, no less than any row keeps.
 
     Returns:
-      Int32 [B, length]; what is kept comes first, in its order, so that causal attention sees it alone; positions that
-      nobody looks at fill up the rest.
+      Int32 [B, T']. Kept positions come first, in ascending order, so that causal attention sees only them; unused
+      positions fill the rest.
     """
-    place = jnp.arange(paid.shape[1])
-    rank = jnp.argsort(jnp.argsort(jnp.where(image, -paid, jnp.inf), axis=1), axis=1)
-    kept = (place < lengths[:, None]) & (~image | (rank < keep[:, None]))
-    return jnp.argsort(~kept, axis=1)[:, :length]
+    positions = jnp.arange(scores.shape[1])
+    rank = jnp.argsort(jnp.argsort(jnp.where(is_image, -scores, jnp.inf), axis=1), axis=1)
+    keeps = (positions < lengths[:, None]) & (~is_image | (rank < keep[:, None]))
+    return jnp.argsort(~keeps, axis=1)[:, :length]
 
 
 # ---- VisionZip -------------------------------------------------------------------------------------------------------
 
 
 def contextual_tokens(keep: int) -> int:
-    """How many of VisionZip's tokens are contextual; the others are dominant."""
+    """The number of VisionZip's tokens that are contextual; the others are dominant."""
     return round(keep * _CONTEXTUAL)
 
 
 def visionzip(
     tower: VisionTower, images: jax.Array, taps: tuple[int, ...], dtype: jnp.dtype, keep: int
 ) -> tuple[jax.Array, ...]:
-    """As the tower's call, but each state has ``keep`` tokens, dominant and contextual ones: [B, keep, C].
+    """Like the tower's call, but each state has ``keep`` tokens, dominant and contextual ones: [B, keep, C].
 
-    The deepest block decides for all taps. Its keys, and the class token's query, are computed again from what enters
-    it, which costs a twelfth of a block; so the tower itself is as it is for everybody else.
+    The deepest block decides for all taps. Its keys, and the class token's query, are recomputed from its input, which
+    costs a twelfth of a block and leaves the tower itself unchanged.
     """
     deepest = max(taps)
-    *states, before = tower.states(images, (*taps, deepest - 1), dtype)
+    *states, block_input = tower.states(images, (*taps, deepest - 1), dtype)
     with jax.named_scope("visionzip"):
-        received, keys = attention_received(tower, before, deepest)
+        received, keys = attention_received(tower, block_input, deepest)
         first = int(tower.config.class_token)
-        return zipped(received, keys, tuple(state[:, first:] for state in states), keep)
+        return merge_visionzip(received, keys, tuple(state[:, first:] for state in states), keep)
 
 
 def attention_received(tower: VisionTower, x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """What each patch gets of the class token's attention in a block, or without one of all patches' on average.
+    """The attention that each patch gets in a block from the class token, or without one from all patches on average.
 
     Args:
-      x: [B, S, C], what enters the block.
+      x: [B, S, C], the input of the block.
       block: its number, from 1.
 
     Returns:
-      Attention, float32 [B, P], the mean over heads; keys [B, P, Dh], likewise.
+      Attention, float32 [B, P], averaged over heads; keys [B, P, Dh], likewise.
     """
     graph, stacked = nnx.split(tower.blocks)
-    one = nnx.merge(graph, jax.tree.map(lambda p: p[block - 1], stacked))
+    layer = nnx.merge(graph, jax.tree.map(lambda p: p[block - 1], stacked))
     first = int(tower.config.class_token)
-    x = one.attention_norm(x)
-    q, k = one.attention.query(x[:, :1] if first else x), one.attention.key(x)
+    x = layer.attention_norm(x)
+    q, k = layer.attention.query(x[:, :1] if first else x), layer.attention.key(x)
     scores = jnp.einsum("bqhd,bshd->bhqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     return jax.nn.softmax(scores, axis=-1).mean((1, 2))[:, first:], k.mean(2)[:, first:]
 
 
-def zipped(received: jax.Array, keys: jax.Array, states: tuple[jax.Array, ...], keep: int) -> tuple[jax.Array, ...]:
-    """States [B, P, C] as dominant and contextual tokens [B, keep, C], all by the same choice.
+def merge_visionzip(
+    received: jax.Array, keys: jax.Array, states: tuple[jax.Array, ...], keep: int
+) -> tuple[jax.Array, ...]:
+    """Reduces states [B, P, C] to dominant and contextual tokens [B, keep, C], with the same choice for all states.
 
     Args:
-      received: float32 [B, P], by which dominant tokens are chosen; of equals the first.
-      keys: [B, P, Dh], by which the others are told alike.
+      received: float32 [B, P], the attention by which dominant tokens are chosen; among equals the first are chosen.
+      keys: [B, P, Dh], which measure the similarity of the other patches.
     """
     contextual = contextual_tokens(keep)
     order = jnp.argsort(-received, axis=1)
-    dominant, rest = (jnp.sort(part, axis=1) for part in jnp.split(order, [keep - contextual], axis=1))
+    dominant, remainder = (jnp.sort(part, axis=1) for part in jnp.split(order, [keep - contextual], axis=1))
     if not contextual:
-        return tuple(_taken(state, dominant) for state in states)
-    step = rest.shape[1] // contextual
-    is_target = np.isin(np.arange(rest.shape[1]), step * np.arange(contextual))
-    targets, others = rest[:, is_target], rest[:, ~is_target]
+        return tuple(_gather_tokens(state, dominant) for state in states)
+    step = remainder.shape[1] // contextual
+    is_target = np.isin(np.arange(remainder.shape[1]), step * np.arange(contextual))
+    targets, others = remainder[:, is_target], remainder[:, ~is_target]
     keys = keys.astype(jnp.float32)
     keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
-    alike = jnp.einsum("bod,btd->bot", _taken(keys, others), _taken(keys, targets))
-    goes = jax.nn.one_hot(alike.argmax(-1), contextual, dtype=states[0].dtype)
-    counts = jnp.maximum(goes.sum(1, dtype=jnp.float32), 1)[:, :, None]
+    similarity = jnp.einsum("bod,btd->bot", _gather_tokens(keys, others), _gather_tokens(keys, targets))
+    assignment = jax.nn.one_hot(similarity.argmax(-1), contextual, dtype=states[0].dtype)
+    counts = jnp.maximum(assignment.sum(1, dtype=jnp.float32), 1)[:, :, None]
 
-    def merged(state):
-        total = jnp.einsum("bot,boc->btc", goes, _taken(state, others), preferred_element_type=jnp.float32)
-        tokens = _taken(state, targets) + (total / counts).astype(state.dtype)
-        return jnp.concatenate([_taken(state, dominant), tokens], axis=1)
+    def merge_state(state):
+        total = jnp.einsum(
+            "bot,boc->btc", assignment, _gather_tokens(state, others), preferred_element_type=jnp.float32
+        )
+        tokens = _gather_tokens(state, targets) + (total / counts).astype(state.dtype)
+        return jnp.concatenate([_gather_tokens(state, dominant), tokens], axis=1)
 
-    return tuple(merged(state) for state in states)
+    return tuple(merge_state(state) for state in states)
 
 
-def _taken(x, places):
-    return jnp.take_along_axis(x, places[:, :, None], axis=1)
+def _gather_tokens(x, indices):
+    return jnp.take_along_axis(x, indices[:, :, None], axis=1)
 
 
 # ---- Random ----------------------------------------------------------------------------------------------------------
 
 
-def sampled(states: tuple[jax.Array, ...], keep: int) -> tuple[jax.Array, ...]:
-    """States [B, P, C] of ``keep`` patches [B, keep, C], in their order; the same patches each time."""
+def sample_patches(states: tuple[jax.Array, ...], keep: int) -> tuple[jax.Array, ...]:
+    """Reduces states [B, P, C] to random patches [B, keep, C], in ascending order; the same patches every time."""
     patches = np.sort(np.random.default_rng(0).permutation(states[0].shape[1])[:keep])
     return tuple(state[:, patches] for state in states)

@@ -1,4 +1,4 @@
-"""The vision tower: CLIP's and SigLIP's ViT as one module, read through taps.
+"""The vision tower: CLIP's and SigLIP's ViT in one module, read through taps.
 
 CLIP (arXiv 2103.00020): class token, layer norm before the blocks, quick-GELU, patches without bias.
 SigLIP (arXiv 2303.15343): no class token, no layer norm before the blocks, tanh-GELU, patches with bias.
@@ -28,10 +28,10 @@ from stf_jax.models.layers import (
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Shape of a tower. ``mean`` and ``std`` are of RGB values in 0..1."""
+    """Shape of a vision tower. ``mean`` and ``std`` are of RGB values in 0..1."""
 
-    image_size: int  # pixels a side
-    patch_size: int  # pixels a side
+    image_size: int  # pixels per side
+    patch_size: int  # pixels per side
     width: int
     layers: int
     heads: int
@@ -46,17 +46,17 @@ class VisionConfig:
 
     @property
     def crops(self) -> bool:
-        """Whether the tower's own processor crops images to their centre, as CLIP's; SigLIP's squeezes them."""
+        """Whether the tower's processor center-crops images, as CLIP's does; SigLIP's stretches them to a square."""
         return self.class_token
 
     @property
     def grid(self) -> int:
-        """Patches a side; pixels left over at the right and bottom are not seen, as in transformers."""
+        """Patches per side. Remaining pixels at the right and bottom are not read, as in transformers."""
         return self.image_size // self.patch_size
 
 
-def _residual(config, fan_in):
-    # What all blocks add to the residual stream starts no larger than what enters it, as CLIP does.
+def _residual_init(config, fan_in):
+    # As in CLIP, the sum of what all blocks add to the residual stream starts no larger than its input.
     return normal((2 * config.layers * fan_in) ** -0.5)
 
 
@@ -71,7 +71,9 @@ class Attention(nnx.Module):
         self.query = Linear(rngs, [width], [heads, head_dim], stack=stack)
         self.key = Linear(rngs, [width], [heads, head_dim], stack=stack)
         self.value = Linear(rngs, [width], [heads, head_dim], stack=stack)
-        self.out = Linear(rngs, [heads, head_dim], [width], stack=stack, kernel_init=_residual(config, config.width))
+        self.out = Linear(
+            rngs, [heads, head_dim], [width], stack=stack, kernel_init=_residual_init(config, config.width)
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.out(attention(self.query(x), self.key(x), self.value(x), Mask(), self.implementation))
@@ -84,14 +86,14 @@ class MLP(nnx.Module):
         width, hidden = (config.width, "embed"), (config.mlp, "mlp")
         self.activation = config.activation
         self.up = Linear(rngs, [width], [hidden], stack=config.layers)
-        self.down = Linear(rngs, [hidden], [width], stack=config.layers, kernel_init=_residual(config, config.mlp))
+        self.down = Linear(rngs, [hidden], [width], stack=config.layers, kernel_init=_residual_init(config, config.mlp))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
 
 class Block(nnx.Module):
-    """A pre-norm transformer block; parameters of all layers, a call with one layer's. [B, S, D] → [B, S, D]."""
+    """A pre-norm transformer block, [B, S, D] → [B, S, D]. Holds all layers' parameters; a call sees one layer's."""
 
     def __init__(self, rngs: nnx.Rngs, config: VisionConfig, implementation: str):
         self.attention_norm = LayerNorm(rngs, config.width, config.norm_eps, stack=config.layers)
@@ -107,7 +109,7 @@ class Block(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """A ViT that gives the hidden states after chosen blocks."""
+    """A ViT that returns the hidden states after chosen blocks."""
 
     def __init__(
         self,
@@ -124,24 +126,24 @@ class VisionTower(nnx.Module):
         self.patch_embed = StridedConv(rngs, config.patch_size, (3, "channel"), embed, bias=config.patch_bias)
         self.class_token = parameter(rngs, [(width, "norm")], normal(width**-0.5)) if config.class_token else None
         positions = patches + config.class_token
-        # As strong as the patches themselves, so that a tower that learns from scratch tells places apart at once.
+        # As large as the patch embeddings, so that a tower trained from scratch distinguishes positions from the start.
         self.position_embed = parameter(rngs, [(positions, "position"), embed], normal(0.5))
         self.pre_norm = LayerNorm(rngs, width, config.norm_eps) if config.pre_norm else None
         self.blocks = Block(rngs, config, attention)
 
     def __call__(self, images: jax.Array, taps: tuple[int, ...], dtype: jnp.dtype) -> tuple[jax.Array, ...]:
-        """Hidden states after the tapped blocks, in the order asked.
+        """Hidden states after the tapped blocks, in the order of ``taps``.
 
-        Nothing above the highest tap is computed, no state between taps is kept, no final norm is applied (as
+        Blocks above the highest tap are not computed, states between taps are not kept, no final norm is applied (as in
         ``hidden_states`` of transformers' CLIPVisionModel), and the class token is dropped.
 
         Args:
-          images: uint8 [B, H, W, 3], H = W = ``config.image_size``; normalised here.
+          images: uint8 [B, H, W, 3], H = W = ``config.image_size``; normalized here.
           taps: 1-based block numbers; 0 is the embedding that enters the first block.
-          dtype: type to compute in.
+          dtype: the compute type.
 
         Returns:
-          For each tap, [B, P, D] in ``dtype``, patches row by row.
+          For each tap, [B, P, D] in ``dtype``, patches in row-major order.
 
         Raises:
           UserError: a tap that the tower does not have.
@@ -149,28 +151,28 @@ class VisionTower(nnx.Module):
         return tuple(state[:, int(self.config.class_token) :] for state in self.states(images, taps, dtype))
 
     def states(self, images: jax.Array, taps: tuple[int, ...], dtype: jnp.dtype) -> tuple[jax.Array, ...]:
-        """As a call, with the class token, where there is one, before the patches: [B, S, D]."""
+        """Like a call, but keeps the class token, if any, before the patches: [B, S, D]."""
         for tap in taps:
             if not 0 <= tap <= self.config.layers:
                 raise UserError(f"Tap {tap} is outside the vision tower, whose blocks are 1 to {self.config.layers}.")
         with jax.named_scope("vision"):
             x = shard_rows(self._embed(images, dtype))
-            states, done = {}, 0
+            states, depth = {}, 0
             for tap in sorted(set(taps)):
-                x = apply_layers(self.blocks, x, layers=range(done, tap), scan=self.scan, remat=self.remat)
+                x = apply_layers(self.blocks, x, layers=range(depth, tap), scan=self.scan, remat=self.remat)
                 states[tap] = x
-                done = tap
+                depth = tap
             return tuple(states[tap] for tap in taps)
 
     def _embed(self, images, dtype):
         config = self.config
         mean, std = (jnp.asarray(value, jnp.float32) for value in (config.mean, config.std))
         pixels = ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
-        seen = config.grid * config.patch_size
-        x = self.patch_embed(pixels[:, :seen, :seen])
+        covered = config.grid * config.patch_size
+        x = self.patch_embed(pixels[:, :covered, :covered])
         x = x.reshape(x.shape[0], -1, config.width)
         if self.class_token is not None:
-            first = jnp.broadcast_to(self.class_token[...].astype(dtype), (x.shape[0], 1, config.width))
-            x = jnp.concatenate([first, x], axis=1)
+            class_token = jnp.broadcast_to(self.class_token[...].astype(dtype), (x.shape[0], 1, config.width))
+            x = jnp.concatenate([class_token, x], axis=1)
         x = x + self.position_embed[...].astype(dtype)
         return x if self.pre_norm is None else self.pre_norm(x)

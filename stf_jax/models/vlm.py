@@ -1,4 +1,4 @@
-"""The whole model: vision tower, fusion, and a language model that reads image tokens among its text tokens.
+"""The complete model: vision tower, fusion, and a language model that reads image tokens among its text tokens.
 
 Axis letters: B rows, T positions, M images per row, N tokens per image, D language model width, V vocabulary.
 """
@@ -12,36 +12,46 @@ from stf_jax.models.cells import CellHead
 from stf_jax.models.fusion import Fusion, tapped_blocks
 from stf_jax.models.layers import shard_rows
 from stf_jax.models.llm import Cache, Decoder
-from stf_jax.models.presets import llm_of, vision_of
-from stf_jax.models.selection import FULL_LAYERS, attention_paid, reduction, remaining, sampled, visionzip
+from stf_jax.models.presets import get_llm_config, get_vision_config
+from stf_jax.models.selection import (
+    FULL_LAYERS,
+    kept_positions,
+    last_token_attention,
+    resolve_reduction,
+    sample_patches,
+    visionzip,
+)
 from stf_jax.models.vit import VisionTower
 
 
 class VLM(nnx.Module):
-    """Tower, fusion and decoder. Parameters lie under ``vision/``, ``fusion/`` and ``llm/``.
+    """Vision tower, fusion and decoder, with parameters under ``vision/``, ``fusion/`` and ``llm/``.
 
-    With ``model.cells`` the head that a tower is trained by lies under ``cells/``.
+    With ``model.cells``, the head that trains a tower is under ``cells/``.
 
-    Of a language model alone (a ResolvedModel without ``vision_shape``) there is no tower and no fusion: it takes no
-    images.
+    A language model alone (a ResolvedModel without ``vision_shape``) has no tower and no fusion, and accepts no images.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
-        """Raises UserError for an unknown preset or fusion, a kernel that does not divide the grid, or a reduction."""
-        vision, llm = vision_of(config), llm_of(config)
-        how = dict(scan=config.scan_layers, remat=config.remat)
+        """Builds the model.
+
+        Raises:
+          UserError: an unknown preset or fusion, a kernel that does not divide the grid, or an invalid reduction.
+        """
+        vision, llm = get_vision_config(config), get_llm_config(config)
         self.dtype = jnp.dtype(config.precision)
-        self.reduction = reduction(config)
+        self.reduction = resolve_reduction(config)
         if vision is not None:
             self.taps = tapped_blocks(config.fusion, vision.layers)
-            seeing = (
-                "auto" if config.attention == "splash" else config.attention
-            )  # splash is for causal attention alone
-            self.vision = VisionTower(rngs, vision, attention=seeing, **how)
+            # Splash supports only causal attention.
+            vision_attention = "auto" if config.attention == "splash" else config.attention
+            self.vision = VisionTower(
+                rngs, vision, scan=config.scan_layers, remat=config.remat, attention=vision_attention
+            )
             self.fusion = Fusion(rngs, config.fusion, vision, llm.width)
             if config.cells:
                 self.cells = CellHead(rngs, vision, config.cells)
-        self.llm = Decoder(rngs, llm, attention=config.attention, **how)
+        self.llm = Decoder(rngs, llm, scan=config.scan_layers, remat=config.remat, attention=config.attention)
 
     def image_tokens(self, images: jax.Array) -> jax.Array:
         """Image tokens [B, M·N, D] of images uint8 [B, M, H, W, 3]."""
@@ -52,7 +62,7 @@ class VLM(nnx.Module):
         else:
             states = self.vision(images, self.taps, self.dtype)
         if self.reduction.name == "random":
-            states = sampled(states, self.reduction.keep)
+            states = sample_patches(states, self.reduction.keep)
         tokens = self.fusion(states)
         return tokens.reshape(batch, -1, tokens.shape[-1])
 
@@ -64,7 +74,7 @@ class VLM(nnx.Module):
     def embed(self, tokens: jax.Array, image_slots: jax.Array, image_tokens: jax.Array | None) -> jax.Array:
         """Text embeddings with the image tokens in their slots.
 
-        The slots were laid out by the data pipeline, so nothing is searched for here: each position gathers its token.
+        The data pipeline lays out the slots, so there is no search here: each position gathers its token.
 
         Args:
           tokens: int32 [B, T].
@@ -77,40 +87,41 @@ class VLM(nnx.Module):
         x = self.llm.embed(tokens, self.dtype)
         if image_tokens is None:
             return x
-        taken = jnp.take_along_axis(image_tokens, jnp.maximum(image_slots, 0)[:, :, None], axis=1)
-        return jnp.where(image_slots[:, :, None] >= 0, taken, x)
+        gathered = jnp.take_along_axis(image_tokens, jnp.maximum(image_slots, 0)[:, :, None], axis=1)
+        return jnp.where(image_slots[:, :, None] >= 0, gathered, x)
 
     def prefill(
         self, tokens: jax.Array, image_slots: jax.Array, lengths: jax.Array, images: jax.Array
     ) -> tuple[jax.Array, Cache, jax.Array]:
-        """Reads prompts for the decoder to go on from.
+        """Reads prompts, so that the decoder can continue from them.
 
         Args:
-          tokens, image_slots: int32 [B, T], as :meth:`embed` takes them; beyond a prompt they are never looked at.
-          lengths: int32 [B], of prompts; where image tokens are dropped in the decoder, a row has room besides for
-            those that it would drop of images, up to M, that it does not have.
+          tokens, image_slots: int32 [B, T], as for :meth:`embed`; positions beyond a prompt are ignored.
+          lengths: int32 [B], of prompts. Where the decoder drops image tokens, T includes space for the tokens that it
+            would drop of images (up to M) that a row does not have.
           images: uint8 [B, M, H, W, 3]; M may be 0.
 
         Returns:
-          The last token's hidden state [B, D] after the final norm; the cache, one slot a position; and how many of a
-          prompt's positions decoder layers after :data:`FULL_LAYERS` hold, int32 [B].
+          The last token's hidden state [B, D] after the final norm; the cache, one slot per position; and the number of
+          prompt positions in the caches of decoder layers after :data:`FULL_LAYERS`, int32 [B].
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         image_tokens = self.image_tokens(images) if images.shape[1] else None
         x = shard_rows(self.embed(tokens, image_slots, image_tokens))
-        held, choose = lengths, None
+        cache_lengths, select = lengths, None
         if self.reduction.dropped and images.shape[1]:
-            image = image_slots >= 0
-            image_counts = image.sum(1) // self.reduction.tokens
-            held = lengths - image_counts * self.reduction.dropped
-            length = tokens.shape[1] - images.shape[1] * self.reduction.dropped
+            is_image = image_slots >= 0
+            image_counts = is_image.sum(1) // self.reduction.tokens
+            cache_lengths = lengths - image_counts * self.reduction.dropped
+            kept_length = tokens.shape[1] - images.shape[1] * self.reduction.dropped
 
-            def choose(q, k):
-                paid = attention_paid(q, k, lengths)
-                return remaining(paid, image, lengths, image_counts * self.reduction.keep, length)
+            def select(q, k):
+                scores = last_token_attention(q, k, lengths)
+                return kept_positions(scores, is_image, lengths, image_counts * self.reduction.keep, kept_length)
 
-        hidden, cache = self.llm.prefill(x, positions, FULL_LAYERS, choose)
-        return jnp.take_along_axis(hidden, jnp.maximum(held - 1, 0)[:, None, None], axis=1)[:, 0], cache, held
+        hidden, cache = self.llm.prefill(x, positions, FULL_LAYERS, select)
+        last = jnp.maximum(cache_lengths - 1, 0)[:, None, None]
+        return jnp.take_along_axis(hidden, last, axis=1)[:, 0], cache, cache_lengths
 
     def hidden(
         self,
@@ -120,11 +131,11 @@ class VLM(nnx.Module):
         image_slots: jax.Array,
         images: jax.Array,
     ) -> jax.Array:
-        """The decoder's hidden states [B, T, D] after its final norm.
+        """Hidden states [B, T, D] of the decoder after its final norm.
 
         Args:
-          tokens, positions: int32 [B, T]; positions count anew in each segment.
-          segment_ids: int32 [B, T], conversations of a packed row, or None where each row is one.
+          tokens, positions: int32 [B, T]; positions start at 0 in each segment.
+          segment_ids: int32 [B, T], conversations of a packed row, or None where each row is one conversation.
           image_slots: int32 [B, T], as in :meth:`embed`.
           images: uint8 [B, M, H, W, 3]; M may be 0.
         """
@@ -132,11 +143,11 @@ class VLM(nnx.Module):
         x = shard_rows(self.embed(tokens, image_slots, image_tokens))
         return self.llm(x, positions, segment_ids)
 
-    def __call__(self, *row: jax.Array | None) -> jax.Array:
-        """Next-token logits, float32 [B, T, V], of what :meth:`hidden` takes."""
-        return self.llm.logits(self.hidden(*row))
+    def __call__(self, *inputs: jax.Array | None) -> jax.Array:
+        """Next-token logits, float32 [B, T, V], of the arguments of :meth:`hidden`."""
+        return self.llm.logits(self.hidden(*inputs))
 
 
 def slots_per_image(config: ModelConfig) -> int:
     """Image tokens per image in this model's prompts. Raises UserError as :class:`VLM` does."""
-    return reduction(config).slots
+    return resolve_reduction(config).slots

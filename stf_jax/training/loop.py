@@ -1,4 +1,4 @@
-"""Training, from a config to a trained model and its measurement: one page, read from top to bottom."""
+"""Training, from a config to a trained model and its evaluation, in one page."""
 
 import contextlib
 import functools
@@ -12,78 +12,80 @@ from etils import epath
 
 from stf_jax.config import Stopped, TrainConfig, to_json
 from stf_jax.data.packing import Batch
-from stf_jax.data.pipeline import Batches, Prepare, training_records
+from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.evals.known import open_benchmarks
-from stf_jax.evals.running import Results, check_images, measure_all, scalars
+from stf_jax.evals.registry import open_benchmarks
+from stf_jax.evals.runner import Results, check_images, evaluate_all, flatten_metrics
 from stf_jax.inference.generator import Generator
-from stf_jax.models.presets import llm_of, vision_of
+from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.checkpoint import Checkpoints
 from stf_jax.runtime.cost import step_flops
-from stf_jax.runtime.ending import Termination, Watchdog
-from stf_jax.runtime.files import write_json, writing
-from stf_jax.runtime.hold import hold
-from stf_jax.runtime.hosts import by_first
-from stf_jax.runtime.journal import Events
-from stf_jax.runtime.mesh import BATCH, check_batch, computing, make_mesh, share_of_rows
-from stf_jax.runtime.telemetry import START, Telemetry
+from stf_jax.runtime.events import Events
+from stf_jax.runtime.files import as_user_error, write_json
+from stf_jax.runtime.hosts import run_on_host0
+from stf_jax.runtime.lock import workdir_lock
+from stf_jax.runtime.mesh import BATCH, check_batch, compute_context, get_row_share, make_mesh
+from stf_jax.runtime.shutdown import Termination, Watchdog
+from stf_jax.runtime.telemetry import INITIAL_CLOCK, Telemetry
+from stf_jax.training.monitor import LossMonitor
 from stf_jax.training.optimizer import check_steps, learning_rate, make_optimizer
-from stf_jax.training.resuming import changes
+from stf_jax.training.resume import check_changes
 from stf_jax.training.state import TrainState, init_state, state_layout
 from stf_jax.training.step import make_train_step
-from stf_jax.training.watching import Watch
 from stf_jax.weights.folder import load_params
 from stf_jax.weights.model import save_description
-from stf_jax.weights.origin import complete
+from stf_jax.weights.origin import complete_config
 
 _log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, workdir: epath.Path, measured: epath.Path) -> list[Results]:
-    """Runs one stage in ``workdir``; where that holds a checkpoint, continues from it.
+def train(config: TrainConfig, workdir: epath.Path, results_dir: epath.Path) -> list[Results]:
+    """Runs one stage in ``workdir``, resuming from a checkpoint there.
 
-    The order of a step is a contract: take the batch, step, measure, log, *then* save, and only then take the next
-    batch. So a checkpoint's iterator stands where its state does, and a run that is killed goes on bit for bit as if it
-    had not.
+    The order of a step is a contract: take the batch, step, evaluate, log, *then* save, and only then take the next
+    batch. So the iterator and the state in a checkpoint are of the same step, and a run that is killed resumes bit for
+    bit.
 
     Args:
-      measured: folder for the results of the last step; those on the way are in ``workdir/evals``.
+      results_dir: folder for the results of the last step; earlier ones are in ``workdir/evals``.
 
     Returns:
       The results of ``config.eval.benchmarks`` at the end.
 
     Raises:
-      UserError: whatever in the config or the data cannot be used; another run is at work in ``workdir``.
+      UserError: the config or the data cannot be used, or another run is active in ``workdir``.
       RunFailed, TryAgain, Stopped: the run ends before its last step (docs/operations.md).
     """
-    with contextlib.ExitStack() as ends:
-        results, told = _train(config, workdir, measured, ends)
-    if told:
-        raise Stopped(f"Stopped by SIGTERM when {config.name} was done; what follows begins with the same command.")
+    with contextlib.ExitStack() as stack:
+        results, stop_requested = _train(config, workdir, results_dir, stack)
+    if stop_requested:
+        raise Stopped(f"Stopped by SIGTERM after {config.name} was complete; the same command starts the next stage.")
     return results
 
 
-def _train(config, workdir, measured, ends):
-    """The results, and whether SIGTERM came too late to stop before the last step."""
+def _train(config, workdir, results_dir, stack):
+    """The results, and whether SIGTERM arrived too late to stop before the last step."""
     # ---- Data ------------------------------------------------------------------------------------------------------
-    began = time.monotonic()
-    watchdog = ends.enter_context(Watchdog(config.faults.hang_seconds, workdir))
+    start_time = time.monotonic()
+    watchdog = stack.enter_context(Watchdog(config.faults.hang_seconds, workdir))
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    config = complete(config, workdir)
-    vision = vision_of(config.model)
+    config = complete_config(config, workdir)
+    vision = get_vision_config(config.model)
     benchmarks = open_benchmarks(config.eval.benchmarks, config.eval.data, config.eval.limit)
     check_images(benchmarks)
-    source = training_records(config)
+    source = load_training_records(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    generator = Generator(config.model, tokenizer, mesh, config.data.template, config.data.aspect)  # to be measured by
-    prepare = Prepare(config.data, tokenizer, vision, slots_per_image(config.model), llm_of(config.model).vocab)
+    generator = Generator(config.model, tokenizer, mesh, config.data.template, config.data.aspect)  # for evaluation
+    preprocess = Preprocessor(
+        config.data, tokenizer, vision, slots_per_image(config.model), get_llm_config(config.model).vocab
+    )
     host = jax.process_index()
-    share, shares = share_of_rows(mesh, host)
-    reading = functools.partial(watchdog.comes_to, "data were read")
-    batches = Batches(config, source, prepare, host=share, hosts=shares, between=reading)
-    ends.callback(batches.close)
+    share, shares = get_row_share(mesh, host)
+    on_read = functools.partial(watchdog.heartbeat, "data were read")
+    batches = Batches(config, source, preprocess, host=share, hosts=shares, on_chunk=on_read)
+    stack.callback(batches.close)
     steps = config.steps or batches.plan.steps(config.epochs)
     warning = check_steps(config, steps, len(source))
 
@@ -93,105 +95,138 @@ def _train(config, workdir, measured, ends):
     rate = learning_rate(config.optimizer, steps)
     layout = state_layout(config, plan, tx, mesh)
 
-    by_first(lambda: ends.enter_context(hold(workdir)))
-    termination = ends.enter_context(Termination(mesh))
-    events = ends.enter_context(Events(workdir, active=host == 0))
-    checkpoints = ends.enter_context(Checkpoints(workdir, config.checkpoint, config.faults, events.add))
-    changed = changes(config, workdir) if checkpoints.latest is not None else {}
-    found = checkpoints.newest(layout)
-    if found is not None:
-        step, arrays, position, clock = found
+    run_on_host0(lambda: stack.enter_context(workdir_lock(workdir)))
+    termination = stack.enter_context(Termination(mesh))
+    events = stack.enter_context(Events(workdir, active=host == 0))
+    checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint, config.faults, events.add))
+    changed = check_changes(config, workdir) if checkpoints.latest is not None else {}
+    restored = checkpoints.restore_newest(layout)
+    if restored is not None:
+        step, arrays, position, clock = restored
         batches.set_state(position)
         state = TrainState(step=jax.device_put(np.int32(step), layout.step.sharding), **arrays)
     else:
         loaded = load_params(config.init_from, layout.params, config.init_missing)
-        state, clock = init_state(config, layout, tx, loaded), dict(START)
+        state, clock = init_state(config, layout, tx, loaded), dict(INITIAL_CLOCK)
     if host == 0:
         sizes = [sum(math.prod(leaf.shape) for leaf in tree.values()) for tree in (layout.trainable, layout.params)]
         print(
             f"{config.name}: {config.model.vision} + {config.model.fusion.fusion} + {config.model.llm}, "
-            f"{sizes[0]:,} of {sizes[1]:,} parameters learn; {steps} steps of {config.global_batch_size} rows; "
+            f"{sizes[0]:,} of {sizes[1]:,} parameters are trainable; {steps} steps of {config.global_batch_size} rows; "
             f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
         )
         if warning:
             _log.warning(warning)
-        with writing(workdir):
+        with as_user_error(workdir):
             write_json(workdir / "config.json", to_json(config))
             save_description(workdir, config, tokenizer)
 
-    # ---- The step, compiled ----------------------------------------------------------------------------------------
-    watchdog.comes_to("the weights were read")
+    # ---- The train step ----------------------------------------------------------------------------------------
+    watchdog.heartbeat("the weights were read")
     rows = jax.sharding.NamedSharding(mesh, BATCH)
     train_step = make_train_step(config, plan, tx, layout)
-    programs, flops = {}, {}  # by length and images of a row
+    programs, flops = {}, {}  # by the length of a row and its number of images
 
-    def measure(step, params):
-        def between():
-            watchdog.comes_to(f"questions at step {step}")
-            if termination.now():
+    def evaluate(step, params):
+        def on_batch_end():
+            watchdog.heartbeat(f"questions at step {step}")
+            if termination.should_stop_now():
                 raise Stopped("")
 
-        out = measured if step == steps else workdir / "evals" / f"step_{step}"
+        out = results_dir if step == steps else workdir / "evals" / f"step_{step}"
         origin = {"workdir": str(workdir), "step": step}
-        how = {"rows": config.eval.batch, "between": between}
-        return measure_all(benchmarks, generator, params, out, workdir.name, origin, **how)
+        return evaluate_all(
+            benchmarks,
+            generator,
+            params,
+            out,
+            workdir.name,
+            origin,
+            rows=config.eval.batch,
+            on_batch_end=on_batch_end,
+        )
 
-    def log(step, values, measures):
-        """Measures, if asked to, and writes the step's line; gives the results."""
+    def log(step, values, should_evaluate):
+        """Writes the step's line, after an evaluation where requested; returns the results."""
         results = None
-        if measures:
-            with telemetry.waiting("measure"):
-                results = measure(step, state.params)
-            values |= {name: value for result in results for name, value in scalars(result).items()}
+        if should_evaluate:
+            with telemetry.time_waiting("measure"):
+                results = evaluate(step, state.params)
+            values |= {name: value for result in results for name, value in flatten_metrics(result).items()}
         telemetry.log(step, values)
         return results
 
     # ---- The loop --------------------------------------------------------------------------------------------------
-    first, results, owed, in_a_row = int(state.step), None, clock.pop("owed", None), clock.pop("skipped_in_a_row", 0)
-    how = dict(mesh=mesh, began=began, active=host == 0, events=events, owed=bool(owed))
-    telemetry = ends.enter_context(Telemetry(workdir, config, steps, first, clock, **how))
-    watch = Watch(config.faults, workdir, batches.records, events.add, telemetry.skipped, in_a_row)
-    if first < steps or owed:
-        events.add("begin", first, steps=steps, resumed=found is not None, changed=changed)
-    if owed:  # the run was stopped in that measurement
-        results = log(first, owed, measures=True)
-    for step in range(first + 1, steps + 1):
-        watchdog.comes_to(f"step {step}")
-        with telemetry.waiting("data"):
-            read: Batch = next(batches)
-        batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), read)
+    start_step, results, pending_values, in_a_row = (
+        int(state.step),
+        None,
+        clock.pop("owed", None),
+        clock.pop("skipped_in_a_row", 0),
+    )
+    telemetry = stack.enter_context(
+        Telemetry(
+            workdir,
+            config,
+            steps,
+            start_step,
+            clock,
+            mesh=mesh,
+            start_time=start_time,
+            active=host == 0,
+            events=events,
+            log_first_step=bool(pending_values),
+        )
+    )
+    monitor = LossMonitor(
+        config.faults, workdir, batches.record_ids, events.add, telemetry.count_skipped_update, in_a_row
+    )
+    if start_step < steps or pending_values:
+        events.add("begin", start_step, steps=steps, resumed=restored is not None, changed=changed)
+    if pending_values:  # the run was stopped during this evaluation
+        results = log(start_step, pending_values, should_evaluate=True)
+    for step in range(start_step + 1, steps + 1):
+        watchdog.heartbeat(f"step {step}")
+        with telemetry.time_waiting("data"):
+            host_batch: Batch = next(batches)
+        batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), host_batch)
         shape = batch.tokens.shape[1], batch.images.shape[1]
         if shape not in programs:
             flops[shape] = step_flops(config.model, config.rules, config.global_batch_size, *shape).step
-            with telemetry.waiting("compile"), computing(mesh, plan.precision):
+            with telemetry.time_waiting("compile"), compute_context(mesh, plan.precision):
                 programs[shape] = train_step.lower(state, batch).compile()
-        termination.stepping()
+        termination.enable_graceful_stop()
         with telemetry.step(step):
             state, metrics = programs[shape](state, batch)
-        telemetry.advance(step, int((read.segment_ids > 0).sum()), batches.replaced, flops[shape], metrics["loss"])
-        watch.note(step, read, metrics)
-        last, owed = step == steps, None
+        telemetry.advance(
+            step, int((host_batch.segment_ids > 0).sum()), batches.replaced, flops[shape], metrics["loss"]
+        )
+        monitor.enqueue(step, host_batch, metrics)
+        last, pending_values = step == steps, None
         if last:
-            watch.finish(step, steps - telemetry.updates_skipped)
-        stop = termination.after_step() and not last
-        measures = (
+            monitor.finish(step, steps - telemetry.updates_skipped)
+        stop = termination.should_stop_after_step() and not last
+        should_evaluate = (
             benchmarks and not stop and (last or (config.eval.every_steps and step % config.eval.every_steps == 0))
         )
-        if step % config.log_every_steps == 0 or last or measures:
-            watch.catch_up()
+        if step % config.log_every_steps == 0 or last or should_evaluate:
+            monitor.drain()
             values = {name: float(metrics[name]) for name in ("loss", "gradient_norm", "learned_tokens")}
             values["learning_rate"] = float(rate(step - 1 - telemetry.updates_skipped))
             try:
-                results = log(step, values, measures) or results
+                results = log(step, values, should_evaluate) or results
             except Stopped:
-                stop, owed = True, values
-        if checkpoints.due(step, last=last or stop):
-            watch.catch_up()
-            with telemetry.waiting("save"):
-                clock = telemetry.clock() | {"skipped_in_a_row": watch.in_a_row} | ({"owed": owed} if owed else {})
+                stop, pending_values = True, values
+        if checkpoints.should_save(step, last=last or stop):
+            monitor.drain()
+            with telemetry.time_waiting("save"):
+                clock = (
+                    telemetry.clock()
+                    | {"skipped_in_a_row": monitor.in_a_row}
+                    | ({"owed": pending_values} if pending_values else {})
+                )
                 checkpoints.save(step, state, batches.get_state(), clock, last=last or stop)
         if stop:
-            raise Stopped(f"Stopped by SIGTERM after step {step}, which is saved; the same command goes on from there.")
-    # A run that had ended before has its answers already.
-    results = measure(steps, state.params) if results is None else results
-    return results, first < steps and termination.now()
+            raise Stopped(f"Stopped by SIGTERM after step {step}, which is saved; the same command resumes from there.")
+    # A run that was already complete has its answers on disk.
+    results = evaluate(steps, state.params) if results is None else results
+    return results, start_step < steps and termination.should_stop_now()

@@ -1,4 +1,4 @@
-"""AdamW with a warm-up, as torch's and LLaVA's."""
+"""AdamW with warm-up, equal to torch's AdamW with LLaVA's schedule."""
 
 import math
 
@@ -7,73 +7,74 @@ import optax
 
 from stf_jax.config import OptimizerConfig, TrainConfig, UserError
 
-_FEW = 10  # updates
+_MIN_UPDATES = 10  # fewer in a run give a warning
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Rises linearly from 0 over ``warmup_ratio`` of the steps, then falls to 0 by a cosine, or stays.
+    """Linear warm-up from 0 over ``warmup_ratio`` of the steps, then cosine decay to 0, or a constant rate.
 
-    A broken step of warm-up counts whole, as in Hugging Face.
+    The number of warm-up steps is rounded up, as in Hugging Face.
     """
-    warmup = _warmup(config, steps)
-    rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
+    warmup = _warmup_steps(config, steps)
+    warmup_schedule = optax.linear_schedule(0.0, config.learning_rate, warmup)
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(config.learning_rate, max(steps - warmup, 1))
+        decay = optax.cosine_decay_schedule(config.learning_rate, max(steps - warmup, 1))
     else:
-        after = optax.constant_schedule(config.learning_rate)
-    return optax.join_schedules([rise, after], [warmup]) if warmup else after
+        decay = optax.constant_schedule(config.learning_rate)
+    return optax.join_schedules([warmup_schedule, decay], [warmup]) if warmup else decay
 
 
-def _warmup(config, steps):
+def _warmup_steps(config, steps):
     return math.ceil(config.warmup_ratio * steps)
 
 
 def check_steps(config: TrainConfig, steps: int, rows: int) -> str:
-    """A warning where a run has so few steps that it learns little; otherwise empty.
+    """Returns a warning if the run has too few steps to learn much, else an empty string.
 
     Args:
-      rows: that the data hold.
+      rows: rows in the data.
 
     Raises:
-      UserError: its only step is the first of the warm-up, whose learning rate is 0.
+      UserError: the only step is the first of the warm-up, whose learning rate is 0.
     """
-    if steps >= _FEW:
+    if steps >= _MIN_UPDATES:
         return ""
-    why = f"steps={steps}" if config.steps else f"{rows:,} rows, epochs={config.epochs:g}"
-    run = f"{steps} update{'s' * (steps > 1)} of global_batch_size={config.global_batch_size} ({why})"
-    cure = "Lower global_batch_size or raise epochs (or steps), as configs/small.py does for few rows"
-    if steps <= 1 and _warmup(config.optimizer, steps):
+    reason = f"steps={steps}" if config.steps else f"{rows:,} rows, epochs={config.epochs:g}"
+    run = f"{steps} update{'s' * (steps > 1)} of global_batch_size={config.global_batch_size} ({reason})"
+    advice = "Lower global_batch_size or raise epochs (or steps), as configs/small.py does for few rows"
+    if steps <= 1 and _warmup_steps(config.optimizer, steps):
         raise UserError(
-            f"The run would learn nothing: it has {run}, and the first of the warm-up has learning rate 0. {cure}, or "
-            "set optimizer.warmup_ratio=0."
+            f"The run would learn nothing: it has {run}, and the first step of warm-up has learning rate 0. {advice}, "
+            "or set optimizer.warmup_ratio=0."
         )
-    return f"The run has only {run}, and will learn little. {cure}."
+    return f"The run has only {run}, and will learn little. {advice}."
 
 
-def decays(path: str) -> bool:
-    """Whether weight decay applies to the parameter of that path: not to biases and norms, as in Hugging Face."""
+def has_weight_decay(path: str) -> bool:
+    """Whether weight decay applies to the parameter at that path: not to biases and norms, as in Hugging Face."""
     return path.rsplit("/", 1)[-1] not in ("bias", "scale")
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The transformation for a flat ``{path: parameter}`` tree over ``steps`` steps."""
+    """The optimizer for a flat ``{path: parameter}`` tree over ``steps`` steps."""
     adamw = optax.adamw(
         learning_rate(config, steps),
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=lambda params: {path: decays(path) for path in params},
+        mask=lambda params: {path: has_weight_decay(path) for path in params},
     )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
 
 
-def moments_like(tx: optax.GradientTransformation, params: dict, like: dict, other):
-    """A tree shaped as ``tx.init(params)`` with the leaves of ``like`` in the places of parameters' moments.
+def map_moments(tx: optax.GradientTransformation, params: dict, values: dict, placeholder):
+    """A tree shaped like ``tx.init(params)``, with the leaves of ``values`` in place of the parameters' moments.
 
-    ``params`` is abstract, ``like`` has its paths, and ``other`` stands wherever there is no parameter (counts).
+    ``params`` is abstract and ``values`` has its paths. ``placeholder`` replaces leaves that belong to no parameter
+    (counts).
     """
     abstract = jax.eval_shape(tx.init, params)
     return optax.tree_utils.tree_map_params(
-        tx, lambda _, leaf: leaf, abstract, like, transform_non_params=lambda _: other
+        tx, lambda _, leaf: leaf, abstract, values, transform_non_params=lambda _: placeholder
     )

@@ -1,4 +1,4 @@
-"""The stages of a run in order, each from the end of the one before."""
+"""The stages of a run in order, each starting from the end of the previous one."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,8 @@ from stf_jax.config import TrainConfig, UserError, resolve
 from stf_jax.runtime.files import check_paths
 
 
-def checked_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> list[TrainConfig]:
-    """The config's stages, resolved. Imports nothing that takes long.
+def resolve_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> list[TrainConfig]:
+    """Resolves the config's stages and checks their paths, without slow imports.
 
     Raises:
       UserError: a key, value or path that cannot be used.
@@ -22,21 +22,21 @@ def checked_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> li
         check_paths(stage)
     if len(stages) > 1 and "," in str(workdir):
         raise UserError(
-            f"--workdir={workdir} has a comma in its name, and the stages of a run pass on their weights by init_from, "
-            "where commas separate folders; choose another name."
+            f"--workdir={workdir} has a comma in its name, but stages pass on their weights by init_from, where commas "
+            "separate folders; choose another name."
         )
     return stages
 
 
 def run_stages(stages: Sequence[TrainConfig], workdir: epath.Path) -> Iterator[list[dict[str, Any]]]:
-    """Trains one stage after the other, and yields what each was evaluated to at its end.
+    """Trains one stage after the other, and yields the evaluation results of each at its end.
 
-    A run of one stage lies in ``workdir`` itself, of several each in a folder there. Raises as
+    A run of one stage is in ``workdir`` itself, each of several in a folder there. Raises as
     :func:`stf_jax.training.loop.train`.
     """
-    from stf_jax.training.loop import train  # which takes seconds
+    from stf_jax.training.loop import train  # takes seconds to import
 
-    for before, stage in zip([None, *stages], stages, strict=False):
-        if before is not None:
-            stage = dataclasses.replace(stage, init_from=str(workdir / before.name))
+    for previous, stage in zip([None, *stages], stages, strict=False):
+        if previous is not None:
+            stage = dataclasses.replace(stage, init_from=str(workdir / previous.name))
         yield train(stage, workdir / stage.name if len(stages) > 1 else workdir, workdir)

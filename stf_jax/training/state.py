@@ -1,4 +1,4 @@
-"""What training holds: a trainable tree in float32, a frozen one in the compute type, moments of the first only.
+"""The training state: trainable parameters in float32, frozen ones in the compute type, moments of the trainable ones.
 
 Trees are flat: ``{"vision/blocks/mlp/up/kernel": array, …}``.
 """
@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stf_jax.config import ModelConfig, TrainConfig, UserError
 from stf_jax.models.vlm import VLM
 from stf_jax.runtime.mesh import parameter_sharding
-from stf_jax.training.optimizer import moments_like
+from stf_jax.training.optimizer import map_moments
 
 Params = dict[str, Any]
 
@@ -35,13 +35,13 @@ class TrainState:
 
     @property
     def params(self) -> Params:
-        """Both trees as one."""
+        """Trainable and frozen parameters in one tree."""
         return self.trainable | self.frozen
 
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """A model without its weights: structure, and shape and logical axes of every parameter by path."""
+    """A model without its weights: its structure, and the shape and logical axes of every parameter by path."""
 
     precision: str  # as in the config
     graph: nnx.GraphDef
@@ -49,16 +49,16 @@ class Blueprint:
     axes: Mapping[str, tuple[str, ...]]
 
     def merge(self, *params: Params) -> VLM:
-        """The model with the given trees as its weights; between them they hold every parameter."""
+        """The model with the given trees as its weights; together they must hold every parameter."""
         return nnx.merge(self.graph, *(flax.traverse_util.unflatten_dict(tree, sep="/") for tree in params))
 
     def shardings(self, mesh: Mesh) -> dict[str, NamedSharding]:
-        """Where each parameter lies. Raises as :func:`stf_jax.runtime.mesh.parameter_sharding` does."""
+        """The sharding of each parameter. Raises as :func:`stf_jax.runtime.mesh.parameter_sharding` does."""
         return {path: parameter_sharding(path, self.shapes[path].shape, self.axes[path], mesh) for path in self.shapes}
 
 
 def blueprint(config: ModelConfig) -> Blueprint:
-    """Declares the model without allocating. Raises UserError as :class:`stf_jax.models.vlm.VLM` does."""
+    """The blueprint of a model, without allocating arrays. Raises UserError as :class:`stf_jax.models.vlm.VLM` does."""
     graph, state = nnx.split(nnx.eval_shape(lambda: VLM(nnx.Rngs(0), config)))
     leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     return Blueprint(
@@ -70,73 +70,75 @@ def blueprint(config: ModelConfig) -> Blueprint:
 
 
 def trainable_paths(rules: tuple[tuple[str, str], ...], paths: Mapping[str, Any]) -> set[str]:
-    """The parameters that learn: for each path, the first rule whose pattern matches all of it decides.
+    """Paths of the trainable parameters. For each path, the first rule whose pattern matches all of it decides.
 
     Raises:
-      UserError: a parameter that no rule covers, a pattern that covers nothing, or a word other than train, freeze.
+      UserError: a parameter that no rule covers, a pattern that covers nothing, or an action other than train, freeze.
     """
-    for pattern, word in rules:
-        if word not in ("train", "freeze"):
-            raise UserError(f"Freeze rule ({pattern!r}, {word!r}) should say 'train' or 'freeze'.")
+    for pattern, action in rules:
+        if action not in ("train", "freeze"):
+            raise UserError(f"Freeze rule ({pattern!r}, {action!r}) must say 'train' or 'freeze'.")
         try:
-            covers = any(re.fullmatch(pattern, path) for path in paths)
+            matches = any(re.fullmatch(pattern, path) for path in paths)
         except re.error as error:
             raise UserError(f"Freeze rule pattern {pattern!r} is not a regular expression: {error}.") from None
-        if not covers:
+        if not matches:
             raise UserError(f"Freeze rule {pattern!r} covers no parameter; paths look like {min(paths)!r}.")
-    learned = set()
+    trainable = set()
     for path in paths:
-        word = next((word for pattern, word in rules if re.fullmatch(pattern, path)), None)
-        if word is None:
+        action = next((action for pattern, action in rules if re.fullmatch(pattern, path)), None)
+        if action is None:
             raise UserError(f"No freeze rule covers parameter {path!r}; add one to config.rules.")
-        if word == "train":
-            learned.add(path)
-    if not learned:
+        if action == "train":
+            trainable.add(path)
+    if not trainable:
         raise UserError("The freeze rules leave nothing to train.")
-    return learned
+    return trainable
 
 
 def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state of abstract arrays with their types and shardings: target of initialisation and of restoring.
+    """The training state as abstract arrays with types and shardings, the target of initialization and of restoring.
 
     Raises:
-      UserError: as :func:`trainable_paths`; the model is one that only answers.
+      UserError: as :func:`trainable_paths`; or the model is reduced, which is for inference only.
     """
     if config.model.reduce:
         raise UserError(
-            f"model.reduce={config.model.reduce} is for answering: train without it, "
+            f"model.reduce={config.model.reduce} is for inference only: train without it, "
             "and give --reduce to stf_jax.evaluate and stf_jax.chat."
         )
-    learned = trainable_paths(config.rules, plan.shapes)
+    names = trainable_paths(config.rules, plan.shapes)
     shardings = plan.shardings(mesh)
     compute = jnp.dtype(config.model.precision)
 
-    def leaf(path):
-        dtype = jnp.float32 if path in learned else compute
+    def abstract_leaf(path):
+        dtype = jnp.float32 if path in names else compute
         return jax.ShapeDtypeStruct(plan.shapes[path].shape, dtype, sharding=shardings[path])
 
-    whole = NamedSharding(mesh, PartitionSpec())
-    trainable = {path: leaf(path) for path in plan.shapes if path in learned}
-    abstract = jax.eval_shape(tx.init, trainable)
-    places = moments_like(tx, trainable, {path: shardings[path] for path in trainable}, whole)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    trainable = {path: abstract_leaf(path) for path in plan.shapes if path in names}
+    abstract_moments = jax.eval_shape(tx.init, trainable)
+    moment_shardings = map_moments(tx, trainable, {path: shardings[path] for path in trainable}, replicated)
     return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
         trainable=trainable,
-        frozen={path: leaf(path) for path in plan.shapes if path not in learned},
-        moments=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places),
+        frozen={path: abstract_leaf(path) for path in plan.shapes if path not in names},
+        moments=jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_moments, moment_shardings
+        ),
     )
 
 
 def init_state(config: TrainConfig, layout: TrainState, tx: optax.GradientTransformation, loaded: Params) -> TrainState:
-    """A new state: ``loaded`` parameters taken over, the others initialised from the seed, in place on their devices.
+    """A new state with the ``loaded`` parameters; the others are initialized from the seed, in place on their devices.
 
-    One compiled program with the layout's shardings makes it, and ``loaded`` is donated to it, so that weights exist
+    One compiled program with the layout's shardings creates it. ``loaded`` is donated to it, so that weights exist only
     once.
     """
 
     def init(loaded, key):
-        fresh = nnx.state(VLM(nnx.Rngs(key), config.model))
-        params = {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(fresh)} | loaded
+        initial = nnx.state(VLM(nnx.Rngs(key), config.model))
+        params = {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(initial)} | loaded
 
         def cast(tree):
             return {path: params[path].astype(leaf.dtype) for path, leaf in tree.items()}

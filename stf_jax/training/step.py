@@ -1,4 +1,4 @@
-"""One optimizer step: loss over learned tokens, gradients of the trainable tree, update."""
+"""One optimizer step: loss over target tokens, gradients of the trainable tree, update."""
 
 import dataclasses
 import math
@@ -19,10 +19,10 @@ Metrics = dict[str, jax.Array]
 
 
 def loss_sum(plan: Blueprint, trainable: Params, frozen: Params, batch: Batch, packed: bool) -> jax.Array:
-    """Cross-entropy in nats, float32, summed over the batch's learned tokens, or over its labelled cells.
+    """Cross-entropy in nats, float32, summed over the batch's target tokens, or over its labeled cells.
 
-    Rows that are not packed are one conversation, and what fills them up lies behind it, where no one looks; so their
-    attention is plainly causal, which every backend's kernel can do.
+    A row that is not packed is one conversation, with padding behind it that no token attends to. So its attention is
+    plainly causal, which every backend's kernel supports.
     """
     model = plan.merge(trainable, frozen)
     if batch.labels is not None:
@@ -37,21 +37,20 @@ def loss_sum(plan: Blueprint, trainable: Params, frozen: Params, batch: Batch, p
 
 
 def count_targets(batch: Batch) -> jax.Array:
-    """What a batch's loss is the mean over: its learned tokens or, where images have labels, their cells."""
+    """The number of terms that the loss is a mean over: target tokens or, where images have labels, cells."""
     return batch.loss_mask.sum() if batch.labels is None else jnp.int32(math.prod(batch.labels.shape[:-1]))
 
 
 def make_train_step(
     config: TrainConfig, plan: Blueprint, tx: optax.GradientTransformation, layout: TrainState
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step, to be compiled for the layout's mesh when it is first called; it takes the state's memory over.
+    """Creates the jitted step, compiled at its first call for the layout's mesh. The state's memory is donated to it.
 
-    The loss is the mean over learned tokens of the global batch. With accumulation, each microbatch's sum is divided
-    by the count of the whole batch, so that the result is that of one large batch, not a mean of means.
+    The loss is the mean over target tokens of the global batch. With accumulation, each microbatch's sum is divided by
+    the count of the whole batch, so that the result is that of one large batch instead of a mean of means.
 
-    Parameters and moments stay as they were, and ``skipped`` is 1, where a number of the loss, the gradients, or the
-    parameters and moments that the update would give is not finite, or where the batch has no target token: one bad
-    batch does not spoil them.
+    Parameters and moments stay unchanged, and ``skipped`` is 1, if the loss, a gradient, or a parameter or moment after
+    the update is not finite, or if the batch has no target token. So a bad batch does not spoil them.
     """
     accumulation_steps, packed = config.optimizer.accumulation_steps, config.data.packing
 
@@ -60,10 +59,10 @@ def make_train_step(
         return optax.apply_updates(params, updates), moments
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        learned = count_targets(batch)
+        target_count = count_targets(batch)
 
         def loss(trainable, rows):
-            return loss_sum(plan, trainable, state.frozen, rows, packed) / jnp.maximum(learned, 1)
+            return loss_sum(plan, trainable, state.frozen, rows, packed) / jnp.maximum(target_count, 1)
 
         value_and_grad = jax.value_and_grad(loss)
         if accumulation_steps == 1:
@@ -73,28 +72,39 @@ def make_train_step(
             def add(total, rows):
                 return jax.tree.map(jnp.add, total, value_and_grad(state.trainable, rows)), None
 
-            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
-            (value, grads), _ = jax.lax.scan(add, zero, _microbatches(batch, accumulation_steps))
+            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
+            (value, grads), _ = jax.lax.scan(add, zeros, _microbatches(batch, accumulation_steps))
         with jax.named_scope("update"):
             norm = optax.global_norm(grads)
-            # Computed twice: whether it is made depends on all of it, and keeping it until then would take memory.
-            wrong = _not_finite(update(*jax.lax.optimization_barrier((grads, state.moments, state.trainable))))
-            made = jnp.isfinite(value) & jnp.isfinite(norm) & (wrong == 0) & (learned > 0)
+            # The update is computed twice: whether to apply it depends on all of it, and keeping it would take memory.
+            bad_count = _count_not_finite(
+                update(*jax.lax.optimization_barrier((grads, state.moments, state.trainable)))
+            )
+            is_applied = jnp.isfinite(value) & jnp.isfinite(norm) & (bad_count == 0) & (target_count > 0)
             new = update(grads, state.moments, state.trainable)
-            kept = jax.tree.map(lambda x, old: jnp.where(made, x, old), new, (state.trainable, state.moments))
-        after = dataclasses.replace(state, step=state.step + 1, trainable=kept[0], moments=kept[1])
-        return after, {"loss": value, "gradient_norm": norm, "learned_tokens": learned, "skipped": ~made}
+            new_or_old = jax.tree.map(
+                lambda x, old: jnp.where(is_applied, x, old), new, (state.trainable, state.moments)
+            )
+        next_state = dataclasses.replace(state, step=state.step + 1, trainable=new_or_old[0], moments=new_or_old[1])
+        return next_state, {
+            "loss": value,
+            "gradient_norm": norm,
+            "learned_tokens": target_count,
+            "skipped": ~is_applied,
+        }
 
-    places = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     rows = NamedSharding(layout.step.sharding.mesh, BATCH)
-    return jax.jit(train_step, in_shardings=(places, rows), out_shardings=(places, None), donate_argnums=0)
+    return jax.jit(
+        train_step, in_shardings=(state_shardings, rows), out_shardings=(state_shardings, None), donate_argnums=0
+    )
 
 
-def _not_finite(tree):
-    """How many numbers of a tree are not finite, float32."""
+def _count_not_finite(tree):
+    """The number of values in a tree that are not finite, float32."""
     return sum(jnp.sum(~jnp.isfinite(leaf), dtype=jnp.float32) for leaf in jax.tree.leaves(tree))
 
 
 def _microbatches(batch, count):
-    # Rows are dealt out in turn, so that each device's share of a microbatch is already its own.
+    # Rows are assigned round-robin, so that each device already holds its share of every microbatch.
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch)

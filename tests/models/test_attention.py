@@ -1,4 +1,4 @@
-"""Attention against its definition, and the masks against theirs."""
+"""Attention kernels against the definition of attention, and masks against their docstring."""
 
 import contextlib
 import logging
@@ -12,7 +12,7 @@ import pytest
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.models import attention as module
 from stf_jax.models.attention import Mask, attention, cached_attention, reference_attention
-from stf_jax.runtime.mesh import computing, make_mesh
+from stf_jax.runtime.mesh import compute_context, make_mesh
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 2, 2, 2, 2, 2, 2, 2]])
 MASKS = {
@@ -29,8 +29,8 @@ def inputs(heads=6, kv_heads=6, dtype=jnp.float32, rows=2, length=8, size=16):
     return [2 * jax.random.normal(key, (rows, length, n, size), dtype) for key, n in zip(keys, counts, strict=True)]
 
 
-def by_definition(q, k, v, allowed):
-    """One query at a time, in float64."""
+def attention_by_definition(q, k, v, allowed):
+    """Attention by its definition, one query at a time, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.empty_like(q)
     for b, i, h in np.ndindex(q.shape[:3]):
@@ -49,15 +49,15 @@ def allowed(mask):
 @pytest.mark.parametrize("implementation", ["reference", "xla", "auto"])
 @pytest.mark.parametrize("kv_heads", [6, 2, 1])
 @pytest.mark.parametrize("mask", MASKS)
-def test_equals_the_definition(mask, kv_heads, implementation):
+def test_attention_equals_its_definition(mask, kv_heads, implementation):
     q, k, v = inputs(kv_heads=kv_heads)
     out = attention(q, k, v, MASKS[mask], implementation)
     assert out.dtype == jnp.float32
-    np.testing.assert_allclose(out, by_definition(q, k, v, allowed(MASKS[mask])), atol=1e-5)
+    np.testing.assert_allclose(out, attention_by_definition(q, k, v, allowed(MASKS[mask])), atol=1e-5)
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_bfloat16_stays_near_the_reference(mask):
+def test_bfloat16_is_close_to_reference(mask):
     q, k, v = inputs(kv_heads=2, dtype=jnp.bfloat16)
     out = attention(q, k, v, MASKS[mask], "xla")
     exact = reference_attention(*(x.astype(jnp.float32) for x in (q, k, v)), MASKS[mask])
@@ -65,7 +65,7 @@ def test_bfloat16_stays_near_the_reference(mask):
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.03)
 
 
-def test_dense_masks_of_the_docstring():
+def test_dense_masks_match_the_docstring():
     def dense(**mask):
         return Mask(**mask).dense(jnp.arange(4), 4)[:, 0].astype(int).tolist()
 
@@ -77,7 +77,7 @@ def test_dense_masks_of_the_docstring():
     assert dense(causal=True, segments=segments) == [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]
 
 
-def test_a_mask_passes_through_jit_as_a_description():
+def test_mask_is_a_pytree_under_jit():
     q, k, v = inputs()
     run = jax.jit(lambda mask: attention(q, k, v, mask))
     for name, mask in MASKS.items():
@@ -85,9 +85,9 @@ def test_a_mask_passes_through_jit_as_a_description():
 
 
 def value_and_gradients(implementation, case, mask, mesh=None):
-    """Of a loss that weighs every output otherwise."""
+    """The value and gradients of a loss that weighs every output differently."""
     weights = jnp.cos(jnp.arange(case[0].size)).reshape(case[0].shape)
-    place = computing(make_mesh(MeshConfig(*mesh)), "float32") if mesh else contextlib.nullcontext()
+    place = compute_context(make_mesh(MeshConfig(*mesh)), "float32") if mesh else contextlib.nullcontext()
 
     def loss(q, k, v):
         return (weights * attention(q, k, v, mask, implementation)).sum()
@@ -96,46 +96,46 @@ def value_and_gradients(implementation, case, mask, mesh=None):
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*case)
 
 
-def assert_as_the_reference(implementation, case, mask, mesh=None):
+def assert_equals_reference(implementation, case, mask, mesh=None):
     ours, expected = value_and_gradients(implementation, case, mask, mesh), value_and_gradients("reference", case, mask)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, expected)
 
 
-def packed(rows, length):
+def packed_segments(rows, length):
     ends = np.sort(np.random.default_rng(0).integers(1, length, (rows, 3)))
     return jnp.asarray((np.arange(length) >= ends[:, :, None]).sum(1) + 1)
 
 
 @pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
 @pytest.mark.parametrize("segments", [False, True], ids=["causal", "packed"])
-def test_splash_equals_the_reference_in_value_and_gradients(segments, mesh):
-    case = inputs(4, 2, rows=4, length=200, size=64)  # a length that its blocks do not divide
-    assert_as_the_reference("splash", case, Mask(True, packed(4, 200) if segments else None), mesh)
+def test_splash_equals_reference_in_value_and_gradients(segments, mesh):
+    case = inputs(4, 2, rows=4, length=200, size=64)  # not a multiple of the block size
+    assert_equals_reference("splash", case, Mask(True, packed_segments(4, 200) if segments else None), mesh)
 
 
 @pytest.mark.parametrize("length", [7, 8])
-def test_odd_lengths_are_filled_for_cudnn_which_has_no_gradients_of_them(length, monkeypatch):
-    theirs = jax.nn.dot_product_attention
+def test_odd_lengths_are_padded_for_cudnn(length, monkeypatch):
+    real_attention = jax.nn.dot_product_attention
 
     def cudnn(q, k, v, is_causal, implementation):
         assert (q.shape[1] % 2, k.shape[1] % 2, implementation) == (0, 0, "cudnn")
-        return theirs(q, k, v, is_causal=is_causal)
+        return real_attention(q, k, v, is_causal=is_causal)
 
     monkeypatch.setitem(module._REFUSALS, "cudnn", lambda q, mask: None)
     monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
-    assert_as_the_reference("cudnn", inputs(4, 2, length=length), Mask(causal=True))
+    assert_equals_reference("cudnn", inputs(4, 2, length=length), Mask(causal=True))
 
 
 @pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
-@pytest.mark.parametrize("length", [127, 128, 200, 300])  # one span, two, three and four, not all as long as each other
+@pytest.mark.parametrize("length", [127, 128, 200, 300])  # one to four spans, not all of equal length
 @pytest.mark.parametrize("segments", [False, True], ids=["causal", "packed"])
-def test_spans_of_queries_do_not_compute_what_a_causal_mask_hides(segments, length, mesh):
-    described = Mask(True, packed(4, length) if segments else None)
+def test_query_spans_skip_keys_hidden_by_the_causal_mask(segments, length, mesh):
+    mask_spec = Mask(True, packed_segments(4, length) if segments else None)
     case = inputs(4, 2, rows=4, length=length)
-    assert_as_the_reference("xla", case, described, mesh)
+    assert_equals_reference("xla", case, mask_spec, mesh)
     products = re.findall(
         r"dot_general.*-> tensor<4x2x(\d+)x(\d+)xf32>",
-        jax.jit(lambda *x: attention(*x, described, "xla")).lower(*case).as_text(),
+        jax.jit(lambda *x: attention(*x, mask_spec, "xla")).lower(*case).as_text(),
     )
     scores = sum(int(queries) * int(seen) for queries, seen in products if int(seen) > 16) / (2 * length**2)
     count = max(1, min(4, length // 64))
@@ -143,45 +143,45 @@ def test_spans_of_queries_do_not_compute_what_a_causal_mask_hides(segments, leng
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
-def test_scores_of_any_size_are_weighed(scale):
+def test_tiny_and_huge_scores(scale):
     q, k, v = inputs(length=8)
     case, mask = (scale * q, k, v), Mask(causal=True)
     out, grads = value_and_gradients("xla", case, mask)
-    expected, theirs = value_and_gradients("reference", case, mask)
+    expected, expected_grads = value_and_gradients("reference", case, mask)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=2e-5)
-    near = max(1, scale) * 1e-5  # float32 of what queries that large are multiplied by
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=near), grads, theirs)
+    tolerance = max(1, scale) * 1e-5  # float32 rounding scales with the queries
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=tolerance), grads, expected_grads)
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_long_rows_are_read_in_blocks_of_queries(mask, monkeypatch):
-    monkeypatch.setattr(module, "_QUERIES", 16)
-    segments = packed(4, 70) if MASKS[mask].segments is not None else None
-    described = Mask(MASKS[mask].causal, segments)
+def test_long_rows_use_query_blocks(mask, monkeypatch):
+    monkeypatch.setattr(module, "_QUERY_BLOCK", 16)
+    segments = packed_segments(4, 70) if MASKS[mask].segments is not None else None
+    mask_spec = Mask(MASKS[mask].causal, segments)
     case = inputs(4, 2, rows=4, length=70)
-    assert_as_the_reference("xla", case, described)
-    # All positions with all are not there at once.
+    assert_equals_reference("xla", case, mask_spec)
+    # The full [T, T] scores are never materialized.
     programs = [
-        jax.jit(lambda *x, n=n: attention(*x, described, n)).lower(*case).as_text() for n in ("reference", "xla")
+        jax.jit(lambda *x, n=n: attention(*x, mask_spec, n)).lower(*case).as_text() for n in ("reference", "xla")
     ]
     assert ["x70x70xf32" in program for program in programs] == [True, False]
 
 
 @pytest.mark.parametrize(
-    ("implementation", "case", "mask", "sentence"),
+    ("implementation", "case", "mask", "message"),
     [
         ("cudnn", {"dtype": jnp.bfloat16}, Mask(causal=True), "needs a GPU"),
-        ("splash", {}, Mask(causal=True), "does not take heads of size 16"),
-        ("splash", {"size": 64}, Mask(), "is for causal attention"),
+        ("splash", {}, Mask(causal=True), "does not support heads of size 16"),
+        ("splash", {"size": 64}, Mask(), "supports only causal attention"),
     ],
 )
-def test_a_kernel_by_name_refuses_what_it_cannot_do(implementation, case, mask, sentence):
-    with pytest.raises(UserError, match=rf"attention={implementation} {sentence}; set model\.attention=auto"):
+def test_named_kernel_rejects_unsupported_inputs(implementation, case, mask, message):
+    with pytest.raises(UserError, match=rf"attention={implementation} {message}; set model\.attention=auto"):
         attention(*inputs(**case), mask, implementation)
 
 
 @pytest.mark.parametrize(
-    ("backend", "case", "mask", "said"),
+    ("backend", "case", "mask", "expected_log"),
     [
         ("gpu", {"dtype": jnp.bfloat16}, Mask(causal=True), "causal attention with heads of 16 in bfloat16: cudnn"),
         ("gpu", {"dtype": jnp.bfloat16}, Mask(), "attention with heads of 16 in bfloat16: cudnn"),
@@ -190,41 +190,41 @@ def test_a_kernel_by_name_refuses_what_it_cannot_do(implementation, case, mask, 
             "gpu",
             {"dtype": jnp.bfloat16},
             MASKS["causal-segments"],
-            "xla: cudnn does not keep packed conversations apart",
+            "xla: cudnn does not support packed conversations",
         ),
-        ("gpu", {"dtype": jnp.bfloat16, "size": 256}, Mask(), "xla: cudnn does not take heads of size 256"),
+        ("gpu", {"dtype": jnp.bfloat16, "size": 256}, Mask(), "xla: cudnn does not support heads of size 256"),
         (
             "tpu",
             {"size": 128},
             MASKS["causal-segments"],
             "causal packed attention with heads of 128 in float32: splash",
         ),
-        ("tpu", {"size": 64}, Mask(), "xla: splash is for causal attention"),
-        ("tpu", {"size": 96}, Mask(causal=True), "xla: splash does not take heads of size 96"),
+        ("tpu", {"size": 64}, Mask(), "xla: splash supports only causal attention"),
+        ("tpu", {"size": 96}, Mask(causal=True), "xla: splash does not support heads of size 96"),
         ("cpu", {}, Mask(), "attention with heads of 16 in float32: xla"),
     ],
 )
-def test_the_backend_and_the_shape_choose_and_it_is_said_once(backend, case, mask, said, monkeypatch, caplog):
+def test_auto_picks_a_kernel_and_logs_once(backend, case, mask, expected_log, monkeypatch, caplog):
     monkeypatch.setattr(module, "platform", lambda: backend)
     called = []
     for name in module._KERNELS:
         monkeypatch.setitem(module._KERNELS, name, lambda q, k, v, mask, name=name: called.append(name))
-    module._say.cache_clear()
+    module._log_once.cache_clear()
     with caplog.at_level(logging.INFO, module.__name__):
         for _ in range(2):
             attention(*inputs(**case), mask)
-    assert module._say.cache_info().misses == 1  # though whatever listens may hear it from several places
+    assert module._log_once.cache_info().misses == 1  # several handlers may record the same line
     (line,) = {record.message for record in caplog.records if record.name == module.__name__}
-    assert said in line
+    assert expected_log in line
     assert called == 2 * [line.split(": ")[1]]
 
 
 @pytest.mark.parametrize("heads", [(6, 6), (6, 2)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_cache_is_read_where_it_is_filled(heads, dtype):
+def test_cached_attention_reads_only_filled_slots(heads, dtype):
     q, k, v = inputs(*heads, dtype=dtype)
     q, filled = q[:, :1], np.array([[1, 1, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1, 0, 0]], bool)
     out = cached_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(filled))
     assert (out.dtype, out.shape) == (dtype, q.shape)
-    expected = by_definition(q, k, v, filled[:, None])
+    expected = attention_by_definition(q, k, v, filled[:, None])
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=1e-5 if dtype == jnp.float32 else 0.05)

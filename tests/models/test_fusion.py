@@ -1,4 +1,4 @@
-"""MBTF, STF and their rivals against torch, from the description of what the authors' program computes."""
+"""MBTF, STF and simple baselines against torch, written from a description of the authors' program."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ D = 20
 
 
 def build(vision=TOWER, **keys):
-    """A fusion whose biases matter, and its parameters as torch tensors."""
+    """A fusion with non-zero biases, and its parameters as torch tensors."""
     fusion = nnx.eval_shape(lambda: Fusion(nnx.Rngs(0), FusionConfig(**keys), vision, D))
     rng = np.random.default_rng(1)
 
@@ -40,15 +40,15 @@ def tapped_states(fusion_config, vision=TOWER, seed=2):
     return tuple(rng.standard_normal((2, vision.grid**2, vision.width), np.float32) for _ in range(count))
 
 
-def same(fusion, states, theirs):
-    ours = np.asarray(jax.jit(fusion)(states))
-    assert ours.shape == theirs.shape
-    assert theirs.std() > 0.05
-    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5, rtol=0)
+def assert_equals_torch(fusion, states, expected):
+    output = np.asarray(jax.jit(fusion)(states))
+    assert output.shape == expected.shape
+    assert expected.std() > 0.05
+    np.testing.assert_allclose(output, expected.numpy(), atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The reference: facts of the method in torch's own terms
+# The reference, in torch
 
 
 def torch_linear(p):
@@ -58,7 +58,7 @@ def torch_linear(p):
 
 
 def torch_conv(p):
-    """Conv2d, stride k, from an HWIO kernel; a Linear's kernel makes a 1×1 convolution."""
+    """Conv2d of stride k from an HWIO kernel; a Linear's kernel becomes a 1×1 convolution."""
     kernel = p["kernel"] if p["kernel"].ndim == 4 else p["kernel"][None, None]
     k, _, channels, out = kernel.shape
     layer = torch.nn.Conv2d(channels, out, k, stride=k)
@@ -67,7 +67,7 @@ def torch_conv(p):
 
 
 def unfolded_linear(p):
-    """The Linear over channel-major windows (index c·k² + kh·k + kw) that an HWIO kernel stands for.
+    """The Linear over channel-major windows (index c·k² + kh·k + kw) that equals an HWIO kernel.
 
     The inverse of W.reshape(out, C, k, k).transpose(2, 3, 1, 0).
     """
@@ -77,7 +77,7 @@ def unfolded_linear(p):
     return layer
 
 
-def concatenated(states):
+def concat_states(states):
     return torch.cat([torch.from_numpy(state) for state in states], dim=-1)
 
 
@@ -93,13 +93,13 @@ def unfolded_stf(p, x, kernel):
     return torch_linear(p["out"])(F.gelu(unfolded_linear(p["conv"])(windows)))
 
 
-def as_image(x):
+def to_image(x):
     """[B, P, C] → [B, C, g, g]."""
     grid = math.isqrt(x.shape[1])
     return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], grid, grid)
 
 
-def as_tokens(x):
+def to_tokens(x):
     return x.flatten(2).transpose(1, 2)
 
 
@@ -108,42 +108,42 @@ def as_tokens(x):
 
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4])
 @torch.no_grad()
-def test_mbtf_stf_equals_the_authors_program(kernel):
-    """Torch's layers as they start, carried over by the facts' mapping of weights."""
+def test_mbtf_stf_equals_the_authors_code(kernel):
+    """Weights of freshly initialized torch layers are copied over by the documented mapping."""
     torch.manual_seed(0)
     config, window = FusionConfig(kernel=kernel), 8 * kernel**2
     mbtf = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
     stf = torch.nn.Sequential(torch.nn.Linear(window, 4 * window), torch.nn.GELU(), torch.nn.Linear(4 * window, D))
     fusion, _ = build(kernel=kernel)
-    ours = [fusion.mbtf.first, fusion.mbtf.second, fusion.tokens.conv, fusion.tokens.out]
-    for layer, theirs in zip(ours, [mbtf[0], mbtf[2], stf[0], stf[2]], strict=True):
-        weight = theirs.weight.numpy()
+    output = [fusion.mbtf.first, fusion.mbtf.second, fusion.tokens.conv, fusion.tokens.out]
+    for layer, expected in zip(output, [mbtf[0], mbtf[2], stf[0], stf[2]], strict=True):
+        weight = expected.weight.numpy()
         if layer is fusion.tokens.conv:
             weight = weight.reshape(-1, 8, kernel, kernel).transpose(2, 3, 1, 0)
         else:
             weight = weight.T
         assert layer.kernel.shape == weight.shape
-        layer.kernel[...], layer.bias[...] = jnp.asarray(weight), jnp.asarray(theirs.bias.numpy())
+        layer.kernel[...], layer.bias[...] = jnp.asarray(weight), jnp.asarray(expected.bias.numpy())
 
     states = tapped_states(config)
     assert len(states) == 8
-    x = 3 * mbtf(concatenated(states)).view(2, 12, 12, 8)  # 3: a spread at which GELU bends
+    x = 3 * mbtf(concat_states(states)).view(2, 12, 12, 8)  # scaled so that GELU is nonlinear
     windows = x.unfold(1, kernel, kernel).unfold(2, kernel, kernel).reshape(2, (12 // kernel) ** 2, window)
     fusion.mbtf.second.kernel[...] *= 3
     fusion.mbtf.second.bias[...] *= 3
-    same(fusion, states, stf(windows))
+    assert_equals_torch(fusion, states, stf(windows))
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3])
 @torch.no_grad()
-def test_paper_variant_equals_the_figure(kernel):
+def test_paper_variant_equals_the_papers_figure(kernel):
     fusion, p = build(kernel=kernel, variant="paper")
     states = tapped_states(FusionConfig(variant="paper"))
-    x = as_image(concatenated(states))
+    x = to_image(concat_states(states))
     for layer in (p["mbtf"]["first"], p["mbtf"]["second"], *(p["tokens"][name] for name in ("conv", "mix", "out"))):
         x = F.gelu(torch_conv(layer)(x))
     assert p["tokens"]["conv"]["kernel"].shape == (kernel, kernel, 8, kernel**2 * 8)
-    same(fusion, states, as_tokens(x))
+    assert_equals_torch(fusion, states, to_tokens(x))
 
 
 @torch.no_grad()
@@ -151,14 +151,14 @@ def test_mlp():
     fusion, p = build(fusion="mlp")
     states = tapped_states(FusionConfig(fusion="mlp"))
     assert len(states) == 1
-    same(fusion, states, mlp(p["tokens"], concatenated(states)))
+    assert_equals_torch(fusion, states, mlp(p["tokens"], concat_states(states)))
 
 
 @torch.no_grad()
 def test_mbtf():
     fusion, p = build(fusion="mbtf", mbtf_width=24)
     states = tapped_states(FusionConfig())
-    same(fusion, states, mlp(p["tokens"], mlp(p["mbtf"], concatenated(states))))
+    assert_equals_torch(fusion, states, mlp(p["tokens"], mlp(p["mbtf"], concat_states(states))))
 
 
 @pytest.mark.parametrize("kernel", [2, 3])
@@ -166,7 +166,7 @@ def test_mbtf():
 def test_stf(kernel):
     fusion, p = build(fusion="stf", kernel=kernel, stf_hidden=40)
     states = tapped_states(FusionConfig(fusion="stf"))
-    same(fusion, states, unfolded_stf(p["tokens"], concatenated(states), kernel))
+    assert_equals_torch(fusion, states, unfolded_stf(p["tokens"], concat_states(states), kernel))
 
 
 @pytest.mark.parametrize("kernel", [2, 3])
@@ -174,8 +174,8 @@ def test_stf(kernel):
 def test_avg_pool(kernel):
     fusion, p = build(fusion="avg_pool", kernel=kernel)
     states = tapped_states(FusionConfig(fusion="avg_pool"))
-    pooled = as_tokens(F.avg_pool2d(as_image(concatenated(states)), kernel))
-    same(fusion, states, mlp(p["tokens"]["projector"], pooled))
+    pooled = to_tokens(F.avg_pool2d(to_image(concat_states(states)), kernel))
+    assert_equals_torch(fusion, states, mlp(p["tokens"]["projector"], pooled))
 
 
 @pytest.mark.parametrize("kernel", [2, 3])
@@ -183,33 +183,33 @@ def test_avg_pool(kernel):
 def test_pixel_shuffle(kernel):
     fusion, p = build(fusion="pixel_shuffle", kernel=kernel)
     states = tapped_states(FusionConfig(fusion="pixel_shuffle"))
-    x = concatenated(states).view(2, 12, 12, -1)
+    x = concat_states(states).view(2, 12, 12, -1)
     within, side = range(kernel), range(0, 12, kernel)
     windows = [torch.cat([x[:, i + h, j + w] for h in within for w in within], -1) for i in side for j in side]
-    same(fusion, states, mlp(p["tokens"]["projector"], torch.stack(windows, 1)))
+    assert_equals_torch(fusion, states, mlp(p["tokens"]["projector"], torch.stack(windows, 1)))
 
 
 @pytest.mark.parametrize("fusion", ["mbtf_stf", "stf", "avg_pool", "pixel_shuffle"])
 @torch.no_grad()
-def test_a_padded_grid_is_padded_by_zeros_at_the_right_and_bottom(fusion):
+def test_grid_is_zero_padded_at_the_right_and_bottom(fusion):
     vision = dataclasses.replace(TOWER, image_size=5 * 12)
     module, p = build(vision, fusion=fusion, pad_grid=True)
     states = tapped_states(FusionConfig(fusion=fusion), vision)
-    x = concatenated(states)
-    x = F.pad(as_image(mlp(p["mbtf"], x) if "mbtf" in p else x), (0, 1, 0, 1))
+    x = concat_states(states)
+    x = F.pad(to_image(mlp(p["mbtf"], x) if "mbtf" in p else x), (0, 1, 0, 1))
     tokens = p["tokens"]
     if fusion.endswith("stf"):
-        theirs = as_tokens(torch_conv(tokens["out"])(F.gelu(torch_conv(tokens["conv"])(x))))
+        expected = to_tokens(torch_conv(tokens["out"])(F.gelu(torch_conv(tokens["conv"])(x))))
     elif fusion == "avg_pool":
-        theirs = mlp(tokens["projector"], as_tokens(F.avg_pool2d(x, 2)))
-    else:  # pixel_unshuffle orders channels c, h, w; ours is h, w, c
+        expected = mlp(tokens["projector"], to_tokens(F.avg_pool2d(x, 2)))
+    else:  # pixel_unshuffle orders channels c, h, w; output is h, w, c
         windows = F.pixel_unshuffle(x, 2).unflatten(1, (8, 4)).transpose(1, 2).flatten(1, 2)
-        theirs = mlp(tokens["projector"], as_tokens(windows))
-    assert theirs.shape[1] == 9
-    same(module, states, theirs)
+        expected = mlp(tokens["projector"], to_tokens(windows))
+    assert expected.shape[1] == 9
+    assert_equals_torch(module, states, expected)
 
 
-def test_tokens_keep_the_place_of_their_window():
+def test_tokens_are_in_row_major_order_of_windows():
     """A change in one patch changes the one token whose window holds it, rows before columns."""
     fusion, _ = build(fusion="stf", kernel=3)
     (state,) = tapped_states(FusionConfig(fusion="stf"))
@@ -219,8 +219,8 @@ def test_tokens_keep_the_place_of_their_window():
     assert np.flatnonzero(difference).tolist() == [2 * 4 + 1]
 
 
-def test_gelu_is_the_error_functions():
-    """Twenty times below the 5e-4 by which tanh's approximation is off."""
+def test_gelu_uses_the_error_function():
+    """The tolerance is far below 5e-4, the error of the tanh approximation."""
     fusion = Fusion(nnx.Rngs(0), FusionConfig(fusion="mlp"), TOWER, 8)
     for layer in (fusion.tokens.first, fusion.tokens.second):
         layer.kernel[...], layer.bias[...] = jnp.eye(8), jnp.zeros(8)
@@ -230,10 +230,10 @@ def test_gelu_is_the_error_functions():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shapes and counts of the true presets, without memory for them
+# Shapes and parameter counts of full-size presets, without allocating them
 
 
-def parameters(config, vision="clip-l-14-336", llm="vicuna-7b"):
+def count_parameters(config, vision="clip-l-14-336", llm="vicuna-7b"):
     fusion = nnx.eval_shape(lambda: Fusion(nnx.Rngs(0), config, vision_preset(vision), llm_preset(llm).width))
     return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(fusion)))
 
@@ -252,13 +252,13 @@ def parameters(config, vision="clip-l-14-336", llm="vicuna-7b"):
     ],
 )
 def test_parameter_count(fusion, llm, count):
-    assert parameters(FusionConfig(fusion=fusion), llm=llm) == count
+    assert count_parameters(FusionConfig(fusion=fusion), llm=llm) == count
 
 
 def test_parameter_count_of_the_paper_variant():
     mbtf = 8192 * 4096 + 4096 + 4096 * 1024 + 1024
     stf = 4096 * 4096 + 4096 + 4096 * 16384 + 16384 + 16384 * 4096 + 4096
-    assert parameters(FusionConfig(variant="paper")) == mbtf + stf
+    assert count_parameters(FusionConfig(variant="paper")) == mbtf + stf
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_parameter_count_of_the_paper_variant():
         ("avg_pool", 2, 24, 144),
         ("pixel_shuffle", 24, 24, 1),
         ("mlp", 2, 24, 576),
-        ("mbtf", 5, 24, 576),  # merges nothing, so that its kernel is not asked
+        ("mbtf", 5, 24, 576),  # merges nothing, so the kernel is ignored
         ("mbtf_stf", 3, 27, 81),
         ("ldp_v2", 2, 24, 144),
         ("c_abstractor", 3, 24, 64),
@@ -285,9 +285,9 @@ def test_tokens_per_image(fusion, kernel, grid, tokens):
     vision = dataclasses.replace(TOWER, image_size=12 * grid)
     state = jax.ShapeDtypeStruct((1, grid**2, vision.width), jnp.bfloat16)
     states = (state,) * len(tapped_blocks(config, vision.layers))
-    made = nnx.eval_shape(lambda states: Fusion(nnx.Rngs(0), config, vision, D)(states), states)
-    assert made.shape == (1, tokens, D)
-    assert made.dtype == jnp.bfloat16
+    output = nnx.eval_shape(lambda states: Fusion(nnx.Rngs(0), config, vision, D)(states), states)
+    assert output.shape == (1, tokens, D)
+    assert output.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_taps(keys, layers, taps):
 
 @pytest.mark.parametrize("layers", [12, 26, 27, 40])
 @pytest.mark.parametrize("variant", ["code", "paper"])
-def test_default_taps_of_any_tower_fall_through_its_whole_depth(layers, variant):
+def test_default_taps_span_the_depth_of_the_tower(layers, variant):
     taps = tapped_blocks(FusionConfig(variant=variant), layers)
     assert len(set(taps)) == 8
     assert list(taps) == sorted(taps, reverse=True)
@@ -322,11 +322,11 @@ def test_default_taps_of_any_tower_fall_through_its_whole_depth(layers, variant)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize("fusion", [name for name in FUSIONS if name not in ("mlp", "mbtf")])
-def test_a_kernel_that_does_not_divide_the_grid_is_refused(fusion):
+def test_kernel_that_does_not_divide_the_grid_is_rejected(fusion):
     config = FusionConfig(fusion=fusion, kernel=2)
     with pytest.raises(UserError, match=r"27×27.*choose 1, 3, 9, 27.*pad_grid"):
         tokens_per_image(config, 27)
@@ -335,7 +335,7 @@ def test_a_kernel_that_does_not_divide_the_grid_is_refused(fusion):
     assert tokens_per_image(dataclasses.replace(config, pad_grid=True), 27) == 14**2
 
 
-def test_an_unknown_fusion_is_refused_with_the_nearest():
+def test_unknown_fusion_suggests_the_closest():
     with pytest.raises(UserError, match=r"'mbtf_sft'.*did you mean 'mbtf_stf'"):
         Fusion(nnx.Rngs(0), FusionConfig(fusion="mbtf_sft"), TOWER, D)
     with pytest.raises(UserError, match="mbtf_stf"):
@@ -343,11 +343,11 @@ def test_an_unknown_fusion_is_refused_with_the_nearest():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How it starts
+# Initialization
 
 
-def started(init):
-    """(name, weights, biases, fan in, fan out) of each layer of a fusion large enough to measure."""
+def initialized_layers(init):
+    """(name, weights, biases, fan in, fan out) of each layer of a fusion large enough for statistics."""
     vision = dataclasses.replace(TOWER, width=32)
     fusion = Fusion(nnx.Rngs(5), FusionConfig(init=init), vision, 96)
     layers = {"mbtf.first": (256, 128), "mbtf.second": (128, 32), "tokens.conv": (128, 512), "tokens.out": (512, 96)}
@@ -370,27 +370,27 @@ def is_normal(values, stddev):
 
 
 @pytest.mark.parametrize("init", ["torch", "xavier", "kaiming", "normal"])
-def test_each_layer_starts_as_its_scheme_says(init):
-    for name, kernel, bias, fan_in, fan_out in started(init):
-        right = {
+def test_init_schemes(init):
+    for name, kernel, bias, fan_in, fan_out in initialized_layers(init):
+        is_expected = {
             "torch": lambda i, o, w: is_uniform(w, i**-0.5),
             "xavier": lambda i, o, w: is_uniform(w, (6 / (i + o)) ** 0.5),
             "kaiming": lambda i, o, w: is_normal(w, (2 / i) ** 0.5),
             "normal": lambda i, o, w: is_normal(w, 0.02),
         }[init]
-        assert right(fan_in, fan_out, kernel), name
+        assert is_expected(fan_in, fan_out, kernel), name
         assert is_uniform(bias, fan_in**-0.5) if init == "torch" else not bias.any(), name
 
 
-def test_torch_init_is_torchs():
-    """The same bounds as a fresh ``Conv2d`` and ``Linear`` of torch."""
-    for name, kernel, _, fan_in, fan_out in started("torch"):
+def test_torch_init_equals_torch():
+    """The same bounds as a fresh ``Conv2d`` or ``Linear`` in torch."""
+    for name, kernel, _, fan_in, fan_out in initialized_layers("torch"):
         layer = torch.nn.Conv2d(fan_in // 4, fan_out, 2) if name == "tokens.conv" else torch.nn.Linear(fan_in, fan_out)
         np.testing.assert_allclose(np.abs(kernel).max(), layer.weight.abs().max().item(), rtol=0.02, err_msg=name)
 
 
-def test_seeds_and_layers_start_apart():
-    first = [kernel for _, kernel, *_ in started("normal")]
+def test_seeds_and_layers_have_different_init():
+    first = [kernel for _, kernel, *_ in initialized_layers("normal")]
     assert all(not np.array_equal(a[:64], b[:64]) for i, a in enumerate(first) for b in first[:i])
     one, two = (Fusion(nnx.Rngs(seed), FusionConfig(), TOWER, D).tokens.out.kernel[...] for seed in (0, 1))
     assert not np.array_equal(one, two)

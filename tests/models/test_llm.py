@@ -1,4 +1,4 @@
-"""The decoder against transformers: same weights, same tokens, same logits, for every family it serves."""
+"""The decoder against transformers: same weights and tokens give the same logits, for every supported family."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from theirs import decoder_params
+from reference import decoder_params
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from stf_jax.config import MeshConfig
-from stf_jax.models.llm import Decoder, LLMConfig, RopeScaling, look_up, rope_angles
-from stf_jax.runtime.mesh import computing, make_mesh
+from stf_jax.models.llm import Decoder, LLMConfig, RopeScaling, rope_angles, sharded_embedding_lookup
+from stf_jax.runtime.mesh import compute_context, make_mesh
 
 LLAMA = LLMConfig(vocab=61, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, norm_eps=1e-3)
-# Lengths at which an 8-channel head has one frequency of each kind: kept, on the ramp, stretched.
+# Lengths at which an 8-channel head has one frequency of each kind: unchanged, on the ramp, scaled.
 LLAMA3 = RopeScaling("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=100)
 LINEAR = RopeScaling("linear", factor=4.0)
 
@@ -80,8 +80,8 @@ class Family:
         with torch.no_grad():
             return self.torch_model(torch.from_numpy(tokens).long()).logits.numpy()
 
-    def decoder(self, **how):
-        model = nnx.eval_shape(lambda: Decoder(nnx.Rngs(0), self.config, **how))
+    def decoder(self, *, scan=True, remat="none"):
+        model = nnx.eval_shape(lambda: Decoder(nnx.Rngs(0), self.config, scan=scan, remat=remat))
         nnx.update(model, jax.tree.map(jnp.asarray, decoder_params(self.state_dict, self.config)))
         return model
 
@@ -124,13 +124,13 @@ def some_tokens(rows, length, seed=3):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_equal_transformers(name, scan):
     family, tokens = FAMILIES[name], some_tokens(2, 40)
-    ours, theirs = read(family.decoder(scan=scan), tokens), family.logits(tokens)
+    ours, expected = read(family.decoder(scan=scan), tokens), family.logits(tokens)
     assert ours.dtype == jnp.float32
-    assert theirs.std() > 0.5
-    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 
 
-def test_packed_conversations_read_as_if_alone():
+def test_packed_conversations_are_independent():
     model = FAMILIES["qwen3"].decoder()
     first, second = some_tokens(1, 7, seed=4), some_tokens(1, 9, seed=5)
     packed = np.concatenate([first, second, np.zeros((1, 4), np.int32)], axis=1)
@@ -139,10 +139,10 @@ def test_packed_conversations_read_as_if_alone():
     logits = read(model, packed, positions, jnp.asarray(segments))
     np.testing.assert_allclose(logits[:, :7], read(model, first), atol=1e-5)
     np.testing.assert_allclose(logits[:, 7:16], read(model, second), atol=1e-5)
-    assert np.abs(logits[:, 7:16] - read(model, packed)[:, 7:16]).max() > 0.1  # without segments it would differ
+    assert np.abs(logits[:, 7:16] - read(model, packed)[:, 7:16]).max() > 0.1  # the logits differ without segments
 
 
-def test_no_position_sees_the_future():
+def test_decoder_is_causal():
     tokens = np.repeat(some_tokens(1, 12), 13, axis=0)
     for t in range(12):  # row t differs from the last row in token t alone
         tokens[t, t] = (tokens[t, t] + 1) % LLAMA.vocab
@@ -154,7 +154,7 @@ def test_no_position_sees_the_future():
 
 
 def value_and_gradients(remat, scan):
-    """Both, and how many numbers the forward pass keeps for the backward pass."""
+    """The value, the gradients, and how many numbers the forward pass keeps for the backward pass."""
     graph, state = nnx.split(FAMILIES["llama-tied"].decoder(remat=remat, scan=scan))
     tokens = some_tokens(2, 10)
 
@@ -163,35 +163,35 @@ def value_and_gradients(remat, scan):
         x = model(model.embed(jnp.asarray(tokens), jnp.float32), jnp.arange(10)[None], None)
         return jnp.square(model.logits(x)).mean()
 
-    kept = jax.tree.leaves(jax.eval_shape(lambda state: jax.vjp(loss, state)[1], state))
-    return *jax.jit(jax.value_and_grad(loss))(state), sum(x.size for x in kept)
+    residuals = jax.tree.leaves(jax.eval_shape(lambda state: jax.vjp(loss, state)[1], state))
+    return *jax.jit(jax.value_and_grad(loss))(state), sum(x.size for x in residuals)
 
 
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
-def test_remat_keeps_value_and_gradients_and_less_between(scan):
-    value, gradients, all_kept = value_and_gradients("none", scan)
-    kept = {"none": all_kept}
+def test_remat_keeps_value_and_gradients_with_fewer_residuals(scan):
+    value, gradients, all_residuals = value_and_gradients("none", scan)
+    residuals = {"none": all_residuals}
     for remat in ("dots", "full"):
-        same_value, same_gradients, kept[remat] = value_and_gradients(remat, scan)
+        same_value, same_gradients, residuals[remat] = value_and_gradients(remat, scan)
         np.testing.assert_allclose(same_value, value, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), same_gradients, gradients)
-    assert kept["full"] < kept["dots"] < kept["none"]
+    assert residuals["full"] < residuals["dots"] < residuals["none"]
 
 
 @pytest.mark.parametrize("theta", [1e4, 1e6])
-def test_rope_angles_are_exact_where_bfloat16_is_not(theta):
+def test_rope_angles_are_float32_exact(theta):
     positions = np.array([0, 1, 255, 256, 257, 1023, 2047, 4095])
     config = dataclasses.replace(LLAMA, head_dim=128, rope_theta=theta)
     cos, sin = rope_angles(config, jnp.asarray(positions, jnp.int32)[None])
     angles = positions[:, None] * theta ** (-np.arange(0, 128, 2, dtype=np.float64) / 128)
     assert cos.dtype == sin.dtype == jnp.float32
-    # A float32 frequency is good to a few units in its last place (6e-8), which the position multiplies.
+    # A float32 frequency has a relative error of a few ulp (6e-8), which the position multiplies.
     tolerance = (1e-6 + 3e-7 * positions)[:, None]
     assert (np.abs(cos[0, :, 0] - np.cos(angles)) < tolerance).all()
     assert (np.abs(sin[0, :, 0] - np.sin(angles)) < tolerance).all()
 
 
-def test_bfloat16_stays_near_far_into_the_text():
+def test_bfloat16_is_accurate_at_late_positions():
     family, tokens = FAMILIES["llama"], some_tokens(1, 16)
     positions = 300 + np.arange(16)[None]
     model = family.decoder()
@@ -201,33 +201,33 @@ def test_bfloat16_stays_near_far_into_the_text():
 
 
 @pytest.mark.parametrize("mesh", [None, (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
-def test_words_are_looked_up_and_their_gradients_counted(mesh):
-    """In bfloat16, which knows no whole numbers beyond 256, a word that is read 300 times would learn too little."""
+def test_embedding_lookup_and_its_gradients(mesh):
+    """The gradient of a token that occurs 300 times would be too small in bfloat16, which cannot count beyond 256."""
     rng = np.random.default_rng(0)
     table, tokens = rng.standard_normal((16, 32), np.float32), rng.integers(0, 16, (8, 64)).astype(np.int32)
     tokens[:5, :60] = 3
-    place = computing(make_mesh(MeshConfig(*mesh)), "bfloat16") if mesh else contextlib.nullcontext()
-    with place:
-        found, back = jax.vjp(jax.jit(lambda table: look_up(table, tokens, jnp.bfloat16)), table)
-        (slopes,) = back(jnp.ones_like(found))
-    np.testing.assert_array_equal(found, table[tokens].astype(jnp.bfloat16))
-    assert slopes.dtype == jnp.float32
+    context = compute_context(make_mesh(MeshConfig(*mesh)), "bfloat16") if mesh else contextlib.nullcontext()
+    with context:
+        rows, vjp = jax.vjp(jax.jit(lambda table: sharded_embedding_lookup(table, tokens, jnp.bfloat16)), table)
+        (gradient,) = vjp(jnp.ones_like(rows))
+    np.testing.assert_array_equal(rows, table[tokens].astype(jnp.bfloat16))
+    assert gradient.dtype == jnp.float32
     counts = np.bincount(tokens.ravel(), minlength=16)
     assert counts.max() > 300
-    np.testing.assert_array_equal(slopes, np.broadcast_to(counts[:, None], (16, 32)))
+    np.testing.assert_array_equal(gradient, np.broadcast_to(counts[:, None], (16, 32)))
 
 
 @pytest.mark.usefixtures("optimized")
-def test_the_table_does_not_cross_the_mesh():
+def test_embedding_table_does_not_cross_the_mesh():
     mesh, rows = make_mesh(MeshConfig(1, 8, 1)), jax.sharding.PartitionSpec(("data", "fsdp"))
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("tensor", "fsdp"))
-    table = jax.ShapeDtypeStruct((4096, 256), jnp.float32, sharding=place)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("tensor", "fsdp"))
+    table = jax.ShapeDtypeStruct((4096, 256), jnp.float32, sharding=sharding)
     tokens = jax.ShapeDtypeStruct((8, 4), jnp.int32, sharding=jax.sharding.NamedSharding(mesh, rows))
 
     def loss(table, tokens):
-        return jnp.square(look_up(table, tokens, jnp.float32)).sum()
+        return jnp.square(sharded_embedding_lookup(table, tokens, jnp.float32)).sum()
 
-    with computing(mesh, "float32"):
-        text = jax.jit(jax.grad(loss), out_shardings=place).lower(table, tokens).compile().as_text()
+    with compute_context(mesh, "float32"):
+        text = jax.jit(jax.grad(loss), out_shardings=sharding).lower(table, tokens).compile().as_text()
     assert "f32[4096,32]" in text  # what a device holds
     assert "f32[4096,256]" not in text

@@ -1,4 +1,4 @@
-"""Presets against transformers: the public configuration of each model, built without memory, and counted."""
+"""Presets against transformers: each public configuration, built without memory, with its parameters counted."""
 
 import math
 
@@ -29,7 +29,7 @@ from stf_jax.models.vit import VisionTower
 LLAMA, MISTRAL = (LlamaConfig, LlamaForCausalLM), (MistralConfig, MistralForCausalLM)
 QWEN2, QWEN3 = (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)
 
-# name → family; vocab, width, layers, heads, kv heads, mlp; tied, rope theta, norm eps; parameters, where known to be
+# name → family; vocab, width, layers, heads, kv heads, mlp; tied, rope theta, norm eps; parameters
 PUBLIC = {
     "vicuna-7b": (LLAMA, (32_000, 4096, 32, 32, 32, 11_008), (False, 1e4, 1e-5), 6_738_415_616),
     "vicuna-13b": (LLAMA, (32_000, 5120, 40, 40, 40, 13_824), (False, 1e4, 1e-5), 13_015_864_320),
@@ -59,15 +59,15 @@ def count(build):
     return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(nnx.eval_shape(build))))
 
 
-def test_every_public_preset_is_checked():
-    ours = ("-mini", "-tiny")  # the demo's and the tests'
-    assert {name for name in LLM if not any(mark in name for mark in ours)} == PUBLIC.keys()
-    assert {name for name in VISION if not any(mark in name for mark in ours)} == PUBLIC_TOWERS.keys()
+def test_every_public_preset_is_covered():
+    own_marks = ("-mini", "-tiny")  # presets of the demo and of the tests
+    assert {name for name in LLM if not any(suffix in name for suffix in own_marks)} == PUBLIC.keys()
+    assert {name for name in VISION if not any(suffix in name for suffix in own_marks)} == PUBLIC_TOWERS.keys()
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_llm(name):
-    (kind, model), (vocab, width, layers, heads, kv_heads, mlp), (tied, theta, eps), known = PUBLIC[name]
+    (kind, model), (vocab, width, layers, heads, kv_heads, mlp), (tied, theta, eps), published = PUBLIC[name]
     config = kind(
         vocab_size=vocab,
         hidden_size=width,
@@ -78,11 +78,11 @@ def test_llm(name):
         tie_word_embeddings=tied,
     )
     with torch.device("meta"):
-        theirs = sum(p.numel() for p in model(config).parameters())
+        expected = sum(p.numel() for p in model(config).parameters())
     preset = llm_preset(name)
-    assert theirs == known
-    assert count(lambda: Decoder(nnx.Rngs(0), preset)) == theirs
-    # What no count shows.
+    assert expected == published
+    assert count(lambda: Decoder(nnx.Rngs(0), preset)) == expected
+    # Properties that the parameter count does not show.
     head_dim = getattr(config, "head_dim", width // heads)
     assert (preset.heads, preset.kv_heads, preset.head_dim) == (heads, kv_heads, head_dim)
     assert (preset.rope_theta, preset.norm_eps, preset.rope_scaling) == (theta, eps, None)
@@ -101,9 +101,9 @@ def test_tower(name):
     )
     with torch.device("meta"):
         names = dict(model(config).named_parameters())
-    theirs = sum(p.numel() for name, p in names.items() if not name.startswith(("post_layernorm.", "head.")))
+    expected = sum(p.numel() for name, p in names.items() if not name.startswith(("post_layernorm.", "head.")))
     preset = vision_preset(name)
-    assert count(lambda: VisionTower(nnx.Rngs(0), preset)) == theirs
+    assert count(lambda: VisionTower(nnx.Rngs(0), preset)) == expected
     assert preset.heads == heads
     assert preset.norm_eps == config.layer_norm_eps == eps
     assert {"quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}[preset.activation] == activation
@@ -119,7 +119,7 @@ def test_grids():
     assert grids["clip-mini-16-96"] == 6
 
 
-def test_an_unknown_preset_is_refused_with_the_nearest():
+def test_unknown_preset_suggests_the_closest():
     with pytest.raises(UserError, match=r"model\.llm='vicuna7b'; did you mean 'vicuna-7b'"):
         llm_preset("vicuna7b")
     with pytest.raises(UserError, match=r"model\.vision='clip-l-336'; did you mean 'clip-l-14-336'"):

@@ -1,4 +1,4 @@
-"""The whole model: image tokens in their slots, and rows that know nothing of one another."""
+"""The complete model: image tokens in their slots, and independent rows."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ N = 9  # a 6×6 grid merged 2×2
 
 @functools.cache
 def model():
-    """Filled by numpy, which, unlike the initialisers, has nothing to compile."""
+    """A model filled by numpy, which compiles nothing, unlike the initializers."""
     graph, state = nnx.split(nnx.eval_shape(lambda: VLM(nnx.Rngs(0), CONFIG)))
     rng = np.random.default_rng(0)
 
@@ -58,7 +58,7 @@ def batch(rows=2, length=48, images_per_row=2, seed=0):
 
 
 def slots_at(length, *starts, count=N):
-    """Slots of one row: images 0, 1, … begin at ``starts``."""
+    """Slots of one row with images 0, 1, … at ``starts``."""
     slots = np.full(length, -1, np.int32)
     for image, start in enumerate(starts):
         slots[start : start + count] = image * count + np.arange(count)
@@ -66,7 +66,7 @@ def slots_at(length, *starts, count=N):
 
 
 @functools.cache
-def part(name):
+def jit_method(name):
     """A jitted method of the model."""
     graph, state = nnx.split(model())
     run = jax.jit(lambda state, *args: getattr(nnx.merge(graph, state), name)(*args))
@@ -75,19 +75,19 @@ def part(name):
 
 @hypothesis.settings(deadline=None, max_examples=30, derandomize=True)
 @hypothesis.given(st.lists(st.integers(-1, 2 * N - 1), min_size=80, max_size=80))
-def test_image_tokens_take_exactly_their_slots(slots):
+def test_image_tokens_fill_exactly_their_slots(slots):
     slots = np.array(slots, np.int32).reshape(2, 40)
     tokens, _ = batch(length=40)
     image_tokens = np.random.default_rng(1).standard_normal((2, 2 * N, 128), np.float32)
-    x = np.asarray(part("embed")(tokens, slots, image_tokens))
+    x = np.asarray(jit_method("embed")(tokens, slots, image_tokens))
     text = np.asarray(model().llm.embedding[...])[tokens]
     expected = np.where(slots[..., None] < 0, text, image_tokens[np.arange(2)[:, None], slots])
     np.testing.assert_array_equal(x, expected)
 
 
-def test_image_tokens_come_image_by_image():
+def test_image_tokens_are_in_image_order():
     _, images = batch()
-    run = part("image_tokens")
+    run = jit_method("image_tokens")
     tokens = run(images)
     assert tokens.shape == (2, 2 * N, 128)
     for row, image in np.ndindex(2, 2):
@@ -99,23 +99,23 @@ def test_rows_are_isolated():
     tokens, images = batch()
     slots = np.stack([slots_at(48, 1, 20), slots_at(48, 5)])
     before = logits(tokens, slots, images)
-    other = images.copy()
-    other[1] = 255 - other[1]
-    after = logits(tokens, slots, other)
+    changed = images.copy()
+    changed[1] = 255 - changed[1]
+    after = logits(tokens, slots, changed)
     np.testing.assert_array_equal(before[0], after[0])
     assert np.abs(before[1, :5] - after[1, :5]).max() == 0
     assert (np.abs(before[1, 5:] - after[1, 5:]).max(-1) > 1e-6).all()
 
 
-def test_a_image_without_slots_is_not_seen():
+def test_image_without_slots_is_ignored():
     tokens, images = batch()
-    slots = np.stack([slots_at(48, 3), slots_at(48, 3)])  # each row's second image has none
-    other = images.copy()
-    other[:, 1] = 0
-    np.testing.assert_array_equal(logits(tokens, slots, images), logits(tokens, slots, other))
+    slots = np.stack([slots_at(48, 3), slots_at(48, 3)])  # the second image of each row has no slots
+    changed = images.copy()
+    changed[:, 1] = 0
+    np.testing.assert_array_equal(logits(tokens, slots, images), logits(tokens, slots, changed))
 
 
-def test_several_images_a_row_are_told_apart():
+def test_images_of_a_row_are_distinguished():
     tokens, images = batch()
     slots = np.stack([slots_at(48, 1, 20)] * 2)
     swapped_slots = np.where(slots >= 0, (slots + N) % (2 * N), -1)
@@ -124,20 +124,20 @@ def test_several_images_a_row_are_told_apart():
     assert np.abs(straight - logits(tokens, slots, images[:, ::-1])).max() > 1e-3
 
 
-def test_packed_conversations_each_see_their_own_image():
+def test_packed_conversations_see_only_their_own_image():
     tokens, images = batch()
     segments = np.repeat([[1, 2]], 24, axis=1).repeat(2, 0).astype(np.int32)
     positions = np.tile(np.arange(24, dtype=np.int32), (2, 2))
     slots = np.stack([slots_at(48, 2, 30)] * 2)
     before = logits(tokens, slots, images, segments, positions)
-    other = images.copy()
-    other[:, 0] = 0
-    after = logits(tokens, slots, other, segments, positions)
+    changed = images.copy()
+    changed[:, 0] = 0
+    after = logits(tokens, slots, changed, segments, positions)
     np.testing.assert_allclose(before[:, 24:], after[:, 24:], atol=1e-6)
     assert np.abs(before[:, 2:24] - after[:, 2:24]).max() > 1e-3
 
 
-def test_no_images_at_all():
+def test_batch_without_images():
     tokens, _ = batch()
     none = np.zeros((2, 0, 96, 96, 3), np.uint8)
     text = np.full((2, 48), -1, np.int32)
@@ -146,7 +146,7 @@ def test_no_images_at_all():
 
 
 def test_slot_layouts_share_one_compilation():
-    tokens, images = batch(rows=3, images=1)
+    tokens, images = batch(rows=3, images_per_row=1)
     traces = compiled()[1]
     before = len(traces)
     for starts in ([(0,), (1,), (30,)], [(), (), ()], [(7,), (), (32,)]):
@@ -154,7 +154,7 @@ def test_slot_layouts_share_one_compilation():
     assert len(traces) == before + 1
 
 
-def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
+def test_bfloat16_model_returns_float32_logits():
     config = dataclasses.replace(CONFIG, precision="bfloat16")
     graph, _ = nnx.split(nnx.eval_shape(lambda: VLM(nnx.Rngs(0), config)))
     state = nnx.state(model())
@@ -176,15 +176,15 @@ def test_slots_per_image(fusion, slots):
     assert slots_per_image(ModelConfig(fusion=fusion)) == slots
 
 
-def test_what_cannot_be_built_is_refused():
+def test_invalid_models_are_rejected():
     with pytest.raises(UserError, match="pad_grid"):
         slots_per_image(ModelConfig(vision="siglip-so400m-14-384"))
     with pytest.raises(UserError, match="vicuna-7b"):
         VLM(nnx.Rngs(0), ModelConfig(llm="vicuna-7"))
 
 
-def test_splash_by_name_is_the_decoders_alone():
-    """The tower, which looks both ways, goes on as it does; else nobody could ask for splash."""
+def test_splash_applies_only_to_the_decoder():
+    """The tower is not causal and keeps its own kernel; otherwise no model could use splash."""
     config = dataclasses.replace(CONFIG, attention="splash")
     model = nnx.eval_shape(lambda: VLM(nnx.Rngs(0), config))
     assert model.llm.attention == "splash"

@@ -1,4 +1,4 @@
-"""Training a tower on labels of cells: the loss by numpy, on every mesh, and as a user runs it."""
+"""Training a vision tower on labels of cells: the loss against numpy, on every mesh, and from the command line."""
 
 import functools
 import json
@@ -11,16 +11,16 @@ from tiny import Setup, batches
 
 from stf_jax import bench
 from stf_jax.config import UserError
-from stf_jax.data.pipeline import training_records
+from stf_jax.data.pipeline import load_training_records
 from stf_jax.data.world import make_scene
-from stf_jax.data.world_labels import label
+from stf_jax.data.world_labels import label_cells
 from stf_jax.evals.scenes import SEED
 from stf_jax.main import main
 from stf_jax.models.cells import CLASSES
 from stf_jax.models.presets import VISION
 from stf_jax.models.vlm import VLM
 from stf_jax.planning.program import make_program
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 from stf_jax.training.loss import labels_loss_sum
 
 VISION["clip-tiny-96"] = tiny.dataclasses.replace(VISION["clip-tiny"], image_size=96)
@@ -50,34 +50,34 @@ def _data():
     return batches(_one_device().config, 2)
 
 
-def _expected(scores, labels):
-    """The mean over cells, in float64, of what the three labels of a cell cost."""
+def _expected_loss(scores, labels):
+    """The mean over cells of the weighted loss of their three labels, in float64."""
     total, begin = 0.0, 0
-    for sort, (classes, weight) in enumerate(zip(CLASSES, (1, 1, 2), strict=True)):
-        part, label = scores[..., begin : begin + classes].astype(np.float64), labels[..., sort].astype(int)
-        shares = np.exp(part - part.max(-1, keepdims=True))
-        right = np.take_along_axis(shares / shares.sum(-1, keepdims=True), label[..., None], -1)
-        total += weight * (-np.log(right[..., 0]) * np.where(label > 0, 1, 0.1)).sum()
+    for kind_index, (classes, weight) in enumerate(zip(CLASSES, (1, 1, 2), strict=True)):
+        part, label = scores[..., begin : begin + classes].astype(np.float64), labels[..., kind_index].astype(int)
+        exp_scores = np.exp(part - part.max(-1, keepdims=True))
+        target_probability = np.take_along_axis(exp_scores / exp_scores.sum(-1, keepdims=True), label[..., None], -1)
+        total += weight * (-np.log(target_probability[..., 0]) * np.where(label > 0, 1, 0.1)).sum()
         begin += classes
     return total
 
 
-def test_the_loss_of_labels_is_what_numpy_makes_of_it():
+def test_labels_loss_equals_numpy():
     rng = np.random.default_rng(0)
     scores = 3 * rng.standard_normal((2, 4, 4, sum(CLASSES)), np.float32)
     labels = np.stack([rng.integers(0, classes, (2, 4, 4)) for classes in CLASSES], -1).astype(np.uint8)
     labels[0, :2] = 0
-    np.testing.assert_allclose(labels_loss_sum(scores, labels), _expected(scores, labels), rtol=1e-6)
+    np.testing.assert_allclose(labels_loss_sum(scores, labels), _expected_loss(scores, labels), rtol=1e-6)
 
 
-def test_a_patch_scores_the_cells_that_lie_in_it():
-    """A change of one patch's state changes the scores of its own cells alone."""
+def test_patch_scores_only_its_own_cells():
+    """Changing one patch's state changes only the scores of its own cells."""
     setup = _one_device()
-    head = setup.plan.merge(tiny.filled(setup.plan.shapes)).cells
+    head = setup.plan.merge(tiny.random_params(setup.plan.shapes)).cells
     states = np.zeros((1, head.grid**2, 32), np.float32)
     states[0, head.grid + 2] = 1  # the second row's third patch
     changed = np.nonzero(np.abs(head(states) - head(0 * states)).max(-1)[0])
-    rows, columns = (range(i * head.each, (i + 1) * head.each) for i in (1, 2))
+    rows, columns = (range(i * head.cells_per_patch, (i + 1) * head.cells_per_patch) for i in (1, 2))
     assert {*zip(*(axis.tolist() for axis in changed), strict=True)} == {(r, c) for r in rows for c in columns}
     assert head(states).shape == (1, 24, 24, sum(CLASSES))
 
@@ -95,11 +95,11 @@ def _steps(setup):
     return state, losses
 
 
-def test_the_first_loss_is_the_mean_over_cells():
+def test_first_loss_is_the_mean_over_cells():
     setup, batch = _one_device(), _data()[0]
     scores = jax.jit(lambda params: setup.plan.merge(params).cell_scores(batch.images))(setup.state().params)
     assert batch.labels.shape == (8, 1, 24, 24, 3)
-    expected = _expected(np.asarray(scores), batch.labels[:, 0]) / batch.labels[..., 0].size
+    expected = _expected_loss(np.asarray(scores), batch.labels[:, 0]) / batch.labels[..., 0].size
     first = _trained()[1][0]
     assert first["loss"] == pytest.approx(expected, rel=1e-5)
     assert first["learned_tokens"] == batch.labels[..., 0].size
@@ -109,8 +109,8 @@ def test_the_first_loss_is_the_mean_over_cells():
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_every_mesh_takes_the_same_steps(mesh):
     state, losses = _steps(_setup(**mesh))
-    expected, known = _trained()
-    np.testing.assert_allclose([x["loss"] for x in losses], [x["loss"] for x in known], rtol=1e-5)
+    expected, expected_losses = _trained()
+    np.testing.assert_allclose([x["loss"] for x in losses], [x["loss"] for x in expected_losses], rtol=1e-5)
     for path, value in expected.trainable.items():
         np.testing.assert_allclose(state.trainable[path], value, rtol=1e-3, atol=2e-5, err_msg=path)
     moved = {path.split("/")[0] for path in expected.trainable}
@@ -127,9 +127,9 @@ def test_every_mesh_takes_the_same_steps(mesh):
         ({"model.vision": "clip-tiny"}, "24×24 cells"),
     ],
 )
-def test_labels_and_a_head_for_them_go_together(changes, said):
+def test_cell_labels_need_a_cell_head(changes, said):
     with pytest.raises(UserError, match=said):
-        training_records(tiny.tiny(**CHANGES | changes))
+        load_training_records(tiny.tiny(**CHANGES | changes))
 
 
 def test_plan_compiles_the_step():
@@ -139,31 +139,31 @@ def test_plan_compiles_the_step():
     assert {path.split("/")[0] for path in program.arguments[0].trainable} == {"vision", "cells"}
 
 
-def test_a_tower_trained_on_cells_begins_a_run_without_the_head(tmp_path, capsys, monkeypatch):
-    """As a user does it, stage after stage."""
+def test_run_starts_from_a_tower_trained_on_cells(tmp_path, capsys, monkeypatch):
+    """Runs the commands of a user, one stage after the other."""
     flags = [f"--config.{key}={value}" for key, value in CHANGES.items() if key != "rules"]
     config = f"--config={tiny.__file__}:steps=3,fusion=mlp"
     rules = "--config.rules=(('(vision|cells)/.*', 'train'), ('.*', 'freeze'))"
-    assert door(main, [config, *flags, rules, f"--workdir={tmp_path / 'cells'}"]) == 0
+    assert run_command(main, [config, *flags, rules, f"--workdir={tmp_path / 'cells'}"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "cells" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
-    labels = np.stack([label(make_scene(SEED, index, held_out=True)) for index in range(60)])
-    # A head that calls everything red, with no shape, and A where it should say so.
+    labels = np.stack([label_cells(make_scene(SEED, index, held_out=True)) for index in range(60)])
+    # Constant scores: always the first color, no shape, the first character.
     scores = np.zeros((60, 24, 24, sum(CLASSES)), np.float32)
     scores[..., 1], scores[..., CLASSES[0]], scores[..., sum(CLASSES[:2]) + 1] = 1, 1, 1
     parts = iter([scores[:50], scores[50:]])
     monkeypatch.setattr(VLM, "cell_scores", lambda self, images: next(parts) + 0 * images.sum())
-    asked = ["backbone", f"--checkpoint={tmp_path / 'cells'}", "--images=60", f"--json={tmp_path / 'seen.json'}"]
-    assert door(bench.main, asked) == 0
+    arguments = ["backbone", f"--checkpoint={tmp_path / 'cells'}", "--images=60", f"--json={tmp_path / 'seen.json'}"]
+    assert run_command(bench.main, arguments) == 0
     monkeypatch.undo()
     seen = {row["what"]: row for row in json.loads((tmp_path / "seen.json").read_text())}
-    for sort, (what, said) in enumerate((("color", 1), ("shape", 0), ("character", 1))):
-        labelled = labels[..., sort][labels[..., sort] > 0]
+    for kind_index, (what, constant_answer) in enumerate((("color", 1), ("shape", 0), ("character", 1))):
+        labelled = labels[..., kind_index][labels[..., kind_index] > 0]
         assert seen[what]["cells"] == labelled.size
-        assert seen[what]["right"] == pytest.approx((labelled == said).mean())
+        assert seen[what]["right"] == pytest.approx((labelled == constant_answer).mean())
     assert seen["no character"] == {"what": "no character", "cells": (labels[..., 2] == 0).sum(), "right": 0}
     by_height = [row["cells"] for what, row in seen.items() if what.endswith("pixels")]
-    assert 0.98 < sum(by_height) / seen["character"]["cells"] <= 1  # two that touch may share a cell
+    assert 0.98 < sum(by_height) / seen["character"]["cells"] <= 1  # touching characters may share a cell
     next_flags = [
         f"--config.init_from={tmp_path / 'cells'}",
         "--config.init_missing=('cells/.*',)",
@@ -172,8 +172,8 @@ def test_a_tower_trained_on_cells_begins_a_run_without_the_head(tmp_path, capsys
         f"--workdir={tmp_path / 'answers'}",
     ]
     config = f"--config={tiny.__file__}:steps=2,fusion=mlp"
-    assert door(main, [config, "--config.data.max_length=512", *next_flags]) == 0
-    assert door(bench.main, ["backbone", f"--checkpoint={tmp_path / 'answers'}"]) == 2
+    assert run_command(main, [config, "--config.data.max_length=512", *next_flags]) == 0
+    assert run_command(bench.main, ["backbone", f"--checkpoint={tmp_path / 'answers'}"]) == 2
     assert "no head that labels cells" in capsys.readouterr().err
-    assert door(bench.main, ["backbone", f"--checkpoint={tmp_path / 'cells'}", "--images=0"]) == 2
+    assert run_command(bench.main, ["backbone", f"--checkpoint={tmp_path / 'cells'}", "--images=0"]) == 2
     assert "--images must be at least 1." in capsys.readouterr().err

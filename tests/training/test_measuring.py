@@ -1,4 +1,4 @@
-"""Measured while it trains: the same training to the bit, the numbers beside the loss, and no answer asked twice."""
+"""Evaluation during training: training is bit-identical, metrics are logged beside the loss, no answer is repeated."""
 
 import contextlib
 import json
@@ -14,48 +14,51 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from stf_jax import evaluate
 from stf_jax.inference.generator import Generator
 from stf_jax.main import main
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 from stf_jax.runtime.parameters import SavedParams
 from stf_jax.runtime.telemetry import Telemetry
 from stf_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 MEASURED = ["--config.eval.benchmarks=('scenes',)", "--config.eval.limit=3", "--config.eval.every_steps=2"]
-RATE = ["--config.optimizer.schedule=constant", "--config.optimizer.learning_rate=3e-4"]  # so that answers stay lively
+RATE = [
+    "--config.optimizer.schedule=constant",
+    "--config.optimizer.learning_rate=3e-4",
+]  # so that answers keep changing
 STEPS = (2, 4, 5)
 RESULTS = {2: "evals/step_2/results.json", 4: "evals/step_4/results.json", 5: "results.json"}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of five steps that is measured, and one that is not."""
+    """A run of five steps with evaluations, and one without."""
     folder = tmp_path_factory.mktemp("runs")
-    paused, measured = [], []
+    waiting_for, was_waiting = [], []
 
     def train(name, *more):
-        # The fifth step alone would be logged, but for the measurements.
+        # Without evaluations only the fifth step is logged.
         options = ["--config.mesh.data=1", "--config.log_every_steps=5", *RATE, *more]
-        return door(main, [f"--config={ROOT}/tests/tiny.py:steps=5", f"--workdir={folder / name}", *options])
+        return run_command(main, [f"--config={ROOT}/tests/tiny.py:steps=5", f"--workdir={folder / name}", *options])
 
-    def measure_all(*args, **how):
-        measured.append(paused == ["measure"])
-        return inner(*args, **how)
+    def evaluate_all(*args, **kwargs):
+        was_waiting.append(waiting_for == ["measure"])
+        return original(*args, **kwargs)
 
-    class Watched(Telemetry):
+    class RecordingTelemetry(Telemetry):
         @contextlib.contextmanager
-        def waiting(self, what):
-            with super().waiting(what):
-                paused.append(what)
+        def time_waiting(self, what):
+            with super().time_waiting(what):
+                waiting_for.append(what)
                 yield
-                paused.pop()
+                waiting_for.pop()
 
-    inner = loop.measure_all
+    original = loop.evaluate_all
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "measure_all", measure_all)
-        patch.setattr(loop, "Telemetry", Watched)
+        patch.setattr(loop, "evaluate_all", evaluate_all)
+        patch.setattr(loop, "Telemetry", RecordingTelemetry)
         assert train("measured", *MEASURED) == 0
     assert train("plain") == 0
-    return types.SimpleNamespace(folder=folder, train=train, workdir=folder / "measured", paused=measured)
+    return types.SimpleNamespace(folder=folder, train=train, workdir=folder / "measured", was_waiting=was_waiting)
 
 
 def lines(workdir):
@@ -66,7 +69,7 @@ def texts(folder):
     return [json.loads(line)["text"] for line in (folder / "answers.jsonl").read_bytes().splitlines()]
 
 
-def test_training_is_the_same_to_the_bit(runs):
+def test_training_is_bit_identical_with_evaluations(runs):
     measured, plain = (SavedParams(epath.Path(runs.folder / name)) for name in ("measured", "plain"))
     assert measured.shapes.keys() == plain.shapes.keys()
     for path in plain.shapes:
@@ -76,7 +79,7 @@ def test_training_is_the_same_to_the_bit(runs):
         assert lines(runs.workdir)[-1][key] == last[key], key
 
 
-def test_each_measurement_is_beside_the_loss_in_a_folder_and_on_the_board(runs):
+def test_metrics_are_in_the_log_in_results_and_in_tensorboard(runs):
     assert [line["step"] for line in lines(runs.workdir)] == list(STEPS)
     assert sorted(path.name for path in (runs.workdir / "evals").iterdir()) == ["step_2", "step_4"]
     board = EventAccumulator(str(runs.workdir / "tensorboard"), size_guidance={"tensors": 0}).Reload()
@@ -95,7 +98,7 @@ def test_each_measurement_is_beside_the_loss_in_a_folder_and_on_the_board(runs):
     assert not (runs.folder / "plain" / "results.json").exists()
 
 
-def test_results_say_which_step_they_are_of_and_answers_change_with_it(runs):
+def test_results_name_their_step_and_answers_change(runs):
     folders = {step: (runs.workdir / file).parent for step, file in RESULTS.items()}
     for step, folder in folders.items():
         results = json.loads((folder / "results.json").read_text())
@@ -110,10 +113,10 @@ def test_results_say_which_step_they_are_of_and_answers_change_with_it(runs):
     assert len(set(texts(runs.workdir))) > 2
 
 
-def test_the_door_measures_a_checkpoint_as_its_run_did(runs, tmp_path, capsys):
+def test_evaluate_command_repeats_the_results_of_the_run(runs, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = [f"--checkpoint={runs.workdir}", "--benchmark=scenes", "--limit=3", f"--out={out}"]
-    assert door(evaluate.main, arguments) == 0
+    assert run_command(evaluate.main, arguments) == 0
     assert (out / "answers.jsonl").read_bytes() == (runs.workdir / "answers.jsonl").read_bytes()
     mine, theirs = (json.loads((folder / "results.json").read_text()) for folder in (out, runs.workdir))
     assert mine["protocol"]["asking"].pop("model") == {"checkpoint": str(runs.workdir), "step": 5}
@@ -122,24 +125,24 @@ def test_the_door_measures_a_checkpoint_as_its_run_did(runs, tmp_path, capsys):
     assert "scenes, 3 questions: measured" in capsys.readouterr().out
 
 
-def test_a_finished_run_is_scored_again_without_asking(runs, monkeypatch, capsys):
-    asked, answers = [], Generator.answers
+def test_finished_run_is_scored_again_without_generating(runs, monkeypatch, capsys):
+    asked_counts, generate = [], Generator.generate
 
-    def counted(self, records, *args, **how):
-        asked.append(len(records))
-        return answers(self, records, *args, **how)
+    def counting_generate(self, records, *args, **kwargs):
+        asked_counts.append(len(records))
+        return generate(self, records, *args, **kwargs)
 
-    monkeypatch.setattr(Generator, "answers", counted)
+    monkeypatch.setattr(Generator, "generate", counting_generate)
     kept = {name: (runs.workdir / name).read_bytes() for name in ("answers.jsonl", "results.json", "metrics.jsonl")}
     (runs.workdir / "results.json").unlink()
     assert runs.train("measured", *MEASURED) == 0
-    assert asked == [0]
+    assert asked_counts == [0]
     assert {name: (runs.workdir / name).read_bytes() for name in kept} == kept
     assert "scenes, 3 questions: measured" in capsys.readouterr().out
 
 
-# ---- The clock -------------------------------------------------------------------------------------------------------
+# ---- Speed -----------------------------------------------------------------------------------------------------------
 
 
-def test_measurements_are_made_while_the_clock_of_speed_stands_still(runs):
-    assert runs.paused == [True] * len(STEPS)
+def test_evaluations_are_excluded_from_the_speed(runs):
+    assert runs.was_waiting == [True] * len(STEPS)

@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends, to the bit, as if it had never been killed."""
+"""A run that is killed and restarted ends bit-identical to one that was never killed."""
 
 import contextlib
 import dataclasses
@@ -10,14 +10,14 @@ import jax
 import numpy as np
 import pytest
 from make_llava import make
-from started import ROOT, Run, events, lines, saved, together
-from tiny import Setup, preparation
+from run_process import ROOT, Run, metric_lines, read_events, saved_steps, start_hosts
+from tiny import Setup, make_preprocessor
 
-from stf_jax.data.pipeline import Batches, training_records
+from stf_jax.data.pipeline import Batches, load_training_records
 from stf_jax.main import main
 from stf_jax.runtime.checkpoint import Checkpoints
-from stf_jax.runtime.cli import door
-from stf_jax.runtime.hold import NAME
+from stf_jax.runtime.cli import run_command
+from stf_jax.runtime.lock import LOCK_NAME
 
 STEPS, EVERY, KILL_AFTER, STOP_AFTER = 32, 4, 13, 22
 CHANGES = {
@@ -36,7 +36,7 @@ DATA = {
         "global_batch_size": 2,
         "mesh.fsdp": 2,
     },
-    # Seven of its 32 rows cannot be used (tests/make_llava.py); four epochs.
+    # Seven of the 32 rows are bad (tests/make_llava.py); four epochs.
     "LLaVA's files, grouped": {
         "data.source": "llava",
         "data.annotations": "llava_v1_5_mix665k.json",
@@ -55,69 +55,73 @@ def _arguments(kind):
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """The workdirs of a whole run, and of one that was killed, told to end by SIGTERM, and resumed after each.
+    """The workdirs of an uninterrupted run, and of one that was killed, terminated by SIGTERM, and resumed after each.
 
     Attributes:
-      killed: of the second.
-      lines, saved: its lines and checkpoints that the kill left.
-      stopped: the exit status, lines and checkpoints of its end by SIGTERM.
+      killed: workdir of the second run.
+      lines, saved: its log lines and checkpoints after the kill.
+      terminated: the exit status, lines and checkpoints after SIGTERM.
     """
 
     kind: str
-    whole: pathlib.Path
+    uninterrupted: pathlib.Path
     killed: pathlib.Path
     lines: list[str]
     saved: list[int]
-    stopped: tuple[int, list[str], list[int]]
+    terminated: tuple[int, list[str], list[int]]
 
 
-GROUPED = pytest.param("LLaVA's files, grouped", marks=pytest.mark.slow)  # two minutes
+LLAVA = pytest.param("LLaVA's files, grouped", marks=pytest.mark.slow)  # two minutes
 
 
-@pytest.fixture(scope="module", params=["packed scenes", GROUPED])
+@pytest.fixture(scope="module", params=["packed scenes", LLAVA])
 def runs(request, tmp_path_factory):
     kind, folder = request.param, tmp_path_factory.mktemp("runs")
     if kind != "packed scenes":
         make(folder, captions=1, conversations=24)
-    whole, killed, arguments = folder / "whole", folder / "killed", _arguments(kind)
-    with Run(whole, *arguments, devices=2) as other:
+    uninterrupted, killed, arguments = folder / "uninterrupted", folder / "killed", _arguments(kind)
+    with Run(uninterrupted, *arguments, devices=2) as other:
         with Run(killed, *arguments, devices=2) as run:
-            run.wait_for_lines(KILL_AFTER)
+            run.wait_for_steps(KILL_AFTER)
             run.kill()
-        left = lines(killed), saved(killed)
+        after_kill = metric_lines(killed), saved_steps(killed)
         with Run(killed, *arguments, devices=2) as run:
-            run.wait_for(lambda: (killed / "events.jsonl").read_text().count("begin") == 2)  # and later lines dropped
-            run.wait_for_lines(STOP_AFTER)
+            run.wait_for(
+                lambda: (killed / "events.jsonl").read_text().count("begin") == 2
+            )  # then later lines have been dropped
+            run.wait_for_steps(STOP_AFTER)
             run.process.terminate()
-            stopped = run.ends(), lines(killed), saved(killed)
+            terminated = run.wait(), metric_lines(killed), saved_steps(killed)
         with Run(killed, *arguments, devices=2) as run:
-            assert run.ends() == 0, run.said()
-        assert other.ends() == 0, other.said()
-    return Runs(kind, whole, killed, *left, stopped)
+            assert run.wait() == 0, run.output()
+        assert other.wait() == 0, other.output()
+    return Runs(kind, uninterrupted, killed, *after_kill, terminated)
 
 
-def test_the_kill_landed_in_the_middle(runs):
+def test_kill_is_between_checkpoints(runs):
     reached = json.loads(runs.lines[-1])["step"]
     assert KILL_AFTER <= reached < STEPS - EVERY
-    # Work was lost that had to be done again, but not all of it.
+    # Some steps had to be repeated, but not all.
     assert EVERY <= runs.saved[-1] <= reached
 
 
-def test_sigterm_ends_the_run_after_a_step_that_issaved(runs):
-    status, before, kept = runs.stopped
+def test_sigterm_ends_the_run_after_a_saved_step(runs):
+    status, before, kept = runs.terminated
     assert status == 143
     last = json.loads(before[-1])["step"]
     assert STOP_AFTER <= last < STEPS
     assert kept[-1] == last
-    began = [event for event in events(runs.killed) if event["event"] == "begin"]
+    began = [event for event in read_events(runs.killed) if event["event"] == "begin"]
     assert [(event["step"], event["resumed"]) for event in began] == [(0, False), (runs.saved[-1], True), (last, True)]
-    assert [(event["step"], event["status"]) for event in events(runs.killed) if event["event"] == "stopped"] == [
+    assert [(event["step"], event["status"]) for event in read_events(runs.killed) if event["event"] == "stopped"] == [
         (last, 143)
     ]
 
 
-def test_losses_are_bit_identical_after_the_kill(runs):
-    expected, resumed = ([json.loads(line) for line in lines(workdir)] for workdir in (runs.whole, runs.killed))
+def test_losses_are_bit_identical(runs):
+    expected, resumed = (
+        [json.loads(line) for line in metric_lines(workdir)] for workdir in (runs.uninterrupted, runs.killed)
+    )
     assert [line["step"] for line in expected] == [line["step"] for line in resumed] == list(range(1, STEPS + 1))
     for key in ("loss", "gradient_norm", "learned_tokens", "learning_rate", "tokens", "rows_replaced"):
         assert [line[key] for line in resumed] == [line[key] for line in expected], key
@@ -126,22 +130,22 @@ def test_losses_are_bit_identical_after_the_kill(runs):
     assert expected[-1]["rows_replaced"] == REPLACED[runs.kind]
 
 
-def test_the_run_goes_on_from_its_last_checkpoint(runs):
-    """Lines up to the restored step stay as they were, times included; the clock goes on."""
-    before, last, after = runs.lines, runs.saved[-1], lines(runs.killed)
+def test_run_resumes_from_its_last_checkpoint(runs):
+    """Lines up to the restored step are unchanged, times included, and the clock continues."""
+    before, last, after = runs.lines, runs.saved[-1], metric_lines(runs.killed)
     assert after[:last] == before[:last]
     assert all(new != old for new, old in zip(after[last:], before[last:], strict=False))
     seconds = [json.loads(line)["seconds"] for line in after]
     assert seconds == sorted(seconds)
 
 
-def _restored(workdir, kind):
+def _restore(workdir, kind):
     paths = {
         key: str(workdir.parent / DATA[kind][key]) for key in ("data.annotations", "data.images") & DATA[kind].keys()
     }
     setup = Setup.of(steps=STEPS, **(CHANGES | DATA[kind] | paths))
-    records = training_records(setup.config)
-    iterator = Batches(setup.config, records, preparation(setup.config), host=0, hosts=1)
+    records = load_training_records(setup.config)
+    iterator = Batches(setup.config, records, make_preprocessor(setup.config), host=0, hosts=1)
     checkpoints = Checkpoints(workdir, setup.config.checkpoint)
     arrays, position, _ = checkpoints.restore(STEPS, setup.layout)
     iterator.set_state(position)
@@ -150,7 +154,9 @@ def _restored(workdir, kind):
 
 
 def test_final_state_is_bit_identical(runs):
-    (expected, iterator), (resumed, other) = (_restored(workdir, runs.kind) for workdir in (runs.whole, runs.killed))
+    (expected, iterator), (resumed, other) = (
+        _restore(workdir, runs.kind) for workdir in (runs.uninterrupted, runs.killed)
+    )
     assert expected.keys() == resumed.keys()
     assert (
         len(expected) == 40 + 2 * 19 + 2
@@ -158,22 +164,26 @@ def test_final_state_is_bit_identical(runs):
     for path, value in expected.items():
         assert resumed[path].dtype == value.dtype
         assert resumed[path].tobytes() == value.tobytes(), path
-    # And so is what would be read next.
+    # The next batch is also identical.
     assert other.get_state() == iterator.get_state()
     jax.tree.map(np.testing.assert_array_equal, next(other), next(iterator))
 
 
-@pytest.mark.parametrize("runs", [GROUPED], indirect=True)  # which have all that this is about
-def test_two_hosts_go_on_where_one_stopped(runs, tmp_path):
-    """From the checkpoint half-way, with the same rows at each step, each host reading half of them."""
+@pytest.mark.parametrize("runs", [LLAVA], indirect=True)  # the case with epochs and bad rows
+def test_two_hosts_resume_the_run_of_one(runs, tmp_path):
+    """From the middle checkpoint, with the same rows at each step, each host reading half of them."""
     workdir = tmp_path / "run"
-    shutil.copytree(runs.whole / "checkpoints" / "16", workdir / "checkpoints" / "16")
-    shutil.copy(runs.whole / "metrics.jsonl", workdir)
-    with contextlib.ExitStack() as ends:
-        hosts = together(workdir, 2, *_arguments(runs.kind), "--config.mesh.fsdp=2", folder=runs.whole.parent)
-        hosts = [ends.enter_context(host) for host in hosts]
-        assert [host.ends() for host in hosts] == [0, 0], hosts[0].said()
-    expected, resumed = ([json.loads(line) for line in lines(folder)] for folder in (runs.whole, workdir))
+    shutil.copytree(runs.uninterrupted / "checkpoints" / "16", workdir / "checkpoints" / "16")
+    shutil.copy(runs.uninterrupted / "metrics.jsonl", workdir)
+    with contextlib.ExitStack() as stack:
+        hosts = start_hosts(
+            workdir, 2, *_arguments(runs.kind), "--config.mesh.fsdp=2", folder=runs.uninterrupted.parent
+        )
+        hosts = [stack.enter_context(host) for host in hosts]
+        assert [host.wait() for host in hosts] == [0, 0], hosts[0].output()
+    expected, resumed = (
+        [json.loads(line) for line in metric_lines(folder)] for folder in (runs.uninterrupted, workdir)
+    )
     assert resumed[:16] == expected[:16]
     for key in ("step", "learned_tokens", "tokens", "rows_replaced"):
         assert [line[key] for line in resumed] == [line[key] for line in expected], key
@@ -181,27 +191,31 @@ def test_two_hosts_go_on_where_one_stopped(runs, tmp_path):
         np.testing.assert_allclose(
             [line[key] for line in resumed], [line[key] for line in expected], rtol=1e-4, err_msg=key
         )
-    # It did run anew: the times are its own.
+    # The times differ, so the steps were really repeated.
     assert all(new["seconds"] != old["seconds"] for new, old in zip(resumed[16:], expected[16:], strict=True))
 
 
-def test_the_newest_checkpoints_and_each_sixteenth_are_kept(runs):
-    assert saved(runs.whole) == saved(runs.killed) == [16, 28, 32]
+def test_newest_checkpoints_and_every_sixteenth_are_kept(runs):
+    assert saved_steps(runs.uninterrupted) == saved_steps(runs.killed) == [16, 28, 32]
     assert len(runs.saved) <= 3
     unfinished = [folder.name for folder in (runs.killed / "checkpoints").iterdir() if not folder.name.isdigit()]
     assert not unfinished
 
 
-def test_a_finished_run_does_nothing_more(runs, monkeypatch):
-    whole = runs.whole
-    monkeypatch.chdir(whole.parent)
-    (whole / "results.json").write_text('{"benchmark": "kept"}')
+def test_finished_run_changes_nothing(runs, monkeypatch):
+    uninterrupted = runs.uninterrupted
+    monkeypatch.chdir(uninterrupted.parent)
+    (uninterrupted / "results.json").write_text('{"benchmark": "kept"}')
 
     def contents():
-        files = [file for file in whole.rglob("*") if file.is_file() and not {"tensorboard", NAME} & set(file.parts)]
-        return {file: (file.read_bytes(), file.parent == whole or file.stat().st_mtime_ns) for file in files}
+        files = [
+            file
+            for file in uninterrupted.rglob("*")
+            if file.is_file() and not {"tensorboard", LOCK_NAME} & set(file.parts)
+        ]
+        return {file: (file.read_bytes(), file.parent == uninterrupted or file.stat().st_mtime_ns) for file in files}
 
     before = contents()
     assert any("checkpoints" in file.parts for file in before)
-    assert door(main, [*_arguments(runs.kind), f"--workdir={whole}"]) == 0
+    assert run_command(main, [*_arguments(runs.kind), f"--workdir={uninterrupted}"]) == 0
     assert contents() == before

@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from started import ROOT, events, logged, saved
+from run_process import ROOT, read_events, read_metrics, saved_steps
 
 from stf_jax.evals import runner
 from stf_jax.main import main
@@ -45,14 +45,14 @@ def test_sigterm_in_the_last_step_of_a_stage(tmp_path, monkeypatch, capsys, meas
     _ends(arguments, 143)
     said = "after step 2, which is saved" if measured else "after train was complete"
     assert f"Stopped by SIGTERM {said}" in capsys.readouterr().err
-    assert saved(workdir) == [2]
-    assert [line["step"] for line in logged(workdir)] == ([1] if measured else [1, 2])
-    before = [(event["event"], event["step"]) for event in events(workdir)]
+    assert saved_steps(workdir) == [2]
+    assert [line["step"] for line in read_metrics(workdir)] == ([1] if measured else [1, 2])
+    before = [(event["event"], event["step"]) for event in read_events(workdir)]
     assert before == [("begin", 0), ("stopped" if measured else "end", 2)]
     _ends(arguments, 0)
-    assert [line["step"] for line in logged(workdir)] == [1, 2]
-    assert ("scenes/accuracy" in logged(workdir)[1]) == (workdir / "results.json").exists() == measured
-    after = [(event["event"], event["step"]) for event in events(workdir)]
+    assert [line["step"] for line in read_metrics(workdir)] == [1, 2]
+    assert ("scenes/accuracy" in read_metrics(workdir)[1]) == (workdir / "results.json").exists() == measured
+    after = [(event["event"], event["step"]) for event in read_events(workdir)]
     assert after == before + [("begin", 2), ("end", 2)] * measured
 
 
@@ -87,8 +87,8 @@ def test_a_measurement_that_is_given_up_is_made_up_for(tmp_path, capsys, request
     request.getfixturevalue("told")
     _ends([*ARGUMENTS, f"--workdir={stopped}"], 143)
     assert f"Stopped by SIGTERM after step {MEASURED}, which is saved" in capsys.readouterr().err
-    assert saved(stopped) == [MEASURED]
-    assert [line["step"] for line in logged(stopped)] == [1, 2]  # the third's line is owed as well
+    assert saved_steps(stopped) == [MEASURED]
+    assert [line["step"] for line in read_metrics(stopped)] == [1, 2]  # the third's line is owed as well
     assert not (stopped / "evals" / f"step_{MEASURED}" / "results.json").exists()
 
     answers = (stopped / "evals" / f"step_{MEASURED}" / "answers.jsonl").read_text().splitlines()
@@ -97,22 +97,22 @@ def test_a_measurement_that_is_given_up_is_made_up_for(tmp_path, capsys, request
     _ends([*ARGUMENTS, f"--workdir={stopped}", "--config.seed=1"], 2)
     assert "cannot resume with a changed seed (was 0, now 1)" in capsys.readouterr().err
     _ends([*ARGUMENTS, f"--workdir={stopped}", "--config.name=again"], 0)
-    assert [line["step"] for line in logged(stopped)] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in read_metrics(stopped)] == list(range(1, STEPS + 1))
     timed = ("second", "flops", "wait", "goodput")
-    for line, expected in zip(logged(stopped), logged(whole), strict=True):
+    for line, expected in zip(read_metrics(stopped), read_metrics(whole), strict=True):
         names = [name for name in expected if not any(word in name for word in timed)]
         assert {name: line[name] for name in names} == {name: expected[name] for name in names}
-    assert "scenes/accuracy" in logged(stopped)[MEASURED - 1]
+    assert "scenes/accuracy" in read_metrics(stopped)[MEASURED - 1]
     for path in (f"evals/step_{MEASURED}/answers.jsonl", "answers.jsonl"):
         said = [
             [json.loads(line)["text"] for line in (run / path).read_text().splitlines()] for run in (whole, stopped)
         ]
         assert said[0] == said[1]
         assert len(said[0]) == 40  # with and without the image
-    assert [(event["event"], event["step"]) for event in events(stopped)] == [
+    assert [(event["event"], event["step"]) for event in read_events(stopped)] == [
         ("begin", 0),
         ("stopped", MEASURED),
         ("begin", MEASURED),
         ("end", STEPS),
     ]
-    assert events(stopped)[2]["changed"] == {"name": ["train", "again"]}
+    assert read_events(stopped)[2]["changed"] == {"name": ["train", "again"]}

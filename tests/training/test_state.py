@@ -1,4 +1,4 @@
-"""Which parameters learn, in which types they are held, and that the others never change."""
+"""Which parameters are trainable, their types, and that the frozen ones never change."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import Setup, batches, filled
+from tiny import Setup, batches, random_params
 
 from stf_jax.config import ModelConfig, UserError
 from stf_jax.models import presets
@@ -23,11 +23,11 @@ PATHS = dict.fromkeys(("vision/kernel", "vision/bias", "fusion/kernel", "llm/ker
 
 
 @pytest.mark.parametrize(
-    ("rules", "learned"),
+    ("rules", "trainable"),
     [
         (((".*", "train"),), set(PATHS)),
         ((("vision/.*", "freeze"), (".*", "train")), {"fusion/kernel", "llm/kernel"}),
-        # The first rule that matches decides, so the same rules in another order say something else.
+        # The first matching rule decides, so the order of the rules matters.
         (
             ((".*/bias", "train"), ("vision/.*", "freeze"), (".*", "train")),
             {"vision/bias", "fusion/kernel", "llm/kernel"},
@@ -38,29 +38,29 @@ PATHS = dict.fromkeys(("vision/kernel", "vision/bias", "fusion/kernel", "llm/ker
         ((("vision/b.*", "train"), (".*", "freeze")), {"vision/bias"}),
     ],
 )
-def test_first_rule_that_matches_decides(rules, learned):
-    assert trainable_paths(rules, PATHS) == learned
+def test_first_matching_rule_decides(rules, trainable):
+    assert trainable_paths(rules, PATHS) == trainable
 
 
 @pytest.mark.parametrize(
-    ("rules", "says"),
+    ("rules", "message"),
     [
         ((("vision/.*", "freeze"), ("fusion/.*", "train")), "No freeze rule covers parameter 'llm/kernel'"),
         ((), "No freeze rule covers parameter 'vision/kernel'"),
         ((("vision", "freeze"), (".*", "train")), "'vision' covers no parameter; paths look like 'fusion/kernel'"),
         ((("vision/.*", "freeze"), ("lm/.*", "freeze"), (".*", "train")), "'lm/.*' covers no parameter"),
-        (((".*", "frozen"),), "('.*', 'frozen') should say 'train' or 'freeze'"),
+        (((".*", "frozen"),), "('.*', 'frozen') must say 'train' or 'freeze'"),
         ((("vision/(.*", "freeze"), (".*", "train")), r"'vision/\(.*' is not a regular expression"),
         (((".*", "freeze"),), "leave nothing to train"),
     ],
 )
-def test_rules_that_cannot_be_meant_are_refused(rules, says):
+def test_invalid_rules_are_rejected(rules, message):
     with pytest.raises(UserError) as raised:
         trainable_paths(rules, PATHS)
-    assert says.replace("\\", "") in str(raised.value)
+    assert message.replace("\\", "") in str(raised.value)
 
 
-# ---- How many --------------------------------------------------------------------------------------------------------
+# ---- Counts ----------------------------------------------------------------------------------------------------------
 
 
 def _elements(tree):
@@ -70,10 +70,10 @@ def _elements(tree):
 # Elements of the tiny model, layer by layer: MBTF 96→32→32 and STF 4·32→64→32; a tied decoder of two layers with half
 # as many key heads; a tower of three.
 TOWER = presets.VISION["clip-tiny"]
-PATCH, PLACES = TOWER.patch_size**2 * 3, TOWER.grid**2 + 1
+PATCH, POSITIONS = TOWER.patch_size**2 * 3, TOWER.grid**2 + 1
 FUSION = (96 * 32 + 32) + (32 * 32 + 32) + (4 * 32 * 64 + 64) + (64 * 32 + 32)
 LLM = 512 * 32 + 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32) + 32
-VISION = (PATCH + 1 + PLACES + 2) * 32 + 3 * (4 * (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 4 * 32)
+VISION = (PATCH + 1 + POSITIONS + 2) * 32 + 3 * (4 * (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 4 * 32)
 
 
 @pytest.mark.parametrize(
@@ -81,22 +81,22 @@ VISION = (PATCH + 1 + PLACES + 2) * 32 + 3 * (4 * (32 * 32 + 32) + (32 * 64 + 64
     [(STAGE_1, (8, 11 + 21), FUSION, LLM + VISION), (STAGE_2, (8 + 11, 21), FUSION + LLM, VISION)],
     ids=["stage-1", "stage-2"],
 )
-def test_stages_train_and_freeze_so_many_leaves(rules, leaves, trainable, frozen):
+def test_stages_train_and_freeze_the_expected_leaves(rules, leaves, trainable, frozen):
     layout = Setup.of(rules=rules).layout
     assert (len(layout.trainable), len(layout.frozen)) == leaves
     assert (_elements(layout.trainable), _elements(layout.frozen)) == (trainable, frozen)
-    learned = {path.split("/")[0] for path in layout.trainable}
-    assert learned == ({"fusion"} if rules is STAGE_1 else {"fusion", "llm"})
+    parts = {path.split("/")[0] for path in layout.trainable}
+    assert parts == ({"fusion"} if rules is STAGE_1 else {"fusion", "llm"})
 
 
-def test_seven_billion_parameters_are_counted():
+def test_parameter_counts_of_the_7b_model():
     plan = blueprint(ModelConfig(vision="clip-l-14-336", llm="vicuna-7b"))
 
-    def learned(rules):
+    def count_trainable(rules):
         return _elements({path: plan.shapes[path] for path in trainable_paths(rules, plan.shapes)})
 
-    assert learned(STAGE_1) == 171_992_064
-    assert learned(STAGE_2) == 171_992_064 + 6_738_415_616
+    assert count_trainable(STAGE_1) == 171_992_064
+    assert count_trainable(STAGE_2) == 171_992_064 + 6_738_415_616
 
 
 # ---- Types and moments -----------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_trainable_leaves_are_float32_and_frozen_ones_in_the_compute_type(precis
     state = jax.eval_shape(lambda: init_state(setup.config, setup.layout, setup.tx, {}))
     assert {leaf.dtype for leaf in state.trainable.values()} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in state.frozen.values()} == {jnp.dtype(precision)}
-    # What checkpoints are restored into says the same.
+    # What checkpoints are restored into message the same.
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), setup.layout)
 
 
@@ -122,7 +122,7 @@ def test_moments_exist_for_trainable_leaves_only(rules, clip_norm):
             path: leaf.shape for path, leaf in layout.trainable.items()
         }
         assert {leaf.dtype for leaf in moments.values()} == {jnp.dtype("float32")}
-    # Besides the two moments of each there are only counts.
+    # The only other leaves are counts.
     rest = [leaf for leaf in jax.tree.leaves(layout.moments) if leaf.shape == ()]
     assert len(jax.tree.leaves(layout.moments)) == 2 * len(layout.trainable) + len(rest)
 
@@ -149,25 +149,25 @@ def test_steps_move_every_trainable_leaf_and_no_frozen_bit():
     assert {leaf.dtype for leaf in state.trainable.values()} == {jnp.dtype("float32")}
 
 
-# ---- Initialisation --------------------------------------------------------------------------------------------------
+# ---- Initialization --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def initial():
-    """A state by the initialisers on one device."""
+    """An initial state on one device."""
     setup = Setup.of(**{"mesh.data": 1})
     return jax.tree.map(np.asarray, init_state(setup.config, setup.layout, setup.tx, {}))
 
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)], ids=str)
-def test_initialisation_is_the_same_on_every_mesh(initial, mesh):
+def test_initialization_is_the_same_on_every_mesh(initial, mesh):
     setup = Setup.of(**dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True)))
     state = init_state(setup.config, setup.layout, setup.tx, {})
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state), initial)
 
 
-def test_initialisation_draws_every_kernel_anew(initial):
-    """No two leaves share their numbers, and none is left at nought but what says so."""
+def test_initialization_draws_every_kernel_independently(initial):
+    """No two leaves have the same values, and none is zero unless its initializer says so."""
     drawn = {path: value.ravel()[:16] for path, value in initial.params.items() if "kernel" in path or "embed" in path}
     assert len({value.tobytes() for value in drawn.values()}) == len(drawn)
     assert all(np.all(value != 0) for value in drawn.values())
@@ -176,10 +176,10 @@ def test_initialisation_draws_every_kernel_anew(initial):
     assert initial.step == 0
 
 
-def test_loaded_parameters_are_taken_over_and_the_others_initialised(initial):
+def test_loaded_parameters_are_kept_and_the_others_initialized(initial):
     setup = Setup.of(**{"mesh.fsdp": 2, "mesh.data": 1, "model.precision": "bfloat16", "rules": STAGE_1})
-    afresh = {"fusion/mbtf/second/kernel", "fusion/tokens/conv/bias"}
-    values = {path: value for path, value in filled(setup.plan.shapes).items() if path not in afresh}
+    missing = {"fusion/mbtf/second/kernel", "fusion/tokens/conv/bias"}
+    values = {path: value for path, value in random_params(setup.plan.shapes).items() if path not in missing}
 
     def start(config):
         # The arrays are donated, so each start gets its own.
@@ -188,8 +188,8 @@ def test_loaded_parameters_are_taken_over_and_the_others_initialised(initial):
 
     state, other = start(setup.config), start(dataclasses.replace(setup.config, seed=1))
     for path, leaf in state.trainable.items():
-        np.testing.assert_array_equal(np.asarray(leaf), initial.params[path] if path in afresh else values[path])
+        np.testing.assert_array_equal(np.asarray(leaf), initial.params[path] if path in missing else values[path])
     for path, leaf in state.frozen.items():
         np.testing.assert_array_equal(np.asarray(leaf), values[path].astype(jnp.bfloat16))
     for path in state.params:
-        assert np.array_equal(state.params[path], other.params[path]) == (path not in afresh), path
+        assert np.array_equal(state.params[path], other.params[path]) == (path not in missing), path

@@ -1,4 +1,4 @@
-"""The step: its loss and gradients against independent computations, on every mesh, in parts and packed."""
+"""The train step: loss and gradients against independent computations, on every mesh, accumulated and packed."""
 
 import dataclasses
 import functools
@@ -11,15 +11,15 @@ import optax
 import pytest
 import torch
 import transformers
-from tiny import Setup, batches, filled, preparation, recipe
+from tiny import Setup, batches, load_recipe, make_preprocessor, random_params
 
 from stf_jax.config import OptimizerConfig, UserError
 from stf_jax.data.packing import Batch, to_batch, to_row
-from stf_jax.data.pipeline import training_records
-from stf_jax.training.optimizer import check_steps, decays, learning_rate, make_optimizer
+from stf_jax.data.pipeline import load_training_records
+from stf_jax.training.optimizer import check_steps, has_weight_decay, learning_rate, make_optimizer
 from stf_jax.training.step import loss_sum
 
-# A first step that counts, and an eps at which gradients of nearly nought do not become steps of ± the learning rate.
+# No warm-up, and an eps at which nearly zero gradients do not become steps of ± the learning rate.
 CHANGES = {"optimizer.warmup_ratio": 0.0, "optimizer.weight_decay": 0.1, "optimizer.eps": 1e-4}
 
 
@@ -39,8 +39,8 @@ def _data():
 
 
 @functools.cache
-def _uneven():
-    """A batch whose rows differ in learned tokens: rows 3 and 7 have none, the others from all to a few."""
+def _uneven_batch():
+    """A batch whose rows differ in target tokens: rows 3 and 7 have none, the others a few or all."""
     batch = _data()[0]
     mask = batch.loss_mask.copy()
     for row, keep in enumerate((99, 2, 5, 0, 99, 3, 9, 0)):
@@ -57,7 +57,7 @@ def _forward():
 
 
 def _row_sums(logits, batch):
-    """Cross-entropy in nats of each row's learned tokens, summed, in float64."""
+    """Cross-entropy in nats of each row's target tokens, summed, in float64."""
     highest = logits.max(-1, keepdims=True)
     log_sum = np.log(np.exp(logits - highest).sum(-1)) + highest[..., 0]
     losses = log_sum - np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
@@ -65,8 +65,8 @@ def _row_sums(logits, batch):
 
 
 @functools.cache
-def _trained():
-    """Losses of three steps on one device, the state at the end, and what it was at the start."""
+def _three_steps():
+    """The state before three steps on one device, their metrics, the state after them, and the step."""
     setup = _one_device()
     state, step = setup.state(), setup.step()
     before, losses = jax.tree.map(np.array, state), []
@@ -79,34 +79,34 @@ def _trained():
 # ---- Loss and gradients ----------------------------------------------------------------------------------------------
 
 
-def test_loss_is_the_mean_over_learned_tokens_of_the_whole_batch():
-    before, metrics, _, _ = _trained()
+def test_loss_is_the_mean_over_target_tokens_of_the_batch():
+    before, metrics, _, _ = _three_steps()
     batch = _data()[0]
     counts = batch.loss_mask.sum(1)
     sums = _row_sums(_forward()(before.params, batch), batch)
     assert metrics[0]["learned_tokens"] == counts.sum()
     np.testing.assert_allclose(metrics[0]["loss"], sums.sum() / counts.sum(), rtol=1e-6)
-    # Neither the mean of rows' means nor the mean over all positions.
+    # The loss is neither the mean of the rows' means nor the mean over all positions.
     assert abs((sums / counts).mean() - metrics[0]["loss"]) > 1e-3
     assert batch.loss_mask.mean() < 0.5
 
 
-def test_gradients_are_the_slopes_of_the_loss():
-    """Central differences of the loss, taken in float64 from float32 logits; a step moves Adam's first moment."""
-    setup, batch, step = _one_device(), _uneven(), _trained()[3]
+def test_gradients_equal_finite_differences():
+    """Central differences in float64 of float32 logits, against Adam's first moment after a step."""
+    setup, batch, step = _one_device(), _uneven_batch(), _three_steps()[3]
     state, metrics = step(setup.state(), batch)
     gradients = {path: np.asarray(m) / 0.1 for path, m in optax.tree_utils.tree_get(state.moments, "mu").items()}
     norm = np.sqrt(sum(np.sum(np.float64(g) ** 2) for g in gradients.values()))
     np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
-    params = filled(setup.plan.shapes)
-    learned = batch.loss_mask.sum()
+    params = random_params(setup.plan.shapes)
+    target_count = batch.loss_mask.sum()
 
     def loss(direction, distance):
         moved = {path: np.float32(params[path] + distance * d) for path, d in direction.items()}
-        return _row_sums(_forward()(params | moved, batch), batch).sum() / learned
+        return _row_sums(_forward()(params | moved, batch), batch).sum() / target_count
 
-    def slope(direction, h):
-        # Richardson: the error of h² falls away.
+    def finite_difference(direction, h):
+        # Richardson extrapolation cancels the error of order h².
         coarse, fine = ((loss(direction, d) - loss(direction, -d)) / (2 * d) for d in (h, h / 2))
         return (4 * fine - coarse) / 3
 
@@ -119,7 +119,7 @@ def test_gradients_are_the_slopes_of_the_loss():
         "llm/blocks/mlp/down/kernel",
         "llm/norm/scale",
     ):
-        # The element with the steepest slope, and all of the leaf in a direction half random, half steepest.
+        # The element with the largest gradient, and a direction that is half random, half the gradient.
         gradient = np.float64(gradients[path])
         element = np.zeros(gradient.shape)
         element[np.unravel_index(np.abs(gradient).argmax(), gradient.shape)] = 1
@@ -127,15 +127,15 @@ def test_gradients_are_the_slopes_of_the_loss():
         mixed = gradient / np.linalg.norm(gradient) + noise / np.linalg.norm(noise)
         for direction, h in ((element, 2e-2), (mixed, 2e-2)):
             expected = np.sum(gradient * direction)
-            np.testing.assert_allclose(slope({path: direction}, h), expected, rtol=2e-3, err_msg=path)
+            np.testing.assert_allclose(finite_difference({path: direction}, h), expected, rtol=2e-3, err_msg=path)
 
 
-def test_a_batch_without_learned_tokens_counts_none_and_learns_nothing():
-    """Nor is weight decay applied."""
+def test_batch_without_target_tokens_changes_nothing():
+    """Weight decay is not applied either."""
     batch = dataclasses.replace(_data()[0], loss_mask=np.zeros_like(_data()[0].loss_mask))
     before = _one_device().state()
     kept = jax.tree.map(np.array, before)
-    state, metrics = _trained()[3](before, batch)
+    state, metrics = _three_steps()[3](before, batch)
     assert {name: float(value) for name, value in metrics.items()} == {
         "loss": 0.0,
         "gradient_norm": 0.0,
@@ -151,7 +151,7 @@ def test_a_batch_without_learned_tokens_counts_none_and_learns_nothing():
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
 def test_losses_are_the_same_on_every_mesh(mesh):
-    before, expected, after, _ = _trained()
+    before, expected, after, _ = _three_steps()
     setup = _setup(*mesh)
     state, step = setup.state(), setup.step()
     losses = []
@@ -172,13 +172,13 @@ def test_losses_are_the_same_on_every_mesh(mesh):
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 1)], ids=str)
 def test_four_microbatches_equal_one_batch(mesh):
-    """The microbatches hold unequal numbers of learned tokens, one of them none."""
-    batch = _uneven()
-    whole, expected = _trained()[3](_one_device().state(), batch)
+    """The microbatches have unequal numbers of target tokens, one of them none."""
+    batch = _uneven_batch()
+    full, expected = _three_steps()[3](_one_device().state(), batch)
     setup = _setup(*mesh, **{"optimizer.accumulation_steps": 4})
     state, metrics = setup.step()(setup.state(), batch)
-    counts, sums = batch.loss_mask.sum(1), _row_sums(_forward()(filled(setup.plan.shapes), batch), batch)
-    # Rows are dealt out in turn: row 0 with row 4, and so on.
+    counts, sums = batch.loss_mask.sum(1), _row_sums(_forward()(random_params(setup.plan.shapes), batch), batch)
+    # Rows are assigned round-robin: row 0 with row 4, and so on.
     parts = [(sums[i::4].sum(), counts[i::4].sum()) for i in range(4)]
     assert len({count for _, count in parts}) == 4
     assert parts[3][1] == 0
@@ -187,10 +187,10 @@ def test_four_microbatches_equal_one_batch(mesh):
     assert metrics["learned_tokens"] == counts.sum()
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
     np.testing.assert_allclose(metrics["gradient_norm"], expected["gradient_norm"], rtol=1e-5)
-    for path, value in whole.trainable.items():
+    for path, value in full.trainable.items():
         np.testing.assert_allclose(state.trainable[path], value, rtol=0, atol=1e-6, err_msg=path)
     for name in ("mu", "nu"):
-        one, four = (optax.tree_utils.tree_get(s.moments, name) for s in (whole, state))
+        one, four = (optax.tree_utils.tree_get(s.moments, name) for s in (full, state))
         for path, value in one.items():
             scale = np.abs(value).max()
             np.testing.assert_allclose(four[path], value, rtol=0, atol=1e-5 * scale, err_msg=path)
@@ -201,7 +201,7 @@ def test_four_microbatches_equal_one_batch(mesh):
 
 @functools.cache
 def _packed_and_not():
-    """A packed batch from the pipeline, and a batch of its conversations, one a row, made without it."""
+    """A packed batch from the pipeline, and a batch of its conversations, one per row."""
     config = _setup(
         **{
             "data.packing": True,
@@ -212,7 +212,7 @@ def _packed_and_not():
         }
     ).config
     packed = batches(config, 1)[0]
-    records, prepare = training_records(config), preparation(config)
+    records, prepare = load_training_records(config), make_preprocessor(config)
     examples = {bytes(e.tokens): e for e in (prepare(records[i]) for i in range(len(records)))}
     rows = [
         to_row([examples[bytes(tokens[segments == segment])]], 256, 1, prepare.vision.image_size)
@@ -225,7 +225,7 @@ def _packed_and_not():
 @functools.cache
 def _gradients_of(which) -> tuple[float, dict[str, np.ndarray]]:
     setup, batch = _one_device(), _packed_and_not()[which]
-    values = filled(setup.plan.shapes)
+    values = random_params(setup.plan.shapes)
     trainable, frozen = (
         {path: values[path] for path in tree} for tree in (setup.layout.trainable, setup.layout.frozen)
     )
@@ -241,15 +241,15 @@ def _gradients_of(which) -> tuple[float, dict[str, np.ndarray]]:
     return float(loss), jax.tree.map(np.asarray, gradients)
 
 
-def test_packed_rows_learn_what_their_conversations_learn_alone():
-    packed, alone = _packed_and_not()
-    # There is something to be mixed up: several conversations a row, each with an image of its own.
+def test_packed_rows_have_the_gradients_of_their_conversations():
+    packed, unpacked = _packed_and_not()
+    # Rows have several conversations, each with its own image.
     assert packed.segment_ids.max(1).min() >= 2
-    assert packed.loss_mask.sum() == alone.loss_mask.sum()
-    assert (packed.image_slots >= 0).sum() == (alone.image_slots >= 0).sum() == 4 * len(alone.tokens)
-    (loss, gradients), (expected, slopes) = _gradients_of(0), _gradients_of(1)
+    assert packed.loss_mask.sum() == unpacked.loss_mask.sum()
+    assert (packed.image_slots >= 0).sum() == (unpacked.image_slots >= 0).sum() == 4 * len(unpacked.tokens)
+    (loss, gradients), (expected, expected_gradients) = _gradients_of(0), _gradients_of(1)
     np.testing.assert_allclose(loss, expected, rtol=0, atol=1e-5)
-    for path, value in slopes.items():
+    for path, value in expected_gradients.items():
         np.testing.assert_allclose(gradients[path], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=path)
 
 
@@ -262,19 +262,19 @@ SHAPES = {
     "fusion/mbtf/first/kernel": (8, 4),
     "fusion/mbtf/first/bias": (4,),
 }
-SPARED = {"llm/blocks/mlp_norm/scale", "fusion/mbtf/first/bias"}
+NO_DECAY = {"llm/blocks/mlp_norm/scale", "fusion/mbtf/first/bias"}
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.5])
-def test_optimizer_is_torchs_adamw_with_hugging_faces_schedule(clip_norm):
+def test_optimizer_equals_torch_adamw_with_hugging_face_schedule(clip_norm):
     steps, warmup = 12, 3
     config = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.25, weight_decay=0.1, b2=0.95, clip_norm=clip_norm)
     rng = np.random.default_rng(0)
     params = {path: rng.standard_normal(shape, np.float32) for path, shape in SHAPES.items()}
-    theirs = {path: torch.nn.Parameter(torch.tensor(value)) for path, value in params.items()}
+    torch_params = {path: torch.nn.Parameter(torch.tensor(value)) for path, value in params.items()}
     groups = [
-        {"params": [theirs[path] for path in SHAPES if path not in SPARED], "weight_decay": 0.1},
-        {"params": [theirs[path] for path in SHAPES if path in SPARED], "weight_decay": 0.0},
+        {"params": [torch_params[path] for path in SHAPES if path not in NO_DECAY], "weight_decay": 0.1},
+        {"params": [torch_params[path] for path in SHAPES if path in NO_DECAY], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     schedule = transformers.get_cosine_schedule_with_warmup(adamw, warmup, steps)
@@ -283,58 +283,58 @@ def test_optimizer_is_torchs_adamw_with_hugging_faces_schedule(clip_norm):
     moments, update = tx.init(ours), jax.jit(tx.update)
     clipped = 0
     for step in range(steps):
-        # Norms on both sides of the limit.
+        # Norms both below and above the limit.
         size = 0.02 + 0.4 * (step % 3)
         gradients = {path: size * rng.standard_normal(shape, np.float32) for path, shape in SHAPES.items()}
-        for path, parameter in theirs.items():
+        for path, parameter in torch_params.items():
             parameter.grad = torch.tensor(gradients[path])
         if clip_norm:
-            clipped += float(torch.nn.utils.clip_grad_norm_(theirs.values(), clip_norm)) > clip_norm
+            clipped += float(torch.nn.utils.clip_grad_norm_(torch_params.values(), clip_norm)) > clip_norm
         adamw.step()
         schedule.step()
         updates, moments = update(gradients, moments, ours)
         ours = optax.apply_updates(ours, updates)
-        for path, parameter in theirs.items():
+        for path, parameter in torch_params.items():
             np.testing.assert_allclose(ours[path], parameter.detach().numpy(), rtol=1e-5, atol=2e-6, err_msg=path)
     assert clipped == (8 if clip_norm else 0)
     moved = np.abs(ours["llm/embedding"] - params["llm/embedding"])
     assert moved.max() > 1e-2
 
 
-def test_weight_decay_spares_biases_and_norms_of_the_whole_model():
+def test_weight_decay_excludes_biases_and_norms():
     paths = _one_device().plan.shapes
-    spared = {path for path in paths if not decays(path)}
-    assert spared == {path for path in paths if path.endswith("/bias") or "norm/" in path}
+    excluded = {path for path in paths if not has_weight_decay(path)}
+    assert excluded == {path for path in paths if path.endswith("/bias") or "norm/" in path}
     assert {"llm/embedding", "vision/class_token", "vision/position_embed", "fusion/tokens/out/kernel"}.isdisjoint(
-        spared
+        excluded
     )
     # Without a gradient, decay is all that moves a parameter.
     tx = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5, schedule="constant", warmup_ratio=0), 10)
     params = {path: jnp.ones(shape) for path, shape in SHAPES.items()}
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     for path, value in updates.items():
-        np.testing.assert_allclose(value, 0 if path in SPARED else -0.05, rtol=1e-6)
+        np.testing.assert_allclose(value, 0 if path in NO_DECAY else -0.05, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("steps", "ratio"), [(2181, 0.03), (100, 0.03), (40, 0.1), (10, 0.0), (6, 0.03)])
-def test_learning_rate_is_hugging_faces(steps, ratio):
-    """The number of warm-up steps too is theirs, rounded up."""
-    # Their arguments in full would want accelerate installed; the method reads one of them.
+def test_learning_rate_equals_hugging_face(steps, ratio):
+    """The number of warm-up steps is also rounded up as there."""
+    # A complete TrainingArguments needs accelerate; the method reads only one attribute.
     arguments = types.SimpleNamespace(warmup_steps=ratio)
     warmup = transformers.TrainingArguments.get_warmup_steps(arguments, steps)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-5)
-    theirs = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps).lr_lambdas[0]
+    expected_rate = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps).lr_lambdas[0]
     ours = learning_rate(OptimizerConfig(learning_rate=2e-5, warmup_ratio=ratio), steps)
     counts = np.arange(steps + 1)
     rates = np.asarray(jax.vmap(ours)(counts))
-    np.testing.assert_allclose(rates, [2e-5 * theirs(int(c)) for c in counts], rtol=1e-4, atol=2e-5 * 1e-6)
+    np.testing.assert_allclose(rates, [2e-5 * expected_rate(int(c)) for c in counts], rtol=1e-4, atol=2e-5 * 1e-6)
     assert rates[warmup] == np.float32(2e-5)
     assert rates[steps] < 2e-5 * 1e-6
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-def test_a_run_whose_only_update_has_learning_rate_0_is_refused(steps):
-    config = recipe("finetune.py", f"--config.steps={steps}")
+def test_single_update_with_learning_rate_0_is_rejected(steps):
+    config = load_recipe("finetune.py", f"--config.steps={steps}")
     with pytest.raises(
         UserError, match=r"learn nothing: it has 1 update of global_batch_size=128 \(.*learning rate 0"
     ) as error:
@@ -343,10 +343,10 @@ def test_a_run_whose_only_update_has_learning_rate_0_is_refused(steps):
         assert key in str(error.value)
 
 
-def test_a_run_of_few_updates_is_warned_of():
-    config = recipe("finetune.py")
+def test_few_updates_give_a_warning():
+    config = load_recipe("finetune.py")
     warnings = [check_steps(config, steps, rows=30) for steps in (2, 9, 10)]
-    warnings.append(check_steps(recipe("finetune.py", "--config.optimizer.warmup_ratio=0"), 1, rows=30))
+    warnings.append(check_steps(load_recipe("finetune.py", "--config.optimizer.warmup_ratio=0"), 1, rows=30))
     assert [line.split(",")[0] for line in warnings] == [
         "The run has only 2 updates of global_batch_size=128 (30 rows",
         "The run has only 9 updates of global_batch_size=128 (30 rows",

@@ -1,17 +1,17 @@
-"""What MBTF and STF are compared with: other ways from the tower's states to image tokens, each from its paper.
+"""Baselines for MBTF and STF: other maps from the tower's states to image tokens, each from its paper.
 
     name            tokens  layers
     mlp             P       projector                                        LLaVA-1.5, arXiv 2310.03744
     avg_pool        P/k²    k×k mean, projector
     pixel_shuffle   P/k²    k×k patches side by side, projector
-    ldp_v2          P/k²    projector, k×k mean, depth-wise 3×3 beside it    MobileVLM V2, arXiv 2402.03766
+    ldp_v2          P/k²    projector, k×k mean, depth-wise 3×3 added to it  MobileVLM V2, arXiv 2402.03766
     c_abstractor    P/k²    3 blocks, k×k mean, 3 blocks, projector          Honeybee, arXiv 2312.06742
     resampler       P/k²    learned queries through 6 blocks of attention    Honeybee, arXiv 2312.06742
-    token_packer    P/k²    a coarse query looks at its k×k patches, MLP     TokenPacker, arXiv 2407.02392
+    token_packer    P/k²    a coarse query attends to its k×k patches, MLP   TokenPacker, arXiv 2407.02392
 
-All but token_packer read the deepest tap alone, the same for all, whichever block their authors take. The last four
-compute what the authors' published programs do. What is 1024 channels wide there, as CLIP-L, is as wide as the tower
-here. ``init`` is how layers and convolutions start; norms, learned queries and positions start as the authors' do.
+All but token_packer read only the deepest tap, the same for all, whichever block their authors take. The last four
+compute what the authors' published programs do. Widths that are 1024 there, as CLIP-L's, are the tower's width here.
+``init`` sets how layers and convolutions start; norms, learned queries and positions start as in the authors' code.
 
 Axis letters: B images, P patches (a grid of g×g), N tokens out, C tower width, M taps, D language model width,
 H heads, Dh head size, L blocks.
@@ -31,18 +31,18 @@ from stf_jax.models.layers import (
     Linear,
     apply_layers,
     gelu,
-    initialisers,
+    initializers,
     normal,
     parameter,
     zeros,
 )
 
-DEPTHS = {"c_abstractor": 3, "resampler": 6}  # blocks, where the config does not say
+DEPTHS = {"c_abstractor": 3, "resampler": 6}  # number of blocks by default
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What tokens are made of: states [B, side, side, taps·width], the deepest tap's channels first."""
+    """The input of a fusion: states [B, side, side, taps·width], the deepest tap's channels first."""
 
     side: int
     width: int
@@ -50,12 +50,12 @@ class Grid:
 
     @property
     def channels(self) -> int:
-        """Of all taps together."""
+        """Channels of all taps together."""
         return self.taps * self.width
 
 
 class Projector(nnx.Module):
-    """LLaVA-1.5's ``mlp2x_gelu``, or with another activation: [..., C] → [..., D]."""
+    """LLaVA-1.5's ``mlp2x_gelu``, or the same with another activation: [..., C] → [..., D]."""
 
     def __init__(
         self,
@@ -66,8 +66,8 @@ class Projector(nnx.Module):
         activation: Callable[[jax.Array], jax.Array] = gelu,
     ):
         self.activation = activation
-        self.first = Linear(rngs, [(channels, "embed")], [(out, "mlp")], **initialisers(config.init, channels, out))
-        self.second = Linear(rngs, [(out, "mlp")], [(out, "embed")], **initialisers(config.init, out, out))
+        self.first = Linear(rngs, [(channels, "embed")], [(out, "mlp")], **initializers(config.init, channels, out))
+        self.second = Linear(rngs, [(out, "mlp")], [(out, "embed")], **initializers(config.init, out, out))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.second(self.activation(self.first(x)))
@@ -81,11 +81,11 @@ class AvgPool(nnx.Module):
         self.projector = Projector(rngs, config, grid.channels, out)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.projector(_pooled(x, self.kernel))
+        return self.projector(_average_windows(x, self.kernel))
 
 
 class PixelShuffle(nnx.Module):
-    """The k² patches of each window side by side on channels, then the projector: [B, g, g, C] → [B, g/k, g/k, D]."""
+    """The k² patches of each window concatenated on channels, then the projector: [B, g, g, C] → [B, g/k, g/k, D]."""
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
         self.kernel = config.kernel
@@ -99,8 +99,8 @@ class PixelShuffle(nnx.Module):
 class LDPv2(nnx.Module):
     """MobileVLM V2's second lightweight downsample projector: [B, g, g, C] → [B, g/k, g/k, D].
 
-    The projector at every patch, the mean of each window, and a depth-wise convolution added to that (positional
-    encoding generator, arXiv 2102.10882). Theirs pools to 12×12 whatever the grid, which for 24×24 is k = 2.
+    The projector at every patch, the mean of each window, and a depth-wise convolution added to it (positional encoding
+    generator, arXiv 2102.10882). The original pools to 12×12 whatever the grid, which for 24×24 is k = 2.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
@@ -109,16 +109,16 @@ class LDPv2(nnx.Module):
         self.position = DepthwiseConv(rngs, config, (out, "embed"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = _pooled(self.projector(x), self.kernel)
+        x = _average_windows(self.projector(x), self.kernel)
         return x + self.position(x)
 
 
 class CAbstractor(nnx.Module):
     """Honeybee's C-Abstractor: [B, g, g, C] → [B, g/k, g/k, D].
 
-    Learned positions [P, C] are added; then come L convolutional blocks, the mean of each window, L blocks more, and a
-    projector with SiLU. Theirs reads the tower's last block (24 of CLIP-L), and pools adaptively, so that any number of
-    windows a side will do.
+    Adds learned positions [P, C], then applies L convolutional blocks, the mean of each window, L more blocks, and a
+    projector with SiLU. The original reads the tower's last block (24 of CLIP-L), and pools adaptively, so it allows
+    any number of windows per side.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
@@ -133,29 +133,31 @@ class CAbstractor(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.position_embed[...].astype(x.dtype).reshape(x.shape[1:])
         x = apply_layers(self.before, x, layers=self.layers, scan=False, remat="none")
-        x = apply_layers(self.after, _pooled(x, self.kernel), layers=self.layers, scan=False, remat="none")
+        x = apply_layers(self.after, _average_windows(x, self.kernel), layers=self.layers, scan=False, remat="none")
         return self.projector(x)
 
 
 class ConvBlock(nnx.Module):
-    """RegNet-Y's residual block (arXiv 2003.13678) as Honeybee sets it: [B, h, w, C] → [B, h, w, C].
+    """RegNet-Y's residual block (arXiv 2003.13678) as Honeybee configures it: [B, h, w, C] → [B, h, w, C].
 
-    1×1, depth-wise 3×3 (groups of one channel) and 1×1 convolutions without biases, each with a layer norm over the
-    channels of its place; SiLU; after the second, channels are weighed by what all places say (squeeze and excitation,
-    through C/4). Parameters of all blocks, a call with one block's.
+    1×1, depth-wise 3×3 (groups of one channel) and 1×1 convolutions without biases, each followed by a layer norm over
+    the channels of each position; SiLU. After the second, squeeze and excitation (through C/4) weighs channels by their
+    mean over all positions. Holds all blocks' parameters; a call sees one block's.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, width: int, stack: int):
-        wide, inner, squeezed = (width, "embed"), (width, "mlp"), (round(width / 4), "mlp")
-        layer = {"stack": stack, "bias": False, **initialisers(config.init, width, width)}
-        down, up = (initialisers(config.init, *fans) for fans in ((width, squeezed[0]), (squeezed[0], width)))
-        self.first = Linear(rngs, [wide], [inner], **layer)
+        width_axis, inner_axis, squeezed_axis = (width, "embed"), (width, "mlp"), (round(width / 4), "mlp")
+        conv_init = initializers(config.init, width, width)
+        squeeze_init, excite_init = (
+            initializers(config.init, *fans) for fans in ((width, squeezed_axis[0]), (squeezed_axis[0], width))
+        )
+        self.first = Linear(rngs, [width_axis], [inner_axis], bias=False, stack=stack, **conv_init)
         self.first_norm = LayerNorm(rngs, width, 1e-5, stack=stack)
-        self.depthwise = DepthwiseConv(rngs, config, inner, bias=False, stack=stack)
+        self.depthwise = DepthwiseConv(rngs, config, inner_axis, bias=False, stack=stack)
         self.depthwise_norm = LayerNorm(rngs, width, 1e-5, stack=stack)
-        self.squeeze = Linear(rngs, [wide], [squeezed], stack=stack, **down)
-        self.excite = Linear(rngs, [squeezed], [wide], stack=stack, **up)
-        self.last = Linear(rngs, [inner], [wide], **layer)
+        self.squeeze = Linear(rngs, [width_axis], [squeezed_axis], stack=stack, **squeeze_init)
+        self.excite = Linear(rngs, [squeezed_axis], [width_axis], stack=stack, **excite_init)
+        self.last = Linear(rngs, [inner_axis], [width_axis], bias=False, stack=stack, **conv_init)
         self.last_norm = LayerNorm(rngs, width, 1e-5, stack=stack)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -167,7 +169,7 @@ class ConvBlock(nnx.Module):
 
 
 class DepthwiseConv(nnx.Module):
-    """A 3×3 convolution of each channel by itself, with zeros around: [B, h, w, C] → [B, h, w, C].
+    """A 3×3 convolution of each channel by itself, zero-padded: [B, h, w, C] → [B, h, w, C].
 
     Nine shifted products, summed in float32: forward and backward, XLA's convolution takes 12 times as long on CPUs.
     """
@@ -182,34 +184,34 @@ class DepthwiseConv(nnx.Module):
         stack: int | None = None,
     ):
         lead = [] if stack is None else [(stack, "layers")]
-        init = initialisers(config.init, 9, 9)
+        init = initializers(config.init, 9, 9)
         self.kernel = parameter(rngs, [*lead, (3, "window"), (3, "window"), channels], init["kernel_init"])
         self.bias = parameter(rngs, [*lead, channels], init["bias_init"]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         _, height, width, _ = x.shape
-        around = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
         kernel = self.kernel[...]
-        y = sum(around[:, i : i + height, j : j + width] * kernel[i, j] for i in range(3) for j in range(3))
+        y = sum(padded[:, i : i + height, j : j + width] * kernel[i, j] for i in range(3) for j in range(3))
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 
 class Resampler(nnx.Module):
     """The resampler that Honeybee compares with, in the style of a Q-Former: [B, g, g, C] → [B, g/k, g/k, D].
 
-    As many learned queries as tokens look at themselves and the patches together, in L blocks of mPLUG-Owl's kind
-    (arXiv 2304.14178). BLIP-2's Q-Former (arXiv 2301.12597), which starts from BERT's weights, does so by turns; this
-    one starts from nothing. Heads have 64 channels, or as many as divide both 64 and C. Queries start at zero. Theirs
-    drops a tenth of the attention in training, and has 64 queries unless told otherwise.
+    One learned query per token attends to the queries and patches together, in L blocks like mPLUG-Owl's (arXiv
+    2304.14178). BLIP-2's Q-Former (arXiv 2301.12597), which starts from BERT's weights, alternates between the two;
+    this one starts from scratch. Heads have 64 channels, or the greatest common divisor of 64 and C. Queries start at
+    zero. The original has attention dropout of 0.1 in training, and 64 queries by default.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
         depth, width = config.depth or DEPTHS["resampler"], grid.channels
         self.side, self.layers = math.ceil(grid.side / config.kernel), range(depth)
-        self.enter = Linear(rngs, [(width, "channel")], [(width, "embed")], **initialisers(config.init, width, width))
+        self.enter = Linear(rngs, [(width, "channel")], [(width, "embed")], **initializers(config.init, width, width))
         self.queries = parameter(rngs, [(self.side**2, "position"), (width, "embed")], zeros)
         self.blocks = ResamplerBlock(rngs, config, width, depth)
-        self.exit = Linear(rngs, [(width, "embed")], [(out, "mlp")], **initialisers(config.init, width, out))
+        self.exit = Linear(rngs, [(width, "embed")], [(out, "mlp")], **initializers(config.init, width, out))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, width = x.shape[0], x.shape[-1]
@@ -220,28 +222,27 @@ class Resampler(nnx.Module):
 
 
 class ResamplerBlock(nnx.Module):
-    """Queries [B, N, C] look at themselves and at patches [B, P, C], then a gated MLP (SwiGLU) with a norm inside.
+    """Queries [B, N, C] attend to themselves and to patches [B, P, C], then a gated MLP (SwiGLU) with an inner norm.
 
-    What attention adds to are the queries behind their norm, not before it. Parameters of all blocks, a call with one
-    block's.
+    The residual of attention starts from the normalized queries. Holds all blocks' parameters; a call sees one block's.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, width: int, stack: int):
-        wide, hidden = (width, "embed"), (4 * width, "mlp")
-        up, down = (initialisers(config.init, *fans) for fans in ((width, 4 * width), (4 * width, width)))
+        width_axis, hidden = (width, "embed"), (4 * width, "mlp")
+        up_init, down_init = (initializers(config.init, *fans) for fans in ((width, 4 * width), (4 * width, width)))
         self.query_norm = LayerNorm(rngs, width, 1e-5, stack=stack)
         self.patch_norm = LayerNorm(rngs, width, 1e-5, stack=stack)
         self.attention = Attention(rngs, config, width, 64, stack=stack)
         self.mlp_norm = LayerNorm(rngs, width, 1e-5, stack=stack)
-        self.gate = Linear(rngs, [wide], [hidden], stack=stack, **up)
-        self.up = Linear(rngs, [wide], [hidden], stack=stack, **up)
+        self.gate = Linear(rngs, [width_axis], [hidden], stack=stack, **up_init)
+        self.up = Linear(rngs, [width_axis], [hidden], stack=stack, **up_init)
         self.hidden_norm = LayerNorm(rngs, 4 * width, 1e-6, stack=stack)
-        self.down = Linear(rngs, [hidden], [wide], stack=stack, **down)
+        self.down = Linear(rngs, [hidden], [width_axis], stack=stack, **down_init)
 
     def __call__(self, queries: jax.Array, patches: jax.Array) -> jax.Array:
         queries = self.query_norm(queries)
-        seen = jnp.concatenate([queries, self.patch_norm(patches)], axis=1)
-        x = queries + self.attention(queries, seen, seen)
+        context = jnp.concatenate([queries, self.patch_norm(patches)], axis=1)
+        x = queries + self.attention(queries, context, context)
         y = self.mlp_norm(x)
         return x + self.down(self.hidden_norm(jax.nn.silu(self.gate(y)) * self.up(y)))
 
@@ -249,16 +250,16 @@ class ResamplerBlock(nnx.Module):
 class TokenPacker(nnx.Module):
     """TokenPacker's region-to-point injection: [B, g, g, M·C] → [B, g/k, g/k, D].
 
-    The deepest tap, made coarser bilinearly, gives one query a window, which looks at the window's k² patches, whose
-    keys and values two MLPs make of all taps. Bilinearly, without smoothing, means that of each window the middle patch
-    is taken, or the mean of the middle four. Heads have 128 channels, or as many as divide both 128 and C. Theirs
-    starts as ``init="normal"`` does, but for the projections to heads.
+    Bilinear downsampling of the deepest tap gives one query per window, which attends to the window's k² patches; two
+    MLPs compute their keys and values from all taps. Bilinear downsampling without antialiasing takes the middle patch
+    of each window, or the mean of the middle four. Heads have 128 channels, or the greatest common divisor of 128 and
+    C. The original starts like ``init="normal"``, except for the projections to heads.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
-        width, same = grid.width, initialisers(config.init, grid.width, grid.width)
+        width, init = grid.width, initializers(config.init, grid.width, grid.width)
         self.kernel = config.kernel
-        self.coarse = Linear(rngs, [(width, "channel")], [(width, "embed")], bias=False, **same)
+        self.coarse = Linear(rngs, [(width, "channel")], [(width, "embed")], bias=False, **init)
         self.keys = Projector(rngs, config, grid.channels, width)
         self.values = Projector(rngs, config, grid.channels, width)
         self.query_norm = LayerNorm(rngs, width, 1e-6)
@@ -277,24 +278,24 @@ class TokenPacker(nnx.Module):
             return _windows(y, k).swapaxes(2, 3).reshape(-1, k * k, width)
 
         keys, values = self.key_norm(self.keys(x)), self.value_norm(self.values(x))
-        found = self.attention(queries.reshape(-1, 1, width), in_windows(keys), in_windows(values))
-        return self.projector(found.reshape(queries.shape))
+        attended = self.attention(queries.reshape(-1, 1, width), in_windows(keys), in_windows(values))
+        return self.projector(attended.reshape(queries.shape))
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with biases, softmax in float32: of [B, T, C] to keys and values [B, S, C].
+    """Multi-head attention with biases, softmax in float32, from [B, T, C] to keys and values [B, S, C].
 
-    Its heads have ``size`` channels, or as many as divide both that and C.
+    Its heads have ``size`` channels, or the greatest common divisor of ``size`` and C.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, width: int, size: int, *, stack: int | None = None):
-        wide, size = (width, "embed"), math.gcd(width, size)
+        width_axis, size = (width, "embed"), math.gcd(width, size)
         heads = [(width // size, "heads"), (size, "head_dim")]
-        how = {"stack": stack, **initialisers(config.init, width, width)}
-        self.query = Linear(rngs, [wide], heads, **how)
-        self.key = Linear(rngs, [wide], heads, **how)
-        self.value = Linear(rngs, [wide], heads, **how)
-        self.out = Linear(rngs, heads, [wide], **how)
+        init = initializers(config.init, width, width)
+        self.query = Linear(rngs, [width_axis], heads, stack=stack, **init)
+        self.key = Linear(rngs, [width_axis], heads, stack=stack, **init)
+        self.value = Linear(rngs, [width_axis], heads, stack=stack, **init)
+        self.out = Linear(rngs, heads, [width_axis], stack=stack, **init)
 
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         heads = self.query(query), self.key(key), self.value(value)
@@ -307,6 +308,6 @@ def _windows(x, k):
     return x.reshape(batch, height // k, k, width // k, k, channels)
 
 
-def _pooled(x, k):
+def _average_windows(x, k):
     """The mean of each window: [B, g, g, C] → [B, g/k, g/k, C]."""
     return _windows(x, k).mean((2, 4))

@@ -1,4 +1,4 @@
-"""A run goes on with another config only where that makes neither another model nor other data of it."""
+"""A run resumes with a changed config only if model and data stay the same."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from tiny import tiny
 
 from stf_jax.config import UserError, flatten, to_json
-from stf_jax.training.resuming import changes
+from stf_jax.training.resume import check_changes
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def workdir(tmp_path):
     return tmp_path
 
 
-HARMLESS = {
+ALLOWED = {
     "steps": 12,
     "log_every_steps": 5,
     "name": "again",
@@ -31,7 +31,7 @@ HARMLESS = {
     "data.threads": 4,
     "faults.spike": 0.0,
 }
-REFUSED = {
+REJECTED = {
     "seed": 1,
     "global_batch_size": 16,
     "rules": (("vision/.*", "freeze"), ("llm/.*", "freeze"), (".*", "train")),
@@ -50,29 +50,29 @@ REFUSED = {
 }
 
 
-def test_the_same_config_has_no_changes(workdir):
-    assert changes(tiny(), workdir) == {}
+def test_same_config_has_no_changes(workdir):
+    assert check_changes(tiny(), workdir) == {}
 
 
-@pytest.mark.parametrize("key", HARMLESS)
-def test_what_is_harmless_is_allowed_and_told(workdir, key, caplog):
-    config = tiny(**{key: HARMLESS[key]})
+@pytest.mark.parametrize("key", ALLOWED)
+def test_allowed_changes_are_logged(workdir, key, caplog):
+    config = tiny(**{key: ALLOWED[key]})
     was, now = (json.loads(json.dumps(flatten(to_json(one))[key])) for one in (tiny(), config))
     with caplog.at_level("INFO", logger="stf_jax"):
-        assert changes(config, workdir) == {key: (was, now)}
-    assert f"The run goes on with a changed {key} (was {was!r}, now {now!r})." in caplog.text
+        assert check_changes(config, workdir) == {key: (was, now)}
+    assert f"The run resumes with a changed {key} (was {was!r}, now {now!r})." in caplog.text
 
 
-@pytest.mark.parametrize("key", REFUSED)
-def test_what_makes_another_run_of_it_is_refused_with_the_difference(workdir, key):
+@pytest.mark.parametrize("key", REJECTED)
+def test_changes_that_make_another_run_are_rejected(workdir, key):
     with pytest.raises(UserError) as caught:
-        changes(tiny(**{key: REFUSED[key]}), workdir)
-    was, now = (json.loads(json.dumps(flatten(to_json(one))[key])) for one in (tiny(), tiny(**{key: REFUSED[key]})))
-    assert f"cannot go on with a changed {key} (was {was!r}, now {now!r}): continue with" in str(caught.value)
+        check_changes(tiny(**{key: REJECTED[key]}), workdir)
+    was, now = (json.loads(json.dumps(flatten(to_json(one))[key])) for one in (tiny(), tiny(**{key: REJECTED[key]})))
+    assert f"cannot resume with a changed {key} (was {was!r}, now {now!r}): use the values in" in str(caught.value)
 
 
-def test_every_key_of_model_and_data_is_refused_unless_it_is_named_as_harmless(workdir):
-    """So that a new one is, until someone thinks of it."""
+def test_all_other_keys_of_model_and_data_are_rejected(workdir):
+    """New keys are rejected until they are listed as allowed."""
     flat = flatten(to_json(tiny()))
     for key in flat:
         if key.startswith(("model.", "data.")):
@@ -86,29 +86,29 @@ def test_every_key_of_model_and_data_is_refused_unless_it_is_named_as_harmless(w
             folder = workdir / key
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(other))
-            harmless = {"model.scan_layers", "model.remat", "model.attention"} | {
+            allowed = {"model.scan_layers", "model.remat", "model.attention"} | {
                 f"data.{name}" for name in ("threads", "annotations", "images", "records", "tokenizer")
             }
-            if key in harmless:
-                assert changes(tiny(), folder).keys() == {key}
+            if key in allowed:
+                assert check_changes(tiny(), folder).keys() == {key}
             else:
                 with pytest.raises(UserError, match=key):
-                    changes(tiny(), folder)
+                    check_changes(tiny(), folder)
 
 
-def test_a_key_that_the_old_config_did_not_have_counts_as_its_default(workdir):
+def test_key_missing_from_the_old_config_has_its_default(workdir):
     old = json.loads((workdir / "config.json").read_text())
     del old["faults"], old["data"]["buckets"]
     (workdir / "config.json").write_text(json.dumps(old))
-    assert changes(tiny(), workdir) == {}
+    assert check_changes(tiny(), workdir) == {}
     with pytest.raises(UserError, match=r"data.buckets \(was 1, now 3\)"):
-        changes(tiny(**{"data.buckets": 3}), workdir)
+        check_changes(tiny(**{"data.buckets": 3}), workdir)
 
 
 @pytest.mark.parametrize("content", [None, "{"])
-def test_a_config_that_is_lost_does_not_keep_a_run_from_going_on(workdir, content, caplog):
+def test_unreadable_config_does_not_prevent_resuming(workdir, content, caplog):
     (workdir / "config.json").unlink()
     if content:
         (workdir / "config.json").write_text(content)
-    assert changes(tiny(seed=3), workdir) == {}
-    assert "changes of the config are not seen" in caplog.text
+    assert check_changes(tiny(seed=3), workdir) == {}
+    assert "changes of the config are not detected" in caplog.text
