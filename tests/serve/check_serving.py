@@ -1,7 +1,7 @@
-"""Exports asked through transformers and vLLM, in .venv-serve, answer as the models do here: `make test-serve`.
+"""Exports in transformers and vLLM, in .venv-serve, give the same answers as in JAX: `make test-serve`.
 
-The export of the demo (``DEMO``, its workdir), and a small model of random weights for each template, of either kind of
-export, with the miniatures' tokenizer or a SentencePiece one. Greedy, in float32.
+Tested are the export of the demo (``DEMO``, its workdir), and a small model of random weights for each template, with
+both kinds of exports and tokenizers. Decoding is greedy, in float32.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from make_models import CONTROL, DECODERS, make, make_image
 from stf_jax.config import FusionConfig, MeshConfig
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
-from stf_jax.evals.benchmark import WORD
+from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX
 from stf_jax.evals.scenes import held_out_questions
 from stf_jax.inference.loading import load_generator
 from stf_jax.models.llm import LLMConfig
@@ -26,8 +26,8 @@ from stf_jax.weights.export_hf import export_hf
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 QUESTIONS = 48
-WAYS = ("generate", "pipeline", "chat", "serve")
-# Heads of 32, the smallest that vLLM has on CPUs. Vocabularies as large as their tokenizers: <image> lies beyond.
+METHODS = ("generate", "pipeline", "chat", "serve")
+# Heads of 32, the smallest that vLLM supports on CPUs. Vocabularies as large as their tokenizers, without <image>.
 DECODER = LLMConfig(506, width=64, layers=2, heads=2, kv_heads=1, head_dim=32, mlp=96, norm_eps=1e-4)
 DECODERS["served"], DECODERS["served, llama"] = DECODER, dataclasses.replace(DECODER, vocab=32_005)
 CASES = {  # template → fusion, tower, decoder
@@ -40,9 +40,9 @@ CASES = {  # template → fusion, tower, decoder
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory, sentencepiece_model):
-    """Case → its folder, with all answers, and our own."""
-    root, ours = tmp_path_factory.mktemp("served"), {}
+def served(tmp_path_factory, sentencepiece_model):
+    """Returns the folder with the answers of all cases, and our answers by case."""
+    root, expected = tmp_path_factory.mktemp("served"), {}
     demo = pathlib.Path(os.environ.get("DEMO", "runs/demo"))
     for case in (*CASES, "demo"):
         folder = root / case
@@ -51,19 +51,19 @@ def asked(tmp_path_factory, sentencepiece_model):
             shutil.copytree(demo / "export", folder / "export")
             model, limit = demo / "finetune", 16
         else:
-            model, limit = _make(folder / "model", case, sentencepiece_model), 8
+            model, limit = _make_model(folder / "model", case, sentencepiece_model), 8
             export_hf(model, folder / "export")
-        ours[case] = _ask(model, folder, case, limit)
+        expected[case] = _answer_in_jax(model, folder, case, limit)
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     environment |= {"HF_MODULES_CACHE": str(root / "modules")}
     python = ROOT / ".venv-serve" / "bin" / "python"
-    for way in WAYS:
-        command = [python, pathlib.Path(__file__).with_name("ask.py"), way, *(root / case for case in ours)]
+    for method in METHODS:
+        command = [python, pathlib.Path(__file__).with_name("ask.py"), method, *(root / case for case in expected)]
         subprocess.run(command, env=os.environ | environment, check=True, cwd=root)
-    return root, ours
+    return root, expected
 
 
-def _make(folder, template, sentencepiece_model):
+def _make_model(folder, template, sentencepiece_model):
     fusion, tower, decoder = CASES[template]
     make(folder, FusionConfig(fusion), tower, decoder, template=template)
     source = MINIATURE
@@ -78,13 +78,15 @@ def _make(folder, template, sentencepiece_model):
     return folder
 
 
-def _ask(model, folder, case, limit):
-    """Our answers; the questions go into the folder. Of the small models' a third has no image, a third two."""
+def _answer_in_jax(model, folder, case, limit):
+    """Returns our answers and writes the questions. For small models, a third has no image and a third has two."""
     questions, records = [], []
     scenes = held_out_questions() if case == "demo" else [None] * QUESTIONS
     for i, scene in enumerate(scenes[:QUESTIONS]):
         images = [scene.image()] if scene else [make_image(100 * i + j) for j in range((1, 0, 2)[i % 3])]
-        text = scene.question.text + WORD if scene else f"Which {'very ' * (i % 7)}odd thing is number {i}?"
+        text = (
+            scene.question.text + SHORT_ANSWER_SUFFIX if scene else f"Which {'very ' * (i % 7)}odd thing is number {i}?"
+        )
         files = [folder / f"{i}-{j}.png" for j in range(len(images))]
         for image, file in zip(images, files, strict=True):
             image.save(file)
@@ -93,17 +95,17 @@ def _ask(model, folder, case, limit):
         records.append(Record(str(i), openers, (Turn("human", "<image>\n" * len(images) + text),)))
     (folder / "questions.json").write_text(json.dumps({"questions": questions, "limit": limit}))
     generator, _ = load_generator(model, make_mesh(MeshConfig(1, 1, 1)), "float32")
-    return list(generator.answers(records, limit, 16))
+    return list(generator.generate(records, limit, 16))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", [*CASES, "demo"])
-def test_served_answers_are_ours(asked, case, way, record_property):
-    root, ours = asked
+def test_served_answers_match(served, case, method, record_property):
+    root, expected = served
     tokenizer = load_tokenizer(str(root / case / "export"))
-    answers = json.loads((root / case / f"{way}.json").read_bytes())
+    answers = json.loads((root / case / f"{method}.json").read_bytes())
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
-    same = sum(text == own for text, own in zip(texts, ours[case], strict=True))
-    record_property(f"{case}, {way}", f"{same} of {len(ours[case])}")
-    assert len(set(ours[case])) > 1
-    assert texts == ours[case]
+    same = sum(text == answer for text, answer in zip(texts, expected[case], strict=True))
+    record_property(f"{case}, {method}", f"{same} of {len(expected[case])}")
+    assert len(set(expected[case])) > 1
+    assert texts == expected[case]

@@ -1,4 +1,4 @@
-"""What a config claims against what the tensors hold: settled by the tensors, with a note, or refused by name."""
+"""Conflicts between a config and the tensors: the tensors win, with a note, or the checkpoint is refused."""
 
 import json
 import logging
@@ -8,47 +8,47 @@ import numpy as np
 import pytest
 import torch
 from etils import epath
+from reference import DECODERS, decoder, llava, tower
 from safetensors.torch import save_file
-from theirs import DECODERS, decoder, llava, tower
 from transformers import AutoModelForCausalLM
 
 from stf_jax.config import UserError
 from stf_jax.convert import main
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
+from stf_jax.weights.detect import detect_model
 from stf_jax.weights.imports import import_weights
 from stf_jax.weights.model import open_model
-from stf_jax.weights.recognise import recognise
-from stf_jax.weights.tensors import Entry, Tensors
+from stf_jax.weights.tensors import Entry, TensorFile
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ATTENTION = "model.layers.{}.self_attn."
 
 
-def opened(state):
-    """Tensors in memory."""
+def open_in_memory(state):
+    """Returns a TensorFile of tensors in memory."""
 
     def entry(value):
-        kind = str(value.dtype).removeprefix("torch.")
-        known = kind in ("float32", "float16", "bfloat16", "int32", "int64")
-        return Entry(pathlib.Path("w"), tuple(value.shape), kind, value.numpy if known else None)
+        dtype = str(value.dtype).removeprefix("torch.")
+        is_supported = dtype in ("float32", "float16", "bfloat16", "int32", "int64")
+        return Entry(pathlib.Path("w"), tuple(value.shape), dtype, value.numpy if is_supported else None)
 
-    return Tensors({name: entry(value.detach()) for name, value in state.items()})
+    return TensorFile({name: entry(value.detach()) for name, value in state.items()})
 
 
 def detect(model, state=(), without=(), **config):
-    """Detects a model of transformers with some tensors and keys of the config changed."""
+    """Detects a transformers model after changing some tensors and config keys."""
     state = {**model.state_dict(), **dict(state)}
     state = {name: value for name, value in state.items() if name not in without}
     config = {key: value for key, value in {**model.config.to_dict(), **config}.items() if value is not KeyError}
-    return recognise(opened(state), config)
+    return detect_model(open_in_memory(state), config)
 
 
-def extra(family, part, shape):
-    """A tensor of each layer."""
+def layer_tensors(family, part, shape):
+    """Returns a tensor of ones for each layer."""
     return {f"model.layers.{i}.{part}": torch.ones(shape) for i in range(decoder(family).config.num_hidden_layers)}
 
 
-def test_a_config_that_is_true_is_not_remarked_on():
+def test_a_correct_config_gives_no_notes():
     for family in DECODERS:
         assert detect(decoder(family)).notes == ()
     for family in ("clip", "siglip"):
@@ -59,7 +59,7 @@ def test_a_config_that_is_true_is_not_remarked_on():
 # ---- Output heads ----------------------------------------------------------------------------------------------------
 
 
-def saved(folder, state, **changes):
+def save_checkpoint(folder, state, **changes):
     folder.mkdir()
     save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors", {"format": "pt"})
     config = decoder("llama").config.to_dict() | {"architectures": ["LlamaForCausalLM"]} | changes
@@ -67,29 +67,29 @@ def saved(folder, state, **changes):
     return folder
 
 
-@pytest.mark.parametrize("kept", ["both", "equal", "embedding", "head"])
-def test_a_head_is_tied_where_transformers_ties_it(tmp_path, kept, caplog):
-    """Case 75: a config says that the head is tied, and the file holds one of other values."""
+@pytest.mark.parametrize("stored", ["both", "equal", "embedding", "head"])
+def test_heads_are_tied_as_in_transformers(tmp_path, stored, caplog):
+    """Case 75: the config ties the head, but the file contains a head with other values."""
     state = dict(decoder("llama").state_dict())
-    if kept != "both":
+    if stored != "both":
         state[HEAD] = state[EMBEDDING]
-    for name in {"embedding": [HEAD], "head": [EMBEDDING]}.get(kept, []):
+    for name in {"embedding": [HEAD], "head": [EMBEDDING]}.get(stored, []):
         del state[name]
-    folder = saved(tmp_path / "w", state, tie_word_embeddings=True)
-    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    folder = save_checkpoint(tmp_path / "w", state, tie_word_embeddings=True)
+    reference = AutoModelForCausalLM.from_pretrained(folder)
     caplog.clear()
-    report = import_weights(str(folder), tmp_path / "ours")
+    report = import_weights(str(folder), tmp_path / "imported")
     caplog.set_level(logging.INFO, "stf_jax")
-    for model in (open_model(folder), open_model(tmp_path / "ours")):
-        assert model.description.llm.tied is (kept != "both")
-        np.testing.assert_array_equal(model.read("llm/embedding"), theirs.model.embed_tokens.weight.detach())
-        if kept == "both":
-            np.testing.assert_array_equal(model.read("llm/head/kernel").T, theirs.lm_head.weight.detach())
-    told = ["tie_word_embeddings" in text for text in (*report["notes"], *caplog.messages)]
-    assert sum(told) == 2 * (kept == "both")
+    for model in (open_model(folder), open_model(tmp_path / "imported")):
+        assert model.description.llm.tied is (stored != "both")
+        np.testing.assert_array_equal(model.read("llm/embedding"), reference.model.embed_tokens.weight.detach())
+        if stored == "both":
+            np.testing.assert_array_equal(model.read("llm/head/kernel").T, reference.lm_head.weight.detach())
+    mentions = ["tie_word_embeddings" in text for text in (*report["notes"], *caplog.messages)]
+    assert sum(mentions) == 2 * (stored == "both")
 
 
-def test_only_the_two_tensors_are_read_to_compare_them():
+def test_only_head_and_embedding_are_read_to_compare_them():
     state = decoder("llama").state_dict()
     entries = {
         name: Entry(
@@ -97,11 +97,11 @@ def test_only_the_two_tensors_are_read_to_compare_them():
         )
         for name, value in state.items()
     }
-    found = recognise(Tensors(entries), decoder("llama").config.to_dict() | {"tie_word_embeddings": True})
+    found = detect_model(TensorFile(entries), decoder("llama").config.to_dict() | {"tie_word_embeddings": True})
     assert not found.llm.tied
 
 
-def test_a_head_that_is_missing_is_not_made_up():
+def test_a_missing_head_is_refused():
     with pytest.raises(UserError, match=r"lm_head\.weight \(62, 32\) is missing"):
         detect(decoder("llama"), without=[HEAD])
     with pytest.raises(UserError, match=r"embed_tokens\.weight is missing"):
@@ -110,7 +110,7 @@ def test_a_head_that_is_missing_is_not_made_up():
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("rows", [61, 64])
-def test_a_head_of_other_rows_than_the_embedding_is_refused(rows, tied):
+def test_head_and_embedding_need_the_same_rows(rows, tied):
     with pytest.raises(UserError, match=f"lm_head.weight has {rows} rows and model.embed_tokens.weight 62"):
         detect(decoder("llama"), {HEAD: torch.zeros(rows, 32)}, tie_word_embeddings=tied)
 
@@ -129,18 +129,18 @@ def test_a_head_of_other_rows_than_the_embedding_is_refused(rows, tied):
         ("qwen3", {"num_attention_heads": 8}, "heads", 4),
     ],
 )
-def test_what_the_tensors_settle_is_noted(family, change, field, value):
+def test_conflicts_with_the_tensors_are_noted(family, change, field, value):
     found = detect(decoder(family), **change)
     assert getattr(found.llm, field) == value
-    ((key, said),) = change.items()
-    assert found.notes == (f"The config says {key} {said}, but the tensors have {value}, which is taken.",)
+    ((key, configured),) = change.items()
+    assert found.notes == (f"The config says {key} {configured}, but the tensors have {value}, which is used.",)
 
 
 @pytest.mark.parametrize("key", ["num_key_value_heads", "vocab_size", "head_dim", "attention_bias"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_what_a_config_leaves_out_is_told_by_the_tensors(family, key):
-    found, whole = detect(decoder(family), **{key: KeyError}), detect(decoder(family))
-    assert found.llm == whole.llm
+def test_missing_config_keys_are_inferred_from_the_tensors(family, key):
+    found, expected = detect(decoder(family), **{key: KeyError}), detect(decoder(family))
+    assert found.llm == expected.llm
     assert found.notes == ()
 
 
@@ -161,32 +161,32 @@ def test_a_config_of_another_model_is_refused(change, sentence):
         detect(decoder("llama"), **change)
 
 
-def test_frequencies_that_are_stored_tell_the_size_of_a_head():
-    """Without them, four heads of 8 channels and eight of 4 look alike."""
+def test_stored_frequencies_determine_the_head_size():
+    """Without them, four heads of 8 channels and eight of 4 look the same."""
     changed = {"num_attention_heads": 8, "head_dim": 4, "num_key_value_heads": 4}
     assert detect(decoder("llama"), **changed).llm.head_dim == 4
-    stored = extra("llama", "self_attn.rotary_emb.inv_freq", 4)
+    stored = layer_tensors("llama", "self_attn.rotary_emb.inv_freq", 4)
     with pytest.raises(UserError, match=r"inv_freq is \(4,\), but the config says heads of 4 channels"):
         detect(decoder("llama"), stored, **changed)
     assert detect(decoder("llama"), stored).llm.head_dim == 8
 
 
-def test_biases_and_norms_are_those_of_the_tensors():
+def test_biases_and_norms_follow_the_tensors():
     rows = {"q": 32, "k": 16, "v": 16}
     biases = {}
     for name, size in rows.items():
-        biases |= extra("llama", f"self_attn.{name}_proj.bias", size)
+        biases |= layer_tensors("llama", f"self_attn.{name}_proj.bias", size)
     for found in (detect(decoder("llama"), biases), detect(decoder("qwen2"), without=biases)):
-        assert found.llm.qkv_bias is ("with biases" in found.notes[0])
+        assert found.llm.qkv_bias is ("have attention biases" in found.notes[0])
         assert len(found.notes) == 1
     assert detect(decoder("llama"), attention_bias=True).notes == (
-        "The attention is read without biases, as the tensors have it.",
+        "The tensors have no attention biases, unlike the config; the tensors are used.",
     )
     assert "mlp_bias" in detect(decoder("llama"), mlp_bias=True).notes[0]
-    norms = extra("llama", "self_attn.q_norm.weight", 8) | extra("llama", "self_attn.k_norm.weight", 8)
+    norms = layer_tensors("llama", "self_attn.q_norm.weight", 8) | layer_tensors("llama", "self_attn.k_norm.weight", 8)
     found = detect(decoder("llama"), norms)
     assert found.llm.qk_norm
-    assert "normalised" in found.notes[0]
+    assert "query and key norms" in found.notes[0]
     with pytest.raises(UserError, match=r"q_norm\.weight is missing"):
         detect(decoder("qwen3"), without=norms)
     with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_proj\.bias \(32,\) is missing"):
@@ -194,41 +194,41 @@ def test_biases_and_norms_are_those_of_the_tensors():
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
-def test_a_towers_size_is_that_of_its_tensors(family):
-    whole = detect(tower(family))
+def test_tower_sizes_follow_the_tensors(family):
+    expected = detect(tower(family))
     for change, value in (({"image_size": 56}, 28), ({"patch_size": 14}, 7)):
         found = detect(tower(family), **change)
-        ((key, said),) = change.items()
-        assert found.vision == whole.vision
-        assert found.notes == (f"The config says {key} {said}, but the tensors have {value}, which is taken.",)
-    assert detect(tower(family), image_size=30).vision.image_size == 30  # a size need not be whole patches
-    for key, said, sentence in (
+        ((key, configured),) = change.items()
+        assert found.vision == expected.vision
+        assert found.notes == (f"The config says {key} {configured}, but the tensors have {value}, which is used.",)
+    assert detect(tower(family), image_size=30).vision.image_size == 30  # a size need not be a multiple of the patch
+    for key, value, sentence in (
         ("hidden_size", 64, r"says hidden_size 64, but .*patch_embedding\.weight is \(128, 3, 7, 7\)"),
         ("intermediate_size", 64, "says intermediate_size 64, but"),
         ("num_hidden_layers", 3, "says num_hidden_layers 3, but the tensors hold 4 layers"),
         ("num_attention_heads", 3, "config.json does not describe a model|128 channels with 3 heads"),
     ):
         with pytest.raises(UserError, match=sentence):
-            detect(tower(family), **{key: said})
+            detect(tower(family), **{key: value})
     name = next(name for name in tower(family).state_dict() if name.endswith("position_embedding.weight"))
-    with pytest.raises(UserError, match="patches, which are no square"):
+    with pytest.raises(UserError, match="patches, which is not a square number"):
         detect(tower(family), {name: torch.zeros(13, 128)})
 
 
-def test_a_projector_fits_its_language_model():
+def test_a_projector_must_fit_its_language_model():
     shapes = {"linear_1.weight": (48, 128), "linear_1.bias": 48, "linear_2.weight": (48, 48), "linear_2.bias": 48}
     state = {f"model.multi_modal_projector.{name}": torch.zeros(shape) for name, shape in shapes.items()}
-    with pytest.raises(UserError, match="projector gives 48 channels, but the language model has 32"):
+    with pytest.raises(UserError, match="projector outputs 48 channels, but the language model has 32"):
         detect(llava(), state)
 
 
 @pytest.mark.parametrize("key", ["image_token_id", "image_token_index"])
-def test_rows_that_were_added_after_an_export_are_kept(key):
+def test_rows_added_after_an_export_are_kept(key):
     config = {"stf_vocab": 59, "image_token_id": KeyError, "image_token_index": KeyError}
     found = detect(llava(), **config | {key: 61})
     assert (found.llm.vocab, found.notes) == (59, ())
-    for mark in (59, "61", KeyError):
-        found = detect(llava(), **config | {key: mark})
+    for image_id in (59, "61", KeyError):
+        found = detect(llava(), **config | {key: image_id})
         assert found.llm.vocab == 62
         assert "resized since" in found.notes[0]
     for wrong in (63, "59", 0):
@@ -236,15 +236,15 @@ def test_rows_that_were_added_after_an_export_are_kept(key):
             detect(llava(), stf_vocab=wrong)
 
 
-def test_patch_tokens_of_llava_are_rows_of_the_vocabulary():
+def test_llavas_patch_tokens_are_part_of_the_vocabulary():
     found = detect(llava(), mm_use_im_patch_token=True, mm_use_im_start_end=False)
     assert (found.llm.vocab, found.notes) == (62, ())
 
 
-# ---- Weights of another kind -----------------------------------------------------------------------------------------
+# ---- Unsupported weights ---------------------------------------------------------------------------------------------
 
 
-QUANTISED = {
+QUANTIZED = {
     "gptq": {"q_proj.qweight": torch.int32, "q_proj.qzeros": torch.int32, "q_proj.scales": torch.float16},
     "bitsandbytes": {"q_proj.weight": torch.uint8, "q_proj.weight.absmax": torch.float32},
     "int8": {"q_proj.weight": torch.int8, "q_proj.SCB": torch.float32},
@@ -253,13 +253,15 @@ QUANTISED = {
 }
 
 
-@pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("method", QUANTISED)
-def test_quantised_weights_are_refused_with_the_fix(method, named):
+@pytest.mark.parametrize("in_config", [True, False])
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_quantized_weights_are_refused_with_the_fix(method, in_config):
     name = ATTENTION.format(0)
-    state = {name + part: torch.zeros(4, 4, dtype=torch.float32).to(kind) for part, kind in QUANTISED[method].items()}
-    config = {"quantization_config": {"quant_method": method}} if named else {}
-    with pytest.raises(UserError, match=f"are quantised{f' by {method}' if named else ''} .*import the model that was"):
+    state = {name + part: torch.zeros(4, 4, dtype=torch.float32).to(dtype) for part, dtype in QUANTIZED[method].items()}
+    config = {"quantization_config": {"quant_method": method}} if in_config else {}
+    with pytest.raises(
+        UserError, match=f"are quantized{f' by {method}' if in_config else ''} .*import the unquantized"
+    ):
         detect(
             decoder("llama"),
             state,
@@ -268,13 +270,13 @@ def test_quantised_weights_are_refused_with_the_fix(method, named):
         )
 
 
-def test_a_quantization_config_over_plain_tensors_is_left_out():
+def test_a_quantization_config_of_plain_tensors_is_ignored():
     found = detect(decoder("llama"), quantization_config={"quant_method": "awq", "bits": 4})
     assert found.llm == detect(decoder("llama")).llm
-    assert found.notes == ("The config's quantization_config is left out: no tensor is quantised.",)
+    assert found.notes == ("The config's quantization_config is ignored: no tensor is quantized.",)
 
 
-def test_parts_of_a_composite_config_have_transformers_kinds_by_default():
+def test_sections_of_a_composite_config_have_default_model_types():
     config = llava().config.to_dict()
     for key in ("text_config", "vision_config"):
         config[key] = {name: value for name, value in config[key].items() if name != "model_type"}
@@ -282,43 +284,43 @@ def test_parts_of_a_composite_config_have_transformers_kinds_by_default():
     assert (found.llm, found.vision, found.notes) == (detect(llava()).llm, detect(llava()).vision, ())
 
 
-def test_mistrals_own_names_are_told():
+def test_mistrals_own_names_are_refused():
     with pytest.raises(UserError, match="names of Mistral's or Meta's own code"):
-        recognise(opened({"tok_embeddings.weight": torch.zeros(2, 2), "norm.weight": torch.zeros(2)}), {})
+        detect_model(open_in_memory({"tok_embeddings.weight": torch.zeros(2, 2), "norm.weight": torch.zeros(2)}), {})
 
 
-def test_an_embedding_beside_a_projector_is_no_language_model():
+def test_an_embedding_alone_is_no_language_model():
     with pytest.raises(UserError, match="says num_hidden_layers 3, but the tensors hold 0 layers"):
-        recognise(opened({EMBEDDING: torch.zeros(62, 32)}), decoder("llama").config.to_dict())
+        detect_model(open_in_memory({EMBEDDING: torch.zeros(62, 32)}), decoder("llama").config.to_dict())
 
 
-def test_an_adapter_is_told_by_its_tensors():
+def test_adapters_are_refused_by_their_tensors():
     for name in (
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
         "model.q_proj.lora_B.default.weight",
     ):
-        with pytest.raises(UserError, match="are a LoRA adapter's, not a whole model's: merge it"):
-            recognise(opened({name: torch.zeros(2, 2)}), {})
+        with pytest.raises(UserError, match="are a LoRA adapter's, not a complete model's: merge it"):
+            detect_model(open_in_memory({name: torch.zeros(2, 2)}), {})
 
 
-def test_integers_are_no_weights():
-    with pytest.raises(UserError, match=r"model\.norm\.weight has type int64, which is no floating-point type"):
+def test_integer_weights_are_refused():
+    with pytest.raises(UserError, match=r"model\.norm\.weight has type int64, which is not a floating-point type"):
         detect(decoder("llama"), {"model.norm.weight": torch.zeros(32, dtype=torch.int64)})
 
 
-def test_a_config_that_is_missing_is_told(tmp_path, capsys):
-    folder = saved(tmp_path / "w", decoder("llama").state_dict())
+def test_a_missing_config_is_refused(tmp_path, capsys):
+    folder = save_checkpoint(tmp_path / "w", decoder("llama").state_dict())
     (folder / "config.json").write_text('{"vocab_size": 62}')
     for sentence in ("config.json has no model_type", "config.json is missing"):
         text = f"{folder}: {sentence}" if "missing" in sentence else sentence
-        assert door(main, ["import", str(folder), f"--to={tmp_path / 'ours'}"]) == 2
+        assert run_command(main, ["import", str(folder), f"--to={tmp_path / 'imported'}"]) == 2
         assert text in capsys.readouterr().err
         (folder / "config.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("damage", ["adapter", "link"])
-def test_chat_and_evaluate_tell_what_import_tells(tmp_path, damage):
-    folder = saved(tmp_path / "w", decoder("llama").state_dict())
+def test_opening_and_importing_give_the_same_error(tmp_path, damage):
+    folder = save_checkpoint(tmp_path / "w", decoder("llama").state_dict())
     if damage == "adapter":
         (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text("{}")
@@ -327,7 +329,7 @@ def test_chat_and_evaluate_tell_what_import_tells(tmp_path, damage):
         (folder / "config.json").unlink()
         (folder / "config.json").symlink_to("../../blobs/0123")
     sentences = []
-    for read in (lambda: open_model(epath.Path(folder)), lambda: import_weights(str(folder), tmp_path / "ours")):
+    for read in (lambda: open_model(epath.Path(folder)), lambda: import_weights(str(folder), tmp_path / "imported")):
         with pytest.raises(UserError) as raised:
             read()
         sentences.append(str(raised.value))
@@ -339,36 +341,39 @@ def test_chat_and_evaluate_tell_what_import_tells(tmp_path, damage):
 
 
 @pytest.mark.parametrize("types", [("float16", "float32", "float32"), ("float32", "bfloat16", "float16")])
-def test_layers_of_different_types_lose_nothing(tmp_path, types):
+def test_layers_of_different_types_lose_no_precision(tmp_path, types):
     state = dict(decoder("llama").state_dict())
     names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)]
-    for name, kind in zip(names, types, strict=True):
-        state[name] = (state[name] * 1e5 if kind == "float32" else state[name]).to(getattr(torch, kind))
-    report = import_weights(str(saved(tmp_path / "w", state)), tmp_path / "ours")
-    for folder in ("w", "ours"):
+    for name, dtype in zip(names, types, strict=True):
+        state[name] = (state[name] * 1e5 if dtype == "float32" else state[name]).to(getattr(torch, dtype))
+    report = import_weights(str(save_checkpoint(tmp_path / "w", state)), tmp_path / "imported")
+    for folder in ("w", "imported"):
         read = open_model(tmp_path / folder).read("llm/blocks/mlp/up/kernel")
         assert read.dtype == np.float32
         for layer, name in enumerate(names):
             np.testing.assert_array_equal(read[layer].T, state[name].float().numpy())
-    assert sorted(report["cast"]) == sorted({f"{kind} to float32" for kind in types} - {"float32 to float32"})
+    assert sorted(report["cast"]) == sorted({f"{dtype} to float32" for dtype in types} - {"float32 to float32"})
 
 
-def test_values_beyond_a_type_are_counted_and_told(tmp_path, capsys):
+def test_overflowing_values_are_counted_and_reported(tmp_path, capsys):
     state = dict(decoder("llama").state_dict())
-    wide = {EMBEDDING: 3, "model.layers.1.mlp.up_proj.weight": 2}
-    for name, count in wide.items():
+    overflowed = {EMBEDDING: 3, "model.layers.1.mlp.up_proj.weight": 2}
+    for name, count in overflowed.items():
         state[name] = state[name].clone()
-        state[name].view(-1)[:count] = 65520.0  # rounds to infinity, as nothing below does
+        state[name].view(-1)[:count] = 65520.0  # rounds to infinity; smaller values do not
         state[name].view(-1)[-1] = 65519.0
     state[HEAD] = state[HEAD].clone()
-    state[HEAD][0, 0] = torch.inf  # as it was
-    folder = saved(tmp_path / "w", state)
-    assert door(main, ["import", str(folder), f"--to={tmp_path / 'half'}", "--dtype=float16"]) == 0
+    state[HEAD][0, 0] = torch.inf  # infinite before the cast
+    folder = save_checkpoint(tmp_path / "w", state)
+    assert run_command(main, ["import", str(folder), f"--to={tmp_path / 'half'}", "--dtype=float16"]) == 0
     assert "WARNING: 5 values of 2 tensors (model." in capsys.readouterr().out
-    assert json.loads((tmp_path / "half" / "import.json").read_text())["overflowed"] == wide
+    assert json.loads((tmp_path / "half" / "import.json").read_text())["overflowed"] == overflowed
     assert np.isinf(open_model(tmp_path / "half").read("llm/embedding")).sum() == 3
     report = import_weights(str(folder), tmp_path / "bfloat16", dtype="bfloat16")
     assert report["overflowed"] == {}
     out = tmp_path / "out"
-    assert door(main, ["export", str(tmp_path / "bfloat16"), "--format=native", "--dtype=float16", f"--to={out}"]) == 0
+    assert (
+        run_command(main, ["export", str(tmp_path / "bfloat16"), "--format=native", "--dtype=float16", f"--to={out}"])
+        == 0
+    )
     assert "WARNING: 7 values of 2 tensors (llm/" in capsys.readouterr().out  # 65519 is 65536 in bfloat16

@@ -1,4 +1,4 @@
-"""Exports loaded by transformers in PyTorch, against the models that they were made from."""
+"""Exports loaded by transformers in PyTorch, compared with the models that they were made from."""
 
 import dataclasses
 import functools
@@ -22,15 +22,15 @@ from stf_jax.data.image import to_square
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.cli import door
-from stf_jax.runtime.mesh import computing, make_mesh
+from stf_jax.runtime.cli import run_command
+from stf_jax.runtime.mesh import compute_context, make_mesh
 from stf_jax.training.state import blueprint
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.imports import import_weights
 from stf_jax.weights.model import open_model
 from stf_jax.weights.verify import verify
 
-pytestmark = pytest.mark.usefixtures("torch_alone")
+pytestmark = pytest.mark.usefixtures("torch_setup")
 
 CASES = {
     "the paper's": (FusionConfig("mbtf_stf"), "clip", "llama"),
@@ -55,21 +55,21 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Case → folder of the model, folder of its export."""
+    """Returns a function from a case to the folders of the model and of its export."""
 
     @functools.cache
-    def get(case, **how):
+    def export(case, **settings):
         root = tmp_path_factory.mktemp("case")
-        ours = make(root / "ours", *CASES[case], **how)
-        export_hf(ours, root / "theirs")
-        return ours, root / "theirs"
+        folder = make(root / "model", *CASES[case], **settings)
+        export_hf(folder, root / "export")
+        return folder, root / "export"
 
-    return get
+    return export
 
 
 @functools.cache
-def our_model(folder):
-    """Logits of our model, as a compiled call."""
+def load_logits(folder):
+    """Returns a compiled function to our model's logits."""
     saved = open_model(folder)
     plan = blueprint(dataclasses.replace(saved.config, precision="float32", remat="none"))
     mesh = make_mesh(MeshConfig(1, 1, 1))
@@ -81,81 +81,83 @@ def our_model(folder):
         return plan.merge(params)(tokens, jnp.arange(tokens.shape[1])[None], None, slots, images)
 
     def call(tokens, slots, images):
-        with computing(mesh, "float32"):
+        with compute_context(mesh, "float32"):
             return np.array(run(params, tokens, slots, images))
 
     return call
 
 
 def our_logits(folder, ids, is_image, images):
-    """Of one row of ids [T]; images are uint8 [M, H, W, 3], two at most."""
-    length = -(-len(ids) // 64) * 64  # few lengths, few compilations
+    """Our model's logits of one row of ids [T] with images uint8 [M, H, W, 3], two at most."""
+    length = -(-len(ids) // 64) * 64  # fewer lengths, fewer compilations
     tokens, slots = np.zeros((1, length), np.int32), np.full((1, length), -1, np.int32)
     tokens[0, : len(ids)] = np.where(is_image, 0, ids)
     slots[0, : len(ids)] = np.where(is_image, np.cumsum(is_image) - 1, -1)
-    shown = np.zeros((1, 2, 36, 36, 3), np.uint8)
-    for i, one in enumerate(images):
-        shown[0, i] = one
-    return our_model(folder)(tokens, slots, shown)[0, : len(ids)]
+    pixels = np.zeros((1, 2, 36, 36, 3), np.uint8)
+    for i, image in enumerate(images):
+        pixels[0, i] = image
+    return load_logits(folder)(tokens, slots, pixels)[0, : len(ids)]
 
 
-def seen(inputs, config):
-    """The images of a processor's answer, uint8 [M, H, W, 3]."""
+def to_uint8(inputs, config):
+    """Returns the images of a processor's output as uint8 [M, H, W, 3]."""
     values = inputs["pixel_values"].permute(0, 2, 3, 1).numpy()
     return np.rint((values * np.array(config.std) + np.array(config.mean)) * 255).astype(np.uint8)
 
 
-def prompt(processor, *turns, **how):
+def build_prompt(processor, *turns, **kwargs):
     return processor.apply_chat_template(
-        list(turns), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **how
+        list(turns), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **kwargs
     )
 
 
-# ---- The same model --------------------------------------------------------------------------------------------------
+# ---- Logits and generation -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_agree(exported, case):
-    folder, theirs = exported(case)
-    model, processor = load(theirs)
+def test_logits_match(exported, case):
+    folder, export = exported(case)
+    model, processor = load(export)
     assert isinstance(model, LlavaForConditionalGeneration) == case.startswith("mlp")
     images = [make_image(1), make_image(2, (36, 80))]
-    inputs = prompt(processor, turn("Which of them is red?", *images))
+    inputs = build_prompt(processor, turn("Which of them is red?", *images))
     with torch.no_grad():
         logits = model(**inputs).logits[0].numpy()
     ids = inputs["input_ids"][0].numpy()
     is_image = ids == processor.image_token_id
     saved = open_model(folder)
     assert is_image.sum() == 2 * slots_per_image(saved.config)
-    squares = seen(inputs, saved.description.vision)
+    squares = to_uint8(inputs, saved.description.vision)
     np.testing.assert_allclose(
         logits[:, : saved.description.llm.vocab], our_logits(folder, ids, is_image, squares), atol=1e-4
     )
 
 
 @pytest.mark.parametrize("case", ["the paper's", "widths", "mlp"])
-def test_generations_agree_in_batches_padded_on_the_left(exported, case):
-    """Sixteen prompts, with and without images; each new token is our greedy choice after those before it."""
-    folder, theirs = exported(case)
-    model, processor = load(theirs)
+def test_generation_matches_in_left_padded_batches(exported, case):
+    """Sixteen prompts with and without images; each new token is our model's greedy choice."""
+    folder, export = exported(case)
+    model, processor = load(export)
     texts, images = [], []
     for i in range(16):
-        shown = [make_image(10 * i + j) for j in range((0, 1, 1, 2)[i % 4])]
+        own_images = [make_image(10 * i + j) for j in range((0, 1, 1, 2)[i % 4])]
         text = "Which " + "very " * (i % 5) + "odd thing is it?"
-        texts.append(processor.apply_chat_template([turn(text, *shown)], add_generation_prompt=True, tokenize=False))
-        images.append(shown)
-    flat = [one for shown in images for one in shown]
+        texts.append(
+            processor.apply_chat_template([turn(text, *own_images)], add_generation_prompt=True, tokenize=False)
+        )
+        images.append(own_images)
+    flat = [image for own_images in images for image in own_images]
     inputs = processor(text=texts, images=flat, padding=True, return_tensors="pt")
     with torch.no_grad():
-        said = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-        without = model.generate(**inputs, max_new_tokens=64, do_sample=False, use_cache=False)
-    assert torch.equal(said, without)
+        output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+        uncached = model.generate(**inputs, max_new_tokens=64, do_sample=False, use_cache=False)
+    assert torch.equal(output, uncached)
     vision = open_model(folder).description.vision
-    start, squares = inputs["input_ids"].shape[1], iter(seen(inputs, vision))
-    for row, mask, shown in zip(said.numpy(), inputs["attention_mask"].numpy(), images, strict=True):
+    start, squares = inputs["input_ids"].shape[1], iter(to_uint8(inputs, vision))
+    for row, mask, own_images in zip(output.numpy(), inputs["attention_mask"].numpy(), images, strict=True):
         ids = row[start - mask.sum() :]
-        logits = our_logits(folder, ids, ids == processor.image_token_id, [next(squares) for _ in shown])
-        logits[:, processor.image_token_id :] = -np.inf  # which the export's generation config keeps from being said
+        logits = our_logits(folder, ids, ids == processor.image_token_id, [next(squares) for _ in own_images])
+        logits[:, processor.image_token_id :] = -np.inf  # suppressed by the export's generation config
         choices = logits.argmax(-1)[-65:-1]
         assert len(choices) == 64
         assert choices.tolist() == ids[-64:].tolist()
@@ -168,9 +170,9 @@ def test_generations_agree_in_batches_padded_on_the_left(exported, case):
         *(("bfloat16", case) for case in ("the paper's", "pixel_shuffle", "mlp")),
     ],
 )
-def test_a_round_trip_changes_no_bit(tmp_path, case, dtype):
-    """Export, import and export again: the same model under the same names."""
-    first = make(tmp_path / "ours", *CASES[case], dtype, aspect="pad")
+def test_a_round_trip_is_exact(tmp_path, case, dtype):
+    """Exporting, importing and exporting again gives the same model under the same names."""
+    first = make(tmp_path / "model", *CASES[case], dtype, aspect="pad")
     report = export_hf(first, tmp_path / "hf")
     import_weights(str(tmp_path / "hf"), tmp_path / "again")
     export_hf(tmp_path / "again", tmp_path / "hf-again")
@@ -181,32 +183,32 @@ def test_a_round_trip_changes_no_bit(tmp_path, case, dtype):
         np.testing.assert_array_equal(before.read(path).view(np.uint8), after.read(path).view(np.uint8))
     for part in ("vision", "llm", "template", "aspect"):
         assert getattr(after.description, part) == getattr(before.description, part)
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "hf-again"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    exported, reexported = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "hf-again"))
+    assert exported.keys() == reexported.keys()
+    assert all(torch.equal(exported[name], reexported[name]) for name in exported)
     for name in ("config.json", "processor_config.json", "preprocessor_config.json", "generation_config.json"):
         assert (tmp_path / "hf" / name).read_text() == (tmp_path / "hf-again" / name).read_text()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-def test_halves_and_kernels(exported, dtype, kernel):
+def test_half_precision_and_kernels(exported, dtype, kernel):
     model, processor = load(exported("the paper's")[1], dtype=dtype, attn_implementation=kernel)
     full, _ = load(exported("the paper's")[1], attn_implementation="eager")
     assert {
         module.config._attn_implementation for module in (model.model.language_model, model.model.vision_tower)
     } == {kernel}
-    inputs = prompt(processor, turn("What?", make_image(1)))
+    inputs = build_prompt(processor, turn("What?", make_image(1)))
     with torch.no_grad():
         logits, exact = model(**inputs).logits.float(), full(**inputs).logits
         assert (logits - exact).abs().max() < 0.1 * exact.abs().max()
         assert model.generate(**inputs, max_new_tokens=4, min_new_tokens=4).shape[1] == inputs["input_ids"].shape[1] + 4
 
 
-def test_it_can_be_trained_there(exported):
+def test_an_export_can_be_trained_in_pytorch(exported):
     model, processor = load(exported("the paper's")[1])
     model.model.vision_tower.requires_grad_(False)
-    inputs = prompt(processor, turn("What?", make_image(1)))
+    inputs = build_prompt(processor, turn("What?", make_image(1)))
     labels = torch.where(inputs["input_ids"] == processor.image_token_id, -100, inputs["input_ids"])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     losses = []
@@ -226,37 +228,39 @@ def test_it_can_be_trained_there(exported):
     model(**inputs, labels=labels).loss.backward()
 
 
-def test_both_answer_alike(exported):
-    folder, theirs = exported("the paper's")
-    pairs = verify(folder, theirs, questions=3, limit=8)
+def test_verify_compares_answers(exported):
+    folder, export = exported("the paper's")
+    pairs = verify(folder, export, num_questions=3, max_new_tokens=8)
     assert len(pairs) == 3
-    assert all(pair.ours and pair.ours == pair.theirs for pair in pairs)
+    assert all(pair.jax and pair.jax == pair.pytorch for pair in pairs)
 
 
-def test_what_is_amiss_when_both_are_asked_is_said(exported, tmp_path, capsys, monkeypatch):
-    folder, theirs = exported("mlp")
-    monkeypatch.setattr("stf_jax.weights.verify._ours", lambda checkpoint, asked, limit: ["ours"] * len(asked))
+def test_verify_reports_differences_and_errors(exported, tmp_path, capsys, monkeypatch):
+    folder, export = exported("mlp")
+    monkeypatch.setattr(
+        "stf_jax.weights.verify._answer_in_jax", lambda folder, questions, limit: ["x"] * len(questions)
+    )
 
-    def said(export, *options):
-        status = door(main, ["verify", str(folder), str(export), "--tokens=2", "--questions=2", *options])
-        printed, complained = capsys.readouterr()
-        return status, printed, complained.splitlines()[-1]
+    def run_verify(export, *options):
+        status = run_command(main, ["verify", str(folder), str(export), "--tokens=2", "--questions=2", *options])
+        out, err = capsys.readouterr()
+        return status, out, err.splitlines()[-1]
 
-    status, printed, complained = said(theirs)
-    assert (status, complained) == (2, f"error: {theirs} does not answer as {folder} does.")
-    assert len(printed.splitlines()) == 4
-    assert printed.endswith("0 of 2 answers are the same.\n")
-    assert said(theirs, "--questions=0")[2] == "error: --questions and --tokens must be at least 1."
-    assert said(folder)[2] == f"error: {folder} holds no weights: neither *.safetensors, *.bin nor *.gguf."
-    torn = shutil.copytree(theirs, tmp_path / "torn")
-    (torn / "model.safetensors").write_bytes((theirs / "model.safetensors").read_bytes()[:-100])
-    assert said(torn)[2].startswith(f"error: {torn}/model.safetensors ")
+    status, out, err = run_verify(export)
+    assert (status, err) == (2, f"error: {export} does not answer as {folder} does.")
+    assert len(out.splitlines()) == 4
+    assert out.endswith("0 of 2 answers are the same.\n")
+    assert run_verify(export, "--questions=0")[2] == "error: --questions and --tokens must be at least 1."
+    assert run_verify(folder)[2] == f"error: {folder} holds no weights: neither *.safetensors, *.bin nor *.gguf."
+    torn = shutil.copytree(export, tmp_path / "torn")
+    (torn / "model.safetensors").write_bytes((export / "model.safetensors").read_bytes()[:-100])
+    assert run_verify(torn)[2].startswith(f"error: {torn}/model.safetensors ")
 
 
 # ---- Prompts and images --------------------------------------------------------------------------------------------
 
 
-def our_prompt(folder, tokenizer, template, turns, images):
+def encode_prompt(folder, tokenizer, template, turns, images):
     slots = slots_per_image(open_model(folder).config)
     return encode(template_items(template, Record("a", images, turns)), tokenizer, slots)
 
@@ -264,8 +268,8 @@ def our_prompt(folder, tokenizer, template, turns, images):
 STOPS = {"llama-3": ["<|eot_id|>"], "chatml": ["<|im_end|>"]}
 
 
-def with_tokenizer(folder, kind, request):
-    """Gives the model Llama's tokenizer or its own, with the control tokens of every template; loads it."""
+def replace_tokenizer(folder, kind, request):
+    """Gives the model Llama's or the miniature tokenizer, with the control tokens of all templates; returns it."""
     source = MINIATURE if kind == "miniature" else request.getfixturevalue("llama").name_or_path
     tokenizer = load_tokenizer(str(source))
     tokenizer.add_special_tokens({"additional_special_tokens": CONTROL})
@@ -280,19 +284,19 @@ def with_tokenizer(folder, kind, request):
     ("case", "kind", "template"),
     [
         *itertools.product(("the paper's", "mlp"), ("miniature", "llama"), CHATS),
-        # Its later rounds go on without SentencePiece's space.
+        # Its later rounds continue without SentencePiece's space.
         ("the paper's", "llama, not legacy", "v1"),
         ("mlp", "llama, not legacy", "v1"),
         ("mlp", "llama, not legacy", "chatml"),
     ],
 )
-def test_prompts_are_ours_to_the_token(tmp_path, case, kind, template, request):
-    folder = make(tmp_path / "ours", *CASES[case], template=template)
-    tokenizer = with_tokenizer(folder, kind, request)
+def test_prompts_match_to_the_token(tmp_path, case, kind, template, request):
+    folder = make(tmp_path / "model", *CASES[case], template=template)
+    tokenizer = replace_tokenizer(folder, kind, request)
     export_hf(folder, tmp_path / "hf")
     processor = AutoProcessor.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     images = (make_image(1), make_image(2), make_image(3))
-    said = (
+    messages = (
         turn("  Compare\nthem all. ", *images[:2]),
         {"role": "assistant", "content": [{"type": "text", "text": " One is red. "}]},
         turn("Which?"),
@@ -306,102 +310,105 @@ def test_prompts_are_ours_to_the_token(tmp_path, case, kind, template, request):
         Turn("gpt", "Straße 🤗"),
         Turn("human", "<image>\nAnd now?"),
     )
-    inputs = prompt(processor, *said)
-    ours = our_prompt(folder, tokenizer, template, turns, images)
+    inputs = build_prompt(processor, *messages)
+    expected = encode_prompt(folder, tokenizer, template, turns, images)
     is_image = inputs["input_ids"][0].numpy() == processor.image_token_id
-    assert is_image.tolist() == ours.is_image.tolist()
-    assert inputs["input_ids"][0].numpy()[~is_image].tolist() == ours.tokens[~is_image].tolist()
+    assert is_image.tolist() == expected.is_image.tolist()
+    assert inputs["input_ids"][0].numpy()[~is_image].tolist() == expected.tokens[~is_image].tolist()
     assert inputs["attention_mask"].all()
-    # The template, rendered and tokenised, says the same: by the processor, and by servers, which add nothing to it.
-    rendered = processor.apply_chat_template(list(said), add_generation_prompt=True)
+    # Rendering the template and tokenizing it gives the same, with the processor and as servers do.
+    rendered = processor.apply_chat_template(list(messages), add_generation_prompt=True)
     assert processor(text=[rendered], images=list(images))["input_ids"] == inputs["input_ids"].tolist()
-    filled = rendered.replace("<image>", "<image>" * (int(is_image.sum()) // 3))
-    assert processor.tokenizer(filled, add_special_tokens=False).input_ids == inputs["input_ids"][0].tolist()
-    # A whole conversation, as for training there.
-    whole = processor.apply_chat_template(list(said[:4]), tokenize=True, return_dict=True)["input_ids"][0]
-    ours = our_prompt(folder, tokenizer, template, turns[:4], images[:2])
-    assert [i for i in whole if i != processor.image_token_id] == ours.tokens[~ours.is_image].tolist()
-    # An image alone; and where the template writes spaces, the export read back.
-    alone = prompt(processor, turn("", make_image(1)))["input_ids"][0]
+    expanded = rendered.replace("<image>", "<image>" * (int(is_image.sum()) // 3))
+    assert processor.tokenizer(expanded, add_special_tokens=False).input_ids == inputs["input_ids"][0].tolist()
+    # A conversation that ends with an answer, as for training in PyTorch.
+    full = processor.apply_chat_template(list(messages[:4]), tokenize=True, return_dict=True)["input_ids"][0]
+    expected = encode_prompt(folder, tokenizer, template, turns[:4], images[:2])
+    assert [i for i in full if i != processor.image_token_id] == expected.tokens[~expected.is_image].tolist()
+    # Only an image; if the template writes spaces, also with the export's tokenizer.
+    alone = build_prompt(processor, turn("", make_image(1)))["input_ids"][0]
     turns = (Turn("human", "<image>"),)
-    for one in (tokenizer, *([load_tokenizer(str(tmp_path / "hf"))] if kind.endswith("legacy") else [])):
-        ours = our_prompt(folder, one, template, turns, images[:1])
-        assert alone[alone != processor.image_token_id].tolist() == ours.tokens[~ours.is_image].tolist()
-    # Releases before 5 know these by another name.
+    for candidate in (tokenizer, *([load_tokenizer(str(tmp_path / "hf"))] if kind.endswith("legacy") else [])):
+        expected = encode_prompt(folder, candidate, template, turns, images[:1])
+        assert alone[alone != processor.image_token_id].tolist() == expected.tokens[~expected.is_image].tolist()
+    # Releases before 5 have another key for these.
     values = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert set(CONTROL) <= set(values["additional_special_tokens"])
     assert "extra_special_tokens" not in values
-    # What ends an answer there ends it here, and what nothing has trained is not said: <image>, whose id is the next
-    # behind the control tokens, and what rows there are beyond it (512 of the miniature's 501 and 5).
-    how = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    # Answers end with the same tokens, and untrained tokens are suppressed: <image>, whose id follows the control
+    # tokens, and the rows beyond it (the model has 512; the miniature tokenizer has 501 tokens and 5 control tokens).
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     ends = [*STOPS.get(template, []), "</s>"]
-    assert how["eos_token_id"] == tokenizer.convert_tokens_to_ids(ends)
-    never = list(range(506, 512)) if kind == "miniature" else [32_005]
-    assert how["suppress_tokens"] == never
+    assert generation["eos_token_id"] == tokenizer.convert_tokens_to_ids(ends)
+    suppressed = list(range(506, 512)) if kind == "miniature" else [32_005]
+    assert generation["suppress_tokens"] == suppressed
 
 
 @pytest.mark.parametrize("template", [*CHATS, "plain"])
-def test_a_system_message_is_said_as_in_training(tmp_path, template, request):
-    folder = make(tmp_path / "ours", *CASES["the paper's"], template=template)
-    with_tokenizer(folder, "miniature", request)
+def test_system_messages_are_encoded_as_in_training(tmp_path, template, request):
+    folder = make(tmp_path / "model", *CASES["the paper's"], template=template)
+    replace_tokenizer(folder, "miniature", request)
     export_hf(folder, tmp_path / "hf")
     processor = AutoProcessor.from_pretrained(tmp_path / "hf", trust_remote_code=True)
-    asked = (turn("What?"), {"role": "assistant", "content": "A cat."}, turn("Sure?"))
+    messages = (turn("What?"), {"role": "assistant", "content": "A cat."}, turn("Sure?"))
     turns = (Turn("human", "What?"), Turn("gpt", "A cat."), Turn("human", "Sure?"))
     system = {"role": "system", "content": [{"type": "text", "text": ' Say "no".\n'}]}
     if template == "plain":
         with pytest.raises(Exception, match="trained without system messages"):
-            processor.apply_chat_template([system, *asked])
+            processor.apply_chat_template([system, *messages])
         return
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     for text, message in (' Say "no".\n', system), (" ", {"role": "system", "content": " "}):
-        inputs = prompt(processor, message, *asked)
-        ours = our_prompt(folder, tokenizer, template, (Turn("system", text), *turns), ())
-        assert inputs["input_ids"][0].tolist() == ours.tokens.tolist()
+        inputs = build_prompt(processor, message, *messages)
+        expected = encode_prompt(folder, tokenizer, template, (Turn("system", text), *turns), ())
+        assert inputs["input_ids"][0].tolist() == expected.tokens.tolist()
 
 
-def test_a_template_without_its_control_tokens_is_not_exported(tmp_path, capsys):
-    folder = make(tmp_path / "ours", *CASES["the paper's"], template="chatml")
-    assert door(main, ["export", str(folder), "--format=hf", f"--to={tmp_path / 'hf'}"]) == 2
+def test_a_template_needs_its_control_tokens(tmp_path, capsys):
+    folder = make(tmp_path / "model", *CASES["the paper's"], template="chatml")
+    assert run_command(main, ["export", str(folder), "--format=hf", f"--to={tmp_path / 'hf'}"]) == 2
     assert "'chatml' needs the token <|im_start|>" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
 
 
-def test_captions_are_asked_for_as_they_were_learned(tmp_path):
-    folder = make(tmp_path / "ours", *CASES["the paper's"], template="plain")
+def test_caption_prompts_match_training(tmp_path):
+    folder = make(tmp_path / "model", *CASES["the paper's"], template="plain")
     export_hf(folder, tmp_path / "hf")
     _, processor = load(tmp_path / "hf")
-    said = (turn("Describe.", make_image(1)), {"role": "assistant", "content": "A cat. "})
-    ids = processor.apply_chat_template(list(said), tokenize=True, return_dict=True)["input_ids"][0]
+    messages = (turn("Describe.", make_image(1)), {"role": "assistant", "content": "A cat. "})
+    ids = processor.apply_chat_template(list(messages), tokenize=True, return_dict=True)["input_ids"][0]
     turns = (Turn("human", "Describe.\n<image>"), Turn("gpt", "A cat. "))
     tokenizer = load_tokenizer("miniature")
-    ours = our_prompt(folder, tokenizer, "plain", turns, (make_image(1),))
-    how = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
-    assert how["eos_token_id"] == [ours.tokens[-1], tokenizer.eos_token_id]  # the newline that was learned
-    assert [i for i in ids if i != processor.image_token_id] == ours.tokens[~ours.is_image].tolist()
+    expected = encode_prompt(folder, tokenizer, "plain", turns, (make_image(1),))
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [
+        expected.tokens[-1],
+        tokenizer.eos_token_id,
+    ]  # the newline that ends a caption
+    assert [i for i in ids if i != processor.image_token_id] == expected.tokens[~expected.is_image].tolist()
 
 
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("aspect", ["square", "pad"])
-def test_images_are_ours(tmp_path, tower, aspect):
-    folder = make(tmp_path / "ours", FusionConfig("mbtf_stf"), tower, "llama", aspect=aspect)
+def test_images_match(tmp_path, tower, aspect):
+    folder = make(tmp_path / "model", FusionConfig("mbtf_stf"), tower, "llama", aspect=aspect)
     export_hf(folder, tmp_path / "hf")
     _, processor = load(tmp_path / "hf")
     config = TOWERS[tower]
     for size in ((36, 36), (50, 41), (41, 50), (20, 97), (200, 30)):
-        one = make_image(3, size)
-        inputs = prompt(processor, turn("What?", one))
+        image = make_image(3, size)
+        inputs = build_prompt(processor, turn("What?", image))
         values = inputs["pixel_values"][0].permute(1, 2, 0).numpy()
-        ours = to_square(one, config, aspect)
-        off = np.abs(seen(inputs, config)[0].astype(int) - ours)
-        assert off.max() <= 1  # roundings, in few places
-        assert (off > 0).mean() < 0.02
+        expected = to_square(image, config, aspect)
+        difference = np.abs(to_uint8(inputs, config)[0].astype(int) - expected)
+        assert difference.max() <= 1  # rounding, in few pixels
+        assert (difference > 0).mean() < 0.02
         np.testing.assert_allclose(
-            values, (seen(inputs, config)[0] / 255 - np.array(config.mean)) / np.array(config.std), atol=1e-6
+            values, (to_uint8(inputs, config)[0] / 255 - np.array(config.mean)) / np.array(config.std), atol=1e-6
         )
 
 
-def test_images_and_places_must_match(exported):
+def test_images_and_placeholders_must_match(exported):
     model, processor = load(exported("the paper's")[1])
     with pytest.raises(ValueError, match="1 <image>, but there are 2 images"):
         processor(text="<image> What?", images=[make_image(1), make_image(2)])
@@ -410,51 +417,56 @@ def test_images_and_places_must_match(exported):
     inputs = processor(text="<image> What?", images=make_image(1), return_tensors="pt")
     with pytest.raises(ValueError, match="no pixel_values"):
         model(input_ids=inputs["input_ids"])
-    with pytest.raises(ValueError, match="places for"):
+    with pytest.raises(ValueError, match="placeholders for"):
         model(input_ids=inputs["input_ids"][:, 3:], pixel_values=inputs["pixel_values"])
-    with pytest.raises(ValueError, match="not truncated"):
+    with pytest.raises(ValueError, match="Truncation is not supported"):
         processor(text="What?", truncation=True, max_length=4)
 
 
-def test_servers_learn_where_the_images_are(exported):
+def test_the_processor_gives_servers_the_image_positions(exported):
     _, processor = load(exported("the paper's")[1])
     assert processor._get_num_multimodal_tokens([(10, 10), (5, 7)])["num_image_tokens"] == [9, 9]
     assert processor(images=[make_image(1), make_image(2)], return_tensors="pt")["pixel_values"].shape == (2, 3, 36, 36)
-    asked = dict(return_mm_token_type_ids=True, return_text_replacement_offsets=True, padding=True, return_tensors="pt")
-    batch = processor(text=["A <image> b", "<image><image>"], images=[make_image(i) for i in range(3)], **asked)
+    options = dict(
+        return_mm_token_type_ids=True, return_text_replacement_offsets=True, padding=True, return_tensors="pt"
+    )
+    batch = processor(text=["A <image> b", "<image><image>"], images=[make_image(i) for i in range(3)], **options)
     assert torch.equal(batch["mm_token_type_ids"], (batch["input_ids"] == processor.image_token_id).long())
-    assert [[one["span"] for one in row] for row in batch["text_replacement_offsets"]] == [[(2, 9)], [(0, 7), (7, 14)]]
-    assert all(one["replacement"] == "<image>" * 9 for row in batch["text_replacement_offsets"] for one in row)
+    assert [[item["span"] for item in row] for row in batch["text_replacement_offsets"]] == [
+        [(2, 9)],
+        [(0, 7), (7, 14)],
+    ]
+    assert all(item["replacement"] == "<image>" * 9 for row in batch["text_replacement_offsets"] for item in row)
 
 
-def test_beams_see_the_images_of_their_own_row(exported):
+def test_beams_have_the_images_of_their_row(exported):
     model, processor = load(exported("the paper's")[1])
     texts = ["USER: <image>\n<image>\nWhich? ASSISTANT:", "USER: <image>\nWhat? ASSISTANT:"]
-    both = processor(text=texts, images=[make_image(i) for i in range(3)], padding=True, return_tensors="pt")
-    own = both["pixel_values"]
-    rows, more = model._expand_inputs_for_generation(2, False, both["input_ids"], pixel_values=own)
-    assert torch.equal(rows, both["input_ids"].repeat_interleave(2, 0))
-    assert torch.equal(more["pixel_values"], torch.cat([own[:2], own[:2], own[2:], own[2:]]))
+    inputs = processor(text=texts, images=[make_image(i) for i in range(3)], padding=True, return_tensors="pt")
+    pixels = inputs["pixel_values"]
+    rows, kwargs = model._expand_inputs_for_generation(2, False, inputs["input_ids"], pixel_values=pixels)
+    assert torch.equal(rows, inputs["input_ids"].repeat_interleave(2, 0))
+    assert torch.equal(kwargs["pixel_values"], torch.cat([pixels[:2], pixels[:2], pixels[2:], pixels[2:]]))
     with torch.no_grad():
-        assert len(model.generate(**both, max_new_tokens=3, num_beams=2)) == 2
+        assert len(model.generate(**inputs, max_new_tokens=3, num_beams=2)) == 2
 
 
-# ---- What is written -------------------------------------------------------------------------------------------------
+# ---- Files and errors ------------------------------------------------------------------------------------------------
 
 
-def test_weights_are_sharded_with_an_index(exported, tmp_path, monkeypatch):
+def test_large_weights_are_sharded_with_an_index(exported, tmp_path, monkeypatch):
     monkeypatch.setattr("stf_jax.weights.export_hf.write_shards", functools.partial(_write_shards, limit=40_000))
     export_hf(exported("the paper's")[0], tmp_path / "hf")
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "hf").glob("*.safetensors"))
     assert len(files) > 2
     assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
-    whole = load_file(exported("the paper's")[1] / "model.safetensors")
+    expected = load_file(exported("the paper's")[1] / "model.safetensors")
     assert {
-        name: torch.equal(load_file(tmp_path / "hf" / file)[name], whole[name])
+        name: torch.equal(load_file(tmp_path / "hf" / file)[name], expected[name])
         for name, file in index["weight_map"].items()
-    } == dict.fromkeys(whole, True)
-    assert index["metadata"]["total_size"] == sum(value.nbytes for value in whole.values())
+    } == dict.fromkeys(expected, True)
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in expected.values())
     load(tmp_path / "hf")
 
 
@@ -464,9 +476,11 @@ def _write_shards(folder, tensors, limit):
     write_shards(folder, tensors, limit)
 
 
-def test_a_type_may_be_asked_for(exported, tmp_path, capsys):
+def test_exports_can_be_cast(exported, tmp_path, capsys):
     assert (
-        door(main, ["export", str(exported("mlp")[0]), "--format=hf", f"--to={tmp_path / 'hf'}", "--dtype=bfloat16"])
+        run_command(
+            main, ["export", str(exported("mlp")[0]), "--format=hf", f"--to={tmp_path / 'hf'}", "--dtype=bfloat16"]
+        )
         == 0
     )
     assert {value.dtype for value in load_file(tmp_path / "hf" / "model.safetensors").values()} == {torch.bfloat16}
@@ -477,22 +491,22 @@ def test_a_type_may_be_asked_for(exported, tmp_path, capsys):
     assert "from float32 to bfloat16" in capsys.readouterr().out
 
 
-def test_what_cannot_be_exported_is_said_and_nothing_is_left(exported, tmp_path, capsys, monkeypatch):
-    def refused(*args):
-        assert door(main, ["export", *map(str, args), "--format=hf"]) == 2
+def test_failed_exports_leave_no_files(exported, tmp_path, capsys, monkeypatch):
+    def export_error(*args):
+        assert run_command(main, ["export", *map(str, args), "--format=hf"]) == 2
         return capsys.readouterr().err
 
     folder = exported("the paper's")[0]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
-    assert "is not empty" in refused(folder, f"--to={tmp_path / 'full'}")
-    assert "neither the workdir" in refused(tmp_path, f"--to={tmp_path / 'hf'}")
+    assert "is not empty" in export_error(folder, f"--to={tmp_path / 'full'}")
+    assert "neither the workdir" in export_error(tmp_path, f"--to={tmp_path / 'hf'}")
     half = shutil.copytree(folder, tmp_path / "half")
     shutil.rmtree(half / "tokenizer")
-    assert "lacks tokenizer" in refused(half, f"--to={tmp_path / 'hf'}")
+    assert "lacks tokenizer" in export_error(half, f"--to={tmp_path / 'hf'}")
     both = tmp_path / "both"
     odd = dataclasses.replace(LLAMA, qkv_bias=True, qk_norm=True)
     monkeypatch.setitem(DECODERS, "odd", odd)
     make(both, FusionConfig("mbtf_stf"), "clip", "odd")
-    assert "both query biases and query norms" in refused(both, f"--to={tmp_path / 'hf'}")
+    assert "both query biases and query norms" in export_error(both, f"--to={tmp_path / 'hf'}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["both", "full", "half"]

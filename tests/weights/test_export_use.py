@@ -1,4 +1,4 @@
-"""Exports as other programs use them: what models and processors give, files, README, and prompts however made."""
+"""Exports as other programs use them: models, processors, files, the README, and all ways to build prompts."""
 
 import inspect
 import json
@@ -17,15 +17,15 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from stf_jax.config import FusionConfig
 from stf_jax.convert import main
-from stf_jax.data.conversation import begin_tokens, encode, template_items
+from stf_jax.data.conversation import encode, initial_tokens, template_items
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.exports import export_native
 from stf_jax.weights.imports import import_weights
 
-pytestmark = pytest.mark.usefixtures("torch_alone")
+pytestmark = pytest.mark.usefixtures("torch_setup")
 
 SLOTS = {"mbtf_stf": 9, "mlp": 36}
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """Fusion → folder of the model, folder of its export."""
+    """Returns the folders of the model and of its export, by fusion."""
     root = tmp_path_factory.mktemp("exports")
     for fusion in SLOTS:
         make(root / fusion, FusionConfig(fusion), "clip", "llama")
@@ -42,8 +42,8 @@ def exports(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plain(exports, tmp_path_factory):
-    """Fusion → folder of the export of the same model, had it been trained on captions."""
+def plain_exports(exports, tmp_path_factory):
+    """Returns the export of the same model with the template of captions, by fusion."""
     root = tmp_path_factory.mktemp("plain")
     for fusion, (model, _) in exports.items():
         model = shutil.copytree(model, root / fusion)
@@ -54,8 +54,8 @@ def plain(exports, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def opened(exports):
-    """The authors' model in PyTorch, its processor, and a question with two images."""
+def paper_model(exports):
+    """Returns the paper's model in PyTorch, its processor, and a prompt with two images."""
     model, processor = load(exports["mbtf_stf"][1])
     inputs = processor.apply_chat_template(
         [turn("Which?", make_image(1), make_image(2))],
@@ -70,8 +70,8 @@ def opened(exports):
 # ---- The model -------------------------------------------------------------------------------------------------------
 
 
-def test_image_features_are_what_transformers_5_defines(opened):
-    model, _, inputs = opened
+def test_image_features_follow_transformers_5(paper_model):
+    model, _, inputs = paper_model
     with torch.no_grad():
         output = model.get_image_features(inputs["pixel_values"], return_dict=True)
         last, tokens, states = model.get_image_features(inputs["pixel_values"], return_dict=False)
@@ -86,26 +86,26 @@ def test_image_features_are_what_transformers_5_defines(opened):
     assert len(states) == len(output.hidden_states) == 5
 
 
-@pytest.mark.parametrize("said", [True, False])
-def test_return_dict_false_gives_a_tuple(opened, monkeypatch, said):
-    model, _, inputs = opened
-    how = {"return_dict": False} if said else {}
+@pytest.mark.parametrize("as_argument", [True, False])
+def test_return_dict_false_gives_a_tuple(paper_model, monkeypatch, as_argument):
+    model, _, inputs = paper_model
+    kwargs = {"return_dict": False} if as_argument else {}
     with torch.no_grad():
-        whole, inner = model(**inputs), model.model(**inputs)
-        if not said:
+        full, inner = model(**inputs), model.model(**inputs)
+        if not as_argument:
             monkeypatch.setattr(model.config, "return_dict", False)
-        logits, *_ = model(**inputs, **how)
-        hidden, *_ = model.model(**inputs, **how)
-        loss, again, *_ = model(**inputs, labels=inputs["input_ids"], **how)
-    assert torch.equal(logits, whole.logits)
+        logits, *_ = model(**inputs, **kwargs)
+        hidden, *_ = model.model(**inputs, **kwargs)
+        loss, logits_with_loss, *_ = model(**inputs, labels=inputs["input_ids"], **kwargs)
+    assert torch.equal(logits, full.logits)
     assert torch.equal(hidden, inner.last_hidden_state)
     assert loss.ndim == 0
-    assert torch.equal(again, logits)
+    assert torch.equal(logits_with_loss, logits)
 
 
-def test_the_cache_has_whatever_name_a_release_gives_it(opened, monkeypatch):
-    """transformers 5.24 calls it ``cache``, and warns wherever ``past_key_values`` is passed or read."""
-    model, _, inputs = opened
+def test_the_cache_is_passed_under_any_name(paper_model, monkeypatch):
+    """transformers 5.24 calls it ``cache``, and warns if ``past_key_values`` is passed or read."""
+    model, _, inputs = paper_model
     for forward in (model.forward, model.model.forward):
         assert "past_key_values" not in inspect.signature(forward).parameters
     passed, inner = {}, model.model.language_model.forward
@@ -115,14 +115,14 @@ def test_the_cache_has_whatever_name_a_release_gives_it(opened, monkeypatch):
         return inner(**kwargs)
 
     monkeypatch.setattr(model.model.language_model, "forward", forward)
-    kept = object()
-    model(**inputs, cache=kept)
-    assert passed["cache"] is kept
+    cache = object()
+    model(**inputs, cache=cache)
+    assert passed["cache"] is cache
     assert "past_key_values" not in passed
 
 
-def test_generating_warns_of_nothing(opened):
-    model, _, inputs = opened
+def test_generating_gives_no_warnings(paper_model):
+    model, _, inputs = paper_model
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
@@ -131,34 +131,34 @@ def test_generating_warns_of_nothing(opened):
 # ---- The processor ---------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_of_images_is_that_many_images(opened):
-    _, processor, _ = opened
+def test_all_ways_to_pass_images_are_equal(paper_model):
+    _, processor, _ = paper_model
     images = [np.asarray(make_image(i)) for i in range(3)]
     text = ["<image> <image>", "<image>"]
-    wanted = processor(text=text, images=images, padding=True, return_tensors="pt")["pixel_values"]
-    assert len(wanted) == 3
+    expected = processor(text=text, images=images, padding=True, return_tensors="pt")["pixel_values"]
+    assert len(expected) == 3
     channels_first = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    for shown in (np.stack(images), channels_first, [images[:2], images[2:]], [np.stack(images[:2]), images[2]]):
-        found = processor(text=text, images=shown, padding=True, return_tensors="pt")["pixel_values"]
-        assert torch.equal(found, wanted)
+    for value in (np.stack(images), channels_first, [images[:2], images[2:]], [np.stack(images[:2]), images[2]]):
+        found = processor(text=text, images=value, padding=True, return_tensors="pt")["pixel_values"]
+        assert torch.equal(found, expected)
     with pytest.raises(ValueError, match="3 <image>, but there are 2 images"):
         processor(text=text, images=np.stack(images[:2]), padding=True)
 
 
 @pytest.mark.parametrize("fusion", SLOTS)
 def test_answers_have_no_leading_space(exports, fusion):
-    """The template teaches a space before the answer; a tokenizer of bytes keeps it."""
+    """The template has a space before the answer, which a byte-level tokenizer keeps."""
     processor = AutoProcessor.from_pretrained(exports[fusion][1], trust_remote_code=True)
-    ours = load_tokenizer("miniature")
-    ids = ours(" a red  cube", add_special_tokens=False).input_ids
-    assert ours.decode(ids) == " a red  cube"
+    tokenizer = load_tokenizer("miniature")
+    ids = tokenizer(" a red  cube", add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == " a red  cube"
     assert processor.decode(ids) == processor.tokenizer.decode(ids) == "a red  cube"
     assert processor.batch_decode([ids, ids]) == ["a red  cube"] * 2
 
 
 @pytest.mark.parametrize("fusion", SLOTS)
-def test_special_tokens_in_a_text_are_those_tokens(exports, tmp_path, fusion):
-    """As in every model of Hugging Face, whatever the source's tokenizer says of itself."""
+def test_names_of_special_tokens_become_those_tokens(exports, tmp_path, fusion):
+    """As in every Hugging Face model, independently of the settings of the source's tokenizer."""
     model = shutil.copytree(exports[fusion][0], tmp_path / "model")
     file = model / "tokenizer" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"split_special_tokens": True, "add_bos_token": True}))
@@ -176,28 +176,28 @@ def test_special_tokens_in_a_text_are_those_tokens(exports, tmp_path, fusion):
 @pytest.mark.parametrize("images", [0, 2])
 @pytest.mark.parametrize("question", ["Which is <image> it? ", ""])
 @pytest.mark.parametrize("fusion", SLOTS)
-def test_a_prompt_is_the_same_however_it_is_made(exports, plain, fusion, images, template, question):
-    """Through apply_chat_template, the processor, or a server, which adds no special tokens; BOS stands there once."""
-    folder = plain[fusion] if template == "plain" else exports[fusion][1]
-    shown = tuple(make_image(i) for i in range(images))
+def test_all_ways_to_build_a_prompt_give_the_same_tokens(exports, plain_exports, fusion, images, template, question):
+    """With apply_chat_template, the processor, or as servers do, which add no special tokens; there is one BOS."""
+    folder = plain_exports[fusion] if template == "plain" else exports[fusion][1]
+    image_list = tuple(make_image(i) for i in range(images))
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    turns = [turn(question, *shown)]
+    turns = [turn(question, *image_list)]
     text = processor.apply_chat_template(turns, add_generation_prompt=True)
-    filled = text.replace("<image>", "<image>" * SLOTS[fusion])
-    ways = [
+    expanded = text.replace("<image>", "<image>" * SLOTS[fusion])
+    prompts = [
         processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"],
-        processor(text=[text], images=list(shown) or None)["input_ids"],
-        [processor.tokenizer(filled, add_special_tokens=False).input_ids],
-        [processor.tokenizer(filled).input_ids],
+        processor(text=[text], images=list(image_list) or None)["input_ids"],
+        [processor.tokenizer(expanded, add_special_tokens=False).input_ids],
+        [processor.tokenizer(expanded).input_ids],
     ]
-    record = Record("a", shown, (Turn("human", "<image>" * images + question.replace("<image>", "")),))
+    record = Record("a", image_list, (Turn("human", "<image>" * images + question.replace("<image>", "")),))
     prompt = encode(template_items(template, record), load_tokenizer("miniature"), SLOTS[fusion])
-    ours = np.where(prompt.is_image, processor.image_token_id, prompt.tokens).tolist()
-    assert ways == [[ours]] * 4
-    assert ours.count(1) == 1
+    expected = np.where(prompt.is_image, processor.image_token_id, prompt.tokens).tolist()
+    assert prompts == [[expected]] * 4
+    assert expected.count(1) == 1
 
 
-def test_a_model_without_bos_has_none_in_its_template(exports, tmp_path):
+def test_a_template_has_no_bos_if_the_model_has_none(exports, tmp_path):
     model = shutil.copytree(exports["mbtf_stf"][0], tmp_path / "model")
     file = model / "tokenizer" / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": None}))
@@ -205,59 +205,59 @@ def test_a_model_without_bos_has_none_in_its_template(exports, tmp_path):
     processor = AutoProcessor.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert processor.apply_chat_template([turn("What?")]).startswith("A chat")
     assert 1 not in processor(text=["What?"])["input_ids"][0]
-    assert begin_tokens(load_tokenizer(str(tmp_path / "hf"))) == []
+    assert initial_tokens(load_tokenizer(str(tmp_path / "hf"))) == []
 
 
-def test_an_export_read_again_begins_texts_as_the_model_did(exports, tmp_path):
-    """Its tokenizer adds no BOS in others' programs; here, where no template is rendered, it does."""
+def test_an_imported_export_begins_texts_like_the_model(exports, tmp_path):
+    """Its tokenizer adds no BOS in transformers; here, where the template is not rendered, it does."""
     for _, folder in exports.values():
-        assert begin_tokens(load_tokenizer(str(folder))) == [1]
+        assert initial_tokens(load_tokenizer(str(folder))) == [1]
         assert PreTrainedTokenizerFast.from_pretrained(folder)("").input_ids == []
     import_weights(str(folder), tmp_path / "imported")
-    assert begin_tokens(load_tokenizer(str(tmp_path / "imported" / "tokenizer"))) == [1]
+    assert initial_tokens(load_tokenizer(str(tmp_path / "imported" / "tokenizer"))) == [1]
 
 
-def test_texts_without_the_template_begin_with_bos_in_our_processor(opened):
-    _, processor, _ = opened
-    for text, wanted in (("What?", 1), ("<s>What?", 1)):
-        assert processor(text=[text])["input_ids"][0].count(1) == wanted
+def test_our_processor_adds_bos_to_texts_without_the_template(paper_model):
+    _, processor, _ = paper_model
+    for text, count in (("What?", 1), ("<s>What?", 1)):
+        assert processor(text=[text])["input_ids"][0].count(1) == count
     assert 1 not in processor(text=["What?"], add_special_tokens=False)["input_ids"][0]
 
 
-def test_verify_notices_a_template_without_bos(exports, tmp_path, capsys):
+def test_verify_detects_a_template_without_bos(exports, tmp_path, capsys):
     model, folder = exports["mbtf_stf"]
     broken = shutil.copytree(folder, tmp_path / "hf")
     file = broken / "chat_template.jinja"
     assert file.read_text().startswith("{{ bos_token }}")
     file.write_text(file.read_text().removeprefix("{{ bos_token }}"))
-    assert door(main, ["verify", str(model), str(broken), "--questions=1"]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "a server (the rendered template, no special tokens added) gives ['A', " in said
-    assert "where training has ['<s>', 'A', " in said
-    assert "(token 0 of " in said
+    assert run_command(main, ["verify", str(model), str(broken), "--questions=1"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "a server (the rendered template, no special tokens added) gives ['A', " in message
+    assert "where training has ['<s>', 'A', " in message
+    assert "(token 0 of " in message
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-def test_files_have_the_mode_of_the_umask(exports, tmp_path):
-    """safetensors makes its files, and tempfile its folders, for their owner alone."""
+def test_file_modes_follow_the_umask(exports, tmp_path):
+    """safetensors and tempfile give access only to the owner."""
     model, folder = exports["mbtf_stf"]
-    before = os.umask(0o027)
+    previous = os.umask(0o027)
     try:
         export_hf(model, tmp_path / "hf")
         export_native(model, tmp_path / "native")
         import_weights(str(folder), tmp_path / "imported")
         make_run(tmp_path / "run", model, 1)
     finally:
-        os.umask(before)
+        os.umask(previous)
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
     assert len(modes) > 30
     assert {path: oct(mode) for path, mode in modes.items() if mode != (0o750 if path.is_dir() else 0o640)} == {}
 
 
 @pytest.mark.parametrize("fusion", SLOTS)
-def test_the_snippet_of_the_readme_answers(exports, tmp_path, monkeypatch, capsys, fusion):
+def test_the_readmes_snippet_runs(exports, tmp_path, monkeypatch, capsys, fusion):
     model, folder = exports[fusion]
     text = (folder / "README.md").read_text()
     for fact in ("`v1`", f"{SLOTS[fusion]} per image", "float32", f"`{model}`", "vllm serve"):
@@ -265,16 +265,16 @@ def test_the_snippet_of_the_readme_answers(exports, tmp_path, monkeypatch, capsy
     assert ("trust" in text) == (fusion != "mlp")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(code.splitlines()) < 30
-    here = shutil.copytree(folder, tmp_path / "here")
-    make_image(1).save(here / "image.jpg")
-    monkeypatch.chdir(here)
+    workdir = shutil.copytree(folder, tmp_path / "workdir")
+    make_image(1).save(workdir / "image.jpg")
+    monkeypatch.chdir(workdir)
     exec(code, {})
-    said = capsys.readouterr().out
-    assert said.strip()
-    assert not said.startswith(" ")
+    output = capsys.readouterr().out
+    assert output.strip()
+    assert not output.startswith(" ")
 
 
-def test_the_package_for_lmms_eval_asks_for_what_that_needs(exports):
-    """lmms-eval 0.7.3 asks for filelock of any version, and imports a module that later ones lack."""
-    wanted = re.search(r"^filelock==\S+", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE).group()
-    assert f'"{wanted}"' in (exports["mlp"][1] / "lmms_eval_stf" / "pyproject.toml").read_text()
+def test_the_lmms_eval_package_pins_filelock(exports):
+    """lmms-eval 0.7.3 accepts any version of filelock, but imports a module that later versions lack."""
+    pin = re.search(r"^filelock==\S+", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE).group()
+    assert f'"{pin}"' in (exports["mlp"][1] / "lmms_eval_stf" / "pyproject.toml").read_text()

@@ -1,4 +1,4 @@
-"""Exports under our own names and under the authors': nothing changed on the way, nothing half-written."""
+"""Exports under our own names and the authors' names: lossless and never incomplete."""
 
 import dataclasses
 import errno
@@ -17,7 +17,7 @@ from stf_jax.convert import main
 from stf_jax.data.tokenizer import MINIATURE
 from stf_jax.models.llm import LLMConfig, RopeScaling
 from stf_jax.models.presets import VISION
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 from stf_jax.runtime.parameters import write_params
 from stf_jax.training.state import blueprint
 from stf_jax.weights import shards
@@ -27,17 +27,17 @@ from stf_jax.weights.folder import load_params
 from stf_jax.weights.imports import import_weights
 from stf_jax.weights.model import Description, open_model
 
-# The authors' depth in a width that a test can hold.
+# The authors' depth with a small width.
 TOWER = dataclasses.replace(VISION["clip-l-14-336"], image_size=28, patch_size=7, width=64, layers=24, heads=1, mlp=32)
 LLM = LLMConfig(512, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, norm_eps=1e-4)
 TAPS = (23, 21, 18, 15, 12, 9, 6, 3)
 FUSION = FusionConfig(taps=TAPS)
 
 
-def make(folder, fusion=FUSION, vision=TOWER, llm=LLM, dtype="float32", **how):
-    """A folder of random weights as an import leaves it."""
+def make(folder, fusion=FUSION, vision=TOWER, llm=LLM, dtype="float32", **settings):
+    """Writes a folder of random weights, as an import does."""
     folder.mkdir(parents=True)
-    Description(vision, llm, fusion, **how).save(folder)
+    Description(vision, llm, fusion, **settings).save(folder)
     shutil.copytree(MINIATURE, folder / "tokenizer")
     plan, rng = blueprint(ModelConfig(str(folder), str(folder), fusion)), np.random.default_rng(0)
 
@@ -49,13 +49,13 @@ def make(folder, fusion=FUSION, vision=TOWER, llm=LLM, dtype="float32", **how):
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory):
-    """Such a folder, for tests that leave it as it is."""
-    return make(tmp_path_factory.mktemp("made") / "ours")
+def model_folder(tmp_path_factory):
+    """A folder of random weights, for tests that do not change it."""
+    return make(tmp_path_factory.mktemp("made") / "model")
 
 
-def same(first, second):
-    """Two folders hold the same parameters, to the bit."""
+def assert_same_weights(first, second):
+    """Asserts that two folders have bit-identical parameters."""
     before, after = open_model(first), open_model(second)
     assert after.shapes == before.shapes
     for path in before.shapes:
@@ -66,7 +66,7 @@ def same(first, second):
 
 
 def reference_image_tokens(state, states):
-    """Tapped states [P, C], deepest first, to image tokens: written from the facts, in float64, without our code."""
+    """Image tokens of tapped states [P, C], deepest first, in float64; written from the paper, without our code."""
     layer = {name: value.double() for name, value in state.items() if ".mm_projector" in name}
 
     def linear(name, x):
@@ -83,25 +83,25 @@ def reference_image_tokens(state, states):
 
 
 @pytest.mark.parametrize("adapter_only", [False, True])
-def test_their_tensors_make_our_image_tokens(ours, tmp_path, adapter_only):
-    report = export_llava_stf(ours, tmp_path / "theirs", adapter_only=adapter_only)
+def test_exported_tensors_give_our_image_tokens(model_folder, tmp_path, adapter_only):
+    report = export_llava_stf(model_folder, tmp_path / "export", adapter_only=adapter_only)
     if adapter_only:
-        assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == ["export.json", "mm_projector.bin"]
-        state = torch.load(tmp_path / "theirs" / "mm_projector.bin", weights_only=True)
+        assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["export.json", "mm_projector.bin"]
+        state = torch.load(tmp_path / "export" / "mm_projector.bin", weights_only=True)
         assert len(report["written"]) == 8
     else:
-        state = load_file(tmp_path / "theirs" / "model.safetensors")
-    eight = {
+        state = load_file(tmp_path / "export" / "model.safetensors")
+    expected = {
         f"model.mm_projector{part}.{i}.{end}"
         for part in ("", "_crosslayer")
         for i in (0, 2)
         for end in ("weight", "bias")
     }
-    assert {name for name in state if "mm_projector" in name} == eight
+    assert {name for name in state if "mm_projector" in name} == expected
     assert state["model.mm_projector_crosslayer.0.weight"].shape == (4 * 64, 8 * 64)
     assert state["model.mm_projector.0.weight"].shape == (16 * 64, 4 * 64)
 
-    saved = open_model(ours)
+    saved = open_model(model_folder)
     plan = blueprint(dataclasses.replace(saved.config, precision="float32"))
     model = plan.merge({path: jnp.asarray(saved.read(path)) for path in plan.shapes})
     states = [np.random.default_rng(tap).normal(size=(16, 64)) for tap in TAPS]
@@ -110,40 +110,40 @@ def test_their_tensors_make_our_image_tokens(ours, tmp_path, adapter_only):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_authors_layout_comes_back_to_the_bit(tmp_path, dtype):
-    folder = make(tmp_path / "ours", dtype=dtype, aspect="pad")
-    export_llava_stf(folder, tmp_path / "theirs")
-    import_weights(str(tmp_path / "theirs"), tmp_path / "again")
-    same(folder, tmp_path / "again")
+def test_the_authors_layout_round_trips_exactly(tmp_path, dtype):
+    folder = make(tmp_path / "model", dtype=dtype, aspect="pad")
+    export_llava_stf(folder, tmp_path / "export")
+    import_weights(str(tmp_path / "export"), tmp_path / "again")
+    assert_same_weights(folder, tmp_path / "again")
     again = open_model(tmp_path / "again").description
     assert (again.llm, again.aspect, again.fusion.taps) == (LLM, "pad", TAPS)
 
 
-def test_the_eight_tensors_come_back_to_the_bit(tmp_path):
-    first = make(tmp_path / "ours", dtype="bfloat16")
-    export_llava_stf(first, tmp_path / "theirs", adapter_only=True)
-    import_weights(str(tmp_path / "theirs" / "mm_projector.bin"), tmp_path / "again")
+def test_the_eight_tensors_round_trip_exactly(tmp_path):
+    first = make(tmp_path / "model", dtype="bfloat16")
+    export_llava_stf(first, tmp_path / "export", adapter_only=True)
+    import_weights(str(tmp_path / "export" / "mm_projector.bin"), tmp_path / "again")
     assert open_model(tmp_path / "again").description.llm is None
-    export_llava_stf(tmp_path / "again", tmp_path / "theirs again", adapter_only=True)
-    one, other = (torch.load(tmp_path / name / "mm_projector.bin") for name in ("theirs", "theirs again"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert {value.dtype for value in one.values()} == {torch.bfloat16}
+    export_llava_stf(tmp_path / "again", tmp_path / "export again", adapter_only=True)
+    before, after = (torch.load(tmp_path / name / "mm_projector.bin") for name in ("export", "export again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {value.dtype for value in before.values()} == {torch.bfloat16}
 
 
-def test_the_whole_checkpoint_says_what_llava_reads(tmp_path, llama, capsys):
-    folder = make(tmp_path / "ours", llm=dataclasses.replace(LLM, vocab=32_000), aspect="pad")
-    assert door(main, ["export", str(folder), "--format=llava-stf", f"--to={tmp_path / 'bare'}"]) == 0
+def test_the_full_export_has_the_files_that_llava_reads(tmp_path, llama, capsys):
+    folder = make(tmp_path / "model", llm=dataclasses.replace(LLM, vocab=32_000), aspect="pad")
+    assert run_command(main, ["export", str(folder), "--format=llava-stf", f"--to={tmp_path / 'bare'}"]) == 0
     assert "no tokenizer.model" in capsys.readouterr().out
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(llama.name_or_path, folder / "tokenizer")
-    report = export_llava_stf(folder, tmp_path / "theirs")
-    state = load_file(tmp_path / "theirs" / "model.safetensors")
+    report = export_llava_stf(folder, tmp_path / "export")
+    state = load_file(tmp_path / "export" / "model.safetensors")
     assert sorted(report["written"]) == sorted(state)
     assert len(state) == 8 + 5 + 24 * 16 + 3 * 9 + 3
     assert "model.vision_tower.vision_tower.vision_model.encoder.layers.23.mlp.fc2.bias" in state
     assert {"model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight", "lm_head.weight"} < state.keys()
-    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
     wanted = {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava_llama",
@@ -156,7 +156,7 @@ def test_the_whole_checkpoint_says_what_llava_reads(tmp_path, llama, capsys):
         "torch_dtype": "float32",
     }
     assert {key: config[key] for key in wanted} == wanted
-    assert (tmp_path / "theirs" / "tokenizer.model").read_bytes() == (
+    assert (tmp_path / "export" / "tokenizer.model").read_bytes() == (
         folder / "tokenizer" / "tokenizer.model"
     ).read_bytes()
 
@@ -174,23 +174,25 @@ def test_the_whole_checkpoint_says_what_llava_reads(tmp_path, llama, capsys):
         ({"llm": dataclasses.replace(LLM, rope_scaling=RopeScaling("llama3", 8.0))}, "no llama3 positions"),
     ],
 )
-def test_what_their_code_cannot_hold_is_refused(ours, tmp_path, changes, sentence, capsys):
-    shutil.copytree(ours, tmp_path / "ours")
-    Description(**{"vision": TOWER, "llm": LLM, "fusion": FUSION} | changes).save(tmp_path / "ours")
-    assert door(main, ["export", str(tmp_path / "ours"), "--format=llava-stf", f"--to={tmp_path / 'theirs'}"]) == 2
+def test_models_that_the_authors_code_does_not_support_are_refused(model_folder, tmp_path, changes, sentence, capsys):
+    shutil.copytree(model_folder, tmp_path / "model")
+    Description(**{"vision": TOWER, "llm": LLM, "fusion": FUSION} | changes).save(tmp_path / "model")
+    assert (
+        run_command(main, ["export", str(tmp_path / "model"), "--format=llava-stf", f"--to={tmp_path / 'export'}"]) == 2
+    )
     error = capsys.readouterr().err
     assert re.search(sentence, error), error
     assert "export" in error
     assert "hf" in error
-    assert not (tmp_path / "theirs").exists()
+    assert not (tmp_path / "export").exists()
 
 
-# ---- Our own ---------------------------------------------------------------------------------------------------------
+# ---- Our names -------------------------------------------------------------------------------------------------------
 
 
-def test_native_weights_start_a_run(ours, tmp_path):
-    report = export_native(ours, tmp_path / "native", only="fusion/.*", dtype="bfloat16")
-    saved = open_model(ours)
+def test_native_weights_can_be_loaded(model_folder, tmp_path):
+    report = export_native(model_folder, tmp_path / "native", only="fusion/.*", dtype="bfloat16")
+    saved = open_model(model_folder)
     fusion = {path: leaf for path, leaf in saved.shapes.items() if path.startswith("fusion/")}
     assert report["written"] == list(fusion)
     assert len(fusion) == 8
@@ -201,13 +203,13 @@ def test_native_weights_start_a_run(ours, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["hf", "llava-stf", "native"])
-def test_a_full_disk_leaves_nothing_behind(ours, tmp_path, monkeypatch, form, capsys):
-    def fails_half_way(tensors, file, metadata):
+def test_a_full_disk_leaves_no_files(model_folder, tmp_path, monkeypatch, form, capsys):
+    def fail_half_way(tensors, file, metadata):
         file.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shards, "save_file", fails_half_way)
-    assert door(main, ["export", str(ours), f"--format={form}", f"--to={tmp_path / 'theirs'}"]) == 2
+    monkeypatch.setattr(shards, "save_file", fail_half_way)
+    assert run_command(main, ["export", str(model_folder), f"--format={form}", f"--to={tmp_path / 'export'}"]) == 2
     assert "The disk is full" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -217,12 +219,12 @@ def test_a_full_disk_leaves_nothing_behind(ours, tmp_path, monkeypatch, form, ca
     [
         (["--format=native", "--only=llm"], "matches none of"),
         (["--format=native", "--only=("], "not a regular expression"),
-        (["--format=hf", "--adapter-only"], "--adapter-only goes with --format=llava-stf"),
-        (["--format=hf", "--only=llm/.*"], "--only goes with --format=native"),
+        (["--format=hf", "--adapter-only"], "--adapter-only requires --format=llava-stf"),
+        (["--format=hf", "--only=llm/.*"], "--only requires --format=native"),
         (["--format=gguf"], "invalid choice: 'gguf'"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(ours, tmp_path, options, sentence, capsys):
-    assert door(main, ["export", str(ours), f"--to={tmp_path / 'theirs'}", *options]) == 2
+def test_conflicting_options_are_refused(model_folder, tmp_path, options, sentence, capsys):
+    assert run_command(main, ["export", str(model_folder), f"--to={tmp_path / 'export'}", *options]) == 2
     assert sentence in capsys.readouterr().err
-    assert not (tmp_path / "theirs").exists()
+    assert not (tmp_path / "export").exists()

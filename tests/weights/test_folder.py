@@ -1,4 +1,4 @@
-"""Weights under our own paths: read whole, or refused with all that is wrong."""
+"""Loading weights under our own paths, or refusing them with a list of all problems."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.flax import save_file
 
 from stf_jax.config import CheckpointConfig, MeshConfig, ModelConfig, UserError
-from stf_jax.models.positions import interpolated
+from stf_jax.models.positions import interpolate_positions
 from stf_jax.runtime.checkpoint import Checkpoints
 from stf_jax.runtime.mesh import make_mesh
 from stf_jax.training.state import TrainState, blueprint
@@ -22,7 +22,7 @@ SHAPES = {"llm/a": (8, 6), "llm/b": (4,), "fusion/c": (3,)}
 
 @pytest.fixture
 def layout():
-    """Three parameters, as a model wants them."""
+    """Three parameters of a model, with their shardings."""
     return {
         path: jax.ShapeDtypeStruct(
             shape, jnp.float32, sharding=jax.NamedSharding(MESH, jax.sharding.PartitionSpec(*SPECS[path]))
@@ -31,7 +31,7 @@ def layout():
     }
 
 
-def _params(seed=0, dtype=jnp.float32):
+def _make_params(seed=0, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(seed), len(SHAPES))
     return {path: jax.random.normal(key, shape, dtype) for key, (path, shape) in zip(keys, SHAPES.items(), strict=True)}
 
@@ -41,13 +41,13 @@ def write(folder, params):
     save_file(params, folder / "model.safetensors")
 
 
-def _refusal(sources, layout, fresh=()):
+def _error_message(sources, layout, fresh=()):
     with pytest.raises(UserError) as raised:
         load_params(str(sources), layout, fresh)
     return str(raised.value)
 
 
-# ---- There and back --------------------------------------------------------------------------------------------------
+# ---- Loading ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,10 @@ def _refusal(sources, layout, fresh=()):
         ("miniatures/2", "clip-mini-8-96", "llama-mini-6"),
     ],
 )
-def test_the_embedded_weights_are_all_of_a_model_but_its_fusion(source, vision, llm):
+def test_embedded_weights_contain_all_but_the_fusion(source, vision, llm):
     plan = blueprint(ModelConfig(vision=vision, llm=llm))
-    places = plan.shardings(MESH)
-    layout = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in plan.shapes.items()}
+    shardings = plan.shardings(MESH)
+    layout = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in plan.shapes.items()}
     loaded = load_params(source, layout, ("fusion/.*",))
     assert {path: x.shape for path, x in loaded.items()} == {
         path: x.shape for path, x in layout.items() if not path.startswith("fusion/")
@@ -71,8 +71,8 @@ def test_the_embedded_weights_are_all_of_a_model_but_its_fusion(source, vision, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_weights_come_back_to_the_bit_on_their_devices(tmp_path, layout, dtype):
-    params = _params(dtype=dtype)
+def test_weights_round_trip_exactly_on_their_devices(tmp_path, layout, dtype):
+    params = _make_params(dtype=dtype)
     write(tmp_path / "new" / "folder", params)
     loaded = load_params(str(tmp_path / "new" / "folder"), layout, ())
     assert list(loaded) == list(layout)
@@ -84,13 +84,13 @@ def test_weights_come_back_to_the_bit_on_their_devices(tmp_path, layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_only_what_lies_on_this_hosts_devices_is_read_and_nothing_is_sent(tmp_path, layout, dtype, monkeypatch):
-    """Each slice once, whichever devices hold it; device_put would compare and send whole values between hosts."""
-    params = _params(dtype=dtype)
+def test_a_host_reads_only_the_slices_of_its_devices(tmp_path, layout, dtype, monkeypatch):
+    """Each slice is read once; device_put would compare and send full values between hosts."""
+    params = _make_params(dtype=dtype)
     write(tmp_path, params)
     read = []
 
-    class Counted:
+    class CountingSlice:
         def __init__(self, path, view):
             self.path, self.view = path, view
 
@@ -98,9 +98,9 @@ def test_only_what_lies_on_this_hosts_devices_is_read_and_nothing_is_sent(tmp_pa
             read.append((self.path, self.view[index].nbytes))
             return self.view[index]
 
-    class Opened:
-        def __init__(self, *how, **more):
-            self.file = safe_open(*how, **more)
+    class CountingFile:
+        def __init__(self, *args, **kwargs):
+            self.file = safe_open(*args, **kwargs)
 
         def __enter__(self):
             self.tensors = self.file.__enter__()
@@ -110,43 +110,43 @@ def test_only_what_lies_on_this_hosts_devices_is_read_and_nothing_is_sent(tmp_pa
             return self.file.__exit__(*error)
 
         def get_slice(self, path):
-            return Counted(path, self.tensors.get_slice(path))
+            return CountingSlice(path, self.tensors.get_slice(path))
 
     def refuse(*_, **__):
         raise AssertionError("device_put of a parameter")
 
-    # As a host sees it that holds two of the eight devices: those of the first row of "fsdp".
-    mine = set(MESH.devices.reshape(4, 2)[0])
+    # As on a host with two of the eight devices: those of the first row of "fsdp".
+    local_devices = set(MESH.devices.reshape(4, 2)[0])
     make_array = jax.make_array_from_callback
 
-    def of_this_host(shape, sharding, part):
+    def make_array_on_this_host(shape, sharding, read_slice):
         indices = sharding.devices_indices_map(shape)
-        for device in mine:
-            part(indices[device])
-        held = list(read)
-        array = make_array(shape, sharding, part)
-        read[:] = held
+        for device in local_devices:
+            read_slice(indices[device])
+        read_locally = list(read)
+        array = make_array(shape, sharding, read_slice)
+        read[:] = read_locally
         return array
 
-    monkeypatch.setattr(folder_module, "safe_open", Opened)
+    monkeypatch.setattr(folder_module, "safe_open", CountingFile)
     monkeypatch.setattr(jax, "device_put", refuse)
-    monkeypatch.setattr(jax, "make_array_from_callback", of_this_host)
+    monkeypatch.setattr(jax, "make_array_from_callback", make_array_on_this_host)
     loaded = load_params(str(tmp_path), layout, ())
     size = jnp.dtype(dtype).itemsize
-    # llm/a [8, 6] over fsdp 4, tensor 2: two slices of 2×3; llm/b [4] over tensor: two of 2; fusion/c [3] whole, once.
+    # llm/a [8, 6] over fsdp 4, tensor 2: two slices of 2×3; llm/b [4] over tensor: two of 2; all of fusion/c [3], once.
     assert sorted(read) == sorted([("llm/a", 6 * size)] * 2 + [("llm/b", 2 * size)] * 2 + [("fusion/c", 3 * size)])
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
-def test_a_folder_may_hold_several_files(tmp_path, layout):
-    params = _params()
+def test_several_files_are_loaded(tmp_path, layout):
+    params = _make_params()
     for number, (path, value) in enumerate(params.items()):
         save_file({path: value}, tmp_path / f"model-{number}.safetensors")
     jax.tree.map(np.testing.assert_array_equal, load_params(str(tmp_path), layout, ()), params)
 
 
-def test_a_run_is_a_source(tmp_path, layout):
-    params = _params()
+def test_a_run_is_loaded(tmp_path, layout):
+    params = _make_params()
     frozen = {"fusion/c": params["fusion/c"].astype(jnp.bfloat16)}
     trainable = {path: params[path] for path in ("llm/a", "llm/b")}
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(every_steps=1))
@@ -155,25 +155,25 @@ def test_a_run_is_a_source(tmp_path, layout):
     loaded = load_params(str(tmp_path), layout, ())
     jax.tree.map(np.testing.assert_array_equal, loaded, trainable | frozen)
     assert {path: value.sharding for path, value in loaded.items()} == {p: leaf.sharding for p, leaf in layout.items()}
-    # A run whose model has other parameters is refused as a folder is.
-    says = _refusal(tmp_path, {path: leaf for path, leaf in layout.items() if path != "llm/b"})
-    assert "unknown llm/b (4,)" in says
+    # A run with other parameters is refused like a folder.
+    message = _error_message(tmp_path, {path: leaf for path, leaf in layout.items() if path != "llm/b"})
+    assert "unknown llm/b (4,)" in message
 
 
-def test_of_several_sources_the_later_wins(tmp_path, layout):
-    first, second = _params(1), _params(2)
+def test_later_sources_win(tmp_path, layout):
+    first, second = _make_params(1), _make_params(2)
     write(tmp_path / "first", first)
     write(tmp_path / "second", {"llm/b": second["llm/b"]})
     write(tmp_path / "third", {"fusion/c": second["fusion/c"]})
     sources = f"{tmp_path / 'first'}, {tmp_path / 'second'},{tmp_path / 'third'},"
     expected = {"llm/a": first["llm/a"], "llm/b": second["llm/b"], "fusion/c": second["fusion/c"]}
     jax.tree.map(np.testing.assert_array_equal, load_params(sources, layout, ()), expected)
-    backwards = ",".join(reversed([s.strip() for s in sources.split(",")]))
-    jax.tree.map(np.testing.assert_array_equal, load_params(backwards, layout, ()), first)
+    reversed_sources = ",".join(reversed([s.strip() for s in sources.split(",")]))
+    jax.tree.map(np.testing.assert_array_equal, load_params(reversed_sources, layout, ()), first)
 
 
-def test_a_misshapen_weight_may_be_replaced_by_a_later_source(tmp_path, layout):
-    params = _params()
+def test_a_later_source_replaces_a_weight_of_the_wrong_shape(tmp_path, layout):
+    params = _make_params()
     write(tmp_path / "first", params | {"llm/b": jnp.zeros(5)})
     write(tmp_path / "second", {"llm/b": params["llm/b"]})
     loaded = load_params(f"{tmp_path / 'first'},{tmp_path / 'second'}", layout, ())
@@ -181,10 +181,10 @@ def test_a_misshapen_weight_may_be_replaced_by_a_later_source(tmp_path, layout):
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(1, 1, 1), MeshConfig(1, 4, 2)], ids=str)
-def test_a_tower_of_another_size_has_its_positions_interpolated(mesh):
+def test_positions_of_a_tower_of_another_size_are_interpolated(mesh):
     plan = blueprint(ModelConfig(vision="clip-mini-8-48", llm="llama-mini-6"))
-    places = plan.shardings(make_mesh(mesh))
-    layout = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in plan.shapes.items()}
+    shardings = plan.shardings(make_mesh(mesh))
+    layout = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in plan.shapes.items()}
     loaded = load_params("miniatures/2", layout, ("fusion/.*",))
     path = "vision/position_embed"
     assert {path: x.shape for path, x in loaded.items()} == {
@@ -192,68 +192,68 @@ def test_a_tower_of_another_size_has_its_positions_interpolated(mesh):
     }
     with safe_open(EMBEDDED["miniatures/2"] / "model.safetensors", framework="flax") as opened:
         table = np.asarray(opened.get_tensor(path))
-    np.testing.assert_array_equal(loaded[path], interpolated(table, 37))
-    assert loaded[path].sharding == places[path]
+    np.testing.assert_array_equal(loaded[path], interpolate_positions(table, 37))
+    assert loaded[path].sharding == shardings[path]
     assert loaded[path].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("positions", [36, 38, 144])
-def test_positions_of_no_such_grid_are_refused(tmp_path, positions):
+def test_positions_that_are_not_a_square_grid_are_refused(tmp_path, positions):
     write(tmp_path, {"vision/position_embed": jnp.zeros((positions, 4))})
-    one = jax.ShapeDtypeStruct(
+    leaf = jax.ShapeDtypeStruct(
         (37, 4), jnp.float32, sharding=jax.sharding.NamedSharding(MESH, jax.sharding.PartitionSpec())
     )
-    assert "vision/position_embed is" in _refusal(tmp_path, {"vision/position_embed": one})
+    assert "vision/position_embed is" in _error_message(tmp_path, {"vision/position_embed": leaf})
 
 
-# ---- What does not fit -----------------------------------------------------------------------------------------------
+# ---- Errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_all_that_is_wrong_is_listed_at_once(tmp_path, layout):
+def test_all_problems_are_listed(tmp_path, layout):
     write(tmp_path, {"llm/a": jnp.zeros((6, 8)), "llm/x": jnp.zeros(2), "llm/y": jnp.zeros((2, 3))})
-    says = _refusal(tmp_path, layout)
-    for wrong in (
+    message = _error_message(tmp_path, layout)
+    for problem in (
         "missing llm/b (4,)",
         "missing fusion/c (3,)",
         "unknown llm/x (2,)",
         "unknown llm/y (2, 3)",
         "llm/a is (6, 8) there and (8, 6) here",
     ):
-        assert wrong in says
-    assert str(tmp_path) in says
-    assert "\n" not in says
+        assert problem in message
+    assert str(tmp_path) in message
+    assert "\n" not in message
 
 
-def test_patterns_name_what_starts_afresh(tmp_path, layout):
-    params = _params()
+def test_parameters_that_match_fresh_are_not_loaded(tmp_path, layout):
+    params = _make_params()
     write(tmp_path, {"llm/a": params["llm/a"], "llm/b": jnp.zeros(9), "old/head": jnp.zeros(2)})
-    # Whole paths match; missing, misshapen and unknown ones alike are left to the initialisers.
+    # Patterns match full paths; they exclude missing, misshapen and unknown parameters.
     loaded = load_params(str(tmp_path), layout, ("fusion/.*", "llm/b", "old/.*"))
     assert loaded.keys() == {"llm/a"}
-    says = _refusal(tmp_path, layout, ("fusion", "llm/b", "old/.*"))
-    assert "missing fusion/c" in says
-    assert "llm/b" not in says.split(": ", 1)[1]
-    # What fits is left out as well.
+    message = _error_message(tmp_path, layout, ("fusion", "llm/b", "old/.*"))
+    assert "missing fusion/c" in message
+    assert "llm/b" not in message.split(": ", 1)[1]
+    # They also exclude parameters that fit.
     write(tmp_path, params)
     assert load_params(str(tmp_path), layout, ("llm/.*",)).keys() == {"fusion/c"}
 
 
 @pytest.mark.parametrize("damage", ["cut", "cut in the header", "empty", "noise"])
-def test_a_damaged_file_is_refused_by_name(tmp_path, layout, damage):
-    write(tmp_path, _params())
+def test_errors_name_a_damaged_file(tmp_path, layout, damage):
+    write(tmp_path, _make_params())
     file = tmp_path / "model.safetensors"
-    whole = file.read_bytes()
+    content = file.read_bytes()
     file.write_bytes(
-        {"cut": whole[:-7], "cut in the header": whole[:40], "empty": b"", "noise": b"not weights" * 50}[damage]
+        {"cut": content[:-7], "cut in the header": content[:40], "empty": b"", "noise": b"not weights" * 50}[damage]
     )
-    says = _refusal(tmp_path, layout)
-    assert says.startswith(f"{file} cannot be read as safetensors")
-    assert "\n" not in says
+    message = _error_message(tmp_path, layout)
+    assert message.startswith(f"{file} cannot be read as safetensors")
+    assert "\n" not in message
 
 
-def test_a_source_that_holds_nothing_is_refused_by_name(tmp_path, layout):
-    assert f"init_from names {tmp_path / 'absent'}" in _refusal(tmp_path / "absent", layout)
+def test_errors_name_a_source_without_weights(tmp_path, layout):
+    assert f"init_from names {tmp_path / 'absent'}" in _error_message(tmp_path / "absent", layout)
     (tmp_path / "weights.bin").write_bytes(b"")
-    assert f"init_from names {tmp_path}, which holds neither" in _refusal(tmp_path, layout)
+    assert f"init_from names {tmp_path}, which holds neither" in _error_message(tmp_path, layout)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    assert f"Run {tmp_path / 'run'} holds no complete checkpoint" in _refusal(tmp_path / "run", layout)
+    assert f"Run {tmp_path / 'run'} has no complete checkpoint" in _error_message(tmp_path / "run", layout)

@@ -1,4 +1,4 @@
-"""Checkpoints as transformers, LLaVA and LLaVA-STF write them, imported, against the models that wrote them."""
+"""Imports of checkpoints from transformers, LLaVA and LLaVA-STF, compared with the original models."""
 
 import dataclasses
 import json
@@ -11,28 +11,28 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from reference import DECODERS, TEXT, VISION, decoder, llava, tower
 from safetensors.torch import load_file, save_file
-from theirs import DECODERS, TEXT, VISION, decoder, llava, tower
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError
 from stf_jax.convert import main
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.presets import llm_preset, vision_preset
-from stf_jax.runtime.cli import door
-from stf_jax.runtime.mesh import computing, make_mesh
+from stf_jax.runtime.cli import run_command
+from stf_jax.runtime.mesh import compute_context, make_mesh
 from stf_jax.training.state import blueprint
+from stf_jax.weights.detect import detect_model
 from stf_jax.weights.folder import load_params
 from stf_jax.weights.imports import import_weights
 from stf_jax.weights.model import open_model
-from stf_jax.weights.recognise import recognise
-from stf_jax.weights.tensors import Entry, Tensors
+from stf_jax.weights.tensors import Entry, TensorFile
 
 MESHES = [MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)]
 
 
-def merged(folder, mesh=MESHES[0], scan=True):
-    """Our model with the weights of imported folders, and the mesh to call it on."""
+def load_model(folder, mesh=MESHES[0], scan=True):
+    """Returns our model with the weights of an imported folder, and its mesh."""
     description = open_model(folder).description
     model = ModelConfig(
         str(folder), str(folder), description.fusion or FusionConfig("mlp"), precision="float32", remat="none",
@@ -56,7 +56,7 @@ def tokens(vocab=60, rows=2, length=12):
 
 
 def our_logits(model, mesh, ids, images=None, slots=None):
-    # Rows twice, as many as every mesh here divides.
+    # Rows are repeated, because all meshes here must divide them.
     ids, images, slots = (None if x is None else np.concatenate([x, x]) for x in (ids, images, slots))
 
     @jax.jit
@@ -68,7 +68,7 @@ def our_logits(model, mesh, ids, images=None, slots=None):
         )
         return model.llm.logits(model.llm(x, jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), None))
 
-    with computing(mesh, "float32"):
+    with compute_context(mesh, "float32"):
         return np.asarray(run(ids))[: len(ids) // 2]
 
 
@@ -76,8 +76,8 @@ def make_images(rows=2):
     return np.random.default_rng(3).integers(0, 256, (rows, 28, 28, 3), np.uint8)
 
 
-def normalised(images, like="clip"):
-    config = vision_preset("clip-l-14-336" if like == "clip" else "siglip-so400m-14-384")
+def normalize(images, family="clip"):
+    config = vision_preset("clip-l-14-336" if family == "clip" else "siglip-so400m-14-384")
     values = (images / 255 - np.array(config.mean)) / np.array(config.std)
     return torch.from_numpy(values.transpose(0, 3, 1, 2)).float()
 
@@ -86,93 +86,93 @@ def normalised(images, like="clip"):
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_language_models_agree(family, tmp_path):
-    decoder(family).save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+def test_logits_of_language_models_match(family, tmp_path):
+    decoder(family).save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    assert len(list((tmp_path / "source").glob("*.safetensors"))) > 1
     tower("clip").save_pretrained(tmp_path / "tower")
-    folder = tmp_path / "ours"
-    report = import_weights(str(tmp_path / "theirs"), folder, str(tmp_path / "tower"))
+    folder = tmp_path / "imported"
+    report = import_weights(str(tmp_path / "source"), folder, str(tmp_path / "tower"))
     assert report["model"]["llm"]["vocab"] == 62
     with torch.no_grad():
-        theirs = decoder(family)(torch.from_numpy(tokens()).long()).logits.numpy()
+        expected = decoder(family)(torch.from_numpy(tokens()).long()).logits.numpy()
     for mesh in MESHES:
         for scan in (True, False):
-            ours = our_logits(*merged(folder, mesh, scan), tokens())
-            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+            actual = our_logits(*load_model(folder, mesh, scan), tokens())
+            np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("family", ["clip", "siglip"])
-def test_towers_agree_at_every_depth(family, mesh, scan, tmp_path):
-    tower(family).save_pretrained(tmp_path / "theirs")
+def test_all_hidden_states_of_towers_match(family, mesh, scan, tmp_path):
+    tower(family).save_pretrained(tmp_path / "source")
     decoder("llama").save_pretrained(tmp_path / "llm")
-    import_weights(str(tmp_path / "llm"), tmp_path / "ours", str(tmp_path / "theirs"))
-    model, mesh = merged(tmp_path / "ours", mesh, scan)
+    import_weights(str(tmp_path / "llm"), tmp_path / "imported", str(tmp_path / "source"))
+    model, mesh = load_model(tmp_path / "imported", mesh, scan)
     with torch.no_grad():
-        states = tower(family)(normalised(make_images(4), family), output_hidden_states=True).hidden_states
-    with computing(mesh, "float32"):
-        ours = model.vision(make_images(4), (4, 3, 2, 1, 0), jnp.float32)
-    for depth, state in zip((4, 3, 2, 1, 0), ours, strict=True):
+        states = tower(family)(normalize(make_images(4), family), output_hidden_states=True).hidden_states
+    with compute_context(mesh, "float32"):
+        actual = model.vision(make_images(4), (4, 3, 2, 1, 0), jnp.float32)
+    for depth, state in zip((4, 3, 2, 1, 0), actual, strict=True):
         np.testing.assert_allclose(state, states[depth][:, int(family == "clip") :].numpy(), atol=1e-4)
 
 
-def test_a_tower_alone_and_one_beside_its_text_model_are_the_same(tmp_path):
+def test_a_tower_is_imported_with_and_without_its_text_model(tmp_path):
     both = CLIPModel(CLIPConfig(vision_config=CLIPVisionConfig(**VISION), text_config=CLIPTextConfig(vocab_size=50)))
     both.vision_model.load_state_dict(
         {name.removeprefix("vision_model."): value for name, value in tower("clip").state_dict().items()}
     )
     both.save_pretrained(tmp_path / "both")
     tower("clip").save_pretrained(tmp_path / "alone")
-    reports = [import_weights(str(tmp_path / name), tmp_path / f"{name}-ours") for name in ("both", "alone")]
+    reports = [import_weights(str(tmp_path / name), tmp_path / f"{name}-imported") for name in ("both", "alone")]
     assert reports[0]["model"] == reports[1]["model"]
     assert "the text tower's" in reports[0]["unused"].values()
-    one, other = (open_model(tmp_path / f"{name}-ours") for name in ("both", "alone"))
-    assert one.shapes == other.shapes
-    for path in one.shapes:
-        np.testing.assert_array_equal(one.read(path), other.read(path))
+    first, second = (open_model(tmp_path / f"{name}-imported") for name in ("both", "alone"))
+    assert first.shapes == second.shapes
+    for path in first.shapes:
+        np.testing.assert_array_equal(first.read(path), second.read(path))
 
 
-def test_a_sentencepiece_model_comes_along_as_a_tokenizer(llama, sentencepiece_model, tmp_path):
-    """Vicuna's and LLaVA's folders hold ``tokenizer.model`` and no ``tokenizer.json``."""
-    decoder("llama").save_pretrained(tmp_path / "theirs")
-    shutil.copytree(llama.name_or_path, tmp_path / "theirs", dirs_exist_ok=True)
-    import_weights(str(tmp_path / "theirs"), tmp_path / "ours")
-    tokenizer = load_tokenizer(str(tmp_path / "ours" / "tokenizer"))
+def test_a_sentencepiece_model_is_imported_as_a_tokenizer(llama, sentencepiece_model, tmp_path):
+    """The folders of Vicuna and LLaVA have ``tokenizer.model`` but no ``tokenizer.json``."""
+    decoder("llama").save_pretrained(tmp_path / "source")
+    shutil.copytree(llama.name_or_path, tmp_path / "source", dirs_exist_ok=True)
+    import_weights(str(tmp_path / "source"), tmp_path / "imported")
+    tokenizer = load_tokenizer(str(tmp_path / "imported" / "tokenizer"))
     text = "USER: What is it?\nASSISTANT: a cat"
     reference = sentencepiece.SentencePieceProcessor(str(sentencepiece_model))
     assert tokenizer(text).input_ids == [reference.bos_id(), *reference.encode(text)]
 
 
-def test_old_pickles_are_read_as_weights_alone(tmp_path):
-    theirs = tmp_path / "theirs"
-    decoder("llama").save_pretrained(theirs)
-    names = sorted(load_file(theirs / "model.safetensors"))
-    values = load_file(theirs / "model.safetensors")
-    (theirs / "model.safetensors").unlink()
+def test_old_pickles_are_read_without_running_code(tmp_path):
+    source = tmp_path / "source"
+    decoder("llama").save_pretrained(source)
+    names = sorted(load_file(source / "model.safetensors"))
+    values = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
     half = len(names) // 2
     for i, part in enumerate((names[:half], names[half:])):
-        torch.save({name: values[name] for name in part}, theirs / f"pytorch_model-0000{i + 1}-of-00002.bin")
-    import_weights(str(theirs), tmp_path / "ours")
-    ours = open_model(tmp_path / "ours")
-    np.testing.assert_array_equal(ours.read("llm/embedding"), values["model.embed_tokens.weight"].numpy())
+        torch.save({name: values[name] for name in part}, source / f"pytorch_model-0000{i + 1}-of-00002.bin")
+    import_weights(str(source), tmp_path / "imported")
+    imported = open_model(tmp_path / "imported")
+    np.testing.assert_array_equal(imported.read("llm/embedding"), values["model.embed_tokens.weight"].numpy())
 
     class Trap:
         def __reduce__(self):
-            return pathlib.Path.touch, (tmp_path / "sprung",)
+            return pathlib.Path.touch, (tmp_path / "executed",)
 
-    torch.save({"model.embed_tokens.weight": Trap()}, theirs / "pytorch_model-00001-of-00002.bin")
-    with pytest.raises(UserError, match=r"pytorch_model-00001-of-00002\.bin cannot be read as weights alone"):
-        import_weights(str(theirs), tmp_path / "again")
-    assert not (tmp_path / "sprung").exists()
+    torch.save({"model.embed_tokens.weight": Trap()}, source / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(UserError, match=r"pytorch_model-00001-of-00002\.bin cannot be read as plain weights"):
+        import_weights(str(source), tmp_path / "again")
+    assert not (tmp_path / "executed").exists()
     assert not (tmp_path / "again").exists()
 
 
 # ---- LLaVA -----------------------------------------------------------------------------------------------------------
 
 
-def original_names(state):
-    """LLaVA-1.5's own names of what transformers calls otherwise."""
+def to_original_names(state):
+    """Renames tensors of transformers to LLaVA-1.5's own names."""
     renamed = {}
     for name, value in state.items():
         name = name.removeprefix("model.")
@@ -185,8 +185,8 @@ def original_names(state):
     return renamed
 
 
-def hub_names(state):
-    """llava-hf's names, those of transformers 4."""
+def to_hub_names(state):
+    """Renames tensors to llava-hf's names, those of transformers 4."""
     renamed = {}
     for name, value in state.items():
         name = name.removeprefix("model.").replace("lm_head.", "language_model.lm_head.")
@@ -203,7 +203,7 @@ def write(folder, state, config):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def original_config():
+def make_original_config():
     return LlamaConfig(**TEXT).to_dict() | {
         "model_type": "llava_llama",
         "mm_vision_tower": "openai/clip-vit-large-patch14-336",
@@ -215,16 +215,16 @@ def original_config():
 
 
 @pytest.mark.parametrize("layout", ["saved", "hub", "original", "original-no-tower"])
-def test_llava_agrees_whole(layout, tmp_path):
-    state, theirs, vision = llava().state_dict(), tmp_path / "theirs", ""
+def test_logits_of_llava_match(layout, tmp_path):
+    state, source, vision = llava().state_dict(), tmp_path / "source", ""
     if layout == "saved":
-        llava().save_pretrained(theirs)
+        llava().save_pretrained(source)
     elif layout == "hub":
-        write(theirs, hub_names(state), llava().config.to_dict())
+        write(source, to_hub_names(state), llava().config.to_dict())
     else:
-        original = original_names(state)
+        original = to_original_names(state)
         # The tower's shape is not in LLaVA's config; 128 channels are two heads of 64, as tower("clip") has.
-        config = original_config()
+        config = make_original_config()
         if layout == "original-no-tower":
             clip = CLIPVisionModel(CLIPVisionConfig(**VISION))
             prefix = "model.vision_tower.vision_tower.vision_model."
@@ -235,29 +235,29 @@ def test_llava_agrees_whole(layout, tmp_path):
             clip.save_pretrained(tmp_path / "tower")
             vision = str(tmp_path / "tower")
             original = {name: value for name, value in original.items() if not name.startswith(prefix)}
-        write(theirs, original, config)
-    import_weights(str(theirs), tmp_path / "ours", vision)
-    saved = open_model(tmp_path / "ours")
+        write(source, original, config)
+    import_weights(str(source), tmp_path / "imported", vision)
+    saved = open_model(tmp_path / "imported")
     assert (saved.description.fusion.fusion, saved.description.fusion.taps) == ("mlp", (3,))
-    if layout == "original":  # its norms' epsilon is CLIP's, for nothing says otherwise
-        described = dataclasses.replace(saved.description.vision, norm_eps=1e-3)
-        dataclasses.replace(saved.description, vision=described).save(tmp_path / "ours")
+    if layout == "original":  # the epsilon of its norms defaults to CLIP's
+        vision_config = dataclasses.replace(saved.description.vision, norm_eps=1e-3)
+        dataclasses.replace(saved.description, vision=vision_config).save(tmp_path / "imported")
 
     ids = tokens(length=24)
     ids[:, 4:20] = 60
     slots = np.full(ids.shape, -1, np.int32)
     slots[:, 4:20] = np.arange(16)
     with torch.no_grad():
-        expected = llava()(torch.from_numpy(ids).long(), pixel_values=normalised(make_images())).logits.numpy()
+        expected = llava()(torch.from_numpy(ids).long(), pixel_values=normalize(make_images())).logits.numpy()
     for mesh, scan in zip(MESHES, (True, False), strict=True):
-        ours = our_logits(*merged(tmp_path / "ours", mesh, scan), ids, make_images()[:, None], slots)
-        np.testing.assert_allclose(ours, expected, atol=1e-4)
+        actual = our_logits(*load_model(tmp_path / "imported", mesh, scan), ids, make_images()[:, None], slots)
+        np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 # ---- LLaVA-STF -------------------------------------------------------------------------------------------------------
 
 
-def stf_tensors(out=32, channels=128, taps=4, kernel=2, hidden=64, seed=5):
+def make_stf_tensors(out=32, channels=128, taps=4, kernel=2, hidden=64, seed=5):
     generator = torch.Generator().manual_seed(seed)
     shapes = {
         "mm_projector_crosslayer.0": (hidden, taps * channels),
@@ -272,10 +272,10 @@ def stf_tensors(out=32, channels=128, taps=4, kernel=2, hidden=64, seed=5):
     return state
 
 
-def reference_image_tokens(state, images, taps, kernel=2):
-    """From the facts: taps side by side, two linear layers, windows channel by channel, two linear layers."""
+def compute_reference_tokens(state, images, taps, kernel=2):
+    """Written from the paper: concatenated taps, two linear layers, windows channel by channel, two linear layers."""
     with torch.no_grad():
-        states = tower("clip")(normalised(images), output_hidden_states=True).hidden_states
+        states = tower("clip")(normalize(images), output_hidden_states=True).hidden_states
         x = torch.cat([states[tap][:, 1:] for tap in taps], -1)
 
         def layer(name, x):
@@ -289,32 +289,32 @@ def reference_image_tokens(state, images, taps, kernel=2):
         return layer("mm_projector.2", torch.nn.functional.gelu(layer("mm_projector.0", x))).numpy()
 
 
-def test_llava_stf_whole_gives_the_references_image_tokens(tmp_path):
+def test_image_tokens_of_llava_stf_match(tmp_path):
     language = decoder("llama").state_dict()
     tower("clip").save_pretrained(tmp_path / "tower")
-    # Four blocks of which four are tapped; as the authors do, the last gives way to the last but one.
-    state = stf_tensors(taps=4)
-    write(tmp_path / "theirs", {n: v.contiguous() for n, v in (language | state).items()}, original_config())
+    # All four blocks are tapped; the deepest tap is the last block but one, as in the paper, so the taps repeat.
+    state = make_stf_tensors(taps=4)
+    write(tmp_path / "source", {n: v.contiguous() for n, v in (language | state).items()}, make_original_config())
     with pytest.raises(UserError, match="the deepest first"):
-        import_weights(str(tmp_path / "theirs"), tmp_path / "no", str(tmp_path / "tower"))
-    state = stf_tensors(taps=2)
-    (tmp_path / "theirs").rename(tmp_path / "old")
-    write(tmp_path / "theirs", {n: v.contiguous() for n, v in (language | state).items()}, original_config())
-    import_weights(str(tmp_path / "theirs"), tmp_path / "ours", str(tmp_path / "tower"))
-    fusion = open_model(tmp_path / "ours").description.fusion
+        import_weights(str(tmp_path / "source"), tmp_path / "no", str(tmp_path / "tower"))
+    state = make_stf_tensors(taps=2)
+    (tmp_path / "source").rename(tmp_path / "old")
+    write(tmp_path / "source", {n: v.contiguous() for n, v in (language | state).items()}, make_original_config())
+    import_weights(str(tmp_path / "source"), tmp_path / "imported", str(tmp_path / "tower"))
+    fusion = open_model(tmp_path / "imported").description.fusion
     assert (fusion.fusion, fusion.kernel, fusion.taps) == ("mbtf_stf", 2, (3, 2))
-    model, mesh = merged(tmp_path / "ours")
-    with computing(mesh, "float32"):
-        ours = model.image_tokens(make_images()[:, None])
-    np.testing.assert_allclose(ours, reference_image_tokens(state, make_images(), (3, 2)), atol=1e-4)
+    model, mesh = load_model(tmp_path / "imported")
+    with compute_context(mesh, "float32"):
+        actual = model.image_tokens(make_images()[:, None])
+    np.testing.assert_allclose(actual, compute_reference_tokens(state, make_images(), (3, 2)), atol=1e-4)
 
 
-def test_the_eight_tensors_of_stage_one(tmp_path):
-    state = stf_tensors(taps=8)
+def test_the_eight_tensors_of_stage_one_are_imported(tmp_path):
+    state = make_stf_tensors(taps=8)
     torch.save(state, tmp_path / "mm_projector.bin")
-    report = import_weights(str(tmp_path / "mm_projector.bin"), tmp_path / "ours")
+    report = import_weights(str(tmp_path / "mm_projector.bin"), tmp_path / "imported")
     assert len(report["read"]) == 8
-    saved = open_model(tmp_path / "ours")
+    saved = open_model(tmp_path / "imported")
     assert saved.description.vision is None
     assert saved.description.llm is None
     fusion = saved.description.fusion
@@ -326,42 +326,42 @@ def test_the_eight_tensors_of_stage_one(tmp_path):
         np.testing.assert_array_equal(conv[kh, kw, c], weight[:, c * 4 + kh * 2 + kw])
 
 
-def test_real_sizes_are_recognised_without_their_values():
+def test_real_sizes_are_detected_without_reading_values():
     shapes = {"model.mm_projector_crosslayer.0.weight": (4096, 8192), "model.mm_projector_crosslayer.0.bias": (4096,)}
     shapes |= {"model.mm_projector_crosslayer.2.weight": (1024, 4096), "model.mm_projector_crosslayer.2.bias": (1024,)}
     shapes |= {"model.mm_projector.0.weight": (16384, 4096), "model.mm_projector.0.bias": (16384,)}
     shapes |= {"model.mm_projector.2.weight": (4096, 16384), "model.mm_projector.2.bias": (4096,)}
     tower = vision_preset("clip-l-14-336")
-    tensors = Tensors({name: Entry(pathlib.Path(), shape, "float16", pytest.fail) for name, shape in shapes.items()})
-    found = recognise(tensors, {"mm_vision_select_layer": -2}, tower)
+    tensors = TensorFile({name: Entry(pathlib.Path(), shape, "float16", pytest.fail) for name, shape in shapes.items()})
+    found = detect_model(tensors, {"mm_vision_select_layer": -2}, tower)
     assert found.fusion.taps == (23, 21, 18, 15, 12, 9, 6, 3)
     assert found.fusion == FusionConfig(
         taps=found.fusion.taps, mbtf_hidden=4096, mbtf_width=1024, stf_hidden=16384
     )  # fmt: skip
 
 
-# ---- Reports and refusals --------------------------------------------------------------------------------------------
+# ---- Reports and errors ----------------------------------------------------------------------------------------------
 
 
-def test_the_report_accounts_for_every_tensor(tmp_path):
-    theirs = tmp_path / "theirs"
-    decoder("llama").to(torch.float16).save_pretrained(theirs)
+def test_the_report_lists_every_tensor(tmp_path):
+    source = tmp_path / "source"
+    decoder("llama").to(torch.float16).save_pretrained(source)
     decoder("llama").to(torch.float32)
-    state = load_file(theirs / "model.safetensors")
+    state = load_file(source / "model.safetensors")
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    save_file(state, theirs / "model.safetensors", metadata={"format": "pt"})
-    report = import_weights(str(theirs), tmp_path / "ours", dtype="bfloat16")
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    report = import_weights(str(source), tmp_path / "imported", dtype="bfloat16")
     assert sorted(report["read"]) == sorted(state.keys() - {"model.layers.0.self_attn.rotary_emb.inv_freq"})
     assert report["missing"] == ["vision", "fusion"]
     assert report["parameters"] == sum(value.numel() for value in state.values()) - 4
     assert report["unused"] == {"model.layers.0.self_attn.rotary_emb.inv_freq": "computed from the config"}
     assert report["cast"] == {"float16 to bfloat16": report["read"]}
     assert len(report["transposed"]) == 3 * 7 + 1  # every matrix of every block, and the head
-    assert json.loads((tmp_path / "ours" / "import.json").read_text())["unused"] == report["unused"]
-    assert llm_preset(str(tmp_path / "ours")).layers == 3
+    assert json.loads((tmp_path / "imported" / "import.json").read_text())["unused"] == report["unused"]
+    assert llm_preset(str(tmp_path / "imported")).layers == 3
 
 
-def damaged(folder, change):
+def save_changed(folder, change):
     decoder("llama").save_pretrained(folder)
     state = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
@@ -375,13 +375,16 @@ def damaged(folder, change):
     [
         (lambda s, c: s.pop("model.norm.weight"), r"model.norm.weight \(32,\) is missing"),
         (lambda s, c: s.pop("lm_head.weight"), r"lm_head.weight \(62, 32\) is missing"),
-        (lambda s, c: s.update({"extra.weight": torch.zeros(2)}), r"extra.weight \(2,\) has no place"),
+        (lambda s, c: s.update({"extra.weight": torch.zeros(2)}), r"extra.weight \(2,\) is unexpected"),
         (
             lambda s, c: c.update(intermediate_size=47),
             r"says intermediate_size 47, but .*gate_proj.weight is \(48, 32\)",
         ),
         (lambda s, c: c.update(num_hidden_layers=2), r"says num_hidden_layers 2, but the tensors hold 3 layers"),
-        (lambda s, c: s.update({"model.layers.1.self_attn.o_proj.bias": torch.zeros(32)}), "o_proj.bias.* no place"),
+        (
+            lambda s, c: s.update({"model.layers.1.self_attn.o_proj.bias": torch.zeros(32)}),
+            "o_proj.bias.* is unexpected",
+        ),
         (lambda s, c: c.update(model_type="gpt2"), "model_type 'gpt2'"),
         (lambda s, c: c.update(hidden_act="gelu"), "hidden_act 'gelu'"),
         (lambda s, c: c.update(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "'yarn'"),
@@ -389,52 +392,52 @@ def damaged(folder, change):
         (lambda s, c: s.update({"model.layers.0.mlp.q": torch.zeros(2, dtype=torch.float8_e4m3fn)}), "type F8_E4M3"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(change, sentence, tmp_path, capsys):
-    damaged(tmp_path / "theirs", change)
+def test_errors_name_what_does_not_fit(change, sentence, tmp_path, capsys):
+    save_changed(tmp_path / "source", change)
     capsys.readouterr()
-    assert door(main, ["import", str(tmp_path / "theirs"), f"--to={tmp_path / 'ours'}"]) == 2
+    assert run_command(main, ["import", str(tmp_path / "source"), f"--to={tmp_path / 'imported'}"]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
     assert error.count("\n") == 0
     with pytest.raises(UserError, match=sentence):
-        import_weights(str(tmp_path / "theirs"), tmp_path / "ours")
-    assert not (tmp_path / "ours").exists()
+        import_weights(str(tmp_path / "source"), tmp_path / "imported")
+    assert not (tmp_path / "imported").exists()
 
 
-def test_files_that_are_cut_short_or_lost_are_named(tmp_path):
-    theirs = tmp_path / "theirs"
-    decoder("llama").save_pretrained(theirs, max_shard_size="20KB")
-    files = sorted(theirs.glob("*.safetensors"))
-    whole = files[1].read_bytes()
-    files[1].write_bytes(whole[:-10])
+def test_errors_name_truncated_and_missing_files(tmp_path):
+    source = tmp_path / "source"
+    decoder("llama").save_pretrained(source, max_shard_size="20KB")
+    files = sorted(source.glob("*.safetensors"))
+    content = files[1].read_bytes()
+    files[1].write_bytes(content[:-10])
     with pytest.raises(UserError, match=files[1].name):
-        import_weights(str(theirs), tmp_path / "ours")
+        import_weights(str(source), tmp_path / "imported")
     files[1].unlink()
     with pytest.raises(UserError, match=f"names {files[1].name}, which is missing"):
-        import_weights(str(theirs), tmp_path / "ours")
+        import_weights(str(source), tmp_path / "imported")
     shutil.copy(files[0], files[1])
     with pytest.raises(UserError, match="is both in"):
-        import_weights(str(theirs), tmp_path / "ours")
+        import_weights(str(source), tmp_path / "imported")
     values = load_file(files[0])
-    lost = next(iter(values))
-    files[1].write_bytes(whole)
-    save_file({name: value for name, value in values.items() if name != lost}, files[0])
-    with pytest.raises(UserError, match=f"places tensor {lost} in {files[0].name}, which does not hold it"):
-        import_weights(str(theirs), tmp_path / "ours")
+    missing = next(iter(values))
+    files[1].write_bytes(content)
+    save_file({name: value for name, value in values.items() if name != missing}, files[0])
+    with pytest.raises(UserError, match=f"places tensor {missing} in {files[0].name}, which does not contain it"):
+        import_weights(str(source), tmp_path / "imported")
     save_file(values, files[0])
-    (theirs / "model.safetensors.index.json").unlink()
-    (theirs / "copy.safetensors").write_bytes(whole)
+    (source / "model.safetensors.index.json").unlink()
+    (source / "copy.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="is both in"):
-        import_weights(str(theirs), tmp_path / "ours")
-    assert not list(tmp_path.glob("ours*"))
+        import_weights(str(source), tmp_path / "imported")
+    assert not list(tmp_path.glob("imported*"))
 
 
-def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):
-    decoder("llama").save_pretrained(tmp_path / "theirs")
-    (tmp_path / "ours").mkdir()
-    (tmp_path / "ours" / "thesis.txt").write_text("mine")
-    assert door(main, ["import", str(tmp_path / "theirs"), f"--to={tmp_path / 'ours'}"]) == 2
+def test_a_folder_with_files_is_not_overwritten(tmp_path, capsys):
+    decoder("llama").save_pretrained(tmp_path / "source")
+    (tmp_path / "imported").mkdir()
+    (tmp_path / "imported" / "thesis.txt").write_text("mine")
+    assert run_command(main, ["import", str(tmp_path / "source"), f"--to={tmp_path / 'imported'}"]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
-    assert [file.name for file in (tmp_path / "ours").iterdir()] == ["thesis.txt"]
-    assert door(main, ["import", str(tmp_path / "nowhere"), f"--to={tmp_path / 'new'}"]) == 2
+    assert [file.name for file in (tmp_path / "imported").iterdir()] == ["thesis.txt"]
+    assert run_command(main, ["import", str(tmp_path / "nowhere"), f"--to={tmp_path / 'new'}"]) == 2
     assert "does not exist" in capsys.readouterr().err

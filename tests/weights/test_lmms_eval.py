@@ -1,4 +1,4 @@
-"""Exports asked by lmms-eval, all of it, through the package that they bring; and by VLMEvalKit's class, on a stub."""
+"""Exports evaluated by the full lmms-eval with the package in the export, and by VLMEvalKit's class on a stub."""
 
 import ast
 import dataclasses
@@ -31,7 +31,7 @@ from stf_jax.training.state import blueprint
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.model import Description
 
-pytestmark = pytest.mark.usefixtures("torch_alone")
+pytestmark = pytest.mark.usefixtures("torch_setup")
 
 TOWER = dataclasses.replace(VISION["clip-mini-16-96"], image_size=36, patch_size=6, width=32, layers=4, heads=2, mlp=48)
 DECODER = LLMConfig(512, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, norm_eps=1e-4)
@@ -46,26 +46,26 @@ doc_to_text: !function utils.question
 doc_to_target: best
 """
 TASKS = {
-    "said": """
+    "generate": """
 output_type: generate_until
 generation_kwargs: {max_new_tokens: 12, temperature: 0, top_p: 1.0, do_sample: false, image_aspect_ratio: pad}
-process_results: !function utils.kept
-metric_list: [{metric: kept, aggregation: !function utils.all_of_them, higher_is_better: true}]
+process_results: !function utils.pairs
+metric_list: [{metric: pairs, aggregation: !function utils.collect, higher_is_better: true}]
 """,
     "rounds": """
 output_type: generate_until_multi_round
 generation_kwargs: {max_new_tokens: 6}
-process_results: !function utils.kept
-metric_list: [{metric: kept, aggregation: !function utils.all_of_them, higher_is_better: true}]
+process_results: !function utils.pairs
+metric_list: [{metric: pairs, aggregation: !function utils.collect, higher_is_better: true}]
 """,
-    "chosen": """
+    "choose": """
 output_type: multiple_choice
 doc_to_choice: choices
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """,
 }
 UTILS = """
-def make_images(doc):
+def images(doc):
     return doc["images"]
 
 def question(doc, lmms_eval_specific_kwargs=None, previous_output=None, round_idx=None, previous_round_info=None):
@@ -75,54 +75,54 @@ def question(doc, lmms_eval_specific_kwargs=None, previous_output=None, round_id
     assert round_idx == rounds == len(previous_output)
     return doc["images"][:1], f"{previous_output[-1]} Sure?", rounds == doc["best"] + 1, previous_output, rounds
 
-def kept(doc, results):
-    return {"kept": (doc["question"], results[0])}
+def pairs(doc, results):
+    return {"pairs": (doc["question"], results[0])}
 
-def all_of_them(items):
+def collect(items):
     return dict(items)
 """
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _torn_images_fail_again():
-    """lmms-eval has Pillow open them, in all of the process."""
+def _restore_truncated_image_errors():
+    """lmms-eval makes Pillow accept truncated images in the whole process; this undoes it."""
     yield
     PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """By fusion: the export of a model of random weights."""
+    """Returns the export of a model of random weights, by fusion."""
 
-    def made(fusion):
+    def make(fusion):
         root = tmp_path_factory.mktemp(fusion)
-        ours, fusion = epath.Path(root / "ours"), FusionConfig(fusion)
-        ours.mkdir()
-        Description(TOWER, DECODER, fusion).save(ours)
-        shutil.copytree(MINIATURE, ours / "tokenizer")
-        plan, rng = blueprint(ModelConfig(str(ours), str(ours), fusion)), np.random.default_rng(0)
+        folder, fusion = epath.Path(root / "model"), FusionConfig(fusion)
+        folder.mkdir()
+        Description(TOWER, DECODER, fusion).save(folder)
+        shutil.copytree(MINIATURE, folder / "tokenizer")
+        plan, rng = blueprint(ModelConfig(str(folder), str(folder), fusion)), np.random.default_rng(0)
 
         def value(path, leaf):
             fan_in = 32 if "/attention/" in path else leaf.shape[-2] if path.endswith("kernel") else 1
             x = rng.normal(size=leaf.shape) * (1.2 * fan_in**-0.5 if path.endswith("kernel") else 0.3)
             return (x + path.endswith("scale")).astype(np.float32)
 
-        write_params(ours, ((path, value(path, leaf)) for path, leaf in plan.shapes.items()))
-        export_hf(ours, root / "theirs")
-        return root / "theirs"
+        write_params(folder, ((path, value(path, leaf)) for path, leaf in plan.shapes.items()))
+        export_hf(folder, root / "export")
+        return root / "export"
 
-    return {fusion: made(fusion) for fusion in SLOTS}
+    return {fusion: make(fusion) for fusion in SLOTS}
 
 
 @pytest.fixture(scope="module")
 def plugin(exports, tmp_path_factory):
-    """The package of an export, installed where lmms-eval looks for packages."""
+    """Returns the model class of an export's package, installed where lmms-eval finds it."""
     assert importlib.util.find_spec("lmms_eval"), "pip install --no-deps --requirement requirements-data.txt"
     site, source = tmp_path_factory.mktemp("site"), exports["mbtf_stf"] / "lmms_eval_stf"
-    how = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
-    subprocess.run([sys.executable, "-m", "pip", "install", *how, f"--target={site}", source], check=True)
+    options = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, f"--target={site}", source], check=True)
     for name in [name for name in sys.modules if name.startswith("lmms_eval")]:
-        del sys.modules[name]  # it looks for packages as it is imported
+        del sys.modules[name]  # it looks for plugins when it is imported
     sys.path.insert(0, str(site))
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("cache"))
     yield importlib.import_module("lmms_eval.models").get_model("llava_stf")
@@ -132,7 +132,7 @@ def plugin(exports, tmp_path_factory):
 
 @pytest.fixture
 def rows():
-    """Questions of unequal lengths with none to two images."""
+    """Questions of different lengths with zero to two images."""
     return [
         {
             "images": [make_image(10 * i + j) for j in range((1, 0, 2, 1)[i % 4])],
@@ -149,15 +149,15 @@ def make_image(seed):
 
 
 @pytest.fixture(scope="module", params=SLOTS)
-def asked(request, exports, plugin):
-    """An export as lmms-eval has it, in batches of three; and as transformers loads it."""
+def loaded(request, exports, plugin):
+    """An export loaded by lmms-eval, with batches of three, and by transformers."""
     folder = exports[request.param]
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    return Asked(request.param, folder, plugin(str(folder), device="cpu", batch_size="3"), model, processor)
+    return Loaded(request.param, folder, plugin(str(folder), device="cpu", batch_size="3"), model, processor)
 
 
-class Asked(NamedTuple):
+class Loaded(NamedTuple):
     fusion: str
     folder: pathlib.Path
     lm: Any
@@ -165,32 +165,32 @@ class Asked(NamedTuple):
     processor: Any
 
     @torch.inference_mode()
-    def directly(self, question, images, **how):
-        """What transformers says to one question, by itself."""
-        content = [*({"type": "image", "image": one} for one in images), {"type": "text", "text": question}]
+    def answer(self, question, images, **kwargs):
+        """Returns transformers' answer to a single question."""
+        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
         )  # fmt: skip
-        said = self.model.generate(**inputs, **{"do_sample": False} | how)
-        return self.processor.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        output = self.model.generate(**inputs, **{"do_sample": False} | kwargs)
+        return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     @torch.inference_mode()
     def likelihood(self, question, images, answer):
-        """Log-probability of an answer, and whether it is greedy: over the tokens that our training would learn."""
+        """Returns the log-probability of an answer over its target tokens in training, and whether it is greedy."""
         turns = (Turn("human", "<image>" * len(images) + question), Turn("gpt", answer))
-        items = template_items("v1", Record("", tuple(lambda one=one: one for one in images), turns))
+        items = template_items("v1", Record("", tuple(lambda image=image: image for image in images), turns))
         encoded = encode(items, load_tokenizer("miniature"), SLOTS[self.fusion])
         ids = torch.tensor(np.where(encoded.is_image, self.processor.image_token_id, encoded.tokens)[None]).long()
         pixels = self.processor.image_processor(images, return_tensors="pt") if images else {}
         logits = self.model(input_ids=ids, **pixels).logits[0].double()
         logits[:, self.model.generation_config.suppress_tokens or []] = -torch.inf
-        places = np.flatnonzero(encoded.learned)[:-1]  # the last ends the turn
-        value = sum(logits[at - 1].log_softmax(-1)[ids[0, at]].item() for at in places)
-        return value, all(logits[at - 1].argmax() == ids[0, at] for at in places)
+        positions = np.flatnonzero(encoded.is_target)[:-1]  # the last ends the turn
+        value = sum(logits[i - 1].log_softmax(-1)[ids[0, i]].item() for i in positions)
+        return value, all(logits[i - 1].argmax() == ids[0, i] for i in positions)
 
     def requests(self, rows, kind, *arguments):
-        """Requests as lmms-eval makes them of a task's rows; ``arguments`` stand between context and document."""
+        """Makes lmms-eval's requests for a task's rows; ``arguments`` go between context and document."""
         from lmms_eval.api.instance import Instance
 
         self.lm.task_dict = {"task": {"test": rows}}
@@ -201,15 +201,15 @@ class Asked(NamedTuple):
         ]
 
 
-def shown(row):
+def get_images(row):
     return row["images"]
 
 
-# ---- Whole evaluations -----------------------------------------------------------------------------------------------
+# ---- Full evaluations ------------------------------------------------------------------------------------------------
 
 
-def test_tasks_are_evaluated(asked, rows, tmp_path):
-    """The evaluator's results for three kinds of tasks, from each answer of transformers by itself."""
+def test_tasks_are_evaluated(loaded, rows, tmp_path):
+    """Results of three kinds of tasks equal those computed from transformers' single answers."""
     import datasets
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
@@ -225,56 +225,56 @@ def test_tasks_are_evaluated(asked, rows, tmp_path):
         text = f"task: {name}" + TASK.format(data=tmp_path / "data") + values
         (tmp_path / "tasks" / f"{name}.yaml").write_text(text)
     found = simple_evaluate(
-        model="llava_stf", model_args=f"pretrained={asked.folder},dtype=float32", batch_size="3", device="cpu",
+        model="llava_stf", model_args=f"pretrained={loaded.folder},dtype=float32", batch_size="3", device="cpu",
         tasks=list(TASKS), bootstrap_iters=0, log_samples=False,
         task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False, model_name="llava_stf"),
     )["results"]  # fmt: skip
 
     def rounds(row):
-        said = [asked.directly(row["question"], row["images"], max_new_tokens=6)]
+        answers = [loaded.answer(row["question"], row["images"], max_new_tokens=6)]
         for _ in range(row["best"]):
-            said.append(asked.directly(f"{said[-1]} Sure?", row["images"][:1], max_new_tokens=6))
-        return said
+            answers.append(loaded.answer(f"{answers[-1]} Sure?", row["images"][:1], max_new_tokens=6))
+        return answers
 
-    one_by_one = {row["question"]: asked.directly(row["question"], row["images"], max_new_tokens=12) for row in rows}
-    assert len(set(one_by_one.values())) == len(rows)
-    assert found["said"]["kept,none"] == one_by_one
-    assert found["rounds"]["kept,none"] == {row["question"]: rounds(row) for row in rows}
-    best = [np.argmax([asked.likelihood(row["question"], row["images"], word)[0] for word in WORDS]) for row in rows]
-    right = [int(chosen) == row["best"] for chosen, row in zip(best, rows, strict=True)]
-    assert 0 < sum(right) < len(rows)
-    assert found["chosen"]["acc,none"] == pytest.approx(sum(right) / len(rows))
-
-
-# ---- One kind of request after the other -----------------------------------------------------------------------------
+    answers = {row["question"]: loaded.answer(row["question"], row["images"], max_new_tokens=12) for row in rows}
+    assert len(set(answers.values())) == len(rows)
+    assert found["generate"]["pairs,none"] == answers
+    assert found["rounds"]["pairs,none"] == {row["question"]: rounds(row) for row in rows}
+    best = [np.argmax([loaded.likelihood(row["question"], row["images"], word)[0] for word in WORDS]) for row in rows]
+    correct = [int(chosen) == row["best"] for chosen, row in zip(best, rows, strict=True)]
+    assert 0 < sum(correct) < len(rows)
+    assert found["choose"]["acc,none"] == pytest.approx(sum(correct) / len(rows))
 
 
-def test_likelihoods_are_exact(asked, rows):
-    greedy = [asked.directly(row["question"], row["images"], max_new_tokens=2) for row in rows]
+# ---- Kinds of requests -----------------------------------------------------------------------------------------------
+
+
+def test_likelihoods_are_exact(loaded, rows):
+    greedy = [loaded.answer(row["question"], row["images"], max_new_tokens=2) for row in rows]
     flags = []
     for words in (*([word] * len(rows) for word in WORDS), greedy):
         for row, word in zip(rows, words, strict=True):
             row["answer"] = word
-        exact = [asked.likelihood(row["question"], row["images"], row["answer"]) for row in rows]
+        exact = [loaded.likelihood(row["question"], row["images"], row["answer"]) for row in rows]
         flags += [flag for _, flag in exact]
-        found = asked.lm.loglikelihood(asked.requests(rows, "loglikelihood", lambda row: row["answer"], shown))
+        found = loaded.lm.loglikelihood(loaded.requests(rows, "loglikelihood", lambda row: row["answer"], get_images))
         assert [flag for _, flag in found] == [flag for _, flag in exact]
         np.testing.assert_allclose([value for value, _ in found], [value for value, _ in exact], atol=1e-4)
         assert max(value for value, _ in exact) < -0.1
     assert 0 < sum(flags) < len(flags)
-    # A given answer is compared by how unlikely it is, in lmms-eval.
-    (found,) = asked.lm.loglikelihood(asked.requests(rows[:1], "loglikelihood", " red", shown))
-    assert found == (pytest.approx(-asked.likelihood(rows[0]["question"], rows[0]["images"], "red")[0]), False)
-    (found,) = asked.lm.loglikelihood(asked.requests(rows[:1], "loglikelihood", " ", shown))
+    # lmms-eval compares given answers by the negated log-probability.
+    (found,) = loaded.lm.loglikelihood(loaded.requests(rows[:1], "loglikelihood", " red", get_images))
+    assert found == (pytest.approx(-loaded.likelihood(rows[0]["question"], rows[0]["images"], "red")[0]), False)
+    (found,) = loaded.lm.loglikelihood(loaded.requests(rows[:1], "loglikelihood", " ", get_images))
     assert found == (0, True)
 
 
-def test_settings_are_those_of_generate(asked, rows):
+def test_settings_are_passed_to_generate(loaded, rows):
     def found(**settings):
-        return asked.lm.generate_until(asked.requests(rows[:1], "generate_until", settings, shown))[0]
+        return loaded.lm.generate_until(loaded.requests(rows[:1], "generate_until", settings, get_images))[0]
 
     def direct(**settings):
-        return asked.directly(rows[0]["question"], rows[0]["images"], **settings)
+        return loaded.answer(rows[0]["question"], rows[0]["images"], **settings)
 
     greedy = direct(max_new_tokens=10)
     assert found(max_new_tokens=10) == greedy
@@ -282,49 +282,49 @@ def test_settings_are_those_of_generate(asked, rows):
     assert found(max_new_tokens=10, do_sample=False, temperature=1.5, seed=3) == greedy
     beams = direct(max_new_tokens=10, num_beams=4)
     assert found(max_new_tokens=10, num_beams=4) == beams != greedy
-    for given, meant in (
+    for settings, expected in (
         ({"temperature": 1.5}, {"temperature": 1.5}),
         ({"temperature": 1.5, "top_p": 0.4}, {"temperature": 1.5, "top_p": 0.4}),
         ({"do_sample": True}, {"temperature": 1.0}),
     ):
         torch.manual_seed(1)
-        sampled = direct(max_new_tokens=10, do_sample=True, **meant)
+        sampled = direct(max_new_tokens=10, do_sample=True, **expected)
         torch.manual_seed(1)
-        assert found(max_new_tokens=10, **given) == sampled != greedy
+        assert found(max_new_tokens=10, **settings) == sampled != greedy
     first, second = greedy[3:5], greedy[5:7]
     assert found(max_new_tokens=10, until=second) == greedy.split(second)[0].strip() != greedy
     assert found(max_new_tokens=10, until=[second, "never", first]) == greedy.split(first)[0].split(second)[0].strip()
     assert found(max_new_tokens=10, until=[""]) == greedy
 
 
-def test_requests_of_unlike_settings_keep_their_places(asked, rows):
-    requests = asked.requests(rows, "generate_until", {}, shown)
+def test_requests_with_different_settings_keep_their_order(loaded, rows):
+    requests = loaded.requests(rows, "generate_until", {}, get_images)
     for i, request in enumerate(requests):
         request.arguments = (request.args[0], {"max_new_tokens": 3 + i % 3}, *request.args[2:])
-    expected = [asked.directly(row["question"], row["images"], max_new_tokens=3 + i % 3) for i, row in enumerate(rows)]
-    assert asked.lm.generate_until(requests) == expected
+    expected = [loaded.answer(row["question"], row["images"], max_new_tokens=3 + i % 3) for i, row in enumerate(rows)]
+    assert loaded.lm.generate_until(requests) == expected
 
 
-def test_marks_in_a_question_are_moved_to_its_front_as_in_training(asked, rows):
+def test_image_marks_in_a_question_move_to_its_front(loaded, rows):
     marked = [rows[2] | {"question": "First <image> then <image>, which?"}]
-    (found,) = asked.lm.generate_until(asked.requests(marked, "generate_until", {"max_new_tokens": 8}, shown))
-    assert found == asked.directly("First  then , which?", rows[2]["images"], max_new_tokens=8)
+    (found,) = loaded.lm.generate_until(loaded.requests(marked, "generate_until", {"max_new_tokens": 8}, get_images))
+    assert found == loaded.answer("First  then , which?", rows[2]["images"], max_new_tokens=8)
 
 
-def test_what_cannot_be_asked_is_said(asked, rows, plugin, tmp_path):
+def test_unsupported_inputs_are_refused(loaded, rows, plugin, tmp_path):
     for visuals, kind in ((["film.mp4"], "str"), ([{"array": 0}], "dict")):
-        with pytest.raises(ValueError, match=f"Task task shows a {kind}, but llava_stf reads images alone"):
-            asked.lm.generate_until(asked.requests(rows[:1], "generate_until", {}, lambda row, v=visuals: v))
+        with pytest.raises(ValueError, match=f"Task task has an input of type {kind}; llava_stf supports only images"):
+            loaded.lm.generate_until(loaded.requests(rows[:1], "generate_until", {}, lambda row, v=visuals: v))
     with pytest.raises(ValueError, match="is not a folder of an export"):
         plugin(str(tmp_path))
-    with pytest.raises(ValueError, match="batch_size=auto must be a number"):
-        plugin(str(asked.folder), batch_size="auto")
+    with pytest.raises(ValueError, match="batch_size=auto must be a positive integer"):
+        plugin(str(loaded.folder), batch_size="auto")
 
 
-# ---- What an export brings -------------------------------------------------------------------------------------------
+# ---- Packages in the export ------------------------------------------------------------------------------------------
 
 
-def test_exports_bring_packages_that_need_nothing_of_ours(exports):
+def test_packages_in_exports_do_not_import_stf_jax(exports):
     allowed = {"torch", "transformers", "lmms_eval", "accelerate", "PIL", "tqdm"}
     for folder in exports.values():
         bundled = folder / "lmms_eval_stf"
@@ -338,7 +338,7 @@ def test_exports_bring_packages_that_need_nothing_of_ours(exports):
 
 @pytest.fixture
 def vlmevalkit(exports, monkeypatch):
-    """VLMEvalKit's class beside stand-ins of the two things that it takes from there."""
+    """VLMEvalKit's class with stubs of its two imports."""
     kinds = {"POPE": "Y/N", "MME": "Y/N", "GQA_TestDev_Balanced": "VQA", "VizWiz": "VQA"}
 
     class BaseModel:
@@ -364,24 +364,24 @@ def vlmevalkit(exports, monkeypatch):
     return module.LlavaSTF
 
 
-def test_vlmevalkit_asks_as_transformers_does(asked, rows, vlmevalkit, tmp_path):
-    model = vlmevalkit(str(asked.folder), max_new_tokens=8)
+def test_vlmevalkit_gives_transformers_answers(loaded, rows, vlmevalkit, tmp_path):
+    model = vlmevalkit(str(loaded.folder), max_new_tokens=8)
     model.model.to("cpu")
     for row in rows:
         message = [{"type": "text", "value": row["question"]}]
-        for i, one in enumerate(row["images"]):
-            one.save(tmp_path / f"{i}.png")
+        for i, image in enumerate(row["images"]):
+            image.save(tmp_path / f"{i}.png")
             message.insert(0 if i else 1, {"type": "image", "value": str(tmp_path / f"{i}.png")})
-        images = row["images"][::-1]  # the second was put first
-        expected = asked.directly(row["question"], images, max_new_tokens=8)
+        images = row["images"][::-1]  # the second image comes first in the message
+        expected = loaded.answer(row["question"], images, max_new_tokens=8)
         assert model.generate_inner(message) == expected
 
 
-def test_vlmevalkit_words_questions_as_llava_does(vlmevalkit):
+def test_vlmevalkit_builds_llavas_prompts(vlmevalkit):
     model = vlmevalkit.__new__(vlmevalkit)
     model.dump_image_func = lambda line: ["a.png", "b.png"]
 
-    def worded(dataset, **line):
+    def make_prompt(dataset, **line):
         assert model.use_custom_prompt(dataset)
         *images, text = model.build_prompt(line, dataset)
         assert images == [{"type": "image", "value": "a.png"}, {"type": "image", "value": "b.png"}]
@@ -391,12 +391,16 @@ def test_vlmevalkit_words_questions_as_llava_does(vlmevalkit):
     short = "Answer the question using a single word or phrase."
     nothing = float("nan")
     two = dict(A="one", B="two", C=nothing, D=nothing)
-    assert worded("MMBench_DEV_EN", question="Which?", hint="So.", **two) == f"So.\nWhich?\nA. one\nB. two\n{letter}"
-    assert worded("MMBench_DEV_EN", question="Which?", hint=nothing, **two) == f"Which?\nA. one\nB. two\n{letter}"
-    assert worded("MMBench_DEV_CN", question="Which?", **two) == "Which?\nA. one\nB. two\n请直接回答选项字母。"
-    assert worded("ScienceQA_TEST", question="Which?", hint="So.", **two).startswith("Context: So.\nWhich?\nA. one")
-    assert worded("POPE", question="Is it?") == f"Is it?\n{short}"
-    assert worded("MME", question="Is it? Please answer yes or no.") == f"Is it?\n{short}"
+    assert (
+        make_prompt("MMBench_DEV_EN", question="Which?", hint="So.", **two) == f"So.\nWhich?\nA. one\nB. two\n{letter}"
+    )
+    assert make_prompt("MMBench_DEV_EN", question="Which?", hint=nothing, **two) == f"Which?\nA. one\nB. two\n{letter}"
+    assert make_prompt("MMBench_DEV_CN", question="Which?", **two) == "Which?\nA. one\nB. two\n请直接回答选项字母。"
+    assert make_prompt("ScienceQA_TEST", question="Which?", hint="So.", **two).startswith(
+        "Context: So.\nWhich?\nA. one"
+    )
+    assert make_prompt("POPE", question="Is it?") == f"Is it?\n{short}"
+    assert make_prompt("MME", question="Is it? Please answer yes or no.") == f"Is it?\n{short}"
     unanswerable = "When the provided information is insufficient, respond with 'Unanswerable'."
-    assert worded("VizWiz", question="What?") == f"What?\n{unanswerable}\n{short}"
+    assert make_prompt("VizWiz", question="What?") == f"What?\n{unanswerable}\n{short}"
     assert not model.use_custom_prompt("GQA_TestDev_Balanced")

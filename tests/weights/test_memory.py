@@ -1,4 +1,4 @@
-"""Weights pass one parameter at a time: peaks of memory, each measured in a process of its own."""
+"""Peak memory of imports, exports and loading, which handle one parameter at a time; each in a separate process."""
 
 import json
 import shutil
@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
+from reference import VISION
 from safetensors.torch import save_file
-from theirs import VISION
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from stf_jax.data.tokenizer import MINIATURE
@@ -46,18 +46,18 @@ generator, _ = load_generator(epath.Path(source), make_mesh(MeshConfig(1, 4, 2))
 
 
 def peak(step, source, to):
-    """Bytes of memory that a process held at most while it did that step."""
-    begin = "import pathlib, re, sys\nsource, to = sys.argv[1], pathlib.Path(sys.argv[2])\n"
+    """Returns the peak memory, in bytes, of a process that runs one step."""
+    setup = "import pathlib, re, sys\nsource, to = sys.argv[1], pathlib.Path(sys.argv[2])\n"
     end = '\nprint(re.search("VmHWM:\\\\s+([0-9]+) kB", pathlib.Path("/proc/self/status").read_text())[1])'
-    code = begin + STEPS[step] + end
-    done = subprocess.run([sys.executable, "-c", code, source, to], capture_output=True, text=True, check=True)
-    return 1024 * int(done.stdout.splitlines()[-1])
+    code = setup + STEPS[step] + end
+    process = subprocess.run([sys.executable, "-c", code, source, to], capture_output=True, text=True, check=True)
+    return 1024 * int(process.stdout.splitlines()[-1])
 
 
-def write(folder, kind, config):
-    """A model of noughts as transformers leaves it; bytes of its parameters."""
+def write(folder, model_class, config):
+    """Writes a model of zeros as transformers saves it; returns the bytes of its parameters."""
     with torch.device("meta"):
-        shapes = {key: value.shape for key, value in kind(config).state_dict().items()}
+        shapes = {key: value.shape for key, value in model_class(config).state_dict().items()}
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     values = {key: torch.zeros(shape, dtype=torch.bfloat16) for key, shape in shapes.items()}
@@ -67,65 +67,66 @@ def write(folder, kind, config):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two models, small and large, as transformers leaves them and as an import does; bytes of their parameters."""
+    """Writes a small and a large model, and imports them; returns the root, their difference in bytes, and in peaks."""
     root, sizes = tmp_path_factory.mktemp("memory"), {}
     for name, layers in LAYERS.items():
         sizes[name] = write(root / name, LlamaForCausalLM, LlamaConfig(**SMALL, num_hidden_layers=layers))
     assert sizes["large"] > 4 * LARGEST
-    grown = peak("import", root / "large", root / "large-ours") - peak("import", root / "small", root / "small-ours")
-    return root, sizes["large"] - sizes["small"], grown
+    growth = peak("import", root / "large", root / "large-imported") - peak(
+        "import", root / "small", root / "small-imported"
+    )
+    return root, sizes["large"] - sizes["small"], growth
 
 
-def test_an_import_needs_the_largest_parameter_and_not_the_model(models):
-    _, _, grown = models
-    assert LARGEST < grown < 3 * LARGEST, grown / LARGEST
+def test_import_needs_memory_for_the_largest_parameter_only(models):
+    _, _, growth = models
+    assert LARGEST < growth < 3 * LARGEST, growth / LARGEST
 
 
 @pytest.mark.slow  # half a minute
-def test_a_cast_needs_no_more(models, tmp_path):
+def test_casting_needs_no_more_memory(models, tmp_path):
     root, _, _ = models
     peaks = [peak("import as float16", root / name, tmp_path / name) for name in LAYERS]
     assert peaks[1] - peaks[0] < 3 * LARGEST, (peaks[1] - peaks[0]) / LARGEST
 
 
-def test_sources_are_not_held_twice(models, tmp_path):
-    """Of two sources that have the same parameters, the first is not read."""
+def test_overridden_sources_are_not_loaded(models, tmp_path):
+    """If two sources have the same parameters, the first one is not read."""
     root, size, _ = models
-    twice = {name: f"{root / name}-ours,{root / name}-ours" for name in LAYERS}
-    code = STEPS["load"].replace("ModelConfig(llm=source)", "ModelConfig(llm=source.split(',')[0])")
-    STEPS["load twice"] = code
-    grown = peak("load twice", twice["large"], tmp_path) - peak("load twice", twice["small"], tmp_path)
-    assert size < grown < size + 2 * LARGEST, (grown - size) / LARGEST
+    twice = {name: f"{root / name}-imported,{root / name}-imported" for name in LAYERS}
+    STEPS["load twice"] = STEPS["load"].replace("ModelConfig(llm=source)", "ModelConfig(llm=source.split(',')[0])")
+    growth = peak("load twice", twice["large"], tmp_path) - peak("load twice", twice["small"], tmp_path)
+    assert size < growth < size + 2 * LARGEST, (growth - size) / LARGEST
 
 
-def test_an_export_needs_the_largest_parameter_and_a_shard(models, tmp_path, monkeypatch):
+def test_export_needs_memory_for_the_largest_parameter_and_a_shard(models, tmp_path, monkeypatch):
     root, _, _ = models
     monkeypatch.setitem(
         STEPS, "export", "import stf_jax.weights.exports as e, functools\n"
         f"e.write_shards = functools.partial(e.write_shards, limit={LARGEST})\n" + STEPS["export"],
     )  # fmt: skip
-    grown = peak("export", root / "large-ours", tmp_path / "large") - peak(
-        "export", root / "small-ours", tmp_path / "small"
+    growth = peak("export", root / "large-imported", tmp_path / "large") - peak(
+        "export", root / "small-imported", tmp_path / "small"
     )
-    assert grown < 4.5 * LARGEST, grown / LARGEST
+    assert growth < 4.5 * LARGEST, growth / LARGEST
 
 
-def test_weights_are_loaded_once_onto_their_devices(models, tmp_path):
-    """Beside the arrays themselves, which lie in this machine's memory, no second copy of the model."""
+def test_loading_makes_no_second_copy(models, tmp_path):
+    """The arrays are in this machine's memory; there is no second copy of the model."""
     root, size, _ = models
-    grown = peak("load", root / "large-ours", tmp_path) - peak("load", root / "small-ours", tmp_path)
-    assert size < grown < size + 2 * LARGEST, (grown - size) / LARGEST
+    growth = peak("load", root / "large-imported", tmp_path) - peak("load", root / "small-imported", tmp_path)
+    assert size < growth < size + 2 * LARGEST, (growth - size) / LARGEST
 
 
 @pytest.mark.slow  # half a minute
-def test_a_model_that_answers_is_held_once(tmp_path):
-    """From its folder onto a mesh. Programs of 32 results apiece are held too, and on a CPU a checksum's terms."""
+def test_inference_makes_no_second_copy(tmp_path):
+    """Loads a folder onto a mesh. Compiled programs of 32 results, and the checksum on a CPU, use memory too."""
     sizes, peaks = {}, {}
     for name, layers in LAYERS.items():
         folder = shutil.copytree(MINIATURE, tmp_path / name)
-        text = LlamaConfig(**SMALL | {"vocab_size": 512}, num_hidden_layers=layers)
-        config = LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=text)
+        text_config = LlamaConfig(**SMALL | {"vocab_size": 512}, num_hidden_layers=layers)
+        config = LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=text_config)
         sizes[name] = write(folder, LlavaForConditionalGeneration, config)
         peaks[name] = peak("answer", folder, tmp_path)
-    size, grown = sizes["large"] - sizes["small"], peaks["large"] - peaks["small"]
-    assert size < grown < size + 7 * LARGEST, (grown - size) / LARGEST
+    size, growth = sizes["large"] - sizes["small"], peaks["large"] - peaks["small"]
+    assert size < growth < size + 7 * LARGEST, (growth - size) / LARGEST

@@ -1,4 +1,4 @@
-"""A run starts from one path: its tower, language model and tokenizer; and it is whole when that path is gone."""
+"""Runs start from one path with tower, language model and tokenizer, and remain usable when it is deleted."""
 
 import dataclasses
 import json
@@ -15,47 +15,47 @@ from stf_jax.data.records import BadRow, Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference.generator import Generator
 from stf_jax.inference.loading import load_generator
-from stf_jax.models.presets import resolved
-from stf_jax.runtime.cli import door
+from stf_jax.models.presets import resolve_model
+from stf_jax.runtime.cli import run_command
 from stf_jax.runtime.mesh import make_mesh
 from stf_jax.runtime.parameters import write_params
 from stf_jax.training.state import blueprint
 from stf_jax.weights.folder import load_params
 from stf_jax.weights.model import Description, open_model, save_description
-from stf_jax.weights.origin import complete
+from stf_jax.weights.origin import complete_config
 
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """A folder of random weights as an import leaves it."""
+    """A folder of random weights, as an import writes it."""
     return make(epath.Path(tmp_path_factory.mktemp("imported")) / "W", FusionConfig("stf"), "clip", "qwen2")
 
 
-def run_of(folder, start):
-    """A run that began with ``start``, with what training writes beside its checkpoint."""
+def make_described_run(folder, start):
+    """Makes a run that started from ``start``, with the files that training writes beside its checkpoint."""
     run = make_run(folder, start, step=2)
-    config = complete(from_json(json.loads((run / "config.json").read_text())), run)
+    config = complete_config(from_json(json.loads((run / "config.json").read_text())), run)
     save_description(run, config, load_tokenizer(config.data.tokenizer))
     return run
 
 
-# ---- One path --------------------------------------------------------------------------------------------------------
+# ---- Completing a config ---------------------------------------------------------------------------------------------
 
 
-def test_init_from_alone_gives_tower_language_model_and_tokenizer(imported, tmp_path):
-    found = complete(TrainConfig(init_from=str(imported)), tmp_path / "new")
+def test_init_from_gives_tower_language_model_and_tokenizer(imported, tmp_path):
+    found = complete_config(TrainConfig(init_from=str(imported)), tmp_path / "new")
     assert (found.model.vision, found.model.llm) == (str(imported), str(imported))
     assert (found.model.vision_shape, found.model.llm_shape) == (TOWERS["clip"], DECODERS["qwen2"])
     assert found.data.tokenizer == str(imported / "tokenizer")
-    # Template and aspect are the recipe's, stage by stage, as in LLaVA's scripts.
+    # Template and aspect depend on the stage, as in LLaVA's scripts, so they keep their defaults.
     assert (found.data.template, found.data.aspect) == (DataConfig().template, DataConfig().aspect)
-    # What is written is the names, and read back it is the same run.
-    again = from_json(json.loads(json.dumps(to_json(found))))
-    assert complete(again, tmp_path / "new") == found
+    # Only the names are saved; reading them back gives the same config.
+    reread = from_json(json.loads(json.dumps(to_json(found))))
+    assert complete_config(reread, tmp_path / "new") == found
 
 
-def test_without_init_from_it_is_the_papers_model(tmp_path):
-    found = complete(TrainConfig(), tmp_path)
+def test_the_default_is_the_papers_model(tmp_path):
+    found = complete_config(TrainConfig(), tmp_path)
     assert (found.model.vision, found.model.llm, found.data.tokenizer) == ("clip-l-14-336", "vicuna-7b", "")
     assert blueprint(found.model).shapes == blueprint(ModelConfig()).shapes
 
@@ -67,69 +67,69 @@ def test_without_init_from_it_is_the_papers_model(tmp_path):
         ("miniatures/2", "clip-mini-8-96", "llama-mini-6", "miniature/2"),
     ],
 )
-def test_the_embedded_weights_are_a_path_too(source, vision, llm, tokenizer):
-    found = complete(TrainConfig(init_from=source))
+def test_embedded_weights_complete_a_config(source, vision, llm, tokenizer):
+    found = complete_config(TrainConfig(init_from=source))
     assert (found.model.vision, found.model.llm) == (vision, llm)
     assert found.data.tokenizer == tokenizer
 
 
-def test_what_is_named_wins_and_of_several_folders_the_later(imported, tmp_path):
+def test_configured_values_win_and_later_folders_win(imported, tmp_path):
     tower = epath.Path(tmp_path / "tower")
     tower.mkdir()
     Description(TOWERS["siglip"], None, None).save(tower)
     (tower / "params" / "state").mkdir(parents=True)
     config = TrainConfig(init_from=f"{imported}, {tower}", model=ModelConfig(llm="vicuna-13b"))
-    found = complete(dataclasses.replace(config, data=DataConfig(tokenizer="miniature")))
+    found = complete_config(dataclasses.replace(config, data=DataConfig(tokenizer="miniature")))
     assert (found.model.vision, found.model.vision_shape) == (str(tower), TOWERS["siglip"])
     assert (found.model.llm, found.model.llm_shape.layers) == ("vicuna-13b", 40)
     assert found.data.tokenizer == "miniature"
 
 
-def test_a_run_gives_what_it_began_with_and_itself_when_that_is_gone(imported, tmp_path):
+def test_a_run_completes_a_config_with_and_without_its_source(imported, tmp_path):
     start = epath.Path(tmp_path / "W")
     shutil.copytree(imported, start)
-    run = run_of(epath.Path(tmp_path / "run"), start)
+    run = make_described_run(epath.Path(tmp_path / "run"), start)
     for folder in (start / "tokenizer", run / "tokenizer"):
-        found = complete(TrainConfig(init_from=str(run)), tmp_path / "stage2")
+        found = complete_config(TrainConfig(init_from=str(run)), tmp_path / "stage2")
         assert (found.model.vision_shape, found.model.llm_shape) == (TOWERS["clip"], DECODERS["qwen2"])
         assert found.data.tokenizer == str(folder)
-        # The run goes on by the same command, with nothing named, or with the folder's new name.
-        for named in (ModelConfig(), ModelConfig(str(start), str(start)), ModelConfig(str(imported), str(imported))):
-            config = TrainConfig(init_from=str(start), model=named, data=DataConfig(tokenizer=str(start / "tokenizer")))
-            goes_on = complete(config, run)
-            assert (goes_on.model.vision, goes_on.model.llm) == (str(start), str(start))
-            assert goes_on.model.llm_shape == DECODERS["qwen2"]
-            assert goes_on.data.tokenizer == str(folder)
+        # The run resumes with the same command, with no names, or with the folder's new name.
+        for model in (ModelConfig(), ModelConfig(str(start), str(start)), ModelConfig(str(imported), str(imported))):
+            config = TrainConfig(init_from=str(start), model=model, data=DataConfig(tokenizer=str(start / "tokenizer")))
+            resumed = complete_config(config, run)
+            assert (resumed.model.vision, resumed.model.llm) == (str(start), str(start))
+            assert resumed.model.llm_shape == DECODERS["qwen2"]
+            assert resumed.data.tokenizer == str(folder)
         shutil.rmtree(start, ignore_errors=True)
 
 
 @pytest.mark.parametrize(
-    ("named", "says"),
+    ("changes", "sentence"),
     [
-        ({"llm": "llama-mini"}, "model.llm is another (set model.llm={W}, or leave it out): "),
-        ({"vision": "clip-mini-16-96"}, "model.vision is another (set model.vision={W}, or leave it out): "),
+        ({"llm": "llama-mini"}, "model.llm is a different model (set model.llm={W}, or leave it out): "),
+        ({"vision": "clip-mini-16-96"}, "model.vision is a different model (set model.vision={W}, or leave it out): "),
         ({"fusion": FusionConfig("mlp")}, "model.fusion differs from the one that {W} was trained with"),
     ],
 )
-def test_what_does_not_fit_is_said_by_the_key_to_change(imported, named, says):
+def test_errors_name_the_config_key_to_change(imported, changes, sentence):
     mesh = make_mesh(MeshConfig(1, 1, 1))
-    same = {"vision": str(imported), "llm": str(imported), "fusion": FusionConfig("stf")}
-    plan = blueprint(ModelConfig(**same | named))
-    places = plan.shardings(mesh)
-    layout = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in plan.shapes.items()}
+    values = {"vision": str(imported), "llm": str(imported), "fusion": FusionConfig("stf")}
+    plan = blueprint(ModelConfig(**values | changes))
+    shardings = plan.shardings(mesh)
+    layout = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in plan.shapes.items()}
     with pytest.raises(UserError) as raised:
         load_params(str(imported), layout, ())
-    assert says.format(W=imported) in str(raised.value)
+    assert sentence.format(W=imported) in str(raised.value)
     assert "init_missing" not in str(raised.value)
 
 
-# ---- A run is whole --------------------------------------------------------------------------------------------------
+# ---- Runs are self-contained -----------------------------------------------------------------------------------------
 
 
-def test_a_run_is_opened_anywhere_when_all_that_it_began_with_is_gone(imported, tmp_path):
+def test_a_moved_run_is_opened_without_its_source(imported, tmp_path):
     start = epath.Path(tmp_path / "W")
     shutil.copytree(imported, start)
-    run = run_of(epath.Path(tmp_path / "run"), start)
+    run = make_described_run(epath.Path(tmp_path / "run"), start)
     before = open_model(run)
     text = "USER: What  is <image>\n it?"
     ids = load_tokenizer(str(before.tokenizer))(text).input_ids
@@ -145,13 +145,13 @@ def test_a_run_is_opened_anywhere_when_all_that_it_began_with_is_gone(imported, 
     assert generator.slots == 9
 
 
-def test_a_run_from_before_says_what_it_misses_and_where_to_put_it(imported, tmp_path):
+def test_an_old_run_names_its_missing_files_and_their_paths(imported, tmp_path):
     start = epath.Path(tmp_path / "W")
     shutil.copytree(imported, start)
     run = make_run(epath.Path(tmp_path / "run"), start, step=2)  # with config.json and checkpoints alone
     assert open_model(run).description.llm == DECODERS["qwen2"]
     shutil.move(start, tmp_path / "again")
-    with pytest.raises(UserError, match=r"was made before runs kept their shapes.* to .*/run/model\.json\."):
+    with pytest.raises(UserError, match=r"is from before runs saved their shapes.* to .*/run/model\.json\."):
         open_model(run)
     shutil.copy(tmp_path / "again" / "model.json", run / "model.json")
     assert open_model(run).description.llm == DECODERS["qwen2"]
@@ -165,32 +165,32 @@ def test_a_run_from_before_says_what_it_misses_and_where_to_put_it(imported, tmp
 
 
 @pytest.fixture
-def padded():
-    """The miniature tokenizer with a special token and a word of its own beyond its vocabulary of 501."""
+def extended_tokenizer():
+    """The miniature tokenizer with an extra special token and an extra word beyond its vocabulary of 501."""
     tokenizer = load_tokenizer("miniature")
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.add_tokens(["zzyzx"])
     return tokenizer
 
 
-def test_a_token_beyond_the_rows_is_neither_said_nor_fed(padded):
-    model = resolved(ModelConfig("clip-mini-16-96", "llama-mini", FusionConfig("mlp"), remat="none"))
+def test_tokens_beyond_the_rows_are_neither_generated_nor_encoded(extended_tokenizer):
+    model = resolve_model(ModelConfig("clip-mini-16-96", "llama-mini", FusionConfig("mlp"), remat="none"))
     model = dataclasses.replace(model, llm_shape=dataclasses.replace(model.llm_shape, vocab=501))
-    assert padded.convert_tokens_to_ids(["<pad>", "zzyzx"]) == [501, 502]
-    generator = Generator(model, padded, make_mesh(MeshConfig(1, 1, 1)), "v1", "pad")
+    assert extended_tokenizer.convert_tokens_to_ids(["<pad>", "zzyzx"]) == [501, 502]
+    generator = Generator(model, extended_tokenizer, make_mesh(MeshConfig(1, 1, 1)), "v1", "pad")
 
-    def asked(text):
-        return generator.length(Record("r", (), (Turn("human", text),)))
+    def prompt_length(text):
+        return generator.prompt_length(Record("r", (), (Turn("human", text),)))
 
-    assert asked("What is <pad> here?") > 20  # text like any other, letter by letter
-    with pytest.raises(BadRow, match=r"'r' holds the token zzyzx \(id 502\).* 501 rows"):
-        asked("What is zzyzx?")
-    fewer = dataclasses.replace(model, llm_shape=dataclasses.replace(model.llm_shape, vocab=500))
-    with pytest.raises(UserError, match="503 tokens exceed the 500"):  # a token of the vocabulary itself
-        Generator(fewer, padded, make_mesh(MeshConfig(1, 1, 1)), "v1", "pad")
-    padded.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    assert prompt_length("What is <pad> here?") > 20  # encoded as plain text, letter by letter
+    with pytest.raises(BadRow, match=r"'r' contains the token zzyzx \(id 502\).* 501 rows"):
+        prompt_length("What is zzyzx?")
+    smaller = dataclasses.replace(model, llm_shape=dataclasses.replace(model.llm_shape, vocab=500))
+    with pytest.raises(UserError, match="503 tokens exceed the 500"):  # a token of the original vocabulary
+        Generator(smaller, extended_tokenizer, make_mesh(MeshConfig(1, 1, 1)), "v1", "pad")
+    extended_tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     with pytest.raises(UserError, match=r"'chatml' needs the token <\|im_start\|> \(id 503\)"):
-        Generator(model, padded, make_mesh(MeshConfig(1, 1, 1)), "chatml", "pad")
+        Generator(model, extended_tokenizer, make_mesh(MeshConfig(1, 1, 1)), "chatml", "pad")
 
 
 # ---- A language model alone ------------------------------------------------------------------------------------------
@@ -204,15 +204,15 @@ def test_a_language_model_alone_chats_in_text(imported, tmp_path, capsys):
     Description(None, saved.description.llm, None).save(alone)
     shutil.copytree(imported / "tokenizer", alone / "tokenizer")
     options = ["--prompt=What is red?", "--max-new-tokens=8", "--precision=float32"]
-    assert door(chat.main, [f"--checkpoint={imported}", *options]) == 0
-    whole = capsys.readouterr().out
-    assert len(whole) > 8
-    assert door(chat.main, [f"--checkpoint={alone}", *options]) == 0
-    assert capsys.readouterr().out == whole  # as the whole model answers where nothing is shown
+    assert run_command(chat.main, [f"--checkpoint={imported}", *options]) == 0
+    expected = capsys.readouterr().out
+    assert len(expected) > 8
+    assert run_command(chat.main, [f"--checkpoint={alone}", *options]) == 0
+    assert capsys.readouterr().out == expected  # the complete model's answer without an image
     make_image(1).save(tmp_path / "a.png")
-    assert door(chat.main, [f"--checkpoint={alone}", *options, f"--image={tmp_path / 'a.png'}"]) == 2
-    printed, complained = capsys.readouterr()
-    assert printed == ""
-    assert "error: This image cannot be shown: the model has no vision tower and answers text alone" in complained
-    with pytest.raises(UserError, match="is not a whole model: it lacks vision, fusion"):
+    assert run_command(chat.main, [f"--checkpoint={alone}", *options, f"--image={tmp_path / 'a.png'}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "error: This image cannot be shown: the model has no vision tower" in err
+    with pytest.raises(UserError, match="is not a complete model: it lacks vision, fusion"):
         load_generator(alone, make_mesh(MeshConfig(1, 1, 1)))

@@ -1,4 +1,4 @@
-"""Folders with what is really in them when they are published: what lies beside the weights, old configs, old names."""
+"""Imports of folders as they are published: with extra files, old configs and old names."""
 
 import functools
 import json
@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from reference import TEXT, VISION, decoder, llava, tower
 from safetensors.torch import load_file, save_file
-from theirs import TEXT, VISION, decoder, llava, tower
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from stf_jax.config import UserError
 from stf_jax.convert import main
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.llm import RopeScaling
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 from stf_jax.weights.imports import import_weights
 from stf_jax.weights.model import open_model
 
 
-def written(folder, state, config, name="model.safetensors"):
+def write(folder, state, config, name="model.safetensors"):
     folder.mkdir(exist_ok=True)
     if name.endswith(".bin"):
         torch.save(dict(state), folder / name)
@@ -37,101 +37,101 @@ def llama():
     return dict(decoder("llama").state_dict()), decoder("llama").config.to_dict()
 
 
-def shards(folder, state, ending):
-    """The state in two files with their index."""
-    names, whole = sorted(state), {"bin": "pytorch_model", "safetensors": "model"}[ending]
-    places = {}
+def write_shards(folder, state, ending):
+    """Writes the state in two files with an index; returns the map from tensor to file."""
+    names, stem = sorted(state), {"bin": "pytorch_model", "safetensors": "model"}[ending]
+    weight_map = {}
     for i, part in enumerate((names[::2], names[1::2])):
-        name = f"{whole}-0000{i + 1}-of-00002.{ending}"
-        written(folder, {key: state[key] for key in part}, llama()[1], name)
-        places |= dict.fromkeys(part, name)
-    (folder / f"{whole}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return places
+        name = f"{stem}-0000{i + 1}-of-00002.{ending}"
+        write(folder, {key: state[key] for key in part}, llama()[1], name)
+        weight_map |= dict.fromkeys(part, name)
+    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return weight_map
 
 
-# ---- Beside the weights ----------------------------------------------------------------------------------------------
+# ---- Extra files -----------------------------------------------------------------------------------------------------
 
 
-def test_what_lies_beside_pickles_is_left(tmp_path):
-    """LLaVA-1.5's folder also holds its first stage's projector; a trainer leaves its own state."""
-    theirs = tmp_path / "theirs"
-    shards(theirs, llama()[0], "bin")
+def test_extra_files_beside_pickles_are_ignored(tmp_path):
+    """LLaVA-1.5's folder also has the projector of its first stage; trainers save their own state."""
+    source = tmp_path / "source"
+    write_shards(source, llama()[0], "bin")
     for name in ("mm_projector.bin", "scheduler.bin", "training_args.bin"):
-        torch.save({"model.norm.weight": torch.zeros(3)}, theirs / name)
-    report = import_weights(str(theirs), tmp_path / "ours")
+        torch.save({"model.norm.weight": torch.zeros(3)}, source / name)
+    report = import_weights(str(source), tmp_path / "imported")
     assert sorted(report["read"]) == sorted(llama()[0])
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_what_lies_beside_safetensors_is_left(tmp_path, index):
-    """Mistral's folder holds its weights once more under other names; adapters lie beside their models."""
-    theirs = tmp_path / "theirs"
+def test_extra_files_beside_safetensors_are_ignored(tmp_path, index):
+    """Mistral's folder has the weights again under other names; adapters may be in the folder of their model."""
+    source = tmp_path / "source"
     if index:
-        shards(theirs, llama()[0], "safetensors")
+        write_shards(source, llama()[0], "safetensors")
     else:
-        written(theirs, *llama())
+        write(source, *llama())
     for name in ("consolidated.safetensors", "adapter_model.safetensors", "model.fp16.safetensors"):
-        save_file({"layers.0.attention.wk.weight": torch.zeros(3)}, theirs / name)
-    report = import_weights(str(theirs), tmp_path / "ours")
+        save_file({"layers.0.attention.wk.weight": torch.zeros(3)}, source / name)
+    report = import_weights(str(source), tmp_path / "imported")
     assert sorted(report["read"]) == sorted(llama()[0])
 
 
-def test_an_index_names_files_beside_it_and_no_others(tmp_path):
-    theirs = tmp_path / "theirs"
-    places = shards(theirs, llama()[0], "safetensors")
-    index = theirs / "model.safetensors.index.json"
+def test_an_index_may_only_list_files_in_its_folder(tmp_path):
+    source = tmp_path / "source"
+    weight_map = write_shards(source, llama()[0], "safetensors")
+    index = source / "model.safetensors.index.json"
     for wrong in ("../secret.safetensors", "/etc/passwd", "absent.safetensors"):
-        index.write_text(json.dumps({"weight_map": places | {"lm_head.weight": wrong}}))
-        with pytest.raises(UserError, match=r"which is (missing|not a file beside it)"):
-            import_weights(str(theirs), tmp_path / "ours")
+        index.write_text(json.dumps({"weight_map": weight_map | {"lm_head.weight": wrong}}))
+        with pytest.raises(UserError, match=r"which is (missing|not a file in its folder)"):
+            import_weights(str(source), tmp_path / "imported")
     for wrong in ("[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', "{"):
         index.write_text(wrong)
         with pytest.raises(UserError, match=r"index\.json is not an index of weights"):
-            import_weights(str(theirs), tmp_path / "ours")
+            import_weights(str(source), tmp_path / "imported")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_pointers_of_git_lfs_are_told_as_such(tmp_path, name):
-    theirs = written(tmp_path / "theirs", *llama())
-    (theirs / "model.safetensors").unlink()
-    (theirs / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n")
+def test_git_lfs_pointers_are_refused(tmp_path, name):
+    source = write(tmp_path / "source", *llama())
+    (source / "model.safetensors").unlink()
+    (source / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n")
     with pytest.raises(UserError, match="Git LFS pointer"):
-        import_weights(str(theirs), tmp_path / "ours")
+        import_weights(str(source), tmp_path / "imported")
 
 
-def test_old_configs_and_pickles_say_the_same(tmp_path):
-    """As Vicuna-7B-16k's: rotary scaling by ``type``, theta by itself, counted positions among the tensors."""
+def test_old_configs_and_pickles_are_imported(tmp_path):
+    """Like Vicuna-7B-16k: rotary scaling by ``type``, a separate theta, and stored frequencies and position ids."""
     state, config = llama()
     old = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype", "head_dim")}
     old |= {"rope_scaling": {"factor": 4.0, "type": "linear"}, "rope_theta": 5e4, "torch_dtype": "float16"}
     state = state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    written(tmp_path / "theirs", state, old, "pytorch_model.bin")
-    import_weights(str(tmp_path / "theirs"), tmp_path / "ours")
-    llm = open_model(tmp_path / "ours").description.llm
+    write(tmp_path / "source", state, old, "pytorch_model.bin")
+    import_weights(str(tmp_path / "source"), tmp_path / "imported")
+    llm = open_model(tmp_path / "imported").description.llm
     assert (llm.rope_theta, llm.rope_scaling) == (5e4, RopeScaling("linear", 4.0))
 
     state = {f"vision_model.{key.removeprefix('vision_model.')}": v for key, v in tower("clip").state_dict().items()}
     state["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
-    written(tmp_path / "tower", state, tower("clip").config.to_dict(), "pytorch_model.bin")
-    report = import_weights(str(tmp_path / "tower"), tmp_path / "our tower")
+    write(tmp_path / "tower", state, tower("clip").config.to_dict(), "pytorch_model.bin")
+    report = import_weights(str(tmp_path / "tower"), tmp_path / "imported tower")
     assert report["unused"]["vision_model.embeddings.position_ids"] == "counted"
 
 
-def test_means_may_stand_in_the_processors_config(tmp_path):
-    tower("clip").save_pretrained(tmp_path / "theirs")
+def test_means_are_read_from_the_processors_config(tmp_path):
+    tower("clip").save_pretrained(tmp_path / "source")
     values = {"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}}
-    (tmp_path / "theirs" / "processor_config.json").write_text(json.dumps(values))
-    import_weights(str(tmp_path / "theirs"), tmp_path / "ours")
-    vision = open_model(tmp_path / "ours").description.vision
+    (tmp_path / "source" / "processor_config.json").write_text(json.dumps(values))
+    import_weights(str(tmp_path / "source"), tmp_path / "imported")
+    vision = open_model(tmp_path / "imported").description.vision
     assert (vision.mean, vision.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
 @pytest.mark.parametrize("kind", ["llama", "llava", "llava_llama", "mistral"])
 @pytest.mark.parametrize("config", [True, False])
-def test_a_sentencepiece_model_is_read_alike_whatever_lies_beside_it(
+def test_a_sentencepiece_model_is_read_independently_of_other_files(
     request, sentencepiece_model, tmp_path, kind, config
 ):
-    """transformers decides by model_type, and for some drops the space before a text."""
+    """transformers decides by model_type, and drops the space before a text for some."""
     if config:
         shutil.copytree(request.getfixturevalue("llama").name_or_path, tmp_path / "folder")
     else:
@@ -143,26 +143,26 @@ def test_a_sentencepiece_model_is_read_alike_whatever_lies_beside_it(
     assert load_tokenizer(str(tmp_path / "folder"))(text).input_ids == [reference.bos_id(), *reference.encode(text)]
 
 
-# ---- Configs that decide ---------------------------------------------------------------------------------------------
+# ---- Configs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inner", [True, False])
 @pytest.mark.parametrize("outer", [True, False])
 @pytest.mark.parametrize("stored", [True, False])
-def test_a_composite_config_ties_its_head_by_either_word(tmp_path, inner, outer, stored):
+def test_either_key_of_a_composite_config_ties_the_head(tmp_path, inner, outer, stored):
     text = LlamaConfig(**TEXT, tie_word_embeddings=inner)
     config = LlavaConfig(vision_config=tower("clip").config, text_config=text, image_token_index=60)
     state = dict(llava().state_dict())
     if not stored:
         state = {key: value for key, value in state.items() if "lm_head" not in key}
-    written(tmp_path / "theirs", state, config.to_dict() | {"tie_word_embeddings": outer})
+    write(tmp_path / "source", state, config.to_dict() | {"tie_word_embeddings": outer})
     if not (stored or inner or outer):
         with pytest.raises(UserError, match=r"lm_head\.weight .* is missing"):
-            import_weights(str(tmp_path / "theirs"), tmp_path / "ours")
+            import_weights(str(tmp_path / "source"), tmp_path / "imported")
         return
-    import_weights(str(tmp_path / "theirs"), tmp_path / "ours")
-    tied = open_model(tmp_path / "ours").description.llm.tied
-    assert tied is not stored  # the head that is stored has other values
+    import_weights(str(tmp_path / "source"), tmp_path / "imported")
+    tied = open_model(tmp_path / "imported").description.llm.tied
+    assert tied is not stored  # the stored head has other values
 
 
 @pytest.mark.parametrize(
@@ -177,19 +177,19 @@ def test_a_composite_config_ties_its_head_by_either_word(tmp_path, inner, outer,
         ("image_aspect_ratio", "anyres"),
     ],
 )
-def test_what_a_fusion_here_does_not_compute_is_refused(tmp_path, key, value):
+def test_unsupported_fusion_options_are_refused(tmp_path, key, value):
     config = llava().config.to_dict() | {key: value}
-    written(tmp_path / "theirs", llava().state_dict(), config)
+    write(tmp_path / "source", llava().state_dict(), config)
     with pytest.raises(UserError, match=f"says {key} {value!r}"):
-        import_weights(str(tmp_path / "theirs"), tmp_path / "ours")
+        import_weights(str(tmp_path / "source"), tmp_path / "imported")
 
 
-def test_an_adapter_of_another_tap_wants_its_tower(tmp_path):
+def test_an_adapter_of_another_tap_needs_its_tower(tmp_path):
     shapes = {"0.weight": (8, 64), "0.bias": (8,), "2.weight": (8, 8), "2.bias": (8,)}
     state = {f"model.mm_projector.{name}": torch.zeros(shape) for name, shape in shapes.items()}
-    written(tmp_path / "theirs", state, {"mm_hidden_size": 64, "mm_vision_select_layer": -1}, "mm_projector.bin")
+    write(tmp_path / "source", state, {"mm_hidden_size": 64, "mm_vision_select_layer": -1}, "mm_projector.bin")
     with pytest.raises(UserError, match="deepest tap is layer -1"):
-        import_weights(str(tmp_path / "theirs" / "mm_projector.bin"), tmp_path / "ours")
+        import_weights(str(tmp_path / "source" / "mm_projector.bin"), tmp_path / "imported")
 
 
 @pytest.mark.parametrize(
@@ -212,12 +212,12 @@ def test_an_adapter_of_another_tap_wants_its_tower(tmp_path):
     ],
     ids=str,
 )
-def test_nonsense_in_a_config_is_a_sentence(tmp_path, change, capsys):
+def test_invalid_config_values_are_refused(tmp_path, change, capsys):
     state, config = llama()
-    written(tmp_path / "theirs", state, config | change)
-    assert door(main, ["import", str(tmp_path / "theirs"), f"--to={tmp_path / 'ours'}"]) == 2
+    write(tmp_path / "source", state, config | change)
+    assert run_command(main, ["import", str(tmp_path / "source"), f"--to={tmp_path / 'imported'}"]) == 2
     assert capsys.readouterr().err.count("error: ") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize(
@@ -229,58 +229,58 @@ def test_nonsense_in_a_config_is_a_sentence(tmp_path, change, capsys):
         ("model.mm_projector_crosslayer.2.weight", (4, 4)),
     ],
 )
-def test_nonsense_in_shapes_is_a_sentence(tmp_path, name, shape, capsys):
+def test_invalid_shapes_are_refused(tmp_path, name, shape, capsys):
     state = llama()[0] | {
         "model.mm_projector.0.weight": torch.zeros(8, 8),
         "model.mm_projector.2.weight": torch.zeros(8, 8),
     }
     state |= {"embeddings.class_embedding": torch.zeros(4), name: torch.zeros(shape)}
-    written(tmp_path / "theirs", state, llama()[1])
-    assert door(main, ["import", str(tmp_path / "theirs"), f"--to={tmp_path / 'ours'}"]) == 2
+    write(tmp_path / "source", state, llama()[1])
+    assert run_command(main, ["import", str(tmp_path / "source"), f"--to={tmp_path / 'imported'}"]) == 2
     assert "Tensor" in capsys.readouterr().err
 
 
-# ---- Folders that cannot be written, or were damaged -----------------------------------------------------------------
+# ---- Target folders and damaged imports ------------------------------------------------------------------------------
 
 
-def test_where_nothing_can_be_written_nothing_is_lost(tmp_path, monkeypatch, capsys):
-    written(tmp_path / "theirs", *llama())
+def test_failed_imports_keep_existing_files(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "source", *llama())
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "ours.partial").mkdir()
-    (tmp_path / "ours.partial" / "mine").write_text("mine")
-    assert door(main, ["import", str(tmp_path / "theirs"), f"--to={tmp_path / 'file' / 'x'}"]) == 2
+    (tmp_path / "imported.partial").mkdir()
+    (tmp_path / "imported.partial" / "mine").write_text("mine")
+    assert run_command(main, ["import", str(tmp_path / "source"), f"--to={tmp_path / 'file' / 'x'}"]) == 2
     assert "cannot be written" in capsys.readouterr().err
-    assert door(main, ["import", str(tmp_path / "theirs"), f"--to={tmp_path / 'ours'}"]) == 0
-    assert (tmp_path / "ours.partial" / "mine").read_text() == "mine"
+    assert run_command(main, ["import", str(tmp_path / "source"), f"--to={tmp_path / 'imported'}"]) == 0
+    assert (tmp_path / "imported.partial" / "mine").read_text() == "mine"
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert door(main, ["import", str(tmp_path / "theirs"), "--to=."]) == 0
-    assert open_model(tmp_path / "here").description == open_model(tmp_path / "ours").description
+    assert run_command(main, ["import", str(tmp_path / "source"), "--to=."]) == 0
+    assert open_model(tmp_path / "here").description == open_model(tmp_path / "imported").description
 
 
 @pytest.mark.parametrize("file", ["_METADATA", "manifest.ocdbt"])
 @pytest.mark.parametrize("cut", [True, False])
-def test_a_damaged_import_is_named(tmp_path, file, cut, capsys):
-    written(tmp_path / "theirs", *llama())
-    import_weights(str(tmp_path / "theirs"), tmp_path / "ours")
-    (found,) = (tmp_path / "ours" / "params" / "state").glob(file)
+def test_errors_name_a_damaged_import(tmp_path, file, cut, capsys):
+    write(tmp_path / "source", *llama())
+    import_weights(str(tmp_path / "source"), tmp_path / "imported")
+    (found,) = (tmp_path / "imported" / "params" / "state").glob(file)
     if cut:
         found.write_bytes(found.read_bytes()[:10])
     else:
         found.unlink()
     capsys.readouterr()
-    assert door(main, ["export", str(tmp_path / "ours"), "--format=native", f"--to={tmp_path / 'out'}"]) == 2
-    assert str(tmp_path / "ours") in capsys.readouterr().err
+    assert run_command(main, ["export", str(tmp_path / "imported"), "--format=native", f"--to={tmp_path / 'out'}"]) == 2
+    assert str(tmp_path / "imported") in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_transformers_own_copy_of_an_export_is_read_back(tmp_path):
+def test_models_saved_by_transformers_are_imported(tmp_path):
     """LlavaForConditionalGeneration.save_pretrained writes transformers 5's names."""
-    llava().save_pretrained(tmp_path / "theirs")
-    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "theirs")
-    import_weights(str(tmp_path / "theirs"), tmp_path / "ours")
-    saved = open_model(tmp_path / "ours")
-    embedding = again.get_input_embeddings().weight.detach().numpy()
+    llava().save_pretrained(tmp_path / "source")
+    reloaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "source")
+    import_weights(str(tmp_path / "source"), tmp_path / "imported")
+    saved = open_model(tmp_path / "imported")
+    embedding = reloaded.get_input_embeddings().weight.detach().numpy()
     np.testing.assert_array_equal(saved.read("llm/embedding"), embedding)
     assert saved.description.vision.layers == VISION["num_hidden_layers"]
-    assert load_file(tmp_path / "theirs" / "model.safetensors")
+    assert load_file(tmp_path / "source" / "model.safetensors")
