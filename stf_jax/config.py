@@ -189,7 +189,7 @@ class WandbConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FaultsConfig:
-    """Which faults a run tolerates, and when it gives up (docs/OPERATIONS.md)."""
+    """Which faults a run tolerates, and when it gives up (docs/operations.md)."""
 
     skipped_updates: Count = 10  # consecutive updates that may be skipped for a loss or gradient that is not finite
     spike: NonNegative = 2.0  # log a loss that exceeds this many times the median of the last 50; 0: never
