@@ -12,11 +12,11 @@ import shlex
 import subprocess
 
 import pytest
-import reader
+import docs_environment
 
 from stf_jax import config as config_module
 from stf_jax.config import default_config, flatten
-from stf_jax.evals.known import BENCHMARKS
+from stf_jax.evals.registry import BENCHMARKS
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.runtime import cli
 from stf_jax.studies import study
@@ -146,16 +146,16 @@ def _check_python(words, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(cli.Parser, "parse_args", stop_after(cli.Parser.parse_args, "options"))
-    for where, key in ((config_module, "resolve"), (stages, "checked_stages"), (study, "read_study")):
+    for where, key in ((config_module, "resolve"), (stages, "resolve_stages"), (study, "read_study")):
         wrapped = stop_after(getattr(where, key), key)
         monkeypatch.setattr(where, key, wrapped)
         if hasattr(module, key):
             monkeypatch.setattr(module, key, wrapped)
     if "--status" in argv:
-        monkeypatch.setattr(module, "status", stop_after(str, "status"))
+        monkeypatch.setattr(module, "format_status", stop_after(str, "status"))
     with pytest.raises(_Read):
         module.main(argv)
-    for stage in read.get("resolve", read.get("checked_stages", ())):
+    for stage in read.get("resolve", read.get("resolve_stages", ())):
         _check_presets(stage)
     if name == "stf_jax.evaluate":
         assert set(read["options"].benchmark.split(",")) <= {*BENCHMARKS, "all"}
@@ -276,6 +276,8 @@ def test_the_first_command_of_the_rehearsal_starts_for_a_reader():
     """Without its folder it says what it takes; tests/test_reproduce.py runs the whole rehearsal."""
     (*first, _), *_ = next(commands(text) for language, text in blocks(ROOT / "docs/reproduce.md") if language == "sh")
     assert first == ["python", "-m", "tests.make_llava"]
-    done = subprocess.run(first, cwd=ROOT, env=reader.environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        first, cwd=ROOT, env=docs_environment.make_environment(), capture_output=True, text=True, timeout=300
+    )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("Makes a small data set in LLaVA's exact schema: ")
