@@ -1,6 +1,6 @@
-"""A stand-in for Google Cloud Storage on this machine: ``python tests/bucket.py PORT`` serves a bucket ``bucket``.
+"""A local emulator of Google Cloud Storage: ``python tests/bucket.py PORT`` serves a bucket named ``bucket``.
 
-Whoever is to find it is started with :func:`environment`.
+Processes find it with the environment variables of :func:`make_environment`.
 """
 
 import sys
@@ -9,17 +9,17 @@ import time
 from gcp_storage_emulator.handlers import objects
 
 
-def environment(port: int) -> dict[str, str]:
-    """Variables by which gcsfs, TensorStore and Google's own client find the stand-in, and look for no credentials."""
-    here = f"http://127.0.0.1:{port}"
-    return {"STORAGE_EMULATOR_HOST": here, "TENSORSTORE_GCS_HTTP_URL": here, "NO_GCE_CHECK": "true"}
+def make_environment(port: int) -> dict[str, str]:
+    """Returns variables that make gcsfs, TensorStore and Google's client use the emulator, without credentials."""
+    url = f"http://127.0.0.1:{port}"
+    return {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "NO_GCE_CHECK": "true"}
 
 
 def _serve(port):
     download = objects.download
 
-    def with_generation(request, response, storage, *args, **kwargs):
-        """As the real one says which version of an object it is; TensorStore will not write without."""
+    def download_with_generation(request, response, storage, *args, **kwargs):
+        """Adds the generation of an object, as the real service does; TensorStore does not write without it."""
         try:
             found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
             response["x-goog-generation"] = found["generation"]
@@ -27,8 +27,8 @@ def _serve(port):
             pass
         return download(request, response, storage, *args, **kwargs)
 
-    objects.download = with_generation
-    from gcp_storage_emulator.server import create_server  # after that, for it looks the handlers up
+    objects.download = download_with_generation
+    from gcp_storage_emulator.server import create_server  # only now, because it looks up the handlers when imported
 
     create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket").start()
     while True:

@@ -1,4 +1,4 @@
-"""Texts that tokenizers find hard, and small SentencePiece models."""
+"""Texts that are hard for tokenizers, and small SentencePiece models."""
 
 import pathlib
 import random
@@ -18,23 +18,23 @@ ATOMS = (
 
 
 def make_texts(count: int, seed: int = 0) -> list[str]:
-    """Texts of words, code and signs of many scripts, with runs of spaces and of any of them."""
-    draw = random.Random(seed)
+    """Makes texts of words, code and characters of many scripts, with runs of spaces and other repetitions."""
+    rng = random.Random(seed)
 
-    def part():
-        if draw.random() < 0.2:
-            return " " * draw.randrange(40)
-        return draw.choice(ATOMS) * draw.choice((1, 1, 1, 2, 5))
+    def make_part():
+        if rng.random() < 0.2:
+            return " " * rng.randrange(40)
+        return rng.choice(ATOMS) * rng.choice((1, 1, 1, 2, 5))
 
-    return ["".join(part() for _ in range(draw.randrange(12))) for _ in range(count)]
+    return ["".join(make_part() for _ in range(rng.randrange(12))) for _ in range(count)]
 
 
 def train_sentencepiece(folder: pathlib.Path, **options) -> sentencepiece.SentencePieceProcessor:
-    """A small model of that kind: ``tokenizer.model`` in the folder."""
+    """Trains a small SentencePiece model and saves it as ``tokenizer.model`` in the folder."""
     corpus = folder / "corpus.txt"
     corpus.write_text(f"{SYSTEM} USER: What is this? ASSISTANT: a cat and  a dog.\n日本語 Straße ﬁne\n" * 20)
     options = {"model_type": "bpe", "vocab_size": 400, "hard_vocab_limit": False, "byte_fallback": True} | options
-    to = folder / "tokenizer"
-    sentencepiece.SentencePieceTrainer.train(input=str(corpus), model_prefix=str(to), minloglevel=2, **options)
+    prefix = folder / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(input=str(corpus), model_prefix=str(prefix), minloglevel=2, **options)
     (folder / "tokenizer.vocab").unlink()
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))

@@ -1,13 +1,13 @@
 """Makes a small data set in LLaVA's exact schema: ``python -m tests.make_llava DIR``.
 
-Photographs are those that the packages scikit-image and scikit-learn carry (requirements-data.txt), the rest are scenes
-(stf_jax/data/scenes.py). Under DIR stand, as in LLaVA's own data:
+Photos come from the packages scikit-image and scikit-learn (requirements-data.txt); the rest are scenes
+(stf_jax/data/scenes.py). DIR has the layout of LLaVA's own data:
 
   blip_laion_cc_sbu_558k.json   captions, for stage 1      pretrain_images/00453/004539375.jpg …
   llava_v1_5_mix665k.json       conversations, for stage 2  images/{coco/train2017,gqa/images,ocr_vqa/images,…}/…
 
-with the sets' known faults among them: GIFs named .jpg, images that are missing, empty or cut short, rows of text
-alone, rows over length, template strings inside texts.
+with the known faults of those sets: GIFs named .jpg, missing, empty or truncated images, text-only rows, rows that are
+too long, and template strings in texts.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ import PIL.Image
 from stf_jax.data.records import Record
 from stf_jax.data.scene_records import SceneRecords
 
-ASK = (
+INSTRUCTIONS = (
     "Render a clear and concise summary of the photo.",
     "What is in this photo?",
     "Give a short and clear explanation of the subsequent image.",
@@ -44,70 +44,70 @@ PHOTOS = {
 FAULTS = ("missing", "empty", "truncated", "mark_without_image", "image_without_mark", "roles", "empty_answer")
 
 
-def photographs() -> list[tuple[PIL.Image.Image, str]]:
-    """Photographs with a caption each, of the packages that are installed."""
-    found = []
+def load_photos() -> list[tuple[PIL.Image.Image, str]]:
+    """Loads the photos of those packages that are installed, with captions."""
+    photos = []
     for path, caption in PHOTOS.items():
         package, rest = path.split("/", 1)
-        spec = importlib.util.find_spec(package)  # found, not imported: only its files are wanted
+        spec = importlib.util.find_spec(package)  # not imported: only its files are needed
         if spec is not None:
             with PIL.Image.open(pathlib.Path(spec.submodule_search_locations[0]) / rest) as image:
-                found.append((image.convert("RGB"), caption))
-    return found
+                photos.append((image.convert("RGB"), caption))
+    return photos
 
 
 def make(folder: pathlib.Path, captions: int = 192, conversations: int = 192, seed: int = 0) -> dict[str, int]:
-    """Writes both sets, so many good rows each; returns how many bad rows of each reason the second has."""
-    rng, photos = np.random.default_rng(seed), photographs()
-    _captions(folder, captions, photos, rng)
-    return _conversations(folder, conversations, photos, rng)
+    """Writes both sets with the given numbers of good rows; returns the second set's number of bad rows per reason."""
+    rng, photos = np.random.default_rng(seed), load_photos()
+    _write_captions(folder, captions, photos, rng)
+    return _write_conversations(folder, conversations, photos, rng)
 
 
-def _captions(folder, count, photos, rng):
+def _write_captions(folder, count, photos, rng):
     scenes, rows = SceneRecords("captions", count, seed=3, max_things=2), []
     for i in range(count):
-        image, caption = photos[i // 4] if i % 4 == 0 and i // 4 < len(photos) else _scene(scenes[i])
-        identity = f"{4539375 + 7 * i:09}"
-        name = f"{identity[:5]}/{identity}.jpg"
+        image, caption = photos[i // 4] if i % 4 == 0 and i // 4 < len(photos) else _draw(scenes[i])
+        row_id = f"{4539375 + 7 * i:09}"
+        name = f"{row_id[:5]}/{row_id}.jpg"
         _save(image, folder / "pretrain_images" / name)
-        ask = ASK[rng.integers(len(ASK))]
-        question = f"{ask}\n<image>" if rng.random() < 0.5 else f"<image>\n{ask}"
-        rows.append({"id": identity, "image": name, "conversations": _talk(question, caption)})
+        instruction = INSTRUCTIONS[rng.integers(len(INSTRUCTIONS))]
+        question = f"{instruction}\n<image>" if rng.random() < 0.5 else f"<image>\n{instruction}"
+        rows.append({"id": row_id, "image": name, "conversations": _make_turns(question, caption)})
     (folder / "blip_laion_cc_sbu_558k.json").write_text(json.dumps(rows))
 
 
-def _scene(record: Record):
+def _draw(record: Record):
     return record.images[0](), record.turns[-1].text
 
 
-def _conversations(folder, count, photos, rng):
+def _write_conversations(folder, count, photos, rng):
     scenes, rows, images = SceneRecords("conversations", count, seed=4, max_things=2), [], folder / "images"
-    places = ("coco/train2017/{:012}.jpg", "gqa/images/{}.jpg", "vg/VG_100K/{}.jpg", "textvqa/train_images/{}.jpg")
+    paths = ("coco/train2017/{:012}.jpg", "gqa/images/{}.jpg", "vg/VG_100K/{}.jpg", "textvqa/train_images/{}.jpg")
     for i in range(count):
-        if i % 16 == 15:  # ShareGPT's, of text alone
+        if i % 16 == 15:  # ShareGPT: text-only
             answer = "A row of text alone, which quotes </s> and USER: as text. " * (1 + i % 3)
-            rows.append({"id": f"wgByO4Y_{i}", "model": "", "conversations": _talk("Write something.", answer)})
-        elif i % 8 == 3:  # OCR-VQA's: GIFs whose name says .jpg
-            image, caption = photos[i % len(photos)] if photos else _scene(scenes[i])
+            rows.append({"id": f"wgByO4Y_{i}", "model": "", "conversations": _make_turns("Write something.", answer)})
+        elif i % 8 == 3:  # OCR-VQA: GIFs named .jpg
+            image, caption = photos[i % len(photos)] if photos else _draw(scenes[i])
             name = f"ocr_vqa/images/14003199{i}X.jpg"
             _save(image, images / name, "GIF")
-            rows.append({"id": f"14003199{i}X", "image": name, "conversations": _talk("<image>\nWhat?", caption)})
+            rows.append({"id": f"14003199{i}X", "image": name, "conversations": _make_turns("<image>\nWhat?", caption)})
         else:
-            record, name = scenes[i], places[i % len(places)].format(33471 + i)
+            record, name = scenes[i], paths[i % len(paths)].format(33471 + i)
             _save(record.images[0](), images / name)
-            talk = [{"from": turn.speaker, "value": turn.text} for turn in record.turns]
-            rows.append({"id": f"{33471 + i:012}", "image": name, "conversations": talk})
-    rows += [_faulty(images, kind, i) for i, kind in enumerate(FAULTS)]
-    rows.append({"id": "long", "conversations": _talk("Go on.", "and on " * 20_000)})
+            turns = [{"from": turn.speaker, "value": turn.text} for turn in record.turns]
+            rows.append({"id": f"{33471 + i:012}", "image": name, "conversations": turns})
+    rows += [_make_bad_row(images, kind, i) for i, kind in enumerate(FAULTS)]
+    rows.append({"id": "long", "conversations": _make_turns("Go on.", "and on " * 20_000)})
     rows = [rows[i] for i in rng.permutation(len(rows))]
     (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
     reasons = [{"empty": "corrupt"}.get(kind, kind) for kind in FAULTS] + ["over_length"]
     return {reason: reasons.count(reason) for reason in reasons}
 
 
-def _faulty(images, kind, number):
-    name, talk = f"vg/VG_100K_2/{number}.jpg", _talk("<image>\nWhat is this?", "A thing.")
-    row = {"id": f"bad-{kind}", "image": name, "conversations": talk}
+def _make_bad_row(images, kind, number):
+    name, turns = f"vg/VG_100K_2/{number}.jpg", _make_turns("<image>\nWhat is this?", "A thing.")
+    row = {"id": f"bad-{kind}", "image": name, "conversations": turns}
     if kind != "missing":
         _save(PIL.Image.effect_noise((320, 240), 60), images / name)
     if kind == "empty":
@@ -117,15 +117,15 @@ def _faulty(images, kind, number):
     elif kind == "mark_without_image":
         del row["image"]
     elif kind == "image_without_mark":
-        talk[0]["value"] = "What is this?"
+        turns[0]["value"] = "What is this?"
     elif kind == "roles":
-        talk.insert(1, dict(talk[0]))
+        turns.insert(1, dict(turns[0]))
     elif kind == "empty_answer":
-        talk[1]["value"] = " \n"
+        turns[1]["value"] = " \n"
     return row
 
 
-def _talk(question, answer):
+def _make_turns(question, answer):
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 

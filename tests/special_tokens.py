@@ -1,4 +1,4 @@
-"""Special tokens of an encoded conversation, counted: those that stand there, and those that the template put there."""
+"""Counts the special tokens of an encoded conversation, and those that the template should have added."""
 
 import collections
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from stf_jax.data.conversation import Control, Encoded, Item, Mark
 def count_special_tokens(
     result: Encoded, items: Sequence[Item], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[collections.Counter, collections.Counter]:
-    """How often each special token stands outside of images, and how often it should."""
-    special = {token for token, what in tokenizer.added_tokens_decoder.items() if what.special}
+    """Returns how often each special token occurs outside of images, and how often it should."""
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     found = collections.Counter(token for token in result.tokens[~result.is_image].tolist() if token in special)
     expected = collections.Counter(tokenizer("").input_ids)
     for item in items:

@@ -1,4 +1,4 @@
-"""Paths in buckets, on stand-ins here: ``gs://`` a server on this machine, ``s3://`` a folder behind fsspec."""
+"""Tests paths in buckets: ``gs://`` with a local emulator, ``s3://`` with a folder behind fsspec."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ import time
 
 import fsspec
 import pytest
-from bucket import environment
+from bucket import make_environment
 from etils import epath
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -43,7 +43,7 @@ from stf_jax.runtime.files import upload
 upload(pathlib.Path(sys.argv[1]), epath.Path("gs://bucket/raw"))
 upload(MINIATURE, epath.Path("gs://bucket/tokenizer"))
 """
-_CONVERT = "import sys, tiny; from stf_jax.convert import main; main(sys.argv[1:])"  # it knows the tiny presets
+_CONVERT = "import sys, tiny; from stf_jax.convert import main; main(sys.argv[1:])"  # tiny registers its presets
 _LIST = """
 import json
 from etils import epath
@@ -61,7 +61,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def gs(tmp_path_factory):
-    """Runs Python with those arguments where ``gs://bucket`` is the stand-in; returns what it prints."""
+    """A function that runs Python with ``gs://bucket`` in the emulator and returns its output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -76,23 +76,23 @@ def gs(tmp_path_factory):
 
         def run(*arguments):
             command = [sys.executable, *map(str, arguments)]
-            quick = {"JAX_NUM_CPU_DEVICES": "1"}
-            env = os.environ | environment(port) | cache | quick
-            done = subprocess.run(command, env=env, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-3000:]
-            return done.stdout
+            one_device = {"JAX_NUM_CPU_DEVICES": "1"}  # faster
+            env = os.environ | make_environment(port) | cache | one_device
+            process = subprocess.run(command, env=env, capture_output=True, text=True)
+            assert process.returncode == 0, process.stderr[-3000:]
+            return process.stdout
 
         yield run
         server.kill()
 
 
 @pytest.mark.slow  # a minute
-def test_from_files_to_a_trained_and_exported_model_in_a_bucket(gs, tmp_path):
+def test_prepare_train_and_export_in_a_bucket(gs, tmp_path):
     make(tmp_path, captions=1, conversations=GOOD)
     gs("-c", _UPLOAD, tmp_path)
     raw = ["--annotations=gs://bucket/raw/llava_v1_5_mix665k.json", "--images=gs://bucket/raw/images", "--workers=1"]
-    said = gs("-m", "stf_jax.prepare", *raw, "--out=gs://bucket/prepared", "--tokenizer=gs://bucket/tokenizer")
-    assert f"{GOOD} kept" in said
+    output = gs("-m", "stf_jax.prepare", *raw, "--out=gs://bucket/prepared", "--tokenizer=gs://bucket/tokenizer")
+    assert f"{GOOD} kept" in output
     data = {
         "source": "llava",
         "annotations": "gs://bucket/prepared",
@@ -102,10 +102,10 @@ def test_from_files_to_a_trained_and_exported_model_in_a_bucket(gs, tmp_path):
     train = ["-m", "stf_jax.main", f"--config={TESTS}/tiny.py", "--workdir=gs://bucket/run"]
     train += [f"--config.data.{key}={value}" for key, value in data.items()]
     gs(*train, "--config.steps=2", "--config.profile.first_step=2")
-    gs(*train, "--config.steps=4")  # goes on from the second step's checkpoint
-    said = gs("-m", "stf_jax.main", "--workdir=gs://bucket/run", "--status")
-    assert re.match(r"gs://bucket/run: ended \d+ s ago\n  step         4 of 4, logged \d+ s ago\n", said)
-    assert re.search(r"\n  restarts     1\n  checkpoints  2, 4\n", said)
+    gs(*train, "--config.steps=4")  # continues from the checkpoint of step 2
+    output = gs("-m", "stf_jax.main", "--workdir=gs://bucket/run", "--status")
+    assert re.match(r"gs://bucket/run: ended \d+ s ago\n  step         4 of 4, logged \d+ s ago\n", output)
+    assert re.search(r"\n  restarts     1\n  checkpoints  2, 4\n", output)
     gs("-c", _CONVERT, "export", "gs://bucket/run", "--format=hf", "--to=gs://bucket/export")
     found = json.loads(gs("-c", _LIST))
     lines = [json.loads(line) for line in found["metrics"].splitlines()]
@@ -125,7 +125,7 @@ def test_from_files_to_a_trained_and_exported_model_in_a_bucket(gs, tmp_path):
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
-    """A folder that ``s3://bucket`` leads to; one for all tests, for etils keeps what it has found."""
+    """The folder behind ``s3://bucket``; one for all tests, because etils caches the file system."""
     folder = tmp_path_factory.mktemp("s3")
     (folder / "bucket").mkdir()
 
@@ -146,8 +146,8 @@ def s3(tmp_path_factory):
         yield folder / "bucket"
 
 
-def _opened(image):
-    """Its pixels, or why there are none."""
+def _open(image):
+    """Returns an image's pixels, or the reason why it cannot be opened."""
     try:
         return image().tobytes()
     except BadRow as error:
@@ -164,11 +164,11 @@ def test_annotations_and_images_are_read_from_s3(s3):
             expected = files[i]
         except UserError:
             continue
-        for ours, theirs in zip(records[i].images, expected.images, strict=True):
-            assert _opened(ours) == _opened(theirs)
+        for image, reference in zip(records[i].images, expected.images, strict=True):
+            assert _open(image) == _open(reference)
 
 
-def test_weights_and_tokenizers_come_through_the_cache(s3):
+def test_weights_and_tokenizers_are_cached(s3):
     upload(MINIATURE, epath.Path("s3://bucket/tokenizer"))
     assert load_tokenizer("s3://bucket/tokenizer").get_vocab() == load_tokenizer("miniature").get_vocab()
     weights = MINIATURE.parent
@@ -179,24 +179,24 @@ def test_weights_and_tokenizers_come_through_the_cache(s3):
     assert load_params("s3://bucket/weights", {}, (".*",)) == {}
 
 
-def test_what_changed_in_the_bucket_is_fetched_again(s3):
+def test_changed_files_are_fetched_again(s3):
     (s3 / "one.txt").write_text("first")
     assert local_copy("s3://bucket/one.txt").read_text() == "first"
     (s3 / "one.txt").write_text("second one")
     assert local_copy("s3://bucket/one.txt").read_text() == "second one"
-    (s3 / "one.txt").write_text("second two")  # as long as before
+    (s3 / "one.txt").write_text("second two")  # the same length
     assert local_copy("s3://bucket/one.txt").read_text() == "second two"
     assert local_copy("/some/where") == pathlib.Path("/some/where")
 
 
-def test_what_did_not_change_is_not_fetched_again(s3):
+def test_unchanged_files_are_not_fetched_again(s3):
     (s3 / "kept.txt").write_text("kept")
     before = local_copy("s3://bucket/kept.txt").stat()
     after = local_copy("s3://bucket/kept.txt").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_what_the_bucket_has_no_more_is_dropped(s3):
+def test_deleted_files_are_removed_from_the_cache(s3):
     (s3 / "folder" / "deep").mkdir(parents=True)
     for name in ("one", "deep/two"):
         (s3 / "folder" / name).write_text(name)
@@ -209,7 +209,7 @@ def test_what_the_bucket_has_no_more_is_dropped(s3):
     assert not local_copy("s3://bucket/folder/one").exists()
 
 
-def test_folders_and_files_are_written_whole(s3):
+def test_folders_and_files_are_written_atomically(s3):
     with new_folder(epath.Path("s3://bucket/made")) as folder:
         (folder / "deep").mkdir()
         (folder / "deep" / "file").write_text("here")
@@ -223,11 +223,11 @@ def test_folders_and_files_are_written_whole(s3):
     assert not (s3 / "broken.txt").exists()
 
 
-def test_a_log_in_a_bucket_is_written_again_as_it_grows(s3, monkeypatch):
+def test_a_log_in_a_bucket_is_rewritten_as_it_grows(s3, monkeypatch):
     log = AppendOnlyFile(epath.Path("s3://bucket/log.jsonl"), ["before"])
     assert (s3 / "log.jsonl").read_text() == "before\n"
     log.append("one")
-    assert (s3 / "log.jsonl").read_text() == "before\n"  # not each time
+    assert (s3 / "log.jsonl").read_text() == "before\n"  # not after every line
     monkeypatch.setattr(log, "_REWRITE_SECONDS", 0.0)
     log.append("two")
     assert (s3 / "log.jsonl").read_text() == "before\none\ntwo\n"
@@ -237,8 +237,8 @@ def test_a_log_in_a_bucket_is_written_again_as_it_grows(s3, monkeypatch):
     assert (s3 / "log.jsonl").read_text() == "before\none\ntwo\nthree\n"
 
 
-def test_a_log_on_a_disk_is_begun_whole(tmp_path):
-    """Its earlier lines are never missing, for a run that is killed as it begins to go on: the file is a new one."""
+def test_a_log_on_a_disk_starts_as_a_new_file(tmp_path):
+    """A new file replaces the old one, so no line is lost if a run is killed while it is resuming."""
     path = epath.Path(tmp_path / "log.jsonl")
     path.write_text("one\ntwo\n")
     with path.open() as before:
@@ -250,7 +250,7 @@ def test_a_log_on_a_disk_is_begun_whole(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
 
 
-def test_where_a_run_in_a_bucket_stands(s3, monkeypatch):
+def test_status_of_a_run_in_a_bucket(s3, monkeypatch):
     monkeypatch.setattr(lock, "_RENEWAL_SECONDS", 0.2)
     workdir = epath.Path("s3://bucket/run")
     for step in (2, 4):
@@ -261,12 +261,12 @@ def test_where_a_run_in_a_bucket_stands(s3, monkeypatch):
         log.add("begin", 0, resumed=False)
     assert format_status(workdir).startswith("s3://bucket/run: dead")
     with lock.workdir_lock(workdir):
-        said = format_status(workdir)
-    assert said.startswith("s3://bucket/run: running since")
-    assert "\n  checkpoints  2, 4 (incomplete)\n" in said
+        output = format_status(workdir)
+    assert output.startswith("s3://bucket/run: running since")
+    assert "\n  checkpoints  2, 4 (incomplete)\n" in output
 
 
-def test_events_in_a_bucket_are_there_at_once(s3):
+def test_events_in_a_bucket_are_written_immediately(s3):
     with Events(epath.Path("s3://bucket/fate"), active=True) as log:
         log.add("begin", 0)
         assert '"begin"' in (s3 / "fate" / "events.jsonl").read_text()

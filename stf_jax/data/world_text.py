@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from stf_jax.data.scenes import COLORS, SHAPES, Question
-from stf_jax.data.world import HELD_OUT_PLACES, MAX_THINGS, PAIRS, ZONE, Scene, draw, make_rng, make_scene
+from stf_jax.data.world import HELD_OUT_PLACES, PAIRS, ZONE, Scene
 
 __all__ = [
     *("DESCRIBE", "KINDS", "MAX_THINGS"),
@@ -135,7 +135,7 @@ def _count(scene, rng, held_out):
 
 
 def _count_colors_and_shapes(scene):
-    """Returns a dictionary of how often each color occurs, and one for each shape."""
+    """Returns two dictionaries: how often each color occurs, and how often each shape."""
     tables = ((tuple(COLORS), [t.color for t in scene.things]), (SHAPES, [t.shape for t in scene.things]))
     return [{option: values.count(option) for option in options} for options, values in tables]
 

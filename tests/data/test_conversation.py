@@ -1,4 +1,4 @@
-"""Conversations to tokens, against LLaVA's own way of doing it and that of each template's own models."""
+"""Tests the encoding of conversations against LLaVA's code and the published templates of each model family."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def miniature():
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_gguf):
-    """SmolLM2's own, with its chat template."""
+    """SmolLM2's tokenizer, with its chat template."""
     return AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
 
 
@@ -57,7 +57,7 @@ def tokenizer(request):
 
 @pytest.fixture(params=["v1 miniature", "v1 llama", "llama-3 llama_3", "chatml smollm2", "mistral llama"])
 def chat(request):
-    """A template, and a tokenizer that it is for."""
+    """A template and a matching tokenizer."""
     template, kind = request.param.split()
     return template, request.getfixturevalue(kind)
 
@@ -76,16 +76,16 @@ def ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def learned_texts(result, tokenizer, template="v1"):
-    """What the model learns to say, one text for each end of an answer."""
-    (stop, *_), said = stop_tokens(template, tokenizer), [[]]
+def target_texts(result, tokenizer, template="v1"):
+    """Returns the decoded target tokens, one text per end of an answer."""
+    (stop, *_), texts = stop_tokens(template, tokenizer), [[]]
     for token in result.tokens[result.is_target]:
         if token == stop:
-            said.append([])
+            texts.append([])
         else:
-            said[-1].append(int(token))
-    assert said.pop() == [], "the last answer is not ended"
-    return [tokenizer.decode(tokens) for tokens in said]
+            texts[-1].append(int(token))
+    assert texts.pop() == [], "the last answer has no end"
+    return [tokenizer.decode(tokens) for tokens in texts]
 
 
 # ---- v1 --------------------------------------------------------------------------------------------------------------
@@ -104,34 +104,34 @@ CONVERSATIONS = {
 }
 
 
-def straightforward_v1(turns, tokenizer, slots):
-    """Piece by piece; the length of a piece without its answer says where the answer begins."""
-    tokens, learned, is_image = [tokenizer.bos_token_id], [False], [False]
+def reference_v1(turns, tokenizer, slots):
+    """Encodes piece by piece; the length of a piece without its answer gives the start of the answer."""
+    tokens, is_target, is_image = [tokenizer.bos_token_id], [False], [False]
 
-    def say(prompt, answer=""):
+    def add_text(prompt, answer=""):
         new, known = ids(tokenizer, prompt + answer), len(ids(tokenizer, prompt))
         tokens.extend(new)
-        learned.extend([False] * known + [True] * (len(new) - known))
+        is_target.extend([False] * known + [True] * (len(new) - known))
         is_image.extend([False] * len(new))
 
-    def special(count, learn, image):
+    def add_special(count, is_target_token, is_image_token):
         tokens.extend([tokenizer.eos_token_id] * count)
-        learned.extend([learn] * count)
-        is_image.extend([image] * count)
+        is_target.extend([is_target_token] * count)
+        is_image.extend([is_image_token] * count)
 
     prompt = SYSTEM + " "
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         prompt += "USER: "
         text = question.text.replace("<image>", "").strip()
         for i in reversed(range(question.text.count("<image>"))):
-            say(prompt)
-            special(slots, False, True)
+            add_text(prompt)
+            add_special(slots, False, True)
             prompt = "\n" * bool(text or i)
         prompt += text + " ASSISTANT:"
-        say(prompt, " " + answer.text)
-        special(1, True, False)
+        add_text(prompt, " " + answer.text)
+        add_special(1, True, False)
         prompt = ""
-    return tokens, learned, is_image
+    return tokens, is_target, is_image
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -139,21 +139,21 @@ def test_v1(name, tokenizer):
     row = CONVERSATIONS[name]
     turns = row.turns[1:] if name == "begun by gpt" else row.turns
     result = encoded("v1", row, tokenizer)
-    tokens, learned, is_image = straightforward_v1(turns, tokenizer, SLOTS)
+    tokens, is_target, is_image = reference_v1(turns, tokenizer, SLOTS)
     assert result.tokens.tolist() == tokens
-    assert result.is_target.tolist() == learned
+    assert result.is_target.tolist() == is_target
     assert result.is_image.tolist() == is_image
     assert (result.tokens.dtype, result.is_target.dtype, result.is_image.dtype) == (np.int32, bool, bool)
-    # What that means.
+    # The same, without the reference.
     answers = [turn.text for turn in turns if turn.speaker == "gpt"]
-    assert [text.strip() for text in learned_texts(result, tokenizer)] == answers
+    assert [text.strip() for text in target_texts(result, tokenizer)] == answers
     assert result.tokens.tolist().count(tokenizer.bos_token_id) == 1
     assert result.is_image.sum() == SLOTS * len(row.images)
     assert not (result.is_image & result.is_target).any()
 
 
 def llava_v1(turns, model, bare=None):
-    """LLaVA's preprocess_v1 with SentencePiece itself: ids with −200 for an image, and labels with −100.
+    """LLaVA's preprocess_v1 with the sentencepiece package: ids with −200 for an image, and labels with −100.
 
     ``bare``: the model without its prefix space, which reads what follows ``</s>`` where the tokenizer says
     ``legacy: false``; LLaVA then takes one token less for each later round.
@@ -189,17 +189,17 @@ def llava_v1(turns, model, bare=None):
 
 # LLaVA knows one image a turn.
 @pytest.mark.parametrize("name", sorted(CONVERSATIONS.keys() - {"images", "begun by gpt"}))
-def test_v1_is_what_llava_trains_on(name, sentencepiece_model, llama):
+def test_v1_matches_llava(name, sentencepiece_model, llama):
     model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     tokens, labels = llava_v1(CONVERSATIONS[name].turns, model)
-    ours = encoded("v1", CONVERSATIONS[name], llama, slots=1)
-    assert np.where(ours.is_image, -200, ours.tokens).tolist() == tokens
-    assert np.where(ours.is_target, ours.tokens, -100).tolist() == labels
+    result = encoded("v1", CONVERSATIONS[name], llama, slots=1)
+    assert np.where(result.is_image, -200, result.tokens).tolist() == tokens
+    assert np.where(result.is_target, result.tokens, -100).tolist() == labels
 
 
 @pytest.fixture(scope="session")
 def vicuna(llama, tmp_path_factory):
-    """Llama's tokenizer as Vicuna 1.5 publishes it."""
+    """Llama's tokenizer as published with Vicuna 1.5."""
     folder = tmp_path_factory.mktemp("vicuna")
     shutil.copytree(llama.name_or_path, folder, dirs_exist_ok=True)
     values = json.loads((folder / "tokenizer_config.json").read_text())
@@ -209,7 +209,7 @@ def vicuna(llama, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bare(sentencepiece_model):
-    """SentencePiece without its prefix space, as the slow tokenizer has it where the config says ``legacy: false``."""
+    """SentencePiece without its prefix space, like the slow tokenizer with ``legacy: false``."""
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(sentencepiece_model.read_bytes())
     model.normalizer_spec.add_dummy_prefix = False
@@ -218,11 +218,11 @@ def bare(sentencepiece_model):
 
 @pytest.mark.parametrize("source", ["published", "imported", "transformers"])
 def test_v1_of_a_tokenizer_that_is_not_legacy(source, sentencepiece_model, vicuna, bare, tmp_path):
-    """LLaVA's slow tokenizer puts no space before what follows ``</s>``: ``USER`` there is one token, not two."""
+    """LLaVA's slow tokenizer puts no space after ``</s>``, so ``USER`` is one token there, not two."""
     model, tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model)), vicuna
     if source != "published":
         save_tokenizer(vicuna, pathlib.Path(vicuna.name_or_path), tmp_path)
-        if source == "transformers":  # its own form, which puts no space before a space
+        if source == "transformers":  # its own format, which puts no space before a space
             backend = vicuna.backend_tokenizer
             values = json.loads(backend.to_str()) | {"normalizer": None}
             values["pre_tokenizer"] = json.loads(Metaspace("\u2581", "first", split=False).__getstate__())
@@ -232,21 +232,21 @@ def test_v1_of_a_tokenizer_that_is_not_legacy(source, sentencepiece_model, vicun
     for name in CONVERSATIONS.keys() - {"images", "begun by gpt"}:
         row = CONVERSATIONS[name]
         tokens, labels = llava_v1(row.turns, model, bare)
-        ours = encoded("v1", row, tokenizer, slots=1)
-        assert np.where(ours.is_image, -200, ours.tokens).tolist() == tokens, name
-        assert np.where(ours.is_target, ours.tokens, -100).tolist() == labels, name
+        result = encoded("v1", row, tokenizer, slots=1)
+        assert np.where(result.is_image, -200, result.tokens).tolist() == tokens, name
+        assert np.where(result.is_target, result.tokens, -100).tolist() == labels, name
         assert count_tokens([template_items("v1", row)], tokenizer, 1) == [len(tokens)], name
         assert (tokenizer.convert_tokens_to_ids("USER") in tokens) == (len(row.turns) > 2), name
 
 
-def test_the_space_before_later_rounds_is_part_of_the_runs_tokenizer(llama, vicuna):
-    """A run goes on with the tokens that it began with."""
+def test_legacy_changes_the_tokenizer_fingerprint(llama, vicuna):
+    """So that a run is not resumed with different tokens."""
     prints = {Preprocessor.fingerprint(SimpleNamespace(_tokenizer=tokenizer)) for tokenizer in (llama, vicuna)}
     assert len(prints) == 2
 
 
 def llava_plain(turns, model):
-    """LLaVA's preprocess_plain with SentencePiece itself."""
+    """LLaVA's preprocess_plain with the sentencepiece package."""
     tokens = [1, -200, *model.encode(turns[1].text + "\n")]
     return tokens, [-100, -100, *tokens[2:]]
 
@@ -260,31 +260,32 @@ def llava_plain(turns, model):
         ("plain", record("<image>\nDescribe.", "select luxury furniture, in Straße 東京", images=1)),
     ],
 )
-def test_what_is_too_long_is_cut_as_llava_cuts_it(template, row, sentencepiece_model, llama):
-    """LLaVA puts SLOTS places for each image into ids and labels, then cuts both; labels are shifted in the loss."""
+def test_truncation_matches_llava(template, row, sentencepiece_model, llama):
+    """LLaVA inserts SLOTS positions per image into ids and labels, then truncates both; the loss shifts labels."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     pairs = zip(*{"v1": llava_v1, "plain": llava_plain}[template](row.turns, model), strict=True)
-    theirs = [pair for token, label in pairs for pair in [(token, label)] * (SLOTS if token == -200 else 1)]
-    ours, whole = encoded(template, row, llama), 0
-    assert len(ours.tokens) == len(theirs)
-    for length in range(1, len(theirs) + 1):
-        tokens, labels = map(list, zip(*theirs[:length], strict=True))
-        image_is_cut = any(token == -200 for token, _ in theirs[length:])
+    reference = [pair for token, label in pairs for pair in [(token, label)] * (SLOTS if token == -200 else 1)]
+    result, compared = encoded(template, row, llama), 0
+    assert len(result.tokens) == len(reference)
+    for length in range(1, len(reference) + 1):
+        tokens, labels = map(list, zip(*reference[:length], strict=True))
+        image_is_cut = any(token == -200 for token, _ in reference[length:])
         if image_is_cut or set(labels[1:]) <= {-100}:
-            with pytest.raises(BadRow, match=r"^Record 'row-7' .* beyond data\.max_length") as e:
-                to_example(ours, np.zeros((0, 2, 2, 3), np.uint8), length, "row-7")
+            problem = r"^Record 'row-7' has (images beyond|no answer within) data\.max_length"
+            with pytest.raises(BadRow, match=problem) as e:
+                to_example(result, np.zeros((0, 2, 2, 3), np.uint8), length, "row-7")
             assert e.value.reason == "over_length"
             continue
-        example = to_example(ours, np.zeros((0, 2, 2, 3), np.uint8), length, "row-7")
+        example = to_example(result, np.zeros((0, 2, 2, 3), np.uint8), length, "row-7")
         assert np.where(example.is_image, -200, example.tokens).tolist() == tokens
         assert np.where(example.loss_mask, example.targets, -100).tolist() == [*labels[1:], -100]
-        whole += 1
-    assert whole > 5
+        compared += 1
+    assert compared > 5
 
 
 @pytest.mark.parametrize("template", ["v1", "plain"])
-def test_white_space_at_the_ends_of_turns_is_left_out(template, llama):
-    """Unlike LLaVA's, which keeps it in answers and in turns without an image."""
+def test_turns_are_stripped(template, llama):
+    """Unlike in LLaVA, which keeps white space in answers and in turns without an image."""
     spaced, bare = (
         record("<image>\n What? ", "\n A cat. \n", images=1),
         record("<image>\nWhat?", "A cat.", images=1),
@@ -292,7 +293,7 @@ def test_white_space_at_the_ends_of_turns_is_left_out(template, llama):
     assert encoded(template, spaced, llama).tokens.tolist() == encoded(template, bare, llama).tokens.tolist()
 
 
-def test_v1_reads_as_vicuna_was_trained(miniature):
+def test_v1_decodes_to_vicunas_format(miniature):
     row = record("<image>\nWhat is this?", "Cat", "What color?", "Black and white", images=1)
     result = encoded("v1", row, miniature, slots=1)
     assert miniature.decode(result.tokens) == (
@@ -304,25 +305,25 @@ def test_v1_reads_as_vicuna_was_trained(miniature):
 
 
 def test_a_conversation_that_ends_with_a_question_is_a_prompt(tokenizer):
-    whole = encoded("v1", record("<image>\nWhat?", "A cat.", "Sure?", "Yes", images=1), tokenizer)
+    complete = encoded("v1", record("<image>\nWhat?", "A cat.", "Sure?", "Yes", images=1), tokenizer)
     prompt = encoded("v1", record("<image>\nWhat?", "A cat.", "Sure?", images=1), tokenizer)
     answer = len(ids(tokenizer, "USER: Sure? ASSISTANT: Yes")) - len(ids(tokenizer, "USER: Sure? ASSISTANT:"))
-    assert prompt.tokens.tolist() == whole.tokens[: -answer - 1].tolist()
-    assert prompt.is_target.tolist() == whole.is_target[: -answer - 1].tolist()
+    assert prompt.tokens.tolist() == complete.tokens[: -answer - 1].tolist()
+    assert prompt.is_target.tolist() == complete.is_target[: -answer - 1].tolist()
     assert tokenizer.decode(prompt.tokens).endswith("USER: Sure? ASSISTANT:")
 
 
 def test_an_instruction_without_its_caption_is_a_prompt(tokenizer):
-    whole = encoded("plain", record("Describe.\n<image>", "A cat.", images=1), tokenizer)
+    complete = encoded("plain", record("Describe.\n<image>", "A cat.", images=1), tokenizer)
     prompt = encoded("plain", record("Describe.\n<image>", images=1), tokenizer)
-    assert prompt.tokens.tolist() == whole.tokens[: len(prompt.tokens)].tolist()
+    assert prompt.tokens.tolist() == complete.tokens[: len(prompt.tokens)].tolist()
     assert not prompt.is_target.any()
-    assert whole.is_target[len(prompt.tokens) :].all()
+    assert complete.is_target[len(prompt.tokens) :].all()
 
 
 @pytest.mark.parametrize(("processor", "first"), [(None, []), ("<s> $A </s>", [1]), ("$A </s>", [])])
-def test_tokenizers_begin_and_end_texts_as_they_like(miniature, processor, first):
-    """Qwen's begins a text with nothing; others end it, which is the template's to do."""
+def test_initial_and_final_tokens_of_tokenizers(miniature, processor, first):
+    """Qwen's tokenizer adds no initial token; others add a final one, which is ignored: the template adds it."""
     backend = Tokenizer.from_str(miniature.backend_tokenizer.to_str())
     special = [("<s>", 1), ("</s>", 2)]
     backend.post_processor = processor and processors.TemplateProcessing(single=processor, special_tokens=special)
@@ -334,10 +335,10 @@ def test_tokenizers_begin_and_end_texts_as_they_like(miniature, processor, first
 
 def test_a_token_belongs_to_the_span_of_its_last_character(miniature):
     (the,) = ids(miniature, " the")
-    for spans, learned in (((" th", False), ("e", True)), True), (((" th", True), ("e", False)), False):
+    for spans, is_target in (((" th", False), ("e", True)), True), (((" th", True), ("e", False)), False):
         result = encode([Text(*span) for span in spans], miniature, SLOTS)
         assert result.tokens.tolist() == [1, the]
-        assert result.is_target.tolist() == [False, learned]
+        assert result.is_target.tolist() == [False, is_target]
 
 
 # ---- Other templates -------------------------------------------------------------------------------------------------
@@ -356,106 +357,106 @@ def messages(texts):
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_chatml_is_what_smollm2_asks_for(name, smollm2):
+def test_chatml_matches_smollm2(name, smollm2):
     texts = WORDS[name]
-    said = [{"role": "system", "content": "You are a helpful assistant."}, *messages(texts)]
-    theirs = smollm2.apply_chat_template(said, add_generation_prompt=len(texts) % 2 == 1)["input_ids"]
-    assert encoded("chatml", record(*texts), smollm2).tokens.tolist() == theirs
+    chat = [{"role": "system", "content": "You are a helpful assistant."}, *messages(texts)]
+    reference = smollm2.apply_chat_template(chat, add_generation_prompt=len(texts) % 2 == 1)["input_ids"]
+    assert encoded("chatml", record(*texts), smollm2).tokens.tolist() == reference
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_mistral_is_what_mistral_asks_for(name, llama):
+def test_mistral_matches_mistral_common(name, llama):
     from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
     texts = WORDS[name]
-    said = [(UserMessage, AssistantMessage)[i % 2](content=text.strip()) for i, text in enumerate(texts)]
-    ours = encoded("mistral", record(*texts), llama)
-    end = len(ours.tokens)
-    if len(texts) % 2 == 0:  # mistral_common encodes nothing but prompts
-        said.append(UserMessage(content="More"))
-    theirs = MistralTokenizer.v1().encode_chat_completion(ChatCompletionRequest(messages=said)).tokens
-    assert ours.tokens.tolist() == theirs[:end]
-    assert len(texts) % 2 == 0 or len(theirs) == end
+    chat = [(UserMessage, AssistantMessage)[i % 2](content=text.strip()) for i, text in enumerate(texts)]
+    result = encoded("mistral", record(*texts), llama)
+    end = len(result.tokens)
+    if len(texts) % 2 == 0:  # mistral_common only encodes prompts
+        chat.append(UserMessage(content="More"))
+    reference = MistralTokenizer.v1().encode_chat_completion(ChatCompletionRequest(messages=chat)).tokens
+    assert result.tokens.tolist() == reference[:end]
+    assert len(texts) % 2 == 0 or len(reference) == end
 
 
 def published_llama_3(texts, tokenizer, slots=SLOTS):
-    """The format as Meta prints it."""
-    said = "<|begin_of_text|>"
+    """Returns ids in the format that Meta documents; None for image slots."""
+    text_so_far = "<|begin_of_text|>"
     for i, text in enumerate(texts):
         images = "<image>\n" * text.count("<image>")
         text = images + text.replace("<image>", "").strip()
-        said += f"<|start_header_id|>{('user', 'assistant')[i % 2]}<|end_header_id|>\n\n{text}<|eot_id|>"
+        text_so_far += f"<|start_header_id|>{('user', 'assistant')[i % 2]}<|end_header_id|>\n\n{text}<|eot_id|>"
     if len(texts) % 2:
-        said += "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    first, *rest = (ids(tokenizer, piece) for piece in said.split("<image>"))
+        text_so_far += "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    first, *rest = (ids(tokenizer, piece) for piece in text_so_far.split("<image>"))
     return first + [token for piece in rest for token in [None] * slots + piece]
 
 
 PIRATE = "You are a pirate.\n Speak so."
 
 
-def told(row, text=f" {PIRATE}\n"):
-    """The same record with a system text of its own."""
+def with_system(row, text=f" {PIRATE}\n"):
+    """Returns the same record with a system text."""
     return Record(row.id, row.images, (Turn("system", text), *row.turns))
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_a_system_text_is_said_as_each_template_says_it(name, llama, llama_3, smollm2):
-    """Against SmolLM2's own chat template, Mistral's own package, Meta's printed format, and Vicuna's text."""
+def test_system_texts_match_the_published_templates(name, llama, llama_3, smollm2):
+    """Against SmolLM2's chat template, mistral_common, Meta's documented format, and Vicuna's format."""
     from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
     texts, asks = WORDS[name], len(WORDS[name]) % 2 == 1
-    row = told(record(*texts))
-    said = [{"role": "system", "content": PIRATE}, *messages(texts)]
-    theirs = smollm2.apply_chat_template(said, add_generation_prompt=asks)["input_ids"]
-    assert encoded("chatml", row, smollm2).tokens.tolist() == theirs
+    row = with_system(record(*texts))
+    chat = [{"role": "system", "content": PIRATE}, *messages(texts)]
+    reference = smollm2.apply_chat_template(chat, add_generation_prompt=asks)["input_ids"]
+    assert encoded("chatml", row, smollm2).tokens.tolist() == reference
 
-    said = [SystemMessage(content=PIRATE)]
-    said += [(UserMessage, AssistantMessage)[i % 2](content=text.strip()) for i, text in enumerate(texts)]
-    said += [] if asks else [UserMessage(content="More")]
-    theirs = MistralTokenizer.v1().encode_chat_completion(ChatCompletionRequest(messages=said)).tokens
-    ours = encoded("mistral", row, llama).tokens.tolist()
-    assert ours == theirs[: len(ours)]
-    assert not asks or ours == theirs
+    chat = [SystemMessage(content=PIRATE)]
+    chat += [(UserMessage, AssistantMessage)[i % 2](content=text.strip()) for i, text in enumerate(texts)]
+    chat += [] if asks else [UserMessage(content="More")]
+    reference = MistralTokenizer.v1().encode_chat_completion(ChatCompletionRequest(messages=chat)).tokens
+    result = encoded("mistral", row, llama).tokens.tolist()
+    assert result == reference[: len(result)]
+    assert not asks or result == reference
 
     begin, *rest = published_llama_3(texts, llama_3)
-    theirs = ids(llama_3, f"<|start_header_id|>system<|end_header_id|>\n\n{PIRATE}<|eot_id|>")
-    assert encoded("llama-3", row, llama_3).tokens.tolist() == [begin, *theirs, *rest]
+    reference = ids(llama_3, f"<|start_header_id|>system<|end_header_id|>\n\n{PIRATE}<|eot_id|>")
+    assert encoded("llama-3", row, llama_3).tokens.tolist() == [begin, *reference, *rest]
 
-    ours, own = (llama.decode(encoded("v1", one, llama).tokens) for one in (row, record(*texts)))
+    result, own = (llama.decode(encoded("v1", one, llama).tokens) for one in (row, record(*texts)))
     assert own.count(SYSTEM) == 1
-    assert ours == own.replace(SYSTEM, PIRATE)
+    assert result == own.replace(SYSTEM, PIRATE)
 
 
-def test_a_system_text_is_not_learned_and_an_empty_one_is_none(chat):
+def test_a_system_text_is_not_a_target_and_an_empty_one_is_ignored(chat):
     template, tokenizer = chat
     row = record("<image>\nWhat?", "A cat.", "Sure?", "Yes", images=1)
-    plainly, pirate = encoded(template, row, tokenizer), encoded(template, told(row), tokenizer)
+    plainly, pirate = encoded(template, row, tokenizer), encoded(template, with_system(row), tokenizer)
     assert pirate.tokens[pirate.is_target].tolist() == plainly.tokens[plainly.is_target].tolist()
     assert PIRATE in tokenizer.decode(pirate.tokens[~pirate.is_target])
-    assert encoded(template, told(row, " \n"), tokenizer).tokens.tolist() == plainly.tokens.tolist()
-    assert count_tokens([template_items(template, told(row))], tokenizer, SLOTS) == [len(pirate.tokens)]
+    assert encoded(template, with_system(row, " \n"), tokenizer).tokens.tolist() == plainly.tokens.tolist()
+    assert count_tokens([template_items(template, with_system(row))], tokenizer, SLOTS) == [len(pirate.tokens)]
 
 
-PICTURED = {
+WITH_IMAGES = {
     "image": ("<image>\nWhat?", "A cat."),
     "images": ("<image>\n<image>\nSame?", "No.", "And <image>?", "Also no"),
 }
 
 
-@pytest.mark.parametrize("name", [*WORDS, *PICTURED])
-def test_llama_3_is_what_is_published(name, llama_3):
-    texts = (WORDS | PICTURED)[name]
-    ours = encoded("llama-3", record(*texts, images="".join(texts).count("<image>")), llama_3)
-    theirs = published_llama_3(texts, llama_3)
-    assert [None if image else token for token, image in zip(ours.tokens, ours.is_image, strict=True)] == theirs
+@pytest.mark.parametrize("name", [*WORDS, *WITH_IMAGES])
+def test_llama_3_matches_the_published_format(name, llama_3):
+    texts = (WORDS | WITH_IMAGES)[name]
+    result = encoded("llama-3", record(*texts, images="".join(texts).count("<image>")), llama_3)
+    reference = published_llama_3(texts, llama_3)
+    assert [None if image else token for token, image in zip(result.tokens, result.is_image, strict=True)] == reference
 
 
-def test_how_each_template_reads(chat):
+def test_decoded_templates(chat):
     template, tokenizer = chat
     row = record("<image>\n<image>\nSame?", "No.", "And <image>?", "Also no", images=3)
     result = encoded(template, row, tokenizer, slots=1)
@@ -476,8 +477,8 @@ def test_how_each_template_reads(chat):
         "mistral": "[INST] *\n*\nSame? [/INST] No.</s>[INST] *\nAnd ? [/INST] Also no</s>",
     }[template]
     expected = expected.replace("USER: And", "USER: *\nAnd")
-    said = tokenizer.decode(tokens).removeprefix(tokenizer.decode(tokenizer("").input_ids))
-    assert said.replace(" ", "") == expected.replace(" ", "")  # SentencePiece begins each piece with a space
+    decoded = tokenizer.decode(tokens).removeprefix(tokenizer.decode(tokenizer("").input_ids))
+    assert decoded.replace(" ", "") == expected.replace(" ", "")  # SentencePiece begins each piece with a space
     assert not result.is_target[result.is_image].any()
 
 
@@ -507,11 +508,11 @@ def test_a_template_needs_its_control_tokens(miniature, llama, llama_3, smollm2)
 @pytest.mark.parametrize("caption", ["select luxury furniture", "  olive oil .\n", "Straße in 東京"])
 def test_plain(instruction, caption, tokenizer):
     result = encoded("plain", record(instruction, caption, images=1), tokenizer)
-    said = ids(tokenizer, caption.strip() + "\n")
+    caption_ids = ids(tokenizer, caption.strip() + "\n")
     end = tokenizer.eos_token_id
-    assert result.tokens.tolist() == [tokenizer.bos_token_id] + [end] * SLOTS + said
-    assert result.is_target.tolist() == [False] * (1 + SLOTS) + [True] * len(said)
-    assert result.is_image.tolist() == [False] + [True] * SLOTS + [False] * len(said)
+    assert result.tokens.tolist() == [tokenizer.bos_token_id] + [end] * SLOTS + caption_ids
+    assert result.is_target.tolist() == [False] * (1 + SLOTS) + [True] * len(caption_ids)
+    assert result.is_image.tolist() == [False] + [True] * SLOTS + [False] * len(caption_ids)
     assert tokenizer.decode(result.tokens[result.is_target]) == caption.strip() + "\n"
 
 
@@ -520,17 +521,17 @@ def test_plain_with_several_images(tokenizer):
     assert result.is_image.tolist() == [False] + [True] * 2 * SLOTS + [False] * len(ids(tokenizer, "Alike\n"))
 
 
-def test_plain_without_a_image_is_a_document(tokenizer):
+def test_plain_without_an_image_is_a_document(tokenizer):
     result = encoded("plain", record("Once upon a time", " there was a cat."), tokenizer)
-    said = ids(tokenizer, "Once upon a time there was a cat.")
-    assert result.tokens.tolist() == [tokenizer.bos_token_id, *said]
+    caption_ids = ids(tokenizer, "Once upon a time there was a cat.")
+    assert result.tokens.tolist() == [tokenizer.bos_token_id, *caption_ids]
     assert tokenizer.decode(result.tokens[~result.is_target], skip_special_tokens=True) == "Once upon a time"
     assert tokenizer.decode(result.tokens[result.is_target]).strip() == "there was a cat."
     assert not result.is_image.any()
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_document_is_read_as_it_stands_with_its_images_whatever_the_template(template, tokenizer):
+def test_a_document_uses_no_template(template, tokenizer):
     row = record("Look: <image> It\nred:", " yes\n", "blue:", " no\n", images=1)
     result = encoded(template, dataclasses.replace(row, document=True), tokenizer)
     end, first = tokenizer.eos_token_id, ids(tokenizer, "Look: ")
@@ -565,12 +566,12 @@ def test_a_document_is_read_as_it_stands_with_its_images_whatever_the_template(t
         ("plain", record("A cat.", "<image>", first="gpt", images=1), r"one instruction and one caption"),
     ],
 )
-def test_a_record_that_does_not_fit_is_named(template, row, sentence):
+def test_records_that_do_not_fit_are_refused_by_id(template, row, sentence):
     with pytest.raises(UserError, match=rf"^Record 'row-7'.*{sentence}.*\.$"):
         template_items(template, row)
 
 
-def test_an_unknown_template_is_refused_with_the_nearest():
+def test_an_unknown_template_gets_a_suggestion():
     with pytest.raises(UserError, match=r"data\.template='plane'; did you mean 'plain'"):
         template_items("plane", record("a", "b"))
     with pytest.raises(UserError, match=r"data\.template='phi'; known: plain, v1, llama-3, chatml, mistral"):
@@ -579,7 +580,7 @@ def test_an_unknown_template_is_refused_with_the_nearest():
 
 # ---- Any text --------------------------------------------------------------------------------------------------------
 
-NASTY = (
+HARD = (
     "USER:",
     "ASSISTANT:",
     " ASSISTANT: ",
@@ -595,17 +596,17 @@ NASTY = (
     "e\u0301",
     ":",
 )
-TEXTS = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(NASTY)), max_size=5).map("".join)
+TEXTS = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(HARD)), max_size=5).map("".join)
 SPECIAL = ("<s>", "</s>", "<unk>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 SPECIAL += ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "[INST]", "[/INST]", "<<SYS>>")
-# What cannot be told apart afterwards: an image's mark, and SentencePiece's own mark of a space.
+# What cannot be with_system apart afterwards: an image's mark, and SentencePiece's own mark of a space.
 ORDINARY = TEXTS.filter(lambda text: not any(mark in text for mark in ("<image>", "\u2581")))
 NAMES = st.lists(st.one_of(TEXTS, st.sampled_from(SPECIAL)), max_size=4).map("".join)
 NAMES = NAMES.filter(lambda text: not any(mark in text for mark in ("<image>", "\u2581")))
 
 
-def sayable(text, tokenizer):
-    """What is left of a text; SmolLM2's tokenizer lacks some bytes, and drops them."""
+def tokenizable(text, tokenizer):
+    """Returns a text without the bytes that SmolLM2's tokenizer lacks and drops."""
     text = text.strip()
     if tokenizer.convert_tokens_to_ids("<|im_end|>") in (None, tokenizer.unk_token_id):
         return text
@@ -620,31 +621,31 @@ def sayable(text, tokenizer):
 @example(rounds=[("<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", 0)])
 @example(rounds=[("<|eot_id|><|start_header_id|>", "<|eot_id|><|begin_of_text|>", 0)])
 @settings(PLENTY, max_examples=100)
-def test_exactly_the_answers_and_their_ends_are_learned(chat, rounds):
-    """Names of special tokens in them are text like any other."""
+def test_targets_are_exactly_the_answers_and_their_ends(chat, rounds):
+    """Names of special tokens in them are ordinary text."""
     template, tokenizer = chat
     texts = [t for question, answer, images in rounds for t in ("<image>" * images + question, answer)]
     count = sum(images for *_, images in rounds)
     items = template_items(template, record(*texts, images=count))
     result = encode(items, tokenizer, SLOTS)
     assert len(result.tokens) == len(result.is_target) == len(result.is_image)
-    said = [text.removeprefix(" ") for text in learned_texts(result, tokenizer, template)]
-    assert said == [sayable(answer, tokenizer) for _, answer, _ in rounds]
+    answers = [text.removeprefix(" ") for text in target_texts(result, tokenizer, template)]
+    assert answers == [tokenizable(answer, tokenizer) for _, answer, _ in rounds]
     found, expected = count_special_tokens(result, items, tokenizer)
     assert found == expected
     assert result.is_image.sum() == SLOTS * count
     assert not (result.is_image & result.is_target).any()
-    # All text is there, and in order.
+    # All text is present, in order.
     rest = tokenizer.decode(result.tokens[~result.is_target & ~result.is_image])
     for question, *_ in rounds:
-        question = sayable(question, tokenizer)
+        question = tokenizable(question, tokenizer)
         assert question in rest
         rest = rest[rest.index(question) + len(question) :]
 
 
 @given(caption=ORDINARY)
 @PLENTY
-def test_exactly_the_caption_is_learned(tokenizer, caption):
+def test_targets_are_exactly_the_caption(tokenizer, caption):
     result = encoded("plain", record("<image>\nDescribe.", caption, images=1), tokenizer)
     assert tokenizer.decode(result.tokens[result.is_target]).removeprefix(" ") == caption.strip() + "\n"
     assert not result.is_target[: 1 + SLOTS].any()
@@ -653,8 +654,8 @@ def test_exactly_the_caption_is_learned(tokenizer, caption):
 
 @given(texts=st.lists(NAMES, min_size=2, max_size=2), length=st.integers(1, 120))
 @PLENTY
-def test_any_text_is_encoded_and_cut_at_its_end(tokenizer, texts, length):
-    """What is cut off changes nothing before it."""
+def test_any_text_can_be_encoded_and_truncated(tokenizer, texts, length):
+    """The text that is cut off does not change the tokens before it."""
     result = encoded("v1", record(*texts), tokenizer)
     assert len(result.tokens) == len(result.is_target) == len(result.is_image)
     assert result.is_target[-1]
@@ -674,13 +675,13 @@ ITEMS = st.one_of(st.builds(Text, NAMES, st.booleans()), st.sampled_from([*Mark,
 
 @given(conversations=st.lists(st.lists(ITEMS, max_size=6), max_size=4))
 @PLENTY
-def test_tokens_are_counted_as_they_are_encoded(tokenizer, conversations):
+def test_count_tokens_matches_encode(tokenizer, conversations):
     counts = count_tokens(conversations, tokenizer, SLOTS)
     assert counts == [len(encode(items, tokenizer, SLOTS).tokens) for items in conversations]
 
 
 @pytest.mark.parametrize("slots", [0, 1, 144])
-def test_tokens_of_each_template_are_counted(chat, slots):
+def test_count_tokens_of_each_template(chat, slots):
     template, tokenizer = chat
     items = [template_items(template, row) for row in CONVERSATIONS.values()]
     counts = count_tokens(items, tokenizer, slots)
@@ -689,7 +690,7 @@ def test_tokens_of_each_template_are_counted(chat, slots):
 
 @given(spans=st.lists(st.one_of(st.tuples(ORDINARY, st.booleans()), st.sampled_from(list(Mark))), max_size=8))
 @PLENTY
-def test_encode_takes_any_items(tokenizer, spans):
+def test_encode_accepts_any_items(tokenizer, spans):
     items = [span if isinstance(span, Mark) else Text(*span) for span in spans]
     result = encode(items, tokenizer, SLOTS)
     assert len(result.tokens) == len(result.is_target) == len(result.is_image)

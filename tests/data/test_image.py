@@ -1,4 +1,4 @@
-"""Images to squares, against transformers' own processors of CLIP, SigLIP and LLaVA; files good and bad."""
+"""Tests resizing against transformers' processors of CLIP, SigLIP and LLaVA, and opening good and bad files."""
 
 import dataclasses
 import io
@@ -22,7 +22,7 @@ from stf_jax.data.records import BadRow
 from stf_jax.models.presets import VISION
 
 CLIP = VISION["clip-l-14-336"]
-SMALL = dataclasses.replace(CLIP, image_size=57)  # odd, so that halves are rounded
+SMALL = dataclasses.replace(CLIP, image_size=57)  # odd, to test rounding
 SIGLIP = dataclasses.replace(VISION["siglip-b-16-256"], image_size=57)
 SIZES = [
     (501, 333),
@@ -40,7 +40,7 @@ SIZES = [
 
 
 def noise(mode, size, seed=0):
-    """An image of that mode with something different everywhere; ``P transparent`` is P with colours seen through."""
+    """Makes a noise image of a mode; ``P transparent`` is P with transparent colors."""
     width, height = size
     rng = np.random.default_rng(seed)
     if mode.startswith("P"):
@@ -58,15 +58,15 @@ def noise(mode, size, seed=0):
     return PIL.Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels, mode=mode)
 
 
-def theirs(processor, image, config):
+def reference(processor, image, config):
     size = config.image_size
     square = {"height": size, "width": size}
-    how = {"size": square}
+    options = {"size": square}
     if processor is not SiglipImageProcessorPil:
-        how = {"size": {"shortest_edge": size}, "crop_size": square, "do_pad": processor is LlavaImageProcessorPil}
-    # A mean as CLIP's own or SigLIP's is, for the padding alone.
-    how |= {"resample": PIL.Image.Resampling.BICUBIC, "do_normalize": False, "image_mean": config.mean}
-    (pixels,) = processor(**how)(image, return_tensors="np")["pixel_values"]
+        options = {"size": {"shortest_edge": size}, "crop_size": square, "do_pad": processor is LlavaImageProcessorPil}
+    # The mean is only used for padding.
+    options |= {"resample": PIL.Image.Resampling.BICUBIC, "do_normalize": False, "image_mean": config.mean}
+    (pixels,) = processor(**options)(image, return_tensors="np")["pixel_values"]
     return pixels.transpose(1, 2, 0) * 255
 
 
@@ -84,9 +84,9 @@ CASES = {  # tower, aspect, transformers' processor
 def test_geometry(case, size):
     config, aspect, processor = CASES[case]
     image = noise("RGB", size)
-    ours = to_square(image, config, aspect)
-    assert (ours.shape, ours.dtype) == ((57, 57, 3), np.uint8)
-    np.testing.assert_allclose(ours, theirs(processor, image, config), atol=1)
+    result = to_square(image, config, aspect)
+    assert (result.shape, result.dtype) == ((57, 57, 3), np.uint8)
+    np.testing.assert_allclose(result, reference(processor, image, config), atol=1)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -94,13 +94,13 @@ def test_geometry(case, size):
 def test_modes(case, mode):
     config, aspect, processor = CASES[case]
     image = noise(mode, (83, 61))
-    ours = to_square(image, config, aspect)
-    np.testing.assert_allclose(ours, theirs(processor, image, config), atol=1)
+    result = to_square(image, config, aspect)
+    np.testing.assert_allclose(result, reference(processor, image, config), atol=1)
     if mode in ("L", "1", "LA", "I;16") and aspect == "square":
-        assert (ours == ours[..., :1]).all()
+        assert (result == result[..., :1]).all()
 
 
-def test_what_is_transparent_is_white():
+def test_transparent_pixels_become_white():
     image = PIL.Image.new("RGBA", (2, 1), (200, 0, 100, 0))
     image.putpixel((1, 0), (200, 0, 100, 255))
     assert np.asarray(to_rgb(image)).tolist() == [[[255, 255, 255], [200, 0, 100]]]
@@ -109,18 +109,18 @@ def test_what_is_transparent_is_white():
 def test_at_clip_size():
     image = noise("RGB", (640, 427))
     for aspect, processor in PROCESSORS.items():
-        ours = to_square(image, CLIP, aspect)
-        assert ours.shape == (336, 336, 3)
-        np.testing.assert_allclose(ours, theirs(processor, image, CLIP), atol=1)
+        result = to_square(image, CLIP, aspect)
+        assert result.shape == (336, 336, 3)
+        np.testing.assert_allclose(result, reference(processor, image, CLIP), atol=1)
 
 
-def test_a_image_of_the_right_size_is_left_alone():
+def test_an_image_of_the_right_size_is_unchanged():
     image = noise("RGB", (57, 57))
     for aspect in PROCESSORS:
         assert np.array_equal(to_square(image, SMALL, aspect), np.asarray(image))
 
 
-def test_the_image_given_is_not_changed():
+def test_the_input_image_is_not_modified():
     image = noise("RGB", (60, 80))
     before = image.copy()
     for aspect in PROCESSORS:
@@ -132,7 +132,7 @@ def test_the_image_given_is_not_changed():
     ("size", "left", "top"), [((57, 40), 0, 8), ((40, 57), 8, 0), ((57, 56), 0, 0), ((1, 57), 28, 0)]
 )
 def test_padding(size, left, top):
-    """A side of 57 is not resized, so every pixel can be told."""
+    """A side of 57 is not resized, so every pixel can be compared."""
     image = noise("RGB", size)
     square = to_square(image, SMALL, "pad")
     region = (slice(top, top + size[1]), slice(left, left + size[0]))
@@ -144,25 +144,25 @@ def test_padding(size, left, top):
 
 
 def test_padding_has_the_color_of_the_tower():
-    """SigLIP's mean is one half: 127, cut off and not rounded."""
+    """SigLIP's mean is one half: 127, truncated and not rounded."""
     config = dataclasses.replace(VISION["siglip-b-16-256"], image_size=40)
     assert to_square(noise("RGB", (40, 20)), config, "pad")[0, 0].tolist() == [127, 127, 127]
 
 
 @pytest.mark.parametrize("size", [(12, 1999), (1999, 12)])
-def test_the_square_of_a_long_image_is_never_in_memory(size, monkeypatch):
-    """A file of 670x133000 pixels would make one of 66 GiB."""
+def test_padding_a_long_image_needs_little_memory(size, monkeypatch):
+    """The square of a file of 670x133000 pixels would take 66 GiB."""
     make, long_image, canvases = PIL.Image.new, noise("RGB", size), []
-    expected = theirs(LlavaImageProcessorPil, long_image, SMALL)
+    expected = reference(LlavaImageProcessorPil, long_image, SMALL)
     monkeypatch.setattr(image, "MAX_PIXELS", 200_000)
-    monkeypatch.setattr(PIL.Image, "new", lambda mode, size, *how: canvases.append(size) or make(mode, size, *how))
+    monkeypatch.setattr(PIL.Image, "new", lambda mode, size, *args: canvases.append(size) or make(mode, size, *args))
     square = to_square(long_image, SMALL, "pad")
     assert max(width * height for width, height in canvases) < image.MAX_PIXELS
     np.testing.assert_allclose(square, expected, atol=1)
 
 
 @pytest.mark.parametrize("size", [(200, 100), (100, 200)])
-def test_square_keeps_the_middle_and_pad_keeps_all(size):
+def test_square_crops_the_center_and_pad_keeps_everything(size):
     image = PIL.Image.new("RGB", size, "red")
     width, height = size
     middle = (width // 2 - 50, height // 2 - 50, width // 2 + 49, height // 2 + 49)
@@ -177,14 +177,14 @@ def test_square_keeps_the_middle_and_pad_keeps_all(size):
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-def saved(image, kind, **how):
+def saved(image, kind, **options):
     file = io.BytesIO()
-    image.save(file, kind, **how)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
 def png(width, height, data, depth=8, color=2):
-    """A PNG by hand; ``color`` 2 is RGB."""
+    """Makes a PNG without a library; ``color`` 2 is RGB."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -200,17 +200,17 @@ def folder(tmp_path):
     return epath.Path(tmp_path / "images")
 
 
-EXACT = {"PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"}  # as saved here: without loss
+EXACT = {"PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"}  # lossless, as saved here
 
 
 @pytest.mark.parametrize("kind", ["JPEG", *sorted(EXACT)])
-def test_formats_are_told_by_their_content(folder, kind):
+def test_formats_are_detected_from_the_content(folder, kind):
     image = noise("P", (40, 30)) if kind == "GIF" else noise("RGB", (40, 30))
-    how = {"WEBP": {"lossless": True}}.get(kind, {})
+    options = {"WEBP": {"lossless": True}}.get(kind, {})
     for suffix in (f".{kind.lower()}", ".jpg", ""):
         name = f"deep/{kind}{suffix}"
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(saved(image, kind, **how))
+        (folder / name).write_bytes(saved(image, kind, **options))
         opened = open_image(read_image(folder, name), name)
         assert (opened.format, opened.size) == (kind, (40, 30))
         expected = PIL.Image.open(str(folder / name)).convert("RGB")
@@ -220,16 +220,16 @@ def test_formats_are_told_by_their_content(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF"])
-def test_of_several_frames_the_first_is_taken(kind):
+def test_the_first_of_several_frames_is_used(kind):
     frames = [PIL.Image.new("RGB", (20, 10), color) for color in ("red", "blue", "green")]
-    how = {"lossless": True} if kind == "WEBP" else {}
-    opened = open_image(saved(frames[0], kind, save_all=True, append_images=frames[1:], **how), "moving.jpg")
+    options = {"lossless": True} if kind == "WEBP" else {}
+    opened = open_image(saved(frames[0], kind, save_all=True, append_images=frames[1:], **options), "moving.jpg")
     assert (np.asarray(to_rgb(opened)) == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("case", CASES)
-def test_images_are_turned_as_their_exif_says(tmp_path, case, orientation):
+def test_images_are_rotated_by_their_exif_orientation(tmp_path, case, orientation):
     config, aspect, processor = CASES[case]
     image = PIL.Image.new("RGB", (90, 61), "white")
     PIL.ImageDraw.Draw(image).polygon([(0, 0), (80, 0), (0, 50)], fill="red")
@@ -240,31 +240,31 @@ def test_images_are_turned_as_their_exif_says(tmp_path, case, orientation):
     assert opened.size == ((90, 61) if orientation < 5 else (61, 90))
     expected = load_image(str(tmp_path / "a.jpg"))
     assert np.array_equal(np.asarray(opened), np.asarray(expected))
-    np.testing.assert_allclose(to_square(opened, config, aspect), theirs(processor, expected, config), atol=1)
+    np.testing.assert_allclose(to_square(opened, config, aspect), reference(processor, expected, config), atol=1)
 
 
-def test_deep_and_printed_colors():
-    """Sixteen bits a channel, grey and in colour, and a JPEG for print."""
+def test_16_bit_and_cmyk_images():
+    """Images with 16 bits per channel, gray and in color, and a CMYK JPEG."""
     rng = np.random.default_rng(0)
     deep = rng.integers(0, 65536, (30, 40, 3), np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
     files = {
         "color": png(40, 30, rows, depth=16),
-        "grey": saved(noise("I;16", (40, 30)), "PNG"),
+        "gray": saved(noise("I;16", (40, 30)), "PNG"),
         "print": saved(noise("CMYK", (40, 30)), "JPEG"),
     }
     for name, content in files.items():
         opened = open_image(content, name)
         for config, aspect, processor in CASES.values():
             given = PIL.Image.open(io.BytesIO(content))
-            np.testing.assert_allclose(to_square(opened, config, aspect), theirs(processor, given, config), atol=1)
+            np.testing.assert_allclose(to_square(opened, config, aspect), reference(processor, given, config), atol=1)
     assert open_image(files["print"], "print").mode == "CMYK"
-    assert open_image(files["grey"], "grey").mode == "I;16"
+    assert open_image(files["gray"], "gray").mode == "I;16"
     seen = np.asarray(to_rgb(open_image(files["color"], "color"))).astype(int)
     assert abs(seen - deep / 257).max() <= 1
 
 
-def test_broken_exif_is_no_reason_to_refuse():
+def test_broken_exif_is_ignored():
     image = noise("RGB", (40, 30))
     for exif in (b"Exif\0\0", b"Exif\0\0garbage" * 9, b"Exif\0\0II*\0\xff\xff\xff\xff"):
         opened = open_image(saved(image, "JPEG", exif=exif), "a.jpg")
@@ -296,19 +296,19 @@ CORRUPT = {
 
 
 @pytest.mark.parametrize("name", CORRUPT)
-def test_what_is_no_image_is_corrupt(name):
+def test_a_file_that_is_not_an_image_is_corrupt(name):
     assert reason(CORRUPT[name]) == "corrupt"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM"])
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
-def test_what_is_cut_is_truncated(kind, share):
+def test_a_cut_file_is_truncated(kind, share):
     content = saved(noise("RGB", (80, 60)), kind)
-    open_image(content, "whole")
+    open_image(content, "complete")
     assert reason(content[: int(share * len(content))]) == "truncated"
 
 
-def test_what_is_absurdly_large_is_refused_unopened():
+def test_images_that_are_too_large_are_refused_without_decoding():
     assert reason(png(60000, 50000, b"")) == "too_large"
     assert reason(png(2**31 - 1, 2**31 - 1, b"")) == "too_large"
     assert reason(saved(PIL.Image.new("1", (60000, 1)), "PNG")) == "too_large"
@@ -316,7 +316,7 @@ def test_what_is_absurdly_large_is_refused_unopened():
     assert open_image(saved(PIL.Image.new("1", (1, 200)), "PNG"), "long").size == (1, 200)
 
 
-def test_the_most_bytes_of_a_file(folder, monkeypatch):
+def test_maximum_file_size(folder, monkeypatch):
     content = saved(noise("RGB", (40, 30)), "PNG")
     (folder / "a.png").write_bytes(content)
     monkeypatch.setattr(image, "MAX_FILE_BYTES", len(content))
@@ -341,14 +341,14 @@ def test_the_most_bytes_of_a_file(folder, monkeypatch):
         ("a\0.png", "missing", "its name contains NUL"),
     ],
 )
-def test_a_path_that_is_not_one_within_the_folder_is_refused(folder, name, reason, clause):
+def test_paths_outside_the_folder_are_refused(folder, name, reason, clause):
     (folder.parent / "secret.png").write_bytes(saved(noise("RGB", (4, 3)), "PNG"))
     with pytest.raises(BadRow, match=clause) as e:
         read_image(folder, name)
     assert (e.value.reason, e.value.image) == (reason, name)
 
 
-def test_what_stays_in_the_folder_is_read_by_any_path_to_it(folder):
+def test_any_path_within_the_folder_is_accepted(folder):
     (folder / "deep").mkdir()
     (folder / "b.png").write_bytes(b"b")
     (folder.parent / "elsewhere").write_bytes(b"c")
@@ -358,7 +358,7 @@ def test_what_stays_in_the_folder_is_read_by_any_path_to_it(folder):
 
 
 @pytest.mark.parametrize("name", ["nowhere.png", "deep/nowhere.png", "b.png/c.png", "", ".", "deep"])
-def test_a_missing_file_is_named(folder, name):
+def test_a_missing_file_is_reported(folder, name):
     (folder / "deep").mkdir()
     (folder / "b.png").write_bytes(b"b")
     with pytest.raises(BadRow, match=rf"^Image {folder}.* cannot be opened: .+\.$") as e:

@@ -1,4 +1,4 @@
-"""Conversations in rows: every token once, in its place, and none that sees or predicts another conversation.
+"""Tests packing: rows contain every token once, and no conversation sees or predicts another.
 
 Axis letters: B rows, T positions, M images per row, N slots per image.
 """
@@ -18,12 +18,12 @@ from stf_jax.data.pipeline import Batches, ConcatenatedRecords
 from stf_jax.data.records import BadRow
 
 T, M, N, SIDE = 24, 3, 3, 2
-SLOT = 0  # the token of an image slot here
+SLOT = 0  # the token id of an image slot in these tests
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """What was put in: all tokens and images of all conversations differ."""
+    """An input conversation; all tokens and images of all conversations differ."""
 
     number: int
     encoded: Encoded
@@ -34,21 +34,21 @@ class Conversation:
 
 
 def conversation(number, parts, seed=0):
-    """From parts: a text's number of tokens, or None for an image."""
+    """Makes a conversation from parts: the number of tokens of a text, or None for an image."""
     is_image = np.concatenate([np.full(N if part is None else part, part is None) for part in parts] or [[]]).astype(
         bool
     )
     length, count = len(is_image), parts.count(None)
     tokens = np.where(is_image, SLOT, 1000 * (number + 1) + np.arange(length)).astype(np.int32)
-    learned = (np.random.default_rng([seed, number]).random(length) < 0.5) & ~is_image
+    is_target = (np.random.default_rng([seed, number]).random(length) < 0.5) & ~is_image
     images = np.zeros((count, SIDE, SIDE, 3), np.uint8)
     images += (1 + M * number + np.arange(count)).astype(np.uint8)[:, None, None, None]
-    return Conversation(number, Encoded(tokens, learned, is_image), images)
+    return Conversation(number, Encoded(tokens, is_target, is_image), images)
 
 
 @st.composite
 def conversations(draw):
-    """Up to twenty of 1 to T tokens, none with more than M images."""
+    """Draws up to twenty conversations of 1 to T tokens and at most M images."""
     made = []
     for number in range(draw(st.integers(1, 20))):
         images = draw(st.integers(0, M))
@@ -66,13 +66,13 @@ FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name != "la
 
 
 def rows_of(batch: Batch):
-    """The rows of a batch, as batches without B."""
+    """Returns the rows of a batch, as batches without B."""
     count = len(batch.tokens)
     return [Batch(**{name: getattr(batch, name)[i] for name in FIELDS}) for i in range(count)]
 
 
 def check_row(row: Batch, known: list[Conversation]) -> list[int]:
-    """Asserts all that a row promises; returns the conversations in it, in order."""
+    """Checks a row; returns its conversations, in order."""
     assert row.labels is None
     assert {name: getattr(row, name).dtype for name in FIELDS} == {
         "tokens": np.int32,
@@ -93,7 +93,7 @@ def check_row(row: Batch, known: list[Conversation]) -> list[int]:
         (places,) = np.nonzero(row.segment_ids == segment)
         tokens = row.tokens[places]
         (number,) = {int(token) // 1000 - 1 for token in tokens if token != SLOT} or {None}
-        if number is None:  # images alone, which tell whose they are
+        if number is None:  # only images, whose values give the conversation
             number = (int(row.images[len(images), 0, 0, 0]) - 1) // M
         it = known[number]
         found.append(number)
@@ -116,7 +116,7 @@ def check_row(row: Batch, known: list[Conversation]) -> list[int]:
 
 
 def packed(known, images_per_row=M):
-    """Packed as the pipeline packs, in rows of one shape."""
+    """Packs conversations as the pipeline does, in rows of one shape."""
     lengths = [len(it.encoded.tokens) for it in known]
     rows = best_fit(lengths, [len(it.images) for it in known], T, images_per_row)
     return stacked([[known[i].example() for i in row] for row in rows], images_per_row)
@@ -129,23 +129,23 @@ def stacked(rows, images_per_row=M, length=T):
 
 @given(conversations())
 @settings(max_examples=80, deadline=None)
-def test_packed_rows_hold_every_conversation_once(known):
+def test_packed_rows_contain_every_conversation_once(known):
     rows = packed(known)
     assert all(row.tokens.shape == (T,) and row.images.shape == (M, SIDE, SIDE, 3) for row in rows)
     assert sorted(number for row in rows for number in check_row(row, known)) == list(range(len(known)))
 
 
-def test_packing_packs():
+def test_several_conversations_fit_in_a_row():
     known = [conversation(number, [3, None, 2]) for number in range(9)]
     assert [len(check_row(row, known)) for row in packed(known)] == [3, 3, 3]
 
 
-def test_images_may_fill_a_row_before_tokens_do():
+def test_rows_can_be_full_of_images_before_they_are_full_of_tokens():
     known = [conversation(number, [1, None, None]) for number in range(4)]
     assert [len(check_row(row, known)) for row in packed(known)] == [1, 1, 1, 1]
 
 
-def test_text_alone_is_packed_without_image_places():
+def test_text_only_rows_need_no_image_places():
     known = [conversation(number, [8]) for number in range(6)]
     rows = packed(known, images_per_row=0)
     assert [len(check_row(row, known)) for row in rows] == [3, 3]
@@ -154,13 +154,13 @@ def test_text_alone_is_packed_without_image_places():
 
 @given(conversations())
 @settings(max_examples=80, deadline=None)
-def test_filled_rows_hold_one_conversation_each(known):
+def test_rows_without_packing_contain_one_conversation_each(known):
     rows = stacked([[it.example()] for it in known])
     assert all(row.tokens.shape == (T,) and row.images.shape == (M, SIDE, SIDE, 3) for row in rows)
     assert [check_row(row, known) for row in rows] == [[number] for number in range(len(known))]
 
 
-def test_a_row_without_conversations_is_empty_and_learns_nothing():
+def test_a_row_without_conversations_is_empty_and_has_no_targets():
     (row,) = stacked([[]])
     assert check_row(row, []) == []
     assert not row.loss_mask.any()
@@ -168,22 +168,22 @@ def test_a_row_without_conversations_is_empty_and_learns_nothing():
     assert not row.images.any()
 
 
-def test_a_conversation_is_the_same_in_any_row_that_holds_it():
-    """Filled up to another length, or with others after it: only what follows differs."""
+def test_a_conversation_is_the_same_in_any_row():
+    """Padded to another length, or with others after it: only the rest of the row differs."""
     it = conversation(0, [4, None, 5])
     (alone,) = stacked([[it.example()]])
     (tight,) = stacked([[it.example()]], images_per_row=1, length=12)
     (shared,) = stacked([[it.example(), conversation(1, [6]).example()]])
     for name in FIELDS:
-        ours, *others = (getattr(row, name) for row in (alone, tight, shared))
+        first, *others = (getattr(row, name) for row in (alone, tight, shared))
         end = 1 if name == "images" else 12
-        for theirs in others:
-            assert ours.dtype == theirs.dtype
-            assert np.array_equal(ours[:end], theirs[:end]), name
+        for other in others:
+            assert first.dtype == other.dtype
+            assert np.array_equal(first[:end], other[:end]), name
 
 
 class Known:
-    """Conversations that are known already, in the place of Preprocessor; a record is a conversation's number."""
+    """A stand-in for Preprocessor with given conversations; a record is a conversation's number."""
 
     vision, cells = types.SimpleNamespace(image_size=SIDE), 0
 
@@ -202,8 +202,8 @@ class Known:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_the_pipeline_packs_so(packing):
-    """Through the pipeline itself, epoch after epoch: every row keeps its promises, and none is favoured."""
+def test_rows_of_the_pipeline(packing):
+    """Every row is valid, and every epoch has each conversation once."""
     known = [conversation(number, [2 + number % 5, None, 1 + number % 3]) for number in range(12)]
     changes = {"data.packing": packing, "data.max_length": T, "data.images_per_row": M, "global_batch_size": 4}
     batches = Batches(tiny(**changes), ConcatenatedRecords([range(12)]), Known(known), host=0, hosts=1)
@@ -217,8 +217,8 @@ def test_the_pipeline_packs_so(packing):
 # ---- Best fit --------------------------------------------------------------------------------------------------------
 
 
-def brute(lengths, images, length, most):
-    """Best-fit decreasing word for word: every row is looked at for every conversation."""
+def brute_force(lengths, images, length, most):
+    """Best-fit decreasing that checks every row for every conversation."""
     rows = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         taking = [row for row in rows if row[0] >= lengths[i] and row[1] >= images[i]]
@@ -241,27 +241,27 @@ def measures(draw):
 
 @given(measures())
 @settings(max_examples=300, deadline=None)
-def test_rows_are_those_of_best_fit_decreasing(measured):
+def test_best_fit_matches_brute_force(measured):
     lengths, images, length, most = measured
     rows = best_fit(lengths, images, length, most)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     loads = [(sum(lengths[i] for i in row), sum(images[i] for i in row)) for row in rows]
     assert all(tokens <= length and places <= most for tokens, places in loads)
-    expected = brute(*measured)
+    expected = brute_force(*measured)
     assert len(rows) == len(expected)
-    # Rows of the same load may have changed places, no more.
+    # Only the order of rows with the same contents may differ.
     assert sorted(loads) == sorted((tokens, places) for tokens, places, _ in expected)
 
 
 @pytest.mark.parametrize(
     ("median", "spread", "least", "most"),
     [
-        (300, 0.5, 190, 12),  # stage 2: 144 slots and a few rounds of talk
+        (300, 0.5, 190, 12),  # stage 2: 144 slots and a few rounds
         (175, 0.08, 150, 16),  # stage 1: 144 slots and a caption
-        (330, 1.1, 40, 12),  # with ShareGPT's among them, up to the longest that a row takes
+        (330, 1.1, 40, 12),  # with ShareGPT's conversations, up to the length of a row
     ],
 )
-def test_rows_of_realistic_lengths_are_over_95_percent_full(median, spread, least, most):
+def test_realistic_rows_are_over_95_percent_full(median, spread, least, most):
     rng = np.random.default_rng(0)
     lengths = np.clip(median * np.exp(spread * rng.standard_normal(20_000)), least, 2048).astype(int)
     images = (lengths >= 150).astype(int)
@@ -270,12 +270,12 @@ def test_rows_of_realistic_lengths_are_over_95_percent_full(median, spread, leas
     assert sorted(i for row in rows for i in row) == list(range(20_000))
 
 
-# ---- Cuts ------------------------------------------------------------------------------------------------------------
+# ---- Truncation ------------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 30), st.integers(1, 30))
 @settings(deadline=None)
-def test_a_long_conversation_loses_its_end(length, limit):
+def test_a_long_conversation_is_truncated(length, limit):
     it = conversation(1, [length])
     kept = min(length, limit)
     if length > limit and not it.encoded.is_target[1:kept].any():
@@ -289,10 +289,10 @@ def test_a_long_conversation_loses_its_end(length, limit):
     assert example.loss_mask.tolist() == [*it.encoded.is_target[1:kept].tolist(), False]
 
 
-def test_no_image_is_cut():
+def test_images_are_not_truncated():
     it = conversation(4, [5, None, 6])
     assert it.encoded.is_target[1:5].any()
-    assert len(it.example(5 + N).tokens) == 5 + N  # just after it
+    assert len(it.example(5 + N).tokens) == 5 + N  # right after the image
     for limit in (1, 5, 5 + N - 1):
         with pytest.raises(BadRow, match=rf"Record 'row-4' has images beyond data\.max_length={limit} tokens") as it_is:
             it.example(limit)

@@ -1,4 +1,4 @@
-"""From records to batches: hosts share the work, epochs differ, and what was taken is never taken again."""
+"""Tests the input pipeline: hosts share the work, epochs differ, and a resumed run repeats no record."""
 
 import contextlib
 import dataclasses
@@ -32,16 +32,16 @@ def take(batches, count) -> list[Batch]:
     return list(itertools.islice(batches, count))
 
 
-def same(ours: Batch, theirs: Batch) -> bool:
+def same(a: Batch, b: Batch) -> bool:
     names = [field.name for field in dataclasses.fields(Batch)]
-    return all(np.array_equal(getattr(ours, name), getattr(theirs, name)) for name in names)
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
 # ---- Order -----------------------------------------------------------------------------------------------------------
 
 
 class Numbers:
-    """In the place of Preprocessor: record n is a conversation of some tokens, all of them n + 1."""
+    """A stand-in for Preprocessor: record n is a conversation whose tokens are all n + 1."""
 
     vision, cells = types.SimpleNamespace(image_size=1), 0
 
@@ -58,13 +58,13 @@ class Numbers:
 
 
 def numbers(count, host=0, hosts=1, **changes):
-    """Batches of the numbers below ``count``."""
+    """Makes batches of the numbers below ``count``."""
     config = tiny(**{"global_batch_size": 4, "data.max_length": 12, "data.images_per_row": 0} | changes)
     return Batches(config, ConcatenatedRecords([range(count)]), Numbers(), host=host, hosts=hosts)
 
 
 def read(batches):
-    """The numbers in the rows of batches, row by row."""
+    """Returns the numbers in batches, by row."""
     return [
         tuple(int(row[segments == s][0]) - 1 for s in range(1, segments.max() + 1))
         for batch in batches
@@ -81,8 +81,8 @@ PACKING = pytest.mark.parametrize("packing", [False, True])
 
 @PACKING
 @pytest.mark.parametrize(("count", "hosts"), [(16, 2), (17, 2), (24, 4), (13, 4)])
-def test_hosts_share_what_one_host_would_read(count, hosts, packing):
-    """Batch by batch, in any epoch, and each conversation is one host's."""
+def test_hosts_together_read_the_rows_of_one_host(count, hosts, packing):
+    """Batch by batch, in any epoch, and each conversation on one host only."""
     changes = {"data.packing": packing}
     alone = numbers(count, **changes)
     shares = [numbers(count, host, hosts, **changes) for host in range(hosts)]
@@ -97,7 +97,7 @@ def test_hosts_share_what_one_host_would_read(count, hosts, packing):
 
 
 @PACKING
-def test_an_epoch_reads_every_record_once_and_the_next_in_another_order(packing):
+def test_epochs_read_every_record_once_in_different_orders(packing):
     batches = numbers(17, **{"data.packing": packing})
     epochs = []
     for _ in range(4):
@@ -109,7 +109,7 @@ def test_an_epoch_reads_every_record_once_and_the_next_in_another_order(packing)
     assert epochs[0] != list(range(17))
 
 
-def test_the_order_is_the_seeds():
+def test_the_order_depends_on_the_seed():
     orders = [tuple(read(take(numbers(16, seed=seed), 8))) for seed in (0, 0, 1, 2)]
     assert orders[0] == orders[1]
     assert len(set(orders)) == 3
@@ -121,8 +121,8 @@ def test_the_order_is_the_seeds():
 @PACKING
 @pytest.mark.parametrize("after", [0, 1, 3, 11])
 @pytest.mark.parametrize(("before", "hosts"), [(2, 1), (2, 4), (1, 2), (4, 2)])
-def test_other_hosts_go_on_where_some_stopped(before, hosts, after, packing):
-    """None lost and none repeated: what follows is what one host that was never stopped would have read."""
+def test_resuming_with_another_number_of_hosts(before, hosts, after, packing):
+    """No record is lost or repeated: the rest is what a single host would have read without interruption."""
     changes = {"data.packing": packing}
     alone = numbers(27, **changes)
     taken = read(take(alone, after))
@@ -132,7 +132,7 @@ def test_other_hosts_go_on_where_some_stopped(before, hosts, after, packing):
     assert all(state == states[0] for state in states)
     resumed = [numbers(27, host, hosts, **changes) for host in range(hosts)]
     for share in resumed:
-        share.set_state(json.loads(json.dumps(states[0])))  # as a checkpoint keeps it
+        share.set_state(json.loads(json.dumps(states[0])))  # as checkpoints store it
     for _ in range(9):
         parts = [read([next(share)]) for share in resumed]
         assert sorted(itertools.chain(*parts)) == sorted(read([next(alone)]))
@@ -151,7 +151,7 @@ def test_other_hosts_go_on_where_some_stopped(before, hosts, after, packing):
     ],
     ids=str,
 )
-def test_a_state_of_another_order_is_refused(packing, count, changes):
+def test_a_state_with_another_order_is_refused(packing, count, changes):
     stopped = numbers(27, **{"data.packing": packing})
     take(stopped, 3)
     other = numbers(count, **{"data.packing": packing} | changes)
@@ -161,7 +161,7 @@ def test_a_state_of_another_order_is_refused(packing, count, changes):
         numbers(27, **{"data.packing": not packing}).set_state(stopped.get_state())
 
 
-def test_what_reads_ahead_ends_with_the_stream():
+def test_prefetching_threads_end_with_the_stream():
     before = {*threading.enumerate()}
 
     def reading():
@@ -178,8 +178,8 @@ def test_what_reads_ahead_ends_with_the_stream():
     assert not reading()
 
 
-def test_a_state_of_another_tokenizer_is_refused():
-    """Also where all conversations have as many tokens as before."""
+def test_a_state_with_another_tokenizer_is_refused():
+    """Even if all conversations have the same numbers of tokens."""
     stopped = numbers(27)
     take(stopped, 3)
     state = stopped.get_state()
@@ -190,7 +190,7 @@ def test_a_state_of_another_tokenizer_is_refused():
         other.set_state(state | {"tokenizer": "letters"})
 
 
-def test_tokenizers_are_told_apart_by_what_they_do(tmp_path):
+def test_fingerprints_of_tokenizers(tmp_path):
     one, same = (make_preprocessor(tiny()) for _ in range(2))
     assert one.fingerprint() == same.fingerprint()
     folder = tmp_path / "other"
@@ -200,23 +200,23 @@ def test_tokenizers_are_told_apart_by_what_they_do(tmp_path):
     assert make_preprocessor(tiny(**{"data.tokenizer": str(folder)})).fingerprint() != one.fingerprint()
 
 
-def test_who_waits_for_the_measuring_hears_of_it(monkeypatch):
-    """So that a long one is not taken for one that hangs."""
+def test_on_chunk_is_called_while_measuring(monkeypatch):
+    """So that a long measurement is not mistaken for a hang."""
     monkeypatch.setattr(pipeline, "_CHUNK", 100)
-    config, heard = tiny(), []
+    config, calls = tiny(), []
     Batches(
         config,
         load_training_records(config),
         make_preprocessor(config),
         host=0,
         hosts=1,
-        on_chunk=lambda: heard.append(1),
+        on_chunk=lambda: calls.append(1),
     )
-    assert len(heard) == 3  # of 256 records
+    assert len(calls) == 3  # of 256 records
 
 
 @PACKING
-def test_the_records_of_a_batch_are_those_that_it_was_made_of(packing):
+def test_record_ids_of_a_batch(packing):
     config = tiny(**{"data.packing": packing, "data.images_per_row": 3, "data.max_length": 384, "global_batch_size": 4})
     source, prepare = load_training_records(config), make_preprocessor(config)
     stream = Batches(config, source, prepare, host=0, hosts=1)
@@ -227,7 +227,7 @@ def test_the_records_of_a_batch_are_those_that_it_was_made_of(packing):
         for row, names in enumerate(ids):
             tokens = np.concatenate([prepare(by_id[name]).tokens for name in names])
             np.testing.assert_array_equal(batch.tokens[row][batch.segment_ids[row] > 0], tokens)
-    # Of another host's stream they are the same.
+    # Another host's stream returns the same.
     assert Batches(config, source, prepare, host=1, hosts=2).record_ids(2) == stream.record_ids(2)
 
 
@@ -242,8 +242,8 @@ for batch in batches:
 """
 
 
-def test_two_hosts_that_are_killed_are_followed_by_four():
-    """Processes of their own, which are killed wherever they are; four go on from the last batch that both took."""
+def test_four_hosts_resume_after_two_were_killed():
+    """The two processes are killed at any point; four continue after the last batch that both have read."""
     with contextlib.ExitStack() as stack:
         two = [
             stack.enter_context(
@@ -260,7 +260,7 @@ def test_two_hosts_that_are_killed_are_followed_by_four():
     common = min(len(mine) for mine in taken)
     state = taken[0][common - 1][1]
     assert state == taken[1][common - 1][1]
-    # However far a host ran ahead of that, it is read again.
+    # Rows that a host read after that are read again.
     rows = [tuple(row) for mine in taken for step in mine[:common] for row in step[0]]
     four = [numbers(97, host, hosts=4, **{"data.packing": True}) for host in range(4)]
     for share in four:
@@ -284,8 +284,8 @@ sys.exit(run_command(lambda argv: test.numbers(int(argv[0]), host=jax.process_in
 """
 
 
-def test_hosts_that_plan_differently_end_at_once():
-    """Of one run, where the second has a file of one more row."""
+def test_hosts_with_different_plans_exit():
+    """The second host's file has one more row."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -295,9 +295,9 @@ def test_hosts_that_plan_differently_end_at_once():
             command = [sys.executable, "-c", HOST, __file__, address, str(host), str(count)]
             hosts.append(stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
             stack.callback(hosts[-1].kill)
-        said = [process.communicate(timeout=60)[1] for process in hosts]
-    assert [process.returncode for process in hosts] == [2, 2], said
-    for host, text in enumerate(said):
+        errors = [process.communicate(timeout=60)[1] for process in hosts]
+    assert [process.returncode for process in hosts] == [2, 2], errors
+    for host, text in enumerate(errors):
         assert f"error: Host {host} has different data, or a different order, than host {1 - host}: give all" in text
 
 
@@ -326,7 +326,7 @@ def test_batches(packing):
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("after", [0, 1, 5])
-def test_a_restored_iterator_goes_on_to_the_bit(packing, after):
+def test_a_restored_iterator_continues_exactly(packing, after):
     pipeline = scenes_pipeline(packing)
     original = pipeline
     for _ in range(after):
@@ -334,9 +334,9 @@ def test_a_restored_iterator_goes_on_to_the_bit(packing, after):
     state = original.get_state()
     expected = [next(original) for _ in range(4)]
     restored = scenes_pipeline(packing)
-    restored.set_state(json.loads(json.dumps(state)))  # as a checkpoint keeps it
+    restored.set_state(json.loads(json.dumps(state)))  # as checkpoints store it
     assert all(same(next(restored), batch) for batch in expected)
-    # And back, in the iterator that has run ahead.
+    # Also backward, in the iterator that is further ahead.
     original.set_state(state)
     assert all(same(next(original), batch) for batch in expected)
 
@@ -347,7 +347,7 @@ def test_batches_do_not_depend_on_threads(packing):
     assert all(same(*pair) for pair in zip(one, many, strict=True))
 
 
-def test_hosts_rows_are_the_rows_of_one_host():
+def test_rows_of_two_hosts_are_the_rows_of_one_host():
     alone = take(scenes_pipeline(), 3)
     shares = [take(scenes_pipeline(host=host, hosts=2), 3) for host in range(2)]
     for step, batch in enumerate(alone):
@@ -356,7 +356,7 @@ def test_hosts_rows_are_the_rows_of_one_host():
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_text_alone_needs_no_image_places(packing):
+def test_text_only_data_need_no_image_places(packing):
     changes = {"data.images_per_row": 0, "data.scenes.task": "documents", "data.template": "plain"}
     (batch,) = take(scenes_pipeline(packing, **changes), 1)
     assert batch.images.shape == (8, 0, SIDE, SIDE, 3)
@@ -364,21 +364,21 @@ def test_text_alone_needs_no_image_places(packing):
     assert batch.loss_mask.any(axis=1).all()
 
 
-def test_data_of_which_nothing_fits_ends_the_run_with_the_first_records_name():
+def test_data_without_a_usable_record_are_refused():
     with pytest.raises(
         UserError, match=r"sampled rows .* can be used.*Record 'scene-0-0' has images beyond .*max_length=9"
     ):
         scenes_pipeline(**{"data.max_length": SLOTS})
 
 
-def test_scenes_are_the_configs():
+def test_scenes_follow_the_config():
     config = tiny(**{"data.scenes.size": 7, "data.scenes.task": "captions", "seed": 3})
     records = load_training_records(config)
     assert len(records) == 7
     assert records[5].turns == SceneRecords("captions", 7, 3)[5].turns
 
 
-def test_data_sets_stand_one_after_the_other():
+def test_data_sets_are_concatenated():
     records = ConcatenatedRecords(["ab", "", "cde"])
     assert records.sizes == [2, 0, 3]
     assert [records[i] for i in range(len(records))] == list("abcde")

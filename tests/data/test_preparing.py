@@ -1,4 +1,4 @@
-"""Preparing LLaVA's files: what is kept, what is dropped and why, and going on after a kill."""
+"""Tests preparing LLaVA's files: what is kept, what is dropped and why, and continuing after a kill."""
 
 import concurrent.futures
 import contextlib
@@ -35,7 +35,7 @@ ROWS, SHARD = 40, 16
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """LLaVA's files with known faults, and how many rows each fault spoils."""
+    """LLaVA's files with known faults, and the number of rows with each fault."""
     folder = tmp_path_factory.mktemp("llava")
     return folder, make(folder, captions=8, conversations=ROWS)
 
@@ -48,13 +48,13 @@ def options(folder, out, **changes):
 
 @pytest.fixture(scope="module")
 def prepared(data, tmp_path_factory):
-    """A finished data set under a name that TFDS takes, and its report."""
+    """A finished data set under a name that TFDS accepts, and its report."""
     out = tmp_path_factory.mktemp("out") / "mine" / "1.0.0"
     report = prepare(options(data[0], out, tokenizer="miniature", image_tokens=9))
     return out, report
 
 
-def test_each_fault_is_dropped_for_its_reason(data, prepared):
+def test_bad_rows_are_dropped_for_the_right_reason(data, prepared):
     (_, faults), (out, report) = data, prepared
     values = json.loads((out / "report.json").read_text())
     assert values == report.values
@@ -62,7 +62,7 @@ def test_each_fault_is_dropped_for_its_reason(data, prepared):
     assert values["rows_kept"] == ROWS
     assert values["rows_dropped"] == faults
     for row in values["dropped"]:
-        # Each id of the bad rows says what is wrong with it.
+        # The ids of bad rows contain the reason.
         assert row["id"].removeprefix("bad-") in {"empty": "corrupt", "long": "over_length"} | {row["reason"]: ""}
         rows = json.loads(pathlib.Path(row["file"]).read_text())
         assert rows[row["row"]]["id"] == row["id"]
@@ -71,13 +71,13 @@ def test_each_fault_is_dropped_for_its_reason(data, prepared):
     assert values["text_only_rows"] == ROWS // 16
 
 
-def test_its_files_have_the_mode_of_the_umask(prepared, tmp_path):
+def test_file_modes_follow_the_umask(prepared, tmp_path):
     (tmp_path / "file").touch()
     modes = {file.stat().st_mode for file in prepared[0].rglob("*") if file.is_file()}
     assert modes == {(tmp_path / "file").stat().st_mode}
 
 
-def test_the_summary_names_reasons_files_and_ids(data, prepared):
+def test_the_summary_has_reasons_files_and_ids(data, prepared):
     text = prepared[1].summary()
     assert f"{ROWS} kept" in text
     for reason in data[1]:
@@ -89,7 +89,7 @@ def test_the_summary_names_reasons_files_and_ids(data, prepared):
         assert len(np.unique(np.asarray(image.convert("L")))) > 10
 
 
-def test_tfds_and_grain_read_it_by_index(data, prepared):
+def test_tfds_and_grain_can_read_the_data_set(data, prepared):
     folder, out = data[0], prepared[0]
     source = tfds.data_source("mine", data_dir=out.parent.parent, split="train")
     rows = json.loads((out / "kept.json").read_text())
@@ -97,17 +97,17 @@ def test_tfds_and_grain_read_it_by_index(data, prepared):
     dataset = grain.MapDataset.source(source).seed(0).shuffle()
     assert sorted(dataset[i]["id"].decode() for i in range(ROWS)) == sorted(row["id"] for row in rows)
     for found, row in zip(source, rows, strict=True):
-        talk = found["conversations"]
-        values = [value.decode() for value in talk["value"]]
-        assert [{"from": a.decode(), "value": b} for a, b in zip(talk["from"], values, strict=True)] == (
+        turns = found["conversations"]
+        values = [value.decode() for value in turns["value"]]
+        assert [{"from": a.decode(), "value": b} for a, b in zip(turns["from"], values, strict=True)] == (
             row["conversations"]
         )
         names = [row["image"]] if "image" in row else []
-        # Files are kept byte by byte.
+        # Files are copied unchanged.
         assert found["images"] == [(folder / "images" / name).read_bytes() for name in names]
 
 
-def test_it_gives_the_records_that_the_files_give(data, prepared):
+def test_prepared_records_match_the_files(data, prepared):
     folder, out = data[0], prepared[0]
     files = LlavaRecords(str(folder / "llava_v1_5_mix665k.json"), str(folder / "images"))
     by_id = {}
@@ -120,11 +120,11 @@ def test_it_gives_the_records_that_the_files_give(data, prepared):
     for record in (ready[i] for i in range(len(ready))):
         expected = by_id[record.id]
         assert record.turns == expected.turns
-        for ours, theirs in zip(record.images, expected.images, strict=True):
-            assert ours().tobytes() == theirs().tobytes()
+        for image, reference in zip(record.images, expected.images, strict=True):
+            assert image().tobytes() == reference().tobytes()
 
 
-def test_tokens_are_those_of_training(prepared):
+def test_token_counts_match_training(prepared):
     tokenizer, ready = load_tokenizer("miniature"), PreparedRecords(str(prepared[0]))
     lengths = [len(encode(template_items("v1", ready[i]), tokenizer, 9).tokens) for i in range(len(ready))]
     tokens = prepared[1].values["tokens"]
@@ -132,20 +132,20 @@ def test_tokens_are_those_of_training(prepared):
     assert tokens["mean"] == pytest.approx(np.mean(lengths))
 
 
-def test_the_command_repeated_says_the_same_and_changes_nothing(data, tmp_path, capsys):
+def test_repeating_the_command_changes_nothing(data, tmp_path, capsys):
     folder, out = data[0], tmp_path / "out"
     command = [f"--annotations={folder}/llava_v1_5_mix665k.json", f"--images={folder}/images", f"--out={out}"]
     command += ["--limit=20", "--max-side=64", "--workers=1"]
     assert run_command(main, command) == 0
-    said = capsys.readouterr().out
-    assert "20 rows read" in said
+    output = capsys.readouterr().out
+    assert "20 rows read" in output
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert not (out / "unfinished").exists()
     assert run_command(main, command) == 0
     finished = f"{out} is already finished; to check the input again, remove the folder.\n"
-    assert capsys.readouterr().out == finished + said
+    assert capsys.readouterr().out == finished + output
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    # What else the command asked for: images shrunk on the way in, their proportions kept.
+    # --max-side shrinks images and keeps their aspect ratio.
     ready = PreparedRecords(str(out))
     files = LlavaRecords(f"{folder}/llava_v1_5_mix665k.json", f"{folder}/images")
     shapes = {files[i].id: files[i].images[0]().size for i in range(20) if "bad" not in str(files._rows[i]["id"])
@@ -168,7 +168,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_run_goes_on_where_it_was(data, tmp_path):
+def test_a_killed_run_can_be_continued(data, tmp_path):
     folder, out = data[0], tmp_path / "out"
     script = tmp_path / "script.py"
     script.write_text(_KILLED)
@@ -191,18 +191,18 @@ def test_a_killed_run_goes_on_where_it_was(data, tmp_path):
         prepare(options(folder, out, shard_rows=2, limit=7))
     resumed = prepare(again)
     assert {name: (out / name).stat().st_mtime_ns for name in done} == before
-    whole = prepare(options(folder, tmp_path / "whole", shard_rows=2))
-    assert resumed.values == whole.values
-    assert (out / "kept.json").read_bytes() == (tmp_path / "whole" / "kept.json").read_bytes()
-    sources = (tfds.builder_from_directory(path).as_data_source("train") for path in (out, tmp_path / "whole"))
+    complete = prepare(options(folder, tmp_path / "complete", shard_rows=2))
+    assert resumed.values == complete.values
+    assert (out / "kept.json").read_bytes() == (tmp_path / "complete" / "kept.json").read_bytes()
+    sources = (tfds.builder_from_directory(path).as_data_source("train") for path in (out, tmp_path / "complete"))
     assert len(resumed.values["dropped"]) == 8
-    for ours, theirs in zip(*sources, strict=True):
-        assert (ours["id"], ours["images"]) == (theirs["id"], theirs["images"])
+    for example, reference in zip(*sources, strict=True):
+        assert (example["id"], example["images"]) == (reference["id"], reference["images"])
     names = {path.name for path in out.iterdir()}
-    assert names == {path.name for path in (tmp_path / "whole").iterdir()}  # nothing half-written remains
+    assert names == {path.name for path in (tmp_path / "complete").iterdir()}  # no partial files remain
 
 
-def test_strict_ends_at_a_bad_row_and_leaves_nothing_that_reads_as_finished(data, tmp_path, capsys):
+def test_strict_stops_at_a_bad_row_and_leaves_no_finished_data_set(data, tmp_path, capsys):
     folder, out = data[0], tmp_path / "out"
     command = [f"--annotations={folder}/llava_v1_5_mix665k.json", f"--images={folder}/images", f"--out={out}"]
     assert run_command(main, [*command, "--strict", "--workers=1"]) == 2
@@ -211,13 +211,13 @@ def test_strict_ends_at_a_bad_row_and_leaves_nothing_that_reads_as_finished(data
     assert not (out / "dataset_info.json").exists()
 
 
-def test_strict_is_not_satisfied_by_a_set_that_was_finished_without(data, prepared):
+def test_strict_refuses_a_finished_data_set_with_dropped_rows(data, prepared):
     again = options(data[0], prepared[0], tokenizer="miniature", image_tokens=9, strict=True)
     with pytest.raises(UserError, match=r"^--strict: "):
         prepare(again)
 
 
-def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
+def test_other_folders_are_not_changed(data, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "tfds").mkdir()
     (tmp_path / "tfds" / "dataset_info.json").write_text("{}")
@@ -231,16 +231,16 @@ def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
         prepare(options(data[0], tmp_path / "tfds"))
 
 
-def test_names_that_lead_elsewhere_and_absurd_images_are_refused(tmp_path):
+def test_paths_outside_the_folder_and_extreme_images_are_refused(tmp_path):
     (tmp_path / "images").mkdir()
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     PIL.Image.new("RGB", (1, 300)).save(tmp_path / "images" / "thin.png")
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "images" / "good.png")
     names = ["../secret.png", str(tmp_path / "secret.png"), "gs://bucket/a.png", "a\0b.png", "thin.png", "good.png"]
-    talk = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A thing."}]
-    rows = [{"id": "same", "image": name, "conversations": talk} for name in names]
-    rows.append({"id": None, "conversations": [{"from": "human", "value": "word " * 3000}, talk[1]]})
-    rows.append({"id": "half \ud83d", "image": "\ud83d.png", "conversations": talk})
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A thing."}]
+    rows = [{"id": "same", "image": name, "conversations": turns} for name in names]
+    rows.append({"id": None, "conversations": [{"from": "human", "value": "word " * 3000}, turns[1]]})
+    rows.append({"id": "half \ud83d", "image": "\ud83d.png", "conversations": turns})
     (tmp_path / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
     report = prepare(options(tmp_path, tmp_path / "out", workers=1))
     assert report.values["rows_dropped"] == {
@@ -254,23 +254,23 @@ def test_names_that_lead_elsewhere_and_absurd_images_are_refused(tmp_path):
     assert report.values["duplicate_ids"] == ["same"]
     assert report.values["tokens_are"].startswith("estimated")
     long, half = report.values["dropped"][-2:]
-    # 15,000 bytes and the 8 of the answer, four a token.
+    # 15,000 bytes and the 8 of the answer, at four per token.
     assert "1 rows with" not in report.summary()
     assert long["why"].endswith("has an estimated 3752 tokens; give --tokenizer to count them.")
     assert (long["id"], half["id"], half["image"]) == ("", "half \\ud83d", "\\ud83d.png")
     assert "over_estimate: more tokens than fit in a row (estimated without --tokenizer)" in report.summary()
 
 
-def test_a_shrunk_image_is_never_too_thin_to_be_opened():
-    """399 by 2 pixels would be 201 by 1, over 200 times as long as wide."""
+def test_shrunk_images_can_always_be_opened():
+    """399×2 pixels would become 201×1, an aspect ratio over 200."""
     for size, expected in {(399, 2): (201, 2), (2, 399): (2, 201), (4000, 20): (201, 2), (402, 99): (201, 50)}.items():
         assert open_image(_shrink(PIL.Image.new("RGB", size), 201), "thin").size == expected
 
 
-# ---- What ends a run, and the next one -------------------------------------------------------------------------------
+# ---- Errors, and repeating the command -------------------------------------------------------------------------------
 
 
-def test_where_no_row_is_kept_the_report_says_why_and_a_mended_command_begins_anew(data, tmp_path, capsys):
+def test_without_a_usable_row_there_is_a_report_and_a_corrected_command_starts_again(data, tmp_path, capsys):
     folder, out = data[0], tmp_path / "out"
     (tmp_path / "none").mkdir()
     command = [f"--annotations={folder}/blip_laion_cc_sbu_558k.json", f"--out={out}", "--workers=1"]
@@ -285,7 +285,7 @@ def test_where_no_row_is_kept_the_report_says_why_and_a_mended_command_begins_an
     assert len(PreparedRecords(str(out))) == 8
 
 
-def test_two_runs_do_not_write_one_folder(data, tmp_path, prepared):
+def test_two_runs_cannot_write_the_same_folder(data, tmp_path, prepared):
     folder, out = data[0], tmp_path / "out"
     out.mkdir()
     other = os.open(out, os.O_RDONLY)
@@ -294,13 +294,13 @@ def test_two_runs_do_not_write_one_folder(data, tmp_path, prepared):
         prepare(options(folder, out))
     os.close(other)
     assert not list(out.iterdir())
-    # And one that has ended, however it ended, is in nobody's way.
+    # A run that has ended, even with an error, does not block the next one.
     for _ in range(2):
         with pytest.raises(UserError, match="made from other input"):
             prepare(options(folder, prepared[0]))
 
 
-def test_workers_that_are_gone_when_they_are_given_work_are_said_to_be(data, tmp_path, monkeypatch):
+def test_killed_workers_are_reported(data, tmp_path, monkeypatch):
     def submit(*_):
         raise concurrent.futures.process.BrokenProcessPool
 
@@ -309,8 +309,8 @@ def test_workers_that_are_gone_when_they_are_given_work_are_said_to_be(data, tmp
         prepare(options(data[0], tmp_path / "out"))
 
 
-def test_a_worker_that_cannot_begin_says_why(data, tmp_path, monkeypatch):
-    """Here, of a tokenizer that was there when the run began."""
+def test_errors_at_the_start_of_a_worker_are_reported(data, tmp_path, monkeypatch):
+    """Here the tokenizer is removed after the run has started."""
     monkeypatch.setattr("stf_jax.data.preparing.load_tokenizer", lambda _: load_tokenizer("miniature"))
     with pytest.raises(UserError, match=r"^The tokenizer is missing: 'nowhere'"):
         prepare(options(data[0], tmp_path / "out", tokenizer="nowhere"))
@@ -327,7 +327,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_their_parent(data, tmp_path, end):
-    """In the midst of a shard that would take half a minute; even where ^C is given again and again."""
+    """Also in the middle of a shard that takes half a minute, and if ^C is pressed many times."""
     folder, scratch, script = data[0], tmp_path / "scratch", tmp_path / "script.py"
     rows = json.loads((folder / "llava_v1_5_mix665k.json").read_text())
     (tmp_path / "rows.json").write_text(json.dumps(rows * 150))
@@ -337,7 +337,7 @@ def test_workers_end_with_their_parent(data, tmp_path, end):
     process = subprocess.Popen(
         [sys.executable, script, *command, "--workers=1"],
         env=os.environ | {"TMPDIR": str(scratch)},
-        stdout=subprocess.PIPE,  # of the worker too: it ends when both have ended
+        stdout=subprocess.PIPE,  # also the worker's: communicate() returns when both have ended
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
@@ -369,7 +369,7 @@ def test_workers_end_with_their_parent(data, tmp_path, end):
         ({"out": "something/below"}, r"The folder something/below cannot be created: Not a directory"),
     ],
 )
-def test_input_that_cannot_be_used_is_named(data, tmp_path, monkeypatch, changes, sentence):
+def test_unusable_input_is_reported(data, tmp_path, monkeypatch, changes, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "something").touch()
     with pytest.raises(UserError, match=sentence):

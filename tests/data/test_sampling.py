@@ -1,4 +1,4 @@
-"""The plan of an epoch: exact on any number of hosts, grouped as LLaVA groups, mixed as asked for."""
+"""Tests the plan of an epoch: exact for any number of hosts, grouped like LLaVA's, mixed as configured."""
 
 import collections
 import dataclasses
@@ -27,7 +27,7 @@ LENGTH = 64
 
 
 def measured(count, seed=0, longest=LENGTH):
-    """Lengths and image_counts of so many conversations, a third of them text alone, some of no use (length 0)."""
+    """Makes lengths and image counts of ``count`` conversations: a third text-only, some unusable (length 0)."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, longest + 1, count)
     lengths[rng.random(count) < 0.05] = 0
@@ -41,7 +41,7 @@ def planned(count=100, batch=8, seed=0, sizes=None, **data):
 
 
 def epochs_of(plan, count, batch=8):
-    """The rows of the first epochs, by epoch."""
+    """Returns the rows of the first epochs, by epoch."""
     ends = [0, *(plan.steps(epoch) * batch for epoch in range(1, count + 1))]
     return [[plan[i] for i in range(a, b)] for a, b in itertools.pairwise(ends)]
 
@@ -50,7 +50,7 @@ def members(rows):
     return [int(i) for row in rows for i in row.members]
 
 
-def chunks(rows, size):
+def split(rows, size):
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
@@ -60,7 +60,7 @@ def chunks(rows, size):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 @pytest.mark.parametrize("count", [96, 64, 97, 63, 5, 1])
-def test_hosts_together_see_every_conversation_once_an_epoch(mode, hosts, count):
+def test_all_hosts_together_see_every_conversation_once_per_epoch(mode, hosts, count):
     alone = planned(count, **MODES[mode])
     plans = [planned(count, **MODES[mode]) for _ in range(hosts)]  # each host makes its own
     begin = 0
@@ -68,8 +68,8 @@ def test_hosts_together_see_every_conversation_once_an_epoch(mode, hosts, count)
         end = plans[0].steps(epoch) * 8
         shares = [[plan[i] for i in range(begin + host, end, hosts)] for host, plan in enumerate(plans)]
         assert sorted(members(itertools.chain(*shares))) == list(range(count))
-        # A host's part of a batch has the shape of the others', and no host has more of them.
-        parts = [chunks(share, 8 // hosts) for share in shares]
+        # All hosts' parts of a batch have the same shape, and all hosts have the same number of batches.
+        parts = [split(share, 8 // hosts) for share in shares]
         for step, batch in enumerate(zip(*parts, strict=True)):
             assert len({row[1:] for part in batch for row in part}) == 1
             rows = [alone[begin + step * 8 + i] for i in range(8)]
@@ -80,7 +80,7 @@ def test_hosts_together_see_every_conversation_once_an_epoch(mode, hosts, count)
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_any_epoch_is_exact(data):
-    """Every conversation once; no row beyond its bounds; empty rows in the last batch alone."""
+    """Every conversation occurs once, no row is too long, and only the last batch has empty rows."""
     count, batch = data.draw(st.integers(1, 120)), data.draw(st.integers(1, 9))
     mode, buckets = data.draw(st.sampled_from(list(MODES))), data.draw(st.integers(1, 4))
     lengths, image_counts = measured(count, data.draw(st.integers(0, 9)), longest=2 * LENGTH)
@@ -93,7 +93,7 @@ def test_any_epoch_is_exact(data):
         assert len(empty) < batch
         assert empty == list(range(len(rows) - len(empty), len(rows)))
         for row in rows:
-            # A conversation that is longer than a row is cut, and fills it.
+            # A conversation that is longer than a row is truncated to it.
             tokens = sum(min(int(lengths[i]), LENGTH) for i in row.members)
             assert tokens <= row.length <= LENGTH
             assert sum(image_counts[i] for i in row.members) <= row.images <= 3
@@ -101,17 +101,17 @@ def test_any_epoch_is_exact(data):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_epochs_and_seeds_have_orders_of_their_own(mode):
+def test_epochs_and_seeds_have_different_orders(mode):
     orders = [members(rows) for seed in (0, 1) for rows in epochs_of(planned(1200, seed=seed, **MODES[mode]), 3)]
     assert [members(rows) for rows in epochs_of(planned(1200, **MODES[mode]), 3)] == orders[:3]
-    # What stands side by side is drawn anew, too.
+    # Neighbors are also shuffled.
     pairs = [{frozenset(pair) for pair in itertools.pairwise(order)} for order in orders]
-    for ours, theirs in itertools.combinations(pairs, 2):
-        assert len(ours & theirs) < 1200 / 4
+    for result, reference in itertools.combinations(pairs, 2):
+        assert len(result & reference) < 1200 / 4
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_rows_are_the_same_in_whatever_order_they_are_asked_for(mode):
+def test_rows_do_not_depend_on_the_order_of_access(mode):
     walked = planned(**MODES[mode])
     rows = [list(row.members) for epoch in epochs_of(walked, 4) for row in epoch]
     indices = list(range(len(rows)))
@@ -129,15 +129,15 @@ def test_rows_are_the_same_in_whatever_order_they_are_asked_for(mode):
     assert [found[i] for i in range(len(rows))] == rows
 
 
-def test_steps_may_be_asked_for_while_rows_are_read(monkeypatch):
-    """The pipeline's threads read ahead: here one of them is half-way through an epoch's plan."""
+def test_steps_is_thread_safe(monkeypatch):
+    """The pipeline's threads prefetch rows: here one of them is in the middle of planning an epoch."""
     expected = [planned(packing=True).steps(epochs) for epochs in range(1, 6)]
-    plan, within, asked = planned(packing=True), threading.Event(), threading.Event()
+    plan, within, requested = planned(packing=True), threading.Event(), threading.Event()
 
     def interrupted(*arguments):
         if not within.is_set():
             within.set()
-            asked.wait(0.2)  # not for ever: steps may well wait for this
+            requested.wait(0.2)  # with a timeout, because steps may wait for this thread
         return best_fit(*arguments)
 
     monkeypatch.setattr(sampling, "best_fit", interrupted)
@@ -145,7 +145,7 @@ def test_steps_may_be_asked_for_while_rows_are_read(monkeypatch):
     reader.start()
     within.wait()
     plan.steps(3)
-    asked.set()
+    requested.set()
     reader.join()
     assert [plan.steps(epochs) for epochs in range(1, 6)] == expected
 
@@ -155,14 +155,14 @@ def test_steps_may_be_asked_for_while_rows_are_read(monkeypatch):
     ("count", "epochs"),
     [(80, 1), (80, 2), (77, 1), (80, 0.5), (77, 1.5), (80, 0.01), (8, 3), (3, 2), (77, 0.25), (80, 1.1), (800, 0.07)],
 )
-def test_steps_are_the_batches_of_the_epochs(mode, count, epochs):
-    """A part of an epoch is rounded up to a batch."""
+def test_steps_is_the_number_of_batches(mode, count, epochs):
+    """A fraction of an epoch is rounded up to full batches."""
     batches = math.ceil(count / 8)
     assert planned(count, **MODES[mode]).steps(epochs) == math.ceil(fractions.Fraction(str(epochs)) * batches)
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 0.5, 1.5, 2.75])
-def test_steps_of_packed_epochs_end_where_the_conversations_do(epochs):
+def test_steps_with_packing(epochs):
     plan, seen, ends = planned(packing=True), 0, [0]
     for step in itertools.count(1):
         seen += len(members(plan[step * 8 + i] for i in range(-8, 0)))
@@ -171,22 +171,22 @@ def test_steps_of_packed_epochs_end_where_the_conversations_do(epochs):
             seen = 0
         if len(ends) == 5:
             break
-    whole = int(epochs)
-    assert plan.steps(epochs) == ends[whole] + math.ceil((epochs - whole) * (ends[whole + 1] - ends[whole]))
+    full = int(epochs)
+    assert plan.steps(epochs) == ends[full] + math.ceil((epochs - full) * (ends[full + 1] - ends[full]))
 
 
 # ---- Groups ----------------------------------------------------------------------------------------------------------
 
 
 def llava_batches(lengths, image_counts, batch, seed):
-    """LLaVA's rule (llava/train/llava_trainer.py, get_modality_length_grouped_indices), megabatches of 32 batches."""
+    """LLaVA's rule (get_modality_length_grouped_indices in llava/train/llava_trainer.py), megabatches of 32 batches."""
     rng = random.Random(seed)
     batches, additional = [], []
     for has_image in (True, False):
         indices = [i for i in range(len(lengths)) if (image_counts[i] > 0) == has_image]
         rng.shuffle(indices)
-        megabatches = [sorted(mega, key=lambda i: lengths[i], reverse=True) for mega in chunks(indices, 32 * batch)]
-        cut = chunks([i for mega in megabatches for i in mega], batch)
+        megabatches = [sorted(mega, key=lambda i: lengths[i], reverse=True) for mega in split(indices, 32 * batch)]
+        cut = split([i for mega in megabatches for i in mega], batch)
         if cut and len(cut[-1]) < batch:
             additional += cut.pop()
         batches += cut
@@ -195,40 +195,42 @@ def llava_batches(lengths, image_counts, batch, seed):
 
 
 @pytest.mark.parametrize(("images", "texts"), [(3333, 1234), (4096, 512), (4001, 0), (0, 3000), (7, 3000), (11, 6)])
-def test_groups_are_llavas(images, texts):
+def test_groups_match_llava(images, texts):
     rng = np.random.default_rng(0)
     count = images + texts
     image_counts = rng.permutation(np.repeat([1, 0], [images, texts]))
     lengths = np.clip(300 * np.exp(0.6 * rng.standard_normal(count)), 40, 2048).astype(int)
     plan = Plan(DataConfig(images_per_row=1), 0, 8, lengths, image_counts, [count])
     (rows,) = epochs_of(plan, 1)
-    found = [members(batch) for batch in chunks(rows, 8)]
-    theirs, additional = llava_batches(lengths, image_counts, 8, 0)
-    # As many batches of each kind, none of both kinds, and as much left for the end.
-    ours, rest = found[: len(theirs)], sorted(itertools.chain(*found[len(theirs) :]))
-    assert [len(batch) for batch in ours] == [8] * len(theirs)
-    kinds = [collections.Counter(tuple(set(image_counts[batch].tolist())) for batch in some) for some in (ours, theirs)]
+    found = [members(batch) for batch in split(rows, 8)]
+    reference, additional = llava_batches(lengths, image_counts, 8, 0)
+    # The same number of batches of each kind, no mixed batches, and the same remainder at the end.
+    result, rest = found[: len(reference)], sorted(itertools.chain(*found[len(reference) :]))
+    assert [len(batch) for batch in result] == [8] * len(reference)
+    kinds = [
+        collections.Counter(tuple(set(image_counts[batch].tolist())) for batch in some) for some in (result, reference)
+    ]
     assert kinds[0] == kinds[1]
     assert all(len(kind) == 1 for kind in kinds[0])
     assert len(rest) == len(additional) == images % 8 + texts % 8
     assert image_counts[rest].sum() == images % 8
-    if len(theirs) < 100:
+    if len(reference) < 100:
         return
-    # And lengths as close, which is far closer than by chance.
-    spreads = [np.mean([np.ptp(lengths[batch]) for batch in some]) for some in (ours, theirs)]
+    # Lengths within a batch are as similar, much more than by chance.
+    spreads = [np.mean([np.ptp(lengths[batch]) for batch in some]) for some in (result, reference)]
     assert spreads[0] == pytest.approx(spreads[1], rel=0.15)
-    shuffled = np.mean([np.ptp(lengths[batch]) for batch in chunks(rng.permutation(count), 8)])
+    shuffled = np.mean([np.ptp(lengths[batch]) for batch in split(rng.permutation(count), 8)])
     assert spreads[0] < shuffled / 8
-    # The batches are shuffled: neither kinds nor lengths come one after the other.
-    for values in ([lengths[batch].mean() for batch in ours], [image_counts[batch].mean() for batch in ours]):
+    # The batches are shuffled: kinds and lengths of neighbors are not correlated.
+    for values in ([lengths[batch].mean() for batch in result], [image_counts[batch].mean() for batch in result]):
         if np.ptp(values):
             assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.15
 
 
-def test_batches_of_text_have_no_image_places():
+def test_text_batches_have_no_image_places():
     (rows,) = epochs_of(planned(200), 1)
     image_counts = measured(200)[1]
-    batches = [(members(batch), {row.images for row in batch}) for batch in chunks(rows, 8)]
+    batches = [(members(batch), {row.images for row in batch}) for batch in split(rows, 8)]
     kinds = [(bool(image_counts[batch].any()), places) for batch, places in batches]
     assert all(places == ({4} if any_image else {0}) for any_image, places in kinds)
     assert {any_image for any_image, _ in kinds} == {True, False}
@@ -236,9 +238,9 @@ def test_batches_of_text_have_no_image_places():
 
 @pytest.mark.parametrize("mode", ["grouped", "shuffled"])
 @pytest.mark.parametrize("buckets", [1, 2, 3, 5])
-def test_a_batch_is_filled_up_to_the_smallest_bucket_that_holds_it(mode, buckets):
+def test_a_batch_is_padded_to_the_smallest_bucket_that_fits(mode, buckets):
     plan, lengths = planned(400, buckets=buckets, **MODES[mode]), measured(400)[0]
-    batches = chunks([row for rows in epochs_of(plan, 3) for row in rows], 8)
+    batches = split([row for rows in epochs_of(plan, 3) for row in rows], 8)
     known = sorted({row.length for batch in batches for row in batch})
     assert len(known) <= buckets
     assert known[-1] == LENGTH
@@ -251,11 +253,11 @@ def test_a_batch_is_filled_up_to_the_smallest_bucket_that_holds_it(mode, buckets
 
 @pytest.mark.parametrize("buckets", [1, 2, 3])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_buckets_leave_the_least_unfilled(buckets, seed):
-    """Against every choice of them, with batches of one row."""
+def test_buckets_minimize_padding(buckets, seed):
+    """Against all choices of buckets, with batches of one row."""
     rng = np.random.default_rng(seed)
     lengths = np.minimum(rng.geometric(0.08, 150), 60)
-    # Multiples of a 64th of the longest row, 1 here; with one bucket, all rows are the longest.
+    # Buckets are multiples of 1/64 of the longest row, here 1; with one bucket, all rows have the maximum length.
     plan = Plan(DataConfig(max_length=64, buckets=buckets), 0, 1, lengths, np.zeros(150, int), [150])
     (rows,) = epochs_of(plan, 1, 1)
     ends = [64] if buckets == 1 else [int(lengths.max())]
@@ -268,13 +270,13 @@ def test_buckets_leave_the_least_unfilled(buckets, seed):
 
 
 def counts(plan, epochs, sizes):
-    """How often each epoch has each conversation, by set."""
+    """Counts how often each epoch has each conversation, by set."""
     ends = np.cumsum(sizes)[:-1]
     return [np.split(np.bincount(members(rows), minlength=sum(sizes)), ends) for rows in epochs_of(plan, epochs)]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_mixture_by_epoch_takes_each_set_so_often(mode):
+def test_mixture_by_epoch(mode):
     sizes = [30, 41, 29]
     plan = planned(sizes=sizes, mix=(2.0, 0.5, 1.0), **MODES[mode])
     first, second, third, fourth = counts(plan, 4, sizes)
@@ -283,7 +285,7 @@ def test_a_mixture_by_epoch_takes_each_set_so_often(mode):
         assert half.max() == 1
         assert half.sum() in (20, 21)
         assert (once == 1).all()
-    # The other half is the next epoch's, and then it begins anew, with other halves.
+    # The next epoch has the other half; then it starts again, with different halves.
     for a, b in ((first, second), (third, fourth)):
         assert (a[1] + b[1] == 1).all()
     assert (first[1] != third[1]).any()
@@ -291,7 +293,7 @@ def test_a_mixture_by_epoch_takes_each_set_so_often(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("weights", [(1.0, 2.0, 0.5), (3.0, 1.0, 1.0), (1.0, 1.0, 0.0), (0.1, 0.2, 0.7)])
-def test_a_mixture_by_weight_is_exact_to_a_row(mode, weights):
+def test_mixture_by_weight_is_exact(mode, weights):
     sizes = [60, 29, 11]
     plan = planned(sizes=sizes, mix=weights, mix_by="weight", **MODES[mode])
     seen = [np.zeros(size, int) for size in sizes]
@@ -299,10 +301,10 @@ def test_a_mixture_by_weight_is_exact_to_a_row(mode, weights):
         for total, one, weight in zip(seen, found, weights, strict=True):
             total += one
             assert abs(total.sum() - epoch * 100 * weight / sum(weights)) < 1
-            assert np.ptp(total) <= 1  # no row is favoured
+            assert np.ptp(total) <= 1  # all rows are used equally often
 
 
-def test_without_a_mixture_each_set_is_taken_once():
+def test_without_a_mixture_each_set_is_used_once():
     for found in counts(planned(sizes=[60, 40]), 3, [60, 40]):
         assert all((one == 1).all() for one in found)
 
@@ -317,7 +319,7 @@ def test_without_a_mixture_each_set_is_taken_once():
     ],
 )
 @pytest.mark.parametrize("mix_by", ["epoch", "weight"])
-def test_mixtures_that_make_no_sense_are_refused(mix, sentence, mix_by):
+def test_invalid_mixtures_are_refused(mix, sentence, mix_by):
     with pytest.raises(UserError, match=sentence):
         planned(sizes=[60, 40], mix=mix, mix_by=mix_by)
 
@@ -325,7 +327,7 @@ def test_mixtures_that_make_no_sense_are_refused(mix, sentence, mix_by):
 # ---- Fingerprints ----------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_is_known_by_all_that_its_order_depends_on():
+def test_the_fingerprint_covers_all_that_the_order_depends_on():
     config = DataConfig(max_length=LENGTH, images_per_row=4)
     lengths, image_counts = measured(100)
     base = {
@@ -368,7 +370,7 @@ def test_a_plan_is_known_by_all_that_its_order_depends_on():
         but(mix=(2.0, 1.0), mix_by="weight"),
     ]
     assert len(set(prints)) == len(prints)
-    # And by nothing else.
+    # Nothing else changes the fingerprint.
     same = [
         of(),
         but(threads=9),

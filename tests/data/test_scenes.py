@@ -1,4 +1,4 @@
-"""The embedded world: the same each time, honest about what it shows, and truly held out."""
+"""Tests that the embedded data are deterministic and true, and that held-out data do not occur in training."""
 
 import hashlib
 import itertools
@@ -39,21 +39,21 @@ NAMED_WORD = re.compile(r"\b[A-Z]{3}\b")
 
 @pytest.fixture(scope="module")
 def world() -> dict[bool, list[Scene]]:
-    """Scenes by whether they are held out."""
+    """Scenes of both splits, by ``held_out``."""
     return {held_out: [make_scene(0, index, held_out) for index in range(MANY)] for held_out in (False, True)}
 
 
 @pytest.fixture(scope="module")
-def asked(world):
-    """(scene, question) of both splits."""
+def questions_of(world):
+    """Pairs of (scene, question) of both splits, by ``held_out``."""
     return {
         held_out: [(s, q) for i, s in enumerate(some) for q in make_questions(s, np.random.default_rng(i), held_out)]
         for held_out, some in world.items()
     }
 
 
-def said(text):
-    """What a caption says, in any order."""
+def caption_parts(text):
+    """Returns the sorted parts of a caption."""
     return sorted(text.split(", "))
 
 
@@ -61,10 +61,10 @@ def texts(record):
     return [turn.text for turn in record.turns]
 
 
-# ---- The same each time ----------------------------------------------------------------------------------------------
+# ---- Determinism -----------------------------------------------------------------------------------------------------
 
 
-# The miniatures were trained on these. Who changes them means to train the miniatures again.
+# The miniatures were trained on these texts; if they change, the miniatures must be trained again.
 DIGESTS = {
     ("documents", False): "12325ad87bbbf222",
     ("captions", False): "8e175f2b004c5488",
@@ -74,7 +74,7 @@ DIGESTS = {
 }
 
 
-def test_text_of_a_record_is_what_it_always_was():
+def test_text_of_a_record_is_unchanged():
     assert texts(SceneRecords("conversations", 10, seed=0)[7]) == [
         "<image>\nIs the purple square left of the green square?\n" + SHORT_ANSWER,
         "no",
@@ -108,7 +108,7 @@ def test_text_of_a_record_is_what_it_always_was():
 
 
 @pytest.mark.parametrize(("task", "held_out"), DIGESTS)
-def test_text_of_many_records_is_what_it_always_was(task, held_out):
+def test_text_of_many_records_is_unchanged(task, held_out):
     records = SceneRecords(task, 64, seed=3, held_out=held_out)
     joined = "\n".join(text for index in range(64) for text in texts(records[index]))
     assert hashlib.sha256(joined.encode()).hexdigest()[:16] == DIGESTS[task, held_out]
@@ -129,12 +129,13 @@ def test_seeds_indices_and_splits_differ():
 
 
 @pytest.mark.parametrize("most", [1, 2, 4, 6])
-def test_scenes_hold_up_to_so_many_things(most):
+def test_scenes_have_at_most_max_things(most):
     counts = [len(make_scene(0, index, max_things=most).things) for index in range(300)]
     assert set(counts) == set(range(1, most + 1))
     records = SceneRecords("captions", 300, seed=0, max_things=most)
     for index in range(20):
-        assert said(records[index].turns[1].text) == said(make_caption(make_scene(0, index, max_things=most)))
+        scene = make_scene(0, index, max_things=most)
+        assert caption_parts(records[index].turns[1].text) == caption_parts(make_caption(scene))
 
 
 # ---- Held out --------------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def test_pairs_and_words_are_split():
     assert sorted(HELD_OUT_PAIRS) + sorted(TRAINING_PAIRS) == sorted(
         itertools.product(COLORS, SHAPES), key=lambda pair: (pair not in HELD_OUT_PAIRS, pair)
     )
-    # One for each colour and each shape.
+    # One per color and per shape.
     assert {color for color, _ in HELD_OUT_PAIRS} == set(COLORS)
     assert {shape for _, shape in HELD_OUT_PAIRS} == set(SHAPES)
     assert len(HELD_OUT_PAIRS) == 6
@@ -159,7 +160,7 @@ def test_every_letter_stands_at_every_place_in_training_words():
         assert letters == {word[place] for word in HELD_OUT_WORDS}
 
 
-def test_held_out_scenes_show_what_is_held_out(world):
+def test_held_out_scenes_show_held_out_things(world):
     for scene in world[True]:
         assert any(thing.pair in HELD_OUT_PAIRS for thing in scene.things)
         assert not scene.word or scene.word in HELD_OUT_WORDS
@@ -177,7 +178,7 @@ def test_training_scenes_show_nothing_held_out(world):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_training_texts_name_nothing_held_out(task, monkeypatch):
-    monkeypatch.setattr(scenes, "draw", lambda *_: None)  # the text alone is quick
+    monkeypatch.setattr(scenes, "draw", lambda *_: None)  # drawing is slow and not needed
     records = SceneRecords(task, MANY, seed=1)
     joined = "\n".join(text for index in range(MANY) for text in texts(records[index]))
     pairs, words = set(NAMED_PAIR.findall(joined)), set(NAMED_WORD.findall(joined))
@@ -186,7 +187,7 @@ def test_training_texts_name_nothing_held_out(task, monkeypatch):
     assert len(words) > 500
 
 
-# ---- The truth -------------------------------------------------------------------------------------------------------
+# ---- Answers ---------------------------------------------------------------------------------------------------------
 
 
 def zone_of(x, y):
@@ -194,40 +195,40 @@ def zone_of(x, y):
     return " ".join(filter(None, (rows[int(y // 32)], columns[int(x // 32)]))) or "center"
 
 
-def the(things, **wanted):
-    """The things that fit; the question is only fair if it is one."""
+def matching(things, **wanted):
+    """Returns the things with the given attributes; some questions are only valid if there is exactly one."""
     return [thing for thing in things if all(getattr(thing, key) == value for key, value in wanted.items())]
 
 
 def true_answer(scene: Scene, question: str) -> str:
-    """The answer, from the text of the question and the things that were drawn alone."""
+    """Computes the answer from the text of the question and the things in the scene."""
     if question == "What does the word say?":
         assert scene.word
         return scene.word
     if found := re.fullmatch(r"Is there an? (?:(\w+) )?(\w+)\?", question):
         wanted = ({"color": found[1]} if found[1] else {}) | ({"shape": found[2]} if found[2] != "shape" else {})
         assert wanted
-        return "yes" if the(scene.things, **wanted) else "no"
+        return "yes" if matching(scene.things, **wanted) else "no"
     if found := re.fullmatch(r"Where is the (\w+) (\w+)\?", question):
-        (thing,) = the(scene.things, color=found[1], shape=found[2])
+        (thing,) = matching(scene.things, color=found[1], shape=found[2])
         return zone_of(thing.x, thing.y)
     if found := re.fullmatch(r"How many (?:(\w+) )?(\w+) are there\?", question):
         wanted = {"color": found[1]} if found[1] else {}
         singular = {plural: shape for shape, plural in PLURALS.items()}
         if found[2] != "shapes":
             wanted["shape"] = singular[found[2]]
-        return str(len(the(scene.things, **wanted)))
+        return str(len(matching(scene.things, **wanted)))
     if found := re.fullmatch(r"What color is the (\w+)\?", question):
-        (thing,) = the(scene.things, shape=found[1])
+        (thing,) = matching(scene.things, shape=found[1])
         return thing.color
     if found := re.fullmatch(r"What shape is (\w+)\?", question):
-        (thing,) = the(scene.things, color=found[1])
+        (thing,) = matching(scene.things, color=found[1])
         return thing.shape
     if found := re.fullmatch(r"Is the (\w+) (\w+) small or large\?", question):
-        (thing,) = the(scene.things, color=found[1], shape=found[2])
+        (thing,) = matching(scene.things, color=found[1], shape=found[2])
         return thing.size
     found = re.fullmatch(r"Is the (\w+) (\w+) (left of|right of|above|below) the (\w+) (\w+)\?", question)
-    (a,), (b,) = (the(scene.things, color=found[i], shape=found[i + 1]) for i in (1, 4))
+    (a,), (b,) = (matching(scene.things, color=found[i], shape=found[i + 1]) for i in (1, 4))
     along = "x" if found[3] in ("left of", "right of") else "y"
     distance = getattr(b, along) - getattr(a, along)
     assert abs(distance) >= SIDE / 6, "too close to tell"
@@ -235,15 +236,15 @@ def true_answer(scene: Scene, question: str) -> str:
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_answers_are_true(asked, held_out):
-    for scene, question in asked[held_out]:
+def test_answers_are_true(questions_of, held_out):
+    for scene, question in questions_of[held_out]:
         assert question.answer == true_answer(scene, question.text), (scene, question)
-    assert {question.kind for _, question in asked[held_out]} == set(KINDS)
-    assert len(asked[held_out]) > 3 * MANY
+    assert {question.kind for _, question in questions_of[held_out]} == set(KINDS)
+    assert len(questions_of[held_out]) > 3 * MANY
 
 
-def test_the_truth_by_hand():
-    """That the recomputation above is right: one scene, answered by a person."""
+def test_true_answer_on_a_known_scene():
+    """Checks true_answer against answers by a person."""
     ring, star = Thing("large", "red", "ring", 20, 30), Thing("small", "blue", "star", 70, 34)
     scene = Scene((ring, star), "BAD", 50, 80, (220, 220, 220))
     answers = {
@@ -272,30 +273,30 @@ def test_the_truth_by_hand():
 
 @pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("kind", ["existence", "spatial"])
-def test_yes_and_no_are_equally_likely(asked, held_out, kind):
-    answers = [q.answer for _, q in asked[held_out] if q.kind == kind and q.text.startswith("Is")]
+def test_yes_and_no_are_equally_likely(questions_of, held_out, kind):
+    answers = [q.answer for _, q in questions_of[held_out] if q.kind == kind and q.text.startswith("Is")]
     assert set(answers) == {"yes", "no"}
     assert len(answers) > MANY / 4
     assert abs(answers.count("yes") / len(answers) - 0.5) < 0.04
 
 
-def test_one_question_of_each_kind_at_most(asked):
-    for scene, group in itertools.groupby(asked[False], key=lambda item: item[0]):
+def test_at_most_one_question_of_each_kind(questions_of):
+    for scene, group in itertools.groupby(questions_of[False], key=lambda item: item[0]):
         kinds = [question.kind for _, question in group]
         assert len(kinds) == len(set(kinds))
         assert ("reading" in kinds) == bool(scene.word)
         assert {"existence", "count"} <= set(kinds)
 
 
-def test_answers_vary_enough_to_tell_a_reader_from_a_guesser(asked):
+def test_guessing_the_most_common_answer_scores_low(questions_of):
     for kind in KINDS:
-        answers = [question.answer for _, question in asked[False] if question.kind == kind]
+        answers = [question.answer for _, question in questions_of[False] if question.kind == kind]
         most = max(answers.count(answer) for answer in set(answers))
         assert most / len(answers) < 0.65, kind
 
 
-def test_existence_is_asked_of_colors_shapes_and_pairs(asked):
-    asks = [question.text for _, question in asked[False] if question.kind == "existence"]
+def test_existence_questions_ask_for_colors_shapes_and_pairs(questions_of):
+    asks = [question.text for _, question in questions_of[False] if question.kind == "existence"]
     for form in (
         r"Is there an? \w+ shape\?",
         rf"Is there a ({'|'.join(SHAPES)})\?",
@@ -304,15 +305,15 @@ def test_existence_is_asked_of_colors_shapes_and_pairs(asked):
         assert abs(sum(bool(re.fullmatch(form, text)) for text in asks) / len(asks) - 1 / 3) < 0.04
 
 
-def test_existence_in_held_out_scenes_asks_of_held_out_pairs(asked):
-    yes = [q for _, q in asked[True] if (q.kind, q.answer) == ("existence", "yes")]
+def test_existence_questions_in_held_out_scenes_ask_for_held_out_pairs(questions_of):
+    yes = [q for _, q in questions_of[True] if (q.kind, q.answer) == ("existence", "yes")]
     named = [pair.groups() for question in yes if (pair := NAMED_PAIR.search(question.text))]
     assert len(named) > MANY / 12
     assert set(named) <= HELD_OUT_PAIRS
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_captions_name_everything_where_it_is(world, held_out):
+def test_captions_name_everything_with_its_position(world, held_out):
     for scene in world[held_out]:
         expected = [(f"{t.size} {t.color} {t.shape}", t.x, t.y) for t in scene.things]
         expected += [(f"word {scene.word}", scene.word_x, scene.word_y)] if scene.word else []
@@ -322,18 +323,18 @@ def test_captions_name_everything_where_it_is(world, held_out):
             assert part in (f"a {what} at the {zone_of(x, y)}", f"the {what} at the {zone_of(x, y)}")
 
 
-# ---- Where things lie ------------------------------------------------------------------------------------------------
+# ---- Positions -------------------------------------------------------------------------------------------------------
 
 
 def ink_box(scene):
-    """The box of the printed word, in pixels, as the font measures it."""
+    """Returns the bounding box of the printed word in pixels, measured by the font."""
     font = PIL.ImageFont.load_default(size=60)
     left, top, right, bottom = (edge / 3 for edge in font.getbbox(scene.word, anchor="mm"))
     return scene.word_x + left, scene.word_y + top, scene.word_x + right, scene.word_y + bottom
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_nothing_overlaps_and_all_lies_inside(world, held_out):
+def test_things_are_inside_and_do_not_overlap(world, held_out):
     for scene in world[held_out]:
         boxes = [(t.x - r, t.y - r, t.x + r, t.y + r) for t in scene.things for r in [RADII[t.size]]]
         for box in boxes:
@@ -341,18 +342,18 @@ def test_nothing_overlaps_and_all_lies_inside(world, held_out):
             assert max(box) <= SIDE - 1
         if scene.word:
             boxes.append(ink_box(scene))
-            assert min(boxes[-1]) >= -1  # the edge of the widest letters may touch the image's
+            assert min(boxes[-1]) >= -1  # the widest letters may touch the edge of the image
             assert max(boxes[-1]) <= SIDE
         for a, b in itertools.combinations(boxes, 2):
             assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1], scene
 
 
-# ---- What is drawn ---------------------------------------------------------------------------------------------------
+# ---- Drawing ---------------------------------------------------------------------------------------------------------
 
 GRAIN = 6
 
 
-# shape → points that it covers, and points that it leaves free, in radii from its centre, mirrored left and right.
+# shape → points inside and points outside, in radii from its center, mirrored left and right.
 OUTLINES = {
     "circle": ([(0, -0.85), (0, 0.85), (0.85, 0), (0.6, 0.6), (0.6, -0.6)], [(0.85, 0.85), (0.85, -0.85)]),
     "square": ([(0.7, 0.7), (0.7, -0.7), (0.7, 0)], [(1, 0), (0, 1), (0, -1)]),
@@ -374,7 +375,7 @@ def around(pixels, thing, points):
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_the_image_shows_the_scene(world, held_out):
+def test_the_image_matches_the_scene(world, held_out):
     for index, scene in enumerate(world[held_out][:300]):
         image = draw(scene, seed=index)
         assert (image.mode, image.size) == ("RGB", (SIDE, SIDE))
@@ -399,8 +400,8 @@ def test_the_image_shows_the_scene(world, held_out):
         assert near(pixels[empty], scene.background).all(), index
 
 
-def test_words_are_drawn_in_their_letters():
-    """Images of two words differ, and only where the words stand."""
+def test_words_are_drawn_letter_by_letter():
+    """Images of two words differ only where the words are."""
     blank = Scene((), "", 48, 48, (220, 220, 220))
     bad, bid = (draw(Scene((), word, 48, 48, blank.background)) for word in ("BAD", "BID"))
     rows, columns = np.nonzero((np.asarray(bad) != np.asarray(bid)).any(axis=-1))
@@ -440,20 +441,20 @@ def test_captions_and_documents():
                 assert len(record.images) == 1
                 assert [turn.speaker for turn in record.turns] == ["human", "gpt"]
                 assert record.turns[0].text.count(IMAGE_MARK) == 1
-                assert said(record.turns[1].text) == said(make_caption(scene))
+                assert caption_parts(record.turns[1].text) == caption_parts(make_caption(scene))
                 shuffled += record.turns[1].text != make_caption(scene)
             else:
                 assert record.images == ()
-                first, *asked = record.turns
+                first, *rest = record.turns
                 assert (first.speaker, first.text) == ("human", make_caption(scene) + "\n")
-                assert [turn.speaker for turn in asked] == ["human", "gpt"] * (len(asked) // 2)
-                told = {}
-                for question, answer in zip(asked[::2], asked[1::2], strict=True):
+                assert [turn.speaker for turn in rest] == ["human", "gpt"] * (len(rest) // 2)
+                answers = {}
+                for question, answer in zip(rest[::2], rest[1::2], strict=True):
                     question = re.fullmatch(r"USER: (.*) ASSISTANT:", question.text).group(1)
-                    told[question] = re.fullmatch(r" (.*)\n", answer.text).group(1)
-                assert told.pop("Describe the picture.") == make_caption(scene)
-                assert told == {question: true_answer(scene, question) for question in told}
-                assert told
+                    answers[question] = re.fullmatch(r" (.*)\n", answer.text).group(1)
+                assert answers.pop("Describe the picture.") == make_caption(scene)
+                assert answers == {question: true_answer(scene, question) for question in answers}
+                assert answers
     assert shuffled > 20
 
 

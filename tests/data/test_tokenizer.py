@@ -1,4 +1,4 @@
-"""The miniatures' tokenizer, and what is said of tokenizers that cannot be used."""
+"""Tests the miniatures' tokenizers, and the errors for tokenizers that cannot be used."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def trained(edition):
 
 
 def corpus(edition):
-    """All that the miniatures read and say, and what they never saw."""
+    """Yields the texts that the miniatures read and generate, and texts that they never saw."""
     for task in ("documents", "captions"):
         for held_out in (False, True):
             records = SceneRecords(task, 40, seed=11, held_out=held_out, edition=edition)
@@ -72,25 +72,25 @@ def test_special_tokens(miniature):
     assert max(miniature.get_vocab().values()) < MINIATURE_VOCAB
 
 
-def test_any_text_comes_back(miniature, edition):
+def test_any_text_round_trips(miniature, edition):
     for text in corpus(edition):
         assert miniature.decode(ids(miniature, text)) == text
         assert miniature(text).input_ids == [1, *ids(miniature, text)]
 
 
-def test_training_gives_the_same_each_time(trained, edition):
+def test_training_is_deterministic(trained, edition):
     again = train_miniature_tokenizer(edition)
     assert backend(again) == backend(trained)
 
 
-def test_the_committed_tokenizer_is_what_training_gives(miniature, trained, edition):
+def test_the_committed_tokenizer_matches_training(miniature, trained, edition):
     assert trained.get_vocab() == miniature.get_vocab()
     assert backend(trained) == backend(miniature)
     assert [ids(trained, text) for text in corpus(edition)] == [ids(miniature, text) for text in corpus(edition)]
 
 
-def test_it_was_trained_on_text_like_that(miniature, edition):
-    """The common words are tokens of their own."""
+def test_common_words_are_single_tokens(miniature, edition):
+    """Common words are single tokens."""
     for word in (*COLORS, *SHAPES, "small", "large", "left", "bottom"):
         assert len(ids(miniature, f" {word}")) == 1, word
     sentence = (
@@ -99,8 +99,8 @@ def test_it_was_trained_on_text_like_that(miniature, edition):
     assert len(ids(miniature, sentence)) < len(sentence) / 3
 
 
-def test_printed_words_are_spelt(miniature):
-    """In letters, but for what USER and ASSISTANT taught; so that words never seen can be read."""
+def test_printed_words_are_spelled_out(miniature):
+    """In letters, except for parts of USER and ASSISTANT, so that a model can read words that it never saw."""
     pieces = {word: [miniature.decode([token]).strip() for token in ids(miniature, f" {word}")] for word in WORDS}
     assert all("".join(parts) == word for word, parts in pieces.items())
     for parts in pieces.values():
@@ -110,18 +110,18 @@ def test_printed_words_are_spelt(miniature):
 
 
 def test_the_second_edition_spells_every_print_in_single_characters():
-    """Wherever it stands, so that what is read is always put together of the same tokens."""
+    """In any context, so that a print always has the same tokens."""
     tokenizer = load_tokenizer("miniature/2")
     numbers = [str(number) for number in range(10, 100)]
     for text in (*WORDS, *FORM_LABELS, *numbers):
         for before, after in (("", ""), (" ", "\n"), ("the text ", " at the top"), ("USER: ", "? ASSISTANT:")):
-            spelt = [tokenizer.decode([token]) for token in ids(tokenizer, before + text + after)]
+            pieces = [tokenizer.decode([token]) for token in ids(tokenizer, before + text + after)]
             begin = len(ids(tokenizer, before))
-            assert spelt[begin : begin + len(text)] == [*text], (before, text, after)
+            assert pieces[begin : begin + len(text)] == [*text], (before, text, after)
 
 
-def test_what_no_text_has_trained_may_not_be_said():
-    """Rows beyond the tokenizer's 501 tokens, and <image>, wherever it is."""
+def test_untrained_tokens():
+    """They are the ids beyond the tokenizer's 501 tokens, and <image>."""
     miniature = load_tokenizer("miniature")
     assert untrained_tokens(miniature, 501) == ()
     assert untrained_tokens(miniature, 504) == (501, 502, 503)
@@ -133,11 +133,11 @@ def test_what_no_text_has_trained_may_not_be_said():
     assert untrained_tokens(marked, 505) == (501, 503, 504)
 
 
-# ---- What cannot be used ---------------------------------------------------------------------------------------------
+# ---- Invalid tokenizers ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["", "nowhere/at/all", str(MINIATURE / "tokenizer.json"), "miniatur"])
-def test_a_missing_folder_is_named_with_its_key(name):
+def test_a_missing_folder_is_reported_with_its_key(name):
     with pytest.raises(
         UserError, match=r"tokenizer is missing: .*--config\.data\.tokenizer=DIR.*configs/demo\.py"
     ) as e:
@@ -146,14 +146,14 @@ def test_a_missing_folder_is_named_with_its_key(name):
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"added_tokens": [], "model": 3}'])
-def test_a_folder_without_a_tokenizer_is_named(tmp_path, content):
+def test_a_folder_without_a_tokenizer_is_reported(tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=f"No tokenizer can be read from {tmp_path}: .+"):
         load_tokenizer(str(tmp_path))
 
 
-def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+def test_a_tokenizer_without_an_end_of_sequence_is_refused(tmp_path):
     endless = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
     endless.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"tokenizer in {tmp_path} needs a tokenizer.json and an end-of-sequence token"):
@@ -165,7 +165,7 @@ ADDED = END | {"content": "<x>", "special": True}
 
 
 def changed(folder, name, **values):
-    """The miniature's tokenizer with other values in one of its files; ``...`` leaves a key out."""
+    """Copies the miniature's tokenizer with values of one of its files changed; ``...`` removes a key."""
     shutil.copytree(MINIATURE, folder, dirs_exist_ok=True)
     file = folder / name
     known = json.loads(file.read_text()) if file.exists() else {}
@@ -185,7 +185,7 @@ def changed(folder, name, **values):
         ("added_tokens.json", {"<x>": 501}, ("<s>", "</s>", "<unk>", "<unk>")),
     ],
 )
-def test_special_tokens_as_people_write_them(tmp_path, name, values, expected):
+def test_special_tokens_in_all_common_forms(tmp_path, name, values, expected):
     tokenizer = load_tokenizer(str(changed(tmp_path, name, **values)))
     assert tuple(getattr(tokenizer, f"{key}_token") for key in ("bos", "eos", "unk", "pad")) == expected
     assert tokenizer.eos_token_id == 2
@@ -216,20 +216,20 @@ def test_special_tokens_as_people_write_them(tmp_path, name, values, expected):
         ("tokenizer.json", {"added_tokens": [ADDED | {"id": 5}]}, "give the special token '<x>' the id 5"),
     ],
 )
-def test_special_tokens_that_cannot_be_used_are_named(tmp_path, name, values, sentence):
-    """Among others, transformers would end an answer with the unknown token, or at an id that the model lacks."""
+def test_invalid_special_tokens_are_reported(tmp_path, name, values, sentence):
+    """With some, transformers would end an answer at the unknown token, or at an id that the model lacks."""
     with pytest.raises(UserError, match=rf"^No tokenizer can be read from {tmp_path}: .*{sentence}.*\.$"):
         load_tokenizer(str(changed(tmp_path, name, **values)))
 
 
 @pytest.mark.parametrize("value", [None, ...])
-def test_an_end_that_no_file_names_is_asked_for(tmp_path, value):
+def test_a_missing_end_of_sequence_is_reported(tmp_path, value):
     folder = changed(tmp_path, "tokenizer_config.json", eos_token=value)
     with pytest.raises(UserError, match=r"an end-of-sequence token \(eos_token in tokenizer_config\.json\)\.$"):
         load_tokenizer(str(folder))
 
 
-def test_a_saved_tokenizer_is_read_back(tmp_path, miniature, edition):
+def test_a_saved_tokenizer_round_trips(tmp_path, miniature, edition):
     miniature.save_pretrained(tmp_path)
     again = load_tokenizer(str(tmp_path))
     assert [ids(again, text) for text in corpus(edition)] == [ids(miniature, text) for text in corpus(edition)]

@@ -1,4 +1,4 @@
-"""The embedded world's second edition: the same each time, true, balanced, and held out."""
+"""Tests that the second edition of the embedded data is deterministic, true, balanced and properly held out."""
 
 import collections
 import hashlib
@@ -27,7 +27,7 @@ from stf_jax.data.world import (
     make_scene,
 )
 from stf_jax.data.world_text import KINDS, make_caption, make_cues, make_questions, zone_name
-from stf_jax.studies.miniature import tokens
+from stf_jax.studies.miniature import row_lengths
 
 MANY = 2400
 HELD_OUT_SEED = 1_000_003
@@ -40,7 +40,7 @@ NAMED_PRINT = re.compile(r"\b(?:[A-Z]{3}|\d\d)\b")
 
 @pytest.fixture(scope="module")
 def scenes():
-    """Scenes by whether they are held out."""
+    """Scenes of both splits, by ``held_out``."""
     return {
         held_out: [make_scene(seed, index, held_out) for index in range(MANY)]
         for held_out, seed in ((False, 0), (True, HELD_OUT_SEED))
@@ -48,8 +48,8 @@ def scenes():
 
 
 @pytest.fixture(scope="module")
-def asked(scenes):
-    """(scene, question) of both splits, more than 20,000 in all."""
+def questions_of(scenes):
+    """Pairs of (scene, question) of both splits, by ``held_out``; more than 20,000 in all."""
     return {
         held_out: [
             (scene, question)
@@ -66,7 +66,7 @@ def texts(task, count, held_out=False):
     return [turn.text for index in range(count) for turn in records[index].turns]
 
 
-# ---- The same each time ----------------------------------------------------------------------------------------------
+# ---- Determinism -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,12 @@ def texts(task, count, held_out=False):
         ("conversations", True, "ad58f139799f0078"),
     ],
 )
-def test_text_of_many_records_is_what_it_always_was(task, held_out, digest):
-    """On every version of Python and numpy."""
+def test_text_of_many_records_is_unchanged(task, held_out, digest):
+    """With all versions of Python and numpy."""
     assert hashlib.sha256("\n".join(texts(task, 500, held_out)).encode()).hexdigest()[:16] == digest
 
 
-def test_an_image_is_the_same_each_time_and_of_its_index_alone(scenes):
+def test_images_depend_only_on_their_index(scenes):
     for index in (0, 7, 11):
         one, again = (np.asarray(draw(make_scene(0, index), index)) for _ in range(2))
         np.testing.assert_array_equal(one, again)
@@ -92,8 +92,8 @@ def test_an_image_is_the_same_each_time_and_of_its_index_alone(scenes):
     assert not set(scenes[False]) & set(scenes[True])
 
 
-def test_the_mixture_has_captions_as_the_plain_template_has_them():
-    """Whatever the template of the run that trains on it."""
+def test_captions_of_the_mixture_match_the_plain_template():
+    """For any template of the run."""
     tokenizer, records = load_tokenizer("miniature/2"), SceneRecords("mixture", 800, seed=0, edition=2)
     plain = [i for i in range(800) if len(records[i].turns) == 2 and records[i].turns[0].text == IMAGE_MARK]
     assert plain == list(range(5, 800, 8))
@@ -101,19 +101,19 @@ def test_the_mixture_has_captions_as_the_plain_template_has_them():
         record = records[index]
         assert record.document
         found = encode(document_items(record.turns), tokenizer, 4)
-        shown = Record("", record.images, (Turn("human", IMAGE_MARK), Turn("gpt", record.turns[1].text.strip())))
-        wanted = encode(template_items("plain", shown), tokenizer, 4)
-        np.testing.assert_array_equal(found.tokens, wanted.tokens)
-        np.testing.assert_array_equal(found.is_target, wanted.is_target)
+        plain_record = Record("", record.images, (Turn("human", IMAGE_MARK), Turn("gpt", record.turns[1].text.strip())))
+        expected = encode(template_items("plain", plain_record), tokenizer, 4)
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+        np.testing.assert_array_equal(found.is_target, expected.is_target)
 
 
 @pytest.mark.parametrize(("task", "template", "stage"), [("captions", "plain", 0), ("conversations", "v1", 1)])
-def test_rows_of_studies_hold_as_many_records_whatever_an_image_takes(task, template, stage):
-    """Else variants of a study would see other images in the same steps."""
+def test_rows_of_studies_fit_the_same_records_for_any_tokens_per_image(task, template, stage):
+    """Otherwise the variants of a study would see different images in the same steps."""
     tokenizer, records = load_tokenizer("miniature/2"), SceneRecords(task, 4000, seed=0, edition=2)
     texts = max(len(encode(template_items(template, records[i]), tokenizer, 0).tokens) for i in range(4000))
     for count in (1, 36, 144):
-        length = int(tokens(count)[stage].partition("=")[2])
+        length = int(row_lengths(count)[stage].partition("=")[2])
         assert length >= (1 + stage) * (texts + count)
 
 
@@ -124,14 +124,14 @@ def _is_held_out(thing):
     return HELD_OUT_PLACES[thing.pair] == thing.y // (SIDE // 3) * 3 + thing.x // (SIDE // 3)
 
 
-def test_each_color_and_each_shape_is_held_out_at_several_places_and_never_everywhere():
+def test_held_out_places():
     assert {*HELD_OUT_PLACES} == {(color, shape) for color in COLORS for shape in SHAPES}
     assert collections.Counter(HELD_OUT_PLACES.values()) == dict.fromkeys(range(9), 4)
     assert [zone_name(32 * (i % 3) + 16, 32 * (i // 3) + 16) for i in range(9)] == PLACES
 
 
 def _prints(scene):
-    """Printed words and numbers, each with its font."""
+    """Yields printed words and numbers with their fonts."""
     yield from ((item.text, item.font) for item in scene.prints)
     if scene.form is not None:
         yield from ((number, scene.form.font) for number in itertools.chain(*scene.form.cells))
@@ -141,22 +141,22 @@ def _fonts(scene):
     return {item.font for item in (*scene.prints, scene.chart, scene.form) if item is not None}
 
 
-def test_training_shows_and_names_nothing_held_out(scenes):
+def test_training_contains_nothing_held_out(scenes):
     for scene in scenes[False]:
         assert not any(_is_held_out(thing) for thing in scene.things)
         for text, font in _prints(scene):
             assert text in TRAINING_WORDS or not is_held_out_number(text, font)
         assert not _fonts(scene) & {*HELD_OUT_FONTS}
     for task in ("captions", "conversations", "documents", "cues"):
-        said = "\n".join(texts(task, 800))
-        named = [(pair, PLACES.index(place)) for *pair, place in NAMED_PLACE.findall(said)]
+        text = "\n".join(texts(task, 800))
+        named = [(pair, PLACES.index(place)) for *pair, place in NAMED_PLACE.findall(text)]
         assert len(named) > 500 or task == "conversations"
         assert not any(HELD_OUT_PLACES[tuple(pair)] == place for pair, place in named)
-        assert len(NAMED_PRINT.findall(said)) > 500
-        assert not {*NAMED_PRINT.findall(said)} & {*HELD_OUT_WORDS}
+        assert len(NAMED_PRINT.findall(text)) > 500
+        assert not {*NAMED_PRINT.findall(text)} & {*HELD_OUT_WORDS}
 
 
-def test_held_out_images_show_what_is_held_out(scenes):
+def test_held_out_images_show_held_out_things(scenes):
     for scene in scenes[True]:
         assert not scene.things or any(_is_held_out(thing) for thing in scene.things)
         for text, font in _prints(scene):
@@ -165,13 +165,13 @@ def test_held_out_images_show_what_is_held_out(scenes):
     assert 0.4 < np.mean([bool(one & {*HELD_OUT_FONTS}) for one in fonts]) < 0.7
 
 
-def test_training_shows_every_color_shape_letter_and_digit():
+def test_training_shows_every_number_letter_and_digit():
     for font in TRAINING_FONTS:
-        shown, new = list_numbers(font, held_out=False), list_numbers(font, held_out=True)
-        assert sorted(shown + new) == NUMBERS
+        training, new = list_numbers(font, held_out=False), list_numbers(font, held_out=True)
+        assert sorted(training + new) == NUMBERS
         assert len(new) == 18
         for place in range(2):
-            assert {number[place] for number in shown} == {number[place] for number in NUMBERS}
+            assert {number[place] for number in training} == {number[place] for number in NUMBERS}
     assert all(list_numbers(font, held_out=True) == NUMBERS for font in HELD_OUT_FONTS)
     assert {*itertools.chain(*(list_numbers(font, held_out=False) for font in TRAINING_FONTS))} == {*NUMBERS}
     for place in range(3):
@@ -182,7 +182,7 @@ def test_training_shows_every_color_shape_letter_and_digit():
 
 
 def _truth(scene, text):
-    """The answer, from the caption's facts alone."""
+    """Computes the answer from the caption alone."""
     facts = make_caption(scene)
     things = re.findall(r"an? (small|large) (\w+) (\w+) at the ([a-z ]+)", facts)
     if found := re.fullmatch(r"Is there an? (\w+) shape\?", text):
@@ -212,7 +212,7 @@ def _truth(scene, text):
         return "yes" if (at[0] < at[1]) == (found[3] in ("left of", "above")) and at[0] != at[1] else "no"
     if found := re.fullmatch(r"What does the (\w+ )?text say\?", text):
         printed = re.findall(r"the text (\w+) at the (\w+)", facts)
-        return " ".join(said for said, row in printed if found[1] in (None, f"{row} "))
+        return " ".join(text for text, row in printed if found[1] in (None, f"{row} "))
     if found := re.fullmatch(r"(?:Which bar is (highest|lowest)|What is the value of (\w))\?", text):
         bars = {label: int(value) for label, value in re.findall(r"\b([A-Z]) (\d)\b", facts)}
         return str(bars[found[2]]) if found[2] else (max if found[1] == "highest" else min)(bars, key=bars.get)
@@ -226,10 +226,10 @@ def _truth(scene, text):
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_answers_are_true(asked, held_out):
-    for scene, question in asked[held_out]:
+def test_answers_are_true(questions_of, held_out):
+    for scene, question in questions_of[held_out]:
         assert question.answer == _truth(scene, question.text), (question, make_caption(scene))
-    assert {question.kind for _, question in asked[held_out]} == {*KINDS}
+    assert {question.kind for _, question in questions_of[held_out]} == {*KINDS}
 
 
 _CUES_AS_QUESTIONS = {
@@ -242,7 +242,7 @@ _CUES_AS_QUESTIONS = {
 
 
 def _fits(scene, cue, answer):
-    """Whether a caption's facts alone give that answer to a cue, and no other."""
+    """Whether the caption gives exactly this answer to a cue."""
     for pattern, question in _CUES_AS_QUESTIONS.items():
         if found := re.fullmatch(pattern, cue):
             return answer == _truth(scene, found.expand(question))
@@ -255,8 +255,8 @@ def _fits(scene, cue, answer):
         return answer == ("yes" if any(cue[4:] in (color, shape) for _, color, shape, _ in things) else "no")
     if found := re.fullmatch(r"row (\d) (\w)", cue):
         return answer == _truth_of_table(facts, *found.groups())
-    found = {said for said, row in prints if cue == f"text {row}"}
-    found |= {said for pair in (*bars, *lines) for known, said in (pair, pair[::-1]) if known == cue}
+    found = {value for value, row in prints if cue == f"text {row}"}
+    found |= {value for pair in (*bars, *lines) for known, value in (pair, pair[::-1]) if known == cue}
     for size, color, shape, where in things:
         known = {(f"{color} {shape}", where), (where, f"{size} {color} {shape}"), (f"color {shape}", color)}
         known |= {(f"shape {color}", shape), (f"size {color} {shape}", size)}
@@ -269,7 +269,7 @@ def _truth_of_table(facts, row, column):
     return re.search(rf"row {row} ([\d ]+)", facts)[1].split()[columns.index(column)]
 
 
-def test_cues_are_true_and_say_yes_as_often_as_no(scenes):
+def test_cues_are_true_and_balanced(scenes):
     answers, count = collections.Counter(), 0
     for index, scene in enumerate(scenes[False][:800]):
         for cue, answer in make_cues(scene, np.random.default_rng(index)):
@@ -283,15 +283,15 @@ def test_cues_are_true_and_say_yes_as_often_as_no(scenes):
 # ---- Balanced --------------------------------------------------------------------------------------------------------
 
 
-def test_a_blank_image_earns_little(asked):
-    """The best that text alone allows: for each question, the answer that training gives most often."""
-    assert sum(map(len, asked.values())) > 20_000
+def test_guessing_without_the_image_scores_low(questions_of):
+    """The best guess without the image is the most frequent answer to the question in training."""
+    assert sum(map(len, questions_of.values())) > 20_000
     seen, of_kind = collections.defaultdict(collections.Counter), collections.defaultdict(collections.Counter)
-    for _, question in asked[False]:
+    for _, question in questions_of[False]:
         seen[question.text][question.answer] += 1
         of_kind[question.kind][question.answer] += 1
     hits = collections.defaultdict(list)
-    for _, question in asked[True]:
+    for _, question in questions_of[True]:
         guess = (seen.get(question.text) or of_kind[question.kind]).most_common(1)[0][0]
         hits[question.kind].append(guess == question.answer)
     assert np.mean(list(itertools.chain(*hits.values()))) < 0.3
@@ -301,20 +301,20 @@ def test_a_blank_image_earns_little(asked):
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_answers_are_spread(asked, held_out):
+def test_answers_are_balanced(questions_of, held_out):
     answers = collections.defaultdict(collections.Counter)
-    for _, question in asked[held_out]:
+    for _, question in questions_of[held_out]:
         answers[question.kind][question.answer] += 1
     for kind in ("existence", "relation"):
         assert 0.47 < answers[kind]["yes"] / answers[kind].total() < 0.53
     assert max(answers["count"].values()) < 0.35 * answers["count"].total()
     assert max(answers["position"].values()) < 0.15 * answers["position"].total()
     # No kind is rare.
-    total = sum(map(len, (asked[held_out],)))
+    total = sum(map(len, (questions_of[held_out],)))
     assert min(counter.total() for counter in answers.values()) > 0.05 * total
 
 
-# ---- Drawn -----------------------------------------------------------------------------------------------------------
+# ---- Drawing ---------------------------------------------------------------------------------------------------------
 
 
 def _pixels(scene):
@@ -325,7 +325,7 @@ def _is(pixels, color, tolerance=40):
     return np.abs(pixels - np.array(color)).max(-1) < tolerance
 
 
-def test_shapes_are_where_the_scene_says_and_apart(scenes):
+def test_shapes_match_the_scene_and_do_not_overlap(scenes):
     for scene in scenes[True][:300]:
         pixels = _pixels(scene)
         for thing in scene.things:
@@ -339,7 +339,7 @@ def test_shapes_are_where_the_scene_says_and_apart(scenes):
         assert not {world.ROWS[thing.y // world.ZONE] for thing in scene.things} & {*rows}
 
 
-def test_prints_are_as_high_and_wide_as_the_scene_says(scenes):
+def test_print_sizes_match_the_scene(scenes):
     seen = collections.Counter()
     for scene in scenes[False][:600]:
         pixels = _pixels(scene)
@@ -355,7 +355,7 @@ def test_prints_are_as_high_and_wide_as_the_scene_says(scenes):
     assert {*seen} == {*world.HEIGHTS}
 
 
-def test_bars_are_as_high_as_their_values(scenes):
+def test_bar_heights_match_their_values(scenes):
     for scene in [scene for scene in scenes[False] if scene.chart is not None][:60]:
         pixels, chart = _pixels(scene), scene.chart
         pitch = (SIDE - 12) / len(chart.values)
@@ -364,7 +364,7 @@ def test_bars_are_as_high_as_their_values(scenes):
             assert abs(_is(column, COLORS[color]).sum() - 6.5 * value) <= 2
 
 
-def test_nothing_of_a_form_is_cut_or_overlaps(scenes):
+def test_forms_are_not_cut_and_do_not_overlap(scenes):
     for scene in [scene for scene in scenes[False] if scene.form is not None][:150]:
         unlike = ~_is(_pixels(scene), scene.background, 90)
         assert not unlike[[0, -1]].any()
@@ -376,8 +376,8 @@ def test_nothing_of_a_form_is_cut_or_overlaps(scenes):
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_as_many_things_of_a_sort_as_are_asked_for(most):
-    """Of bars and lines two at least, or there would be nothing to look up."""
+def test_max_things_of_each_layout(most):
+    """There are at least two bars or lines, so that there is something to look up."""
     counts = collections.defaultdict(set)
     for index in range(600):
         scene = make_scene(0, index, max_things=most)

@@ -1,4 +1,4 @@
-"""Labels of cells say what the image shows there, and drills show nothing held out."""
+"""Tests that cell labels match the image, and that drills contain nothing that is held out."""
 
 import itertools
 import re
@@ -32,7 +32,7 @@ def scenes(count):
     yield from (make_drill(0, index) for index in range(count))
 
 
-def test_classes_are_as_many_as_there_are_labels():
+def test_number_of_classes():
     names = COLOR_NAMES, KINDS_OF_SHAPE, CHARACTERS
     assert tuple(len(some) + 1 for some in names) == CLASSES
     seen = np.zeros((3, max(CLASSES)), bool)
@@ -45,8 +45,8 @@ def test_classes_are_as_many_as_there_are_labels():
     assert [int(row.sum()) for row in seen] == [*CLASSES]
 
 
-def test_a_cell_has_the_color_that_it_is_drawn_in():
-    """By the image itself: the nearest of all colours to a cell's mean, where it is one at all."""
+def test_color_labels_match_the_image():
+    """Compared with the color nearest to the cell's mean in the image, for cells of one color."""
     checked = 0
     for index, scene in enumerate(itertools.islice(scenes(60), 120)):
         image = np.asarray(world.draw(scene, index), np.float64)
@@ -55,7 +55,7 @@ def test_a_cell_has_the_color_that_it_is_drawn_in():
         colors = np.array([scene.background, *COLORS.values()], np.float64)
         nearest = np.linalg.norm(mean[:, :, None] - colors, axis=-1).argmin(-1)
         here = label_cells(scene)
-        flat = (spread < 8) & (here[..., 2] == 0)  # of one colour, and without print
+        flat = (spread < 8) & (here[..., 2] == 0)  # of one color, and without print
         flat &= np.linalg.norm(mean[:, :, None] - colors, axis=-1).min(-1) < 12
         assert np.array_equal(here[..., 0][flat], nearest[flat])
         checked += int((nearest[flat] > 0).sum())
@@ -63,7 +63,7 @@ def test_a_cell_has_the_color_that_it_is_drawn_in():
 
 
 @pytest.mark.parametrize("height", [8, 13, 22])
-def test_characters_stand_in_the_order_that_they_are_read_in(height):
+def test_character_labels_are_in_reading_order(height):
     text = "K7M" if height == 22 else "K7MB2"
     found = label_cells(Scene(LIGHT, prints=(Print(text, 48, 48, height, "DejaVuSansMono"),)))[..., 2]
     rows = np.nonzero(found.any(1))[0]
@@ -75,7 +75,7 @@ def test_characters_stand_in_the_order_that_they_are_read_in(height):
     assert abs(wide - text_width(text, height, "DejaVuSansMono")) <= 2 * CELL
 
 
-def test_shapes_are_labelled_by_size_and_kind_where_they_are():
+def test_shape_labels_have_size_kind_and_position():
     things = (Thing("small", "red", "star", 16, 16), Thing("large", "blue", "ring", 70, 60))
     found = label_cells(Scene(LIGHT, things))
     for thing in things:
@@ -87,7 +87,7 @@ def test_shapes_are_labelled_by_size_and_kind_where_they_are():
     assert {*np.unique(found[..., 0])} == {0, *(1 + COLOR_NAMES.index(thing.color) for thing in things)}
 
 
-def test_bars_are_higher_where_values_are():
+def test_bar_labels_follow_values():
     chart = Chart(("B", "D"), (2, 8), ("red", "green"), 8, "DejaVuSans")
     found = label_cells(Scene(LIGHT, chart=chart))
     low, high = (int((found[..., 0] == 1 + COLOR_NAMES.index(color)).sum()) for color in chart.colors)
@@ -96,7 +96,7 @@ def test_bars_are_higher_where_values_are():
     assert {CHARACTERS[key - 1] for key in np.unique(found[..., 2])[1:]} == {"B", "D", "2", "8"}
 
 
-def test_drills_show_nothing_held_out():
+def test_drills_contain_nothing_held_out():
     characters = set()
     for index in range(600):
         scene = make_drill(0, index)
@@ -112,7 +112,7 @@ def test_drills_show_nothing_held_out():
     assert characters == {*CHARACTERS}
 
 
-def test_records_have_an_image_and_its_labels_and_are_the_same_each_time():
+def test_records_with_labels_are_deterministic():
     records = SceneRecords("cells", 8, seed=3, edition=2)
     for index in range(8):
         record = records[index]

@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of one target: ``python tests/fuzz/guided.py TARGET [libFuzzer's options] CORPUS``.
 
-New inputs that reach new code are kept in the folder ``CORPUS``, which is given the target's seeds first. An input that
-breaks the target ends it, is written where ``-artifact_prefix`` says, and is printed as a line for targets.FOUND.
+The folder ``CORPUS`` starts with the target's seeds and collects inputs that reach new code. An input that breaks the
+target stops the run, is written to ``-artifact_prefix``, and is printed as a line for targets.FOUND.
 """
 
 import os
@@ -20,16 +20,16 @@ with atheris.instrument_imports(include=["stf_jax", "PIL", "ml_collections", "ab
 
 
 def main() -> None:
-    """Runs until libFuzzer's options say that it is enough, or a target breaks."""
+    """Runs until libFuzzer's limits are reached or the target breaks."""
     name, *options, corpus = sys.argv[1:]
-    # What a file may ask for is much for a fuzzer that wants to try many of them.
+    # Large images would make fuzzing slow.
     stf_jax.data.image.MAX_PIXELS = 2**20
     folder = pathlib.Path(corpus)
     folder.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate([*SEEDS[name], *FOUND[name]]):
         (folder / f"seed-{number}").write_bytes(seed)
 
-    def tried(data):
+    def run_target(data):
         try:
             TARGETS[name](data)
         except BaseException:
@@ -40,7 +40,7 @@ def main() -> None:
         for word in WORDS[name]:
             words.write('"' + "".join(f"\\x{byte:02x}" for byte in word.encode()) + '"\n')
         words.flush()
-        atheris.Setup([sys.argv[0], f"-dict={words.name}", *options, corpus], tried)
+        atheris.Setup([sys.argv[0], f"-dict={words.name}", *options, corpus], run_target)
         atheris.Fuzz()
 
 

@@ -1,8 +1,8 @@
-# ruff: noqa: PT017 (nothing here expects an exception: what is refused is looked at, too)
-"""What is fuzzed: functions of bytes that raise where the project crashes or breaks a promise; inputs to start from.
+# ruff: noqa: PT017 (exceptions are optional here; their properties are checked)
+"""Fuzz targets and seed inputs. A target is a function of bytes that raises if the project crashes or is inconsistent.
 
-Each target reads its bytes as a user's input would arrive: a file, or texts with :data:`SEPARATOR` between. Both layers
-use them: hypothesis (test_fuzz.py, in every test run) and atheris (guided.py, which follows the code's coverage).
+Each target reads its bytes like user input: a file, or texts separated by :data:`SEPARATOR`. hypothesis (test_fuzz.py,
+in every test run) and atheris (guided.py, guided by coverage) use them.
 """
 
 import contextlib
@@ -41,32 +41,32 @@ from stf_jax.evals.runner import flatten_metrics, format_results, score
 from stf_jax.models.presets import vision_preset
 from stf_jax.runtime import cli
 
-SEPARATOR = "\x1e"  # between the texts or files that an input is made of
+SEPARATOR = "\x1e"  # between the texts or files of an input
 SLOTS = 3
 _ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 @functools.cache
 def _folder(name: str) -> pathlib.Path:
-    """An empty folder of this process."""
-    holder = tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-", dir=_shared_memory())
-    _HOLDERS.append(holder)  # removed when the process ends
-    return pathlib.Path(holder.name)
+    """Returns an empty folder of this process."""
+    temporary = tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-", dir=_shared_memory())
+    _TEMPORARY.append(temporary)  # removed when the process ends
+    return pathlib.Path(temporary.name)
 
 
-_HOLDERS: list[tempfile.TemporaryDirectory] = []
+_TEMPORARY: list[tempfile.TemporaryDirectory] = []
 
 
 def _shared_memory():
     return "/dev/shm" if pathlib.Path("/dev/shm").is_dir() else None
 
 
-def _texts(data: bytes) -> list[str]:
+def _split_texts(data: bytes) -> list[str]:
     return data.decode(errors="replace").split(SEPARATOR)
 
 
-def _chosen(name: str, known: Sequence[str]) -> str:
-    """One of ``known`` for any text: itself, or what its first character comes to."""
+def _choose(name: str, known: Sequence[str]) -> str:
+    """Maps any text to one of ``known``: itself, or one chosen by its first character."""
     return name if name in known else known[ord(name[:1] or "\0") % len(known)]
 
 
@@ -74,38 +74,38 @@ def _chosen(name: str, known: Sequence[str]) -> str:
 
 
 @functools.cache
-def _images() -> pathlib.Path:
+def _images_folder() -> pathlib.Path:
     folder = _folder("images")
-    (folder / "a.png").write_bytes(_image("PNG", "RGB"))
+    (folder / "a.png").write_bytes(_make_image("PNG", "RGB"))
     return folder
 
 
 def annotations(data: bytes) -> None:
-    """A JSON file of LLaVA's, down to token ids: each row is a record or is refused, and none is another's."""
+    """Reads a LLaVA JSON file and encodes its records: each row is read or refused, in order."""
     file = _folder("annotations") / "rows.json"
     file.write_bytes(data)
     try:
-        source = LlavaRecords(str(file), str(_images()))
+        source = LlavaRecords(str(file), str(_images_folder()))
     except UserError as error:
         assert "rows.json" in str(error)
-        assert not _plain_array(data), "a JSON array is refused"
+        assert not _load_array(data), "a JSON array is refused"
         return
     rows = list(read_rows(epath.Path(file)))
     assert len(source) == len(rows) > 0
-    if known := _plain_array(data):
+    if known := _load_array(data):
         assert repr(rows) == repr(known), "rows are not those of the file"
     for index in range(len(rows)):
         with contextlib.suppress(BadRow):
             record = source[index]
             for template in TEMPLATES:
                 with contextlib.suppress(BadRow):
-                    encode(template_items(template, record), _tokenizer(template), SLOTS)
+                    encode(template_items(template, record), _load_tokenizer(template), SLOTS)
             for image in record.images:
                 assert image().size == (20, 9)
 
 
-def _plain_array(data):
-    """What Python's own reader makes of a file, if that is an array and within what rows may be."""
+def _load_array(data):
+    """Returns what Python's json reads from a file, if it is an array and not too deep."""
     try:
         text = data.decode("utf-8-sig")
         value = json.loads(text)
@@ -122,8 +122,8 @@ _KINDS = [*TEMPLATES, "v1 llama", "mistral llama", "plain llama"]
 
 
 @functools.cache
-def _tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """One that fits the template: of bytes, with all control tokens, or SentencePiece's for ``… llama``."""
+def _load_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """Loads a tokenizer for a template: byte-level with all control tokens, or SentencePiece's for ``… llama``."""
     if kind.endswith("llama"):
         package = importlib.util.find_spec("mistral_common")
         assert package is not None, "mistral-common (requirements-dev.txt) is not installed"
@@ -137,10 +137,10 @@ def _tokenizer(kind: str) -> PreTrainedTokenizerFast:
 
 
 def conversation(data: bytes) -> None:
-    """A template's name, then turns: what is learned is the answers, and no text becomes a control token or a slot."""
-    kind, *texts = _texts(data)
-    kind = _chosen(kind, _KINDS)
-    template, tokenizer = kind.split()[0], _tokenizer(kind)
+    """Encodes turns in a template: targets are exactly the answers, and no text becomes a control token or a slot."""
+    kind, *texts = _split_texts(data)
+    kind = _choose(kind, _KINDS)
+    template, tokenizer = kind.split()[0], _load_tokenizer(kind)
     turns = tuple(Turn(("human", "gpt")[i % 2], text) for i, text in enumerate(texts))
     images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
     try:
@@ -158,7 +158,7 @@ def conversation(data: bytes) -> None:
     found, expected = count_special_tokens(result, items, tokenizer)
     assert found == expected, "text became a control token"
     if "\u2581" in data.decode(errors="replace") and kind.endswith("llama"):
-        return  # SentencePiece's own mark of a space, which cannot be told from one afterwards
+        return  # SentencePiece's symbol for a space, which decoding cannot distinguish from a space
     if template == "plain":
         _check_plain(result, turns, images, tokenizer)
     else:
@@ -166,40 +166,40 @@ def conversation(data: bytes) -> None:
 
 
 def _check_plain(result, turns, images, tokenizer):
-    said = tokenizer.decode(result.tokens[result.is_target])
+    target_text = tokenizer.decode(result.tokens[result.is_target])
     if images and len(turns) == 2:
-        assert said.removeprefix(" ") == turns[1].text.strip() + "\n"
+        assert target_text.removeprefix(" ") == turns[1].text.strip() + "\n"
     elif not images:
-        whole, text = tokenizer.decode(result.tokens).removeprefix("<s>"), "".join(turn.text for turn in turns)
+        decoded, text = tokenizer.decode(result.tokens).removeprefix("<s>"), "".join(turn.text for turn in turns)
         if "\u2581" in tokenizer.get_vocab():  # SentencePiece puts a space before a text
-            whole, text = whole.lstrip(" "), text.lstrip(" ")
-        assert whole == text
-        if len(turns) == 2:  # a token with an end of one and a beginning of the other is learned
-            assert said.endswith(turns[1].text)
+            decoded, text = decoded.lstrip(" "), text.lstrip(" ")
+        assert decoded == text
+        if len(turns) == 2:  # a token across the border of the turns is a target
+            assert target_text.endswith(turns[1].text)
     assert len(turns) > 1 or not result.is_target.any()
 
 
 def _check_chat(template, result, turns, tokenizer):
-    (stop, *_), said = stop_tokens(template, tokenizer), [[]]
+    (stop, *_), targets = stop_tokens(template, tokenizer), [[]]
     for token in result.tokens[result.is_target].tolist():
         if token == stop:
-            said.append([])
+            targets.append([])
         else:
-            said[-1].append(token)
+            targets[-1].append(token)
     answers = [turn.text.strip() for turn in turns[1::2]]
-    assert said.pop() == [], "the last answer is not ended"
-    assert [tokenizer.decode(tokens).removeprefix(" ") for tokens in said] == answers
+    assert targets.pop() == [], "the last answer has no end"
+    assert [tokenizer.decode(tokens).removeprefix(" ") for tokens in targets] == answers
     rest = tokenizer.decode(result.tokens[~result.is_target & ~result.is_image])
     for turn in turns[::2]:
         question = turn.text.replace(IMAGE_MARK, "").strip()
-        assert question in rest, "a question is not all there, or not in order"
+        assert question in rest, "a question is incomplete or not in order"
         rest = rest[rest.index(question) + len(question) :]
-    # What is said first does not depend on what comes later: a prompt is how the model was trained to be asked.
+    # Tokens do not depend on later turns, so prompts have the tokens of training.
     begins = np.flatnonzero(result.is_target & ~np.concatenate([[False], result.is_target[:-1]]))
     for place in range(1, len(turns)):
         part = Record("row", (None,) * sum(turn.text.count(IMAGE_MARK) for turn in turns[:place]), turns[:place])
         tokens = encode(template_items(template, part), tokenizer, SLOTS).tokens
-        assert tokens.tolist() == result.tokens[: len(tokens)].tolist(), "a part is told otherwise than in the whole"
+        assert tokens.tolist() == result.tokens[: len(tokens)].tolist(), "the first turns depend on later ones"
         if place % 2:
             assert len(tokens) == begins[place // 2], "a prompt does not end where the answer begins"
 
@@ -211,8 +211,8 @@ _TOWERS = (_TOWER, dataclasses.replace(_TOWER, class_token=False))  # one that c
 
 
 def image(data: bytes) -> None:
-    """An image file: refused with a reason, or squares of the tower's size, the same each time."""
-    data = _with_checksums(data)
+    """Opens an image file: it is refused with a reason, or resized to the tower's size deterministically."""
+    data = _fix_checksums(data)
     try:
         opened = open_image(data, "x.png")
     except BadRow as error:
@@ -226,8 +226,8 @@ def image(data: bytes) -> None:
         assert (square == to_square(open_image(data, "x.png"), tower, aspect)).all()
 
 
-def _with_checksums(data):
-    """A PNG file with the checksums of its chunks put right, without which few changes of it would be looked at."""
+def _fix_checksums(data):
+    """Corrects the checksums of a PNG file's chunks; otherwise most changes would be rejected without being parsed."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
     file, place = bytearray(data), 8
@@ -239,36 +239,36 @@ def _with_checksums(data):
 
 
 @functools.cache
-def _yard():
-    """A folder with images, beside it what must not be read; the folder, and what its files hold."""
-    yard = _folder("yard")
-    folder = yard / "images"
+def _guarded_folder():
+    """Returns a folder of images and the contents of its files; files next to the folder must not be read."""
+    parent = _folder("parent")
+    folder = parent / "images"
     (folder / "sub").mkdir(parents=True)
     contents = {b"a": folder / "a.png", b"b": folder / "sub" / "b.png", b"c": folder / "~", b"d": folder / "..."}
     for content, file in contents.items():
         file.write_bytes(content)
-    for file in (yard / "a.png", yard / "secret", yard / "images2.png"):
+    for file in (parent / "a.png", parent / "secret", parent / "images2.png"):
         file.write_bytes(b"secret")
     return epath.Path(folder), set(contents)
 
 
 def image_path(data: bytes) -> None:
-    """A path in a record: a file of the folder, or refused; never one elsewhere."""
-    folder, inside = _yard()
+    """Reads the path of an image: a file in the folder, or refused, but never another file."""
+    folder, inside = _guarded_folder()
     try:
         content = read_image(folder, data.decode(errors="surrogateescape"))
     except BadRow as error:
         assert error.reason in ("outside", "missing", "url")
         return
-    assert content in inside, "a file outside of the folder was read"
+    assert content in inside, "a file outside the folder was read"
 
 
 # ---- Answers ---------------------------------------------------------------------------------------------------------
 
 
 def scoring(data: bytes) -> None:
-    """An answer, then what others say: figures within their range, right answers at the top, rules kept."""
-    text, *others = _texts(data)
+    """Scores an answer and others: metrics are in range, correct answers score highest, and rules hold."""
+    text, *others = _split_texts(data)
     _check_vqa(text, others)
     _check_choices(text, others)
     assert gqa.normalize_answer(gqa.normalize_answer(text)) == gqa.normalize_answer(text)
@@ -300,14 +300,14 @@ def _check_choices(text, others):
     assert mmbench.parse_choice(text, options) in (None, *"ABCDE")
     assert scienceqa.parse_choice(text) in (None, *"ABCDE")
     for letter in options:
-        for said in (letter, f"{letter}.", f"({letter})", f"\n{letter} "):
-            assert mmbench.parse_choice(said, options) == letter
-        for said in (letter, f"{letter}. {text}", f"The answer is {letter}."):
-            assert scienceqa.parse_choice(said) == letter
+        for answer in (letter, f"{letter}.", f"({letter})", f"\n{letter} "):
+            assert mmbench.parse_choice(answer, options) == letter
+        for answer in (letter, f"{letter}. {text}", f"The answer is {letter}."):
+            assert scienceqa.parse_choice(answer) == letter
 
 
 class _Questions:
-    """A benchmark's part that answers are matched with."""
+    """The part of a benchmark that match_answers needs."""
 
     limited = False
 
@@ -316,10 +316,10 @@ class _Questions:
 
 
 def _check_answer_file(texts):
-    file, asked = epath.Path(_folder("answers")) / "answers.jsonl", _Questions(texts)
-    lines = [answer_line(question, i, texts[i], "model") for i, question in enumerate(asked.questions)]
+    file, benchmark = epath.Path(_folder("answers")) / "answers.jsonl", _Questions(texts)
+    lines = [answer_line(question, i, texts[i], "model") for i, question in enumerate(benchmark.questions)]
     file.write_text("\n".join(reversed(lines)) + "\n")
-    assert match_answers(asked, read_answers(file), file) == [text.strip() for text in texts]
+    assert match_answers(benchmark, read_answers(file), file) == [text.strip() for text in texts]
 
 
 _FILES = {
@@ -336,9 +336,9 @@ _FILES = {
 
 
 def benchmark(data: bytes) -> None:
-    """A benchmark's name, its files of questions and labels, and answers: results within their range, or refused."""
+    """Scores a benchmark from its name and files: it is refused, or its results are in their range."""
     name, *files = data.split(SEPARATOR.encode())
-    name = _chosen(name.decode(errors="replace"), list(_FILES))
+    name = _choose(name.decode(errors="replace"), list(_FILES))
     folder = _folder("benchmark") / name
     shutil.rmtree(folder, ignore_errors=True)
     for path, content in zip((*_FILES[name], "answers.jsonl"), files, strict=False):
@@ -351,7 +351,7 @@ def benchmark(data: bytes) -> None:
             (folder / "answers.jsonl").write_text("\n".join(lines), encoding="utf-8")
         for question in opened.questions:
             with contextlib.suppress(BadRow):
-                encode(template_items("v1", question.to_record()), _tokenizer("v1"), SLOTS)
+                encode(template_items("v1", question.to_record()), _load_tokenizer("v1"), SLOTS)
             if question.image is not None:
                 with contextlib.suppress(BadRow):
                     question.image()
@@ -378,13 +378,13 @@ def _check_range(key, value):
 
 # ---- Configs ---------------------------------------------------------------------------------------------------------
 
-# They name files to run or read, which are the user's to answer for.
+# Options that name files to run or read; the user is responsible for these.
 _NAMES_FILES = re.compile(r"--?(config(=|$)|flagfile)")
 
 
 def config(data: bytes) -> None:
-    """The argument of a config file and more of the command line: a config that survives JSON, or refused."""
-    arg, *argv = _texts(data)
+    """Parses a config argument and options: they are refused, or the config round-trips through JSON."""
+    arg, *argv = _split_texts(data)
     argv = [item for item in argv if not _NAMES_FILES.match(item.strip())]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -401,11 +401,11 @@ def config(data: bytes) -> None:
         assert from_json(json.loads(json.dumps(to_json(stage), allow_nan=False))) == stage
 
 
-# ---- Where to start --------------------------------------------------------------------------------------------------
+# ---- Seeds -----------------------------------------------------------------------------------------------------------
 
 
-def _image(kind, mode, save=(), **more):
-    """A small image's file."""
+def _make_image(kind, mode, save=(), **more):
+    """Makes the file of a small image."""
     pixels = np.random.default_rng(0).integers(0, 256, (9, 20, 4), np.uint8)
     image = PIL.Image.fromarray(pixels).convert("RGB")
     image = image.quantize(16) if mode == "P" else image.convert(mode)
@@ -414,71 +414,74 @@ def _image(kind, mode, save=(), **more):
     return file.getvalue()
 
 
-def _images():
+def _image_seeds():
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     frames = [PIL.Image.new("P", (20, 9), shade) for shade in (1, 2)]
-    yield from (_image("JPEG", mode, exif=exif, quality=20) for mode in ("L", "RGB", "CMYK"))
-    yield _image("JPEG", "RGB", progressive=True)
-    yield from (_image("PNG", mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"))
-    yield _image("PNG", "P", transparency=b"\0\x80\xff")
-    yield _image("PNG", "L", transparency=7)
-    yield _image("GIF", "P", transparency=3)
-    yield _image("GIF", "P", save_all=True, append_images=frames)
-    yield from (_image("WEBP", "RGBA", lossless=whole) for whole in (True, False))
-    yield _image("WEBP", "RGB", save_all=True, append_images=[frame.convert("RGB") for frame in frames])
-    yield from (_image("BMP", mode) for mode in ("1", "P", "RGB"))
-    yield from (_image("TIFF", mode) for mode in ("1", "P", "RGBA", "CMYK", "LAB", "I;16", "F"))
-    yield from (_image("TIFF", "RGB", compression=how) for how in ("tiff_lzw", "tiff_adobe_deflate", "packbits"))
-    yield from (_image("PPM", mode) for mode in ("1", "L", "RGB", "I;16"))
+    yield from (_make_image("JPEG", mode, exif=exif, quality=20) for mode in ("L", "RGB", "CMYK"))
+    yield _make_image("JPEG", "RGB", progressive=True)
+    yield from (_make_image("PNG", mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"))
+    yield _make_image("PNG", "P", transparency=b"\0\x80\xff")
+    yield _make_image("PNG", "L", transparency=7)
+    yield _make_image("GIF", "P", transparency=3)
+    yield _make_image("GIF", "P", save_all=True, append_images=frames)
+    yield from (_make_image("WEBP", "RGBA", lossless=lossless) for lossless in (True, False))
+    yield _make_image("WEBP", "RGB", save_all=True, append_images=[frame.convert("RGB") for frame in frames])
+    yield from (_make_image("BMP", mode) for mode in ("1", "P", "RGB"))
+    yield from (_make_image("TIFF", mode) for mode in ("1", "P", "RGBA", "CMYK", "LAB", "I;16", "F"))
+    yield from (
+        _make_image("TIFF", "RGB", compression=compression)
+        for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits")
+    )
+    yield from (_make_image("PPM", mode) for mode in ("1", "L", "RGB", "I;16"))
     yield b"P3\n2 1\n255\n1 2 3 4 5 6\n"
     yield b"P5\n401 2\n255\n" + bytes(802)
 
 
-def _joined(*parts: str | bytes) -> bytes:
+def _join(*parts: str | bytes) -> bytes:
     return SEPARATOR.encode().join(part.encode() if isinstance(part, str) else part for part in parts)
 
 
-def _lines(*rows):
+def _json_lines(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _benchmarks():
-    """For each benchmark the smallest files that it takes, with the right answers."""
+    """Yields the smallest valid files of each benchmark, with correct answers."""
     ask = {"question_id": "1", "image": "a.png", "text": "Is it?\nAnswer the question using a single word or phrase."}
     answer, ten = {"question_id": "1", "text": "Yes"}, [{"answer": "yes"}] * 10
     label = {"1": {"answer": "yes", "types": {"structural": "verify", "semantic": "attr"}}}
-    yield _joined("gqa", _lines(ask), json.dumps(label), _lines(answer))
+    yield _join("gqa", _json_lines(ask), json.dumps(label), _json_lines(answer))
     turns = [{"from": "human", "value": "<image>\nWhich?\nA. x\nB. y"}, {"from": "gpt", "value": "B"}]
     problem = {"choices": ["x", "y"], "answer": 1}
     row = {"id": "1", "image": "a.png", "conversations": turns}
-    yield _joined("scienceqa", json.dumps([row]), json.dumps({"1": problem}), _lines(answer | {"text": "B"}))
+    yield _join("scienceqa", json.dumps([row]), json.dumps({"1": problem}), _json_lines(answer | {"text": "B"}))
     label = {"annotations": [{"question_id": 1, "answer_type": "yes/no", "answers": ten}]}
-    yield _joined("vqav2", _lines(ask | {"question_id": 1}), json.dumps(label), _lines(answer))
-    yield _joined("vizwiz", _lines(ask), json.dumps([{"image": "a.png", "answers": ten}]), _lines(answer))
+    yield _join("vqav2", _json_lines(ask | {"question_id": 1}), json.dumps(label), _json_lines(answer))
+    yield _join("vizwiz", _json_lines(ask), json.dumps([{"image": "a.png", "answers": ten}]), _json_lines(answer))
     label = {"data": [{"image_id": "1", "question": "is it?", "answers": ["yes"] * 10}]}
-    yield _joined("textvqa", _lines(ask), json.dumps(label), _lines(answer))
+    yield _join("textvqa", _json_lines(ask), json.dumps(label), _json_lines(answer))
     label = {"image": "a.png", "text": "Is it?", "label": "yes"}
-    yield _joined("pope", _lines(ask | {"category": "random"}), _lines(label), _lines(answer))
+    yield _join("pope", _json_lines(ask | {"category": "random"}), _json_lines(label), _json_lines(answer))
     table = "index\tquestion\thint\tA\tB\tanswer\tcategory\timage\n"
     table += "1\tWhich?\t\tx\ty\tB\tc\tiVBO\n1000001\tWhich?\tnan\ty\tx\tA\tc\tiVBO\n"
-    told = _lines({"question_id": 1, "text": "B"}, {"question_id": 1000001, "text": "A"})
-    yield from (_joined(name, table, told) for name in ("mmbench", "mmbench_cn"))
+    answers = _json_lines({"question_id": 1, "text": "B"}, {"question_id": 1000001, "text": "A"})
+    yield from (_join(name, table, answers) for name in ("mmbench", "mmbench_cn"))
     asks = [ask | {"category": "existence", "text": text} for text in ("Is it?", "Is it not?")]
-    told = [answer | {"prompt": "Is it?"}, answer | {"prompt": "Is it not?", "text": "no"}]
-    yield _joined("mme", _lines(*asks), "1.png\tIs it?\tYes\n1.png\tIs it not?\tNo\n", _lines(*told))
+    answers = [answer | {"prompt": "Is it?"}, answer | {"prompt": "Is it not?", "text": "no"}]
+    yield _join("mme", _json_lines(*asks), "1.png\tIs it?\tYes\n1.png\tIs it not?\tNo\n", _json_lines(*answers))
 
 
-def _row(*texts, first=0, **more):
+def _make_row(*texts, first=0, **more):
     speakers = ("human", "gpt")
     turns = [{"from": speakers[(first + i) % 2], "value": text} for i, text in enumerate(texts)]
     return more | {"conversations": turns}
 
 
 _ROWS = [
-    _row("<image>\nWhat?", "\u00e9 \U0001f917", id="1", image="a.png"),
-    _row("<image><image>", "</s>", image=["a.png", "../a.png"]),
-    _row("Hi", "", "x", first=1, id=3),
+    _make_row("<image>\nWhat?", "\u00e9 \U0001f917", id="1", image="a.png"),
+    _make_row("<image><image>", "</s>", image=["a.png", "../a.png"]),
+    _make_row("Hi", "", "x", first=1, id=3),
 ]
 
 SEEDS: dict[str, list[bytes]] = {
@@ -489,51 +492,63 @@ SEEDS: dict[str, list[bytes]] = {
         b'[{"conversations": [{"from": "human", "value": "\\ud83d\\ude00"}, {"from": "gpt", "value": "\\ud800"}]}]',
     ],
     "conversation": [
-        *(_joined(kind, f"{IMAGE_MARK}\nWhat?", "A cat.", "Sure?", "Yes") for kind in _KINDS),
-        *(_joined(kind, IMAGE_MARK * 2, "</s><|im_end|><|eot_id|>[/INST]") for kind in _KINDS),
-        *(_joined(kind, " th", "e") for kind in _KINDS),
-        *(_joined(kind, "", "", " USER: ", "\n\n", "e\u0301\u200d\U0001f917") for kind in _KINDS),
+        *(_join(kind, f"{IMAGE_MARK}\nWhat?", "A cat.", "Sure?", "Yes") for kind in _KINDS),
+        *(_join(kind, IMAGE_MARK * 2, "</s><|im_end|><|eot_id|>[/INST]") for kind in _KINDS),
+        *(_join(kind, " th", "e") for kind in _KINDS),
+        *(_join(kind, "", "", " USER: ", "\n\n", "e\u0301\u200d\U0001f917") for kind in _KINDS),
     ],
-    "image": list(_images()),
+    "image": list(_image_seeds()),
     "image_path": [b"a.png", b"sub/../a.png", b"../secret", b"../images/a.png", b"/etc/passwd", b"~", b"..."],
     "scoring": [
-        _joined("Yes, it is.", "yes", "The answer is B.", "two dogs", "Don't"),
-        _joined("A", "a cat", "a-b - c", "1,000.", "(B)", "none"),
-        _joined("The answer is C.", "x", "y", "z", "w"),
+        _join("Yes, it is.", "yes", "The answer is B.", "two dogs", "Don't"),
+        _join("A", "a cat", "a-b - c", "1,000.", "(B)", "none"),
+        _join("The answer is C.", "x", "y", "z", "w"),
     ],
     "benchmark": list(_benchmarks()),
     "config": [
-        _joined("stage=pretrain,steps=3", "--config.optimizer.learning_rate=1e-3", "--config.seed=7"),
-        _joined("", "--config.stages.finetune.data.packing=false", "--config.run=('finetune',)"),
-        _joined("stage=finetune", "--config.model.fusion.taps=(3,2)", "--noconfig.data.packing", "--config.name=x"),
-        _joined("fusion=mlp", "--help"),
+        _join("stage=pretrain,steps=3", "--config.optimizer.learning_rate=1e-3", "--config.seed=7"),
+        _join("", "--config.stages.finetune.data.packing=false", "--config.run=('finetune',)"),
+        _join("stage=finetune", "--config.model.fusion.taps=(3,2)", "--noconfig.data.packing", "--config.name=x"),
+        _join("fusion=mlp", "--help"),
     ],
 }
-"""Inputs of each target that the project takes, or nearly."""
+"""Valid and almost valid inputs of each target."""
 
 FOUND: dict[str, list[bytes]] = {name: [] for name in SEEDS} | {
     "benchmark": [
-        _joined("mmbench", "index\tquestion\tA\tB\tanswer\timage\n1\tWhich?\ty\tx\ufffe\tA\tiVB"),
-        _joined("mmbench", f"index\tquestion\tA\tB\timage\n{'9' * 5000}\tWhich?\ty\tx\tiVB"),
+        _join("mmbench", "index\tquestion\tA\tB\tanswer\timage\n1\tWhich?\ty\tx\ufffe\tA\tiVB"),
+        _join("mmbench", f"index\tquestion\tA\tB\timage\n{'9' * 5000}\tWhich?\ty\tx\tiVB"),
         next(_benchmarks()).replace(b"Is it?", b"\\ud800"),
         next(_benchmarks()).replace(b'"Yes"', b'"\\uDFFF"'),
         next(_benchmarks()).replace(b'"Yes"', b"[" * 5000),
     ],
     "config": [
-        *(_joined("", f"--config.run={run}") for run in ("(1,)", "([1],)", "(None,)", "('finetune','finetune')")),
-        *(_joined("stage=finetune", f"--config.{key}") for key in ("optimizer.b1=nan", "data.mix=(1e999,)")),
+        *(_join("", f"--config.run={run}") for run in ("(1,)", "([1],)", "(None,)", "('finetune','finetune')")),
+        *(_join("stage=finetune", f"--config.{key}") for key in ("optimizer.b1=nan", "data.mix=(1e999,)")),
     ],
 }
 """Inputs that once broke a target."""
 
-_CHATTER = (SEPARATOR, IMAGE_MARK, *_CONTROL, "<s>", "</s>", "<unk>", "[INST]", "USER:", " ASSISTANT: ", "\u2581", "\0")
+_CHAT_WORDS = (
+    SEPARATOR,
+    IMAGE_MARK,
+    *_CONTROL,
+    "<s>",
+    "</s>",
+    "<unk>",
+    "[INST]",
+    "USER:",
+    " ASSISTANT: ",
+    "\u2581",
+    "\0",
+)
 WORDS: dict[str, tuple[str, ...]] = {
     "annotations": (
         *("[", "]", "{", "}", ",", '"id":', '"image":', '"conversations":', '"from":', '"value":', '"human"', '"gpt"'),
         *('"<image>"', "\\ud800", "\\udc00", "\\n", "\ufeff", "NaN", "-Infinity", "1e999", "null", "[" * 101),
     ),
     "conversation": (
-        *(*_KINDS, *_CHATTER),
+        *(*_KINDS, *_CHAT_WORDS),
         *("\u200b", "\x1c", "\x85", "\u2028", "e\u0301", "\U0001f1e9\U0001f1ea", "\ufffe"),
     ),
     "image": (
@@ -570,7 +585,7 @@ WORDS: dict[str, tuple[str, ...]] = {
         *("1e999", "nan", "true", "-1", "9" * 20, "None", "{}", "--workdir=", "--"),
     ),
 }
-"""What mutations of each target's inputs are made of."""
+"""Dictionary words for mutating each target's inputs."""
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "annotations": annotations,
