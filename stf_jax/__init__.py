@@ -1,11 +1,11 @@
-"""STF-JAX: vision-language models that see with a quarter of the tokens (LLaVA-STF, arXiv 2506.07138), in JAX.
+"""STF-JAX: vision-language models with a quarter of the vision tokens (LLaVA-STF, arXiv 2506.07138), in JAX.
 
     import stf_jax
 
     model = stf_jax.load("runs/demo/finetune")
     model.chat("photo.jpg", "How many shapes are there?")
 
-Importing the package takes milliseconds: what is named here is imported when it is first used.
+Importing the package takes milliseconds, because its attributes are imported on first use.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "Model": "api",
     "load": "api",
     "train": "api",
@@ -24,15 +24,15 @@ _HOMES = {
     "cross_entropy_sum": "training.loss",
     "Plan": "data.sampling",
 }
-__all__ = ["__version__", "evaluate", *_HOMES]
+__all__ = ["__version__", "evaluate", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "evaluate":  # a command's module, which can be called as the function of that name
+    if name == "evaluate":  # the module of the command, which is also callable as the function of that name
         return importlib.import_module(f"{__name__}.evaluate")
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The Python API: a saved model that answers questions about images, and the commands as functions."""
+"""The Python API: saved models that answer questions about images, and the commands as functions."""
 
 import os
 import pathlib
@@ -10,23 +10,23 @@ import PIL.Image
 from etils import epath
 
 from stf_jax.config import MeshConfig, UserError, did_you_mean
-from stf_jax.data.image import open_file
+from stf_jax.data.image import open_image_file
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
-from stf_jax.inference.generator import TEXT_ALONE, Generator
+from stf_jax.inference.generator import NO_VISION_MESSAGE, Generator
 from stf_jax.runtime.files import to_path
-from stf_jax.training.stages import checked_stages, run_stages
+from stf_jax.training.stages import resolve_stages, run_stages
 from stf_jax.weights.model import SavedModel
 
 Image = PIL.Image.Image | np.ndarray | str | os.PathLike[str]  # arrays are uint8 [H, W, 3]
 
 
 class Model:
-    """A saved model on its devices, made by :func:`load`.
+    """A saved model on its devices, as returned by :func:`load`.
 
     Attributes:
-      checkpoint: the folder that it was read from.
-      step: the training step of its weights, or None where they were imported.
-      tokens_per_image: vision tokens that the language model reads for each image.
+      checkpoint: the folder it was loaded from.
+      step: the training step of its weights, or None if they were imported.
+      tokens_per_image: image tokens that the language model reads per image.
     """
 
     def __init__(self, generator: Generator, saved: SavedModel, checkpoint: epath.Path):
@@ -35,25 +35,25 @@ class Model:
         self.tokens_per_image = generator.slots
 
     def chat(self, image: Image | None, question: str, max_new_tokens: int = 512) -> str:
-        """The answer to one question about an image, or about none."""
+        """Answers one question, with or without an image."""
         return self.generate([(image, question)], max_new_tokens)[0]
 
     def generate(
         self, prompts: Sequence[tuple[Image | None, str]], max_new_tokens: int = 512, batch_size: int = 16
     ) -> list[str]:
-        """The answers to questions, each about an image or about none, decoded greedily.
+        """Answers questions, each with or without an image, by greedy decoding.
 
         Raises:
-          UserError: an image cannot be opened, or the model takes none; a prompt is longer than the model reads.
+          UserError: an image cannot be opened, the model does not accept images, or a prompt is too long for it.
         """
-        records = [_record(number, image, question) for number, (image, question) in enumerate(prompts)]
-        return list(self._generator.answers(records, max_new_tokens, batch_size))
+        records = [_make_record(number, image, question) for number, (image, question) in enumerate(prompts)]
+        return list(self._generator.generate(records, max_new_tokens, batch_size))
 
     def image_tokens(self, image: Image) -> np.ndarray:
-        """The vision tokens of an image as the language model reads them, float32 [N, D]."""
+        """The image tokens of an image as the language model reads them, float32 [N, D]."""
         if not self.tokens_per_image:
-            raise UserError(f"This image has no tokens: {TEXT_ALONE}")
-        return self._generator.image_tokens(_opened(image))
+            raise UserError(f"This image has no tokens: {NO_VISION_MESSAGE}")
+        return self._generator.image_tokens(_open_image(image))
 
 
 def load(
@@ -64,62 +64,62 @@ def load(
     keep: int = 0,
     mesh: tuple[int, int, int] = (1, 1, 1),
 ) -> Model:
-    """Reads a model: a run's newest checkpoint, a folder of imported weights, or an export.
+    """Loads a model from the newest checkpoint of a run, a folder of imported weights, or an export.
 
     Args:
-      precision: ``bfloat16`` or ``float32``; by default the run's own, and bfloat16 for other folders.
-      reduce: a way to fewer vision tokens without training: ``fastv``, ``random`` or ``visionzip``.
-      keep: vision tokens per image that ``reduce`` keeps; by default a quarter.
+      precision: ``bfloat16`` or ``float32``; by default that of the run, and bfloat16 for other folders.
+      reduce: reducer of image tokens that needs no training: ``fastv``, ``random`` or ``visionzip``.
+      keep: image tokens per image that ``reduce`` keeps; by default a quarter.
       mesh: devices along data, fsdp and tensor.
 
     Raises:
-      UserError: the folder holds no model, or one that lacks a part.
+      UserError: the folder holds no model, or an incomplete one.
     """
     from stf_jax.inference.loading import load_generator
     from stf_jax.runtime.mesh import make_mesh
 
     folder = to_path(os.fspath(checkpoint))
     devices = make_mesh(MeshConfig(*mesh))
-    generator, saved = load_generator(folder, devices, precision, reduce, keep, text_alone=True)
+    generator, saved = load_generator(folder, devices, precision, reduce, keep, allow_text_only=True)
     return Model(generator, saved, folder)
 
 
 def train(config: Any, workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Trains the stages of a config in order, each from the end of the one before, as ``python -m stf_jax.main`` does.
+    """Trains the stages of a config in order, each from the result of the previous one, as ``stf_jax.main`` does.
 
     Args:
-      config: what a config file's ``get_config`` returns.
-      workdir: the run's folder; where it holds a checkpoint, the run continues from there.
+      config: the return value of ``get_config`` in a config file.
+      workdir: the folder of the run, which resumes from its newest checkpoint, if any.
 
     Returns:
-      The results of the benchmarks that the last stage that has any was evaluated with.
+      The benchmark results of the last evaluated stage.
 
     Raises:
       UserError: the config or the data cannot be used.
       RunFailed, TryAgain, Stopped: the run ended before its last step (docs/operations.md).
     """
     folder = to_path(os.fspath(workdir))
-    results = [result for result in run_stages(checked_stages(config, folder), folder) if result]
+    results = [result for result in run_stages(resolve_stages(config, folder), folder) if result]
     return results[-1] if results else []
 
 
 def evaluate(
     model: Model, benchmark: str, out: str | os.PathLike[str], *, data: str = "", limit: int = 0, batch_size: int = 16
 ) -> dict[str, Any]:
-    """Asks a model a benchmark's questions, as ``python -m stf_jax.evaluate`` does.
+    """Evaluates a model on a benchmark, as ``stf_jax.evaluate`` does.
 
     Args:
       benchmark: a name of docs/evaluating.md; ``scenes`` needs no files.
-      out: the folder for results.json, answers.jsonl and what the benchmark submits; interrupted, the same call
-        continues.
-      data: the folder of LLaVA's evaluation files.
-      limit: the number of questions, the first ones; 0: all.
+      out: the folder for results.json, answers.jsonl and the submission file of the benchmark. After an
+        interruption, the same call continues.
+      data: the folder with LLaVA's evaluation files.
+      limit: evaluate only the first N questions; 0: all.
 
     Returns:
-      What results.json holds: ``benchmark``, ``metrics``, ``questions``, ``model``, the protocol.
+      The contents of results.json: ``benchmark``, ``metrics``, ``questions``, ``model`` and the protocol.
     """
-    from stf_jax.evals.known import open_benchmarks
-    from stf_jax.evals.running import check_images, evaluate
+    from stf_jax.evals.registry import open_benchmarks
+    from stf_jax.evals.runner import check_images, evaluate
 
     (opened,) = open_benchmarks([benchmark], data, limit)
     check_images([opened])
@@ -131,16 +131,16 @@ def evaluate(
 def import_weights(
     source: str | os.PathLike[str], to: str | os.PathLike[str], *, vision: str = "", dtype: str = ""
 ) -> dict[str, Any]:
-    """Reads weights of others into a folder for ``config.init_from``, as ``stf_jax.convert import`` does.
+    """Imports weights into a folder for ``config.init_from``, as ``stf_jax.convert import`` does.
 
     Args:
-      source: a folder or file of Hugging Face's, LLaVA's or llama.cpp's (docs/weights.md).
+      source: a folder or file in the format of Hugging Face, LLaVA or llama.cpp (docs/weights.md).
       to: the folder to write; it must not exist.
-      vision: another source, whose vision tower is taken in place of the source's own.
-      dtype: the type to cast values to; by default each keeps its own.
+      vision: another source, whose vision tower replaces that of ``source``.
+      dtype: the type to cast values to; by default each keeps its type.
 
     Returns:
-      The report that is written beside the weights as import.json.
+      The report, which is also written to import.json next to the weights.
     """
     from stf_jax.weights import imports
 
@@ -150,15 +150,15 @@ def import_weights(
 def export(
     checkpoint: str | os.PathLike[str], to: str | os.PathLike[str], *, format: str = "hf", dtype: str = ""
 ) -> dict[str, Any]:
-    """Writes a model for others, as ``stf_jax.convert export`` does.
+    """Exports a model for other programs, as ``stf_jax.convert export`` does.
 
     Args:
-      format: ``hf`` for transformers and vLLM, ``llava-stf`` for the authors' program, ``native`` for
+      format: ``hf`` for transformers and vLLM, ``llava-stf`` for the authors' code, ``native`` for
         ``config.init_from``.
-      dtype: the type to cast values to; by default each keeps its own.
+      dtype: the type to cast values to; by default each keeps its type.
 
     Returns:
-      The report that is written beside the weights as export.json.
+      The report, which is also written to export.json next to the weights.
     """
     from stf_jax.weights.export_hf import export_hf
     from stf_jax.weights.export_stf import export_llava_stf
@@ -170,15 +170,15 @@ def export(
     return formats[format](to_path(os.fspath(checkpoint)), to_path(os.fspath(to)), dtype)
 
 
-def _record(number, image, question):
-    images = () if image is None else (lambda: _opened(image),)
+def _make_record(number, image, question):
+    images = () if image is None else (lambda: _open_image(image),)
     text = f"{IMAGE_MARK}\n" * len(images) + question.replace(IMAGE_MARK, "")
     return Record(f"prompt {number}", images, (Turn("human", text),))
 
 
-def _opened(image):
+def _open_image(image):
     if isinstance(image, PIL.Image.Image):
         return image
     if isinstance(image, np.ndarray):
         return PIL.Image.fromarray(image)
-    return open_file(to_path(os.fspath(image)))
+    return open_image_file(to_path(os.fspath(image)))

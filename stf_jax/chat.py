@@ -1,4 +1,4 @@
-"""Try: ``python -m stf_jax.chat --checkpoint=DIR --image=FILE --prompt=TEXT``."""
+"""Chat with a model: ``python -m stf_jax.chat --checkpoint=DIR --image=FILE --prompt=TEXT``."""
 
 import contextlib
 import functools
@@ -8,124 +8,129 @@ from collections.abc import Callable
 import PIL.Image
 
 from stf_jax.config import MeshConfig, UserError
-from stf_jax.data.image import open_file
+from stf_jax.data.image import open_image_file
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
-from stf_jax.runtime.cli import Parser, add_model_arguments, door, path, require
+from stf_jax.runtime.cli import Parser, add_model_arguments, path, require, run_command
 from stf_jax.runtime.files import to_path
 
-DESCRIPTION = """Ask a model about images: one question with --prompt, without it a conversation.
+DESCRIPTION = """Ask a model about images: one question with --prompt, or a conversation without it.
 
-In a conversation, a line is a question; the model sees all that was said before. /image FILE shows an image with the
-next question, /reset begins anew, /quit (or Ctrl-D) ends.
+In a conversation, every line is a question, and the model reads all previous turns. /image FILE adds an image to the
+next question, /reset clears the conversation, /quit (or Ctrl-D) exits.
 """
-_HELP = "/image FILE shows an image with the next question, /reset begins anew, /quit ends."
+_HELP = "/image FILE adds an image to the next question, /reset clears the conversation, /quit exits."
 
 
 def main(argv: list[str]) -> None:
-    """Answers one prompt, or line after line."""
+    """Answers one prompt, or holds a conversation."""
     parser = Parser(prog="python -m stf_jax.chat", description=DESCRIPTION)
     parser.add_argument(
         "--checkpoint",
         type=path,
         required=True,
-        help="workdir of a run, a folder that was imported, or an export",
+        help="workdir of a run, folder of imported weights, or export",
     )
     parser.add_argument("--image", type=path, action="append", default=[], metavar="FILE", help="may be repeated")
-    parser.add_argument("--prompt", help="one question; its answer alone is printed")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="of an answer (%(default)s)")
+    parser.add_argument("--prompt", help="one question; only its answer is printed")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="maximum tokens per answer (%(default)s)")
     add_model_arguments(parser)
     options = parser.parse_args(argv)
     if options.max_new_tokens < 1:
         raise UserError("--max-new-tokens must be at least 1.")
-    images = [open_file(file) for file in options.image]  # before anything is loaded, which takes a while
+    images = [open_image_file(file) for file in options.image]  # before the model, which takes longer to load
     require(options.checkpoint)
-    # These take seconds to import, and none is needed to say what is wrong with the arguments.
+    # These take seconds to import, and checking the arguments does not need them.
     from stf_jax.inference.decoding import Sampling
     from stf_jax.inference.loading import load_generator
     from stf_jax.runtime.mesh import make_mesh
 
-    mesh, how = make_mesh(MeshConfig(*options.mesh)), (options.precision, options.reduce, options.keep)
-    generator, _ = load_generator(options.checkpoint, mesh, *how, text_alone=True)
+    mesh = make_mesh(MeshConfig(*options.mesh))
+    generator, _ = load_generator(
+        options.checkpoint, mesh, options.precision, options.reduce, options.keep, allow_text_only=True
+    )
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
-    talk = Conversation(functools.partial(_say, generator, options.max_new_tokens, sampling), sees=generator.slots > 0)
+    conversation = Conversation(
+        functools.partial(_stream_answer, generator, options.max_new_tokens, sampling),
+        accepts_images=generator.slots > 0,
+    )
     for image in images:
-        talk.show(image)
+        conversation.add_image(image)
     if options.prompt is not None:
-        talk.ask(options.prompt)
+        conversation.ask(options.prompt)
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (lines can be edited and recalled)
-    sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is told, and the next one read
+    sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is reported, then the next one is read
     print(_HELP)
-    while (line := _line()) is not None:
-        _obey(talk, line)
+    while (line := _read_line()) is not None:
+        _handle_line(conversation, line)
 
 
 class Conversation:
-    """What was said so far.
+    """The turns of a conversation so far.
 
     Attributes:
-      turns: in order, an answer after each question.
-      images: of all questions, in the order of their marks.
-      shown: those that go with the next question.
+      turns: questions and answers in alternation.
+      images: the images of all questions, in the order of their marks.
+      pending_images: images for the next question.
     """
 
-    def __init__(self, say: Callable[[Record], str], *, sees: bool = True):
-        """``say`` answers a record that ends with a question; ``sees``: whether it takes images."""
-        self._say, self._sees = say, sees
-        self.shown: list[PIL.Image.Image] = []
+    def __init__(self, answer: Callable[[Record], str], *, accepts_images: bool = True):
+        """``answer`` answers a record that ends with a question."""
+        self._answer, self._accepts_images = answer, accepts_images
+        self.pending_images: list[PIL.Image.Image] = []
         self.turns: list[Turn] = []
         self.images: list[PIL.Image.Image] = []
 
-    def show(self, image: PIL.Image.Image) -> None:
-        """The image goes with the next question. Raises UserError where the model takes none."""
-        if not self._sees:
-            from stf_jax.inference.generator import TEXT_ALONE  # which takes seconds
+    def add_image(self, image: PIL.Image.Image) -> None:
+        """Adds an image to the next question. Raises UserError if the model does not accept images."""
+        if not self._accepts_images:
+            from stf_jax.inference.generator import NO_VISION_MESSAGE  # takes seconds to import
 
-            raise UserError(f"This image cannot be shown: {TEXT_ALONE}")
-        self.shown.append(image)
+            raise UserError(f"This image cannot be used: {NO_VISION_MESSAGE}")
+        self.pending_images.append(image)
 
     def ask(self, text: str) -> str:
-        """The answer to a question, which becomes part of the conversation when it is whole.
+        """Answers a question and, once the answer is complete, adds both to the conversation.
 
-        Raises UserError where nothing can be answered; the conversation is as it was.
+        Raises UserError if the question cannot be answered; the conversation then stays unchanged.
         """
         try:
             text.encode()
-        except UnicodeEncodeError:  # how Python keeps bytes that it cannot decode
+        except UnicodeEncodeError:  # surrogates stand for bytes that Python could not decode
             raise UserError("The question is not UTF-8 text.") from None
-        asked = Turn("human", f"{IMAGE_MARK}\n" * len(self.shown) + text.replace(IMAGE_MARK, ""))
-        turns, images = [*self.turns, asked], [*self.images, *self.shown]
-        answer = self._say(Record("conversation", tuple(p.copy for p in images), tuple(turns)))
-        self.turns, self.images, self.shown = [*turns, Turn("gpt", answer.replace(IMAGE_MARK, ""))], images, []
+        question = Turn("human", f"{IMAGE_MARK}\n" * len(self.pending_images) + text.replace(IMAGE_MARK, ""))
+        turns, images = [*self.turns, question], [*self.images, *self.pending_images]
+        answer = self._answer(Record("conversation", tuple(image.copy for image in images), tuple(turns)))
+        self.turns, self.images, self.pending_images = [*turns, Turn("gpt", answer.replace(IMAGE_MARK, ""))], images, []
         return answer
 
     def reset(self) -> None:
-        """Forgets all of it."""
-        self.turns, self.images, self.shown = [], [], []
+        """Removes all turns and images."""
+        self.turns, self.images, self.pending_images = [], [], []
 
 
-def _obey(talk, line):
-    """One line of an interactive conversation. What is wrong with it is said, and the conversation goes on."""
+def _handle_line(conversation, line):
+    """Handles one line of input. An error in it is printed, and the conversation continues."""
     command, _, argument = line.partition(" ")
     try:
         if command == "/image" and argument.strip():
-            talk.show(open_file(to_path(argument.strip())))
-            print(f"({argument.strip()} goes with the next question)")
+            conversation.add_image(open_image_file(to_path(argument.strip())))
+            print(f"({argument.strip()} is added to the next question)")
         elif command == "/reset":
-            talk.reset()
-            print("(all is forgotten)")
+            conversation.reset()
+            print("(conversation cleared)")
         elif line.startswith("/"):
             print(_HELP)
         elif line:
-            talk.ask(line)
+            conversation.ask(line)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:  # the answer has gone on long enough; it is forgotten
+    except KeyboardInterrupt:  # the unfinished answer is dropped
         print("\n(interrupted)")
 
 
-def _line():
+def _read_line():
     try:
         line = input("> ").strip()
     except (EOFError, KeyboardInterrupt):
@@ -134,11 +139,14 @@ def _line():
     return None if line == "/quit" else line
 
 
-def _say(generator, limit, sampling, record):
-    (answer,) = generator.answers([record], limit, 1, sampling, told=lambda _, piece: print(piece, end="", flush=True))
+def _stream_answer(generator, max_new_tokens, sampling, record):
+    def print_text(_, text):
+        print(text, end="", flush=True)
+
+    (answer,) = generator.generate([record], max_new_tokens, 1, sampling, on_text=print_text)
     print()
     return answer
 
 
 if __name__ == "__main__":
-    sys.exit(door(main))
+    sys.exit(run_command(main))

@@ -1,49 +1,55 @@
-"""Exchange weights: ``python -m stf_jax.convert import SOURCE --to=DIR``, ``export``, ``verify``."""
+"""Import, export and verify weights: ``python -m stf_jax.convert import SOURCE --to=DIR``, ``export``, ``verify``."""
 
 import argparse
 import sys
 
 from stf_jax.config import UserError
-from stf_jax.runtime.cli import Parser, door, path, require
-from stf_jax.runtime.files import fetched
+from stf_jax.runtime.cli import Parser, path, require, run_command
+from stf_jax.runtime.files import local_copy
 
-# What does the work takes seconds to import; so each command imports its own when its arguments are read.
+# Each command imports its implementation, which takes seconds, after parsing the arguments.
 
 
 def main(argv: list[str]) -> None:
-    """Reads weights of others into a folder to start from, or writes a run's weights for others."""
+    """Imports weights of other programs, exports a model for them, or verifies an export."""
     parser = Parser(prog="python -m stf_jax.convert", description="Exchange weights with other programs.")
-    verbs = parser.add_subparsers(dest="verb", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
-    take = verbs.add_parser("import", help="read weights of others", description="Read weights of others.")
-    take.add_argument(
+    importer = commands.add_parser("import", help="import weights", description="Import weights of other programs.")
+    importer.add_argument(
         "source",
         type=path,
-        help="folder or file: Hugging Face, LLaVA, LLaVA-STF or GGUF; which, is seen from what is in it",
+        help="folder or file: Hugging Face, LLaVA, LLaVA-STF or GGUF; the format is detected from its contents",
     )
-    take.add_argument("--to", type=path, required=True, help="folder to write, for config.init_from")
-    take.add_argument("--vision", type=path, metavar="SOURCE", help="take the vision tower from this folder instead")
-    take.add_argument("--dtype", choices=["", *_TYPES], default="", help="type to write in; without it, as stored")
-    take.set_defaults(run=_import)
+    importer.add_argument("--to", type=path, required=True, help="folder to write, for config.init_from")
+    importer.add_argument("--vision", type=path, metavar="SOURCE", help="use the vision tower of this folder instead")
+    importer.add_argument("--dtype", choices=["", *_TYPES], default="", help="data type to write (default: as stored)")
+    importer.set_defaults(run=_import)
 
-    give = verbs.add_parser("export", help="write weights for others", description="Write weights for others.")
-    give.add_argument("checkpoint", type=path, help="workdir of a run, or a folder that was imported")
-    give.add_argument("--to", type=path, required=True, help="folder to write")
-    give.add_argument(
+    exporter = commands.add_parser("export", help="export weights", description="Export weights for other programs.")
+    exporter.add_argument("checkpoint", type=path, help="workdir of a run, or folder of imported weights")
+    exporter.add_argument("--to", type=path, required=True, help="folder to write")
+    exporter.add_argument(
         "--format", choices=["hf", "llava-stf", "native"], required=True,
         help="hf: for PyTorch and transformers; llava-stf: for the authors' code; native: for config.init_from",
     )  # fmt: skip
-    give.add_argument("--dtype", choices=["", *_TYPES], default="", help="type to write in; without it, as stored")
-    give.add_argument("--adapter-only", action="store_true", help="llava-stf: MBTF and STF alone, as mm_projector.bin")
-    give.add_argument("--only", default="", metavar="PATTERN", help="native: parameters to write, '(vision|llm)/.*'")
-    give.set_defaults(run=_export)
+    exporter.add_argument("--dtype", choices=["", *_TYPES], default="", help="data type to write (default: as stored)")
+    exporter.add_argument("--adapter-only", action="store_true", help="llava-stf: MBTF and STF only, mm_projector.bin")
+    exporter.add_argument(
+        "--only", default="", metavar="PATTERN", help="native: parameters to write; '(vision|llm)/.*'"
+    )
+    exporter.set_defaults(run=_export)
 
-    check = verbs.add_parser("verify", help="ask an export and its model alike", description="Ask both alike.")
-    check.add_argument("checkpoint", type=path, help="what was exported")
-    check.add_argument("export", type=path, help="folder that export --format=hf wrote; its code is run")
-    check.add_argument("--questions", type=int, default=16, help="on held-out scenes")
-    check.add_argument("--tokens", type=int, default=16, help="new tokens per answer, at most")
-    check.set_defaults(run=_verify)
+    verifier = commands.add_parser(
+        "verify",
+        help="compare the answers of an export and its model",
+        description="Compare the answers of an export and its model.",
+    )
+    verifier.add_argument("checkpoint", type=path, help="the model that was exported")
+    verifier.add_argument("export", type=path, help="folder written by export --format=hf; its code is executed")
+    verifier.add_argument("--questions", type=int, default=16, help="questions on held-out scenes (%(default)s)")
+    verifier.add_argument("--tokens", type=int, default=16, help="maximum new tokens per answer (%(default)s)")
+    verifier.set_defaults(run=_verify)
 
     options = parser.parse_args(argv)
     options.run(options)
@@ -55,41 +61,43 @@ _TYPES = ("float32", "bfloat16", "float16")
 def _import(options: argparse.Namespace) -> None:
     for source in filter(None, (options.source, options.vision)):
         require(source)
-    from stf_jax.weights.imports import import_weights, summary
+    from stf_jax.weights.imports import import_weights, summarize
 
     vision = str(options.vision) if options.vision else ""
-    print(summary(import_weights(str(options.source), options.to, vision, options.dtype), options.to))
+    print(summarize(import_weights(str(options.source), options.to, vision, options.dtype), options.to))
 
 
 def _export(options: argparse.Namespace) -> None:
-    for option, given, form in (("adapter-only", options.adapter_only, "llava-stf"), ("only", options.only, "native")):
-        if given and options.format != form:
-            raise UserError(f"--{option} goes with --format={form}.")
+    for option, value, required in (
+        ("adapter-only", options.adapter_only, "llava-stf"),
+        ("only", options.only, "native"),
+    ):
+        if value and options.format != required:
+            raise UserError(f"--{option} requires --format={required}.")
     require(options.checkpoint)
     from stf_jax.weights.export_hf import export_hf
     from stf_jax.weights.export_stf import export_llava_stf
-    from stf_jax.weights.exports import export_native, summary
+    from stf_jax.weights.exports import export_native, summarize
 
-    what, dtype = (options.checkpoint, options.to), options.dtype
     if options.format == "hf":
-        report = export_hf(*what, dtype)
+        report = export_hf(options.checkpoint, options.to, options.dtype)
     elif options.format == "llava-stf":
-        report = export_llava_stf(*what, dtype, options.adapter_only)
+        report = export_llava_stf(options.checkpoint, options.to, options.dtype, options.adapter_only)
     else:
-        report = export_native(*what, dtype, options.only or ".*")
-    print(summary(report, options.to))
+        report = export_native(options.checkpoint, options.to, options.dtype, options.only or ".*")
+    print(summarize(report, options.to))
 
 
 def _verify(options: argparse.Namespace) -> None:
     for folder in (options.checkpoint, options.export):
         require(folder)
-    from stf_jax.weights.verify import table, verify
+    from stf_jax.weights.verify import format_table, verify
 
-    pairs = verify(options.checkpoint, fetched(options.export), options.questions, options.tokens)
-    print(table(pairs))
-    if any(pair.ours != pair.theirs for pair in pairs):
-        raise UserError(f"{options.export} does not answer as {options.checkpoint} does.")
+    pairs = verify(options.checkpoint, local_copy(options.export), options.questions, options.tokens)
+    print(format_table(pairs))
+    if any(pair.jax != pair.pytorch for pair in pairs):
+        raise UserError(f"{options.export} and {options.checkpoint} give different answers.")
 
 
 if __name__ == "__main__":
-    sys.exit(door(main))
+    sys.exit(run_command(main))

@@ -1,71 +1,71 @@
-"""Train: ``python -m stf_jax.main --config=configs/demo.py --workdir=DIR``."""
+"""Train a model: ``python -m stf_jax.main --config=configs/demo.py --workdir=DIR``."""
 
 import sys
 
 from stf_jax.config import UserError
-from stf_jax.runtime.cli import Parser, add_host_arguments, door, parse, path
-from stf_jax.runtime.status import status
-from stf_jax.training.stages import checked_stages, run_stages
+from stf_jax.runtime.cli import Parser, add_host_arguments, parse, path, run_command
+from stf_jax.runtime.status import format_status
+from stf_jax.training.stages import resolve_stages, run_stages
 
-HELP = """Train a model, stage by stage, and measure it.
+HELP = """Train a model, stage by stage, and evaluate it.
 
   python -m stf_jax.main --config=FILE[:key=value,...] --workdir=DIR [--config.KEY=VALUE ...]
   python -m stf_jax.main --workdir=DIR --status
 
-  --config=FILE        a Python file with get_config(arg), or the name of one in configs/: demo, pretrain, finetune
-  --config=FILE:ARG    with arguments of that file's own, e.g. configs/demo.py:stage=pretrain,steps=60
-  --config.KEY=VALUE   change any key, e.g. --config.mesh.fsdp=8 --config.optimizer.learning_rate=1e-4
-  --workdir=DIR        where the run lives: config.json, metrics.jsonl, checkpoints/, tensorboard/, results.json.
-                       A workdir that holds a checkpoint is continued from there.
-  --status             only tell where the run in that workdir stands, which may be at work meanwhile
-  -v                   show what libraries log, too
+  --config=FILE        a Python file with get_config(arg), or the name of a file in configs/: demo, pretrain, finetune
+  --config=FILE:ARG    with arguments for that file, e.g. configs/demo.py:stage=pretrain,steps=60
+  --config.KEY=VALUE   override any key, e.g. --config.mesh.fsdp=8 --config.optimizer.learning_rate=1e-4
+  --workdir=DIR        folder of the run: config.json, metrics.jsonl, checkpoints/, tensorboard/, results.json.
+                       A run with a checkpoint resumes from it.
+  --status             only print the status of the run in that workdir, which may be running
+  -v                   also show the logs of libraries
 
-On several hosts, start the same command on each, with one workdir that all of them see. TPU pods, SLURM and Open MPI
-tell which is which; elsewhere add to each:
+On several hosts, start the same command on each, with a workdir that all of them can access. TPU pods, SLURM and Open
+MPI identify the processes; elsewhere add:
 
   --coordinator=HOST:PORT --processes=N --process=I     HOST runs process 0; I is from 0 to N-1
 
-Every key with its meaning and unit: stf_jax/config.py. Exit status: 0 done; 2 your input; 1 the run cannot go on, or
-our bug; 75 another machine failed, and 143 SIGTERM was obeyed: start again to go on (docs/operations.md).
+Every key with its meaning and unit: stf_jax/config.py. Exit status: 0 done; 2 wrong input; 1 the run cannot
+continue, or a bug; 75 another host failed and 143 SIGTERM: the same command resumes the run (docs/operations.md).
 """
 
 
 def main(argv: list[str]) -> None:
-    """Runs the stages of the config in order, each from the end of the one before."""
-    hosts = Parser(add_help=False, allow_abbrev=False)
-    add_host_arguments(hosts)
-    hosts.add_argument("--status", action="store_true")
-    host, argv = hosts.parse_known_args(argv)
-    if host.status and not {"--help", "-h"} & set(argv):
-        print(status(_workdir(argv)))
+    """Runs the stages of the config in order, each from the result of the previous one."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    add_host_arguments(parser)
+    parser.add_argument("--status", action="store_true")
+    options, argv = parser.parse_known_args(argv)
+    if options.status and not {"--help", "-h"} & set(argv):
+        print(format_status(_parse_workdir(argv)))
         return
     workdir, config = parse(argv, HELP)
-    stages = checked_stages(config, workdir)
-    # These take seconds to import, and neither --help nor --status nor a misspelt key needs them.
+    stages = resolve_stages(config, workdir)
+    # These take seconds to import, and neither --help nor --status nor a misspelled key needs them.
     import jax
 
-    from stf_jax.evals.running import shown
+    from stf_jax.evals.runner import format_results
     from stf_jax.runtime.hosts import join
     from stf_jax.runtime.writers import import_wandb
 
     for stage in stages:
-        import_wandb(stage.wandb)  # says in time if it is not here
-    join(host.coordinator, host.processes, host.process, silent=stages[0].faults.host_seconds)
+        import_wandb(stage.wandb)  # fails before training if it is not installed
+    join(options.coordinator, options.processes, options.process, silent=stages[0].faults.host_seconds)
     for results in run_stages(stages, workdir):
         if results and jax.process_index() == 0:
-            print("\n".join(map(shown, results)))
-            print(f"results.json and every answer (answers.jsonl) are in {workdir}")
+            print("\n".join(map(format_results, results)))
+            print(f"results.json and all answers (answers.jsonl) are in {workdir}")
 
 
-def _workdir(argv):
-    """That of a command line that may say how to train as well."""
-    options = Parser(add_help=False, allow_abbrev=False)
-    options.add_argument("--workdir", type=path)
-    workdir = options.parse_known_args(argv)[0].workdir
+def _parse_workdir(argv):
+    """Reads --workdir from a command line that may also have options for training."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--workdir", type=path)
+    workdir = parser.parse_known_args(argv)[0].workdir
     if workdir is None:
         raise UserError("--workdir is missing; see --help.")
     return workdir
 
 
 if __name__ == "__main__":
-    sys.exit(door(main))
+    sys.exit(run_command(main))

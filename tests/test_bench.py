@@ -1,4 +1,4 @@
-"""Benchmarks run, say the same in both forms, and measure what they say; no test here looks at a clock."""
+"""The benchmarks run, print the figures they write, and measure what they claim; no test depends on time."""
 
 import argparse
 import json
@@ -15,17 +15,17 @@ from stf_jax.config import FusionConfig, ModelConfig
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.planning.topology import topology_devices
-from stf_jax.runtime.cli import door
-from stf_jax.runtime.table import table
+from stf_jax.runtime.cli import run_command
+from stf_jax.runtime.table import format_table
 from stf_jax.training.state import blueprint
 from stf_jax.weights.model import Description
 
 
 def test_input(tmp_path, capsys):
     file = tmp_path / "figures.json"
-    assert door(main, ["input", "--images=16", "--rows=20000", f"--json={file}"]) == 0
+    assert run_command(main, ["input", "--images=16", "--rows=20000", f"--json={file}"]) == 0
     rows = json.loads(file.read_text())
-    assert capsys.readouterr().out == table(rows) + "\n"
+    assert capsys.readouterr().out == format_table(rows) + "\n"
     by_name = {row["what"]: row for row in rows}
     assert {name for name in by_name if "LLaVA" in name} == {
         "LLaVA's way, plain loop",
@@ -36,7 +36,7 @@ def test_input(tmp_path, capsys):
     for row in rows:
         if "ratio_per_core" in row:
             assert row["ratio_per_core"] == pytest.approx(row["images_per_second_per_core"] / loop)
-    # These depend on no clock.
+    # These do not depend on time.
     useful = {row["what"]: row["useful_positions"] for row in rows if "useful_positions" in row}
     assert useful["ours, packed (8 images per row)"] >= 0.95
     assert useful["ours, grouped (8 lengths)"] > useful["LLaVA's group_by_modality_length"]
@@ -44,64 +44,64 @@ def test_input(tmp_path, capsys):
 
 def test_weights(tmp_path):
     file = tmp_path / "figures.json"
-    assert door(main, ["weights", "--model=llama-mini", f"--scratch={tmp_path}", f"--json={file}"]) == 0
+    assert run_command(main, ["weights", "--model=llama-mini", f"--scratch={tmp_path}", f"--json={file}"]) == 0
     rows = {row["what"]: row for row in json.loads(file.read_text())}
     assert len(rows) == 5
     assert rows["import, peak"]["gib"] > rows["model, in bfloat16"]["gib"] > rows["its largest parameter"]["gib"] > 0
 
 
-@pytest.mark.usefixtures("torch_alone")
+@pytest.mark.usefixtures("torch_setup")
 @pytest.mark.parametrize("fusion", ["mlp", "mbtf_stf"])
-def test_decode_asks_both_programs_the_same_of_an_export(fusion, tmp_path, monkeypatch):
+def test_decode_gives_both_programs_the_same_prompts(fusion, tmp_path, monkeypatch):
     config = ModelConfig("clip-tiny", "llama-tiny", FusionConfig(fusion), "float32")
     export = tmp_path / "export"
-    make_export(config, tmp_path / "made", export)
-    asked, prompt = [], decode._prompt
-    monkeypatch.setattr(decode, "_prompt", lambda *how: asked.append(how) or prompt(*how))
+    make_export(config, tmp_path / "imported", export)
+    calls, make_prompt = [], decode._prompt
+    monkeypatch.setattr(decode, "_prompt", lambda *arguments: calls.append(arguments) or make_prompt(*arguments))
     for program in (decode._ours, decode._transformers):
         figures = program(str(export), 2, 3, "float32")
         assert set(decode._FIGURES) - {"times_transformers", "gib"} <= figures.keys()
-        assert min(value for name, value in figures.items() if name != "prefill_ms") > 0  # that one is a difference
+        assert min(value for name, value in figures.items() if name != "prefill_ms") > 0  # prefill_ms is a difference
     slots = slots_per_image(config)
-    assert asked == [(2, slots, 128 if fusion == "mlp" else 64), (2, slots, slots + 60)]
-    _, taken = prompt(2, slots, 128)
-    assert (taken[0] >= 0).sum() == slots
-    assert prompt(2, slots, slots + 60)[0].shape == (2, slots + 60)
+    assert calls == [(2, slots, 128 if fusion == "mlp" else 64), (2, slots, slots + 60)]
+    _, image_slots = make_prompt(2, slots, 128)
+    assert (image_slots[0] >= 0).sum() == slots
+    assert make_prompt(2, slots, slots + 60)[0].shape == (2, slots + 60)
 
 
-@pytest.mark.usefixtures("torch_alone")
+@pytest.mark.usefixtures("torch_setup")
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_step_takes_the_same_steps_on_both_sides(stage, tmp_path):
+def test_step_runs_the_same_steps_in_both_programs(stage, tmp_path):
     config = ModelConfig("clip-tiny", "llama-tiny", FusionConfig("mbtf_stf"), "float32", remat="full")
     export = tmp_path / "export"
-    make_export(config, tmp_path / "made", export)
+    make_export(config, tmp_path / "imported", export)
     task = step.Task(
-        str(tmp_path / "made"), str(export), stage, rows=2, text=12, steps=3, precision="float32", remat="full"
+        str(tmp_path / "imported"), str(export), stage, rows=2, text=12, steps=3, precision="float32", remat="full"
     )
-    ours, torchs = step.ours(task), step.in_torch(task)
-    assert min(ours["step_ms"], torchs["step_ms"]) > 0
-    # The same model, rows, optimizer and learning rate: so the same losses, before the first step and after each.
-    assert len(ours["losses"]) == len(torchs["losses"]) == 4
-    np.testing.assert_allclose(ours["losses"], torchs["losses"], rtol=2e-4)
+    ours, torch = step.ours(task), step.in_torch(task)
+    assert min(ours["step_ms"], torch["step_ms"]) > 0
+    # The same model, rows, optimizer and learning rate give the same losses, before the first step and after each.
+    assert len(ours["losses"]) == len(torch["losses"]) == 4
+    np.testing.assert_allclose(ours["losses"], torch["losses"], rtol=2e-4)
     assert ours["losses"][-1] < ours["losses"][0]
 
 
 def test_step_compares_programs_within_a_round(monkeypatch):
     slowness = iter([1, 1, 3, 3, 2, 2])  # of the machine, in three rounds of each stage
 
-    def measured(what, call, **environment):
+    def measure_process(name, arguments, environment):
         nonlocal slow
-        program = call[2]
+        program = arguments[2]
         slow = next(slowness) if program == "ours" else slow
-        took = {"ours": 10, "ours, small pages": 20, "torch": 15, "torch, compiled": 30}[program]
-        return {"what": what, "step_ms": took * slow, "tokens_per_second": 1 / took / slow, "gib": 2.0}
+        milliseconds = {"ours": 10, "ours, small pages": 20, "torch": 15, "torch, compiled": 30}[program]
+        return {"what": name, "step_ms": milliseconds * slow, "tokens_per_second": 1 / milliseconds / slow, "gib": 2.0}
 
     slow = 0
-    monkeypatch.setattr(step, "measured", measured)
+    monkeypatch.setattr(step, "measure_process", measure_process)
     monkeypatch.setattr(step, "make_export", lambda *_: None)
-    options = argparse.ArgumentParser()
-    arguments.step(options)
-    rows = {row["what"]: row for row in step.run(options.parse_args(["--llm=llama-tiny", "--vision=clip-tiny"]))}
+    parser = argparse.ArgumentParser()
+    arguments.step(parser)
+    rows = {row["what"]: row for row in step.run(parser.parse_args(["--llm=llama-tiny", "--vision=clip-tiny"]))}
     assert len(rows) == 8
     ours, small = rows["pretrain, ours"], rows["finetune, ours, small pages"]
     assert (ours["times_torch"], ours["least"], ours["most"], ours["step_ms"], ours["gib"]) == (1.5, 1.5, 1.5, 10, 2.0)
@@ -113,7 +113,7 @@ def test_fusion(tmp_path, capsys):
         tmp_path / "figures.json",
         ["--vision=clip-mini-16-96", "--llm=llama-mini", "--fusions=mlp,mbtf_stf"],
     )
-    assert door(main, ["fusion", *options, "--batch=2", f"--json={file}"]) == 0
+    assert run_command(main, ["fusion", *options, "--batch=2", f"--json={file}"]) == 0
     head, mlp, ours = json.loads(file.read_text())
     assert head["memory"] == "temporaries"
     assert (mlp["what"], mlp["tokens"], ours["what"], ours["tokens"]) == ("mlp", 36, "mbtf_stf", 9)
@@ -123,14 +123,14 @@ def test_fusion(tmp_path, capsys):
         assert row["million_parameters"] == pytest.approx(sum(sizes) / 1e6)
         assert min(row["both_ms"], row["forward_ms"]) > 0
         assert row["both_mib"] > 0
-    first, second = 36 * 128 * 128, 36 * 128 * 128
-    assert mlp["gflop"] == pytest.approx(2 * 2 * (first + second) / 1e9)
+    multiply_adds = 2 * 36 * 128 * 128  # of two layers
+    assert mlp["gflop"] == pytest.approx(2 * 2 * multiply_adds / 1e9)
     assert "forward ms" in capsys.readouterr().out
 
 
-def test_flops_repeats_what_papers_give(tmp_path):
+def test_flops_agree_with_published_figures(tmp_path):
     file = tmp_path / "figures.json"
-    assert door(main, ["flops", "--text=64", f"--json={file}"]) == 0
+    assert run_command(main, ["flops", "--text=64", f"--json={file}"]) == 0
     rows = json.loads(file.read_text())
     by_name = {row["what"]: row for row in rows}
     mlp, ours = by_name["mlp, 64 of text"], by_name["mbtf_stf, 64 of text"]
@@ -143,79 +143,78 @@ def test_flops_repeats_what_papers_give(tmp_path):
     assert mlp["prefill_tflop"] - ours["prefill_tflop"] == pytest.approx((attention + matrices) / 1e12)
     bound, mini, mini_few = rows[-3:]
     assert bound["decoder_tflop"] < bound["published"] == 1.9
-    # One length of text explains both of LLaVA-Mini's figures, so they are the decoder's FLOPs and nothing else's.
+    # One text length explains both of LLaVA-Mini's figures, so they count the FLOPs of the decoder only.
     assert mini["text_decoder"] == mini_few["text_decoder"] == 76
     assert mini["text_all"] != mini_few["text_all"]
 
 
-def test_flops_of_other_models_stand_alone(capsys):
-    assert door(main, ["flops", "--vision=clip-mini-16-96", "--llm=llama-mini", "--text=8"]) == 0
+def test_flops_of_other_models_are_not_compared(capsys):
+    assert run_command(main, ["flops", "--vision=clip-mini-16-96", "--llm=llama-mini", "--text=8"]) == 0
     assert "published" not in capsys.readouterr().out
 
 
-def test_cost_takes_all_layers_for_a_straight_line(monkeypatch, tmp_path):
-    asked = []
+def test_cost_extrapolates_linearly_to_all_layers(monkeypatch, tmp_path):
+    calls = []
 
     def fake(name, arguments):
-        what, folder, fusion, batches = json.loads(arguments[-1])
+        task, folder, fusion, batches = json.loads(arguments[-1])
         layers = llm_preset(folder).layers
-        asked.append((what, fusion, layers))
+        calls.append((task, fusion, layers))
         slope = 30 if fusion == "mlp" else 10
         return {"ms": [100 + slope * layers * b for b in batches], "gib": [layers for _ in batches]}
 
-    monkeypatch.setattr(cost, "measured", fake)
+    monkeypatch.setattr(cost, "measure_process", fake)
     rows = cost.measure("clip-mini-16-96", "llama-mini", [1, 3], [1, 2])
-    assert asked == [(w, f, n) for w in cost.TEXT for f in ("mlp", "mbtf_stf") for n in (1, 3)]
+    assert calls == [(t, f, n) for t in cost.TEXT for f in ("mlp", "mbtf_stf") for n in (1, 3)]
     mlp, ours = rows[:2]
     assert (mlp["ms_few"], mlp["ms_more"], mlp["ms_all"]) == (130, 190, 100 + 30 * 4)
     assert (mlp["gib_few"], mlp["gib_more"]) == (1, 3)
     assert ours["times_mlp"] == pytest.approx(220 / 140)
-    # What is foreseen has the same columns whatever was compiled.
-    foreseen = [
-        {"what": f"{what}, {fusion}, a6000", "rows": 1, "peak_gib": 1.0, "fits": True, "seconds": 1.0, "times_mlp": 1.0}
-        for what in cost.TEXT
+    estimates = [
+        {"what": f"{task}, {fusion}, a6000", "rows": 1, "peak_gib": 1.0, "fits": True, "seconds": 1.0, "times_mlp": 1.0}
+        for task in cost.TEXT
         for fusion in ("mlp", "mbtf_stf")
     ]
-    cost.draw(rows + foreseen, tmp_path / "cost.png")
+    cost.plot(rows + estimates, tmp_path / "cost.png")
     assert (tmp_path / "cost.png").stat().st_size > 10_000
 
 
-def test_cost_leaves_out_what_memory_does_not_hold(monkeypatch, capfd):
+def test_cost_skips_tasks_that_exceed_the_memory(monkeypatch, capfd):
     def fake(name, arguments):
         if json.loads(arguments[-1])[0] == "finetune":
-            return process.measured(name, ["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+            return process.measure_process(name, ["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
         return {"ms": [100.0], "gib": [1.0]}
 
-    monkeypatch.setattr(cost, "measured", fake)
+    monkeypatch.setattr(cost, "measure_process", fake)
     rows = cost.measure("clip-mini-16-96", "llama-mini", [1, 2], [1])
     assert [row["what"] for row in rows] == [
-        f"{what}, {fusion}" for what in cost.TEXT if what != "finetune" for fusion in ("mlp", "mbtf_stf")
+        f"{task}, {fusion}" for task in cost.TEXT if task != "finetune" for fusion in ("mlp", "mbtf_stf")
     ]
-    said = capfd.readouterr().err
-    assert "finetune, mlp, 1 layers was killed, as the system does for want of memory. So finetune is left out." in said
+    stderr = capfd.readouterr().err
+    assert "finetune, mlp, 1 layers was killed, probably because it ran out of memory. Skipping finetune." in stderr
 
 
-@pytest.mark.parametrize("what", ["prefill", "pretrain"])
-def test_cost_times_the_program_of_a_run(what, tmp_path):
+@pytest.mark.parametrize("task", ["prefill", "pretrain"])
+def test_cost_times_the_program_of_a_run(task, tmp_path):
     tower, decoder = vision_preset("clip-tiny"), llm_preset("llama-tiny")
     Description(tower, decoder, FusionConfig("mbtf_stf")).save(tmp_path)
-    found = cost.timed(what, str(tmp_path), "mbtf_stf", [1])
-    assert found["ms"][0] > 0
-    assert found["gib"][0] > 0
+    figures = cost.time_program(task, str(tmp_path), "mbtf_stf", [1])
+    assert figures["ms"][0] > 0
+    assert figures["gib"][0] > 0
 
 
 @pytest.mark.slow
-def test_cost_foresees_both_fusions_for_a_machine(monkeypatch):
+def test_cost_estimates_both_fusions_for_a_machine(monkeypatch):
     monkeypatch.setattr(cost, "TEXT", {"pretrain": 64, "prefill": 64})
-    rows = cost.foresee("clip-mini-16-384", "llama-mini", [1], topology_devices("a6000:2"))
+    rows = cost.estimate("clip-mini-16-384", "llama-mini", [1], topology_devices("a6000:2"))
     assert [row["what"] for row in rows] == [
-        f"{what}, {fusion}, a6000" for what in cost.TEXT for fusion in ("mlp", "mbtf_stf")
+        f"{task}, {fusion}, a6000" for task in cost.TEXT for fusion in ("mlp", "mbtf_stf")
     ]
     assert all(row["fits"] and row["peak_gib"] > 0 for row in rows)
     assert rows[1]["times_mlp"] == pytest.approx(rows[0]["seconds"] / rows[1]["seconds"])
 
 
-def test_the_mixture_is_as_it_says():
+def test_the_mixture_has_its_documented_statistics():
     assert sum(count for count, *_ in SOURCES.values()) == 665_298
     tokens, images = lengths(20_000, 144, np.random.default_rng(0))
     assert images.mean() == pytest.approx(1 - 40_688 / 665_298, abs=0.01)
@@ -229,22 +228,22 @@ def test_the_mixture_is_as_it_says():
     ("arguments", "sentence"),
     [
         (["nothing"], "invalid choice: 'nothing'"),
-        (["input", "--json=no/such/folder.json"], "--json=no/such/folder.json: there is no such folder"),
+        (["input", "--json=no/such/folder.json"], "--json=no/such/folder.json: its folder does not exist"),
         (["weights", "--model=llama-7"], "Unknown preset model.llm='llama-7'"),
         (["decode", "--llm=smol"], "Unknown preset model.llm='smol'"),
-        (["decode", "--batches=1;8"], "--batches=1;8 should be numbers with commas between"),
+        (["decode", "--batches=1;8"], "--batches=1;8 must be comma-separated integers"),
         (["decode", "--tokens=1"], "--tokens at least 2"),
         (["fusion", "--fusions=mlp,stff"], "--fusions=mlp,stff names 'stff': did you mean 'stf'?"),
         (["fusion", "--batch=0"], "--batch must be at least 1"),
-        (["flops", "--text=a"], "--text=a should be numbers with commas between"),
-        (["flops", "--text=-1"], "--text should not be negative"),
+        (["flops", "--text=a"], "--text=a must be comma-separated integers"),
+        (["flops", "--text=-1"], "--text must not be negative"),
         (["step", "--rows=0"], "--rows, --steps and --rounds must be at least 1"),
-        (["cost", "--layers=2,1"], "--layers=2,1 should be two numbers, the smaller first"),
-        (["cost", "--batches=0"], "--batches=0 should be at least 1"),
-        (["cost", "--plot=no/such/folder.png"], "--plot=no/such/folder.png: there is no such folder"),
+        (["cost", "--layers=2,1"], "--layers=2,1 must be two numbers, the smaller first"),
+        (["cost", "--batches=0"], "--batches=0 must be at least 1"),
+        (["cost", "--plot=no/such/folder.png"], "--plot=no/such/folder.png: its folder does not exist"),
         (["weights", "--scratch=nowhere"], "--scratch=nowhere is not a folder"),
     ],
 )
-def test_what_cannot_be_run_is_said_at_once(arguments, sentence, capsys):
-    assert door(main, arguments) == 2
+def test_invalid_arguments_are_rejected_at_once(arguments, sentence, capsys):
+    assert run_command(main, arguments) == 2
     assert sentence in capsys.readouterr().err

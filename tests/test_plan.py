@@ -1,4 +1,4 @@
-"""The verb as a user meets it, on miniatures; and, slow, at full size as the documentation has it."""
+"""The plan command on miniatures; slow tests plan the documented full-size recipes."""
 
 import dataclasses
 import json
@@ -8,16 +8,16 @@ import os
 import jax
 import numpy as np
 import pytest
-from tiny import recipe
+from tiny import load_recipe
 
 from stf_jax import plan
 from stf_jax.data.sampling import Plan
 from stf_jax.planning import report as report_module
 from stf_jax.planning import search as search_module
 from stf_jax.planning.program import OutOfMemory, Program, make_program
-from stf_jax.planning.report import run_steps
+from stf_jax.planning.report import count_steps
 from stf_jax.planning.topology import topology_devices
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 from stf_jax.runtime.cost import decode_flops, forward_flops, step_flops
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import blueprint, state_layout
@@ -36,40 +36,41 @@ KEYS = {
 }  # fmt: skip
 
 
-def planned(capsys, *argv):
-    assert door(plan.main, [*argv, "--json"]) == 0
+def run_plan(capsys, *argv):
+    assert run_command(plan.main, [*argv, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def analytic(config, devices):
-    """Bytes of parameters and of moments on a device, by sizes alone: all is divided by fsdp but norms."""
-    learned = frozen = moments = 0
+    """Bytes per device of parameters and of moments, from sizes only; fsdp shards everything except norms."""
+    trainable = frozen = moments = 0
     for path, leaf in blueprint(config.model).shapes.items():
-        whole = path.rsplit("/", 1)[-1] == "scale" or "norm" in path or path == "vision/class_token"
-        size = math.prod(leaf.shape) // (1 if whole else devices)
+        replicated = path.rsplit("/", 1)[-1] == "scale" or "norm" in path or path == "vision/class_token"
+        size = math.prod(leaf.shape) // (1 if replicated else devices)
         if path.startswith("vision/"):
             frozen += 2 * size
         else:
-            learned, moments = learned + 4 * size, moments + 8 * size
-    return learned + frozen, moments
+            trainable, moments = trainable + 4 * size, moments + 8 * size
+    return trainable + frozen, moments
 
 
 @pytest.mark.parametrize("topology", ["h100:8", "v5e:2x4"])
-def test_a_step_for_devices_that_are_not_here(topology, capsys):
-    found = planned(capsys, *DEMO, f"--topology={topology}", "--price-per-chip-hour=3")
+def test_a_training_step_for_a_topology(topology, capsys):
+    found = run_plan(capsys, *DEMO, f"--topology={topology}", "--price-per-chip-hour=3")
     assert found.keys() == KEYS | {"chip_hours", "cost"}
     assert found["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
     assert (found["fits"], found["devices"], found["rows"], found["positions"]) == (True, 8, 8, 208)
-    memory, config = found["memory"], recipe("demo.py:stage=finetune", *DEMO[1:])
-    learned_by_tensor = {"parameters", "optimizer", "batch", "activations", "temporaries"}
-    assert memory.keys() == learned_by_tensor
-    layout = state_layout(config, blueprint(config.model), make_optimizer(config.optimizer, 9), _mesh(topology))
+    memory, config = found["memory"], load_recipe("demo.py:stage=finetune", *DEMO[1:])
+    assert memory.keys() == {"parameters", "optimizer", "batch", "activations", "temporaries"}
+    layout = state_layout(
+        config, blueprint(config.model), make_optimizer(config.optimizer, 9), _topology_mesh(topology)
+    )
     for part, tree in {"parameters": layout.params, "optimizer": layout.moments}.items():
-        held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-        assert memory[part] == held
+        size = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        assert memory[part] == size
     assert found["model_flops"] == step_flops(config.model, config.rules, 8, 208, 1).step
     assert 1 < found["executed_flops"] / found["model_flops"] < 1.5
-    # A fully sharded step gathers the weights of the decoder twice at least, and scatters their gradients.
+    # A fully sharded step gathers the weights of the decoder at least twice and scatters their gradients.
     sent = sum(by_axis.get("fsdp", 0) for by_axis in found["collective_bytes"].values())
     decoder = 2 * sum(math.prod(x.shape) for path, x in blueprint(config.model).shapes.items() if "llm/blocks" in path)
     assert sent > 3 * decoder * 7 / 8
@@ -82,128 +83,129 @@ def test_a_step_for_devices_that_are_not_here(topology, capsys):
 @pytest.mark.parametrize("records", [5, 16, 801])
 def test_steps_are_counted_as_training_counts_them(epochs, records):
     overrides = [f"--config.epochs={epochs}", f"--config.data.records={records}", "--config.global_batch_size=16"]
-    config = recipe("finetune.py", *overrides)
+    config = load_recipe("finetune.py", *overrides)
     lengths = np.full(records, 9)
     trained = Plan(config.data, 0, 16, lengths, np.ones(records, int), [records])
-    assert run_steps(config) == trained.steps(epochs)
+    assert count_steps(config) == trained.steps(epochs)
 
 
-def _mesh(topology):
-    return make_program(recipe("demo.py:stage=finetune"), "train", topology_devices(topology)).mesh
+def _topology_mesh(topology):
+    return make_program(load_recipe("demo.py:stage=finetune"), "train", topology_devices(topology)).mesh
 
 
-def test_what_it_says_to_people(capsys):
-    assert door(plan.main, [*DEMO, "--topology=h100:8", "--price-per-chip-hour=3"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("train on h100:8: fits. At its peak a device needs 0.0")
+def test_text_output(capsys):
+    assert run_command(plan.main, [*DEMO, "--topology=h100:8", "--price-per-chip-hour=3"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("train on h100:8: fits. Peak memory per device: 0.0")
     for words in ("mesh data 1, fsdp 8, tensor 1", "recomputed", "all-gather over fsdp", "300 steps", "chip hours"):
-        assert words in said
+        assert words in output
 
 
 @pytest.mark.parametrize("what", ["prefill", "decode", "evaluate"])
-def test_asking(what, capsys):
-    found = planned(capsys, *DEMO, "--config.eval.batch=12", "--topology=h100:8", f"--what={what}")
-    assert found["rows"] == 16  # as many as eight devices take
+def test_inference_programs(what, capsys):
+    found = run_plan(capsys, *DEMO, "--config.eval.batch=12", "--topology=h100:8", f"--what={what}")
+    assert found["rows"] == 16  # rounded up to a multiple of eight devices
     assert (found["steps"], found["hours"]) == (None, None)
-    config = recipe("demo.py:stage=finetune", *DEMO[1:])
-    one = forward_flops(config.model, 16, 208, 1)
-    read, say = one.forward - one.head + one.head // 208, decode_flops(config.model, 16, 208 + 128)
-    assert found["model_flops"] == {"prefill": read, "decode": say, "evaluate": read + 128 * say}[what]
+    config = load_recipe("demo.py:stage=finetune", *DEMO[1:])
+    forward = forward_flops(config.model, 16, 208, 1)
+    prefill = forward.forward - forward.head + forward.head // 208
+    decode = decode_flops(config.model, 16, 208 + 128)
+    assert found["model_flops"] == {"prefill": prefill, "decode": decode, "evaluate": prefill + 128 * decode}[what]
     assert found["tokens_per_second"] * found["step_seconds_estimate"] == pytest.approx(
         16 * {"prefill": 208, "decode": 1, "evaluate": 128}[what]
     )
-    if what == "evaluate":  # the demo measures as it trains
+    if what == "evaluate":  # the demo evaluates during training
         assert found["during_training"] is True
         assert found["peak_bytes_per_device"] > found["memory"]["training state"] > 3 * found["memory"]["parameters"]
     if what == "decode":  # keys and values of four layers: two rows per device, two heads of 32, 208 + 128 slots
         assert found["memory"]["cache"] == 2 * 4 * (2 * 2 * 336 * 32) * 2
 
 
-def test_a_measurement_during_training_fits_beside_the_training_state():
-    config = recipe("demo.py:stage=finetune", "--config.mesh.data=1", "--config.mesh.fsdp=1", *BFLOAT16)
-    size = sum(analytic(config, 1)) + 12  # and three counts of steps
-    asked = {"fits": True, "peak_bytes_per_device": 10**6, "memory": {"cache": 5}}
-    for room, fits in ((0, True), (-1, False)):
-        limit = {"memory_limit_bytes_per_device": 10**6 + size + room}
-        found = report_module._resident(config, asked | limit, jax.devices()[:1])
+def test_evaluation_during_training_includes_the_training_state():
+    config = load_recipe("demo.py:stage=finetune", "--config.mesh.data=1", "--config.mesh.fsdp=1", *BFLOAT16)
+    size = sum(analytic(config, 1)) + 12  # plus three step counters
+    report = {"fits": True, "peak_bytes_per_device": 10**6, "memory": {"cache": 5}}
+    for spare, fits in ((0, True), (-1, False)):
+        limit = {"memory_limit_bytes_per_device": 10**6 + size + spare}
+        found = report_module._add_train_state(config, report | limit, jax.devices()[:1])
         assert found["memory"] == {"training state": size, "cache": 5}
         assert (found["peak_bytes_per_device"], found["fits"]) == (10**6 + size, fits)
-    apart = dataclasses.replace(config, eval=dataclasses.replace(config.eval, benchmarks=()))
-    assert report_module._resident(apart, asked, jax.devices()) == {"during_training": False}
+    separate = dataclasses.replace(config, eval=dataclasses.replace(config.eval, benchmarks=()))
+    assert report_module._add_train_state(separate, report, jax.devices()) == {"during_training": False}
 
 
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
         (["--config=configs/demo.py:stage=finetune"], "--topology is missing"),
-        (["--config=configs/demo.py", "--topology=h100:8"], "has stages pretrain, finetune; name one"),
-        ([*DEMO, "--topology=h100:8", "--what=train", "--slices=0"], "--slices should be at least 1"),
+        (["--config=configs/demo.py", "--topology=h100:8"], "has stages pretrain, finetune; select one"),
+        ([*DEMO, "--topology=h100:8", "--what=train", "--slices=0"], "--slices must be at least 1"),
         ([*DEMO, "--topology=h100:8", "--price-per-chip-hour=-1"], "a price"),
         ([*DEMO, "--topology=h100:8", "--price-per-chip-hour=nan"], "a price"),
-        ([*DEMO, "--topology=h100:8", "--search", "--what=decode"], "--search is for --what=train"),
+        ([*DEMO, "--topology=h100:8", "--search", "--what=decode"], "--search requires --what=train"),
         ([*DEMO, "--topology=h100:8", "--what=dream"], "invalid choice"),
         ([*DEMO, "--topology=h100:7"], "global_batch_size=8 is not a multiple of 7"),
         ([*DEMO, "--topology=h100:8", "--config.global_batch_size=12"], "global_batch_size=12 is not a multiple of 8"),
         (["--topology=h100:8"], "--config is missing"),
     ],
 )
-def test_bad_input_ends_in_a_sentence(argv, sentence, capsys):
-    assert door(plan.main, argv) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert sentence in said.err
-    assert said.err.count("error:") == 1
+def test_invalid_input_is_rejected(argv, sentence, capsys):
+    assert run_command(plan.main, argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert sentence in captured.err
+    assert captured.err.count("error:") == 1
 
 
 @pytest.fixture
-def few(monkeypatch):
-    """A search of seconds."""
-    for name, some in {"_TENSOR": (1,), "_MICROBATCHES": (1, 4), "_REMAT": ("none", "full"), "COMPILES": 1}.items():
-        monkeypatch.setattr(search_module, name, some)
+def small_search(monkeypatch):
+    """Limits the search to seconds."""
+    for name, value in {"_TENSOR": (1,), "_MICROBATCHES": (1, 4), "_REMAT": ("none", "full"), "COMPILES": 1}.items():
+        monkeypatch.setattr(search_module, name, value)
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("small_search")
 @pytest.mark.slow  # a minute
-def test_what_does_not_fit_says_so_and_a_search_names_what_does(monkeypatch, capsys):
-    def only(limit):
+def test_a_search_finds_settings_that_fit(monkeypatch, capsys):
+    def set_memory_limit(limit):
         for module in (report_module, search_module):
             monkeypatch.setattr(module, "memory_limit", lambda device: limit)
 
     argv = [*TINY, "--config.model.remat=none", "--config.global_batch_size=512", "--topology=v5e:2x4"]
-    only(2**20)
-    found = planned(capsys, *argv)
+    set_memory_limit(2**20)
+    found = run_plan(capsys, *argv)
     needed = found["peak_bytes_per_device"]
     assert (found["fits"], needed > 2**20) == (False, True)
-    only(needed // 2)
-    found = planned(capsys, *argv, "--search")
+    set_memory_limit(needed // 2)
+    found = run_plan(capsys, *argv, "--search")
     best, *_ = found["ranked"]
     assert best["fits"]
     assert best["peak_bytes_per_device"] <= needed // 2
     assert best["settings"]["model.remat"] != "none" or best["settings"]["optimizer.accumulation_steps"] > 1
-    seconds = [one["step_seconds_estimate"] for one in found["ranked"]]
+    seconds = [trial["step_seconds_estimate"] for trial in found["ranked"]]
     assert seconds == sorted(seconds)
     assert 1 <= found["compiled"] <= 2 < found["tried"]
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("small_search")
 def test_a_search_may_find_nothing(monkeypatch, capsys):
     for module in (report_module, search_module):
         monkeypatch.setattr(module, "memory_limit", lambda device: 1000)
-    assert door(plan.main, [*TINY, "--topology=h100:8", "--search"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("None of the ")
-    assert said.endswith("fits h100:8; 0 were compiled.\n")
+    assert run_command(plan.main, [*TINY, "--topology=h100:8", "--search"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("None of the ")
+    assert output.endswith("fits h100:8; 0 were compiled.\n")
 
 
-def test_the_compilers_word_that_a_program_does_not_fit():
-    """libtpu refuses what exceeds a chip's memory and tells what it would have needed."""
+def test_the_compiler_reports_the_memory_that_a_program_needs():
+    """libtpu rejects programs that exceed the memory of a chip and reports the bytes needed."""
     before = dict(os.environ)
     (device,) = topology_devices("v5e:1x1")
-    assert os.environ == before  # what libtpu reads when it is loaded is no longer there
+    assert os.environ == before  # the variables that libtpu reads on load are removed
     mesh = jax.sharding.Mesh([[[device]]], ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    x = jax.ShapeDtypeStruct((2**17, 2**17), "float32", sharding=whole)  # 64 GiB
-    call = jax.jit(lambda x: x @ x, out_shardings=whole)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    x = jax.ShapeDtypeStruct((2**17, 2**17), "float32", sharding=replicated)  # 64 GiB
+    call = jax.jit(lambda x: x @ x, out_shardings=replicated)
     with pytest.raises(OutOfMemory) as caught:
         Program("train", 1, 1, 0, mesh, "bfloat16", call, (x,), {}).compile()
     assert caught.value.needed == 128 * 2**30
@@ -214,13 +216,13 @@ def test_the_compilers_word_that_a_program_does_not_fit():
 @pytest.mark.parametrize("file", ["pretrain", "finetune"])
 @pytest.mark.parametrize("topology", ["v5e:4x8", "v5p:2x2x4", "a6000:8", "h200:8", "v5e:8x8"])
 def test_the_recipe_at_full_size(topology, file, llm, capsys):
-    found = planned(capsys, f"--config=configs/{file}.py:llm={llm}", f"--topology={topology}")
-    config = recipe(f"{file}.py:llm={llm}")
+    found = run_plan(capsys, f"--config=configs/{file}.py:llm={llm}", f"--topology={topology}")
+    config = load_recipe(f"{file}.py:llm={llm}")
     if file == "finetune":
         parameters, moments = analytic(config, found["devices"])
         assert found["memory"]["parameters"] == pytest.approx(parameters, rel=1e-4)
         assert found["memory"]["optimizer"] == pytest.approx(moments, rel=1e-4)
-        # The paper's machine takes 7B, and 64 small chips 13B.
+        # 7B fits the paper's machine, 13B fits 64 small chips.
         assert found["fits"] == ((topology, llm) != ("a6000:8", "vicuna-13b"))
     assert 1 < found["executed_flops"] / found["model_flops"] < 1.5
     assert 0.3 < found["mfu_estimate"] < 0.7

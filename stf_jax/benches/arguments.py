@@ -1,4 +1,4 @@
-"""Arguments of the benchmarks, a function each. What runs takes seconds to import, and none of it is needed here."""
+"""Command-line arguments of the benchmarks, one function each. Apart from the benchmarks, which are slow to import."""
 
 import argparse
 
@@ -8,7 +8,7 @@ LLAVA = "clip-l-14-336", "vicuna-7b"  # presets of LLaVA-1.5 7B
 
 
 def backbone(parser: argparse.ArgumentParser) -> None:
-    """Of :mod:`stf_jax.benches.backbone`."""
+    """Adds the arguments of :mod:`stf_jax.benches.backbone`."""
     parser.add_argument(
         "--checkpoint", required=True, type=local_path, help="workdir of a run trained with model.cells"
     )
@@ -16,75 +16,79 @@ def backbone(parser: argparse.ArgumentParser) -> None:
 
 
 def cost(parser: argparse.ArgumentParser) -> None:
-    """Of :mod:`stf_jax.benches.cost`."""
-    parser.add_argument("--vision", default="clip-l-14-336", help="a tower preset (%(default)s)")
-    parser.add_argument("--llm", default="vicuna-7b", help="a language model preset (%(default)s)")
-    parser.add_argument("--layers", default="1,2", help="of the decoder, that are measured: two numbers (%(default)s)")
-    parser.add_argument("--batches", default="1,2", help="rows at once, that are measured (%(default)s)")
-    parser.add_argument("--topology", default="a6000:8", help="to compile for (%(default)s)")
-    parser.add_argument("--rows", default="1,4,8,16", help="a device of that (%(default)s)")
-    parser.add_argument("--plot", type=local_path, help="PNG to draw")
+    """Adds the arguments of :mod:`stf_jax.benches.cost`."""
+    parser.add_argument("--vision", default="clip-l-14-336", help="vision tower preset (%(default)s)")
+    parser.add_argument("--llm", default="vicuna-7b", help="language model preset (%(default)s)")
+    parser.add_argument("--layers", default="1,2", help="two numbers of decoder layers to measure (%(default)s)")
+    parser.add_argument("--batches", default="1,2", help="batch sizes to measure (%(default)s)")
+    parser.add_argument("--topology", default="a6000:8", help="devices to compile for (%(default)s)")
+    parser.add_argument("--rows", default="1,4,8,16", help="rows per device to compile for (%(default)s)")
+    parser.add_argument("--plot", type=local_path, help="PNG file to plot to")
 
 
 def decode(parser: argparse.ArgumentParser) -> None:
-    """Of :mod:`stf_jax.benches.decode`."""
-    parser.add_argument("--llm", default="smollm2-135m", help="a language model preset, with random weights")
-    parser.add_argument("--vision", default="clip-mini-16-384", help="a tower preset; this one costs little")
-    parser.add_argument("--batches", default="1,8", help="prompts at once (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each (%(default)s)")
+    """Adds the arguments of :mod:`stf_jax.benches.decode`."""
+    parser.add_argument("--llm", default="smollm2-135m", help="language model preset, random weights (%(default)s)")
+    parser.add_argument("--vision", default="clip-mini-16-384", help="vision tower preset, a cheap one (%(default)s)")
+    parser.add_argument("--batches", default="1,8", help="batch sizes (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens per prompt (%(default)s)")
     parser.add_argument(
         "--precision",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="of both (%(default)s); GPUs want bfloat16",
+        help="of both programs (%(default)s); use bfloat16 on GPUs",
     )
 
 
 def flops(parser: argparse.ArgumentParser) -> None:
-    """Of :mod:`stf_jax.benches.flops`."""
-    parser.add_argument("--vision", default=LLAVA[0], help="a tower preset (%(default)s)")
-    parser.add_argument("--llm", default=LLAVA[1], help="a language model preset (%(default)s)")
-    parser.add_argument("--text", default="0,64", help="text tokens of a prompt (%(default)s)")
+    """Adds the arguments of :mod:`stf_jax.benches.flops`."""
+    parser.add_argument("--vision", default=LLAVA[0], help="vision tower preset (%(default)s)")
+    parser.add_argument("--llm", default=LLAVA[1], help="language model preset (%(default)s)")
+    parser.add_argument("--text", default="0,64", help="text tokens per prompt (%(default)s)")
 
 
 def fusion(parser: argparse.ArgumentParser) -> None:
-    """Of :mod:`stf_jax.benches.fusion`."""
-    parser.add_argument("--vision", default="clip-l-14-336", help="a tower preset (%(default)s)")
-    parser.add_argument("--llm", default="vicuna-7b", help="a language model preset (%(default)s)")
-    parser.add_argument("--fusions", default="", help="names with commas between; all")
-    parser.add_argument("--batch", type=int, default=1, help="images at once (%(default)s)")
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="(%(default)s)")
+    """Adds the arguments of :mod:`stf_jax.benches.fusion`."""
+    parser.add_argument("--vision", default="clip-l-14-336", help="vision tower preset (%(default)s)")
+    parser.add_argument("--llm", default="vicuna-7b", help="language model preset (%(default)s)")
+    parser.add_argument("--fusions", default="", help="fusions, separated by commas (default: all)")
+    parser.add_argument("--batch", type=int, default=1, help="images per batch (%(default)s)")
+    parser.add_argument(
+        "--precision", choices=["float32", "bfloat16"], default="float32", help="of compute (%(default)s)"
+    )
 
 
 def input(parser: argparse.ArgumentParser) -> None:
-    """Of :mod:`stf_jax.benches.input`."""
-    parser.add_argument("--images", type=int, default=384, help="JPEGs to make (%(default)s)")
-    parser.add_argument("--rows", type=int, default=66_530, help="conversations whose lengths are drawn (%(default)s)")
+    """Adds the arguments of :mod:`stf_jax.benches.input`."""
+    parser.add_argument("--images", type=int, default=384, help="JPEG files to generate (%(default)s)")
+    parser.add_argument("--rows", type=int, default=66_530, help="conversation lengths to draw (%(default)s)")
 
 
 def plan(parser: argparse.ArgumentParser) -> None:
-    """Of :mod:`stf_jax.benches.plan`."""
-    parser.add_argument("--topology", default="v5e:4x8", help="to compare 144 tokens with 576 on (%(default)s)")
-    parser.add_argument("--llm", default="vicuna-7b", help="preset (%(default)s)")
-    parser.add_argument("--no-mark", action="store_true", help="leave out the comparison with MaxText")
+    """Adds the arguments of :mod:`stf_jax.benches.plan`."""
+    parser.add_argument("--topology", default="v5e:4x8", help="devices to compare 144 tokens with 576 on (%(default)s)")
+    parser.add_argument("--llm", default="vicuna-7b", help="language model preset (%(default)s)")
+    parser.add_argument("--no-mark", action="store_true", help="skip the comparison with MaxText")
 
 
 def step(parser: argparse.ArgumentParser) -> None:
-    """Of :mod:`stf_jax.benches.step`."""
-    parser.add_argument("--llm", default="smollm2-135m", help="a language model preset, with random weights")
-    parser.add_argument("--vision", default="clip-mini-16-384", help="a tower preset; this one costs little")
-    parser.add_argument("--fusion", default="mbtf_stf")
-    parser.add_argument("--rows", type=int, default=2, help="a step (%(default)s)")
-    parser.add_argument("--text", type=int, default=112, help="text tokens of a row (%(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="that are timed (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of all programs in turn (%(default)s)")
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="(%(default)s)")
+    """Adds the arguments of :mod:`stf_jax.benches.step`."""
+    parser.add_argument("--llm", default="smollm2-135m", help="language model preset, random weights (%(default)s)")
+    parser.add_argument("--vision", default="clip-mini-16-384", help="vision tower preset, a cheap one (%(default)s)")
+    parser.add_argument("--fusion", default="mbtf_stf", help="fusion (%(default)s)")
+    parser.add_argument("--rows", type=int, default=2, help="rows per step (%(default)s)")
+    parser.add_argument("--text", type=int, default=112, help="text tokens per row (%(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="steps to time (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds over all programs (%(default)s)")
+    parser.add_argument(
+        "--precision", choices=["float32", "bfloat16"], default="float32", help="of compute (%(default)s)"
+    )
     parser.add_argument(
         "--remat", choices=["none", "full"], default="none", help="gradient checkpointing (%(default)s)"
     )
 
 
 def weights(parser: argparse.ArgumentParser) -> None:
-    """Of :mod:`stf_jax.benches.weights`."""
-    parser.add_argument("--model", default="vicuna-7b", help="a language model preset, filled with random bfloat16")
-    parser.add_argument("--scratch", type=local_path, help="folder on a disk with room for the model three times")
+    """Adds the arguments of :mod:`stf_jax.benches.weights`."""
+    parser.add_argument("--model", default="vicuna-7b", help="language model preset, with random bfloat16 weights")
+    parser.add_argument("--scratch", type=local_path, help="folder on a disk with space for three copies of the model")

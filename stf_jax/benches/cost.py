@@ -1,8 +1,8 @@
-"""What a quarter of the vision tokens spares: `mlp` and `mbtf_stf` measured here, and foreseen for the paper's machine.
+"""Savings of a quarter of the vision tokens: `mlp` and `mbtf_stf` measured here, and estimated for the paper's machine.
 
-Measured is the run's own program, in float32, with the whole tower and few layers of the decoder: with more, weights
-and moments would not lie in memory here. Layers are alike, so what one takes is told by two such models, and all of
-them by a straight line through both.
+The measurements run the programs of a run in float32, with the full vision tower and few decoder layers, because more
+layers would not fit in memory here. All layers cost the same, so two such models give the cost per layer, and linear
+extrapolation the cost of all layers.
 """
 
 import argparse
@@ -21,58 +21,58 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stf_jax.benches.plan import TEXT, recipe
-from stf_jax.benches.process import measured
+from stf_jax.benches.plan import TEXT, load_recipe
+from stf_jax.benches.process import measure_process
 from stf_jax.benches.synthetic import make_batch
 from stf_jax.config import FusionConfig, MeshConfig, TrainConfig, UserError
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.planning.program import Program, make_program
-from stf_jax.planning.report import report
+from stf_jax.planning.report import make_report
 from stf_jax.planning.topology import topology_devices
-from stf_jax.runtime.mesh import computing
+from stf_jax.runtime.mesh import compute_context
 from stf_jax.weights.model import Description
 
 _FUSIONS = "mlp", "mbtf_stf"
-_TIMES, _LONG = 3, 10.0  # a call is made so often, and the median counts; fewer times once they took so many seconds
+_MAX_CALLS, _MAX_SECONDS = 3, 10.0  # calls to time, for the median; fewer once they took this long
 _GIB = 2**30
 _Rows = list[dict[str, Any]]
 
 
 def run(options: argparse.Namespace) -> _Rows:
-    """Measures, compiles, and draws both.
+    """Measures, estimates, and plots both.
 
     Returns:
-      Of :func:`measure` and :func:`foresee`.
+      The rows of :func:`measure` and :func:`estimate`.
     """
-    layers, batches, rows = (_numbers(options, name) for name in ("layers", "batches", "rows"))
+    layers, batches, rows = (_parse_numbers(options, name) for name in ("layers", "batches", "rows"))
     if len(layers) != 2 or layers[0] >= layers[1]:
-        raise UserError(f"--layers={options.layers} should be two numbers, the smaller first.")
-    jax.config.update("jax_platforms", "cpu")  # of this process, which only compiles
+        raise UserError(f"--layers={options.layers} must be two numbers, the smaller first.")
+    jax.config.update("jax_platforms", "cpu")  # this process only compiles
     devices = topology_devices(options.topology)
-    found = measure(options.vision, options.llm, layers, batches)
-    found += foresee(options.vision, options.llm, rows, devices)
+    results = measure(options.vision, options.llm, layers, batches)
+    results += estimate(options.vision, options.llm, rows, devices)
     if options.plot is not None:
-        draw(found, options.plot)
-    return found
+        plot(results, options.plot)
+    return results
 
 
-def _numbers(options, name):
+def _parse_numbers(options, name):
     text = getattr(options, name)
     try:
         numbers = [int(number) for number in text.split(",")]
     except ValueError:
-        raise UserError(f"--{name}={text} should be numbers with commas between.") from None
+        raise UserError(f"--{name}={text} must be comma-separated integers.") from None
     if min(numbers) < 1:
-        raise UserError(f"--{name}={text} should be at least 1.")
+        raise UserError(f"--{name}={text} must be at least 1.")
     return numbers
 
 
-def _config(what: str, vision: str, llm: str, fusion: str) -> TrainConfig:
-    """The recipe's stage (prefill: of the second one's model), on rows of one image and as much text as is usual."""
-    config = recipe("finetune" if what == "prefill" else what, "vicuna-7b")
+def _make_config(task: str, vision: str, llm: str, fusion: str) -> TrainConfig:
+    """A stage of the recipe (for prefill the second one), on rows of one image and a typical amount of text."""
+    config = load_recipe("finetune" if task == "prefill" else task, "vicuna-7b")
     model = dataclasses.replace(config.model, vision=vision, llm=llm, fusion=FusionConfig(fusion))
-    data = dataclasses.replace(config.data, max_length=slots_per_image(model) + TEXT[what], images_per_row=1)
+    data = dataclasses.replace(config.data, max_length=slots_per_image(model) + TEXT[task], images_per_row=1)
     return dataclasses.replace(config, model=model, data=data)
 
 
@@ -80,159 +80,159 @@ def _config(what: str, vision: str, llm: str, fusion: str) -> TrainConfig:
 
 
 def measure(vision: str, llm: str, layers: list[int], batches: list[int]) -> _Rows:
-    """Prefill and both stages' steps on this machine, each model in a process of its own.
+    """Measures prefill and the steps of both stages on this machine, each model in a separate process.
 
     Returns:
-      Rows of ``what``, ``batch``, milliseconds with so many ``layers`` of the decoder, the few and the more, and with
-      all its layers by a straight line; GiB with the few and the more; and ``times_mlp``, how often faster with all.
-      What takes more memory than there is has none.
+      Rows of ``what``, ``batch``, milliseconds with the smaller and the larger of the numbers of ``layers``, and
+      extrapolated to all layers; GiB with the two numbers; and ``times_mlp``, the speedup over ``mlp`` with all layers.
+      Tasks that exceed the memory are left out.
     """
-    tower, decoder, found = vision_preset(vision), llm_preset(llm), []
+    tower, decoder, results = vision_preset(vision), llm_preset(llm), []
 
-    def one(what, fusion, count):
+    def measure_model(task, fusion, count):
         with tempfile.TemporaryDirectory() as folder:
             shallow = dataclasses.replace(decoder, layers=count)
             Description(tower, shallow, FusionConfig(fusion)).save(pathlib.Path(folder))
-            task = json.dumps([what, folder, fusion, batches])
-            name = f"{what}, {fusion}, {count} layers"
-            took = measured(name, ["-m", "stf_jax.benches.cost", task])
-            print(name, took["ms"], file=sys.stderr)
-            return took
+            arguments = json.dumps([task, folder, fusion, batches])
+            name = f"{task}, {fusion}, {count} layers"
+            figures = measure_process(name, ["-m", "stf_jax.benches.cost", arguments])
+            print(name, figures["ms"], file=sys.stderr)
+            return figures
 
-    for what in TEXT:
+    for task in TEXT:
         try:
-            pair = {each: one(what, *each) for each in itertools.product(_FUSIONS, layers)}
+            models = {key: measure_model(task, *key) for key in itertools.product(_FUSIONS, layers)}
         except MemoryError as error:
-            print(f"{error} So {what} is left out.", file=sys.stderr)
+            print(f"{error} Skipping {task}.", file=sys.stderr)
             continue
         for i, batch in enumerate(batches):
             rows = []
             for fusion in _FUSIONS:
-                few, more = (pair[fusion, count] for count in layers)
+                few, more = (models[fusion, count] for count in layers)
                 slope = (more["ms"][i] - few["ms"][i]) / (layers[1] - layers[0])
-                row = {"what": f"{what}, {fusion}", "batch": batch, "ms_few": few["ms"][i], "ms_more": more["ms"][i]}
+                row = {"what": f"{task}, {fusion}", "batch": batch, "ms_few": few["ms"][i], "ms_more": more["ms"][i]}
                 row["ms_all"] = few["ms"][i] + slope * (decoder.layers - layers[0])
                 row |= {"gib_few": few["gib"][i], "gib_more": more["gib"][i]}
                 rows.append(row)
-            found += [row | {"times_mlp": rows[0]["ms_all"] / row["ms_all"]} for row in rows]
-    return found
+            results += [row | {"times_mlp": rows[0]["ms_all"] / row["ms_all"]} for row in rows]
+    return results
 
 
-def timed(what: str, folder: str, fusion: str, batches: list[int]) -> dict[str, list[float]]:
-    """Milliseconds and GiB of a program, for each batch; the folder has ``model.json`` alone."""
-    found = {"ms": [], "gib": []}
+def time_program(task: str, folder: str, fusion: str, batches: list[int]) -> dict[str, list[float]]:
+    """Measures milliseconds and GiB of a program for each batch size; the folder contains only ``model.json``."""
+    figures = {"ms": [], "gib": []}
     for batch in batches:
-        config = _config(what, folder, folder, fusion)
-        # Layers written out: a scan would copy each layer's weights out of their stack.
+        config = _make_config(task, folder, folder, fusion)
+        # Layers are unrolled, because a scan would copy the weights of each layer out of their stack.
         model = dataclasses.replace(config.model, precision="float32", scan_layers=False)
         config = dataclasses.replace(config, model=model, mesh=MeshConfig(1, 1, 1), global_batch_size=batch)
-        kind = "prefill" if what == "prefill" else "train"
+        kind = "prefill" if task == "prefill" else "train"
         program = make_program(config, kind, jax.devices()[:1], rows=batch)
         compiled = program.compile()
-        found["ms"].append(1e3 * _seconds(program, compiled, config))
-        # Of a CPU's program the compiler's own peak leaves temporaries out.
-        parts = compiled.memory_analysis()
-        arguments = parts.argument_size_in_bytes + parts.output_size_in_bytes - parts.alias_size_in_bytes
-        found["gib"].append((arguments + parts.temp_size_in_bytes) / _GIB)
-    return found
+        figures["ms"].append(1e3 * _median_seconds(program, compiled, config))
+        # On CPUs the peak that the compiler reports excludes temporaries.
+        memory = compiled.memory_analysis()
+        arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        figures["gib"].append((arguments + memory.temp_size_in_bytes) / _GIB)
+    return figures
 
 
-def _seconds(program: Program, compiled, config):
+def _median_seconds(program: Program, compiled, config):
     batch = make_batch(config)
-    with computing(program.mesh, program.precision):
-        if program.what == "train":
-            state = _filled(program.arguments[0])
+    with compute_context(program.mesh, program.precision):
+        if program.kind == "train":
+            state = _fill(program.arguments[0])
             batch = jax.device_put(batch, compiled.input_shardings[0][1])
-            call = functools.partial(_step, compiled, [state], batch)
+            call = functools.partial(_run_step, compiled, [state], batch)
             del state
         else:
             _, weights, _, _, _, _, sampling = program.arguments
             lengths = np.full(program.rows, program.length, np.int32)
             prompt = (batch.tokens, batch.image_slots, lengths, batch.images)
-            call = functools.partial(compiled, _filled(weights), *prompt, sampling)
-        jax.block_until_ready(call())  # gigabytes of memory are touched for the first time
+            call = functools.partial(compiled, _fill(weights), *prompt, sampling)
+        jax.block_until_ready(call())  # touches gigabytes of memory for the first time
         seconds = []
-        while len(seconds) < _TIMES and sum(seconds) < _LONG:
+        while len(seconds) < _MAX_CALLS and sum(seconds) < _MAX_SECONDS:
             begin = time.perf_counter()
             jax.block_until_ready(call())
             seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)
 
 
-def _step(compiled, kept, batch):
-    """Takes a step; ``kept`` has the state, whose memory the step takes over."""
-    state, metrics = compiled(kept.pop(), batch)
-    kept.append(state)
+def _run_step(compiled, state_holder, batch):
+    """Runs a step, which donates the state; ``state_holder`` is a list that holds it between steps."""
+    state, metrics = compiled(state_holder.pop(), batch)
+    state_holder.append(state)
     return metrics
 
 
-def _filled(tree):
-    """Arrays of small numbers for abstract ones: no time depends on what they are."""
+def _fill(tree):
+    """Concrete arrays of a small constant for abstract arrays; times do not depend on the values."""
     return jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype, device=x.sharding), tree)
 
 
-# ---- Foreseen --------------------------------------------------------------------------------------------------------
+# ---- Estimated -------------------------------------------------------------------------------------------------------
 
 
-def foresee(vision: str, llm: str, rows: list[int], devices: list[jax.Device]) -> _Rows:
-    """The same programs as ``plan`` compiles them, in bfloat16, for devices that are not here.
+def estimate(vision: str, llm: str, rows: list[int], devices: list[jax.Device]) -> _Rows:
+    """Estimates the same programs with ``plan``, in bfloat16, for devices that this machine does not have.
 
     Returns:
-      Rows of ``what``, ``rows`` a device, ``peak_gib`` of a device and whether that ``fits``, ``seconds`` by a
-      roofline, and ``times_mlp``, how often faster.
+      Rows of ``what``, ``rows`` per device, ``peak_gib`` per device and whether that ``fits``, roofline ``seconds``,
+      and ``times_mlp``, the speedup over ``mlp``.
     """
-    found = []
-    for what, count in itertools.product(TEXT, rows):
-        slower = None
+    results = []
+    for task, count in itertools.product(TEXT, rows):
+        mlp_seconds = None
         for fusion in _FUSIONS:
-            config = _config(what, vision, llm, fusion)
+            config = _make_config(task, vision, llm, fusion)
             total = count * len(devices)
             config = dataclasses.replace(
                 config, global_batch_size=total, eval=dataclasses.replace(config.eval, batch=total)
             )
-            told = report(config, "prefill" if what == "prefill" else "train", devices)
-            seconds = told["step_seconds_estimate"]
-            slower = slower or seconds
-            row = {"what": f"{what}, {fusion}, {told['chip']}", "rows": count}
-            row |= {"peak_gib": told["peak_bytes_per_device"] / _GIB, "fits": told["fits"]}
-            row |= {"seconds": seconds, "times_mlp": slower / seconds}
-            found.append(row)
+            report = make_report(config, "prefill" if task == "prefill" else "train", devices)
+            seconds = report["step_seconds_estimate"]
+            mlp_seconds = mlp_seconds or seconds
+            row = {"what": f"{task}, {fusion}, {report['chip']}", "rows": count}
+            row |= {"peak_gib": report["peak_bytes_per_device"] / _GIB, "fits": report["fits"]}
+            row |= {"seconds": seconds, "times_mlp": mlp_seconds / seconds}
+            results.append(row)
             print(f"{row['what']}, {count} rows per device: {row['peak_gib']:.2f} GiB", file=sys.stderr)
-    return found
+    return results
 
 
-# ---- Drawn -----------------------------------------------------------------------------------------------------------
+# ---- Plotted ---------------------------------------------------------------------------------------------------------
 
 
-def draw(rows: _Rows, file: pathlib.Path) -> None:
-    """Seconds by rows, as measured and as foreseen, and memory by rows per device; what has no rows is left out."""
+def plot(rows: _Rows, file: pathlib.Path) -> None:
+    """Plots measured and estimated seconds, and memory, against the number of rows; tasks without rows are omitted."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     chip = next(row["what"] for row in rows if "peak_gib" in row).split(", ")[-1]
-    kinds = (  # of rows: what they end with, along, up, and what is written there
+    panels = (  # suffix of the rows' names, key of x, function of y, labels of x and y
         (
             "",
             "batch",
             lambda row: row["ms_all"] / 1e3,
             "rows",
-            "seconds here, by a line\nthrough few layers",
+            "seconds, extrapolated\nfrom few layers",
         ),
-        (f", {chip}", "rows", lambda row: row["seconds"], f"rows per card of {chip}", "seconds, foreseen"),
-        (f", {chip}", "rows", lambda row: row["peak_gib"], f"rows per card of {chip}", "GiB of a card, foreseen"),
+        (f", {chip}", "rows", lambda row: row["seconds"], f"rows per {chip}", "seconds, estimated"),
+        (f", {chip}", "rows", lambda row: row["peak_gib"], f"rows per {chip}", "GiB per device, estimated"),
     )
-    titles = {"prefill": "Reading a prompt", "pretrain": "A step of stage 1", "finetune": "A step of stage 2"}
-    figure, axes = plt.subplots(len(kinds), len(titles), figsize=(12, 9), constrained_layout=True)
-    for axis, ((end, along, up, x, y), (what, title)) in zip(
-        axes.flat, itertools.product(kinds, titles.items()), strict=True
+    titles = {"prefill": "Prefill", "pretrain": "Training step, stage 1", "finetune": "Training step, stage 2"}
+    figure, axes = plt.subplots(len(panels), len(titles), figsize=(12, 9), constrained_layout=True)
+    for axis, ((suffix, x_key, y_of, x_label, y_label), (task, title)) in zip(
+        axes.flat, itertools.product(panels, titles.items()), strict=True
     ):
-        for fusion, colour in zip(_FUSIONS, ("tab:gray", "tab:blue"), strict=True):
-            here = [row for row in rows if row["what"] == f"{what}, {fusion}{end}"]
-            ticks = [row[along] for row in here]
-            axis.plot(ticks, [up(row) for row in here], "o-", color=colour, label=fusion)
-        axis.set(title=title, xlabel=x, ylabel=y, xticks=ticks)
+        for fusion, color in zip(_FUSIONS, ("tab:gray", "tab:blue"), strict=True):
+            selected = [row for row in rows if row["what"] == f"{task}, {fusion}{suffix}"]
+            ticks = [row[x_key] for row in selected]
+            axis.plot(ticks, [y_of(row) for row in selected], "o-", color=color, label=fusion)
+        axis.set(title=title, xlabel=x_label, ylabel=y_label, xticks=ticks)
         axis.margins(y=0.1)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
@@ -243,4 +243,4 @@ def draw(rows: _Rows, file: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(timed(*json.loads(sys.argv[1]))))
+    print(json.dumps(time_program(*json.loads(sys.argv[1]))))

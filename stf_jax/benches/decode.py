@@ -1,4 +1,4 @@
-"""Answering, here and by transformers' ``generate`` in PyTorch, on the same exported weights in the same run."""
+"""Decoding here and with ``generate`` of transformers in PyTorch, on the same exported weights in the same run."""
 
 import argparse
 import dataclasses
@@ -16,29 +16,29 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from stf_jax.benches.process import measured
+from stf_jax.benches.process import measure_process
 from stf_jax.benches.synthetic import make_export
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError
 from stf_jax.inference import decoding
-from stf_jax.inference.decoding import Rules, Sampling, layerwise
-from stf_jax.inference.generator import bucket
+from stf_jax.inference.decoding import Sampling, TokenRules, split_layers
+from stf_jax.inference.generator import bucket_length
 from stf_jax.models.fusion import tokens_per_image
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.mesh import computing, make_mesh
+from stf_jax.runtime.mesh import compute_context, make_mesh
 from stf_jax.training.state import blueprint
 from stf_jax.weights.model import open_model
 
 _FUSIONS = ("mlp", "avg_pool", "mbtf_stf")
-_TEXT = 60  # tokens of a prompt beside its image
-_TIMES, _LONG = 3, 5.0  # a measurement is made so often, and the median counts; once if it takes so many seconds
+_TEXT = 60  # text tokens per prompt
+_MAX_CALLS, _MAX_SECONDS = 3, 5.0  # measurements, for the median; fewer once they took this long
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each fusion, batch size and program; each is a process of its own."""
+    """Measures each fusion, batch size and program in a separate process; one row each."""
     try:
         batches = [int(size) for size in options.batches.split(",")]
     except ValueError:
-        raise UserError(f"--batches={options.batches} should be numbers with commas between.") from None
+        raise UserError(f"--batches={options.batches} must be comma-separated integers.") from None
     if min(batches) < 1 or options.tokens < 2:
         raise UserError("--batches must be at least 1 and --tokens at least 2.")
     rows = []
@@ -48,14 +48,14 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             export = pathlib.Path(scratch) / fusion
             make_export(config, pathlib.Path(scratch) / f"{fusion}-made", export)
             for batch in batches:
-                pair = {}
+                results = {}
                 for program in ("ours", "transformers"):
                     task = [program, str(export), str(batch), str(options.tokens), options.precision]
-                    what = f"{fusion} ({slots_per_image(config)}), batch {batch}, {program}"
-                    pair[program] = measured(what, ["-m", "stf_jax.benches.decode", *task])
-                    del pair[program]["seconds"]  # of the whole process
-                for row in pair.values():
-                    row["times_transformers"] = row["tokens_per_second"] / pair["transformers"]["tokens_per_second"]
+                    name = f"{fusion} ({slots_per_image(config)}), batch {batch}, {program}"
+                    results[program] = measure_process(name, ["-m", "stf_jax.benches.decode", *task])
+                    del results[program]["seconds"]  # of the entire process
+                for row in results.values():
+                    row["times_transformers"] = row["tokens_per_second"] / results["transformers"]["tokens_per_second"]
                     rows.append({key: row[key] for key in ("what", *_FIGURES)})
     return rows
 
@@ -64,29 +64,29 @@ _FIGURES = ("image_ms", "prefill_ms", "first_token_ms", "tokens_per_second", "ti
 
 
 def _median(measure):
-    """Medians of the figures that a measurement gives, after one that compiles and wakes threads."""
+    """Medians of the figures of repeated measurements, after a warm-up that compiles and starts threads."""
     measure()
-    found = []
-    while len(found) < _TIMES and sum(map(sum, found)) < _LONG:
-        found.append(measure())
-    return tuple(map(statistics.median, zip(*found, strict=True)))
+    results = []
+    while len(results) < _MAX_CALLS and sum(map(sum, results)) < _MAX_SECONDS:
+        results.append(measure())
+    return tuple(map(statistics.median, zip(*results, strict=True)))
 
 
-def _figures(look, answer, said, gib=None):
-    """Of a function that encodes the images, and one that answers and gives when: begun, first token, last token."""
+def _measure(encode_images, generate, decoded_tokens, gib=None):
+    """Measures both functions; ``generate`` returns the times of its start, its first token and its last token."""
 
-    def image():
+    def time_images():
         begin = time.perf_counter()
-        look()
+        encode_images()
         return (time.perf_counter() - begin,)
 
-    def parts():
-        begin, first, last = answer()
+    def time_generation():
+        begin, first, last = generate()
         return first - begin, last - first
 
-    (image,), (first, rest) = _median(image), _median(parts)
+    (image,), (first, rest) = _median(time_images), _median(time_generation)
     figures = {"image_ms": 1e3 * image, "prefill_ms": 1e3 * (first - image), "first_token_ms": 1e3 * first}
-    figures["tokens_per_second"] = said / rest
+    figures["tokens_per_second"] = decoded_tokens / rest
     return figures | ({"gib": gib()} if gib else {})
 
 
@@ -94,31 +94,32 @@ def _ours(export, batch, count, precision):
     saved = open_model(epath.Path(export))
     config = dataclasses.replace(saved.config, precision=precision, remat="none")
     plan, mesh = blueprint(config), make_mesh(MeshConfig(1, 1, 1))
-    places = plan.shardings(mesh)
+    shardings = plan.shardings(mesh)
     weights = {
-        path: layerwise(path, x, jnp.dtype(precision), mesh, places[path].spec)[0] for path, x in saved.restore(places)
+        path: split_layers(path, x, jnp.dtype(precision), mesh, shardings[path].spec)[0]
+        for path, x in saved.restore(shardings)
     }
     slots, side = _slots(export), saved.description.vision.image_size
     images = np.random.default_rng(2).integers(0, 256, (batch, 1, side, side, 3), np.uint8)
     lengths = np.full(batch, slots + _TEXT, np.int32)
-    prompt = (*_prompt(batch, slots, bucket(slots + _TEXT)), lengths, images, Sampling())
-    never = Rules(stops=(-1,), unsayable=())  # so that all say as many tokens
-    prefill = jax.jit(functools.partial(decoding.prefill, never, plan, count))
-    extend = jax.jit(functools.partial(decoding.extend, never, plan), donate_argnums=1)
-    encode = jax.jit(lambda weights, images: decoding.merged(plan, weights).image_tokens(images))
+    prompt = (*_prompt(batch, slots, bucket_length(slots + _TEXT)), lengths, images, Sampling())
+    no_stops = TokenRules(stops=(-1,), suppressed_tokens=())  # so that all answers have the same length
+    prefill = jax.jit(functools.partial(decoding.prefill, no_stops, plan, count))
+    extend = jax.jit(functools.partial(decoding.extend, no_stops, plan), donate_argnums=1)
+    encode = jax.jit(lambda weights, images: decoding.merge_weights(plan, weights).image_tokens(images))
 
-    def answer():
+    def generate():
         begin = time.perf_counter()
         state = prefill(weights, *prompt)
-        int(state.said[0, 0])
+        int(state.output_ids[0, 0])
         first = time.perf_counter()
-        np.asarray(extend(weights, state, count, Sampling()).said)
+        np.asarray(extend(weights, state, count, Sampling()).output_ids)
         return begin, first, time.perf_counter()
 
-    stats = jax.devices()[0].memory_stats  # None of a CPU
+    stats = jax.devices()[0].memory_stats  # None on CPUs
     gib = (lambda: stats()["peak_bytes_in_use"] / 2**30) if stats() else None
-    with computing(mesh, precision):
-        return _figures(lambda: encode(weights, images).block_until_ready(), answer, batch * (count - 1), gib)
+    with compute_context(mesh, precision):
+        return _measure(lambda: encode(weights, images).block_until_ready(), generate, batch * (count - 1), gib)
 
 
 def _transformers(export, batch, count, precision):
@@ -126,41 +127,42 @@ def _transformers(export, batch, count, precision):
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    how = {"trust_remote_code": True, "local_files_only": True}
-    config = AutoConfig.from_pretrained(export, **how)
-    model = AutoModelForImageTextToText.from_pretrained(export, dtype=getattr(torch, precision), **how).to(device)
+    config = AutoConfig.from_pretrained(export, trust_remote_code=True, local_files_only=True)
+    model = AutoModelForImageTextToText.from_pretrained(
+        export, dtype=getattr(torch, precision), trust_remote_code=True, local_files_only=True
+    ).to(device)
     model.generation_config.eos_token_id = model.generation_config.suppress_tokens = None
-    slots, mark = _slots(export), getattr(config, "image_token_id", None) or config.image_token_index
+    slots, image_token = _slots(export), getattr(config, "image_token_id", None) or config.image_token_index
     ids = torch.tensor(_prompt(batch, slots, slots + _TEXT)[0].astype(np.int64))
-    ids[:, :slots] = mark
+    ids[:, :slots] = image_token
     side = config.vision_config.image_size
     pixels = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(2))
     prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
     prompt = {name: value.to(device) for name, value in prompt.items()}
     prompt["pixel_values"] = prompt["pixel_values"].to(model.dtype)
 
-    def answer():
+    def generate():
         times = [time.perf_counter()]
 
-        def tell(ids, scores, **_):  # is asked after each token whether to stop
+        def record_time(ids, scores, **_):  # called after each token to decide whether to stop
             ids[0, -1].item()
             times.append(time.perf_counter())
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-        model.generate(**prompt, max_new_tokens=count, do_sample=False, stopping_criteria=[tell])
+        model.generate(**prompt, max_new_tokens=count, do_sample=False, stopping_criteria=[record_time])
         return times[0], times[1], times[-1]
 
-    def look():
-        for features in _tensors(model.get_image_features(prompt["pixel_values"])):
+    def encode_images():
+        for features in _as_tensors(model.get_image_features(prompt["pixel_values"])):
             features.cpu()
 
     gib = (lambda: torch.cuda.max_memory_allocated() / 2**30) if device == "cuda" else None
     with torch.no_grad():
-        return _figures(look, answer, batch * (count - 1), gib)
+        return _measure(encode_images, generate, batch * (count - 1), gib)
 
 
-def _tensors(features):
-    """transformers 5 gives an output object for its own LLaVA."""
+def _as_tensors(features):
+    """Features as a list of tensors; for its own LLaVA transformers 5 returns an output object."""
     return [features] if hasattr(features, "cpu") else list(features.pooler_output)
 
 
@@ -170,10 +172,10 @@ def _slots(export):
 
 
 def _prompt(batch, slots, length):
-    """Ids int32 [B, T], the image's places first, and which image token each of these takes."""
+    """Token ids int32 [B, T], image slots first, and the image token of each slot (-1 for text)."""
     tokens = np.random.default_rng(1).integers(3, 500, (batch, length)).astype(np.int32)
-    taken = np.where(np.arange(length) < slots, np.arange(length), -1)
-    return tokens, np.tile(taken, (batch, 1)).astype(np.int32)
+    image_slots = np.where(np.arange(length) < slots, np.arange(length), -1)
+    return tokens, np.tile(image_slots, (batch, 1)).astype(np.int32)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What each fusion leaves to compute: model FLOPs part by part, and beside them figures that papers give."""
+"""Model FLOPs with each fusion, by part, compared with published figures."""
 
 import argparse
 import itertools
@@ -11,7 +11,7 @@ from stf_jax.models.fusion import FUSIONS
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.cost import Flops, decode_flops, prefill_flops
 
-# TFLOPs that papers give for LLaVA-1.5 of 7B with CLIP-L/14-336: whose, a fusion with as many vision tokens, how many.
+# Published TFLOPs of LLaVA-1.5 7B with CLIP-L/14-336: source, a fusion with the same number of vision tokens, TFLOPs.
 _PUBLISHED = (
     ("the paper's bound (arXiv 2506.07138)", "mbtf_stf", 1.9),
     ("LLaVA-Mini's table 6 (arXiv 2501.03895)", "mlp", 8.55),
@@ -20,24 +20,24 @@ _PUBLISHED = (
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One image and a text; a multiply-add is 2, causal attention half of T² (runtime/cost.py).
+    """Counts FLOPs of one image and a text; a multiply-add is 2, causal attention half of T² (runtime/cost.py).
 
     Returns:
-      For each fusion and length of text ``tokens`` of the image, GFLOPs of the tower and the fusion, TFLOPs of
+      For each fusion and text length: image ``tokens``, GFLOPs of the vision tower and the fusion, TFLOPs of
       ``prefill`` (decoder, and head at the last position) and of ``all`` three, and GFLOPs of a ``decoded`` token.
-      With the default models then each figure that a paper ``published``, in TFLOPs, beside the decoder's for the
-      vision tokens alone, and the text with which the decoder alone, or all parts, come to it; and, should the figure
-      count a multiply-add once, the decoder with that. None where no text does.
+      With the default models also each ``published`` figure, in TFLOPs: FLOPs of the decoder for the vision tokens
+      alone, and the text length at which the decoder, or all parts, reach the figure, and at which the decoder does
+      if the figure counts a multiply-add as 1. None if no text length does.
     """
     try:
         texts = [int(text) for text in options.text.split(",")]
     except ValueError:
-        raise UserError(f"--text={options.text} should be numbers with commas between.") from None
+        raise UserError(f"--text={options.text} must be comma-separated integers.") from None
     if min(texts) < 0:
-        raise UserError("--text should not be negative.")
-    rows = [_row(_model(options, fusion), text) for fusion, text in itertools.product(FUSIONS, texts)]
+        raise UserError("--text must not be negative.")
+    rows = [_make_row(_model(options, fusion), text) for fusion, text in itertools.product(FUSIONS, texts)]
     if (options.vision, options.llm) == LLAVA:
-        rows += [_beside(what, _model(options, fusion), published) for what, fusion, published in _PUBLISHED]
+        rows += [_compare(source, _model(options, fusion), published) for source, fusion, published in _PUBLISHED]
     return rows
 
 
@@ -46,45 +46,45 @@ def _model(options, fusion):
 
 
 def prompt_flops(model: ModelConfig, text: int) -> Flops:
-    """Of reading a prompt: one image and so many tokens, the head at the last of them alone."""
+    """FLOPs of prefill for one image and ``text`` tokens, with the head only at the last position."""
     return prefill_flops(model, 1, slots_per_image(model) + text, 1)
 
 
-def _row(model, text):
-    found, tokens = prompt_flops(model, text), slots_per_image(model)
+def _make_row(model, text):
+    flops, tokens = prompt_flops(model, text), slots_per_image(model)
     return {
         "what": f"{model.fusion.fusion}, {text} of text",
         "tokens": tokens,
-        "tower_gflop": found.vision / 1e9,
-        "fusion_gflop": found.fusion / 1e9,
-        "prefill_tflop": (found.llm + found.head) / 1e12,
-        "all_tflop": found.forward / 1e12,
+        "tower_gflop": flops.vision / 1e9,
+        "fusion_gflop": flops.fusion / 1e9,
+        "prefill_tflop": (flops.llm + flops.head) / 1e12,
+        "all_tflop": flops.forward / 1e12,
         "decoded_gflop": decode_flops(model, 1, tokens + text + 1) / 1e9,
     }
 
 
-def _beside(what, model, published):
-    first = [prompt_flops(model, text) for text in range(3)]
-    decoder, everything = [found.llm + found.head for found in first], [found.forward for found in first]
+def _compare(source, model, published):
+    samples = [prompt_flops(model, text) for text in range(3)]
+    decoder, total = [flops.llm + flops.head for flops in samples], [flops.forward for flops in samples]
     return {
-        "what": what,
+        "what": source,
         "tokens": slots_per_image(model),
         "published": published,
         "decoder_tflop": decoder[0] / 1e12,
-        "text_decoder": _matching(decoder, 1e12 * published),
-        "text_all": _matching(everything, 1e12 * published),
-        "text_in_macs": _matching(decoder, 2e12 * published),
+        "text_decoder": _matching_text(decoder, 1e12 * published),
+        "text_all": _matching_text(total, 1e12 * published),
+        "text_in_macs": _matching_text(decoder, 2e12 * published),
     }
 
 
-def _matching(flops, wanted):
-    """The fewest tokens of text with which it comes to that; None where it is more without any.
+def _matching_text(flops, target):
+    """The fewest text tokens that reach the target; None if no text already exceeds it.
 
-    Of none, one and two tokens it takes ``flops``; with attention they grow by a square.
+    ``flops`` are those of 0, 1 and 2 tokens; because of attention they grow quadratically.
     """
-    none, one, two = flops
-    if none > wanted:
+    zero, one, two = flops
+    if zero > target:
         return None
-    square = (two - 2 * one + none) / 2
-    slope = one - none - square
-    return math.ceil(2 * (wanted - none) / (slope + math.sqrt(slope**2 + 4 * square * (wanted - none))))
+    square = (two - 2 * one + zero) / 2
+    slope = one - zero - square
+    return math.ceil(2 * (target - zero) / (slope + math.sqrt(slope**2 + 4 * square * (target - zero))))

@@ -1,4 +1,4 @@
-"""Every fusion at the shapes of a tower and a language model: tokens out, parameters, FLOPs, time and memory."""
+"""Every fusion between a vision tower and a language model: output tokens, parameters, FLOPs, time and memory."""
 
 import argparse
 import dataclasses
@@ -14,32 +14,32 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stf_jax.benches.process import measured
+from stf_jax.benches.process import measure_process
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError, did_you_mean
 from stf_jax.models.fusion import FUSIONS, Fusion, tapped_blocks, tokens_per_image
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.runtime.cost import forward_flops
-from stf_jax.runtime.mesh import computing, make_mesh
+from stf_jax.runtime.mesh import compute_context, make_mesh
 
-_TIMES, _LONG = 5, 5.0  # a call is made so often, and the median counts; fewer times once they took so many seconds
+_MAX_CALLS, _MAX_SECONDS = 5, 5.0  # calls to time, for the median; fewer once they took this long
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each fusion, which has a process of its own; before them, one that says what the columns are of.
+    """Measures each fusion in a separate process; one row each, after a row that describes the setup.
 
     Returns:
-      Rows of ``what``, ``tokens`` out for an image, ``million_parameters``, ``gflop`` (model FLOPs of the batch,
-      forward), ``forward_ms``, ``both_ms`` (forward, and backward to the parameters) and, of these two calls,
-      ``forward_mib`` and ``both_mib``: see ``_memory``.
+      Rows of ``what``, ``tokens`` per image, ``million_parameters``, ``gflop`` (model FLOPs of the batch, forward),
+      ``forward_ms``, ``both_ms`` (forward, and backward to the parameters) and, for these two calls, ``forward_mib``
+      and ``both_mib``: see ``_measure_memory``.
     """
     if options.batch < 1:
         raise UserError("--batch must be at least 1.")
     names = options.fusions.split(",") if options.fusions else FUSIONS
-    configs = [_config(options, name) for name in names]  # all checked before one is measured
+    configs = [_make_config(options, name) for name in names]  # check all before the first measurement
     rows = [{"what": f"{options.vision} to {options.llm}", "batch": options.batch, "precision": options.precision}]
     for config in configs:
         task = json.dumps(dataclasses.asdict(config))
-        row = measured(config.fusion.fusion, ["-m", "stf_jax.benches.fusion", task, str(options.batch)])
+        row = measure_process(config.fusion.fusion, ["-m", "stf_jax.benches.fusion", task, str(options.batch)])
         rows[0]["memory"] = row["memory"]
         rows.append({"what": row["what"]} | {key: row[key] for key in _FIGURES})
     return rows
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 _FIGURES = ("tokens", "million_parameters", "gflop", "forward_ms", "both_ms", "forward_mib", "both_mib")
 
 
-def _config(options, name):
+def _make_config(options, name):
     if name not in FUSIONS:
         raise UserError(f"--fusions={options.fusions} names {name!r}: {did_you_mean(name, FUSIONS)}")
     config = ModelConfig(options.vision, options.llm, FusionConfig(name), options.precision)
@@ -57,8 +57,8 @@ def _config(options, name):
     return config
 
 
-def figures(config: ModelConfig, batch: int) -> dict[str, Any]:
-    """What a fusion of random weights comes to, reading random states."""
+def measure(config: ModelConfig, batch: int) -> dict[str, Any]:
+    """Measures a fusion with random weights on random states."""
     vision, width, dtype = vision_preset(config.vision), llm_preset(config.llm).width, jnp.dtype(config.precision)
     rng, mesh = np.random.default_rng(0), make_mesh(MeshConfig(1, 1, 1))
 
@@ -78,32 +78,32 @@ def figures(config: ModelConfig, batch: int) -> dict[str, Any]:
         out, back = jax.vjp(lambda weights: forward(weights, states), weights)
         return out, back(cotangent)
 
-    found = {
+    figures = {
         "tokens": tokens,
         "million_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights)) / 1e6,
         "gflop": forward_flops(config, batch, 1, 1).fusion / 1e9,
     }
-    with computing(mesh, config.precision):
+    with compute_context(mesh, config.precision):
         for name, call, arguments in (("forward", forward, ()), ("both", both, (cotangent,))):
             compiled = jax.jit(call).lower(weights, states, *arguments).compile()
-            found[f"{name}_ms"] = 1e3 * _seconds(compiled, weights, states, *arguments)
-            found[f"{name}_mib"], found["memory"] = _memory(compiled)
-    return found
+            figures[f"{name}_ms"] = 1e3 * _median_seconds(compiled, weights, states, *arguments)
+            figures[f"{name}_mib"], figures["memory"] = _measure_memory(compiled)
+    return figures
 
 
-def _seconds(call, *arguments):
-    jax.block_until_ready(call(*arguments))  # wakes threads, and touches what it writes to
-    found = []
-    while len(found) < _TIMES and sum(found) < _LONG:
+def _median_seconds(call, *arguments):
+    jax.block_until_ready(call(*arguments))  # starts threads and touches the memory of the outputs
+    seconds = []
+    while len(seconds) < _MAX_CALLS and sum(seconds) < _MAX_SECONDS:
         begin = time.perf_counter()
         jax.block_until_ready(call(*arguments))
-        found.append(time.perf_counter() - begin)
-    return statistics.median(found)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
 
 
-def _memory(compiled):
-    """MiB, and of what: a device tells its peak so far, weights and states included; for a CPU the compiler tells its
-    temporaries, without arguments and results."""
+def _measure_memory(compiled):
+    """MiB and what they include: the peak of the device so far, with weights and states; on CPUs the temporaries that
+    the compiler reports, without arguments and results."""
     stats = jax.devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"] / 2**20, "device peak"
@@ -112,5 +112,5 @@ def _memory(compiled):
 
 if __name__ == "__main__":
     task, batch = json.loads(sys.argv[1]), int(sys.argv[2])
-    taken = FusionConfig(**task.pop("fusion") | {"taps": ()})
-    print(json.dumps(figures(ModelConfig(**task, fusion=taken), batch)))
+    fusion_config = FusionConfig(**task.pop("fusion") | {"taps": ()})
+    print(json.dumps(measure(ModelConfig(**task, fusion=fusion_config), batch)))

@@ -1,7 +1,7 @@
-"""The input pipeline beside LLaVA's way: images per second of a core, and how much of the rows is not filling.
+"""The input pipeline compared with LLaVA's: images per second per core, and the fraction of positions not padding.
 
-LLaVA's way is what its training data set does for each sample: open, convert, pad to a square, transformers'
-CLIPImageProcessor (the one on Pillow and numpy), and a conversation tokenised whole, then round by round to mask it.
+LLaVA's pipeline is what its training data set does per sample: open, convert, pad to a square, transformers'
+CLIPImageProcessor (the one on Pillow and numpy), and tokenize the full conversation, then each round to mask it.
 """
 
 import argparse
@@ -25,43 +25,43 @@ from stf_jax.data.conversation import SYSTEM, encode, template_items
 from stf_jax.data.image import open_image, read_image, to_square
 from stf_jax.data.llava import LlavaRecords
 from stf_jax.data.packing import to_row
-from stf_jax.data.pipeline import Batches, Prepare, Records
+from stf_jax.data.pipeline import Batches, ConcatenatedRecords, Preprocessor
 from stf_jax.data.sampling import Plan
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.presets import vision_preset
 
 _SLOTS = 144
-_BATCH, _DEVICES = 128, 8  # rows per step, and how LLaVA's recipe deals them out
+_BATCH, _DEVICES = 128, 8  # rows per step and devices in LLaVA's recipe
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of figures; all on one set of files, in one process but for torch's own workers."""
+    """Measures both pipelines on the same files, in one process except for the workers of torch."""
     if options.images < 1 or options.rows < 1:
         raise UserError("--images and --rows must be at least 1.")
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        files = _make(pathlib.Path(folder), options.images, rng)
-        size = {"what": "JPEGs made", "count": len(files), "kilobytes_each": _kilobytes(pathlib.Path(folder))}
-        return [size, *_speed(pathlib.Path(folder), files), *_positions(options.rows, rng)]
+        files = _make_files(pathlib.Path(folder), options.images, rng)
+        size = {"what": "JPEG files", "count": len(files), "kilobytes_each": _kilobytes(pathlib.Path(folder))}
+        return [size, *_measure_speed(pathlib.Path(folder), files), *_count_positions(options.rows, rng)]
 
 
 def _kilobytes(folder):
     return float(np.mean([path.stat().st_size for path in (folder / "images").iterdir()])) / 1000
 
 
-def _make(folder, count, rng):
-    """JPEGs, and conversations of four rounds about them, in LLaVA's schema."""
+def _make_files(folder, count, rng):
+    """Writes JPEGs, and conversations of four rounds about them in LLaVA's schema."""
     (folder / "images").mkdir()
     rows = []
     for i, content in enumerate(jpegs(count, rng)):
         (folder / "images" / f"{i:06}.jpg").write_bytes(content)
-        talk = []
+        turns = []
         for j in range(4):
-            ask = "What is the color of the thing that stands beside the tree?"
+            question = "What is the color of the thing that stands beside the tree?"
             answer = "The thing beside the tree is red, and it stands in the light of the evening." * (1 + j % 2)
-            talk += [{"from": "human", "value": ask}, {"from": "gpt", "value": answer}]
-        talk[0]["value"] = "<image>\n" + talk[0]["value"]
-        rows.append({"id": str(i), "image": f"{i:06}.jpg", "conversations": talk})
+            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        turns[0]["value"] = "<image>\n" + turns[0]["value"]
+        rows.append({"id": str(i), "image": f"{i:06}.jpg", "conversations": turns})
     (folder / "rows.json").write_text(json.dumps(rows))
     return rows
 
@@ -69,59 +69,59 @@ def _make(folder, count, rng):
 # ---- Speed -----------------------------------------------------------------------------------------------------------
 
 
-def _speed(folder, rows):
+def _measure_speed(folder, rows):
     vision, tokenizer = vision_preset("clip-l-14-336"), load_tokenizer("miniature")
     data = DataConfig(aspect="pad", images_per_row=1, max_length=2048, tokenizer="miniature")
-    source = Records([LlavaRecords(str(folder / "rows.json"), str(folder / "images"))])
-    prepare = Prepare(data, tokenizer, vision, _SLOTS)
+    source = ConcatenatedRecords([LlavaRecords(str(folder / "rows.json"), str(folder / "images"))])
+    preprocessor = Preprocessor(data, tokenizer, vision, _SLOTS)
 
     def ours():
         for i in range(len(source)):
-            to_row([prepare(source[i])], 1024, 1, vision.image_size)
+            to_row([preprocessor(source[i])], 1024, 1, vision.image_size)
 
     config = TrainConfig(global_batch_size=16, data=dataclasses.replace(data, max_length=1024))
-    batches = Batches(config, source, prepare, host=0, hosts=1)
+    batches = Batches(config, source, preprocessor, host=0, hosts=1)
 
     def pipeline():
         for _ in range(len(source) // 16):
             next(batches)
 
-    theirs = _LlavaDataset(folder, rows, tokenizer)
-    ways: dict[str, Callable[[], Any]] = {
+    reference = _LlavaDataset(folder, rows, tokenizer)
+    pipelines: dict[str, Callable[[], Any]] = {
         "ours, one thread": ours,
         "ours, the pipeline (2 threads)": pipeline,
-        "LLaVA's way, plain loop": lambda: _exhaust(theirs[i] for i in range(len(rows))),
+        "LLaVA's way, plain loop": lambda: _exhaust(reference[i] for i in range(len(rows))),
     }
     if importlib.util.find_spec("torch") is not None:
         from torch.utils.data import DataLoader
 
-        loader = DataLoader(theirs, batch_size=16, num_workers=2, collate_fn=list, multiprocessing_context="fork")
-        ways["LLaVA's way, DataLoader (2 workers)"] = lambda: _exhaust(loader)
+        loader = DataLoader(reference, batch_size=16, num_workers=2, collate_fn=list, multiprocessing_context="fork")
+        pipelines["LLaVA's way, DataLoader (2 workers)"] = lambda: _exhaust(loader)
     figures: dict[str, dict[str, Any]] = {}
-    for name, way in ways.items():
-        seconds, core = _clocked(way)
+    for name, call in pipelines.items():
+        seconds, cpu_seconds = _time(call)
         figures[name] = {
             "what": name,
-            "images_per_second_per_core": len(rows) / core,
+            "images_per_second_per_core": len(rows) / cpu_seconds,
             "images_per_second": len(rows) / seconds,
         }
     base = figures["LLaVA's way, plain loop"]["images_per_second_per_core"]
     for row in figures.values():
         row["ratio_per_core"] = row["images_per_second_per_core"] / base
-    return [*figures.values(), *_parts(folder, rows, prepare, tokenizer, theirs)]
+    return [*figures.values(), *_time_parts(folder, rows, preprocessor, tokenizer, reference)]
 
 
-def _clocked(way):
-    """Seconds by the clock, and of processors, children included; one round goes before, to warm up."""
-    way()
-    start, core = time.monotonic(), _processor_seconds()
-    way()
-    return time.monotonic() - start, _processor_seconds() - core
+def _time(call):
+    """Wall-clock seconds and CPU seconds of a call, including child processes, after a warm-up."""
+    call()
+    start, cpu_start = time.monotonic(), _cpu_seconds()
+    call()
+    return time.monotonic() - start, _cpu_seconds() - cpu_start
 
 
-def _processor_seconds():
-    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, who))
+def _cpu_seconds():
+    processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, processes))
 
 
 def _exhaust(iterable: Iterable[Any]):
@@ -129,32 +129,35 @@ def _exhaust(iterable: Iterable[Any]):
         pass
 
 
-def _parts(folder, rows, prepare, tokenizer, theirs):
-    """Where the time of an image goes, in ours and in theirs."""
+def _time_parts(folder, rows, preprocessor, tokenizer, reference):
+    """Time per image of each part of both pipelines."""
     images = epath.Path(folder / "images")
     files = [read_image(images, row["image"]) for row in rows]
     opened = [open_image(content, "") for content in files]
     records = LlavaRecords(str(folder / "rows.json"), str(folder / "images"))
-    squares = [theirs.square(image) for image in opened]
+    squares = [reference.square(image) for image in opened]
     parts = {
         "read the file": lambda i: read_image(images, rows[i]["image"]),
         "both: decode the JPEG": lambda i: open_image(files[i], ""),
-        "ours: pad, resize, crop": lambda i: to_square(opened[i], prepare.vision, "pad"),
+        "ours: pad, resize, crop": lambda i: to_square(opened[i], preprocessor.vision, "pad"),
         "ours: tokens and masks": lambda i: encode(template_items("v1", records[i]), tokenizer, _SLOTS),
-        "theirs: pad to a square": lambda i: theirs.square(opened[i]),
-        "theirs: CLIPImageProcessor": lambda i: theirs.processor(squares[i], return_tensors="np"),
-        "theirs: tokens and masks": lambda i: theirs.text(rows[i]),
+        "reference: pad to a square": lambda i: reference.square(opened[i]),
+        "reference: CLIPImageProcessor": lambda i: reference.processor(squares[i], return_tensors="np"),
+        "reference: tokens and masks": lambda i: reference.text(rows[i]),
     }
     figures = []
     for name, part in parts.items():
-        _, core = _clocked(lambda part=part: [part(i) for i in range(len(rows))])
-        figures.append({"what": name, "milliseconds": 1000 * core / len(rows)})
-    _, core = _clocked(lambda: prepare.measure(records))
-    return [*figures, {"what": "ours: measure it, once before training", "milliseconds": 1000 * core / len(rows)}]
+        _, cpu_seconds = _time(lambda part=part: [part(i) for i in range(len(rows))])
+        figures.append({"what": name, "milliseconds": 1000 * cpu_seconds / len(rows)})
+    _, cpu_seconds = _time(lambda: preprocessor.measure(records))
+    return [
+        *figures,
+        {"what": "ours: count tokens, once before training", "milliseconds": 1000 * cpu_seconds / len(rows)},
+    ]
 
 
 class _LlavaDataset:
-    """What LLaVA's training data set does for a sample, written anew from its description (facts of its code)."""
+    """What LLaVA's training data set does per sample, reimplemented from a description of its code."""
 
     def __init__(self, folder, rows, tokenizer):
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -172,24 +175,24 @@ class _LlavaDataset:
 
     @staticmethod
     def square(image):
-        """On a square of CLIP's mean colour."""
+        """Pads to a square with CLIP's mean color."""
         side = max(image.size)
         canvas = PIL.Image.new("RGB", (side, side), (122, 116, 104))
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return canvas
 
     def text(self, row):
-        """Ids of the whole; lengths of each round and of its question say what of them is masked."""
+        """Token ids and labels; the lengths of each round and of its question decide what is masked."""
         text = SYSTEM + " "
         for turn in row["conversations"]:
             text += f"USER: {turn['value']} " if turn["from"] == "human" else f"ASSISTANT: {turn['value']}</s>"
         ids = self._ids(text)
         labels, begin = np.array(ids), 1
         labels[0] = -100
-        for a_round in filter(None, text.split("</s>")):
-            question = a_round.split(" ASSISTANT: ")[0] + " ASSISTANT: "
+        for round_text in filter(None, text.split("</s>")):
+            question = round_text.split(" ASSISTANT: ")[0] + " ASSISTANT: "
             labels[begin : begin + len(self._ids(question)) - 2] = -100
-            begin += len(self._ids(a_round))
+            begin += len(self._ids(round_text))
         return np.array(ids), labels
 
     def _ids(self, text):
@@ -203,8 +206,8 @@ class _LlavaDataset:
 # ---- Positions -------------------------------------------------------------------------------------------------------
 
 
-def _positions(rows, rng):
-    """Share of positions that hold a token, for lengths like the 665K mixture's."""
+def _count_positions(rows, rng):
+    """Fraction of positions that hold a token, for lengths like those of the 665K mixture."""
     tokens, image_counts = lengths(rows, _SLOTS, rng)
     figures = []
     for name, data in {
@@ -223,13 +226,13 @@ def _positions(rows, rng):
                 "seconds_to_plan": time.monotonic() - start,
             }
         )
-    theirs = _group_by_modality_length(tokens, image_counts, np.random.default_rng(0))
-    filled = sum(len(batch) * tokens[batch].max() for batch in theirs)
-    # A row of text alone runs a blank image through the tower there.
+    reference = _group_by_modality_length(tokens, image_counts, np.random.default_rng(0))
+    padded = sum(len(batch) * tokens[batch].max() for batch in reference)
+    # LLaVA runs a blank image through the tower for rows without an image.
     figures.append(
         {
             "what": "LLaVA's group_by_modality_length",
-            "useful_positions": float(tokens.sum() / filled),
+            "useful_positions": float(tokens.sum() / padded),
             "useful_image_places": float(image_counts.mean()),
         }
     )
@@ -237,20 +240,20 @@ def _positions(rows, rng):
 
 
 def _group_by_modality_length(tokens, image_counts, rng):
-    """Batches of a device as LLaVA's sampler makes them: groups of a step, sorted and dealt out evenly by length."""
-    groups, left = [], []
+    """Batches per device as in LLaVA's sampler: the groups of a step, sorted and distributed evenly by length."""
+    groups, remainder = [], []
     for kind in (image_counts > 0, image_counts == 0):
-        mine = rng.permutation(np.flatnonzero(kind))
-        whole = len(mine) // _BATCH * _BATCH
-        groups += list(mine[:whole].reshape(-1, _BATCH))
-        left.append(mine[whole:])
-    groups.append(np.concatenate(left))
+        members = rng.permutation(np.flatnonzero(kind))
+        end = len(members) // _BATCH * _BATCH
+        groups += list(members[:end].reshape(-1, _BATCH))
+        remainder.append(members[end:])
+    groups.append(np.concatenate(remainder))
     batches = []
     for group in groups:
         chunks, sums = [[] for _ in range(_DEVICES)], np.zeros(_DEVICES)
         for i in group[np.argsort(-tokens[group], kind="stable")]:
-            open_ones = [c for c in range(_DEVICES) if len(chunks[c]) < -(-len(group) // _DEVICES)]
-            shortest = min(open_ones, key=lambda c: sums[c])
+            not_full = [c for c in range(_DEVICES) if len(chunks[c]) < -(-len(group) // _DEVICES)]
+            shortest = min(not_full, key=lambda c: sums[c])
             chunks[shortest].append(i)
             sums[shortest] += tokens[i]
         batches += [np.array(chunk) for chunk in chunks if chunk]

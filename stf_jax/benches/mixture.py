@@ -1,12 +1,12 @@
-"""Images and lengths like those of LLaVA-1.5's 665K mixture, made here."""
+"""Synthetic images and lengths like those of LLaVA-1.5's 665K mixture."""
 
 import io
 
 import numpy as np
 import PIL.Image
 
-# Rows of each source (LLaVA#657, #702), and what a row holds: its rounds on average, and the median tokens of a
-# question and of an answer. Rows are counted; rounds and tokens are taken from looking at rows, and are round figures.
+# Per source: rows (LLaVA#657, #702), mean rounds per row, median tokens per question and per answer. The rows are exact
+# counts; rounds and tokens are rough estimates from reading samples.
 SOURCES = {
     "LLaVA conversation": (56_681, 4.5, 16, 45),
     "LLaVA detail": (23_240, 1, 14, 130),
@@ -21,30 +21,32 @@ SOURCES = {
     "VG": (86_417, 9, 14, 20),
     "ShareGPT": (40_688, 3, 60, 280),
 }
-_SYSTEM = 36  # tokens before the first round; each round has 9 of its own
-_ROUND = 9
-# Sides in pixels and their weight: COCO's and VG's, GQA's and TextVQA's larger ones, covers of books.
+_SYSTEM = 36  # tokens before the first round
+_ROUND = 9  # tokens of each round in addition to question and answer
+# Width and height in pixels with their weights: COCO and VG, larger ones of GQA and TextVQA, book covers.
 _SIZES = {(640, 480): 40, (480, 640): 14, (640, 427): 14, (500, 375): 12, (800, 600): 6, (1024, 768): 6, (327, 500): 8}
 
 
 def lengths(rows: int, image_tokens: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and images of so many conversations, int [R] each; lengths are log-normal about their source's."""
+    """Draws tokens and images of ``rows`` conversations, int [R] each; lengths are log-normal around the source's."""
     counts = np.array([count for count, *_ in SOURCES.values()])
     kinds = rng.choice(len(SOURCES), rows, p=counts / counts.sum())
     text_only = list(SOURCES).index("ShareGPT")
     totals = np.full(rows, _SYSTEM)
     for kind, (_, rounds, question, answer) in enumerate(SOURCES.values()):
-        mine = np.flatnonzero(kinds == kind)
-        many = np.maximum(1, rng.poisson(rounds - 1, len(mine)) + 1)
+        members = np.flatnonzero(kinds == kind)
+        round_counts = np.maximum(1, rng.poisson(rounds - 1, len(members)) + 1)
         spread = 0.9 if kind == text_only else 0.35
-        a_round = question * rng.lognormal(0, 0.3, len(mine)) + answer * rng.lognormal(0, spread, len(mine)) + _ROUND
-        totals[mine] += (many * a_round).astype(int)
+        round_tokens = (
+            question * rng.lognormal(0, 0.3, len(members)) + answer * rng.lognormal(0, spread, len(members)) + _ROUND
+        )
+        totals[members] += (round_counts * round_tokens).astype(int)
     image_counts = (kinds != text_only).astype(np.int64)
     return np.minimum(totals + image_counts * image_tokens, 2048), image_counts
 
 
 def jpegs(count: int, rng: np.random.Generator) -> list[bytes]:
-    """So many JPEG files of usual sizes and, as COCO's, about 150 KB at 640x480; their spectrum is as photographs'."""
+    """Generates JPEG files of common sizes with the spectrum of photographs and, as in COCO, 150 KB at 640x480."""
     sizes = list(_SIZES)
     weights = np.array(list(_SIZES.values()), float)
     return [_jpeg(sizes[i], rng) for i in rng.choice(len(sizes), count, p=weights / weights.sum())]

@@ -1,4 +1,4 @@
-"""What `plan` foresees: our second stage beside MaxText's peak of memory, and STF's 144 tokens beside MLP's 576."""
+"""Estimates of `plan`: our second stage compared with MaxText's peak memory, and STF's 144 tokens with MLP's 576."""
 
 import argparse
 import collections
@@ -12,13 +12,13 @@ import jax
 
 from stf_jax.config import FusionConfig, TrainConfig, resolve
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.planning.report import report
+from stf_jax.planning.report import make_report
 from stf_jax.planning.topology import topology_devices
 from stf_jax.runtime.cli import parse
 from stf_jax.training.state import blueprint
 
-# GiB per chip at its peak, of MaxText's llama2-7b: float32 weights and moments, bfloat16 compute, full rematerialisation,
-# splash attention, rows of 2048 tokens, compiled ahead of time for these slices with so many rows per chip.
+# Peak GiB per chip of MaxText's llama2-7b by slice and rows per chip: float32 weights and moments, bfloat16 compute,
+# full rematerialization, splash attention, rows of 2048 tokens, compiled ahead of time.
 _MAXTEXT = {
     ("v5e:4x8", 1): 4.59,
     ("v5e:4x8", 4): 7.78,
@@ -27,73 +27,69 @@ _MAXTEXT = {
     ("v5p:2x2x4", 4): 11.14,
 }
 _CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-TEXT = {
-    "pretrain": 64,
-    "finetune": 304,
-    "prefill": 64,
-}  # tokens of a row beside its image's; benches/mixture.py's mean
+TEXT = {"pretrain": 64, "finetune": 304, "prefill": 64}  # mean text tokens per row (benches/mixture.py)
 _GIB = 2**30
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One program a line.
+    """Estimates each program; one row each.
 
     Returns:
-      Rows of ``what`` and: ``peak_gib``, ``maxtext_gib``, ``ratio``, and ``tower_fusion_gib``, what tower and fusion,
-      which MaxText's has not, hold in weights, moments and gradients on a device; then ``positions``, ``peak_gib``,
-      ``petaflop`` (executed in a step), ``seconds`` (estimated), and of the STF rows ``times_mlp``, how often faster.
+      Rows of ``what`` and: ``peak_gib``, ``maxtext_gib``, ``ratio`` and ``tower_fusion_gib``, the weights, moments and
+      gradients per device of the vision tower and the fusion, which MaxText lacks; then ``positions``, ``peak_gib``,
+      ``petaflop`` (executed per step), ``seconds`` (estimated) and ``times_mlp``, the speedup over ``mlp``.
     """
     jax.config.update("jax_platforms", "cpu")
-    rows = [] if options.no_mark else [_beside_maxtext(*at, mark) for at, mark in _MAXTEXT.items()]
+    rows = [] if options.no_mark else [_compare_maxtext(*key, gib) for key, gib in _MAXTEXT.items()]
     devices = topology_devices(options.topology)
-    for what in ("pretrain", "finetune", "prefill"):
-        config = recipe("finetune" if what == "prefill" else what, options.llm)
-        slower = None
+    for task in ("pretrain", "finetune", "prefill"):
+        config = load_recipe("finetune" if task == "prefill" else task, options.llm)
+        mlp_seconds = None
         for fusion in ("mlp", "mbtf_stf"):
             model = dataclasses.replace(config.model, fusion=FusionConfig(fusion=fusion))
-            length = slots_per_image(model) + TEXT[what]
+            length = slots_per_image(model) + TEXT[task]
             data = dataclasses.replace(config.data, max_length=length)
             changed = dataclasses.replace(config, model=model, data=data)
-            found = report(changed, "prefill" if what == "prefill" else "train", devices)
+            report = make_report(changed, "prefill" if task == "prefill" else "train", devices)
             row = {
-                "what": f"{what}, {fusion}, {found['rows']} rows",
+                "what": f"{task}, {fusion}, {report['rows']} rows",
                 "positions": length,
-                "peak_gib": (found["peak_bytes_per_device"] or 0) / _GIB,
-                "petaflop": found["executed_flops"] / 1e15,
-                "seconds": found["step_seconds_estimate"],
+                "peak_gib": (report["peak_bytes_per_device"] or 0) / _GIB,
+                "petaflop": report["executed_flops"] / 1e15,
+                "seconds": report["step_seconds_estimate"],
             }
-            row["times_mlp"] = slower / row["seconds"] if slower else 1.0
-            slower = slower or row["seconds"]
-            rows.append(_said(row))
+            row["times_mlp"] = mlp_seconds / row["seconds"] if mlp_seconds else 1.0
+            mlp_seconds = mlp_seconds or row["seconds"]
+            rows.append(_print_row(row))
     return rows
 
 
-def _beside_maxtext(topology, rows, mark):
+def _compare_maxtext(topology, rows, maxtext_gib):
     devices = topology_devices(topology)
-    config = dataclasses.replace(recipe("finetune", "vicuna-7b"), global_batch_size=rows * len(devices))
-    found = report(config, "train", devices)
+    config = dataclasses.replace(load_recipe("finetune", "vicuna-7b"), global_batch_size=rows * len(devices))
+    report = make_report(config, "train", devices)
     sizes = collections.Counter()
     for path, leaf in blueprint(config.model).shapes.items():
         sizes[path.split("/")[0]] += math.prod(leaf.shape)
-    peak = found["peak_bytes_per_device"] / _GIB
-    learned, frozen = 16 * sizes["fusion"], 2 * sizes["vision"]  # weight, moments and gradient of 4 bytes; bfloat16
-    return _said(
+    peak = report["peak_bytes_per_device"] / _GIB
+    trainable, frozen = 16 * sizes["fusion"], 2 * sizes["vision"]  # float32 weight, moments, gradient; bfloat16 weight
+    return _print_row(
         {
             "what": f"stage 2, {topology}, {rows} rows per chip",
             "peak_gib": peak,
-            "maxtext_gib": mark,
-            "ratio": peak / mark,
-            "tower_fusion_gib": (learned + frozen) / len(devices) / _GIB,
+            "maxtext_gib": maxtext_gib,
+            "ratio": peak / maxtext_gib,
+            "tower_fusion_gib": (trainable + frozen) / len(devices) / _GIB,
         }
     )
 
 
-def recipe(name: str, llm: str) -> TrainConfig:
-    """The config of that name in configs/, with another language model."""
+def load_recipe(name: str, llm: str) -> TrainConfig:
+    """Loads the config of that name in configs/ with another language model."""
     (config,) = resolve(parse([f"--config={_CONFIGS / name}.py:llm={llm}"], "", workdir=False)[1])
     return config
 
 
-def _said(row):
+def _print_row(row):
     print(f"{row['what']}: {row['peak_gib']:.2f} GiB", file=sys.stderr)
     return row

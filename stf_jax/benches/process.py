@@ -1,4 +1,4 @@
-"""A step of a benchmark as a process of its own: how long it takes, and the most memory it holds."""
+"""Time and peak memory of a benchmark step in a separate process."""
 
 import json
 import os
@@ -7,38 +7,44 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def measured(what: str, arguments: Sequence[str], **environment: str) -> dict[str, Any]:
-    """Runs Python with those arguments; gives ``what``, ``seconds`` and ``gib``, the peak of resident memory.
+def measure_process(
+    name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Runs Python with these arguments; returns ``what``, ``seconds`` and ``gib``, the peak resident memory.
 
-    Memory is as Linux has it, pages of mapped files included. A last line of standard output that is a JSON object is
-    joined to that, and wins. ``environment`` is added to the process's own.
+    Linux counts pages of mapped files as resident memory. If the last line of standard output is a JSON object, its
+    keys are added and take precedence.
+
+    Args:
+      name: the value of ``what``.
+      environment: added to the environment of this process.
 
     Raises:
-      MemoryError: it was killed.
+      MemoryError: the process was killed.
     """
     start, peak = time.monotonic(), 0
-    environment = os.environ | environment
-    with subprocess.Popen([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True) as child:
+    variables = os.environ | (environment or {})
+    with subprocess.Popen([sys.executable, *arguments], env=variables, stdout=subprocess.PIPE, text=True) as child:
         status = pathlib.Path(f"/proc/{child.pid}/status")
         while child.poll() is None:
-            # The kernel's own high-water mark, so that nothing between two looks is missed.
-            peak = max([peak, *(int(line.split()[1]) for line in _lines(status) if line.startswith("VmHWM"))])
+            # The high-water mark of the kernel includes peaks between two reads.
+            peak = max([peak, *(int(line.split()[1]) for line in _read_lines(status) if line.startswith("VmHWM"))])
             time.sleep(0.02)
-        said = child.stdout.read().strip().split("\n")[-1]
+        last_line = child.stdout.read().strip().split("\n")[-1]
     if child.returncode == -signal.SIGKILL:
-        raise MemoryError(f"{what} was killed, as the system does for want of memory.")
+        raise MemoryError(f"{name} was killed, probably because it ran out of memory.")
     if child.returncode:
-        raise RuntimeError(f"{what} failed with status {child.returncode}.")
-    row = {"what": what, "seconds": time.monotonic() - start, "gib": peak / 2**20}
-    return row | (json.loads(said) if said.startswith("{") else {})
+        raise RuntimeError(f"{name} failed with status {child.returncode}.")
+    row = {"what": name, "seconds": time.monotonic() - start, "gib": peak / 2**20}
+    return row | (json.loads(last_line) if last_line.startswith("{") else {})
 
 
-def _lines(file):
+def _read_lines(file):
     try:
         return file.read_text().splitlines()
-    except OSError:  # the process has ended
+    except OSError:  # the process has exited
         return []

@@ -1,4 +1,4 @@
-"""Training steps, here and of the export in PyTorch, on the same weights and rows in the same run."""
+"""Training steps here and of the export in PyTorch, on the same weights and rows in the same run."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from stf_jax.benches.process import measured
+from stf_jax.benches.process import measure_process
 from stf_jax.benches.synthetic import make_batch, make_export
 from stf_jax.benches.timing import time_train_steps
 from stf_jax.config import (
@@ -27,55 +27,55 @@ from stf_jax.config import (
 )
 from stf_jax.models.presets import vision_preset
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.chips import chip_of
+from stf_jax.runtime.chips import find_chip
 from stf_jax.runtime.cost import step_flops
 
 _RATE = 1e-3
-_LEARN = {"pretrain": "freeze", "finetune": "train"}  # the language model, in each stage
+_LLM_RULE = {"pretrain": "freeze", "finetune": "train"}  # by stage
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What both sides do."""
+    """What both programs run."""
 
     folder: str  # of imported weights
     export: str  # the same weights, for PyTorch
-    stage: str  # pretrain: the fusion learns | finetune: it and the language model
+    stage: str  # trainable are: pretrain: the fusion | finetune: the fusion and the language model
     rows: int
-    text: int  # tokens of a row behind its image's
+    text: int  # text tokens per row, after the image
     steps: int
     precision: str
-    remat: str  # full | none, gradient checkpointing
+    remat: str  # gradient checkpointing: full | none
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each stage and program: medians over the rounds, each of which is a process of its own.
+    """Measures each stage and program; one row each, with medians over the rounds.
 
-    A round times the programs one after the other, so that what slows the machine for minutes slows them alike.
-    ``times_torch`` is the median of the rounds' ratios, ``least`` and ``most`` are their ends.
+    A round runs the programs one after another, each in a separate process, so that anything that slows the machine for
+    minutes affects all of them equally. ``times_torch`` is the median of the ratios of the rounds, ``least`` and
+    ``most`` are their minimum and maximum.
     """
     if min(options.rows, options.text - 1, options.steps, options.rounds) < 1:
         raise UserError("--rows, --steps and --rounds must be at least 1, and --text at least 2.")
     config = ModelConfig(options.vision, options.llm, FusionConfig(options.fusion), options.precision)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        folder, export = pathlib.Path(scratch) / "made", pathlib.Path(scratch) / "export"
+        folder, export = pathlib.Path(scratch) / "imported", pathlib.Path(scratch) / "export"
         make_export(config, folder, export)
-        same = (options.rows, options.text, options.steps, options.precision, options.remat)
-        for stage in _LEARN:
-            task = json.dumps(dataclasses.asdict(Task(str(folder), str(export), stage, *same)))
+        settings = (options.rows, options.text, options.steps, options.precision, options.remat)
+        for stage in _LLM_RULE:
+            task = json.dumps(dataclasses.asdict(Task(str(folder), str(export), stage, *settings)))
             rounds = []
             for _ in range(options.rounds):
                 calls = {program: ["-m", "stf_jax.benches.step", program, task] for program in _PROGRAMS}
-                rounds.append({p: measured(f"{stage}, {p}", call, **_PROGRAMS[p]) for p, call in calls.items()})
-            rows += [_over(program, rounds) for program in _PROGRAMS]
+                rounds.append({p: measure_process(f"{stage}, {p}", call, _PROGRAMS[p]) for p, call in calls.items()})
+            rows += [_summarize(program, rounds) for program in _PROGRAMS]
     return rows
 
 
-_PROGRAMS = {  # and what their environment has besides
-    # As launch/local.sh and studies start runs. On a CPU a step takes its temporaries from the C library and gives them
-    # back, and touching these anew in pages of 4 KiB costs a seventh to a third of it. PyTorch does not gain by larger
-    # ones.
+_PROGRAMS = {  # with additional environment variables
+    # As launch/local.sh and studies start runs. On CPUs a step allocates and frees temporaries in the C library, and
+    # page faults of 4 KiB pages cost a seventh to a third of its time. PyTorch does not benefit from larger pages.
     "ours": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
     "ours, small pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"},
     "torch": {},
@@ -84,20 +84,26 @@ _PROGRAMS = {  # and what their environment has besides
 _FIGURES = ("step_ms", "tokens_per_second", "mfu", "gib")
 
 
-def _over(program, rounds):
-    ratios = [found["torch"]["step_ms"] / found[program]["step_ms"] for found in rounds]
-    own = [found[program] for found in rounds]
-    ends = {"times_torch": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
-    return {"what": own[0]["what"]} | ends | {k: statistics.median(x[k] for x in own) for k in _FIGURES if k in own[0]}
+def _summarize(program, rounds):
+    ratios = [results["torch"]["step_ms"] / results[program]["step_ms"] for results in rounds]
+    own = [results[program] for results in rounds]
+    speedup = {"times_torch": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+    medians = {key: statistics.median(figures[key] for figures in own) for key in _FIGURES if key in own[0]}
+    return {"what": own[0]["what"]} | speedup | medians
 
 
-def _config(task):
-    # On a CPU layers are written out, as in configs/ that are for one.
-    how = {"remat": task.remat, "scan_layers": jax.default_backend() != "cpu"}
-    model = ModelConfig(task.folder, task.folder, _fusion(task.folder), task.precision, **how)
+def _make_config(task):
+    model = ModelConfig(
+        task.folder,
+        task.folder,
+        _read_fusion(task.folder),
+        task.precision,
+        remat=task.remat,
+        scan_layers=jax.default_backend() != "cpu",  # on CPUs layers are unrolled, as in configs/demo.py
+    )
     return TrainConfig(
         global_batch_size=task.rows,
-        rules=(("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", _LEARN[task.stage])),
+        rules=(("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", _LLM_RULE[task.stage])),
         model=model,
         data=DataConfig(max_length=slots_per_image(model) + task.text),
         optimizer=OptimizerConfig(learning_rate=_RATE, schedule="constant", warmup_ratio=0.0),
@@ -105,38 +111,44 @@ def _config(task):
     )
 
 
-def _fusion(folder):
+def _read_fusion(folder):
     return FusionConfig(**json.loads((pathlib.Path(folder) / "model.json").read_text())["fusion"])
 
 
-def _told(config, losses, seconds):
-    """Figures of the steps: ``losses`` before each and after the last, and how long each took."""
+def _make_figures(config, losses, seconds):
+    """Figures of the steps from the losses before each and after the last, and the seconds of each."""
     step = statistics.median(seconds)
     shape = config.global_batch_size, config.data.max_length
     figures = {"step_ms": 1e3 * step, "tokens_per_second": shape[0] * shape[1] / step, "losses": losses}
-    chip = chip_of(jax.devices()[0])
+    chip = find_chip(jax.devices()[0])
     if chip is not None:
         figures["mfu"] = step_flops(config.model, config.rules, *shape, 1).step / step / chip.flops
     return figures
 
 
 def ours(task: Task) -> dict[str, Any]:
-    """Steps as training takes them, compiled before."""
-    config = _config(task)
-    losses, seconds, held = time_train_steps(config, task.folder, make_batch(config), task.steps)
-    # Of a CPU the whole process is measured, as of the other program.
-    return _told(config, losses, seconds) | ({} if jax.default_backend() == "cpu" else {"gib": held / 2**30})
+    """Times training steps of this program."""
+    config = _make_config(task)
+    losses, seconds, peak_bytes = time_train_steps(config, task.folder, make_batch(config), task.steps)
+    # On CPUs the memory of the process is measured, as for the other program.
+    memory = {} if jax.default_backend() == "cpu" else {"gib": peak_bytes / 2**30}
+    return _make_figures(config, losses, seconds) | memory
 
 
 def in_torch(task: Task, compiled: bool = False) -> dict[str, Any]:
-    """The same of the export: sdpa, weights that learn in float32, autocast where the precision is bfloat16."""
+    """Times training steps of the export: sdpa, float32 trainable weights, autocast if the precision is bfloat16."""
     import torch
     from transformers import AutoModelForImageTextToText
 
-    config, device = _config(task), "cuda" if torch.cuda.is_available() else "cpu"
+    config, device = _make_config(task), "cuda" if torch.cuda.is_available() else "cpu"
     batch, slots = make_batch(config), slots_per_image(config.model)
-    how = {"trust_remote_code": True, "local_files_only": True, "attn_implementation": "sdpa"}
-    model = AutoModelForImageTextToText.from_pretrained(task.export, dtype=torch.float32, **how).to(device)
+    model = AutoModelForImageTextToText.from_pretrained(
+        task.export,
+        dtype=torch.float32,
+        trust_remote_code=True,
+        local_files_only=True,
+        attn_implementation="sdpa",
+    ).to(device)
     for name, parameter in model.named_parameters():
         frozen = "vision_tower" in name or (task.stage == "pretrain" and "projector" not in name)
         parameter.requires_grad_(not frozen)
@@ -152,8 +164,8 @@ def in_torch(task: Task, compiled: bool = False) -> dict[str, Any]:
     pixels = torch.tensor(batch.images[:, 0].transpose(0, 3, 1, 2), device=device) / 255
     mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (vision.mean, vision.std))
     pixels = ((pixels - mean) / std).to(getattr(torch, task.precision))
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, _RATE, weight_decay=0.0, fused=device == "cuda")
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, _RATE, weight_decay=0.0, fused=device == "cuda")
     call = torch.compile(model) if compiled else model
     losses, seconds = [], []
     for _ in range(task.steps + 1):
@@ -166,7 +178,7 @@ def in_torch(task: Task, compiled: bool = False) -> dict[str, Any]:
         losses.append(loss.item())
         seconds.append(time.perf_counter() - begin)
     memory = {"gib": torch.cuda.max_memory_allocated() / 2**30} if device == "cuda" else {}
-    return _told(config, losses, seconds[1:]) | memory
+    return _make_figures(config, losses, seconds[1:]) | memory
 
 
 if __name__ == "__main__":

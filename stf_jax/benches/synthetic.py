@@ -1,4 +1,4 @@
-"""Models of random weights, here and for PyTorch, that benchmarks of both sides share."""
+"""Models with random weights and random batches, for benchmarks here and in PyTorch."""
 
 import pathlib
 
@@ -18,7 +18,7 @@ from stf_jax.weights.model import Description
 
 
 def make_export(config: ModelConfig, folder: pathlib.Path, export: pathlib.Path) -> None:
-    """A model of random weights, as a folder of imported ones and as an export."""
+    """Writes a model with random weights, as a folder of imported weights and as an export."""
     rng = np.random.default_rng(0)
     shapes = blueprint(config).shapes
     folder.mkdir()
@@ -36,7 +36,7 @@ def make_export(config: ModelConfig, folder: pathlib.Path, export: pathlib.Path)
 
 
 def make_batch(config: TrainConfig) -> Batch:
-    """A global batch of numpy: rows of one image and then text, random, of which all is learned."""
+    """A global batch of random numpy arrays: one image per row, then text, which is all target tokens."""
     rng, slots = np.random.default_rng(1), slots_per_image(config.model)
     side = vision_preset(config.model.vision).image_size
     tokens = rng.integers(3, 500, (config.global_batch_size, config.data.max_length)).astype(np.int32)

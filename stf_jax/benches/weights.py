@@ -1,4 +1,4 @@
-"""Weights in and out of a model of real size: how long, and how much memory."""
+"""Time and memory of importing, loading and exporting the weights of a full-size model."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from stf_jax.benches.process import measured
+from stf_jax.benches.process import measure_process
 from stf_jax.config import UserError
 from stf_jax.models.llm import Decoder
 from stf_jax.models.presets import llm_preset
@@ -20,30 +20,32 @@ from stf_jax.weights.shards import write_shards
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of ``what``, ``gib`` of memory and ``seconds``; each step is a process of its own."""
+    """Measures ``gib`` of memory and ``seconds`` of each step in a separate process."""
     preset = llm_preset(options.model)
     if options.scratch is not None and not options.scratch.is_dir():
         raise UserError(f"--scratch={options.scratch} is not a folder.")
-    places = hf.places(hf.DECODER, hf.declared(lambda: Decoder(nnx.Rngs(0), preset)), {"": ""})
-    sizes = [2 * len(place.names) * int(np.prod(place.shape)) for place in places.values()]
+    mappings = hf.map_parameters(hf.DECODER, hf.param_shapes(lambda: Decoder(nnx.Rngs(0), preset)), {"": ""})
+    sizes = [2 * len(mapping.names) * int(np.prod(mapping.shape)) for mapping in mappings.values()]
     rows = [
         {"what": "model, in bfloat16", "gib": sum(sizes) / 2**30},
         {"what": "its largest parameter", "gib": max(sizes) / 2**30},
     ]
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        theirs, ours, native = (pathlib.Path(scratch) / name for name in ("theirs", "ours", "native"))
-        theirs.mkdir()
-        write_shards(theirs, _random(places))
-        (theirs / "config.json").write_text(json.dumps(_config(preset)))
+        source, imported, native = (pathlib.Path(scratch) / name for name in ("source", "imported", "native"))
+        source.mkdir()
+        write_shards(source, _random_tensors(mappings))
+        (source / "config.json").write_text(json.dumps(_hf_config(preset)))
         convert = ["-m", "stf_jax.convert"]
-        rows.append(measured("import, peak", [*convert, "import", str(theirs), f"--to={ours}"]))
-        rows.append(measured("load onto 8 devices, peak", ["-c", _LOAD, str(ours)]))
-        rows.append(measured("export, peak", [*convert, "export", str(ours), "--format=native", f"--to={native}"]))
-        assert open_model(ours).description == Description(None, preset, None)
+        rows.append(measure_process("import, peak", [*convert, "import", str(source), f"--to={imported}"]))
+        rows.append(measure_process("load onto 8 devices, peak", ["-c", _LOAD, str(imported)]))
+        rows.append(
+            measure_process("export, peak", [*convert, "export", str(imported), "--format=native", f"--to={native}"])
+        )
+        assert open_model(imported).description == Description(None, preset, None)
     return rows
 
 
-# What training does with imported weights, on eight devices that share this machine's memory.
+# Loads imported weights as training does, on eight devices that share the memory of this machine.
 _LOAD = """
 import os, sys
 os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="8")
@@ -58,16 +60,16 @@ load_params(sys.argv[1], layout, ("vision/.*", "fusion/.*"))
 """
 
 
-def _random(places):
-    """Tensors of bfloat16 noise for those places."""
+def _random_tensors(mappings):
+    """Yields tensors of bfloat16 noise, with their names."""
     noise = (0.02 * np.random.default_rng(0).standard_normal(2**20, np.float32)).astype(ml_dtypes.bfloat16)
-    for place in places.values():
-        for name in place.names:
-            yield name, np.resize(noise, place.theirs)
+    for mapping in mappings.values():
+        for name in mapping.names:
+            yield name, np.resize(noise, mapping.hf_shape)
 
 
-def _config(preset):
-    """transformers' config of the preset, a Llama."""
+def _hf_config(preset):
+    """The transformers config of the preset, a Llama."""
     return {
         "model_type": "llama",
         "vocab_size": preset.vocab,

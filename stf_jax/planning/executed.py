@@ -1,7 +1,7 @@
-"""What a traced program executes: FLOPs, recomputation included, and bytes that its products read and write.
+"""FLOPs that a traced program executes, including recomputation, and bytes that its matrix products read and write.
 
-Counted in the program as jax traced it, forward, backward and rematerialised parts alike, loops as often as they run:
-compilers' own counts take the body of a loop once.
+The counts come from the jaxpr, with its forward, backward and rematerialized parts, and count a loop as often as it
+runs: the compilers' own counts include the body of a loop only once.
 """
 
 import dataclasses
@@ -10,17 +10,17 @@ import math
 import jax
 from jax.extend import core
 
-# Of a batch as large as this prime number a device, whatever grows with the rows has an axis that it divides.
+# With this prime number of rows per shard, exactly the arrays that grow with the rows have an axis divisible by it.
 PRIME = 997
 
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-    """Sums over products, by whether they grow with the rows (of :data:`PRIME` a shard) or not."""
+    """Sums over matrix products, with :data:`PRIME` rows per shard."""
 
     flops: float = 0.0  # all devices together
-    bytes_by_rows: float = 0.0  # a device's, of factors and results that have rows
-    bytes_fixed: float = 0.0  # a device's, of those that do not: weights
+    bytes_by_rows: float = 0.0  # per device, of operands and results that grow with the rows
+    bytes_fixed: float = 0.0  # per device, of those that do not: weights
 
     def __add__(self, other: "Executed") -> "Executed":
         return Executed(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -29,54 +29,55 @@ class Executed:
         return Executed(*(value * times for value in dataclasses.astuple(self)))
 
 
-def executed(traced: jax.stages.Traced, shards: int, devices: int) -> Executed:
-    """Counts a program that was traced with ``PRIME·shards`` rows, over a mesh of so many devices.
+def count_executed(traced: jax.stages.Traced, shards: int, devices: int) -> Executed:
+    """Counts a program that was traced with ``PRIME·shards`` rows.
 
     Args:
-      shards: parts that the rows are split into.
+      shards: number of parts that the mesh splits the rows into.
+      devices: number of devices of the mesh.
     """
-    return _executed(_inner(traced.jaxpr), shards, devices, local=False)
+    return _count_jaxpr(_open_jaxpr(traced.jaxpr), shards, devices, local=False)
 
 
-def _executed(jaxpr, shards, devices, local):
-    """``local``: whether the shapes are one device's, as inside of a ``shard_map``."""
+def _count_jaxpr(jaxpr, shards, devices, local):
+    """Counts a jaxpr. ``local``: its shapes are those of one device, as inside a ``shard_map``."""
     total = Executed()
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         if name == "dot_general":
-            total += _product(eqn, _dot_flops(eqn), shards, devices, local)
+            total += _count_product(eqn, _dot_flops(eqn), shards, devices, local)
         elif name.startswith("dot_product_attention"):
-            total += _product(eqn, _flash_flops(eqn), shards, devices, local)
+            total += _count_product(eqn, _flash_flops(eqn), shards, devices, local)
         elif name == "pallas_call":
-            total += _product(eqn, _kernel_flops(eqn), shards, devices, local)
+            total += _count_product(eqn, _kernel_flops(eqn), shards, devices, local)
         elif name == "scan":
-            total += _executed(params["jaxpr"].jaxpr, shards, devices, local) * params["length"]
-        elif name == "while":  # the decoding loop: one token
-            total += _executed(params["body_jaxpr"].jaxpr, shards, devices, local)
+            total += _count_jaxpr(params["jaxpr"].jaxpr, shards, devices, local) * params["length"]
+        elif name == "while":  # the decoding loop, counted for one token
+            total += _count_jaxpr(params["body_jaxpr"].jaxpr, shards, devices, local)
         elif name == "cond":
-            branches = [_executed(branch.jaxpr, shards, devices, local) for branch in params["branches"]]
+            branches = [_count_jaxpr(branch.jaxpr, shards, devices, local) for branch in params["branches"]]
             total += max(branches, key=lambda branch: branch.flops)
         elif name == "shard_map":
-            total += _executed(_inner(params["jaxpr"]), shards, devices, local=True)
+            total += _count_jaxpr(_open_jaxpr(params["jaxpr"]), shards, devices, local=True)
         else:
-            for inner in _inners(params):
-                total += _executed(inner, shards, devices, local)
+            for called in _called_jaxprs(params):
+                total += _count_jaxpr(called, shards, devices, local)
     return total
 
 
-def _inner(jaxpr):
+def _open_jaxpr(jaxpr):
     return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
 
 
-def _inners(params):
-    """Programs that an equation calls once (of a custom derivative's, the one that computes the value)."""
+def _called_jaxprs(params):
+    """Yields the jaxpr that an equation calls once (for a custom derivative, the one that computes the value)."""
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if isinstance(params.get(key), (core.Jaxpr, core.ClosedJaxpr)):
-            yield _inner(params[key])
+            yield _open_jaxpr(params[key])
             return
 
 
-def _product(eqn, flops, shards, devices, local):
+def _count_product(eqn, flops, shards, devices, local):
     by_rows = fixed = 0
     for variable in (*eqn.invars, *eqn.outvars):
         if not hasattr(variable.aval, "shape"):
@@ -85,7 +86,7 @@ def _product(eqn, flops, shards, devices, local):
         if any(length and length % PRIME == 0 for length in variable.aval.shape):
             by_rows += size if local else size / devices
         else:
-            fixed += size if local else size * shards / devices  # split over ``tensor`` alone
+            fixed += size if local else size * shards / devices  # split over ``tensor`` only
     return Executed(flops * devices if local else flops, by_rows, fixed)
 
 
@@ -95,7 +96,7 @@ def _dot_flops(eqn):
 
 
 def _flash_flops(eqn):
-    """cuDNN's attention: two products forward, five backward, half of them where it is causal."""
+    """FLOPs of cuDNN's attention: two products forward, five backward; half of that if causal."""
     rows, length, heads, size = eqn.invars[0].aval.shape
     product = 2 * rows * heads * length**2 * size
     causal = "CAUSAL" in str(eqn.params.get("mask_type", ""))
@@ -103,11 +104,11 @@ def _flash_flops(eqn):
 
 
 def _kernel_flops(eqn):
-    """Splash attention, the one kernel here: its products for a block, as often as blocks are not masked whole."""
+    """FLOPs of splash attention, the only Pallas kernel: the products of a block times the blocks not fully masked."""
     grid = eqn.params["grid_mapping"].grid
     blocks = grid[-1]
-    seen = (blocks + 1) / (2 * blocks)  # of a causal mask's blocks
-    return _body_flops(_inner(eqn.params["jaxpr"])) * math.prod(grid) * seen
+    unmasked = (blocks + 1) / (2 * blocks)  # fraction of blocks under a causal mask
+    return _body_flops(_open_jaxpr(eqn.params["jaxpr"])) * math.prod(grid) * unmasked
 
 
 def _body_flops(jaxpr):
@@ -116,9 +117,9 @@ def _body_flops(jaxpr):
         if eqn.primitive.name == "dot_general":
             total += _dot_flops(eqn)
         elif eqn.primitive.name == "cond":
-            total += max(_body_flops(_inner(branch)) for branch in eqn.params["branches"])
+            total += max(_body_flops(_open_jaxpr(branch)) for branch in eqn.params["branches"])
         elif eqn.primitive.name == "scan":
             total += _body_flops(eqn.params["jaxpr"].jaxpr) * eqn.params["length"]
         else:
-            total += sum(_body_flops(inner) for inner in _inners(eqn.params))
+            total += sum(_body_flops(called) for called in _called_jaxprs(eqn.params))
     return total

@@ -1,107 +1,107 @@
-"""What was foreseen, as a page to read."""
+"""Text output of `plan`."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from stf_jax.runtime.table import table
+from stf_jax.runtime.table import format_table
 
 _GIB = 2**30
 
 
-def summary(found: Mapping[str, Any]) -> str:
-    """Of :func:`stf_jax.planning.report.report`."""
-    mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
-    limit, peak = found["memory_limit_bytes_per_device"], found["peak_bytes_per_device"]
-    verdict = "fits" if found["fits"] else "DOES NOT FIT"
-    where = found["topology"] + (f" × {found['slices']} slices" if found["slices"] > 1 else "")
-    needed = f"{peak / _GIB:.2f} GiB" if peak else "more than the compiler can tell"
+def format_report(report: Mapping[str, Any]) -> str:
+    """Formats the result of :func:`stf_jax.planning.report.make_report`."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+    limit, peak = report["memory_limit_bytes_per_device"], report["peak_bytes_per_device"]
+    verdict = "fits" if report["fits"] else "DOES NOT FIT"
+    where = report["topology"] + (f" × {report['slices']} slices" if report["slices"] > 1 else "")
+    needed = f"{peak / _GIB:.2f} GiB" if peak else "unknown"
     lines = [
-        f"{found['what']} on {where}: {verdict}. At its peak a device needs {needed}, of {limit / _GIB:.2f} GiB.",
-        *_about(found),
-        f"mesh {mesh}; {found['rows']} rows of {found['positions']} positions, {found['images']} images each",
+        f"{report['what']} on {where}: {verdict}. Peak memory per device: {needed} of {limit / _GIB:.2f} GiB.",
+        *_describe_evaluation(report),
+        f"mesh {mesh}; {report['rows']} rows of {report['positions']} positions, {report['images']} images each",
         "",
-        table([_memory(found)]),
+        format_table([_memory_row(report)]),
         "",
-        table([_flops(found)]),
+        format_table([_flops_row(report)]),
     ]
-    if found["collective_bytes"]:
-        lines += ["", table(list(_sent(found)))]
-    lines += ["", table([_seconds(found)]), "", _times(found)]
+    if report["collective_bytes"]:
+        lines += ["", format_table(list(_traffic_rows(report)))]
+    lines += ["", format_table([_roofline_row(report)]), "", _format_times(report)]
     return "\n".join(lines)
 
 
-def _about(found):
-    """Which of the two an evaluation is."""
-    if found.get("during_training") is True:
-        yield "This is a measurement during training (eval.benchmarks), with the training state beside it."
-    elif found.get("during_training") is False:
-        yield "This is stf_jax.evaluate by itself; name eval.benchmarks to count the training state beside it."
+def _describe_evaluation(report):
+    """Yields whether an evaluation includes the training state."""
+    if report.get("during_training") is True:
+        yield "This is an evaluation during training (eval.benchmarks), with the training state in memory."
+    elif report.get("during_training") is False:
+        yield "This is stf_jax.evaluate on its own; set eval.benchmarks to include the training state."
 
 
-def _memory(found):
-    return {"what": "memory a device, GiB"} | {
-        name: "unknown" if size is None else size / _GIB for name, size in found["memory"].items()
+def _memory_row(report):
+    return {"what": "memory per device, GiB"} | {
+        name: "unknown" if size is None else size / _GIB for name, size in report["memory"].items()
     }
 
 
-def _flops(found):
-    model, executed = found["model_flops"], found["executed_flops"]
-    return {"what": "work a step, TFLOP"} | {
+def _flops_row(report):
+    model, executed = report["model_flops"], report["executed_flops"]
+    return {"what": "work per step, TFLOP"} | {
         "model": model / 1e12,
         "executed": executed / 1e12,
         "recomputed": f"{executed / model - 1:.0%}",
     }
 
 
-def _sent(found):
-    for kind, by_axis in found["collective_bytes"].items():
+def _traffic_rows(report):
+    for kind, by_axis in report["collective_bytes"].items():
         for axes, size in by_axis.items():
-            yield {"what": f"{kind} over {axes}, GB a device sends", "a step": size / 1e9}
+            yield {"what": f"{kind} over {axes}, GB sent per device", "per step": size / 1e9}
 
 
-def _seconds(found):
-    return {"what": "roofline, s a step at full speed"} | dict(found["roofline_seconds"])
+def _roofline_row(report):
+    return {"what": "roofline, s per step at peak speed"} | dict(report["roofline_seconds"])
 
 
-def _times(found):
+def _format_times(report):
     text = (
-        f"about {found['step_seconds_estimate']:.3g} s a step, bound by {found['bound']}: "
-        f"{found['tokens_per_second']:,.0f} tokens/s, MFU {found['mfu_estimate']:.0%}"
+        f"about {report['step_seconds_estimate']:.3g} s per step, bound by {report['bound']}: "
+        f"{report['tokens_per_second']:,.0f} tokens/s, MFU {report['mfu_estimate']:.0%}"
     )
-    if found["hours"]:
-        text += f"\n{found['steps']:,} steps: {found['hours']:.1f} hours"
-    if found.get("cost"):
-        text += f", {found['chip_hours']:,.0f} chip hours, {found['cost']:,.0f} at that price"
+    if report["hours"]:
+        text += f"\n{report['steps']:,} steps: {report['hours']:.1f} hours"
+    if report.get("cost"):
+        text += f", {report['chip_hours']:,.0f} chip hours, {report['cost']:,.0f} at that price"
     return text
 
 
-def trial(found: Mapping[str, Any]) -> str:
-    """A line of one that a search compiled."""
-    peak = found["peak_bytes_per_device"]
+def format_trial(trial: Mapping[str, Any]) -> str:
+    """Formats one compiled candidate of a search as a line."""
+    peak = trial["peak_bytes_per_device"]
     needed = f"{peak / _GIB:.1f} GiB" if peak else "too much"
-    return f"{_flags(found)}: {'fits' if found['fits'] else 'does not fit'}, {needed}"
+    return f"{_format_flags(trial)}: {'fits' if trial['fits'] else 'does not fit'}, {needed}"
 
 
-def _flags(found):
-    return " ".join(f"--config.{key}={value}" for key, value in found["settings"].items())
+def _format_flags(trial):
+    return " ".join(f"--config.{key}={value}" for key, value in trial["settings"].items())
 
 
-def ranking(found: Mapping[str, Any]) -> str:
-    """Of :func:`stf_jax.planning.search.search`."""
-    if not found["ranked"]:
+def format_ranking(result: Mapping[str, Any]) -> str:
+    """Formats the result of :func:`stf_jax.planning.search.search`."""
+    if not result["ranked"]:
         return (
-            f"None of the {found['tried']} meshes, rematerialisations and microbatches that were tried fits "
-            f"{found['topology']}; {found['compiled']} were compiled."
+            f"None of the {result['tried']} combinations of mesh, rematerialization and microbatches fits "
+            f"{result['topology']}; {result['compiled']} were compiled."
         )
     rows = [
         {
-            "what": " ".join(f"{key.split('.')[-1]}={value}" for key, value in one["settings"].items()),
-            "peak GiB": one["peak_bytes_per_device"] / _GIB,
-            "s a step": one["step_seconds_estimate"],
-            "bound": one["bound"],
-            "hours": one["hours"] or "unknown",
+            "what": " ".join(f"{key.split('.')[-1]}={value}" for key, value in trial["settings"].items()),
+            "peak GiB": trial["peak_bytes_per_device"] / _GIB,
+            "s per step": trial["step_seconds_estimate"],
+            "bound": trial["bound"],
+            "hours": trial["hours"] or "unknown",
         }
-        for one in found["ranked"]
+        for trial in result["ranked"]
     ]
-    best = _flags(found["ranked"][0])
-    return f"{table(rows)}\n\n{found['tried']} tried, {found['compiled']} compiled; the fastest: {best}"
+    best = _format_flags(result["ranked"][0])
+    return f"{format_table(rows)}\n\n{result['tried']} tried, {result['compiled']} compiled; the fastest: {best}"

@@ -1,15 +1,15 @@
-"""What a compiled program sends between devices, read from its optimized HLO (``compiled.as_text()``).
+"""Communication of a compiled program, parsed from its optimized HLO (``compiled.as_text()``).
 
-Counted is what one device sends by ring algorithms, n devices in a group:
+The counts are the bytes that one device sends with ring algorithms, in groups of n devices:
 
 | operation | bytes |
 |---|---|
 | all-gather | result · (n−1)/n, which is operand · (n−1) |
 | reduce-scatter, all-to-all | operand · (n−1)/n |
 | all-reduce | 2 · operand · (n−1)/n |
-| collective-permute | operand, of a device that sends |
+| collective-permute | operand, for a device that sends |
 
-How such text looks is for XLA to change, so what cannot be told from it is an error, never nothing.
+XLA may change this text at any time, so text that cannot be parsed is an error, never zero bytes.
 """
 
 import collections
@@ -28,37 +28,37 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one device sends in one run of a program, by all operations of a kind over the same axes and links."""
+    """Bytes that one device sends per execution of a program, by kind of operation, axes and links."""
 
     kind: str  # HLO's name: all-gather, reduce-scatter, …
-    axes: tuple[str, ...]  # on which devices that talk to each other differ, in the mesh's order; none of size 1
+    axes: tuple[str, ...]  # mesh axes along which communicating devices differ, in mesh order; none of size 1
     bytes: int
-    count: int  # operations; one in a loop as often as that runs
-    between_slices: bool  # over the network, that is, as some of the devices are of different slices
+    count: int  # operations; one in a loop counts per iteration
+    between_slices: bool  # whether some of the devices are in different slices, which the network connects
 
 
-def traffic(text: str, mesh: jax.sharding.Mesh, trips: int | None = None) -> list[Traffic]:
-    """All that one device sends, largest first; of a conditional, what the branch does that sends most.
+def count_traffic(text: str, mesh: jax.sharding.Mesh, trips: int | None = None) -> list[Traffic]:
+    """Counts all that one device sends, largest first; a conditional counts as the branch that sends most.
 
     Args:
-      text: optimized HLO of one program, which jax partitioned over the mesh.
-      mesh: that mesh, of the very devices.
-      trips: how often to count a loop whose end only data tell, such as that of decoding; None: it is an error.
+      text: optimized HLO of a program that jax partitioned over the mesh.
+      mesh: the mesh, with the devices that the program was compiled for.
+      trips: iterations to count for loops whose end depends on data, such as decoding; None: such a loop is an error.
 
     Raises:
-      ValueError: the text doesn't tell how often a loop that sends something runs, or who talks to whom.
+      ValueError: the number of iterations of a loop with communication, or a group of devices, cannot be determined.
     """
     program = _Program(text, mesh, trips)
     sums: dict[tuple[str, tuple[str, ...], bool], np.ndarray] = {}
-    for (*key, size), count in program.sent(program.entry).items():
+    for (*key, size), count in program.count_sent(program.entry).items():
         sums[tuple(key)] = sums.get(tuple(key), 0) + np.array([size * count, count])
-    if lost := [channel for channel, begins in program.spread.items() if not begins]:
-        raise ValueError(f"Collectives over the channels {lost} are spread over fusions, none of which begins them.")
-    found = [Traffic(kind, axes, *both.tolist(), between) for (kind, axes, between), both in sums.items()]
-    return sorted(found, key=lambda one: one.bytes, reverse=True)
+    if unstarted := [channel for channel, started in program.async_channels.items() if not started]:
+        raise ValueError(f"No fusion starts the asynchronous collectives on channels {unstarted}.")
+    entries = [Traffic(kind, axes, *totals.tolist(), between) for (kind, axes, between), totals in sums.items()]
+    return sorted(entries, key=lambda entry: entry.bytes, reverse=True)
 
 
-_SENT: dict[str, Callable[[int, int], int]] = {  # bytes, of an operand's bytes and the devices in a group
+_BYTES_SENT: dict[str, Callable[[int, int], int]] = {  # from the bytes of the operand and the size of the group
     "all-gather": lambda size, n: size * (n - 1),
     "reduce-scatter": lambda size, n: size * (n - 1) // n,
     "all-reduce": lambda size, n: 2 * size * (n - 1) // n,
@@ -72,29 +72,31 @@ _ARITHMETIC = {"add": operator.add, "subtract": operator.sub}
 _COMPARISON = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "NE": operator.ne}
 _MOST_TRIPS = 100_000
 
-_Sent = collections.Counter[tuple[str, tuple[str, ...], bool, int]]  # how often: operation, axes, between slices, bytes
-_Path = tuple[int, ...]  # to a value in a computation's parameters: which of them, which element of that tuple, …
+# Occurrences of (operation, axes, between slices, bytes).
+_Sent = collections.Counter[tuple[str, tuple[str, ...], bool, int]]
+_Path = tuple[int, ...]  # of a value in the parameters of a computation: index of the parameter, of its element, …
 
 
 class _Operation(NamedTuple):
     shape: str
     code: str
-    inside: str  # what stands between its parentheses
+    inside: str  # text between its parentheses
     rest: str  # its attributes
 
     @property
     def operands(self) -> list[tuple[str, _Path]]:
-        """Their names, each with the index of an element of it: ``%a#1`` is the second of a tuple."""
-        found = re.findall(r"%([\w.-]+)(?:#(\d+))?", self.inside)
-        return [(name, (int(element),) if element else ()) for name, element in found]
+        """Names of the operands, each with an element index: ``%a#1`` is the second element of a tuple."""
+        matches = re.findall(r"%([\w.-]+)(?:#(\d+))?", self.inside)
+        return [(name, (int(element),) if element else ()) for name, element in matches]
 
     @property
     def called(self) -> dict[str, list[str]]:
-        return {how: re.findall(r"[\w.-]+", names) for how, names in _CALLED.findall(self.rest)}
+        """Names of the called computations by attribute."""
+        return {attribute: re.findall(r"[\w.-]+", names) for attribute, names in _CALLED.findall(self.rest)}
 
     def attribute(self, pattern: str) -> str | None:
-        found = re.search(pattern, self.rest)
-        return found and found[1]
+        match = re.search(pattern, self.rest)
+        return match and match[1]
 
 
 class _Program:
@@ -104,86 +106,89 @@ class _Program:
         self.mesh, self.trips = mesh, trips
         slices = np.array([getattr(device, "slice_index", 0) for device in mesh.devices.flat])
         self.coordinates = np.stack([*np.indices(mesh.devices.shape).reshape(mesh.devices.ndim, -1), slices])
-        # Devices are numbered in the mesh's order; by the program of one slice of TPUs, those of that slice; and where
-        # such slices talk to each other, devices are told by their ids.
+        # Programs number devices in mesh order; the program of one TPU slice numbers only those of that slice; and
+        # communication between slices identifies devices by their ids.
         partitions = re.match(r"HloModule .*\bnum_partitions=(\d+)", text)
         one_slice = partitions and int(partitions[1]) < mesh.size
-        self.numbered = np.flatnonzero(slices == slices[0]) if one_slice else np.arange(mesh.size)
-        self.places = {device.id: place for place, device in enumerate(mesh.devices.flat)}
+        self.numbering = np.flatnonzero(slices == slices[0]) if one_slice else np.arange(mesh.size)
+        self.positions = {device.id: position for position, device in enumerate(mesh.devices.flat)}
         self.computations: dict[str, dict[str, _Operation]] = {}
         self.roots: dict[str, str] = {}
-        self.spread: dict[str | None, bool] = {}  # channels of collectives spread over fusions: do they begin in one?
-        self._seen: dict[str, _Sent] = {}
+        self.async_channels: dict[str | None, bool] = {}  # asynchronous collectives by channel: does a fusion start it?
+        self._counted: dict[str, _Sent] = {}
         for line in text.splitlines():
             if start := _COMPUTATION.match(line):
                 name = start[2]
                 self.computations[name] = {}
                 if start[1]:
                     self.entry = name
-            elif self.computations and (found := _OPERATION.match(line)):
-                self.computations[name][found[2]] = _Operation(*found.groups()[2:])
-                if found[1]:
-                    self.roots[name] = found[2]
+            elif self.computations and (match := _OPERATION.match(line)):
+                self.computations[name][match[2]] = _Operation(*match.groups()[2:])
+                if match[1]:
+                    self.roots[name] = match[2]
 
-    def sent(self, name: str) -> _Sent:
-        """What one run of a computation sends, with all that it calls."""
-        if name not in self._seen:
-            self._seen[name] = _Sent()
+    def count_sent(self, name: str) -> _Sent:
+        """Counts what one execution of a computation sends, including the computations it calls."""
+        if name not in self._counted:
+            self._counted[name] = _Sent()
             for label in self.computations[name]:
-                self._seen[name].update(self._sent_by(name, label))
-        return self._seen[name]
+                self._counted[name].update(self._count_operation(name, label))
+        return self._counted[name]
 
-    def _sent_by(self, name: str, label: str) -> _Sent:
+    def _count_operation(self, name: str, label: str) -> _Sent:
         operation = self.computations[name][label]
-        if operation.code == "recv" or operation.code.endswith(("-update", "-done")):  # of what a send or -start began
+        if operation.code == "recv" or operation.code.endswith(("-update", "-done")):  # counted at its send or -start
             return _Sent()
         if re.search("replica_groups=|source_target_pairs=|_xla_megascale_target=", operation.rest):
-            return self._sent_by_collective(name, label)
-        parts = [self.sent(computation) for called in operation.called.values() for computation in called]
+            return self._count_collective(name, label)
+        parts = [self.count_sent(computation) for called in operation.called.values() for computation in called]
         if operation.code == "conditional":
             return max(parts, key=lambda part: sum(key[-1] * count for key, count in part.items()))
-        once = sum(parts, _Sent())
-        times = self._trips(name, label) if operation.code == "while" and once else 1
-        return _Sent({key: count * times for key, count in once.items()})
+        total = sum(parts, _Sent())
+        trips = self._count_trips(name, label) if operation.code == "while" and total else 1
+        return _Sent({key: count * trips for key, count in total.items()})
 
-    def _sent_by_collective(self, name: str, label: str) -> _Sent:
-        operation, beside = self.computations[name][label], self.computations[name]
+    def _count_collective(self, name: str, label: str) -> _Sent:
+        computation = self.computations[name]
+        operation = computation[label]
         kind, operands = operation.code.removesuffix("-start"), operation.operands
         if transfer := operation.attribute(r'_xla_megascale_transfer_type="(\w+)"'):  # between slices of TPUs
             kind = {"ONE_TO_ONE": "collective-permute"}.get(transfer, transfer.lower().replace("_", "-"))
-            operands = operands[:1]  # the other gives an order
-        if kind not in _SENT:
-            raise ValueError(f"The operation {label} in {name} sends something, and its kind, {kind}, is not known.")
+            operands = operands[:1]  # the other is a token for ordering
+        if kind not in _BYTES_SENT:
+            raise ValueError(f"The operation {label} in {name} communicates, but its kind, {kind}, is not known.")
         if "async_collective_fusion_config" in operation.rest:
-            # A TPU's compiler repeats a collective in all fusions that compute while it goes on. It begins in one.
-            begins = any("AsyncCollectiveStart" in one.rest and (label, ()) in one.operands for one in beside.values())
+            # The TPU compiler repeats a collective in all fusions that run concurrently with it; one of them starts it.
+            starts = any(
+                "AsyncCollectiveStart" in other.rest and (label, ()) in other.operands for other in computation.values()
+            )
             channel = operation.attribute(r"channel_id=(\d+)")
-            self.spread[channel] = begins or self.spread.get(channel, False)
-            if not begins:
+            self.async_channels[channel] = starts or self.async_channels.get(channel, False)
+            if not starts:
                 return _Sent()
         if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"  # so a TPU's compiler calls its fusion with the slicing of the result
+            kind = "reduce-scatter"  # the TPU compiler's name for its fusion with the slicing of the result
         groups = self._groups(operation)
         if not groups:
             return _Sent()
         differ = np.any([np.ptp(self.coordinates[:, group], axis=1) > 0 for group in groups], axis=0)
         axes = tuple(itertools.compress(self.mesh.axis_names, differ))
-        size = sum(_bytes(beside[operand].shape, element) for operand, element in operands)
-        key = (kind, axes, bool(differ[-1]), _SENT[kind](size, max(map(len, groups))))
+        size = sum(_count_bytes(computation[operand].shape, element) for operand, element in operands)
+        key = (kind, axes, bool(differ[-1]), _BYTES_SENT[kind](size, max(map(len, groups))))
         return _Sent({key: 1}) if axes else _Sent()
 
     def _groups(self, operation: _Operation) -> list:
-        """Places in the mesh of devices that talk to each other; of a permutation, in pairs."""
-        named = r'(replica_groups|source_target_pairs|_xla_megascale_target)="?(.*)'
-        how, form = re.search(named, operation.rest).groups()
+        """Groups of communicating devices, by position in the mesh; pairs for a permutation."""
+        pattern = r'(replica_groups|source_target_pairs|_xla_megascale_target)="?(.*)'
+        attribute, form = re.search(pattern, operation.rest).groups()
         if form.startswith("{}"):
-            return [self.numbered] if how == "replica_groups" else []
-        if how == "_xla_megascale_target":
-            return [[self.places[number] for number in group] for group in _groups(form)]
-        return [self.numbered[group] for group in _groups(form)]
+            return [self.numbering] if attribute == "replica_groups" else []
+        if attribute == "_xla_megascale_target":
+            return [[self.positions[number] for number in group] for group in _parse_groups(form)]
+        return [self.numbering[group] for group in _parse_groups(form)]
 
-    def _trips(self, name: str, label: str) -> int:
-        """How often a loop's body runs: as its compiler says, else by running what counts."""
+    def _count_trips(self, name: str, label: str) -> int:
+        """Iterations of a loop: as the compiler reports, else by evaluating its counter and condition."""
         operation = self.computations[name][label]
         if known := operation.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(known)
@@ -194,33 +199,33 @@ class _Program:
             return self._value(name, initial, (*element, *path[1:]), lambda path: None)
 
         for trips in range(_MOST_TRIPS):
-            goes_on = self._value(condition, self.roots[condition], (), state)
-            if goes_on is None:
+            proceed = self._value(condition, self.roots[condition], (), state)
+            if proceed is None:
                 break
-            if not goes_on:
+            if not proceed:
                 return trips
             state = functools.cache(lambda path, before=state: self._value(body, self.roots[body], path[1:], before))
         if self.trips is not None:
             return self.trips
-        raise ValueError(f"The loop {label} in {name} sends something, and how often it runs cannot be told.")
+        raise ValueError(f"The loop {label} in {name} communicates, but its number of iterations cannot be determined.")
 
-    def _value(self, name: str, label: str, index: _Path, given: Callable[[_Path], int | None]) -> int | None:
-        """The integer that an operation gives, or that its tuple has there, as far as it can be told.
+    def _value(self, name: str, label: str, index: _Path, arguments: Callable[[_Path], int | None]) -> int | None:
+        """The integer result of an operation, or that element of its tuple; None if it cannot be determined.
 
         Args:
-          given: values of the computation's parameters.
+          arguments: returns the values of the computation's parameters.
         """
         operation = self.computations[name][label]
 
         def operand(number, index=()):
             source, element = operation.operands[number]
-            return self._value(name, source, (*element, *index), given)
+            return self._value(name, source, (*element, *index), arguments)
 
         match operation.code:
             case "constant":
                 return int(operation.inside) if re.fullmatch(r"-?\d+", operation.inside) else None
             case "parameter":
-                return given((int(operation.inside), *index))
+                return arguments((int(operation.inside), *index))
             case "tuple":
                 return operand(index[0], index[1:])
             case "get-tuple-element":
@@ -231,68 +236,75 @@ class _Program:
                 ((called,),) = operation.called.values()
                 return self._value(called, self.roots[called], index, lambda path: operand(path[0], path[1:]))
             case "compare":
-                how = _COMPARISON.get(operation.attribute(r"direction=(\w+)"))
+                function = _COMPARISON.get(operation.attribute(r"direction=(\w+)"))
             case code:
-                how = _ARITHMETIC.get(code)
-        if how is None:
+                function = _ARITHMETIC.get(code)
+        if function is None:
             return None
-        both = operand(0), operand(1)
-        return None if None in both else int(how(*both))
+        operands = operand(0), operand(1)
+        return None if None in operands else int(function(*operands))
 
 
-def _bytes(shape: str, element: _Path) -> int:
-    """Of an array such as ``bf16[8,128]{1,0:T(8,128)(2,1)}``, or of one in a tuple of them."""
+def _count_bytes(shape: str, element: _Path) -> int:
+    """Bytes of an array such as ``bf16[8,128]{1,0:T(8,128)(2,1)}``, or of one element of a tuple of arrays."""
     kind, sizes = re.findall(r"\b([a-z]\w*)\[(.*?)\]", shape)[element[0] if element else 0]
     bits = 8 if kind == "pred" else int(re.search(r"\d+", kind)[0])  # as in f8e4m3fn
     return -(-math.prod(int(size) for size in sizes.split(",") if size) * bits // 8)
 
 
-def _groups(form: str) -> Sequence[Sequence[int]] | np.ndarray:
-    """Groups of numbers, whatever form they are written in."""
-    if listed := re.match(r"\{(\{.*?\})\}", form):  # "{{0,1},{2,3}}", "{{0->1},{1->0}}"
-        return [[int(number) for number in re.findall(r"\d+", group)] for group in listed[1].split("},{")]
-    if product := re.match(r"\{([\d,]+)\}x\{(\d+):(\d+)\}", form):  # ids: "{1,2}x{0:3}", devices 0 to 3 of two slices
-        slices = [int(one) * 100_000 for one in product[1].split(",")]
-        return [[one + device for one in slices] for device in range(int(product[2]), int(product[3]) + 1)]
+def _parse_groups(form: str) -> Sequence[Sequence[int]] | np.ndarray:
+    """Parses groups of device numbers in any of their notations."""
+    if match := re.match(r"\{(\{.*?\})\}", form):  # "{{0,1},{2,3}}", "{{0->1},{1->0}}"
+        return [[int(number) for number in re.findall(r"\d+", group)] for group in match[1].split("},{")]
+    if match := re.match(r"\{([\d,]+)\}x\{(\d+):(\d+)\}", form):  # ids: "{1,2}x{0:3}", devices 0 to 3 of two slices
+        slices = [int(number) * 100_000 for number in match[1].split(",")]
+        return [[first + device for first in slices] for device in range(int(match[2]), int(match[3]) + 1)]
     if form.startswith("["):
-        return _iota(form)
+        return _parse_iota(form)
     if form.startswith("mesh["):
-        return _groups_of_mesh(form)
-    raise ValueError(f"Groups of devices are told in an unknown form: {form[:80]}")
+        return _parse_mesh_groups(form)
+    raise ValueError(f"Groups of devices have an unknown form: {form[:80]}")
 
 
-def _iota(form: str) -> np.ndarray:
-    """``[4,8]<=[8,4]T(1,0)``: the numbers laid out as the second brackets say, transposed, then as the first say.
+def _parse_iota(form: str) -> np.ndarray:
+    """Parses ``[4,8]<=[8,4]T(1,0)``: device numbers in the second shape, transposed, then in the first shape.
 
-    Without second brackets, the first take their part.
+    Without a second shape, the first one is transposed.
     """
-    shape, laid_out, order = (
-        part and [int(one) for one in part.split(",")]
+    shape, source_shape, order = (
+        part and [int(number) for number in part.split(",")]
         for part in re.match(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?", form).groups()
     )
-    numbers = np.arange(math.prod(shape)).reshape(laid_out or shape).transpose(order)
-    return numbers.reshape(shape) if laid_out else numbers
+    numbers = np.arange(math.prod(shape)).reshape(source_shape or shape).transpose(order)
+    return numbers.reshape(shape) if source_shape else numbers
 
 
-def _groups_of_mesh(form: str) -> np.ndarray:
-    """``mesh['a'=4,'b'=8], device_ids=([8,4]T(1,0)) {'a','b':(2)4}``: groups over ``a`` and a part of ``b``.
+def _parse_mesh_groups(form: str) -> np.ndarray:
+    """Parses ``mesh['a'=4,'b'=8], device_ids=([8,4]T(1,0)) {'a','b':(2)4}``: groups over ``a`` and a part of ``b``.
 
-    That part is the middle of three, of which the first has size 2 and this one 4. Devices are in order if not said.
+    ``b`` is split in three parts; the first has size 2, and the groups span the second, of size 4. Without device_ids,
+    devices are in order.
     """
     mesh, devices, grouped = re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", form).groups()
     parts = sorted(re.findall(r"([\w']+)(?::\((\d+)\)(\d+))?", grouped), key=lambda part: int(part[1] or 1))
     shape: list[int] = []
-    chosen: list[int] = []
+    grouped_axes: list[int] = []
     for axis, size in re.findall(r"([\w']+)=(\d+)", mesh):
         done = 1
         for _, before, length in (part for part in parts if part[0] == axis):
-            chosen.append(len(shape) + 1)
+            grouped_axes.append(len(shape) + 1)
             shape += [int(before or 1) // done, int(length or size)]
             done = int(before or 1) * int(length or size)
         shape.append(int(size) // done)
     if devices is None:
         numbers = np.arange(math.prod(shape))
     else:
-        numbers = _iota(devices) if devices.startswith("[") else np.array([int(one) for one in devices.split(",")])
-    last = range(-len(chosen), 0)
-    return np.moveaxis(numbers.reshape(shape), chosen, last).reshape(-1, math.prod(shape[axis] for axis in chosen))
+        numbers = (
+            _parse_iota(devices)
+            if devices.startswith("[")
+            else np.array([int(number) for number in devices.split(",")])
+        )
+    last = range(-len(grouped_axes), 0)
+    return np.moveaxis(numbers.reshape(shape), grouped_axes, last).reshape(
+        -1, math.prod(shape[axis] for axis in grouped_axes)
+    )

@@ -1,4 +1,4 @@
-"""What a run would need and take: memory, work, traffic and time of its programs, and what the whole costs."""
+"""Estimates for a run: memory, work, traffic and time of its programs, and the cost of the training."""
 
 import dataclasses
 import math
@@ -7,49 +7,51 @@ from typing import Any
 import jax
 
 from stf_jax.config import TrainConfig
-from stf_jax.data.pipeline import training_records
-from stf_jax.inference.generator import ROOM
-from stf_jax.planning.executed import PRIME, executed
-from stf_jax.planning.hlo import traffic
-from stf_jax.planning.program import OutOfMemory, Program, bytes_on_a_device, make_program, training_state
+from stf_jax.data.pipeline import load_training_records
+from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
+from stf_jax.planning.executed import PRIME, count_executed
+from stf_jax.planning.hlo import count_traffic
+from stf_jax.planning.program import OutOfMemory, Program, abstract_train_state, bytes_per_device, make_program
 from stf_jax.planning.topology import memory_limit
-from stf_jax.runtime.chips import CHIPS, chip_of
+from stf_jax.runtime.chips import CHIPS, find_chip
 from stf_jax.runtime.cost import decode_flops, prefill_flops, step_flops
 from stf_jax.runtime.mesh import make_mesh, row_shards
 
-# What good programs attain of a chip's figures: products of models of billions run at 60 to 75 % of the peak, memory
-# and links at 80 to 90 % of theirs. An assumption, the same for all chips.
+# Fractions of a chip's peak figures that good programs attain: matrix products of large models run at 60 to 75 % of the
+# peak, memory and links at 80 to 90 %. An assumption, the same for all chips.
 ATTAINED = {"compute": 0.7, "memory": 0.8, "link": 0.8, "network": 0.8}
 
 
-def report(config: TrainConfig, what: str, devices: list[jax.Device], price: float = 0.0) -> dict[str, Any]:
-    """Compiles a run's program for these devices and tells what it comes to.
+def make_report(
+    config: TrainConfig, program_kind: str, devices: list[jax.Device], price: float = 0.0
+) -> dict[str, Any]:
+    """Compiles a program of a run for these devices and reports its memory, work, traffic and time.
 
     Args:
-      what: ``train``; ``prefill`` or ``decode`` of ``eval.batch`` questions; ``evaluate``, one batch of them with
-        answers of 128 tokens: beside the training state where the run measures ``eval.benchmarks``, else by itself.
-      price: of a chip for an hour.
+      program_kind: ``train``; ``prefill`` or ``decode`` for ``eval.batch`` questions; ``evaluate``, one batch of them
+        with answers of 128 tokens, including the training state in memory if ``eval.benchmarks`` is set.
+      price: of a chip per hour.
 
     Returns:
-      Plain data; bytes are a device's, FLOPs all devices' in one step (for ``decode`` one token a row).
+      Plain data; bytes are per device, FLOPs those of all devices in one step (for ``decode``, of one token per row).
 
     Raises:
       UserError: as :func:`stf_jax.planning.program.make_program`.
     """
-    if what == "evaluate":
-        told = _evaluation(*(report(config, part, devices) for part in ("prefill", "decode")))
-        told |= _resident(config, told, devices)
+    if program_kind == "evaluate":
+        report = _merge_evaluation(*(make_report(config, kind, devices) for kind in ("prefill", "decode")))
+        report |= _add_train_state(config, report, devices)
     else:
-        told = _program(config, make_program(config, what, devices), devices)
-    told |= _whole(config, what, told, len(devices), price)
-    return told
+        report = _report_program(config, make_program(config, program_kind, devices), devices)
+    report |= _run_cost(config, program_kind, report, len(devices), price)
+    return report
 
 
-def _program(config, program, devices):
-    limit, parts = memory_limit(devices[0]), {name: bytes_on_a_device(tree) for name, tree in program.parts.items()}
-    told = {
-        "what": program.what,
-        "chip": chip_of(devices[0]).name,
+def _report_program(config, program, devices):
+    limit, parts = memory_limit(devices[0]), {name: bytes_per_device(tree) for name, tree in program.parts.items()}
+    report = {
+        "what": program.kind,
+        "chip": find_chip(devices[0]).name,
         "devices": len(devices),
         "mesh": dict(program.mesh.shape),
         "rows": program.rows,
@@ -57,105 +59,110 @@ def _program(config, program, devices):
         "images": program.images,
         "memory_limit_bytes_per_device": limit,
     }
-    counted = count(config, program.what, devices)
-    work, activations = counted.work(config, program), counted.kept(config, program)
+    cost = trace_cost(config, program.kind, devices)
+    work, activations = cost.work(config, program), cost.activation_bytes(config, program)
     try:
         compiled = program.compile()
     except OutOfMemory as error:
         peak = error.needed
-        told |= {"fits": False, "peak_bytes_per_device": peak}
-        told["memory"] = parts | {"activations": activations, "temporaries": None}
-        return told | _speed(program, devices, work, [])
+        report |= {"fits": False, "peak_bytes_per_device": peak}
+        report["memory"] = parts | {"activations": activations, "temporaries": None}
+        return report | _estimate_speed(program, devices, work, [])
     memory = compiled.memory_analysis()
     peak = memory.peak_memory_in_bytes
-    told |= {"fits": peak <= limit, "peak_bytes_per_device": peak}
-    told["memory"] = parts | {
+    report |= {"fits": peak <= limit, "peak_bytes_per_device": peak}
+    report["memory"] = parts | {
         "activations": activations,
         "temporaries": max(peak - sum(parts.values()) - activations, 0),
     }
-    sent = traffic(compiled.as_text(), program.mesh, trips=1 if program.what == "decode" else None)  # one token
-    jax.clear_caches()  # a program of billions is a gigabyte here, and there may be more to compile
-    return told | _speed(program, devices, work, sent)
+    trips = 1 if program.kind == "decode" else None  # one token
+    sent = count_traffic(compiled.as_text(), program.mesh, trips)
+    jax.clear_caches()  # a compiled program of a large model takes a gigabyte, and there may be more to compile
+    return report | _estimate_speed(program, devices, work, sent)
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one run of a program."""
+    """Work of one execution of a program."""
 
-    model_flops: int  # what the mathematics asks for (runtime/cost.py)
-    executed_flops: float  # with what is recomputed or computed beside it
-    memory_bytes: float  # that products, and the optimizer, read and write on a device
+    model_flops: int  # required by the model (runtime/cost.py)
+    executed_flops: float  # including recomputation and overhead
+    memory_bytes: float  # per device, read and written by matrix products and the optimizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Counted:
-    """What a program comes to by its trace, for any number of rows."""
+class TracedCost:
+    """Cost of a program per row, from its trace."""
 
-    flops: float  # a row
-    row_bytes: float  # that products read and write for a row, on its device
-    fixed_bytes: float  # of weights, on a device, a pass over a batch or microbatch
-    kept_bytes: float  # that a row keeps from forward to backward, on its device
+    flops_per_row: float
+    bytes_per_row: float  # read and written by matrix products, on the device of the row
+    weight_bytes: float  # of weights, per device and pass over a batch or microbatch
+    activation_bytes_per_row: float  # kept from forward to backward, on the device of the row
 
     def work(self, config: TrainConfig, program: Program) -> Work:
-        """Of a program with its rows and microbatches."""
-        rows, moved = program.rows / row_shards(program.mesh), self.fixed_bytes
-        if program.what == "train":
-            # Of each parameter that learns: gradient, itself and both moments, read, read once more to see whether the
+        """Work of a program with its rows and microbatches."""
+        rows, memory_bytes = program.rows / row_shards(program.mesh), self.weight_bytes
+        if program.kind == "train":
+            # For each trainable parameter: gradient, value and both moments are read, read again to check that the
             # update is finite, and written.
-            moved *= config.optimizer.accumulation_steps
-            moved += 12 * bytes_on_a_device(program.arguments[0].trainable)
-        return Work(_model_flops(config, program), self.flops * program.rows, moved + self.row_bytes * rows)
+            memory_bytes *= config.optimizer.accumulation_steps
+            memory_bytes += 12 * bytes_per_device(program.arguments[0].trainable)
+        memory_bytes += self.bytes_per_row * rows
+        return Work(_model_flops(config, program), self.flops_per_row * program.rows, memory_bytes)
 
-    def kept(self, config: TrainConfig, program: Program) -> int:
+    def activation_bytes(self, config: TrainConfig, program: Program) -> int:
         """Bytes of activations that a device keeps from forward to backward."""
-        return int(self.kept_bytes * program.rows / row_shards(program.mesh) / config.optimizer.accumulation_steps)
+        shards, microbatches = row_shards(program.mesh), config.optimizer.accumulation_steps
+        return int(self.activation_bytes_per_row * program.rows / shards / microbatches)
 
 
-def count(config: TrainConfig, what: str, devices: list[jax.Device]) -> Counted:
-    """Traces a program; nothing is compiled.
-
-    With as many rows as tell an axis of rows from any other.
-    """
-    whole = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, accumulation_steps=1))
+def trace_cost(config: TrainConfig, program_kind: str, devices: list[jax.Device]) -> TracedCost:
+    """Traces a program, without compiling it, with a number of rows that identifies the axes of rows."""
+    unsplit = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, accumulation_steps=1))
     shards = row_shards(make_mesh(config.mesh, devices))
-    program = make_program(whole, what, devices, rows=PRIME * shards)
-    found = executed(program.trace(), shards, len(devices))
-    kept = sum(
+    program = make_program(unsplit, program_kind, devices, rows=PRIME * shards)
+    executed = count_executed(program.trace(), shards, len(devices))
+    activation_bytes = sum(
         x.dtype.itemsize * math.prod(x.shape)
         for x in program.residuals()
         if any(length and length % PRIME == 0 for length in x.shape)
     )
-    return Counted(found.flops / program.rows, found.bytes_by_rows / PRIME, found.bytes_fixed, kept / program.rows)
+    return TracedCost(
+        executed.flops / program.rows,
+        executed.bytes_by_rows / PRIME,
+        executed.bytes_fixed,
+        activation_bytes / program.rows,
+    )
 
 
 def _model_flops(config, program):
     shape = program.rows, program.length, program.images
-    if program.what == "train":
+    if program.kind == "train":
         return step_flops(config.model, config.rules, *shape).step
-    if program.what == "decode":
+    if program.kind == "decode":
         return decode_flops(config.model, program.rows, program.length, program.images)
     return prefill_flops(config.model, *shape).forward
 
 
-def _speed(program, devices, work, sent):
-    what = chip_of(devices[0])
+def _estimate_speed(program, devices, work, sent):
+    chip = find_chip(devices[0])
     links, network, by_kind = 0, 0, {}
     for entry in sent:
-        over, axes = by_kind.setdefault(entry.kind, {}), "+".join(entry.axes)
-        over[axes] = over.get(axes, 0) + entry.bytes  # within slices and between them
+        by_axes, axes = by_kind.setdefault(entry.kind, {}), "+".join(entry.axes)
+        by_axes[axes] = by_axes.get(axes, 0) + entry.bytes  # within and between slices
         if entry.between_slices:
             network += entry.bytes
         else:
             links += entry.bytes
     roofline = {
-        "compute": work.executed_flops / len(devices) / what.flops,
-        "memory": work.memory_bytes / what.bandwidth,
-        "link": links / what.link,
-        "network": network / what.network,
+        "compute": work.executed_flops / len(devices) / chip.flops,
+        "memory": work.memory_bytes / chip.bandwidth,
+        "link": links / chip.link,
+        "network": network / chip.network,
     }
     seconds = {name: value / ATTAINED[name] for name, value in roofline.items()}
     bound = max(seconds, key=seconds.get)
-    tokens = program.rows * (1 if program.what == "decode" else program.length)
+    tokens = program.rows * (1 if program.kind == "decode" else program.length)
     return {
         "model_flops": work.model_flops,
         "executed_flops": round(work.executed_flops),
@@ -165,63 +172,63 @@ def _speed(program, devices, work, sent):
         "bound": bound,
         "step_seconds_estimate": seconds[bound],
         "tokens_per_second": tokens / seconds[bound],
-        "mfu_estimate": work.model_flops / seconds[bound] / len(devices) / what.flops,
+        "mfu_estimate": work.model_flops / seconds[bound] / len(devices) / chip.flops,
     }
 
 
-def _evaluation(prefill, decode):
-    """A batch of questions: read, then answered in :data:`stf_jax.inference.generator.ROOM` tokens."""
-    higher = max(prefill, decode, key=lambda told: told["peak_bytes_per_device"] or math.inf)
-    told = prefill | {key: higher[key] for key in ("peak_bytes_per_device", "memory")}
-    told |= {"what": "evaluate", "fits": prefill["fits"] and decode["fits"]}
+def _merge_evaluation(prefill, decode):
+    """The report of a batch of questions: one prefill, then ``INITIAL_MAX_NEW_TOKENS`` decode steps."""
+    larger = max(prefill, decode, key=lambda report: report["peak_bytes_per_device"] or math.inf)
+    report = prefill | {key: larger[key] for key in ("peak_bytes_per_device", "memory")}
+    report |= {"what": "evaluate", "fits": prefill["fits"] and decode["fits"]}
     for key in ("model_flops", "executed_flops", "memory_traffic_bytes", "step_seconds_estimate"):
-        told[key] = prefill[key] + ROOM * decode[key]
-    told["roofline_seconds"] = {
-        name: seconds + ROOM * decode["roofline_seconds"][name] for name, seconds in prefill["roofline_seconds"].items()
+        report[key] = prefill[key] + INITIAL_MAX_NEW_TOKENS * decode[key]
+    report["roofline_seconds"] = {
+        name: seconds + INITIAL_MAX_NEW_TOKENS * decode["roofline_seconds"][name]
+        for name, seconds in prefill["roofline_seconds"].items()
     }
     sent = prefill["collective_bytes"]
     for kind, by_axis in decode["collective_bytes"].items():
-        mine = sent.setdefault(kind, {})
+        merged = sent.setdefault(kind, {})
         for axes, size in by_axis.items():
-            mine[axes] = mine.get(axes, 0) + ROOM * size
-    seconds = told["step_seconds_estimate"]
-    told["tokens_per_second"] = told["rows"] * ROOM / seconds
-    told["mfu_estimate"] = told["model_flops"] / seconds / told["devices"] / CHIPS[told["chip"]].flops
-    if 2 * prefill["step_seconds_estimate"] < seconds:  # most of it is answering
-        told["bound"] = decode["bound"]
-    return told
+            merged[axes] = merged.get(axes, 0) + INITIAL_MAX_NEW_TOKENS * size
+    seconds = report["step_seconds_estimate"]
+    report["tokens_per_second"] = report["rows"] * INITIAL_MAX_NEW_TOKENS / seconds
+    report["mfu_estimate"] = report["model_flops"] / seconds / report["devices"] / CHIPS[report["chip"]].flops
+    if 2 * prefill["step_seconds_estimate"] < seconds:  # decoding takes most of the time
+        report["bound"] = decode["bound"]
+    return report
 
 
-def _resident(config, told, devices):
-    """The memory of a measurement with what is there besides: the training state, if the run itself measures."""
-    during = bool(config.eval.benchmarks)
-    if not during:
+def _add_train_state(config, report, devices):
+    """The memory of an evaluation plus the training state, if the run evaluates during training."""
+    if not config.eval.benchmarks:
         return {"during_training": False}
-    size, peak = bytes_on_a_device(training_state(config, devices)), told["peak_bytes_per_device"]
+    size, peak = bytes_per_device(abstract_train_state(config, devices)), report["peak_bytes_per_device"]
     peak = peak and peak + size
-    fits = told["fits"] and peak <= told["memory_limit_bytes_per_device"]
-    memory = {"training state": size} | told["memory"]
+    fits = report["fits"] and peak <= report["memory_limit_bytes_per_device"]
+    memory = {"training state": size} | report["memory"]
     return {"during_training": True, "fits": fits, "peak_bytes_per_device": peak, "memory": memory}
 
 
-def _whole(config, what, told, devices, price):
-    """The config's training: steps, hours and money."""
-    steps = run_steps(config) if what == "train" else None
-    hours = steps * told["step_seconds_estimate"] / 3600 if steps else None
-    whole = {"steps": steps, "hours": hours}
+def _run_cost(config, program_kind, report, devices, price):
+    """Steps, hours and cost of the training."""
+    steps = count_steps(config) if program_kind == "train" else None
+    hours = steps * report["step_seconds_estimate"] / 3600 if steps else None
+    cost = {"steps": steps, "hours": hours}
     if price:
-        whole["chip_hours"] = hours and hours * devices
-        whole["cost"] = hours and hours * devices * price
-    return whole
+        cost["chip_hours"] = hours and hours * devices
+        cost["cost"] = hours and hours * devices * price
+    return cost
 
 
-def run_steps(config: TrainConfig) -> int | None:
-    """Steps of a run, as training counts them (data.sampling.Plan.steps); None where only the data could tell."""
+def count_steps(config: TrainConfig) -> int | None:
+    """Counts the steps of a run as training does (data.sampling.Plan.steps); None if that requires the data."""
     if config.steps:
         return config.steps
     if config.data.packing:
         return None  # rows hold several conversations
-    here = config.data.annotations or config.data.source == "scenes"
-    records = len(training_records(config)) if here else config.data.records
-    batches = -(-records // config.global_batch_size)  # of an epoch, whose last is filled up with empty rows
+    available = config.data.annotations or config.data.source == "scenes"
+    records = len(load_training_records(config)) if available else config.data.records
+    batches = -(-records // config.global_batch_size)  # per epoch; the last batch is padded with empty rows
     return max(1, math.ceil(config.epochs * batches - 1e-6)) if records else None

@@ -1,4 +1,4 @@
-"""Tries meshes, rematerialisation and microbatches, and ranks those with which a step fits its devices."""
+"""Search over meshes, rematerialization and microbatches for the fastest training step that fits its devices."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -7,60 +7,60 @@ from typing import Any
 import jax
 
 from stf_jax.config import MeshConfig, TrainConfig, UserError
-from stf_jax.planning.program import bytes_on_a_device, make_program
-from stf_jax.planning.report import count, report
+from stf_jax.planning.program import bytes_per_device, make_program
+from stf_jax.planning.report import make_report, trace_cost
 from stf_jax.planning.topology import memory_limit
-from stf_jax.runtime.chips import chip_of
-from stf_jax.runtime.mesh import slices_of
+from stf_jax.runtime.chips import find_chip
+from stf_jax.runtime.mesh import count_slices
 from stf_jax.training.state import blueprint
 
-COMPILES = 6  # at most, and as many again where none of them fits: each takes a minute for a model of billions
+COMPILES = 6  # maximum; twice that if none of these fits. Each takes a minute for a model of billions of parameters
 _TENSOR, _MICROBATCHES, _REMAT = (1, 2, 4, 8), (1, 2, 4, 8, 16), ("none", "dots", "full")
 
 
 def search(
-    config: TrainConfig, devices: list[jax.Device], price: float, told: Callable[[dict], None]
+    config: TrainConfig, devices: list[jax.Device], price: float, on_trial: Callable[[dict], None]
 ) -> dict[str, Any]:
-    """The best ways to train with this config on these devices.
+    """Searches for the fastest settings to train with this config on these devices.
 
-    What surely does not fit, since weights, moments, gradients and activations alone exceed the memory, is not
-    compiled; of the rest those with the least work are, and if none of these fits, the leanest.
+    Settings whose weights, moments, gradients and activations alone exceed the memory are not compiled. Of the rest,
+    those with the least work are compiled, and if none of them fits, those with the least memory.
 
     Args:
-      told: is called with what is found of each that is compiled, as ``ranked`` has it.
+      on_trial: called with the report of each compiled candidate, as in ``ranked``.
 
     Returns:
-      ``fits``, whether any does; ``tried`` and ``compiled``, how many; ``ranked``, those that fit, the fastest first:
-      what :func:`stf_jax.planning.report.report` tells of each, and the ``settings`` that it needs.
+      ``fits``, whether any candidate does; ``tried`` and ``compiled``, numbers of candidates; ``ranked``, those that
+      fit, fastest first: the result of :func:`stf_jax.planning.report.make_report` plus the ``settings``.
 
     Raises:
-      UserError: a model that cannot be.
+      UserError: the model config is invalid.
     """
-    blueprint(config.model)  # what cannot be is the config's fault; below, what raises is a setting that does not suit
-    estimates = list(_estimates(config, devices))
-    hopeful = [found for found in estimates if found.least_bytes <= memory_limit(devices[0])]
-    quickest = sorted(hopeful, key=lambda found: (found.seconds, found.least_bytes))
-    leanest = sorted(quickest[COMPILES:], key=lambda found: found.least_bytes)
+    blueprint(config.model)  # raises if the model is invalid; errors below concern only one candidate
+    candidates = list(_candidates(config, devices))
+    feasible = [candidate for candidate in candidates if candidate.min_bytes <= memory_limit(devices[0])]
+    fastest = sorted(feasible, key=lambda candidate: (candidate.seconds, candidate.min_bytes))
+    leanest = sorted(fastest[COMPILES:], key=lambda candidate: candidate.min_bytes)
     ranked, compiled = [], 0
-    for candidate in (*quickest[:COMPILES], *leanest[:COMPILES]):
+    for candidate in (*fastest[:COMPILES], *leanest[:COMPILES]):
         if compiled >= COMPILES and ranked:
             break
         compiled += 1
-        found = report(candidate.config, "train", devices, price) | {"settings": _settings(candidate.config)}
-        told(found)
-        if found["fits"]:
-            ranked.append(found)
-    ranked.sort(key=lambda found: found["step_seconds_estimate"])
-    return {"fits": bool(ranked), "tried": len(estimates), "compiled": compiled, "ranked": ranked}
+        trial = make_report(candidate.config, "train", devices, price) | {"settings": _settings(candidate.config)}
+        on_trial(trial)
+        if trial["fits"]:
+            ranked.append(trial)
+    ranked.sort(key=lambda trial: trial["step_seconds_estimate"])
+    return {"fits": bool(ranked), "tried": len(candidates), "compiled": compiled, "ranked": ranked}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Estimate:
-    """Of a config, before anything is compiled."""
+class _Candidate:
+    """A config with lower bounds of its time and memory, from its trace."""
 
     config: TrainConfig
-    seconds: float  # of a step, by compute and memory alone
-    least_bytes: int  # that a device needs
+    seconds: float  # per step, by compute and memory only
+    min_bytes: int  # per device
 
 
 def _settings(config):
@@ -74,8 +74,8 @@ def _settings(config):
     }
 
 
-def _estimates(config, devices) -> Iterator[_Estimate]:
-    what, slices = chip_of(devices[0]), slices_of(devices)
+def _candidates(config, devices) -> Iterator[_Candidate]:
+    chip, slices = find_chip(devices[0]), count_slices(devices)
     for tensor in _TENSOR:
         if len(devices) % (slices * tensor):
             continue
@@ -83,18 +83,19 @@ def _estimates(config, devices) -> Iterator[_Estimate]:
         for remat in _REMAT:
             changed = dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(config.model, remat=remat))
             try:
-                counted = count(changed, "train", devices)
+                cost = trace_cost(changed, "train", devices)
             except UserError:  # the mesh does not divide the model
                 continue
-            for parts in _MICROBATCHES:
-                optimizer = dataclasses.replace(config.optimizer, accumulation_steps=parts)
-                mine = dataclasses.replace(changed, optimizer=optimizer)
+            for microbatches in _MICROBATCHES:
+                optimizer = dataclasses.replace(config.optimizer, accumulation_steps=microbatches)
+                candidate = dataclasses.replace(changed, optimizer=optimizer)
                 try:
-                    program = make_program(mine, "train", devices)
-                except UserError:  # nor the batch
+                    program = make_program(candidate, "train", devices)
+                except UserError:  # the shards do not divide the batch
                     continue
-                work = counted.work(mine, program)
-                gradients = bytes_on_a_device(program.arguments[0].trainable) * (1 + (parts > 1))
-                least = sum(map(bytes_on_a_device, program.parts.values())) + gradients + counted.kept(mine, program)
-                compute = work.executed_flops / len(devices) / what.flops
-                yield _Estimate(mine, max(compute, work.memory_bytes / what.bandwidth), least)
+                work = cost.work(candidate, program)
+                gradients = bytes_per_device(program.arguments[0].trainable) * (1 + (microbatches > 1))
+                min_bytes = sum(map(bytes_per_device, program.parts.values()))
+                min_bytes += gradients + cost.activation_bytes(candidate, program)
+                compute = work.executed_flops / len(devices) / chip.flops
+                yield _Candidate(candidate, max(compute, work.memory_bytes / chip.bandwidth), min_bytes)

@@ -1,4 +1,4 @@
-"""What programs send: compiled ones of which it is known, and pieces of text as other compilers write them."""
+"""Communication counts of compiled programs with known traffic, and of HLO text from other compilers."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stf_jax.planning.hlo import Traffic, traffic
+from stf_jax.planning.hlo import Traffic, count_traffic
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -24,19 +24,19 @@ ROWS, BYTES = 64, 64 * 4  # float32, on each device
 
 
 @functools.cache
-def mesh_of(*sizes, order=range(8)):
+def make_mesh(*sizes, order=range(8)):
     return Mesh(np.array(jax.devices())[list(order)].reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def text_of(function, mesh, *types):
-    """What each device compiles of a function of its own rows."""
+def compile_hlo(function, mesh, *types):
+    """Optimized HLO of a function of one device's rows."""
     sharding = NamedSharding(mesh, P(AXES))
-    given = [jax.ShapeDtypeStruct((ROWS * mesh.size,), kind, sharding=sharding) for kind in types or (jnp.float32,)]
+    arguments = [jax.ShapeDtypeStruct((ROWS * mesh.size,), kind, sharding=sharding) for kind in types or (jnp.float32,)]
     mapped = jax.shard_map(function, mesh=mesh, in_specs=P(AXES), out_specs=P(AXES), check_vma=False)
-    return jax.jit(mapped).lower(*given).compile().as_text()
+    return jax.jit(mapped).lower(*arguments).compile().as_text()
 
 
-# ---- Compiled, for eight devices -------------------------------------------------------------------------------------
+# ---- Compiled for eight devices --------------------------------------------------------------------------------------
 
 OPERATIONS = {
     "all-gather": (lax.all_gather, lambda n: BYTES * (n - 1)),
@@ -54,33 +54,33 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("kind", OPERATIONS)
-def test_each_operation_over_each_of_the_axes(kind):
+def test_each_operation_over_each_subset_of_axes(kind):
     operation, sent = OPERATIONS[kind]
-    text = text_of(lambda x: [operation(x * i, axes) for i, axes in enumerate(SUBSETS)], mesh_of(2, 2, 2))
-    found = traffic(text, mesh_of(2, 2, 2))
+    text = compile_hlo(lambda x: [operation(x * i, axes) for i, axes in enumerate(SUBSETS)], make_mesh(2, 2, 2))
+    entries = count_traffic(text, make_mesh(2, 2, 2))
     expected = {(kind, axes, sent(2 ** len(axes))) for axes in SUBSETS}
-    assert {(one.kind, one.axes, one.bytes) for one in found} == expected
-    assert [one.bytes for one in found] == sorted((one.bytes for one in found), reverse=True)
+    assert {(entry.kind, entry.axes, entry.bytes) for entry in entries} == expected
+    assert [entry.bytes for entry in entries] == sorted((entry.bytes for entry in entries), reverse=True)
 
 
 @pytest.mark.parametrize(("sizes", "order"), [((2, 2, 2), range(8)), ((1, 4, 2), (3, 1, 0, 2, 7, 5, 6, 4))])
 @pytest.mark.parametrize("axes", SUBSETS)
-def test_what_the_partitioner_inserts(axes, sizes, order):
-    mesh = mesh_of(*sizes, order=order)
-    given = jax.ShapeDtypeStruct((ROWS, 8), jnp.int32, sharding=NamedSharding(mesh, P(axes)))
-    compiled = jax.jit(lambda x: x + 1, out_shardings=NamedSharding(mesh, P())).lower(given).compile()
+def test_all_gather_inserted_by_the_partitioner(axes, sizes, order):
+    mesh = make_mesh(*sizes, order=order)
+    argument = jax.ShapeDtypeStruct((ROWS, 8), jnp.int32, sharding=NamedSharding(mesh, P(axes)))
+    compiled = jax.jit(lambda x: x + 1, out_shardings=NamedSharding(mesh, P())).lower(argument).compile()
     over = tuple(axis for axis in axes if mesh.shape[axis] > 1)
     n = np.prod([mesh.shape[axis] for axis in over], dtype=int)
-    assert traffic(compiled.as_text(), mesh) == (
+    assert count_traffic(compiled.as_text(), mesh) == (
         [Traffic("all-gather", over, ROWS * 8 * 4 * (n - 1) // n, 1, False)] if over else []
     )
 
 
-def test_a_device_sends_each_type_in_its_size():
+def test_bytes_depend_on_the_dtype():
     types = {jnp.float32: 4, jnp.int8: 1, jnp.uint32: 4, jnp.bool: 1, jnp.int16: 2}
-    text = text_of(lambda *all_: [lax.all_gather(one, "fsdp") for one in all_], mesh_of(2, 2, 2), *types)
-    (found,) = traffic(text, mesh_of(2, 2, 2))
-    assert found.bytes == ROWS * sum(types.values())
+    text = compile_hlo(lambda *arrays: [lax.all_gather(array, "fsdp") for array in arrays], make_mesh(2, 2, 2), *types)
+    (entry,) = count_traffic(text, make_mesh(2, 2, 2))
+    assert entry.bytes == ROWS * sum(types.values())
 
 
 # ---- Loops and branches ----------------------------------------------------------------------------------------------
@@ -90,68 +90,70 @@ def scan(times):
     return lambda x: lax.scan(lambda x, _: (lax.psum(x, "fsdp"), None), x, None, times)[0]
 
 
-def nested(x):
+def nested_scan(x):
     return lax.scan(lambda x, _: (lax.psum(scan(3)(x), "data"), None), x, None, 5)[0]
 
 
-def counting(start, going_on, stop, step):
+def counted_loop(start, compare, stop, step):
     def body(state):
         return state[0] + step, lax.psum(state[1], "fsdp")
 
-    return lambda x: lax.while_loop(lambda state: going_on(state[0], stop), body, (start, x))[1]
+    return lambda x: lax.while_loop(lambda state: compare(state[0], stop), body, (start, x))[1]
 
 
-def until_small(x):
+def data_dependent_loop(x):
     return lax.while_loop(lambda x: x.sum() > 1, lambda x: lax.psum(x, "fsdp") * 0.1, x)
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["told", "untold"])
+@pytest.mark.parametrize("annotated", [True, False], ids=["annotated", "not annotated"])
 @pytest.mark.parametrize(
     ("function", "counts"),
     [
         (scan(5), {"fsdp": 5}),
-        (nested, {"fsdp": 15, "data": 5}),
+        (nested_scan, {"fsdp": 15, "data": 5}),
         (lambda x: scan(2)(x) + scan(4)(x), {"fsdp": 6}),
-        (counting(1, operator.lt, 10, 2), {"fsdp": 5}),
-        (counting(1, operator.le, 10, 3), {"fsdp": 4}),
-        (counting(9, operator.gt, 2, -1), {"fsdp": 7}),
-        (counting(9, operator.ge, 3, -2), {"fsdp": 4}),
-        (counting(11, operator.ne, 3, -2), {"fsdp": 4}),
+        (counted_loop(1, operator.lt, 10, 2), {"fsdp": 5}),
+        (counted_loop(1, operator.le, 10, 3), {"fsdp": 4}),
+        (counted_loop(9, operator.gt, 2, -1), {"fsdp": 7}),
+        (counted_loop(9, operator.ge, 3, -2), {"fsdp": 4}),
+        (counted_loop(11, operator.ne, 3, -2), {"fsdp": 4}),
     ],
     ids=["scan", "nested", "twice", "<", "<=", ">", ">=", "!="],
 )
-def test_loops_count_as_often_as_they_run(function, counts, told):
-    text = text_of(function, mesh_of(2, 2, 2))
+def test_loops_count_every_iteration(function, counts, annotated):
+    text = compile_hlo(function, make_mesh(2, 2, 2))
     assert " while(" in text
-    if not told:  # as on TPUs
+    if not annotated:  # as on TPUs
         text = re.sub(r'"known_trip_count":\{"n":"\d+"\}', "", text)
-    found = {one.axes[0]: (one.count, one.bytes) for one in traffic(text, mesh_of(2, 2, 2))}
-    assert found == {axis: (count, count * BYTES) for axis, count in counts.items()}
+    entries = {entry.axes[0]: (entry.count, entry.bytes) for entry in count_traffic(text, make_mesh(2, 2, 2))}
+    assert entries == {axis: (count, count * BYTES) for axis, count in counts.items()}
 
 
-def test_what_the_compiler_says_of_a_loop_goes_before_its_counter():
-    text = text_of(scan(5), mesh_of(2, 2, 2)).replace('"known_trip_count":{"n":"5"}', '"known_trip_count":{"n":"9"}')
-    assert traffic(text, mesh_of(2, 2, 2))[0].count == 9
+def test_the_annotated_trip_count_takes_precedence_over_the_counter():
+    text = compile_hlo(scan(5), make_mesh(2, 2, 2)).replace(
+        '"known_trip_count":{"n":"5"}', '"known_trip_count":{"n":"9"}'
+    )
+    assert count_traffic(text, make_mesh(2, 2, 2))[0].count == 9
 
 
-def test_a_loop_without_end_is_an_error_where_it_sends():
-    with pytest.raises(ValueError, match=r"The loop while\S* in main\S* sends something, and how often it runs"):
-        traffic(text_of(until_small, mesh_of(2, 2, 2)), mesh_of(2, 2, 2))
-    quiet = text_of(lambda x: lax.while_loop(lambda x: x.sum() > 1, lambda x: x * 0.1, x), mesh_of(2, 2, 2))
+def test_a_data_dependent_loop_is_an_error_if_it_communicates():
+    with pytest.raises(ValueError, match=r"The loop while\S* in main\S* communicates, but its number of iterations"):
+        count_traffic(compile_hlo(data_dependent_loop, make_mesh(2, 2, 2)), make_mesh(2, 2, 2))
+    quiet = compile_hlo(lambda x: lax.while_loop(lambda x: x.sum() > 1, lambda x: x * 0.1, x), make_mesh(2, 2, 2))
     assert " while(" in quiet
-    assert traffic(quiet, mesh_of(2, 2, 2)) == []
+    assert count_traffic(quiet, make_mesh(2, 2, 2)) == []
 
 
-def test_of_a_conditional_the_branch_counts_that_sends_most():
-    def branches(x):
+def test_a_conditional_counts_as_the_branch_that_sends_most():
+    def conditional(x):
         most = lambda x: lax.psum(lax.psum(x, "data") * x, "tensor")  # noqa: E731
         return lax.switch(x[0].astype(int), [lambda x: x, most, lambda x: lax.psum(x, "fsdp")], x)
 
-    found = traffic(text_of(branches, mesh_of(2, 2, 2)), mesh_of(2, 2, 2))
-    assert {(one.axes, one.bytes) for one in found} == {(("data",), BYTES), (("tensor",), BYTES)}
+    entries = count_traffic(compile_hlo(conditional, make_mesh(2, 2, 2)), make_mesh(2, 2, 2))
+    assert {(entry.axes, entry.bytes) for entry in entries} == {(("data",), BYTES), (("tensor",), BYTES)}
 
 
-# ---- As compilers write it -------------------------------------------------------------------------------------------
+# ---- HLO text of other compilers -------------------------------------------------------------------------------------
 
 
 def module(operations, computations="", partitions=8):
@@ -163,7 +165,7 @@ def module(operations, computations="", partitions=8):
     ("groups", "axes", "n"),
     [
         ("{{0,4},{1,5},{2,6},{3,7}}", ("data",), 2),
-        ("{{0,3},{1,2},{4,7},{5,6}}", ("fsdp", "tensor"), 2),  # over no axis of the mesh
+        ("{{0,3},{1,2},{4,7},{5,6}}", ("fsdp", "tensor"), 2),  # not aligned with any axis of the mesh
         ("{{0},{1},{2},{3},{4},{5},{6},{7}}", (), 1),
         ("{}", AXES, 8),
         ("[4,2]<=[8]", ("tensor",), 2),
@@ -173,14 +175,14 @@ def module(operations, computations="", partitions=8):
         ("mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_0','axis_1'}", ("data",), 2),
         ("mesh['axis_0'=2,'axis_1'=4], device_ids=([2,2,2]T(1,0,2)) {'axis_0'}", ("fsdp",), 2),
         ("mesh['axis_0'=2,'axis_1'=4], device_ids=(0,4,1,5,2,6,3,7) {'axis_1'}", ("data", "tensor"), 4),
-        ("mesh['axis_0'=8] {'axis_0':(2)2}", ("fsdp",), 2),  # a part of an axis
+        ("mesh['axis_0'=8] {'axis_0':(2)2}", ("fsdp",), 2),  # part of an axis
         ("mesh['axis_0'=8] {'axis_0':(4)2,'axis_0':(1)2}", ("data", "tensor"), 4),
     ],
 )
 def test_groups(groups, axes, n):
     line = f"  ROOT %b = bf16[99]{{0}} all-gather(%a), channel_id=1, replica_groups={groups}, dimensions={{0}}"
     expected = [Traffic("all-gather", axes, 32 * (n - 1), 1, False)] if axes else []
-    assert traffic(module(line), mesh_of(2, 2, 2)) == expected
+    assert count_traffic(module(line), make_mesh(2, 2, 2)) == expected
 
 
 @pytest.mark.parametrize(
@@ -191,59 +193,59 @@ def test_groups(groups, axes, n):
         ("%b = bf16[16]{0} all-knowing(%a), replica_groups=[4,2]<=[8]", "kind, all-knowing, is not known"),
     ],
 )
-def test_what_cannot_be_told_is_an_error(line, message):
+def test_unparsable_text_is_an_error(line, message):
     with pytest.raises(ValueError, match=message):
-        traffic(module("  ROOT " + line), mesh_of(2, 2, 2))
+        count_traffic(module("  ROOT " + line), make_mesh(2, 2, 2))
 
 
-# What a compiler for slices of 2×2 v5e wrote for a collective over these axes of a mesh that lay so on their devices.
-BESIDE = lambda ids: ids.reshape(2, 2, 2).transpose(1, 0, 2)  # noqa: E731
-MIXED = lambda ids: ids[:, [2, 0, 3, 1]].reshape(2, 2, 2)  # noqa: E731
-FOUR = lambda ids: ids.reshape(2, 2, 4)  # noqa: E731
+# From a compiler for slices of 2×2 v5e: collectives over these axes, and how the mesh was laid out on the devices.
+TRANSPOSED = lambda ids: ids.reshape(2, 2, 2).transpose(1, 0, 2)  # noqa: E731
+PERMUTED = lambda ids: ids[:, [2, 0, 3, 1]].reshape(2, 2, 2)  # noqa: E731
+FOUR_SLICES = lambda ids: ids.reshape(2, 2, 4)  # noqa: E731
 SEND = "send(%a, %order), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_target="
 
 
 @pytest.mark.parametrize(
-    ("laid_out", "operation", "expected"),
+    ("layout", "operation", "expected"),
     [
-        (BESIDE, "all-reduce(%a), channel_id=1, replica_groups={{0,2},{1,3}}", ("all-reduce", ("data",), 32)),
-        (BESIDE, "all-reduce(%a), channel_id=1, replica_groups={{0,1},{2,3}}", ("all-reduce", ("tensor",), 32)),
-        (BESIDE, "all-reduce(%a), channel_id=1, replica_groups={}", ("all-reduce", ("data", "tensor"), 48)),
-        (BESIDE, SEND + '"{1,2}x{0:3}",TYPE="ALL_REDUCE"', ("all-reduce", ("fsdp",), 32)),
-        (BESIDE, SEND + '"{1,2}x{0:3}",TYPE="ALL_GATHER"', ("all-gather", ("fsdp",), 32)),
-        (BESIDE, SEND + '"{1,2}x{0:3}",TYPE="REDUCE_SCATTER"', ("reduce-scatter", ("fsdp",), 16)),
+        (TRANSPOSED, "all-reduce(%a), channel_id=1, replica_groups={{0,2},{1,3}}", ("all-reduce", ("data",), 32)),
+        (TRANSPOSED, "all-reduce(%a), channel_id=1, replica_groups={{0,1},{2,3}}", ("all-reduce", ("tensor",), 32)),
+        (TRANSPOSED, "all-reduce(%a), channel_id=1, replica_groups={}", ("all-reduce", ("data", "tensor"), 48)),
+        (TRANSPOSED, SEND + '"{1,2}x{0:3}",TYPE="ALL_REDUCE"', ("all-reduce", ("fsdp",), 32)),
+        (TRANSPOSED, SEND + '"{1,2}x{0:3}",TYPE="ALL_GATHER"', ("all-gather", ("fsdp",), 32)),
+        (TRANSPOSED, SEND + '"{1,2}x{0:3}",TYPE="REDUCE_SCATTER"', ("reduce-scatter", ("fsdp",), 16)),
         (
-            MIXED,
+            PERMUTED,
             SEND + '{{100002,100003,200002,200003},{100000,100001,200000,200001}},TYPE="ALL_TO_ALL"',
             ("all-to-all", ("data", "fsdp"), 24),
         ),
         (
-            MIXED,
+            PERMUTED,
             SEND + '{{100002->200002},{100000->200000},{100003->200003},{100001->200001}},TYPE="ONE_TO_ONE"',
             ("collective-permute", ("data",), 32),
         ),
         (
-            FOUR,
+            FOUR_SLICES,
             SEND + '{{100000,300000},{100001,300001},{200000,400000},{200001,400001}},TYPE="ALL_REDUCE"',
             ("all-reduce", ("data",), 32),
         ),
     ],
 )
-def test_slices(laid_out, operation, expected):
-    slices = 4 if laid_out is FOUR else 2
-    ids = np.array([[100_000 * (one + 1) + device for device in range(4)] for one in range(slices)])
+def test_slices(layout, operation, expected):
+    slices = 4 if layout is FOUR_SLICES else 2
+    ids = np.array([[100_000 * (number + 1) + device for device in range(4)] for number in range(slices)])
     device = np.vectorize(lambda id_: types.SimpleNamespace(id=id_, slice_index=id_ // 100_000 - 1), otypes=[object])
-    mesh = types.SimpleNamespace(devices=device(laid_out(ids)), axis_names=AXES, size=4 * slices)
+    mesh = types.SimpleNamespace(devices=device(layout(ids)), axis_names=AXES, size=4 * slices)
     operation = operation.replace("TYPE", "_xla_megascale_transfer_type")
     received = operation.replace("send(%a, %order)", "recv(%order)") if "send" in operation else "bitcast(%a)"
     text = module(
         f"  %order = token[] after-all()\n  %r = bf16[16]{{0}} {received}\n  %b = bf16[16]{{0}} {operation}", "", 4
     )
-    assert traffic(text, mesh) == [Traffic(*expected, 1, "send" in operation)]
+    assert count_traffic(text, mesh) == [Traffic(*expected, 1, "send" in operation)]
 
 
-# From programs for h100 and v5e, shortened.
-STARTED = """\
+# Shortened from programs for h100 and v5e.
+ASYNC = """\
   %t = (f32[9]{0:T(128)S(1)}, f8e4m3fn[24]{0}) opt-barrier(%u)
   %g = ((bf16[16]{0}, f32[9]{0}, f8e4m3fn[24]{0}), (bf16[128]{0}, f32[72]{0}, f8e4m3fn[192]{0})) all-gather-start(%a, \
 /*index=1*/%t#0, %t#1), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
@@ -265,8 +267,8 @@ WRAPPED = """\
 """
 
 
-def test_what_starts_and_is_done_counts_once():
-    assert traffic(module(STARTED, WRAPPED), mesh_of(2, 2, 2)) == [
+def test_asynchronous_operations_count_once():
+    assert count_traffic(module(ASYNC, WRAPPED), make_mesh(2, 2, 2)) == [
         Traffic("all-gather", AXES, (16 * 2 + 9 * 4 + 24) * 7, 1, False),
         Traffic("all-reduce", ("tensor",), 2 * (16 * 2 + 16 * 2) // 2, 1, False),
         Traffic("collective-permute", ("fsdp",), 16 * 2, 1, False),
@@ -275,9 +277,9 @@ def test_what_starts_and_is_done_counts_once():
     ]
 
 
-# A loop over layers (3). In each, weights are gathered while a product runs that is itself a loop, which sends its
-# operand around the ring: two steps in each of its turns, 4 turns (u32 6 to 14 by 2), then one step more. The counter's
-# condition and addition are fused or copied, as compilers do.
+# A loop over 3 layers. In each, weights are gathered during a matrix product that is itself a loop, which sends its
+# operand around the ring: 4 iterations (u32 6 to 14 by 2) of two steps each, then one more step. The condition and the
+# addition of the counter are fused or copied, as compilers do.
 WINDOWED = """\
 HloModule jit_train_step, is_scheduled=true
 
@@ -367,23 +369,23 @@ ENTRY %main (w: bf16[16,128], g: f32[8,128]) -> f32[1,128] {
   ROOT %fusion = f32[1,128]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter
 }
 """
-for short, long in {
+for placeholder, text in {
     "GROUPS": "replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}",
     "CONFIG": 'backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}',
     "RING": "source_target_pairs={{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7},{7,0}}",
 }.items():
-    WINDOWED = WINDOWED.replace(short, long)
+    WINDOWED = WINDOWED.replace(placeholder, text)
 
 
-def test_products_that_gather_their_operands_step_by_step():
+def test_windowed_matrix_products():
     shard = 16 * 128 * 2
-    assert traffic(WINDOWED.replace("START", "Start"), mesh_of(1, 8, 1)) == [
+    assert count_traffic(WINDOWED.replace("START", "Start"), make_mesh(1, 8, 1)) == [
         Traffic("collective-permute", ("fsdp",), 3 * (4 * 2 + 1) * shard, 3 * (4 * 2 + 1), False),
         Traffic("all-gather", ("fsdp",), 3 * 7 * shard, 3, False),
         Traffic("reduce-scatter", ("fsdp",), 8 * 128 * 4 * 7 // 8, 1, False),
     ]
 
 
-def test_a_collective_that_begins_nowhere_is_an_error():
+def test_an_asynchronous_collective_that_never_starts_is_an_error():
     with pytest.raises(ValueError, match=r"channels \['7'\]"):
-        traffic(WINDOWED, mesh_of(1, 8, 1))
+        count_traffic(WINDOWED, make_mesh(1, 8, 1))

@@ -1,4 +1,4 @@
-"""Devices that are described, and what real compilers make of our kernels for them."""
+"""Devices of topologies, and our kernels compiled for them by the real compilers."""
 
 import importlib.util
 
@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.models.attention import Mask, attention
 from stf_jax.planning.topology import memory_limit, topology_devices
-from stf_jax.runtime.chips import CHIPS, chip_of
-from stf_jax.runtime.mesh import BATCH, computing, make_mesh
+from stf_jax.runtime.chips import CHIPS, find_chip
+from stf_jax.runtime.mesh import BATCH, compute_context, make_mesh
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -20,16 +20,16 @@ GPUS = {"a6000:8": 8, "a100-40:8": 8, "a100-80:8": 8, "h100:8": 8, "h200:1": 1, 
 
 
 @pytest.mark.parametrize("name", TPUS | GPUS)
-def test_a_topology_has_its_chips_and_they_are_in_the_table(name):
+def test_a_topology_has_its_chips_with_known_figures(name):
     devices = topology_devices(name)
     assert len(devices) == (TPUS | GPUS)[name]
-    chip = chip_of(devices[0])
+    chip = find_chip(devices[0])
     assert chip is CHIPS[name.split(":")[0]]
     assert devices[0].platform == ("tpu" if name in TPUS else "gpu")
     assert 0.85 * chip.memory < memory_limit(devices[0]) < chip.memory
 
 
-def test_slices_are_told_apart():
+def test_devices_have_slice_indices():
     devices = topology_devices("v5e:2x4", slices=2)
     assert [device.slice_index for device in devices] == 8 * [0] + 8 * [1]
     assert dict(make_mesh(MeshConfig(), devices).shape) == {"data": 2, "fsdp": 8, "tensor": 1}
@@ -40,15 +40,15 @@ def test_slices_are_told_apart():
     [
         ("v5:4x8", 1, r"--topology=v5:4x8: unknown device 'v5'; did you mean"),
         ("tpu", 1, "unknown device 'tpu'; known: v4, v5e"),
-        ("v5e", 1, "should be like v5e:4x8"),
-        ("v5e:32", 1, "should be like v5e:4x8"),
-        ("h100:4x8", 1, "should be like h100:8, the cards of one machine"),
-        ("h100:9", 1, "should be like h100:8"),
-        ("h100:8", 2, "--slices=2 is of TPUs"),
-        ("v5e:3x5", 1, "cannot be described: .*not divisible"),
+        ("v5e", 1, "should look like v5e:4x8"),
+        ("v5e:32", 1, "should look like v5e:4x8"),
+        ("h100:4x8", 1, "should look like h100:8, the GPUs of one machine"),
+        ("h100:9", 1, "should look like h100:8"),
+        ("h100:8", 2, "--slices=2 requires a TPU"),
+        ("v5e:3x5", 1, "cannot be used: .*not divisible"),
     ],
 )
-def test_what_is_no_topology_is_refused_in_a_sentence(name, slices, sentence):
+def test_invalid_topologies_are_rejected(name, slices, sentence):
     with pytest.raises(UserError, match=sentence):
         topology_devices(name, slices)
 
@@ -61,46 +61,46 @@ def test_what_is_no_topology_is_refused_in_a_sentence(name, slices, sentence):
         ("h100:8", "nvidia-cudnn-cu12", "nvidia.cudnn"),
     ],
 )
-def test_a_compiler_that_is_missing_is_named_with_the_way_to_it(name, package, module, monkeypatch):
+def test_a_missing_compiler_is_reported_with_the_install_command(name, package, module, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda sought: None if sought == module else find(sought))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
     with pytest.raises(UserError, match=rf"{name} needs {package}: pip install .* requirements-plan\.txt"):
         topology_devices(name)
-    for asked in {"v5e:2x2", "h100:8"} - {name}:
-        assert topology_devices(asked)  # the other compiler is still there
+    for other in {"v5e:2x2", "h100:8"} - {name}:
+        assert topology_devices(other)  # the other compiler is still available
 
 
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1"])
-def test_splash_compiles_for_tpus_with_packed_rows_and_its_gradients(name, size):
+def test_splash_attention_compiles_for_tpus_with_packed_rows_and_gradients(name, size):
     mesh = make_mesh(MeshConfig(tensor=2), topology_devices(name))
-    at = NamedSharding(mesh, BATCH)
+    sharding = NamedSharding(mesh, BATCH)
     q, k, segments = (
-        jax.ShapeDtypeStruct((4, 577, *rest), dtype, sharding=at)
+        jax.ShapeDtypeStruct((4, 577, *rest), dtype, sharding=sharding)
         for rest, dtype in (((4, size), jnp.bfloat16), ((2, size), jnp.bfloat16), ((), jnp.int32))
     )
 
     def loss(q, k, v, segments):
         return attention(q, k, v, Mask(True, segments)).astype(jnp.float32).sum()
 
-    with computing(mesh, "bfloat16"):
+    with compute_context(mesh, "bfloat16"):
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, segments).compile()
-    assert compiled.as_text().count("tpu_custom_call") == 3  # forward, and backward by query and by key and value
+    assert compiled.as_text().count("tpu_custom_call") == 3  # forward, backward of q, backward of k and v
 
 
-def test_cudnn_is_chosen_for_gpus_that_are_not_here():
+def test_cudnn_is_chosen_for_gpus_of_a_topology():
     mesh = make_mesh(MeshConfig(), topology_devices("h100:2"))
     x = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16, sharding=NamedSharding(mesh, BATCH))
 
     def loss(q, k, v):
         return attention(q, k, v, Mask(causal=True)).astype(jnp.float32).sum()
 
-    with computing(mesh, "bfloat16"):
+    with compute_context(mesh, "bfloat16"):
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
     assert "__cudnn$fmha" in compiled.as_text()
 
 
-def test_the_compilers_are_the_pinned_ones():
-    """What was measured was measured with them; tests that need them must not be passed over in silence."""
+def test_the_compilers_are_installed():
+    """Tests that need them must not be skipped silently."""
     for package in ("libtpu", "jax_plugins.xla_cuda12"):
         assert importlib.util.find_spec(package) is not None
