@@ -1,4 +1,4 @@
-"""The command line that every verb shares: what is wrong with the input takes one line, and exit status 2."""
+"""The command line that all commands share: invalid input gives one line and exit status 2."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ from stf_jax.runtime import environment
 from stf_jax.runtime.cli import Parser, local_path, parse, path, path_text, require, run_command
 from stf_jax.runtime.files import check_paths, to_path
 
-HELP = "Usage: as this page says.\n"
+HELP = "Usage: see this page.\n"
 PLAIN = """
 from stf_jax.config import default_config, parse_arg
 
@@ -43,7 +43,7 @@ def get_config(arg=None):
 
 @pytest.fixture(autouse=True)
 def fresh_config_module(monkeypatch):
-    """ml_collections loads every config file as one module, which would remember the one before."""
+    """ml_collections loads every config file as the same module, which would keep the one before."""
     monkeypatch.delitem(sys.modules, "config_config", raising=False)
     yield
     sys.modules.pop("config_config", None)
@@ -62,7 +62,7 @@ def file(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """Runs a verb that resolves its config and prints nothing: (exit status, standard error, stages, workdir)."""
+    """Runs a command that resolves its config: returns exit status, standard error, stages and workdir."""
     seen = {}
 
     def main(argv):
@@ -79,8 +79,8 @@ def run(tmp_path, capsys):
     return run
 
 
-def refused(result) -> str:
-    """The one line of a refusal."""
+def get_error(result) -> str:
+    """Checks that the input was get_error; returns the error line."""
     status, error, stages, _ = result
     assert status == 2
     assert stages is None
@@ -89,7 +89,8 @@ def refused(result) -> str:
     return error
 
 
-def accepted(result):
+def get_stages(result):
+    """Checks that the input was get_stages; returns the stages."""
     status, error, stages, _ = result
     assert (status, error) == (0, "")
     return stages
@@ -98,43 +99,43 @@ def accepted(result):
 # ---- The config file -------------------------------------------------------------------------------------------------
 
 
-def test_a_config_and_a_workdir(run, file, tmp_path):
+def test_config_and_workdir(run, file, tmp_path):
     status, error, stages, workdir = run(f"--config={file(PLAIN)}")
     assert (status, error) == (0, "")
     assert [stage.steps for stage in stages] == [3]
     assert workdir == tmp_path / "run"
-    # Options may also stand apart from their values.
-    (stage,) = accepted(run("--config", file(PLAIN), "--workdir", "elsewhere", "--config.seed", "4", workdir=False))
+    # Options may also be separated from their values.
+    (stage,) = get_stages(run("--config", file(PLAIN), "--workdir", "elsewhere", "--config.seed", "4", workdir=False))
     assert stage.seed == 4
 
 
 def test_config_arguments(run, file):
-    (stage,) = accepted(run(f"--config={file(PLAIN)}:steps=8,name=other"))
+    (stage,) = get_stages(run(f"--config={file(PLAIN)}:steps=8,name=other"))
     assert (stage.steps, stage.name) == (8, "other")
-    assert "did you mean 'steps='" in refused(run(f"--config={file(PLAIN)}:stps=8"))
-    assert "steps='x' should be of type int" in refused(run(f"--config={file(PLAIN)}:steps=x"))
+    assert "did you mean 'steps='" in get_error(run(f"--config={file(PLAIN)}:stps=8"))
+    assert "steps='x' should be of type int" in get_error(run(f"--config={file(PLAIN)}:steps=x"))
 
 
-def test_a_config_by_its_name(run, tmp_path, monkeypatch):
+def test_config_by_name(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    stages = accepted(run("--config=demo:steps=3", "--config.seed=4"))
+    stages = get_stages(run("--config=demo:steps=3", "--config.seed=4"))
     assert [(stage.name, stage.steps, stage.seed) for stage in stages] == [("pretrain", 3, 4), ("finetune", 3, 4)]
-    (tmp_path / "demo").write_text(PLAIN)  # a file of one's own wins
-    assert [stage.steps for stage in accepted(run("--config=demo"))] == [3]
+    (tmp_path / "demo").write_text(PLAIN)  # a local file takes precedence
+    assert [stage.steps for stage in get_stages(run("--config=demo"))] == [3]
 
 
 @pytest.mark.parametrize("path", ["nowhere.py", "nowhere/at/all.py", ".", ""])
-def test_a_missing_config_file(run, path, tmp_path, monkeypatch):
+def test_missing_config_file(run, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    error = refused(run(f"--config={path}"))
+    error = get_error(run(f"--config={path}"))
     assert error.startswith("error: The config file cannot be loaded: ")
     assert path in error
-    # Overrides come to the same.
-    assert refused(run(f"--config={path}", "--config.seed=3")) == error
-    assert refused(run(f"--config={path}", "--config.optimizer.b1=0.5")) == error
+    # Overrides do not change the message.
+    assert get_error(run(f"--config={path}", "--config.seed=3")) == error
+    assert get_error(run(f"--config={path}", "--config.optimizer.b1=0.5")) == error
 
 
-def test_a_config_file_that_is_none(run, tmp_path, monkeypatch):
+def test_invalid_config_files(run, tmp_path, monkeypatch):
     (tmp_path / "dangling.py").symlink_to("nowhere.py")
     (tmp_path / "round.py").symlink_to("round.py")
     (tmp_path / "folder.py").mkdir()
@@ -151,18 +152,18 @@ def test_a_config_file_that_is_none(run, tmp_path, monkeypatch):
         "a" * 300: r"cannot be loaded: a+… 100 characters …a+: File name too long\.$",
         "binary.py": r"cannot be read: .*null bytes",
         "latin.py": r"cannot be read: .*'utf-8' codec can't decode.*latin\.py",
-        "https://host/a.py": r"cannot be loaded: https://host/a\.py is a URL, but a config must be a file on this machine",
+        "https://host/a.py": r"cannot be loaded: https://host/a\.py is a URL, but a config must be a file on this",
         "gs://bucket/a.py:steps=3": r"cannot be loaded: gs://bucket/a\.py:steps=3 is a URL",
     }.items():
         for argv in ([f"--config={name}"], ["--config", name]):
             sys.modules.pop("config_config", None)
-            assert re.search(sentence, refused(run(*argv)), re.MULTILINE), name
+            assert re.search(sentence, get_error(run(*argv)), re.MULTILINE), name
 
-    def closed(*_, **__):
-        raise PermissionError(13, "Permission denied", "theirs.py")
+    def deny(*_, **__):
+        raise PermissionError(13, "Permission denied", "private.py")
 
-    monkeypatch.setattr(config_flags, "_load_source", closed)  # what root may read is not for all
-    assert "cannot be loaded: theirs.py: Permission denied." in refused(run("--config=theirs.py"))
+    monkeypatch.setattr(config_flags, "_load_source", deny)  # the tests may run as root, who can read everything
+    assert "cannot be loaded: private.py: Permission denied." in get_error(run("--config=private.py"))
 
 
 BROKEN = {
@@ -182,12 +183,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_config_file_that_fails_is_named_with_its_line(run, file, name):
+def test_failing_config_file_is_reported_with_its_line(run, file, name):
     text, sentence = BROKEN[name]
-    assert re.search(sentence, refused(run(f"--config={file(text)}")))
+    assert re.search(sentence, get_error(run(f"--config={file(text)}")))
 
 
-def with_line(line):
+def add_line(line):
     return PLAIN.replace("    return config\n", f"    {line}\n    return config\n")
 
 
@@ -204,8 +205,8 @@ def with_line(line):
         ("parse_arg('stps=3', steps=3)", r"'stps=3' is not known; did you mean 'steps='"),
     ],
 )
-def test_a_config_file_that_does_not_fit_is_refused_shortly(run, file, line, sentence):
-    error = refused(run(f"--config={file(with_line(line))}"))
+def test_invalid_keys_and_values_in_a_config_file(run, file, line, sentence):
+    error = get_error(run(f"--config={file(add_line(line))}"))
     assert re.search(sentence, error), error
     assert len(error) < 400
 
@@ -214,16 +215,16 @@ def test_a_config_file_that_does_not_fit_is_refused_shortly(run, file, line, sen
 
 
 def test_missing_options(run, file):
-    assert "--config is missing" in refused(run())
-    assert "--workdir is missing" in refused(run(f"--config={file(PLAIN)}", workdir=False))
+    assert "--config is missing" in get_error(run())
+    assert "--workdir is missing" in get_error(run(f"--config={file(PLAIN)}", workdir=False))
 
 
 def test_unknown_options(run, file):
     config = f"--config={file(PLAIN)}"
-    assert "Unknown command line flag 'wokdir'. Did you mean: workdir" in refused(run(config, "--wokdir=a"))
-    assert "Unknown command line flag 'confg.steps'" in refused(run(config, "--confg.steps=3"))
-    assert "Unexpected argument 'extra'" in refused(run(config, "extra"))
-    assert "Unexpected argument 'steps=3'" in refused(run(config, "steps=3"))
+    assert "Unknown command line flag 'wokdir'. Did you mean: workdir" in get_error(run(config, "--wokdir=a"))
+    assert "Unknown command line flag 'confg.steps'" in get_error(run(config, "--confg.steps=3"))
+    assert "Unexpected argument 'extra'" in get_error(run(config, "extra"))
+    assert "Unexpected argument 'steps=3'" in get_error(run(config, "steps=3"))
 
 
 def test_help(capsys, file):
@@ -234,7 +235,7 @@ def test_help(capsys, file):
         assert capsys.readouterr() == (HELP, "")
 
 
-def test_a_bug_keeps_its_traceback(capsys):
+def test_bugs_keep_their_traceback(capsys):
     def main(argv):
         raise RuntimeError("ours")
 
@@ -243,14 +244,14 @@ def test_a_bug_keeps_its_traceback(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_door_reads_the_command_line(monkeypatch):
+def test_run_command_reads_sys_argv(monkeypatch):
     seen = []
-    monkeypatch.setattr(sys, "argv", ["verb", "--a", "b"])
+    monkeypatch.setattr(sys, "argv", ["command", "--a", "b"])
     assert run_command(seen.append) == 0
     assert seen == [["--a", "b"]]
 
 
-def test_door_tells_what_is_wrong_with_the_input(capsys):
+def test_run_command_prints_user_errors(capsys):
     def main(argv):
         raise UserError("No such thing; make one.")
 
@@ -258,9 +259,9 @@ def test_door_tells_what_is_wrong_with_the_input(capsys):
     assert capsys.readouterr() == ("", "error: No such thing; make one.\n")
 
 
-def test_parsers_of_other_verbs_complain_alike(capsys):
+def test_parser_errors_have_the_same_form(capsys):
     def main(argv):
-        parser = Parser(prog="verb")
+        parser = Parser(prog="command")
         parser.add_argument("--count", type=int, required=True)
         parser.parse_args(argv)
 
@@ -298,7 +299,7 @@ def test_parsers_of_other_verbs_complain_alike(capsys):
     ],
 )
 def test_overrides(run, file, overrides, key, value):
-    (stage,) = accepted(run(f"--config={file(PLAIN)}", *overrides))
+    (stage,) = get_stages(run(f"--config={file(PLAIN)}", *overrides))
     for part in key.split("."):
         stage = getattr(stage, part)
     assert stage == value
@@ -307,7 +308,7 @@ def test_overrides(run, file, overrides, key, value):
 
 def test_overrides_of_stages(run, file):
     config = f"--config={file(STAGED)}"
-    text, captions = accepted(
+    text, captions = get_stages(
         run(
             config,
             "--config.stages.text.optimizer.learning_rate=0.5",
@@ -318,8 +319,8 @@ def test_overrides_of_stages(run, file):
     )
     assert (text.steps, text.optimizer.learning_rate, text.seed) == (3, 0.5, 5)
     assert (captions.steps, captions.model.fusion.taps, captions.seed) == (7, (1,), 5)
-    assert [stage.name for stage in accepted(run(config, "--config.run=('captions',)"))] == ["captions"]
-    assert [stage.name for stage in accepted(run(config, "--config.run=('captions','text')"))] == ["captions", "text"]
+    assert [stage.name for stage in get_stages(run(config, "--config.run=('captions',)"))] == ["captions"]
+    assert [stage.name for stage in get_stages(run(config, "--config.run=('captions','text')"))] == ["captions", "text"]
 
 
 @pytest.mark.parametrize(
@@ -351,9 +352,9 @@ def test_overrides_of_stages(run, file):
         ("--config.=3", r"cannot be used"),
     ],
 )
-def test_overrides_that_do_not_fit(run, file, override, sentence):
+def test_invalid_overrides(run, file, override, sentence):
     for text in (PLAIN, STAGED):
-        error = refused(run(f"--config={file(text)}", override))
+        error = get_error(run(f"--config={file(text)}", override))
         if text is PLAIN:
             assert re.search(sentence, error), error
 
@@ -373,22 +374,22 @@ def test_overrides_that_do_not_fit(run, file, override, sentence):
         ("--config.run=('txt',)", r"run names stage 'txt': did you mean 'text'"),
     ],
 )
-def test_overrides_of_stages_that_do_not_fit(run, file, override, sentence):
-    error = refused(run(f"--config={file(STAGED)}", override))
+def test_invalid_overrides_of_stages(run, file, override, sentence):
+    error = get_error(run(f"--config={file(STAGED)}", override))
     assert re.search(sentence, error), error
-    # What fits and stands before it is not blamed.
-    assert refused(run(f"--config={file(STAGED)}", "--config.stages.text.steps=4", override)) == error
+    # A valid override before it is not blamed.
+    assert get_error(run(f"--config={file(STAGED)}", "--config.stages.text.steps=4", override)) == error
 
 
 @pytest.mark.parametrize(("option", "key"), [("stages.text", "stages.text.steps"), ("stages", "stages.NAME.steps")])
-def test_a_value_for_a_whole_stage_names_a_key(run, file, option, key):
-    error = refused(run(f"--config={file(STAGED)}", f"--config.{option}=5"))
+def test_value_for_a_complete_stage_suggests_a_key(run, file, option, key):
+    error = get_error(run(f"--config={file(STAGED)}", f"--config.{option}=5"))
     assert f"--config.{option}=5 sets a group of keys: name one, such as --config.{key}." in error
 
 
 # ---- Paths -----------------------------------------------------------------------------------------------------------
 
-NO_PATHS = [
+INVALID_PATHS = [
     ("https://host/model", "https://host/model is a URL; give a local path, or one in a bucket: gs://… or s3://…"),
     ("http://host/a.json", "is a URL"),
     ("hf://owner/model", "hf://owner/model is a URL"),
@@ -410,45 +411,45 @@ NO_PATHS = [
 @pytest.fixture
 def no_network(monkeypatch):
     def refuse(*_):
-        raise AssertionError("a wrong path opens a connection")
+        raise AssertionError("an invalid path opens a connection")
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setattr("socket.getaddrinfo", refuse)
 
 
-@pytest.mark.parametrize(("text", "sentence"), NO_PATHS)
-def test_what_is_no_path_is_refused(text, sentence, no_network):
+@pytest.mark.parametrize(("text", "sentence"), INVALID_PATHS)
+def test_invalid_paths(text, sentence, no_network):
     with pytest.raises(UserError, match=sentence) as refusal:
         to_path(text)
     assert len(str(refusal.value)) < 300
-    for kind in (path, local_path):
+    for parse_path in (path, local_path):
         with pytest.raises(argparse.ArgumentTypeError, match=sentence):
-            kind(text)
+            parse_path(text)
 
 
-def test_links_in_a_circle_and_closed_folders_are_refused(tmp_path, monkeypatch):
+def test_link_loops_and_inaccessible_folders_are_refused(tmp_path, monkeypatch):
     (tmp_path / "round").symlink_to("round")
     with pytest.raises(UserError, match="round' cannot be accessed: Too many levels of symbolic links"):
         to_path(tmp_path / "round")
     (tmp_path / "dangling").symlink_to("nowhere")
-    assert to_path(tmp_path / "dangling") == tmp_path / "dangling"  # there is nothing there, which may be right
+    assert to_path(tmp_path / "dangling") == tmp_path / "dangling"  # a path need not exist
 
-    def closed(*_, **__):
+    def deny(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(os, "stat", closed)  # what root may look at is not for all
+    monkeypatch.setattr(os, "stat", deny)  # the tests may run as root
     with pytest.raises(UserError, match="cannot be accessed: Permission denied"):
-        to_path("/their/folder")
+        to_path("/private/folder")
 
 
-def test_paths_are_as_given(tmp_path, monkeypatch):
+def test_valid_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert to_path("~/runs") == tmp_path / "runs"  # which a shell leaves alone in --workdir=~/runs
+    assert to_path("~/runs") == tmp_path / "runs"  # a shell does not expand it in --workdir=~/runs
     for text in ("a", "./a:b", "a,b", "/tmp/x=1", "C:/x", "d\u00fc/\u6c34"):
         assert os.fspath(to_path(text)) == os.path.normpath(text)
     assert os.fspath(to_path("gs://bucket/run")) == "gs://bucket/run"
     assert path_text("./a") == "./a"
-    assert path_text("") == ""  # an option that may be left out
+    assert path_text("") == ""  # the option may be omitted
     with pytest.raises(argparse.ArgumentTypeError, match="gs://bucket/run is in a bucket"):
         local_path("gs://bucket/run")
     with pytest.raises(UserError, match="nowhere does not exist"):
@@ -458,16 +459,16 @@ def test_paths_are_as_given(tmp_path, monkeypatch):
         require(to_path(tmp_path / "dangling"))
 
 
-def test_a_bucket_needs_its_package(monkeypatch):
-    def lacking(scheme):
+def test_bucket_without_its_package(monkeypatch):
+    def fail(scheme):
         raise ImportError
 
-    monkeypatch.setattr("fsspec.get_filesystem_class", lacking)
+    monkeypatch.setattr("fsspec.get_filesystem_class", fail)
     with pytest.raises(UserError, match=r"s3://bucket/run needs a package that is not installed: pip install s3fs"):
         to_path("s3://bucket/run")
 
 
-PLACES = {
+CONFIGS = {
     "init_from": lambda text: TrainConfig(init_from=text),
     "data.annotations": lambda text: TrainConfig(data=DataConfig(annotations=text)),
     "data.images": lambda text: TrainConfig(data=DataConfig(images=text)),
@@ -478,33 +479,33 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("key", PLACES)
-def test_every_path_of_a_config_is_checked(key, no_network):
+@pytest.mark.parametrize("key", CONFIGS)
+def test_all_paths_of_a_config_are_checked(key, no_network):
     check_paths(TrainConfig())
-    check_paths(PLACES[key]("nowhere"))
+    check_paths(CONFIGS[key]("nowhere"))
     with pytest.raises(UserError, match=f"Config key {key}: https://host/x is a URL"):
-        check_paths(PLACES[key]("https://host/x"))
+        check_paths(CONFIGS[key]("https://host/x"))
 
 
 @pytest.mark.parametrize("key", ["init_from", "data.annotations", "data.images"])
-def test_a_comma_in_a_path_is_told(key, tmp_path):
+def test_comma_in_a_path_is_refused(key, tmp_path):
     for name in ("a,b", "c"):
         (tmp_path / name).mkdir()
     for text in (f"{tmp_path}/a,b", f"{tmp_path}/c, {tmp_path}/a,b", f"{tmp_path}/a,b,{tmp_path}/c"):
         with pytest.raises(UserError, match=rf"Config key {key}: {tmp_path}/a,b has a comma in its name"):
-            check_paths(PLACES[key](text))
-    check_paths(PLACES[key](f"{tmp_path}/c,{tmp_path}/d"))
-    check_paths(PLACES["data.tokenizer"](f"{tmp_path}/a,b"))  # which is one
+            check_paths(CONFIGS[key](text))
+    check_paths(CONFIGS[key](f"{tmp_path}/c,{tmp_path}/d"))
+    check_paths(CONFIGS["data.tokenizer"](f"{tmp_path}/a,b"))  # a single path
 
 
-# ---- What else a process finds ---------------------------------------------------------------------------------------
+# ---- The process -----------------------------------------------------------------------------------------------------
 
 
-def test_packages_of_devices_that_are_not_here_are_useless(tmp_path, monkeypatch):
+def test_unused_device_packages(tmp_path, monkeypatch):
     files = {name: str(tmp_path / name) for name in ("tpu0", "nvidia0")}
     (tpu, *_), (cuda, *_) = environment._DEVICES
-    kinds = ((tpu, (files["tpu0"],), ("libtpu",)), (cuda, ("/nowhere", files["nvidia0"]), ("plugin", "other")))
-    monkeypatch.setattr(environment, "_DEVICES", kinds)
+    devices = ((tpu, (files["tpu0"],), ("libtpu",)), (cuda, ("/nowhere", files["nvidia0"]), ("plugin", "other")))
+    monkeypatch.setattr(environment, "_DEVICES", devices)
     assert environment.unused_device_packages("") == ["libtpu", "plugin", "other"]
     assert environment.unused_device_packages("cpu") == ["libtpu", "plugin", "other"]
     assert environment.unused_device_packages("tpu,cpu") == ["plugin", "other"]
@@ -515,11 +516,11 @@ def test_packages_of_devices_that_are_not_here_are_useless(tmp_path, monkeypatch
     assert environment.unused_device_packages("") == []
 
 
-FIRST_SCREEN = r"""
+CHECK_COMMANDS = r"""
 import contextlib, importlib, io, sys
 from stf_jax.runtime.cli import run_command
 
-WRONG = {
+INVALID = {
     "main": [["--workdir=https://host/x", "--config=configs/demo.py"], ["--config=configs/demo.py", "--workdir=/x",
              "--config.model.lm=vicuna-7b"]],
     "prepare": [["--annotations=hf://o/x.json", "--images=a", "--out=b"], ["--annotations=a", "--images=b"]],
@@ -535,17 +536,17 @@ WRONG = {
     "ablate": [["--config=configs/ablations/fusions.py"], ["--nonsense"]],
 }
 HEAVY = {"jax", "transformers", "torch", "flax", "orbax", "grain", "tensorflow_datasets", "scipy", "matplotlib"}
-for name, lines in WRONG.items():
+for name, lines in INVALID.items():
     command = importlib.import_module(f"stf_jax.{name}")
-    for argv in [["--help"], *([one, "--help"] for one in getattr(command, "_BENCHES", [])), *lines]:
-        said = io.StringIO()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+    for argv in [["--help"], *([name, "--help"] for name in getattr(command, "_BENCHES", [])), *lines]:
+        stderr = io.StringIO()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
             try:
                 status = run_command(command.main, argv)
             except SystemExit as stop:
                 status = stop.code
         assert status == (0 if "--help" in argv else 2), (name, argv, status)
-        assert said.getvalue().count("\n") == bool(status), (name, argv, said.getvalue())
+        assert stderr.getvalue().count("\n") == bool(status), (name, argv, stderr.getvalue())
         assert not HEAVY & set(sys.modules), (name, argv, HEAVY & set(sys.modules))
         sys.modules.pop("config_config", None)
 import jax, transformers
@@ -553,16 +554,16 @@ assert jax.devices()
 """
 
 
-def test_the_first_screen_is_the_commands_own():
-    """Arguments are checked before what takes seconds is imported, and packages of devices say nothing."""
+def test_commands_check_arguments_before_slow_imports():
+    """Nor do device packages print anything."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_"))}
     root = pathlib.Path(__file__).parents[2]
-    env = inherited | {"JAX_NUM_CPU_DEVICES": "", "XLA_FLAGS": ""}  # empty is as unset
-    done = subprocess.run([sys.executable, "-c", FIRST_SCREEN], cwd=root, env=env, capture_output=True, text=True)
+    env = inherited | {"JAX_NUM_CPU_DEVICES": "", "XLA_FLAGS": ""}  # empty counts as unset
+    done = subprocess.run([sys.executable, "-c", CHECK_COMMANDS], cwd=root, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_message_floods_no_screen(capsys):
+def test_long_messages_are_shortened(capsys):
     def main(argv):
         raise UserError(f"{'x' * 10**6} is wrong; right is y.")
 
@@ -573,8 +574,8 @@ def test_a_message_floods_no_screen(capsys):
     assert printed.endswith("right is y.\n")
 
 
-def test_a_reader_who_goes_is_no_error():
-    # argparse, whose help the second is, takes no notice.
+def test_closed_output_pipe_is_no_error():
+    # The second prints argparse's help, which ignores the closed pipe.
     for argv, status in ((["stf_jax.main", "--help"], 141), (["stf_jax.convert", "import", "--help"], 0)):
         read, write = os.pipe()
         os.close(read)
@@ -583,7 +584,7 @@ def test_a_reader_who_goes_is_no_error():
         assert (done.returncode, done.stderr) == (status, b"")
 
 
-def test_a_pipe_that_is_not_the_readers_is_a_bug():
+def test_other_broken_pipes_are_bugs():
     def main(argv):
         raise BrokenPipeError
 

@@ -1,4 +1,4 @@
-"""The mesh, and where every parameter lies on it."""
+"""The mesh, and the sharding of every parameter on it."""
 
 import math
 
@@ -27,15 +27,15 @@ from stf_jax.training.state import blueprint, init_state, state_layout
         ((-1, 4, 2), (1, 4, 2)),
         ((2, 2, 2), (2, 2, 2)),
         ((1, 2, 4), (1, 2, 4)),
-        # Sizes that are all named may leave devices unused.
+        # If all sizes are given, devices may be left unused.
         ((1, 1, 1), (1, 1, 1)),
         ((1, 2, 2), (1, 2, 2)),
-        # Devices without slices are of one.
+        # Devices without a slice index form one slice.
         ((-1, -1, 1), (1, 8, 1)),
         ((-1, -1, 2), (1, 4, 2)),
     ],
 )
-def test_mesh_has_the_named_sizes(sizes, expected):
+def test_mesh_has_the_given_sizes(sizes, expected):
     mesh = make_mesh(MeshConfig(*sizes))
     assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor"), expected, strict=True))
     assert sorted(d.id for d in mesh.devices.flat) == list(range(math.prod(expected)))
@@ -43,7 +43,7 @@ def test_mesh_has_the_named_sizes(sizes, expected):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "says"),
+    ("sizes", "message"),
     [
         ((4, 4, 1), "4×4×1 does not fit the 8 cpu device(s)"),
         ((9, 1, 1), "9×1×1 does not fit"),
@@ -56,10 +56,10 @@ def test_mesh_has_the_named_sizes(sizes, expected):
         ((1, 1, -2), "mesh.tensor=-2 must be at least 1, or -1"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(sizes, says):
+def test_invalid_sizes_are_refused(sizes, message):
     with pytest.raises(UserError) as raised:
         make_mesh(MeshConfig(*sizes))
-    assert says in str(raised.value)
+    assert message in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_sizes_that_do_not_fit_are_refused(sizes, says):
         ((4, 1, 1), 8, 4, False),
     ],
 )
-def test_mesh_and_microbatches_divide_the_batch(sizes, rows, accumulation, fits):
+def test_mesh_and_microbatches_must_divide_the_batch(sizes, rows, accumulation, fits):
     config = tiny(
         **dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True)),
         global_batch_size=rows,
@@ -102,11 +102,11 @@ def test_mesh_and_microbatches_divide_the_batch(sizes, rows, accumulation, fits)
         ("v5e:4x8", 2, (4, -1, 2), (4, 8, 2)),
         ("v5e:4x8", 2, (-1, 4, 2), (8, 4, 2)),
         ("v6e:4x4", 3, (-1, -1, 2), (3, 8, 2)),
-        # A torus whose axes have to be split.
+        # A torus whose axes must be split.
         ("v5p:4x4x4", 1, (-1, -1, 2), (1, 32, 2)),
     ],
 )
-def test_data_goes_over_slices(name, slices, sizes, expected, caplog):
+def test_data_spans_slices(name, slices, sizes, expected, caplog):
     devices = topology_devices(name, slices)
     mesh = make_mesh(MeshConfig(*sizes), devices)
     assert mesh.devices.shape == expected
@@ -116,26 +116,26 @@ def test_data_goes_over_slices(name, slices, sizes, expected, caplog):
     assert not caplog.messages
 
 
-def test_fsdp_goes_over_slices_with_a_warning(caplog):
+def test_fsdp_spans_slices_with_a_warning(caplog):
     mesh = make_mesh(MeshConfig(1, -1, 2), topology_devices("v5e:4x8", 2))
     assert mesh.devices.shape == (1, 32, 2)
     assert [{device.slice_index for device in pair} for pair in mesh.devices[0]] == [{0}] * 16 + [{1}] * 16
-    (said,) = caplog.messages
-    assert "mesh.fsdp=32 spans 2 slices" in said
-    assert "mesh.data to a multiple of 2" in said
+    (warning,) = caplog.messages
+    assert "mesh.fsdp=32 spans 2 slices" in warning
+    assert "mesh.data to a multiple of 2" in warning
 
 
 @pytest.mark.parametrize(
-    ("sizes", "says"),
+    ("sizes", "message"),
     [
         ((1, 1, 64), "make mesh.tensor=64 span the 2 slices here; set mesh.data to a multiple of 2"),
         ((3, 1, -1), "does not fit the 64 tpu device"),
-        # Of several hosts, none may stand aside.
+        # With several hosts, none may be left unused.
         ((1, 32, 1), "does not fit the 64 tpu device"),
     ],
 )
-def test_tensor_stays_in_a_slice_and_no_host_stands_aside(sizes, says):
-    with pytest.raises(UserError, match=says):
+def test_tensor_stays_in_a_slice_and_all_hosts_are_used(sizes, message):
+    with pytest.raises(UserError, match=message):
         make_mesh(MeshConfig(*sizes), topology_devices("v5e:4x8", 2))
 
 
@@ -151,19 +151,19 @@ def test_tensor_stays_in_a_slice_and_no_host_stands_aside(sizes, says):
 def test_hosts_with_the_same_rows_read_the_same_share(name, slices, sizes, shares):
     mesh = make_mesh(MeshConfig(*sizes), topology_devices(name, slices))
     rows = jax.NamedSharding(mesh, BATCH).devices_indices_map((64,))
-    held = {}
+    rows_of_share = {}
     for process in {device.process_index for device in mesh.devices.flat}:
-        mine = {(part.start, part.stop) for d, (part,) in rows.items() if d.process_index == process}
+        process_rows = {(part.start, part.stop) for d, (part,) in rows.items() if d.process_index == process}
         share, count = get_row_share(mesh, process)
         assert count == shares
-        assert held.setdefault(share, mine) == mine
-    assert sorted(held) == list(range(shares))
-    # Together they are all rows, none of them twice.
-    read = [row for mine in held.values() for start, stop in mine for row in range(64)[start:stop]]
+        assert rows_of_share.setdefault(share, process_rows) == process_rows
+    assert sorted(rows_of_share) == list(range(shares))
+    # Together they read every row exactly once.
+    read = [row for share_rows in rows_of_share.values() for start, stop in share_rows for row in range(64)[start:stop]]
     assert sorted(read) == list(range(64))
 
 
-def test_hosts_that_share_some_rows_are_refused():
+def test_hosts_that_share_only_some_rows_are_refused():
     devices = sorted(topology_devices("v5e:4x8", 1), key=lambda device: device.process_index)
     mesh = jax.sharding.Mesh(np.roll(devices, 1).reshape(1, 4, 8), ("data", "fsdp", "tensor"))
     with pytest.raises(UserError, match=r"mesh\.tensor=8 gives the hosts unequal shares of the rows"):
@@ -226,29 +226,31 @@ def test_every_parameter_has_the_expected_sharding(cube):
     assert {path: sharding.spec for path, sharding in cube.plan.shardings(cube.mesh).items()} == EXPECTED
 
 
-def _assert_lies(array, spec, where):
-    """That each device holds the part that the spec says: on this mesh, half of each axis that it names."""
-    assert array.sharding.spec == spec, where
+def _check_sharding(array, spec, name):
+    """Checks that each device holds the shard of this spec: on the 2×2×2 mesh, half of each sharded axis."""
+    assert array.sharding.spec == spec, name
     expected = tuple(
         size // 2 if axis else size for size, axis in zip(array.shape, [*spec, *[None] * array.ndim], strict=False)
     )
-    assert [shard.data.shape for shard in array.addressable_shards] == [expected] * 8, where
+    assert [shard.data.shape for shard in array.addressable_shards] == [expected] * 8, name
 
 
-def test_devices_hold_their_parts_of_state_and_moments(cube):
-    places = cube.plan.shardings(cube.mesh)
+def test_devices_hold_their_shards_of_state_and_moments(cube):
+    shardings = cube.plan.shardings(cube.mesh)
     values = random_params(cube.plan.shapes)
-    # Loaded rather than initialised: there is less to compile, and the same program lays them out.
-    state = init_state(cube.config, cube.layout, cube.tx, {p: jax.device_put(v, places[p]) for p, v in values.items()})
+    # Loaded rather than initialized: there is less to compile, and the same program shards them.
+    state = init_state(
+        cube.config, cube.layout, cube.tx, {p: jax.device_put(v, shardings[p]) for p, v in values.items()}
+    )
     assert state.params.keys() == EXPECTED.keys()
     for path, array in state.params.items():
-        _assert_lies(array, EXPECTED[path], path)
+        _check_sharding(array, EXPECTED[path], path)
         np.testing.assert_array_equal(np.asarray(array), values[path])
     for name in ("mu", "nu"):
         moments = optax.tree_utils.tree_get(state.moments, name)
         assert moments.keys() == state.trainable.keys()
         for path, array in moments.items():
-            _assert_lies(array, EXPECTED[path], f"{name} of {path}")
+            _check_sharding(array, EXPECTED[path], f"{name} of {path}")
     for leaf in [state.step, *(leaf for leaf in jax.tree.leaves(state.moments) if leaf.ndim == 0)]:
         assert leaf.sharding.is_fully_replicated
 
@@ -263,7 +265,7 @@ def test_batches_are_split_over_data_and_fsdp(cube):
         assert [rows[device.id].indices(8)[0] for device in cube.mesh.devices.flat] == [0, 0, 2, 2, 4, 4, 6, 6]
 
 
-def test_an_axis_without_a_rule_is_our_bug():
+def test_axis_without_a_rule_is_a_bug():
     with pytest.raises(ValueError, match=r"Parameter llm/new has axes without a rule: \['wide'\]"):
         parameter_sharding("llm/new", (8, 8), ("embed", "wide"), make_mesh(MeshConfig()))
 
@@ -277,7 +279,7 @@ def test_an_axis_without_a_rule_is_our_bug():
         ((1, 8, 1), (1024, 1023), False),
     ],
 )
-def test_a_large_parameter_left_whole_is_our_bug(sizes, shape, refused):
+def test_replicated_large_parameter_is_a_bug(sizes, shape, refused):
     mesh = make_mesh(MeshConfig(*sizes))
     if refused:
         with pytest.raises(ValueError, match=r"vision/big of 1048576 elements would be replicated"):
@@ -287,24 +289,26 @@ def test_a_large_parameter_left_whole_is_our_bug(sizes, shape, refused):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "says"),
+    ("sizes", "message"),
     [
-        # Two key heads cannot be dealt out to four devices, nor rows of 32 to three.
+        # Two key heads cannot be split over four devices, nor a width of 32 over three.
         ((1, 1, 4), "mesh.tensor=4 does not divide the kv_heads axis of llm/blocks/attention/key/kernel, which is 2"),
         ((1, 3, 1), "mesh.fsdp=3 does not divide the embed axis of fusion/mbtf/second/bias, which is 32"),
     ],
 )
-def test_a_mesh_that_does_not_divide_a_parameter_is_refused_by_name(sizes, says):
+def test_mesh_that_does_not_divide_a_parameter_is_refused(sizes, message):
     config = tiny()
     plan, mesh = blueprint(config.model), make_mesh(MeshConfig(*sizes))
     with pytest.raises(UserError) as raised:
         state_layout(config, plan, optax.sgd(0.1), mesh)
-    assert says in str(raised.value)
+    assert message in str(raised.value)
 
 
-def test_no_device_holds_more_than_its_eighth_of_seven_billion_parameters():
+def test_each_device_holds_an_eighth_of_seven_billion_parameters():
     plan, mesh = blueprint(ModelConfig(vision="clip-l-14-336", llm="vicuna-7b")), make_mesh(MeshConfig(1, 8, 1))
     total = sum(math.prod(leaf.shape) for leaf in plan.shapes.values())
-    held = sum(math.prod(place.shard_shape(plan.shapes[path].shape)) for path, place in plan.shardings(mesh).items())
+    per_device = sum(
+        math.prod(sharding.shard_shape(plan.shapes[path].shape)) for path, sharding in plan.shardings(mesh).items()
+    )
     assert total > 7.2e9
-    assert total / 8 <= held < total / 8 * 1.001
+    assert total / 8 <= per_device < total / 8 * 1.001
