@@ -10,11 +10,19 @@ from collections.abc import Callable
 import numpy as np
 
 from stf_jax.data.scenes import COLORS, SHAPES, Question
-from stf_jax.data.world import HELD_OUT_PLACES, PAIRS, ZONE, Scene
+from stf_jax.data.world import HELD_OUT_PLACES, MAX_THINGS, PAIRS, ZONE, Scene, draw, make_rng, make_scene
 
 __all__ = [
-    *("DESCRIBE", "KINDS", "MAX_THINGS"),
-    *("draw", "make_caption", "make_cues", "make_questions", "make_rng", "make_scene", "zone_name"),
+    "DESCRIBE",
+    "KINDS",
+    "MAX_THINGS",
+    "draw",
+    "make_caption",
+    "make_cues",
+    "make_questions",
+    "make_rng",
+    "make_scene",
+    "zone_name",
 ]
 
 KINDS = ("existence", "count", "attribute", "position", "relation", "reading", "chart", "form")
