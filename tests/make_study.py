@@ -1,4 +1,4 @@
-"""Studies whose runs nobody trained: configs, and folders as runs leave them."""
+"""Studies with fake runs: configs, and folders as runs leave them."""
 
 import json
 import os
@@ -11,13 +11,13 @@ import numpy as np
 
 from stf_jax.config import to_json
 from stf_jax.data.scenes import KINDS
-from stf_jax.studies.runner import Slot, run
-from stf_jax.studies.study import Cell, Study, cells, default_study, read_study
+from stf_jax.studies.runner import Slot, run_cells
+from stf_jax.studies.study import Cell, Study, default_study, make_cells, read_study
 
 DEMO = pathlib.Path(__file__).parent.parent / "configs" / "demo.py"
 VALUES = {
-    "title": "Two <fusions> & a rival",
-    "question": "Who is `better`?",
+    "title": "Two <fusions> & a baseline",
+    "question": "Which is `better`?",
     "base": str(DEMO),
     "baseline": "mlp",
     "common": ("stages.pretrain.steps=2", "stages.finetune.steps=2"),
@@ -40,19 +40,19 @@ COST = {
 
 
 def config(**changes) -> ml_collections.ConfigDict:
-    """A study's config: two fusions and a rival that asks, from two seeds, changed."""
-    made = default_study().unlock()
-    made.update(VALUES | changes)
-    return made
+    """Returns a study's config with two fusions and one evaluated variant, two seeds, and changes."""
+    values = default_study().unlock()
+    values.update(VALUES | changes)
+    return values
 
 
 def study(**changes) -> Study:
-    """The same, read."""
+    """Returns the study of this config."""
     return read_study(config(**changes))
 
 
 def write(file: pathlib.Path, **changes) -> str:
-    """The same as a config file; its option."""
+    """Writes this config as a file; returns its command-line option."""
     file.write_text(
         "from stf_jax.studies.study import default_study\n\n\ndef get_config(arg=None):\n"
         f"    config = default_study().unlock()\n    config.update({VALUES | changes!r})\n    return config\n"
@@ -61,35 +61,35 @@ def write(file: pathlib.Path, **changes) -> str:
 
 
 def put(file: pathlib.Path, value) -> None:
-    """A JSON file, in folders that are made."""
+    """Writes a JSON file, and creates its folders."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(value))
 
 
-def answers(right: Mapping[str, Sequence[bool]], blank: Sequence[bool]) -> str:
-    """Lines of ``answers.jsonl`` of scenes: of each kind, and of blank images, which are right."""
-    groups = {(kind, "scene"): hits for kind, hits in right.items()} | {("count", "blank"): blank}
+def answers(correct: Mapping[str, Sequence[bool]], blank: Sequence[bool]) -> str:
+    """Returns lines of ``answers.jsonl`` of scenes, correct or not for each kind and for blank images."""
+    groups = {(kind, "scene"): hits for kind, hits in correct.items()} | {("count", "blank"): blank}
     lines = []
     for (kind, image), hits in groups.items():
         for index, hit in enumerate(hits):
-            about = {"kind": kind, "shown": image, "truth": "Ring"}
-            line = {"question_id": f"{index}/{kind}/{image}", "text": "ring" if hit else "cross", "metadata": about}
+            metadata = {"kind": kind, "shown": image, "truth": "Ring"}
+            line = {"question_id": f"{index}/{kind}/{image}", "text": "ring" if hit else "cross", "metadata": metadata}
             lines.append(json.dumps(line) + "\n")
     return "".join(lines)
 
 
 def finish(cell: Cell, folder: pathlib.Path | None = None, share: float = 0.5, questions: int = 20) -> pathlib.Path:
-    """Leaves what a cell's run leaves, in its folder or another.
+    """Writes the files of a cell's run to its folder or another.
 
     Args:
-      share: of right answers to images; of blank ones it is a third.
-      questions: of each kind.
+      share: the share of correct answers about images; for blank images it is a third.
+      questions: the number of questions of each kind.
     """
     folder = folder or cell.folder
     rng = np.random.default_rng([cell.seed, int(1000 * share)])
-    right = {kind: (rng.random(questions) < share).tolist() for kind in KINDS}
-    accuracy = float(np.mean(list(right.values())))
-    asking = {"weights": f"{cell.study.trained(cell.variant).name} {cell.seed}", "precision": "float32"}
+    correct = {kind: (rng.random(questions) < share).tolist() for kind in KINDS}
+    accuracy = float(np.mean(list(correct.values())))
+    asking = {"weights": f"{cell.study.get_trained(cell.variant).name} {cell.seed}", "precision": "float32"}
     put(
         folder / "results.json",
         {
@@ -99,58 +99,58 @@ def finish(cell: Cell, folder: pathlib.Path | None = None, share: float = 0.5, q
             "protocol": {"benchmark": "scenes", "questions": 2 * questions * len(KINDS), "asking": asking},
         },
     )
-    (folder / "answers.jsonl").write_text(answers(right, rng.random(questions) < 1 / 3))
-    put(folder / "cost.json", {key: COST[key] for key in COST if cell.needs is None or not key.startswith("step")})
-    if cell.needs is None:
-        for stage in cell.study.stages(cell.variant, cell.seed):
+    (folder / "answers.jsonl").write_text(answers(correct, rng.random(questions) < 1 / 3))
+    put(folder / "cost.json", {key: COST[key] for key in COST if cell.source_run is None or not key.startswith("step")})
+    if cell.source_run is None:
+        for stage in cell.study.resolve_stages(cell.variant, cell.seed):
             put(folder / stage.name / "config.json", to_json(stage))
             put(folder / stage.name / "metrics.jsonl", {"step": 2, "seconds": 60.0})
     else:
-        put(folder / "asked.json", list(cell.variant.asked))
+        put(folder / "asked.json", list(cell.variant.eval_options))
     return folder
 
 
-# Instead of a run: notes when and where it is, does as the plan says of this try, and leaves what a run leaves.
+# A fake run: logs its start, follows the plan for this try, and copies a run's files.
 CHILD = """
 import json, os, shutil, signal, sys, time
-name, plan, journal, prepared, folder = sys.argv[1:]
+name, plan, log, prepared, folder = sys.argv[1:]
 plan = json.loads(plan)
-tries = sum(json.loads(line)["name"] == name for line in open(journal)) if os.path.exists(journal) else 0
+tries = sum(json.loads(line)["name"] == name for line in open(log)) if os.path.exists(log) else 0
 status, seconds = plan[min(tries, len(plan) - 1)]
-asked = os.path.exists(os.path.join(folder, "asked.json"))
-def note(**what):
-    with open(journal, "a") as file:
-        file.write(json.dumps({"name": name, "time": time.monotonic(), **what}) + "\\n")
+evaluates = os.path.exists(os.path.join(folder, "asked.json"))
+def log_start(**values):
+    with open(log, "a") as file:
+        file.write(json.dumps({"name": name, "time": time.monotonic(), **values}) + "\\n")
 def stop(*_):
-    with open(journal + ".stopped", "a") as file:
+    with open(log + ".stopped", "a") as file:
         file.write(name + "\\n")
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
-note(pid=os.getpid(), processors=sorted(os.sched_getaffinity(0)), environment=dict(os.environ), asked=asked)
+log_start(pid=os.getpid(), cpus=sorted(os.sched_getaffinity(0)), environment=dict(os.environ), evaluates=evaluates)
 time.sleep(seconds)
 print("It began.")
 if status:
-    print("error: it cannot be.", flush=True)
+    print("error: a fake failure.", flush=True)
     sys.exit(status)
 shutil.copytree(prepared, folder, dirs_exist_ok=True)
-with open(journal + ".ended", "a") as file:
+with open(log + ".ended", "a") as file:
     file.write(json.dumps([name, time.monotonic()]) + "\\n")
 """
 
 
-class World:
-    """A study whose cells run a script for their commands.
+class FakeStudy:
+    """A study whose cells run a script as their command.
 
     Attributes:
-      plan: of a cell, by name, what each of its tries does, the last one what all further do: exit status, seconds.
+      plan: the [exit status, seconds] of each try of a cell, by the cell's name; the last one repeats.
     """
 
     def __init__(self, folder: pathlib.Path):
         self.folder, self.plan = folder, {}
         self.option = write(folder / "study.py")
         self.study = study()
-        self.cells = cells(self.study, folder / "cells")
-        self.journal = folder / "journal"
+        self.cells = make_cells(self.study, folder / "cells")
+        self.log = folder / "log"
         (folder / "child.py").write_text(CHILD)
         for cell in self.cells:
             finish(cell, self.prepared(cell))
@@ -160,16 +160,17 @@ class World:
 
     def command(self, cell):
         plan = json.dumps(self.plan.get(cell.name, [[0, 0]]))
-        arguments = [cell.name, plan, str(self.journal), str(self.prepared(cell)), str(cell.folder)]
+        arguments = [cell.name, plan, str(self.log), str(self.prepared(cell)), str(cell.folder)]
         return [sys.executable, "-I", "-S", str(self.folder / "child.py"), *arguments]
 
-    def begun(self):
-        """What children noted, in order."""
-        return list(map(json.loads, self.journal.read_text().splitlines())) if self.journal.exists() else []
+    def starts(self):
+        """What the processes logged at their start, in order."""
+        return list(map(json.loads, self.log.read_text().splitlines())) if self.log.exists() else []
 
-    def ended(self):
-        """When cells that were done ended."""
-        return dict(map(json.loads, pathlib.Path(f"{self.journal}.ended").read_text().splitlines()))
+    def ends(self):
+        """The times at which cells finished, by name."""
+        return dict(map(json.loads, pathlib.Path(f"{self.log}.ended").read_text().splitlines()))
 
-    def run(self, *shares):
-        return run(self.cells, shares or [Slot(frozenset(os.sched_getaffinity(0)), {})] * 2, self.folder / "programs")
+    def run(self, *slots):
+        slots = slots or [Slot(frozenset(os.sched_getaffinity(0)), {})] * 2
+        return run_cells(self.cells, slots, self.folder / "programs")

@@ -1,16 +1,16 @@
-"""How the fusion's layers start, and how much results vary with it."""
+"""Initialization of the fusion's layers, and its effect on results and their spread."""
 
-from stf_jax.studies.miniature import miniature, tokens
+from stf_jax.studies.miniature import miniature_study, row_lengths
 
 
 def get_config(arg=None):
-    """``seeds=N``."""
-    config = miniature(arg, "How the fusion starts")
+    """``arg``: ``seeds=N``."""
+    config = miniature_study(arg, "Initialization of the fusion")
     config.question = (
-        "Does it matter how MBTF and STF are initialised, for the result or for its spread over seeds? The miniatures "
-        "start by `kaiming`; the authors' program by `torch`."
+        "Does the initialization of MBTF and STF affect the result or its spread over seeds? The miniatures use "
+        "`kaiming`, the authors' code `torch`."
     )
     config.baseline = "mbtf_stf"
-    others = [(init, (f"model.fusion.init={init}", *tokens(36))) for init in ("torch", "xavier", "normal")]
-    config.variants = (("mbtf_stf", ("model.fusion.fusion=mbtf_stf", *tokens(36))), *others)
+    others = [(init, (f"model.fusion.init={init}", *row_lengths(36))) for init in ("torch", "xavier", "normal")]
+    config.variants = (("mbtf_stf", ("model.fusion.fusion=mbtf_stf", *row_lengths(36))), *others)
     return config

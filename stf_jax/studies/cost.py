@@ -1,4 +1,4 @@
-"""What a variant costs: its shapes counted, and its steps and first tokens timed, in a process of its own."""
+"""Cost of a variant: parameters and FLOPs from its shapes; step and first-token times, measured in a subprocess."""
 
 import dataclasses
 import json
@@ -26,81 +26,81 @@ from stf_jax.runtime.mesh import make_mesh
 from stf_jax.studies.runner import Slot
 from stf_jax.studies.study import Cell
 
-COST = "cost.json"  # beside a cell's results
-_STEPS, _ANSWERS = 20, 10  # that are timed
+COST_FILE = "cost.json"  # next to a cell's results
+_STEPS, _REPEATS = 20, 10  # timed training steps, and timed batches of questions
 
 
-def cost(cell: Cell, slot: Slot) -> dict[str, Any]:
-    """What a done cell costs, measured where that was not done before, alone on that share of the machine.
+def measure_cost(cell: Cell, slot: Slot) -> dict[str, Any]:
+    """Returns the cost of a finished cell; measures it in the slot, with nothing else running, unless it is saved.
 
     Raises:
-      RunFailed: it could not be measured; says where the log is.
+      RunFailed: it could not be measured; the message names the log.
     """
-    file = cell.folder / COST
+    file = cell.folder / COST_FILE
     if not file.exists():
-        command = [sys.executable, "-m", "stf_jax.studies.cost", str(cell.checkpoint), *cell.variant.asked]
+        command = [sys.executable, "-m", "stf_jax.studies.cost", str(cell.checkpoint), *cell.variant.eval_options]
         log, before = cell.folder / "cost.txt", os.sched_getaffinity(0)
         with log.open("w") as errors:
             environment = os.environ | slot.environment
-            os.sched_setaffinity(0, slot.processors)  # which the child inherits
+            os.sched_setaffinity(0, slot.cpus)  # the child process inherits it
             try:
                 done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
             finally:
                 os.sched_setaffinity(0, before)
         if done.returncode:
-            raise RunFailed(f"What {cell.name} costs could not be measured: see {log}")
+            raise RunFailed(f"The cost of {cell.name} could not be measured: see {log}")
         write_json(epath.Path(file), json.loads(done.stdout.splitlines()[-1]))
     return read_json(epath.Path(file))
 
 
-def _measure(workdir: pathlib.Path, asked: list[str]) -> dict[str, Any]:
+def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
     parser = Parser()
     add_model_arguments(parser)
-    how = parser.parse_known_args(asked)[0]
+    options = parser.parse_known_args(eval_options)[0]
     config = from_json(read_json(epath.Path(workdir / "config.json")))
-    model = dataclasses.replace(config.model, reduce=how.reduce, keep=how.keep)
-    reduced, rows, length = resolve_reduction(model), config.global_batch_size, config.data.max_length
+    model = dataclasses.replace(config.model, reduce=options.reduce, keep=options.keep)
+    reduction, rows, length = resolve_reduction(model), config.global_batch_size, config.data.max_length
     mesh = make_mesh(config.mesh)
-    generator, saved = load_generator(epath.Path(workdir), mesh, how.precision, how.reduce, how.keep)
-    fusion = sum(leaf.size for path, leaf in saved.shapes.items() if path.startswith("fusion/"))
-    first, prompt = _first_token(generator, config)
-    figures = {
-        "image_tokens": reduced.keep,
-        "fusion_parameters": fusion,
-        "first_token_ms": 1e3 * first,
+    generator, saved = load_generator(epath.Path(workdir), mesh, options.precision, options.reduce, options.keep)
+    fusion_parameters = sum(leaf.size for path, leaf in saved.shapes.items() if path.startswith("fusion/"))
+    first_token_seconds, prompt_length = _time_first_token(generator, config)
+    cost = {
+        "image_tokens": reduction.keep,
+        "fusion_parameters": fusion_parameters,
+        "first_token_ms": 1e3 * first_token_seconds,
         "first_token_rows": config.eval.batch,
-        "prefill_gflops": prefill_flops(model, 1, prompt, 1).forward / 1e9,
+        "prefill_gflops": prefill_flops(model, 1, prompt_length, 1).forward / 1e9,
     }
-    if not reduced.name:
+    if not reduction.name:
         del generator
         seconds, memory = time_train_steps(config, str(workdir), make_batch(config), _STEPS)[1:]
-        figures |= {
+        cost |= {
             "step_ms": 1e3 * statistics.median(seconds),
             "step_rows": rows,
             "step_gflops": step_flops(config.model, config.rules, rows, length, 1).step / 1e9,
             "step_mib": memory / 2**20,
         }
-    return figures | {"device": jax.devices()[0].device_kind}
+    return cost | {"device": jax.devices()[0].device_kind}
 
 
-def _first_token(generator, config):
-    """Median seconds from a batch of questions to the first token of all answers; and the longest prompt's tokens.
+def _time_first_token(generator, config):
+    """Returns the median seconds from a batch of questions to the first tokens of all answers, and the prompt length.
 
-    The images are in memory already.
+    The images are already in memory. The length is the longest prompt's, in tokens.
     """
     (benchmark, *_) = open_benchmarks(config.eval.benchmarks, config.eval.data, config.eval.limit)
     records = []
     for question in benchmark.questions[: config.eval.batch]:
-        record = question.record()
-        opened = [image() for image in record.images]
-        records.append(dataclasses.replace(record, images=tuple(lambda x=x: x for x in opened)))
+        record = question.to_record()
+        images = [image() for image in record.images]
+        records.append(dataclasses.replace(record, images=tuple(lambda x=x: x for x in images)))
     seconds = []
-    for _ in range(_ANSWERS + 1):  # the first one compiles
+    for _ in range(_REPEATS + 1):  # the first one compiles
         begin = time.perf_counter()
         for _ in generator.generate(records, 1, len(records)):
             pass
         seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[1:]), max(map(generator.length, records))
+    return statistics.median(seconds[1:]), max(map(generator.prompt_length, records))
 
 
 if __name__ == "__main__":

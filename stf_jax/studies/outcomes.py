@@ -1,4 +1,4 @@
-"""What the runs of a study came to: scores by variant, seed, kind and question."""
+"""Outcomes of a study's runs: scores by variant, seed, kind and question."""
 
 import dataclasses
 import json
@@ -15,31 +15,31 @@ from stf_jax.studies.study import Cell
 
 ALL = "all"
 BLANK = "blank image"
-KINDS = tuple(dict.fromkeys((*world_text.KINDS, *scenes.KINDS)))  # of either edition
+KINDS = tuple(dict.fromkeys((*world_text.KINDS, *scenes.KINDS)))  # of both editions
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Of one cell, or of all cells of a variant, whose arrays have a leading axis of seeds.
+    """Scores of one cell, or of all cells of a variant, whose arrays then have a leading axis of seeds.
 
     Attributes:
-      scores: by kind of question, :data:`ALL` first: of each question 100 if it was right, else 0, float [Q]; where
-        that is not known one by one, the metric alone, float [1], in percent (MME's in its points).
-      heights: the same of questions on printed text, by the height of its capitals in pixels.
+      scores: scores by kind of question, :data:`ALL` first: 100 for each correct answer and 0 for each wrong one,
+        float [Q]. Where single answers are not scored, the metric, float [1], in percent (MME: in points).
+      heights: the same for questions about printed text, by the height of its capitals in pixels.
     """
 
     scores: dict[str, np.ndarray]
     heights: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-def outcome(cell: Cell) -> Outcome:
-    """Reads a cell that is done.
+def read_outcome(cell: Cell) -> Outcome:
+    """Reads the outcome of a finished cell.
 
-    Answers to the embedded benchmarks are taken one by one; beside ``scenes`` or ``shapes``, ``prints`` gives scores by
-    height. Of other benchmarks the metrics are taken, as their published scripts have them, of several side by side.
+    For the embedded benchmarks, single answers are read; if ``prints`` was evaluated with ``scenes`` or ``shapes``, it
+    only gives the scores by height. For other benchmarks, the metrics of their published scripts are read.
 
     Raises:
-      UserError: there is no metric.
+      UserError: there are no metrics.
     """
     results = read_json(epath.Path(cell.folder / RESULTS))
     if isinstance(results, dict):
@@ -47,50 +47,50 @@ def outcome(cell: Cell) -> Outcome:
     else:
         folders = {one["benchmark"]: cell.folder / one["benchmark"] for one in results}
     if folders.keys() <= {"scenes", "shapes", "prints"}:
-        return _embedded(folders)
+        return _read_embedded(folders)
     scores = {}
     for one in results if isinstance(results, list) else [results]:
-        figures = {name: value for name, value in flatten_metrics(one).items() if isinstance(value, float)}
-        scores |= {name: np.array([in_display_units(name, value)]) for name, value in figures.items()}
+        metrics = {name: value for name, value in flatten_metrics(one).items() if isinstance(value, float)}
+        scores |= {name: np.array([in_display_units(name, value)]) for name, value in metrics.items()}
     if not scores:
-        raise UserError(f"{cell.folder} has answers, but no metric: the labels of its benchmarks are not there.")
+        raise UserError(f"{cell.folder} has answers but no metrics, because its benchmarks have no labels.")
     return Outcome(scores)
 
 
-def _embedded(folders):
-    read = {name: _right(folder) for name, folder in folders.items()}
-    first = next(iter(sorted(read, key="prints".__eq__)))  # any other before prints
-    return Outcome(read[first][0], read.get("prints", read[first])[1])
+def _read_embedded(folders):
+    scores = {name: _read_scores(folder) for name, folder in folders.items()}
+    first = next(iter(sorted(scores, key="prints".__eq__)))  # prints only if there is no other
+    return Outcome(scores[first][0], scores.get("prints", scores[first])[1])
 
 
-def _right(folder):
-    """By kind and by height, of each question 100 where the answer is right, else 0."""
+def _read_scores(folder):
+    """Returns the scores by kind and by height: 100 for each correct answer, 0 for each wrong one."""
     lines = [json.loads(line) for line in (folder / ANSWERS).read_text().splitlines()]
-    right: dict[str, list[float]] = {}
+    by_kind: dict[str, list[float]] = {}
     by_height: dict[int, list[float]] = {}
     for line in lines:
-        about = line["metadata"]
-        hit = 100.0 * (line["text"].lower() == about["truth"].lower())
-        for kind in (BLANK,) if about["shown"] == "blank" else (ALL, about["kind"]):
-            right.setdefault(kind, []).append(hit)
-        if about.get("height") and about["shown"] != "blank":
-            by_height.setdefault(about["height"], []).append(hit)
+        metadata = line["metadata"]
+        score = 100.0 * (line["text"].lower() == metadata["truth"].lower())
+        for kind in (BLANK,) if metadata["shown"] == "blank" else (ALL, metadata["kind"]):
+            by_kind.setdefault(kind, []).append(score)
+        if metadata.get("height") and metadata["shown"] != "blank":
+            by_height.setdefault(metadata["height"], []).append(score)
     return (
-        {kind: np.array(right[kind]) for kind in (ALL, *KINDS, BLANK) if kind in right},
-        {height: np.array(hits) for height, hits in sorted(by_height.items())},
+        {kind: np.array(by_kind[kind]) for kind in (ALL, *KINDS, BLANK) if kind in by_kind},
+        {height: np.array(scores) for height, scores in sorted(by_height.items())},
     )
 
 
-def by_variant(cells: Sequence[Cell]) -> dict[str, Outcome]:
-    """What each variant came to whose cells are all here: scores float [S, Q], seeds in their order."""
+def read_outcomes(cells: Sequence[Cell]) -> dict[str, Outcome]:
+    """Reads the outcomes of finished cells, by variant: scores float [S, Q], seeds in the order of the cells."""
     outcomes: dict[str, list[Outcome]] = {}
     for cell in cells:
-        outcomes.setdefault(cell.variant.name, []).append(outcome(cell))
+        outcomes.setdefault(cell.variant.name, []).append(read_outcome(cell))
     return {
-        name: Outcome(_stacked([one.scores for one in several]), _stacked([one.heights for one in several]))
-        for name, several in outcomes.items()
+        name: Outcome(_stack([seed.scores for seed in seeds]), _stack([seed.heights for seed in seeds]))
+        for name, seeds in outcomes.items()
     }
 
 
-def _stacked(scores):
-    return {key: np.stack([one[key] for one in scores]) for key in scores[0]}
+def _stack(scores):
+    return {key: np.stack([seed_scores[key] for seed_scores in scores]) for key in scores[0]}

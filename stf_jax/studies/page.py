@@ -1,4 +1,4 @@
-"""A page of headings, sentences, tables and images, as Markdown and as one file of HTML."""
+"""Pages of headings, text, tables and images, rendered as Markdown and as a self-contained HTML file."""
 
 import base64
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Heading:
-    """Of a section."""
+    """The heading of a section."""
 
     text: str
 
@@ -23,40 +23,40 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """A list."""
+    """A bulleted list."""
 
     texts: Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """Commands."""
+    """A block of commands."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows under a header; behind the first ``words`` columns stand figures, to the right."""
+    """A table; the first ``text_columns`` columns are left-aligned text, the others right-aligned numbers."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    words: int = 1
+    text_columns: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """A PNG beside the page."""
+    """A PNG file in the page's folder."""
 
     file: pathlib.Path
-    says: str
+    alt: str
 
 
 Block = Heading | Text | Items | Code | Table | Image
 
 
-def markdown(title: str, blocks: Sequence[Block]) -> str:
-    """The page, with images beside it."""
+def render_markdown(title: str, blocks: Sequence[Block]) -> str:
+    """Renders a page as Markdown, which refers to the image files."""
     lines = [f"# {title}", ""]
     for block in blocks:
         match block:
@@ -68,12 +68,12 @@ def markdown(title: str, blocks: Sequence[Block]) -> str:
                 lines += [f"- {text}" for text in texts]
             case Code(text):
                 lines += ["```", text, "```"]
-            case Table(header, rows, words):
+            case Table(header, rows, text_columns):
                 lines.append("| " + " | ".join(header) + " |")
-                lines.append("|" + "---|" * words + "--:|" * (len(header) - words))
+                lines.append("|" + "---|" * text_columns + "--:|" * (len(header) - text_columns))
                 lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-            case Image(file, says):
-                lines.append(f"![{says}]({file.name})")
+            case Image(file, alt):
+                lines.append(f"![{alt}]({file.name})")
         lines.append("")
     return "\n".join(lines)
 
@@ -82,33 +82,33 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid #d1d9e0; padding: .25rem .75rem; text-align: right; white-space: nowrap; }
-.words { text-align: left; white-space: normal; }
+.text { text-align: left; white-space: normal; }
 pre { background: #f6f8fa; padding: .75rem; overflow-x: auto; }
 img { max-width: 100%; }
 div { overflow-x: auto; }
 """
 
 
-def page(title: str, blocks: Sequence[Block]) -> str:
-    """The page as HTML that needs no other file."""
+def render_html(title: str, blocks: Sequence[Block]) -> str:
+    """Renders a page as HTML that contains its images."""
     parts = []
     for block in blocks:
         match block:
             case Heading(text):
                 parts.append(f"<h2>{html.escape(text)}</h2>")
             case Text(text):
-                parts.append(f"<p>{_inline(text)}</p>")
+                parts.append(f"<p>{_render_inline(text)}</p>")
             case Items(texts):
-                parts.append("<ul>" + "".join(f"<li>{_inline(text)}</li>" for text in texts) + "</ul>")
+                parts.append("<ul>" + "".join(f"<li>{_render_inline(text)}</li>" for text in texts) + "</ul>")
             case Code(text):
                 parts.append(f"<pre>{html.escape(text)}</pre>")
-            case Table(header, rows, words):
-                head = _cells("th", header, words)
-                body = "".join(f"<tr>{_cells('td', row, words)}</tr>" for row in rows)
+            case Table(header, rows, text_columns):
+                head = _render_row("th", header, text_columns)
+                body = "".join(f"<tr>{_render_row('td', row, text_columns)}</tr>" for row in rows)
                 parts.append(f"<div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
-            case Image(file, says):
+            case Image(file, alt):
                 data = base64.b64encode(file.read_bytes()).decode()
-                parts.append(f'<img alt="{html.escape(says)}" src="data:image/png;base64,{data}">')
+                parts.append(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
     title = html.escape(title)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
@@ -116,19 +116,19 @@ def page(title: str, blocks: Sequence[Block]) -> str:
     )
 
 
-def _cells(tag, row, words):
-    kinds = [' class="words"' if i < words else "" for i in range(len(row))]
-    return "".join(f"<{tag}{kind}>{_inline(cell)}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
+def _render_row(tag, row, text_columns):
+    classes = [' class="text"' if i < text_columns else "" for i in range(len(row))]
+    return "".join(f"<{tag}{class_}>{_render_inline(cell)}</{tag}>" for class_, cell in zip(classes, row, strict=True))
 
 
-def _inline(text):
-    """Escaped, with ``code`` and **strong** of Markdown."""
+def _render_inline(text):
+    """Escapes text and renders Markdown's ``code`` and **strong**."""
     parts = html.escape(text).split("`")
-    marked = "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
-    parts = marked.split("**")
+    with_code = "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+    parts = with_code.split("**")
     return "".join(f"<strong>{part}</strong>" if i % 2 else part for i, part in enumerate(parts))
 
 
-def plain(text: str) -> str:
-    """Without Markdown's marks."""
+def strip_markup(text: str) -> str:
+    """Removes Markdown's ``code`` and **strong** marks."""
     return text.replace("**", "").replace("`", "")

@@ -1,4 +1,4 @@
-"""What a study found, in words, tables and plots: ``report.md``, ``report.html``, ``report.json`` and PNGs."""
+"""Reports of a study in sentences, tables and plots: ``report.md``, ``report.html``, ``report.json`` and PNGs."""
 
 import dataclasses
 import importlib.metadata
@@ -17,26 +17,26 @@ from stf_jax.runtime.files import open_atomic, parse_json, write_json
 from stf_jax.runtime.table import format_duration
 from stf_jax.studies import plots
 from stf_jax.studies.outcomes import BLANK, Outcome
-from stf_jax.studies.page import Block, Code, Heading, Items, Table, Text, markdown, page
-from stf_jax.studies.statistics import LEVEL, POWER, Difference, Estimate, deviation, difference, mean
+from stf_jax.studies.page import Block, Code, Heading, Items, Table, Text, render_html, render_markdown
+from stf_jax.studies.statistics import CONFIDENCE, POWER, Difference, Estimate, deviation, difference, mean
 from stf_jax.studies.study import Cell, Study
 
-_EQUAL, _NOISE = "=", "·"  # mark a difference that is shown to be small, and one of which nothing is shown
-_MORE_SEEDS = (3, 5, 8, 12)  # for which the report says what a study could find
+_EQUAL, _INCONCLUSIVE = "=", "·"  # marks of a difference shown to be small, and of one that may be large or zero
+_OTHER_SEED_COUNTS = (3, 5, 8, 12)  # for which the report also gives the detectable difference
 
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """All figures of a study.
+    """All results of a study.
 
     Attributes:
-      scores: of each variant by kind, float [S, Q].
-      quality: of each variant by kind, over seeds.
-      heights: of each variant by the height of printed capitals in pixels, over seeds.
-      spread: the standard deviation between seeds of each variant's first kind.
-      differences: from the baseline, of each other variant by kind.
+      scores: the scores of each variant by kind, float [S, Q].
+      quality: the mean over seeds of each variant by kind.
+      heights: the mean over seeds of each variant by the height of printed capitals in pixels.
+      spread: the standard deviation between seeds for each variant's first kind.
+      differences: the difference of each other variant from the baseline, by kind.
       height_differences: the same by height.
-      costs: of each variant (studies/cost.py).
+      costs: the cost of each variant (studies/cost.py).
     """
 
     study: Study
@@ -50,24 +50,24 @@ class Findings:
 
     @property
     def kinds(self) -> list[str]:
-        """Of questions, in the benchmark's order; the first is all of them together."""
+        """The kinds of questions in the benchmark's order; the first is all questions."""
         return list(next(iter(self.scores.values())))
 
     def margin(self, kind: str) -> float:
-        """Points below which a difference of that kind counts as none."""
+        """Returns the difference in points below which two variants count as equal for a kind."""
         return self.study.margin if kind == self.kinds[0] else self.study.kind_margin
 
 
-def findings(study: Study, outcomes: Mapping[str, Outcome], costs: Mapping[str, Mapping[str, Any]]) -> Findings:
-    """The figures of variants whose runs are all done."""
-    scores = {name: one.scores for name, one in outcomes.items()}
-    heights = {name: one.heights for name, one in outcomes.items()}
+def compute_findings(study: Study, outcomes: Mapping[str, Outcome], costs: Mapping[str, Mapping[str, Any]]) -> Findings:
+    """Computes the results of the variants whose runs are all finished."""
+    scores = {name: outcome.scores for name, outcome in outcomes.items()}
+    heights = {name: outcome.heights for name, outcome in outcomes.items()}
     return Findings(
         study,
         scores,
         _means(scores),
         _means(heights),
-        {name: deviation(next(iter(kinds.values())).mean(1)) for name, kinds in scores.items()},
+        {name: deviation(next(iter(by_kind.values())).mean(1)) for name, by_kind in scores.items()},
         _differences_from(study.baseline, scores),
         _differences_from(study.baseline, heights),
         costs,
@@ -87,279 +87,300 @@ def _differences_from(baseline, scores):
     }
 
 
-def write_report(found: Findings, cells: Sequence[Cell], failed: Mapping[Cell, str], command: str, out: pathlib.Path):
-    """Writes the report's files to ``out``."""
-    images = plots.draw(found, out)
-    blocks = _blocks(found, images, cells, failed, command)
+def write_report(
+    findings: Findings, cells: Sequence[Cell], failed: Mapping[Cell, str], command: str, out: pathlib.Path
+):
+    """Writes the report's files to ``out``.
+
+    Args:
+      findings: the results.
+      cells: the cells of the variants in the report.
+      failed: the reason of failure for each failed cell.
+      command: the command line that made the report.
+      out: the folder.
+    """
+    images = plots.draw_plots(findings, out)
+    blocks = _make_blocks(findings, images, cells, failed, command)
     for name, text in (
-        ("report.md", markdown(found.study.title, blocks)),
-        ("report.html", page(found.study.title, blocks)),
+        ("report.md", render_markdown(findings.study.title, blocks)),
+        ("report.html", render_html(findings.study.title, blocks)),
     ):
         with open_atomic(epath.Path(out / name)) as file:
             file.write(text)
-    write_json(epath.Path(out / "report.json"), _figures(found, cells))
+    write_json(epath.Path(out / "report.json"), _make_json(findings, cells))
 
 
-def _blocks(found, images, cells, failed, command) -> list[Block]:
-    blocks: list[Block] = [Text(found.study.question), Items(verdicts(found))]
+def _make_blocks(findings, images, cells, failed, command) -> list[Block]:
+    blocks: list[Block] = [Text(findings.study.question), Items(format_verdicts(findings))]
     if failed:
-        blocks.append(Text("**Not all runs ended well.** Variants that lack one are left out."))
-        blocks.append(Items([f"{cell.name}: {why}" for cell, why in failed.items()]))
-    blocks += _quality(found, images)
-    blocks += _heights(found, images) if any(found.heights.values()) else []
-    blocks += _differences(found, images) + _power(found) if found.differences else []
-    blocks += _cost(found, images) if found.costs else []
-    differing = [[variant.name, _differs(found.study, variant)] for variant in found.study.variants]
+        blocks.append(Text("**Some runs failed.** The report leaves out their variants."))
+        blocks.append(Items([f"{cell.name}: {error}" for cell, error in failed.items()]))
+    blocks += _quality_section(findings, images)
+    blocks += _heights_section(findings, images) if any(findings.heights.values()) else []
+    blocks += _differences_section(findings, images) + _power_section(findings) if findings.differences else []
+    blocks += _cost_section(findings, images) if findings.costs else []
+    overrides = [[variant.name, _describe_variant(findings.study, variant)] for variant in findings.study.variants]
     return [
         *blocks,
-        Heading("How to repeat it"),
+        Heading("How to reproduce it"),
         Code(command),
-        Text(_made(found.study, cells)),
-        Text("One of its runs, as anyone may start it alone (all are in report.json):"),
-        Code(_shown(cells[0].command)),
-        Table(["variant", "differs by"], differing, words=2),
+        Text(_describe_runs(findings.study, cells)),
+        Text("This command starts one of its runs alone (report.json lists them all):"),
+        Code(_format_command(cells[0].command)),
+        Table(["variant", "overrides"], overrides, text_columns=2),
     ]
 
 
-def _quality(found, images):
-    says = (
-        f"Right answers in percent (of MME, its points): the mean over seeds ({len(found.study.seeds)}) ± half of "
-        f"Student's {LEVEL:.0%} interval; last, the standard deviation between seeds with its interval."
+def _quality_section(findings, images):
+    text = (
+        f"Correct answers in percent (for MME, its points): the mean over {len(findings.study.seeds)} seeds ± half of "
+        f"Student's {CONFIDENCE:.0%} interval. The last column is the standard deviation between seeds with its "
+        "interval."
     )
-    if BLANK in found.kinds:
-        says += f" **{BLANK}**: the same questions of a gray image, that is, what is guessed unseen."
+    if BLANK in findings.kinds:
+        text += f" **{BLANK}**: the same questions about a gray image, which the model can only guess."
     rows = [
         [
-            _bold(name, found.study),
-            *([str(found.costs.get(name, {}).get("image_tokens", ""))] if found.costs else []),
-            *(_plus_minus(by_kind[kind]) for kind in found.kinds),
-            _between(found.spread[name]),
+            _bold_baseline(name, findings.study),
+            *([str(findings.costs.get(name, {}).get("image_tokens", ""))] if findings.costs else []),
+            *(_format_mean(by_kind[kind]) for kind in findings.kinds),
+            _format_interval(findings.spread[name]),
         ]
-        for name, by_kind in found.quality.items()
+        for name, by_kind in findings.quality.items()
     ]
-    header = ["", *(["image tokens"] if found.costs else []), *found.kinds, "deviation"]
-    return [Heading("Quality"), Text(says), Table(header, rows), *_shown_of(images, "quality", "kinds")]
+    header = ["", *(["image tokens"] if findings.costs else []), *findings.kinds, "deviation"]
+    return [Heading("Quality"), Text(text), Table(header, rows), *_existing(images, "quality", "kinds")]
 
 
-def _heights(found, images):
-    says = (
-        "Right answers in percent to questions on printed text, by the height of its capitals in pixels: the mean over "
-        f"seeds ± half of Student's {LEVEL:.0%} interval."
+def _heights_section(findings, images):
+    text = (
+        "Correct answers in percent to questions about printed text, by the height of its capitals in pixels: the mean "
+        f"over seeds ± half of Student's {CONFIDENCE:.0%} interval."
     )
-    heights = list(next(iter(found.heights.values())))
+    heights = list(next(iter(findings.heights.values())))
     rows = [
-        [_bold(name, found.study), *(_plus_minus(by_height[height]) for height in heights)]
-        for name, by_height in found.heights.items()
+        [_bold_baseline(name, findings.study), *(_format_mean(by_height[height]) for height in heights)]
+        for name, by_height in findings.heights.items()
     ]
     table = Table(["", *(f"{height} px" for height in heights)], rows)
-    return [Heading("By height of print"), Text(says), table, *_shown_of(images, "heights")]
+    return [Heading("By height of print"), Text(text), table, *_existing(images, "heights")]
 
 
-def _differences(found, images):
-    study = found.study
-    says = (
-        f"In points of the table above, paired by seed and question, with the {LEVEL:.0%} interval by a bootstrap over "
-        f"both. {_EQUAL}: two one-sided tests find the difference smaller than {_margin(study.margin)} over all "
-        f"questions, or {study.kind_margin:g} in one kind. {_NOISE}: inconclusive, since the interval "
-        "holds zero and reaches beyond the margin. Of twenty intervals one misses by chance."
+def _differences_section(findings, images):
+    study = findings.study
+    text = (
+        f"Differences in points of the table above, paired by seed and question, with the {CONFIDENCE:.0%} interval of "
+        f"a bootstrap over both. {_EQUAL}: two one-sided tests find the difference smaller than "
+        f"{_format_margin(study.margin)} over all questions, or {_format_margin(study.kind_margin)} for one kind. "
+        f"{_INCONCLUSIVE}: inconclusive, because the interval contains zero and extends beyond the margin. One "
+        "interval in twenty misses the true difference by chance."
     )
     rows = [
-        [name, *(_difference(by_kind[kind], found.margin(kind)) for kind in found.kinds)]
-        for name, by_kind in found.differences.items()
+        [name, *(_format_difference(by_kind[kind], findings.margin(kind)) for kind in findings.kinds)]
+        for name, by_kind in findings.differences.items()
     ]
     heading = Heading(f"Differences from {study.baseline}")
-    return [heading, Text(says), Table(["", *found.kinds], rows), *_shown_of(images, "differences")]
+    return [heading, Text(text), Table(["", *findings.kinds], rows), *_existing(images, "differences")]
 
 
-def _power(found):
-    """What differences could have been found, and with how many seeds."""
-    if len(found.study.seeds) < 2:
+def _power_section(findings):
+    """Makes the section about detectable differences."""
+    if len(findings.study.seeds) < 2:
         return []
-    kinds = [kind for kind in found.kinds if kind != BLANK]
-    says = (
-        f"The true difference that this study finds with a probability of {POWER:.0%}, in points, for the variants "
-        "whose difference from the baseline is measured best, in the middle and worst. Below, the same over all "
-        "questions if there were other numbers of seeds."
+    kinds = [kind for kind in findings.kinds if kind != BLANK]
+    text = (
+        f"The true difference in points that this study detects with a probability of {POWER:.0%}. It differs between "
+        "variants; the columns give the smallest, median and largest. The second table gives it over all questions for "
+        "other numbers of seeds."
     )
-    rows = [_three(kind, [by_kind[kind].detectable() for by_kind in found.differences.values()]) for kind in kinds]
-    first = [by_kind[kinds[0]] for by_kind in found.differences.values()]
-    more = [_three(f"{seeds} seeds", [one.detectable(seeds) for one in first]) for seeds in _MORE_SEEDS]
+    rows = [
+        _format_range(kind, [by_kind[kind].detectable() for by_kind in findings.differences.values()]) for kind in kinds
+    ]
+    first = [by_kind[kinds[0]] for by_kind in findings.differences.values()]
+    other_rows = [
+        _format_range(f"{seeds} seeds", [result.detectable(seeds) for result in first]) for seeds in _OTHER_SEED_COUNTS
+    ]
     return [
-        Heading("What it could find"),
-        Text(says),
-        Table(["", "best", "median", "worst"], rows),
-        Table([kinds[0], "best", "median", "worst"], more),
+        Heading("Detectable differences"),
+        Text(text),
+        Table(["", "smallest", "median", "largest"], rows),
+        Table([kinds[0], "smallest", "median", "largest"], other_rows),
     ]
 
 
-def _three(name, values):
+def _format_range(name, values):
     return [name, *(f"{value:.1f}" for value in (min(values), np.median(values), max(values)))]
 
 
-def _margin(points):
+def _format_margin(points):
     return f"{points:g} point{'s' * (points != 1)}"
 
 
-def _cost(found, images):
-    first = next(iter(found.costs.values()))
-    says = (
-        f"Measured one after the other on one share of the machine ({first['device']}): the median of 20 steps of "
-        f"the last stage; and of ten times from {first['first_token_rows']} questions, their images in memory, to "
-        "the first tokens of all answers. FLOPs are counted by shapes (runtime/cost.py). Memory is what a step holds, "
-        "as the compiler laid it out or an accelerator counted it. What is only asked in another way has no step."
+def _cost_section(findings, images):
+    first = next(iter(findings.costs.values()))
+    text = (
+        f"Variants are measured one after another on one slot of the machine ({first['device']}). Step times are the "
+        f"median of 20 steps of the last stage. First-token times are the median of ten runs from "
+        f"{first['first_token_rows']} questions, with their images in memory, to the first tokens of all answers. "
+        "FLOPs are computed from shapes (runtime/cost.py). Memory is that of a training step, as the compiler planned "
+        "it or an accelerator reported it. Variants that do not train have no step."
     )
     rows = [
         [
-            _bold(name, found.study),
-            *(shown.format(cost[key]) if key in cost else "" for key, (_, shown) in _COSTS.items()),
+            _bold_baseline(name, findings.study),
+            *(template.format(cost[key]) if key in cost else "" for key, (_, template) in _COSTS.items()),
         ]
-        for name, cost in found.costs.items()
+        for name, cost in findings.costs.items()
     ]
     header = ["", *(title for title, _ in _COSTS.values())]
-    return [Heading("Cost"), Text(says), Table(header, rows), *_shown_of(images, "cost")]
+    return [Heading("Cost"), Text(text), Table(header, rows), *_existing(images, "cost")]
 
 
-def _shown_of(images, *names):
+def _existing(images, *names):
     return [images[name] for name in names if name in images]
 
 
 _COSTS = {
     "image_tokens": ("image tokens", "{}"),
-    "fusion_parameters": ("fusion's parameters", "{:,}"),
-    "step_gflops": ("GFLOP a step", "{:.2f}"),
+    "fusion_parameters": ("fusion parameters", "{:,}"),
+    "step_gflops": ("GFLOP per step", "{:.2f}"),
     "step_ms": ("ms per step", "{:.0f}"),
-    "step_mib": ("MiB a step", "{:.0f}"),
-    "prefill_gflops": ("GFLOP a prompt", "{:.3f}"),
+    "step_mib": ("MiB per step", "{:.0f}"),
+    "prefill_gflops": ("GFLOP per prompt", "{:.3f}"),
     "first_token_ms": ("ms to first tokens", "{:.0f}"),
 }
 
 
-def verdicts(found: Findings) -> list[str]:
-    """A sentence for each difference from the baseline, over all questions."""
-    said, baseline, margin = [], found.study.baseline, found.study.margin
-    for name, by_kind in found.differences.items():
-        one = next(iter(by_kind.values()))
-        if math.isnan(one.low):
-            said.append(f"{name} against {baseline}: one seed and one figure tell nothing of noise.")
-        elif not one.noise:
-            small = f", by less than {_margin(margin)}" if one.within(margin) else ""
-            said.append(f"{name} is {'better' if one.value > 0 else 'worse'} than {baseline}{small}: {_points(one)}.")
-        elif one.within(margin):
-            said.append(f"{name} and {baseline} are **equal within {_margin(margin)}**: {_points(one)}.")
+def format_verdicts(findings: Findings) -> list[str]:
+    """Returns one sentence for each variant's difference from the baseline over all questions, and for each control."""
+    verdicts, baseline, margin = [], findings.study.baseline, findings.study.margin
+    for name, by_kind in findings.differences.items():
+        result = next(iter(by_kind.values()))
+        points = _format_points(result)
+        if math.isnan(result.low):
+            verdicts.append(f"{name} vs. {baseline}: one seed and one value are too few to estimate the noise.")
+        elif not result.within_noise:
+            small = f", by less than {_format_margin(margin)}" if result.within_margin(margin) else ""
+            verdicts.append(f"{name} is {'better' if result.value > 0 else 'worse'} than {baseline}{small}: {points}.")
+        elif result.within_margin(margin):
+            verdicts.append(f"{name} and {baseline} are **equal within {_format_margin(margin)}**: {points}.")
         else:
-            said.append(f"{name} against {baseline}: {_points(one)}, **within noise**.")
-    return said + _controls(found)
+            verdicts.append(f"{name} vs. {baseline}: {points}, **within noise**.")
+    return verdicts + _format_controls(findings)
 
 
-def _controls(found):
-    """Whether variants that differ in name alone differ significantly."""
-    said = []
-    for variant in found.study.variants:
-        if variant.repeats and {variant.name, variant.repeats} <= found.scores.keys():
-            kinds = found.kinds
-            pairs = [(found.scores[variant.name][kind], found.scores[variant.repeats][kind]) for kind in kinds]
-            differing = [kind for kind, pair in zip(kinds, pairs, strict=True) if not difference(*pair).noise]
+def _format_controls(findings):
+    """Returns a sentence for each repeated variant: whether its differences from the original are significant."""
+    sentences = []
+    for variant in findings.study.variants:
+        if variant.repeats and {variant.name, variant.repeats} <= findings.scores.keys():
+            scores, originals = findings.scores[variant.name], findings.scores[variant.repeats]
+            differing = [kind for kind in findings.kinds if not difference(scores[kind], originals[kind]).within_noise]
             result = f"by chance they differ in {', '.join(differing)}" if differing else "no difference is significant"
-            said.append(f"Control: {variant.name} is {variant.repeats} from other seeds; {result}.")
-    return said
+            sentences.append(f"Control: {variant.name} is {variant.repeats} with other seeds; {result}.")
+    return sentences
 
 
-def _made(study, cells):
-    seconds = [_seconds(cell) for cell in cells if cell.needs is None]
+def _describe_runs(study, cells):
+    seconds = [_read_seconds(cell) for cell in cells if cell.source_run is None]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
     return (
         f"Seeds {', '.join(map(str, study.seeds))}; {len(seconds)} training runs, whose steps took "
-        f"{format_duration(sum(seconds))} together and {format_duration(max(seconds, default=0))} at most. The report was made on "
-        f"{_machine()}, Python {platform.python_version()}, {versions}."
+        f"{format_duration(sum(seconds))} in total and at most {format_duration(max(seconds, default=0))} per run. The "
+        f"report was made on {_describe_machine()}, Python {platform.python_version()}, {versions}."
     )
 
 
-def _machine():
+def _describe_machine():
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         model = platform.machine()
-    return f"{os.cpu_count()} processors ({model})"
+    return f"{os.cpu_count()} CPUs ({model})"
 
 
-def _seconds(cell):
-    """That a run's steps took, over all its stages."""
+def _read_seconds(cell):
+    """Returns the seconds that a run's steps took, over all its stages."""
     lines = [file.read_bytes().splitlines()[-1] for file in cell.folder.glob("**/metrics.jsonl")]
     return sum(parse_json(line)["seconds"] for line in lines)
 
 
-def _differs(study, variant):
-    if variant.of:
-        return f"runs of {variant.of}, asked with `{' '.join(variant.asked)}`"
-    others = [set(other.overrides) for other in study.variants if not other.of]
-    common = set.intersection(*others)
-    return (
-        ", ".join(f"`{override}`" for override in variant.overrides if override not in common) or "what is said above"
-    )
+def _describe_variant(study, variant):
+    if variant.source:
+        return f"runs of {variant.source}, evaluated with `{' '.join(variant.eval_options)}`"
+    trained = [set(other.overrides) for other in study.variants if not other.source]
+    common = set.intersection(*trained)
+    return ", ".join(f"`{override}`" for override in variant.overrides if override not in common) or "only common ones"
 
 
-def _shown(command):
+def _format_command(command):
     return shlex.join(["python", *command[1:]])
 
 
-def _figures(found, cells):
-    def plain(estimate):
+def _make_json(findings, cells):
+    def to_json(estimate):
         return {key: None if math.isnan(x) else x for key, x in dataclasses.asdict(estimate).items()}
 
-    def compared(one, margin):
-        detectable = one.detectable()
-        return plain(one) | {
-            "within_noise": one.noise,
-            "within_margin": one.within(margin),
+    def difference_to_json(result, margin):
+        detectable = result.detectable()
+        return to_json(result) | {
+            "within_noise": result.within_noise,
+            "within_margin": result.within_margin(margin),
             "detectable": None if math.isnan(detectable) else detectable,
         }
 
-    def nested(by_variant):
-        return {name: {kind: plain(one) for kind, one in kinds.items()} for name, kinds in by_variant.items()}
+    def nested_to_json(by_variant):
+        return {name: {key: to_json(one) for key, one in by_key.items()} for name, by_key in by_variant.items()}
 
     return {
-        "title": found.study.title,
-        "baseline": found.study.baseline,
-        "seeds": list(found.study.seeds),
-        "margin": found.study.margin,
-        "kind_margin": found.study.kind_margin,
-        "quality": nested(found.quality),
-        "heights": nested(found.heights),
-        "by_seed": {name: {k: x.mean(1).tolist() for k, x in kinds.items()} for name, kinds in found.scores.items()},
-        "deviation": {name: plain(one) for name, one in found.spread.items()},
+        "title": findings.study.title,
+        "baseline": findings.study.baseline,
+        "seeds": list(findings.study.seeds),
+        "margin": findings.study.margin,
+        "kind_margin": findings.study.kind_margin,
+        "quality": nested_to_json(findings.quality),
+        "heights": nested_to_json(findings.heights),
+        "by_seed": {
+            name: {kind: x.mean(1).tolist() for kind, x in by_kind.items()} for name, by_kind in findings.scores.items()
+        },
+        "deviation": {name: to_json(estimate) for name, estimate in findings.spread.items()},
         "differences": {
-            name: {kind: compared(one, found.margin(kind)) for kind, one in kinds.items()}
-            for name, kinds in found.differences.items()
+            name: {kind: difference_to_json(result, findings.margin(kind)) for kind, result in by_kind.items()}
+            for name, by_kind in findings.differences.items()
         },
         "height_differences": {
-            name: {height: compared(one, found.study.kind_margin) for height, one in heights.items()}
-            for name, heights in found.height_differences.items()
+            name: {
+                height: difference_to_json(result, findings.study.kind_margin) for height, result in by_height.items()
+            }
+            for name, by_height in findings.height_differences.items()
         },
-        "cost": found.costs,
-        "commands": {cell.name: _shown(cell.command) for cell in cells},
+        "cost": findings.costs,
+        "commands": {cell.name: _format_command(cell.command) for cell in cells},
     }
 
 
-def _bold(name, study):
+def _bold_baseline(name, study):
     return f"**{name}**" if name == study.baseline else name
 
 
-def _plus_minus(one):
-    half = "" if math.isnan(one.low) else f" ± {one.high - one.value:.1f}"
-    return f"{one.value:.1f}{half}"
+def _format_mean(estimate):
+    half_width = "" if math.isnan(estimate.low) else f" ± {estimate.high - estimate.value:.1f}"
+    return f"{estimate.value:.1f}{half_width}"
 
 
-def _between(one):
-    return "" if math.isnan(one.value) else f"{one.value:.1f} ({one.low:.1f} to {one.high:.1f})"
+def _format_interval(estimate):
+    if math.isnan(estimate.value):
+        return ""
+    return f"{estimate.value:.1f} ({estimate.low:.1f} to {estimate.high:.1f})"
 
 
-def _difference(one, margin):
-    if math.isnan(one.low):
-        return f"{one.value:+.1f}"
-    mark = _EQUAL if one.within(margin) else _NOISE if one.noise else ""
-    return f"{one.value:+.1f} ({one.low:+.1f} to {one.high:+.1f}){mark}"
+def _format_difference(result, margin):
+    if math.isnan(result.low):
+        return f"{result.value:+.1f}"
+    mark = _EQUAL if result.within_margin(margin) else _INCONCLUSIVE if result.within_noise else ""
+    return f"{result.value:+.1f} ({result.low:+.1f} to {result.high:+.1f}){mark}"
 
 
-def _points(one: Estimate) -> str:
-    return f"{one.value:+.1f} points ({one.low:+.1f} to {one.high:+.1f})"
+def _format_points(estimate: Estimate) -> str:
+    return f"{estimate.value:+.1f} points ({estimate.low:+.1f} to {estimate.high:+.1f})"

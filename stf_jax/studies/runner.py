@@ -1,4 +1,4 @@
-"""Runs a study's cells, several at once where there are devices for it. What is done is not done again."""
+"""Runs a study's unfinished cells, several at once if the machine has the devices."""
 
 import concurrent.futures
 import dataclasses
@@ -18,13 +18,13 @@ from stf_jax.config import TryAgain, UserError
 from stf_jax.evals.runner import RESULTS, flatten_metrics, format_metric
 from stf_jax.runtime.files import make_folder, read_json, write_json
 from stf_jax.runtime.table import format_duration
-from stf_jax.studies.study import ASKED, Cell
+from stf_jax.studies.study import EVAL_OPTIONS_FILE, Cell
 
-LOG = "log.txt"  # of each cell
-_TRIES = 3  # of a cell whose machine is to blame
-_HOST_MEMORY = 2 * 2**30  # bytes that a run of the miniatures takes, and room
-# Few heaps, of huge pages: by default each step of a CPU gives its buffers back and is given new ones, which takes a
-# third of its time.
+LOG = "log.txt"  # in each cell's folder
+_MAX_TRIES = 3  # for a cell that fails for a transient reason
+_RUN_MEMORY = 2 * 2**30  # bytes of host memory for a run of the miniatures, with a reserve
+# Few heaps with huge pages: by default, each step on a CPU returns its buffers to the system and allocates new ones,
+# which takes a third of its time.
 _MALLOC = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_ARENA_MAX": "2",
@@ -35,113 +35,117 @@ _MALLOC = {
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A share of this machine for one cell at a time."""
+    """A share of this machine, which runs one cell at a time."""
 
-    processors: frozenset[int]
+    cpus: frozenset[int]
     environment: dict[str, str]
 
 
-def slots(jobs: int) -> list[Slot]:
-    """Shares for so many cells at once; for 0, one a GPU, or one a processor as far as memory goes; all of a TPU.
+def make_slots(jobs: int) -> list[Slot]:
+    """Divides the machine into ``jobs`` slots.
+
+    If ``jobs`` is 0, there is one slot per GPU, one for all TPU chips, or one per CPU as memory permits.
 
     Raises:
-      UserError: more than there are GPUs or processors.
+      UserError: ``jobs`` exceeds the number of GPUs or CPUs.
     """
-    processors = sorted(os.sched_getaffinity(0))
+    cpus = sorted(os.sched_getaffinity(0))
     gpus = sorted(path.name.removeprefix("nvidia") for path in pathlib.Path("/dev").glob("nvidia[0-9]*"))
     gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(gpus)).split(",") if gpu]
     tpu = any(pathlib.Path("/dev").glob("accel[0-9]*"))
     if gpus:
-        most = len(gpus)
+        default = len(gpus)
     elif tpu:
-        most = 1
+        default = 1
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        most = min(len(processors), max(1, memory // _HOST_MEMORY))
-    jobs = jobs or most
-    if jobs > (1 if tpu else len(gpus or processors)):
-        raise UserError(f"--jobs={jobs} is more than this machine has devices for; leave it out.")
-    shares = [frozenset(processors[i::jobs]) for i in range(min(jobs, len(processors)))]
+        default = min(len(cpus), max(1, memory // _RUN_MEMORY))
+    jobs = jobs or default
+    if jobs > (1 if tpu else len(gpus or cpus)):
+        raise UserError(f"--jobs={jobs} exceeds the number of devices of this machine; omit it.")
+    shares = [frozenset(cpus[i::jobs]) for i in range(min(jobs, len(cpus)))]
     environments = [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i::jobs])} if gpus else dict(_MALLOC) for i in range(jobs)]
     return [Slot(shares[i % len(shares)], environment) for i, environment in enumerate(environments)]
 
 
-def run(cells: Sequence[Cell], shares: Sequence[Slot], cache: pathlib.Path) -> dict[Cell, str]:
-    """Runs the cells that are not done, those first that others ask; a line for each that ends.
+def run_cells(cells: Sequence[Cell], slots: Sequence[Slot], cache: pathlib.Path) -> dict[Cell, str]:
+    """Runs the unfinished cells, training first and evaluations after, and prints a line for each.
 
     Args:
-      cache: folder of compiled programs, so that runs which differ in their seeds alone compile once.
+      cache: the folder of compiled programs, so that runs which differ only in their seeds compile once.
 
     Returns:
-      For each cell that failed, why. The others are run all the same.
+      The reason of failure for each failed cell. A failure does not stop the other cells.
 
     Raises:
-      UserError: a cell's folder holds another run.
+      UserError: a cell's folder contains another run.
     """
-    wanted = [cell for cell in cells if not cell.done]
-    print(f"{len(cells)} runs, {len(cells) - len(wanted)} of them done before")
-    if not wanted:
+    unfinished = [cell for cell in cells if not cell.done]
+    print(f"{len(cells)} runs, {len(cells) - len(unfinished)} already done")
+    if not unfinished:
         return {}
-    free: queue.Queue[Slot] = queue.Queue()
-    for slot in shares:
-        free.put(slot)
-    work = _Work(free, cache)
+    free_slots: queue.Queue[Slot] = queue.Queue()
+    for slot in slots:
+        free_slots.put(slot)
+    processes = _CellProcesses(free_slots, cache)
     failed = {}
-    begun = time.monotonic()
-    for group in ([c for c in wanted if c.needs is None], [c for c in wanted if c.needs is not None]):
-        with concurrent.futures.ThreadPoolExecutor(len(shares)) as pool:
+    start = time.monotonic()
+    training = [cell for cell in unfinished if cell.source_run is None]
+    evaluations = [cell for cell in unfinished if cell.source_run is not None]
+    for group in (training, evaluations):
+        with concurrent.futures.ThreadPoolExecutor(len(slots)) as pool:
             bar = tqdm.tqdm(total=len(group), unit="run", disable=not group, mininterval=0.5)
             try:
-                running = {pool.submit(work.do, cell): cell for cell in group}
-                for done in concurrent.futures.as_completed(running):
-                    cell, why = running[done], done.result()
+                futures = {pool.submit(processes.run, cell): cell for cell in group}
+                for future in concurrent.futures.as_completed(futures):
+                    cell, error = futures[future], future.result()
                     bar.update()
-                    if why:
-                        failed[cell] = why
-                    bar.write(f"{cell.name}: {why or _said(cell)}")
+                    if error:
+                        failed[cell] = error
+                    bar.write(f"{cell.name}: {error or _format_summary(cell)}")
             except BaseException:
-                work.end()
+                processes.terminate()
                 pool.shutdown(cancel_futures=True)
                 raise
             finally:
                 bar.close()
-    print(f"{len(wanted)} runs took {format_duration(time.monotonic() - begun)}")
+    print(f"{len(unfinished)} runs took {format_duration(time.monotonic() - start)}")
     return failed
 
 
-class _Work:
-    """Runs cells in processes of their own."""
+class _CellProcesses:
+    """Runs cells in child processes."""
 
-    def __init__(self, free, cache):
-        self._free, self._cache = free, cache
-        self._children, self._lock, self._ended = set(), threading.Lock(), False
+    def __init__(self, free_slots, cache):
+        self._free_slots, self._cache = free_slots, cache
+        self._children, self._lock, self._terminated = set(), threading.Lock(), False
 
-    def do(self, cell):
-        """What went wrong, or nothing."""
-        slot = self._free.get()
+    def run(self, cell):
+        """Runs a cell, waits for it, and returns an error message, or an empty string."""
+        slot = self._free_slots.get()
         try:
             make_folder(epath.Path(cell.folder))
-            if cell.needs is not None:
-                if not (cell.needs / RESULTS).exists():
-                    return f"{cell.needs} is not there to be asked"
-                write_json(epath.Path(cell.folder / ASKED), list(cell.variant.asked))
-            for _ in range(_TRIES):
-                status = self._start(cell, slot)
+            if cell.source_run is not None:
+                if not (cell.source_run / RESULTS).exists():
+                    return f"{cell.source_run}, which it evaluates, has no results"
+                write_json(epath.Path(cell.folder / EVAL_OPTIONS_FILE), list(cell.variant.eval_options))
+            for _ in range(_MAX_TRIES):
+                status = self._run_process(cell, slot)
                 if status != TryAgain.status:
                     break
             if status == 0:
                 return ""
-            last = (cell.folder / LOG).read_text(errors="replace").strip().splitlines()[-1:]
-            return f"ended with status {status} ({cell.folder / LOG}): {''.join(last)}"
+            last_line = (cell.folder / LOG).read_text(errors="replace").strip().splitlines()[-1:]
+            return f"ended with status {status} ({cell.folder / LOG}): {''.join(last_line)}"
         finally:
-            self._free.put(slot)
+            self._free_slots.put(slot)
 
-    def _start(self, cell, slot):
-        # This thread's, which the child inherits before its libraries count processors.
-        os.sched_setaffinity(0, slot.processors)
+    def _run_process(self, cell, slot):
+        # Sets this thread's affinity. The child inherits it before its libraries count CPUs.
+        os.sched_setaffinity(0, slot.cpus)
         environment = {"JAX_COMPILATION_CACHE_DIR": str(self._cache), **os.environ, **slot.environment}
         with (cell.folder / LOG).open("ab") as log, self._lock:
-            if self._ended:
+            if self._terminated:
                 return -signal.SIGTERM
             child = subprocess.Popen(cell.command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
             self._children.add(child)
@@ -150,19 +154,17 @@ class _Work:
             self._children.discard(child)
         return status
 
-    def end(self):
-        """Lets the runs save and end."""
+    def terminate(self):
+        """Sends SIGTERM to the runs, so that they save and exit, and starts no more."""
         with self._lock:
-            self._ended = True
+            self._terminated = True
             for child in self._children:
                 child.terminate()
 
 
-def _said(cell):
-    """The first metrics of a cell."""
-    found = read_json(epath.Path(cell.folder / RESULTS))
-    first = found[0] if isinstance(found, list) else found
-    shown = [
-        f"{name} {format_metric(name, value)}" for name, value in flatten_metrics(first).items() if name.count("/") == 1
-    ]
-    return ", ".join(shown[:2])
+def _format_summary(cell):
+    """Formats the first metrics of a cell."""
+    results = read_json(epath.Path(cell.folder / RESULTS))
+    first = results[0] if isinstance(results, list) else results
+    metrics = [(name, value) for name, value in flatten_metrics(first).items() if name.count("/") == 1]
+    return ", ".join(f"{name} {format_metric(name, value)}" for name, value in metrics[:2])

@@ -1,4 +1,4 @@
-"""What a few seeds and some thousand questions can tell, and what they cannot.
+"""Statistics for comparing models over a few seeds and many questions.
 
 Axis letters: S seeds, Q questions.
 """
@@ -9,15 +9,15 @@ import math
 import numpy as np
 import scipy.stats
 
-LEVEL = 0.95  # of every interval
-POWER = 0.8  # with which a difference of the detectable size is found
+CONFIDENCE = 0.95  # of every interval
+POWER = 0.8  # the probability of finding a difference of the detectable size
 _RESAMPLES = 10_000
-_AT_ONCE = 500  # resamples held in memory
+_CHUNK = 500  # resamples in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A figure with its interval; the ends are nan where nothing can be said."""
+    """A value with its interval; the bounds are NaN if there are too few values for one."""
 
     value: float
     low: float
@@ -29,97 +29,99 @@ class Difference(Estimate):
     """A difference of means, with its standard error.
 
     Attributes:
-      error: the standard error; nan where nothing can be said.
-      of_seeds: the part of it that seeds make.
+      error: the standard error; NaN if there are too few values for one.
+      seed_error: the part of the standard error due to seeds.
       seeds: S.
     """
 
     error: float
-    of_seeds: float
+    seed_error: float
     seeds: int
 
     @property
-    def noise(self) -> bool:
-        """Whether the difference may be zero: its interval holds 0."""
+    def within_noise(self) -> bool:
+        """Whether the interval contains zero."""
         return not (self.low > 0 or self.high < 0)
 
-    def within(self, margin: float) -> bool:
-        """Whether two one-sided tests, at 5 % each, find the difference smaller than ``margin`` in either direction.
+    def within_margin(self, margin: float) -> bool:
+        """Returns whether two one-sided tests, at 5% each, find the difference smaller than ``margin`` in magnitude.
 
-        That is when the 90 % interval lies inside ±``margin`` (Schuirmann, J. Pharmacokinet. Biopharm. 15:657, 1987).
+        Equivalently, the 90% interval lies inside ±``margin`` (Schuirmann, J. Pharmacokinet. Biopharm. 15:657, 1987).
         """
         if math.isnan(self.error):
             return False
-        reach = self.error * float(scipy.stats.t.ppf(LEVEL, _freedom(self.error, self.of_seeds, self.seeds)))
-        return abs(self.value) + reach < margin
+        degrees = _degrees_of_freedom(self.error, self.seed_error, self.seeds)
+        half_width = self.error * float(scipy.stats.t.ppf(CONFIDENCE, degrees))
+        return abs(self.value) + half_width < margin
 
     def detectable(self, seeds: int | None = None) -> float:
-        """The true difference that a study like this one finds with probability :data:`POWER`, of so many seeds.
+        """Returns the true difference that a study like this one, with ``seeds`` seeds, finds with :data:`POWER`.
 
-        More seeds reduce the part of the error that seeds make, and leave what the questions make. It is nan where
-        nothing is known of how seeds differ.
+        More seeds reduce the part of the error due to seeds, but not the part due to questions. The result is NaN if
+        there is only one seed.
         """
         seeds = seeds or self.seeds
         if math.isnan(self.error) or self.seeds < 2 or seeds < 2:
             return math.nan
-        of_seeds = self.of_seeds * math.sqrt(self.seeds / seeds)
-        error = math.sqrt(max(self.error**2 - self.of_seeds**2, 0) + of_seeds**2)
-        freedom = _freedom(error, of_seeds, seeds)
-        return error * float(sum(scipy.stats.t.ppf([(1 + LEVEL) / 2, POWER], freedom)))
+        seed_error = self.seed_error * math.sqrt(self.seeds / seeds)
+        error = math.sqrt(max(self.error**2 - self.seed_error**2, 0) + seed_error**2)
+        degrees = _degrees_of_freedom(error, seed_error, seeds)
+        return error * float(sum(scipy.stats.t.ppf([(1 + CONFIDENCE) / 2, POWER], degrees)))
 
 
 def mean(values: np.ndarray) -> Estimate:
-    """The mean over seeds, float [S], with Student's interval: where another seed's mean is expected.
+    """Computes the mean over seeds, float [S], with Student's t interval.
 
-    It is of the variance between seeds; the questions are the same for all, and taken as they are.
+    The interval reflects the variance between seeds only; the questions, which are the same for all, count as fixed.
     """
     count, value = len(values), float(np.mean(values))
     if count < 2:
         return Estimate(value, math.nan, math.nan)
-    reach = scipy.stats.t.ppf((1 + LEVEL) / 2, count - 1) * np.std(values, ddof=1) / math.sqrt(count)
-    return Estimate(value, value - reach, value + reach)
+    half_width = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * np.std(values, ddof=1) / math.sqrt(count)
+    return Estimate(value, value - half_width, value + half_width)
 
 
 def deviation(values: np.ndarray) -> Estimate:
-    """The standard deviation between seeds, float [S], with the interval of a normal sample's (chi squared)."""
+    """Computes the standard deviation between seeds, float [S], with the chi-squared interval of a normal sample."""
     count = len(values)
     if count < 2:
         return Estimate(math.nan, math.nan, math.nan)
     value = float(np.std(values, ddof=1))
-    low, high = scipy.stats.chi2.ppf([(1 + LEVEL) / 2, (1 - LEVEL) / 2], count - 1)
+    low, high = scipy.stats.chi2.ppf([(1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2], count - 1)
     return Estimate(value, value * math.sqrt((count - 1) / low), value * math.sqrt((count - 1) / high))
 
 
 def difference(scores: np.ndarray, others: np.ndarray) -> Difference:
-    """Mean of ``scores − others``, float [S, Q], paired by seed and by question, with a bootstrap interval.
+    """Computes the mean of ``scores − others``, float [S, Q], paired by seed and question, with a bootstrap interval.
 
-    Seeds and questions are resampled independently, for either might have been others (Owen's pigeonhole bootstrap,
-    arXiv 0712.1111, whose intervals err on the wide side). Of S seeds S − 1 are drawn, without which the variance of so
-    few would be underestimated (Rao and Wu, JASA 83:401, 1988); of one seed, the questions alone.
+    Seeds and questions are resampled independently, because both are samples (Owen's pigeonhole bootstrap, arXiv
+    0712.1111, whose intervals tend to be too wide). Each resample draws S − 1 of S seeds; drawing S would underestimate
+    the variance for few seeds (Rao and Wu, JASA 83:401, 1988). With one seed, only questions are resampled.
 
-    The interval is Student's about the bootstrap's standard error, since a percentile interval of a mean of few seeds
-    misses too often (of three, one time in four). Its degrees of freedom are Satterthwaite's: S − 1 where seeds make
-    all the variance, and more as questions, of which there are many, make some.
+    The interval is Student's, with the bootstrap's standard error: a percentile interval for the mean of few seeds
+    misses too often (one time in four with three seeds). The degrees of freedom are Satterthwaite's: S − 1 if all
+    variance is due to seeds, and more if some is due to the many questions.
     """
     paired = np.asarray(scores, np.float64) - others
     seeds, questions = paired.shape
     rng = np.random.default_rng(0)
-    drawn = []
-    for _ in range(_RESAMPLES // _AT_ONCE):
-        taken = rng.multinomial(max(1, seeds - 1), np.full(seeds, 1 / seeds), _AT_ONCE)
-        asked = rng.multinomial(questions, np.full(questions, 1 / questions), _AT_ONCE)
-        drawn.append(((taken @ paired) * asked).sum(1) / (max(1, seeds - 1) * questions))
+    means = []
+    for _ in range(_RESAMPLES // _CHUNK):
+        seed_counts = rng.multinomial(max(1, seeds - 1), np.full(seeds, 1 / seeds), _CHUNK)
+        question_counts = rng.multinomial(questions, np.full(questions, 1 / questions), _CHUNK)
+        means.append(((seed_counts @ paired) * question_counts).sum(1) / (max(1, seeds - 1) * questions))
     value = float(paired.mean())
     if seeds == questions == 1:
         return Difference(value, math.nan, math.nan, math.nan, math.nan, seeds)
-    error = float(np.std(np.concatenate(drawn)))
-    of_seeds = float(np.std(paired.mean(1), ddof=1)) / math.sqrt(seeds) if seeds > 1 else 0.0
-    reach = float(scipy.stats.t.ppf((1 + LEVEL) / 2, _freedom(error, of_seeds, seeds))) * error
-    return Difference(value, value - reach, value + reach, error, of_seeds, seeds)
+    error = float(np.std(np.concatenate(means)))
+    seed_error = float(np.std(paired.mean(1), ddof=1)) / math.sqrt(seeds) if seeds > 1 else 0.0
+    degrees = _degrees_of_freedom(error, seed_error, seeds)
+    half_width = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
+    return Difference(value, value - half_width, value + half_width, error, seed_error, seeds)
 
 
-def _freedom(error, of_seeds, seeds):
-    """Satterthwaite's degrees of freedom of a standard error, part of which is that of so many seeds."""
-    if seeds < 2 or not of_seeds:
+def _degrees_of_freedom(error, seed_error, seeds):
+    """Returns Satterthwaite's degrees of freedom of a standard error, whose part ``seed_error`` is due to seeds."""
+    if seeds < 2 or not seed_error:
         return math.inf
-    return (seeds - 1) * max(1.0, (error / of_seeds) ** 4)
+    return (seeds - 1) * max(1.0, (error / seed_error) ** 4)

@@ -1,4 +1,4 @@
-"""Scores are read from what runs leave as it says."""
+"""Outcomes: scores read from the files of runs."""
 
 import dataclasses
 import json
@@ -12,21 +12,21 @@ from stf_jax.data.scenes import KINDS
 from stf_jax.data.world import LARGE
 from stf_jax.evals.scenes import Scenes
 from stf_jax.studies.outcomes import KINDS as ALL_KINDS
-from stf_jax.studies.outcomes import by_variant, outcome
-from stf_jax.studies.study import cells
+from stf_jax.studies.outcomes import read_outcome, read_outcomes
+from stf_jax.studies.study import make_cells
 
 
 @pytest.fixture
 def cell(tmp_path):
-    """One that has nothing yet."""
-    return cells(make_study.study(), tmp_path)[0]
+    """A cell without files."""
+    return make_cells(make_study.study(), tmp_path)[0]
 
 
-def test_scenes_are_read_one_by_one(cell):
+def test_single_answers_of_scenes_are_read(cell):
     make_study.put(cell.folder / "results.json", {"benchmark": "scenes"})
-    right = {"count": [True, False, True], "existence": [False, False]}
-    (cell.folder / "answers.jsonl").write_text(make_study.answers(right, [True, False]))
-    scores = outcome(cell).scores
+    correct = {"count": [True, False, True], "existence": [False, False]}
+    (cell.folder / "answers.jsonl").write_text(make_study.answers(correct, [True, False]))
+    scores = read_outcome(cell).scores
     assert list(scores) == ["all", "existence", "count", "blank image"]
     assert scores["count"].tolist() == [100, 0, 100]
     assert scores["existence"].tolist() == [0, 0]
@@ -34,7 +34,7 @@ def test_scenes_are_read_one_by_one(cell):
     assert scores["all"].tolist() == [100, 0, 100, 0, 0]
 
 
-def test_scores_are_what_the_benchmark_says(cell):
+def test_scores_match_the_benchmarks_metrics(cell):
     benchmark = Scenes()
     benchmark.keep_first(60)
     rng = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def test_scores_are_what_the_benchmark_says(cell):
         lines.append(json.dumps({"text": texts[-1], "metadata": question.metadata}) + "\n")
     make_study.put(cell.folder / "results.json", {"benchmark": "scenes"})
     (cell.folder / "answers.jsonl").write_text("".join(lines))
-    metrics, (scores, heights) = benchmark.metrics(texts), dataclasses.astuple(outcome(cell))
+    metrics, (scores, heights) = benchmark.metrics(texts), dataclasses.astuple(read_outcome(cell))
     large = np.concatenate([hits for height, hits in heights.items() if height >= LARGE])
     assert large.mean() / 100 == pytest.approx(metrics["by_print"]["large print"]["accuracy"])
     assert large.size == metrics["by_print"]["large print"]["questions"]
@@ -56,50 +56,50 @@ def test_scores_are_what_the_benchmark_says(cell):
     assert list(means) == [kind for kind in ALL_KINDS if kind in metrics["by_kind"]]
 
 
-def test_prints_give_heights_beside_scenes(cell):
-    """Whichever comes first."""
+def test_prints_give_only_heights_if_evaluated_with_scenes(cell):
+    """In either order."""
     for name, height in (("prints", 5), ("scenes", 22)):
-        about = {"kind": "reading", "shown": "scene", "truth": "FOX", "height": height}
-        lines = [{"text": text, "metadata": about} for text in ("fox", "fix", "fog")]
+        metadata = {"kind": "reading", "shown": "scene", "truth": "FOX", "height": height}
+        lines = [{"text": text, "metadata": metadata} for text in ("fox", "fix", "fog")]
         make_study.put(cell.folder / name / "answers.jsonl", 0)
         text = "".join(json.dumps(line) + "\n" for line in lines[: 2 + (name == "prints")])
         (cell.folder / name / "answers.jsonl").write_text(text)
     for names in (["scenes", "prints"], ["prints", "scenes"]):
         make_study.put(cell.folder / "results.json", [{"benchmark": name} for name in names])
-        found = outcome(cell)
-        assert found.scores["all"].tolist() == [100, 0]
-        assert {height: hits.tolist() for height, hits in found.heights.items()} == {5: [100, 0, 0]}
+        outcome = read_outcome(cell)
+        assert outcome.scores["all"].tolist() == [100, 0]
+        assert {height: hits.tolist() for height, hits in outcome.heights.items()} == {5: [100, 0, 0]}
 
 
-def test_of_other_benchmarks_the_metrics_are_read(cell):
+def test_the_metrics_of_other_benchmarks_are_read(cell):
     pope = {"benchmark": "pope", "metrics": {"f1": 0.8, "random": {"f1": 0.9, "questions": 30}}, "questions": 90}
     make_study.put(cell.folder / "results.json", pope)
-    assert {kind: hits.tolist() for kind, hits in outcome(cell).scores.items()} == {
+    assert {kind: hits.tolist() for kind, hits in read_outcome(cell).scores.items()} == {
         "pope/f1": [80],
         "pope/random/f1": [90],
     }
     mme = {"benchmark": "mme", "metrics": {"perception": 1510.7, "existence": {"score": 190.0, "accuracy": 0.95}}}
     make_study.put(cell.folder / "results.json", [pope, mme])
-    scores = outcome(cell).scores
+    scores = read_outcome(cell).scores
     assert scores["pope/random/f1"].tolist() == [90]
-    assert scores["mme/perception"].tolist() == [1510.7]  # its points, as everyone reports them
+    assert scores["mme/perception"].tolist() == [1510.7]  # points, not percent
     assert (scores["mme/existence/score"].item(), scores["mme/existence/accuracy"].item()) == (190, 95)
 
 
-def test_a_benchmark_without_labels_tells_nothing(cell):
+def test_a_benchmark_without_labels_has_no_outcome(cell):
     make_study.put(cell.folder / "results.json", {"benchmark": "vizwiz", "metrics": {}, "questions": 9})
-    with pytest.raises(UserError, match="no metric: the labels of its benchmarks are not there"):
-        outcome(cell)
+    with pytest.raises(UserError, match="has answers but no metrics, because its benchmarks have no labels"):
+        read_outcome(cell)
 
 
 def test_variants_have_their_seeds_in_order(tmp_path):
-    made = cells(make_study.study(), tmp_path)
-    for number, cell in enumerate(made):
-        make_study.finish(cell, share=number / len(made), questions=10)
-    outcomes = by_variant(made)
+    cells = make_cells(make_study.study(), tmp_path)
+    for number, cell in enumerate(cells):
+        make_study.finish(cell, share=number / len(cells), questions=10)
+    outcomes = read_outcomes(cells)
     assert list(outcomes) == ["mlp", "stf", "fastv"]
     assert outcomes["stf"].scores["all"].shape == (2, 10 * len(KINDS))
-    for cell in made:
+    for cell in cells:
         results = json.loads((cell.folder / "results.json").read_text())
-        seen = outcomes[cell.variant.name].scores["all"][cell.seed].mean() / 100
-        assert seen == pytest.approx(results["metrics"]["accuracy"])
+        accuracy = outcomes[cell.variant.name].scores["all"][cell.seed].mean() / 100
+        assert accuracy == pytest.approx(results["metrics"]["accuracy"])

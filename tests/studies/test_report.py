@@ -1,4 +1,4 @@
-"""A report says what was found, and no more; its page stands alone."""
+"""Reports: their sentences, tables, plots and files, from computed findings."""
 
 import dataclasses
 import html.parser
@@ -15,16 +15,16 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from stf_jax.studies import plots
-from stf_jax.studies.outcomes import Outcome, by_variant
-from stf_jax.studies.page import Code, Heading, Image, Items, Table, Text, markdown, page, plain
-from stf_jax.studies.report import findings, verdicts, write_report
-from stf_jax.studies.study import cells
+from stf_jax.studies.outcomes import Outcome, read_outcomes
+from stf_jax.studies.page import Code, Heading, Image, Items, Table, Text, render_html, render_markdown, strip_markup
+from stf_jax.studies.report import compute_findings, format_verdicts, write_report
+from stf_jax.studies.study import make_cells
 
-PICTURES = ("quality", "kinds", "differences", "cost")
+PLOTS = ("quality", "kinds", "differences", "cost")
 
 
-class Page(html.parser.HTMLParser):
-    """Reads a page: its tags in pairs, what it refers to, and its text."""
+class PageParser(html.parser.HTMLParser):
+    """Parses a page: checks that tags are closed, and collects its references and text."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -45,44 +45,45 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
-def scores(seeds=3, questions=200, **shares):
-    """Of variants with those shares of right answers, by kind."""
-    made = {}
+def make_scores(seeds=3, questions=200, **shares):
+    """Makes scores by kind for variants with these shares of correct answers."""
+    scores = {}
     for name, share in shares.items():
         luck = np.random.default_rng(0).random((seeds, questions))  # the same for all
         hits = 100.0 * (luck < share)
-        made[name] = {"all": hits, "count": hits[:, ::2], "blank image": 100.0 * (luck[:, :50] < 0.3)}
-    return made
+        scores[name] = {"all": hits, "count": hits[:, ::2], "blank image": 100.0 * (luck[:, :50] < 0.3)}
+    return scores
 
 
-def found_of(made, costs=None, **changes):
-    seeds = tuple(range(len(next(iter(next(iter(made.values())).values())))))
-    outcomes = {name: Outcome(by_kind) for name, by_kind in made.items()}
-    return findings(make_study.study(seeds=seeds, **changes), outcomes, costs or {})
+def make_findings(scores, costs=None, **changes):
+    seeds = tuple(range(len(next(iter(next(iter(scores.values())).values())))))
+    outcomes = {name: Outcome(by_kind) for name, by_kind in scores.items()}
+    return compute_findings(make_study.study(seeds=seeds, **changes), outcomes, costs or {})
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A report, one of whose runs failed: its folder, findings and cells."""
+    """A report of a study with a failed run: its folder, findings and finished cells."""
     out = tmp_path_factory.mktemp("report")
     study = make_study.study(variants=(*make_study.VALUES["variants"], ("avg_pool", ("model.fusion.fusion=avg_pool",))))
-    every = cells(study, out / "cells")
-    for cell in every:
+    cells = make_cells(study, out / "cells")
+    for cell in cells:
         make_study.finish(cell, share={"mlp": 0.5, "stf": 0.9, "fastv": 0.52, "avg_pool": 0.1}[cell.variant.name])
-    done = [cell for cell in every if cell.variant.name != "avg_pool"]
-    why = "ended with status 2: error: <b>`x`</b> & more"
-    failed = {cell: why for cell in every if cell.variant.name == "avg_pool" and cell.seed == 1}
-    costs = {name: json.loads((out / "cells" / name / "seed_0" / "cost.json").read_text()) for name in by_variant(done)}
-    found = findings(study, by_variant(done), costs)
-    write_report(found, done, failed, "python -m stf_jax.ablate --config=x --out='a b'", out)
-    return out, found, done
+    done = [cell for cell in cells if cell.variant.name != "avg_pool"]
+    error = "ended with status 2: error: <b>`x`</b> & more"
+    failed = {cell: error for cell in cells if cell.variant.name == "avg_pool" and cell.seed == 1}
+    outcomes = read_outcomes(done)
+    costs = {name: json.loads((out / "cells" / name / "seed_0" / "cost.json").read_text()) for name in outcomes}
+    findings = compute_findings(study, outcomes, costs)
+    write_report(findings, done, failed, "python -m stf_jax.ablate --config=x --out='a b'", out)
+    return out, findings, done
 
 
-def test_all_its_files_are_there(written):
+def test_all_files_are_written(written):
     out, _, _ = written
-    names = [*(f"report.{kind}" for kind in ("md", "html", "json")), *(f"{name}.png" for name in PICTURES)]
+    names = [*(f"report.{kind}" for kind in ("md", "html", "json")), *(f"{name}.png" for name in PLOTS)]
     assert sorted(path.name for path in out.iterdir() if path.is_file()) == sorted(names)
-    for name in PICTURES:
+    for name in PLOTS:
         with PIL.Image.open(out / f"{name}.png") as image:
             pixels = np.asarray(image.convert("L"))
         assert image.width > 400
@@ -90,60 +91,60 @@ def test_all_its_files_are_there(written):
         assert f"]({name}.png)" in (out / "report.md").read_text()
 
 
-def test_the_page_needs_no_other_file(written):
+def test_the_html_page_is_self_contained(written):
     out, _, _ = written
-    read = Page((out / "report.html").read_text())
-    assert read.open == []
-    assert len(read.references) == len(PICTURES)
-    assert all(reference.startswith("data:image/png;base64,") for reference in read.references)
+    page = PageParser((out / "report.html").read_text())
+    assert page.open == []
+    assert len(page.references) == len(PLOTS)
+    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     assert "url(" not in (out / "report.html").read_text()
-    assert set(read.tags).isdisjoint(["script", "link", "b", "fusions"])  # what names and logs say is text
-    assert read.text.count("Two <fusions> & a rival") == 2
-    assert "error: <b>x</b> & more" in read.text
-    assert "*" not in read.text
+    assert set(page.tags).isdisjoint(["script", "link", "b", "fusions"])  # names and logs are escaped
+    assert page.text.count("Two <fusions> & a baseline") == 2
+    assert "error: <b>x</b> & more" in page.text
+    assert "*" not in page.text
 
 
-def test_it_says_how_to_repeat_it(written):
+def test_it_says_how_to_reproduce_it(written):
     out, _, done = written
     text = (out / "report.md").read_text()
     assert "python -m stf_jax.ablate --config=x --out='a b'" in text
-    assert "Seeds 0, 1; 4 training runs, whose steps took 8 min together and 2 min at most." in text
+    assert "Seeds 0, 1; 4 training runs, whose steps took 8 min in total and at most 2 min per run." in text
     assert "| stf | `model.fusion.fusion=stf` |" in text
-    assert "| fastv | runs of mlp, asked with `--reduce=fastv` |" in text
+    assert "| fastv | runs of mlp, evaluated with `--reduce=fastv` |" in text
     commands = json.loads((out / "report.json").read_text())["commands"]
     assert set(commands) == {cell.name for cell in done}
     assert commands["stf, seed 1"].startswith("python -m stf_jax.main --config=")
 
 
-def test_variants_that_lack_runs_are_left_out_and_told_of(written):
+def test_variants_with_failed_runs_are_left_out_and_listed(written):
     out, _, _ = written
     text = (out / "report.md").read_text()
-    assert "**Not all runs ended well.** Variants that lack one are left out." in text
+    assert "**Some runs failed.** The report leaves out their variants." in text
     assert "- avg_pool, seed 1: ended with status 2" in text
     figures = json.loads((out / "report.json").read_text())
     assert list(figures["quality"]) == ["mlp", "stf", "fastv"]
     assert list(figures["differences"]) == ["stf", "fastv"]
 
 
-def test_its_figures_are_those_of_the_answers(written):
-    out, found, done = written
+def test_its_values_match_the_answers(written):
+    out, findings, done = written
     figures = json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)  # no NaN
     for cell in done:
         accuracy = json.loads((cell.folder / "results.json").read_text())["metrics"]["accuracy"]
         assert figures["by_seed"][cell.variant.name]["all"][cell.seed] == pytest.approx(100 * accuracy)
     stf, mlp = (figures["by_seed"][name]["all"] for name in ("stf", "mlp"))
-    one = figures["differences"]["stf"]["all"]
-    assert one["value"] == pytest.approx(np.mean(stf) - np.mean(mlp))
-    assert one["within_noise"] is False
-    assert one["low"] > 20
+    difference = figures["differences"]["stf"]["all"]
+    assert difference["value"] == pytest.approx(np.mean(stf) - np.mean(mlp))
+    assert difference["within_noise"] is False
+    assert difference["low"] > 20
     assert figures["quality"]["stf"]["all"]["value"] == pytest.approx(np.mean(stf))
     assert figures["deviation"]["stf"]["value"] == pytest.approx(np.std(stf, ddof=1))
-    assert figures["cost"] == found.costs
+    assert figures["cost"] == findings.costs
     row = next(line for line in (out / "report.md").read_text().splitlines() if line.startswith("| stf | 36 |"))
     assert row.split("|")[3].strip().startswith(f"{np.mean(stf):.1f} ± ")
 
 
-def test_what_is_only_asked_has_no_step(written):
+def test_a_variant_that_does_not_train_has_no_step_cost(written):
     out, _, _ = written
     row = next(
         line for line in (out / "report.md").read_text().splitlines() if line.startswith("| fastv | 36 | 33,024 ")
@@ -151,39 +152,39 @@ def test_what_is_only_asked_has_no_step(written):
     assert [cell.strip() for cell in row.split("|")[4:7]] == ["", "", ""]
 
 
-def test_noise_is_called_noise():
-    made = scores(mlp=0.5, better=0.8, worse=0.2, same=0.5)
-    made["same"]["all"] = np.random.default_rng(1).permuted(made["same"]["all"], axis=1)
+def test_verdicts_tell_differences_from_noise():
+    scores = make_scores(mlp=0.5, better=0.8, worse=0.2, same=0.5)
+    scores["same"]["all"] = np.random.default_rng(1).permuted(scores["same"]["all"], axis=1)
     names = ("mlp", "better", "worse", "same")
     variants = tuple((name, ("model.fusion.fusion=mlp",)) for name in names)
-    found = found_of(made, variants=variants, asked=())
-    said = dict(zip(names[1:], verdicts(found), strict=True))
-    assert said["better"].startswith("better is better than mlp: +3")
-    assert said["worse"].startswith("worse is worse than mlp: -2")
-    assert said["same"].endswith("**within noise**.")
-    assert "noise" not in said["better"] + said["worse"]
+    findings = make_findings(scores, variants=variants, asked=())
+    verdicts = dict(zip(names[1:], format_verdicts(findings), strict=True))
+    assert verdicts["better"].startswith("better is better than mlp: +3")
+    assert verdicts["worse"].startswith("worse is worse than mlp: -2")
+    assert verdicts["same"].endswith("**within noise**.")
+    assert "noise" not in verdicts["better"] + verdicts["worse"]
 
 
-def test_what_is_shown_to_be_equal_is_called_so():
+def test_verdicts_tell_equality_from_noise():
     luck = np.random.default_rng(0).random((5, 4000))
     hits, lucky = 100.0 * (luck < 0.8), np.array([[0.76], [0.79], [0.8], [0.81], [0.84]])
-    made = {name: {"all": hits.copy()} for name in ("mlp", "same", "bit_worse", "unclear")}
-    made["same"]["all"][:, :40] = np.random.default_rng(1).permuted(hits[:, :40], axis=1)
-    made["bit_worse"]["all"][:, :60] = 0
-    made["unclear"]["all"] = 100.0 * (np.random.default_rng(2).random((5, 4000)) < lucky)
-    variants = tuple((name, ("model.fusion.fusion=mlp",)) for name in made)
-    found = found_of(made, variants=variants, asked=(), margin=2)
-    said = dict(zip(list(made)[1:], verdicts(found), strict=True))
-    assert said["same"].startswith("same and mlp are **equal within 2 points**: ")
-    assert said["bit_worse"].startswith("bit_worse is worse than mlp, by less than 2 points: -1.")
-    assert said["unclear"].endswith("**within noise**.")
+    scores = {name: {"all": hits.copy()} for name in ("mlp", "same", "bit_worse", "unclear")}
+    scores["same"]["all"][:, :40] = np.random.default_rng(1).permuted(hits[:, :40], axis=1)
+    scores["bit_worse"]["all"][:, :60] = 0
+    scores["unclear"]["all"] = 100.0 * (np.random.default_rng(2).random((5, 4000)) < lucky)
+    variants = tuple((name, ("model.fusion.fusion=mlp",)) for name in scores)
+    findings = make_findings(scores, variants=variants, asked=(), margin=2)
+    verdicts = dict(zip(list(scores)[1:], format_verdicts(findings), strict=True))
+    assert verdicts["same"].startswith("same and mlp are **equal within 2 points**: ")
+    assert verdicts["bit_worse"].startswith("bit_worse is worse than mlp, by less than 2 points: -1.")
+    assert verdicts["unclear"].endswith("**within noise**.")
 
 
-def test_what_could_be_found_is_said(written):
-    out, found, _ = written
+def test_detectable_differences_are_listed(written):
+    out, findings, _ = written
     lines = (out / "report.md").read_text().splitlines()
-    detectable = {name: by_kind["all"].detectable() for name, by_kind in found.differences.items()}
-    row = next(line for line in lines[lines.index("## What it could find") :] if line.startswith("| all |"))
+    detectable = {name: by_kind["all"].detectable() for name, by_kind in findings.differences.items()}
+    row = next(line for line in lines[lines.index("## Detectable differences") :] if line.startswith("| all |"))
     low, high = (f"{end(detectable.values()):.1f}" for end in (min, max))
     assert [cell.strip() for cell in row.split("|")[2:5:2]] == [low, high]
     figures = json.loads((out / "report.json").read_text())
@@ -191,53 +192,53 @@ def test_what_could_be_found_is_said(written):
     assert (figures["margin"], figures["kind_margin"]) == (2, 5)
 
 
-def test_a_variant_under_another_name_is_a_control(tmp_path):
+def test_a_repeated_variant_is_a_control(tmp_path):
     study = make_study.study(repeated=(("again", ("mlp",)),), seeds=(0, 1, 2))
-    every = cells(study, tmp_path)
-    for cell in every:
+    cells = make_cells(study, tmp_path)
+    for cell in cells:
         make_study.finish(cell, share=0.5, questions=200)
-    said = verdicts(findings(study, by_variant(every), {}))
-    assert said[-1] == "Control: again is mlp from other seeds; no difference is significant."
-    for cell in every:
+    verdicts = format_verdicts(compute_findings(study, read_outcomes(cells), {}))
+    assert verdicts[-1] == "Control: again is mlp with other seeds; no difference is significant."
+    for cell in cells:
         if cell.variant.name == "again":
             make_study.finish(cell, share=0.9, questions=200)
-    said = verdicts(findings(study, by_variant(every), {}))
-    assert re.fullmatch("Control: again is mlp from other seeds; by chance they differ in all, .*", said[-1])
+    verdicts = format_verdicts(compute_findings(study, read_outcomes(cells), {}))
+    assert re.fullmatch("Control: again is mlp with other seeds; by chance they differ in all, .*", verdicts[-1])
 
 
-def test_print_is_drawn_and_listed_by_height(tmp_path):
+def test_scores_by_height_are_drawn_and_listed(tmp_path):
     study = make_study.study(asked=())
-    every = cells(study, tmp_path)
-    made = {}
+    cells = make_cells(study, tmp_path)
+    outcomes = {}
     for name, shares in (("mlp", (0.2, 0.9)), ("stf", (0.1, 0.8))):
         luck = np.random.default_rng(0).random((2, 100))
         heights = {height: 100.0 * (luck < share) for height, share in zip((5, 22), shares, strict=True)}
-        made[name] = Outcome({"all": np.concatenate(list(heights.values()), axis=1)}, heights)
-    found = findings(study, made, {})
-    write_report(found, every, {}, "command", tmp_path)
+        outcomes[name] = Outcome({"all": np.concatenate(list(heights.values()), axis=1)}, heights)
+    findings = compute_findings(study, outcomes, {})
+    write_report(findings, cells, {}, "command", tmp_path)
     assert "| stf | " in (tmp_path / "report.md").read_text().partition("## By height of print")[2].partition("##")[0]
     figures = json.loads((tmp_path / "report.json").read_text())
-    assert figures["heights"]["stf"]["22"]["value"] == pytest.approx(made["stf"].heights[22].mean())
-    fewer = made["stf"].heights[5].mean() - made["mlp"].heights[5].mean()
-    assert figures["height_differences"]["stf"]["5"]["value"] == pytest.approx(fewer)
-    (axes,) = plots._heights(found).axes
+    assert figures["heights"]["stf"]["22"]["value"] == pytest.approx(outcomes["stf"].heights[22].mean())
+    expected = outcomes["stf"].heights[5].mean() - outcomes["mlp"].heights[5].mean()
+    assert figures["height_differences"]["stf"]["5"]["value"] == pytest.approx(expected)
+    (axes,) = plots._draw_heights(findings).axes
     assert [line.get_text() for line in axes.get_legend().get_texts()] == ["mlp", "stf"]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["5", "22"]
     assert (tmp_path / "heights.png").exists()
 
 
-def test_one_seed_of_one_figure_is_no_finding():
-    made = {name: {"pope/f1": np.array([[share]])} for name, share in (("mlp", 50.0), ("stf", 90.0))}
-    found = found_of(made, asked=())
-    assert verdicts(found) == ["stf against mlp: one seed and one figure tell nothing of noise."]
+def test_one_seed_with_one_value_has_no_noise_estimate():
+    scores = {name: {"pope/f1": np.array([[share]])} for name, share in (("mlp", 50.0), ("stf", 90.0))}
+    findings = make_findings(scores, asked=())
+    assert format_verdicts(findings) == ["stf vs. mlp: one seed and one value are too few to estimate the noise."]
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_a_report_of_little_is_one(tmp_path, seeds):
-    """One seed or figures that do not vary, no costs, one kind of question."""
-    made = {name: {"pope/f1": np.full((seeds, 1), share)} for name, share in (("mlp", 0.1), ("stf", 0.7))}
-    found = found_of(made, asked=())
-    write_report(found, cells(found.study, tmp_path), {}, "command", tmp_path)
+def test_a_report_with_minimal_data(tmp_path, seeds):
+    """One seed or constant values, no costs, one kind of question."""
+    scores = {name: {"pope/f1": np.full((seeds, 1), share)} for name, share in (("mlp", 0.1), ("stf", 0.7))}
+    findings = make_findings(scores, asked=())
+    write_report(findings, make_cells(findings.study, tmp_path), {}, "command", tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"quality.png", "differences.png"}
     figures = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert figures["quality"]["stf"]["pope/f1"]["value"] == pytest.approx(0.7)
@@ -246,26 +247,26 @@ def test_a_report_of_little_is_one(tmp_path, seeds):
 
 
 def test_without_the_baseline_nothing_is_compared(tmp_path):
-    made = scores(stf=0.5)
-    found = found_of(made, asked=())
-    assert found.differences == {}
-    assert verdicts(found) == []
-    write_report(found, cells(found.study, tmp_path)[1:2], {}, "command", tmp_path)
+    scores = make_scores(stf=0.5)
+    findings = make_findings(scores, asked=())
+    assert findings.differences == {}
+    assert format_verdicts(findings) == []
+    write_report(findings, make_cells(findings.study, tmp_path)[1:2], {}, "command", tmp_path)
     assert "Differences" not in (tmp_path / "report.md").read_text()
-    assert Page((tmp_path / "report.html").read_text()).open == []
+    assert PageParser((tmp_path / "report.html").read_text()).open == []
 
 
-def test_a_kind_by_itself_may_differ():
-    made = scores(mlp=0.5, stf=0.5)
-    made["stf"]["count"] = np.full_like(made["stf"]["count"], 100)
-    one = found_of(made, asked=()).differences["stf"]
-    assert one["all"].value == 0
-    assert one["all"].noise
-    assert one["count"].low > 0
-    assert not any(math.isnan(end) for end in dataclasses.astuple(one["count"]))
+def test_a_single_kind_may_differ():
+    scores = make_scores(mlp=0.5, stf=0.5)
+    scores["stf"]["count"] = np.full_like(scores["stf"]["count"], 100)
+    by_kind = make_findings(scores, asked=()).differences["stf"]
+    assert by_kind["all"].value == 0
+    assert by_kind["all"].within_noise
+    assert by_kind["count"].low > 0
+    assert not any(math.isnan(value) for value in dataclasses.astuple(by_kind["count"]))
 
 
-def test_both_pages_have_all_blocks(tmp_path):
+def test_markdown_and_html_render_all_blocks(tmp_path):
     PIL.Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
     blocks = [
         Heading("<One>"),
@@ -275,7 +276,7 @@ def test_both_pages_have_all_blocks(tmp_path):
         Table(["", "h"], [["i", "`j|k`"]]),
         Image(tmp_path / "a.png", 'l "m"'),
     ]
-    written = markdown("T & U", blocks)
+    text = render_markdown("T & U", blocks)
     lines = [
         "# T & U",
         "## <One>",
@@ -287,31 +288,31 @@ def test_both_pages_have_all_blocks(tmp_path):
         "|  | h |",
         "|---|--:|",
     ]
-    assert set(lines) <= set(written.splitlines())
-    assert r"| i | `j\|k` |" in written
-    read = Page(page("T & U", blocks))
-    assert read.open == []
+    assert set(lines) <= set(text.splitlines())
+    assert r"| i | `j\|k` |" in text
+    page = PageParser(render_html("T & U", blocks))
+    assert page.open == []
     for tag in ("h1", "h2", "p", "code", "strong", "ul", "li", "pre", "table", "img"):
-        assert tag in read.tags
+        assert tag in page.tags
     for text in ("<One>", "of a<b and c", "f <g>", "j|k"):
-        assert text in read.text
-    assert plain("of `a` and **c**") == "of a and c"
+        assert text in page.text
+    assert strip_markup("of `a` and **c**") == "of a and c"
 
 
 @pytest.mark.parametrize("count", [1, 2, 12])
-def test_no_name_lies_on_another_in_the_image_of_costs(count):
+def test_names_in_the_cost_plot_do_not_overlap(count):
     names = [f"variant_{i}" for i in range(count)]
-    made = scores(**dict.fromkeys(names, 0.5))  # at one height, and near each other
+    scores = make_scores(**dict.fromkeys(names, 0.5))  # at the same height, and close together
     costs = {name: {"prefill_gflops": 1 + i // 3 / 100, "step_gflops": 2.0} for i, name in enumerate(names)}
     variants = tuple((name, ("model.fusion.fusion=mlp",)) for name in names)
-    figure = plots._cost(found_of(made, costs, variants=variants, baseline=names[0], asked=()))
+    figure = plots._draw_cost(make_findings(scores, costs, variants=variants, baseline=names[0], asked=()))
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     for axes in figure.axes:
         assert sorted(text.get_text() for text in axes.texts) == sorted(names)
-        whole = axes.get_window_extent()
-        # Of the text alone, without its line.
+        area = axes.get_window_extent()
+        # The extent of the text without its line.
         boxes = [matplotlib.text.Text.get_window_extent(text, canvas.get_renderer()) for text in axes.texts]
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-        assert all(whole.x0 < box.x0 and box.x1 < whole.x1 for box in boxes)
-        assert all(whole.y0 < box.y0 and box.y1 < whole.y1 for box in boxes)
+        assert all(area.x0 < box.x0 and box.x1 < area.x1 for box in boxes)
+        assert all(area.y0 < box.y0 and box.y1 < area.y1 for box in boxes)

@@ -1,4 +1,4 @@
-"""Cells run once each, in order, within their shares of the machine, and end with whoever started them."""
+"""The runner runs each cell once, in order, in slots of the machine, and stops its processes when it is stopped."""
 
 import itertools
 import os
@@ -14,146 +14,147 @@ from stf_jax import ablate
 from stf_jax.config import UserError
 from stf_jax.runtime.cli import run_command
 from stf_jax.studies import runner
-from stf_jax.studies.runner import Slot, slots
+from stf_jax.studies.runner import Slot, make_slots
 from stf_jax.studies.study import Cell
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
-    made = make_study.World(tmp_path)
-    monkeypatch.setattr(Cell, "command", property(made.command))
-    return made
+def study(tmp_path, monkeypatch):
+    study = make_study.FakeStudy(tmp_path)
+    monkeypatch.setattr(Cell, "command", property(study.command))
+    return study
 
 
-def test_cells_run_once_and_those_that_ask_come_last(world, capsys):
-    world.plan = {"stf, seed 1": [[0, 0.3]]}
-    assert world.run() == {}
-    names = [one["name"] for one in world.begun()]
-    assert sorted(names) == sorted(cell.name for cell in world.cells)
-    asking = [one for one in world.begun() if one["name"].startswith("fastv")]
+def test_cells_run_once_and_evaluations_come_last(study, capsys):
+    study.plan = {"stf, seed 1": [[0, 0.3]]}
+    assert study.run() == {}
+    names = [start["name"] for start in study.starts()]
+    assert sorted(names) == sorted(cell.name for cell in study.cells)
+    evaluations = [start for start in study.starts() if start["name"].startswith("fastv")]
     assert names[-2:] != names[:2]
-    assert min(one["time"] for one in asking) > world.ended()["stf, seed 1"]
-    assert all(one["asked"] for one in asking)
-    said = capsys.readouterr().out
-    assert "6 runs, 0 of them done before" in said
-    assert "stf, seed 1: scenes/accuracy" in said
-    # Again, nothing runs; then what is lacking does.
-    assert world.run() == {}
-    assert len(world.begun()) == 6
-    assert "6 runs, 6 of them done before" in capsys.readouterr().out
-    (world.cells[4].folder / "results.json").unlink()
-    (world.cells[5].folder / "results.json").unlink()
-    assert world.run() == {}
-    assert [one["name"] for one in world.begun()[6:]] == ["stf, seed 1", "fastv, seed 1"]
+    assert min(start["time"] for start in evaluations) > study.ends()["stf, seed 1"]
+    assert all(start["evaluates"] for start in evaluations)
+    output = capsys.readouterr().out
+    assert "6 runs, 0 already done" in output
+    assert "stf, seed 1: scenes/accuracy" in output
+    # The second time nothing runs; then only the cells without results.
+    assert study.run() == {}
+    assert len(study.starts()) == 6
+    assert "6 runs, 6 already done" in capsys.readouterr().out
+    (study.cells[4].folder / "results.json").unlink()
+    (study.cells[5].folder / "results.json").unlink()
+    assert study.run() == {}
+    assert [start["name"] for start in study.starts()[6:]] == ["stf, seed 1", "fastv, seed 1"]
 
 
-def test_nothing_runs_beside_a_run_of_another_config(world):
-    make_study.finish(world.cells[0])
-    make_study.put(world.cells[0].folder / "pretrain" / "config.json", {"steps": 7})
-    with pytest.raises(UserError, match="holds a run that differs"):
-        world.run()
-    assert not world.begun()
+def test_nothing_runs_if_a_folder_contains_another_run(study):
+    make_study.finish(study.cells[0])
+    make_study.put(study.cells[0].folder / "pretrain" / "config.json", {"steps": 7})
+    with pytest.raises(UserError, match="contains a run that differs"):
+        study.run()
+    assert not study.starts()
 
 
-def test_a_cell_whose_machine_is_to_blame_is_tried_again(world):
-    world.plan = {"mlp, seed 0": [[75, 0], [75, 0], [0, 0]], "stf, seed 0": [[75, 0]]}
-    failed = world.run()
-    names = [one["name"] for one in world.begun()]
+def test_a_cell_is_retried_after_a_transient_failure(study):
+    study.plan = {"mlp, seed 0": [[75, 0], [75, 0], [0, 0]], "stf, seed 0": [[75, 0]]}
+    failed = study.run()
+    names = [start["name"] for start in study.starts()]
     assert names.count("mlp, seed 0") == names.count("stf, seed 0") == 3
-    assert {cell.name: why.partition(" (")[0] for cell, why in failed.items()} == {
+    assert {cell.name: error.partition(" (")[0] for cell, error in failed.items()} == {
         "stf, seed 0": "ended with status 75"
     }
 
 
-def test_a_cell_that_fails_is_told_of_and_the_others_run(world, capsys):
-    world.plan = {"mlp, seed 0": [[2, 0]]}
-    failed = {cell.name: why for cell, why in world.run().items()}
+def test_a_failed_cell_is_reported_and_the_others_run(study, capsys):
+    study.plan = {"mlp, seed 0": [[2, 0]]}
+    failed = {cell.name: error for cell, error in study.run().items()}
     assert set(failed) == {"mlp, seed 0", "fastv, seed 0"}
-    log = world.folder / "cells" / "mlp" / "seed_0" / "log.txt"
-    assert failed["mlp, seed 0"] == f"ended with status 2 ({log}): error: it cannot be."
-    assert failed["fastv, seed 0"] == f"{log.parent} is not there to be asked"
+    log = study.folder / "cells" / "mlp" / "seed_0" / "log.txt"
+    assert failed["mlp, seed 0"] == f"ended with status 2 ({log}): error: a fake failure."
+    assert failed["fastv, seed 0"] == f"{log.parent}, which it evaluates, has no results"
     assert f"mlp, seed 0: {failed['mlp, seed 0']}" in capsys.readouterr().out
-    names = [one["name"] for one in world.begun()]
+    names = [start["name"] for start in study.starts()]
     assert sorted(names) == ["fastv, seed 1", "mlp, seed 0", "mlp, seed 1", "stf, seed 0", "stf, seed 1"]
 
 
-def test_each_share_has_one_cell_at_a_time(world, monkeypatch):
+def test_each_slot_runs_one_cell_at_a_time(study, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     before = os.sched_getaffinity(0)
     first, *_, last = sorted(before)
-    world.plan = {cell.name: [[0, 0.1]] for cell in world.cells}
-    world.run(
+    study.plan = {cell.name: [[0, 0.1]] for cell in study.cells}
+    study.run(
         Slot(frozenset([first]), {"MALLOC_ARENA_MAX": "2"}), Slot(frozenset([last]), {"CUDA_VISIBLE_DEVICES": "3"})
     )
     assert os.sched_getaffinity(0) == before
-    ended = world.ended()
+    ends = study.ends()
     times = {True: [], False: []}
-    for one in world.begun():
-        own = one["processors"] == [first] and one["environment"].get("MALLOC_ARENA_MAX") == "2"
-        other = one["processors"] == [last] and one["environment"].get("CUDA_VISIBLE_DEVICES") == "3"
-        assert own != other
-        assert one["environment"]["JAX_COMPILATION_CACHE_DIR"] == str(world.folder / "programs")
-        times[own].append((one["time"], ended[one["name"]]))
-    for one in times.values():
-        assert len(one) > 1
-        one.sort()
-        assert all(end < begin for (_, end), (begin, _) in itertools.pairwise(one))
+    for start in study.starts():
+        in_first = start["cpus"] == [first] and start["environment"].get("MALLOC_ARENA_MAX") == "2"
+        in_second = start["cpus"] == [last] and start["environment"].get("CUDA_VISIBLE_DEVICES") == "3"
+        assert in_first != in_second
+        assert start["environment"]["JAX_COMPILATION_CACHE_DIR"] == str(study.folder / "programs")
+        times[in_first].append((start["time"], ends[start["name"]]))
+    for spans in times.values():
+        assert len(spans) > 1
+        spans.sort()
+        assert all(end < start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
-def test_the_users_own_cache_is_kept(world, monkeypatch):
+def test_the_users_compilation_cache_is_kept(study, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
-    world.run()
-    assert {one["environment"]["JAX_COMPILATION_CACHE_DIR"] for one in world.begun()} == {"elsewhere"}
+    study.run()
+    assert {start["environment"]["JAX_COMPILATION_CACHE_DIR"] for start in study.starts()} == {"elsewhere"}
 
 
 @pytest.fixture
-def alive():
-    """Not ended by a signal that nobody hears."""
-    heard = []
-    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(True))
-    yield heard
-    signal.signal(signal.SIGTERM, before)
+def unhandled():
+    """Records SIGTERMs that the command does not handle, instead of dying from them."""
+    signals = []
+    previous_handler = signal.signal(signal.SIGTERM, lambda *_: signals.append(True))
+    yield signals
+    signal.signal(signal.SIGTERM, previous_handler)
 
 
-def test_sigterm_lets_the_runs_end(world, alive, capsys, monkeypatch):
-    monkeypatch.setattr(runner, "slots", lambda _: [Slot(frozenset(os.sched_getaffinity(0)), {})] * 2)
-    world.plan = {cell.name: [[0, 60]] for cell in world.cells}
-    own, ended = signal.getsignal(signal.SIGTERM), threading.Event()
+def test_sigterm_stops_the_runs(study, unhandled, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "make_slots", lambda _: [Slot(frozenset(os.sched_getaffinity(0)), {})] * 2)
+    study.plan = {cell.name: [[0, 60]] for cell in study.cells}
+    previous_handler, ended = signal.getsignal(signal.SIGTERM), threading.Event()
 
     def send():
-        while len(world.begun()) < 2 and not ended.wait(0.02):
+        while len(study.starts()) < 2 and not ended.wait(0.02):
             pass
-        time.sleep(0.2)  # until they hear
+        time.sleep(0.2)  # until they have installed their handlers
         os.kill(os.getpid(), signal.SIGTERM)
 
     sender = threading.Thread(target=send)
     sender.start()
-    begun = time.monotonic()
-    status = run_command(ablate.main, [world.option, f"--out={world.folder}"])
+    start = time.monotonic()
+    status = run_command(ablate.main, [study.option, f"--out={study.folder}"])
     ended.set()
     sender.join()
-    assert (status, alive) == (143, [])
-    assert time.monotonic() - begun < 50  # of the minute that they would take
-    assert capsys.readouterr().err.splitlines()[-1] == "Stopped by SIGTERM; the same command goes on where it was."
-    assert signal.getsignal(signal.SIGTERM) is own
-    stopped = pathlib.Path(f"{world.journal}.stopped").read_text().splitlines()
-    assert sorted(stopped) == sorted(one["name"] for one in world.begun())  # nor tried again
+    assert (status, unhandled) == (143, [])
+    assert time.monotonic() - start < 50  # less than the minute that they would take
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "Stopped by SIGTERM; the same command continues where it stopped."
+    assert signal.getsignal(signal.SIGTERM) is previous_handler
+    stopped = pathlib.Path(f"{study.log}.stopped").read_text().splitlines()
+    assert sorted(stopped) == sorted(start["name"] for start in study.starts())  # and none was retried
     assert len(stopped) == 2
-    for one in world.begun():
+    for start in study.starts():
         with pytest.raises(ProcessLookupError):
-            os.kill(one["pid"], 0)
-    # The same command goes on.
-    world.plan = {}
-    assert run_command(ablate.main, [world.option, f"--out={world.folder}"]) == 0
-    assert len(world.begun()) == 8
+            os.kill(start["pid"], 0)
+    # The same command continues.
+    study.plan = {}
+    assert run_command(ablate.main, [study.option, f"--out={study.folder}"]) == 0
+    assert len(study.starts()) == 8
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Makes this one look like another."""
+    """Returns a function that makes this machine look like another one."""
 
-    def make(processors=4, devices=(), gibibytes=100, visible=None):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))
+    def imitate(cpus=4, devices=(), gibibytes=100, visible=None):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
         monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gibibytes * 2**18}.__getitem__)
         paths = [pathlib.Path("/dev") / name for name in devices]
         monkeypatch.setattr(
@@ -163,31 +164,31 @@ def machine(monkeypatch):
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
 
-    return make
+    return imitate
 
 
 GPUS = ("nvidia1", "nvidia0", "nvidiactl", "nvidia-uvm", "nvidia2", "nvidia3")
 
 
 @pytest.mark.parametrize(
-    ("how", "jobs", "visible"),
+    ("hardware", "jobs", "visible"),
     [
         ({}, 0, ["0", "1", "2", "3"]),
         ({}, 2, ["0,2", "1,3"]),
         ({}, 1, ["0,1,2,3"]),
         ({"visible": "2,3"}, 0, ["2", "3"]),
-        ({"processors": 2}, 0, ["0", "1", "2", "3"]),
+        ({"cpus": 2}, 0, ["0", "1", "2", "3"]),
     ],
 )
-def test_a_share_a_gpu(machine, how, jobs, visible):
-    machine(devices=GPUS, **how)
-    made = slots(jobs)
-    assert [one.environment for one in made] == [{"CUDA_VISIBLE_DEVICES": each} for each in visible]
-    assert set.union(*(set(one.processors) for one in made)) == set(range(how.get("processors", 4)))
+def test_one_slot_per_gpu(machine, hardware, jobs, visible):
+    machine(devices=GPUS, **hardware)
+    slots = make_slots(jobs)
+    assert [slot.environment for slot in slots] == [{"CUDA_VISIBLE_DEVICES": gpus} for gpus in visible]
+    assert set.union(*(set(slot.cpus) for slot in slots)) == set(range(hardware.get("cpus", 4)))
 
 
 @pytest.mark.parametrize(
-    ("how", "jobs", "processors"),
+    ("hardware", "jobs", "cpus"),
     [
         ({}, 0, [{0}, {1}, {2}, {3}]),
         ({}, 3, [{0, 3}, {1}, {2}]),
@@ -197,24 +198,24 @@ def test_a_share_a_gpu(machine, how, jobs, visible):
         ({"devices": GPUS, "visible": ""}, 0, [{0}, {1}, {2}, {3}]),
     ],
 )
-def test_a_share_a_processor(machine, how, jobs, processors):
-    machine(**how)
-    made = slots(jobs)
-    assert [set(one.processors) for one in made] == processors
-    assert all(one.environment["MALLOC_ARENA_MAX"] == "2" for one in made)
-    assert all(one.environment == runner._MALLOC for one in made)
+def test_one_slot_per_cpu(machine, hardware, jobs, cpus):
+    machine(**hardware)
+    slots = make_slots(jobs)
+    assert [set(slot.cpus) for slot in slots] == cpus
+    assert all(slot.environment["MALLOC_ARENA_MAX"] == "2" for slot in slots)
+    assert all(slot.environment == runner._MALLOC for slot in slots)
 
 
-def test_a_tpu_is_one_share(machine):
+def test_one_slot_for_all_tpu_chips(machine):
     machine(devices=["accel0", "accel1", "accel2", "accel3"])
-    (one,) = slots(0)
-    assert set(one.processors) == {0, 1, 2, 3}
-    with pytest.raises(UserError, match="--jobs=2 is more than this machine has devices for"):
-        slots(2)
+    (slot,) = make_slots(0)
+    assert set(slot.cpus) == {0, 1, 2, 3}
+    with pytest.raises(UserError, match="--jobs=2 exceeds the number of devices of this machine"):
+        make_slots(2)
 
 
-@pytest.mark.parametrize("how", [{}, {"devices": GPUS}, {"devices": GPUS, "processors": 64}])
-def test_more_jobs_than_devices_are_refused(machine, how):
-    machine(**how)
-    with pytest.raises(UserError, match="--jobs=5 is more than this machine has devices for; leave it out"):
-        slots(5)
+@pytest.mark.parametrize("hardware", [{}, {"devices": GPUS}, {"devices": GPUS, "cpus": 64}])
+def test_more_jobs_than_devices_are_refused(machine, hardware):
+    machine(**hardware)
+    with pytest.raises(UserError, match="--jobs=5 exceeds the number of devices of this machine; omit it"):
+        make_slots(5)

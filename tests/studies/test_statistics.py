@@ -1,4 +1,4 @@
-"""Intervals hold what they should as often as they say, and differences are found where there are some."""
+"""Statistics: intervals have their nominal coverage, and true differences are found."""
 
 import math
 
@@ -9,170 +9,172 @@ import scipy.stats
 from stf_jax.studies import statistics
 from stf_jax.studies.statistics import deviation, difference, mean
 
-STUDENT = {3: 4.302653, 5: 2.776445}  # its 97.5 % quantiles for S − 1 degrees of freedom, as printed tables have them
+STUDENT = {3: 4.302653, 5: 2.776445}  # its 97.5% quantiles for S − 1 degrees of freedom, from printed tables
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Fewer resamples, where many intervals are taken."""
+    """Uses fewer resamples, for tests that compute many intervals."""
     monkeypatch.setattr(statistics, "_RESAMPLES", 500)
 
 
-def drawn(rng, seeds, questions, of_seed, of_question, of_both):
-    """Paired differences about nought [S, Q] whose effects have these deviations."""
-    effects = (of_seed * rng.normal(size=(seeds, 1)), of_question * rng.normal(size=(1, questions)))
-    return sum(effects, of_both * rng.normal(size=(seeds, questions)))
+def draw_differences(rng, seeds, questions, seed_std, question_std, residual_std):
+    """Draws paired differences with mean zero [S, Q] from effects with these standard deviations."""
+    effects = (seed_std * rng.normal(size=(seeds, 1)), question_std * rng.normal(size=(1, questions)))
+    return sum(effects, residual_std * rng.normal(size=(seeds, questions)))
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize(
     "deviations", [(0.05, 0, 0.02), (0, 0.5, 0.1), (0.05, 0.3, 0.5)], ids=["seeds", "questions", "all"]
 )
-def test_a_difference_that_is_none_is_rarely_found(quick, seeds, deviations):
-    rng, taken = np.random.default_rng(0), 400
+def test_a_zero_difference_is_rarely_significant(quick, seeds, deviations):
+    rng, count = np.random.default_rng(0), 400
     intervals = []
-    for _ in range(taken):
+    for _ in range(count):
         others = rng.random((seeds, 60))
-        intervals.append(difference(others + drawn(rng, seeds, 60, *deviations), others))
-    assert sum(one.noise for one in intervals) / taken > 0.925  # 0.95, but for chance among 400
+        intervals.append(difference(others + draw_differences(rng, seeds, 60, *deviations), others))
+    assert sum(result.within_noise for result in intervals) / count > 0.925  # 0.95, minus chance among 400
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
-def test_a_difference_that_is_one_is_found(quick, seeds):
-    rng, found = np.random.default_rng(0), []
+def test_a_true_difference_is_found(quick, seeds):
+    rng, results = np.random.default_rng(0), []
     for _ in range(100):
-        # Right or wrong, of 400 questions that are hard or easy for both; a tenth more is right.
+        # Correct or wrong answers to 400 questions that are hard or easy for both; one side has a lower threshold.
         hard, luck = rng.random(400), rng.random((2, seeds, 400))
         others, scores = (luck[0] * 0.4 + hard * 0.6 < 0.5), (luck[1] * 0.4 + hard * 0.6 < 0.6)
-        found.append(difference(scores, others.astype(float)))
-    assert sum(one.low > 0 for one in found) > 95
-    assert np.mean([one.value for one in found]) == pytest.approx(0.15, abs=0.02)
+        results.append(difference(scores, others.astype(float)))
+    assert sum(result.low > 0 for result in results) > 95
+    assert np.mean([result.value for result in results]) == pytest.approx(0.15, abs=0.02)
 
 
-def test_questions_alone_tell_of_one_seed():
+def test_with_one_seed_the_interval_reflects_questions_only():
     rng = np.random.default_rng(0)
     paired = rng.normal(0.1, 0.5, (1, 300))
-    one = difference(paired, np.zeros_like(paired))
-    reach = 1.959964 * paired.std() / math.sqrt(300)
-    assert (one.low, one.high) == pytest.approx((paired.mean() - reach, paired.mean() + reach), rel=0.05)
+    result = difference(paired, np.zeros_like(paired))
+    half_width = 1.959964 * paired.std() / math.sqrt(300)
+    bounds = paired.mean() - half_width, paired.mean() + half_width
+    assert (result.low, result.high) == pytest.approx(bounds, rel=0.05)
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
-def test_of_one_figure_a_seed_the_interval_is_students(seeds):
+def test_with_one_value_per_seed_the_interval_is_students(seeds):
     paired = np.random.default_rng(0).normal(0.1, 0.5, (seeds, 1))
-    one = difference(paired, np.zeros_like(paired))
-    assert one.value == pytest.approx(paired.mean())
-    reach = STUDENT[seeds] * paired.std(ddof=1) / math.sqrt(seeds)
-    assert (one.high - one.value, one.value - one.low) == pytest.approx((reach, reach), rel=0.03)
+    result = difference(paired, np.zeros_like(paired))
+    assert result.value == pytest.approx(paired.mean())
+    half_width = STUDENT[seeds] * paired.std(ddof=1) / math.sqrt(seeds)
+    assert (result.high - result.value, result.value - result.low) == pytest.approx((half_width, half_width), rel=0.03)
 
 
-def test_pairs_are_kept():
-    """What questions and seeds do to both is no difference."""
+def test_differences_are_paired():
+    """Effects of questions and seeds on both sides cancel out."""
     rng = np.random.default_rng(0)
     others = rng.normal(size=(3, 1)) + rng.normal(size=(1, 100))
-    one = difference(others + 0.01 + drawn(rng, 3, 100, 0, 0, 0.01), others)
-    assert 0 < one.low < one.high < 0.02
+    result = difference(others + 0.01 + draw_differences(rng, 3, 100, 0, 0, 0.01), others)
+    assert 0 < result.low < result.high < 0.02
 
 
-def test_no_difference_is_exactly_none():
+def test_equal_scores_have_a_difference_of_exactly_zero():
     scores = (np.random.default_rng(0).random((3, 50)) < 0.5).astype(float)
-    for chosen in (scores, scores[:1], scores[:, :1]):
-        same = difference(chosen, chosen)
+    for part in (scores, scores[:1], scores[:, :1]):
+        same = difference(part, part)
         assert (same.value, same.low, same.high, same.error) == (0, 0, 0, 0)
-        assert same.noise
-        assert same.within(1e-9)
+        assert same.within_noise
+        assert same.within_margin(1e-9)
 
 
-def test_one_figure_tells_nothing():
-    one = difference(np.array([[0.7]]), np.array([[0.5]]))
-    assert one.value == pytest.approx(0.2)
-    assert math.isnan(one.low)
-    assert math.isnan(one.high)
-    assert one.noise
+def test_a_single_value_has_no_interval():
+    result = difference(np.array([[0.7]]), np.array([[0.5]]))
+    assert result.value == pytest.approx(0.2)
+    assert math.isnan(result.low)
+    assert math.isnan(result.high)
+    assert result.within_noise
 
 
-def test_the_same_figures_have_the_same_interval():
+def test_intervals_are_reproducible():
     scores, others = np.random.default_rng(0).random((2, 3, 50))
     assert difference(scores, others) == difference(scores.copy(), others.copy())
 
 
-def test_means_and_deviations_are_as_tables_have_them():
-    values = np.array([0.5, 0.6, 0.7])  # whose deviation is 0.1
-    one = mean(values)
-    reach = 4.302653 * 0.1 / math.sqrt(3)
-    assert (one.value, one.low, one.high) == pytest.approx((0.6, 0.6 - reach, 0.6 + reach))
+def test_means_and_deviations_match_printed_tables():
+    values = np.array([0.5, 0.6, 0.7])  # with standard deviation 0.1
+    result = mean(values)
+    half_width = 4.302653 * 0.1 / math.sqrt(3)
+    assert (result.value, result.low, result.high) == pytest.approx((0.6, 0.6 - half_width, 0.6 + half_width))
     spread = deviation(values)
-    ends = (0.1 * math.sqrt(2 / quantile) for quantile in (7.377759, 0.0506356))
-    assert (spread.value, spread.low, spread.high) == pytest.approx((0.1, *ends))
+    bounds = (0.1 * math.sqrt(2 / quantile) for quantile in (7.377759, 0.0506356))
+    assert (spread.value, spread.low, spread.high) == pytest.approx((0.1, *bounds))
 
 
-def test_of_one_seed_nothing_is_said_of_others():
-    one, spread = mean(np.array([0.5])), deviation(np.array([0.5]))
-    assert one.value == 0.5
-    assert math.isnan(one.low)
-    assert math.isnan(one.high)
-    assert all(math.isnan(end) for end in (spread.value, spread.low, spread.high))
+def test_one_seed_has_no_intervals():
+    result, spread = mean(np.array([0.5])), deviation(np.array([0.5]))
+    assert result.value == 0.5
+    assert math.isnan(result.low)
+    assert math.isnan(result.high)
+    assert all(math.isnan(value) for value in (spread.value, spread.low, spread.high))
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
-def test_means_and_deviations_lie_within(seeds):
+def test_intervals_of_means_and_deviations_have_their_coverage(seeds):
     samples = np.random.default_rng(0).normal(0.5, 0.1, (2000, seeds))
-    for call, truth in ((mean, 0.5), (deviation, 0.1)):
-        within = [one.low <= truth <= one.high for one in map(call, samples)]
-        assert np.mean(within) == pytest.approx(0.95, abs=0.015)
+    for estimate, truth in ((mean, 0.5), (deviation, 0.1)):
+        covered = [result.low <= truth <= result.high for one in map(estimate, samples)]
+        assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
 
 
-# ---- Equal, and what could be found ----------------------------------------------------------------------------------
+# ---- Equality and power ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
-def test_a_difference_as_large_as_the_margin_is_rarely_called_small(quick, seeds):
-    rng, taken = np.random.default_rng(0), 400
-    called = []
-    for _ in range(taken):
+def test_a_difference_as_large_as_the_margin_is_rarely_within_it(quick, seeds):
+    rng, count = np.random.default_rng(0), 400
+    within = []
+    for _ in range(count):
         others = rng.random((seeds, 60))
-        called.append(difference(others + 0.1 + drawn(rng, seeds, 60, 0.05, 0.2, 0.1), others).within(0.1))
-    assert sum(called) / taken < 0.075  # 0.05, but for chance among 400
+        scores = others + 0.1 + draw_differences(rng, seeds, 60, 0.05, 0.2, 0.1)
+        within.append(difference(scores, others).within_margin(0.1))
+    assert sum(within) / count < 0.075  # 0.05, plus chance among 400
 
 
-def test_a_difference_far_below_the_margin_is_called_small():
+def test_a_difference_far_below_the_margin_is_within_it():
     rng = np.random.default_rng(0)
     others = rng.random((5, 400))
-    one = difference(others + 0.01 + drawn(rng, 5, 400, 0.01, 0.1, 0.1), others)
-    assert one.within(0.1)
-    assert not one.within(0.005)
+    result = difference(others + 0.01 + draw_differences(rng, 5, 400, 0.01, 0.1, 0.1), others)
+    assert result.within_margin(0.1)
+    assert not result.within_margin(0.005)
 
 
-def test_of_one_figure_a_seed_the_margin_is_students():
-    """By scipy's own one-sided t-tests."""
+def test_with_one_value_per_seed_the_margin_test_is_students():
+    """Against scipy's one-sided t-tests."""
     paired = np.random.default_rng(0).normal(0.02, 0.05, (5, 1))
-    one = difference(paired, np.zeros_like(paired))
+    result = difference(paired, np.zeros_like(paired))
     for margin in (0.03, 0.05, 0.06, 0.065, 0.07, 0.08, 0.1, 0.2):
         above = scipy.stats.ttest_1samp(paired[:, 0], -margin, alternative="greater").pvalue
         below = scipy.stats.ttest_1samp(paired[:, 0], margin, alternative="less").pvalue
         if not 0.04 < max(above, below) < 0.06:  # the bootstrap's error is a few percent off
-            assert one.within(margin) == (max(above, below) < 0.05), margin
+            assert result.within_margin(margin) == (max(above, below) < 0.05), margin
 
 
 @pytest.mark.parametrize("seeds", [4, 8])
 def test_a_detectable_difference_is_found_four_times_in_five(quick, seeds):
-    """A difference as large as a study says it can detect, with the true spread in place of its estimate."""
-    rng, errors, found = np.random.default_rng(0), [], []
+    """Draws a difference of the size that a study reports as detectable."""
+    rng, sizes, significant = np.random.default_rng(0), [], []
     noise = (0.05, 0.2, 0.1)
     for _ in range(200):
-        errors.append(difference(drawn(rng, seeds, 60, *noise), np.zeros((seeds, 60))).detectable())
-    size = float(np.median(errors))
+        sizes.append(difference(draw_differences(rng, seeds, 60, *noise), np.zeros((seeds, 60))).detectable())
+    size = float(np.median(sizes))
     for _ in range(400):
-        found.append(difference(size + drawn(rng, seeds, 60, *noise), np.zeros((seeds, 60))).low > 0)
-    assert np.mean(found) == pytest.approx(0.8, abs=0.08)
+        significant.append(difference(size + draw_differences(rng, seeds, 60, *noise), np.zeros((seeds, 60))).low > 0)
+    assert np.mean(significant) == pytest.approx(0.8, abs=0.08)
 
 
-def test_more_seeds_detect_smaller_differences_down_to_what_questions_leave():
+def test_more_seeds_detect_smaller_differences_down_to_the_questions_limit():
     rng = np.random.default_rng(0)
-    one = difference(drawn(rng, 5, 200, 0.05, 0.2, 0.1), np.zeros((5, 200)))
-    sizes = [one.detectable(seeds) for seeds in (2, 3, 5, 8, 12, 10_000)]
+    result = difference(draw_differences(rng, 5, 200, 0.05, 0.2, 0.1), np.zeros((5, 200)))
+    sizes = [result.detectable(seeds) for seeds in (2, 3, 5, 8, 12, 10_000)]
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[2] == one.detectable()
-    floor = math.sqrt(one.error**2 - one.of_seeds**2) * (1.959964 + 0.841621)
+    assert sizes[2] == result.detectable()
+    floor = math.sqrt(result.error**2 - result.seed_error**2) * (1.959964 + 0.841621)
     assert sizes[-1] == pytest.approx(floor, rel=0.01)
     assert math.isnan(difference(np.ones((1, 9)), np.zeros((1, 9))).detectable())
