@@ -34,7 +34,7 @@ Weights = Mapping[str, jax.Array | tuple[jax.Array, ...]]  # by path; a tuple of
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is sampled. The values are numbers, or arrays of one number, so that programs do not depend on them.
+    """How a token is sampled. Values may also be arrays of one number, so that no value is compiled into a program.
 
     The order is that of transformers: divide by the temperature, keep the ``top_k`` most likely tokens, then the fewest
     of these whose probabilities sum to ``top_p``, and draw.

@@ -19,16 +19,16 @@ CLASSES = (7, 14, 37)  # of color, shape and character; 0 means none (data/world
 class CellHead(nnx.Module):
     """One linear layer from a patch's state to the scores of all its cells."""
 
-    def __init__(self, rngs: nnx.Rngs, vision: VisionConfig, cells_per_patch: int):
-        """``cells_per_patch``: cells along a side of a patch."""
-        self.grid, self.cells_per_patch = vision.grid, cells_per_patch
-        self.scores = Linear(rngs, [(vision.width, "embed")], [(self.cells_per_patch**2 * sum(CLASSES), "mlp")])
+    def __init__(self, rngs: nnx.Rngs, vision: VisionConfig, cells_per_side: int):
+        """``cells_per_side``: cells along each side of a patch."""
+        self.grid, self.cells_per_side = vision.grid, cells_per_side
+        self.scores = Linear(rngs, [(vision.width, "embed")], [(self.cells_per_side**2 * sum(CLASSES), "mlp")])
 
     def __call__(self, states: jax.Array) -> jax.Array:
         """Scores, float32 [B, S, S, sum(CLASSES)], of patch states [B, P, C]."""
         x = self.scores(states.astype(jnp.float32))
-        x = x.reshape(-1, self.grid, self.grid, self.cells_per_patch, self.cells_per_patch, sum(CLASSES))
-        side = self.grid * self.cells_per_patch
+        x = x.reshape(-1, self.grid, self.grid, self.cells_per_side, self.cells_per_side, sum(CLASSES))
+        side = self.grid * self.cells_per_side
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, side, side, sum(CLASSES))
 
 

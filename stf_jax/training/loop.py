@@ -121,7 +121,7 @@ def _train(config, workdir, results_dir, stack):
             write_json(workdir / "config.json", to_json(config))
             save_description(workdir, config, tokenizer)
 
-    # ---- The train step ----------------------------------------------------------------------------------------
+    # ---- The train step --------------------------------------------------------------------------------------------
     watchdog.heartbeat("the weights were read")
     rows = jax.sharding.NamedSharding(mesh, BATCH)
     train_step = make_train_step(config, plan, tx, layout)
@@ -157,12 +157,8 @@ def _train(config, workdir, results_dir, stack):
         return results
 
     # ---- The loop --------------------------------------------------------------------------------------------------
-    start_step, results, pending_values, in_a_row = (
-        int(state.step),
-        None,
-        clock.pop("owed", None),
-        clock.pop("skipped_in_a_row", 0),
-    )
+    start_step, results = int(state.step), None
+    pending_values, in_a_row = clock.pop("owed", None), clock.pop("skipped_in_a_row", 0)
     telemetry = stack.enter_context(
         Telemetry(
             workdir,

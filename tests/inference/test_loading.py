@@ -358,9 +358,9 @@ def load_error(folder):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_export_gives_one_sentence(folders, tmp_path, damage):
     folder = epath.Path(shutil.copytree(folders("llama")[1], tmp_path / "hf"))
-    change, says = DAMAGES[damage]
+    change, message = DAMAGES[damage]
     change(folder)
-    assert says.format(folder=folder) in load_error(folder)
+    assert message.format(folder=folder) in load_error(folder)
 
 
 def test_incomplete_models_are_rejected(tmp_path):
@@ -386,8 +386,8 @@ def test_folders_without_a_model_give_one_sentence(folders, tmp_path):
     for content in ("{", "[]", "{}", '{"vision": 3}'):
         folder = epath.Path(shutil.copytree(start, tmp_path / "imported", dirs_exist_ok=True))
         (folder / "model.json").write_text(content)
-        told = "/model.json is not JSON: " if content == "{" else " does not describe its model: "
-        assert load_error(folder).startswith(f"{folder}{told}")
+        problem = "/model.json is not JSON: " if content == "{" else " does not describe its model: "
+        assert load_error(folder).startswith(f"{folder}{problem}")
     shutil.copy(start / "model.json", folder)
     shutil.rmtree(folder / "tokenizer")
     copy = f"Copy the folder of its tokenizer to {folder}/tokenizer."

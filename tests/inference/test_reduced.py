@@ -203,8 +203,8 @@ def records():
         yield Record(str(i), tuple(p.copy for p in images), (Turn("human", text),))
 
 
-def generator(mesh, **how):
-    config = tiny(**changes(**how)).model
+def generator(mesh, reduce="", keep=0):
+    config = tiny(**changes(reduce, keep)).model
     plan, mesh = blueprint(config), make_mesh(mesh)
     places = plan.shardings(mesh)
     params = ((path, jax.device_put(x, places[path])) for path, x in large_params(plan.shapes, 1).items())

@@ -77,7 +77,7 @@ def test_patch_scores_only_its_own_cells():
     states = np.zeros((1, head.grid**2, 32), np.float32)
     states[0, head.grid + 2] = 1  # the second row's third patch
     changed = np.nonzero(np.abs(head(states) - head(0 * states)).max(-1)[0])
-    rows, columns = (range(i * head.cells_per_patch, (i + 1) * head.cells_per_patch) for i in (1, 2))
+    rows, columns = (range(i * head.cells_per_side, (i + 1) * head.cells_per_side) for i in (1, 2))
     assert {*zip(*(axis.tolist() for axis in changed), strict=True)} == {(r, c) for r in rows for c in columns}
     assert head(states).shape == (1, 24, 24, sum(CLASSES))
 
@@ -118,7 +118,7 @@ def test_every_mesh_takes_the_same_steps(mesh):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"model.cells": 0}, "go together"),
         ({"data.scenes.task": "captions"}, "go together"),
@@ -127,8 +127,8 @@ def test_every_mesh_takes_the_same_steps(mesh):
         ({"model.vision": "clip-tiny"}, "24×24 cells"),
     ],
 )
-def test_cell_labels_need_a_cell_head(changes, said):
-    with pytest.raises(UserError, match=said):
+def test_cell_labels_need_a_cell_head(changes, message):
+    with pytest.raises(UserError, match=message):
         load_training_records(tiny.tiny(**CHANGES | changes))
 
 
@@ -158,9 +158,9 @@ def test_run_starts_from_a_tower_trained_on_cells(tmp_path, capsys, monkeypatch)
     monkeypatch.undo()
     seen = {row["what"]: row for row in json.loads((tmp_path / "seen.json").read_text())}
     for kind_index, (what, constant_answer) in enumerate((("color", 1), ("shape", 0), ("character", 1))):
-        labelled = labels[..., kind_index][labels[..., kind_index] > 0]
-        assert seen[what]["cells"] == labelled.size
-        assert seen[what]["right"] == pytest.approx((labelled == constant_answer).mean())
+        labeled = labels[..., kind_index][labels[..., kind_index] > 0]
+        assert seen[what]["cells"] == labeled.size
+        assert seen[what]["right"] == pytest.approx((labeled == constant_answer).mean())
     assert seen["no character"] == {"what": "no character", "cells": (labels[..., 2] == 0).sum(), "right": 0}
     by_height = [row["cells"] for what, row in seen.items() if what.endswith("pixels")]
     assert 0.98 < sum(by_height) / seen["character"]["cells"] <= 1  # touching characters may share a cell

@@ -16,11 +16,11 @@ from stf_jax.training.loss import cross_entropy_sum
 _MESHES = [None, (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 
 
-def _case(words=1000, rows=8, length=13, width=16, dtype=np.float32):
+def _case(vocab=1000, rows=8, length=13, width=16, dtype=np.float32):
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((rows, length, width)).astype(dtype)
-    kernel = rng.standard_normal((width, words)).astype(np.float32)
-    return hidden, kernel, rng.integers(0, words, (rows, length)), rng.random((rows, length)) < 0.6
+    kernel = rng.standard_normal((width, vocab)).astype(np.float32)
+    return hidden, kernel, rng.integers(0, vocab, (rows, length)), rng.random((rows, length)) < 0.6
 
 
 def _full_loss(hidden, kernel, targets, loss_mask):
@@ -45,10 +45,10 @@ def test_value_and_gradients_equal_full_logits(mesh, chunk, monkeypatch):
         np.testing.assert_allclose(gradient, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("words", [129, 383, 1024])
-def test_vocabularies_that_chunks_do_not_divide(words, monkeypatch):
+@pytest.mark.parametrize("vocab", [129, 383, 1024])
+def test_vocabularies_that_chunks_do_not_divide(vocab, monkeypatch):
     monkeypatch.setattr(loss, "_CHUNK", 4 * 104 * 128)
-    case = _case(words)
+    case = _case(vocab)
     ours, expected = (_value_and_gradients(call, None, case) for call in (cross_entropy_sum, _full_loss))
     jax.tree.map(
         lambda gradient, other: np.testing.assert_allclose(gradient, other, rtol=1e-5, atol=1e-5), ours, expected
@@ -93,7 +93,7 @@ def test_bfloat16_sums_in_float32(monkeypatch):
 def test_no_array_is_as_large_as_all_logits(monkeypatch):
     """Nor, on a mesh, as large as the full head."""
     monkeypatch.setattr(loss, "_CHUNK", 4 * 128 * 128)
-    case = _case(words=4096, rows=64, length=16, width=64)
+    case = _case(vocab=4096, rows=64, length=16, width=64)
     with compute_context(make_mesh(MeshConfig(1, 8, 1)), "float32"):
         compiled = jax.jit(jax.value_and_grad(cross_entropy_sum, (0, 1))).lower(*case).compile()
     text = compiled.as_text()

@@ -118,10 +118,10 @@ def test_evaluate_command_repeats_the_results_of_the_run(runs, tmp_path, capsys)
     arguments = [f"--checkpoint={runs.workdir}", "--benchmark=scenes", "--limit=3", f"--out={out}"]
     assert run_command(evaluate.main, arguments) == 0
     assert (out / "answers.jsonl").read_bytes() == (runs.workdir / "answers.jsonl").read_bytes()
-    mine, theirs = (json.loads((folder / "results.json").read_text()) for folder in (out, runs.workdir))
-    assert mine["protocol"]["asking"].pop("model") == {"checkpoint": str(runs.workdir), "step": 5}
-    theirs["protocol"]["asking"].pop("model")
-    assert mine == theirs
+    command_results, run_results = (json.loads((folder / "results.json").read_text()) for folder in (out, runs.workdir))
+    assert command_results["protocol"]["asking"].pop("model") == {"checkpoint": str(runs.workdir), "step": 5}
+    run_results["protocol"]["asking"].pop("model")
+    assert command_results == run_results
     assert "scenes, 3 questions: measured" in capsys.readouterr().out
 
 

@@ -284,7 +284,7 @@ def test_run_that_ends_in_skipped_updates_is_not_complete(tmp_path, capsys):
     changes = ["mesh.data=1", "optimizer.learning_rate=1e30", "checkpoint.every_steps=3"]
     arguments = [f"--config={ROOT}/tests/tiny.py:steps=8", *(f"--config.{c}" for c in changes)]
     messages = []
-    for name, first in (("whole", []), ("again", ["--config.faults.skipped_updates=3"])):
+    for name, first in (("uninterrupted", []), ("again", ["--config.faults.skipped_updates=3"])):
         workdir = tmp_path / name
         if first:
             assert run_command(main, [*arguments, f"--workdir={workdir}", *first]) == 1
