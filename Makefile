@@ -1,11 +1,11 @@
-# The two commands that matter: `make demo` and `make test`. Each makes or refreshes .venv by itself.
+# The main commands are `make demo` and `make test`. Each creates or updates .venv.
 PYTHON ?= python3
 WORKDIR ?= runs/demo
 
 .PHONY: demo evidence test test-random test-slow test-serve soak lint
 
-# Trains, measures, and hands the model over to PyTorch, which must answer as we do (where torch is installed). With
-# huge pages steps on a CPU take a seventh less (docs/BENCHMARKS.md).
+# Trains, evaluates and exports the model, and checks that the export gives the same answers in PyTorch (if torch is
+# installed). Huge pages make steps on CPUs a seventh faster (docs/BENCHMARKS.md).
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 demo: .venv/ready-demo
 	.venv/bin/python -m stf_jax.main --config=configs/demo.py --workdir=$(WORKDIR)
@@ -14,11 +14,11 @@ demo: .venv/ready-demo
 	@if .venv/bin/python -c "import torch" 2> /dev/null; then \
 	    .venv/bin/python -m stf_jax.convert verify $(WORKDIR)/finetune $(WORKDIR)/export; \
 	else \
-	    echo "Install torch in .venv and repeat make demo to see the export answer in PyTorch as the model does here."; \
+	    echo "Install torch in .venv and repeat make demo to check that the export gives the same answers in PyTorch."; \
 	fi
 	@echo "Look at $(WORKDIR)/contact_sheet.png. The exported model is in $(WORKDIR)/export."
 
-# The studies of docs/EVIDENCE.md. Interrupted, it goes on where it was.
+# The studies of docs/EVIDENCE.md. Resumes after an interruption.
 evidence: .venv/ready
 	for study in fusions kernel_and_taps initialisation backbone; do \
 	    .venv/bin/python -m stf_jax.ablate --config=configs/ablations/$$study.py --out=runs/evidence/$$study \
@@ -28,15 +28,15 @@ evidence: .venv/ready
 test: lint
 	.venv/bin/python -m pytest
 
-# The same tests in random order, whose seed is printed: no test may depend on what ran before it.
+# The same tests in random order with a printed seed, to check that no test depends on another.
 test-random: .venv/ready-dev
 	.venv/bin/python -m pytest -p randomly
 
-# Faults that really happen to runs, fuzzing, and whatever else takes minutes: one after the other, for some are timed.
+# Fault injection, fuzzing and other tests that take minutes; one at a time, because some measure time.
 test-slow: .venv/ready-dev
 	.venv/bin/python -m pytest -n 0 -m "slow and not soak" --durations=0 --durations-min=1
 
-# Exports asked through transformers and vLLM, in an environment of their own; the demo is run first where it was not.
+# Exports in transformers and vLLM, in a separate environment; runs the demo first if necessary.
 test-serve: export DEMO = $(WORKDIR)
 test-serve: .venv/ready-dev .venv-serve/ready
 	test -d $(WORKDIR)/export || $(MAKE) demo

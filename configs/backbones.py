@@ -1,22 +1,22 @@
-"""The miniature backbones, of either edition of the embedded world.
+"""The miniature backbones, for both editions of the embedded world.
 
-Edition 1 is how stf_jax/weights/miniatures was made (its README.md has the commands and the scores): the language model
-on text alone, then everything on captions, with a plain MLP connector.
+Edition 1 produced stf_jax/weights/miniatures (its README.md has the commands and the scores): it trains the language
+model on text only, then everything on captions, with an MLP connector.
 
-In edition 2 the tower learns to label small cells of drawn images (models/cells.py), which teaches a small tower more
-than captions do. The language model learns to look things up in captions, as text, and then in images, with the tower
-frozen and an MLP connector on all 144 tokens. What that comes to is the evaluation at the end of ``answers``.
+In edition 2 the vision tower learns to label small cells of drawn images (models/cells.py), which teaches a small tower
+more than captions do. The language model learns to look things up in captions, as text, and then in images, with the
+tower frozen and an MLP connector on all 144 tokens. Stage ``answers`` ends with an evaluation.
 """
 
 from stf_jax.config import default_config, parse_arg
 
 
 def get_config(arg=None):
-    """Stages ``sentences``, ``text`` of text, ``shapes``, ``captions`` of images; ``scale`` multiplies the steps.
+    """Stages ``sentences`` and ``text`` on text, ``shapes`` and ``captions`` on images; ``scale`` multiplies the steps.
 
-    ``vision=siglip-mini-16-96`` makes another tower for the language model that is there already, which stays as it is.
-    ``edition=2`` has stages ``cells``, ``cues`` and ``answers``; its tower is ``clip-mini-8-96`` by default. With
-    another, ``cells`` alone runs.
+    ``vision=siglip-mini-16-96`` trains another tower for the existing language model, which stays frozen. ``edition=2``
+    has stages ``cells``, ``cues`` and ``answers``; its tower is ``clip-mini-8-96`` by default. With another tower, only
+    ``cells`` runs.
     """
     arg = parse_arg(arg, scale=1.0, edition=1, vision="")
     config = default_config()
@@ -28,12 +28,12 @@ def get_config(arg=None):
     config.data.scenes.edition = arg.edition
     config.optimizer.update(b2=0.98, clip_norm=1.0)
     if arg.edition == 2:
-        return _second(config, arg.scale)
+        return _second_edition(config, arg.scale)
     config.data.template = "plain"
     config.data.scenes.size = 1_000_000
     config.run = ("sentences", "text", "shapes", "captions")
     config.stages = {
-        # Few shapes first, of text as of images: looking one of two up is learned there in minutes.
+        # Few shapes first, in text and in images: the model learns to look up one of two in minutes.
         "sentences": {
             "steps": int(1000 * arg.scale),
             "global_batch_size": 16,
@@ -72,8 +72,8 @@ def get_config(arg=None):
     return config
 
 
-def _second(config, scale):
-    """The tower and the language model are trained apart, then the model reads the tower. No record comes twice."""
+def _second_edition(config, scale):
+    """Trains the tower and the language model separately, then the model on images. No record is repeated."""
     frozen = (".*", "freeze")
     steps = {"cells": int(5000 * scale), "cues": int(2500 * scale), "answers": int(20_000 * scale)}
     config.run = tuple(steps)
@@ -92,7 +92,7 @@ def _second(config, scale):
             },
             "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.01},
         },
-        # Many short questions teach look-up faster than few whole sentences.
+        # Many short questions teach lookup faster than few full sentences.
         "cues": {
             "steps": steps["cues"],
             "global_batch_size": 16,

@@ -1,30 +1,30 @@
-"""The whole method in miniature, in minutes, on two cores: both stages, an evaluation and a contact sheet.
+"""The complete method in miniature, in minutes on two cores: both stages, an evaluation and a contact sheet.
 
-The backbones are the embedded miniatures (stf_jax/weights/miniatures), the data embedded scenes. ``stage=pretrain`` or
-``stage=finetune`` runs one stage, ``steps=N`` for so many steps, ``fusion=NAME`` with another fusion.
+It uses the embedded miniature backbones (stf_jax/weights/miniatures) and embedded scenes. ``stage=pretrain`` or
+``stage=finetune`` runs one stage, ``steps=N`` sets its steps, ``fusion=NAME`` selects another fusion.
 """
 
 from stf_jax.config import default_config, parse_arg, single_stage
 
 
 def get_config(arg=None):
-    """The recipe of configs/pretrain.py and configs/finetune.py on miniatures."""
+    """The recipe of configs/pretrain.py and configs/finetune.py on the miniatures."""
     arg = parse_arg(arg, stage="", steps=0, fusion="mbtf_stf")
     config = default_config()
     config.model.update(vision="clip-mini-8-96", llm="llama-mini-6")
-    # CPUs compute in float32, and have the memory not to recompute.
+    # CPUs compute in float32 and have enough memory not to recompute.
     config.model.update(precision="float32", remat="none", scan_layers=False)
-    # Hidden layers to suit a language model of width 128: smaller ones learn in fewer images.
+    # Hidden sizes for a language model of width 128: smaller ones need fewer images.
     config.model.fusion.update(fusion=arg.fusion, mbtf_hidden=256, stf_hidden=1024)
     config.data.update(source="scenes", tokenizer="miniature/2", packing=True)
     config.data.scenes.size = 12_000
-    # A short run wants more than torch's start and AdamW's long memory give.
+    # A short run needs another initialization than PyTorch's and a shorter memory of AdamW.
     config.model.fusion.init = "kaiming"
     config.optimizer.update(b2=0.98, clip_norm=1.0)
     config.checkpoint.every_steps = 200
     config.log_every_steps = 50
     config.eval.limit = 1000
-    config.faults.spike = 0.0  # the loss of so few rows varies
+    config.faults.spike = 0.0  # the loss of small batches varies
     config.run = ("pretrain", "finetune")
     config.stages = {
         "pretrain": {
@@ -40,7 +40,7 @@ def get_config(arg=None):
             "steps": arg.steps or 300,
             "global_batch_size": 8,
             "rules": (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train")),
-            # Two conversations in a row.
+            # Two conversations per row.
             "data": {
                 "template": "v1",
                 "scenes": {"task": "conversations"},

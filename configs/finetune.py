@@ -1,4 +1,4 @@
-"""Stage 2 as the paper runs it: MBTF, STF and the language model learn LLaVA-1.5's 665K mixture, the ViT is frozen.
+"""Stage 2 of the paper: trains MBTF, STF and the language model on LLaVA-1.5's 665K mixture; the ViT is frozen.
 
     python -m stf_jax.main --config=configs/finetune.py --workdir=DIR --config.init_from=STAGE_1_WORKDIR \
         --config.data.annotations=llava_v1_5_mix665k.json --config.data.images=DIR

@@ -1,4 +1,4 @@
-"""Stage 1 as the paper runs it: MBTF and STF learn to caption on LCS-558K, everything else is frozen.
+"""Stage 1 of the paper: trains MBTF and STF on captions of LCS-558K; everything else is frozen.
 
     python -m stf_jax.main --config=configs/pretrain.py --workdir=DIR --config.init_from=WEIGHTS \
         --config.data.annotations=blip_laion_cc_sbu_558k.json --config.data.images=DIR

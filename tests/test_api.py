@@ -1,4 +1,4 @@
-"""The Python API gives what the commands give, and importing the package costs nothing."""
+"""The Python API agrees with the commands, and importing the package is cheap."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ from make_models import make, make_image
 import stf_jax
 from stf_jax import chat, evaluate
 from stf_jax.config import FusionConfig, UserError
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUESTION = "How many shapes are there?"
@@ -22,7 +22,7 @@ QUESTION = "How many shapes are there?"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An imported model of random weights."""
+    """An imported model with random weights."""
     return make(tmp_path_factory.mktemp("api") / "model", FusionConfig("mbtf_stf"), "clip", "llama")
 
 
@@ -37,7 +37,7 @@ def test_importing_the_package_imports_nothing_heavy():
     assert done.stdout == f"{stf_jax.__version__} []\n"
 
 
-def test_the_wheel_has_every_module():
+def test_the_wheel_contains_every_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     files = [*(ROOT / "stf_jax").rglob("*.py"), *(ROOT / "configs").rglob("*.py")]
     folders = {file.parent.relative_to(ROOT) for file in files if "torch_package" not in file.parts}
@@ -45,7 +45,7 @@ def test_the_wheel_has_every_module():
     assert {*project["packages"]} == {f"stf_jax.{name}" if name.startswith("configs") else name for name in names}
 
 
-def test_all_names_are_there():
+def test_all_public_names_exist():
     for name in stf_jax.__all__:
         assert getattr(stf_jax, name) is not None
     assert set(stf_jax.__all__) <= set(dir(stf_jax))
@@ -56,20 +56,20 @@ def test_all_names_are_there():
 def test_a_model_answers_as_the_chat_command_does(model, folder, tmp_path, capsys):
     make_image(1).save(tmp_path / "a.png")
     options = [f"--checkpoint={folder}", f"--image={tmp_path / 'a.png'}", f"--prompt={QUESTION}", "--max-new-tokens=8"]
-    assert door(chat.main, options) == 0
+    assert run_command(chat.main, options) == 0
     assert model.chat(tmp_path / "a.png", QUESTION, max_new_tokens=8) == capsys.readouterr().out.strip()
 
 
-def test_an_image_may_be_a_path_an_array_or_pils(model, tmp_path):
+def test_images_may_be_paths_arrays_or_pil_images(model, tmp_path):
     make_image(1).save(tmp_path / "a.png")
-    shown = [str(tmp_path / "a.png"), tmp_path / "a.png", make_image(1), np.asarray(make_image(1))]
-    answers = model.generate([(image, QUESTION) for image in shown], max_new_tokens=8)
+    images = [str(tmp_path / "a.png"), tmp_path / "a.png", make_image(1), np.asarray(make_image(1))]
+    answers = model.generate([(image, QUESTION) for image in images], max_new_tokens=8)
     assert answers == [answers[0]] * 4
     other, none = model.generate([(make_image(2), QUESTION), (None, QUESTION)], max_new_tokens=8)
     assert len({answers[0], other, none}) > 1
 
 
-def test_image_tokens_are_what_the_language_model_reads(model, folder):
+def test_image_tokens_have_the_width_of_the_language_model(model, folder):
     tokens = model.image_tokens(make_image(1))
     assert tokens.shape == (model.tokens_per_image, 32) == (9, 32)
     assert tokens.dtype == np.float32
@@ -77,14 +77,14 @@ def test_image_tokens_are_what_the_language_model_reads(model, folder):
     assert np.abs(tokens - model.image_tokens(make_image(2))).max() > 1e-3
 
 
-def test_a_wrong_image_is_a_sentence(model, tmp_path):
+def test_an_invalid_image_raises_a_user_error(model, tmp_path):
     (tmp_path / "a.png").write_text("no image")
     for image in (tmp_path / "a.png", tmp_path / "none.png"):
         with pytest.raises(UserError, match=r"\.png"):
             model.chat(image, QUESTION)
 
 
-def test_evaluating_is_what_the_command_does(model, folder, tmp_path):
+def test_evaluate_agrees_with_the_command(model, folder, tmp_path):
     results = stf_jax.evaluate(model, "scenes", tmp_path / "api", limit=2, batch_size=4)
     options = [
         f"--checkpoint={folder}",
@@ -93,12 +93,12 @@ def test_evaluating_is_what_the_command_does(model, folder, tmp_path):
         "--batch=4",
         f"--out={tmp_path / 'command'}",
     ]
-    assert door(evaluate.main, options) == 0
+    assert run_command(evaluate.main, options) == 0
     written = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("api", "command")]
     assert json.loads(json.dumps(results)) == written[0] == written[1]
 
 
-def test_training_evaluates_and_leaves_a_model_to_load_and_export(tmp_path):
+def test_train_returns_results_and_writes_a_model_to_load_and_export(tmp_path):
     config = tiny.get_config("steps=2")
     config.eval.update(benchmarks=("shapes",), limit=2)
     (results,) = stf_jax.train(config, tmp_path / "run")

@@ -1,6 +1,6 @@
-"""Every command that a document shows exists and takes its options; a quick one runs in a reader's environment.
+"""Every documented command exists and accepts its options; a quick one runs in a clean environment.
 
-A fenced block says what it is: ``sh`` for commands, ``python``, or ``text`` for what is only shown.
+Fenced blocks have a language: ``sh`` for commands, ``python``, or ``text`` for output and anything else.
 """
 
 import ast
@@ -11,8 +11,8 @@ import re
 import shlex
 import subprocess
 
-import pytest
 import docs_environment
+import pytest
 
 from stf_jax import config as config_module
 from stf_jax.config import default_config, flatten
@@ -25,28 +25,28 @@ from stf_jax.training import stages
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCS = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "stf_jax/weights/miniatures/README.md"]
-# Files whose docstrings and help texts show commands.
-SHOWING = [
+# Files whose docstrings and help texts contain commands.
+CODE_FILES = [
     *sorted((ROOT / "stf_jax").glob("*.py")),
     *sorted((ROOT / "configs").rglob("*.py")),
     ROOT / "tests/make_llava.py",
 ]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "launch/slurm.sbatch", ROOT / "launch/Dockerfile"]
-# Programs of others, and why a test does not run them.
-OTHERS = {
-    "accelerate": "lmms-eval's data must be downloaded; tests/weights/test_lmms_eval.py asks an export through it",
-    "cp": "of files that the reader has",
-    "cd": "into a folder that the reader has",
-    "curl": "asks a server, as make test-serve does",
-    "docker": "there is no daemon; tests/launch reads the Dockerfile",
-    "echo": "into a file that the reader has",
+# External programs, and why this test does not run them.
+EXTERNAL = {
+    "accelerate": "lmms-eval needs to download data; tests/weights/test_lmms_eval.py evaluates an export with it",
+    "cp": "copies files of the reader",
+    "cd": "enters a folder of the reader",
+    "curl": "queries a server, which make test-serve tests",
+    "docker": "needs a daemon; tests/launch checks the Dockerfile",
+    "echo": "writes to a file of the reader",
     "gcloud": "needs an account",
-    "pip": "installs; its requirement files must be there",
+    "pip": "installs packages; the requirement files must exist",
     "mpirun": "needs Open MPI",
-    "vllm": "has an environment of its own, in which make test-serve asks it",
+    "vllm": "has a separate environment, which make test-serve tests",
 }
-# What stands for something of the reader's, by what does for a check. "…" and "..." alone stand for more options.
-STAND_INS = {
+# Values to check placeholders with. "…" and "..." alone stand for more options.
+PLACEHOLDERS = {
     "--config=…": "--config=configs/demo.py",
     "--config=FILE": "--config=configs/demo.py",
     "--benchmark=NAME": "--benchmark=pope",
@@ -59,47 +59,49 @@ STAND_INS = {
 }
 
 
-class _Read(Exception):
-    """A command has read its arguments, and would begin to work."""
+class _ArgumentsParsed(Exception):
+    """A command has parsed its arguments and would start to work."""
 
 
-def blocks(file: pathlib.Path) -> list[tuple[str, str]]:
+def read_blocks(file: pathlib.Path) -> list[tuple[str, str]]:
     """Language and text of each fenced block."""
     return re.findall(r"^```([^\n]*)\n(.*?)^```$", file.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def commands(text: str) -> list[list[str]]:
-    """The words of each command of a shell text, comments left out, lines joined."""
-    found, part = [], ""
+def split_commands(text: str) -> list[list[str]]:
+    """Splits shell text into the words of each command, without comments and with continued lines joined."""
+    commands, part = [], ""
     for line in re.sub(r" *\\\n *", " ", text).splitlines(keepends=True):
         part += line
         try:
             words = shlex.split(part, comments=True)
         except ValueError:
-            continue  # a text in quotes goes on in the next line
-        found, part = [*found, *([words] if words else [])], ""
+            continue  # a quoted string continues on the next line
+        commands, part = [*commands, *([words] if words else [])], ""
     assert not part, part
-    return found
+    return commands
 
 
-def _in_docs():
+def _commands_in_docs():
     for file in DOCS:
         text = file.read_text()
-        found = [words for language, block in blocks(file) if language == "sh" for words in commands(block)]
+        commands = [
+            words for language, block in read_blocks(file) if language == "sh" for words in split_commands(block)
+        ]
         prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
         spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
         starts = ("python -m ", "make ", "launch/", "DEVICES=", "sbatch ", "mpirun ", "--config.")
-        found += [shlex.split(span) for span in spans if span.startswith(starts)]
-        yield from ((file.relative_to(ROOT), words) for words in found)
+        commands += [shlex.split(span) for span in spans if span.startswith(starts)]
+        yield from ((file.relative_to(ROOT), words) for words in commands)
 
 
-def _in_code():
-    for file in SHOWING:
+def _commands_in_code():
+    for file in CODE_FILES:
         texts = [node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)]
         texts = [re.sub(r" *\\\n *", " ", text) for text in texts if isinstance(text, str)]
         for text in texts:
-            shown = re.findall(r"``(python -m [^`]+)``|^ +(python -m .*)$", text, re.MULTILINE)
-            yield from ((file.relative_to(ROOT), shlex.split("".join(one))) for one in shown)
+            matches = re.findall(r"``(python -m [^`]+)``|^ +(python -m .*)$", text, re.MULTILINE)
+            yield from ((file.relative_to(ROOT), shlex.split("".join(match))) for match in matches)
     for file in SCRIPTS:
         for line in re.findall(
             r"^#  +((?:[A-Z]+=\d+ )*(?:launch/|sbatch |docker ).*)$", file.read_text(), re.MULTILINE
@@ -107,18 +109,18 @@ def _in_code():
             yield file.relative_to(ROOT), shlex.split(line, comments=True)
 
 
-SHOWN = [*_in_docs(), *_in_code()]
+COMMANDS = [*_commands_in_docs(), *_commands_in_code()]
 
 
-def _stand_in(words):
-    """The words with placeholders filled in, and what stands in brackets (may be given) left out."""
+def _fill_placeholders(words):
+    """Replaces placeholders, and removes optional arguments in brackets."""
     text = re.sub(r"\[[^][]*\]", "", "\0".join(words))
-    return [STAND_INS.get(word, word) for word in text.split("\0") if word and STAND_INS.get(word, word)]
+    return [PLACEHOLDERS.get(word, word) for word in text.split("\0") if word and PLACEHOLDERS.get(word, word)]
 
 
 def _check_python(words, monkeypatch):
-    """``python -m MODULE …``: the module reads the arguments and would begin to work."""
-    assert words[0] == "-m", "docs run modules, so that the packages are found wherever Python is"
+    """``python -m MODULE …``: the module accepts the arguments and would start to work."""
+    assert words[0] == "-m", "docs run modules, so that Python finds the package"
     name, *argv = words[1:]
     if name in ("pip", "pytest"):
         files = [word for word in argv if word.endswith(".txt") or word.startswith("tests/")]
@@ -127,48 +129,48 @@ def _check_python(words, monkeypatch):
     if name.startswith("tests."):
         assert (ROOT / f"{name.replace('.', '/')}.py").exists()
         return
-    if name.partition(".")[0] in OTHERS:
+    if name.partition(".")[0] in EXTERNAL:
         return
     module = importlib.import_module(name)
     if not argv:
-        return  # only named
+        return  # only mentioned
     argv = ["fusion" if (name, word) == ("stf_jax.bench", "NAME") else word for word in argv]
     if name == "stf_jax.ablate":
         argv = [word.replace("configs/demo.py", "configs/ablations/fusions.py") for word in argv]
-    read = {}
+    parsed = {}
 
-    def stop_after(do, key):
-        def done(*arguments, **more):
-            read[key] = do(*arguments, **more)
-            raise _Read
+    def stop_after(function, key):
+        def wrapped(*args, **kwargs):
+            parsed[key] = function(*args, **kwargs)
+            raise _ArgumentsParsed
 
-        return done
+        return wrapped
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(cli.Parser, "parse_args", stop_after(cli.Parser.parse_args, "options"))
-    for where, key in ((config_module, "resolve"), (stages, "resolve_stages"), (study, "read_study")):
-        wrapped = stop_after(getattr(where, key), key)
-        monkeypatch.setattr(where, key, wrapped)
+    for owner, key in ((config_module, "resolve"), (stages, "resolve_stages"), (study, "read_study")):
+        wrapped = stop_after(getattr(owner, key), key)
+        monkeypatch.setattr(owner, key, wrapped)
         if hasattr(module, key):
             monkeypatch.setattr(module, key, wrapped)
     if "--status" in argv:
         monkeypatch.setattr(module, "format_status", stop_after(str, "status"))
-    with pytest.raises(_Read):
+    with pytest.raises(_ArgumentsParsed):
         module.main(argv)
-    for stage in read.get("resolve", read.get("resolve_stages", ())):
+    for stage in parsed.get("resolve", parsed.get("resolve_stages", ())):
         _check_presets(stage)
     if name == "stf_jax.evaluate":
-        assert set(read["options"].benchmark.split(",")) <= {*BENCHMARKS, "all"}
+        assert set(parsed["options"].benchmark.split(",")) <= {*BENCHMARKS, "all"}
 
 
 def _check_presets(stage):
-    """Backbones are presets, or folders that the commands before it make."""
-    for value, read in ((stage.model.vision, vision_preset), (stage.model.llm, llm_preset)):
-        assert value.startswith("weights/") or read(value), value
+    """Checks that backbones are presets, or folders that previous commands write."""
+    for value, load in ((stage.model.vision, vision_preset), (stage.model.llm, llm_preset)):
+        assert value.startswith("weights/") or load(value), value
 
 
 def _check_overrides(words, monkeypatch):
-    """``--config.KEY=VALUE`` by itself; without a value, or with "…" for it, the key alone is looked at."""
+    """``--config.KEY=VALUE`` alone; without a value, or with "…", checks only the key."""
     keys = [word.removeprefix("--config.").partition("=")[0] for word in words]
     if set(keys) <= set(flatten(study.default_study().to_dict())) - set(flatten(default_config().to_dict())):
         return _check_python(
@@ -186,17 +188,24 @@ def _check_make(words):
 
 
 def _check_script(words, monkeypatch):
-    """``launch/…``: the script is there, tells its options apart, and what it hands on is the program's."""
+    """``launch/…``: the script exists and accepts its options, and the program accepts those passed to it."""
     script, *rest = words
     assert os.access(ROOT / script, os.X_OK), script
     if script in ("launch/tpu_pod.sh", "launch/gke.sh"):
-        own, program = (rest[: rest.index("--")], rest[rest.index("--") + 1 :]) if "--" in rest else (rest, [])
-        own = [word for word in own if word != "…"]
-        if not any(word.startswith("--") for word in own) or "VERB" in own:
-            return  # only named
-        own = _stand_in(own)
-        for verb in own[0].split("|"):
-            line = ["bash", str(ROOT / script), verb, *own[1:], "--dry-run", *(["--", *program] if program else [])]
+        options, program = (rest[: rest.index("--")], rest[rest.index("--") + 1 :]) if "--" in rest else (rest, [])
+        options = [word for word in options if word != "…"]
+        if not any(word.startswith("--") for word in options) or "COMMAND" in options:
+            return  # only mentioned
+        options = _fill_placeholders(options)
+        for action in options[0].split("|"):
+            line = [
+                "bash",
+                str(ROOT / script),
+                action,
+                *options[1:],
+                "--dry-run",
+                *(["--", *program] if program else []),
+            ]
             done = subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
             assert done.returncode == 0, done.stderr
     elif script == "launch/install.sh":
@@ -209,28 +218,30 @@ def _check_script(words, monkeypatch):
     else:
         program = rest
     if program:
-        program = _stand_in(program)
+        program = _fill_placeholders(program)
         hosts = ("--coordinator=", "--processes=", "--process=")
-        given = [word for word in program if not word.startswith(hosts)]
-        given += [] if any(word.startswith("--config=") for word in given) else ["--config=configs/demo.py"]
-        given += [] if any(word.startswith("--workdir=") for word in given) else ["--workdir=DIR"]
+        arguments = [word for word in program if not word.startswith(hosts)]
+        arguments += [] if any(word.startswith("--config=") for word in arguments) else ["--config=configs/demo.py"]
+        arguments += [] if any(word.startswith("--workdir=") for word in arguments) else ["--workdir=DIR"]
         _check_python(
-            ["-m", "stf_jax.main", *given, *(word for word in program if word.startswith(hosts))], monkeypatch
+            ["-m", "stf_jax.main", *arguments, *(word for word in program if word.startswith(hosts))], monkeypatch
         )
 
 
 def _check_sbatch(words, monkeypatch):
-    script = next(place for place, word in enumerate(words) if not word.startswith("--"))
+    script = next(index for index, word in enumerate(words) if not word.startswith("--"))
     _check_script(words[script:], monkeypatch)
 
 
-@pytest.mark.parametrize(("file", "words"), SHOWN, ids=[f"{file}-{' '.join(words)[:80]}" for file, words in SHOWN])
-def test_commands_take_what_they_are_shown_with(file, words, monkeypatch):
+@pytest.mark.parametrize(
+    ("file", "words"), COMMANDS, ids=[f"{file}-{' '.join(words)[:80]}" for file, words in COMMANDS]
+)
+def test_commands_accept_their_documented_arguments(file, words, monkeypatch):
     while re.fullmatch(r"[A-Z]+=\S*", words[0]):
         words = words[1:]
     program, *rest = words
     if program == "python":
-        _check_python(_stand_in(rest), monkeypatch)
+        _check_python(_fill_placeholders(rest), monkeypatch)
     elif program == "make":
         _check_make(rest)
     elif program == "sbatch":
@@ -238,18 +249,18 @@ def test_commands_take_what_they_are_shown_with(file, words, monkeypatch):
     elif program.startswith("launch/"):
         _check_script(words, monkeypatch)
     elif program.startswith("--config."):
-        _check_overrides(_stand_in(words), monkeypatch)
+        _check_overrides(_fill_placeholders(words), monkeypatch)
     elif program == ".":
         assert rest == [".venv/bin/activate"]
     else:
-        assert program in OTHERS, f"{file}: {program} is checked by nothing; see OTHERS"
+        assert program in EXTERNAL, f"{file}: {program} is not checked; see EXTERNAL"
         files = [word.removeprefix("--file=") for word in rest if word.startswith("--file=") or word.endswith(".txt")]
         assert all((ROOT / name).exists() for name in files)
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
-def test_blocks_say_what_they_are(file):
-    for language, block in blocks(file):
+def test_blocks_have_a_known_language(file):
+    for language, block in read_blocks(file):
         assert language in ("sh", "python", "text"), block
         if language == "python":
             program = compile(block, file, "exec")
@@ -260,21 +271,23 @@ def test_blocks_say_what_they_are(file):
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
-def test_links_lead_somewhere(file):
+def test_link_targets_exist(file):
     for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text()):
         assert (file.parent / path).exists(), path
 
 
 def test_docs_activate_one_environment():
-    """README says how, and the docs' commands are those of the active one."""
+    """README says how; the commands of the docs run in the active environment."""
     assert README.read_text().count("\n. .venv/bin/activate\n") == 1
     for file in DOCS:
         assert ".venv/bin/" not in file.read_text().replace(". .venv/bin/activate", ""), file
 
 
-def test_the_first_command_of_the_rehearsal_starts_for_a_reader():
-    """Without its folder it says what it takes; tests/test_reproduce.py runs the whole rehearsal."""
-    (*first, _), *_ = next(commands(text) for language, text in blocks(ROOT / "docs/reproduce.md") if language == "sh")
+def test_the_first_command_of_the_rehearsal_runs_in_a_clean_environment():
+    """Without its folder it prints its usage; tests/test_reproduce.py runs the complete rehearsal."""
+    (*first, _), *_ = next(
+        split_commands(text) for language, text in read_blocks(ROOT / "docs/reproduce.md") if language == "sh"
+    )
     assert first == ["python", "-m", "tests.make_llava"]
     done = subprocess.run(
         first, cwd=ROOT, env=docs_environment.make_environment(), capture_output=True, text=True, timeout=300

@@ -1,4 +1,4 @@
-"""The training door: what a run leaves behind, and what it says to input that it cannot use."""
+"""The training command: the files of a run, and error messages for invalid input."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tiny import tiny
 
 from stf_jax.config import from_json
 from stf_jax.main import main
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 from stf_jax.runtime.cost import step_flops
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -21,7 +21,7 @@ TINY = f"--config={ROOT}/tests/tiny.py"
 PRETRAIN = f"--config={ROOT}/configs/pretrain.py"
 
 
-UNUSABLE = {
+INVALID = {
     "no annotations": (
         [PRETRAIN, "--config.mesh.fsdp=8"],
         ["annotations", "--config.data.annotations=PATH", "configs/demo.py"],
@@ -62,19 +62,19 @@ UNUSABLE = {
 }
 
 
-@pytest.mark.parametrize("case", UNUSABLE)
-def test_input_that_cannot_be_used_ends_in_one_sentence(case, tmp_path, capsys):
-    argv, says = UNUSABLE[case]
-    assert door(main, [*argv, f"--workdir={tmp_path / 'run'}"]) == 2
-    spoken = capsys.readouterr().err.strip()
-    assert spoken.startswith("error: ")
-    assert "\n" not in spoken
-    for part in says:
-        assert part in spoken
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_input_is_reported_in_one_sentence(case, tmp_path, capsys):
+    argv, parts = INVALID[case]
+    assert run_command(main, [*argv, f"--workdir={tmp_path / 'run'}"]) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
 
 
-def test_the_recipe_without_data_says_what_to_provide(tmp_path):
-    """As a user meets it: a process of its own, without a traceback."""
+def test_the_recipe_without_data_reports_what_to_provide(tmp_path):
+    """As a user runs it, in a separate process; prints no traceback."""
     command = [sys.executable, "-m", "stf_jax.main", "--config=configs/pretrain.py", f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
@@ -86,15 +86,15 @@ def test_the_recipe_without_data_says_what_to_provide(tmp_path):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Of a run of five steps on two devices, of which the second and the third step are profiled."""
+    """The workdir of a run of five steps on two devices that profiles steps 2 and 3."""
     workdir = tmp_path_factory.mktemp("new") / "deeper" / "run"
     options = ["--config.log_every_steps=2", "--config.mesh.data=2", "--config.mesh.fsdp=1"]
     options += ["--config.profile.first_step=2", "--config.profile.steps=2"]
-    assert door(main, [f"{TINY}:steps=5", f"--workdir={workdir}", *options]) == 0
+    assert run_command(main, [f"{TINY}:steps=5", f"--workdir={workdir}", *options]) == 0
     return workdir
 
 
-def test_a_run_leaves_config_metrics_checkpoints_and_tensorboard(workdir):
+def test_a_run_writes_config_metrics_checkpoints_and_tensorboard(workdir):
     config = from_json(json.loads((workdir / "config.json").read_text()))
     profile = {"profile.first_step": 2, "profile.steps": 2}
     assert config == tiny(steps=5, log_every_steps=2, **{"mesh.data": 2, "mesh.fsdp": 1}, **profile)
@@ -110,7 +110,7 @@ def test_a_run_leaves_config_metrics_checkpoints_and_tensorboard(workdir):
     assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
 
 
-def test_a_run_tells_how_its_time_was_spent(workdir):
+def test_metrics_include_throughput_and_goodput(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     flops = step_flops(tiny().model, tiny().rules, 8, 192, 1).step
     for line in lines:
@@ -118,13 +118,13 @@ def test_a_run_tells_how_its_time_was_spent(workdir):
         assert line["model_flops_per_second"] * line["seconds_per_step"] == pytest.approx(flops / 2)
         assert 0 <= line["data_wait"] < 1
         assert 0 < line["goodput"] < 1
-        assert not line.keys() & {"mfu", "device_memory_bytes"}  # of a CPU
-    # One program, which took most of the time until the first line.
+        assert not line.keys() & {"mfu", "device_memory_bytes"}  # not available on CPUs
+    # One program, whose compilation took most of the time until the first line.
     assert [name for line in lines for name in line if name == "compile_seconds"] == ["compile_seconds"]
     assert lines[0]["seconds"] / 2 < lines[0]["compile_seconds"] < lines[0]["seconds"]
 
 
-def test_a_profile_tells_the_parts_of_the_model_apart(workdir):
+def test_a_profile_has_scopes_for_the_parts_of_the_model(workdir):
     (file,) = (workdir / "profile").glob("plugins/profile/*/*.xplane.pb")  # where TensorBoard looks
     names = set(re.findall(rb"jit\(train_step\)/[ -~]+", file.read_bytes()))
     for scopes in (b"vision.*/attention", b"vision.*/mlp", b"fusion", b"llm.*/attention", b"llm.*/mlp", b"loss"):
@@ -134,10 +134,10 @@ def test_a_profile_tells_the_parts_of_the_model_apart(workdir):
 
 
 @pytest.mark.slow  # it compiles for several shapes of batch
-def test_the_recipe_for_few_rows_learns_from_them(tmp_path):
-    """48 rows, of which seven or so cannot be used, for a model that knows nothing: hence the learning rate."""
+def test_the_recipe_for_few_rows_reduces_the_loss(tmp_path):
+    """48 rows, about seven of them unusable, and an untrained model, which needs the higher learning rate."""
     make(tmp_path, captions=1, conversations=48)
-    workdir, changes = (
+    workdir, overrides = (
         tmp_path / "run",
         {
             "init_missing": "('.*',)",
@@ -150,23 +150,31 @@ def test_the_recipe_for_few_rows_learns_from_them(tmp_path):
             "mesh.data": 1,
         },
     )
-    options = [f"--config.{key}={value}" for key, value in changes.items()]
+    options = [f"--config.{key}={value}" for key, value in overrides.items()]
     config = f"--config={ROOT}/configs/small.py:vision=clip-tiny,llm=llama-tiny,fusion=mlp"
-    assert door(main, [config, f"--workdir={workdir}", *options]) == 0
+    assert run_command(main, [config, f"--workdir={workdir}", *options]) == 0
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 3 * 4  # three epochs of 56 rows, 16 a step
-    epochs = [lines[start : start + 4] for start in (0, 4, 8)]  # of the same rows
+    assert len(lines) == 3 * 4  # three epochs of 56 rows, 16 per step
+    epochs = [lines[start : start + 4] for start in (0, 4, 8)]  # with the same rows
     first, second, third = (sum(line["loss"] * line["learned_tokens"] for line in epoch) for epoch in epochs)
     assert first > second > third
 
 
-def test_the_demo_needs_the_first_part_of_the_requirements_alone():
-    """Else `make demo`, which installs nothing more, fails where no test looks."""
+def test_the_demo_needs_only_the_first_part_of_the_requirements():
+    """`make demo` installs only that part, which no other test checks."""
     rest = (ROOT / "requirements.txt").read_text().partition("# ---- The rest")[2]
     packages = [name.replace("-", "_") for name in re.findall(r"^([\w-]+)==", rest, re.MULTILINE)]
     assert "tensorflow_datasets" in packages
-    used = ["main", "training.loop", "evals.known", "evals.running", "convert", "weights.exports", "weights.export_hf"]
+    modules = [
+        "main",
+        "training.loop",
+        "evals.registry",
+        "evals.runner",
+        "convert",
+        "weights.exports",
+        "weights.export_hf",
+    ]
     code = f"import importlib, sys\nsys.modules.update(dict.fromkeys({packages}))\n"
-    code += "".join(f"importlib.import_module('stf_jax.{name}')\n" for name in used)
+    code += "".join(f"importlib.import_module('stf_jax.{name}')\n" for name in modules)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -247,7 +247,7 @@ def test_verify_reports_differences_and_errors(exported, tmp_path, capsys, monke
         return status, out, err.splitlines()[-1]
 
     status, out, err = run_verify(export)
-    assert (status, err) == (2, f"error: {export} does not answer as {folder} does.")
+    assert (status, err) == (2, f"error: {export} and {folder} give different answers.")
     assert len(out.splitlines()) == 4
     assert out.endswith("0 of 2 answers are the same.\n")
     assert run_verify(export, "--questions=0")[2] == "error: --questions and --tokens must be at least 1."
