@@ -295,7 +295,7 @@ def test_image_tokens_of_llava_stf_match(tmp_path):
     # All four blocks are tapped; the deepest tap is the last block but one, as in the paper, so the taps repeat.
     state = make_stf_tensors(taps=4)
     write(tmp_path / "source", {n: v.contiguous() for n, v in (language | state).items()}, make_original_config())
-    with pytest.raises(UserError, match="the deepest first"):
+    with pytest.raises(UserError, match="in descending order"):
         import_weights(str(tmp_path / "source"), tmp_path / "no", str(tmp_path / "tower"))
     state = make_stf_tensors(taps=2)
     (tmp_path / "source").rename(tmp_path / "old")

@@ -213,6 +213,6 @@ def test_a_language_model_alone_chats_in_text(imported, tmp_path, capsys):
     assert run_command(chat.main, [f"--checkpoint={alone}", *options, f"--image={tmp_path / 'a.png'}"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "error: This image cannot be shown: the model has no vision tower" in err
+    assert "error: This image cannot be used: the model has no vision tower" in err
     with pytest.raises(UserError, match="is not a complete model: it lacks vision, fusion"):
         load_generator(alone, make_mesh(MeshConfig(1, 1, 1)))
