@@ -119,7 +119,7 @@ def test_one_seed_has_no_intervals():
 def test_intervals_of_means_and_deviations_have_their_coverage(seeds):
     samples = np.random.default_rng(0).normal(0.5, 0.1, (2000, seeds))
     for estimate, truth in ((mean, 0.5), (deviation, 0.1)):
-        covered = [result.low <= truth <= result.high for one in map(estimate, samples)]
+        covered = [one.low <= truth <= one.high for one in map(estimate, samples)]
         assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
 
 
