@@ -333,7 +333,7 @@ DAMAGES = {
     "more layers": (config(text_config={"num_hidden_layers": 4}), "num_hidden_layers 4, but the tensors hold 3 layers"),
     "no such template": (config(conversation_template="v2"), "Unknown data.template='v2'"),
     "a template of templates": (config(conversation_template=["v1"]), "Unknown data.template=\"['v1']\""),
-    "no patches": (config(vision_config={"patch_size": 0}), "{folder}: Vision tower with images of 36 pixels"),
+    "no patches": (config(vision_config={"patch_size": 0}), "{folder}: The vision tower has images of 36 pixels"),
     "words for taps": (
         config(stf_config={"taps": "4321"}),
         "config.json does not describe an STF-JAX export",
