@@ -1,4 +1,4 @@
-"""What cannot be used, verb by verb: status 2 and one sentence, no code of others run, and nothing left behind."""
+"""Invalid input to every command: exit status 2, one sentence, no foreign code executed, no files left behind."""
 
 import dataclasses
 import fnmatch
@@ -25,7 +25,7 @@ import torch
 from etils import epath
 from make_evals import make_gqa
 from make_models import CONTROL, make
-from theirs import decoder
+from reference import decoder
 
 from stf_jax import ablate, bench, chat, convert, evaluate, main, plan, prepare
 from stf_jax.config import FusionConfig
@@ -34,11 +34,11 @@ from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference import loading
 from stf_jax.inference.loading import load_generator
-from stf_jax.runtime.cli import door
+from stf_jax.runtime.cli import run_command
 from stf_jax.weights.export_hf import export_hf
 
 ROOT = pathlib.Path(__file__).parents[1]
-VERBS = {
+COMMANDS = {
     "main": main, "prepare": prepare, "convert": convert, "evaluate": evaluate, "chat": chat, "plan": plan,
     "bench": bench, "ablate": ablate,
 }  # fmt: skip
@@ -47,29 +47,30 @@ Make = Callable[[pathlib.Path, types.SimpleNamespace], None]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A command that cannot be carried out.
+    """A command with invalid input.
 
-    In ``argv``, ``{here}`` is an empty folder of the case's own, and the attributes of ``shared`` are what all cases
-    have. ``make`` writes the input into ``here``. ``leaves`` are patterns of files that may be there afterwards, whole.
+    In ``argv``, ``{here}`` is the temporary folder of the case, and other names are attributes of ``shared``. ``make``
+    writes the input into ``here``. ``messages`` must occur in the error. ``may_leave`` has patterns of files that the
+    command may write.
     """
 
     name: str
-    verb: str
+    command: str
     make: Make
     argv: tuple[str, ...]
-    says: tuple[str, ...]
-    leaves: tuple[str, ...] = ()
+    messages: tuple[str, ...]
+    may_leave: tuple[str, ...] = ()
 
 
-# ---- What is written -------------------------------------------------------------------------------------------------
+# ---- Writing input ---------------------------------------------------------------------------------------------------
 
 
-def nothing(here, shared):
-    """The input is wrong, or not there, as it is."""
+def no_input(here, shared):
+    """Writes nothing: the arguments alone are invalid, or the input is missing."""
 
 
-def put(name: str, content: bytes | str) -> Make:
-    """A file."""
+def write_file(name: str, content: bytes | str) -> Make:
+    """Writes a file."""
     content = content.encode() if isinstance(content, str) else content
 
     def write(here, shared):
@@ -79,46 +80,46 @@ def put(name: str, content: bytes | str) -> Make:
     return write
 
 
-def several(*makers: Make) -> Make:
+def combine(*makers: Make) -> Make:
     def write(here, shared):
-        for one in makers:
-            one(here, shared)
+        for maker in makers:
+            maker(here, shared)
 
     return write
 
 
-def changed(what: str, name: str, change: Callable[[bytes], bytes]) -> Make:
-    """A copy, in ``here/what``, of one of the shared folders with a file changed."""
+def modified_copy(folder: str, name: str, change: Callable[[bytes], bytes]) -> Make:
+    """Copies a shared folder to ``here`` and changes one of its files."""
 
     def write(here, shared):
-        shutil.copytree(getattr(shared, what), here / what)
-        file = here / what / name
+        shutil.copytree(getattr(shared, folder), here / folder)
+        file = here / folder / name
         content = change(file.read_bytes())
-        file.unlink()  # it may be linked
+        file.unlink()  # the copy may be a link
         file.write_bytes(content)
 
     return write
 
 
-def edited(what: str, name: str, **values) -> Make:
-    """The same, with keys of a JSON object set."""
-    return changed(what, name, lambda old: json.dumps(json.loads(old) | values).encode())
+def edited_json(folder: str, name: str, **values) -> Make:
+    """Copies a shared folder and sets keys of a JSON object in it."""
+    return modified_copy(folder, name, lambda old: json.dumps(json.loads(old) | values).encode())
 
 
-def halved(content: bytes) -> bytes:
+def first_half(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
 
-TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A thing."}]
-ROW = {"id": "a", "image": "good.png", "conversations": TALK}
+TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A thing."}]
+ROW = {"id": "a", "image": "good.png", "conversations": TURNS}
 
 
-def rows(*changes: dict) -> Make:
-    """Annotations in LLaVA's format, in ``here/rows.json``: a good row, changed as each of ``changes`` says."""
-    return put("rows.json", json.dumps([ROW | change for change in changes]))
+def write_rows(*changes: dict) -> Make:
+    """Writes annotations in LLaVA's format to ``here/rows.json``: a valid row, updated with each of ``changes``."""
+    return write_file("rows.json", json.dumps([ROW | change for change in changes]))
 
 
-def lines(*values) -> str:
+def json_lines(*values) -> str:
     """JSON lines."""
     return "".join(json.dumps(value) + "\n" for value in values)
 
@@ -126,73 +127,76 @@ def lines(*values) -> str:
 # ---- Images --------------------------------------------------------------------------------------------------------
 
 
-def encoded(kind: str, **how) -> bytes:
+def encode_image(kind: str, **options) -> bytes:
     file = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
-    PIL.Image.fromarray(noise).save(file, kind, **how)
+    PIL.Image.fromarray(noise).save(file, kind, **options)
     return file.getvalue()
 
 
-def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of so many grey pixels, by its head; with chunks as they are given."""
-    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+def make_png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG whose header claims this size in gray pixels, with the given chunks."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in ((b"IHDR", head), *chunks, (b"IEND", b"")))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*item) for item in ((b"IHDR", header), *chunks, (b"IEND", b"")))
 
 
-def archive(**members: bytes) -> bytes:
+def make_zip(**members: bytes) -> bytes:
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
-            made.writestr(name, content)
+            archive.writestr(name, content)
     return file.getvalue()
 
 
-PICTURES = {  # with what is said of each
-    "cut.jpg": (halved(encoded("JPEG")), "truncated"),
-    "cut.png": (halved(encoded("PNG")), ""),
-    "cut.webp": (halved(encoded("WEBP", lossless=True)), ""),
-    "empty.jpg": (b"", "no format of JPEG"),
-    "text.jpg": (b"This is no image.", "no format of JPEG"),
-    "zip.png": (archive(a=b"a"), "no format of JPEG"),
-    "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch pwned) (w) file\n", "no format"),
-    "bomb.png": (png(12_000, 12_000), "12000x12000 pixels"),
-    "ribbon.png": (png(50_000, 2), "50000x2 pixels"),
-    "text_bomb.png": (png(8, 8, (b"zTXt", b"a\0\0" + zlib.compress(bytes(2**27)))), ""),
+BAD_IMAGES = {  # with part of the error message
+    "cut.jpg": (first_half(encode_image("JPEG")), "truncated"),
+    "cut.png": (first_half(encode_image("PNG")), ""),
+    "cut.webp": (first_half(encode_image("WEBP", lossless=True)), ""),
+    "empty.jpg": (b"", "its format is none of JPEG"),
+    "text.jpg": (b"This is no image.", "its format is none of JPEG"),
+    "zip.png": (make_zip(a=b"a"), "its format is none of JPEG"),
+    "script.jpg": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch pwned) (w) file\n",
+        "its format is none",
+    ),
+    "bomb.png": (make_png(12_000, 12_000), "12000x12000 pixels"),
+    "ribbon.png": (make_png(50_000, 2), "50000x2 pixels"),
+    "text_bomb.png": (make_png(8, 8, (b"zTXt", b"a\0\0" + zlib.compress(bytes(2**27)))), ""),
 }
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
 
 
-def safetensors(head: dict | bytes, data: bytes = b"", length: int | None = None) -> bytes:
-    """A file with that head, which says to be so long."""
+def make_safetensors(head: dict | bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    """A file with this header, which claims this length."""
     head = json.dumps(head).encode() if isinstance(head, dict) else head
     return struct.pack("<Q", len(head) if length is None else length) + head + data
 
 
-def tensor(shape: list[int], begin: int, end: int, kind: str = "F32") -> dict:
+def tensor_entry(shape: list[int], begin: int, end: int, kind: str = "F32") -> dict:
     return {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
 
 
-class Trap:
-    """Whoever unpickles it makes a file in the working folder."""
+class UnpickleTrap:
+    """Unpickling it writes a file to the working folder."""
 
     def __reduce__(self):
         return os.system, ("touch pwned",)
 
 
-def torch_file(value, **how) -> bytes:
+def save_torch(value, **options) -> bytes:
     file = io.BytesIO()
-    torch.save(value, file, **how)
+    torch.save(value, file, **options)
     return file.getvalue()
 
 
-def bombed(content: bytes) -> bytes:
-    """A file of torch's whose pickle is compressed: a few KB that would be 64 MiB."""
+def compress_pickle(content: bytes) -> bytes:
+    """A torch file with a compressed pickle: a few KB that expand to 64 MiB."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w") as new:
         for member in old.infolist():
@@ -207,8 +211,8 @@ def gguf_text(text: str) -> bytes:
     return struct.pack("<Q", len(text)) + text.encode()
 
 
-def gguf(values: dict[str, int | str], tensors: int = 0, rest: bytes = b"", count: int | None = None) -> bytes:
-    """A GGUF with those numbers and texts in its head."""
+def make_gguf(values: dict[str, int | str], tensors: int = 0, rest: bytes = b"", count: int | None = None) -> bytes:
+    """A GGUF with these numbers and texts in its header."""
     file = b"GGUF" + struct.pack("<IQQ", 3, tensors, len(values) if count is None else count)
     for key, value in values.items():
         file += gguf_text(key)
@@ -219,10 +223,10 @@ def gguf(values: dict[str, int | str], tensors: int = 0, rest: bytes = b"", coun
 LLAMA = {"general.architecture": "llama", "llama.block_count": 2, "llama.embedding_length": 32}
 LLAMA |= {"llama.attention.head_count": 4}
 WEIGHT = {"model.norm.weight": torch.ones(32)}
-BOMB = bombed(torch_file(WEIGHT))
-EMBEDDING = safetensors({"model.embed_tokens.weight": tensor([62, 32], 0, 7936)}, bytes(7936))
+BOMB = compress_pickle(save_torch(WEIGHT))
+EMBEDDING = make_safetensors({"model.embed_tokens.weight": tensor_entry([62, 32], 0, 7936)}, bytes(7936))
 
-# ---- The table: name, what makes the input, what is asked for, what must be said -------------------------------------
+# ---- The cases: name, function that writes the input, arguments, parts of the message --------------------------------
 
 TINY, RUN = f"--config={ROOT}/tests/tiny.py", "--workdir={here}/run"
 LLAVA = "--config.data.source=llava"
@@ -231,434 +235,582 @@ FILE = "{here}/rows.json"
 MODEL = ("--checkpoint={model}", "--precision=float32")
 
 
-def run(name, make, argv, *says, leaves=()):
-    """Training by a config that is good but for ``argv``, one option or several."""
+def train_case(name, make, argv, *messages, may_leave=()):
+    """Training with a valid config except for ``argv``, one or several options."""
     argv = [argv] if isinstance(argv, str) else argv
-    return Case(name, "main", make, (TINY, RUN, *argv), says, leaves)
+    return Case(name, "main", make, (TINY, RUN, *argv), messages, may_leave)
 
 
-def trained(name, make, *says):
-    """Training on data that are not."""
-    return run(name, make, (LLAVA, ROWS, IMAGES), *says)
+def annotations_case(name, make, *messages):
+    """Training on invalid annotations."""
+    return train_case(name, make, (LLAVA, ROWS, IMAGES), *messages)
 
 
-def again(name, file, change, *says):
-    """Training on a prepared set that was damaged since."""
+def prepared_case(name, file, change, *messages):
+    """Training on a damaged prepared set."""
     argv = (LLAVA, "--config.data.annotations={here}/prepared")
-    return run(name, changed("prepared", file, change), argv, "{here}/prepared", *says)
+    return train_case(name, modified_copy("prepared", file, change), argv, "{here}/prepared", *messages)
 
 
-def initialised(name, content, *says):
-    """Training that starts with a file of weights. The workdir is made before they are read."""
+def init_case(name, content, *messages):
+    """Training that starts from a file of weights. The workdir is created before they are read."""
     argv = ("--config.init_from={here}/w", "--config.init_missing=('(?!llm/norm).*',)")
-    return run(name, put("w/a.safetensors", content), argv, "{here}/w", *says, leaves=("run", "run/*"))
+    return train_case(
+        name, write_file("w/a.safetensors", content), argv, "{here}/w", *messages, may_leave=("run", "run/*")
+    )
 
 
 MAIN = [
-    Case("a misspelt option", "main", nothing, (TINY, "--wrokdir={here}/run"), ("wrokdir", "workdir")),
-    Case("no workdir", "main", nothing, (TINY,), ("--workdir is missing",)),
-    Case("no such config", "main", nothing, ("--config={here}/none.py", RUN), ("{here}/none.py",)),
-    Case("an argument that a config has not", "main", nothing, (f"{TINY}:setps=3", RUN), ("'setps=3'", "'steps='")),
-    run("a config that is no Python", put("c.py", "def get_config(:\n"), "--config={here}/c.py", "c.py, line 1"),
-    run("a config with NUL", put("c.py", b"a = 1\0\n"), "--config={here}/c.py", "The config file"),
-    run("a config that fails", put("c.py", "def get_config(a=0):\n    1 / a"), "--config={here}/c.py", "c.py, line 2"),
-    run("an unknown key", nothing, "--config.data.anotations=a", "data.anotations", "'data.annotations'"),
-    run("a number that is none", nothing, "--config.steps=many", "--config.steps=many"),
-    run("a rate of NaN", nothing, "--config.optimizer.learning_rate=nan", "optimizer.learning_rate is nan", "between"),
-    run("a batch of none", nothing, "--config.global_batch_size=0", "global_batch_size is 0", "between 1 and"),
-    run("a rule that is no pattern", nothing, "--config.rules=(('(', 'train'),)", "'('", "regular expression"),
-    run(
-        "a start that is no pattern",
-        nothing,
+    Case("a misspelled option", "main", no_input, (TINY, "--wrokdir={here}/run"), ("wrokdir", "workdir")),
+    Case("no workdir", "main", no_input, (TINY,), ("--workdir is missing",)),
+    Case("a missing config", "main", no_input, ("--config={here}/none.py", RUN), ("{here}/none.py",)),
+    Case("an unknown config argument", "main", no_input, (f"{TINY}:setps=3", RUN), ("'setps=3'", "'steps='")),
+    train_case(
+        "a config that is not Python", write_file("c.py", "def get_config(:\n"), "--config={here}/c.py", "c.py, line 1"
+    ),
+    train_case("a config with NUL", write_file("c.py", b"a = 1\0\n"), "--config={here}/c.py", "The config file"),
+    train_case(
+        "a config that fails",
+        write_file("c.py", "def get_config(a=0):\n    1 / a"),
+        "--config={here}/c.py",
+        "c.py, line 2",
+    ),
+    train_case("an unknown key", no_input, "--config.data.anotations=a", "data.anotations", "'data.annotations'"),
+    train_case("text for a number", no_input, "--config.steps=many", "--config.steps=many"),
+    train_case(
+        "a learning rate of NaN",
+        no_input,
+        "--config.optimizer.learning_rate=nan",
+        "optimizer.learning_rate is nan",
+        "between",
+    ),
+    train_case("an empty batch", no_input, "--config.global_batch_size=0", "global_batch_size is 0", "between 1 and"),
+    train_case(
+        "a rule that is not a pattern", no_input, "--config.rules=(('(', 'train'),)", "'('", "regular expression"
+    ),
+    train_case(
+        "init_missing that is not a pattern",
+        no_input,
         "--config.init_missing=('(',)",
         "init_missing",
         "'('",
-        leaves=("run", "run/*"),
+        may_leave=("run", "run/*"),
     ),
-    run("taps that the tower has not", nothing, "--config.model.fusion.taps=(9,)", "model.fusion.taps=(9,)", "0 to 3"),
-    run("an unknown template", nothing, "--config.data.template=v2", "'v2'", "v1"),
-    run("a template of tokens that are not there", nothing, "--config.data.template=chatml", "<|im_start|>"),
-    run("a workdir that is a file", put("run", ""), (), "{here}/run"),
-    run("a workdir below a file", put("file", ""), "--workdir={here}/file/run", "{here}/file/run"),
-    run("a workdir where nothing can be", nothing, "--workdir=/proc/stf_jax", "/proc/stf_jax"),
-    run("a tokenizer that is a file", put("t", "{}"), "--config.data.tokenizer={here}/t", "{here}/t", "=DIR"),
-    run(
-        "a tokenizer cut short", put("t/tokenizer.json", '{"model": {'), "--config.data.tokenizer={here}/t", "{here}/t"
+    train_case(
+        "taps beyond the tower", no_input, "--config.model.fusion.taps=(9,)", "model.fusion.taps=(9,)", "0 to 3"
     ),
-    run(
-        "a model that is not described",
-        edited("model", "model.json", llm={"width": 3}),
+    train_case("an unknown template", no_input, "--config.data.template=v2", "'v2'", "v1"),
+    train_case("a template with missing tokens", no_input, "--config.data.template=chatml", "<|im_start|>"),
+    train_case("a workdir that is a file", write_file("run", ""), (), "{here}/run"),
+    train_case("a workdir below a file", write_file("file", ""), "--workdir={here}/file/run", "{here}/file/run"),
+    train_case("a workdir that cannot be created", no_input, "--workdir=/proc/stf_jax", "/proc/stf_jax"),
+    train_case(
+        "a tokenizer that is a file", write_file("t", "{}"), "--config.data.tokenizer={here}/t", "{here}/t", "=DIR"
+    ),
+    train_case(
+        "a truncated tokenizer",
+        write_file("t/tokenizer.json", '{"model": {'),
+        "--config.data.tokenizer={here}/t",
+        "{here}/t",
+    ),
+    train_case(
+        "an incomplete model description",
+        edited_json("model", "model.json", llm={"width": 3}),
         "--config.model.llm={here}/model",
         "{here}/model/model.json",
     ),
-    run(
-        "questions cut short",
-        put("gqa/llava_gqa_testdev_balanced.jsonl", '{"question_id": "1", "im'),
+    train_case(
+        "truncated questions",
+        write_file("gqa/llava_gqa_testdev_balanced.jsonl", '{"question_id": "1", "im'),
         ("--config.eval.benchmarks=('gqa',)", "--config.eval.data={here}"),
         "testdev_balanced.jsonl, line 1",
     ),
-    run("a folder that was not prepared", nothing, (LLAVA, "--config.data.annotations={here}"), "{here}", "prepare"),
-    run("two folders for one file", rows({}), (LLAVA, ROWS, f"{IMAGES},a"), "data.images names 2 folders", "name one"),
-    trained("no annotations", nothing, FILE, ROWS.partition("=")[0]),
-    trained("annotations cut short", put("rows.json", json.dumps([ROW, ROW])[:-40]), f"Row 1 of {FILE}"),
-    trained("no rows", put("rows.json", "[ ]"), FILE, "at least one row"),
-    trained("an empty file of rows", put("rows.json", ""), FILE, "at least one row"),
-    trained(
-        "lines of rows cut short", put("rows.json", lines(ROW, ROW)[:-40]), f"Line 2 of {FILE}", "may be cut short"
+    train_case("an unprepared folder", no_input, (LLAVA, "--config.data.annotations={here}"), "{here}", "prepare"),
+    train_case(
+        "two folders for one file",
+        write_rows({}),
+        (LLAVA, ROWS, f"{IMAGES},a"),
+        "data.images has 2 folders",
+        "give one",
     ),
-    trained("rows of one object over lines", put("rows.json", '{\n"a": 1}'), FILE, "or a row a line, but line 1"),
-    trained("rows in UTF-16", put("rows.json", json.dumps([ROW]).encode("utf-16")), FILE),
-    trained("rows of NUL", put("rows.json", bytes(99)), FILE),
-    trained("rows nested without end", put("rows.json", "[" * 99_999), f"Row 0 of {FILE}", "take it out"),
-    trained("a row nested deep", put("rows.json", f"[{'[' * 200}{']' * 200}]"), f"Row 0 of {FILE}", "take it out"),
-    trained("numbers for texts", rows({"conversations": [{"from": 1, "value": 2}]}), f"Row 0 of {FILE}"),
-    trained("an image that is not there", rows({"image": "lost.png"}), FILE, "{images}/lost.png"),
-    trained("an image above the folder", rows({"image": "../a.png"}), "'../a.png' leaves the folder {images}"),
-    trained("an image elsewhere", rows({"image": "/etc/hostname"}), "'/etc/hostname' leaves the folder {images}"),
-    trained("an image's name with NUL", rows({"image": "a\0.png"}), "NUL in its name"),
-    trained("an image that is none", rows({"image": "text.jpg"}), "{images}/text.jpg cannot be opened"),
-    trained("an image of absurd size", rows({"image": "bomb.png"}), "{images}/bomb.png cannot be opened"),
-    run("rows over length", rows({}), (LLAVA, ROWS, IMAGES, "--config.data.max_length=8"), "'a'", "max_length=8"),
-    again("a prepared set without rows", "kept.json", lambda _: b"[]", "kept.json"),
-    again(
+    annotations_case("no annotations", no_input, FILE, ROWS.partition("=")[0]),
+    annotations_case(
+        "truncated annotations", write_file("rows.json", json.dumps([ROW, ROW])[:-40]), f"Row 1 of {FILE}"
+    ),
+    annotations_case("no rows", write_file("rows.json", "[ ]"), FILE, "at least one row"),
+    annotations_case("an empty file of rows", write_file("rows.json", ""), FILE, "at least one row"),
+    annotations_case(
+        "truncated lines of rows",
+        write_file("rows.json", json_lines(ROW, ROW)[:-40]),
+        f"Line 2 of {FILE}",
+        "may be cut short",
+    ),
+    annotations_case(
+        "one object on several lines",
+        write_file("rows.json", '{\n"a": 1}'),
+        FILE,
+        "or have one row per line, but line 1",
+    ),
+    annotations_case("rows in UTF-16", write_file("rows.json", json.dumps([ROW]).encode("utf-16")), FILE),
+    annotations_case("rows of NUL", write_file("rows.json", bytes(99)), FILE),
+    annotations_case("endlessly nested rows", write_file("rows.json", "[" * 99_999), f"Row 0 of {FILE}", "remove it"),
+    annotations_case(
+        "a deeply nested row", write_file("rows.json", f"[{'[' * 200}{']' * 200}]"), f"Row 0 of {FILE}", "remove it"
+    ),
+    annotations_case("numbers for text", write_rows({"conversations": [{"from": 1, "value": 2}]}), f"Row 0 of {FILE}"),
+    annotations_case("a missing image", write_rows({"image": "lost.png"}), FILE, "{images}/lost.png"),
+    annotations_case(
+        "an image outside the folder", write_rows({"image": "../a.png"}), "'../a.png' leaves the folder {images}"
+    ),
+    annotations_case(
+        "an image with an absolute path",
+        write_rows({"image": "/etc/hostname"}),
+        "'/etc/hostname' leaves the folder {images}",
+    ),
+    annotations_case("an image's name with NUL", write_rows({"image": "a\0.png"}), "contains NUL"),
+    annotations_case(
+        "a file that is not an image", write_rows({"image": "text.jpg"}), "{images}/text.jpg cannot be opened"
+    ),
+    annotations_case("an oversized image", write_rows({"image": "bomb.png"}), "{images}/bomb.png cannot be opened"),
+    train_case(
+        "rows that are too long",
+        write_rows({}),
+        (LLAVA, ROWS, IMAGES, "--config.data.max_length=8"),
+        "'a'",
+        "max_length=8",
+    ),
+    prepared_case("a prepared set without rows", "kept.json", lambda _: b"[]", "kept.json"),
+    prepared_case(
         "a prepared set that lost a row", "kept.json", lambda old: json.dumps(json.loads(old)[1:]).encode(), "1 rows"
     ),
-    again("a prepared set whose info is cut", "dataset_info.json", halved, "prepared again"),
-    again("a prepared set whose features are an array", "features.json", lambda _: b"[]", "prepared again"),
-    again("a prepared set whose shard is cut", "llava-train.array_record-00000-of-00001", halved, "Row 0", "shard"),
-    initialised("weights cut short", halved(safetensors({"a": tensor([9], 0, 36)}, bytes(36))), "a.safetensors"),
-    initialised("weights of another shape", safetensors({"llm/norm/scale": tensor([9], 0, 36)}, bytes(36)), "(9,)"),
-    initialised(
-        "weights of a strange type", safetensors({"llm/norm/scale": tensor([32], 0, 32, "F8_E4M3")}, bytes(32))
+    prepared_case("a prepared set with truncated info", "dataset_info.json", first_half, "prepared again"),
+    prepared_case("a prepared set with an array of features", "features.json", lambda _: b"[]", "prepared again"),
+    prepared_case(
+        "a prepared set with a truncated shard", "llava-train.array_record-00000-of-00001", first_half, "Row 0", "shard"
+    ),
+    init_case(
+        "truncated weights", first_half(make_safetensors({"a": tensor_entry([9], 0, 36)}, bytes(36))), "a.safetensors"
+    ),
+    init_case(
+        "weights of another shape", make_safetensors({"llm/norm/scale": tensor_entry([9], 0, 36)}, bytes(36)), "(9,)"
+    ),
+    init_case(
+        "weights of an unsupported type",
+        make_safetensors({"llm/norm/scale": tensor_entry([32], 0, 32, "F8_E4M3")}, bytes(32)),
     ),
 ]
 
 
-def prepared(name, make, argv, *says, leaves=()):
-    """Preparing, with options that win over good ones."""
+def prepare_case(name, make, argv, *messages, may_leave=()):
+    """Preparing, with options that override valid ones."""
     argv = ("--annotations={here}/rows.json", "--images={images}", "--out={here}/out", "--workers=1", *argv)
-    return Case(name, "prepare", make, argv, says, leaves)
+    return Case(name, "prepare", make, argv, messages, may_leave)
 
 
-UNFIT = [{"image": name} for name in (*PICTURES, "lost.png", "../good.png", "/etc/hostname", 3, float("nan"))]
-UNFIT += [{"conversations": talk} for talk in (3, TALK[:1], [TALK[0], TALK[0]])]
+BAD_ROWS = [{"image": name} for name in (*BAD_IMAGES, "lost.png", "../good.png", "/etc/hostname", 3, float("nan"))]
+BAD_ROWS += [{"conversations": turns} for turns in (3, TURNS[:1], [TURNS[0], TURNS[0]])]
 PREPARE = [
-    prepared("a misspelt option", rows({}), ["--max-lenght=3"], "--max-lenght"),
-    prepared("no folder of images", rows({}), ["--images={here}/none"], "{here}/none"),
-    prepared("a file for a folder of images", rows({}), [f"--images={FILE}"], FILE),
-    prepared("no annotations", nothing, [], FILE, "No such file"),
-    prepared("a folder for annotations", put("rows.json/mine", ""), [], FILE),
-    prepared("annotations cut short", put("rows.json", json.dumps([ROW])[:-30]), [], f"Row 0 of {FILE}"),
-    prepared("an object of rows", put("rows.json", json.dumps({"rows": [ROW]})), [], FILE, "JSON array"),
-    prepared("more after the array", put("rows.json", json.dumps([ROW]) + "[]"), [], FILE, "row 0"),
-    prepared("a number without end", put("rows.json", f"[{'1' * 9999}]"), [], f"Row 0 of {FILE}", "take it out"),
-    prepared("an output that is a file", several(rows({}), put("out", "mine")), [], "{here}/out"),
-    prepared("an output below a file", rows({}), [f"--out={FILE}/out"], f"{FILE}/out"),
-    prepared("an output where nothing can be", rows({}), ["--out=/proc/out"], "/proc/out"),
-    prepared(
-        "an output that holds something else", several(rows({}), put("out/thesis.txt", "mine")), [], "another --out"
+    prepare_case("a misspelled option", write_rows({}), ["--max-lenght=3"], "--max-lenght"),
+    prepare_case("no folder of images", write_rows({}), ["--images={here}/none"], "{here}/none"),
+    prepare_case("a file for a folder of images", write_rows({}), [f"--images={FILE}"], FILE),
+    prepare_case("no annotations", no_input, [], FILE, "No such file"),
+    prepare_case("a folder for annotations", write_file("rows.json/mine", ""), [], FILE),
+    prepare_case("truncated annotations", write_file("rows.json", json.dumps([ROW])[:-30]), [], f"Row 0 of {FILE}"),
+    prepare_case("an object of rows", write_file("rows.json", json.dumps({"rows": [ROW]})), [], FILE, "JSON array"),
+    prepare_case("more after the array", write_file("rows.json", json.dumps([ROW]) + "[]"), [], FILE, "row 0"),
+    prepare_case(
+        "a number with too many digits", write_file("rows.json", f"[{'1' * 9999}]"), [], f"Row 0 of {FILE}", "remove it"
     ),
-    prepared("no workers", rows({}), ["--workers=0"], "--workers must be at least 1"),
-    prepared("a limit that is no number", rows({}), ["--limit=ten"], "--limit", "'ten'"),
-    prepared("an unknown template", rows({}), ["--template=v2"], "'v2'", "v1"),
-    prepared("no tokenizer", rows({}), ["--tokenizer={here}/none"], "{here}/none"),
-    prepared(
-        "no row that can be used",
-        rows(*UNFIT),
+    prepare_case("an output that is a file", combine(write_rows({}), write_file("out", "mine")), [], "{here}/out"),
+    prepare_case("an output below a file", write_rows({}), [f"--out={FILE}/out"], f"{FILE}/out"),
+    prepare_case("an output that cannot be created", write_rows({}), ["--out=/proc/out"], "/proc/out"),
+    prepare_case(
+        "an output with other files", combine(write_rows({}), write_file("out/thesis.txt", "mine")), [], "another --out"
+    ),
+    prepare_case("no workers", write_rows({}), ["--workers=0"], "--workers must be at least 1"),
+    prepare_case("a limit that is not a number", write_rows({}), ["--limit=ten"], "--limit", "'ten'"),
+    prepare_case("an unknown template", write_rows({}), ["--template=v2"], "'v2'", "v1"),
+    prepare_case("no tokenizer", write_rows({}), ["--tokenizer={here}/none"], "{here}/none"),
+    prepare_case(
+        "no usable row",
+        write_rows(*BAD_ROWS),
         [],
         "No row can be used",
         "cannot be decoded",
         "is cut short",
-        "absurd size",
+        "too large or too thin",
         "leaves the folder",
         "report.json in {here}/out",
-        leaves=("out", "out/*"),  # the report, and what is looked at again with the same command
+        may_leave=("out", "out/*"),  # the report, and the state for resuming
     ),
-    prepared(
-        "a row that would be dropped, strictly",
-        rows({}, {"image": "zip.png"}),
+    prepare_case(
+        "a bad row in strict mode",
+        write_rows({}, {"image": "zip.png"}),
         ["--strict"],
         f"row 1 of {FILE}",
         "zip.png",
-        leaves=("out", "out/unfinished", "out/unfinished/plan.json"),
+        may_leave=("out", "out/unfinished", "out/unfinished/plan.json"),
     ),
-    prepared(
-        "a finished set whose report is cut",
-        several(rows({}), changed("prepared", "report.json", halved)),
+    prepare_case(
+        "a finished set with a truncated report",
+        combine(write_rows({}), modified_copy("prepared", "report.json", first_half)),
         ["--out={here}/prepared"],
         "{here}/prepared/report.json",
     ),
 ]
 
 
-def converted(name, make, argv, *says):
-    return Case(name, "convert", make, argv, says)
+def convert_case(name, make, argv, *messages):
+    return Case(name, "convert", make, argv, messages)
 
 
-def imported(name, make, source, *says):
-    return converted(
-        f"import {name}", make, ("import", "{here}/" + source, "--to={here}/out"), "{here}/" + source, *says
+def import_case(name, make, source, *messages):
+    return convert_case(
+        f"import {name}", make, ("import", "{here}/" + source, "--to={here}/out"), "{here}/" + source, *messages
     )
 
 
-def weights(name, content, *says):
-    return imported(f"safetensors {name}", put("w.safetensors", content), "w.safetensors", *says)
+def safetensors_case(name, content, *messages):
+    return import_case(f"safetensors {name}", write_file("w.safetensors", content), "w.safetensors", *messages)
 
 
-def pickled(name, content, *says):
-    return imported(f"a pickle {name}", put("w.bin", content), "w.bin", *says)
+def pickle_case(name, content, *messages):
+    return import_case(f"a pickle {name}", write_file("w.bin", content), "w.bin", *messages)
 
 
-def ggufs(name, content, *says):
-    return imported(f"a GGUF {name}", put("w.gguf", content), "w.gguf", *says)
+def gguf_case(name, content, *messages):
+    return import_case(f"a GGUF {name}", write_file("w.gguf", content), "w.gguf", *messages)
 
 
-def index(name, content, *says):
+def index_case(name, content, *messages):
     file = "w/model.safetensors.index.json"
-    return imported(f"an index {name}", put(file, content), "w", "{here}/" + file, *says)
+    return import_case(f"an index {name}", write_file(file, content), "w", "{here}/" + file, *messages)
 
 
-def config(name, change, *says):
-    """Importing a checkpoint with its config changed."""
-    return imported(f"a config {name}", changed("theirs", "config.json", change), "theirs", *says)
+def config_case(name, change, *messages):
+    """Importing a checkpoint with a changed config."""
+    return import_case(f"a config {name}", modified_copy("foreign", "config.json", change), "foreign", *messages)
 
 
-def values(**given):
-    return lambda old: json.dumps(json.loads(old) | given).encode()
+def set_values(**values):
+    return lambda old: json.dumps(json.loads(old) | values).encode()
 
 
-def exported(name, make, *says, model="{here}/model", how=("--format=hf",)):
-    return converted(f"export {name}", make, ("export", model, "--to={here}/out", *how), *says)
+def export_case(name, make, *messages, model="{here}/model", options=("--format=hf",)):
+    return convert_case(f"export {name}", make, ("export", model, "--to={here}/out", *options), *messages)
 
 
-def verified(name, make, export, *says, more=("--questions=1", "--tokens=1")):
-    return converted(f"verify {name}", make, ("verify", "{model}", export, *more), *says)
+def verify_case(name, make, export, *messages, options=("--questions=1", "--tokens=1")):
+    return convert_case(f"verify {name}", make, ("verify", "{model}", export, *options), *messages)
 
 
-def without(name: str) -> Make:
-    """The model without something."""
+def copy_model_without(name: str) -> Make:
+    """Copies the model without one of its files."""
     ignored = shutil.ignore_patterns(name)
     return lambda here, shared: shutil.copytree(shared.model, here / "model", ignore=ignored)
 
 
-UNRUN = "nothing in it was run"
+NOT_EXECUTED = "no code in it was run"
 CONVERT = [
-    converted("no verb", nothing, (), "verb"),
-    converted("an unknown verb", nothing, ("improt", "{theirs}"), "'improt'", "'import'"),
-    converted("import to nowhere", nothing, ("import", "{theirs}"), "--to"),
-    converted(
-        "import as an unknown type", nothing, ("import", "{theirs}", "--to={here}/out", "--dtype=int3"), "'int3'"
+    convert_case("no command", no_input, (), "command"),
+    convert_case("an unknown command", no_input, ("improt", "{foreign}"), "'improt'", "'import'"),
+    convert_case("import to nowhere", no_input, ("import", "{foreign}"), "--to"),
+    convert_case(
+        "import as an unknown type", no_input, ("import", "{foreign}", "--to={here}/out", "--dtype=int3"), "'int3'"
     ),
-    converted("import over a file", put("out", "mine"), ("import", "{theirs}", "--to={here}/out"), "{here}/out"),
-    converted("import below a file", put("f", ""), ("import", "{theirs}", "--to={here}/f/out"), "{here}/f/out"),
-    converted("import where nothing can be", nothing, ("import", "{theirs}", "--to=/proc/out"), "/proc/out"),
-    converted(
-        "import a tower from where none is",
-        nothing,
-        ("import", "{theirs}", "--to={here}/out", "--vision={theirs}"),
-        "--vision={theirs}",
+    convert_case(
+        "import over a file", write_file("out", "mine"), ("import", "{foreign}", "--to={here}/out"), "{here}/out"
     ),
-    imported("nothing", nothing, "none", "give a folder or file"),
-    imported("an empty folder", put("w/readme", ""), "w", "*.safetensors"),
-    imported("another kind of file", put("w.pt", torch_file(WEIGHT)), "w.pt", "*.bin"),
-    weights("of nothing", b""),
-    weights("that are text", "This is no file of tensors, whatever it is called.", "fetch it again"),
-    weights("cut short", halved(safetensors({"a": tensor([99], 0, 396)}, bytes(396))), "fetch it again"),
-    weights("with a head beyond the file", safetensors({"a": tensor([1], 0, 4)}, bytes(4), length=4096)),
-    weights("with a head of terabytes", safetensors({"a": tensor([1], 0, 4)}, bytes(4), length=2**43)),
-    weights("with a head that is no JSON", safetensors(b'{"a": {"dtype": ', bytes(4))),
-    weights("with a head nested deep", safetensors(b'{"a":' + b"[" * 9999 + b"]" * 9999 + b"}", bytes(4))),
-    weights("that overlap", safetensors({"a": tensor([2], 0, 8), "b": tensor([2], 4, 12)}, bytes(12))),
-    weights("beyond the end", safetensors({"a": tensor([1], 0, 4), "b": tensor([1], 4, 8)}, bytes(4))),
-    weights("of terabytes", safetensors({"a": tensor([2**40], 0, 2**42)}, bytes(4))),
-    weights("of a size that is not their shape's", safetensors({"a": tensor([3], 0, 8)}, bytes(8))),
-    weights("of a size beyond numbers", safetensors({"a": tensor([2**62, 2**62], 0, 4)}, bytes(4))),
-    weights("of a negative size", safetensors({"a": tensor([-1], 0, 4)}, bytes(4))),
-    weights("of an unknown type", safetensors({"a": tensor([4], 0, 4, "U9")}, bytes(4))),
-    weights("of a type that is not read", safetensors({"a": tensor([4], 0, 4, "F8_E4M3")}, bytes(4)), "a", "F8_E4M3"),
-    weights("that are a pointer", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-    weights("of no model", safetensors({"a": tensor([1], 0, 4)}, bytes(4)), "no vision tower"),
-    index("that leaves its folder", json.dumps({"weight_map": {"a": "../../etc/hostname"}}), "'../../etc/hostname'"),
-    index("cut short", '{"weight_map": {"a', "fetch it again"),
-    index("nested deep", "[" * 99_999, "fetch it again"),
-    index("of numbers", json.dumps({"weight_map": {"a": 3}}), "fetch it again"),
-    index("of files that are missing", json.dumps({"weight_map": {"a": "b.safetensors"}}), "b.safetensors"),
-    config("cut short", halved, "config.json"),
-    config("in Latin-1", lambda old: old + b"\xe4", "config.json"),
-    config("nested deep", lambda _: b"[" * 99_999, "config.json"),
-    config("that is an array", lambda _: b"[]", "config.json"),
-    config("of layers without end", values(num_hidden_layers=10**9), "config.json", "1000000000"),
-    config("with a text for a number", values(hidden_size="wide"), "config.json", "'wide'"),
-    config("with NaN for a number", values(num_hidden_layers=float("nan")), "config.json", "nan"),
-    config("with norms of NaN", values(rms_norm_eps=float("nan")), "config.json", "nan"),
-    config(
-        "with positions of NaN", values(rope_parameters={"rope_type": "default", "rope_theta": float("nan")}), "nan"
+    convert_case(
+        "import below a file", write_file("f", ""), ("import", "{foreign}", "--to={here}/f/out"), "{here}/f/out"
     ),
-    config("with heads that do not divide", values(num_attention_heads=5), "config.json", "(5)"),
-    config("that brings code", values(model_type="mine", auto_map={"AutoConfig": "evil.Evil"}), "'mine'"),
-    imported(
-        "weights of which most are missing",
-        changed("theirs", "model.safetensors", lambda _: EMBEDDING),
-        "theirs",
+    convert_case(
+        "import to a folder that cannot be created", no_input, ("import", "{foreign}", "--to=/proc/out"), "/proc/out"
+    ),
+    convert_case(
+        "import a tower from a source without one",
+        no_input,
+        ("import", "{foreign}", "--to={here}/out", "--vision={foreign}"),
+        "--vision={foreign}",
+    ),
+    import_case("nothing", no_input, "none", "give a folder or file"),
+    import_case("an empty folder", write_file("w/readme", ""), "w", "*.safetensors"),
+    import_case("another kind of file", write_file("w.pt", save_torch(WEIGHT)), "w.pt", "*.bin"),
+    safetensors_case("that is empty", b""),
+    safetensors_case("that contain text", "This is no file of tensors, whatever it is called.", "download it again"),
+    safetensors_case(
+        "truncated", first_half(make_safetensors({"a": tensor_entry([99], 0, 396)}, bytes(396))), "download it again"
+    ),
+    safetensors_case(
+        "with a header beyond the file", make_safetensors({"a": tensor_entry([1], 0, 4)}, bytes(4), length=4096)
+    ),
+    safetensors_case(
+        "with a header of terabytes", make_safetensors({"a": tensor_entry([1], 0, 4)}, bytes(4), length=2**43)
+    ),
+    safetensors_case("with a header that is not JSON", make_safetensors(b'{"a": {"dtype": ', bytes(4))),
+    safetensors_case(
+        "with a deeply nested header", make_safetensors(b'{"a":' + b"[" * 9999 + b"]" * 9999 + b"}", bytes(4))
+    ),
+    safetensors_case(
+        "that overlap", make_safetensors({"a": tensor_entry([2], 0, 8), "b": tensor_entry([2], 4, 12)}, bytes(12))
+    ),
+    safetensors_case(
+        "beyond the end", make_safetensors({"a": tensor_entry([1], 0, 4), "b": tensor_entry([1], 4, 8)}, bytes(4))
+    ),
+    safetensors_case("of terabytes", make_safetensors({"a": tensor_entry([2**40], 0, 2**42)}, bytes(4))),
+    safetensors_case(
+        "of a size that differs from the shape", make_safetensors({"a": tensor_entry([3], 0, 8)}, bytes(8))
+    ),
+    safetensors_case("of an overflowing size", make_safetensors({"a": tensor_entry([2**62, 2**62], 0, 4)}, bytes(4))),
+    safetensors_case("of a negative size", make_safetensors({"a": tensor_entry([-1], 0, 4)}, bytes(4))),
+    safetensors_case("of an unknown type", make_safetensors({"a": tensor_entry([4], 0, 4, "U9")}, bytes(4))),
+    safetensors_case(
+        "of an unsupported type", make_safetensors({"a": tensor_entry([4], 0, 4, "F8_E4M3")}, bytes(4)), "a", "F8_E4M3"
+    ),
+    safetensors_case(
+        "that are a Git LFS pointer", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"
+    ),
+    safetensors_case("of no model", make_safetensors({"a": tensor_entry([1], 0, 4)}, bytes(4)), "no vision tower"),
+    index_case(
+        "that may_leave its folder", json.dumps({"weight_map": {"a": "../../etc/hostname"}}), "'../../etc/hostname'"
+    ),
+    index_case("truncated", '{"weight_map": {"a', "download it again"),
+    index_case("nested deeply", "[" * 99_999, "download it again"),
+    index_case("of numbers", json.dumps({"weight_map": {"a": 3}}), "download it again"),
+    index_case("of files that are missing", json.dumps({"weight_map": {"a": "b.safetensors"}}), "b.safetensors"),
+    config_case("truncated", first_half, "config.json"),
+    config_case("in Latin-1", lambda old: old + b"\xe4", "config.json"),
+    config_case("nested deeply", lambda _: b"[" * 99_999, "config.json"),
+    config_case("that is an array", lambda _: b"[]", "config.json"),
+    config_case("with too many layers", set_values(num_hidden_layers=10**9), "config.json", "1000000000"),
+    config_case("with text for a number", set_values(hidden_size="wide"), "config.json", "'wide'"),
+    config_case("with NaN for a number", set_values(num_hidden_layers=float("nan")), "config.json", "nan"),
+    config_case("with norms of NaN", set_values(rms_norm_eps=float("nan")), "config.json", "nan"),
+    config_case(
+        "with positions of NaN", set_values(rope_parameters={"rope_type": "default", "rope_theta": float("nan")}), "nan"
+    ),
+    config_case("with heads that do not divide", set_values(num_attention_heads=5), "config.json", "(5)"),
+    config_case("that contains code", set_values(model_type="mine", auto_map={"AutoConfig": "evil.Evil"}), "'mine'"),
+    import_case(
+        "weights with most tensors missing",
+        modified_copy("foreign", "model.safetensors", lambda _: EMBEDDING),
+        "foreign",
         "num_hidden_layers 3, but the tensors hold 0 layers",
     ),
-    pickled("of nothing", b""),
-    pickled("that is text", "This is no pickle.", UNRUN),
-    pickled("cut short", halved(torch_file(WEIGHT)), UNRUN),
-    pickled("that would run code", torch_file({"a": Trap()}), UNRUN),
-    pickled("of old that would run code", torch_file({"a": Trap()}, _use_new_zipfile_serialization=False), UNRUN),
-    pickled("of Python's that would run code", pickle.dumps(Trap()), UNRUN),
-    pickled("of a module", torch_file(torch.nn.Linear(2, 2)), UNRUN),
-    pickled("that is a bomb", BOMB, "is compressed"),
-    pickled("of numbers", torch_file({"a": 3}), "named tensors"),
-    pickled("of a list", torch_file([torch.ones(2)]), "named tensors"),
-    pickled("of complex numbers", torch_file({"a": torch.ones(2, dtype=torch.complex64)}), "complex64"),
-    ggufs("of nothing", b""),
-    ggufs("that is text", "This is no GGUF, whatever it is called.", "fetch it again"),
-    ggufs("cut in its head", gguf(LLAMA)[:-9], "cut short"),
-    ggufs("with values without end", gguf(LLAMA, count=2**60), "cut short"),
-    ggufs("with tensors without end", gguf(LLAMA, tensors=2**60), "cut short"),
-    ggufs("with a text without end", gguf({"a": "b"}, count=2, rest=struct.pack("<Q", 2**60)), "cut short"),
-    ggufs("of another family", gguf({"general.architecture": "mamba"}), "'mamba'", "llama"),
-    ggufs("that does not say its heads", gguf({"general.architecture": "llama"}), "num_attention_heads"),
-    ggufs("of layers without end", gguf(LLAMA | {"llama.block_count": 2**31 - 1}), "llama.block_count is 2147483647"),
-    ggufs("with a text for a number", gguf(LLAMA | {"llama.block_count": "two"}), "llama.block_count is 'two'"),
-    ggufs("with a number for a text", gguf(LLAMA | {"general.architecture": 3}), "architecture 3"),
-    ggufs("of no heads", gguf(LLAMA | {"llama.attention.head_count": 0}), "llama.attention.head_count is 0"),
-    ggufs("in parts", gguf(LLAMA | {"split.count": 3}), "3 parts", "gguf-split"),
-    ggufs("with a tensor beyond its end", gguf(LLAMA, 1, gguf_text("a") + struct.pack("<IQIQ", 1, 2**40, 0, 0))),
-    ggufs(
-        "with a tensor of an unknown type", gguf(LLAMA, 1, gguf_text("a") + struct.pack("<IQIQ", 1, 8, 999, 0)), "999"
+    pickle_case("that is empty", b""),
+    pickle_case("that is text", "This is no pickle.", NOT_EXECUTED),
+    pickle_case("truncated", first_half(save_torch(WEIGHT)), NOT_EXECUTED),
+    pickle_case("that would run code", save_torch({"a": UnpickleTrap()}), NOT_EXECUTED),
+    pickle_case(
+        "in the old format that would run code",
+        save_torch({"a": UnpickleTrap()}, _use_new_zipfile_serialization=False),
+        NOT_EXECUTED,
     ),
-    exported("nothing", nothing, "{here}/model"),
-    exported("a file", put("model", ""), "{here}/model"),
-    exported("in no format", nothing, "--format", model="{model}", how=()),
-    exported("in an unknown format", nothing, "'onnx'", "'hf'", model="{model}", how=("--format=onnx",)),
-    exported("by no pattern", nothing, "--only='('", model="{model}", how=("--format=native", "--only=(")),
-    exported("nothing of it", nothing, "--only='x'", model="{model}", how=("--format=native", "--only=x")),
-    exported("a part as a whole", nothing, "--format=native", model="{model}", how=("--format=hf", "--only=x")),
-    exported("over something", put("out/thesis.txt", "mine"), "{here}/out", "another folder", model="{model}"),
-    exported("what the authors cannot run", nothing, "hf instead", model="{model}", how=("--format=llava-stf",)),
-    exported("a description cut short", changed("model", "model.json", halved), "{here}/model/model.json"),
-    exported("a description nested deep", changed("model", "model.json", lambda _: b"[" * 99_999), "{here}/model"),
-    exported("a description of no model", edited("model", "model.json", llm=[1]), "{here}/model"),
-    exported("a model without its values", without("d"), "{here}/model"),
-    exported("a model whose list is cut", changed("model", "params/state/_METADATA", halved), "{here}/model"),
-    exported("a model without its tokenizer", without("tokenizer"), "{here}/model", "lacks tokenizer"),
-    verified("no questions", nothing, "{export}", "--questions", more=("--questions=0",)),
-    verified("nothing", nothing, "{here}/none", "{here}/none"),
-    verified("an export cut short", changed("export", "model.safetensors", halved), "{here}/export", "{here}/export"),
+    pickle_case("of plain Python that would run code", pickle.dumps(UnpickleTrap()), NOT_EXECUTED),
+    pickle_case("of a module", save_torch(torch.nn.Linear(2, 2)), NOT_EXECUTED),
+    pickle_case("that is a bomb", BOMB, "is compressed"),
+    pickle_case("of numbers", save_torch({"a": 3}), "named tensors"),
+    pickle_case("of a list", save_torch([torch.ones(2)]), "named tensors"),
+    pickle_case("of complex numbers", save_torch({"a": torch.ones(2, dtype=torch.complex64)}), "complex64"),
+    gguf_case("that is empty", b""),
+    gguf_case("that is text", "This is no GGUF, whatever it is called.", "download it again"),
+    gguf_case("truncated in its header", make_gguf(LLAMA)[:-9], "truncated"),
+    gguf_case("with too many values", make_gguf(LLAMA, count=2**60), "truncated"),
+    gguf_case("with too many tensors", make_gguf(LLAMA, tensors=2**60), "truncated"),
+    gguf_case("with too long a text", make_gguf({"a": "b"}, count=2, rest=struct.pack("<Q", 2**60)), "truncated"),
+    gguf_case("of another family", make_gguf({"general.architecture": "mamba"}), "'mamba'", "llama"),
+    gguf_case("without a number of heads", make_gguf({"general.architecture": "llama"}), "num_attention_heads"),
+    gguf_case(
+        "with too many layers", make_gguf(LLAMA | {"llama.block_count": 2**31 - 1}), "llama.block_count is 2147483647"
+    ),
+    gguf_case("with text for a number", make_gguf(LLAMA | {"llama.block_count": "two"}), "llama.block_count is 'two'"),
+    gguf_case("with a number for text", make_gguf(LLAMA | {"general.architecture": 3}), "architecture 3"),
+    gguf_case("of no heads", make_gguf(LLAMA | {"llama.attention.head_count": 0}), "llama.attention.head_count is 0"),
+    gguf_case("in parts", make_gguf(LLAMA | {"split.count": 3}), "3 parts", "gguf-split"),
+    gguf_case(
+        "with a tensor beyond its end", make_gguf(LLAMA, 1, gguf_text("a") + struct.pack("<IQIQ", 1, 2**40, 0, 0))
+    ),
+    gguf_case(
+        "with a tensor of an unknown type",
+        make_gguf(LLAMA, 1, gguf_text("a") + struct.pack("<IQIQ", 1, 8, 999, 0)),
+        "999",
+    ),
+    export_case("nothing", no_input, "{here}/model"),
+    export_case("a file", write_file("model", ""), "{here}/model"),
+    export_case("without a format", no_input, "--format", model="{model}", options=()),
+    export_case("in an unknown format", no_input, "'onnx'", "'hf'", model="{model}", options=("--format=onnx",)),
+    export_case(
+        "with an invalid pattern", no_input, "--only='('", model="{model}", options=("--format=native", "--only=(")
+    ),
+    export_case("no parameters", no_input, "--only='x'", model="{model}", options=("--format=native", "--only=x")),
+    export_case(
+        "a part in a format for complete models",
+        no_input,
+        "--format=native",
+        model="{model}",
+        options=("--format=hf", "--only=x"),
+    ),
+    export_case(
+        "over existing files", write_file("out/thesis.txt", "mine"), "{here}/out", "another folder", model="{model}"
+    ),
+    export_case(
+        "a model unsupported by the authors' code",
+        no_input,
+        "hf instead",
+        model="{model}",
+        options=("--format=llava-stf",),
+    ),
+    export_case("a truncated description", modified_copy("model", "model.json", first_half), "{here}/model/model.json"),
+    export_case(
+        "a deeply nested description", modified_copy("model", "model.json", lambda _: b"[" * 99_999), "{here}/model"
+    ),
+    export_case("a description of no model", edited_json("model", "model.json", llm=[1]), "{here}/model"),
+    export_case("a model without its values", copy_model_without("d"), "{here}/model"),
+    export_case(
+        "a model with a truncated list", modified_copy("model", "params/state/_METADATA", first_half), "{here}/model"
+    ),
+    export_case("a model without its tokenizer", copy_model_without("tokenizer"), "{here}/model", "lacks tokenizer"),
+    verify_case("no questions", no_input, "{export}", "--questions", options=("--questions=0",)),
+    verify_case("nothing", no_input, "{here}/none", "{here}/none"),
+    verify_case(
+        "a truncated export", modified_copy("export", "model.safetensors", first_half), "{here}/export", "{here}/export"
+    ),
 ]
 
 
-def scored(name, make, argv, *says, leaves=()):
-    """Scoring answers to GQA, with options that win over good ones."""
+def score_case(name, make, argv, *messages, may_leave=()):
+    """Scoring answers to GQA, with options that override valid ones."""
     argv = ("--answers={here}/answers.jsonl", "--benchmark=gqa", "--data={data}", "--out={here}/out", *argv)
-    return Case(name, "evaluate", make, argv, says, leaves)
+    return Case(name, "evaluate", make, argv, messages, may_leave)
 
 
-def answered(name, content, *says):
-    return scored(f"answers {name}", put("answers.jsonl", content), [], "{here}/answers.jsonl", *says)
+def answers_case(name, content, *messages):
+    return score_case(f"answers {name}", write_file("answers.jsonl", content), [], "{here}/answers.jsonl", *messages)
 
 
-def benchmark(name, kind, files, *says):
-    """Scoring a benchmark whose own files are wrong, the first of which must be named."""
-    made = several(ANSWERS, *(put(f"d/{kind}/{file}", content) for file, content in files.items()))
-    return scored(f"{kind}, {name}", made, [f"--benchmark={kind}", "--data={here}/d"], f"{{here}}/d/{kind}/", *says)
+def benchmark_case(name, kind, files, *messages):
+    """Scoring a benchmark with invalid files, the first of which must be named."""
+    make = combine(ANSWERS, *(write_file(f"d/{kind}/{file}", content) for file, content in files.items()))
+    return score_case(
+        f"{kind}, {name}", make, [f"--benchmark={kind}", "--data={here}/d"], f"{{here}}/d/{kind}/", *messages
+    )
 
 
-def asked(*changes):
-    """Lines of LLaVA's questions."""
-    return lines(*({"question_id": "1", "image": "good.png", "text": "Is it?"} | change for change in changes))
+def question_lines(*changes):
+    """Questions in LLaVA's format."""
+    return json_lines(*({"question_id": "1", "image": "good.png", "text": "Is it?"} | change for change in changes))
 
 
-def seen(name, make, *says):
-    """Asking a model a question that cannot be asked; the answers before it stay, for the same command to go on."""
+def question_case(name, make, *messages):
+    """Evaluating an invalid question; the answers before it remain, so that the same command can resume."""
     argv = (*MODEL, "--benchmark=gqa", "--data={here}/data", "--out={here}/out")
-    leaves = ("out", "out/answers.jsonl", "out/protocol.json")
-    return Case(f"a question with {name}", "evaluate", make, (*argv, "--batch=8", "--limit=8"), says, leaves)
+    may_leave = ("out", "out/answers.jsonl", "out/protocol.json")
+    return Case(f"a question with {name}", "evaluate", make, (*argv, "--batch=8", "--limit=8"), messages, may_leave)
 
 
-def replaced(old: bytes, new: bytes) -> Make:
-    """GQA with a word in its questions replaced, where it first stands."""
-    return changed("data", f"gqa/{GQA}", lambda lines: lines.replace(old, new, 1))
+def replace_in_questions(old: bytes, new: bytes) -> Make:
+    """Copies GQA with the first occurrence of a word in its questions replaced."""
+    return modified_copy("data", f"gqa/{GQA}", lambda lines: lines.replace(old, new, 1))
 
 
-ANSWERS = put("answers.jsonl", lines(*({"question_id": f"20{n:04}", "text": "red"} for n in range(44))))
+ANSWERS = write_file("answers.jsonl", json_lines(*({"question_id": f"20{n:04}", "text": "red"} for n in range(44))))
 GQA, LABELS = "llava_gqa_testdev_balanced.jsonl", "testdev_balanced_questions.json"
 POPE, POPULAR = "llava_pope_test.jsonl", "coco/coco_pope_popular.json"
 VQA, ANNOTATED = "llava_vqav2_mscoco_val2014.jsonl", "v2_mscoco_val2014_annotations.json"
 TEXTVQA, OCR = "TextVQA_0.5.1_val.json", "llava_textvqa_val_v051_ocr.jsonl"
 SCIENCE, CHOICE = "llava_test_CQM-A.json", [{"from": "human", "value": "A. a\nB. b"}]
 TSV, HEAD = "mmbench_dev_20230712.tsv", "index\tquestion\tA\tB\tanswer\timage\n"
-COUNTS = asked(*({"category": "count", "question_id": "count/1.png", "text": text} for text in "ab"))
+COUNTS = question_lines(*({"category": "count", "question_id": "count/1.png", "text": text} for text in "ab"))
 EVALUATE = [
-    scored("a misspelt option", ANSWERS, ["--limitt=3"], "--limitt"),
-    scored("a misspelt benchmark", ANSWERS, ["--benchmark=gqq"], "'gqq'", "'gqa'"),
-    scored("no questions", ANSWERS, ["--data={here}"], f"{GQA} in {{here}}"),
-    scored("a temperature of NaN", ANSWERS, ["--temperature=nan"], "--temperature", "nan"),
-    scored("an output that is a file", several(ANSWERS, put("out", "mine")), [], "{here}/out"),
-    scored("an output below a file", several(ANSWERS, put("f", "")), ["--out={here}/f/out"], "{here}/f/out"),
-    scored("an output where nothing can be", ANSWERS, ["--out=/proc/out"], "/proc/out"),
-    scored(
-        "results that are a folder",
-        several(ANSWERS, put("out/results.json/mine", "")),
+    score_case("a misspelled option", ANSWERS, ["--limitt=3"], "--limitt"),
+    score_case("a misspelled benchmark", ANSWERS, ["--benchmark=gqq"], "'gqq'", "'gqa'"),
+    score_case("no questions", ANSWERS, ["--data={here}"], f"{GQA} in {{here}}"),
+    score_case("a temperature of NaN", ANSWERS, ["--temperature=nan"], "--temperature", "nan"),
+    score_case("an output that is a file", combine(ANSWERS, write_file("out", "mine")), [], "{here}/out"),
+    score_case("an output below a file", combine(ANSWERS, write_file("f", "")), ["--out={here}/f/out"], "{here}/f/out"),
+    score_case("an output that cannot be created", ANSWERS, ["--out=/proc/out"], "/proc/out"),
+    score_case(
+        "a folder for results",
+        combine(ANSWERS, write_file("out/results.json/mine", "")),
         [],
         "{here}/out/results.json",
-        leaves=("out/testdev_balanced_predictions.json",),
+        may_leave=("out/testdev_balanced_predictions.json",),
     ),
-    scored("no answers", nothing, [], "{here}/answers.jsonl"),
-    scored("answers that are a folder", put("answers.jsonl/mine", ""), [], "{here}/answers.jsonl"),
-    answered("of nothing", "", "44 of 44"),
-    answered("cut short", lines({"question_id": "200000", "text": "red"}) + '{"question_id": "2', "line 2"),
-    answered("in UTF-16", lines({"question_id": "200000", "text": "red"}).encode("utf-16")),
-    answered("of NUL", bytes(20), "line 1"),
-    answered("nested deep", "[" * 99_999, "line 1"),
-    answered("with a number without end", f'{{"question_id": {"1" * 9999}}}', "line 1"),
-    answered("with a number for a text", lines({"question_id": "200000", "text": 3}), "line 1", "text"),
-    answered("with half a character", '{"question_id": "200000", "text": "\\ud800"}\n', "line 1", "surrogate"),
-    answered("in an array", json.dumps([{"question_id": "200000", "text": "red"}]), "line 1"),
-    answered("twice and not alike", lines(*({"question_id": "200000", "text": text} for text in "ab")), "'200000'"),
-    answered("to other questions", lines({"question_id": "7", "text": "red"}), "'7'"),
-    benchmark("no questions in its file", "gqa", {GQA: "\n"}, GQA),
-    benchmark("a number for an image", "gqa", {GQA: asked({}, {"image": 3})}, f"{GQA}, line 2"),
-    benchmark("NUL for a question", "gqa", {GQA: asked({}) + "\0\n"}, f"{GQA}, line 2"),
-    benchmark("labels cut short", "gqa", {GQA: asked({}), LABELS: '{"1": '}, LABELS),
-    benchmark("labels nested deep", "gqa", {GQA: asked({}), LABELS: "[" * 99_999}, LABELS),
-    benchmark("labels of other questions", "gqa", {GQA: asked({}), LABELS: "{}"}, LABELS, "'1'", "replace it"),
-    benchmark("labels that are a folder", "gqa", {GQA: asked({}), f"{LABELS}/mine": ""}, LABELS),
-    benchmark(
-        "a misspelt category", "pope", {POPE: asked({"category": "popluar"})}, f"{POPE}, question 1", "'popular'"
+    score_case("no answers", no_input, [], "{here}/answers.jsonl"),
+    score_case("a folder for answers", write_file("answers.jsonl/mine", ""), [], "{here}/answers.jsonl"),
+    answers_case("that is empty", "", "44 of 44"),
+    answers_case("truncated", json_lines({"question_id": "200000", "text": "red"}) + '{"question_id": "2', "line 2"),
+    answers_case("in UTF-16", json_lines({"question_id": "200000", "text": "red"}).encode("utf-16")),
+    answers_case("of NUL", bytes(20), "line 1"),
+    answers_case("nested deeply", "[" * 99_999, "line 1"),
+    answers_case("with a number with too many digits", f'{{"question_id": {"1" * 9999}}}', "line 1"),
+    answers_case("with a number for text", json_lines({"question_id": "200000", "text": 3}), "line 1", "text"),
+    answers_case("with half a surrogate pair", '{"question_id": "200000", "text": "\\ud800"}\n', "line 1", "surrogate"),
+    answers_case("in an array", json.dumps([{"question_id": "200000", "text": "red"}]), "line 1"),
+    answers_case(
+        "with two answers to a question",
+        json_lines(*({"question_id": "200000", "text": text} for text in "ab")),
+        "'200000'",
     ),
-    benchmark(
-        "a label that is neither",
+    answers_case("to other questions", json_lines({"question_id": "7", "text": "red"}), "'7'"),
+    benchmark_case("no questions in its file", "gqa", {GQA: "\n"}, GQA),
+    benchmark_case("a number for an image", "gqa", {GQA: question_lines({}, {"image": 3})}, f"{GQA}, line 2"),
+    benchmark_case("NUL for a question", "gqa", {GQA: question_lines({}) + "\0\n"}, f"{GQA}, line 2"),
+    benchmark_case("truncated labels", "gqa", {GQA: question_lines({}), LABELS: '{"1": '}, LABELS),
+    benchmark_case("deeply nested labels", "gqa", {GQA: question_lines({}), LABELS: "[" * 99_999}, LABELS),
+    benchmark_case(
+        "labels of other questions", "gqa", {GQA: question_lines({}), LABELS: "{}"}, LABELS, "'1'", "Replace it"
+    ),
+    benchmark_case("a folder for labels", "gqa", {GQA: question_lines({}), f"{LABELS}/mine": ""}, LABELS),
+    benchmark_case(
+        "a misspelled category",
         "pope",
-        {POPE: asked({"category": "popular"}), POPULAR: lines({"image": "a", "text": "b", "label": "maybe"})},
+        {POPE: question_lines({"category": "popluar"})},
+        f"{POPE}, question 1",
+        "'popular'",
+    ),
+    benchmark_case(
+        "a label that is neither yes nor no",
+        "pope",
+        {
+            POPE: question_lines({"category": "popular"}),
+            POPULAR: json_lines({"image": "a", "text": "b", "label": "maybe"}),
+        },
         f"{POPULAR}, line 1",
     ),
-    benchmark("half a pair", "mme", {"llava_mme.jsonl": asked({"category": "count"})}, "llava_mme.jsonl", "two"),
-    benchmark(
+    benchmark_case(
+        "half a pair", "mme", {"llava_mme.jsonl": question_lines({"category": "count"})}, "llava_mme.jsonl", "two"
+    ),
+    benchmark_case(
         "labels without tabs",
         "mme",
         {"llava_mme.jsonl": COUNTS, "MME_Benchmark_release_version/count/1.txt": "a Yes\n"},
         "1.txt, line 1",
         "tabs",
     ),
-    benchmark("labels in an array", "vqav2", {VQA: asked({}), ANNOTATED: "[]"}, ANNOTATED, "'annotations'"),
-    benchmark(
+    benchmark_case(
+        "labels in an array", "vqav2", {VQA: question_lines({}), ANNOTATED: "[]"}, ANNOTATED, "'annotations'"
+    ),
+    benchmark_case(
         "no annotators",
         "vqav2",
-        {VQA: asked({}), ANNOTATED: json.dumps({"annotations": [{"question_id": "1", "answer_type": "other"}]})},
+        {
+            VQA: question_lines({}),
+            ANNOTATED: json.dumps({"annotations": [{"question_id": "1", "answer_type": "other"}]}),
+        },
         f"{ANNOTATED}, question 1",
     ),
-    benchmark(
+    benchmark_case(
         "eleven annotators",
         "textvqa",
-        {OCR: asked({}), TEXTVQA: json.dumps({"data": [{"image_id": "1", "question": "a", "answers": ["b"] * 11}]})},
+        {
+            OCR: question_lines({}),
+            TEXTVQA: json.dumps({"data": [{"image_id": "1", "question": "a", "answers": ["b"] * 11}]}),
+        },
         f"{TEXTVQA}, label 1",
         "not 11",
     ),
-    benchmark(
+    benchmark_case(
         "an answer beyond the choices",
         "scienceqa",
         {
@@ -667,94 +819,121 @@ EVALUATE = [
         },
         "problems.json, problem 1",
     ),
-    benchmark(
+    benchmark_case(
         "a number for an image",
         "scienceqa",
         {SCIENCE: json.dumps([{"id": "1", "image": 3, "conversations": CHOICE}])},
         f"{SCIENCE}, question 1",
     ),
-    benchmark("labels in an object", "vizwiz", {"llava_val.jsonl": asked({}), "val.json": "{}"}, "val.json"),
-    benchmark("a table of other columns", "mmbench", {TSV: "index\tquestion\n1\tWhat?\n"}, TSV, "A, B"),
-    benchmark("a table cut short", "mmbench", {TSV: HEAD + "1\tWhat?\ta"}, f"{TSV}, row 1", "fetch"),
-    benchmark("a table in UTF-16", "mmbench", {TSV: (HEAD + "1\tWhat?\ta\tb\tA\tx\n").encode("utf-16")}, TSV),
-    benchmark("an index that is text", "mmbench", {TSV: HEAD + "one\tWhat?\ta\tb\tA\tx\n"}, "row 1", "'one'"),
-    benchmark("an index without end", "mmbench", {TSV: HEAD + "1" * 9999 + "\tWhat?\ta\tb\tA\tx\n"}, f"{TSV}, row 1"),
-    benchmark("an index twice", "mmbench", {TSV: HEAD + "1\tWhat?\ta\tb\tA\tx\n" * 2}, f"{TSV}, row 2"),
-    benchmark("an answer of none", "mmbench", {TSV: HEAD + "1\tWhat?\ta\tb\tF\tx\n"}, f"{TSV}, index 1", "'F'"),
-    Case(
-        "no model", "evaluate", nothing, ("--checkpoint={here}", "--benchmark=scenes", "--out={here}/out"), ("{here}",)
+    benchmark_case(
+        "labels in an object", "vizwiz", {"llava_val.jsonl": question_lines({}), "val.json": "{}"}, "val.json"
     ),
-    seen("an image cut short", changed("data", "gqa/images/n2.png", halved), "{here}/data/gqa/images/n2.png"),
-    seen("an image of absurd size", changed("data", "gqa/images/n2.png", lambda _: PICTURES["bomb.png"][0]), "n2.png"),
-    seen("an image above the folder", replaced(b'"n2.png"', b'"../../n2.png"'), "'../../n2.png' leaves the folder"),
-    seen("an image that is not there", replaced(b'"n2.png"', b'"lost.png"'), "{here}/data/gqa/images/lost.png"),
-    seen(
-        "a protocol that is a folder",
-        several(put("out/protocol.json/mine", ""), replaced(b"", b"")),
+    benchmark_case("a table of other columns", "mmbench", {TSV: "index\tquestion\n1\tWhat?\n"}, TSV, "A, B"),
+    benchmark_case("a truncated table", "mmbench", {TSV: HEAD + "1\tWhat?\ta"}, f"{TSV}, row 1", "download"),
+    benchmark_case("a table in UTF-16", "mmbench", {TSV: (HEAD + "1\tWhat?\ta\tb\tA\tx\n").encode("utf-16")}, TSV),
+    benchmark_case("text for an index", "mmbench", {TSV: HEAD + "one\tWhat?\ta\tb\tA\tx\n"}, "row 1", "'one'"),
+    benchmark_case(
+        "an index with too many digits", "mmbench", {TSV: HEAD + "1" * 9999 + "\tWhat?\ta\tb\tA\tx\n"}, f"{TSV}, row 1"
+    ),
+    benchmark_case("a repeated index", "mmbench", {TSV: HEAD + "1\tWhat?\ta\tb\tA\tx\n" * 2}, f"{TSV}, row 2"),
+    benchmark_case(
+        "an answer that is not a choice", "mmbench", {TSV: HEAD + "1\tWhat?\ta\tb\tF\tx\n"}, f"{TSV}, index 1", "'F'"
+    ),
+    Case(
+        "no model", "evaluate", no_input, ("--checkpoint={here}", "--benchmark=scenes", "--out={here}/out"), ("{here}",)
+    ),
+    question_case(
+        "a truncated image", modified_copy("data", "gqa/images/n2.png", first_half), "{here}/data/gqa/images/n2.png"
+    ),
+    question_case(
+        "an oversized image", modified_copy("data", "gqa/images/n2.png", lambda _: BAD_IMAGES["bomb.png"][0]), "n2.png"
+    ),
+    question_case(
+        "an image outside the folder",
+        replace_in_questions(b'"n2.png"', b'"../../n2.png"'),
+        "'../../n2.png' leaves the folder",
+    ),
+    question_case(
+        "a missing image", replace_in_questions(b'"n2.png"', b'"lost.png"'), "{here}/data/gqa/images/lost.png"
+    ),
+    question_case(
+        "a folder for the protocol",
+        combine(write_file("out/protocol.json/mine", ""), replace_in_questions(b"", b"")),
         "{here}/out/protocol.json",
     ),
-    seen(
-        "more words than the model takes", replaced(b"Is the thing", b"Is " * 9999), "'200000'", "4,096", "shorten it"
+    question_case(
+        "a prompt that is too long",
+        replace_in_questions(b"Is the thing", b"Is " * 9999),
+        "'200000'",
+        "4,096",
+        "shorten it",
     ),
 ]
 
 
-def said(name, make, argv, *says):
-    """Asking about an image; ``argv`` may name a model that is there."""
-    return Case(name, "chat", make, ("--checkpoint={here}/model", "--prompt=What is it?", *argv), says)
+def chat_case(name, make, argv, *messages):
+    """Asking about an image; ``argv`` may override the model, which is missing by default."""
+    return Case(name, "chat", make, ("--checkpoint={here}/model", "--prompt=What is it?", *argv), messages)
 
 
 CHAT = [
-    said("no model", nothing, [], "{here}/model"),
-    said("a description cut short", changed("model", "model.json", halved), [], "{here}/model/model.json"),
-    said("a tokenizer cut short", changed("model", "tokenizer/tokenizer.json", halved), [], "{here}/model/tokenizer"),
-    said(
-        "an export cut short",
-        changed("export", "model.safetensors", halved),
+    chat_case("no model", no_input, [], "{here}/model"),
+    chat_case(
+        "a truncated description", modified_copy("model", "model.json", first_half), [], "{here}/model/model.json"
+    ),
+    chat_case(
+        "a truncated tokenizer",
+        modified_copy("model", "tokenizer/tokenizer.json", first_half),
+        [],
+        "{here}/model/tokenizer",
+    ),
+    chat_case(
+        "a truncated export",
+        modified_copy("export", "model.safetensors", first_half),
         ["--checkpoint={here}/export"],
         "{here}/export/model.safetensors",
     ),
     *(
-        said(f"an image: {name}", put(name, content), ["--image={here}/" + name], "{here}/" + name, words)
-        for name, (content, words) in PICTURES.items()
+        chat_case(f"an image: {name}", write_file(name, content), ["--image={here}/" + name], "{here}/" + name, words)
+        for name, (content, words) in BAD_IMAGES.items()
     ),
-    said("an image that is not there", nothing, ["--image={here}/lost.png"], "{here}/lost.png"),
-    said("an image that is a folder", nothing, ["--image={here}"], "{here}"),
-    said("an image that is a pipe", lambda here, _: os.mkfifo(here / "pipe"), ["--image={here}/pipe"], "{here}/pipe"),
-    said(
-        "an image that links to itself",
+    chat_case("a missing image", no_input, ["--image={here}/lost.png"], "{here}/lost.png"),
+    chat_case("a folder for an image", no_input, ["--image={here}"], "{here}"),
+    chat_case("a pipe for an image", lambda here, _: os.mkfifo(here / "pipe"), ["--image={here}/pipe"], "{here}/pipe"),
+    chat_case(
+        "a link to itself for an image",
         lambda here, _: (here / "a.png").symlink_to("a.png"),
         ["--image={here}/a.png"],
         "{here}/a.png",
     ),
-    said("a misspelt option", nothing, ["--imgae={here}/a.png"], "--imgae"),
-    said("no words to say", nothing, ["--max-new-tokens=0"], "--max-new-tokens must be at least 1"),
-    said("a share of NaN", nothing, ["--top-p=nan"], "--top-p", "nan"),
-    said("a mesh of none", nothing, ["--checkpoint={model}", "--mesh=0,0,0"], "mesh.data=0"),
-    said("more words than the model takes", nothing, [*MODEL, "--prompt=" + "on " * 9999], "shorten it"),
+    chat_case("a misspelled option", no_input, ["--imgae={here}/a.png"], "--imgae"),
+    chat_case("no new tokens", no_input, ["--max-new-tokens=0"], "--max-new-tokens must be at least 1"),
+    chat_case("top-p of NaN", no_input, ["--top-p=nan"], "--top-p", "nan"),
+    chat_case("an empty mesh", no_input, ["--checkpoint={model}", "--mesh=0,0,0"], "mesh.data=0"),
+    chat_case("a prompt that is too long", no_input, [*MODEL, "--prompt=" + "on " * 9999], "shorten it"),
 ]
 
 
-def planned(name, argv, *says):
-    return Case(name, "plan", nothing, (TINY, *argv), says)
+def plan_case(name, argv, *messages):
+    return Case(name, "plan", no_input, (TINY, *argv), messages)
 
 
 PLAN = [
-    planned("a misspelt option", ["--topolgy=h100:8"], "topolgy"),
-    planned("no config", ["--config={here}/none.py", "--topology=h100:8"], "{here}/none.py"),
-    planned(
+    plan_case("a misspelled option", ["--topolgy=h100:8"], "topolgy"),
+    plan_case("no config", ["--config={here}/none.py", "--topology=h100:8"], "{here}/none.py"),
+    plan_case(
         "an unknown key", ["--topology=h100:8", "--config.global_batch=8"], "'global_batch'", "'global_batch_size'"
     ),
-    planned("an unknown device", ["--topology=h1000:8"], "h1000:8", "'h100'"),
-    planned("a layout without chips", ["--topology=v5e:0x0"], "--topology=v5e:0x0"),
-    planned("a layout that nobody has", ["--topology=v5e:99999x99999"], "--topology=v5e:99999x99999"),
-    planned("slices of GPUs", ["--topology=h100:8", "--slices=2"], "--slices=2"),
-    planned("slices that are no number", ["--topology=v5e:2x2", "--slices=two"], "--slices", "'two'"),
-    planned("a price without end", ["--topology=h100:8", "--price-per-chip-hour=inf"], "--price-per-chip-hour"),
-    planned("a mesh that the devices are not", ["--topology=h100:8", "--config.mesh.tensor=3"], "mesh.tensor"),
-    planned("fewer records than none", ["--topology=h100:8", "--config.data.records=-1"], "data.records is -1"),
-    planned(
-        "a model that is none",
+    plan_case("an unknown device", ["--topology=h1000:8"], "h1000:8", "'h100'"),
+    plan_case("an empty layout", ["--topology=v5e:0x0"], "--topology=v5e:0x0"),
+    plan_case("a layout that does not exist", ["--topology=v5e:99999x99999"], "--topology=v5e:99999x99999"),
+    plan_case("slices of GPUs", ["--topology=h100:8", "--slices=2"], "--slices=2"),
+    plan_case("slices that are not a number", ["--topology=v5e:2x2", "--slices=two"], "--slices", "'two'"),
+    plan_case("an infinite price", ["--topology=h100:8", "--price-per-chip-hour=inf"], "--price-per-chip-hour"),
+    plan_case("a mesh that does not match the devices", ["--topology=h100:8", "--config.mesh.tensor=3"], "mesh.tensor"),
+    plan_case("a negative number of records", ["--topology=h100:8", "--config.data.records=-1"], "data.records is -1"),
+    plan_case(
+        "a folder without a model",
         ["--topology=h100:8", "--config.model.llm={here}"],
         "Unknown preset model.llm=",
         "{here}",
@@ -762,135 +941,154 @@ PLAN = [
 ]
 
 
-def measured(name, argv, *says, make=nothing):
-    return Case(name, "bench", make, argv, says)
+def bench_case(name, argv, *messages, make=no_input):
+    return Case(name, "bench", make, argv, messages)
 
 
 BENCH = [
-    measured("no benchmark", (), "name"),
-    measured("an unknown benchmark", ("setp",), "'setp'", "'step'"),
-    measured("a misspelt option", ("step", "--setps=3"), "--setps"),
-    measured("figures to no folder", ("input", "--json={here}/none/a.json"), "--json={here}/none/a.json"),
-    measured("figures to a folder", ("input", "--json={here}"), "--json={here}"),
-    measured("figures below a file", ("input", "--json={here}/f/a.json"), "--json={here}/f/a.json", make=put("f", "")),
-    measured("no images", ("input", "--images=0"), "--images"),
-    measured("no rows", ("input", "--rows=0"), "--rows"),
-    measured("no steps", ("step", "--steps=0"), "--steps"),
-    measured("an unknown fusion", ("step", "--fusion=sft"), "'sft'", "'stf'"),
-    measured("batches that are none", ("decode", "--batches=1,,8"), "--batches=1,,8"),
-    measured("an unknown tower", ("decode", "--vision=clip"), "'clip'"),
-    measured("a scratch that is a file", ("weights", "--scratch={here}/f"), "--scratch={here}/f", make=put("f", "")),
-    measured("an unknown device", ("plan", "--no-mark", "--topology=v5f:4x8"), "v5f:4x8", "'v5p'"),
+    bench_case("no benchmark", (), "name"),
+    bench_case("an unknown benchmark", ("setp",), "'setp'", "'step'"),
+    bench_case("a misspelled option", ("step", "--setps=3"), "--setps"),
+    bench_case("output in a missing folder", ("input", "--json={here}/none/a.json"), "--json={here}/none/a.json"),
+    bench_case("output to a folder", ("input", "--json={here}"), "--json={here}"),
+    bench_case(
+        "output below a file", ("input", "--json={here}/f/a.json"), "--json={here}/f/a.json", make=write_file("f", "")
+    ),
+    bench_case("no images", ("input", "--images=0"), "--images"),
+    bench_case("no rows", ("input", "--rows=0"), "--rows"),
+    bench_case("no steps", ("step", "--steps=0"), "--steps"),
+    bench_case("an unknown fusion", ("step", "--fusion=sft"), "'sft'", "'stf'"),
+    bench_case("invalid batches", ("decode", "--batches=1,,8"), "--batches=1,,8"),
+    bench_case("an unknown tower", ("decode", "--vision=clip"), "'clip'"),
+    bench_case(
+        "a file for the scratch folder",
+        ("weights", "--scratch={here}/f"),
+        "--scratch={here}/f",
+        make=write_file("f", ""),
+    ),
+    bench_case("an unknown device", ("plan", "--no-mark", "--topology=v5f:4x8"), "v5f:4x8", "'v5p'"),
 ]
 
 
-def studied(name, changes, *says, make=nothing, leaves=()):
+def ablate_case(name, changes, *messages, make=no_input, may_leave=()):
     argv = ("--config={here}/study.py", "--out={here}/out")
-    study = several(make, lambda here, shared: make_study.write(here / "study.py", **changes))
-    return Case(name, "ablate", study, argv, says, leaves)
+    study = combine(make, lambda here, shared: make_study.write(here / "study.py", **changes))
+    return Case(name, "ablate", study, argv, messages, may_leave)
 
 
 ABLATE = [
-    studied("a variant of a misspelt key", {"variants": (("mlp", ("model.fuson.fusion=mlp",)),)}, "'mlp'", "fuson"),
-    studied("a misspelt fusion", {"variants": (("mlp", ("model.fusion.fusion=mpl",)),)}, "'mlp'", "'mpl'"),
-    studied("more tokens than there are", {"asked": (("zip", ("mlp", "--reduce=fastv", "--keep=145")),)}, "zip", "145"),
-    Case("no study", "ablate", nothing, ("--out={here}/out",), ("--config is missing",)),
+    ablate_case(
+        "a variant of a misspelled key", {"variants": (("mlp", ("model.fuson.fusion=mlp",)),)}, "'mlp'", "fuson"
+    ),
+    ablate_case("a misspelled fusion", {"variants": (("mlp", ("model.fusion.fusion=mpl",)),)}, "'mlp'", "'mpl'"),
+    ablate_case(
+        "more tokens than available", {"asked": (("zip", ("mlp", "--reduce=fastv", "--keep=145")),)}, "zip", "145"
+    ),
+    Case("no study", "ablate", no_input, ("--out={here}/out",), ("--config is missing",)),
     Case(
-        "a misspelt key of a study", "ablate", lambda here, shared: make_study.write(here / "study.py"),
-        ("--config={here}/study.py", "--out={here}/out", "--config.sedes=(0,)"), ("'sedes'", "'seeds'"),
+        "a misspelled key of a study",
+        "ablate",
+        lambda here, shared: make_study.write(here / "study.py"),
+        ("--config={here}/study.py", "--out={here}/out", "--config.sedes=(0,)"),
+        ("'sedes'", "'seeds'"),
     ),
-    studied("a variant outside its folder", {"variants": (("../mlp", ()),)}, "'../mlp'"),
-    studied("a base that is not there", {"base": "none.py"}, "'mlp'", "none.py"),
-    studied("a file where its runs should lie", {}, "{here}/out/cells", make=put("out/cells", "")),
-    studied(
-        "results of nobody knows what", {}, "{here}/out/cells/mlp/seed_0/pretrain/config.json",
-        make=put("out/cells/mlp/seed_0/results.json", "{}"),
+    ablate_case("a variant outside its folder", {"variants": (("../mlp", ()),)}, "'../mlp'"),
+    ablate_case("a missing base", {"base": "none.py"}, "'mlp'", "none.py"),
+    ablate_case("a file in place of its runs", {}, "{here}/out/cells", make=write_file("out/cells", "")),
+    ablate_case(
+        "results without a config",
+        {},
+        "{here}/out/cells/mlp/seed_0/pretrain/config.json",
+        make=write_file("out/cells/mlp/seed_0/results.json", "{}"),
     ),
-    studied(
-        "a run's config that is cut", {}, "{here}/out/cells/mlp/seed_0/pretrain/config.json",
-        make=several(
-            put("out/cells/mlp/seed_0/results.json", "{}"), put("out/cells/mlp/seed_0/pretrain/config.json", "{")
+    ablate_case(
+        "a truncated config of a run",
+        {},
+        "{here}/out/cells/mlp/seed_0/pretrain/config.json",
+        make=combine(
+            write_file("out/cells/mlp/seed_0/results.json", "{}"),
+            write_file("out/cells/mlp/seed_0/pretrain/config.json", "{"),
         ),
     ),
-]  # fmt: skip
+]
 CASES = [*MAIN, *PREPARE, *CONVERT, *EVALUATE, *CHAT, *PLAN, *BENCH, *ABLATE]
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """Good input, of which cases take a damaged copy, or where only something else is wrong."""
+    """Valid input, for cases that damage a copy of it or have another error."""
     root = tmp_path_factory.mktemp("shared")
     model = make(epath.Path(root / "model"), FusionConfig("mbtf_stf"), "clip", "llama")
     export_hf(model, epath.Path(root / "export"))
-    decoder("llama").save_pretrained(root / "theirs")
+    decoder("llama").save_pretrained(root / "foreign")
     (root / "images").mkdir()
     PIL.Image.new("RGB", (30, 20)).save(root / "images" / "good.png")
-    for name, (content, _) in PICTURES.items():
+    for name, (content, _) in BAD_IMAGES.items():
         (root / "images" / name).write_bytes(content)
     make_gqa(root / "data")
-    rows({}, {"id": "b"})(root, None)
+    write_rows({}, {"id": "b"})(root, None)
     argv = [f"--annotations={root}/rows.json", f"--images={root}/images", f"--out={root}/prepared", "--workers=1"]
-    assert door(prepare.main, argv) == 0
+    assert run_command(prepare.main, argv) == 0
     with pytest.MonkeyPatch.context() as patch:
-        once = functools.cache(load_generator)  # the good model, and its programs
-        patch.setattr(loading, "load_generator", once)
+        cached = functools.cache(load_generator)  # the valid model with its programs
+        patch.setattr(loading, "load_generator", cached)
         yield types.SimpleNamespace(root=root, **{path.name: path for path in root.iterdir() if path.is_dir()})
 
 
-def tree(folder: pathlib.Path) -> dict[str, str]:
-    """All that is in a folder, with digests of files."""
+def hash_files(folder: pathlib.Path) -> dict[str, str]:
+    """Paths in a folder with digests of the files."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in folder.rglob("*")
     }
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.verb}: {case.name}")
-def test_what_cannot_be_used_ends_in_one_sentence_and_leaves_nothing(case, shared, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.command}: {case.name}")
+def test_invalid_input_gives_one_sentence_and_leaves_no_files(case, shared, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     case.make(tmp_path, shared)
-    places = {"here": str(tmp_path)} | {name: str(path) for name, path in vars(shared).items()}
+    folders = {"here": str(tmp_path)} | {name: str(path) for name, path in vars(shared).items()}
 
-    def placed(text):
-        return re.sub(r"\{(\w+)\}", lambda found: places[found[1]], text)
+    def fill(text):
+        return re.sub(r"\{(\w+)\}", lambda match: folders[match[1]], text)
 
-    before = tree(tmp_path)
+    before = hash_files(tmp_path)
     capfd.readouterr()
-    status = door(VERBS[case.verb].main, [placed(word) for word in case.argv])
-    complained = capfd.readouterr().err
-    assert status == 2, complained
-    assert "Traceback" not in complained
-    *told, last = complained.splitlines()
+    status = run_command(COMMANDS[case.command].main, [fill(word) for word in case.argv])
+    stderr = capfd.readouterr().err
+    assert status == 2, stderr
+    assert "Traceback" not in stderr
+    *logged, last = stderr.splitlines()
     assert last.startswith("error: ")
-    assert not any(line.startswith("error: ") for line in told)
-    for words in case.says:
-        assert placed(words) in last
-    after = tree(tmp_path)
+    assert not any(line.startswith("error: ") for line in logged)
+    for message in case.messages:
+        assert fill(message) in last
+    after = hash_files(tmp_path)
     changes = {path for path in before | after if before.get(path) != after.get(path)}
-    assert {path for path in changes if not any(fnmatch.fnmatch(path, one) for one in case.leaves)} == set()
+    assert {path for path in changes if not any(fnmatch.fnmatch(path, pattern) for pattern in case.may_leave)} == set()
     assert not [path for path in after if "partial" in path]
 
 
-def test_the_trap_is_one(tmp_path, monkeypatch):
+def test_the_unpickle_trap_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pickle.loads(pickle.dumps(Trap()))  # what none of the cases above may do
+    pickle.loads(pickle.dumps(UnpickleTrap()))  # none of the cases above may do this
     assert (tmp_path / "pwned").exists()
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_control_tokens_in_a_text_are_text(template):
+def test_control_tokens_in_text_are_encoded_as_text(template):
     tokenizer = load_tokenizer("miniature")
     tokenizer.add_special_tokens({"additional_special_tokens": CONTROL})
     names = [*CONTROL, tokenizer.eos_token, tokenizer.bos_token]
 
-    def controls(question, answer):
+    def count_controls(question, answer):
         turns = Turn("human", f"<image>\n{question}"), Turn("gpt", answer)
-        coded = encode(template_items(template, Record("a", (PIL.Image.Image,), turns)), tokenizer, 9)
-        assert coded.is_image.sum() == 9
-        spoken = coded.tokens[~coded.is_image].tolist()
-        return [spoken.count(token) for token in tokenizer.convert_tokens_to_ids(names)], tokenizer.decode(spoken)
+        encoded = encode(template_items(template, Record("a", (PIL.Image.Image,), turns)), tokenizer, 9)
+        assert encoded.is_image.sum() == 9
+        text_ids = encoded.tokens[~encoded.is_image].tolist()
+        return [text_ids.count(token) for token in tokenizer.convert_tokens_to_ids(names)], tokenizer.decode(text_ids)
 
-    plain, _ = controls("What?", "It.")
-    laced, text = controls(f"What{''.join(names)}?", f"It{''.join(names)}.")
-    assert laced == plain
+    plain, _ = count_controls("What?", "It.")
+    with_controls, text = count_controls(f"What{''.join(names)}?", f"It{''.join(names)}.")
+    assert with_controls == plain
     assert text.count(f"It{''.join(names)}.") == 1
