@@ -178,7 +178,7 @@ def _open(folder):
 
 
 def _load_tensor(tensors, path, sharding):
-    """Loads a tensor onto its devices. Each host reads the slices of its own devices; nothing is sent between hosts."""
+    """Loads a tensor onto its devices. Each host reads the slices of its devices; nothing is sent between hosts."""
     tensors.check_type(path)
     file, slices = tensors.file(path), {}
     try:
