@@ -116,7 +116,7 @@ def test_an_image_that_cannot_be_opened_is_named(tmp_path):
 
     (tmp_path / "images").mkdir()
     PIL.Image.new("RGB", (1, 1)).save(tmp_path / "outside.png")
-    with pytest.raises(UserError, match=r"images/absent\.png cannot be open_gqa: No such file"):
+    with pytest.raises(UserError, match=r"images/absent\.png cannot be opened: No such file"):
         make_image("absent.png")()
     with pytest.raises(UserError, match=r"'file://outside\.png' is a URL"):
         make_image("file://outside.png")()
@@ -142,7 +142,7 @@ def test_check_images_opens_every_image_once(tmp_path, monkeypatch):
     (images / "n40.png").write_bytes((images / "n40.png").read_bytes()[:300])
     with pytest.raises(UserError, match=r"^gqa: 2 of 42 images cannot be used\. The first: Image .*/n40\.png cannot"):
         check_images(open_benchmarks(["scenes", "gqa"], str(tmp_path)))
-    check_images(open_benchmarks(["gqa"], str(tmp_path), limit=40))  # images beyond the limit are not open_gqa
+    check_images(open_benchmarks(["gqa"], str(tmp_path), limit=40))  # images beyond the limit are not opened
 
 
 def test_images_are_opened_before_the_model_is_loaded(tmp_path):

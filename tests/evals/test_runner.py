@@ -225,7 +225,7 @@ def test_foreign_lines_are_refused_or_overwritten(old, new, complete, tmp_path):
     before = contents(complete)
     answers = (complete / "answers.jsonl").read_text(encoding="utf-8")
     assert old in answers
-    (complete / "answers.jsonl").write_text(answers.reindex(old, new), encoding="utf-8")
+    (complete / "answers.jsonl").write_text(answers.replace(old, new), encoding="utf-8")
     with pytest.raises(UserError, match="contains answers to other questions"):
         evaluate(make_benchmark(), FakeGenerator(), complete, **SETTINGS)
     evaluate(make_benchmark(), FakeGenerator(), complete, **SETTINGS, overwrite=True)
@@ -334,9 +334,9 @@ def test_an_answer_file_gets_the_score_of_its_run(complete, tmp_path):
         assert results[key] == expected[key], key
     assert set(contents(out)) == {"results.json"}
     # Several models, or no model name.
-    file.write_bytes(b"".join(lines).reindex(b'"model_id": "m"', b'"model_id": "a"', 1))
+    file.write_bytes(b"".join(lines).replace(b'"model_id": "m"', b'"model_id": "a"', 1))
     assert score(make_benchmark(), file, out)["model"] == "a, m"
-    file.write_bytes(b"".join(lines).reindex(b'"model_id": "m", ', b""))
+    file.write_bytes(b"".join(lines).replace(b'"model_id": "m", ', b""))
     assert score(make_benchmark(), file, out)["model"] == "other.jsonl"
 
 
