@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
-from tiny import tiny, large_params
+from tiny import large_params, tiny
 
 from stf_jax.data.tokenizer import MINIATURE
 from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Benchmark, Question

@@ -292,7 +292,7 @@ def test_questions_with_the_same_id_are_matched_by_prompt(score, tmp_path):
         (["--checkpoint=c", "--benchmark=scenes", "--out=o", "--batch=0"], "--batch at least 1"),
         (
             ["--checkpoint=c", "--benchmark=scenes", "--out=o", "--mesh=2"],
-            "Argument --mesh: '2' should be three numbers",
+            "Argument --mesh: '2' should be three comma-separated integers",
         ),
         (["--answers=a", "--benchmark=scenes", "--out=o"], "a does not exist; give a folder or file."),
         (
