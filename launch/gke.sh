@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Train on TPU slices of a GKE cluster that has JobSet, by gke_jobset.yaml. Needs kubectl, set to that cluster.
+# Train on TPU slices of a GKE cluster with JobSet, using gke_jobset.yaml. Needs kubectl, configured for that cluster.
 #
 #   launch/gke.sh run --name=NAME --image=IMAGE --topology=v5e:4x8 -- --config=FILE --workdir=gs://BUCKET/RUN
 #   launch/gke.sh log|status|delete --name=NAME
 #
-#   run      start training; when machines are taken away or lose each other, or a process is killed or crashes, all are
-#            started again, and the run goes on from its last checkpoint
-#   log      follow the first machine's output
-#   status   the job's state, and its machines'
-#   delete   end it. The node pool goes on costing money, unless it scales down by itself.
+#   run      start training; if machines are preempted or lose each other, or a process is killed or crashes, all
+#            machines restart and the run resumes from its last checkpoint
+#   log      follow the output of the first machine
+#   status   show the state of the job and its machines
+#   delete   end the job; the node pool keeps costing money unless it scales down automatically
 #
-#   --image=IMAGE      built by launch/Dockerfile
-#   --topology=T       of a slice, as stf_jax.plan names it: v4:2x2x4, v5e:4x8, v5p:2x2x4, v6e:4x8
-#   --slices=N         each a node pool of that topology; 1 if not given
-#   --spot             only on Spot machines
-#   --restarts=N       times that the run may start again, pre-emptions included; 100
-#   --dry-run          print the commands, and the manifest that `run` applies, and run none
+#   --image=IMAGE      built with launch/Dockerfile
+#   --topology=T       of a slice, as in stf_jax.plan: v4:2x2x4, v5e:4x8, v5p:2x2x4, v6e:4x8
+#   --slices=N         number of slices, each a node pool of that topology (default: 1)
+#   --spot             use only Spot machines
+#   --restarts=N       maximum number of restarts, including those after preemptions (default: 100)
+#   --dry-run          print the commands, and the manifest that `run` applies, without running them
 set -euo pipefail
 
 usage() {
@@ -27,14 +27,14 @@ refuse() {
     exit 2
 }
 
-verb=${1:-}
-case $verb in
+subcommand=${1:-}
+case $subcommand in
     run | log | status | delete) shift ;;
     "" | --help | -h)
         usage
         exit
         ;;
-    *) refuse "Unknown verb $verb; see --help." ;;
+    *) refuse "Unknown command $subcommand; see --help." ;;
 esac
 name="" image="" topology="" slices=1 spot="" restarts=100 dry_run=""
 while (($#)); do
@@ -54,12 +54,12 @@ while (($#)); do
             shift
             break
             ;;
-        *) refuse "Unexpected argument $1; what stf_jax.main is given goes behind --, see --help." ;;
+        *) refuse "Unexpected argument $1; arguments of stf_jax.main go after --, see --help." ;;
     esac
     shift
 done
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
-    refuse "--name=$name should be up to 40 small letters, digits and hyphens, and start with a letter."
+    refuse "--name=$name should be up to 40 lowercase letters, digits and hyphens, starting with a letter."
 
 call() {
     if [[ -n $dry_run ]]; then
@@ -70,7 +70,7 @@ call() {
     fi
 }
 
-# A string as JSON has it.
+# Prints a string as a JSON literal.
 json() {
     local text=$1
     text=${text//\\/\\\\}
@@ -80,12 +80,12 @@ json() {
     printf '"%s"' "$text"
 }
 
-# Puts $2 in the place ${$1} of `text`.
+# Replaces the placeholder ${$1} in `text` by $2.
 fill() {
     text=${text//"\${$1}"/"$2"}
 }
 
-# The manifest with each place filled in.
+# Prints the manifest with all placeholders replaced.
 manifest() {
     local accelerator shape chips=1 per_host arguments="" argument text side
     case $topology in
@@ -93,20 +93,20 @@ manifest() {
         v5e:*) accelerator=tpu-v5-lite-podslice ;;
         v5p:*) accelerator=tpu-v5p-slice ;;
         v6e:*) accelerator=tpu-v6e-slice ;;
-        *) refuse "--topology=$topology is not known; it should be such as v5e:4x8." ;;
+        *) refuse "--topology=$topology is unknown; it should be like v5e:4x8." ;;
     esac
     shape=${topology#*:}
-    [[ $shape =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || refuse "--topology=$topology should be such as v5e:4x8."
+    [[ $shape =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || refuse "--topology=$topology should be like v5e:4x8."
     [[ $slices =~ ^[1-9][0-9]*$ ]] || refuse "--slices=$slices is not a number of slices."
     [[ $restarts =~ ^[0-9]+$ ]] || refuse "--restarts=$restarts is not a number."
-    [[ -n $image ]] || refuse "--image is needed; launch/Dockerfile makes one."
-    (($#)) || refuse "Behind -- goes what stf_jax.main is given: -- --config=FILE --workdir=gs://…"
+    [[ -n $image ]] || refuse "--image is required; build one with launch/Dockerfile."
+    (($#)) || refuse "Give the arguments of stf_jax.main after --, such as: -- --config=FILE --workdir=gs://…"
     for side in ${shape//x/ }; do
         chips=$((chips * side))
     done
-    per_host=$((chips < 4 ? chips : 4)) # machine types …-4t, of which slices of several machines are made
+    per_host=$((chips < 4 ? chips : 4)) # slices of several machines consist of machine types …-4t
     for argument; do
-        # Kubernetes takes $$ for $, and $(NAME) for a variable.
+        # Kubernetes reads $$ as $, and $(NAME) as a variable.
         arguments+=${arguments:+, }$(json "${argument//\$/\$\$}")
     done
     text=$(< "$(dirname "$0")/gke_jobset.yaml")
@@ -125,11 +125,11 @@ manifest() {
     printf '%s\n' "$text"
 }
 
-case $verb in
+case $subcommand in
     run)
         rendered=$(manifest "$@")
         if [[ -n $dry_run ]]; then
-            echo "# kubectl apply --filename=- < this:"
+            echo "# kubectl apply --filename=- < the following:"
             echo "$rendered"
         else
             kubectl apply --filename=- <<< "$rendered"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Run a command, and run it again when another start would go on from the last checkpoint:
+# Run a command, and restart it while a restart would resume from the last checkpoint:
 #
 #   launch/restart.sh .venv/bin/python -m stf_jax.main --config=FILE --workdir=DIR
 #
-# That is after exit status 75 (another machine was lost or late), 143 (SIGTERM), 134, 137 and 139 (aborted, killed,
-# crashed). Any other status is this script's own. HUP, INT (Ctrl-C) and TERM are passed on as TERM, after which
-# training finishes its step, saves and ends, and is not started again; a second one ends it at once.
+# It restarts after exit status 75 (another machine was lost or late), 143 (SIGTERM), and 134, 137 and 139 (aborted,
+# killed, crashed). With any other status, this script exits. HUP, INT (Ctrl-C) and TERM are passed on as TERM: training
+# finishes its step, saves it and ends, without a restart; a second signal ends it at once.
 #
-# RESTARTS: so often in a row, 10 if not given. Who has run for an hour starts a new row.
+# RESTARTS: maximum number of consecutive restarts (default: 10). A run of an hour or more resets the count.
 set -euo pipefail
 if [[ $# == 0 || $1 == --help ]]; then
     sed -n -e 1d -e '/^[^#]/q' -e 's/^# \{0,1\}//p' "$0"
@@ -18,26 +18,26 @@ if [[ ! ${RESTARTS:=10} =~ ^[0-9]+$ ]]; then
     exit 2
 fi
 
-child="" ending="" signalled=""
-trap 'ending=yes signalled=yes; kill -TERM "$child" 2> /dev/null || true' HUP INT TERM
+child="" ending="" signaled=""
+trap 'ending=yes signaled=yes; kill -TERM "$child" 2> /dev/null || true' HUP INT TERM
 
-# Sets `status` to the command's. Terminals send INT and HUP to all; it heeds neither, and is told by us alone.
+# Runs a command and sets `status`. It ignores INT and HUP, which terminals send to all; this script passes them on.
 run() {
     (
         trap '' HUP INT
         exec "$@"
     ) &
     child=$!
-    [[ -z $ending ]] || kill -TERM "$child" || true # the signal came when nothing ran, or in the pause
+    [[ -z $ending ]] || kill -TERM "$child" || true # the signal came before the child started, or in the pause
     status=0
     wait "$child" || status=$?
-    while [[ -n $signalled ]]; do # that wait ended with the signal
-        signalled="" status=0
+    while [[ -n $signaled ]]; do # the signal interrupted that wait
+        signaled="" status=0
         wait "$child" || status=$?
     done
 }
 
-again=0
+restarts=0
 while true; do
     begin=$(date +%s)
     run "$@"
@@ -47,13 +47,13 @@ while true; do
     esac
     [[ -z $ending ]] || exit "$status"
     if (($(date +%s) - begin >= 3600)); then
-        again=0
+        restarts=0
     fi
-    if ((again == RESTARTS)); then
-        echo "restart.sh: ended with status $status, and was started again $again times in a row (RESTARTS)." >&2
+    if ((restarts == RESTARTS)); then
+        echo "restart.sh: ended with status $status after $restarts consecutive restarts (RESTARTS)." >&2
         exit "$status"
     fi
-    again=$((again + 1))
-    echo "restart.sh: ended with status $status; starting again in 10 s, $again of $RESTARTS in a row." >&2
+    restarts=$((restarts + 1))
+    echo "restart.sh: ended with status $status; restarting in 10 s, $restarts of $RESTARTS in a row." >&2
     run sleep 10
 done

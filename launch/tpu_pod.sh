@@ -1,31 +1,31 @@
 #!/usr/bin/env bash
-# Train on a Cloud TPU: a slice of one or many machines, or several slices. Needs gcloud, logged in, on this machine.
+# Train on a Cloud TPU: a slice of one or more machines, or several slices. Needs gcloud, logged in, on this machine.
 #
 #   launch/tpu_pod.sh up --name=NAME --zone=ZONE --type=v5litepod-32 -- --config=FILE --workdir=gs://BUCKET/RUN
-#   launch/tpu_pod.sh VERB --name=NAME --zone=ZONE [options] [-- what stf_jax.main is given]
+#   launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [options] [-- arguments of stf_jax.main]
 #
-#   up       create, install, run, watch and, once the run has ended well, delete
-#   create   ask for the TPU and wait until it is there                      (needs --type)
-#   install  copy this tree to its machines and make .venv there
-#   run      start training on all of them, detached; what ran is ended      (needs what follows --)
-#   log      follow the first machine's output
-#   status   the TPU's state, and the run's on each machine
-#   watch    wait for the run's end; a TPU that was taken away is asked for again, a run whose machines lost each other,
-#            crashed or restarted is started again, and it goes on from its last checkpoint; the exit status is the
-#            run's                                                           (needs --type and what follows --)
-#   delete   give the TPU back: nothing more is paid for
+#   up       create, install, run, watch and, when the run has succeeded, delete
+#   create   request the TPU and wait until it is ready                      (needs --type)
+#   install  copy this source tree to all machines and create .venv there
+#   run      start training on all machines, detached, after ending any run  (needs arguments after --)
+#   log      follow the output of the first machine
+#   status   show the state of the TPU, and of the run on each machine
+#   watch    wait for the end of the run and return its exit status; requests a preempted TPU again, and restarts the
+#            run, which resumes from its last checkpoint, if machines lost each other, crashed or rebooted
+#                                                                            (needs --type and arguments after --)
+#   delete   delete the TPU, which ends its costs
 #
 #   --type=TYPE        v4-32, v5litepod-32, v5p-32, v6e-32, … as gcloud names them
-#   --node-count=N     slices, each of that type; 1 if not given
-#   --spot             cheaper, and may be taken away
-#   --direct           create at once or not at all, rather than wait in the queue; one slice
-#   --runtime=VERSION  of the machines' system; told by the type
-#   --project=PROJECT  gcloud's own if not given
-#   --restarts=N       so often in a row the run is started again on a TPU that is there; 10. Who has run for an hour
-#                      starts a new row
-#   --poll=SECONDS     between two looks at a state; 60
-#   --delete-on-exit   up, create and watch: delete also if something fails or you interrupt
-#   --dry-run          print every command and run none
+#   --node-count=N     number of slices, each of that type (default: 1)
+#   --spot             use Spot TPUs, which are cheaper and may be preempted
+#   --direct           create one slice at once or fail, instead of waiting in the queue
+#   --runtime=VERSION  software version of the machines (default: by type)
+#   --project=PROJECT  Google Cloud project (default: gcloud's)
+#   --restarts=N       maximum number of consecutive restarts of the run while the TPU exists (default: 10); a run of an
+#                      hour or more resets the count
+#   --poll=SECONDS     time between two checks of a state (default: 60)
+#   --delete-on-exit   for up, create and watch: also delete after an error or interrupt
+#   --dry-run          print all commands without running them
 set -euo pipefail
 
 usage() {
@@ -41,15 +41,15 @@ refuse() {
     exit 2
 }
 
-# ---- What is asked ---------------------------------------------------------------------------------------------------
-verb=${1:-}
-case $verb in
+# ---- Arguments -------------------------------------------------------------------------------------------------------
+subcommand=${1:-}
+case $subcommand in
     up | create | install | run | log | status | watch | delete) shift ;;
     "" | --help | -h)
         usage
         exit
         ;;
-    *) refuse "Unknown verb $verb; see --help." ;;
+    *) refuse "Unknown command $subcommand; see --help." ;;
 esac
 name="" zone="" type="" node_count=1 spot="" direct="" runtime="" project="" restarts=10 poll=60
 delete_on_exit="" dry_run=""
@@ -75,32 +75,34 @@ while (($#)); do
             shift
             break
             ;;
-        *) refuse "Unexpected argument $1; what stf_jax.main is given goes behind --, see --help." ;;
+        *) refuse "Unexpected argument $1; arguments of stf_jax.main go after --, see --help." ;;
     esac
     shift
 done
-[[ -n $name && -n $zone ]] || refuse "--name and --zone are needed; see --help."
+[[ -n $name && -n $zone ]] || refuse "--name and --zone are required; see --help."
 [[ $node_count =~ ^[1-9][0-9]*$ ]] || refuse "--node-count=$node_count is not a number of slices."
 [[ $restarts =~ ^[0-9]+$ ]] || refuse "--restarts=$restarts is not a number."
-[[ -z $direct || $node_count == 1 ]] || refuse "--direct makes one slice; several come by the queue, without it."
-case $verb in
+[[ -z $direct || $node_count == 1 ]] || refuse "--direct creates one slice; omit it for several."
+case $subcommand in
     up | create | watch)
-        [[ -n $type ]] || refuse "--type is needed for $verb, such as --type=v5litepod-32."
+        [[ -n $type ]] || refuse "--type is required for $subcommand, such as --type=v5litepod-32."
         if [[ -z $runtime ]]; then
             case $type in
                 v[234]-*) runtime=tpu-ubuntu2204-base ;;
                 v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
                 v5p-*) runtime=v2-alpha-tpuv5 ;;
                 v6e-*) runtime=v2-alpha-tpuv6e ;;
-                *) refuse "No runtime is known for --type=$type; give --runtime=VERSION." ;;
+                *) refuse "No runtime version is known for --type=$type; give --runtime=VERSION." ;;
             esac
         fi
         ;;
 esac
-case $verb in
-    up | run | watch) (($#)) || refuse "Behind -- goes what stf_jax.main is given: -- --config=FILE --workdir=gs://…" ;;
+case $subcommand in
+    up | run | watch)
+        (($#)) || refuse "Give the arguments of stf_jax.main after --, such as: -- --config=FILE --workdir=gs://…"
+        ;;
 esac
-printf -v program ' %q' "$@" # one string that the other side's shell reads as the same arguments
+printf -v program ' %q' "$@" # a string that the remote shell parses as the same arguments
 
 where=(--zone="$zone" ${project:+--project="$project"} --quiet)
 if [[ -n $direct ]]; then
@@ -110,9 +112,9 @@ else
     all=(--node=all --worker=all) first=(--node=0 --worker=0)
 fi
 
-# ---- How it is done --------------------------------------------------------------------------------------------------
-step=$verb # what a failure is named after
-paid=""    # whether there may be a TPU that this command would leave behind
+# ---- Commands --------------------------------------------------------------------------------------------------------
+step=$subcommand # named in messages about failures
+paid=""          # whether this command may leave a TPU behind
 scratch=/tmp/stf-jax
 if [[ -z $dry_run ]]; then
     scratch=$(mktemp -d)
@@ -128,9 +130,9 @@ finish() {
     if ((status != 0)); then
         say "$step ended with status $status."
         if [[ -n $paid && -n $delete_on_exit ]]; then
-            delete || say "Deleting $name failed: see what is left, and delete it, in the Cloud console."
+            delete || say "Deleting $name failed: check in the Cloud console what is left, and delete it."
         elif [[ -n $paid ]]; then
-            say "TPU $name may be there and cost money; what runs on it goes on. To delete it:"
+            say "TPU $name may exist and cost money, and its run continues. To delete it:"
             printf '%q ' "$0" delete --name="$name" --zone="$zone" ${project:+--project="$project"} \
                 ${direct:+--direct} >&2
             echo >&2
@@ -152,25 +154,25 @@ call() {
     fi
 }
 
-# Sleep that a signal to this process alone interrupts.
+# Sleeps until the next poll; a signal to this process interrupts it.
 pause() {
     sleep "$poll" > /dev/null 2>&1 &
     wait "$!"
 }
 
-# Sets `answer` to the TPU's state.
-ask_state() {
+# Sets `state` to the TPU's state.
+query_state() {
     local command=("${tpus[@]}" describe "$name" "${where[@]}" --format="value($state_field)")
     if [[ -n $dry_run ]]; then
         call "${command[@]}"
-        answer=$ready
+        state=$ready
     else
-        answer=$("${command[@]}")
+        state=$("${command[@]}")
     fi
 }
 
-taken_away() {
-    case $answer in
+is_preempted() {
+    case $state in
         PREEMPTED | SUSPENDED | FAILED | TERMINATED | STOPPED) ;;
         *) false ;;
     esac
@@ -180,25 +182,25 @@ remote() {
     call "${tpus[@]}" ssh "$name" "${all[@]}" "${where[@]}" --command="$1"
 }
 
-# Sets `answer` to what the run does on all machines together: running, gone, unreachable, or ended STATUS. That is the
-# lowest of failures, for what a process did itself is below what losing another does to it.
-ask_run() {
+# Sets `state` to the run's state on all machines together: running, gone, unreachable, or ended STATUS. STATUS is the
+# lowest failure: statuses of a process's own failure are lower than those after losing a peer.
+query_run() {
     local lines failure
     if [[ -n $dry_run ]]; then
         remote "stf-jax/launch/tpu_worker.sh status"
-        answer="ended 0"
+        state="ended 0"
     elif ! lines=$(remote "stf-jax/launch/tpu_worker.sh status" 2> "$scratch/ssh" | grep '^stf-jax: '); then
-        answer=unreachable
+        state=unreachable
     elif [[ $lines == *gone* || $lines == *"not started"* ]]; then
-        answer=gone
+        state=gone
     elif failure=$(grep -o 'ended [1-9][0-9]*' <<< "$lines" | sort -n -k 2 | head -n 1); then
-        answer=$failure
+        state=$failure
     elif [[ $lines == *running* ]]; then
-        answer=running
+        state=running
     elif grep -qvx 'stf-jax: ended 0' <<< "$lines"; then
-        answer=unreachable
+        state=unreachable
     else
-        answer="ended 0"
+        state="ended 0"
     fi
 }
 
@@ -214,17 +216,17 @@ create() {
         call "${tpus[@]}" create "$name" "${where[@]}" --accelerator-type="$type" --runtime-version="$runtime" \
             --node-count="$node_count" --node-prefix="$name" ${spot:+--spot} || return
     fi
-    local before=""
+    local previous=""
     while true; do
-        ask_state || return
-        if [[ $answer == "$ready" ]]; then
+        query_state || return
+        if [[ $state == "$ready" ]]; then
             return
         fi
-        if [[ $answer != "$before" ]]; then
-            say "$name is $answer"
-            before=$answer
+        if [[ $state != "$previous" ]]; then
+            say "$name is $state"
+            previous=$state
         fi
-        if taken_away; then
+        if is_preempted; then
             return 1
         fi
         pause
@@ -233,7 +235,7 @@ create() {
 
 install() {
     step=install
-    # The tree as it stands, edits included, but only what training needs: not data or runs that lie in it.
+    # Packs the working tree with local edits, but only what training needs, without data or runs in it.
     call tar -czf "$scratch/stf-jax.tgz" --exclude=__pycache__ -C "$(dirname "$0")/.." \
         stf_jax configs launch requirements.txt requirements-dev.txt &&
         call "${tpus[@]}" scp "$scratch/stf-jax.tgz" "$name:stf-jax.tgz" "${all[@]}" "${where[@]}" &&
@@ -253,40 +255,40 @@ log() {
 
 status() {
     step=status
-    ask_state
-    [[ -n $dry_run ]] || echo "$name: $answer"
-    if [[ $answer == "$ready" ]]; then
+    query_state
+    [[ -n $dry_run ]] || echo "$name: $state"
+    if [[ $state == "$ready" ]]; then
         remote "stf-jax/launch/tpu_worker.sh status"
     fi
 }
 
-# Asks again for a TPU that was taken away. The new one may be taken as well, at any step; what else fails is a failure.
-again() {
+# Requests a preempted TPU again. The new one may be preempted as well, at any step; other failures are errors.
+recreate() {
     local status=0
     delete || return
     { create && install && run; } || status=$?
     if ((status != 0)); then
-        ask_state && taken_away || return "$status"
+        query_state && is_preempted || return "$status"
         pause
     fi
 }
 
-# Starts the run again on all machines, but for so often in a row; then its status is $1.
-start_again() {
+# Restarts the run on all machines, up to the maximum number of consecutive restarts; then fails with status $1.
+restart() {
     if (($(date +%s) - begin >= 3600)); then
-        row=0
+        count=0
     fi
-    if ((row == restarts)); then
-        say "The run was started again $row times in a row (--restarts)."
+    if ((count == restarts)); then
+        say "The run failed after $count consecutive restarts (--restarts)."
         fail "$1"
         return
     fi
-    row=$((row + 1))
-    say "The run is started again, $row of $restarts in a row."
-    run || say "Starting it again failed; $name is looked at again."
+    count=$((count + 1))
+    say "Restarting the run, $count of $restarts in a row."
+    run || say "The restart failed; checking $name again."
 }
 
-# The run's end, with that status.
+# Ends with the run's status, $1.
 fail() {
     log || true
     step="the run"
@@ -294,63 +296,63 @@ fail() {
 }
 
 watch() {
-    local before="" unanswered=0
-    begin=$(date +%s) row=0
+    local previous="" unreachable_count=0
+    begin=$(date +%s) count=0
     paid=yes
     while true; do
         step=watch
-        if ! ask_state; then
-            answer=unreachable
-        elif [[ $answer == "$ready" ]]; then
-            ask_run
+        if ! query_state; then
+            state=unreachable
+        elif [[ $state == "$ready" ]]; then
+            query_run
         fi
-        [[ $answer == "$before" ]] || say "$name: $answer"
-        if taken_away; then
-            again || return
-            before=""
+        [[ $state == "$previous" ]] || say "$name: $state"
+        if is_preempted; then
+            recreate || return
+            previous=""
             continue
         fi
-        case $answer in
+        case $state in
             "ended 0") return ;;
-            "ended 2") fail 2 || return ;; # the input cannot be used
-            # Machines lose each other while a TPU is being taken away, which its state tells only later: so any other
-            # failure counts when it is seen twice.
+            "ended 2") fail 2 || return ;; # invalid input
+            # Machines lose each other while a TPU is being preempted, before its state shows that: so any other failure
+            # counts only when it is seen twice.
             "ended 75" | "ended 134" | "ended 137" | "ended 139" | "ended 143")
-                if [[ $answer == "$before" ]]; then
-                    start_again "${answer#ended }" || return
-                    answer=""
+                if [[ $state == "$previous" ]]; then
+                    restart "${state#ended }" || return
+                    state=""
                 fi
                 ;;
-            ended*) [[ $answer != "$before" ]] || fail "${answer#ended }" || return ;;
-            gone) start_again 1 || return ;;
+            ended*) [[ $state != "$previous" ]] || fail "${state#ended }" || return ;;
+            gone) restart 1 || return ;;
             unreachable)
-                if ((++unanswered == 10)); then
+                if ((++unreachable_count == 10)); then
                     cat "$scratch/ssh" >&2 || true
                     return 1
                 fi
                 ;;
         esac
-        [[ $answer == unreachable ]] || unanswered=0
-        before=$answer
+        [[ $state == unreachable ]] || unreachable_count=0
+        previous=$state
         pause
     done
 }
 
 delete() {
     step=delete
-    # A queued resource is deleted with the TPU that it got.
+    # Deletes a queued resource together with its TPU.
     local force=--force
     [[ -z $direct ]] || force=""
     call "${tpus[@]}" delete "$name" "${where[@]}" ${force:+"$force"} || return
     paid=""
 }
 
-if [[ $verb == up ]]; then
+if [[ $subcommand == up ]]; then
     create
     install
     run
     watch
     delete
 else
-    "$verb"
+    "$subcommand"
 fi

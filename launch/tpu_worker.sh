@@ -1,36 +1,36 @@
 #!/usr/bin/env bash
-# What tpu_pod.sh asks of each machine of a TPU:
+# Run by tpu_pod.sh on each machine of a TPU:
 #
-#   launch/tpu_worker.sh run --config=FILE --workdir=DIR    # train, detached; one that still runs is ended first
-#   launch/tpu_worker.sh status    # "stf-jax: " and running | ended STATUS | gone (the machine restarted) | not started
+#   launch/tpu_worker.sh run --config=FILE --workdir=DIR    # train, detached, after ending a run in progress
+#   launch/tpu_worker.sh status    # "stf-jax: " and running | ended STATUS | gone (the machine rebooted) | not started
 #   launch/tpu_worker.sh log       # follow the output until the run has ended
 #
 # The run's log and exit status are in ~/stf-jax-run.
 set -euo pipefail
-verb=${1:-}
+subcommand=${1:-}
 shift || true
 state=$HOME/stf-jax-run
 
-# A run is known by a lock, which its processes hold until the last has ended; a process number may be another's then.
+# The processes of a run hold a lock until the last has ended. A process id would not do, because it may be reused.
 running() {
     ! flock --nonblock "$state/lock" true
 }
 
-end() {
+signal_run() {
     kill "-$1" -- "-$(< "$state/pid")" 2> /dev/null || true
 }
 
-case $verb in
+case $subcommand in
     run)
         mkdir -p "$state"
         if running; then
-            end TERM
-            flock --timeout 120 "$state/lock" true || end KILL # a step is finished and saved
+            signal_run TERM
+            flock --timeout 120 "$state/lock" true || signal_run KILL # time to finish and save a step
         fi
         exec 9> "$state/lock"
         flock --timeout 30 9
         rm -f "$state/status"
-        # A session of its own survives the ssh that started it.
+        # A new session survives the ssh connection that started it.
         setsid "$0" supervise "$@" >> "$state/log" 2>&1 < /dev/null &
         echo "$!" > "$state/pid"
         ;;
@@ -56,7 +56,7 @@ case $verb in
         ;;
     *)
         sed -n -e 1d -e '/^[^#]/q' -e 's/^# \{0,1\}//p' "$0"
-        [[ $verb == --help ]] && exit
+        [[ $subcommand == --help ]] && exit
         exit 2
         ;;
 esac

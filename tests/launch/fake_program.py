@@ -1,20 +1,20 @@
-"""Stands in for a program of a user's machine: writes down how it was called, then does what the test planned.
+"""A fake program: records its call, then does what the test planned.
 
-    stand_in.py PROGRAM ARGUMENT ...
+    fake_program.py PROGRAM ARGUMENT ...
 
-$STAND_IN is a folder. A call is a line of its calls.jsonl. plan.json there may hold a list of rules; of those whose
-"when" occurs in the call's words, the first counts. A list in a rule is for one call after the other, the last of them
-for all that follow.
+$FAKE_PROGRAMS is a folder. Each call adds a line to calls.jsonl there. plan.json there may hold a list of rules; the
+first whose "when" occurs in the words of the call applies. Each list in a rule has one value per call; the last value
+is used for all further calls.
 
-    {"when": "describe", "say": ["ACTIVE", …], "status": [0, …], "hang": [false, …], "saves": [false, …]}
+    {"when": "describe", "print": ["ACTIVE", …], "status": [0, …], "hang": [false, …], "save_on_sigterm": [false, …]}
 
-A status below 0 is a signal that it dies of. What hangs does so for a minute; if it "saves", SIGTERM makes it write a
-line into $STAND_IN/saved, in half a second, and end with 143, and a second SIGTERM ends it at once; if it is "deaf",
-SIGTERM does nothing. A call may wait until another has begun ("beside": a word of it) or ended ("after"), and be "slow"
-by some seconds. A task of srun has its place at the end of its words, as task=0.
+A negative status is a signal that kills the program. "hang" sleeps for a minute; with "save_on_sigterm", SIGTERM then
+writes a line to $FAKE_PROGRAMS/saved after half a second and exits with 143, and a second SIGTERM kills the program;
+with "ignore_sigterm", SIGTERM does nothing. A call can wait until another has started ("after_start_of": a word of it)
+or ended ("after_end_of"), and for some seconds ("delay"). Calls of srun's tasks end with their index, as task=0.
 
-Without a rule, scp and ssh of gcloud act on the folder $MACHINE as on a machine of the TPU, srun starts its tasks and,
-like SLURM's, kills them at SIGTERM, scancel signals all their processes, and python3.12 makes a .venv of stand-ins.
+Without a rule, scp and ssh of gcloud treat the folder $MACHINE as a machine of the TPU, srun starts its tasks and, like
+SLURM's, kills them at SIGTERM, scancel signals all their processes, and python3.12 creates a .venv with fake programs.
 """
 
 import json
@@ -24,14 +24,14 @@ import signal
 import sys
 import time
 
-FOLDER = pathlib.Path(os.environ["STAND_IN"])
+FOLDER = pathlib.Path(os.environ["FAKE_PROGRAMS"])
 VARIABLES = ("SLURM_", "XLA_", "JAX_", "PYTHON")
 
 
 def main(program, argv):
     words = " ".join([program, *argv, f"task={os.environ.get('SLURM_PROCID')}"])
     plan = json.loads((FOLDER / "plan.json").read_text()) if (FOLDER / "plan.json").exists() else []
-    # srun's words are its tasks'.
+    # The words of srun include those of its tasks, so rules apply only to these.
     rule = next((rule for rule in plan if rule["when"] in words and program != "srun"), None)
     calls = FOLDER / "calls.jsonl"
     before = calls.read_text().splitlines() if calls.exists() else []
@@ -48,27 +48,27 @@ def main(program, argv):
         file.write(json.dumps(call) + "\n")
     if rule is None:
         return default(program, argv)
-    nth = 0
+    previous = 0  # calls that this rule applied to
     for old in map(json.loads, before):
-        nth += old["program"] == program and rule["when"] in old["words"]
+        previous += old["program"] == program and rule["when"] in old["words"]
 
-    def planned(what, otherwise):
-        values = rule.get(what, [otherwise])
-        return values[min(nth, len(values) - 1)]
+    def planned(key, default_value):
+        values = rule.get(key, [default_value])
+        return values[min(previous, len(values) - 1)]
 
-    while planned("beside", "") and planned("beside", "") not in calls.read_text():
+    while planned("after_start_of", "") and planned("after_start_of", "") not in calls.read_text():
         time.sleep(0.01)
-    if planned("after", ""):
-        wait_for_end(planned("after", ""))
-    time.sleep(planned("slow", 0))
-    if planned("say", ""):
-        print(planned("say", ""), flush=True)
+    if planned("after_end_of", ""):
+        wait_for_end(planned("after_end_of", ""))
+    time.sleep(planned("delay", 0))
+    if planned("print", ""):
+        print(planned("print", ""), flush=True)
     if planned("hang", False):
-        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # one that is not ignored
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not if it is ignored
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if planned("saves", False):
+        if planned("save_on_sigterm", False):
             signal.signal(signal.SIGTERM, save)
-        if planned("deaf", False):
+        if planned("ignore_sigterm", False):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with (FOLDER / "hangs").open("a") as file:
             file.write("hangs\n")
@@ -100,7 +100,7 @@ def save(number, _):
 
 
 def default(program, argv):
-    import shutil  # here, for they take longer to import than most calls last
+    import shutil  # slow to import, and rarely needed
     import subprocess
 
     if program == "gcloud" and "MACHINE" in os.environ:
@@ -113,15 +113,17 @@ def default(program, argv):
             return subprocess.run(["bash", "-c", command], cwd=home, env=os.environ | {"HOME": str(home)}).returncode
     if program == "srun":
         task = argv[[not arg.startswith("-") for arg in argv].index(True) :]
-        places = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
-        tasks = [subprocess.Popen(task, env=os.environ | place, start_new_session=True).pid for place in places]
+        environments = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+        tasks = [
+            subprocess.Popen(task, env=os.environ | task_env, start_new_session=True).pid for task_env in environments
+        ]
         (FOLDER / "step.json").write_text(json.dumps(tasks))
         signal.signal(signal.SIGTERM, lambda *_: [os.killpg(task, signal.SIGKILL) for task in tasks])
         codes = {}
         while len(codes) < len(tasks):
             task, status = os.wait()
             codes[task] = os.waitstatus_to_exitcode(status)
-            if codes[task] and "--kill-on-bad-exit=0" not in argv:  # clusters may have 1 for all
+            if codes[task] and "--kill-on-bad-exit=0" not in argv:  # clusters may configure 1 as default
                 for other in set(tasks) - set(codes):
                     os.killpg(other, signal.SIGTERM)
         signals = [-code for code in codes.values() if code < 0]
