@@ -174,6 +174,6 @@ def test_run_starts_from_a_tower_trained_on_cells(tmp_path, capsys, monkeypatch)
     config = f"--config={tiny.__file__}:steps=2,fusion=mlp"
     assert run_command(main, [config, "--config.data.max_length=512", *next_flags]) == 0
     assert run_command(bench.main, ["backbone", f"--checkpoint={tmp_path / 'answers'}"]) == 2
-    assert "no head that labels cells" in capsys.readouterr().err
+    assert "no head for cells" in capsys.readouterr().err
     assert run_command(bench.main, ["backbone", f"--checkpoint={tmp_path / 'cells'}", "--images=0"]) == 2
     assert "--images must be at least 1." in capsys.readouterr().err
