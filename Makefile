@@ -2,7 +2,7 @@
 PYTHON ?= python3
 WORKDIR ?= runs/demo
 
-.PHONY: demo evidence test test-random test-slow test-serve soak lint
+.PHONY: demo docs evidence lint soak test test-light test-random test-serve test-slow
 
 # Trains, evaluates and exports the model, and checks that the export gives the same answers in PyTorch (if torch is
 # installed). Huge pages make steps on CPUs a seventh faster (docs/BENCHMARKS.md).
@@ -20,7 +20,7 @@ demo: .venv/ready-demo
 
 # The studies of docs/EVIDENCE.md. Resumes after an interruption.
 evidence: .venv/ready
-	for study in fusions kernel_and_taps initialisation backbone; do \
+	for study in fusions kernel_and_taps initialization backbone; do \
 	    .venv/bin/python -m stf_jax.ablate --config=configs/ablations/$$study.py --out=runs/evidence/$$study \
 	        --cells=runs/evidence/cells || exit; \
 	done
@@ -45,9 +45,16 @@ test-serve: .venv/ready-dev .venv-serve/ready
 soak: .venv/ready-dev
 	.venv/bin/python -m pytest -n 0 -m soak tests/test_soak.py
 
+# Pages that are generated from code.
+docs: .venv/ready-dev
+	.venv/bin/python -m docs.make_configuration
+
 lint: .venv/ready-dev
 	.venv/bin/ruff check --no-cache .
 	.venv/bin/ruff format --no-cache --check .
+	.venv/bin/codespell
+	.venv/bin/shellcheck --enable=require-double-brackets,quote-safe-variables launch/*.sh launch/slurm.sbatch
+	.venv/bin/mypy
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

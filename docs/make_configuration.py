@@ -11,12 +11,13 @@ from stf_jax import config
 PAGE = pathlib.Path(__file__).parent / "configuration.md"
 _HEAD = """# Configuration
 
-For everyone who writes a config or changes a value on the command line: every key there is, with its default. `make docs`
+For everyone who writes a config or changes a value on the command line: every key, with its default. `make docs`
 generates this page from [stf_jax/config.py](../stf_jax/config.py).
 
-A config file defines `get_config(arg)`, starts from `stf_jax.config.default_config()` and changes what it needs. The command
-line changes more: `--config.data.max_length=1024`. A key that does not exist, or a value outside its range, is refused
-before anything is loaded.
+A config file defines `get_config(arg)`, starts from `stf_jax.config.default_config()` and changes what it needs. The
+command line changes more: `--config.data.max_length=1024`. An unknown key, or a value outside its range, is refused
+before anything is loaded. A config of several stages names them in `run` and holds their changes in `stages`, as
+[configs/demo.py](../configs/demo.py) does.
 """
 
 
@@ -49,7 +50,7 @@ def sections(kind: type, path: str = "") -> Iterator[tuple[str, type]]:
 
 def page() -> str:
     """The page as Markdown."""
-    said = comments(pathlib.Path(config.__file__).read_text())
+    meanings = comments(pathlib.Path(config.__file__).read_text())
     parts = [_HEAD]
     for path, kind in sections(config.TrainConfig):
         hints = typing.get_type_hints(kind)
@@ -58,7 +59,7 @@ def page() -> str:
         parts.append(f"\n## {title}\n\n{summary}\n\n| key | default | meaning |\n|---|---|---|\n")
         for field in dataclasses.fields(kind):
             if not dataclasses.is_dataclass(hints[field.name]):
-                meaning = said[kind.__name__, field.name].replace("|", "\\|")
+                meaning = meanings[kind.__name__, field.name].replace("|", "\\|")
                 parts.append(f"| `{path}{field.name}` | `{field.default!r}` | {meaning} |\n")
     return "".join(parts)
 

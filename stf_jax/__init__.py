@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "Model": "api",
     "load": "api",
+    "load_config": "api",
     "train": "api",
     "export": "api",
     "import_weights": "api",

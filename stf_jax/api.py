@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import ml_collections
 import numpy as np
 import PIL.Image
 from etils import epath
@@ -13,6 +14,7 @@ from stf_jax.config import MeshConfig, UserError, did_you_mean
 from stf_jax.data.image import open_image_file
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.inference.generator import NO_VISION_MESSAGE, Generator
+from stf_jax.runtime import cli
 from stf_jax.runtime.files import to_path
 from stf_jax.training.stages import resolve_stages, run_stages
 from stf_jax.weights.model import SavedModel
@@ -84,11 +86,24 @@ def load(
     return Model(generator, saved, folder)
 
 
+def load_config(name: str, *overrides: str) -> ml_collections.ConfigDict:
+    """Reads a config: ``load_config("demo:fusion=stf", "seed=1", "stages.pretrain.steps=600")``.
+
+    Args:
+      name: a config file or the name of one in configs/, with its argument, as ``--config`` takes it.
+      overrides: values of keys, as ``--config.KEY=VALUE`` without ``--config.``.
+
+    Raises:
+      UserError: the file cannot be read, or a key or value is invalid.
+    """
+    return cli.parse([f"--config={name}", *(f"--config.{override}" for override in overrides)], "", workdir=False)[1]
+
+
 def train(config: Any, workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Trains the stages of a config in order, each from the result of the previous one, as ``stf_jax.main`` does.
 
     Args:
-      config: the return value of ``get_config`` in a config file.
+      config: the return value of :func:`load_config`, or of ``get_config`` in a config file.
       workdir: the folder of the run, which resumes from its newest checkpoint, if any.
 
     Returns:

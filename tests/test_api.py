@@ -77,6 +77,13 @@ def test_image_tokens_have_the_width_of_the_language_model(model, folder):
     assert np.abs(tokens - model.image_tokens(make_image(2))).max() > 1e-3
 
 
+def test_configs_are_read_by_name_argument_and_override():
+    config = stf_jax.load_config("demo:fusion=stf", "seed=3", "stages.pretrain.steps=7")
+    assert (config.model.fusion.fusion, config.seed, config.stages.pretrain.steps) == ("stf", 3, 7)
+    with pytest.raises(UserError, match="did you mean 'seed'"):
+        stf_jax.load_config("demo", "sead=3")
+
+
 def test_an_invalid_image_raises_a_user_error(model, tmp_path):
     (tmp_path / "a.png").write_text("no image")
     for image in (tmp_path / "a.png", tmp_path / "none.png"):

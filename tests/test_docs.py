@@ -8,6 +8,7 @@ import importlib
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import subprocess
 
@@ -294,3 +295,10 @@ def test_the_first_command_of_the_rehearsal_runs_in_a_clean_environment():
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("Makes a small data set in LLaVA's exact schema: ")
+
+
+def test_configuration_page_is_generated_from_the_code():
+    made = runpy.run_path(str(ROOT / "docs/make_configuration.py"))
+    assert (ROOT / "docs/configuration.md").read_text() == made["page"](), "run make docs"
+    keys = [key for key in flatten(default_config().to_dict()) if not key.startswith(("run", "stages"))]
+    assert [key for key in keys if f"| `{key}` |" not in made["page"]()] == []

