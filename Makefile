@@ -28,6 +28,10 @@ evidence: .venv/ready
 test: lint
 	.venv/bin/python -m pytest
 
+# The tests that need neither torch nor processes of their own, for while you work.
+test-light: .venv/ready-light
+	.venv/bin/python -m pytest --light
+
 # The same tests in random order with a printed seed, to check that no test depends on another.
 test-random: .venv/ready-dev
 	.venv/bin/python -m pytest -p randomly
@@ -67,6 +71,13 @@ lint: .venv/ready-dev
 
 .venv/ready: .venv/ready-demo
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+# The first part of requirements-dev.txt.
+.venv/ready-light: requirements-dev.txt .venv/ready
+	sed '/^# ---- The rest/,$$d' requirements-dev.txt > .venv/requirements-light.txt
+	sed -i 's|^-r |-r ../|' .venv/requirements-light.txt
+	.venv/bin/python -m pip install --quiet --requirement .venv/requirements-light.txt
 	touch $@
 
 .venv/ready-dev: requirements-dev.txt requirements-data.txt requirements-plan.txt .venv/ready

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 
@@ -24,6 +25,21 @@ gc.set_threshold(100_000, 20, 20)
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+# What files of --light do not import: torch, and what starts processes.
+HEAVY = r"^ *(import|from) (torch|transformers|make_models|reference|full_disk|run_process|subprocess)\b"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds --light."""
+    parser.addoption("--light", action="store_true", help="leave out files that import torch or start processes")
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
+    """With --light, leaves heavy files out before anything is imported from them."""
+    if not config.getoption("--light") or not collection_path.match("test_*.py"):
+        return None
+    return re.search(HEAVY, collection_path.read_text(), re.MULTILINE) is not None or None
 
 
 @pytest.fixture(scope="session")
