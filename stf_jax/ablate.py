@@ -3,6 +3,7 @@
 import shlex
 import signal
 import sys
+from typing import NoReturn
 
 from etils import epath
 
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> None:
         )
 
 
-def _stop(*_):
+def _stop(*_: object) -> NoReturn:
     raise Stopped("Stopped by SIGTERM; the same command continues where it stopped.")
 
 

@@ -10,12 +10,15 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import ml_collections
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-class UserError(Exception):
+
+class UserError(ValueError):
     """The input cannot be used: one sentence that states the problem and how to fix it. Exit status 2."""
 
     status = 2
@@ -60,6 +63,20 @@ Seconds = Annotated[float, Range(0, 10**9)]
 Edition = Annotated[int, Range(1, 2)]
 Axis = Annotated[int, Range(-1, 10**6)]  # 0 is rejected with the mesh (runtime/mesh.py)
 
+# Choices; the comments of the fields say what they mean.
+Variant = Literal["code", "paper"]
+Initialization = Literal["torch", "kaiming", "xavier", "normal"]
+Precision = Literal["bfloat16", "float32"]
+Remat = Literal["none", "dots", "full"]
+Attention = Literal["auto", "reference", "xla", "cudnn", "splash"]
+Reduction = Literal["", "fastv", "random", "visionzip"]
+Task = Literal["documents", "captions", "mixture", "conversations", "cues", "cells"]
+Source = Literal["llava", "scenes"]
+MixBy = Literal["epoch", "weight"]
+Aspect = Literal["square", "pad"]
+Schedule = Literal["cosine", "constant"]
+REDUCTIONS: tuple[Reduction, ...] = typing.get_args(Reduction)[1:]
+
 
 @dataclasses.dataclass(frozen=True)
 class FusionConfig:
@@ -73,8 +90,8 @@ class FusionConfig:
     mbtf_width: Count = 0  # output channels of MBTF; 0: the tower's width (1024)
     stf_hidden: Count = 0  # channels between STF's two layers; 0: 4·kernel²·its input width (16384)
     depth: Count = 0  # blocks of resampler, and of c_abstractor before and after its pooling; 0: as published, 6 and 3
-    variant: str = "code"  # code: what the authors' program computes | paper: what the paper's figure shows
-    init: str = "torch"  # initialization of the layers: torch | kaiming | xavier | normal
+    variant: Variant = "code"  # code: what the authors' program computes | paper: what the paper's figure shows
+    init: Initialization = "torch"  # initialization of the layers: torch | kaiming | xavier | normal
     pad_grid: bool = False  # pad a patch grid that kernel does not divide, with zeros at the right and bottom
 
 
@@ -85,11 +102,11 @@ class ModelConfig:
     vision: str = ""  # vision preset (models/presets.py) or folder; "": that of init_from, else clip-l-14-336
     llm: str = ""  # language model preset (models/presets.py) or folder; "": that of init_from, else vicuna-7b
     fusion: FusionConfig = FusionConfig()
-    precision: str = "bfloat16"  # bfloat16: of frozen weights and compute | float32: of everything
+    precision: Precision = "bfloat16"  # bfloat16: of frozen weights and compute | float32: of everything
     scan_layers: bool = True  # true: compile one block and loop over the layers | false: unroll the layers
-    remat: str = "full"  # what the backward pass recomputes: none | dots (all but matrix products) | full
-    attention: str = "auto"  # attention kernel: auto | reference | xla | cudnn | splash (models/attention.py)
-    reduce: str = ""  # untrained reducer at inference: fastv | random | visionzip (models/selection.py); "": none
+    remat: Remat = "full"  # what the backward pass recomputes: none | dots (all but matrix products) | full
+    attention: Attention = "auto"  # attention kernel: auto | reference | xla | cudnn | splash (models/attention.py)
+    reduce: Reduction = ""  # untrained reducer at inference: fastv | random | visionzip (models/selection.py); "": none
     keep: Count = 0  # image tokens per image that the reducer keeps; 0: one quarter
     cells: Count = 0  # cells per patch side that a head on the vision tower is trained to label; 0: no such head
 
@@ -99,7 +116,7 @@ class ScenesConfig:
     """The embedded procedural images (data/scenes.py, data/world.py)."""
 
     edition: Edition = 2  # 1: shapes and words | 2: also printed text of all sizes, charts and forms
-    task: str = "conversations"  # documents | captions | mixture | conversations | cues | cells
+    task: Task = "conversations"  # documents | captions | mixture | conversations | cues | cells
     size: Size = 20_000  # records per epoch
     things: Size = 4  # maximum shapes per image; edition 2: also maximum printed texts, chart bars and form lines
 
@@ -108,16 +125,16 @@ class ScenesConfig:
 class DataConfig:
     """Where records come from and how they become rows of tokens and images."""
 
-    source: str = "llava"  # llava: files in annotations and images | scenes: embedded procedural images
+    source: Source = "llava"  # llava: files in annotations and images | scenes: embedded procedural images
     annotations: str = ""  # LLaVA JSON files, or folders that stf_jax.prepare wrote, separated by commas
     images: str = ""  # image folder of each JSON file in annotations, separated by commas; one folder serves all files
     records: Count = 0  # records in annotations, for stf_jax.plan where the files are absent; 0: unknown
     mix: tuple[NonNegative, ...] = ()  # one number per item of annotations, see mix_by; (): every record once per epoch
-    mix_by: str = "epoch"  # what mix gives. epoch: passes over the item per epoch | weight: its share of all rows
+    mix_by: MixBy = "epoch"  # what mix gives. epoch: passes over the item per epoch | weight: its share of all rows
     scenes: ScenesConfig = ScenesConfig()
     tokenizer: str = ""  # folder that transformers loads; miniature, miniature/2: embedded; "": that of init_from
     template: str = "v1"  # conversation template: plain | v1 | llama-3 | chatml | mistral (data/conversation.py)
-    aspect: str = "square"  # square: resize and center-crop | pad: pad to a square with the mean color
+    aspect: Aspect = "square"  # square: resize and center-crop | pad: pad to a square with the mean color
     max_length: Size = 2048  # tokens per row, image tokens included
     packing: bool = False  # put several conversations in a row, separated by segment ids
     group_by_modality_length: bool = True  # without packing: batch rows of similar length, images apart, as LLaVA does
@@ -131,7 +148,7 @@ class OptimizerConfig:
     """AdamW as in PyTorch and LLaVA."""
 
     learning_rate: Positive = 1e-3  # peak learning rate
-    schedule: str = "cosine"  # learning rate after the warm-up: cosine (to zero) | constant
+    schedule: Schedule = "cosine"  # learning rate after the warm-up: cosine (to zero) | constant
     warmup_ratio: Fraction = 0.03  # fraction of all steps with a linearly rising learning rate
     weight_decay: NonNegative = 0.0  # decoupled weight decay of matrices; biases and norms have none
     b1: Decay = 0.9  # decay rate of the first moment
@@ -223,22 +240,6 @@ class TrainConfig:
     faults: FaultsConfig = FaultsConfig()
 
 
-REDUCTIONS = ("fastv", "random", "visionzip")  # untrained ways to reduce image tokens
-_CHOICES = {
-    "model.fusion.variant": ("code", "paper"),
-    "model.fusion.init": ("torch", "kaiming", "xavier", "normal"),
-    "model.precision": ("bfloat16", "float32"),
-    "model.remat": ("none", "dots", "full"),
-    "model.attention": ("auto", "reference", "xla", "cudnn", "splash"),
-    "model.reduce": ("", *REDUCTIONS),
-    "data.source": ("llava", "scenes"),
-    "data.scenes.task": ("documents", "captions", "mixture", "conversations", "cues", "cells"),
-    "data.aspect": ("square", "pad"),
-    "data.mix_by": ("epoch", "weight"),
-    "optimizer.schedule": ("cosine", "constant"),
-}
-
-
 def short_message(error: BaseException) -> str:
     """The message of an exception, to embed in a sentence: one line, at most 200 characters, no final period."""
     return " ".join(str(error).split())[:200].strip(" .") or type(error).__name__
@@ -307,7 +308,7 @@ def parse_arg(arg: str | None, **known: Any) -> ml_collections.ConfigDict:
     return result
 
 
-def _convert(default, text, key):
+def _convert(default: bool | float | str, text: str, key: str) -> bool | float | str:
     try:
         if isinstance(default, bool):
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
@@ -330,7 +331,7 @@ def resolve(config: Mapping[str, Any]) -> list[TrainConfig]:
     if stages and not run:
         raise UserError(f"The config has stages {', '.join(stages)} but runs none; set run to their names, in order.")
     if not run:
-        return [_validated(_build(TrainConfig, base, ""))]
+        return [_build(TrainConfig, base, "")]
     defaults = flatten(default_config().to_dict())
     resolved = []
     for name in run:
@@ -345,7 +346,7 @@ def resolve(config: Mapping[str, Any]) -> list[TrainConfig]:
             if flat.get(key, defaults[key]) != defaults[key]:
                 raise UserError(f"Config key {key} is set by stage {name!r}; set stages.{name}.{key} instead.")
             flat[key] = value
-        resolved.append(_validated(_build(TrainConfig, _unflatten(flat | {"name": name}), "")))
+        resolved.append(_build(TrainConfig, _unflatten(flat | {"name": name}), ""))
     return resolved
 
 
@@ -368,19 +369,19 @@ def from_json(data: Mapping[str, Any]) -> TrainConfig:
             "data": {**data["data"], "scenes": {**scenes, "edition": 1}},
             "eval": {**data.get("eval", {}), "benchmarks": names},
         }
-    return _validated(_build(TrainConfig, data, ""))
+    return _build(TrainConfig, data, "")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one flat dict with dotted keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
-def _unflatten(flat):
-    tree = {}
+def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, leaf = path.split(".")
         node = tree
@@ -390,7 +391,10 @@ def _unflatten(flat):
     return tree
 
 
-def _build(cls, values, prefix):
+_Config = TypeVar("_Config", bound="DataclassInstance")
+
+
+def _build(cls: type[_Config], values: Mapping[str, Any], prefix: str) -> _Config:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
@@ -398,12 +402,17 @@ def _build(cls, values, prefix):
     return cls(**{key: _typed(fields[key].type, value, prefix + key) for key, value in values.items()})
 
 
-def _typed(kind, value, key):
+def _typed(kind: Any, value: Any, key: str) -> Any:
     if typing.get_origin(kind) is Annotated:
         number, allowed = typing.get_args(kind)
         if isinstance(value, (int, float)) and not allowed.low <= value <= allowed.high:
             raise UserError(f"Config key {key} is {value}; it must be between {allowed.low:,} and {allowed.high:,}.")
         return _typed(number, value, key)
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if isinstance(value, str) and value not in choices:
+            raise UserError(f"Config key {key} is {value!r}: {did_you_mean(value, filter(None, choices))}")
+        return _typed(str, value, key)
     if dataclasses.is_dataclass(kind):
         if isinstance(value, Mapping):
             return _build(kind, value, f"{key}.")
@@ -418,11 +427,3 @@ def _typed(kind, value, key):
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     raise UserError(f"Config key {key} is {value!r}, which is not of type {getattr(kind, '__name__', kind)}.")
-
-
-def _validated(config):
-    flat = flatten(dataclasses.asdict(config))
-    for key, choices in _CHOICES.items():
-        if flat[key] not in choices:
-            raise UserError(f"Config key {key} is {flat[key]!r}: {did_you_mean(str(flat[key]), filter(None, choices))}")
-    return config

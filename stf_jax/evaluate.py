@@ -5,9 +5,11 @@ import os
 import pathlib
 import sys
 import types
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from stf_jax.config import MeshConfig, UserError
+from stf_jax.evals.benchmark import Benchmark
 from stf_jax.evals.registry import BENCHMARKS, open_benchmarks
 from stf_jax.runtime.cli import Parser, add_host_arguments, add_model_arguments, path, path_text, require, run_command
 from stf_jax.runtime.files import write_json
@@ -64,7 +66,9 @@ def main(argv: list[str]) -> None:
         print(f"{RESULTS} and all other files are in {options.out}")
 
 
-def _evaluate_or_score(options: argparse.Namespace, benchmarks, several):
+def _evaluate_or_score(
+    options: argparse.Namespace, benchmarks: Sequence[Benchmark], several: bool
+) -> Iterator[dict[str, Any]]:
     from stf_jax.evals.runner import check_images, evaluate, score
     from stf_jax.inference.decoding import Sampling
     from stf_jax.inference.loading import load_generator

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from tiny import tiny
 
 from stf_jax.config import (
-    _CHOICES,
     FusionConfig,
     ModelConfig,
     TrainConfig,
@@ -453,8 +452,8 @@ def test_parse_arg_raises_or_returns_the_types_of_the_defaults(arg):
 
 def values(key, kind):
     """A strategy for values of a key with this type."""
-    if key in _CHOICES:
-        return st.sampled_from(_CHOICES[key])
+    if typing.get_origin(kind) is typing.Literal:
+        return st.sampled_from(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         inner, *rest = typing.get_args(kind)
         if rest == [...]:

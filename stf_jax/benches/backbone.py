@@ -14,7 +14,7 @@ from stf_jax.data.world_labels import CELLS, label_cells
 from stf_jax.evals.scenes import SEED
 from stf_jax.models.cells import split_scores
 from stf_jax.runtime.mesh import compute_context, make_mesh
-from stf_jax.training.state import blueprint
+from stf_jax.training.state import Params, blueprint
 from stf_jax.weights.model import open_model
 
 _LABEL_KINDS = ("color", "shape", "character")
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     params = dict(saved.restore(plan.shardings(mesh)))
 
     @jax.jit
-    def predict(params, images):
+    def predict(params: Params, images: jax.Array) -> list[jax.Array]:
         return [scores.argmax(-1) for scores in split_scores(plan.merge(params).cell_scores(images))]
 
     correct: dict[str, list[np.ndarray]] = collections.defaultdict(list)
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"what": name, "cells": len(row), "right": float(row.mean())} for name, row in rows.items()]
 
 
-def _heights(scene, printed):
+def _heights(scene: world.Scene, printed: np.ndarray) -> np.ndarray:
     """The height of capital letters in each cell, in pixels; 0 without text."""
     heights = np.zeros((CELLS, CELLS), int)
     for item in scene.prints:

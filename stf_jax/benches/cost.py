@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,12 +26,15 @@ from stf_jax.benches.plan import TEXT, load_recipe
 from stf_jax.benches.process import measure_process
 from stf_jax.benches.synthetic import make_batch
 from stf_jax.config import FusionConfig, MeshConfig, TrainConfig, UserError
+from stf_jax.data.packing import Batch
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.planning.program import Program, make_program
 from stf_jax.planning.report import make_report
 from stf_jax.planning.topology import topology_devices
 from stf_jax.runtime.mesh import compute_context
+from stf_jax.training.state import TrainState
+from stf_jax.training.step import Metrics
 from stf_jax.weights.model import Description
 
 _FUSIONS = "mlp", "mbtf_stf"
@@ -57,7 +61,7 @@ def run(options: argparse.Namespace) -> _Rows:
     return results
 
 
-def _parse_numbers(options, name):
+def _parse_numbers(options: argparse.Namespace, name: str) -> list[int]:
     text = getattr(options, name)
     try:
         numbers = [int(number) for number in text.split(",")]
@@ -87,9 +91,10 @@ def measure(vision: str, llm: str, layers: list[int], batches: list[int]) -> _Ro
       extrapolated to all layers; GiB with the two numbers; and ``times_mlp``, the speedup over ``mlp`` with all layers.
       Tasks that exceed the memory are left out.
     """
-    tower, decoder, results = vision_preset(vision), llm_preset(llm), []
+    tower, decoder = vision_preset(vision), llm_preset(llm)
+    results: _Rows = []
 
-    def measure_model(task, fusion, count):
+    def measure_model(task: str, fusion: str, count: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             shallow = dataclasses.replace(decoder, layers=count)
             Description(tower, shallow, FusionConfig(fusion)).save(pathlib.Path(folder))
@@ -106,7 +111,7 @@ def measure(vision: str, llm: str, layers: list[int], batches: list[int]) -> _Ro
             print(f"{error} Skipping {task}.", file=sys.stderr)
             continue
         for i, batch in enumerate(batches):
-            rows = []
+            rows: _Rows = []
             for fusion in _FUSIONS:
                 few, more = (models[fusion, count] for count in layers)
                 slope = (more["ms"][i] - few["ms"][i]) / (layers[1] - layers[0])
@@ -120,7 +125,7 @@ def measure(vision: str, llm: str, layers: list[int], batches: list[int]) -> _Ro
 
 def time_program(task: str, folder: str, fusion: str, batches: list[int]) -> dict[str, list[float]]:
     """Measures milliseconds and GiB of a program for each batch size; the folder contains only ``model.json``."""
-    figures = {"ms": [], "gib": []}
+    figures: dict[str, list[float]] = {"ms": [], "gib": []}
     for batch in batches:
         config = _make_config(task, folder, folder, fusion)
         # Layers are unrolled, because a scan would copy the weights of each layer out of their stack.
@@ -137,7 +142,8 @@ def time_program(task: str, folder: str, fusion: str, batches: list[int]) -> dic
     return figures
 
 
-def _median_seconds(program: Program, compiled, config):
+def _median_seconds(program: Program, compiled: jax.stages.Compiled, config: TrainConfig) -> float:
+    call: Callable[[], Any]
     batch = make_batch(config)
     with compute_context(program.mesh, program.precision):
         if program.kind == "train":
@@ -151,7 +157,7 @@ def _median_seconds(program: Program, compiled, config):
             prompt = (batch.tokens, batch.image_slots, lengths, batch.images)
             call = functools.partial(compiled, _fill(weights), *prompt, sampling)
         jax.block_until_ready(call())  # touches gigabytes of memory for the first time
-        seconds = []
+        seconds: list[float] = []
         while len(seconds) < _MAX_CALLS and sum(seconds) < _MAX_SECONDS:
             begin = time.perf_counter()
             jax.block_until_ready(call())
@@ -159,14 +165,14 @@ def _median_seconds(program: Program, compiled, config):
     return statistics.median(seconds)
 
 
-def _run_step(compiled, state_holder, batch):
+def _run_step(compiled: jax.stages.Compiled, state_holder: list[TrainState], batch: Batch) -> Metrics:
     """Runs a step, which donates the state; ``state_holder`` is a list that holds it between steps."""
     state, metrics = compiled(state_holder.pop(), batch)
     state_holder.append(state)
     return metrics
 
 
-def _fill(tree):
+def _fill(tree: Any) -> Any:
     """Concrete arrays of a small constant for abstract arrays; times do not depend on the values."""
     return jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype, device=x.sharding), tree)
 
@@ -183,7 +189,7 @@ def estimate(vision: str, llm: str, rows: list[int], devices: list[jax.Device]) 
     """
     results = []
     for task, count in itertools.product(TEXT, rows):
-        mlp_seconds = None
+        mlp_seconds: float | None = None
         for fusion in _FUSIONS:
             config = _make_config(task, vision, llm, fusion)
             total = count * len(devices)
@@ -212,7 +218,9 @@ def plot(rows: _Rows, file: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     chip = next(row["what"] for row in rows if "peak_gib" in row).split(", ")[-1]
-    panels = (  # suffix of the rows' names, key of x, function of y, labels of x and y
+    panels: tuple[
+        tuple[str, str, Callable[[dict[str, Any]], float], str, str], ...
+    ] = (  # suffix of the rows' names, key of x, function of y, labels of x and y
         (
             "",
             "batch",

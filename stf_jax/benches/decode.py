@@ -9,6 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from etils import epath
 
 from stf_jax.benches.process import measure_process
 from stf_jax.benches.synthetic import make_export
-from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError
+from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, Precision, UserError
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Sampling, TokenRules, split_layers
 from stf_jax.inference.generator import bucket_length
@@ -63,24 +64,29 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 _FIGURES = ("image_ms", "prefill_ms", "first_token_ms", "tokens_per_second", "times_transformers", "gib")
 
 
-def _median(measure):
+def _median(measure: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
     """Medians of the figures of repeated measurements, after a warm-up that compiles and starts threads."""
     measure()
-    results = []
+    results: list[tuple[float, ...]] = []
     while len(results) < _MAX_CALLS and sum(map(sum, results)) < _MAX_SECONDS:
         results.append(measure())
     return tuple(map(statistics.median, zip(*results, strict=True)))
 
 
-def _measure(encode_images, generate, decoded_tokens, gib=None):
+def _measure(
+    encode_images: Callable[[], object],
+    generate: Callable[[], tuple[float, float, float]],
+    decoded_tokens: int,
+    gib: Callable[[], float] | None = None,
+) -> dict[str, float]:
     """Measures both functions; ``generate`` returns the times of its start, its first token and its last token."""
 
-    def time_images():
+    def time_images() -> tuple[float, ...]:
         begin = time.perf_counter()
         encode_images()
         return (time.perf_counter() - begin,)
 
-    def time_generation():
+    def time_generation() -> tuple[float, ...]:
         begin, first, last = generate()
         return first - begin, last - first
 
@@ -90,7 +96,7 @@ def _measure(encode_images, generate, decoded_tokens, gib=None):
     return figures | ({"gib": gib()} if gib else {})
 
 
-def _ours(export, batch, count, precision):
+def _ours(export: str, batch: int, count: int, precision: Precision) -> dict[str, float]:
     saved = open_model(epath.Path(export))
     config = dataclasses.replace(saved.config, precision=precision, remat="none")
     plan, mesh = blueprint(config), make_mesh(MeshConfig(1, 1, 1))
@@ -108,7 +114,7 @@ def _ours(export, batch, count, precision):
     extend = jax.jit(functools.partial(decoding.extend, no_stops, plan), donate_argnums=1)
     encode = jax.jit(lambda weights, images: decoding.merge_weights(plan, weights).image_tokens(images))
 
-    def generate():
+    def generate() -> tuple[float, float, float]:
         begin = time.perf_counter()
         state = prefill(weights, *prompt)
         int(state.output_ids[0, 0])
@@ -122,7 +128,7 @@ def _ours(export, batch, count, precision):
         return _measure(lambda: encode(weights, images).block_until_ready(), generate, batch * (count - 1), gib)
 
 
-def _transformers(export, batch, count, precision):
+def _transformers(export: str, batch: int, count: int, precision: Precision) -> dict[str, float]:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -141,10 +147,12 @@ def _transformers(export, batch, count, precision):
     prompt = {name: value.to(device) for name, value in prompt.items()}
     prompt["pixel_values"] = prompt["pixel_values"].to(model.dtype)
 
-    def generate():
+    def generate() -> tuple[float, float, float]:
         times = [time.perf_counter()]
 
-        def record_time(ids, scores, **_):  # called after each token to decide whether to stop
+        def record_time(
+            ids: torch.Tensor, scores: torch.Tensor, **_: Any
+        ) -> torch.Tensor:  # called after each token to decide whether to stop
             ids[0, -1].item()
             times.append(time.perf_counter())
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
@@ -152,7 +160,7 @@ def _transformers(export, batch, count, precision):
         model.generate(**prompt, max_new_tokens=count, do_sample=False, stopping_criteria=[record_time])
         return times[0], times[1], times[-1]
 
-    def encode_images():
+    def encode_images() -> None:
         for features in _as_tensors(model.get_image_features(prompt["pixel_values"])):
             features.cpu()
 
@@ -161,17 +169,17 @@ def _transformers(export, batch, count, precision):
         return _measure(encode_images, generate, batch * (count - 1), gib)
 
 
-def _as_tensors(features):
+def _as_tensors(features: Any) -> list[Any]:
     """Features as a list of tensors; for its own LLaVA transformers 5 returns an output object."""
     return [features] if hasattr(features, "cpu") else list(features.pooler_output)
 
 
-def _slots(export):
+def _slots(export: str) -> int:
     saved = open_model(epath.Path(export))
     return tokens_per_image(saved.config.fusion, saved.description.vision.grid)
 
 
-def _prompt(batch, slots, length):
+def _prompt(batch: int, slots: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids int32 [B, T], image slots first, and the image token of each slot (-1 for text)."""
     tokens = np.random.default_rng(1).integers(3, 500, (batch, length)).astype(np.int32)
     image_slots = np.where(np.arange(length) < slots, np.arange(length), -1)
@@ -180,5 +188,5 @@ def _prompt(batch, slots, length):
 
 if __name__ == "__main__":
     program, export, batch, count, precision = sys.argv[1:]
-    call = {"ours": _ours, "transformers": _transformers}[program]
+    call: Callable[..., dict[str, float]] = {"ours": _ours, "transformers": _transformers}[program]
     print(json.dumps(call(export, int(batch), int(count), precision)))

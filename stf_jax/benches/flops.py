@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from stf_jax.benches.arguments import LLAVA
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _model(options, fusion):
+def _model(options: argparse.Namespace, fusion: str) -> ModelConfig:
     return ModelConfig(options.vision, options.llm, FusionConfig(fusion))
 
 
@@ -50,7 +51,7 @@ def prompt_flops(model: ModelConfig, text: int) -> Flops:
     return prefill_flops(model, 1, slots_per_image(model) + text, 1)
 
 
-def _make_row(model, text):
+def _make_row(model: ModelConfig, text: int) -> dict[str, Any]:
     flops, tokens = prompt_flops(model, text), slots_per_image(model)
     return {
         "what": f"{model.fusion.fusion}, {text} of text",
@@ -63,7 +64,7 @@ def _make_row(model, text):
     }
 
 
-def _compare(source, model, published):
+def _compare(source: str, model: ModelConfig, published: float) -> dict[str, Any]:
     samples = [prompt_flops(model, text) for text in range(3)]
     decoder, total = [flops.llm + flops.head for flops in samples], [flops.forward for flops in samples]
     return {
@@ -77,7 +78,7 @@ def _compare(source, model, published):
     }
 
 
-def _matching_text(flops, target):
+def _matching_text(flops: Sequence[float], target: float) -> int | None:
     """The fewest text tokens that reach the target; None if no text already exceeds it.
 
     ``flops`` are those of 0, 1 and 2 tokens; because of attention they grow quadratically.

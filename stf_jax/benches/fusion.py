@@ -7,6 +7,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 _FIGURES = ("tokens", "million_parameters", "gflop", "forward_ms", "both_ms", "forward_mib", "both_mib")
 
 
-def _make_config(options, name):
+def _make_config(options: argparse.Namespace, name: str) -> ModelConfig:
     if name not in FUSIONS:
         raise UserError(f"--fusions={options.fusions} names {name!r}: {did_you_mean(name, FUSIONS)}")
     config = ModelConfig(options.vision, options.llm, FusionConfig(name), options.precision)
@@ -62,7 +63,7 @@ def measure(config: ModelConfig, batch: int) -> dict[str, Any]:
     vision, width, dtype = vision_preset(config.vision), llm_preset(config.llm).width, jnp.dtype(config.precision)
     rng, mesh = np.random.default_rng(0), make_mesh(MeshConfig(1, 1, 1))
 
-    def noise(*shape, scale=1.0):
+    def noise(*shape: int, scale: float = 1.0) -> jax.Array:
         return jnp.asarray(np.resize(rng.standard_normal(2**20, np.float32), shape) * scale, dtype)
 
     graph, weights = nnx.split(nnx.eval_shape(lambda: Fusion(nnx.Rngs(0), config.fusion, vision, width)))
@@ -71,29 +72,31 @@ def measure(config: ModelConfig, batch: int) -> dict[str, Any]:
     tokens = tokens_per_image(config.fusion, vision.grid)
     cotangent = noise(batch, tokens, width)
 
-    def forward(weights, states):
+    def forward(weights: nnx.State, states: tuple[jax.Array, ...]) -> jax.Array:
         return nnx.merge(graph, weights)(states)
 
-    def both(weights, states, cotangent):
+    def both(weights: nnx.State, states: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, Any]:
         out, back = jax.vjp(lambda weights: forward(weights, states), weights)
         return out, back(cotangent)
 
-    figures = {
+    calls: tuple[tuple[str, Callable[..., Any], tuple[jax.Array, ...]], ...]
+    calls = ("forward", forward, ()), ("both", both, (cotangent,))
+    figures: dict[str, Any] = {
         "tokens": tokens,
         "million_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights)) / 1e6,
         "gflop": forward_flops(config, batch, 1, 1).fusion / 1e9,
     }
     with compute_context(mesh, config.precision):
-        for name, call, arguments in (("forward", forward, ()), ("both", both, (cotangent,))):
+        for name, call, arguments in calls:
             compiled = jax.jit(call).lower(weights, states, *arguments).compile()
             figures[f"{name}_ms"] = 1e3 * _median_seconds(compiled, weights, states, *arguments)
             figures[f"{name}_mib"], figures["memory"] = _measure_memory(compiled)
     return figures
 
 
-def _median_seconds(call, *arguments):
+def _median_seconds(call: Callable[..., Any], *arguments: Any) -> float:
     jax.block_until_ready(call(*arguments))  # starts threads and touches the memory of the outputs
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < _MAX_CALLS and sum(seconds) < _MAX_SECONDS:
         begin = time.perf_counter()
         jax.block_until_ready(call(*arguments))
@@ -101,7 +104,7 @@ def _median_seconds(call, *arguments):
     return statistics.median(seconds)
 
 
-def _measure_memory(compiled):
+def _measure_memory(compiled: jax.stages.Compiled) -> tuple[float, str]:
     """MiB and what they include: the peak of the device so far, with weights and states; on CPUs the temporaries that
     the compiler reports, without arguments and results."""
     stats = jax.devices()[0].memory_stats()

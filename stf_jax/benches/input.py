@@ -12,12 +12,13 @@ import pathlib
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import PIL.Image
 from etils import epath
+from transformers import PreTrainedTokenizerFast
 
 from stf_jax.benches.mixture import jpegs, lengths
 from stf_jax.config import DataConfig, TrainConfig, UserError
@@ -32,9 +33,11 @@ from stf_jax.models.presets import vision_preset
 
 _SLOTS = 144
 _BATCH, _DEVICES = 128, 8  # rows per step and devices in LLaVA's recipe
+_Row = dict[str, Any]  # of LLaVA's JSON files
+_Figures = list[dict[str, Any]]
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace) -> _Figures:
     """Measures both pipelines on the same files, in one process except for the workers of torch."""
     if options.images < 1 or options.rows < 1:
         raise UserError("--images and --rows must be at least 1.")
@@ -45,11 +48,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         return [size, *_measure_speed(pathlib.Path(folder), files), *_count_positions(options.rows, rng)]
 
 
-def _kilobytes(folder):
+def _kilobytes(folder: pathlib.Path) -> float:
     return float(np.mean([path.stat().st_size for path in (folder / "images").iterdir()])) / 1000
 
 
-def _make_files(folder, count, rng):
+def _make_files(folder: pathlib.Path, count: int, rng: np.random.Generator) -> list[_Row]:
     """Writes JPEGs, and conversations of four rounds about them in LLaVA's schema."""
     (folder / "images").mkdir()
     rows = []
@@ -69,25 +72,25 @@ def _make_files(folder, count, rng):
 # ---- Speed -----------------------------------------------------------------------------------------------------------
 
 
-def _measure_speed(folder, rows):
+def _measure_speed(folder: pathlib.Path, rows: Sequence[_Row]) -> _Figures:
     vision, tokenizer = vision_preset("clip-l-14-336"), load_tokenizer("miniature")
     data = DataConfig(aspect="pad", images_per_row=1, max_length=2048, tokenizer="miniature")
     source = ConcatenatedRecords([LlavaRecords(str(folder / "rows.json"), str(folder / "images"))])
     preprocessor = Preprocessor(data, tokenizer, vision, _SLOTS)
 
-    def ours():
+    def ours() -> None:
         for i in range(len(source)):
             to_row([preprocessor(source[i])], 1024, 1, vision.image_size)
 
     config = TrainConfig(global_batch_size=16, data=dataclasses.replace(data, max_length=1024))
     batches = Batches(config, source, preprocessor, host=0, hosts=1)
 
-    def pipeline():
+    def pipeline() -> None:
         for _ in range(len(source) // 16):
             next(batches)
 
     reference = _LlavaDataset(folder, rows, tokenizer)
-    pipelines: dict[str, Callable[[], Any]] = {
+    pipelines: dict[str, Callable[[], None]] = {
         "ours, one thread": ours,
         "ours, the pipeline (2 threads)": pipeline,
         "LLaVA's way, plain loop": lambda: _exhaust(reference[i] for i in range(len(rows))),
@@ -111,7 +114,7 @@ def _measure_speed(folder, rows):
     return [*figures.values(), *_time_parts(folder, rows, preprocessor, tokenizer, reference)]
 
 
-def _time(call):
+def _time(call: Callable[[], object]) -> tuple[float, float]:
     """Wall-clock seconds and CPU seconds of a call, including child processes, after a warm-up."""
     call()
     start, cpu_start = time.monotonic(), _cpu_seconds()
@@ -119,24 +122,30 @@ def _time(call):
     return time.monotonic() - start, _cpu_seconds() - cpu_start
 
 
-def _cpu_seconds():
+def _cpu_seconds() -> float:
     processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, processes))
 
 
-def _exhaust(iterable: Iterable[Any]):
+def _exhaust(iterable: Iterable[Any]) -> None:
     for _ in iterable:
         pass
 
 
-def _time_parts(folder, rows, preprocessor, tokenizer, reference):
+def _time_parts(
+    folder: pathlib.Path,
+    rows: Sequence[_Row],
+    preprocessor: Preprocessor,
+    tokenizer: PreTrainedTokenizerFast,
+    reference: "_LlavaDataset",
+) -> _Figures:
     """Time per image of each part of both pipelines."""
     images = epath.Path(folder / "images")
     files = [read_image(images, row["image"]) for row in rows]
     opened = [open_image(content, "") for content in files]
     records = LlavaRecords(str(folder / "rows.json"), str(folder / "images"))
     squares = [reference.square(image) for image in opened]
-    parts = {
+    parts: dict[str, Callable[[int], object]] = {
         "read the file": lambda i: read_image(images, rows[i]["image"]),
         "both: decode the JPEG": lambda i: open_image(files[i], ""),
         "ours: pad, resize, crop": lambda i: to_square(opened[i], preprocessor.vision, "pad"),
@@ -159,29 +168,29 @@ def _time_parts(folder, rows, preprocessor, tokenizer, reference):
 class _LlavaDataset:
     """What LLaVA's training data set does per sample, reimplemented from a description of its code."""
 
-    def __init__(self, folder, rows, tokenizer):
+    def __init__(self, folder: pathlib.Path, rows: Sequence[_Row], tokenizer: PreTrainedTokenizerFast):
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         self.folder, self.rows, self.tokenizer = folder, rows, tokenizer
         self.processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         image = PIL.Image.open(self.folder / "images" / self.rows[index]["image"]).convert("RGB")
         pixels = self.processor(self.square(image), return_tensors="np")["pixel_values"][0]
         return pixels, *self.text(self.rows[index])
 
     @staticmethod
-    def square(image):
+    def square(image: PIL.Image.Image) -> PIL.Image.Image:
         """Pads to a square with CLIP's mean color."""
         side = max(image.size)
         canvas = PIL.Image.new("RGB", (side, side), (122, 116, 104))
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return canvas
 
-    def text(self, row):
+    def text(self, row: _Row) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and labels; the lengths of each round and of its question decide what is masked."""
         text = SYSTEM + " "
         for turn in row["conversations"]:
@@ -195,8 +204,8 @@ class _LlavaDataset:
             begin += len(self._ids(round_text))
         return np.array(ids), labels
 
-    def _ids(self, text):
-        ids = []
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = []
         for i, chunk in enumerate(text.split("<image>")):
             tokens = self.tokenizer(chunk).input_ids
             ids += [-200, *tokens[1:]] if i else tokens
@@ -206,7 +215,7 @@ class _LlavaDataset:
 # ---- Positions -------------------------------------------------------------------------------------------------------
 
 
-def _count_positions(rows, rng):
+def _count_positions(rows: int, rng: np.random.Generator) -> _Figures:
     """Fraction of positions that hold a token, for lengths like those of the 665K mixture."""
     tokens, image_counts = lengths(rows, _SLOTS, rng)
     figures = []
@@ -239,7 +248,9 @@ def _count_positions(rows, rng):
     return figures
 
 
-def _group_by_modality_length(tokens, image_counts, rng):
+def _group_by_modality_length(
+    tokens: np.ndarray, image_counts: np.ndarray, rng: np.random.Generator
+) -> list[np.ndarray]:
     """Batches per device as in LLaVA's sampler: the groups of a step, sorted and distributed evenly by length."""
     groups, remainder = [], []
     for kind in (image_counts > 0, image_counts == 0):
@@ -250,7 +261,8 @@ def _group_by_modality_length(tokens, image_counts, rng):
     groups.append(np.concatenate(remainder))
     batches = []
     for group in groups:
-        chunks, sums = [[] for _ in range(_DEVICES)], np.zeros(_DEVICES)
+        chunks: list[list[int]] = [[] for _ in range(_DEVICES)]
+        sums = np.zeros(_DEVICES)
         for i in group[np.argsort(-tokens[group], kind="stable")]:
             not_full = [c for c in range(_DEVICES) if len(chunks[c]) < -(-len(group) // _DEVICES)]
             shortest = min(not_full, key=lambda c: sums[c])

@@ -52,7 +52,7 @@ def jpegs(count: int, rng: np.random.Generator) -> list[bytes]:
     return [_jpeg(sizes[i], rng) for i in rng.choice(len(sizes), count, p=weights / weights.sum())]
 
 
-def _jpeg(size, rng):
+def _jpeg(size: tuple[int, int], rng: np.random.Generator) -> bytes:
     width, height = size
     pixels = np.full((height, width, 3), 128.0)
     for octave in range(2, 10):

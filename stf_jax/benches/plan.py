@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     devices = topology_devices(options.topology)
     for task in ("pretrain", "finetune", "prefill"):
         config = load_recipe("finetune" if task == "prefill" else task, options.llm)
-        mlp_seconds = None
+        mlp_seconds: float | None = None
         for fusion in ("mlp", "mbtf_stf"):
             model = dataclasses.replace(config.model, fusion=FusionConfig(fusion=fusion))
             length = slots_per_image(model) + TEXT[task]
@@ -64,11 +64,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _compare_maxtext(topology, rows, maxtext_gib):
+def _compare_maxtext(topology: str, rows: int, maxtext_gib: float) -> dict[str, Any]:
     devices = topology_devices(topology)
     config = dataclasses.replace(load_recipe("finetune", "vicuna-7b"), global_batch_size=rows * len(devices))
     report = make_report(config, "train", devices)
-    sizes = collections.Counter()
+    sizes: collections.Counter[str] = collections.Counter()
     for path, leaf in blueprint(config.model).shapes.items():
         sizes[path.split("/")[0]] += math.prod(leaf.shape)
     peak = report["peak_bytes_per_device"] / _GIB
@@ -90,6 +90,6 @@ def load_recipe(name: str, llm: str) -> TrainConfig:
     return config
 
 
-def _print_row(row):
+def _print_row(row: dict[str, Any]) -> dict[str, Any]:
     print(f"{row['what']}: {row['peak_gib']:.2f} GiB", file=sys.stderr)
     return row

@@ -34,6 +34,7 @@ def measure_process(
             # The high-water mark of the kernel includes peaks between two reads.
             peak = max([peak, *(int(line.split()[1]) for line in _read_lines(status) if line.startswith("VmHWM"))])
             time.sleep(0.02)
+        assert child.stdout is not None  # it is a pipe
         last_line = child.stdout.read().strip().split("\n")[-1]
     if child.returncode == -signal.SIGKILL:
         raise MemoryError(f"{name} was killed, probably because it ran out of memory.")
@@ -43,7 +44,7 @@ def measure_process(
     return row | (json.loads(last_line) if last_line.startswith("{") else {})
 
 
-def _read_lines(file):
+def _read_lines(file: pathlib.Path) -> list[str]:
     try:
         return file.read_text().splitlines()
     except OSError:  # the process has exited

@@ -8,6 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ from stf_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    Precision,
+    Remat,
     TrainConfig,
     UserError,
 )
@@ -44,8 +47,8 @@ class Task:
     rows: int
     text: int  # text tokens per row, after the image
     steps: int
-    precision: str
-    remat: str  # gradient checkpointing: full | none
+    precision: Precision
+    remat: Remat  # gradient checkpointing: full | none
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -73,7 +76,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-_PROGRAMS = {  # with additional environment variables
+_PROGRAMS: dict[str, dict[str, str]] = {  # with additional environment variables
     # As launch/local.sh and studies start runs. On CPUs a step allocates and frees temporaries in the C library, and
     # page faults of 4 KiB pages cost a seventh to a third of its time. PyTorch does not benefit from larger pages.
     "ours": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
@@ -84,7 +87,7 @@ _PROGRAMS = {  # with additional environment variables
 _FIGURES = ("step_ms", "tokens_per_second", "mfu", "gib")
 
 
-def _summarize(program, rounds):
+def _summarize(program: str, rounds: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, Any]:
     ratios = [results["torch"]["step_ms"] / results[program]["step_ms"] for results in rounds]
     own = [results[program] for results in rounds]
     speedup = {"times_torch": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
@@ -92,7 +95,7 @@ def _summarize(program, rounds):
     return {"what": own[0]["what"]} | speedup | medians
 
 
-def _make_config(task):
+def _make_config(task: Task) -> TrainConfig:
     model = ModelConfig(
         task.folder,
         task.folder,
@@ -111,15 +114,15 @@ def _make_config(task):
     )
 
 
-def _read_fusion(folder):
+def _read_fusion(folder: str) -> FusionConfig:
     return FusionConfig(**json.loads((pathlib.Path(folder) / "model.json").read_text())["fusion"])
 
 
-def _make_figures(config, losses, seconds):
+def _make_figures(config: TrainConfig, losses: Sequence[float], seconds: Sequence[float]) -> dict[str, Any]:
     """Figures of the steps from the losses before each and after the last, and the seconds of each."""
     step = statistics.median(seconds)
     shape = config.global_batch_size, config.data.max_length
-    figures = {"step_ms": 1e3 * step, "tokens_per_second": shape[0] * shape[1] / step, "losses": losses}
+    figures: dict[str, Any] = {"step_ms": 1e3 * step, "tokens_per_second": shape[0] * shape[1] / step, "losses": losses}
     chip = find_chip(jax.devices()[0])
     if chip is not None:
         figures["mfu"] = step_flops(config.model, config.rules, *shape, 1).step / step / chip.flops

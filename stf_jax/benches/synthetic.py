@@ -1,6 +1,7 @@
 """Models with random weights and random batches, for benchmarks here and in PyTorch."""
 
 import pathlib
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +25,7 @@ def make_export(config: ModelConfig, folder: pathlib.Path, export: pathlib.Path)
     folder.mkdir()
     noise = rng.standard_normal(2**20, np.float32)
 
-    def values():
+    def values() -> Iterator[tuple[str, np.ndarray]]:
         for path, leaf in shapes.items():
             scale = 1 if path.endswith("scale") else 0.02
             yield path, (np.resize(noise, leaf.shape) * scale).astype(jnp.dtype(config.precision))

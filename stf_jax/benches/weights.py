@@ -4,15 +4,17 @@ import argparse
 import json
 import pathlib
 import tempfile
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from stf_jax.benches.process import measure_process
 from stf_jax.config import UserError
-from stf_jax.models.llm import Decoder
+from stf_jax.models.llm import Decoder, LLMConfig
 from stf_jax.models.presets import llm_preset
 from stf_jax.weights import hf
 from stf_jax.weights.model import Description, open_model
@@ -26,7 +28,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         raise UserError(f"--scratch={options.scratch} is not a folder.")
     mappings = hf.map_parameters(hf.DECODER, hf.param_shapes(lambda: Decoder(nnx.Rngs(0), preset)), {"": ""})
     sizes = [2 * len(mapping.names) * int(np.prod(mapping.shape)) for mapping in mappings.values()]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"what": "model, in bfloat16", "gib": sum(sizes) / 2**30},
         {"what": "its largest parameter", "gib": max(sizes) / 2**30},
     ]
@@ -41,7 +43,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(
             measure_process("export, peak", [*convert, "export", str(imported), "--format=native", f"--to={native}"])
         )
-        assert open_model(imported).description == Description(None, preset, None)
+        assert open_model(epath.Path(imported)).description == Description(None, preset, None)
     return rows
 
 
@@ -60,7 +62,7 @@ load_params(sys.argv[1], layout, ("vision/.*", "fusion/.*"))
 """
 
 
-def _random_tensors(mappings):
+def _random_tensors(mappings: Mapping[str, hf.TensorMapping]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields tensors of bfloat16 noise, with their names."""
     noise = (0.02 * np.random.default_rng(0).standard_normal(2**20, np.float32)).astype(ml_dtypes.bfloat16)
     for mapping in mappings.values():
@@ -68,7 +70,7 @@ def _random_tensors(mappings):
             yield name, np.resize(noise, mapping.hf_shape)
 
 
-def _hf_config(preset):
+def _hf_config(preset: LLMConfig) -> dict[str, Any]:
     """The transformers config of the preset, a Llama."""
     return {
         "model_type": "llama",

@@ -10,11 +10,11 @@ import enum
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError, did_you_mean
@@ -100,13 +100,13 @@ class Chat:
                 start = tuple(Text(text) if item is SYSTEM_PLACEHOLDER else item for item in self.start_with_system)
         if rounds and rounds[0][1].speaker == "gpt":
             rounds = rounds[1:]
-        items = []
+        items: list[Item] = []
         for i, (number, turn) in enumerate(rounds):
             if turn.speaker != ("human", "gpt")[i % 2]:
                 raise BadRow("roles", f"turn {number} is by {turn.speaker!r}, but 'human' and 'gpt' must alternate")
             text = turn.text.replace(IMAGE_MARK, "").strip()
             if turn.speaker == "human":
-                images = [Mark.IMAGE, Text("\n")] * turn.text.count(IMAGE_MARK)
+                images: list[Item] = [Mark.IMAGE, Text("\n")] * turn.text.count(IMAGE_MARK)
                 question = [*images, Text(text)] if text else images[:-1]
                 items += [*(self.before_question if i else start), *question, *self.before_answer]
             elif IMAGE_MARK in turn.text:
@@ -173,7 +173,9 @@ def plain_items(turns: Sequence[Turn]) -> list[Item]:
         return document_items(turns)
     if len(turns) > 2 or any(turn.speaker != "gpt" for turn in turns[1:]):
         raise BadRow("roles", "template 'plain' takes one instruction and one caption")
-    caption = [item for turn in turns[1:] for item in (Text(turn.text.strip(), is_target=True), Mark.NEWLINE)]
+    caption: list[Item] = [
+        item for turn in turns[1:] for item in (Text(turn.text.strip(), is_target=True), Mark.NEWLINE)
+    ]
     return [Mark.IMAGE] * images + caption
 
 
@@ -186,7 +188,8 @@ def document_items(turns: Sequence[Turn]) -> list[Item]:
     return items
 
 
-TEMPLATES = {"plain": plain_items} | CHATS
+Template = Callable[[Sequence[Turn]], list[Item]]
+TEMPLATES: dict[str, Template] = {"plain": plain_items, **CHATS}
 
 
 def stop_tokens(template: str, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
@@ -199,8 +202,10 @@ def check_template(template: str, tokenizer: PreTrainedTokenizerFast | None) -> 
     """Raises UserError for an unknown template, or one with control tokens that the tokenizer, where given, lacks."""
     if template not in TEMPLATES:
         raise UserError(f"Unknown data.template={template!r}; {did_you_mean(template, TEMPLATES)}")
-    chat = CHATS.get(template) if tokenizer is not None else None
-    for item in (*chat.start_with_system, *_template_items(chat)) if chat else ():
+    if tokenizer is None or template not in CHATS:
+        return
+    chat = CHATS[template]
+    for item in (*chat.start_with_system, *_template_items(chat)):
         if isinstance(item, Control) and _token_id(item, tokenizer) in (None, tokenizer.unk_token_id):
             raise UserError(f"data.template={template!r} needs the token {item.token}, which the tokenizer lacks.")
 
@@ -214,7 +219,7 @@ def detect_template(tokenizer: PreTrainedTokenizerFast) -> str:
     return "mistral" if isinstance(chat, str) and "[INST]" in chat else "v1"
 
 
-def _template_items(chat):
+def _template_items(chat: Chat) -> tuple[Item, ...]:
     return (*chat.start, *chat.before_question, *chat.before_answer, *chat.after_answer)
 
 
@@ -287,13 +292,13 @@ def encode(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, slots: int
     encodings = iter(_tokenize(_split_pieces(items), tokenizer))
     for is_text, group in itertools.groupby(items, _is_text):
         if is_text:
-            spans, encoding = list(group), next(encodings)
+            spans, encoding = [item for item in group if isinstance(item, Text)], next(encodings)
             target_chars = np.repeat([span.is_target for span in spans], [len(span.text) for span in spans])
             begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
             # A token that covers no character (a lone prefix mark of SentencePiece) belongs to the next character.
             parts.append(_Part(encoding.ids, target_chars[np.maximum(ends - 1, begins)], is_image=False))
             continue
-        for mark in group:
+        for mark in (item for item in group if not isinstance(item, Text)):
             if mark is Mark.IMAGE:
                 parts.append(_Part([tokenizer.eos_token_id] * slots, [False] * slots, is_image=True))
             else:
@@ -308,7 +313,9 @@ def encode(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, slots: int
 
 def count_tokens(conversations: Sequence[Sequence[Item]], tokenizer: PreTrainedTokenizerFast, slots: int) -> list[int]:
     """Counts the tokens that :func:`encode` would return for each conversation; one batch, so faster."""
-    pieces, owners, counts = [], [], [len(initial_tokens(tokenizer))] * len(conversations)
+    pieces: list[_Piece] = []
+    owners: list[int] = []
+    counts = [len(initial_tokens(tokenizer))] * len(conversations)
     for i, items in enumerate(conversations):
         counts[i] += sum(slots if item is Mark.IMAGE else 1 for item in items if not _is_text(item))
         new = _split_pieces(items)
@@ -321,27 +328,34 @@ def count_tokens(conversations: Sequence[Sequence[Item]], tokenizer: PreTrainedT
 
 class _Part(NamedTuple):
     tokens: Sequence[int]
-    is_target: Sequence[bool]
+    is_target: Sequence[bool] | np.ndarray
     is_image: bool
 
 
-def _is_text(item):
+_Piece = tuple[str, bool]  # a text, and whether it is at the start or after an image
+
+
+def _is_text(item: Item) -> bool:
     return isinstance(item, Text)
 
 
-def _token_id(item, tokenizer):
+def _token_id(item: Control | Mark, tokenizer: PreTrainedTokenizerFast) -> int:
     if item is Mark.NEWLINE:  # no vocabulary merges it with a letter
         return _encode_texts(_get_backend(tokenizer), ["a\n"])[0].ids[-1]
-    return tokenizer.eos_token_id if item is Mark.END else tokenizer.convert_tokens_to_ids(item.token)
+    if isinstance(item, Mark):
+        return tokenizer.eos_token_id
+    return tokenizer.convert_tokens_to_ids(item.token)  # type: ignore[return-value]  # a list only for a list
 
 
-def _split_pieces(items):
+def _split_pieces(items: Sequence[Item]) -> list[_Piece]:
     """Returns the texts to tokenize in one piece each, and whether each is at the start or after an image."""
-    pieces, before = [], Mark.IMAGE
-    for is_text, group in itertools.groupby(items, _is_text):
-        group = list(group)
+    pieces: list[_Piece] = []
+    before: Item = Mark.IMAGE
+    for is_text, members in itertools.groupby(items, _is_text):
+        group = list(members)
         if is_text:
-            pieces.append(("".join(span.text for span in group), before is Mark.IMAGE))
+            text = "".join(span.text for span in group if isinstance(span, Text))
+            pieces.append((text, before is Mark.IMAGE))
         before = group[-1]
     return pieces
 
@@ -353,7 +367,12 @@ def initial_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return [token for token in encoding.ids if token != tokenizer.eos_token_id]
 
 
-def _tokenize(pieces, tokenizer):
+class _Encoding(NamedTuple):
+    ids: Sequence[int]
+    offsets: Sequence[tuple[int, int]]
+
+
+def _tokenize(pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerFast) -> Sequence[Encoding | _Encoding]:
     """Returns ids and offsets of pieces, from the backend: transformers' own call takes 1.5 times as long."""
     if not prefixes_only_start(tokenizer):
         return _encode_texts(_get_backend(tokenizer), [text for text, _ in pieces])
@@ -363,16 +382,11 @@ def _tokenize(pieces, tokenizer):
     return [_shift_offsets(one, len(before)) for before, one in zip(spaces, encodings, strict=True)]
 
 
-class _Encoding(NamedTuple):
-    ids: Sequence[int]
-    offsets: Sequence[tuple[int, int]]
-
-
-def _shift_offsets(encoding, count):
+def _shift_offsets(encoding: Encoding, count: int) -> _Encoding:
     return _Encoding(encoding.ids, [(max(begin - count, 0), max(end - count, 0)) for begin, end in encoding.offsets])
 
 
-def _get_backend(tokenizer):
+def _get_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     backend = tokenizer.backend_tokenizer
     if not backend.encode_special_tokens:
         backend.encode_special_tokens = True
@@ -399,7 +413,7 @@ def strip_space_prefix(tokenizer: PreTrainedTokenizerFast) -> tuple[Tokenizer, s
     return backend, " " if len(kept) < len(steps) or scheme != "never" else ""
 
 
-def _encode_texts(backend, texts, add_special_tokens=False):
+def _encode_texts(backend: Tokenizer, texts: Sequence[str], add_special_tokens: bool = False) -> list[Encoding]:
     if len(texts) > _MIN_BATCH:
         return backend.encode_batch(texts, add_special_tokens=add_special_tokens)
     return [backend.encode(text, add_special_tokens=add_special_tokens) for text in texts]

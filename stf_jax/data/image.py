@@ -107,7 +107,7 @@ def open_image(content: bytes, name: str) -> PIL.Image.Image:
         raise BadRow(reason, f"Image {short_name} cannot be opened: {_reason(error)}.", name) from None
 
 
-def _reason(error):
+def _reason(error: Exception) -> str:
     """Returns a decoder's message without a full stop."""
     return str(error).strip(" .") or type(error).__name__
 
@@ -161,7 +161,7 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 _MIN_FAST_REDUCTION = 1.75
 
 
-def _pad(image, size, color):
+def _pad(image: PIL.Image.Image, size: int, color: tuple[int, ...]) -> PIL.Image.Image:
     side = max(image.size)
     fast = side >= _MIN_FAST_REDUCTION * size
     width = height = side
@@ -176,7 +176,7 @@ def _pad(image, size, color):
     return _reduce(_reduce(canvas, (size, height)), (size, size))
 
 
-def _reduce(image, size):
+def _reduce(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
     if image.size == size:
         return image
     result = PIL.Image.new("RGB", size)

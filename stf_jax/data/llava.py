@@ -7,9 +7,10 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
+import PIL.Image
 from etils import epath
 
 from stf_jax.config import UserError, short_message
@@ -47,11 +48,13 @@ def read_rows(annotations: epath.Path) -> Iterator[Any]:
             if first == "{" and len(first_rows) == 1 and not first_rows[0].keys() & set(TURN_KEYS):
                 raise UserError(f"{name} should be a JSON array of rows, or have one row per line, but is one object.")
             yield from itertools.chain(first_rows, rows)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
-def _lines(file, name, blank, first):
+def _lines(file: TextIO, name: str, blank: int, first: str) -> Iterator[Any]:
     """Yields the values of JSON lines, after ``blank`` blank lines and the character ``first``, which are consumed."""
     number, line = blank, first + file.readline(_MAX_ROW)
     while line:
@@ -74,7 +77,7 @@ def _lines(file, name, blank, first):
         line = file.readline(_MAX_ROW)
 
 
-def _elements(file, name, first):
+def _elements(file: TextIO, name: str, first: str) -> Iterator[Any]:
     """Yields the elements of a JSON array, after the character ``first``, which is consumed."""
     text, index = first + file.read(_CHUNK), 0
     begin = re.match(r"\[(?!\s*\])", text)
@@ -99,22 +102,28 @@ def _elements(file, name, first):
         raise UserError(f"{name} is not JSON: there is more text after its array, which ends with row {index - 1}.")
 
 
-def _element(text, at):
+def _element(text: str, at: int) -> tuple[Any, int]:
     """Decodes the element at a position; returns it and the position of the mark after it."""
-    row, end = _DECODER.raw_decode(text, _SPACE.match(text, at).end())
-    end = _SPACE.match(text, end).end()
+    row, end = _DECODER.raw_decode(text, _skip_space(text, at))
+    end = _skip_space(text, end)
     if text[end : end + 1] not in (",", "]"):
         raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
     _check_depth(row, text, at, end)
     return row, end
 
 
-def _check_depth(row, text, *span):
+def _skip_space(text: str, at: int) -> int:
+    space = _SPACE.match(text, at)
+    assert space is not None  # it also matches nothing
+    return space.end()
+
+
+def _check_depth(row: Any, text: str, *span: int) -> None:
     if text.count("[", *span) + text.count("{", *span) > _MAX_DEPTH and _is_too_deep(row):
         raise RecursionError  # it could be read, but writing it again may need more stack
 
 
-def _is_too_deep(row):
+def _is_too_deep(row: Any) -> bool:
     level = [row]
     for _ in range(_MAX_DEPTH):
         level = [
@@ -129,7 +138,7 @@ def _is_too_deep(row):
 class _JsonRows:
     """A sequence of rows, stored as JSON text: a quarter of the memory of Python objects."""
 
-    def __init__(self, annotations: epath.Path):
+    def __init__(self, annotations: epath.Path) -> None:
         text, ends = bytearray(), [0]
         for row in read_rows(annotations):
             text += json.dumps(row, ensure_ascii=False).encode(errors="surrogatepass")
@@ -147,7 +156,7 @@ class _JsonRows:
 class LlavaRecords:
     """Records from rows of ``{id, image, conversations: [{from, value}, …]}`` (data/rows.py) and a folder of images."""
 
-    def __init__(self, annotations: str, images: str):
+    def __init__(self, annotations: str, images: str) -> None:
         """Raises UserError if a path is missing or the annotations cannot be read."""
         for kind, path, key in (("annotations", annotations, "data.annotations"), ("images", images, "data.images")):
             if not path or not to_path(path).exists():
@@ -168,14 +177,14 @@ class LlavaRecords:
         images = tuple(functools.partial(self._open, name) for name in row.images)
         return Record(row.name, images, row.turns, row.ignored_keys)
 
-    def _open(self, name):
+    def _open(self, name: str) -> PIL.Image.Image:
         return open_image(read_image(self._folder, name), os.fspath(self._folder / name))
 
 
 class PreparedRecords:
     """Records from a folder that stf_jax.prepare wrote: checked rows, and their images in ArrayRecord shards."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str) -> None:
         """Raises UserError if the folder is incomplete."""
         import tensorflow_datasets as tfds  # slow to import
 
@@ -202,7 +211,7 @@ class PreparedRecords:
         images = tuple(functools.partial(self._open, index, i, name) for i, name in enumerate(row.images))
         return Record(row.name, images, row.turns, row.ignored_keys)
 
-    def _open(self, index, image_index, name):
+    def _open(self, index: int, image_index: int, name: str) -> PIL.Image.Image:
         try:
             content = self._shards[index]["images"][image_index]
         except (RuntimeError, ValueError) as error:  # a shard that is missing, cut short, or has a wrong checksum

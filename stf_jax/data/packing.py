@@ -5,6 +5,7 @@ Axis letters: B rows, T positions, M images per row, N slots per image.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Generic, TypeVar
 
 import jax
 import numpy as np
@@ -12,20 +13,22 @@ import numpy as np
 from stf_jax.data.conversation import Encoded
 from stf_jax.data.records import BadRow
 
+Array = TypeVar("Array")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(Generic[Array]):
     """A batch of training rows: numpy arrays on a host, jax.Array sharded on B on devices."""
 
-    tokens: np.ndarray  # int32 [B, T]; 0 for padding
-    targets: np.ndarray  # int32 [B, T]: the next token of the same conversation
-    loss_mask: np.ndarray  # bool [B, T]: whether the loss counts the target
-    positions: np.ndarray  # int32 [B, T], from 0 in each conversation
-    segment_ids: np.ndarray  # int32 [B, T]: 1, 2, … for the conversations of a row, 0 for padding
-    image_slots: np.ndarray  # int32 [B, T]: −1 for text, else index into the row's M·N image tokens
-    images: np.ndarray  # uint8 [B, M, H, W, 3]; unused ones are black
-    labels: np.ndarray | None = None  # uint8 [B, M, S, S, 3]: labels of S×S cells per image, with model.cells
+    tokens: Array  # int32 [B, T]; 0 for padding
+    targets: Array  # int32 [B, T]: the next token of the same conversation
+    loss_mask: Array  # bool [B, T]: whether the loss counts the target
+    positions: Array  # int32 [B, T], from 0 in each conversation
+    segment_ids: Array  # int32 [B, T]: 1, 2, … for the conversations of a row, 0 for padding
+    image_slots: Array  # int32 [B, T]: −1 for text, else index into the row's M·N image tokens
+    images: Array  # uint8 [B, M, H, W, 3]; unused ones are black
+    labels: Array | None = None  # uint8 [B, M, S, S, 3]: labels of S×S cells per image, with model.cells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +112,7 @@ def best_fit(lengths: Sequence[int], image_counts: Sequence[int], length: int, i
     occurs = [0] * (images_per_row + 1)  # bit t of entry p: some row has p free places and t free tokens
     for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         tokens, places = int(lengths[i]), int(image_counts[i])
-        best = None
+        best: tuple[int, int] | None = None
         for p in range(places, images_per_row + 1):
             fits = occurs[p] >> tokens
             if fits:
@@ -131,6 +134,6 @@ def best_fit(lengths: Sequence[int], image_counts: Sequence[int], length: int, i
     return rows
 
 
-def to_batch(rows: Mapping[str, np.ndarray]) -> Batch:
+def to_batch(rows: Mapping[str, np.ndarray]) -> Batch[np.ndarray]:
     """Makes a :class:`Batch` of rows that are stacked on B."""
     return Batch(**rows)

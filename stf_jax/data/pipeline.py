@@ -18,11 +18,11 @@ from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import DataConfig, TrainConfig, UserError
-from stf_jax.data.conversation import check_record_ids, check_template, count_tokens, encode, training_items
+from stf_jax.data.conversation import Item, check_record_ids, check_template, count_tokens, encode, training_items
 from stf_jax.data.image import to_square
 from stf_jax.data.llava import load_llava_records
 from stf_jax.data.packing import Batch, Example, to_batch, to_example, to_row
-from stf_jax.data.records import BadRow, Record, format_reasons
+from stf_jax.data.records import BadRow, Record, RecordSource, format_reasons
 from stf_jax.data.sampling import Plan, PlannedRow
 from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.tokenizer import prefixes_only_start
@@ -46,7 +46,7 @@ def has_cell_labels(config: DataConfig) -> bool:
 class ConcatenatedRecords:
     """Several data sets, concatenated."""
 
-    def __init__(self, sets: Sequence[Sequence[Record]]):
+    def __init__(self, sets: Sequence[RecordSource]) -> None:
         self.sets, self.sizes = sets, [len(records) for records in sets]
 
     def __len__(self) -> int:
@@ -91,7 +91,7 @@ class Preprocessor:
         vision: VisionConfig,
         slots: int,
         rows: int = sys.maxsize,
-    ):
+    ) -> None:
         """Checks that the template and the tokenizer fit together.
 
         Args:
@@ -116,7 +116,7 @@ class Preprocessor:
         labels = record.labels()[None] if record.labels else None
         return to_example(encoded, images, self._config.max_length, record.id, labels)
 
-    def _make_items(self, record):
+    def _make_items(self, record: Record) -> list[Item]:
         """Checks what can be checked before an image is opened."""
         count, places = len(record.images), self._config.images_per_row
         if count > places:
@@ -131,7 +131,7 @@ class Preprocessor:
         return hashlib.sha256((self._tokenizer.backend_tokenizer.to_str() + suffix).encode()).hexdigest()[:16]
 
     def measure(
-        self, source: Sequence[Record], *, log: bool = True, on_chunk: Callable[[], None] = lambda: None
+        self, source: RecordSource, *, log: bool = True, on_chunk: Callable[[], None] = lambda: None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Counts the tokens and images of every record of a data set, without opening images.
 
@@ -147,7 +147,8 @@ class Preprocessor:
         """
         self._check_samples(source)
         lengths, image_counts = np.zeros(len(source), np.int32), np.zeros(len(source), np.int32)
-        bad, ignored = collections.Counter(), collections.Counter()
+        bad: collections.Counter[str] = collections.Counter()
+        ignored: collections.Counter[str] = collections.Counter()
         progress = iter(
             tqdm.tqdm(
                 range(len(source)), "measuring", unit="row", delay=2, leave=False, mininterval=0.5, disable=not log
@@ -155,7 +156,8 @@ class Preprocessor:
         )
         while indices := list(itertools.islice(progress, _CHUNK)):
             on_chunk()
-            good, items = [], []
+            good: list[int] = []
+            items: list[list[Item]] = []
             for index in indices:
                 try:
                     record = source[index]
@@ -175,8 +177,8 @@ class Preprocessor:
             _log.warning("Rows of %s have keys that are ignored: %s.", source.name, keys)
         return lengths, image_counts
 
-    def _check_samples(self, source):
-        errors = []
+    def _check_samples(self, source: RecordSource) -> None:
+        errors: list[BadRow] = []
         for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLES).astype(int)).tolist():
             try:
                 self(source[index])
@@ -202,11 +204,12 @@ class Preprocessor:
 class _MakeRow:
     """Fills a planned row; members that cannot be used are left out."""
 
-    source: Sequence[Record]
+    source: ConcatenatedRecords
     preprocess: Preprocessor
 
-    def __call__(self, planned: PlannedRow) -> dict[str, np.ndarray]:
-        examples, bad = [], 0
+    def __call__(self, planned: PlannedRow) -> dict[str, np.ndarray | np.int64]:
+        examples: list[Example] = []
+        bad = 0
         for index in planned.members:
             try:
                 examples.append(self.preprocess(self.source[index]))
@@ -233,7 +236,7 @@ class _HostRows:
         return self.plan[index * self.hosts + self.host]
 
 
-def _check_agreement(fingerprint):
+def _check_agreement(fingerprint: str) -> None:
     """Raises UserError on all processes of a run if their plans differ: rows would be lost or repeated."""
     if jax.process_count() == 1:
         return
@@ -263,7 +266,7 @@ class Batches:
         host: int,
         hosts: int,
         on_chunk: Callable[[], None] = lambda: None,
-    ):
+    ) -> None:
         """Measures all conversations; calls ``on_chunk`` after every few.
 
         Raises:
@@ -286,7 +289,7 @@ class Batches:
         """Stops the prefetching threads, which otherwise run until garbage collection."""
         self._iterator.close()
 
-    def _start(self, batch):
+    def _start(self, batch: int) -> None:
         self._batch = batch
         read = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=8 * self._threads)
         rows = self._host_rows[batch * self._local :].to_iter_dataset(read)
@@ -295,7 +298,7 @@ class Batches:
     def __iter__(self) -> "Batches":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Batch[np.ndarray]:
         rows = next(self._iterator)
         self.replaced += int(rows.pop("replaced").sum())
         self._batch += 1
@@ -311,7 +314,7 @@ class Batches:
         A record that cannot be read is given by its index.
         """
 
-        def get_id(index):
+        def get_id(index: int) -> str:
             try:
                 return self._source[index].id
             except BadRow:

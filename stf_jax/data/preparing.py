@@ -30,18 +30,20 @@ import PIL.Image
 import tensorflow_datasets as tfds
 import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 
 from stf_jax.config import UserError, shorten
-from stf_jax.data.conversation import check_template, count_tokens, training_items
+from stf_jax.data.conversation import Item, check_template, count_tokens, training_items
 from stf_jax.data.image import MAX_ASPECT_RATIO, open_image, read_image, to_rgb
 from stf_jax.data.llava import INFO, KEPT, read_rows
-from stf_jax.data.records import REASONS, BadRow, Record
+from stf_jax.data.records import REASONS, BadRow, Record, Turn
 from stf_jax.data.report import Report, draw_histograms
 from stf_jax.data.rows import read_row
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.runtime.files import in_bucket, make_folder, move_file, open_atomic, read_json, to_path, write_json
 from stf_jax.runtime.lock import lock_file
 
+_NumberedRow = tuple[str, int, Any]  # a row's file, its index in it, and the row
 NAME = "llava"
 NOTES = "unfinished"  # folder of the shards' notes until the data set is finished
 REPORT, HISTOGRAMS = "report.json", "histograms.png"
@@ -97,7 +99,7 @@ def prepare(options: Options) -> Report:
         return _prepare(options, plan, out, out / NOTES)
 
 
-def _prepare(options, plan, out, notes):
+def _prepare(options: Options, plan: dict[str, Any], out: epath.Path, notes: epath.Path) -> Report:
     if (out / INFO).exists():
         report = read_json(out / REPORT) if (out / REPORT).exists() else {}
         if report.get("made_from") != plan:
@@ -123,7 +125,7 @@ def _prepare(options, plan, out, notes):
 
 
 @contextlib.contextmanager
-def _lock_folder(out):
+def _lock_folder(out: epath.Path) -> Iterator[None]:
     """Locks the folder against other runs. Buckets and file systems without locks are not protected."""
     if in_bucket(out):
         yield
@@ -138,7 +140,7 @@ def _lock_folder(out):
         os.close(folder)
 
 
-def _clear(out, notes):
+def _clear(out: epath.Path, notes: epath.Path) -> None:
     """Removes the files of an unfinished run, its notes last."""
     for path in out.iterdir():
         if path.name == REPORT or NAME in path.name:
@@ -158,13 +160,13 @@ def _make_plan(options: Options) -> dict[str, Any]:
     return {"annotations": list(options.annotations)} | values | {"rows": digest.hexdigest(), "shards": shards}
 
 
-def _read_rows(options: Options) -> Iterator[tuple[str, int, Any]]:
+def _read_rows(options: Options) -> Iterator[_NumberedRow]:
     """Yields the file, the index in it, and the row."""
     rows = ((name, i, row) for name in options.annotations for i, row in enumerate(read_rows(to_path(name))))
     return itertools.islice(rows, options.limit or None)
 
 
-def _make_shards(options, shards, notes):
+def _make_shards(options: Options, shards: int, notes: epath.Path) -> None:
     """Makes the shards that have no note yet, in worker processes."""
     missing = [not (notes / f"{shard:05}.json").exists() for shard in range(shards)]
     rows = _read_rows(options)
@@ -175,7 +177,7 @@ def _make_shards(options, shards, notes):
     context = multiprocessing.get_context("spawn")
     workers, stop = max(1, min(options.workers, sum(missing))), context.RawValue(ctypes.c_bool, False)
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (stop,))
-    pending: set[concurrent.futures.Future] = set()
+    pending: set[concurrent.futures.Future[None]] = set()
     # A KeyboardInterrupt inside the pool's own code could leave its locks held, and the pool would never end.
     old_handler = signal.signal(signal.SIGINT, lambda *_: setattr(stop, "value", True))
     try:
@@ -200,7 +202,9 @@ def _make_shards(options, shards, notes):
         signal.signal(signal.SIGINT, old_handler)
 
 
-def _wait_for_one(pending, bar):
+def _wait_for_one(
+    pending: set[concurrent.futures.Future[None]], bar: tqdm.tqdm
+) -> set[concurrent.futures.Future[None]]:
     done, pending = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
     for future in done:
         future.result()
@@ -211,7 +215,10 @@ def _wait_for_one(pending, bar):
 # ---- In a worker process ---------------------------------------------------------------------------------------------
 
 
-def _start_worker(stop):
+_stop: ctypes.c_bool  # set by the parent when its workers should stop
+
+
+def _start_worker(stop: ctypes.c_bool) -> None:
     global _stop
     _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it and stops its workers
@@ -219,30 +226,33 @@ def _start_worker(stop):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is already one worker per core
 
 
-def _exit_with_parent():
+def _exit_with_parent() -> None:
     """Exits when the parent ends; a worker whose parent was killed would otherwise wait forever."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
     os._exit(1)
 
 
-def _make_shard(options, shards, shard, rows):
+def _make_shard(options: Options, shards: int, shard: int, rows: Sequence[_NumberedRow]) -> None:
     _get_worker(options, shards).make_shard(shard, rows)
 
 
 @functools.cache
-def _get_worker(options, shards):
+def _get_worker(options: Options, shards: int) -> "_Worker":
     return _Worker(options, shards)
 
 
 class _Worker:
-    def __init__(self, options: Options, shards: int):
+    def __init__(self, options: Options, shards: int) -> None:
         self._options, self._shards, self._features = options, shards, make_features()
         self._tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
         self._images, self._out = to_path(options.images), to_path(options.out)
 
-    def make_shard(self, shard: int, rows: Sequence[tuple[str, int, Any]]) -> None:
+    def make_shard(self, shard: int, rows: Sequence[_NumberedRow]) -> None:
         """Writes a shard and its note."""
-        note = {key: [] for key in ("kept", "dropped", "tokens", "sizes", "formats", "ids", "unread")} | {"bytes": 0}
+        lists = ("kept", "dropped", "tokens", "sizes", "formats", "ids", "unread")
+        note: dict[str, Any] = {key: [] for key in lists} | {"bytes": 0}
         name = f"{NAME}-train.array_record-{shard:05}-of-{self._shards:05}"
         with tempfile.TemporaryDirectory() as scratch:
             local = pathlib.Path(scratch) / name
@@ -274,10 +284,11 @@ class _Worker:
             move_file(local, self._out / name)
         write_json(self._out / NOTES / f"{shard:05}.json", note)
 
-    def _write(self, writer, row, where, note):
+    def _write(self, writer: ArrayRecordWriter, row: Any, where: str, note: dict[str, Any]) -> int:
         parsed = read_row(row, where)
         images = parsed.images
-        items = training_items(self._options.template, Record(parsed.name, images, parsed.turns))
+        openers = tuple(functools.partial(self._open, name) for name in images)
+        items = training_items(self._options.template, Record(parsed.name, openers, parsed.turns))
         tokens = self._count_tokens(items, parsed.turns, len(images))
         if 0 < self._options.max_length < tokens:
             if self._tokenizer is None:
@@ -304,24 +315,27 @@ class _Worker:
         note["formats"] += formats
         return len(serialized)
 
-    def _count_tokens(self, items, turns, image_count):
+    def _open(self, name: str) -> PIL.Image.Image:
+        return open_image(read_image(self._images, name), name)
+
+    def _count_tokens(self, items: Sequence[Item], turns: Sequence[Turn], image_count: int) -> int:
         if self._tokenizer is not None:
             return count_tokens([items], self._tokenizer, self._options.image_tokens)[0]
         text = sum(len(turn.text.encode(errors="replace")) for turn in turns)
         return text // _BYTES_PER_TOKEN + image_count * self._options.image_tokens
 
 
-def _to_text(value):
+def _to_text(value: Any) -> str:
     """Converts a value to text that can be written: empty for None, with lone surrogates escaped."""
     return "" if value is None else str(value).encode(errors="backslashreplace").decode()
 
 
-def _get_image(row):
+def _get_image(row: Any) -> str:
     image = (row.get("image") or row.get("images") or "") if isinstance(row, dict) else ""
     return image if isinstance(image, str) else json.dumps(image)
 
 
-def _shrink(image, side):
+def _shrink(image: PIL.Image.Image, side: int) -> bytes:
     """Encodes the image as a JPEG with the given longer side."""
     small = to_rgb(image)
     small.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
@@ -336,7 +350,7 @@ def _shrink(image, side):
 # ---- When all shards are complete ------------------------------------------------------------------------------------
 
 
-def _finish(options, plan, out, notes):
+def _finish(options: Options, plan: dict[str, Any], out: epath.Path, notes: epath.Path) -> Report:
     """Writes the report, the rows and, last, TFDS's description; then removes the notes."""
     shards = [json.loads((notes / f"{shard:05}.json").read_text()) for shard in range(plan["shards"])]
     dropped = [row for note in shards for row in note["dropped"]]
@@ -382,7 +396,7 @@ def _finish(options, plan, out, notes):
     return report
 
 
-def _write_metadata(out, lengths, size):
+def _write_metadata(out: epath.Path, lengths: list[int], size: int) -> None:
     """Writes TFDS's ``features.json`` and ``dataset_info.json``."""
     with tempfile.TemporaryDirectory() as scratch:
         template = tfds.core.ShardedFileTemplate(
@@ -403,13 +417,13 @@ def _write_metadata(out, lengths, size):
             move_file(pathlib.Path(scratch) / name, out / name)
 
 
-def _summarize(values):
+def _summarize(values: np.ndarray) -> dict[str, float]:
     if not len(values):
         return {}
     points = {"min": 0, "median": 50, "p95": 95, "max": 100}
     return {name: float(np.percentile(values, p)) for name, p in points.items()} | {"mean": float(values.mean())}
 
 
-def _histogram(values):
+def _histogram(values: np.ndarray) -> dict[str, list[float]]:
     counts, edges = np.histogram(values, bins=24)
     return {"counts": counts.tolist(), "edges": [round(float(edge), 1) for edge in edges]}

@@ -1,6 +1,7 @@
 """The report of preparing a data set: a summary and histograms."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,9 @@ class Report:
         return "\n".join(lines)
 
 
-def _format_distribution(title, statistics, histogram):
+def _format_distribution(
+    title: str, statistics: Mapping[str, float], histogram: Mapping[str, Sequence[float]]
+) -> list[str]:
     if not statistics:
         return []
     counts = np.array(histogram["counts"])

@@ -69,7 +69,9 @@ def read_row(row: Any, name: str) -> Row:
     if not isinstance(raw_turns, list):
         keys = shorten(", ".join(row))
         raise BadRow("no_turns", f"{where} has no list of turns under conversations or messages; its keys: {keys}.")
-    turns, turn_images, ignored = [], [], []
+    turns: list[Turn] = []
+    turn_images: list[str] = []
+    ignored: list[str] = []
     for number, turn in enumerate(raw_turns, start=1):
         speaker, text, paths = _parse_turn(turn, f"{where}: turn {number}")
         if speaker == "system" and number > 1:
@@ -115,7 +117,7 @@ def is_empty(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
-def _describe_type(value):
+def _describe_type(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
@@ -128,7 +130,7 @@ def _get_alias(values: Mapping[str, Any], keys: Sequence[str], where: str) -> An
     return next((values[key] for key in [*found, *keys] if key in values), None)
 
 
-def _parse_turn(turn, where):
+def _parse_turn(turn: Any, where: str) -> tuple[str, str, list[str]]:
     """Returns the speaker, text and image paths of a turn."""
     if not isinstance(turn, dict):
         raise BadRow("no_turn", f"{where} is {_describe_type(turn)}, not an object.")
@@ -137,7 +139,7 @@ def _parse_turn(turn, where):
         raise BadRow("no_turn", f"{where} has no speaker under 'from' or 'role'.")
     if speaker.lower() not in _SPEAKERS:
         raise BadRow("speaker", f"{where} is by {shorten(speaker)!r}; known speakers: {', '.join(_SPEAKERS)}.")
-    paths = []
+    paths: list[str] = []
     if isinstance(text, list):
         parts = [_parse_part(part, where) for part in text]
         text, paths = "".join(part for part, _ in parts), [path for _, path in parts if path]
@@ -147,7 +149,7 @@ def _parse_turn(turn, where):
     return _SPEAKERS[speaker.lower()], text, paths
 
 
-def _parse_part(part, where):
+def _parse_part(part: Any, where: str) -> tuple[str, str]:
     """Returns the text of a part of a content, and the path of an image part (empty if the row has the path)."""
     if isinstance(part, str):
         return part, ""
@@ -163,7 +165,7 @@ def _parse_part(part, where):
     return IMAGE_MARK, path or ""
 
 
-def _add_system(row, turns, where):
+def _add_system(row: Mapping[str, Any], turns: list[Turn], where: str) -> list[Turn]:
     system = _get_alias(row, _SYSTEM, where)
     if is_empty(system):
         return turns
@@ -176,7 +178,7 @@ def _add_system(row, turns, where):
     return [Turn("system", system), *turns]
 
 
-def _get_images(row, turn_images, where):
+def _get_images(row: Mapping[str, Any], turn_images: list[str], where: str) -> list[str]:
     value = _get_alias(row, _IMAGES, where)
     if is_empty(value):
         return turn_images
@@ -209,7 +211,7 @@ def _check_ignored(key: str, value: Any, has_images: bool, where: str) -> None:
         raise BadRow("unread", message)
 
 
-def _find_texts(value) -> Iterator[str]:
+def _find_texts(value: Any) -> Iterator[str]:
     """Yields the non-empty strings in a JSON value."""
     if isinstance(value, str):
         yield from [value] if value.strip() else []

@@ -48,7 +48,7 @@ class Plan:
         lengths: np.ndarray,
         image_counts: np.ndarray,
         sizes: Sequence[int],
-    ):
+    ) -> None:
         """
         Args:
           data: packing, grouping, mixing and the shape of rows.
@@ -93,12 +93,12 @@ class Plan:
         arrays = self._lengths.astype(np.int64).tobytes() + self._image_counts.astype(np.int64).tobytes()
         return hashlib.sha256(values.encode() + arrays).hexdigest()[:16]
 
-    def _end_row(self, epoch):
+    def _end_row(self, epoch: int) -> int:
         while len(self._first) <= epoch + 1:
             self._first.append(self._first[-1] + len(self._get_epoch(len(self._first) - 1).rows))
         return self._first[epoch + 1]
 
-    def _get_epoch(self, epoch):
+    def _get_epoch(self, epoch: int) -> _Epoch:
         planned = self._epochs.get(epoch)
         if planned is None:
             planned = self._plan_epoch(epoch)
@@ -106,7 +106,7 @@ class Plan:
             self._epochs = {e: p for e, p in self._epochs.items() if e >= epoch - 1} | {epoch: planned}
         return planned
 
-    def _plan_epoch(self, epoch):
+    def _plan_epoch(self, epoch: int) -> _Epoch:
         rng = np.random.default_rng([self._seed, epoch])
         order = rng.permutation(self._choose_members(epoch))
         data, batch = self._data, self._batch
@@ -121,12 +121,12 @@ class Plan:
         rows += [[]] * (-len(rows) % batch)
         return _Epoch(rows, [self._get_shape(members) for members in batches])
 
-    def _get_shape(self, members):
+    def _get_shape(self, members: np.ndarray) -> tuple[int, int]:
         """Returns the smallest bucket that fits a batch, and its image places: 0 if it has no images."""
         images = self._data.images_per_row if self._image_counts[members].any() else 0
         return int(self._buckets[np.searchsorted(self._buckets, self._lengths[members].max())]), images
 
-    def _group(self, order, rng):
+    def _group(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """Makes batches of similar lengths, each entirely with or entirely without images.
 
         This is LLaVA's rule: the conversations of each kind are split into random groups, each group is sorted by
@@ -134,7 +134,8 @@ class Plan:
         In LLaVA, a group is one step, split into the batches of its devices. Here all devices of a step have the same
         shape, so a group is many steps.
         """
-        batches, remainders = [], []
+        batches: list[np.ndarray] = []
+        remainders: list[np.ndarray] = []
         for is_kind in (self._image_counts[order] > 0, self._image_counts[order] == 0):
             members = order[is_kind]
             end = len(members) // self._batch * self._batch
@@ -145,9 +146,9 @@ class Plan:
         rest = rest[np.argsort(-self._lengths[rest], kind="stable")]
         return [batches[i] for i in rng.permutation(len(batches))] + _split(rest, self._batch)
 
-    def _choose_members(self, epoch):
+    def _choose_members(self, epoch: int) -> np.ndarray:
         """Returns the conversations of an epoch: the next ``share`` of each set's own endless shuffled order."""
-        chosen = []
+        chosen: list[np.ndarray] = []
         for number, (share, begin, end) in enumerate(zip(self._shares, self._begins, self._begins[1:], strict=False)):
             size, index = int(end - begin), math.floor(epoch * share + 1e-9)
             stop = math.floor((epoch + 1) * share + 1e-9)
@@ -160,7 +161,7 @@ class Plan:
         return np.concatenate(chosen) if chosen else np.zeros(0, np.int64)
 
 
-def _choose_buckets(data, lengths):
+def _choose_buckets(data: DataConfig, lengths: np.ndarray) -> np.ndarray:
     """Returns the ``data.buckets`` padded lengths with the least padding, as if each row were a batch.
 
     They are multiples of 1/64 of ``max_length``, found by dynamic programming.
@@ -182,7 +183,7 @@ def _choose_buckets(data, lengths):
     return np.minimum(np.array(chosen[-1]) * step, data.max_length)
 
 
-def _get_shares(data, sizes):
+def _get_shares(data: DataConfig, sizes: Sequence[int]) -> list[float]:
     """Returns the number of conversations per epoch of each set."""
     if not data.mix:
         return [float(size) for size in sizes]
@@ -195,5 +196,5 @@ def _get_shares(data, sizes):
     return [sum(sizes) * weight / sum(data.mix) for weight in data.mix]
 
 
-def _split(array, size):
+def _split(array: np.ndarray, size: int) -> list[np.ndarray]:
     return [array[start : start + size] for start in range(0, len(array), size)]

@@ -3,17 +3,21 @@
 import functools
 from types import ModuleType
 
+import numpy as np
+import PIL.Image
+
 from stf_jax.config import UserError
 from stf_jax.data import scenes, world_text
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.data.scenes import MAX_THINGS, SHORT_ANSWER
+from stf_jax.data.world import Scene
 from stf_jax.data.world_labels import label_cells, make_drill
 
 EDITIONS: dict[int, ModuleType] = {1: scenes, 2: world_text}
 _SECOND_EDITION = ("cues", "cells")  # tasks that only the second edition has
 _DRILL_CYCLE = 4  # in the task "cells", all but one of this many images are drills
 # Tasks in turn, and whether the caption replaces the image.
-_MIXTURES = {
+_MIXTURES: dict[int, tuple[tuple[str, bool], ...]] = {
     1: (("documents", True), *[("captions", False)] * 7),
     2: (
         ("documents", True),
@@ -45,7 +49,7 @@ class SceneRecords:
 
     def __init__(
         self, task: str, size: int, seed: int, held_out: bool = False, max_things: int = MAX_THINGS, edition: int = 1
-    ):
+    ) -> None:
         """Makes the first ``size`` records of a seed, split and edition; ``max_things`` is that of ``make_scene``.
 
         Raises UserError if the edition does not have the task.
@@ -70,6 +74,7 @@ class SceneRecords:
         as_text = as_text and task in ("documents", "cues")  # whether the caption replaces the image
         head = world.make_caption(scene) if as_text else IMAGE_MARK
         document = task in ("documents", "cues")
+        turns: list[Turn]
         if task == "captions" and self._task == "mixture" and self._edition == 2:
             # In the plain template's format, for any template of the run.
             document, turns = True, [Turn("human", IMAGE_MARK), Turn("gpt", f"{world.make_caption(scene, rng)}\n")]
@@ -97,19 +102,19 @@ class SceneRecords:
         images = () if as_text else (functools.partial(world.draw, scene, index),)
         return Record(f"scene-{self._seed}-{index}", images, tuple(turns), document=document)
 
-    def _make_cells_record(self, index):
+    def _make_cells_record(self, index: int) -> Record:
         # The scene is made when its image or labels are needed; planning rows needs neither.
         image, labels = functools.partial(self._draw, index), functools.partial(self._label, index)
         turns = (Turn("human", IMAGE_MARK), Turn("gpt", "."))
         return Record(f"cells-{self._seed}-{index}", (image,), turns, labels=labels)
 
-    def _draw(self, index):
+    def _draw(self, index: int) -> PIL.Image.Image:
         return world_text.draw(self._make(index), index)
 
-    def _label(self, index):
+    def _label(self, index: int) -> np.ndarray:
         return label_cells(self._make(index))
 
-    def _make(self, index):
+    def _make(self, index: int) -> Scene:
         if index % _DRILL_CYCLE:
             return make_drill(self._seed, index)
         return world_text.make_scene(self._seed, index, max_things=self._max_things)

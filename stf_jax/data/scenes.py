@@ -11,6 +11,8 @@ names, and their words never occur in training; only the letters do.
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -33,6 +35,7 @@ RADII = {"small": 10, "large": 16}  # pixels from a shape's center to its edge
 DESCRIBE = "Describe the picture."
 SHORT_ANSWER = "Answer the question using a single word or phrase."  # LLaVA's instruction, in the first turn
 
+Pair = tuple[str, str]  # a color and a shape
 _PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 # One pair per color and per shape, so that only the combination is new.
 HELD_OUT_PAIRS = frozenset((color, SHAPES[(i + 2) % len(SHAPES)]) for i, color in enumerate(COLORS))
@@ -56,7 +59,7 @@ class Thing:
     y: int
 
     @property
-    def pair(self) -> tuple[str, str]:
+    def pair(self) -> Pair:
         """Color and shape."""
         return self.color, self.shape
 
@@ -93,12 +96,13 @@ def make_scene(seed: int, index: int, held_out: bool = False, max_things: int = 
     Held-out scenes have at least one held-out pair, and only held-out words.
     """
     rng = make_rng(seed, held_out, index)
-    boxes, word, word_x, word_y = [], "", 0, 0
+    boxes: list[_Box] = []
+    word, word_x, word_y = "", 0, 0
     if rng.random() < 0.5:
         word = str(rng.choice(HELD_OUT_WORDS if held_out else TRAINING_WORDS))
         word_x, word_y = int(rng.integers(24, SIDE - 24)), int(rng.integers(11, SIDE - 11))
         boxes.append((word_x, word_y, 24, 11))
-    things = []
+    things: list[Thing] = []
     for position in range(rng.integers(1, max_things + 1)):
         pairs = sorted(HELD_OUT_PAIRS) if held_out and position == 0 else TRAINING_PAIRS
         color, shape = pairs[rng.integers(len(pairs))]
@@ -110,11 +114,14 @@ def make_scene(seed: int, index: int, held_out: bool = False, max_things: int = 
             things.append(Thing(size, color, shape, *place))
     things.sort(key=lambda thing: (thing.y * 3 // SIDE, thing.x))
     light = rng.integers(205, 250) if rng.random() < 0.5 else rng.integers(10, 60)
-    background = tuple(int(np.clip(light + rng.integers(-12, 13), 0, 255)) for _ in range(3))
-    return Scene(tuple(things), word, word_x, word_y, background)
+    red, green, blue = (int(np.clip(light + rng.integers(-12, 13), 0, 255)) for _ in range(3))
+    return Scene(tuple(things), word, word_x, word_y, (red, green, blue))
 
 
-def _find_place(rng, boxes, radius, tries):
+_Box = tuple[int, int, int, int]  # x and y of its center, half its width, half its height
+
+
+def _find_place(rng: np.random.Generator, boxes: Sequence[_Box], radius: int, tries: int) -> tuple[int, int] | None:
     for _ in range(tries):
         x, y = (int(value) for value in rng.integers(radius + 1, SIDE - radius - 1, 2))
         if all(abs(x - bx) > radius + w + 1 or abs(y - by) > radius + h + 1 for bx, by, w, h in boxes):
@@ -189,14 +196,16 @@ def make_questions(scene: Scene, rng: np.random.Generator, held_out: bool = Fals
     """
     pairs = _PAIRS if held_out else TRAINING_PAIRS
     makers = (_existence, _count, _attribute, _spatial, _reading)
-    questions = [maker(scene, rng, pairs) for maker in makers]
-    questions = [question for question in questions if question is not None]
+    made = [maker(scene, rng, pairs) for maker in makers]
+    questions = [question for question in made if question is not None]
     return [questions[i] for i in rng.permutation(len(questions))]
 
 
-def _existence(scene, rng, pairs):
+def _existence(scene: Scene, rng: np.random.Generator, pairs: Sequence[Pair]) -> Question:
     """Asks for a color, a shape, or a pair of both, which is the hardest."""
     choice = rng.integers(3)
+    present: set[Any]  # what is asked for: names or pairs
+    known: Sequence[Any]
     if choice == 2:
         present, known = {thing.pair for thing in scene.things}, pairs
     else:
@@ -215,7 +224,7 @@ def _existence(scene, rng, pairs):
     return Question("existence", f"Is there {'an' if noun.startswith('orange') else 'a'} {noun}?", answer)
 
 
-def _count(scene, rng, pairs):
+def _count(scene: Scene, rng: np.random.Generator, pairs: Sequence[Pair]) -> Question:
     del pairs
     choice = rng.integers(3)
     if choice == 0:
@@ -228,9 +237,10 @@ def _count(scene, rng, pairs):
     return Question("count", f"How many {noun} are there?", str(values.count(value)))
 
 
-def _attribute(scene, rng, pairs):
+def _attribute(scene: Scene, rng: np.random.Generator, pairs: Sequence[Pair]) -> Question | None:
     del pairs
-    things, possible = scene.things, []
+    things = scene.things
+    possible: list[Question] = []
     for thing in things:
         if sum(t.shape == thing.shape for t in things) == 1:
             possible.append(Question("attribute", f"What color is the {thing.shape}?", thing.color))
@@ -242,11 +252,11 @@ def _attribute(scene, rng, pairs):
     return possible[rng.integers(len(possible))] if possible else None
 
 
-def _spatial(scene, rng, pairs):
+def _spatial(scene: Scene, rng: np.random.Generator, pairs: Sequence[Pair]) -> Question | None:
     """Asks where a thing is in the image, or how two things relate in space."""
     del pairs
     unique = [t for t in scene.things if sum(o.pair == t.pair for o in scene.things) == 1]
-    relations = []
+    relations: list[tuple[Thing, Thing, str]] = []
     for a in unique:
         for b in unique:
             if abs(a.x - b.x) >= SIDE // 6:
@@ -267,6 +277,6 @@ def _spatial(scene, rng, pairs):
     return Question("spatial", text, answer)
 
 
-def _reading(scene, rng, pairs):
+def _reading(scene: Scene, rng: np.random.Generator, pairs: Sequence[Pair]) -> Question | None:
     del rng, pairs
     return Question("reading", "What does the word say?", scene.word) if scene.word else None

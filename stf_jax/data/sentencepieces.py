@@ -78,7 +78,7 @@ def build_tokenizer(vocabulary: Vocabulary, prefix: bool = True, charsmap: bytes
     return tokenizer
 
 
-def _make_merges(vocabulary):
+def _make_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     """Returns all pairs that make a piece, the piece with the highest score first.
 
     If scores are equal, as those of Llama's runs of spaces are, SentencePiece merges the leftmost pair. In a run of
@@ -139,7 +139,7 @@ def has_wrong_merges(tokenizer: PreTrainedTokenizerFast, file: pathlib.Path) -> 
     This is the case if transformers 5 converted it. Without the model's file, only Llama's and Mistral's are detected.
     """
     if not file.is_file():
-        first = tuple(tokenizer.convert_ids_to_tokens(range(_FIRST_ID, _FIRST_ID + 4)))
+        first = tuple(tokenizer.convert_ids_to_tokens(list(range(_FIRST_ID, _FIRST_ID + 4))))
         return first in _FIRST_PIECES and tokenizer.tokenize("a  b")[1:2] == [2 * SPACE]
     try:
         pieces = _parse(file).pieces
@@ -150,14 +150,15 @@ def has_wrong_merges(tokenizer: PreTrainedTokenizerFast, file: pathlib.Path) -> 
     return same and not _matches_sentencepiece(tokenizer, file)
 
 
-def _matches_sentencepiece(tokenizer, file):
+def _matches_sentencepiece(tokenizer: PreTrainedTokenizerFast, file: pathlib.Path) -> bool:
     import sentencepiece  # only needed here
 
     expected = sentencepiece.SentencePieceProcessor(model_file=str(file)).encode(_PROBE)
     return tokenizer(_PROBE, add_special_tokens=False).input_ids == expected
 
 
-def _parse(file):
+def _parse(file: pathlib.Path) -> Any:
+    """Returns the model in a file, a protobuf message. Raises ValueError if there is none."""
     from sentencepiece import sentencepiece_model_pb2  # only needed here
 
     model = sentencepiece_model_pb2.ModelProto()
@@ -170,6 +171,6 @@ def _parse(file):
     return model
 
 
-def _vocabulary(model):
+def _vocabulary(model: Any) -> Vocabulary:
     pieces = model.pieces
     return Vocabulary([p.piece for p in pieces], [p.score for p in pieces], [p.type for p in pieces])

@@ -3,7 +3,7 @@
 import logging
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -97,13 +97,13 @@ def read_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _parse_token_objects(config):
+def _parse_token_objects(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns special tokens that ``tokenizer_config.json`` gives as objects without transformers' ``__type``."""
     found = {name: value for name, value in config.items() if name.endswith("_token") and isinstance(value, dict)}
     return {name: value["content"] for name, value in found.items() if "__type" not in value and "content" in value}
 
 
-def _check_special_tokens(tokenizer, folder, config):
+def _check_special_tokens(tokenizer: PreTrainedTokenizerFast, folder: pathlib.Path, config: Mapping[str, Any]) -> None:
     """Checks that special tokens have the ids that the files give; sets tokens with an empty name to None.
 
     transformers maps an empty name to the unknown token; if that is empty too, the lookup never ends. It also changes
@@ -131,7 +131,7 @@ def _check_special_tokens(tokenizer, folder, config):
         )
 
 
-def _read_token_ids(folder, config):
+def _read_token_ids(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, int]:
     """Returns added tokens and their ids from the files of a folder."""
     added = _read_dict(folder / "tokenizer.json").get("added_tokens") or []
     found = {token["content"]: token["id"] for token in added}
@@ -196,7 +196,7 @@ def train_miniature_tokenizer(edition: int = 1) -> PreTrainedTokenizerFast:
     )
 
 
-def _make_second_texts():
+def _make_second_texts() -> Iterator[str]:
     from stf_jax.data.conversation import SYSTEM
 
     for index in range(4000):
@@ -206,7 +206,7 @@ def _make_second_texts():
             yield f"USER: {question.text}\n{SHORT_ANSWER} ASSISTANT: {question.answer}"
 
 
-def _make_texts():
+def _make_texts() -> Iterator[str]:
     from stf_jax.data.conversation import SYSTEM
 
     for index in range(2000):

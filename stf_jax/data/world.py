@@ -26,6 +26,7 @@ from stf_jax.data.scenes import (
     HELD_OUT_WORDS,
     SHAPES,
     TRAINING_WORDS,
+    Pair,
     Thing,
     draw_thing,
 )
@@ -152,7 +153,7 @@ def make_background(rng: np.random.Generator) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def make_thing(rng: np.random.Generator, row: int, column: int, pairs: Sequence[tuple[str, str]]) -> Thing:
+def make_thing(rng: np.random.Generator, row: int, column: int, pairs: Sequence[Pair]) -> Thing:
     """Makes a shape of random size inside one of the nine zones, with its color and shape from ``pairs``."""
     color, shape = pairs[rng.integers(len(pairs))]
     size = str(rng.choice(list(RADII)))
@@ -161,18 +162,20 @@ def make_thing(rng: np.random.Generator, row: int, column: int, pairs: Sequence[
     return Thing(size, color, shape, x, y)
 
 
-def pairs_at(row: int, column: int, held_out: bool) -> list[tuple[str, str]]:
+def pairs_at(row: int, column: int, held_out: bool) -> list[Pair]:
     """Returns the (color, shape) pairs that are held out in a zone, or those that training may show there."""
     return [pair for pair, place in HELD_OUT_PLACES.items() if (place == 3 * row + column) == held_out]
 
 
-def _make_things(rng, held_out, count, free):
+def _make_things(
+    rng: np.random.Generator, held_out: bool, count: int, free: Sequence[tuple[int, int]]
+) -> tuple[Thing, ...]:
     """Makes shapes in separate zones. Half of the time some share a color or a shape, so there is more to count."""
     zones = sorted(free[i] for i in rng.permutation(len(free))[:count])
     shared, value = int(rng.integers(2)), int(rng.integers(6))
     same = int(rng.integers(2, count + 1)) if count > 1 and rng.random() < 0.5 else 0
     held_out_number = int(rng.integers(count)) if count else 0
-    things = []
+    things: list[Thing] = []
     for number, (row, column) in enumerate(zones):
         pairs = pairs_at(row, column, held_out and number == held_out_number)
         if number < same:
@@ -181,7 +184,7 @@ def _make_things(rng, held_out, count, free):
     return tuple(things)
 
 
-def _make_print(rng, held_out, row):
+def _make_print(rng: np.random.Generator, held_out: bool, row: int) -> Print:
     font, height = _choose_font(rng, held_out), int(rng.choice(HEIGHTS))
     words = HELD_OUT_WORDS if held_out else TRAINING_WORDS
     text = str(rng.choice(words if rng.random() < 0.5 else list_numbers(font, held_out)))
@@ -191,12 +194,12 @@ def _make_print(rng, held_out, row):
     return Print(text, x, ZONE * row + ZONE // 2 + int(rng.integers(-reach, reach + 1)), height, font)
 
 
-def _choose_font(rng, held_out):
+def _choose_font(rng: np.random.Generator, held_out: bool) -> str:
     new = held_out and rng.random() < 0.5
     return str(rng.choice(HELD_OUT_FONTS if new else TRAINING_FONTS))
 
 
-def _make_chart(rng, held_out, max_things):
+def _make_chart(rng: np.random.Generator, held_out: bool, max_things: int) -> Chart:
     count = int(rng.integers(2, max(max_things, 2) + 1))
     labels = tuple(BAR_LABELS[i] for i in rng.permutation(len(BAR_LABELS))[:count])
     values = tuple(int(value) for value in rng.permutation(9)[:count] + 1)
@@ -204,12 +207,12 @@ def _make_chart(rng, held_out, max_things):
     return Chart(labels, values, colors, int(rng.integers(6, 10)), _choose_font(rng, held_out))
 
 
-def _make_form(rng, held_out, max_things):
+def _make_form(rng: np.random.Generator, held_out: bool, max_things: int) -> Form:
     max_things, font = max(max_things, 2), _choose_font(rng, held_out)
     numbers = list_numbers(font, held_out)
     if rng.random() < 0.5:
-        rows, columns, labels = int(rng.integers(2, max_things + 1)), 1, FORM_LABELS
-        labels = tuple(labels[i] for i in rng.permutation(len(labels))[:rows])
+        rows, columns = int(rng.integers(2, max_things + 1)), 1
+        labels = tuple(FORM_LABELS[i] for i in rng.permutation(len(FORM_LABELS))[:rows])
     else:
         rows, columns = (int(rng.integers(2, min(max_things, 3) + 1)) for _ in range(2))
         labels = tuple("ABC"[:columns])
@@ -222,9 +225,11 @@ def _make_form(rng, held_out, max_things):
 
 
 @functools.cache
-def _load_font(font, height):
+def _load_font(font: str, height: int) -> PIL.ImageFont.FreeTypeFont:
     """Loads a font in the size that makes capitals ``height`` pixels high."""
     package = importlib.util.find_spec("matplotlib")  # the fonts are in its folder; it is not imported
+    assert package is not None  # it is a requirement
+    assert package.submodule_search_locations is not None  # it is a package
     file = pathlib.Path(package.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf" / f"{font}.ttf"
     top, bottom = PIL.ImageFont.truetype(file, 200).getbbox("H", anchor="ls")[1::2]
     return PIL.ImageFont.truetype(file, 200 * height / (bottom - top))
@@ -255,7 +260,7 @@ class Surface(Protocol):
 class Canvas(Surface):
     """A surface that draws an image."""
 
-    def __init__(self, background: tuple[int, int, int]):
+    def __init__(self, background: tuple[int, int, int]) -> None:
         """Starts with a plain background."""
         self.background = background
         self.ink = (15, 15, 15) if sum(background) > 384 else (245, 245, 245)
@@ -279,7 +284,7 @@ class Canvas(Surface):
         """Draws a filled rectangle in the text color."""
         self._draw_box(left, top, right, bottom, self.ink)
 
-    def _draw_box(self, left, top, right, bottom, color):
+    def _draw_box(self, left: float, top: float, right: float, bottom: float, color: tuple[int, int, int]) -> None:
         corners = (left * _SCALE, top * _SCALE, right * _SCALE - 1, bottom * _SCALE - 1)
         self._pen.rectangle(corners, fill=color)
 
@@ -309,7 +314,7 @@ def paint(canvas: Surface, scene: Scene) -> None:
         _draw_form(canvas, scene.form)
 
 
-def _draw_chart(canvas, chart):
+def _draw_chart(canvas: Surface, chart: Chart) -> None:
     floor, unit, pitch = SIDE - 16, 6.5, (SIDE - 12) / len(chart.labels)
     for i, (label, value, color) in enumerate(zip(chart.labels, chart.values, chart.colors, strict=True)):
         middle = 6 + (i + 0.5) * pitch
@@ -319,9 +324,10 @@ def _draw_chart(canvas, chart):
     canvas.add_line(4, floor, SIDE - 4, floor + 1)
 
 
-def _draw_form(canvas, form):
+def _draw_form(canvas: Surface, form: Form) -> None:
     rows = len(form.cells) + form.is_table
     pitch = (SIDE - 16) / rows
+    texts: list[tuple[str, float, str]]  # each with its x and anchor
     for row in range(rows):
         y = 8 + (row + 0.5) * pitch
         if not form.is_table:

@@ -8,6 +8,7 @@ Drills are images full of what is hard for a tower: lines of characters of all h
 """
 
 import string
+from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
@@ -51,7 +52,7 @@ def label_cells(scene: Scene) -> np.ndarray:
 class _Labels(Surface):
     """A surface that records labels instead of drawing."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.labels = np.zeros((CELLS, CELLS, 3), np.uint8)
         self._covered = np.zeros((CELLS, CELLS))  # share of each cell that its character covers
 
@@ -84,7 +85,7 @@ class _Labels(Surface):
         """Lines have no label."""
 
 
-def _overlap(begin, end):
+def _overlap(begin: float, end: float) -> np.ndarray:
     """Returns the share of each row (or column) of cells that is between two positions in pixels."""
     edges = CELL * np.arange(CELLS)
     return np.clip(np.minimum(edges + CELL, end) - np.maximum(edges, begin), 0, CELL) / CELL
@@ -96,7 +97,9 @@ def make_drill(seed: int, index: int) -> Scene:
     It contains nothing that is held out, not even inside lines.
     """
     rng = make_rng(seed, False, index)
-    background, things, prints = make_background(rng), [], []
+    background = make_background(rng)
+    things: list[Thing] = []
+    prints: list[Print] = []
     for row in range(3):
         if rng.random() < 0.3:
             things += [make_thing(rng, row, column, pairs_at(row, column, held_out=False)) for column in range(3)]
@@ -105,7 +108,7 @@ def make_drill(seed: int, index: int) -> Scene:
     return Scene(background, tuple(things), tuple(prints))
 
 
-def _make_lines(rng, top, bottom):
+def _make_lines(rng: np.random.Generator, top: int, bottom: int) -> Iterator[Print]:
     font = TRAINING_FONTS[rng.integers(len(TRAINING_FONTS))]
     y = top + int(rng.integers(1, 5))
     while (height := int(rng.choice(HEIGHTS))) and y + height < bottom:

@@ -5,12 +5,13 @@ color, shape or position is drawn evenly from the possible answers, as the scene
 """
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
-from stf_jax.data.scenes import COLORS, SHAPES, Question
-from stf_jax.data.world import HELD_OUT_PLACES, MAX_THINGS, PAIRS, ZONE, Scene, draw, make_rng, make_scene
+from stf_jax.data.scenes import COLORS, SHAPES, Question, Thing
+from stf_jax.data.world import HELD_OUT_PLACES, MAX_THINGS, PAIRS, ZONE, Chart, Scene, draw, make_rng, make_scene
 
 __all__ = [
     "DESCRIBE",
@@ -55,8 +56,8 @@ def make_caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
 
 def make_questions(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> list[Question]:
     """Makes one question of each kind that the scene allows, in random order."""
-    questions = [make(scene, rng, held_out) for make in _MAKERS.values()]
-    questions = [question for question in questions if question is not None]
+    made = [make(scene, rng, held_out) for make in _MAKERS.values()]
+    questions = [question for question in made if question is not None]
     return [questions[i] for i in rng.permutation(len(questions))]
 
 
@@ -80,7 +81,7 @@ def make_cues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
     elif scene.form is not None:
         for label, (number,) in zip(scene.form.labels, scene.form.cells, strict=True):
             pairs += [(label, number), (number, label)]
-    answers = collections.defaultdict(set)
+    answers: dict[str, set[str]] = collections.defaultdict(set)
     for cue, answer in pairs:
         answers[cue].add(answer)
     pairs = [pair for pair in dict.fromkeys(pairs) if len(answers[pair[0]]) == 1]
@@ -92,8 +93,8 @@ def make_cues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
             pairs += [(f"any {words[i]}", answer) for i in rng.permutation(len(words))[:count]]
         pairs.append(("how many shapes", str(len(scene.things))))
         for counts in _count_colors_and_shapes(scene):
-            for number, options in _group_by_count(counts).items():
-                pairs.append((f"how many {_pick(rng, options)}", str(number)))
+            for count, options in _group_by_count(counts).items():
+                pairs.append((f"how many {_pick(rng, options)}", str(count)))
     relations = _find_relations(scene)
     for i in rng.permutation(len(relations))[:3]:
         a, b, true_relation = relations[i]
@@ -102,16 +103,21 @@ def make_cues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
     return [pairs[i] for i in rng.permutation(len(pairs))]
 
 
-def _pick(rng, options):
+_T = TypeVar("_T")
+
+
+def _pick(rng: np.random.Generator, options: Sequence[_T]) -> _T:
     return options[rng.integers(len(options))]
 
 
-def _existence(scene, rng, held_out):
+def _existence(scene: Scene, rng: np.random.Generator, held_out: bool) -> Question | None:
     """Asks for a color, a shape, or a pair of both, which is the hardest."""
     del held_out
     if not scene.things:
         return None
     choice = rng.integers(3)
+    present: set[Any]  # what is asked for: names or pairs
+    known: Sequence[Any]
     if choice == 2:
         present, known = {thing.pair for thing in scene.things}, PAIRS
     else:
@@ -128,7 +134,7 @@ def _existence(scene, rng, held_out):
     return Question("existence", f"Is there {'an' if noun.startswith('orange') else 'a'} {noun}?", answer)
 
 
-def _count(scene, rng, held_out):
+def _count(scene: Scene, rng: np.random.Generator, held_out: bool) -> Question | None:
     del held_out
     if not scene.things or (scene.prints and len(scene.things) == 1):
         return None
@@ -142,22 +148,22 @@ def _count(scene, rng, held_out):
     return Question("count", f"How many {noun} are there?", str(number))
 
 
-def _count_colors_and_shapes(scene):
+def _count_colors_and_shapes(scene: Scene) -> list[dict[str, int]]:
     """Returns two dictionaries: how often each color occurs, and how often each shape."""
     tables = ((tuple(COLORS), [t.color for t in scene.things]), (SHAPES, [t.shape for t in scene.things]))
     return [{option: values.count(option) for option in options} for options, values in tables]
 
 
-def _group_by_count(counts):
-    by_count = collections.defaultdict(list)
+def _group_by_count(counts: Mapping[str, int]) -> dict[int, list[str]]:
+    by_count: dict[int, list[str]] = collections.defaultdict(list)
     for option, count in counts.items():
         by_count[count].append(option)
     return by_count
 
 
-def _attribute(scene, rng, held_out):
+def _attribute(scene: Scene, rng: np.random.Generator, held_out: bool) -> Question | None:
     del held_out
-    by_type = collections.defaultdict(list)
+    by_type: dict[str, list[Question]] = collections.defaultdict(list)
     for thing in scene.things:
         if sum(t.shape == thing.shape for t in scene.things) == 1:
             by_type["color"].append(Question("attribute", f"What color is the {thing.shape}?", thing.color))
@@ -169,11 +175,11 @@ def _attribute(scene, rng, held_out):
     return _pick(rng, by_type[_pick(rng, sorted(by_type))]) if by_type else None
 
 
-def _get_unique(scene):
+def _get_unique(scene: Scene) -> list[Thing]:
     return [t for t in scene.things if sum(o.pair == t.pair for o in scene.things) == 1]
 
 
-def _position(scene, rng, held_out):
+def _position(scene: Scene, rng: np.random.Generator, held_out: bool) -> Question | None:
     """In a held-out scene, asks about a shape in a zone where training never shows its color and shape."""
     things = _get_unique(scene)
     if held_out:
@@ -187,9 +193,10 @@ def _position(scene, rng, held_out):
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
-def _find_relations(scene):
+def _find_relations(scene: Scene) -> list[tuple[Thing, Thing, str]]:
     """Returns the spatial relations of all pairs of shapes in different thirds of the image."""
-    things, relations = _get_unique(scene), []
+    things = _get_unique(scene)
+    relations: list[tuple[Thing, Thing, str]] = []
     for a in things:
         for b in things:
             if a.x // ZONE != b.x // ZONE:
@@ -199,7 +206,7 @@ def _find_relations(scene):
     return relations
 
 
-def _relation(scene, rng, held_out):
+def _relation(scene: Scene, rng: np.random.Generator, held_out: bool) -> Question | None:
     del held_out
     relations = _find_relations(scene)
     if not relations:
@@ -210,7 +217,7 @@ def _relation(scene, rng, held_out):
     return Question("relation", f"Is the {a.color} {a.shape} {relation} the {b.color} {b.shape}?", answer)
 
 
-def _reading(scene, rng, held_out):
+def _reading(scene: Scene, rng: np.random.Generator, held_out: bool) -> Question | None:
     del held_out
     if not scene.prints:
         return None
@@ -219,7 +226,7 @@ def _reading(scene, rng, held_out):
     return Question("reading", f"What does the {which}text say?", item.text, item.height)
 
 
-def _chart(scene, rng, held_out):
+def _chart(scene: Scene, rng: np.random.Generator, held_out: bool) -> Question | None:
     del held_out
     if scene.chart is None:
         return None
@@ -232,12 +239,12 @@ def _chart(scene, rng, held_out):
     return Question("chart", f"Which bar is {which}?", label)
 
 
-def _find_extremes(chart):
+def _find_extremes(chart: Chart) -> dict[str, str]:
     bars = list(zip(chart.values, chart.labels, strict=True))
     return {"highest": max(bars)[1], "lowest": min(bars)[1]}
 
 
-def _form(scene, rng, held_out):
+def _form(scene: Scene, rng: np.random.Generator, held_out: bool) -> Question | None:
     del held_out
     form = scene.form
     if form is None:

@@ -56,11 +56,11 @@ def match_answers(benchmark: Benchmark, rows: Sequence[dict[str, Any]], file: ep
     if benchmark.limited:  # the other questions with an id may be among those that were removed
         id_counts |= collections.Counter(str(row["question_id"]) for row in rows)
 
-    def make_key(question_id, prompt):
+    def make_key(question_id: str | int, prompt: str | None) -> tuple[str, str | None]:
         question_id = str(question_id)
         return (question_id, prompt) if id_counts[question_id] > 1 else (question_id, "")
 
-    texts: dict[tuple, str] = {}
+    texts: dict[tuple[str, str | None], str] = {}
     unexpected = []
     wanted = {make_key(question.id, question.prompt) for question in benchmark.questions}
     for row in rows:

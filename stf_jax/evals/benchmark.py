@@ -162,7 +162,7 @@ class Benchmark(abc.ABC):
         return Question(row["question_id"], row["text"], self.image_opener(folders, row["image"]), row["text"])
 
 
-def _open_error(image):
+def _open_error(image: Callable[[], PIL.Image.Image]) -> BadRow | None:
     try:
         image()
     except BadRow as error:
@@ -172,7 +172,7 @@ def _open_error(image):
 
 def accuracy_by_kind(kinds: Sequence[str], scores: Sequence[float]) -> dict[str, dict[str, Any]]:
     """Returns ``{"accuracy": mean score, "questions": count}`` for each kind of question, sorted by kind."""
-    groups = {kind: [] for kind in sorted(set(kinds))}
+    groups: dict[str, list[float]] = {kind: [] for kind in sorted(set(kinds))}
     for kind, score in zip(kinds, scores, strict=True):
         groups[kind].append(score)
     return {kind: {"accuracy": statistics.fmean(group), "questions": len(group)} for kind, group in groups.items()}

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epath
 
@@ -12,6 +12,7 @@ from stf_jax.config import UserError, shorten
 from stf_jax.runtime.files import parse_json, read_json
 
 RESULTS = "results.json"  # the metrics and protocol of an evaluation
+_Label = TypeVar("_Label")
 
 
 def read_text_lines(file: epath.Path) -> Iterator[tuple[int, str]]:
@@ -42,7 +43,7 @@ def read_list(file: epath.Path) -> Any:
     return read_json(file) if value is None else [value for _, value in read_jsonl(file)]
 
 
-def _read_first_object(file):
+def _read_first_object(file: epath.Path) -> dict[str, Any] | None:
     """Returns the first line's object if the file has several lines and the first is a complete object."""
     lines = list(itertools.islice(read_text_lines(file), 2)) if file.exists() else []
     if len(lines) < 2 or not lines[0][1].lstrip().startswith("{"):
@@ -83,7 +84,7 @@ def read_labels(file: epath.Path, under: str = "", **kinds: type | tuple[type, .
 
 def index_by_id(labels: Sequence[dict[str, Any]], key: str, file: epath.Path) -> dict[str, dict[str, Any]]:
     """Maps ids, as text, to the labels read from ``file``. Raises UserError for two different labels with one id."""
-    by_id = {}
+    by_id: dict[str, dict[str, Any]] = {}
     for label in labels:
         label_id = str(label[key])
         if by_id.setdefault(label_id, label) | {key: label_id} != label | {key: label_id}:
@@ -91,7 +92,7 @@ def index_by_id(labels: Sequence[dict[str, Any]], key: str, file: epath.Path) ->
     return by_id
 
 
-def match_labels(keys: Sequence[Hashable], labels: Mapping[Any, Any], file: epath.Path) -> list[Any]:
+def match_labels(keys: Sequence[Hashable], labels: Mapping[Any, _Label], file: epath.Path) -> list[_Label]:
     """Returns the label, read from ``file``, of each question's key. Raises UserError if any is missing."""
     missing = [key for key in keys if key not in labels]
     if missing:

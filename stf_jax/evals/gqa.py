@@ -12,6 +12,7 @@ from stf_jax.evals.files import match_labels, read_json
 from stf_jax.runtime.files import write_json
 
 _LABELS = "testdev_balanced_questions.json"
+_Label = tuple[str, str, str]  # the gold answer, the structural and the semantic type
 
 
 class GQA(Benchmark):
@@ -63,7 +64,7 @@ def normalize_answer(text: str) -> str:
     return text.rstrip(".").lower()  # exactly LLaVA's rule: "yes. ." becomes "yes. "
 
 
-def _read_labels(file):
+def _read_labels(file: epath.Path) -> dict[str, _Label]:
     labels = read_json(file)
     if not isinstance(labels, dict):
         raise UserError(f"{file} is not a JSON object keyed by question id; use GQA's own file.")

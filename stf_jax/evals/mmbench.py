@@ -4,14 +4,14 @@ import base64
 import csv
 import dataclasses
 import io
-import itertools
 import pathlib
 import re
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
+import PIL.Image
 from etils import epath
 
 from stf_jax.config import UserError
@@ -29,6 +29,7 @@ _INDEX = re.compile("[0-9]{1,18}")
 _MISSING = ("", "#N/A", "<NA>", "N/A", "NA", "NULL", "n/a", "null")
 # The forms of a letter as a separate word, in order of precedence.
 _FORMS = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
+_Row = dict[str, str | None]  # the values by column; None is a missing one
 
 
 class MMBench(Benchmark):
@@ -75,24 +76,24 @@ class MMBench(Benchmark):
             )
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
-        correct = {}
+        correct: dict[int, bool] = {}
         for question, text in zip(self.questions, texts, strict=True):
-            row = self._rows[question.id]
-            correct[question.id] = parse_choice(text, _get_options(row)) == row["answer"]
+            row = self._rows[_index(question)]
+            correct[_index(question)] = parse_choice(text, _get_options(row)) == row["answer"]
         circular = dict.fromkeys((index for index in correct if index < _ROTATION), True)
         for index, is_correct in correct.items():
             circular[index % _ROTATION] &= is_correct
 
-        def accuracies(indices):
+        def accuracies(indices: Collection[int]) -> dict[str, float]:
             return {
                 "circular_accuracy": statistics.fmean(circular[index] for index in indices),
                 "vanilla_accuracy": statistics.fmean(correct[index] for index in indices),
             }
 
-        result = accuracies(circular)
+        result: dict[str, Any] = accuracies(circular)
         for column, key in (("category", "by_category"), ("l2-category", "by_l2_category")):
             if column in self._columns:
-                groups = {}
+                groups: dict[str, list[int]] = {}
                 for index in circular:
                     groups.setdefault(self._rows[index][column] or "", []).append(index)
                 result[key] = {
@@ -109,7 +110,7 @@ class MMBench(Benchmark):
         book = openpyxl.Workbook()
         book.active.append(columns)
         for line, (question, text) in enumerate(zip(self.questions, texts, strict=True), start=2):
-            row = self._rows[question.id] | {"index": question.id, "prediction": text}
+            row = self._rows[_index(question)] | {"index": question.id, "prediction": text}
             for column, name in enumerate(columns, start=1):
                 value = row.get(name)
                 if isinstance(value, str):
@@ -126,8 +127,8 @@ class MMBench(Benchmark):
 
     def keep_first(self, count: int) -> None:
         """Keeps the first ``count`` rows, and the other rotations of their questions."""
-        kept = {question.id % _ROTATION for question in self.questions[:count]}
-        self.questions = [question for question in self.questions if question.id % _ROTATION in kept]
+        kept = {_index(question) % _ROTATION for question in self.questions[:count]}
+        self.questions = [question for question in self.questions if _index(question) % _ROTATION in kept]
 
 
 class MMBenchCN(MMBench):
@@ -156,13 +157,32 @@ def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _get_options(row):
-    return {letter: row[letter] for letter in itertools.takewhile(row.get, _OPTIONS)}
+def _index(question: Question) -> int:
+    return int(question.id)  # is an int already
 
 
-def _make_question(index, row, image, suffix):
-    hint = [row["hint"]] if row.get("hint") else []
-    prompt = "\n".join([*hint, row["question"], *(f"{letter}. {text}" for letter, text in _get_options(row).items())])
+def _get_options(row: _Row) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for letter in _OPTIONS:
+        text = row.get(letter)
+        if not text:
+            break
+        options[letter] = text
+    return options
+
+
+def _get_needed(row: _Row, column: str) -> str:
+    value = row[column]
+    assert value is not None  # _read_table checks it
+    return value
+
+
+def _make_question(index: int, row: _Row, image: "_Image", suffix: str) -> Question:
+    hint = row.get("hint")
+    start = [hint] if hint else []
+    prompt = "\n".join(
+        [*start, _get_needed(row, "question"), *(f"{letter}. {text}" for letter, text in _get_options(row).items())]
+    )
     return Question(index, prompt + suffix, image, prompt)
 
 
@@ -173,7 +193,7 @@ class _Image:
     text: str  # base64
     name: str = dataclasses.field(compare=False)  # several rows may contain the same image
 
-    def __call__(self):
+    def __call__(self) -> PIL.Image.Image:
         text = "".join(self.text.split()).rstrip("=")
         try:  # without validate, invalid text such as a list of images would be skipped
             content = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
@@ -182,13 +202,13 @@ class _Image:
         return open_image(content, self.name)
 
 
-def _find_images(file, rows):
+def _find_images(file: epath.Path, rows: Mapping[int, _Row]) -> dict[int, _Image]:
     """Returns the image of each row by index: its own, or that of the row it refers to, possibly through others."""
-    images = {}
+    images: dict[int, _Image] = {}
     for index in rows:
         chain = [index]
         while (last := chain[-1]) not in images:
-            cell = rows[last]["image"].strip()
+            cell = _get_needed(rows[last], "image").strip()
             if not _INDEX.fullmatch(cell):
                 images[last] = _Image(cell, f"of index {last} in {file}")
             elif int(cell) not in rows:
@@ -201,7 +221,7 @@ def _find_images(file, rows):
     return images
 
 
-def _read_table(file):
+def _read_table(file: epath.Path) -> tuple[Sequence[str], dict[int, _Row]]:
     """Returns the table's columns, and its rows by index; missing values are None."""
     try:
         with file.open("rb") as opened:
@@ -219,11 +239,11 @@ def _read_table(file):
     repeated = [column for column in columns if column and columns.count(column) > 1]
     if repeated:
         raise UserError(f"{file} has two columns named {repeated[0]!r}; use MMBench's own file.")
-    rows = {}
+    rows: dict[int, _Row] = {}
     for number, fields in enumerate(found, start=1):
         if None in fields or None in fields.values():
             raise UserError(f"{file}, row {number} does not have the header's columns; download the file again.")
-        row = {column: None if _is_missing(value) else value for column, value in fields.items()}
+        row: _Row = {column: None if _is_missing(value) else value for column, value in fields.items()}
         # An option may be the word "None", which LLaVA leaves out; an empty option is an error.
         missing = [key for key in needed if _is_empty(fields[key]) or (key not in _OPTIONS and not row[key])]
         if missing:
@@ -233,21 +253,22 @@ def _read_table(file):
             raise UserError(
                 f"{file}, row {number}: the answer is {answer}, but that option is empty; use MMBench's own file."
             )
-        index = row.pop("index")
+        index = _get_needed(row, "index")
+        del row["index"]
         if not _INDEX.fullmatch(index):
             raise UserError(f"{file}, row {number}: index {index[:40]!r} is not an integer of at most 18 digits.")
         if int(index) in rows:
             raise UserError(f"{file}, row {number}: another row also has index {index}.")
         rows[int(index)] = row
-    for index in rows:
-        if index % _ROTATION not in rows:
-            raise UserError(f"{file}: index {index} is a rotation of {index % _ROTATION}, which does not exist.")
+    for key in rows:
+        if key % _ROTATION not in rows:
+            raise UserError(f"{file}: index {key} is a rotation of {key % _ROTATION}, which does not exist.")
     return columns, rows
 
 
-def _is_empty(value):
+def _is_empty(value: str) -> bool:
     return value.strip().lower() in ("", "nan")
 
 
-def _is_missing(value):
+def _is_missing(value: str) -> bool:
     return value in _MISSING or value.lower() in ("nan", "none")

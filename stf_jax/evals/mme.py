@@ -5,13 +5,13 @@ import itertools
 import posixpath
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from stf_jax.config import UserError, did_you_mean
-from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Benchmark
+from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Benchmark, Question
 from stf_jax.evals.files import read_text_lines
 from stf_jax.runtime.files import open_atomic
 
@@ -19,6 +19,8 @@ _PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity"
 _COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 _RELEASE = "MME_Benchmark_release_version"
 _SUFFIX = "Please answer yes or no."  # of MME's questions; LLaVA asks for a word or phrase instead
+_Key = tuple[str, str, str]  # of a label: the task, the stem of the image's name, the question without suffixes
+_Label = tuple[str, str]  # MME's question, and the answer Yes or No
 
 
 class MME(Benchmark):
@@ -37,7 +39,7 @@ class MME(Benchmark):
         question_file = self.find("llava_mme.jsonl")
         rows = self.read_rows(question_file)
         self.questions = [self.make_question(row, _RELEASE) for row in rows]
-        self._tasks = {}  # the task of each image, by its question_id as text
+        self._tasks: dict[str, str] = {}  # the task of each image, by its question_id as text
         for row in rows:
             task = row.get("category")
             if task not in _PERCEPTION + _COGNITION:
@@ -57,7 +59,7 @@ class MME(Benchmark):
             )
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
-        images = {}
+        images: dict[str, list[bool]] = {}
         for question, text in zip(self.questions, texts, strict=True):
             _, gold = self._labels[self._key(question)]
             images.setdefault(str(question.id), []).append(parse_yes_no(text) == gold.lower())
@@ -80,7 +82,7 @@ class MME(Benchmark):
         """
         folder = out / "mme_results"
         folder.mkdir(parents=True, exist_ok=True)
-        tasks = {}
+        tasks: dict[str, dict[str, list[str]]] = {}
         for question, text in zip(self.questions, texts, strict=True):
             task, stem, _ = key = self._key(question)
             line = "\t".join([f"{stem}.txt", *self._labels[key], re.sub(r"[\t\r\n]", " ", text)])
@@ -96,16 +98,17 @@ class MME(Benchmark):
         kept = {str(question.id) for question in self.questions[:count]}
         self.questions = [question for question in self.questions if str(question.id) in kept]
 
-    def _key(self, question):
+    def _key(self, question: Question) -> _Key:
         image = str(question.id)
         return self._tasks[image], _get_stem(image), _strip_suffixes(question.text)
 
-    def _read_labels(self):
-        """Maps (task, stem of the image's name, question without suffix) to MME's (question, answer Yes or No)."""
-        stems = {task: [] for task in self._tasks.values()}
+    def _read_labels(self) -> dict[_Key, _Label]:
+        """Reads the labels of all questions."""
+        stems: dict[str, list[str]] = {task: [] for task in self._tasks.values()}
         for image, task in self._tasks.items():
             stems[task].append(_get_stem(image))
-        labels, files = {}, {}
+        labels: dict[_Key, _Label] = {}
+        files: dict[epath.Path, None] = {}
         for task, task_stems in stems.items():
             for file, number, stem, question, answer in self._read_lines(task, task_stems):
                 if answer.lower() not in ("yes", "no"):
@@ -119,20 +122,27 @@ class MME(Benchmark):
         self.labels = tuple(files)
         return labels
 
-    def _read_lines(self, task, stems):
+    def _read_lines(self, task: str, stems: Iterable[str]) -> list[tuple[epath.Path, int, str, str, str]]:
         """Returns (file, line number, stem of the image's name, question, answer) for each label of a task."""
         folder = self.find_any(f"{_RELEASE}/{task}/questions_answers_YN", f"{_RELEASE}/{task}")
         names = {path.name for path in folder.iterdir()} if folder is not None and folder.is_dir() else set()
-        files = [(folder / f"{stem}.txt", stem) for stem in stems if f"{stem}.txt" in names]
+        files = [(folder / f"{stem}.txt", stem) for stem in stems if folder is not None and f"{stem}.txt" in names]
         if files:
-            return [(file, number, stem, *line) for file, stem in files for number, line in _read_fields(file, 2)]
+            return [
+                (file, number, stem, question, answer)
+                for file, stem in files
+                for number, (question, answer) in _read_fields(file, 2)
+            ]
         file = self.find_any(f"eval_tool/Your_Results/{task}.txt")
         if file is None:
             raise UserError(
                 f"mme: {self.folder} has no labels for {task}: neither {_RELEASE}/{task}/questions_answers_YN/*.txt "
                 f"nor {_RELEASE}/{task}/*.txt nor eval_tool/Your_Results/{task}.txt."
             )
-        return [(file, number, _get_stem(line[0]), *line[1:]) for number, line in _read_fields(file, 3)]
+        return [
+            (file, number, _get_stem(name), question, answer)
+            for number, (name, question, answer) in _read_fields(file, 3)
+        ]
 
 
 def parse_yes_no(text: str) -> str:
@@ -145,7 +155,7 @@ def parse_yes_no(text: str) -> str:
     return next((answer for answer in ("yes", "no") if answer in start), "other")
 
 
-def _score_task(pairs):
+def _score_task(pairs: Sequence[Sequence[bool]]) -> dict[str, float]:
     accuracy = statistics.fmean(correct for pair in pairs for correct in pair)
     accuracy_plus = statistics.fmean(all(pair) for pair in pairs)
     return {
@@ -156,19 +166,19 @@ def _score_task(pairs):
     }
 
 
-def _sum_scores(by_task, tasks):
+def _sum_scores(by_task: Mapping[str, Mapping[str, float]], tasks: Iterable[str]) -> float:
     return sum((by_task[task]["score"] for task in tasks if task in by_task), 0.0)
 
 
-def _get_stem(name):
+def _get_stem(name: str) -> str:
     return posixpath.splitext(posixpath.basename(name))[0]
 
 
-def _strip_suffixes(question):
+def _strip_suffixes(question: str) -> str:
     return question.replace(SHORT_ANSWER_SUFFIX.strip(), "").replace(_SUFFIX, "").strip()
 
 
-def _read_fields(file, columns):
+def _read_fields(file: epath.Path, columns: int) -> Iterator[tuple[int, list[str]]]:
     for number, line in read_text_lines(file):
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) < columns:

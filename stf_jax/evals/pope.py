@@ -1,7 +1,7 @@
 """POPE: questions whether an object is in the image, for present and absent objects (Li et al., 2023)."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -12,6 +12,7 @@ from stf_jax.evals.files import read_jsonl
 
 _SPLITS = ("random", "popular", "adversarial")
 _METRICS = ("f1", "accuracy", "precision", "recall", "yes_ratio")
+_Key = tuple[str, str]  # of a label: the image and the question
 
 
 class POPE(Benchmark):
@@ -34,7 +35,7 @@ class POPE(Benchmark):
         question_file = self.find("llava_pope_test.jsonl")
         rows = self.read_rows(question_file)
         self.questions = [self.make_question(row, "val2014") for row in rows]
-        by_split = {}
+        by_split: dict[str, list[_Key]] = {}
         for row in rows:
             split = row.get("category")
             if split not in _SPLITS:
@@ -47,7 +48,7 @@ class POPE(Benchmark):
         self._labels = [(row["category"], labels[row["category"]][_make_key(row)]) for row in rows]
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
-        pairs = {split: [] for split in _SPLITS}
+        pairs: dict[str, list[tuple[bool, bool]]] = {split: [] for split in _SPLITS}
         for (split, gold), text in zip(self._labels[: len(self.questions)], texts, strict=True):
             pairs[split].append((is_yes(text), gold))
         splits = {split: _score_pairs(split_pairs) for split, split_pairs in pairs.items() if split_pairs}
@@ -61,12 +62,12 @@ def is_yes(text: str) -> bool:
     return not {"No", "not", "no"} & set(words)
 
 
-def _make_key(row):
+def _make_key(row: Mapping[str, Any]) -> _Key:
     return row["image"], row["text"].removesuffix(SHORT_ANSWER_SUFFIX).strip()
 
 
-def _read_labels(file, keys):
-    labels = {}
+def _read_labels(file: epath.Path, keys: Sequence[_Key]) -> dict[_Key, bool]:
+    labels: dict[_Key, bool] = {}
     for number, row in read_jsonl(file):
         if (
             not isinstance(row, dict)
@@ -89,12 +90,12 @@ def _read_labels(file, keys):
     return labels
 
 
-def _format_key(key):
+def _format_key(key: _Key) -> str:
     image, question = key
     return f"{question!r} on {image}"
 
 
-def _score_pairs(pairs):
+def _score_pairs(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float]:
     """Computes the scores of (predicted, gold) pairs; True is yes."""
     predicted, gold = sum(yes for yes, _ in pairs), sum(yes for _, yes in pairs)
     both = sum(yes and true for yes, true in pairs)
@@ -109,5 +110,5 @@ def _score_pairs(pairs):
     }
 
 
-def _divide(part, total):
+def _divide(part: float, total: float) -> float:
     return part / total if total else 0.0

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -122,7 +122,7 @@ def evaluate_all(
     return results
 
 
-def _call_after_batches(texts, rows, on_batch_end):
+def _call_after_batches(texts: Iterable[str], rows: int, on_batch_end: Callable[[], None]) -> Iterator[str]:
     for index, text in enumerate(texts):
         yield text
         if (index + 1) % rows == 0:
@@ -189,7 +189,7 @@ def format_metric(metric: str, value: Any) -> Any:
     return f"{in_display_units(metric, value):.1f}{unit}"
 
 
-def _scoring_protocol(benchmark):
+def _scoring_protocol(benchmark: Benchmark) -> dict[str, Any]:
     """Returns the benchmark's part of the protocol."""
     return {
         "benchmark": benchmark.name,
@@ -199,7 +199,7 @@ def _scoring_protocol(benchmark):
     }
 
 
-def _hash_files(files):
+def _hash_files(files: Sequence[epath.Path]) -> list[dict[str, Any]]:
     """Lists files with their hashes; many files (MME has one per image) become a count and one hash of all hashes."""
     hashes = {str(file): sha256(file) for file in files}
     if len(files) > _MAX_LISTED_FILES:
@@ -208,11 +208,13 @@ def _hash_files(files):
     return [{"file": file, "sha256": value} for file, value in hashes.items()]
 
 
-def _decoding_protocol(benchmark, sampling):
+def _decoding_protocol(benchmark: Benchmark, sampling: Sampling) -> dict[str, Any]:
     return {"max_new_tokens": benchmark.max_new_tokens, **dataclasses.asdict(sampling)}
 
 
-def _read_kept_lines(benchmark, out, model, protocol, overwrite):
+def _read_kept_lines(
+    benchmark: Benchmark, out: epath.Path, model: str, protocol: Mapping[str, Any], overwrite: bool
+) -> list[str]:
     """Returns the answer lines in ``out`` from which the run can resume."""
     if not (out / ANSWERS).exists():
         return []
@@ -238,7 +240,9 @@ def _read_kept_lines(benchmark, out, model, protocol, overwrite):
         ) from None
 
 
-def _write_results(benchmark, texts, out, model, protocol):
+def _write_results(
+    benchmark: Benchmark, texts: Sequence[str], out: epath.Path, model: str, protocol: Mapping[str, Any]
+) -> Results:
     with as_user_error(out):
         files = benchmark.write_submission(texts, out)
     results = {

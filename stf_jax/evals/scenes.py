@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import types
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -68,9 +69,11 @@ def held_out_print_questions(each: int = QUESTIONS_PER_HEIGHT) -> tuple[HeldOutQ
     return _collect_in_turn(lambda item: item.question.height, HEIGHTS, each)
 
 
-def _collect_in_turn(get_key, keys, each):
+def _collect_in_turn(
+    get_key: Callable[[HeldOutQuestion], Hashable], keys: Iterable[Hashable], each: int
+) -> tuple[HeldOutQuestion, ...]:
     """Returns the first ``each`` questions of the second edition for each key, alternating keys."""
-    groups: dict[Any, list[HeldOutQuestion]] = {key: [] for key in keys}
+    groups: dict[Hashable, list[HeldOutQuestion]] = {key: [] for key in keys}
     index = 0
     while any(len(group) < each for group in groups.values()):
         for item in _make_questions(world_text, index, world_text.MAX_THINGS):
@@ -80,8 +83,8 @@ def _collect_in_turn(get_key, keys, each):
     return tuple(item for turn in zip(*groups.values(), strict=True) for item in turn)
 
 
-def _make_questions(world, index, max_things):
-    """Makes a question of each kind that the image with this index allows."""
+def _make_questions(world: types.ModuleType, index: int, max_things: int) -> list[HeldOutQuestion]:
+    """Makes a question of each kind that the image with this index allows; ``world`` is the edition's module."""
     scene = world.make_scene(SEED, index, held_out=True, max_things=max_things)
     image = functools.partial(world.draw, scene, index)
     return [
@@ -101,7 +104,7 @@ class Scenes(Benchmark):
         "image."
     )
     scored = True
-    kinds = world_text.KINDS
+    kinds: ClassVar[Sequence[str]] = world_text.KINDS
 
     def __init__(self, data: epath.Path | None = None):
         """``data`` is ignored: these benchmarks need no files."""
@@ -115,7 +118,7 @@ class Scenes(Benchmark):
                 ("scene", item.image),
                 ("blank", functools.partial(PIL.Image.new, "RGB", (SIDE, SIDE), _BLANK)),
             ):
-                metadata = {"kind": question.kind, "shown": shown, "truth": question.answer}
+                metadata: dict[str, Any] = {"kind": question.kind, "shown": shown, "truth": question.answer}
                 if question.height:
                     metadata["height"] = question.height
                 self.questions.append(Question(f"{item.index}/{question.kind}/{shown}", text, opener, text, metadata))
@@ -136,7 +139,9 @@ class Scenes(Benchmark):
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         """Computes ``accuracy`` and ``blank_image_accuracy``, in total, ``by_kind`` and ``by_print`` (large, small)."""
         answered = self._pair_answers(texts)
-        metrics = _accuracies(answered) | {"by_kind": _score_groups(_group_by_kind(answered, self.kinds))}
+        metrics: dict[str, Any] = _accuracies(answered) | {
+            "by_kind": _score_groups(_group_by_kind(answered, self.kinds))
+        }
         by_print = _score_groups(self._group_by_print(answered))
         return metrics | ({"by_print": by_print} if by_print else {})
 
@@ -157,7 +162,7 @@ class Scenes(Benchmark):
         """Groups the questions for the contact sheet, by title."""
         return _group_by_kind(answered, self.kinds)
 
-    def _pair_answers(self, texts):
+    def _pair_answers(self, texts: Sequence[str]) -> list[AnsweredQuestion]:
         pairs = zip(texts[::2], texts[1::2], strict=True)
         return [AnsweredQuestion(item, *pair) for item, pair in zip(self._held_out, pairs, strict=True)]
 
@@ -190,16 +195,16 @@ class Shapes(Scenes):
         return [item for index in range(128) for item in _make_questions(scenes, index, 2)]
 
 
-def _group_by_kind(answered, kinds):
+def _group_by_kind(answered: Sequence[AnsweredQuestion], kinds: Iterable[str]) -> dict[str, list[AnsweredQuestion]]:
     groups = {kind: [item for item in answered if item.question.kind == kind] for kind in kinds}
     return {kind: items for kind, items in groups.items() if items}
 
 
-def _score_groups(groups):
+def _score_groups(groups: Mapping[str, Sequence[AnsweredQuestion]]) -> dict[str, dict[str, float]]:
     return {name: _accuracies(items) | {"questions": len(items)} for name, items in groups.items()}
 
 
-def _accuracies(items):
+def _accuracies(items: Sequence[AnsweredQuestion]) -> dict[str, float]:
     return {
         "accuracy": sum(item.correct for item in items) / len(items),
         "blank_image_accuracy": sum(item.blank_correct for item in items) / len(items),

@@ -2,7 +2,7 @@
 
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -50,7 +50,7 @@ class ScienceQA(Benchmark):
         image_metrics = {"image_accuracy": statistics.fmean(with_image)} if with_image else {}
         return {"accuracy": statistics.fmean(correct)} | image_metrics
 
-    def _make_question(self, row):
+    def _make_question(self, row: Mapping[str, Any]) -> Question:
         text = _get_question_text(row) + LETTER_SUFFIX
         if row.get("image") is None:
             return Question(row["id"], text, None, text)
@@ -72,7 +72,7 @@ def parse_choice(text: str) -> str | None:
     return text if text in _LETTERS else None
 
 
-def _read_questions(file):
+def _read_questions(file: epath.Path) -> list[dict[str, Any]]:
     rows = read_list(file)
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{file} is not a list of questions; use the one in LLaVA's evaluation files.")
@@ -98,17 +98,17 @@ def _read_questions(file):
     return rows
 
 
-def _get_question_text(row):
+def _get_question_text(row: Mapping[str, Any]) -> str:
     return row["conversations"][0]["value"].replace(IMAGE_MARK, "").strip()
 
 
-def _get_answer(row):
+def _get_answer(row: Mapping[str, Any]) -> str | None:
     """Returns the gold letter in the question's row, or None."""
     answers = [turn["value"].strip() for turn in row["conversations"] if turn.get("from") == "gpt"]
     return answers[0] if answers and re.fullmatch("[A-Z]", answers[0]) else None
 
 
-def _read_problem_label(file, row, problem):
+def _read_problem_label(file: epath.Path, row: Mapping[str, Any], problem: Any) -> str:
     try:
         choices, index = len(problem["choices"]), problem["answer"]
         if not isinstance(problem["choices"], list) or type(index) is not int or not 0 <= index < choices:
@@ -126,7 +126,7 @@ def _read_problem_label(file, row, problem):
     return gold
 
 
-def _read_row_label(file, row):
+def _read_row_label(file: epath.Path, row: Mapping[str, Any]) -> str:
     lines = _get_question_text(row).split("\n")
     starts = [index for index, line in enumerate(lines) if line.startswith("A. ")]
     choices = 0

@@ -1,7 +1,7 @@
 """TextVQA: questions answered by text in the image (Singh et al., 2019); the validation split, version 0.5.1."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -40,7 +40,7 @@ class TextVQA(Benchmark):
         return {"accuracy": statistics.fmean(vqa.accuracies(texts, self._answers[: len(self.questions)]))}
 
 
-def _read_ten_answers(label, name):
+def _read_ten_answers(label: Mapping[str, Any], name: str) -> list[str]:
     answers = vqa.annotator_answers(label, name)
     if len(answers) != _ANNOTATORS:
         raise UserError(f"{name}: TextVQA has {_ANNOTATORS} answers per question, not {len(answers)}.")

@@ -41,6 +41,7 @@ class VizWiz(Benchmark):
             default=({}, None),
         )
         if any("answers" in label for label in labels.values()):
+            assert file is not None  # there are labels
             self.labels = (file,)
             matched = match_labels(self._images, labels, file)
             self._answers = [vqa.annotator_answers(label, f"{file}, {label['image']}") for label in matched]

@@ -82,6 +82,7 @@ def annotator_answers(label: Mapping[str, Any], name: str) -> list[str]:
     answers = label.get("answers")
     entries = answers if isinstance(answers, list) else []
     texts = [entry.get("answer") if isinstance(entry, dict) else entry for entry in entries]
-    if not texts or not all(isinstance(text, str) for text in texts):
+    strings = [text for text in texts if isinstance(text, str)]
+    if not strings or len(strings) < len(texts):
         raise UserError(f"{name}: a label needs answers, a list of the annotators' strings.")
-    return texts
+    return strings

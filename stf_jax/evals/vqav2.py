@@ -30,7 +30,7 @@ class VQAv2(Benchmark):
         file = self.find(*_IMAGES)
         self.questions = [self.make_question(row, _IMAGES[file.name]) for row in self.read_rows(file)]
         ids = [str(question.id) for question in self.questions]  # one file may have numbers, another strings
-        self._all_ids = None
+        self._all_ids: dict[str, str | int] | None = None
         test_set = self.find_any("llava_vqav2_mscoco_test2015.jsonl")
         if test_set is not None and file.name == _TEST:
             self._all_ids = {str(row["question_id"]): row["question_id"] for row in self.read_rows(test_set)}

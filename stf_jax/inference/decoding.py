@@ -13,6 +13,7 @@ Axis letters: B rows, T positions of prompts, G slots for new tokens, S = T + G,
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from stf_jax.runtime.mesh import BATCH
 from stf_jax.training.state import Blueprint
 
 BLOCKS = "llm/blocks/"
+Leaf = TypeVar("Leaf")
 Weights = Mapping[str, jax.Array | tuple[jax.Array, ...]]  # by path; a tuple of one array per layer for decoder blocks
 
 
@@ -40,23 +42,23 @@ class Sampling:
     of these whose probabilities sum to ``top_p``, and draw.
     """
 
-    temperature: float = 0.0  # 0: the most likely token
-    top_p: float = 1.0  # 1: all
-    top_k: int = 0  # 0: all
-    seed: int = 0
+    temperature: float | jax.Array = 0.0  # 0: the most likely token
+    top_p: float | jax.Array = 1.0  # 1: all
+    top_k: int | jax.Array = 0  # 0: all
+    seed: int | jax.Array = 0
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DecodeState:
+class DecodeState(Generic[Leaf]):
     """The state of a batch of answers. Finished rows keep emitting a stop token."""
 
-    cache: Cache  # [B, K, S, Dh], a pair per layer; S may be less after FULL_LAYERS
-    lengths: jax.Array  # int32 [B], of the prompts
-    cache_lengths: jax.Array  # int32 [B], prompt positions in the caches of decoder layers after FULL_LAYERS
-    output_ids: jax.Array  # int32 [B, G]
-    count: jax.Array  # int32: new tokens so far; the last of them is not in the cache yet
-    done: jax.Array  # bool [B]
+    cache: tuple[tuple[Leaf, Leaf], ...]  # [B, K, S, Dh], a pair per layer; S may be less after FULL_LAYERS
+    lengths: Leaf  # int32 [B], of the prompts
+    cache_lengths: Leaf  # int32 [B], prompt positions in the caches of decoder layers after FULL_LAYERS
+    output_ids: Leaf  # int32 [B, G]
+    count: Leaf  # int32: new tokens so far; the last of them is not in the cache yet
+    done: Leaf  # bool [B]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,21 +73,23 @@ class TokenRules:
         return jnp.isin(tokens, jnp.array(self.stops))
 
 
-def state_shardings(mesh: Mesh) -> DecodeState:
+def state_shardings(mesh: Mesh) -> DecodeState[NamedSharding]:
     """Shardings of a state; the cache's applies to each of its arrays."""
     rows, replicated = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
-    cache = NamedSharding(mesh, PartitionSpec(*BATCH, "tensor"))
+    cache: Any = NamedSharding(mesh, PartitionSpec(*BATCH, "tensor"))  # a prefix of the tree of caches
     # The output is replicated on every host, because all of them must make the same decision when to stop.
     return DecodeState(cache, rows, rows, output_ids=replicated, count=replicated, done=replicated)
 
 
-def make_programs(rules: TokenRules, plan: Blueprint, mesh: Mesh) -> tuple[Callable, Callable, Callable]:
+def make_programs(
+    rules: TokenRules, plan: Blueprint, mesh: Mesh
+) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped, jax.stages.Wrapped]:
     """Jitted :func:`prefill`, :func:`extend` and :func:`extend_capacity` for a mesh, compiled when first called.
 
     They take the arguments after ``rules`` and ``plan``. The state's memory is donated to ``extend``.
     """
 
-    def jit(call, *fixed, **jit_options):
+    def jit(call: Callable[..., DecodeState[jax.Array]], *fixed: Blueprint, **jit_options: Any) -> jax.stages.Wrapped:
         return jax.jit(functools.partial(call, rules, *fixed), out_shardings=state_shardings(mesh), **jit_options)
 
     return (
@@ -105,13 +109,13 @@ def split_layers(
     """
     is_stacked = path.startswith(BLOCKS)
     sharding = NamedSharding(mesh, PartitionSpec(*spec[int(is_stacked) :]))
-    value, total = _compile_split(dtype, sharding, is_stacked)(value)
-    return value, int(total)
+    converted, total = _compile_split(dtype, sharding, is_stacked)(value)
+    return converted, int(total)
 
 
 @functools.cache
-def _compile_split(dtype, sharding, is_stacked):
-    def split(x):
+def _compile_split(dtype: jnp.dtype, sharding: NamedSharding, is_stacked: bool) -> jax.stages.Wrapped:
+    def split(x: jax.Array) -> tuple[jax.Array | tuple[jax.Array, ...], jax.Array]:
         x = x.astype(dtype)
         return (tuple(x) if is_stacked else x), checksum(x)
 
@@ -130,12 +134,12 @@ def prefill(
     plan: Blueprint,
     capacity: int,
     weights: Weights,
-    tokens,
-    slots,
-    lengths,
-    images,
+    tokens: jax.Array,
+    slots: jax.Array,
+    lengths: jax.Array,
+    images: jax.Array,
     sampling: Sampling,
-) -> DecodeState:
+) -> DecodeState[jax.Array]:
     """Reads prompts and samples the first token of each answer.
 
     Args:
@@ -158,19 +162,24 @@ def prefill(
 
 
 def extend(
-    rules: TokenRules, plan: Blueprint, weights: Weights, state: DecodeState, limit: jax.Array, sampling: Sampling
-) -> DecodeState:
+    rules: TokenRules,
+    plan: Blueprint,
+    weights: Weights,
+    state: DecodeState[jax.Array],
+    limit: jax.Array,
+    sampling: Sampling,
+) -> DecodeState[jax.Array]:
     """Samples further tokens, until all rows are done or ``limit`` (at most G) tokens are sampled."""
     capacity = state.output_ids.shape[1]
 
-    def find_slots(layer, newest):
+    def find_slots(layer: int, newest: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The slot of the new token in that layer, and the slots that it attends to."""
         slots = jnp.arange(state.cache[layer][0].shape[2])
         slot = len(slots) - capacity + newest
         cache_lengths = state.lengths if layer < FULL_LAYERS else state.cache_lengths
         return slot, (slots < cache_lengths[:, None]) | ((slots >= len(slots) - capacity) & (slots <= slot))
 
-    def step(state: DecodeState) -> DecodeState:
+    def step(state: DecodeState[jax.Array]) -> DecodeState[jax.Array]:
         model = merge_weights(plan, weights)
         newest = state.count - 1
         token = jax.lax.dynamic_slice_in_dim(state.output_ids, newest, 1, axis=1)
@@ -192,14 +201,14 @@ def extend(
     return jax.lax.while_loop(lambda state: (state.count < limit) & ~state.done.all(), step, state)
 
 
-def extend_capacity(rules: TokenRules, capacity: int, state: DecodeState) -> DecodeState:
+def extend_capacity(rules: TokenRules, capacity: int, state: DecodeState[jax.Array]) -> DecodeState[jax.Array]:
     """The same state with G = ``capacity``, which must be larger than before."""
     extra = capacity - state.output_ids.shape[1]
     output_ids = jnp.pad(state.output_ids, ((0, 0), (0, extra)), constant_values=rules.stops[0])
     return dataclasses.replace(state, cache=_pad_cache(state.cache, extra), output_ids=output_ids)
 
 
-def _pad_cache(cache, extra):
+def _pad_cache(cache: Cache, extra: int) -> Cache:
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))), cache)
 
 
@@ -211,7 +220,7 @@ def sample_token(rules: TokenRules, logits: jax.Array, sampling: Sampling, step:
     if rules.suppressed_tokens:
         logits = jnp.where(np.isin(np.arange(logits.shape[-1]), rules.suppressed_tokens), -jnp.inf, logits)
 
-    def draw():
+    def draw() -> jax.Array:
         scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
         order = jnp.argsort(-scaled, axis=-1)
         ranked = jnp.take_along_axis(scaled, order, axis=-1)

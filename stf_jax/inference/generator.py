@@ -43,6 +43,7 @@ INITIAL_MAX_NEW_TOKENS = 128  # initial slots for new tokens; doubled when they 
 _THREADS = 2  # threads that prefetch images
 NO_VISION_MESSAGE = "the model has no vision tower: leave images out, or choose a model that has one."
 _OnText = Callable[[int, str], None]
+_Pending = list[list[Future[np.ndarray] | None]]  # by row: its images, None on other hosts
 
 
 class Generator:
@@ -67,7 +68,9 @@ class Generator:
         check_template(template, tokenizer)
         self.plan, self._reduction, self._model = blueprint(model), resolve_reduction(model), model
         self.slots = self._reduction.slots
-        self._vision, self._vocab = get_vision_config(model), (vocab := get_llm_config(model).vocab)
+        self._vision, llm = get_vision_config(model), get_llm_config(model)
+        assert llm is not None  # its blueprint has one
+        self._vocab = vocab = llm.vocab
         # Added tokens may have ids beyond the model's vocabulary: <image>, as in exports, or a <pad> of Llama 2. They
         # are never sampled, and a text that needs one is rejected.
         added = tokenizer.get_added_vocab()
@@ -87,7 +90,8 @@ class Generator:
     def load_params(self, params: Iterable[tuple[str, jax.Array]]) -> "Generator":
         """Loads the parameters to answer with; returns the generator. It drops each one before it asks for the next."""
         dtype, shardings = jnp.dtype(self.plan.precision), self.plan.shardings(self._mesh)
-        self._weights, checksums = {}, {}
+        self._weights: dict[str, jax.Array | tuple[jax.Array, ...]] = {}
+        checksums: dict[str, int] = {}
         for path, x in params:
             self._weights[path], checksums[path] = split_layers(path, x, dtype, self._mesh, shardings[path].spec)
             del x  # before the next is read
@@ -130,6 +134,7 @@ class Generator:
 
     def image_tokens(self, image: PIL.Image.Image) -> np.ndarray:
         """The image tokens of an image as the language model reads them, float32 [N, D]."""
+        assert self._vision is not None
         pixels = jnp.asarray(to_square(image, self._vision, self._aspect))[None, None]
         with compute_context(self._mesh, self.plan.precision):
             return np.asarray(self._image_tokens(self._weights, pixels)[0], np.float32)
@@ -138,14 +143,23 @@ class Generator:
         """Describes the model, its weights (by a fingerprint) and the prompt format, with the prompt of ``record``."""
         names = {Mark.IMAGE: IMAGE_MARK, Mark.END: self._tokenizer.eos_token, Mark.NEWLINE: "\n"}
         items = template_items(self._template, record)
-        prompt = "".join(names.get(item) or (item.text if isinstance(item, Text) else item.token) for item in items)
-        details = {"vision": self._model.vision, "fusion": self._model.fusion.fusion, "llm": self._model.llm}
+        prompt = "".join(
+            names[item] if isinstance(item, Mark) else item.text if isinstance(item, Text) else item.token
+            for item in items
+        )
+        details: dict[str, Any] = {
+            "vision": self._model.vision,
+            "fusion": self._model.fusion.fusion,
+            "llm": self._model.llm,
+        }
         details |= {"template": self._template, "image_aspect_ratio": self._aspect, "image_tokens": self.slots}
         if self._reduction.name:
             details |= {"reduce": self._reduction.name, "keep": self._reduction.keep}
         return details | {"precision": self.plan.precision, "weights": self._fingerprint, "first_prompt": prompt}
 
-    def _prepare_batch(self, pool, records, size) -> tuple[list[Encoded], list[list[Future]], int]:
+    def _prepare_batch(
+        self, pool: ThreadPoolExecutor, records: Sequence[Record], size: int
+    ) -> tuple[list[Encoded], _Pending, int]:
         """Prompts of a batch of ``size`` rows, and futures of the images of the rows that belong to this host."""
         prompts = [self._prompt(record) for record in records]
         local_rows = {
@@ -153,13 +167,13 @@ class Generator:
             for (part,) in self._rows.addressable_devices_indices_map((size,)).values()
             for row in _index_range(part, size)
         }
-        pending = [
+        pending: _Pending = [
             [pool.submit(self._open_image, image) if row in local_rows else None for image in record.images]
             for row, record in enumerate(records)
         ]
         return prompts, pending, size
 
-    def _prompt(self, record):
+    def _prompt(self, record: Record) -> Encoded:
         if record.images and self._vision is None:
             raise BadRow("no_vision", f"Record {record.id!r} has an image, but {NO_VISION_MESSAGE}")
         prompt = encode(template_items(self._template, record), self._tokenizer, self.slots)
@@ -172,10 +186,19 @@ class Generator:
             )
         return prompt
 
-    def _open_image(self, image):
+    def _open_image(self, image: Callable[[], PIL.Image.Image]) -> np.ndarray:
+        assert self._vision is not None  # _prompt rejects images without it
         return to_square(image(), self._vision, self._aspect)
 
-    def _generate_batch(self, prompts, pending, size, limit, sampling, on_text):
+    def _generate_batch(
+        self,
+        prompts: Sequence[Encoded],
+        pending: _Pending,
+        size: int,
+        limit: int,
+        sampling: Sampling,
+        on_text: _OnText | None,
+    ) -> Iterator[str]:
         sent = [""] * len(prompts)
         with compute_context(self._mesh, self.plan.precision):
             capacity = min(limit, INITIAL_MAX_NEW_TOKENS)
@@ -202,11 +225,12 @@ class Generator:
                 on_text(row, text.removeprefix(sent[row]))
             yield text
 
-    def _decode_text(self, tokens):
+    def _decode_text(self, tokens: np.ndarray) -> str:
         ends = np.flatnonzero(np.isin(tokens, self._stops))
         return self._tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens, skip_special_tokens=True).strip()
 
-    def _make_arrays(self, prompts, pending, size):
+    def _make_arrays(self, prompts: Sequence[Encoded], pending: _Pending, size: int) -> tuple[jax.Array, ...]:
+        """Tokens, image slots, lengths and images of a batch, as for :func:`stf_jax.inference.decoding.prefill`."""
         max_images, side = max(map(len, pending)), self._vision.image_size if self._vision else 1
         # A row with fewer images than others drops fewer tokens, so it needs extra positions to keep all of its text.
         extra = ((max_images - len(row)) * self._reduction.dropped for row in pending)
@@ -220,11 +244,12 @@ class Generator:
             tokens[i, :count] = prompt.tokens
             slots[i, :count] = np.where(prompt.is_image, np.cumsum(prompt.is_image) - 1, -1)
 
-        def images(index):
+        def images(index: tuple[slice, ...]) -> np.ndarray:
             rows = list(_index_range(index[0], size))
             local_images = np.zeros((len(rows), max_images, side, side, 3), np.uint8)
             for i, row in enumerate(rows):
                 for j, future in enumerate(pending[row] if row < len(pending) else ()):
+                    assert future is not None  # the row belongs to this host
                     local_images[i, j] = future.result()
             return local_images
 
@@ -236,7 +261,7 @@ class Generator:
         return *arrays, jax.make_array_from_callback(shape, self._rows, images)
 
 
-def _index_range(part, size):
+def _index_range(part: slice, size: int) -> range:
     return range(*part.indices(size))
 
 

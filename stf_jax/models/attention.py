@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -86,14 +87,14 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, implementati
     return _KERNELS[kernel_name](q, k, v, mask)
 
 
-def _cudnn(q, k, v, mask):
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     length = q.shape[1]
     if mask.causal:  # cuDNN has no gradients for odd lengths; padding at the right is hidden by the causal mask
         q, k, v = (jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, is_causal=mask.causal, implementation="cudnn")[:, :length]
 
 
-def _cudnn_refusal(q, mask):
+def _cudnn_refusal(q: jax.Array, mask: Mask) -> str | None:
     if platform() != "gpu":
         return "needs a GPU"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -110,7 +111,7 @@ _LANES = 128  # lanes of a TPU's vector registers; splash's blocks are multiples
 _BLOCK = 512  # largest side of splash's blocks, in positions
 
 
-def _splash(q, k, v, mask):
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """Pallas' splash attention on each device's rows and heads."""
     length = q.shape[1]
     # Padding at the right is hidden by the causal mask.
@@ -131,7 +132,7 @@ def _splash(q, k, v, mask):
     if mask.segments is not None:
         segments = jnp.pad(mask.segments, ((0, 0), (0, padded - length)), constant_values=-1)
 
-    def local(q, k, v, segments):
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         heads = [splash_attention.CausalMask((padded, padded))] * q.shape[2]
         kernel = splash_attention.make_splash_mha(
             splash_attention.MultiHeadMask(heads),
@@ -141,7 +142,7 @@ def _splash(q, k, v, mask):
             interpret=platform() == "cpu",
         )
 
-        def row(q, k, v, segments):
+        def row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
             ids = None if segments is None else splash_attention.SegmentIds(segments, segments)
             return kernel(q, k, v, segment_ids=ids)
 
@@ -157,7 +158,7 @@ def _splash(q, k, v, mask):
     return local(q, k, v, segments)[:, :length]
 
 
-def _splash_refusal(q, mask):
+def _splash_refusal(q: jax.Array, mask: Mask) -> str | None:
     if platform() == "gpu":
         return "needs a TPU"
     if not mask.causal:
@@ -171,14 +172,14 @@ _QUERY_BLOCK = 512  # queries per block of a long row
 _MAX_SPANS = 4  # spans of a short row, each of at least 64 queries
 
 
-def _xla(q, k, v, mask):
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     rows, length, heads, size = q.shape
     kv_heads = k.shape[2]
     # Heads come first, and the query heads of a kv head are stacked. Both products are then of plain matrices, and
     # scores are never copied into another layout (on a CPU, that and softmax would take longer than the products).
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
 
-    def attend_span(positions, q, visible):
+    def attend_span(positions: jax.Array, q: jax.Array, visible: int) -> jax.Array:
         """Attends from the queries at these positions to the first ``visible`` keys."""
         stacked = q.reshape(rows, kv_heads, -1, size)
         scores = jnp.einsum("bkqd,bksd->bkqs", stacked, k[:, :, :visible], preferred_element_type=jnp.float32)
@@ -208,13 +209,17 @@ def _xla(q, k, v, mask):
 
 
 @functools.cache
-def _log_once(message):
+def _log_once(message: str) -> None:
     if jax.process_index() == 0:
         logging.getLogger(__name__).info(message)
 
 
-_KERNELS = {"cudnn": _cudnn, "splash": _splash, "xla": _xla}
-_REFUSALS = {"cudnn": _cudnn_refusal, "splash": _splash_refusal}
+_KERNELS: dict[str, Callable[[jax.Array, jax.Array, jax.Array, Mask], jax.Array]] = {
+    "cudnn": _cudnn,
+    "splash": _splash,
+    "xla": _xla,
+}
+_REFUSALS: dict[str, Callable[[jax.Array, Mask], str | None]] = {"cudnn": _cudnn_refusal, "splash": _splash_refusal}
 
 
 def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:

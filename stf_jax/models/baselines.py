@@ -19,7 +19,6 @@ H heads, Dh head size, L blocks.
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from flax import nnx
 
 from stf_jax.config import FusionConfig
 from stf_jax.models.layers import (
+    Activation,
     LayerNorm,
     Linear,
     apply_layers,
@@ -63,7 +63,7 @@ class Projector(nnx.Module):
         config: FusionConfig,
         channels: int,
         out: int,
-        activation: Callable[[jax.Array], jax.Array] = gelu,
+        activation: Activation = gelu,
     ):
         self.activation = activation
         self.first = Linear(rngs, [(channels, "embed")], [(out, "mlp")], **initializers(config.init, channels, out))
@@ -192,7 +192,8 @@ class DepthwiseConv(nnx.Module):
         _, height, width, _ = x.shape
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
         kernel = self.kernel[...]
-        y = sum(padded[:, i : i + height, j : j + width] * kernel[i, j] for i in range(3) for j in range(3))
+        products = (padded[:, i : i + height, j : j + width] * kernel[i, j] for i in range(3) for j in range(3))
+        y = sum(products, start=jnp.zeros(()))
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 
@@ -274,7 +275,7 @@ class TokenPacker(nnx.Module):
         queries = _windows(x[..., :width], k)[:, :, middle, :, middle].mean((2, 4))
         queries = self.query_norm(self.coarse(queries))
 
-        def in_windows(y):
+        def in_windows(y: jax.Array) -> jax.Array:
             return _windows(y, k).swapaxes(2, 3).reshape(-1, k * k, width)
 
         keys, values = self.key_norm(self.keys(x)), self.value_norm(self.values(x))
@@ -302,12 +303,12 @@ class Attention(nnx.Module):
         return self.out(jax.nn.dot_product_attention(*heads, implementation="xla"))
 
 
-def _windows(x, k):
+def _windows(x: jax.Array, k: int) -> jax.Array:
     """[B, g, g, C] → [B, g/k, k, g/k, k, C]."""
     batch, height, width, channels = x.shape
     return x.reshape(batch, height // k, k, width // k, k, channels)
 
 
-def _average_windows(x, k):
+def _average_windows(x: jax.Array, k: int) -> jax.Array:
     """The mean of each window: [B, g, g, C] → [B, g/k, g/k, C]."""
     return _windows(x, k).mean((2, 4))

@@ -73,7 +73,7 @@ def tapped_blocks(config: FusionConfig, layers: int) -> tuple[int, ...]:
     return taps or spec.taps(layers, deepest)
 
 
-def _evenly_spaced(layers):
+def _evenly_spaced(layers: int) -> tuple[int, ...]:
     count = min(TAPS, layers)
     return tuple(math.ceil(layers * i / count) for i in range(count, 0, -1))
 
@@ -133,16 +133,16 @@ class STF(nnx.Module):
         return gelu(self.out(gelu(self.mix(x)))) if self.paper else self.out(x)
 
 
-def _patch_projector(rngs, config, grid, out):
+def _patch_projector(rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> Projector:
     return Projector(rngs, config, grid.channels, out)
 
 
-def _mbtf_taps(layers, deepest):
+def _mbtf_taps(layers: int, deepest: int) -> tuple[int, ...]:
     """Evenly spaced taps for MBTF, with the deepest replaced by ``deepest``."""
     return (deepest, *_evenly_spaced(layers)[1:])
 
 
-def _token_packer_taps(layers, deepest):
+def _token_packer_taps(layers: int, deepest: int) -> tuple[int, ...]:
     """Taps of TokenPacker; its authors use 23, 22, 16 and 12 of CLIP-L, of which LLaVA reads 23."""
     depths = (deepest, deepest - 1, round(16 / 23 * deepest), round(12 / 23 * deepest))
     return tuple(sorted({max(depth, 0) for depth in depths}, reverse=True))  # fewer in a tower of three blocks
@@ -152,7 +152,8 @@ def _token_packer_taps(layers, deepest):
 class FusionSpec:
     """Properties of a fusion that are known before it is built."""
 
-    connector: Callable[..., nnx.Module]  # (rngs, config, grid, D) → a module [B, g, g, channels] → [B, …, D]
+    # (rngs, config, grid, D) → a module [B, g, g, channels] → [B, …, D]
+    connector: Callable[[nnx.Rngs, FusionConfig, Grid, int], Callable[[jax.Array], jax.Array]]
     uses_mbtf: bool = False  # whether MBTF first mixes all taps into one state
     taps: Callable[[int, int], tuple[int, ...]] | None = None  # (layers, deepest) → taps; None: one tap
     merges: bool = True  # whether each token stands for k×k patches
@@ -173,7 +174,7 @@ FUSIONS: dict[str, FusionSpec] = {
 }
 
 
-def _fusion_spec(config):
+def _fusion_spec(config: FusionConfig) -> FusionSpec:
     if config.fusion not in FUSIONS:
         raise UserError(f"Config key model.fusion.fusion is {config.fusion!r}: {did_you_mean(config.fusion, FUSIONS)}")
     return FUSIONS[config.fusion]

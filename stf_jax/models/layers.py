@@ -9,6 +9,7 @@ Axis letters: B batch, T positions, L layers, D width, H heads, K kv heads, F fe
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from flax import nnx
 
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 Axis = tuple[int, str]  # size, logical name
+Activation = Callable[[jax.Array], jax.Array]
 
 
 def parameter(rngs: nnx.Rngs, axes: Sequence[Axis], init: Init) -> nnx.Param:
@@ -46,7 +48,14 @@ def uniform(bound: float) -> Init:
     return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-def initializers(name: str, fan_in: int, fan_out: int) -> dict[str, Init]:
+class Initializers(TypedDict):
+    """The initializers of a layer, as keywords."""
+
+    kernel_init: Init
+    bias_init: Init
+
+
+def initializers(name: str, fan_in: int, fan_out: int) -> Initializers:
     """``kernel_init`` and ``bias_init`` of a layer, by the name of the scheme.
 
     ``torch`` is the default of ``torch.nn.Linear`` and ``Conv2d``, weights and biases U(±1/√fan_in), which the authors'
@@ -78,7 +87,7 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
+ACTIVATIONS: dict[str, Activation] = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
 
 
 class Linear(nnx.Module):
@@ -201,28 +210,29 @@ def shard_rows(x: jax.Array) -> jax.Array:
     return constrain(x, ("data", "fsdp"))
 
 
-_REMAT = {
+_REMAT: dict[str, Callable[..., bool]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
 def apply_layers(
-    block: nnx.Module,
+    block: Callable[..., jax.Array],
     x: jax.Array,
-    *context,
+    *context: Any,
     layers: range,
     scan: bool,
     remat: str,
 ) -> jax.Array:
     """Applies ``layers`` (a step-1 range) of a stacked block to ``x``, scanned or unrolled.
 
-    ``block`` holds parameters ``[L, ...]``; its call sees one layer's, takes ``(x, *context)`` and returns the next
-    ``x``. ``remat`` names what the backward pass recomputes: ``none``, ``dots`` (all but matrix products) or ``full``.
+    ``block`` is a module with parameters ``[L, ...]``; its call sees one layer's, takes ``(x, *context)`` and returns
+    the next ``x``. ``remat`` names what the backward pass recomputes: ``none``, ``dots`` (all but matrix products) or
+    ``full``.
     """
     graph, stacked = nnx.split(block)
 
-    def apply_one(x, layer):
+    def apply_one(x: jax.Array, layer: nnx.State) -> jax.Array:
         return nnx.merge(graph, layer)(x, *context)
 
     if remat != "none":

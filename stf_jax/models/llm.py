@@ -98,7 +98,7 @@ def sharded_embedding_lookup(table: jax.Array, tokens: jax.Array, dtype: jnp.dty
     if mesh.empty:
         return table[tokens].astype(dtype)
 
-    def local(table, tokens):
+    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
         tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
         local_ids = tokens - jax.lax.axis_index("tensor") * table.shape[0]
         rows = table.at[local_ids].get(mode="fill", fill_value=0, wrap_negative_indices=False).astype(dtype)
@@ -200,7 +200,7 @@ class Decoder(nnx.Module):
         """
         mask = Mask(causal=True, segments=segments)
 
-        def attend(q, k, v):
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             return attention(q, k, v, mask, self.attention)
 
         with jax.named_scope("llm"):
@@ -220,11 +220,12 @@ class Decoder(nnx.Module):
         Returns:
           Hidden states after the final norm of the positions that the last layer read, and the cache (S = T).
         """
-        cache, last_qk = [], ()
+        cache: list[tuple[jax.Array, jax.Array]] = []
+        last_qk: tuple[jax.Array, ...] = ()
 
-        def attend(q, k, v):
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             nonlocal last_qk
-            cache.append(tuple(_constrain_cache(y.swapaxes(1, 2)) for y in (k, v)))
+            cache.append((_constrain_cache(k.swapaxes(1, 2)), _constrain_cache(v.swapaxes(1, 2))))
             last_qk = q, k
             return attention(q, k, v, Mask(causal=True), self.attention)
 
@@ -254,9 +255,10 @@ class Decoder(nnx.Module):
         Returns:
           Hidden states [B, 1, D] after the final norm, and the cache.
         """
-        layers, new_cache = zip(cache, slots, strict=True), []
+        layers = zip(cache, slots, strict=True)
+        new_cache: list[tuple[jax.Array, jax.Array]] = []
 
-        def attend(q, k, v):
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             layer_cache, (slot, filled) = next(layers)
             pair = zip(layer_cache, (k, v), strict=True)
             keys, values = (
@@ -269,7 +271,15 @@ class Decoder(nnx.Module):
         with jax.named_scope("llm"):
             return self.norm(self._layers(x, positions, attend, range(self.config.layers))), tuple(new_cache)
 
-    def _layers(self, x, positions, attend, layers, scan=False, remat="none"):
+    def _layers(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        layers: range,
+        scan: bool = False,
+        remat: str = "none",
+    ) -> jax.Array:
         cos, sin = rope_angles(self.config, positions)
         return apply_layers(self.blocks, x, cos, sin, attend, layers=layers, scan=scan, remat=remat)
 
@@ -285,6 +295,6 @@ class Decoder(nnx.Module):
         return self.head(x).astype(jnp.float32)
 
 
-def _constrain_cache(x):
+def _constrain_cache(x: jax.Array) -> jax.Array:
     """Constrains keys or values of a cache to be split by rows and heads."""
     return constrain(x, ("data", "fsdp"), "tensor")

@@ -13,9 +13,10 @@ def interpolate_positions(table: np.ndarray, positions: int) -> np.ndarray:
     Raises:
       ValueError: the numbers of positions are not both squares, or both a square plus one.
     """
-    if not same_grid_kind(len(table), positions):
+    old_grid, new_grid = _grid(len(table)), _grid(positions)
+    if old_grid is None or new_grid is None or old_grid[0] != new_grid[0]:
         raise ValueError(f"{len(table)} and {positions} positions do not both belong to square grids")
-    (class_tokens, old), (_, new) = _grid(len(table)), _grid(positions)
+    (class_tokens, old), (_, new) = old_grid, new_grid
     grid = table[class_tokens:].astype(np.float64).reshape(old, old, -1)
     weights = _interpolation_weights(old, new)
     grid = np.einsum("yi,xj,ijc->yxc", weights, weights, grid).reshape(new * new, -1)
@@ -28,7 +29,7 @@ def same_grid_kind(positions: int, others: int) -> bool:
     return first is not None and second is not None and first[0] == second[0]
 
 
-def _grid(positions):
+def _grid(positions: int) -> tuple[int, int] | None:
     """The number of class tokens, 0 or 1, and the side of the grid; None if it is not square."""
     for class_tokens in (0, 1):
         side = round((positions - class_tokens) ** 0.5)
@@ -37,7 +38,7 @@ def _grid(positions):
     return None
 
 
-def _interpolation_weights(old, new):
+def _interpolation_weights(old: int, new: int) -> np.ndarray:
     """Weight of each of ``old`` points in each of ``new`` points: float64 [new, old]."""
     centers = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old))
@@ -48,7 +49,7 @@ def _interpolation_weights(old, new):
     return weights
 
 
-def _cubic(x, a=-0.75):
+def _cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     return np.where(x <= 1, near, far)

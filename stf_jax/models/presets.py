@@ -1,15 +1,17 @@
 """Shapes of vision towers and language models: presets by name, imported ones from ``model.json`` in their folder."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TypeVar
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from stf_jax.config import ModelConfig, UserError, did_you_mean
 from stf_jax.models.llm import LLMConfig, RopeScaling
 from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.files import read_json, to_path
 
-_CLIP = dict(
+_clip = functools.partial(
+    VisionConfig,
     activation="quick_gelu",
     class_token=True,
     pre_norm=True,
@@ -18,7 +20,8 @@ _CLIP = dict(
     mean=(0.48145466, 0.4578275, 0.40821073),
     std=(0.26862954, 0.26130258, 0.27577711),
 )
-_SIGLIP = dict(
+_siglip = functools.partial(
+    VisionConfig,
     activation="gelu_tanh",
     class_token=False,
     pre_norm=False,
@@ -30,22 +33,22 @@ _SIGLIP = dict(
 
 # "mini" are the demo's backbones (stf_jax/weights/miniatures), with eight blocks to provide eight depths to tap.
 VISION: dict[str, VisionConfig] = {
-    "clip-l-14-336": VisionConfig(336, 14, width=1024, layers=24, heads=16, mlp=4096, **_CLIP),
-    "clip-b-16-224": VisionConfig(224, 16, width=768, layers=12, heads=12, mlp=3072, **_CLIP),
-    "siglip-so400m-14-384": VisionConfig(384, 14, width=1152, layers=27, heads=16, mlp=4304, **_SIGLIP),
-    "siglip-b-16-384": VisionConfig(384, 16, width=768, layers=12, heads=12, mlp=3072, **_SIGLIP),
-    "siglip-b-16-256": VisionConfig(256, 16, width=768, layers=12, heads=12, mlp=3072, **_SIGLIP),
-    "clip-mini-16-384": VisionConfig(384, 16, width=128, layers=8, heads=4, mlp=512, **_CLIP),
-    "clip-mini-16-96": VisionConfig(96, 16, width=128, layers=8, heads=4, mlp=512, **_CLIP),
-    "clip-mini-8-96": VisionConfig(96, 8, width=128, layers=8, heads=4, mlp=512, **_CLIP),
-    "clip-mini-8-48": VisionConfig(48, 8, width=128, layers=8, heads=4, mlp=512, **_CLIP),
-    "siglip-mini-16-96": VisionConfig(96, 16, width=128, layers=8, heads=4, mlp=512, **_SIGLIP),
-    "siglip-mini-8-96": VisionConfig(96, 8, width=128, layers=8, heads=4, mlp=512, **_SIGLIP),
+    "clip-l-14-336": _clip(336, 14, width=1024, layers=24, heads=16, mlp=4096),
+    "clip-b-16-224": _clip(224, 16, width=768, layers=12, heads=12, mlp=3072),
+    "siglip-so400m-14-384": _siglip(384, 14, width=1152, layers=27, heads=16, mlp=4304),
+    "siglip-b-16-384": _siglip(384, 16, width=768, layers=12, heads=12, mlp=3072),
+    "siglip-b-16-256": _siglip(256, 16, width=768, layers=12, heads=12, mlp=3072),
+    "clip-mini-16-384": _clip(384, 16, width=128, layers=8, heads=4, mlp=512),
+    "clip-mini-16-96": _clip(96, 16, width=128, layers=8, heads=4, mlp=512),
+    "clip-mini-8-96": _clip(96, 8, width=128, layers=8, heads=4, mlp=512),
+    "clip-mini-8-48": _clip(48, 8, width=128, layers=8, heads=4, mlp=512),
+    "siglip-mini-16-96": _siglip(96, 16, width=128, layers=8, heads=4, mlp=512),
+    "siglip-mini-8-96": _siglip(96, 8, width=128, layers=8, heads=4, mlp=512),
 }
 
-_QWEN2 = dict(rope_theta=1e6, norm_eps=1e-6, qkv_bias=True)
-_QWEN3 = dict(vocab=151_936, head_dim=128, rope_theta=1e6, norm_eps=1e-6, qk_norm=True)
-_SMOL = dict(vocab=49_152, head_dim=64, tied=True)
+_qwen2 = functools.partial(LLMConfig, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True)
+_qwen3 = functools.partial(LLMConfig, vocab=151_936, head_dim=128, rope_theta=1e6, norm_eps=1e-6, qk_norm=True)
+_smol = functools.partial(LLMConfig, vocab=49_152, head_dim=64, tied=True)
 
 LLM: dict[str, LLMConfig] = {
     "vicuna-7b": LLMConfig(32_000, width=4096, layers=32, heads=32, kv_heads=32, head_dim=128, mlp=11_008),
@@ -57,15 +60,13 @@ LLM: dict[str, LLMConfig] = {
     "mistral-7b": LLMConfig(
         32_000, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14_336, rope_theta=1e6
     ),
-    "qwen2.5-0.5b": LLMConfig(
-        151_936, width=896, layers=24, heads=14, kv_heads=2, head_dim=64, mlp=4864, tied=True, **_QWEN2
-    ),
-    "qwen2.5-7b": LLMConfig(152_064, width=3584, layers=28, heads=28, kv_heads=4, head_dim=128, mlp=18_944, **_QWEN2),
-    "qwen3-0.6b": LLMConfig(width=1024, layers=28, heads=16, kv_heads=8, mlp=3072, tied=True, **_QWEN3),
-    "qwen3-8b": LLMConfig(width=4096, layers=36, heads=32, kv_heads=8, mlp=12_288, **_QWEN3),
-    "smollm2-135m": LLMConfig(width=576, layers=30, heads=9, kv_heads=3, mlp=1536, rope_theta=1e5, **_SMOL),
-    "smollm2-360m": LLMConfig(width=960, layers=32, heads=15, kv_heads=5, mlp=2560, rope_theta=1e5, **_SMOL),
-    "smollm2-1.7b": LLMConfig(width=2048, layers=24, heads=32, kv_heads=32, mlp=8192, rope_theta=1.3e5, **_SMOL),
+    "qwen2.5-0.5b": _qwen2(151_936, width=896, layers=24, heads=14, kv_heads=2, head_dim=64, mlp=4864, tied=True),
+    "qwen2.5-7b": _qwen2(152_064, width=3584, layers=28, heads=28, kv_heads=4, head_dim=128, mlp=18_944),
+    "qwen3-0.6b": _qwen3(width=1024, layers=28, heads=16, kv_heads=8, mlp=3072, tied=True),
+    "qwen3-8b": _qwen3(width=4096, layers=36, heads=32, kv_heads=8, mlp=12_288),
+    "smollm2-135m": _smol(width=576, layers=30, heads=9, kv_heads=3, mlp=1536, rope_theta=1e5),
+    "smollm2-360m": _smol(width=960, layers=32, heads=15, kv_heads=5, mlp=2560, rope_theta=1e5),
+    "smollm2-1.7b": _smol(width=2048, layers=24, heads=32, kv_heads=32, mlp=8192, rope_theta=1.3e5),
     "llama-mini": LLMConfig(512, width=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp=256, tied=True),
     "llama-mini-6": LLMConfig(512, width=128, layers=6, heads=4, kv_heads=2, head_dim=32, mlp=512, tied=True),
 }
@@ -126,18 +127,20 @@ def llm_preset(name: str) -> LLMConfig:
     return _lookup(LLM, name, "llm", parse_llm_config)
 
 
-def parse_vision_config(values: Mapping) -> VisionConfig:
+def parse_vision_config(values: Mapping[str, Any]) -> VisionConfig:
     """A tower shape from plain data, as ``dataclasses.asdict`` and JSON produce it."""
     return VisionConfig(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
-def parse_llm_config(values: Mapping) -> LLMConfig:
+def parse_llm_config(values: Mapping[str, Any]) -> LLMConfig:
     """A language model shape from plain data, as ``dataclasses.asdict`` and JSON produce it."""
     scaling = values["rope_scaling"]
     return LLMConfig(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
 
-def _lookup(presets: Mapping[str, _Config], name: str, key: str, build) -> _Config:
+def _lookup(
+    presets: Mapping[str, _Config], name: str, key: str, build: Callable[[Mapping[str, Any]], _Config]
+) -> _Config:
     name = name or DEFAULTS[key]
     if name in presets:
         return presets[name]
@@ -147,6 +150,8 @@ def _lookup(presets: Mapping[str, _Config], name: str, key: str, build) -> _Conf
         values = read_json(file)[key]
         if values is not None:
             return build(values)
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} does not describe a model.") from None
     raise UserError(f"model.{key}={name}: that folder has no {key} weights.")

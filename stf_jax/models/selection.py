@@ -79,8 +79,13 @@ def resolve_reduction(config: ModelConfig) -> Reduction:
     keep = config.keep or max(1, tokens // 4)
     if not 1 <= keep <= tokens:
         raise UserError(f"keep={keep} must be 1 to {tokens}, the image tokens per image of {fusion}.")
-    if name == "fastv" and get_llm_config(config).layers <= FULL_LAYERS:
-        raise UserError(f"reduce=fastv acts after decoder layer {FULL_LAYERS}, but {config.llm} has no more layers.")
+    if name == "fastv":
+        llm = get_llm_config(config)
+        assert llm is not None  # a model with image tokens to reduce has one
+        if llm.layers <= FULL_LAYERS:
+            raise UserError(
+                f"reduce=fastv acts after decoder layer {FULL_LAYERS}, but {config.llm} has no more layers."
+            )
     if name != "fastv" and fusion not in _PER_PATCH:
         raise UserError(
             f"reduce={name} needs a fusion that keeps every patch ({', '.join(_PER_PATCH)}), but {fusion} does not."
@@ -199,7 +204,7 @@ def merge_visionzip(
     assignment = jax.nn.one_hot(similarity.argmax(-1), contextual, dtype=states[0].dtype)
     counts = jnp.maximum(assignment.sum(1, dtype=jnp.float32), 1)[:, :, None]
 
-    def merge_state(state):
+    def merge_state(state: jax.Array) -> jax.Array:
         total = jnp.einsum(
             "bot,boc->btc", assignment, _gather_tokens(state, others), preferred_element_type=jnp.float32
         )
@@ -209,7 +214,7 @@ def merge_visionzip(
     return tuple(merge_state(state) for state in states)
 
 
-def _gather_tokens(x, indices):
+def _gather_tokens(x: jax.Array, indices: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, indices[:, :, None], axis=1)
 
 

@@ -16,6 +16,7 @@ from stf_jax.config import UserError
 from stf_jax.models.attention import Mask, attention
 from stf_jax.models.layers import (
     ACTIVATIONS,
+    Init,
     LayerNorm,
     Linear,
     StridedConv,
@@ -55,7 +56,7 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
 
-def _residual_init(config, fan_in):
+def _residual_init(config: VisionConfig, fan_in: int) -> Init:
     # As in CLIP, the sum of what all blocks add to the residual stream starts no larger than its input.
     return normal((2 * config.layers * fan_in) ** -0.5)
 
@@ -164,7 +165,7 @@ class VisionTower(nnx.Module):
                 depth = tap
             return tuple(states[tap] for tap in taps)
 
-    def _embed(self, images, dtype):
+    def _embed(self, images: jax.Array, dtype: jnp.dtype) -> jax.Array:
         config = self.config
         mean, std = (jnp.asarray(value, jnp.float32) for value in (config.mean, config.std))
         pixels = ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)

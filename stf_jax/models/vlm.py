@@ -11,7 +11,7 @@ from stf_jax.config import ModelConfig
 from stf_jax.models.cells import CellHead
 from stf_jax.models.fusion import Fusion, tapped_blocks
 from stf_jax.models.layers import shard_rows
-from stf_jax.models.llm import Cache, Decoder
+from stf_jax.models.llm import Cache, Decoder, SelectPositions
 from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.selection import (
     FULL_LAYERS,
@@ -41,6 +41,7 @@ class VLM(nnx.Module):
         vision, llm = get_vision_config(config), get_llm_config(config)
         self.dtype = jnp.dtype(config.precision)
         self.reduction = resolve_reduction(config)
+        assert llm is not None  # there is no VLM of a tower alone
         if vision is not None:
             self.taps = tapped_blocks(config.fusion, vision.layers)
             # Splash supports only causal attention.
@@ -108,16 +109,19 @@ class VLM(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         image_tokens = self.image_tokens(images) if images.shape[1] else None
         x = shard_rows(self.embed(tokens, image_slots, image_tokens))
-        cache_lengths, select = lengths, None
+        cache_lengths = lengths
+        select: SelectPositions | None = None
         if self.reduction.dropped and images.shape[1]:
             is_image = image_slots >= 0
             image_counts = is_image.sum(1) // self.reduction.tokens
             cache_lengths = lengths - image_counts * self.reduction.dropped
             kept_length = tokens.shape[1] - images.shape[1] * self.reduction.dropped
 
-            def select(q, k):
+            def select_kept(q: jax.Array, k: jax.Array) -> jax.Array:
                 scores = last_token_attention(q, k, lengths)
                 return kept_positions(scores, is_image, lengths, image_counts * self.reduction.keep, kept_length)
+
+            select = select_kept
 
         hidden, cache = self.llm.prefill(x, positions, FULL_LAYERS, select)
         last = jnp.maximum(cache_lengths - 1, 0)[:, None, None]
@@ -143,9 +147,16 @@ class VLM(nnx.Module):
         x = shard_rows(self.embed(tokens, image_slots, image_tokens))
         return self.llm(x, positions, segment_ids)
 
-    def __call__(self, *inputs: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        image_slots: jax.Array,
+        images: jax.Array,
+    ) -> jax.Array:
         """Next-token logits, float32 [B, T, V], of the arguments of :meth:`hidden`."""
-        return self.llm.logits(self.hidden(*inputs))
+        return self.llm.logits(self.hidden(tokens, positions, segment_ids, image_slots, images))
 
 
 def slots_per_image(config: ModelConfig) -> int:

@@ -12,7 +12,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,10 @@ from stf_jax.runtime import hosts
 from stf_jax.runtime.checksum import checksum
 from stf_jax.runtime.files import in_bucket
 
+if TYPE_CHECKING:
+    from stf_jax.training.state import TrainState
+
+_Trees = dict[str, Any]  # the items of a checkpoint that are arrays, each a tree
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax is still writing
 _ATTEMPTS, _PAUSE = 3, 5.0  # to save the last step, and seconds between them
 IO_ERRORS = OSError, ValueError, KeyError, TypeError, AttributeError, IndexError  # from Orbax and tensorstore
@@ -54,7 +58,7 @@ class Checkpoints:
         config: CheckpointConfig,
         faults: FaultsConfig = TrainConfig.faults,
         on_event: Callable[..., None] = lambda kind, step, **fields: None,
-    ):
+    ) -> None:
         """Deletes partly written checkpoints, so no other run may be using the workdir.
 
         Args:
@@ -74,7 +78,7 @@ class Checkpoints:
         self._retry_step: int | None = None
         self._reason = ""
 
-    def _open(self):
+    def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0 and self._folder.exists():
             for partial in self._folder.glob(f"*{_TEMPORARY}*"):
                 partial.rmtree()
@@ -96,7 +100,9 @@ class Checkpoints:
         retry = self._retry_step is not None and step >= self._retry_step
         return step != self.latest and (last or retry or step % self._config.every_steps == 0)
 
-    def save(self, step: int, state: Any, data: dict[str, Any], clock: dict[str, Any], *, last: bool = False) -> None:
+    def save(
+        self, step: int, state: "TrainState", data: dict[str, Any], clock: dict[str, Any], *, last: bool = False
+    ) -> None:
         """Saves a step. Arrays are written in the background, except for the ``last`` step, where this waits.
 
         Call it after a step and before taking the next batch, because ``data`` is the position in the stream of
@@ -123,7 +129,7 @@ class Checkpoints:
             if attempt:
                 time.sleep(_PAUSE)
             self._saving = step
-            failure = None
+            failure: Exception | None = None
             try:
                 self._manager.save(step, args=ocp.args.Composite(**items), force=True)
             except IO_ERRORS as error:
@@ -133,7 +139,7 @@ class Checkpoints:
         if last:
             raise RunFailed(f"{self._unsaved_message(step)} Run the same command to resume from there.")
 
-    def _finish_pending_save(self, step, failure=None):
+    def _finish_pending_save(self, step: int, failure: Exception | None = None) -> bool:
         """Waits for the pending save and returns whether none has failed. Reports a failure and schedules a retry."""
         if self._saving is None:
             return True
@@ -165,16 +171,16 @@ class Checkpoints:
             )
         return False
 
-    def _newest_name(self):
+    def _newest_name(self) -> str:
         return f"step {self._last_saved}" if self._last_saved else "none"
 
-    def _unsaved_message(self, step):
+    def _unsaved_message(self, step: int) -> str:
         return (
             f"Step {step} cannot be saved in {self._folder} ({self._reason}). Fix the cause (for example, free disk "
             f"space). The newest complete checkpoint: {self._newest_name()}."
         )
 
-    def restore_newest(self, layout: Any) -> tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]] | None:
+    def restore_newest(self, layout: "TrainState") -> tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]] | None:
         """Restores the newest readable step: returns its number and what :meth:`restore` returns, or None without any.
 
         A damaged step is moved to ``workdir/damaged`` and the one before it is restored. With several hosts, of which
@@ -200,7 +206,7 @@ class Checkpoints:
             )
         return None
 
-    def restore(self, step: int, layout: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def restore(self, step: int, layout: "TrainState") -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Restores a step: arrays (``trainable``, ``frozen``, ``moments``) in the given layout, ``data`` and ``clock``.
 
         Raises:
@@ -234,7 +240,7 @@ class Checkpoints:
                 raise TryAgain(f"Checkpoint {folder} cannot be read now ({reason}); start again later.") from None
             raise DamagedCheckpoint(reason) from error
 
-    def _check_shapes(self, step, trees):
+    def _check_shapes(self, step: int, trees: _Trees) -> None:
         """Raises UserError if the shapes differ, so that another model's checkpoint does not count as damaged."""
         for name in trees.keys() - {"moments"}:
             saved = dict(ocp.StandardCheckpointHandler().metadata(self._folder / str(step) / name).tree)
@@ -246,7 +252,7 @@ class Checkpoints:
                         "Resume with the model of its config.json, or start in another --workdir with init_from."
                     )
 
-    def _set_aside(self, step, reason):
+    def _set_aside(self, step: int, reason: str) -> None:
         target = _unused_path(self._damaged, str(step))
         try:
             self._damaged.mkdir(exist_ok=True)
@@ -269,7 +275,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type | None, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Closes, except after an error with several hosts: another may have died, and Orbax would wait for it."""
         if kind is None:
             self.close()
@@ -278,7 +284,7 @@ class Checkpoints:
                 self.close()
 
 
-def _unused_path(folder, name):
+def _unused_path(folder: epath.Path, name: str) -> epath.Path:
     """Returns a path in the folder that does not exist yet."""
     names = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(2)))
     return next(folder / candidate for candidate in names if not (folder / candidate).exists())
@@ -298,11 +304,11 @@ def read_sums(step: epath.Path) -> dict[str, int]:
         return {}
 
 
-def _crc(value):
+def _crc(value: Any) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
-def _compute_sums(trees):
+def _compute_sums(trees: _Trees) -> tuple[dict[str, int], list[str]]:
     """Computes checksums of all arrays by item and path; also lists the arrays, not frozen, that are not finite."""
     arrays = {
         f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}": leaf
@@ -310,14 +316,16 @@ def _compute_sums(trees):
         for path, leaf in jax.tree.leaves_with_path(tree)
     }
     mesh = next((leaf.sharding.mesh for leaf in arrays.values() if isinstance(leaf.sharding, NamedSharding)), None)
-    found = jax.device_get(_compiled_sums(mesh and NamedSharding(mesh, PartitionSpec()))(arrays))
+    found = jax.device_get(_compiled_sums(None if mesh is None else NamedSharding(mesh, PartitionSpec()))(arrays))
     not_finite = [name for name, (_, finite) in found.items() if not finite and not name.startswith("frozen/")]
     return {name: int(value) for name, (value, _) in found.items()}, not_finite
 
 
 @functools.cache
-def _compiled_sums(replicated):
-    def compute(leaf):
+def _compiled_sums(
+    replicated: NamedSharding | None,
+) -> Callable[[dict[str, jax.Array]], dict[str, tuple[jax.Array, jax.Array]]]:
+    def compute(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
         return checksum(leaf), jnp.isfinite(leaf).all()
 
     return jax.jit(lambda arrays: {name: compute(leaf) for name, leaf in arrays.items()}, out_shardings=replicated)
@@ -328,7 +336,7 @@ def to_absolute(path: epath.Path | pathlib.Path) -> epath.Path | pathlib.Path:
     return path if in_bucket(path) else path.resolve()
 
 
-def _array_items(state):
+def _array_items(state: "TrainState") -> _Trees:
     """Returns the items that are arrays, without ``frozen`` if it is empty, because Orbax cannot write empty trees."""
     trees = {"trainable": state.trainable, "frozen": state.frozen, "moments": state.moments}
     return {name: tree for name, tree in trees.items() if tree}

@@ -10,8 +10,8 @@ import select
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NoReturn, overload
 
 import ml_collections
 from absl import flags
@@ -96,7 +96,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     return 0
 
 
-def _exit_soon(status):
+def _exit_soon(status: int) -> int:
     if "jax" in sys.modules:  # without jax there are no other hosts
         from stf_jax.runtime import hosts
 
@@ -104,7 +104,7 @@ def _exit_soon(status):
     return status
 
 
-def _is_pipe_closed():
+def _is_pipe_closed() -> bool:
     """Whether the reader of the output is gone (``… | head -1``). If so, redirects it, so that Python exits quietly."""
     closed = False
     for stream in (sys.stdout, sys.stderr):
@@ -118,7 +118,7 @@ def _is_pipe_closed():
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]  # both used by Orbax
     for logger in loggers:
         logger.addFilter(_has_no_traceback)
@@ -136,20 +136,20 @@ def _quiet():
 # Failed writes are reported once, by checkpoint.py and events.py; libraries would print them many times.
 
 
-def _has_no_traceback(record):
+def _has_no_traceback(record: logging.LogRecord) -> bool:
     return not record.exc_info
 
 
 _report_unraisable = sys.unraisablehook
 
 
-def _on_unraisable(failure):
+def _on_unraisable(failure: "sys.UnraisableHookArgs") -> None:
     # When one of tensorstore's operations fails, Orbax closes the event loop of the others.
     if "Event loop is closed" not in str(failure.exc_value) and "TensorStore" not in str(failure.exc_value):
         _report_unraisable(failure)
 
 
-def _on_thread_exception(failure):
+def _on_thread_exception(failure: threading.ExceptHookArgs) -> None:
     if not issubclass(failure.exc_type, OSError):  # raised in TensorBoard's thread
         threading.__excepthook__(failure)
 
@@ -157,7 +157,7 @@ def _on_thread_exception(failure):
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises UserError."""
 
-    def __init__(self, *args: Any, **options: Any):
+    def __init__(self, *args: Any, **options: Any) -> None:
         """As :class:`argparse.ArgumentParser`. Documents ``-v``, which :func:`run_command` handles."""
         super().__init__(*args, **options)
         if self.add_help:
@@ -165,7 +165,7 @@ class Parser(argparse.ArgumentParser):
                 _VERBOSE, action="store_true", default=argparse.SUPPRESS, help="also show what libraries log"
             )
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         """Raises UserError instead of printing the usage."""
         raise UserError(f"{message[0].upper()}{message[1:].removesuffix('.')}; see --help.")
 
@@ -199,7 +199,7 @@ def require(found: epath.Path) -> epath.Path:
     return found
 
 
-def _describe_missing(name):
+def _describe_missing(name: str | os.PathLike[str]) -> str:
     if os.path.islink(name):
         return f"is a link to {shorten(os.readlink(name))}, which does not exist"
     return "does not exist"
@@ -262,15 +262,15 @@ def add_host_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
 
 
-def _parse_mesh(text):
+def _parse_mesh(text: str) -> tuple[int, ...]:
     sizes = text.split(",")
     if len(sizes) != 3 or not all(re.fullmatch(r"-?\d+", size) for size in sizes):
         raise argparse.ArgumentTypeError(f"{text!r} should be three comma-separated integers, such as 1,4,2")
     return tuple(map(int, sizes))
 
 
-def _number_between(number_type, low, high):
-    def parse_number(text):
+def _number_between(number_type: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    def parse_number(text: str) -> float:
         value = number_type(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
@@ -278,6 +278,26 @@ def _number_between(number_type, low, high):
 
     parse_number.__name__ = number_type.__name__  # shown in argparse's errors
     return parse_number
+
+
+@overload
+def parse(
+    argv: list[str],
+    help_text: str,
+    *,
+    workdir: Literal[True] = True,
+    defaults: Callable[[], ml_collections.ConfigDict] = default_config,
+) -> tuple[epath.Path, ml_collections.ConfigDict]: ...
+
+
+@overload
+def parse(
+    argv: list[str],
+    help_text: str,
+    *,
+    workdir: Literal[False],
+    defaults: Callable[[], ml_collections.ConfigDict] = default_config,
+) -> tuple[None, ml_collections.ConfigDict]: ...
 
 
 def parse(
@@ -316,9 +336,14 @@ def parse(
         rest = values(["", *argv])[1:]
         if values["config"].present:
             values.config.lock()  # a file that could not be opened raises only when the config is used
-    except UserError:
-        raise
     except Exception as error:  # from the flag library or the config file, which is user input
+        # The libraries wrap a ValueError in another of its type, or in one of theirs: the first is the config file's.
+        causes: list[BaseException] = [error]
+        while cause := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(cause)
+        for cause in reversed(causes):
+            if isinstance(cause, UserError):
+                raise cause from None
         raise UserError(_explain(error, argv, defaults)) from None
     if rest:
         raise UserError(f"Unexpected argument {rest[0]!r}; see --help.")
@@ -331,7 +356,7 @@ def parse(
         raise UserError(f"--workdir: {error}") from None
 
 
-def _expand_config_name(option):
+def _expand_config_name(option: str) -> str:
     """Replaces the name in ``--config=NAME[:ARG]`` by the path of that file in configs/; leaves other options."""
     match = re.fullmatch(r"(--?config=)([\w/]+)(:.*)?", option, re.DOTALL)
     if not match or os.path.exists(match[2]):
@@ -343,7 +368,7 @@ def _expand_config_name(option):
     return f"{match[1]}{file}{match[3] or ''}" if file else option
 
 
-def _explain(error, argv, defaults):
+def _explain(error: Exception, argv: list[str], defaults: Callable[[], ml_collections.ConfigDict]) -> str:
     """Explains in one sentence what the flag library or the config file raised."""
     missing = re.search(r"\w+", str(error))  # the key that ml_collections names first
     group = re.search(r"--?config\.(stages\.\w+\.)?([\w.]+)=(.*): Failed to parse .* as a ConfigDict", str(error))
@@ -367,7 +392,7 @@ def _explain(error, argv, defaults):
         return "The config file needs a function get_config(arg) that returns a ConfigDict."
     if isinstance(error, SyntaxError):
         return f"The config file cannot be read: {_single_line(error)}."
-    cause = error
+    cause: BaseException | None = error
     while cause is not None:
         frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if frame.name in _CONFIG_FUNCTIONS]
         if frames:
@@ -379,7 +404,7 @@ def _explain(error, argv, defaults):
     return f"The command line cannot be used: {_single_line(error) or type(error).__name__}"
 
 
-def _explain_file(error, argv):
+def _explain_file(error: BaseException, argv: list[str]) -> str:
     """Explains why a config file could not be opened; otherwise returns the last line of Python's message."""
     text = ([""] + re.findall(r"^--?config[=\n](.*)$", "\n".join(argv), re.MULTILINE))[-1]
     name = text.partition(":")[0]
@@ -391,7 +416,7 @@ def _explain_file(error, argv):
     return "".join(str(error).strip().splitlines()[-1:]).strip(" .")
 
 
-def _explain_group(stage, group, value, keys):
+def _explain_group(stage: str, group: str, value: str, keys: Iterable[str]) -> str:
     """Explains in one sentence that a value was set for a group of keys, and names the keys that may be meant."""
     members = [key for key in keys if key.startswith(f"{group}." if group else "")]
     namesake = f"{group}.{group.rpartition('.')[2]}"  # model.fusion.fusion
@@ -403,7 +428,7 @@ def _explain_group(stage, group, value, keys):
 _CONFIG_FUNCTIONS = ("get_config", "<module>")  # functions of config files, as tracebacks name them
 
 
-def _single_line(error):
+def _single_line(error: BaseException) -> str:
     """Returns the message on one line, without ml_collections' list of all keys next to an unknown one."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = re.sub(r" Other fields present: .*}\"", "", text.replace("\\n", " "), flags=re.DOTALL)

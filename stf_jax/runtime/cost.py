@@ -30,6 +30,7 @@ from stf_jax.config import ModelConfig
 from stf_jax.models.fusion import tapped_blocks
 from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.selection import FULL_LAYERS, contextual_tokens, resolve_reduction
+from stf_jax.models.vit import VisionConfig
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.training.state import blueprint, trainable_paths
 
@@ -102,21 +103,27 @@ def decode_flops(model: ModelConfig, rows: int, slots: int, images_per_row: int 
     images.
     """
     llm, fewer = get_llm_config(model), images_per_row * resolve_reduction(model).dropped
+    assert llm is not None  # nothing decodes with a tower alone
     per_slot = rows * 2 * 2 * llm.heads * llm.head_dim  # both products of a layer's attention
     total_slots = llm.layers * slots - (llm.layers - FULL_LAYERS) * fewer
     return forward_flops(model, rows, 1, 0).forward - per_slot * llm.layers // 2 + per_slot * total_slots
 
 
-def _flops_by_part(totals):
+_Totals = list[tuple[int, int]]  # FLOPs, forward and of a step, counted up to several points
+
+
+def _flops_by_part(totals: _Totals) -> Flops:
     forward = [forward for forward, _ in totals]
-    return Flops(*(after - before for before, after in itertools.pairwise(forward)), step=totals[-1][1])
+    vision, fusion, llm, head = (after - before for before, after in itertools.pairwise(forward))
+    return Flops(vision, fusion, llm, head, step=totals[-1][1])
 
 
-def _cumulative_flops(model, counter, rows, length, images_per_row):
+def _cumulative_flops(model: ModelConfig, counter: "_Counter", rows: int, length: int, images_per_row: int) -> _Totals:
     """Returns FLOPs, forward and of a step, counted before the tower and after each part."""
     vision, llm, reduced = get_vision_config(model), get_llm_config(model), resolve_reduction(model)
     images, totals = rows * images_per_row, [(0, 0)]
     if images:
+        assert vision is not None  # a language model alone has no images
         counter.count_modules("vision/patch_embed", positions=images * vision.grid**2)
         counter.count_modules("vision/class_token", "vision/position_embed", "vision/pre_norm")
         tokens = vision.grid**2 + vision.class_token
@@ -127,14 +134,17 @@ def _cumulative_flops(model, counter, rows, length, images_per_row):
             counter.count_product(images * _visionzip_flops(model, vision, reduced.keep))
     totals.append((counter.forward, counter.step))
     if model.cells:
+        assert vision is not None
         counter.count_modules("cells/scores", positions=images * vision.grid**2)
         return totals + [(counter.forward, counter.step)] * 3
     if images:
+        assert vision is not None
         patches = images * (reduced.keep if reduced.name in ("random", "visionzip") else vision.grid**2)
         counter.count_modules("fusion/mbtf/first", positions=patches)
         counter.count_modules("fusion/mbtf/second", positions=patches)
         _CONNECTORS.get(model.fusion.fusion, _count_token_layers)(counter, _Counts.of(model, vision.grid, images))
     totals.append((counter.forward, counter.step))
+    assert llm is not None  # only the tower that labels cells may be alone
     counter.count_modules("llm/embedding")
     fewer = images_per_row * reduced.dropped
     for layer in range(llm.layers):
@@ -155,7 +165,7 @@ def _cumulative_flops(model, counter, rows, length, images_per_row):
     return totals
 
 
-def _visionzip_flops(model, vision, keep):
+def _visionzip_flops(model: ModelConfig, vision: VisionConfig, keep: int) -> int:
     """FLOPs of VisionZip's extra products per image."""
     patches, targets = vision.grid**2, contextual_tokens(keep)
     tokens, others = patches + vision.class_token, patches - keep
@@ -175,24 +185,24 @@ class _Counts:
     tokens: int
 
     @classmethod
-    def of(cls, model, grid, images):
+    def of(cls, model: ModelConfig, grid: int, images: int) -> "_Counts":
         kernel = model.fusion.kernel
         padded = (math.ceil(grid / kernel) * kernel) ** 2
         return cls(images, images * grid**2, images * padded, images * slots_per_image(model))
 
 
-def _count_token_layers(counter, counts):
+def _count_token_layers(counter: "_Counter", counts: _Counts) -> None:
     for layer in ("conv", "mix", "out", "first", "second", "projector/first", "projector/second"):
         counter.count_modules(f"fusion/tokens/{layer}", positions=counts.tokens)
 
 
-def _ldp_v2(counter, counts):
+def _ldp_v2(counter: "_Counter", counts: _Counts) -> None:
     counter.count_modules("fusion/tokens/projector/first", positions=counts.padded)
     counter.count_modules("fusion/tokens/projector/second", positions=counts.padded)
     counter.count_modules("fusion/tokens/position", positions=counts.tokens)
 
 
-def _c_abstractor(counter, counts):
+def _c_abstractor(counter: "_Counter", counts: _Counts) -> None:
     counter.count_modules("fusion/tokens/position_embed")
     for name, grid_positions in (("fusion/tokens/before", counts.padded), ("fusion/tokens/after", counts.tokens)):
         layers = len(counter.shapes[f"{name}/first/kernel"])
@@ -204,7 +214,7 @@ def _c_abstractor(counter, counts):
     _count_token_layers(counter, counts)
 
 
-def _resampler(counter, counts):
+def _resampler(counter: "_Counter", counts: _Counts) -> None:
     name, below = "fusion/tokens/blocks", counter.needs_gradient
     counter.count_modules("fusion/tokens/enter", positions=counts.patches)
     entered, counter.needs_gradient = counter.needs_gradient, below
@@ -224,7 +234,7 @@ def _resampler(counter, counts):
     counter.count_modules("fusion/tokens/exit", positions=counts.tokens)
 
 
-def _token_packer(counter, counts):
+def _token_packer(counter: "_Counter", counts: _Counts) -> None:
     below, reads = counter.needs_gradient, []
     for layers, norm, positions in (
         (("coarse",), "query_norm", counts.tokens),
@@ -258,7 +268,7 @@ class _Counter:
       step: FLOPs of forward and backward passes so far.
     """
 
-    def __init__(self, shapes: Mapping[str, jax.ShapeDtypeStruct], trainable: Collection[str]):
+    def __init__(self, shapes: Mapping[str, jax.ShapeDtypeStruct], trainable: Collection[str]) -> None:
         self.shapes, self.trainable = shapes, trainable
         self.needs_gradient, self.forward, self.step = False, 0, 0
 

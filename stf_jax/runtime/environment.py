@@ -42,7 +42,8 @@ def configure_process(*, compilers: bool) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     if not compilers and "jax" not in sys.modules:
         for package in unused_device_packages(os.environ.get("JAX_PLATFORMS", "")):
-            sys.modules[package] = _NoPlugin(package) if package.startswith("jax_plugins.") else None
+            hidden = _NoPlugin(package) if package.startswith("jax_plugins.") else None
+            sys.modules[package] = hidden  # type: ignore[assignment]  # None is allowed, but not in the stubs
 
 
 def unused_device_packages(platforms: str) -> list[str]:

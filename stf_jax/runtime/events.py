@@ -13,6 +13,7 @@ from etils import epath
 from stf_jax.config import short_message
 from stf_jax.runtime.files import AppendOnlyFile, as_user_error
 
+Event = Mapping[str, Any]  # a line of the event log
 METRICS, EVENTS, TENSORBOARD = "metrics.jsonl", "events.jsonl", "tensorboard"  # in the workdir
 _log = logging.getLogger(__name__)
 
@@ -27,9 +28,10 @@ class Events:
       in_progress: whether the run has begun in this process, and has neither ended nor stopped since.
     """
 
-    def __init__(self, workdir: epath.Path, *, active: bool):
+    def __init__(self, workdir: epath.Path, *, active: bool) -> None:
         """Opens the file on the ``active`` host alone. Raises UserError if the workdir cannot be written to."""
-        self._file, self.restarts, self.in_progress = None, 0, False
+        self._file: AppendOnlyFile | None = None
+        self.restarts, self.in_progress = 0, False
         if active:
             with as_user_error(workdir):
                 previous = read_lines(workdir / EVENTS)
@@ -40,7 +42,7 @@ class Events:
     def __enter__(self) -> "Events":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._try(self._file.close)
 
@@ -71,7 +73,7 @@ def log_errors_once(name: str) -> Callable[..., None]:
     """
     failing = False
 
-    def call(function, *args, **kwargs):
+    def call(function: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         nonlocal failing
         try:
             function(*args, **kwargs)
@@ -107,7 +109,7 @@ def read_lines(path: epath.Path, tail: int = 0) -> list[tuple[str, dict[str, Any
     return found
 
 
-def count_restarts(events: Iterable[Mapping[str, Any]]) -> int:
+def count_restarts(events: Iterable[Event]) -> int:
     """Counts the events that say that a run resumed from a checkpoint."""
     return sum(event.get("event") == "begin" and bool(event.get("resumed")) for event in events)
 
@@ -117,7 +119,7 @@ def to_json_line(values: Mapping[str, Any]) -> str:
     return json.dumps(_replace_non_finite(values), allow_nan=False, default=str)
 
 
-def _replace_non_finite(value):
+def _replace_non_finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

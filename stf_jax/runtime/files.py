@@ -30,7 +30,7 @@ _PATH_KEYS = (
 _LIST_KEYS = ("init_from", "data.annotations", "data.images")  # those whose value is a comma-separated list
 
 
-def to_path(text: str | os.PathLike) -> epath.Path:
+def to_path(text: str | os.PathLike[str]) -> epath.Path:
     """Checks a path that a user gave, on a disk or in a bucket. It need not exist. Opens no connection.
 
     Raises:
@@ -89,9 +89,9 @@ def check_paths(config: TrainConfig) -> None:
 def open_atomic(path: epath.Path) -> Iterator[TextIO]:
     """Opens a UTF-8 file for writing; it appears when the ``with`` block ends, and not at all if the block raises."""
     if in_bucket(path):
-        with io.StringIO() as file:
-            yield file
-            path.write_text(file.getvalue())
+        with io.StringIO() as buffer:
+            yield buffer
+            path.write_text(buffer.getvalue())
         return
     partial = _partial(path)
     try:
@@ -113,7 +113,8 @@ def parse_json(text: str | bytes) -> Any:
     """Parses JSON. Raises ValueError if it is invalid, nested too deeply, or contains an unpaired surrogate."""
     try:
         value = json.loads(text)
-        if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():  # only such escapes give surrogates
+        # Only such escapes give surrogates.
+        if b"\\ud" in text.lower() if isinstance(text, bytes) else "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except RecursionError:
@@ -168,7 +169,7 @@ class AppendOnlyFile:
 
     _REWRITE_SECONDS = 30.0
 
-    def __init__(self, path: epath.Path, lines: Sequence[str]):
+    def __init__(self, path: epath.Path, lines: Sequence[str]) -> None:
         """Replaces the file with these lines."""
         self._path, self._lines, self._last_rewrite = path, list(lines), time.monotonic()
         self._rewrite()
@@ -183,7 +184,7 @@ class AppendOnlyFile:
         """
         if self._file is not None:
             self._unwritten += f"{line}\n".encode()
-            self._flush()
+            self._flush(self._file)
             return
         self._lines.append(line)
         if now or time.monotonic() - self._last_rewrite > self._REWRITE_SECONDS:
@@ -195,23 +196,23 @@ class AppendOnlyFile:
             self._rewrite()
             return
         with self._file:
-            self._flush()
+            self._flush(self._file)
 
-    def _flush(self):
+    def _flush(self, file: io.FileIO) -> None:
         while self._unwritten:
-            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._unwritten = self._unwritten[file.write(self._unwritten) :]
 
-    def _rewrite(self):
+    def _rewrite(self) -> None:
         with open_atomic(self._path) as file:
             file.write("".join(line + "\n" for line in self._lines))
         self._last_rewrite = time.monotonic()
 
 
-def _partial(path):
+def _partial(path: epath.Path) -> epath.Path:
     return path.parent / f".{os.path.basename(path)}.partial"
 
 
-def local_copy(path: str | os.PathLike) -> pathlib.Path:
+def local_copy(path: str | os.PathLike[str]) -> pathlib.Path:
     """Returns a local path for a file or folder: the path itself, or an up-to-date cached copy from a bucket.
 
     For libraries that read only local files. The cache is ``$XDG_CACHE_HOME/stf_jax``, or ``~/.cache/stf_jax``.
@@ -242,17 +243,17 @@ def upload(local: pathlib.Path, to: epath.Path) -> None:
         _copy(source, to / source.relative_to(local).as_posix())
 
 
-def in_bucket(path: str | os.PathLike) -> bool:
+def in_bucket(path: str | os.PathLike[str]) -> bool:
     """Whether a path is in a bucket (``gs://``, ``s3://``)."""
     return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in _BUCKETS))
 
 
-def _copy(source, target):
+def _copy(source: epath.Path | pathlib.Path, target: epath.Path | pathlib.Path) -> None:
     with source.open("rb") as opened, target.open("wb") as file:
         shutil.copyfileobj(opened, file, 2**22)
 
 
-def _modified_ns(path):
+def _modified_ns(path: epath.Path) -> int:
     """When a file in a bucket was last modified, in nanoseconds; etils does not report it for s3://."""
     import fsspec  # slow, as in to_path
 
@@ -260,7 +261,7 @@ def _modified_ns(path):
     return round(bucket.modified(name).timestamp() * 1e6) * 1000
 
 
-def _files(path):
+def _files(path: epath.Path) -> list[epath.Path]:
     if not path.is_dir():
         return [path] if path.exists() else []
     return [file for entry in path.iterdir() for file in _files(entry)]

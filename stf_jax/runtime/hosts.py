@@ -46,15 +46,14 @@ def join(
     """
     if jax.distributed.is_initialized():
         return
-    named = [argument is not None for argument in (coordinator, processes, process)]
-    if all(named):
+    if coordinator is not None and processes is not None and process is not None:
         if not re.fullmatch(r".+:\d+", coordinator):
             raise UserError(f"--coordinator={coordinator} should be HOST:PORT, a free port where process 0 runs.")
         if not 0 <= process < processes:
             raise UserError(f"--process={process} should be from 0 to {processes - 1}, for --processes={processes}.")
         if processes == 1:
             return
-    elif any(named):
+    elif any(argument is not None for argument in (coordinator, processes, process)):
         raise UserError("--coordinator, --processes and --process go together: give all three or none.")
     else:
         processes, process = _read_launcher()
@@ -91,7 +90,7 @@ def join(
         timeout.cancel()
 
 
-def run_on_host0(function: Callable[[], None]) -> None:
+def run_on_host0(function: Callable[[], object]) -> None:
     """Runs a function on process 0 alone. A UserError that it raises there is raised on all processes."""
     message = ""
     if jax.process_index() == 0:
@@ -137,8 +136,8 @@ def exit_soon(status: int) -> int:
     return status
 
 
-def _exit_after(seconds, message="", *, status):
-    def end():
+def _exit_after(seconds: float, message: str = "", *, status: int) -> threading.Timer:
+    def end() -> None:
         print(message, end="\n" if message else "", file=sys.stderr, flush=True)
         os._exit(status)
 
@@ -148,7 +147,7 @@ def _exit_after(seconds, message="", *, status):
     return timer
 
 
-def _read_launcher():
+def _read_launcher() -> tuple[int, int] | tuple[None, None]:
     """Reads the number of processes that a launcher started and this one's index; (None, None) without a launcher."""
     for names in _LAUNCHERS:
         processes, process = (int(os.environ.get(name) or -1) for name in names)  # empty counts as unset
@@ -157,6 +156,8 @@ def _read_launcher():
     return None, None
 
 
-def _on_tpu():
+def _on_tpu() -> bool:
     platforms = jax.config.jax_platforms or "tpu"
-    return "tpu" in platforms.split(",") and importlib.util.find_spec("libtpu") and any(map(glob.glob, TPUS))
+    if "tpu" not in platforms.split(",") or importlib.util.find_spec("libtpu") is None:
+        return False
+    return any(map(glob.glob, TPUS))

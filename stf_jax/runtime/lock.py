@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 
@@ -24,6 +24,7 @@ _TIMEOUT = 1.0  # seconds: a run that was just killed may hold its lock that lon
 _RENEWAL_SECONDS = 20.0  # between two writes of a bucket's lease
 _LOCKS_UNSUPPORTED = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS  # from file systems without locks
 
+Owner = dict[str, Any]  # host, pid and since of the run that holds a lock
 _log = logging.getLogger(__name__)
 
 
@@ -44,7 +45,7 @@ def workdir_lock(workdir: epath.Path) -> Iterator[None]:
         yield
 
 
-def lock_owner(workdir: epath.Path) -> dict[str, Any] | None:
+def lock_owner(workdir: epath.Path) -> Owner | None:
     """Returns ``host``, ``pid`` and ``since`` of the run that holds a workdir's lock, or None. Changes nothing.
 
     A bucket's lease may belong to a dead run, so there this waits to see whether it is renewed.
@@ -63,7 +64,7 @@ def lock_owner(workdir: epath.Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _file_lock(path, owner):
+def _file_lock(path: epath.Path, owner: Owner) -> Iterator[None]:
     with as_user_error(path):
         file = pathlib.Path(path).open("a", encoding="utf-8")  # noqa: SIM115
     with file:
@@ -75,7 +76,7 @@ def _file_lock(path, owner):
         yield
 
 
-def lock_file(file: Any, path: epath.Path, in_use_message: Callable[[], str]) -> None:
+def lock_file(file: IO[Any] | int, path: epath.Path, in_use_message: Callable[[], str]) -> None:
     """Locks an open file until it is closed; waits a second for a process that was just killed to release it.
 
     Args:
@@ -101,17 +102,17 @@ def lock_file(file: Any, path: epath.Path, in_use_message: Callable[[], str]) ->
 
 
 @contextlib.contextmanager
-def _lease(path, owner):
+def _lease(path: epath.Path, owner: Owner) -> Iterator[None]:
     if path.exists():
         _log.info("Another run used this workdir; waiting to see whether it is still alive.")
         if _is_renewed(path):
             raise UserError(_in_use_message(path))
     ended = threading.Event()
 
-    def write(count):
+    def write(count: int) -> None:
         path.write_text(json.dumps(owner | {"renewed": count}))
 
-    def renew():
+    def renew() -> None:
         for count in itertools.count(1):
             if ended.wait(_RENEWAL_SECONDS):
                 return
@@ -130,7 +131,7 @@ def _lease(path, owner):
         path.unlink(missing_ok=True)
 
 
-def _is_renewed(path):
+def _is_renewed(path: epath.Path) -> bool:
     """Waits to see whether a lease is renewed. Compares contents, because clocks of machines may disagree."""
     before = _read(path)
     if before is None:
@@ -144,14 +145,14 @@ def _is_renewed(path):
     return False
 
 
-def _read(path):
+def _read(path: epath.Path) -> Owner | None:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
 
 
-def _in_use_message(path):
+def _in_use_message(path: epath.Path) -> str:
     owner = _read(path) or {"pid": "?", "host": "?", "since": "?"}
     return (
         f"The workdir {path.parent} is in use by another run (process {owner['pid']} on {owner['host']}, since "

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -74,7 +75,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(arranged, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
-def _arrange_devices(sizes, slices, devices):
+def _arrange_devices(sizes: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
     """Arranges the devices as an array of these sizes, with the fastest links where most is communicated."""
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
@@ -115,7 +116,8 @@ def get_row_share(mesh: Mesh, process: int) -> tuple[int, int]:
     Raises:
       UserError: two processes have some rows in common, but not all.
     """
-    shards, rows_of = row_shards(mesh), {}
+    shards = row_shards(mesh)
+    rows_of: dict[int, set[int]] = {}
     for device, (rows,) in NamedSharding(mesh, BATCH).devices_indices_map((shards,)).items():
         rows_of.setdefault(device.process_index, set()).add(rows.indices(shards)[0])
     shares = sorted({tuple(sorted(rows)) for rows in rows_of.values()})

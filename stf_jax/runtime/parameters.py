@@ -2,7 +2,8 @@
 
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +21,8 @@ _CHUNK = 4 * 2**20  # bytes
 _GROUP = 16 * 2**20  # bytes of small parameters per write; each write reads all that was written before
 IMPORTED = "params"  # the Orbax checkpoint in a folder of imported weights
 
+_Array = TypeVar("_Array", np.ndarray, jax.Array)
+
 
 class SavedParams:
     """The parameters, by path, of a run's newest checkpoint or of a folder that ``convert`` imported.
@@ -29,12 +32,13 @@ class SavedParams:
       step: the run's step; None for an imported folder.
     """
 
-    def __init__(self, folder: epath.Path):
+    def __init__(self, folder: epath.Path) -> None:
         """Reads shapes, but no values yet. Raises UserError if the folder has no complete checkpoint."""
         if in_bucket(folder) and not os.fspath(folder).startswith("gs://"):
             folder = epath.Path(local_copy(folder))  # Orbax reads only gs:// buckets
-        self.step = None
-        self._items, self._sums = [to_absolute(folder) / IMPORTED / "state"], {}
+        self.step: int | None = None
+        self._items = [to_absolute(folder) / IMPORTED / "state"]
+        self._sums: dict[str, int] = {}
         if not self._items[0].exists():
             self.step = newest_step(folder)
             if self.step is None:
@@ -53,7 +57,7 @@ class SavedParams:
             path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for tree in trees for path, leaf in tree.items()
         }
 
-    def _remedy(self):
+    def _remedy(self) -> str:
         return "import it again" if self.step is None else "resume the run, which falls back to the checkpoint before"
 
     @staticmethod
@@ -66,7 +70,13 @@ class SavedParams:
         with ocp.PyTreeCheckpointer() as reader:
             return self._read(reader, path, ocp.RestoreArgs(restore_type=np.ndarray), host_checksum)
 
-    def _read(self, reader, path, restore_args, checksum):
+    def _read(
+        self,
+        reader: ocp.PyTreeCheckpointer,
+        path: str,
+        restore_args: ocp.RestoreArgs,
+        checksum: Callable[[_Array], int | jax.Array],
+    ) -> _Array:
         args = ocp.args.PyTreeRestore(
             item={path: self.shapes[path]}, restore_args={path: restore_args}, partial_restore=True
         )
@@ -90,7 +100,7 @@ class SavedParams:
 
         Raises UserError if one is damaged.
         """
-        checksum = jax.jit(device_checksum)
+        checksum: Callable[[jax.Array], jax.Array] = jax.jit(device_checksum)
         with ocp.PyTreeCheckpointer() as reader:
             for path, sharding in shardings.items():
                 yield path, self._read(reader, path, ocp.ArrayRestoreArgs(sharding=sharding), checksum)
@@ -114,7 +124,8 @@ def write_params(folder: pathlib.Path, params: Iterable[tuple[str, np.ndarray]])
     # Small chunks: a device that reads its shard of a parameter decompresses every chunk that the shard touches.
     context.array.saving.storage_options.chunk_byte_size = _CHUNK
     with context:
-        group, size = {}, 0
+        group: dict[str, np.ndarray] = {}
+        size = 0
         for path, value in params:
             group[path] = value
             size += value.nbytes

@@ -13,10 +13,10 @@ from stf_jax.runtime.files import in_bucket, upload
 class Profile:
     """A trace of selected steps, in the format of TensorBoard's profile plugin (xprof)."""
 
-    def __init__(self, folder: epath.Path, first: int, steps: int):
+    def __init__(self, folder: epath.Path, first: int, steps: int) -> None:
         """Selects ``steps`` steps, starting with ``first``; none if either is 0."""
         self._folder, self._steps = folder, range(first, first + steps) if first else range(0)
-        self._trace_folder = None  # while a trace is recorded
+        self._trace_folder: pathlib.Path | None = None  # while a trace is recorded
 
     def before_step(self, step: int) -> None:
         """Starts the trace at the first selected step that this process runs."""

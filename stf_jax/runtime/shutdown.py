@@ -32,7 +32,7 @@ class Termination:
     SIGTERM. Signals are also received while Python waits for a compiler or a device, when Python handlers do not run.
     """
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: Mesh) -> None:
         self._received = self._graceful = False
         self._devices = mesh.local_mesh.devices.size
         self._pending: collections.deque[jax.Array] = collections.deque()
@@ -49,14 +49,14 @@ class Termination:
             threading.Thread(target=self._listen, daemon=True).start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._installed:
             handler, descriptor, writer = self._restore
             signal.set_wakeup_fd(descriptor)
             signal.signal(signal.SIGTERM, handler)
             writer.close()  # ends the thread
 
-    def _listen(self):
+    def _listen(self) -> None:
         with self._reader:
             while received := self._reader.recv(1):
                 if received[0] != signal.SIGTERM:
@@ -90,7 +90,7 @@ class Termination:
 class Watchdog:
     """Ends this process when it makes no progress: if one host hangs, the others would wait forever."""
 
-    def __init__(self, seconds: float, workdir: epath.Path):
+    def __init__(self, seconds: float, workdir: epath.Path) -> None:
         """Watches nothing yet.
 
         Args:
@@ -106,14 +106,14 @@ class Watchdog:
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
 
     def heartbeat(self, activity: str) -> None:
         """Reports progress; ``activity`` names what was just done, in a few words."""
         self._activity, self._last = activity, time.monotonic()
 
-    def _watch(self):
+    def _watch(self) -> None:
         while not self._ended.wait(min(self._seconds / 10, 1.0)):
             if time.monotonic() - self._last > self._seconds:
                 _print(
@@ -123,11 +123,11 @@ class Watchdog:
                 )
                 os._exit(TryAgain.status)
 
-    def _dump_stacks(self):
+    def _dump_stacks(self) -> pathlib.Path | str:
         """Writes the stacks of all threads; returns the path. Gives up soon: the workdir's disk may be what hangs."""
-        written = []
+        written: list[pathlib.Path] = []
 
-        def write():
+        def write() -> None:
             local = not in_bucket(self._workdir) and self._workdir.exists()
             path = pathlib.Path(self._workdir if local else tempfile.gettempdir()) / self._name
             with contextlib.suppress(OSError), path.open("w") as file:
@@ -140,5 +140,5 @@ class Watchdog:
         return written[0] if written else "none could be written"
 
 
-def _print(message):
+def _print(message: str) -> None:
     print(message, file=sys.stderr, flush=True)

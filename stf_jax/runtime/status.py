@@ -4,15 +4,15 @@ import datetime
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.runtime.events import EVENTS, METRICS, count_restarts, read_lines
+from stf_jax.runtime.events import EVENTS, METRICS, Event, count_restarts, read_lines
 from stf_jax.runtime.files import in_bucket
-from stf_jax.runtime.lock import LOCK_NAME, lock_owner
+from stf_jax.runtime.lock import LOCK_NAME, Owner, lock_owner
 from stf_jax.runtime.table import format_duration, format_facts
 
 _COMMIT = "commit_success.txt"  # marks a complete Orbax checkpoint in a bucket, where folders cannot be renamed
@@ -46,7 +46,7 @@ def format_status(workdir: epath.Path) -> str:
     raise UserError(f"{workdir} is not a run's workdir: it has no config.json of a run. Give the run's --workdir.")
 
 
-def _find_stages(workdir):
+def _find_stages(workdir: epath.Path) -> list[epath.Path]:
     """Lists the folders of the stages in the order in which they began; of a single-stage run, the workdir itself."""
     if _is_stage(workdir):
         return [workdir]
@@ -55,7 +55,7 @@ def _find_stages(workdir):
     return sorted(stages, key=lambda path: (begin_times[path], path.name))
 
 
-def _is_stage(folder):
+def _is_stage(folder: epath.Path) -> bool:
     """Whether a folder has a run's config.json; models have files of that name, too."""
     try:
         return "global_batch_size" in json.loads((folder / "config.json").read_text())
@@ -63,24 +63,24 @@ def _is_stage(folder):
         return False
 
 
-def _read_events(folder):
+def _read_events(folder: epath.Path) -> list[dict[str, Any]]:
     return _read_objects(folder / EVENTS, {"time", "event", "step"})
 
 
-def _read_objects(path, keys, tail=0):
+def _read_objects(path: epath.Path, keys: set[str], tail: int = 0) -> list[dict[str, Any]]:
     """Reads the objects of a JSONL file that have all these keys."""
     return [values for _, values in read_lines(path, tail) if keys <= values.keys()]
 
 
-def _find_owner(folder):
+def _find_owner(folder: epath.Path) -> Owner | None:
     if in_bucket(folder) and (folder / LOCK_NAME).exists():
         _log.info("%s: waiting to see whether its run is alive, because a bucket has no locks", folder)
     return lock_owner(folder)
 
 
-def _format_stage(folder, owner):
+def _format_stage(folder: epath.Path, owner: Owner | None) -> str:
     events = _read_events(folder)
-    last = next(reversed(_read_objects(folder / METRICS, _REQUIRED, _TAIL)), {})
+    last: Event = next(reversed(_read_objects(folder / METRICS, _REQUIRED, _TAIL)), {})
     steps = next((event["steps"] for event in reversed(events) if "steps" in event), 0)
     running, state = _describe_state(events, owner)
     complete, incomplete = _list_checkpoints(folder / "checkpoints")
@@ -109,9 +109,9 @@ def _format_stage(folder, owner):
     )
 
 
-def _describe_state(events, owner):
+def _describe_state(events: Sequence[Event], owner: Owner | None) -> tuple[bool, str]:
     """Returns whether a process is running the stage, and the state as text."""
-    latest = next((event for event in reversed(events) if event["event"] in ("begin", "stopped", "end")), {})
+    latest: Event = next((event for event in reversed(events) if event["event"] in ("begin", "stopped", "end")), {})
     # A lock taken after the end means that the run was started again.
     ended = latest.get("event") == "end" and not (owner and _timestamp(owner["since"]) > _timestamp(latest["time"]))
     if owner and not ended:
@@ -126,22 +126,22 @@ def _describe_state(events, owner):
     return False, "no process is running it"
 
 
-def _format_owner(owner):
+def _format_owner(owner: Owner) -> str:
     return f"running since {owner['since']}, process {owner['pid']} on {owner['host']}"
 
 
-def _format_speed(last):
+def _format_speed(last: Mapping[str, Any]) -> str:
     keys = {"MFU": "mfu", "data wait": "data_wait", "goodput": "goodput"}
     shares = [f"{name} {last[key]:.0%}" for name, key in keys.items() if key in last]
     return ", ".join([f"{last['tokens_per_second']:,.0f} tok/s", *shares])
 
 
-def _format_skipped(last):
+def _format_skipped(last: Mapping[str, Any]) -> str:
     counts = {"rows": last["rows_replaced"], "updates": last.get("updates_skipped", 0)}
     return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
 
 
-def _list_checkpoints(folder):
+def _list_checkpoints(folder: epath.Path) -> tuple[list[int], list[str]]:
     """Lists complete steps in order, and the names of incomplete folders; without Orbax, which would delete those."""
     found = {path.name: path for path in _entries(folder)}
     complete = [
@@ -151,11 +151,11 @@ def _list_checkpoints(folder):
     return sorted(map(int, complete)), sorted(incomplete)
 
 
-def _entries(folder):
+def _entries(folder: epath.Path) -> list[epath.Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def _format_event(event: Mapping[str, Any]) -> str:
+def _format_event(event: Event) -> str:
     details = {
         key: value for key, value in event.items() if key not in ("time", "event", "step") and value not in ("", {}, [])
     }
@@ -165,9 +165,9 @@ def _format_event(event: Mapping[str, Any]) -> str:
     return f"{time_text} UTC, step {event['step']:,}: {event['event']}{f' ({text})' if text else ''}"
 
 
-def _format_age(event):
+def _format_age(event: Event) -> str:
     return f"{format_duration(max(time.time() - _timestamp(event['time']), 0))} ago"
 
 
-def _timestamp(text):
+def _timestamp(text: str) -> float:
     return datetime.datetime.fromisoformat(text.replace(" UTC", "+00:00")).timestamp()

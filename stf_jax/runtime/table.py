@@ -9,7 +9,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
     Consecutive rows with the same columns share a heading.
     """
-    lines, previous = [], None
+    lines: list[str] = []
+    previous: list[str] | None = None
     for row in rows:
         columns = [key for key in row if key != "what"]
         if columns != previous:
@@ -37,11 +38,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours} h {rest} min" if hours else f"{rest} min"
 
 
-def _width(key):
+def _width(key: str) -> int:
     return max(12, len(key) + 2)
 
 
-def _format_cell(value):
+def _format_cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:,.2f}" if isinstance(value, float) else str(value)

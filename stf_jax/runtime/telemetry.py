@@ -8,7 +8,8 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from stf_jax.runtime.hosts import exit_status
 from stf_jax.runtime.mesh import get_row_share
 from stf_jax.runtime.profile import Profile
 from stf_jax.runtime.table import format_duration, format_facts
-from stf_jax.runtime.writers import open_writers
+from stf_jax.runtime.writers import Writer, open_writers
 
 # Seconds of wall-clock time in training; tokens trained on; unusable rows replaced; updates skipped.
 Clock = dict[str, float]
@@ -49,7 +50,7 @@ class Telemetry:
         active: bool,
         events: Events,
         log_first_step: bool = False,
-    ):
+    ) -> None:
         """Starts timing. Create it when everything is ready for the first step.
 
         Args:
@@ -68,7 +69,8 @@ class Telemetry:
           UserError: the workdir cannot be written to, or Weights & Biases rejects the run.
         """
         self._active, self._workdir, self._name, self._steps = active, workdir, config.name, steps
-        self._events, self._writers = events, []
+        self._events = events
+        self._writers: list[tuple[Writer, Callable[..., None]]] = []
         self._initial, self._train_start = INITIAL_CLOCK | clock, time.monotonic()  # old runs lack some counts
         self._clock = self._initial  # as last computed
         self._first = self._step = self._last_step = first
@@ -80,8 +82,10 @@ class Telemetry:
         self._shares = get_row_share(mesh, jax.process_index())[1]  # of the rows, among the hosts
         self._flops = 0  # of all devices, since the last logged step
         self._start_time, self._waited = start_time, dict.fromkeys(("data", "compile", "measure", "save"), 0.0)
-        self._last_waited, self._compile_seconds, self._compile_scalar = dict(self._waited), 0.0, {}
-        self._executor, self._done_time = concurrent.futures.ThreadPoolExecutor(1), concurrent.futures.Future()
+        self._last_waited, self._compile_seconds = dict(self._waited), 0.0
+        self._compile_scalar: dict[str, float] = {}
+        self._executor = concurrent.futures.ThreadPoolExecutor(1)
+        self._done_time: concurrent.futures.Future[float] = concurrent.futures.Future()
         self._done_time.set_result(self._train_start)  # when the devices finished the last step they were given
         self._profile = Profile(workdir / "profile", config.profile.first_step, config.profile.steps if active else 0)
         if not active:
@@ -97,7 +101,9 @@ class Telemetry:
     def __enter__(self) -> "Telemetry":
         return self
 
-    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         # After an error, the other hosts may be gone, and what the devices still compute is not waited for.
         clock = self._clock if error else self.clock()
         self._executor.shutdown(wait=not error, cancel_futures=bool(error))
@@ -213,11 +219,11 @@ class Telemetry:
             attempt(writer.write, step, values)
         self._try_print(tqdm.tqdm.write, self._format_line(step, values, skipped, now), file=sys.stderr)
 
-    def _goodput(self, now):
+    def _goodput(self, now: float) -> float:
         idle = self._train_start - self._start_time + sum(self._waited.values())
         return 1 - idle / max(now - self._start_time, 1e-9)
 
-    def _format_line(self, step, values, skipped, now):
+    def _format_line(self, step: int, values: Mapping[str, float], skipped: int, now: float) -> str:
         """Formats a logged step for people, without figures that are not available."""
         total = f"{self._steps:,}"
         parts = [
@@ -240,7 +246,7 @@ class Telemetry:
             parts.append(f"{format_duration(seconds_per_step * (self._steps - step))} left")
         return "  ".join(filter(None, parts))
 
-    def _summary(self, clock, early):
+    def _summary(self, clock: Clock, early: bool) -> str:
         rows, updates, restarts = clock["rows_replaced"], clock["updates_skipped"], self._events.restarts
         skipped = [f"{rows:,} unusable rows"] * (rows > 0) + [f"{updates:,} updates"] * (updates > 0)
         return format_facts(
@@ -261,6 +267,6 @@ class Telemetry:
         )
 
 
-def _time_when_ready(output):
+def _time_when_ready(output: jax.Array) -> float:
     output.block_until_ready()
     return time.monotonic()

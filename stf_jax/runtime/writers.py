@@ -32,7 +32,7 @@ def open_writers(workdir: epath.Path, config: TrainConfig, first: int) -> list[W
       UserError: the workdir cannot be written to, or Weights & Biases rejects the run.
     """
     with as_user_error(workdir):
-        writers = [Metrics(workdir, first), TensorBoard(workdir)]
+        writers: list[Writer] = [Metrics(workdir, first), TensorBoard(workdir)]
         return [*writers, Wandb(workdir, config)] if config.wandb.project else writers
 
 
@@ -41,7 +41,7 @@ class Metrics:
 
     name = METRICS
 
-    def __init__(self, workdir: epath.Path, first: int):
+    def __init__(self, workdir: epath.Path, first: int) -> None:
         """Drops lines after step ``first``: a run that was killed may have gone past its last checkpoint."""
         path = workdir / METRICS
         kept = [line for line, value in read_lines(path) if value.get("step", first + 1) <= first]
@@ -59,9 +59,9 @@ class TensorBoard:
 
     name = "TensorBoard's event file"
 
-    def __init__(self, workdir: epath.Path):
+    def __init__(self, workdir: epath.Path) -> None:
         self._folder = str(workdir / TENSORBOARD)
-        self._file = EventFile(self._folder)
+        self._file: EventFile | None = EventFile(self._folder)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if self._file is None:
@@ -83,9 +83,10 @@ class Wandb:
 
     name = "Weights & Biases"
 
-    def __init__(self, workdir: epath.Path, config: TrainConfig):
+    def __init__(self, workdir: epath.Path, config: TrainConfig) -> None:
         """Starts a W&B run, or resumes this workdir's, whose id is stored in ``wandb/id``."""
         wandb, id_file = import_wandb(config.wandb), workdir / "wandb" / "id"
+        assert wandb is not None  # only a config that uses it gets here
         try:
             self._run = wandb.init(
                 project=config.wandb.project,

@@ -15,8 +15,9 @@ from etils import epath
 
 from stf_jax.benches.synthetic import make_batch
 from stf_jax.benches.timing import time_train_steps
-from stf_jax.config import RunFailed, from_json
+from stf_jax.config import RunFailed, TrainConfig, from_json
 from stf_jax.evals.registry import open_benchmarks
+from stf_jax.inference.generator import Generator
 from stf_jax.inference.loading import load_generator
 from stf_jax.models.selection import resolve_reduction
 from stf_jax.runtime.cli import Parser, add_model_arguments
@@ -64,7 +65,7 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
     generator, saved = load_generator(epath.Path(workdir), mesh, options.precision, options.reduce, options.keep)
     fusion_parameters = sum(leaf.size for path, leaf in saved.shapes.items() if path.startswith("fusion/"))
     first_token_seconds, prompt_length = _time_first_token(generator, config)
-    cost = {
+    cost: dict[str, Any] = {
         "image_tokens": reduction.keep,
         "fusion_parameters": fusion_parameters,
         "first_token_ms": 1e3 * first_token_seconds,
@@ -83,7 +84,7 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
     return cost | {"device": jax.devices()[0].device_kind}
 
 
-def _time_first_token(generator, config):
+def _time_first_token(generator: Generator, config: TrainConfig) -> tuple[float, int]:
     """Returns the median seconds from a batch of questions to the first tokens of all answers, and the prompt length.
 
     The images are already in memory. The length is the longest prompt's, in tokens.

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from etils import epath
@@ -16,6 +18,7 @@ from stf_jax.studies.study import Cell
 ALL = "all"
 BLANK = "blank image"
 KINDS = tuple(dict.fromkeys((*world_text.KINDS, *scenes.KINDS)))  # of both editions
+_Key = TypeVar("_Key", str, int)  # a kind of question, or a height
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +60,13 @@ def read_outcome(cell: Cell) -> Outcome:
     return Outcome(scores)
 
 
-def _read_embedded(folders):
+def _read_embedded(folders: Mapping[str, pathlib.Path]) -> Outcome:
     scores = {name: _read_scores(folder) for name, folder in folders.items()}
     first = next(iter(sorted(scores, key="prints".__eq__)))  # prints only if there is no other
     return Outcome(scores[first][0], scores.get("prints", scores[first])[1])
 
 
-def _read_scores(folder):
+def _read_scores(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[int, np.ndarray]]:
     """Returns the scores by kind and by height: 100 for each correct answer, 0 for each wrong one."""
     lines = [json.loads(line) for line in (folder / ANSWERS).read_text().splitlines()]
     by_kind: dict[str, list[float]] = {}
@@ -92,5 +95,5 @@ def read_outcomes(cells: Sequence[Cell]) -> dict[str, Outcome]:
     }
 
 
-def _stack(scores):
+def _stack(scores: Sequence[dict[_Key, np.ndarray]]) -> dict[_Key, np.ndarray]:
     return {key: np.stack([seed_scores[key] for seed_scores in scores]) for key in scores[0]}

@@ -116,12 +116,12 @@ def render_html(title: str, blocks: Sequence[Block]) -> str:
     )
 
 
-def _render_row(tag, row, text_columns):
+def _render_row(tag: str, row: Sequence[str], text_columns: int) -> str:
     classes = [' class="text"' if i < text_columns else "" for i in range(len(row))]
     return "".join(f"<{tag}{class_}>{_render_inline(cell)}</{tag}>" for class_, cell in zip(classes, row, strict=True))
 
 
-def _render_inline(text):
+def _render_inline(text: str) -> str:
     """Escapes text and renders Markdown's ``code`` and **strong**."""
     parts = html.escape(text).split("`")
     with_code = "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))

@@ -2,15 +2,18 @@
 
 import math
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stf_jax.studies.outcomes import ALL, BLANK
 from stf_jax.studies.page import Image
+from stf_jax.studies.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from stf_jax.studies.report import Findings
 
@@ -35,11 +38,11 @@ def draw_plots(findings: "Findings", out: pathlib.Path) -> dict[str, Image]:
     return images
 
 
-def _make_figure(width, height, columns=1, sharey=False):
+def _make_figure(width: float, height: float, columns: int = 1, sharey: bool = False) -> tuple["Figure", list["Axes"]]:
     from matplotlib.figure import Figure  # slow to import, and only used here
 
     figure = Figure((width, height), layout="constrained")
-    all_axes = figure.subplots(1, columns, squeeze=False, sharey=sharey)[0]
+    all_axes = list(figure.subplots(1, columns, squeeze=False, sharey=sharey)[0])
     for axes in all_axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=_INK, length=3)
@@ -48,29 +51,29 @@ def _make_figure(width, height, columns=1, sharey=False):
     return figure, all_axes
 
 
-def _set_variant_ticks(axes: "Axes", names, findings):
+def _set_variant_ticks(axes: "Axes", names: Sequence[str], findings: "Findings") -> None:
     axes.set_yticks(range(len(names)), [_format_label(name, findings) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
-def _format_label(name, findings):
+def _format_label(name: str, findings: "Findings") -> str:
     tokens = findings.costs.get(name, {}).get("image_tokens")
     return name if tokens is None else f"{name} ({tokens})"
 
 
-def _format_score_label(findings):
+def _format_score_label(findings: "Findings") -> str:
     """Returns the axis label of the first kind: for scenes, the share of all questions; otherwise a metric."""
     return "correct answers, %" if findings.kinds[0] == ALL else findings.kinds[0]
 
 
-def _error_bars(estimate):
+def _error_bars(estimate: Estimate) -> list[list[float]] | None:
     """Returns both arms of an interval in matplotlib's form, or None without an interval."""
     if math.isnan(estimate.low):
         return None
     return [[estimate.value - estimate.low], [estimate.high - estimate.value]]
 
 
-def _draw_quality(findings):
+def _draw_quality(findings: "Findings") -> "Figure":
     first, names = findings.kinds[0], list(findings.quality)
     figure, (axes,) = _make_figure(7, 1 + 0.36 * len(names))
     for y, name in enumerate(names):
@@ -86,7 +89,7 @@ def _draw_quality(findings):
     return figure
 
 
-def _draw_kinds(findings):
+def _draw_kinds(findings: "Findings") -> "Figure | None":
     names, kinds = list(findings.quality), [kind for kind in findings.kinds[1:] if kind != BLANK]
     if not kinds:
         return None
@@ -104,7 +107,7 @@ def _draw_kinds(findings):
     return figure
 
 
-def _draw_heights(findings):
+def _draw_heights(findings: "Findings") -> "Figure | None":
     if not any(findings.heights.values()):
         return None
     figure, (axes,) = _make_figure(8, 4.5)
@@ -130,13 +133,13 @@ def _draw_heights(findings):
     return figure
 
 
-def _make_colors(count):
+def _make_colors(count: int) -> list[tuple[float, float, float, float]]:
     from matplotlib import colormaps
 
     return [colormaps["tab20"](i % 20) for i in range(count)]
 
 
-def _draw_differences(findings):
+def _draw_differences(findings: "Findings") -> "Figure | None":
     if not findings.differences:
         return None
     names = list(findings.differences)
@@ -153,7 +156,7 @@ def _draw_differences(findings):
     return figure
 
 
-def _draw_cost(findings):
+def _draw_cost(findings: "Findings") -> "Figure | None":
     if not findings.costs:
         return None
     first = findings.kinds[0]
@@ -176,7 +179,7 @@ def _draw_cost(findings):
     return figure
 
 
-def _annotate(axes, points):
+def _annotate(axes: "Axes", points: Mapping[str, tuple[float, float]]) -> None:
     """Writes the points' names to the right of all points, without overlaps."""
     xs, y_range = [x for x, _ in points.values()], np.ptp(axes.get_ylim())
     x_range = np.ptp(xs) or max(xs)

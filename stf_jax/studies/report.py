@@ -8,7 +8,7 @@ import pathlib
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
@@ -17,12 +17,13 @@ from stf_jax.runtime.files import open_atomic, parse_json, write_json
 from stf_jax.runtime.table import format_duration
 from stf_jax.studies import plots
 from stf_jax.studies.outcomes import BLANK, Outcome
-from stf_jax.studies.page import Block, Code, Heading, Items, Table, Text, render_html, render_markdown
+from stf_jax.studies.page import Block, Code, Heading, Image, Items, Table, Text, render_html, render_markdown
 from stf_jax.studies.statistics import CONFIDENCE, POWER, Difference, Estimate, deviation, difference, mean
-from stf_jax.studies.study import Cell, Study
+from stf_jax.studies.study import Cell, Study, Variant
 
 _EQUAL, _INCONCLUSIVE = "=", "·"  # marks of a difference shown to be small, and of one that may be large or zero
 _OTHER_SEED_COUNTS = (3, 5, 8, 12)  # for which the report also gives the detectable difference
+_Key = TypeVar("_Key", str, int)  # a kind of question, or a height
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +75,13 @@ def compute_findings(study: Study, outcomes: Mapping[str, Outcome], costs: Mappi
     )
 
 
-def _means(scores):
+def _means(scores: Mapping[str, Mapping[_Key, np.ndarray]]) -> dict[str, dict[_Key, Estimate]]:
     return {name: {key: mean(x.mean(1)) for key, x in by_key.items()} for name, by_key in scores.items()}
 
 
-def _differences_from(baseline, scores):
+def _differences_from(
+    baseline: str, scores: Mapping[str, Mapping[_Key, np.ndarray]]
+) -> dict[str, dict[_Key, Difference]]:
     base = scores.get(baseline, {})
     return {
         name: {key: difference(by_key[key], base[key]) for key in base}
@@ -89,7 +92,7 @@ def _differences_from(baseline, scores):
 
 def write_report(
     findings: Findings, cells: Sequence[Cell], failed: Mapping[Cell, str], command: str, out: pathlib.Path
-):
+) -> None:
     """Writes the report's files to ``out``.
 
     Args:
@@ -110,7 +113,13 @@ def write_report(
     write_json(epath.Path(out / "report.json"), _make_json(findings, cells))
 
 
-def _make_blocks(findings, images, cells, failed, command) -> list[Block]:
+def _make_blocks(
+    findings: Findings,
+    images: Mapping[str, Image],
+    cells: Sequence[Cell],
+    failed: Mapping[Cell, str],
+    command: str,
+) -> list[Block]:
     blocks: list[Block] = [Text(findings.study.question), Items(format_verdicts(findings))]
     if failed:
         blocks.append(Text("**Some runs failed.** The report leaves out their variants."))
@@ -131,7 +140,7 @@ def _make_blocks(findings, images, cells, failed, command) -> list[Block]:
     ]
 
 
-def _quality_section(findings, images):
+def _quality_section(findings: Findings, images: Mapping[str, Image]) -> list[Block]:
     text = (
         f"Correct answers in percent (for MME, its points): the mean over {len(findings.study.seeds)} seeds ± half of "
         f"Student's {CONFIDENCE:.0%} interval. The last column is the standard deviation between seeds with its "
@@ -152,7 +161,7 @@ def _quality_section(findings, images):
     return [Heading("Quality"), Text(text), Table(header, rows), *_existing(images, "quality", "kinds")]
 
 
-def _heights_section(findings, images):
+def _heights_section(findings: Findings, images: Mapping[str, Image]) -> list[Block]:
     text = (
         "Correct answers in percent to questions about printed text, by the height of its capitals in pixels: the mean "
         f"over seeds ± half of Student's {CONFIDENCE:.0%} interval."
@@ -166,7 +175,7 @@ def _heights_section(findings, images):
     return [Heading("By height of print"), Text(text), table, *_existing(images, "heights")]
 
 
-def _differences_section(findings, images):
+def _differences_section(findings: Findings, images: Mapping[str, Image]) -> list[Block]:
     study = findings.study
     text = (
         f"Differences in points of the table above, paired by seed and question, with the {CONFIDENCE:.0%} interval of "
@@ -183,7 +192,7 @@ def _differences_section(findings, images):
     return [heading, Text(text), Table(["", *findings.kinds], rows), *_existing(images, "differences")]
 
 
-def _power_section(findings):
+def _power_section(findings: Findings) -> list[Block]:
     """Makes the section about detectable differences."""
     if len(findings.study.seeds) < 2:
         return []
@@ -208,15 +217,15 @@ def _power_section(findings):
     ]
 
 
-def _format_range(name, values):
+def _format_range(name: str, values: Sequence[float]) -> list[str]:
     return [name, *(f"{value:.1f}" for value in (min(values), np.median(values), max(values)))]
 
 
-def _format_margin(points):
+def _format_margin(points: float) -> str:
     return f"{points:g} point{'s' * (points != 1)}"
 
 
-def _cost_section(findings, images):
+def _cost_section(findings: Findings, images: Mapping[str, Image]) -> list[Block]:
     first = next(iter(findings.costs.values()))
     text = (
         f"Variants are measured one after another on one slot of the machine ({first['device']}). Step times are the "
@@ -236,7 +245,7 @@ def _cost_section(findings, images):
     return [Heading("Cost"), Text(text), Table(header, rows), *_existing(images, "cost")]
 
 
-def _existing(images, *names):
+def _existing(images: Mapping[str, Image], *names: str) -> list[Image]:
     return [images[name] for name in names if name in images]
 
 
@@ -269,7 +278,7 @@ def format_verdicts(findings: Findings) -> list[str]:
     return verdicts + _format_controls(findings)
 
 
-def _format_controls(findings):
+def _format_controls(findings: Findings) -> list[str]:
     """Returns a sentence for each repeated variant: whether its differences from the original are significant."""
     sentences = []
     for variant in findings.study.variants:
@@ -281,7 +290,7 @@ def _format_controls(findings):
     return sentences
 
 
-def _describe_runs(study, cells):
+def _describe_runs(study: Study, cells: Sequence[Cell]) -> str:
     seconds = [_read_seconds(cell) for cell in cells if cell.source_run is None]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
     return (
@@ -291,7 +300,7 @@ def _describe_runs(study, cells):
     )
 
 
-def _describe_machine():
+def _describe_machine() -> str:
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -300,13 +309,13 @@ def _describe_machine():
     return f"{os.cpu_count()} CPUs ({model})"
 
 
-def _read_seconds(cell):
+def _read_seconds(cell: Cell) -> float:
     """Returns the seconds that a run's steps took, over all its stages."""
     lines = [file.read_bytes().splitlines()[-1] for file in cell.folder.glob("**/metrics.jsonl")]
     return sum(parse_json(line)["seconds"] for line in lines)
 
 
-def _describe_variant(study, variant):
+def _describe_variant(study: Study, variant: Variant) -> str:
     if variant.source:
         return f"runs of {variant.source}, evaluated with `{' '.join(variant.eval_options)}`"
     trained = [set(other.overrides) for other in study.variants if not other.source]
@@ -314,15 +323,15 @@ def _describe_variant(study, variant):
     return ", ".join(f"`{override}`" for override in variant.overrides if override not in common) or "only common ones"
 
 
-def _format_command(command):
+def _format_command(command: Sequence[str]) -> str:
     return shlex.join(["python", *command[1:]])
 
 
-def _make_json(findings, cells):
-    def to_json(estimate):
+def _make_json(findings: Findings, cells: Sequence[Cell]) -> dict[str, Any]:
+    def to_json(estimate: Estimate) -> dict[str, Any]:
         return {key: None if math.isnan(x) else x for key, x in dataclasses.asdict(estimate).items()}
 
-    def difference_to_json(result, margin):
+    def difference_to_json(result: Difference, margin: float) -> dict[str, Any]:
         detectable = result.detectable()
         return to_json(result) | {
             "within_noise": result.within_noise,
@@ -330,7 +339,7 @@ def _make_json(findings, cells):
             "detectable": None if math.isnan(detectable) else detectable,
         }
 
-    def nested_to_json(by_variant):
+    def nested_to_json(by_variant: Mapping[str, Mapping[Any, Estimate]]) -> dict[str, dict[Any, Any]]:
         return {name: {key: to_json(one) for key, one in by_key.items()} for name, by_key in by_variant.items()}
 
     return {
@@ -360,22 +369,22 @@ def _make_json(findings, cells):
     }
 
 
-def _bold_baseline(name, study):
+def _bold_baseline(name: str, study: Study) -> str:
     return f"**{name}**" if name == study.baseline else name
 
 
-def _format_mean(estimate):
+def _format_mean(estimate: Estimate) -> str:
     half_width = "" if math.isnan(estimate.low) else f" ± {estimate.high - estimate.value:.1f}"
     return f"{estimate.value:.1f}{half_width}"
 
 
-def _format_interval(estimate):
+def _format_interval(estimate: Estimate) -> str:
     if math.isnan(estimate.value):
         return ""
     return f"{estimate.value:.1f} ({estimate.low:.1f} to {estimate.high:.1f})"
 
 
-def _format_difference(result, margin):
+def _format_difference(result: Difference, margin: float) -> str:
     if math.isnan(result.low):
         return f"{result.value:+.1f}"
     mark = _EQUAL if result.within_margin(margin) else _INCONCLUSIVE if result.within_noise else ""

@@ -88,7 +88,7 @@ def run_cells(cells: Sequence[Cell], slots: Sequence[Slot], cache: pathlib.Path)
     for slot in slots:
         free_slots.put(slot)
     processes = _CellProcesses(free_slots, cache)
-    failed = {}
+    failed: dict[Cell, str] = {}
     start = time.monotonic()
     training = [cell for cell in unfinished if cell.source_run is None]
     evaluations = [cell for cell in unfinished if cell.source_run is not None]
@@ -116,11 +116,12 @@ def run_cells(cells: Sequence[Cell], slots: Sequence[Slot], cache: pathlib.Path)
 class _CellProcesses:
     """Runs cells in child processes."""
 
-    def __init__(self, free_slots, cache):
+    def __init__(self, free_slots: queue.Queue[Slot], cache: pathlib.Path):
         self._free_slots, self._cache = free_slots, cache
-        self._children, self._lock, self._terminated = set(), threading.Lock(), False
+        self._children: set[subprocess.Popen[bytes]] = set()
+        self._lock, self._terminated = threading.Lock(), False
 
-    def run(self, cell):
+    def run(self, cell: Cell) -> str:
         """Runs a cell, waits for it, and returns an error message, or an empty string."""
         slot = self._free_slots.get()
         try:
@@ -140,7 +141,7 @@ class _CellProcesses:
         finally:
             self._free_slots.put(slot)
 
-    def _run_process(self, cell, slot):
+    def _run_process(self, cell: Cell, slot: Slot) -> int:
         # Sets this thread's affinity. The child inherits it before its libraries count CPUs.
         os.sched_setaffinity(0, slot.cpus)
         environment = {"JAX_COMPILATION_CACHE_DIR": str(self._cache), **os.environ, **slot.environment}
@@ -154,7 +155,7 @@ class _CellProcesses:
             self._children.discard(child)
         return status
 
-    def terminate(self):
+    def terminate(self) -> None:
         """Sends SIGTERM to the runs, so that they save and exit, and starts no more."""
         with self._lock:
             self._terminated = True
@@ -162,7 +163,7 @@ class _CellProcesses:
                 child.terminate()
 
 
-def _format_summary(cell):
+def _format_summary(cell: Cell) -> str:
     """Formats the first metrics of a cell."""
     results = read_json(epath.Path(cell.folder / RESULTS))
     first = results[0] if isinstance(results, list) else results

@@ -120,7 +120,7 @@ def difference(scores: np.ndarray, others: np.ndarray) -> Difference:
     return Difference(value, value - half_width, value + half_width, error, seed_error, seeds)
 
 
-def _degrees_of_freedom(error, seed_error, seeds):
+def _degrees_of_freedom(error: float, seed_error: float, seeds: int) -> float:
     """Returns Satterthwaite's degrees of freedom of a standard error, whose part ``seed_error`` is due to seeds."""
     if seeds < 2 or not seed_error:
         return math.inf

@@ -5,12 +5,13 @@ import itertools
 import pathlib
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 from etils import epath
 
-from stf_jax.config import TrainConfig, UserError, did_you_mean, flatten, from_json, resolve, to_json
+from stf_jax.config import ModelConfig, TrainConfig, UserError, did_you_mean, flatten, from_json, resolve, to_json
 from stf_jax.evals.files import RESULTS
 from stf_jax.runtime import cli
 from stf_jax.runtime.cli import Parser
@@ -170,19 +171,19 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
     return study
 
 
-def _check_pairs(key, values):
+def _check_pairs(key: str, values: Any) -> Sequence[tuple[str, tuple[Any, ...]]]:
     if not all(isinstance(pair, tuple) and tuple(map(type, pair)) == (str, tuple) for pair in values):
         raise UserError(f"The study's {key} must be pairs of a name and a tuple of strings, such as ('mlp', ('k=v',)).")
     return values
 
 
-def _check_strings(name, values):
+def _check_strings(name: str, values: Any) -> tuple[str, ...]:
     if not isinstance(values, tuple) or not all(isinstance(value, str) for value in values):
         raise UserError(f"The study's {name} is {values!r}; it must be a tuple of strings such as 'key=value'.")
     return values
 
 
-def _check_model(variant, config):
+def _check_model(variant: Variant, config: ModelConfig) -> None:
     """Checks the evaluation options and builds the model's shapes, so that errors appear before any training.
 
     The options may only change the model, not the checkpoint or the questions.
@@ -253,27 +254,27 @@ class Cell:
             )
         return True
 
-    def _find_differences(self):
+    def _find_differences(self) -> list[str]:
         """Returns the config keys in which the run in the folder differs from the study's."""
-        keys = []
+        keys: list[str] = []
         stages = self.study.resolve_stages(self.variant, self.seed)
         for stage in stages:
             saved = from_json(read_json(epath.Path(_stage_workdir(self.folder, stages, stage) / "config.json")))
             if stage is not stages[0]:  # stf_jax.main sets it to the previous stage
                 saved = dataclasses.replace(saved, init_from=stage.init_from)
-            saved, wanted = flatten(to_json(saved)), flatten(to_json(stage))
+            values, wanted = flatten(to_json(saved)), flatten(to_json(stage))
             # Where the study leaves these keys empty, the run took them from its init_from.
             inherited = [key for key in _INHERITED_KEYS if not wanted[key]]
-            keys += [key for key in wanted if saved[key] != wanted[key] and key not in inherited]
+            keys += [key for key in wanted if values[key] != wanted[key] and key not in inherited]
         return sorted(set(keys))
 
 
-def _stage_workdir(folder, stages, stage):
+def _stage_workdir(folder: pathlib.Path, stages: Sequence[TrainConfig], stage: TrainConfig) -> pathlib.Path:
     """Returns the folder that ``stf_jax.main`` uses for a stage."""
     return folder / stage.name if len(stages) > 1 else folder
 
 
-def _same_evaluation(folder, other):
+def _same_evaluation(folder: pathlib.Path, other: pathlib.Path) -> bool:
     """Returns whether two evaluations used the same weights and questions.
 
     Weights are compared only if both have the same precision, because their fingerprints depend on it.
@@ -290,7 +291,7 @@ def _same_evaluation(folder, other):
     return True
 
 
-def _read_protocols(folder):
+def _read_protocols(folder: pathlib.Path) -> list[dict[str, Any]]:
     results = read_json(epath.Path(folder / RESULTS))
     return [one["protocol"] for one in (results if isinstance(results, list) else [results])]
 
@@ -301,7 +302,7 @@ def make_cells(study: Study, folder: pathlib.Path) -> list[Cell]:
     They are ordered seed by seed, so that early results cover all variants.
     """
 
-    def get_folder(variant, seed):
+    def get_folder(variant: Variant, seed: int) -> pathlib.Path:
         return folder / variant.name / f"seed_{seed}"
 
     cells = []

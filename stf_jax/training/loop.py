@@ -31,7 +31,7 @@ from stf_jax.runtime.telemetry import INITIAL_CLOCK, Telemetry
 from stf_jax.training.monitor import LossMonitor
 from stf_jax.training.optimizer import check_steps, learning_rate, make_optimizer
 from stf_jax.training.resume import check_changes
-from stf_jax.training.state import TrainState, init_state, state_layout
+from stf_jax.training.state import Params, TrainState, init_state, state_layout
 from stf_jax.training.step import make_train_step
 from stf_jax.weights.folder import load_params
 from stf_jax.weights.model import save_description
@@ -64,7 +64,9 @@ def train(config: TrainConfig, workdir: epath.Path, results_dir: epath.Path) -> 
     return results
 
 
-def _train(config, workdir, results_dir, stack):
+def _train(
+    config: TrainConfig, workdir: epath.Path, results_dir: epath.Path, stack: contextlib.ExitStack
+) -> tuple[list[Results], bool]:
     """The results, and whether SIGTERM arrived too late to stop before the last step."""
     # ---- Data ------------------------------------------------------------------------------------------------------
     start_time = time.monotonic()
@@ -72,15 +74,15 @@ def _train(config, workdir, results_dir, stack):
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     config = complete_config(config, workdir)
-    vision = get_vision_config(config.model)
+    vision, llm = get_vision_config(config.model), get_llm_config(config.model)
+    assert vision is not None  # a run trains a complete model
+    assert llm is not None
     benchmarks = open_benchmarks(config.eval.benchmarks, config.eval.data, config.eval.limit)
     check_images(benchmarks)
     source = load_training_records(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     generator = Generator(config.model, tokenizer, mesh, config.data.template, config.data.aspect)  # for evaluation
-    preprocess = Preprocessor(
-        config.data, tokenizer, vision, slots_per_image(config.model), get_llm_config(config.model).vocab
-    )
+    preprocess = Preprocessor(config.data, tokenizer, vision, slots_per_image(config.model), llm.vocab)
     host = jax.process_index()
     share, shares = get_row_share(mesh, host)
     on_read = functools.partial(watchdog.heartbeat, "data were read")
@@ -125,10 +127,12 @@ def _train(config, workdir, results_dir, stack):
     watchdog.heartbeat("the weights were read")
     rows = jax.sharding.NamedSharding(mesh, BATCH)
     train_step = make_train_step(config, plan, tx, layout)
-    programs, flops = {}, {}  # by the length of a row and its number of images
+    # By the length of a row and its number of images.
+    programs: dict[tuple[int, int], jax.stages.Compiled] = {}
+    flops: dict[tuple[int, int], int] = {}
 
-    def evaluate(step, params):
-        def on_batch_end():
+    def evaluate(step: int, params: Params) -> list[Results]:
+        def on_batch_end() -> None:
             watchdog.heartbeat(f"questions at step {step}")
             if termination.should_stop_now():
                 raise Stopped("")
@@ -146,7 +150,7 @@ def _train(config, workdir, results_dir, stack):
             on_batch_end=on_batch_end,
         )
 
-    def log(step, values, should_evaluate):
+    def log(step: int, values: dict[str, float], should_evaluate: bool) -> list[Results] | None:
         """Writes the step's line, after an evaluation where requested; returns the results."""
         results = None
         if should_evaluate:
@@ -157,7 +161,8 @@ def _train(config, workdir, results_dir, stack):
         return results
 
     # ---- The loop --------------------------------------------------------------------------------------------------
-    start_step, results = int(state.step), None
+    start_step = int(state.step)
+    results: list[Results] | None = None
     pending_values, in_a_row = clock.pop("owed", None), clock.pop("skipped_in_a_row", 0)
     telemetry = stack.enter_context(
         Telemetry(
@@ -183,7 +188,7 @@ def _train(config, workdir, results_dir, stack):
     for step in range(start_step + 1, steps + 1):
         watchdog.heartbeat(f"step {step}")
         with telemetry.time_waiting("data"):
-            host_batch: Batch = next(batches)
+            host_batch: Batch[np.ndarray] = next(batches)
         batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), host_batch)
         shape = batch.tokens.shape[1], batch.images.shape[1]
         if shape not in programs:
@@ -201,9 +206,8 @@ def _train(config, workdir, results_dir, stack):
         if last:
             monitor.finish(step, steps - telemetry.updates_skipped)
         stop = termination.should_stop_after_step() and not last
-        should_evaluate = (
-            benchmarks and not stop and (last or (config.eval.every_steps and step % config.eval.every_steps == 0))
-        )
+        evaluation_due = config.eval.every_steps > 0 and step % config.eval.every_steps == 0
+        should_evaluate = bool(benchmarks) and not stop and (last or evaluation_due)
         if step % config.log_every_steps == 0 or last or should_evaluate:
             monitor.drain()
             values = {name: float(metrics[name]) for name in ("loss", "gradient_norm", "learned_tokens")}

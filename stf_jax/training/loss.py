@@ -9,9 +9,12 @@ Axis letters: B rows, T positions, N = B·T, D width, V vocabulary.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
 
 from stf_jax.models.cells import split_scores
@@ -21,6 +24,8 @@ _LANES = 128  # the chunk size is a multiple of the lanes of a TPU
 _ROWS = ("data", "fsdp")
 _WEIGHTS = (1.0, 1.0, 2.0)  # of the losses of colors, shapes and characters
 _UNLABELED = 0.1  # weight of cells without a label, which are the majority
+_Gradients = tuple[jax.Array | None, jax.Array | None]  # for hidden and kernel; None where not requested
+_Carry = TypeVar("_Carry")
 
 
 def labels_loss_sum(scores: jax.Array, labels: jax.Array) -> jax.Array:
@@ -57,12 +62,18 @@ def cross_entropy_sum(
     return _loss_and_grads(hidden, kernel, targets, loss_mask, vocab_first, ())[0]
 
 
-def _forward(hidden, kernel, targets, loss_mask, vocab_first):
+def _forward(
+    hidden: CustomVJPPrimal,
+    kernel: CustomVJPPrimal,
+    targets: CustomVJPPrimal,
+    loss_mask: CustomVJPPrimal,
+    vocab_first: bool,
+) -> tuple[jax.Array, _Gradients]:
     requested = tuple(name for name, x in (("hidden", hidden), ("kernel", kernel)) if x.perturbed)
     return _loss_and_grads(hidden.value, kernel.value, targets.value, loss_mask.value, vocab_first, requested)
 
 
-def _backward(vocab_first, gradients, cotangent):
+def _backward(vocab_first: bool, gradients: _Gradients, cotangent: jax.Array) -> tuple[jax.Array | None, ...]:
     # The cotangent is a scalar factor, so the forward pass has already computed the gradients without it.
     return *(None if g is None else (g * cotangent).astype(g.dtype) for g in gradients), None, None
 
@@ -70,7 +81,14 @@ def _backward(vocab_first, gradients, cotangent):
 cross_entropy_sum.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _loss_and_grads(hidden, kernel, targets, loss_mask, vocab_first, requested):
+def _loss_and_grads(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    loss_mask: jax.Array,
+    vocab_first: bool,
+    requested: tuple[str, ...],
+) -> tuple[jax.Array, _Gradients]:
     """The sum, and its gradients for hidden and kernel, None where they are not requested."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -85,10 +103,18 @@ def _loss_and_grads(hidden, kernel, targets, loss_mask, vocab_first, requested):
     )(hidden, kernel, targets, loss_mask)
 
 
-def _local_loss_and_grads(hidden, kernel, targets, loss_mask, vocab_first, requested, axes):
+def _local_loss_and_grads(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    loss_mask: jax.Array,
+    vocab_first: bool,
+    requested: tuple[str, ...],
+    axes: tuple[str, ...],
+) -> tuple[jax.Array, _Gradients]:
     """Computes :func:`_loss_and_grads` on one device, which has its rows and its slice of the kernel."""
 
-    def apply_collective(op, x, *names, **options):
+    def apply_collective(op: Callable[..., jax.Array], x: jax.Array, *names: str, **options: Any) -> jax.Array:
         names = tuple(name for name in names if axes and jax.lax.axis_size(name) > 1)  # over one device it would copy
         return op(x, names, **options) if names else x
 
@@ -107,10 +133,12 @@ def _local_loss_and_grads(hidden, kernel, targets, loss_mask, vocab_first, reque
     else:
         chunks = jnp.pad(kernel, ((0, 0), padding)).reshape(widths, chunk_count, chunk_size).swapaxes(0, 1)
 
-    def over_chunks(visit, start):
+    def over_chunks(
+        visit: Callable[[_Carry, jax.Array, jax.Array, jax.Array], tuple[_Carry, jax.Array | None]], start: _Carry
+    ) -> tuple[_Carry, jax.Array | None]:
         """Scans ``visit(carry, kernel, logits, is_target)`` over the chunks of the vocabulary."""
 
-        def step(carry, chunk):
+        def step(carry: _Carry, chunk: tuple[jax.Array | int, jax.Array]) -> tuple[_Carry, jax.Array | None]:
             index, kernel = chunk
             kernel = apply_collective(jax.lax.all_gather, kernel.astype(dtype), "fsdp", axis=width_axis, tiled=True)
             logits = jnp.einsum(f"nd,{kernel_axes}->nv", hidden, kernel, preferred_element_type=jnp.float32)
@@ -124,7 +152,9 @@ def _local_loss_and_grads(hidden, kernel, targets, loss_mask, vocab_first, reque
             return carry, None if out is None else out[None]
         return jax.lax.scan(step, start, (jnp.arange(chunk_count), chunks))
 
-    def accumulate_sums(carry, kernel, logits, is_target):
+    def accumulate_sums(
+        carry: tuple[jax.Array, jax.Array, jax.Array], kernel: jax.Array, logits: jax.Array, is_target: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
         previous_max, sum_exp, target_logit = carry
         running_max = jnp.maximum(previous_max, logits.max(-1))
         sum_exp = sum_exp * jnp.exp(previous_max - running_max) + jnp.exp(logits - running_max[:, None]).sum(-1)
@@ -141,11 +171,13 @@ def _local_loss_and_grads(hidden, kernel, targets, loss_mask, vocab_first, reque
     if not requested:
         return value, (None, None)
 
-    def accumulate_grads(hidden_grad, kernel, logits, is_target):
+    def accumulate_grads(
+        hidden_grad: jax.Array | None, kernel: jax.Array, logits: jax.Array, is_target: jax.Array
+    ) -> tuple[jax.Array | None, jax.Array | None]:
         logits_grad = jnp.where(loss_mask[:, None], jnp.exp(logits - log_normalizer[:, None]) - is_target, 0).astype(
             dtype
         )
-        if "hidden" in requested:
+        if hidden_grad is not None:
             hidden_grad += jnp.einsum(f"nv,{kernel_axes}->nd", logits_grad, kernel, preferred_element_type=jnp.float32)
         if "kernel" not in requested:
             return hidden_grad, None

@@ -6,7 +6,8 @@ import io
 import logging
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -51,12 +52,12 @@ class LossMonitor:
         """
         self._config, self._workdir, self._records = config, workdir, records
         self._on_event, self._on_skip = on_event, on_skip
-        self._pending: collections.deque = collections.deque()
+        self._pending: collections.deque[tuple[int, Batch[np.ndarray], dict[str, jax.Array]]] = collections.deque()
         self._losses: collections.deque[float] = collections.deque(maxlen=_WINDOW)
         self.in_a_row = in_a_row
         self._is_spiking, self._empty_count = False, 0
 
-    def enqueue(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> None:
+    def enqueue(self, step: int, batch: Batch[np.ndarray], metrics: dict[str, jax.Array]) -> None:
         """Adds a dispatched step, and processes an earlier one as :meth:`drain` does.
 
         Args:
@@ -96,7 +97,7 @@ class LossMonitor:
                 "saved. Look at the rejected rows (the log names the first ones)."
             )
 
-    def _process(self, step, batch, metrics):
+    def _process(self, step: int, batch: Batch[np.ndarray], metrics: Mapping[str, jax.Array]) -> None:
         loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
         if not metrics["learned_tokens"]:
             self._on_skip()
@@ -110,7 +111,8 @@ class LossMonitor:
             self.in_a_row += 1
             facts = {"loss": str(loss), "gradient_norm": str(norm)}
             clause = ", but not all new parameters are finite" if math.isfinite(loss) and math.isfinite(norm) else ""
-            self._report("skipped", step, f"loss {loss:g}, gradients {norm}{clause}: update skipped", **facts)
+            message = f"loss {loss:g}, gradients {norm}{clause}: update skipped"
+            self._report("skipped", step, message, loss=str(loss), gradient_norm=str(norm))
             if self.in_a_row > self._config.skipped_updates:
                 self._raise_failed(step, batch, facts)
             return
@@ -125,7 +127,9 @@ class LossMonitor:
             self._is_spiking = is_spike
         self._losses.append(loss)
 
-    def _report(self, kind, step, message, suffix="", *, log=True, **facts):
+    def _report(
+        self, kind: str, step: int, message: str, suffix: str = "", *, log: bool = True, **facts: float | str
+    ) -> None:
         rows = self._records(step)
         ids = [name for row in rows for name in row]
         self._on_event(kind, step, **facts, records=ids)
@@ -133,7 +137,7 @@ class LossMonitor:
             more = f" and {len(ids) - _MAX_IDS_LOGGED} more (events.jsonl)" if len(ids) > _MAX_IDS_LOGGED else ""
             _log.warning("Step %d: %s; records: %s%s.%s", step, message, ", ".join(ids[:_MAX_IDS_LOGGED]), more, suffix)
 
-    def _raise_failed(self, step, batch, facts):
+    def _raise_failed(self, step: int, batch: Batch[np.ndarray], facts: Mapping[str, str]) -> NoReturn:
         folder = self._workdir / "failures" / f"step_{step}"
         where = f"are in {folder}"
         try:
@@ -147,7 +151,7 @@ class LossMonitor:
             "same command resumes from the last checkpoint."
         )
 
-    def _write_failure(self, folder, step, batch, facts):
+    def _write_failure(self, folder: epath.Path, step: int, batch: Batch[np.ndarray], facts: Mapping[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with io.BytesIO() as file:
             arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}

@@ -1,6 +1,8 @@
 """AdamW with warm-up, equal to torch's AdamW with LLaVA's schedule."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import optax
@@ -24,7 +26,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup_schedule, decay], [warmup]) if warmup else decay
 
 
-def _warmup_steps(config, steps):
+def _warmup_steps(config: OptimizerConfig, steps: int) -> int:
     return math.ceil(config.warmup_ratio * steps)
 
 
@@ -68,7 +70,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
 
 
-def map_moments(tx: optax.GradientTransformation, params: dict, values: dict, placeholder):
+def map_moments(
+    tx: optax.GradientTransformation,
+    params: Mapping[str, jax.ShapeDtypeStruct],
+    values: Mapping[str, Any],
+    placeholder: Any,
+) -> optax.OptState:
     """A tree shaped like ``tx.init(params)``, with the leaves of ``values`` in place of the parameters' moments.
 
     ``params`` is abstract and ``values`` has its paths. ``placeholder`` replaces leaves that belong to no parameter

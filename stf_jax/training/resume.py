@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -51,11 +52,11 @@ def check_changes(config: TrainConfig, workdir: epath.Path) -> dict[str, tuple[A
     return changed
 
 
-def _is_fixed(key, was, now):
+def _is_fixed(key: str, was: Any, now: Any) -> bool:
     if key == _CHANGES_MOMENTS:
         return bool(was) != bool(now)
     return key.startswith(_FIXED) and key not in _CHANGEABLE
 
 
-def _format_changes(changed):
+def _format_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
     return ", ".join(f"{key} (was {was!r}, now {now!r})" for key, (was, now) in changed.items())

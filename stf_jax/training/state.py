@@ -6,7 +6,7 @@ Trees are flat: ``{"vision/blocks/mlp/up/kernel": array, …}``.
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import flax
 import jax
@@ -20,23 +20,27 @@ from stf_jax.models.vlm import VLM
 from stf_jax.runtime.mesh import parameter_sharding
 from stf_jax.training.optimizer import map_moments
 
-Params = dict[str, Any]
+Params = dict[str, jax.Array]
+Leaf = TypeVar("Leaf")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything a step reads and writes."""
+class TrainState(Generic[Leaf]):
+    """Everything a step reads and writes. Leaves are arrays, or in a :data:`Layout` abstract arrays."""
 
-    step: jax.Array  # int32: optimizer steps taken
-    trainable: Params  # float32
-    frozen: Params  # in the compute type
+    step: Leaf  # int32: optimizer steps taken
+    trainable: dict[str, Leaf]  # float32
+    frozen: dict[str, Leaf]  # in the compute type
     moments: optax.OptState  # of the trainable tree
 
     @property
-    def params(self) -> Params:
+    def params(self) -> dict[str, Leaf]:
         """Trainable and frozen parameters in one tree."""
         return self.trainable | self.frozen
+
+
+Layout = TrainState[jax.ShapeDtypeStruct]  # with types and shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Blueprint:
     """A model without its weights: its structure, and the shape and logical axes of every parameter by path."""
 
     precision: str  # as in the config
-    graph: nnx.GraphDef
+    graph: nnx.GraphDef[VLM]
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     axes: Mapping[str, tuple[str, ...]]
 
@@ -96,7 +100,7 @@ def trainable_paths(rules: tuple[tuple[str, str], ...], paths: Mapping[str, Any]
     return trainable
 
 
-def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransformation, mesh: Mesh) -> Layout:
     """The training state as abstract arrays with types and shardings, the target of initialization and of restoring.
 
     Raises:
@@ -111,7 +115,7 @@ def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransfo
     shardings = plan.shardings(mesh)
     compute = jnp.dtype(config.model.precision)
 
-    def abstract_leaf(path):
+    def abstract_leaf(path: str) -> jax.ShapeDtypeStruct:
         dtype = jnp.float32 if path in names else compute
         return jax.ShapeDtypeStruct(plan.shapes[path].shape, dtype, sharding=shardings[path])
 
@@ -129,18 +133,20 @@ def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransfo
     )
 
 
-def init_state(config: TrainConfig, layout: TrainState, tx: optax.GradientTransformation, loaded: Params) -> TrainState:
+def init_state(
+    config: TrainConfig, layout: Layout, tx: optax.GradientTransformation, loaded: Params
+) -> TrainState[jax.Array]:
     """A new state with the ``loaded`` parameters; the others are initialized from the seed, in place on their devices.
 
     One compiled program with the layout's shardings creates it. ``loaded`` is donated to it, so that weights exist only
     once.
     """
 
-    def init(loaded, key):
+    def init(loaded: Params, key: jax.Array) -> TrainState[jax.Array]:
         initial = nnx.state(VLM(nnx.Rngs(key), config.model))
         params = {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(initial)} | loaded
 
-        def cast(tree):
+        def cast(tree: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
             return {path: params[path].astype(leaf.dtype) for path, leaf in tree.items()}
 
         trainable = cast(layout.trainable)

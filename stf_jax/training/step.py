@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,12 @@ from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
 from stf_jax.runtime.mesh import BATCH
 from stf_jax.training.loss import cross_entropy_sum, labels_loss_sum
-from stf_jax.training.state import Blueprint, Params, TrainState
+from stf_jax.training.state import Blueprint, Layout, Params, TrainState
 
 Metrics = dict[str, jax.Array]
 
 
-def loss_sum(plan: Blueprint, trainable: Params, frozen: Params, batch: Batch, packed: bool) -> jax.Array:
+def loss_sum(plan: Blueprint, trainable: Params, frozen: Params, batch: Batch[jax.Array], packed: bool) -> jax.Array:
     """Cross-entropy in nats, float32, summed over the batch's target tokens, or over its labeled cells.
 
     A row that is not packed is one conversation, with padding behind it that no token attends to. So its attention is
@@ -36,15 +36,17 @@ def loss_sum(plan: Blueprint, trainable: Params, frozen: Params, batch: Batch, p
         return cross_entropy_sum(hidden, model.llm.head_kernel, batch.targets, batch.loss_mask, tied)
 
 
-def count_targets(batch: Batch) -> jax.Array:
+def count_targets(batch: Batch[jax.Array]) -> jax.Array:
     """The number of terms that the loss is a mean over: target tokens or, where images have labels, cells."""
     return batch.loss_mask.sum() if batch.labels is None else jnp.int32(math.prod(batch.labels.shape[:-1]))
 
 
 def make_train_step(
-    config: TrainConfig, plan: Blueprint, tx: optax.GradientTransformation, layout: TrainState
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Creates the jitted step, compiled at its first call for the layout's mesh. The state's memory is donated to it.
+    config: TrainConfig, plan: Blueprint, tx: optax.GradientTransformation, layout: Layout
+) -> jax.stages.Wrapped:
+    """Creates the jitted step (state, batch) → (state, metrics), compiled at its first call for the layout's mesh.
+
+    The state's memory is donated to it.
 
     The loss is the mean over target tokens of the global batch. With accumulation, each microbatch's sum is divided by
     the count of the whole batch, so that the result is that of one large batch instead of a mean of means.
@@ -54,14 +56,14 @@ def make_train_step(
     """
     accumulation_steps, packed = config.optimizer.accumulation_steps, config.data.packing
 
-    def update(grads, moments, params):
+    def update(grads: Params, moments: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:
         updates, moments = tx.update(grads, moments, params)
         return optax.apply_updates(params, updates), moments
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState[jax.Array], batch: Batch[jax.Array]) -> tuple[TrainState[jax.Array], Metrics]:
         target_count = count_targets(batch)
 
-        def loss(trainable, rows):
+        def loss(trainable: Params, rows: Batch[jax.Array]) -> jax.Array:
             return loss_sum(plan, trainable, state.frozen, rows, packed) / jnp.maximum(target_count, 1)
 
         value_and_grad = jax.value_and_grad(loss)
@@ -69,7 +71,7 @@ def make_train_step(
             value, grads = value_and_grad(state.trainable, batch)
         else:
 
-            def add(total, rows):
+            def add(total: tuple[jax.Array, Params], rows: Batch[jax.Array]) -> tuple[tuple[jax.Array, Params], None]:
                 return jax.tree.map(jnp.add, total, value_and_grad(state.trainable, rows)), None
 
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
@@ -100,11 +102,11 @@ def make_train_step(
     )
 
 
-def _count_not_finite(tree):
+def _count_not_finite(tree: Any) -> jax.Array | int:
     """The number of values in a tree that are not finite, float32."""
     return sum(jnp.sum(~jnp.isfinite(leaf), dtype=jnp.float32) for leaf in jax.tree.leaves(tree))
 
 
-def _microbatches(batch, count):
+def _microbatches(batch: Batch[jax.Array], count: int) -> Batch[jax.Array]:
     # Rows are assigned round-robin, so that each device already holds its share of every microbatch.
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch)

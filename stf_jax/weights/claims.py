@@ -20,6 +20,8 @@ _DECODERS = {"llava_llama": "llama", "llava": "llama", "llava_mistral": "mistral
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 
+_Channels = tuple[float, float, float]  # of red, green and blue
+
 # Tensor names (GPTQ, AWQ, bitsandbytes, compressed-tensors, EXL2, HQQ, FP8) and types of quantized weights.
 _QUANTIZED = re.compile(
     r".*\.(qweight|qzeros|scales|absmax|quant_map|quant_state\..*|SCB|weight_packed|weight_scale|weight_scale_inv"
@@ -75,18 +77,18 @@ def tensor_shape(tensors: TensorFile, name: str, count: int) -> tuple[int, ...]:
     return tensors.shape(name)
 
 
-def _count_layers(tensors, prefix):
+def _count_layers(tensors: TensorFile, prefix: str) -> int:
     layer = re.compile(re.escape(prefix) + r"layers\.(\d+)\.")
     return max((int(match[1]) for name in tensors.names if (match := layer.match(name))), default=-1) + 1
 
 
-def _require_equal(key, configured, actual, evidence):
+def _require_equal(key: str, configured: int, actual: int, evidence: str) -> None:
     """Raises UserError if a size in the config is not that of the tensors: the config is another model's."""
     if configured != actual:
         raise UserError(f"The config says {key} {configured}, but {evidence}: does config.json belong to this model?")
 
 
-def _note_conflict(values, key, actual, notes):
+def _note_conflict(values: Mapping[str, Any], key: str, actual: int, notes: list[str]) -> int:
     """Returns the value of the tensors, with a note if the config disagrees."""
     if values.get(key) not in (None, actual):
         notes.append(f"The config says {key} {values[key]}, but the tensors have {actual}, which is used.")
@@ -141,7 +143,7 @@ def infer_vision_config(tensors: TensorFile, prefix: str, config: Mapping[str, A
     )
 
 
-def _tower_from_config(values, preprocessor):
+def _tower_from_config(values: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> VisionConfig:
     """Builds a tower's config from transformers' ``vision_config`` and image processor config; both may omit keys."""
     kind = values["model_type"]
     hf_config = _load_hf_config(kind, values)
@@ -175,11 +177,12 @@ def _tower_from_config(values, preprocessor):
     )
 
 
-def _read_channels(preprocessor, key, default):
+def _read_channels(preprocessor: Mapping[str, Any], key: str, default: _Channels) -> _Channels:
     values = preprocessor.get(key, default)
     if not isinstance(values, list | tuple) or [type(value) in (int, float) for value in values] != [True] * 3:
         raise UserError(f"The image processor's {key} is {values!r}, not three numbers.")
-    return tuple(values)
+    red, green, blue = values
+    return red, green, blue
 
 
 # ---- Language models -------------------------------------------------------------------------------------------------
@@ -236,7 +239,7 @@ def infer_llm_config(
     )
 
 
-def _decoder_from_config(values, config):
+def _decoder_from_config(values: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, Any]:
     kind = values.get("model_type", config.get("model_type"))
     if kind is None:
         problem = "has no model_type" if config.keys() - {"preprocessor"} else "is missing"
@@ -250,7 +253,9 @@ def _decoder_from_config(values, config):
     return kind, hf_config
 
 
-def _infer_heads(tensors, prefix, hf_config, values, notes):
+def _infer_heads(
+    tensors: TensorFile, prefix: str, hf_config: Any, values: Mapping[str, Any], notes: list[str]
+) -> tuple[int, int, int]:
     """Returns heads, kv heads and channels per head, from the rows of the projections."""
     rows, _ = tensor_shape(tensors, f"{prefix}q_proj.weight", 2)
     kv_rows, _ = tensor_shape(tensors, f"{prefix}k_proj.weight", 2)
@@ -281,7 +286,9 @@ def _infer_heads(tensors, prefix, hf_config, values, notes):
     return heads, _note_conflict(values, "num_key_value_heads", kv_heads, notes), head_dim
 
 
-def _detect_biases_and_norms(tensors, prefix, kind, hf_config, notes):
+def _detect_biases_and_norms(
+    tensors: TensorFile, prefix: str, kind: str, hf_config: Any, notes: list[str]
+) -> tuple[bool, bool]:
     """Returns whether query, key and value have biases, and whether query and key have norms."""
     qkv_bias = f"{prefix}q_proj.bias" in tensors
     if qkv_bias != (kind == "qwen2" or bool(getattr(hf_config, "attention_bias", False))):
@@ -298,7 +305,14 @@ def _detect_biases_and_norms(tensors, prefix, kind, hf_config, notes):
     return qkv_bias, qk_norm
 
 
-def _count_vocab(tensors, embedding, head, values, config, notes):
+def _count_vocab(
+    tensors: TensorFile,
+    embedding: str,
+    head: str | None,
+    values: Mapping[str, Any],
+    config: Mapping[str, Any],
+    notes: list[str],
+) -> int:
     """Returns the number of tokens: the embedding's rows, without those that our export added for ``<image>``."""
     rows, _ = tensor_shape(tensors, embedding, 2)
     if head is not None and tensor_shape(tensors, head, 2)[0] != rows:
@@ -321,7 +335,7 @@ def _count_vocab(tensors, embedding, head, values, config, notes):
     return vocab
 
 
-def _is_tied(tensors, embedding, head, configured, notes):
+def _is_tied(tensors: TensorFile, embedding: str, head: str | None, configured: Any, notes: list[str]) -> bool:
     """Whether the head is tied to the embedding; as in transformers, a head of other values is not."""
     if head == embedding and not configured:
         raise UserError("Tensor embed_tokens.weight is missing, and config.json does not tie it to the head.")
@@ -335,8 +349,8 @@ def _is_tied(tensors, embedding, head, configured, notes):
     return False
 
 
-def _load_hf_config(kind, values):
-    """Returns transformers' config of a model type, with its defaults for missing keys."""
+def _load_hf_config(kind: str, values: Mapping[str, Any]) -> Any:
+    """Returns transformers' config of a model type, with its defaults for missing keys. Its class declares no types."""
     from transformers import CONFIG_MAPPING  # imports torch if it is installed: 3 s
 
     try:
@@ -360,19 +374,24 @@ def _load_hf_config(kind, values):
     return hf_config
 
 
-def _read_rope_scaling(values):
+def _read_rope_scaling(values: Mapping[str, Any]) -> RopeScaling | None:
     kind = values["rope_type"]
     if kind == "default":
         return None
     if kind == "linear":
         return RopeScaling("linear", _positive_number(values, "factor"))
     if kind == "llama3":
-        factors = (_positive_number(values, f"{name}factor") for name in ("", "low_freq_", "high_freq_"))
-        return RopeScaling("llama3", *factors, int(_positive_number(values, "original_max_position_embeddings")))
+        return RopeScaling(
+            "llama3",
+            factor=_positive_number(values, "factor"),
+            low_freq_factor=_positive_number(values, "low_freq_factor"),
+            high_freq_factor=_positive_number(values, "high_freq_factor"),
+            original_length=int(_positive_number(values, "original_max_position_embeddings")),
+        )
     raise UserError(f"The rotary positions have type {kind!r}: supported: default, linear, llama3.")
 
 
-def _positive_number(values, key):
+def _positive_number(values: Mapping[str, Any], key: str) -> float:
     try:
         number = float(values[key])
     except (KeyError, TypeError, ValueError):

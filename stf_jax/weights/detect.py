@@ -7,7 +7,7 @@ its own names and transformers'; LLaVA-STF, complete or only the eight tensors o
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
@@ -19,7 +19,7 @@ from stf_jax.models.presets import VISION as VISION_PRESETS
 from stf_jax.models.vit import VisionConfig, VisionTower
 from stf_jax.weights import hf
 from stf_jax.weights.claims import check_supported, infer_llm_config, infer_vision_config, tensor_shape
-from stf_jax.weights.hf import TensorMapping, map_parameters, param_shapes
+from stf_jax.weights.hf import Tensor, TensorMapping, map_parameters, param_shapes
 from stf_jax.weights.tensors import TensorFile
 
 # Tensors that are not imported, and why.
@@ -31,6 +31,10 @@ _UNUSED_WITH_TOWER = (  # in checkpoints with a vision tower
     (r"(.*\.)?(post_layernorm|head)\..*", "above the blocks that are tapped"),
     (r"(.*\.)?(text_model\..*|text_projection\..*|visual_projection\..*|logit_scale|logit_bias)", "the text tower's"),
 )
+
+
+# A fusion's config, table and prefix, the tower it reads and its output width.
+_DetectedFusion = tuple[FusionConfig, dict[str, Tensor], str, VisionConfig, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +70,12 @@ def detect_model(tensors: TensorFile, config: Mapping[str, Any], tower: VisionCo
       UserError: the checkpoint has no supported part; a model is not supported; a tensor is missing, unexpected or of
         the wrong shape.
     """
-    mappings, notes = {}, list(tensors.notes)
+    mappings: dict[str, TensorMapping] = {}
+    notes = list(tensors.notes)
     check_supported(tensors, config, notes)
-    vision = llm = fusion = None
+    vision: VisionConfig | None = None
+    llm: LLMConfig | None = None
+    fusion: FusionConfig | None = None
     prefix = _find_prefix(tensors, hf.VISION["patch_embed/kernel"].name, "vision towers")
     skipped, has_tower = prefix if tower is not None else None, prefix is not None
     if prefix is not None and tower is None:
@@ -93,12 +100,14 @@ def detect_model(tensors: TensorFile, config: Mapping[str, Any], tower: VisionCo
     return DetectedModel(vision, llm, fusion, mappings, unused, tuple(notes))
 
 
-def _map_part(part, table, build, prefixes):
+def _map_part(
+    part: str, table: Mapping[str, Tensor], build: Callable[[], nnx.Module], prefixes: Mapping[str, str]
+) -> dict[str, TensorMapping]:
     mappings = map_parameters(table, param_shapes(build), prefixes)
     return {f"{part}/{path}": mapping for path, mapping in mappings.items()}
 
 
-def _find_prefix(tensors, anchor, kind):
+def _find_prefix(tensors: TensorFile, anchor: str, kind: str) -> str | None:
     """Returns the prefix of the one name that ends with ``anchor``; None if no name does."""
     found = [name.removesuffix(anchor) for name in tensors.names if name == anchor or name.endswith("." + anchor)]
     if len(found) > 1:
@@ -106,7 +115,7 @@ def _find_prefix(tensors, anchor, kind):
     return found[0] if found else None
 
 
-def _find_decoder_names(tensors):
+def _find_decoder_names(tensors: TensorFile) -> tuple[str, str, str | None] | None:
     """Returns the prefix of a language model and its embedding's and head's names; None if there is no model."""
     body = _find_prefix(tensors, "embed_tokens.weight", "language models")
     head = _find_prefix(tensors, "lm_head.weight", "output heads")
@@ -119,7 +128,9 @@ def _find_decoder_names(tensors):
     return body, head, head  # of tied tensors, some programs save the head
 
 
-def _read_exported_fusion(tensors, config, vision):
+def _read_exported_fusion(
+    tensors: TensorFile, config: Mapping[str, Any], vision: VisionConfig | None
+) -> _DetectedFusion | None:
     """Returns the same as :func:`_detect_fusion`, from the config of a folder that our export wrote."""
     if config.get("model_type") != "llava_stf":
         return None
@@ -133,13 +144,17 @@ def _read_exported_fusion(tensors, config, vision):
             raise TypeError(f"its sizes are {sizes}")
         tokens_per_image(fusion, vision.grid)
         table = hf.fusion_table(fusion)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"config.json does not describe an STF-JAX export: {error!r}.") from None
     anchor = next(tensor.name for tensor in table.values() if "{layer}" not in tensor.name)
     return fusion, table, _find_prefix(tensors, anchor, "projectors") or "", vision, out
 
 
-def _detect_fusion(tensors, config, vision):
+def _detect_fusion(
+    tensors: TensorFile, config: Mapping[str, Any], vision: VisionConfig | None
+) -> _DetectedFusion | None:
     """Returns a fusion's config, table and prefix, the tower it reads and its output width; None if there is none."""
     hf_prefix = _find_prefix(tensors, "linear_1.weight", "projectors")
     prefix = hf_prefix if hf_prefix is not None else _find_prefix(tensors, "mm_projector.0.weight", "projectors")
@@ -156,7 +171,8 @@ def _detect_fusion(tensors, config, vision):
         mbtf_width, mbtf_hidden = tensor_shape(tensors, f"{prefix}mm_projector_crosslayer.2.weight", 2)
         _, tapped = tensor_shape(tensors, f"{prefix}mm_projector_crosslayer.0.weight", 2)
         width = vision.width if vision else config.get("mm_hidden_size", mbtf_width)
-        table, channels = dict(hf.MBTF), mbtf_width
+        table: dict[str, Tensor] = dict(hf.MBTF)
+        channels = mbtf_width
     else:
         mbtf_width = mbtf_hidden = 0
         width = tapped = vision.width if vision else config.get("mm_hidden_size", window)
@@ -188,7 +204,7 @@ def _detect_fusion(tensors, config, vision):
     return fusion, table, prefix, read, out
 
 
-def _check_projector(config, vision):
+def _check_projector(config: Mapping[str, Any], vision: VisionConfig | None) -> None:
     """Raises UserError if LLaVA's config asks for something that the fusions here do not compute."""
     all_patches = vision is not None and not vision.class_token
     supported = {
@@ -205,7 +221,7 @@ def _check_projector(config, vision):
             raise UserError(f"The config says {key} {config[key]!r}: supported: {', '.join(map(str, values))}.")
 
 
-def _find_taps(config, vision, count, has_mbtf):
+def _find_taps(config: Mapping[str, Any], vision: VisionConfig | None, count: int, has_mbtf: bool) -> tuple[int, ...]:
     """Returns the tapped blocks, deepest first. Configs name at most one; the others are spaced as in the paper."""
     chosen = config.get("vision_feature_layer", config.get("mm_vision_select_layer", -2))
     if vision is None:
@@ -226,9 +242,16 @@ def _find_taps(config, vision, count, has_mbtf):
     return (deepest, *(math.ceil(vision.layers * i / count) for i in range(count - 1, 0, -1)))
 
 
-def _check_tensors(tensors, mappings, llm, skipped, has_tower):
+def _check_tensors(
+    tensors: TensorFile,
+    mappings: Mapping[str, TensorMapping],
+    llm: LLMConfig | None,
+    skipped: str | None,
+    has_tower: bool,
+) -> dict[str, str]:
     """Compares the tensors with the expected ones; returns those that need not be read, with reasons."""
-    problems, read = [], set()
+    problems: list[str] = []
+    read: set[str] = set()
     for path, mapping in mappings.items():
         for name in mapping.names:
             read.add(name)
@@ -241,7 +264,7 @@ def _check_tensors(tensors, mappings, llm, skipped, has_tower):
                 problems.append(f"{name} is {tensors.shape(name)}, not {expected}")
             elif not tensors.is_floating(name):
                 problems.append(f"{name} has type {tensors.dtype(name)}, which is not a floating-point type")
-    unused = {}
+    unused: dict[str, str] = {}
     for name in set(tensors.names) - read:
         if skipped is not None and name.startswith(skipped):
             unused[name] = "the tower of --vision is used"
@@ -260,5 +283,5 @@ def _check_tensors(tensors, mappings, llm, skipped, has_tower):
 VOCABULARY = ("llm/embedding", "llm/head/kernel")  # an export may have added rows for <image>, which imports drop
 
 
-def _has_extra_rows(shape, expected):
+def _has_extra_rows(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return shape[0] > expected[0] and shape[1:] == expected[1:]

@@ -10,11 +10,12 @@ import json
 import pathlib
 import shutil
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from tokenizers import AddedToken, decoders
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +23,7 @@ from stf_jax.config import UserError
 from stf_jax.data.conversation import (
     CHATS,
     SYSTEM_PLACEHOLDER,
+    Chat,
     Control,
     Item,
     Mark,
@@ -71,7 +73,7 @@ def make_chat_template(template: str, gap: str = "") -> str:
     return _make_chat(CHATS[template], gap) if template in CHATS else _make_plain(gap)
 
 
-def _make_chat(chat, gap):
+def _make_chat(chat: Chat, gap: str) -> str:
     begins_as_text = isinstance((*chat.start, *chat.before_question)[0], Text)
     answer_gap = gap if isinstance(chat.before_answer[0], Text) else ""
     return (
@@ -97,7 +99,7 @@ def _render(items: Sequence[Item]) -> str:
     return "{{ " + " + ".join(values) + " }}" if values else ""
 
 
-def _make_plain(gap):
+def _make_plain(gap: str) -> str:
     """Returns the template of captions. A conversation without an image is a document: its texts are unchanged."""
     space = _render([Text(gap)]) if gap else ""
     return (
@@ -111,7 +113,7 @@ def _make_plain(gap):
     )  # fmt: skip
 
 
-def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> dict[str, Any]:
+def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[str, Any]:
     """Writes a folder for ``AutoModelForImageTextToText`` and ``AutoProcessor``; it appears when it is complete.
 
     Args:
@@ -129,12 +131,16 @@ def export_hf(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "") -> di
         saved = open_model(checkpoint)
         require_complete(saved, checkpoint)
         model = saved.description
+        assert model.vision is not None  # as require_complete checked, here and below
+        assert model.fusion is not None
+        assert model.llm is not None
+        assert saved.tokenizer is not None
         grid = model.vision.grid
         count, taps = tokens_per_image(model.fusion, grid), tapped_blocks(model.fusion, model.vision.layers)
         tokenizer = _load_tokenizer(saved.tokenizer, model)
         has_bos = initial_tokens(tokenizer) == [tokenizer.bos_token_id]
         image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
-        config = {
+        config: dict[str, Any] = {
             "vision_config": vision_config_values(model.vision),
             "text_config": text_config_values(model.llm, tokenizer),
             "image_aspect_ratio": model.aspect,
@@ -180,7 +186,7 @@ def vision_config_values(config: VisionConfig) -> dict[str, Any]:
         raise UserError(
             "The vision tower has neither CLIP's architecture nor SigLIP's, so transformers has no class for it."
         )
-    values = {
+    values: dict[str, Any] = {
         "model_type": kind,
         "image_size": config.image_size,
         "patch_size": config.patch_size,
@@ -201,7 +207,7 @@ def text_config_values(config: LLMConfig, tokenizer: PreTrainedTokenizerFast) ->
     """
     if config.qkv_bias and config.qk_norm:
         raise UserError("The language model has both query biases and query norms: transformers has no class for it.")
-    values = {
+    values: dict[str, Any] = {
         "model_type": "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama",
         "vocab_size": config.vocab,
         "hidden_size": config.width,
@@ -218,7 +224,7 @@ def text_config_values(config: LLMConfig, tokenizer: PreTrainedTokenizerFast) ->
         "pad_token_id": tokenizer.pad_token_id,
     }
     scaling = config.rope_scaling
-    rope = {"rope_type": "default"}
+    rope: dict[str, Any] = {"rope_type": "default"}
     if scaling is not None:
         rope = {"rope_type": scaling.kind, "factor": scaling.factor}
         if scaling.kind == "llama3":
@@ -230,6 +236,7 @@ def text_config_values(config: LLMConfig, tokenizer: PreTrainedTokenizerFast) ->
 
 def _map_tensors(saved: SavedModel) -> dict[str, TensorMapping]:
     fusion = saved.description.fusion
+    assert fusion is not None
     if fusion.fusion == "mlp":
         prefixes = ({"": "vision_tower.vision_model."}, {"": "multi_modal_projector."}, {"": "language_model."})
         table = hf.LLAVA_HF
@@ -244,8 +251,12 @@ def _map_tensors(saved: SavedModel) -> dict[str, TensorMapping]:
     return {path: mapping for part in tables for path, mapping in map_part(saved, *part).items()}
 
 
-def _complete_stf_config(config, model, taps, count, image_id):
+def _complete_stf_config(
+    config: dict[str, Any], model: Description, taps: tuple[int, ...], count: int, image_id: int
+) -> dict[str, Any]:
     """Completes the config for our classes; returns the processor's config."""
+    assert model.fusion is not None
+    assert model.vision is not None
     fusion, width = model.fusion, model.vision.width
     mixes, merges = fusion.fusion.startswith("mbtf"), fusion.fusion.endswith("stf")
     window = ((mixes and fusion.mbtf_width) or width) * fusion.kernel**2
@@ -277,8 +288,11 @@ def _complete_stf_config(config, model, taps, count, image_id):
     }
 
 
-def _complete_llava_config(config, model, tap, count, image_id):
+def _complete_llava_config(
+    config: dict[str, Any], model: Description, tap: int, count: int, image_id: int
+) -> dict[str, Any]:
     """Completes the config for transformers' LLaVA; returns the processor's config."""
+    assert model.vision is not None
     strategy = "default" if model.vision.class_token else "full"
     config |= {
         "model_type": "llava",
@@ -312,6 +326,7 @@ def _with_image_row(stream: ExportStream, rows: int) -> Iterator[tuple[str, np.n
 
 def _unused_norm(model: Description, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the norm above the taps, which transformers' LLaVA declares but never uses."""
+    assert model.vision is not None
     norm = "vision_tower.vision_model.post_layernorm."
     yield f"{norm}weight", np.ones(model.vision.width, jnp.dtype(dtype))
     yield f"{norm}bias", np.zeros(model.vision.width, jnp.dtype(dtype))
@@ -372,9 +387,18 @@ def _save_tokenizer(
     _write_json(file, values)
 
 
-def _write_readme(folder, model, count, config, checkpoint, step):
+def _write_readme(
+    folder: pathlib.Path,
+    model: Description,
+    count: int,
+    config: Mapping[str, Any],
+    checkpoint: epath.Path,
+    step: int | None,
+) -> None:
     """Writes ``README.md``: what the export is, how to use it and how to serve it."""
     text = string.Template((PACKAGE / "README.md").read_text())
+    assert model.fusion is not None
+    assert model.vision is not None
     plain = model.fusion.fusion == "mlp"
     values = {
         "architecture": config["architectures"][0],
@@ -392,9 +416,11 @@ def _write_readme(folder, model, count, config, checkpoint, step):
 
 def _image_processor(model: Description) -> dict[str, Any]:
     """Returns the image processor's config, which matches data/image.py."""
+    assert model.vision is not None
     size = model.vision.image_size
     square = {"height": size, "width": size}
     cropped = {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}
+    values: dict[str, Any]
     if model.aspect == "pad":
         values = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, **cropped}
     elif model.vision.crops:
@@ -413,11 +439,11 @@ def _image_processor(model: Description) -> dict[str, Any]:
     }
 
 
-def _copy_code(names, folder):
+def _copy_code(names: Iterable[str], folder: pathlib.Path) -> None:
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(PACKAGE / name, folder / name)  # without the file mode of the installation
 
 
-def _write_json(file, values):
+def _write_json(file: pathlib.Path, values: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")

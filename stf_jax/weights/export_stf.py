@@ -9,6 +9,9 @@ import pathlib
 import shutil
 from typing import Any
 
+import numpy as np
+from etils import epath
+
 from stf_jax.config import UserError
 from stf_jax.data.tokenizer import SENTENCEPIECE, load_tokenizer, max_positions, prefixes_only_start
 from stf_jax.models.fusion import tapped_blocks
@@ -29,7 +32,7 @@ _TOWER_PREFIX = {"": "model.vision_tower.vision_tower.vision_model."}
 
 
 def export_llava_stf(
-    checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "", adapter_only: bool = False
+    checkpoint: epath.Path, to: epath.Path, dtype: str = "", adapter_only: bool = False
 ) -> dict[str, Any]:
     """Writes a folder for the authors' ``load_pretrained_model``; it appears when it is complete.
 
@@ -58,6 +61,7 @@ def export_llava_stf(
             _save_adapter(folder / ADAPTER, stream)
         else:
             require_complete(saved, checkpoint)
+            assert saved.tokenizer is not None
             _check_llm(model)
             mappings |= map_part(saved, "vision", hf.VISION, _TOWER_PREFIX)
             mappings |= map_part(saved, "llm", hf.DECODER, {"": ""})
@@ -73,6 +77,7 @@ def export_llava_stf(
 def _check_fusion(model: Description) -> tuple[int, ...]:
     """Returns the taps. Raises UserError for a fusion that the authors' code does not compute."""
     fusion, tower = model.fusion, model.vision or VISION["clip-l-14-336"]
+    assert fusion is not None  # as export_llava_stf checked
     taps = tapped_blocks(fusion, tower.layers)
     width = tower.width if model.vision else fusion.mbtf_width  # the eight tensors alone come without a tower
     expected = {
@@ -89,13 +94,15 @@ def _check_fusion(model: Description) -> tuple[int, ...]:
     if not (tower.class_token and tower.pre_norm):
         problems.append("the vision tower is not CLIP's")
     if problems:
-        problems = "; ".join(problems)
-        raise UserError(f"The authors' code does not support this model ({problems}): export it as hf instead.")
+        raise UserError(
+            f"The authors' code does not support this model ({'; '.join(problems)}): export it as hf instead."
+        )
     return taps
 
 
 def _check_llm(model: Description) -> None:
     llm = model.llm
+    assert llm is not None  # as require_complete checked
     if llm.qkv_bias or llm.qk_norm or llm.head_dim * llm.heads != llm.width:
         raise UserError("The authors' code supports no language model but Llama: export this one as hf instead.")
     if llm.rope_scaling is not None and llm.rope_scaling.kind != "linear":
@@ -110,7 +117,7 @@ def _save_adapter(file: pathlib.Path, stream: ExportStream) -> None:
     except ImportError:
         raise UserError(f"{file.name} is a torch pickle: install torch to write it.") from None
 
-    def to_torch(value):
+    def to_torch(value: np.ndarray) -> torch.Tensor:
         if value.dtype.name == "bfloat16":  # which torch.from_numpy does not read
             return torch.from_numpy(value.view("uint16")).view(torch.bfloat16)
         return torch.from_numpy(value)
@@ -121,6 +128,8 @@ def _save_adapter(file: pathlib.Path, stream: ExportStream) -> None:
 def _make_config(model: Description, tap: int, dtype: str, tokenizer_folder: pathlib.Path) -> dict[str, Any]:
     """Returns the authors' ``config.json``: transformers 4.37's keys for a Llama, and LLaVA's keys."""
     llm, tokenizer = model.llm, load_tokenizer(str(tokenizer_folder))
+    assert llm is not None  # as require_complete checked
+    assert model.vision is not None
     scaling = llm.rope_scaling
     return {
         "architectures": ["LlavaLlamaForCausalLM"],

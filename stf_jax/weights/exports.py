@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from etils import epath
 
 from stf_jax.config import UserError
 from stf_jax.weights.folder import new_folder
@@ -19,7 +20,7 @@ from stf_jax.weights.shards import write_shards
 from stf_jax.weights.tensors import cast, format_overflow
 
 
-def require_complete(saved: SavedModel, checkpoint: pathlib.Path) -> None:
+def require_complete(saved: SavedModel, checkpoint: epath.Path) -> None:
     """Raises UserError if the model lacks a part or its tokenizer."""
     parts = {part: getattr(saved.description, part) for part in ("vision", "fusion", "llm")}
     parts["tokenizer"] = saved.tokenizer
@@ -51,7 +52,7 @@ class ExportStream:
         values that ``overflowed`` to infinity when cast, by tensor; ``unused`` parameters of the model; ``notes``.
     """
 
-    def __init__(self, saved: SavedModel, mappings: Mapping[str, TensorMapping], dtype: str):
+    def __init__(self, saved: SavedModel, mappings: Mapping[str, TensorMapping], dtype: str) -> None:
         """``dtype``: the type to write; empty: each tensor keeps its own."""
         self.mappings, self._saved, self._dtype = mappings, saved, dtype
         unused = sorted(saved.shapes.keys() - mappings.keys())
@@ -80,7 +81,7 @@ class ExportStream:
         (folder / "export.json").write_text(json.dumps(self.report, indent=2) + "\n")
 
 
-def export_native(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "", only: str = ".*") -> dict[str, Any]:
+def export_native(checkpoint: epath.Path, to: epath.Path, dtype: str = "", only: str = ".*") -> dict[str, Any]:
     """Writes safetensors under our own parameter paths, for ``config.init_from``; the folder appears when complete.
 
     Args:
@@ -110,7 +111,7 @@ def export_native(checkpoint: pathlib.Path, to: pathlib.Path, dtype: str = "", o
     return stream.report
 
 
-def summarize(report: dict[str, Any], to: pathlib.Path) -> str:
+def summarize(report: Mapping[str, Any], to: epath.Path) -> str:
     """Formats the report for the terminal."""
     cast = ", ".join(f"{len(names)} from {types}" for types, names in report["cast"].items()) or "none"
     lines = [

@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from stf_jax.config import UserError
 from stf_jax.models.positions import interpolate_positions, same_grid_kind
 from stf_jax.runtime.files import in_bucket, local_copy, to_path, upload
 from stf_jax.runtime.parameters import SavedParams
-from stf_jax.weights.tensors import open_tensors
+from stf_jax.weights.tensors import TensorFile, open_tensors
 
 MINIATURES = pathlib.Path(__file__).parent / "miniatures"
 EMBEDDED = {
@@ -31,6 +31,10 @@ EMBEDDED = {
     "miniatures/siglip": MINIATURES / "siglip",
     "miniatures/2": MINIATURES / "2",
 }
+
+_Shapes = Mapping[str, tuple[int, ...]]  # by path
+# Reads arrays by path, given shardings by path; the arrays come at once, or one by one with their paths.
+_Read = Callable[[Mapping[str, jax.sharding.Sharding]], Mapping[str, jax.Array] | Iterator[tuple[str, jax.Array]]]
 
 
 def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh: Iterable[str]) -> dict[str, jax.Array]:
@@ -52,17 +56,17 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
     names = [part.strip() for part in sources.split(",") if part.strip()]
     opened = [_open(EMBEDDED.get(name) or to_path(name)) for name in names]
     found = {path: (shape, read) for shapes, read in opened for path, shape in shapes.items()}
-    fresh = [_compile(pattern) for pattern in fresh]
+    compiled = [_compile(pattern) for pattern in fresh]
 
-    def is_loaded(path):
-        return not any(pattern.fullmatch(path) for pattern in fresh)
+    def is_loaded(path: str) -> bool:
+        return not any(pattern.fullmatch(path) for pattern in compiled)
 
     if not names and any(is_loaded(path) for path in layout):
         raise UserError(
             f"There are no weights to start from, and {next(filter(is_loaded, layout))} must not start at random: set "
             "--config.init_from=DIR, or try training on embedded weights with --config=configs/demo.py."
         )
-    problems = collections.defaultdict(list)  # by part
+    problems: dict[str, list[str]] = collections.defaultdict(list)  # by part
     for path in filter(is_loaded, layout.keys() | found.keys()):
         part = path.split("/")[0]
         if path not in found:
@@ -76,7 +80,7 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
             f"The weights in {sources!r} do not fit the model: {_suggest_fixes(names, opened, layout, problems)} "
             + f"{'; '.join(sorted(line for lines in problems.values() for line in lines))}."
         )
-    loaded = {}
+    loaded: dict[str, jax.Array] = {}
     for _, read in opened:  # each parameter once, from the last source that has it
         wanted = [path for path in layout if is_loaded(path) and path in found and found[path][1] is read]
         same_shape = [path for path in wanted if found[path][0] == layout[path].shape]
@@ -85,18 +89,23 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
     return {path: loaded[path] for path in layout if path in loaded}
 
 
-def _is_resizable(path, saved, wanted):
+def _is_resizable(path: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether a parameter is a tower's position embeddings and both shapes are of square grids."""
     return path == "vision/position_embed" and saved[1:] == wanted[1:] and same_grid_kind(saved[0], wanted[0])
 
 
-def _resize(read, path, leaf):
+def _resize(read: _Read, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     replicated = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
     table = interpolate_positions(np.asarray(read({path: replicated})[path]), leaf.shape[0])
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: table[index])
 
 
-def _suggest_fixes(names, opened, layout, problems):
+def _suggest_fixes(
+    names: Sequence[str],
+    opened: Sequence[tuple[_Shapes, _Read]],
+    layout: Iterable[str],
+    problems: Iterable[str],
+) -> str:
     """Returns how to fix each part (``vision``, ``fusion``, ``llm``) that does not fit."""
     clauses = []
     for part in sorted(problems):
@@ -114,11 +123,11 @@ def _suggest_fixes(names, opened, layout, problems):
     return f"{', and '.join(clauses)}:"
 
 
-def _has_part(paths, part):
+def _has_part(paths: Iterable[str], part: str) -> bool:
     return any(path.startswith(f"{part}/") for path in paths)
 
 
-def _compile(pattern):
+def _compile(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -161,7 +170,7 @@ def new_folder(to: epath.Path) -> Iterator[pathlib.Path]:
         raise
 
 
-def _open(folder):
+def _open(folder: epath.Path) -> tuple[_Shapes, _Read]:
     """Returns shapes by path, and a function that reads arrays by path, given shardings by path."""
     if SavedParams.exists_in(folder):
         saved = SavedParams(folder)
@@ -171,21 +180,22 @@ def _open(folder):
         raise UserError(f"init_from names {folder}, which holds neither *.safetensors nor the checkpoints of a run.")
     tensors = open_tensors(local)
 
-    def read(shardings):
+    def read(shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
         return {path: _load_tensor(tensors, path, sharding) for path, sharding in shardings.items()}
 
     return {path: tensors.shape(path) for path in tensors.names}, read
 
 
-def _load_tensor(tensors, path, sharding):
+def _load_tensor(tensors: TensorFile, path: str, sharding: jax.sharding.Sharding) -> jax.Array:
     """Loads a tensor onto its devices. Each host reads the slices of its devices; nothing is sent between hosts."""
     tensors.check_type(path)
-    file, slices = tensors.file(path), {}
+    file = tensors.file(path)
+    slices: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
     try:
         with safe_open(file, framework="numpy") as opened:
             view = opened.get_slice(path)
 
-            def read_slice(index):
+            def read_slice(index: tuple[slice, ...]) -> np.ndarray:
                 key = tuple((axis.start, axis.stop) for axis in index)
                 if key not in slices:  # several devices may hold the same slice
                     slices[key] = view[index] if index else opened.get_tensor(path)

@@ -50,7 +50,7 @@ def find_gguf(path: pathlib.Path) -> pathlib.Path | None:
     return files[0] if files[0].suffix == ".gguf" else None
 
 
-def _read_json(file):
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
     if not os.path.lexists(file):
         return {}
     check_file(file)

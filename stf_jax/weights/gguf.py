@@ -8,6 +8,7 @@ order. Quantized blocks are dequantized to float32; other values keep their dtyp
 import functools
 import math
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gguf
@@ -32,6 +33,8 @@ _KEYS = {
 _MAX_COUNT = 1000  # layers, or heads per layer
 _ROPE_FREQS = "rope_freqs.weight"  # divisors of Llama 3's low frequencies
 _UNQUANTIZED = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+_Stored = Mapping[str, gguf.ReaderTensor]  # the tensors of a file, by their names in it
 
 
 def open_gguf(file: pathlib.Path) -> tuple[TensorFile, dict[str, Any]]:
@@ -66,7 +69,7 @@ def open_gguf(file: pathlib.Path) -> tuple[TensorFile, dict[str, Any]]:
         config["rope_scaling"] = _read_rope_scaling(file, kind, values, stored, config)
     except KeyError as error:
         raise UserError(f"{file} lacks the key {error}, which is needed to read its tensors.") from None
-    entries = {}
+    entries: dict[str, Entry] = {}
     for name, tensor in stored.items():
         if name == _ROPE_FREQS:
             continue
@@ -83,7 +86,7 @@ def cached_reader(file: pathlib.Path, modified_ns: int) -> gguf.GGUFReader:
     return gguf.GGUFReader(file)
 
 
-def _map_names(stored, kind, layers):
+def _map_names(stored: Iterable[str], kind: str, layers: int) -> dict[str, str]:
     """Maps names in the file to transformers' names."""
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     bases = ["model.embed_tokens", "model.norm", "lm_head"]
@@ -98,7 +101,9 @@ def _map_names(stored, kind, layers):
     return {f"{base}.{end}": f"{hf_names[base]}.{end}" for base, _, end in parts if base in hf_names}
 
 
-def _head_dim(file, kind, values, stored, config):
+def _head_dim(
+    file: pathlib.Path, kind: str, values: Mapping[str, Any], stored: _Stored, config: Mapping[str, Any]
+) -> int:
     """Returns the channels per head. The numbers of heads then follow from the rows of query and key."""
     rows = int(stored["blk.0.attn_q.weight"].shape[-1]) if "blk.0.attn_q.weight" in stored else 0
     head_dim = config.get("head_dim", rows // config["num_attention_heads"])
@@ -108,12 +113,12 @@ def _head_dim(file, kind, values, stored, config):
     return head_dim
 
 
-def _make_entry(file, tensor, head_dim):
+def _make_entry(file: pathlib.Path, tensor: gguf.ReaderTensor, head_dim: int) -> Entry:
     shape = tuple(int(size) for size in reversed(tensor.shape))
     kind = tensor.tensor_type.name
     dtype = np.dtype(_UNQUANTIZED[kind]) if kind in _UNQUANTIZED else None
 
-    def read():
+    def read() -> np.ndarray:
         if dtype is not None:
             value = np.asarray(tensor.data).view(dtype).reshape(shape)
         else:
@@ -125,7 +130,9 @@ def _make_entry(file, tensor, head_dim):
     return Entry(file, shape, dtype.name if dtype is not None else kind, read)
 
 
-def _read_rope_scaling(file, kind, values, stored, config):
+def _read_rope_scaling(
+    file: pathlib.Path, kind: str, values: Mapping[str, Any], stored: _Stored, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
     """Returns transformers' ``rope_scaling``. Llama 3's is recognized by the divisors that the file stores instead."""
     scaling = values.get(f"{kind}.rope.scaling.type", "none")
     if _ROPE_FREQS in stored:
@@ -137,7 +144,7 @@ def _read_rope_scaling(file, kind, values, stored, config):
     return None
 
 
-def _read_llama3_scaling(file, divisors, theta):
+def _read_llama3_scaling(file: pathlib.Path, divisors: np.ndarray, theta: float) -> dict[str, Any]:
     factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
     frequencies = theta ** -(np.arange(len(divisors)) / len(divisors))
     turns = original * frequencies / (2 * math.pi)

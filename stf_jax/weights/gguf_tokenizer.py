@@ -5,6 +5,7 @@ BPE (``gpt2``). It refers to the pre-tokenizer of the latter by name (``tokenize
 """
 
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -59,14 +60,14 @@ def read_gguf_tokenizer(file: pathlib.Path) -> PreTrainedTokenizerFast:
     )
 
 
-def _build_sentencepiece(values, tokens, kinds):
+def _build_sentencepiece(values: Mapping[str, Any], tokens: list[str], kinds: Sequence[int]) -> Tokenizer:
     scores = values.get("ggml.scores")
     if not scores or len(set(scores)) == 1:
         raise ValueError("the file's vocabulary has no scores, which are needed to tokenize")
     return build_tokenizer(Vocabulary(tokens, scores, kinds), values.get("ggml.add_space_prefix", True))
 
 
-def _build_byte_level(values, tokens, kinds, pre) -> Tokenizer:
+def _build_byte_level(values: Mapping[str, Any], tokens: list[str], kinds: Sequence[int], pre: str) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in values.get("ggml.merges", ())]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _IGNORE_MERGES))
@@ -74,13 +75,16 @@ def _build_byte_level(values, tokens, kinds, pre) -> Tokenizer:
     if pre in _QWEN2:
         backend.normalizer = normalizers.NFC()
     for kind, special in ((Kind.CONTROL, True), (Kind.USER_DEFINED, False)):
-        added = [token for token, token_kind in zip(tokens, kinds, strict=True) if token_kind == kind]
-        added = [AddedToken(token, normalized=False, special=special) for token in added]
+        added = [
+            AddedToken(token, normalized=False, special=special)
+            for token, token_kind in zip(tokens, kinds, strict=True)
+            if token_kind == kind
+        ]
         (backend.add_special_tokens if special else backend.add_tokens)(added)
     return backend
 
 
-def _make_pre_tokenizer(pre):
+def _make_pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
     """Returns the pre-tokenizer, which splits a text into words before merging."""
     if pre in _GPT2:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)

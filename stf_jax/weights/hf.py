@@ -240,12 +240,13 @@ class TensorMapping:
         layers = (t.reshape([self.shape[axis] for axis in order]).transpose(np.argsort(order)) for t in tensors)
         if not self.stacked:
             return next(layers)
-        value = None
+        value: np.ndarray | None = None
         for layer, tensor in enumerate(layers):  # copied one by one, so that only one layer is in memory twice
             if value is None:
                 value = np.empty((len(self.names), *self.shape), tensor.dtype)
             value = value.astype(jnp.promote_types(value.dtype, tensor.dtype), copy=False)  # layers may differ in dtype
             value[layer] = tensor
+        assert value is not None  # a stacked parameter has a layer
         return value
 
     def to_hf(self, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -272,7 +273,7 @@ def map_parameters(
       prefixes: prefixes of names in the table → their replacements in this state dict
         (``{"model.": "language_model."}``).
     """
-    mappings = {}
+    mappings: dict[str, TensorMapping] = {}
     for path, shape in shapes.items():
         name, layout = table[path]
         prefix = next(prefix for prefix in sorted(prefixes, key=len, reverse=True) if name.startswith(prefix))

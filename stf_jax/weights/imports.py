@@ -4,25 +4,28 @@ import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tqdm
+from etils import epath
 
 from stf_jax.config import UserError
 from stf_jax.data.tokenizer import FILES, read_tokenizer, save_tokenizer
+from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.files import local_copy
 from stf_jax.runtime.parameters import write_params
 from stf_jax.weights.detect import DetectedModel
 from stf_jax.weights.folder import new_folder
 from stf_jax.weights.foreign import detect_or_raise, find_gguf, open_checkpoint, read_tensors
 from stf_jax.weights.gguf_tokenizer import read_gguf_tokenizer
+from stf_jax.weights.hf import TensorMapping
 from stf_jax.weights.model import describe_checkpoint
-from stf_jax.weights.tensors import cast, format_overflow
+from stf_jax.weights.tensors import TensorFile, cast, format_overflow
 
 
-def import_weights(source: str, to: pathlib.Path, vision: str = "", dtype: str = "") -> dict[str, Any]:
+def import_weights(source: str, to: epath.Path, vision: str = "", dtype: str = "") -> dict[str, Any]:
     """Writes a folder for ``config.init_from``, ``config.model.vision`` and ``config.model.llm``.
 
     It holds ``params/`` (Orbax), ``model.json``, ``tokenizer/`` if the source has one, and the report,
@@ -46,8 +49,9 @@ def import_weights(source: str, to: pathlib.Path, vision: str = "", dtype: str =
         return _import(source, folder, vision, dtype)
 
 
-def _import(source, folder, vision, dtype):
-    tower, sources = None, []
+def _import(source: str, folder: pathlib.Path, vision: str, dtype: str) -> dict[str, Any]:
+    tower: VisionConfig | None = None
+    sources: list[tuple[TensorFile, DetectedModel]] = []
     if vision:
         tensors, config = open_checkpoint(vision)
         detected = detect_or_raise(vision, tensors, config)
@@ -61,7 +65,13 @@ def _import(source, folder, vision, dtype):
     description = describe_checkpoint(dataclasses.replace(main, vision=main.vision or tower), config)
 
     missing = [part for part in ("vision", "fusion", "llm") if getattr(description, part) is None]
-    report = {"parameters": 0, "read": [], "transposed": [], "cast": collections.defaultdict(list), "missing": missing}
+    report: dict[str, Any] = {
+        "parameters": 0,
+        "read": [],
+        "transposed": [],
+        "cast": collections.defaultdict(list),
+        "missing": missing,
+    }
     report["overflowed"] = {}
     count = sum(len(detected.mappings) for _, detected in sources)
     with tqdm.tqdm(total=count, desc="import", unit="parameter") as bar:
@@ -78,7 +88,7 @@ def _import(source, folder, vision, dtype):
     return report
 
 
-def summarize(report: dict[str, Any], to: pathlib.Path) -> str:
+def summarize(report: Mapping[str, Any], to: epath.Path) -> str:
     """Formats the report of :func:`import_weights` for the terminal."""
     model = report["model"]
     parts = [part for part in ("vision", "fusion", "llm") if model[part] is not None]
@@ -99,7 +109,9 @@ def _select(detected: DetectedModel, root: str) -> DetectedModel:
     return dataclasses.replace(detected, mappings=mappings)
 
 
-def _read_params(sources, dtype, report, bar) -> Iterator[tuple[str, np.ndarray]]:
+def _read_params(
+    sources: Iterable[tuple[TensorFile, DetectedModel]], dtype: str, report: dict[str, Any], bar: tqdm.tqdm
+) -> Iterator[tuple[str, np.ndarray]]:
     for tensors, detected in sources:
         for path, mapping in detected.mappings.items():
             value = mapping.from_hf(_read_cast(tensors, path, mapping, dtype, report["overflowed"]))
@@ -115,7 +127,9 @@ def _read_params(sources, dtype, report, bar) -> Iterator[tuple[str, np.ndarray]
             del value  # frees it before the next one is read
 
 
-def _read_cast(tensors, path, mapping, dtype, overflowed):
+def _read_cast(
+    tensors: TensorFile, path: str, mapping: TensorMapping, dtype: str, overflowed: dict[str, int]
+) -> Iterator[np.ndarray]:
     """Yields the tensors of a parameter, cast to ``dtype`` if given; counts values that overflow, by name."""
     for name, value in zip(mapping.names, read_tensors(tensors, path, mapping), strict=True):
         value, count = cast(value, dtype)
@@ -124,7 +138,7 @@ def _read_cast(tensors, path, mapping, dtype, overflowed):
         yield value
 
 
-def _save_tokenizer(source, folder):
+def _save_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> str:
     """Saves the source's tokenizer if it can be read; returns the problem otherwise, and an empty string on success."""
     file = find_gguf(source)
     source = source if source.is_dir() else source.parent

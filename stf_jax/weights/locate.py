@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from stf_jax.config import UserError
@@ -96,9 +97,9 @@ def check_file(file: pathlib.Path) -> None:
             raise UserError(f"{file} is a Git LFS pointer: download the file itself with git lfs pull.")
 
 
-def _find_standard(folder, weights_name):
+def _find_standard(folder: pathlib.Path, weights_name: str | None) -> LocatedWeights | None:
     """Returns the files under transformers' standard names; None if there are none."""
-    order = _ORDER
+    order: tuple[str, ...] = _ORDER
     if weights_name is not None:
         if not isinstance(weights_name, str) or not weights_name.endswith((".safetensors", ".safetensors.index.json")):
             raise UserError(
@@ -125,7 +126,7 @@ def _find_standard(folder, weights_name):
     return LocatedWeights((folder / chosen,), None, tuple(notes))
 
 
-def _find_other(folder):
+def _find_other(folder: pathlib.Path) -> LocatedWeights:
     """Returns weight files under other names. Raises UserError if there are none."""
     for name in _ORDER:
         if os.path.lexists(folder / name):  # but is not a file
@@ -148,11 +149,11 @@ def _find_other(folder):
     raise UserError(_explain_no_weights(folder))
 
 
-def _glob_weights(folder, pattern):
+def _glob_weights(folder: pathlib.Path, pattern: str) -> tuple[pathlib.Path, ...]:
     return tuple(sorted(file for file in folder.glob(pattern) if not file.name.startswith(_NOT_WEIGHTS)))
 
 
-def _check_series(files):
+def _check_series(files: tuple[pathlib.Path, ...]) -> tuple[pathlib.Path, ...]:
     """Returns the same files. Raises UserError if one of a numbered series of shards is missing."""
     for file in files:
         if numbered := _SHARD.fullmatch(file.name):
@@ -164,11 +165,11 @@ def _check_series(files):
     return files
 
 
-def _join_names(files):
+def _join_names(files: Iterable[pathlib.Path]) -> str:
     return ", ".join(file.name for file in files)
 
 
-def _explain_no_weights(folder):
+def _explain_no_weights(folder: pathlib.Path) -> str:
     for pattern, explanation in _UNSUPPORTED:
         if files := sorted(folder.glob(pattern)):
             return f"{folder} holds {files[0].name}, {explanation}."
@@ -181,11 +182,11 @@ def _explain_no_weights(folder):
     return f"{folder} holds no weights: neither *.safetensors, *.bin nor *.gguf."
 
 
-def _is_weights(file):
+def _is_weights(file: pathlib.Path) -> bool:
     return file.suffix in _SUFFIXES and not file.name.startswith(_NOT_WEIGHTS)
 
 
-def _list_shards(index):
+def _list_shards(index: pathlib.Path) -> tuple[pathlib.Path, ...]:
     """Returns the files that an index lists. Raises UserError if one is missing."""
     names = sorted(set(read_weight_map(index).values()))
     for name in names:
@@ -198,7 +199,7 @@ def _list_shards(index):
     return tuple(index.parent / name for name in names)
 
 
-def _check_relative(file, name):
+def _check_relative(file: pathlib.Path, name: str) -> None:
     path = pathlib.PurePath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise UserError(f"{file} names {name!r}, which is not a file in its folder.")

@@ -102,6 +102,8 @@ def describe_folder(folder: epath.Path) -> tuple[Description, ResolvedModel, pat
         if saved is not None and (folder / IMPORTED).is_dir():
             return saved, _config_of_folder(folder, saved), _existing_folder(local_copy(folder / "tokenizer"))
         config = from_json(read_json(folder / "config.json"))
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} does not describe its model: {error!r}.") from None
     try:
@@ -115,8 +117,10 @@ def describe_folder(folder: epath.Path) -> tuple[Description, ResolvedModel, pat
     description = Description(model.vision_shape, model.llm_shape, model.fusion, data.template, data.aspect)
     tokenizer = _existing_folder(local_copy(folder / "tokenizer"))
     if tokenizer is None:
-        tokenizer = EMBEDDED.get(data.tokenizer) or (data.tokenizer and _existing_folder(local_copy(data.tokenizer)))
-    return description, model, tokenizer or None
+        tokenizer = EMBEDDED.get(data.tokenizer)
+    if tokenizer is None and data.tokenizer:
+        tokenizer = _existing_folder(local_copy(data.tokenizer))
+    return description, model, tokenizer
 
 
 def save_description(workdir: epath.Path, config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -140,11 +144,11 @@ def save_description(workdir: epath.Path, config: TrainConfig, tokenizer: PreTra
         upload(pathlib.Path(local), workdir / "tokenizer")
 
 
-def _read_files(folder):
+def _read_files(folder: epath.Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.is_dir() else {}
 
 
-def _read_description(file):
+def _read_description(file: epath.Path) -> Description:
     values = read_json(file)
     fusion = values["fusion"] and FusionConfig(**{**values["fusion"], "taps": tuple(values["fusion"]["taps"])})
     vision, llm = (
@@ -154,16 +158,16 @@ def _read_description(file):
     return Description(vision, llm, fusion, values["template"], values["aspect"])
 
 
-def _existing_folder(path):
+def _existing_folder(path: pathlib.Path) -> pathlib.Path | None:
     return path if path.is_dir() else None
 
 
-def _config_of_folder(folder, description):
+def _config_of_folder(folder: epath.Path, description: Description) -> ResolvedModel:
     fusion = description.fusion or FusionConfig()
     return ResolvedModel(str(folder), str(folder), fusion, vision_shape=description.vision, llm_shape=description.llm)
 
 
-def _open_export(folder):
+def _open_export(folder: epath.Path) -> SavedModel:
     tensors, config = open_checkpoint(str(folder))
     detected = detect_or_raise(str(folder), tensors, config)
     for note in detected.notes:
@@ -177,11 +181,11 @@ def _open_export(folder):
         for path, mapping in detected.mappings.items()
     }
 
-    def read(path):
+    def read(path: str) -> np.ndarray:
         mapping = detected.mappings[path]
         return mapping.from_hf(read_tensors(tensors, path, mapping))
 
-    def restore(shardings):
+    def restore(shardings: Mapping[str, jax.sharding.Sharding]) -> Iterator[tuple[str, jax.Array]]:
         for path, sharding in shardings.items():
             value = read(path)  # device_put would send every host's copy to the others
             yield path, jax.make_array_from_callback(value.shape, sharding, value.__getitem__)

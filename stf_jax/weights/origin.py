@@ -2,19 +2,24 @@
 
 import dataclasses
 import os
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from etils import epath
 
 from stf_jax.config import TrainConfig, UserError
 from stf_jax.data import tokenizer as tokenizers
+from stf_jax.models.llm import LLMConfig
 from stf_jax.models.presets import DEFAULTS, llm_preset, resolve_model, vision_preset
+from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.files import read_json, to_path
 from stf_jax.runtime.parameters import SavedParams, newest_step
 from stf_jax.weights.folder import EMBEDDED
 from stf_jax.weights.model import describe_folder
 
-_PRESETS = {"vision": vision_preset, "llm": llm_preset}
+_Shape = TypeVar("_Shape", VisionConfig, LLMConfig)
+
+_PRESETS: Mapping[str, Callable[[str], VisionConfig | LLMConfig]] = {"vision": vision_preset, "llm": llm_preset}
 _EMBEDDED = {  # tower, language model and tokenizer
     "miniatures": ("clip-mini-16-96", "llama-mini", "miniature"),
     "miniatures/siglip": ("siglip-mini-16-96", "llama-mini", "miniature"),
@@ -40,46 +45,52 @@ def complete_config(config: TrainConfig, workdir: epath.Path | None = None) -> T
         except UserError:
             if not resumed and not (config.model.vision and config.model.llm):
                 raise
-    parts = {part: _choose_part(part, getattr(config.model, part), found.get(part), resumed) for part in _PRESETS}
-    model = dataclasses.replace(config.model, **{part: name for part, (name, _) in parts.items()})
-    model = resolve_model(model, *(shape for _, shape in parts.values()))
+    vision, vision_shape = _choose_part("vision", vision_preset, config.model.vision, found.get("vision"), resumed)
+    llm, llm_shape = _choose_part("llm", llm_preset, config.model.llm, found.get("llm"), resumed)
+    model = resolve_model(dataclasses.replace(config.model, vision=vision, llm=llm), vision_shape, llm_shape)
     tokenizer = config.data.tokenizer or found.get("tokenizer", "")
     missing = tokenizer not in tokenizers.EMBEDDED and not os.path.isdir(tokenizer)
-    if resumed and missing and (workdir / "tokenizer").is_dir():
+    if resumed and missing and workdir is not None and (workdir / "tokenizer").is_dir():
         tokenizer = str(workdir / "tokenizer")
     data = dataclasses.replace(config.data, tokenizer=tokenizer)
     return dataclasses.replace(config, model=model, data=data)
 
 
-def _choose_part(part, configured, found, resumed):
+def _choose_part(
+    part: str,
+    preset: Callable[[str], _Shape],
+    configured: str,
+    found: tuple[str, _Shape] | None,
+    resumed: bool,
+) -> tuple[str, _Shape]:
     """Returns the name and shape of a part: the configured one, the one found, or the default."""
     if found and configured in ("", found[0]):
         return found
     name = configured or DEFAULTS[part]
-    shape = _PRESETS[part](name)
+    shape = preset(name)
     if resumed and found and shape == found[1]:  # the same part under another name: its folder was moved
         return found
     return name, shape
 
 
-def _inspect(source):
+def _inspect(source: str) -> dict[str, Any]:
     """Returns the name and shape of each part in a folder, and its tokenizer's name."""
     if source in EMBEDDED:
         *names, tokenizer = _EMBEDDED[source]
-        parts = zip(_PRESETS, names, strict=True)
-        return {part: (name, _PRESETS[part](name)) for part, name in parts} | {"tokenizer": tokenizer}
+        shapes = {part: (name, _PRESETS[part](name)) for part, name in zip(_PRESETS, names, strict=True)}
+        return {**shapes, "tokenizer": tokenizer}
     folder = to_path(source)
     if not SavedParams.exists_in(folder):
         return {}  # loading it reports errors
     description, model, tokenizer = describe_folder(folder)
     parts = {part: (getattr(model, part), getattr(description, part)) for part in _PRESETS}
-    found = {part: pair for part, pair in parts.items() if pair[1] is not None}
+    found: dict[str, Any] = {part: pair for part, pair in parts.items() if pair[1] is not None}
     if description.llm is not None and tokenizer is not None:
         found["tokenizer"] = _configured_tokenizer(folder) or str(tokenizer)
     return found
 
 
-def _configured_tokenizer(folder):
+def _configured_tokenizer(folder: epath.Path) -> str:
     """Returns the tokenizer in a run's config, or an empty string if it no longer exists."""
     if not (folder / "config.json").exists():
         return ""

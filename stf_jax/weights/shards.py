@@ -20,7 +20,7 @@ def write_shards(folder: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]]
     shard: dict[str, np.ndarray] = {}
     total = 0
 
-    def write():
+    def write() -> None:
         file = folder / f"model-{len(files) + 1:05}.safetensors"
         file.touch()
         mode = file.stat().st_mode  # as set by the umask; safetensors makes files that only their owner can read

@@ -41,7 +41,7 @@ class TensorFile:
       notes: remarks for the user on the choice of files.
     """
 
-    def __init__(self, entries: dict[str, Entry], notes: tuple[str, ...] = ()):
+    def __init__(self, entries: dict[str, Entry], notes: tuple[str, ...] = ()) -> None:
         self._entries, self.notes = entries, notes
 
     @property
@@ -80,6 +80,7 @@ class TensorFile:
         """Reads the values in their stored type. Raises UserError, naming file and tensor, if that fails."""
         self.check_type(name)
         entry = self._entries[name]
+        assert entry.read is not None  # as check_type found
         try:
             return entry.read()
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
@@ -136,14 +137,14 @@ def format_overflow(overflowed: Mapping[str, int]) -> list[str]:
 
 def list_safetensors(file: pathlib.Path) -> dict[str, Entry]:
     """Returns the tensors of a safetensors file by name. Raises UserError if it is malformed."""
-    entries = {}
+    entries: dict[str, Entry] = {}
     try:
         with safe_open(file, framework="numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 view = tensors.get_slice(name)
                 dtype = view.get_dtype()
 
-                def read(name=name):
+                def read(name: str = name) -> np.ndarray:
                     with safe_open(file, framework="numpy") as tensors:
                         return tensors.get_tensor(name)
 
@@ -160,7 +161,7 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
-def _list_pickle(file):
+def _list_pickle(file: pathlib.Path) -> dict[str, Entry]:
     try:
         import torch
     except ImportError:
@@ -182,10 +183,10 @@ def _list_pickle(file):
     if not is_named or not all(isinstance(value, torch.Tensor) for value in values.values()):
         raise UserError(f"{file} holds something other than named tensors.")
 
-    def entry(name, value):
+    def entry(name: str, value: torch.Tensor) -> Entry:
         dtype = str(value.dtype).removeprefix("torch.")
 
-        def read():
+        def read() -> np.ndarray:
             tensor = value.detach().contiguous()
             if dtype == "bfloat16":  # which numpy lacks
                 return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import tqdm
 from etils import epath
 from safetensors import SafetensorError
@@ -39,7 +40,7 @@ class AnswerPair:
     pytorch: str
 
 
-def verify(checkpoint: pathlib.Path, export: pathlib.Path, num_questions: int, max_new_tokens: int) -> list[AnswerPair]:
+def verify(checkpoint: epath.Path, export: pathlib.Path, num_questions: int, max_new_tokens: int) -> list[AnswerPair]:
     """Asks both models about held-out scenes, with greedy decoding in float32 on the CPU.
 
     They share no code: the export's own processor prepares its images and prompts.
@@ -77,6 +78,7 @@ def verify(checkpoint: pathlib.Path, export: pathlib.Path, num_questions: int, m
     answers = _answer_in_jax(checkpoint, questions, max_new_tokens)
     pairs = []
     for question, answer in zip(tqdm.tqdm(questions, "PyTorch", unit="question"), answers, strict=True):
+        assert question.image is not None  # every scene has one
         inputs = processor.apply_chat_template(
             _turns(question.text, question.image()),
             add_generation_prompt=True,
@@ -121,7 +123,9 @@ def check_prompts(checkpoint: epath.Path, processor: Any, questions: Sequence[Qu
                 )
 
 
-def _build_prompts(processor, turns, images, slots):
+def _build_prompts(
+    processor: Any, turns: list[dict[str, Any]], images: list[PIL.Image.Image], slots: int
+) -> dict[str, list[int]]:
     """Returns the token ids of a prompt by the method that builds it."""
     text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     applied = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
@@ -136,7 +140,7 @@ def _build_prompts(processor, turns, images, slots):
     }
 
 
-def _turns(text, *images):
+def _turns(text: str, *images: PIL.Image.Image) -> list[dict[str, Any]]:
     content = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
@@ -150,6 +154,6 @@ def format_table(pairs: list[AnswerPair]) -> str:
     return "\n".join([*lines, f"{same} of {len(pairs)} answers are the same."])
 
 
-def _answer_in_jax(checkpoint, questions, max_new_tokens):
+def _answer_in_jax(checkpoint: epath.Path, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
     generator, _ = load_generator(checkpoint, make_mesh(MeshConfig(1, 1, 1)), "float32")
     return list(generator.generate([question.to_record() for question in questions], max_new_tokens, _BATCH_SIZE))
