@@ -8,10 +8,12 @@ more than captions do. The language model learns to look things up in captions, 
 tower frozen and an MLP connector on all 144 tokens. Stage ``answers`` ends with an evaluation.
 """
 
+import ml_collections
+
 from stf_jax.config import default_config, parse_arg
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Stages ``sentences`` and ``text`` on text, ``shapes`` and ``captions`` on images; ``scale`` multiplies the steps.
 
     ``vision=siglip-mini-16-96`` trains another tower for the existing language model, which stays frozen. ``edition=2``
@@ -72,7 +74,7 @@ def get_config(arg=None):
     return config
 
 
-def _second_edition(config, scale):
+def _second_edition(config: ml_collections.ConfigDict, scale: float) -> ml_collections.ConfigDict:
     """Trains the tower and the language model separately, then the model on images. No record is repeated."""
     frozen = (".*", "freeze")
     steps = {"cells": int(5000 * scale), "cues": int(2500 * scale), "answers": int(20_000 * scale)}

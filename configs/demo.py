@@ -4,10 +4,12 @@ It uses the embedded miniature backbones (stf_jax/weights/miniatures) and embedd
 ``stage=finetune`` runs one stage, ``steps=N`` sets its steps, ``fusion=NAME`` selects another fusion.
 """
 
+import ml_collections
+
 from stf_jax.config import default_config, parse_arg, single_stage
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The recipe of configs/pretrain.py and configs/finetune.py on the miniatures."""
     arg = parse_arg(arg, stage="", steps=0, fusion="mbtf_stf")
     config = default_config()

@@ -4,10 +4,12 @@
         --config.data.annotations=llava_v1_5_mix665k.json --config.data.images=DIR
 """
 
+import ml_collections
+
 from stf_jax.config import default_config, parse_arg
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Batch 128, learning rate 2e-5, cosine with 3 % warm-up, no weight decay, one epoch, bf16, 2048 tokens."""
     arg = parse_arg(arg, vision="", llm="", fusion="mbtf_stf")
     config = default_config()

@@ -8,10 +8,12 @@ MODEL is a model that already answers questions about images: a run, or an impor
 per epoch, the first of which has learning rate 0.
 """
 
+import ml_collections
+
 from stf_jax.config import default_config, parse_arg
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Batch 16, three epochs, 10 % warm-up: 57 updates for 300 rows, 1,875 for 10,000. Trains what stage 2 trains.
 
     For fewer than a hundred rows increase ``epochs``. The number of devices must divide the global batch of 16.

@@ -3,14 +3,14 @@
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import ml_collections
 import numpy as np
 import PIL.Image
 from etils import epath
 
-from stf_jax.config import MeshConfig, UserError, did_you_mean
+from stf_jax.config import MeshConfig, Precision, Reduction, UserError, did_you_mean
 from stf_jax.data.image import open_image_file
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.inference.generator import NO_VISION_MESSAGE, Generator
@@ -61,8 +61,8 @@ class Model:
 def load(
     checkpoint: str | os.PathLike[str],
     *,
-    precision: str = "",
-    reduce: str = "",
+    precision: Precision | Literal[""] = "",
+    reduce: Reduction = "",
     keep: int = 0,
     mesh: tuple[int, int, int] = (1, 1, 1),
 ) -> Model:
@@ -185,13 +185,13 @@ def export(
     return formats[format](to_path(os.fspath(checkpoint)), to_path(os.fspath(to)), dtype)
 
 
-def _make_record(number, image, question):
+def _make_record(number: int, image: Image | None, question: str) -> Record:
     images = () if image is None else (lambda: _open_image(image),)
     text = f"{IMAGE_MARK}\n" * len(images) + question.replace(IMAGE_MARK, "")
     return Record(f"prompt {number}", images, (Turn("human", text),))
 
 
-def _open_image(image):
+def _open_image(image: Image) -> PIL.Image.Image:
     if isinstance(image, PIL.Image.Image):
         return image
     if isinstance(image, np.ndarray):

@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import io
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import PIL.Image
 
@@ -12,6 +14,10 @@ from stf_jax.data.image import open_image_file
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.runtime.cli import Parser, add_model_arguments, path, require, run_command
 from stf_jax.runtime.files import to_path
+
+if TYPE_CHECKING:
+    from stf_jax.inference.decoding import Sampling
+    from stf_jax.inference.generator import Generator
 
 DESCRIPTION = """Ask a model about images: one question with --prompt, or a conversation without it.
 
@@ -60,7 +66,8 @@ def main(argv: list[str]) -> None:
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (lines can be edited and recalled)
-    sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is reported, then the next one is read
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is not UTF-8 is reported, then the next one is read
+        sys.stdin.reconfigure(errors="surrogateescape")
     print(_HELP)
     while (line := _read_line()) is not None:
         _handle_line(conversation, line)
@@ -110,7 +117,7 @@ class Conversation:
         self.turns, self.images, self.pending_images = [], [], []
 
 
-def _handle_line(conversation, line):
+def _handle_line(conversation: Conversation, line: str) -> None:
     """Handles one line of input. An error in it is printed, and the conversation continues."""
     command, _, argument = line.partition(" ")
     try:
@@ -130,7 +137,7 @@ def _handle_line(conversation, line):
         print("\n(interrupted)")
 
 
-def _read_line():
+def _read_line() -> str | None:
     try:
         line = input("> ").strip()
     except (EOFError, KeyboardInterrupt):
@@ -139,8 +146,8 @@ def _read_line():
     return None if line == "/quit" else line
 
 
-def _stream_answer(generator, max_new_tokens, sampling, record):
-    def print_text(_, text):
+def _stream_answer(generator: "Generator", max_new_tokens: int, sampling: "Sampling", record: Record) -> str:
+    def print_text(_: int, text: str) -> None:
         print(text, end="", flush=True)
 
     (answer,) = generator.generate([record], max_new_tokens, 1, sampling, on_text=print_text)

@@ -413,7 +413,7 @@ def _typed(kind: Any, value: Any, key: str) -> Any:
         if isinstance(value, str) and value not in choices:
             raise UserError(f"Config key {key} is {value!r}: {did_you_mean(value, filter(None, choices))}")
         return _typed(str, value, key)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if isinstance(value, Mapping):
             return _build(kind, value, f"{key}.")
     elif typing.get_origin(kind) is tuple:

@@ -2,6 +2,8 @@
 
 import sys
 
+from etils import epath
+
 from stf_jax.config import UserError
 from stf_jax.runtime.cli import Parser, add_host_arguments, parse, path, run_command
 from stf_jax.runtime.status import format_status
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> None:
             print(f"results.json and all answers (answers.jsonl) are in {workdir}")
 
 
-def _parse_workdir(argv):
+def _parse_workdir(argv: list[str]) -> epath.Path:
     """Reads --workdir from a command line that may also have options for training."""
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--workdir", type=path)

@@ -1,5 +1,7 @@
 """The same fusions with a SigLIP-style vision tower in place of CLIP's, on the world's first edition."""
 
+import ml_collections
+
 from stf_jax.studies.miniature import miniature_study
 
 # There is no SigLIP-style tower for the second edition.
@@ -12,7 +14,7 @@ _FIRST_EDITION = (
 )
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """``arg``: ``seeds=N``. ``configs/backbones.py:vision=siglip-mini-16-96`` trains ``miniatures/siglip``."""
     config = miniature_study(arg, "Another backbone")
     config.question = (
@@ -29,7 +31,7 @@ def get_config(arg=None):
     return config
 
 
-def _row_lengths(count):
+def _row_lengths(count: int) -> tuple[str, ...]:
     """Like studies/miniature.py's, for rows of four captions or one conversation with ``count`` tokens per image."""
     lengths = {"pretrain": 124 + 4 * count, "finetune": 199 + count}
     return tuple(f"stages.{stage}.data.max_length={length}" for stage, length in lengths.items())

@@ -1,9 +1,11 @@
 """The paper's main table in miniature, with trained and training-free baselines and controls."""
 
+import ml_collections
+
 from stf_jax.studies.miniature import miniature_study, row_lengths
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """``arg``: ``seeds=N``."""
     full, quarter = row_lengths(144), row_lengths(36)
     config = miniature_study(arg, "Token fusion and its baselines")

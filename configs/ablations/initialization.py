@@ -1,9 +1,11 @@
 """Initialization of the fusion's layers, and its effect on results and their spread."""
 
+import ml_collections
+
 from stf_jax.studies.miniature import miniature_study, row_lengths
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """``arg``: ``seeds=N``."""
     config = miniature_study(arg, "Initialization of the fusion")
     config.question = (

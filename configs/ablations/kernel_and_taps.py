@@ -1,9 +1,11 @@
 """STF's window size, the number of tapped blocks, and the authors' code against the paper's figure."""
 
+import ml_collections
+
 from stf_jax.studies.miniature import miniature_study, row_lengths
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """``arg``: ``seeds=N``."""
     config = miniature_study(arg, "STF's kernel and MBTF's taps")
     config.question = (

@@ -1,11 +1,12 @@
 """Loads a saved model for inference: the newest checkpoint of a run, a folder of imported weights, or an export."""
 
 import dataclasses
+from typing import Literal
 
 from etils import epath
 from jax.sharding import Mesh
 
-from stf_jax.config import UserError
+from stf_jax.config import Precision, Reduction, UserError
 from stf_jax.data.conversation import detect_template
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference.generator import Generator
@@ -16,8 +17,8 @@ from stf_jax.weights.model import SavedModel, open_model
 def load_generator(
     checkpoint: epath.Path,
     mesh: Mesh,
-    precision: str = "",
-    reduce: str = "",
+    precision: Precision | Literal[""] = "",
+    reduce: Reduction = "",
     keep: int = 0,
     *,
     allow_text_only: bool = False,

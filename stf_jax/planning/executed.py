@@ -6,6 +6,8 @@ runs: the compilers' own counts include the body of a loop only once.
 
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 from jax.extend import core
@@ -39,7 +41,7 @@ def count_executed(traced: jax.stages.Traced, shards: int, devices: int) -> Exec
     return _count_jaxpr(_open_jaxpr(traced.jaxpr), shards, devices, local=False)
 
 
-def _count_jaxpr(jaxpr, shards, devices, local):
+def _count_jaxpr(jaxpr: core.Jaxpr, shards: int, devices: int, local: bool) -> Executed:
     """Counts a jaxpr. ``local``: its shapes are those of one device, as inside a ``shard_map``."""
     total = Executed()
     for eqn in jaxpr.eqns:
@@ -65,11 +67,11 @@ def _count_jaxpr(jaxpr, shards, devices, local):
     return total
 
 
-def _open_jaxpr(jaxpr):
+def _open_jaxpr(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> core.Jaxpr:
     return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
 
 
-def _called_jaxprs(params):
+def _called_jaxprs(params: Mapping[str, Any]) -> Iterator[core.Jaxpr]:
     """Yields the jaxpr that an equation calls once (for a custom derivative, the one that computes the value)."""
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if isinstance(params.get(key), (core.Jaxpr, core.ClosedJaxpr)):
@@ -77,33 +79,36 @@ def _called_jaxprs(params):
             return
 
 
-def _count_product(eqn, flops, shards, devices, local):
-    by_rows = fixed = 0
+def _count_product(eqn: core.JaxprEqn, flops: float, shards: int, devices: int, local: bool) -> Executed:
+    by_rows: float = 0
+    fixed: float = 0
     for variable in (*eqn.invars, *eqn.outvars):
-        if not hasattr(variable.aval, "shape"):
+        aval: Any = variable.aval  # jax's base class of them has no shape
+        if not hasattr(aval, "shape"):
             continue
-        size = math.prod(variable.aval.shape) * variable.aval.dtype.itemsize
-        if any(length and length % PRIME == 0 for length in variable.aval.shape):
+        size = math.prod(aval.shape) * aval.dtype.itemsize
+        if any(length and length % PRIME == 0 for length in aval.shape):
             by_rows += size if local else size / devices
         else:
             fixed += size if local else size * shards / devices  # split over ``tensor`` only
     return Executed(flops * devices if local else flops, by_rows, fixed)
 
 
-def _dot_flops(eqn):
+def _dot_flops(eqn: core.JaxprEqn) -> int:
     (contracted, _), _ = eqn.params["dimension_numbers"]
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+    first, result = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    return 2 * math.prod(result) * math.prod(first[axis] for axis in contracted)
 
 
-def _flash_flops(eqn):
+def _flash_flops(eqn: core.JaxprEqn) -> float:
     """FLOPs of cuDNN's attention: two products forward, five backward; half of that if causal."""
-    rows, length, heads, size = eqn.invars[0].aval.shape
+    rows, length, heads, size = _shape(eqn.invars[0])
     product = 2 * rows * heads * length**2 * size
     causal = "CAUSAL" in str(eqn.params.get("mask_type", ""))
     return product * (5 if "bwd" in eqn.primitive.name else 2) / (1 + causal)
 
 
-def _kernel_flops(eqn):
+def _kernel_flops(eqn: core.JaxprEqn) -> float:
     """FLOPs of splash attention, the only Pallas kernel: the products of a block times the blocks not fully masked."""
     grid = eqn.params["grid_mapping"].grid
     blocks = grid[-1]
@@ -111,7 +116,12 @@ def _kernel_flops(eqn):
     return _body_flops(_open_jaxpr(eqn.params["jaxpr"])) * math.prod(grid) * unmasked
 
 
-def _body_flops(jaxpr):
+def _shape(variable: core.Var | core.Literal) -> tuple[int, ...]:
+    aval: Any = variable.aval  # jax's base class of them has no shape
+    return aval.shape
+
+
+def _body_flops(jaxpr: core.Jaxpr) -> int:
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":

@@ -1,6 +1,6 @@
 """Text output of `plan`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stf_jax.runtime.table import format_table
@@ -30,7 +30,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _describe_evaluation(report):
+def _describe_evaluation(report: Mapping[str, Any]) -> Iterator[str]:
     """Yields whether an evaluation includes the training state."""
     if report.get("during_training") is True:
         yield "This is an evaluation during training (eval.benchmarks), with the training state in memory."
@@ -38,13 +38,13 @@ def _describe_evaluation(report):
         yield "This is stf_jax.evaluate on its own; set eval.benchmarks to include the training state."
 
 
-def _memory_row(report):
+def _memory_row(report: Mapping[str, Any]) -> dict[str, Any]:
     return {"what": "memory per device, GiB"} | {
         name: "unknown" if size is None else size / _GIB for name, size in report["memory"].items()
     }
 
 
-def _flops_row(report):
+def _flops_row(report: Mapping[str, Any]) -> dict[str, Any]:
     model, executed = report["model_flops"], report["executed_flops"]
     return {"what": "work per step, TFLOP"} | {
         "model": model / 1e12,
@@ -53,17 +53,17 @@ def _flops_row(report):
     }
 
 
-def _traffic_rows(report):
+def _traffic_rows(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for kind, by_axis in report["collective_bytes"].items():
         for axes, size in by_axis.items():
             yield {"what": f"{kind} over {axes}, GB sent per device", "per step": size / 1e9}
 
 
-def _roofline_row(report):
+def _roofline_row(report: Mapping[str, Any]) -> dict[str, Any]:
     return {"what": "roofline, s per step at peak speed"} | dict(report["roofline_seconds"])
 
 
-def _format_times(report):
+def _format_times(report: Mapping[str, Any]) -> str:
     text = (
         f"about {report['step_seconds_estimate']:.3g} s per step, bound by {report['bound']}: "
         f"{report['tokens_per_second']:,.0f} tokens/s, MFU {report['mfu_estimate']:.0%}"
@@ -82,7 +82,7 @@ def format_trial(trial: Mapping[str, Any]) -> str:
     return f"{_format_flags(trial)}: {'fits' if trial['fits'] else 'does not fit'}, {needed}"
 
 
-def _format_flags(trial):
+def _format_flags(trial: Mapping[str, Any]) -> str:
     return " ".join(f"--config.{key}={value}" for key, value in trial["settings"].items())
 
 

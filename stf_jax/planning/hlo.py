@@ -50,11 +50,13 @@ def count_traffic(text: str, mesh: jax.sharding.Mesh, trips: int | None = None) 
     """
     program = _Program(text, mesh, trips)
     sums: dict[tuple[str, tuple[str, ...], bool], np.ndarray] = {}
-    for (*key, size), count in program.count_sent(program.entry).items():
-        sums[tuple(key)] = sums.get(tuple(key), 0) + np.array([size * count, count])
+    for (kind, axes, between, size), count in program.count_sent(program.entry).items():
+        sums[kind, axes, between] = sums.get((kind, axes, between), 0) + np.array([size * count, count])
     if unstarted := [channel for channel, started in program.async_channels.items() if not started]:
         raise ValueError(f"No fusion starts the asynchronous collectives on channels {unstarted}.")
-    entries = [Traffic(kind, axes, *totals.tolist(), between) for (kind, axes, between), totals in sums.items()]
+    entries = [
+        Traffic(kind, axes, int(total), int(count), between) for (kind, axes, between), (total, count) in sums.items()
+    ]
     return sorted(entries, key=lambda entry: entry.bytes, reverse=True)
 
 
@@ -68,8 +70,14 @@ _BYTES_SENT: dict[str, Callable[[int, int], int]] = {  # from the bytes of the o
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _OPERATION = re.compile(r" +(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)(.*)")
 _CALLED = re.compile(r"\b(calls|to_apply|condition|body|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)")
-_ARITHMETIC = {"add": operator.add, "subtract": operator.sub}
-_COMPARISON = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "NE": operator.ne}
+_ARITHMETIC: dict[str, Callable[[int, int], int]] = {"add": operator.add, "subtract": operator.sub}
+_COMPARISON: dict[str, Callable[[int, int], bool]] = {
+    "LT": operator.lt,
+    "LE": operator.le,
+    "GT": operator.gt,
+    "GE": operator.ge,
+    "NE": operator.ne,
+}
 _MOST_TRIPS = 100_000
 
 # Occurrences of (operation, axes, between slices, bytes).
@@ -177,10 +185,12 @@ class _Program:
         key = (kind, axes, bool(differ[-1]), _BYTES_SENT[kind](size, max(map(len, groups))))
         return _Sent({key: 1}) if axes else _Sent()
 
-    def _groups(self, operation: _Operation) -> list:
+    def _groups(self, operation: _Operation) -> Sequence[np.ndarray | Sequence[int]]:
         """Groups of communicating devices, by position in the mesh; pairs for a permutation."""
         pattern = r'(replica_groups|source_target_pairs|_xla_megascale_target)="?(.*)'
-        attribute, form = re.search(pattern, operation.rest).groups()
+        match = re.search(pattern, operation.rest)
+        assert match is not None  # the operation communicates
+        attribute, form = match.groups()
         if form.startswith("{}"):
             return [self.numbering] if attribute == "replica_groups" else []
         if attribute == "_xla_megascale_target":
@@ -195,9 +205,10 @@ class _Program:
         (condition,), (body,) = operation.called["condition"], operation.called["body"]
         initial, element = operation.operands[0]
 
-        def state(path):
+        def initial_state(path: _Path) -> int | None:
             return self._value(name, initial, (*element, *path[1:]), lambda path: None)
 
+        state: Callable[[_Path], int | None] = initial_state
         for trips in range(_MOST_TRIPS):
             proceed = self._value(condition, self.roots[condition], (), state)
             if proceed is None:
@@ -216,8 +227,9 @@ class _Program:
           arguments: returns the values of the computation's parameters.
         """
         operation = self.computations[name][label]
+        function: Callable[[int, int], int] | None
 
-        def operand(number, index=()):
+        def operand(number: int, index: _Path = ()) -> int | None:
             source, element = operation.operands[number]
             return self._value(name, source, (*element, *index), arguments)
 
@@ -229,26 +241,28 @@ class _Program:
             case "tuple":
                 return operand(index[0], index[1:])
             case "get-tuple-element":
-                return operand(0, (int(operation.attribute(r"index=(\d+)")), *index))
+                element = operation.attribute(r"index=(\d+)")
+                assert element is not None  # HLO's syntax
+                return operand(0, (int(element), *index))
             case "bitcast" | "convert" | "copy" | "copy-start" | "copy-done" | "opt-barrier":
                 return operand(0, index)
             case "fusion" | "call":
                 ((called,),) = operation.called.values()
                 return self._value(called, self.roots[called], index, lambda path: operand(path[0], path[1:]))
             case "compare":
-                function = _COMPARISON.get(operation.attribute(r"direction=(\w+)"))
+                function = _COMPARISON.get(operation.attribute(r"direction=(\w+)") or "")
             case code:
                 function = _ARITHMETIC.get(code)
         if function is None:
             return None
-        operands = operand(0), operand(1)
-        return None if None in operands else int(function(*operands))
+        first, second = operand(0), operand(1)
+        return None if first is None or second is None else int(function(first, second))
 
 
 def _count_bytes(shape: str, element: _Path) -> int:
     """Bytes of an array such as ``bf16[8,128]{1,0:T(8,128)(2,1)}``, or of one element of a tuple of arrays."""
     kind, sizes = re.findall(r"\b([a-z]\w*)\[(.*?)\]", shape)[element[0] if element else 0]
-    bits = 8 if kind == "pred" else int(re.search(r"\d+", kind)[0])  # as in f8e4m3fn
+    bits = 8 if kind == "pred" else int(re.findall(r"\d+", kind)[0])  # as in f8e4m3fn
     return -(-math.prod(int(size) for size in sizes.split(",") if size) * bits // 8)
 
 
@@ -266,16 +280,22 @@ def _parse_groups(form: str) -> Sequence[Sequence[int]] | np.ndarray:
     raise ValueError(f"Groups of devices have an unknown form: {form[:80]}")
 
 
+def _match_form(pattern: str, form: str) -> re.Match[str]:
+    if match := re.match(pattern, form):
+        return match
+    raise ValueError(f"Groups of devices have an unknown form: {form[:80]}")
+
+
 def _parse_iota(form: str) -> np.ndarray:
     """Parses ``[4,8]<=[8,4]T(1,0)``: device numbers in the second shape, transposed, then in the first shape.
 
     Without a second shape, the first one is transposed.
     """
+    match = _match_form(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?", form)
     shape, source_shape, order = (
-        part and [int(number) for number in part.split(",")]
-        for part in re.match(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?", form).groups()
+        [int(number) for number in part.split(",")] if part else [] for part in match.groups()
     )
-    numbers = np.arange(math.prod(shape)).reshape(source_shape or shape).transpose(order)
+    numbers = np.arange(math.prod(shape)).reshape(source_shape or shape).transpose(order or None)
     return numbers.reshape(shape) if source_shape else numbers
 
 
@@ -285,7 +305,8 @@ def _parse_mesh_groups(form: str) -> np.ndarray:
     ``b`` is split in three parts; the first has size 2, and the groups span the second, of size 4. Without device_ids,
     devices are in order.
     """
-    mesh, devices, grouped = re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", form).groups()
+    match = _match_form(r"mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", form)
+    mesh, devices, grouped = match.groups()
     parts = sorted(re.findall(r"([\w']+)(?::\((\d+)\)(\d+))?", grouped), key=lambda part: int(part[1] or 1))
     shape: list[int] = []
     grouped_axes: list[int] = []

@@ -6,12 +6,13 @@ Axis letters: B rows, T positions, M images per row, K kv heads, S cache slots, 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
@@ -21,9 +22,10 @@ from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
 from stf_jax.models.cells import CLASSES
 from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.selection import FULL_LAYERS, resolve_reduction
+from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.mesh import BATCH, check_batch, compute_context, make_mesh, row_shards
 from stf_jax.training.optimizer import make_optimizer
-from stf_jax.training.state import Blueprint, TrainState, blueprint, state_layout
+from stf_jax.training.state import Blueprint, Layout, Params, blueprint, state_layout
 from stf_jax.training.step import loss_sum, make_train_step
 
 _RULES = TokenRules(stops=(2,), suppressed_tokens=())  # the shapes do not depend on them
@@ -39,10 +41,11 @@ class Program:
     images: int  # M
     mesh: Mesh
     precision: str
-    call: Callable
-    arguments: tuple
+    call: jax.stages.Wrapped
+    arguments: tuple[Any, ...]
     parts: Mapping[str, Any]  # trees of arguments by name: parameters, optimizer, batch, cache
-    residual_fn: Callable | None = None  # returns what training keeps from forward to backward
+    # returns what training keeps from forward to backward
+    residual_fn: Callable[[Params, Params, Batch[jax.Array]], Any] | None = None
 
     def trace(self) -> jax.stages.Traced:
         """Traces the program."""
@@ -81,7 +84,7 @@ class OutOfMemory(Exception):
         self.needed = needed
 
 
-def _parse_needed_bytes(message):
+def _parse_needed_bytes(message: str) -> int | None:
     match = re.search(r"(?:Used |\()([\d.]+)([KMGT])(?: of|\) exceeds)", message)
     return match and int(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2]))))
 
@@ -104,13 +107,13 @@ def make_program(config: TrainConfig, kind: str, devices: list[jax.Device], rows
     return _inference_program(config, kind, plan, mesh, rows)
 
 
-def abstract_train_state(config: TrainConfig, devices: list[jax.Device]) -> TrainState:
+def abstract_train_state(config: TrainConfig, devices: list[jax.Device]) -> Layout:
     """The training state, which stays in memory during evaluation. Raises UserError as :func:`make_program`."""
     tx = make_optimizer(config.optimizer, steps=1000)
     return state_layout(config, blueprint(config.model), tx, make_mesh(config.mesh, devices))
 
 
-def _train_program(config, plan, mesh):
+def _train_program(config: TrainConfig, plan: Blueprint, mesh: Mesh) -> Program:
     check_batch(config, mesh)
     tx = make_optimizer(config.optimizer, steps=1000)
     layout = state_layout(config, plan, tx, mesh)
@@ -119,31 +122,34 @@ def _train_program(config, plan, mesh):
     images = _abstract_images(config, shape[0], mesh)
     labels = None
     if config.model.cells:
-        side = get_vision_config(config.model).grid * config.model.cells
+        side = _vision(config).grid * config.model.cells
         labels = _abstract_array((*images.shape[:2], side, side, len(CLASSES)), jnp.uint8, mesh)
     batch = Batch(row, row, _abstract_array(shape, bool, mesh), row, row, row, images, labels)
     call = make_train_step(config, plan, tx, layout)
     parts = {"parameters": layout.params, "optimizer": layout.moments, "batch": batch}
 
-    def residuals(trainable, frozen, batch):
+    def residuals(trainable: Params, frozen: Params, batch: Batch[jax.Array]) -> Any:
         return jax.vjp(lambda tree: loss_sum(plan, tree, frozen, batch, config.data.packing), trainable)[1]
 
     images_per_row = images.shape[1]
     return Program("train", *shape, images_per_row, mesh, plan.precision, call, (layout, batch), parts, residuals)
 
 
-def _inference_program(config, kind, plan, mesh, rows):
+def _inference_program(config: TrainConfig, kind: str, plan: Blueprint, mesh: Mesh, rows: int | None) -> Program:
     shards = row_shards(mesh)
     rows = -(-(rows or config.eval.batch) // shards) * shards  # rounded up as in the generator
     prefill, extend, _ = decoding.make_programs(_RULES, plan, mesh)
     weights, length = _abstract_weights(plan, mesh), config.data.max_length
     tokens, images = _abstract_array((rows, length), jnp.int32, mesh), _abstract_images(config, rows, mesh)
     lengths = _abstract_array((rows,), jnp.int32, mesh)
+    arguments: tuple[Any, ...]
+    parts: dict[str, Any]
     if kind == "prefill":
         arguments = (INITIAL_MAX_NEW_TOKENS, weights, tokens, tokens, lengths, images, Sampling())
         parts = {"parameters": weights, "batch": arguments[2:6]}
     else:
         llm, dtype = get_llm_config(config.model), jnp.dtype(plan.precision)
+        assert llm is not None  # only models with both parts are planned
         slots = length + INITIAL_MAX_NEW_TOKENS
         reduced_slots = slots - images.shape[1] * resolve_reduction(config.model).dropped
         sizes = [slots if layer < FULL_LAYERS else reduced_slots for layer in range(llm.layers)]
@@ -164,22 +170,32 @@ def _inference_program(config, kind, plan, mesh, rows):
     return Program(kind, rows, length, images.shape[1], mesh, plan.precision, call, arguments, parts)
 
 
-def _abstract_array(shape, dtype, mesh):
+def _abstract_array(shape: Sequence[int], dtype: DTypeLike, mesh: Mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH))
 
 
-def _with_sharding(x, sharding):
+def _with_sharding(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _abstract_images(config, rows, mesh):
-    side = get_vision_config(config.model).image_size
+def _vision(config: TrainConfig) -> VisionConfig:
+    vision = get_vision_config(config.model)
+    assert vision is not None  # only models with both parts are planned
+    return vision
+
+
+def _abstract_images(config: TrainConfig, rows: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    side = _vision(config).image_size
     return _abstract_array((rows, config.data.images_per_row, side, side, 3), jnp.uint8, mesh)
 
 
-def _abstract_weights(plan: Blueprint, mesh: Mesh) -> decoding.Weights:
+_AbstractWeights = dict[str, jax.ShapeDtypeStruct | tuple[jax.ShapeDtypeStruct, ...]]
+
+
+def _abstract_weights(plan: Blueprint, mesh: Mesh) -> _AbstractWeights:
     """The weights as :func:`stf_jax.inference.decoding.split_layers` returns them."""
-    dtype, weights = jnp.dtype(plan.precision), {}
+    dtype = jnp.dtype(plan.precision)
+    weights: _AbstractWeights = {}
     for path, sharding in plan.shardings(mesh).items():
         shape, stacked = plan.shapes[path].shape, path.startswith(BLOCKS)
         layer_sharding = NamedSharding(mesh, PartitionSpec(*sharding.spec[int(stacked) :]))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,10 +11,10 @@ from stf_jax.config import TrainConfig
 from stf_jax.data.pipeline import load_training_records
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
 from stf_jax.planning.executed import PRIME, count_executed
-from stf_jax.planning.hlo import count_traffic
+from stf_jax.planning.hlo import Traffic, count_traffic
 from stf_jax.planning.program import OutOfMemory, Program, abstract_train_state, bytes_per_device, make_program
-from stf_jax.planning.topology import memory_limit
-from stf_jax.runtime.chips import CHIPS, find_chip
+from stf_jax.planning.topology import get_chip, memory_limit
+from stf_jax.runtime.chips import CHIPS
 from stf_jax.runtime.cost import decode_flops, prefill_flops, step_flops
 from stf_jax.runtime.mesh import make_mesh, row_shards
 
@@ -47,11 +48,11 @@ def make_report(
     return report
 
 
-def _report_program(config, program, devices):
+def _report_program(config: TrainConfig, program: Program, devices: list[jax.Device]) -> dict[str, Any]:
     limit, parts = memory_limit(devices[0]), {name: bytes_per_device(tree) for name, tree in program.parts.items()}
     report = {
         "what": program.kind,
-        "chip": find_chip(devices[0]).name,
+        "chip": get_chip(devices[0]).name,
         "devices": len(devices),
         "mesh": dict(program.mesh.shape),
         "rows": program.rows,
@@ -68,7 +69,9 @@ def _report_program(config, program, devices):
         report |= {"fits": False, "peak_bytes_per_device": peak}
         report["memory"] = parts | {"activations": activations, "temporaries": None}
         return report | _estimate_speed(program, devices, work, [])
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None  # all compilers that plan uses report both
     peak = memory.peak_memory_in_bytes
     report |= {"fits": peak <= limit, "peak_bytes_per_device": peak}
     report["memory"] = parts | {
@@ -76,7 +79,7 @@ def _report_program(config, program, devices):
         "temporaries": max(peak - sum(parts.values()) - activations, 0),
     }
     trips = 1 if program.kind == "decode" else None  # one token
-    sent = count_traffic(compiled.as_text(), program.mesh, trips)
+    sent = count_traffic(text, program.mesh, trips)
     jax.clear_caches()  # a compiled program of a large model takes a gigabyte, and there may be more to compile
     return report | _estimate_speed(program, devices, work, sent)
 
@@ -135,7 +138,7 @@ def trace_cost(config: TrainConfig, program_kind: str, devices: list[jax.Device]
     )
 
 
-def _model_flops(config, program):
+def _model_flops(config: TrainConfig, program: Program) -> int:
     shape = program.rows, program.length, program.images
     if program.kind == "train":
         return step_flops(config.model, config.rules, *shape).step
@@ -144,9 +147,12 @@ def _model_flops(config, program):
     return prefill_flops(config.model, *shape).forward
 
 
-def _estimate_speed(program, devices, work, sent):
-    chip = find_chip(devices[0])
-    links, network, by_kind = 0, 0, {}
+def _estimate_speed(
+    program: Program, devices: Sequence[jax.Device], work: Work, sent: Sequence[Traffic]
+) -> dict[str, Any]:
+    chip = get_chip(devices[0])
+    links, network = 0, 0
+    by_kind: dict[str, dict[str, int]] = {}
     for entry in sent:
         by_axes, axes = by_kind.setdefault(entry.kind, {}), "+".join(entry.axes)
         by_axes[axes] = by_axes.get(axes, 0) + entry.bytes  # within and between slices
@@ -161,7 +167,7 @@ def _estimate_speed(program, devices, work, sent):
         "network": network / chip.network,
     }
     seconds = {name: value / ATTAINED[name] for name, value in roofline.items()}
-    bound = max(seconds, key=seconds.get)
+    bound = max(seconds, key=seconds.__getitem__)
     tokens = program.rows * (1 if program.kind == "decode" else program.length)
     return {
         "model_flops": work.model_flops,
@@ -176,7 +182,7 @@ def _estimate_speed(program, devices, work, sent):
     }
 
 
-def _merge_evaluation(prefill, decode):
+def _merge_evaluation(prefill: dict[str, Any], decode: dict[str, Any]) -> dict[str, Any]:
     """The report of a batch of questions: one prefill, then ``INITIAL_MAX_NEW_TOKENS`` decode steps."""
     larger = max(prefill, decode, key=lambda report: report["peak_bytes_per_device"] or math.inf)
     report = prefill | {key: larger[key] for key in ("peak_bytes_per_device", "memory")}
@@ -200,7 +206,7 @@ def _merge_evaluation(prefill, decode):
     return report
 
 
-def _add_train_state(config, report, devices):
+def _add_train_state(config: TrainConfig, report: Mapping[str, Any], devices: list[jax.Device]) -> dict[str, Any]:
     """The memory of an evaluation plus the training state, if the run evaluates during training."""
     if not config.eval.benchmarks:
         return {"during_training": False}
@@ -211,11 +217,13 @@ def _add_train_state(config, report, devices):
     return {"during_training": True, "fits": fits, "peak_bytes_per_device": peak, "memory": memory}
 
 
-def _run_cost(config, program_kind, report, devices, price):
+def _run_cost(
+    config: TrainConfig, program_kind: str, report: Mapping[str, Any], devices: int, price: float
+) -> dict[str, Any]:
     """Steps, hours and cost of the training."""
     steps = count_steps(config) if program_kind == "train" else None
     hours = steps * report["step_seconds_estimate"] / 3600 if steps else None
-    cost = {"steps": steps, "hours": hours}
+    cost: dict[str, Any] = {"steps": steps, "hours": hours}
     if price:
         cost["chip_hours"] = hours and hours * devices
         cost["cost"] = hours and hours * devices * price

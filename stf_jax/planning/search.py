@@ -2,24 +2,24 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
-from stf_jax.config import MeshConfig, TrainConfig, UserError
+from stf_jax.config import MeshConfig, Remat, TrainConfig, UserError
 from stf_jax.planning.program import bytes_per_device, make_program
 from stf_jax.planning.report import make_report, trace_cost
-from stf_jax.planning.topology import memory_limit
-from stf_jax.runtime.chips import find_chip
+from stf_jax.planning.topology import get_chip, memory_limit
 from stf_jax.runtime.mesh import count_slices
 from stf_jax.training.state import blueprint
 
 COMPILES = 6  # maximum; twice that if none of these fits. Each takes a minute for a model of billions of parameters
-_TENSOR, _MICROBATCHES, _REMAT = (1, 2, 4, 8), (1, 2, 4, 8, 16), ("none", "dots", "full")
+_TENSOR, _MICROBATCHES = (1, 2, 4, 8), (1, 2, 4, 8, 16)
+_REMAT: tuple[Remat, ...] = get_args(Remat)
 
 
 def search(
-    config: TrainConfig, devices: list[jax.Device], price: float, on_trial: Callable[[dict], None]
+    config: TrainConfig, devices: list[jax.Device], price: float, on_trial: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """Searches for the fastest settings to train with this config on these devices.
 
@@ -41,7 +41,8 @@ def search(
     feasible = [candidate for candidate in candidates if candidate.min_bytes <= memory_limit(devices[0])]
     fastest = sorted(feasible, key=lambda candidate: (candidate.seconds, candidate.min_bytes))
     leanest = sorted(fastest[COMPILES:], key=lambda candidate: candidate.min_bytes)
-    ranked, compiled = [], 0
+    ranked: list[dict[str, Any]] = []
+    compiled = 0
     for candidate in (*fastest[:COMPILES], *leanest[:COMPILES]):
         if compiled >= COMPILES and ranked:
             break
@@ -63,7 +64,7 @@ class _Candidate:
     min_bytes: int  # per device
 
 
-def _settings(config):
+def _settings(config: TrainConfig) -> dict[str, int | str]:
     mesh = config.mesh
     return {
         "mesh.data": mesh.data,
@@ -74,8 +75,8 @@ def _settings(config):
     }
 
 
-def _candidates(config, devices) -> Iterator[_Candidate]:
-    chip, slices = find_chip(devices[0]), count_slices(devices)
+def _candidates(config: TrainConfig, devices: list[jax.Device]) -> Iterator[_Candidate]:
+    chip, slices = get_chip(devices[0]), count_slices(devices)
     for tensor in _TENSOR:
         if len(devices) % (slices * tensor):
             continue

@@ -5,10 +5,10 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stf_jax.config import UserError, did_you_mean, short_message
-from stf_jax.runtime.chips import CHIPS, find_chip
+from stf_jax.runtime.chips import CHIPS, Chip, find_chip
 from stf_jax.runtime.environment import suppress_stderr
 
 if TYPE_CHECKING:  # jax takes seconds to import, and checking names does not need it
@@ -100,17 +100,19 @@ def _libtpu_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _is_installed(module):
+def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
-def _tpu_devices(kind, shape, slices):
+def _tpu_devices(kind: str, shape: str, slices: int) -> list["jax.Device"]:
     from jax.experimental import topologies
 
-    options = {"chip_config_name": "megacore"} if kind == "v4" else {}  # otherwise each chip counts as two devices
+    options: dict[str, Any] = {}
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"  # otherwise each chip counts as two devices
     if shape == "1x1":
         options["chips_per_host_bounds"] = (1, 1, 1)
     if slices > 1:
@@ -118,7 +120,7 @@ def _tpu_devices(kind, shape, slices):
     return topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **options).devices
 
 
-def _gpu_devices(kind, shape):
+def _gpu_devices(kind: str, shape: str) -> list["jax.Device"]:
     from jax.experimental import topologies
 
     memory, cores, clock, units, shared, block, threads, cache, capability = _GPUS[kind]
@@ -143,7 +145,14 @@ def _gpu_devices(kind, shape):
     return topologies.get_topology_desc("", platform="cuda", topology=f"1x1x{shape}", target_config=target).devices
 
 
+def get_chip(device: "jax.Device") -> Chip:
+    """The chip of an abstract device."""
+    chip = find_chip(device)
+    assert chip is not None  # topologies consist of known chips
+    return chip
+
+
 def memory_limit(device: "jax.Device") -> int:
     """Bytes of the device's memory that a program can use."""
-    chip = find_chip(device)
+    chip = get_chip(device)
     return int(chip.memory - _TPU_RESERVED if chip.name in _TPUS else _GPUS[chip.name][0] * _GPU_FRACTION)

@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, NoReturn, get_args, overload
 
 import ml_collections
 from absl import flags
@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from stf_jax.config import (
     REDUCTIONS,
+    Precision,
     RunFailed,
     Stopped,
     TryAgain,
@@ -216,7 +217,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--precision",
-        choices=["", "bfloat16", "float32"],
+        choices=["", *get_args(Precision)],
         default="",
         help="compute precision (default: the run's, or bfloat16)",
     )

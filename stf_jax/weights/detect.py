@@ -8,11 +8,11 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from flax import nnx
 
-from stf_jax.config import FusionConfig, UserError
+from stf_jax.config import Aspect, FusionConfig, UserError
 from stf_jax.models.fusion import TAPS, Fusion, tapped_blocks, tokens_per_image
 from stf_jax.models.llm import Decoder, LLMConfig
 from stf_jax.models.presets import VISION as VISION_PRESETS
@@ -214,7 +214,7 @@ def _check_projector(config: Mapping[str, Any], vision: VisionConfig | None) -> 
         "mm_projector_type": ("mlp2x_gelu",),
         "mm_patch_merge_type": ("flat",),
         "mm_use_im_start_end": (False,),  # no template here puts tokens around images
-        "image_aspect_ratio": ("square", "pad"),
+        "image_aspect_ratio": get_args(Aspect),
     }
     for key, values in supported.items():
         if config.get(key) is not None and config[key] not in values:
