@@ -105,6 +105,7 @@ def _ours(export: str, batch: int, count: int, precision: Precision) -> dict[str
         path: split_layers(path, x, jnp.dtype(precision), mesh, shardings[path].spec)[0]
         for path, x in saved.restore(shardings)
     }
+    assert saved.description.vision is not None  # as make_export writes it
     slots, side = _slots(export), saved.description.vision.image_size
     images = np.random.default_rng(2).integers(0, 256, (batch, 1, side, side, 3), np.uint8)
     lengths = np.full(batch, slots + _TEXT, np.int32)
@@ -176,6 +177,7 @@ def _as_tensors(features: Any) -> list[Any]:
 
 def _slots(export: str) -> int:
     saved = open_model(epath.Path(export))
+    assert saved.description.vision is not None  # as make_export writes it
     return tokens_per_image(saved.config.fusion, saved.description.vision.grid)
 
 

@@ -75,7 +75,7 @@ class Benchmark(abc.ABC):
     labels: Sequence[epath.Path] = ()
     limited: bool = False
 
-    def __init__(self, data: epath.Path):
+    def __init__(self, data: epath.Path) -> None:
         """``data``: the folder of all benchmarks (LLaVA's ``playground/data/eval``) or of this one."""
         candidates = [data / name for name in self.folders]
         self.folder = next((folder for folder in candidates if folder.is_dir()), data)

@@ -29,7 +29,7 @@ class GQA(Benchmark):
         "Questions of structural type query are open; all others are binary."
     )
 
-    def __init__(self, data: epath.Path):
+    def __init__(self, data: epath.Path) -> None:
         super().__init__(data)
         rows = self.read_rows(self.find("llava_gqa_testdev_balanced.jsonl"))
         self.questions = [self.make_question(row, "data/images", "images") for row in rows]

@@ -42,7 +42,7 @@ class MMBench(Benchmark):
     """
 
     name = "mmbench"
-    folders = ("mmbench",)
+    folders: ClassVar[tuple[str, ...]] = ("mmbench",)
     max_new_tokens = 1024
     rule = (
         "An answer chooses the one letter of A to E that is among its words, alone or with punctuation (a bare A "
@@ -58,7 +58,7 @@ class MMBench(Benchmark):
     )
     _suffix: ClassVar[str] = LETTER_SUFFIX
 
-    def __init__(self, data: epath.Path):
+    def __init__(self, data: epath.Path) -> None:
         super().__init__(data)
         file = self.find(*self._files)
         self._columns, self._rows = _read_table(file)

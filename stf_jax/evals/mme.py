@@ -34,7 +34,7 @@ class MME(Benchmark):
         "both questions answered correctly; perception sums ten tasks, cognition four."
     )
 
-    def __init__(self, data: epath.Path):
+    def __init__(self, data: epath.Path) -> None:
         super().__init__(data)
         question_file = self.find("llava_mme.jsonl")
         rows = self.read_rows(question_file)

@@ -30,7 +30,7 @@ class POPE(Benchmark):
         "the share of answers that are yes. The means are over the splits."
     )
 
-    def __init__(self, data: epath.Path):
+    def __init__(self, data: epath.Path) -> None:
         super().__init__(data)
         question_file = self.find("llava_pope_test.jsonl")
         rows = self.read_rows(question_file)

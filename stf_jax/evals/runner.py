@@ -89,7 +89,12 @@ def evaluate(
 
 def check_images(benchmarks: Sequence[Benchmark]) -> None:
     """Opens every image of the benchmarks. Host 0 does this for all hosts, and all raise its UserError."""
-    run_on_host0(lambda: [benchmark.check_images() for benchmark in benchmarks])
+
+    def check() -> None:
+        for benchmark in benchmarks:
+            benchmark.check_images()
+
+    run_on_host0(check)
 
 
 def evaluate_all(
@@ -222,7 +227,7 @@ def _read_kept_lines(
         saved, wanted = parse_json((out / PROTOCOL).read_bytes()), json.loads(json.dumps(protocol))
         if saved | {"labels": wanted["labels"]} != wanted:  # labels may be added later
             raise ValueError
-        lines = []
+        lines: list[str] = []
         complete = (out / ANSWERS).read_bytes().split(b"\n")[:-1]  # without a truncated last line
         for line, question in zip(map(bytes.decode, complete), benchmark.questions, strict=False):
             row = parse_json(line)

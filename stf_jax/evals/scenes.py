@@ -106,7 +106,7 @@ class Scenes(Benchmark):
     scored = True
     kinds: ClassVar[Sequence[str]] = world_text.KINDS
 
-    def __init__(self, data: epath.Path | None = None):
+    def __init__(self, data: epath.Path | None = None) -> None:
         """``data`` is ignored: these benchmarks need no files."""
         self._held_out = self._collect()
         self.questions = []

@@ -27,7 +27,7 @@ class ScienceQA(Benchmark):
         "questions with an image."
     )
 
-    def __init__(self, data: epath.Path):
+    def __init__(self, data: epath.Path) -> None:
         super().__init__(data)
         question_file = self.find("llava_test_CQM-A.json")
         rows = _read_questions(question_file)

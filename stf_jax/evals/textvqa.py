@@ -21,7 +21,7 @@ class TextVQA(Benchmark):
     folders = ("textvqa",)
     rule = vqa.RULE
 
-    def __init__(self, data: epath.Path):
+    def __init__(self, data: epath.Path) -> None:
         super().__init__(data)
         rows = self.read_rows(self.find("llava_textvqa_val_v051_ocr.jsonl"))
         self.questions = [self.make_question(row, "train_images") for row in rows]

@@ -24,7 +24,7 @@ class VizWiz(Benchmark):
     folders = ("vizwiz",)
     rule = vqa.RULE
 
-    def __init__(self, data: epath.Path):
+    def __init__(self, data: epath.Path) -> None:
         super().__init__(data)
         question_file = self.find(*_IMAGES)
         rows = self.read_rows(question_file)

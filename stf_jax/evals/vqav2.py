@@ -25,7 +25,7 @@ class VQAv2(Benchmark):
     folders = ("vqav2",)
     rule = vqa.RULE
 
-    def __init__(self, data: epath.Path):
+    def __init__(self, data: epath.Path) -> None:
         super().__init__(data)
         file = self.find(*_IMAGES)
         self.questions = [self.make_question(row, _IMAGES[file.name]) for row in self.read_rows(file)]

@@ -8,9 +8,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import PIL.Image
 from etils import epath
 
 from stf_jax.benches.synthetic import make_batch
@@ -94,7 +96,7 @@ def _time_first_token(generator: Generator, config: TrainConfig) -> tuple[float,
     for question in benchmark.questions[: config.eval.batch]:
         record = question.to_record()
         images = [image() for image in record.images]
-        records.append(dataclasses.replace(record, images=tuple(lambda x=x: x for x in images)))
+        records.append(dataclasses.replace(record, images=tuple(map(_as_opener, images))))
     seconds = []
     for _ in range(_REPEATS + 1):  # the first one compiles
         begin = time.perf_counter()
@@ -102,6 +104,10 @@ def _time_first_token(generator: Generator, config: TrainConfig) -> tuple[float,
             pass
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds[1:]), max(map(generator.prompt_length, records))
+
+
+def _as_opener(image: PIL.Image.Image) -> Callable[[], PIL.Image.Image]:
+    return lambda: image
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ _COMMON = ("stages.finetune.eval.benchmarks=('scenes','prints')",)
 
 def miniature_study(arg: str | None, title: str, seeds: int = 5) -> ml_collections.ConfigDict:
     """Returns a study of configs/demo.py without variants; ``arg`` is the config file's argument (``seeds=N``)."""
-    arg = parse_arg(arg, seeds=seeds)
+    values = parse_arg(arg, seeds=seeds)
     config = default_study()
-    config.update(title=title, base="configs/demo.py", common=_COMMON, seeds=tuple(range(arg.seeds)))
+    config.update(title=title, base="configs/demo.py", common=_COMMON, seeds=tuple(range(values.seeds)))
     return config.unlock()
 
 

@@ -51,7 +51,7 @@ def read_outcome(cell: Cell) -> Outcome:
         folders = {one["benchmark"]: cell.folder / one["benchmark"] for one in results}
     if folders.keys() <= {"scenes", "shapes", "prints"}:
         return _read_embedded(folders)
-    scores = {}
+    scores: dict[str, np.ndarray] = {}
     for one in results if isinstance(results, list) else [results]:
         metrics = {name: value for name, value in flatten_metrics(one).items() if isinstance(value, float)}
         scores |= {name: np.array([in_display_units(name, value)]) for name, value in metrics.items()}

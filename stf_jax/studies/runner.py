@@ -116,7 +116,7 @@ def run_cells(cells: Sequence[Cell], slots: Sequence[Slot], cache: pathlib.Path)
 class _CellProcesses:
     """Runs cells in child processes."""
 
-    def __init__(self, free_slots: queue.Queue[Slot], cache: pathlib.Path):
+    def __init__(self, free_slots: queue.Queue[Slot], cache: pathlib.Path) -> None:
         self._free_slots, self._cache = free_slots, cache
         self._children: set[subprocess.Popen[bytes]] = set()
         self._lock, self._terminated = threading.Lock(), False

@@ -150,8 +150,17 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
     margins = values["margin"], values["kind_margin"]
     if not all(isinstance(margin, int | float) and margin > 0 for margin in margins):
         raise UserError(f"The study's margin and kind_margin are {margins!r}; they must be above 0 points.")
-    study = Study(*(values[key] for key in _KEYS), tuple(variants), tuple(seeds), *margins)
-    evaluations = {}
+    study = Study(
+        title=values["title"],
+        question=values["question"],
+        base=values["base"],
+        baseline=values["baseline"],
+        variants=tuple(variants),
+        seeds=tuple(seeds),
+        margin=values["margin"],
+        kind_margin=values["kind_margin"],
+    )
+    evaluations: dict[tuple[tuple[str, ...], str, int], Variant] = {}
     for variant, seed in itertools.product(variants, seeds):
         stages = study.resolve_stages(variant, seed)
         last = stages[-1]
@@ -163,9 +172,9 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
             _check_model(variant, last.model)
         evaluations.setdefault((last.eval.benchmarks, last.eval.data, last.eval.limit), variant)
     if len(evaluations) > 1:
-        names = " and ".join(repr(variant.name) for variant in list(evaluations.values())[:2])
+        two = " and ".join(repr(variant.name) for variant in list(evaluations.values())[:2])
         raise UserError(
-            f"Variants {names} are evaluated on different questions: give them the same eval.benchmarks, eval.data and "
+            f"Variants {two} are evaluated on different questions: give them the same eval.benchmarks, eval.data and "
             "eval.limit."
         )
     return study
