@@ -157,7 +157,7 @@ def _read_launcher() -> tuple[int, int] | tuple[None, None]:
 
 
 def _on_tpu() -> bool:
-    platforms = jax.config.jax_platforms or "tpu"
+    platforms = jax.config.jax_platforms or "tpu"  # type: ignore[attr-defined]  # jax adds its options at run time
     if "tpu" not in platforms.split(",") or importlib.util.find_spec("libtpu") is None:
         return False
     return any(map(glob.glob, TPUS))

@@ -118,7 +118,8 @@ def get_row_share(mesh: Mesh, process: int) -> tuple[int, int]:
     """
     shards = row_shards(mesh)
     rows_of: dict[int, set[int]] = {}
-    for device, (rows,) in NamedSharding(mesh, BATCH).devices_indices_map((shards,)).items():
+    indices: Mapping[jax.Device, tuple[slice, ...]] = NamedSharding(mesh, BATCH).devices_indices_map((shards,))
+    for device, (rows,) in indices.items():
         rows_of.setdefault(device.process_index, set()).add(rows.indices(shards)[0])
     shares = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
     if any(len(share) * len(shares) != shards for share in shares):
