@@ -94,8 +94,14 @@ def _make_chat(chat: Chat, gap: str) -> str:
 
 def _render(items: Sequence[Item]) -> str:
     """Returns Jinja that outputs the items, with the variable ``system`` for SYSTEM_PLACEHOLDER."""
-    names = {Mark.END: "eos_token", SYSTEM_PLACEHOLDER: "system"}
-    values = [names.get(item) or json.dumps(item.token if isinstance(item, Control) else item.text) for item in items]
+    names: Mapping[Item, str] = {Mark.END: "eos_token", SYSTEM_PLACEHOLDER: "system"}
+    values = []
+    for item in items:
+        if item in names:
+            values.append(names[item])
+        else:
+            assert not isinstance(item, Mark)  # templates hold no other mark
+            values.append(json.dumps(item.token if isinstance(item, Control) else item.text))
     return "{{ " + " + ".join(values) + " }}" if values else ""
 
 
@@ -140,6 +146,7 @@ def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[s
         tokenizer = _load_tokenizer(saved.tokenizer, model)
         has_bos = initial_tokens(tokenizer) == [tokenizer.bos_token_id]
         image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+        assert isinstance(image_id, int)  # the id of one token
         config: dict[str, Any] = {
             "vision_config": vision_config_values(model.vision),
             "text_config": text_config_values(model.llm, tokenizer),

@@ -33,7 +33,7 @@ def open_checkpoint(source: str) -> tuple[TensorFile, dict[str, Any]]:
         return open_gguf(file)
     folder = path if path.is_dir() else path.parent
     config = _read_json(folder / "config.json")
-    preprocessor = _read_json(folder / "preprocessor_config.json")
+    preprocessor: Any = _read_json(folder / "preprocessor_config.json")
     if not preprocessor:  # transformers 5 saves it in another file
         preprocessor = _read_json(folder / "processor_config.json").get("image_processor")
     tensors = open_tensors(path, config.get("transformers_weights") if path.is_dir() else None)

@@ -1,10 +1,10 @@
 """Finds the weight files of a folder: those that transformers 5 would load, or a clear error if there are none."""
 
+import dataclasses
 import os
 import pathlib
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from stf_jax.config import UserError
 from stf_jax.runtime.files import parse_json
@@ -40,7 +40,8 @@ _UNSUPPORTED = (
 )
 
 
-class LocatedWeights(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class LocatedWeights:
     """The weight files of a checkpoint, all with the same suffix.
 
     Attributes:

@@ -107,7 +107,8 @@ def describe_folder(folder: epath.Path) -> tuple[Description, ResolvedModel, pat
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} does not describe its model: {error!r}.") from None
     try:
-        model = resolve_model(config.model, saved and saved.vision, saved and saved.llm)
+        vision, llm = (None, None) if saved is None else (saved.vision, saved.llm)
+        model = resolve_model(config.model, vision, llm)
     except UserError as error:
         raise UserError(
             f"The run in {folder} is from before runs saved their shapes, and the weights it started from are gone "

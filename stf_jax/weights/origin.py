@@ -76,9 +76,9 @@ def _choose_part(
 def _inspect(source: str) -> dict[str, Any]:
     """Returns the name and shape of each part in a folder, and its tokenizer's name."""
     if source in EMBEDDED:
-        *names, tokenizer = _EMBEDDED[source]
+        *names, embedded = _EMBEDDED[source]
         shapes = {part: (name, _PRESETS[part](name)) for part, name in zip(_PRESETS, names, strict=True)}
-        return {**shapes, "tokenizer": tokenizer}
+        return {**shapes, "tokenizer": embedded}
     folder = to_path(source)
     if not SavedParams.exists_in(folder):
         return {}  # loading it reports errors

@@ -24,7 +24,8 @@ def write_shards(folder: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]]
         file = folder / f"model-{len(files) + 1:05}.safetensors"
         file.touch()
         mode = file.stat().st_mode  # as set by the umask; safetensors makes files that only their owner can read
-        save_file(shard, file, metadata={"format": "pt"})  # required by transformers
+        # The metadata is required by transformers.
+        save_file(shard, file, metadata={"format": "pt"})  # type: ignore[arg-type]  # it accepts NumPy's arrays too
         file.chmod(mode)
         files.append(file)
         shard.clear()

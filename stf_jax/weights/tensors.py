@@ -107,9 +107,9 @@ def open_tensors(source: pathlib.Path, weights_name: str | None = None) -> Tenso
                 raise UserError(f"Tensor {name} is both in {entries[name].file} and in {file}: keep the right one.")
             entries[name] = entry
     if located.index is not None:
-        for name, file in read_weight_map(located.index).items():
+        for name, shard in read_weight_map(located.index).items():
             if name not in entries:
-                raise UserError(f"{located.index} places tensor {name} in {file}, which does not contain it.")
+                raise UserError(f"{located.index} places tensor {name} in {shard}, which does not contain it.")
     return TensorFile(entries, located.notes)
 
 

@@ -69,7 +69,7 @@ def verify(checkpoint: epath.Path, export: pathlib.Path, num_questions: int, max
     ]
     try:
         processor = AutoProcessor.from_pretrained(export, trust_remote_code=True, local_files_only=True)
-        model = AutoModelForImageTextToText.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             export, trust_remote_code=True, local_files_only=True, dtype=torch.float32
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
