@@ -194,8 +194,9 @@ TEMPLATES: dict[str, Template] = {"plain": plain_items, **CHATS}
 
 def stop_tokens(template: str, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """Returns the ids that end an answer: the template's first token after an answer, and the end of sequence."""
-    ends = (CHATS[template].after_answer[0] if template in CHATS else Mark.NEWLINE, Mark.END)
-    return tuple(dict.fromkeys(_token_id(end, tokenizer) for end in ends))
+    first = CHATS[template].after_answer[0] if template in CHATS else Mark.NEWLINE
+    assert not isinstance(first, Text)  # in every template a single token ends an answer
+    return tuple(dict.fromkeys(_token_id(end, tokenizer) for end in (first, Mark.END)))
 
 
 def check_template(template: str, tokenizer: PreTrainedTokenizerFast | None) -> None:

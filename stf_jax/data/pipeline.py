@@ -69,11 +69,14 @@ def load_training_records(config: TrainConfig) -> ConcatenatedRecords:
     data = config.data
     if has_cell_labels(data) != bool(config.model.cells):
         raise UserError("model.cells and data.scenes.task=cells go together: set both or neither.")
-    if config.model.cells and get_vision_config(config.model).grid * config.model.cells != CELLS:
-        raise UserError(
-            f"data.scenes.task=cells has {CELLS}×{CELLS} cells: choose a tower and model.cells that match, such as "
-            "clip-mini-8-96 with model.cells=2."
-        )
+    if config.model.cells:
+        vision = get_vision_config(config.model)
+        assert vision is not None  # a run trains a complete model
+        if vision.grid * config.model.cells != CELLS:
+            raise UserError(
+                f"data.scenes.task=cells has {CELLS}×{CELLS} cells: choose a tower and model.cells that match, such as "
+                "clip-mini-8-96 with model.cells=2."
+            )
     if data.source == "scenes":
         world = data.scenes
         records = SceneRecords(world.task, world.size, config.seed, max_things=world.things, edition=world.edition)

@@ -87,8 +87,8 @@ class SceneRecords:
                 turns += [Turn("human", f"{cue}:"), Turn("gpt", f" {answer}\n")]
         else:
             rounds = range(ROUNDS[self._edition])
-            questions = {q.text: q for _ in rounds for q in world.make_questions(scene, rng, self._held_out)}.values()
-            questions = list(questions)[: _MAX_QUESTIONS[self._edition]]
+            by_text = {q.text: q for _ in rounds for q in world.make_questions(scene, rng, self._held_out)}
+            questions = list(by_text.values())[: _MAX_QUESTIONS[self._edition]]
             if task == "documents":
                 # The caption takes the place of the image. Repeating it teaches a model to look things up.
                 pairs = [(q.text, q.answer) for q in questions]

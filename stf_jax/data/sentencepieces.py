@@ -126,7 +126,7 @@ def read_sentencepiece(
         json_file.write(backend.to_str())
         json_file.flush()
         tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            file.parent, tokenizer_file=json_file.name, **(values | options)
+            file.parent, tokenizer_file=json_file.name, **{**values, **options}
         )
     if not _matches_sentencepiece(tokenizer, file):
         raise ValueError(f"{file.name} needs features of SentencePiece that are not supported")
@@ -161,7 +161,7 @@ def _parse(file: pathlib.Path) -> Any:
     """Returns the model in a file, a protobuf message. Raises ValueError if there is none."""
     from sentencepiece import sentencepiece_model_pb2  # only needed here
 
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf adds it on import
     try:
         model.ParseFromString(file.read_bytes())
     except Exception:  # protobuf raises two types of its own

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
 from stf_jax.data import world_text
@@ -45,7 +45,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     except Exception as error:  # tokenizers raises a bare Exception for a malformed file
         reason = (str(error) or repr(error)).splitlines()[0].strip(" :.")
         raise UserError(f"No tokenizer can be read from {folder}: {reason}.") from None
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise UserError(
             f"The tokenizer in {folder} needs a tokenizer.json and an end-of-sequence token "
             "(eos_token in tokenizer_config.json)."
@@ -67,7 +67,7 @@ _FIX = (
 _EXPORT_AGAIN = "Fix the tokenizer of the exported model, then export it again."
 
 
-def read_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
+def read_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerBase:
     """Reads a folder's tokenizer, without running any code in the folder.
 
     A folder with ``tokenizer.model`` but no ``tokenizer.json`` has Llama's format (also used by Vicuna and LLaVA); its
@@ -81,6 +81,7 @@ def read_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     config, file = _read_dict(folder / "tokenizer_config.json"), folder / SENTENCEPIECE
     local |= _parse_token_objects(config)
+    tokenizer: PreTrainedTokenizerBase
     if file.is_file() and not (folder / "tokenizer.json").is_file():
         tokenizer = read_sentencepiece(file, config, _read_dict(folder / "special_tokens_map.json"), local)
     elif config.get("tokenizer_class") in _GENERIC_CLASSES:  # does not read config.json, which may be of another type
@@ -103,7 +104,7 @@ def _parse_token_objects(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value["content"] for name, value in found.items() if "__type" not in value and "content" in value}
 
 
-def _check_special_tokens(tokenizer: PreTrainedTokenizerFast, folder: pathlib.Path, config: Mapping[str, Any]) -> None:
+def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path, config: Mapping[str, Any]) -> None:
     """Checks that special tokens have the ids that the files give; sets tokens with an empty name to None.
 
     transformers maps an empty name to the unknown token; if that is empty too, the lookup never ends. It also changes
@@ -140,7 +141,7 @@ def _read_token_ids(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str
     return found | dict(_read_dict(folder / "added_tokens.json"))
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, source: pathlib.Path, to: pathlib.Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, source: pathlib.Path, to: pathlib.Path) -> None:
     """Saves a tokenizer that was read from the folder ``source``, so that loading it gives the same tokenizer."""
     tokenizer.save_pretrained(to)
     if (source / SENTENCEPIECE).is_file():  # LLaVA's code reads it, but transformers no longer writes it

@@ -153,7 +153,7 @@ def make_background(rng: np.random.Generator) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def make_thing(rng: np.random.Generator, row: int, column: int, pairs: Sequence[Pair]) -> Thing:
+def make_thing(rng: np.random.Generator, row: int, column: int, pairs: list[Pair]) -> Thing:
     """Makes a shape of random size inside one of the nine zones, with its color and shape from ``pairs``."""
     color, shape = pairs[rng.integers(len(pairs))]
     size = str(rng.choice(list(RADII)))

@@ -106,7 +106,7 @@ def make_cues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
 _T = TypeVar("_T")
 
 
-def _pick(rng: np.random.Generator, options: Sequence[_T]) -> _T:
+def _pick(rng: np.random.Generator, options: list[_T] | tuple[_T, ...]) -> _T:
     return options[rng.integers(len(options))]
 
 
@@ -123,9 +123,9 @@ def _existence(scene: Scene, rng: np.random.Generator, held_out: bool) -> Questi
     else:
         key = ("color", "shape")[choice]
         present, known = {getattr(thing, key) for thing in scene.things}, (tuple(COLORS), SHAPES)[choice]
-    absent = [value for value in known if value not in present]
+    absent: list[Any] = [value for value in known if value not in present]
     answer = "yes" if rng.random() < 0.5 else "no"
-    candidates = sorted(present) if answer == "yes" else absent
+    candidates: list[Any] = sorted(present) if answer == "yes" else absent
     if answer == "no" and choice == 2:
         # Harder: a pair with a color or a shape that is present.
         candidates = [(c, s) for c, s in absent if any(c == a or s == b for a, b in present)] or absent
