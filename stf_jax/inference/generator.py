@@ -56,7 +56,9 @@ class Generator:
       slots: image tokens per image in a prompt.
     """
 
-    def __init__(self, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh, template: str, aspect: str):
+    def __init__(
+        self, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh, template: str, aspect: str
+    ) -> None:
         """Prepares a generator without weights.
 
         Args:
@@ -162,11 +164,8 @@ class Generator:
     ) -> tuple[list[Encoded], _Pending, int]:
         """Prompts of a batch of ``size`` rows, and futures of the images of the rows that belong to this host."""
         prompts = [self._prompt(record) for record in records]
-        local_rows = {
-            row
-            for (part,) in self._rows.addressable_devices_indices_map((size,)).values()
-            for row in _index_range(part, size)
-        }
+        indices = self._rows.addressable_devices_indices_map((size,)).values()
+        local_rows = {row for index in indices if index is not None for row in _index_range(index[0], size)}
         pending: _Pending = [
             [pool.submit(self._open_image, image) if row in local_rows else None for image in record.images]
             for row, record in enumerate(records)
@@ -227,7 +226,9 @@ class Generator:
 
     def _decode_text(self, tokens: np.ndarray) -> str:
         ends = np.flatnonzero(np.isin(tokens, self._stops))
-        return self._tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens, skip_special_tokens=True).strip()
+        text = self._tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens, skip_special_tokens=True)
+        assert isinstance(text, str)  # of one sequence of tokens
+        return text.strip()
 
     def _make_arrays(self, prompts: Sequence[Encoded], pending: _Pending, size: int) -> tuple[jax.Array, ...]:
         """Tokens, image slots, lengths and images of a batch, as for :func:`stf_jax.inference.decoding.prefill`."""
@@ -244,7 +245,8 @@ class Generator:
             tokens[i, :count] = prompt.tokens
             slots[i, :count] = np.where(prompt.is_image, np.cumsum(prompt.is_image) - 1, -1)
 
-        def images(index: tuple[slice, ...]) -> np.ndarray:
+        def images(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # a device of this host has some rows
             rows = list(_index_range(index[0], size))
             local_images = np.zeros((len(rows), max_images, side, side, 3), np.uint8)
             for i, row in enumerate(rows):
@@ -253,10 +255,7 @@ class Generator:
                     local_images[i, j] = future.result()
             return local_images
 
-        arrays = [
-            jax.make_array_from_callback(x.shape, self._rows, lambda index, x=x: x[index])
-            for x in (tokens, slots, lengths)
-        ]
+        arrays = [jax.make_array_from_callback(x.shape, self._rows, x.__getitem__) for x in (tokens, slots, lengths)]
         shape = (size, max_images, side, side, 3)
         return *arrays, jax.make_array_from_callback(shape, self._rows, images)
 

@@ -147,8 +147,8 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
             return kernel(q, k, v, segment_ids=ids)
 
         scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-        heads_first = (x.swapaxes(1, 2) for x in (scaled, k, v))
-        return jax.vmap(row)(*heads_first, segments).swapaxes(1, 2)
+        q, k, v = (x.swapaxes(1, 2) for x in (scaled, k, v))
+        return jax.vmap(row)(q, k, v, segments).swapaxes(1, 2)
 
     rows = PartitionSpec(("data", "fsdp"))
     heads = PartitionSpec(("data", "fsdp"), None, "tensor")

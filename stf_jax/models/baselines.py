@@ -64,7 +64,7 @@ class Projector(nnx.Module):
         channels: int,
         out: int,
         activation: Activation = gelu,
-    ):
+    ) -> None:
         self.activation = activation
         self.first = Linear(rngs, [(channels, "embed")], [(out, "mlp")], **initializers(config.init, channels, out))
         self.second = Linear(rngs, [(out, "mlp")], [(out, "embed")], **initializers(config.init, out, out))
@@ -76,7 +76,7 @@ class Projector(nnx.Module):
 class AvgPool(nnx.Module):
     """The mean of each k×k window, then the projector: [B, g, g, C] → [B, g/k, g/k, D]."""
 
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> None:
         self.kernel = config.kernel
         self.projector = Projector(rngs, config, grid.channels, out)
 
@@ -87,7 +87,7 @@ class AvgPool(nnx.Module):
 class PixelShuffle(nnx.Module):
     """The k² patches of each window concatenated on channels, then the projector: [B, g, g, C] → [B, g/k, g/k, D]."""
 
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> None:
         self.kernel = config.kernel
         self.projector = Projector(rngs, config, config.kernel**2 * grid.channels, out)
 
@@ -103,7 +103,7 @@ class LDPv2(nnx.Module):
     generator, arXiv 2102.10882). The original pools to 12×12 whatever the grid, which for 24×24 is k = 2.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> None:
         self.kernel = config.kernel
         self.projector = Projector(rngs, config, grid.channels, out)
         self.position = DepthwiseConv(rngs, config, (out, "embed"))
@@ -121,7 +121,7 @@ class CAbstractor(nnx.Module):
     any number of windows per side.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> None:
         depth = config.depth or DEPTHS["c_abstractor"]
         self.kernel, self.layers = config.kernel, range(depth)
         positions = [(grid.side**2, "position"), (grid.channels, "embed")]
@@ -145,7 +145,7 @@ class ConvBlock(nnx.Module):
     mean over all positions. Holds all blocks' parameters; a call sees one block's.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, width: int, stack: int):
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, width: int, stack: int) -> None:
         width_axis, inner_axis, squeezed_axis = (width, "embed"), (width, "mlp"), (round(width / 4), "mlp")
         conv_init = initializers(config.init, width, width)
         squeeze_init, excite_init = (
@@ -182,7 +182,7 @@ class DepthwiseConv(nnx.Module):
         *,
         bias: bool = True,
         stack: int | None = None,
-    ):
+    ) -> None:
         lead = [] if stack is None else [(stack, "layers")]
         init = initializers(config.init, 9, 9)
         self.kernel = parameter(rngs, [*lead, (3, "window"), (3, "window"), channels], init["kernel_init"])
@@ -206,7 +206,7 @@ class Resampler(nnx.Module):
     zero. The original has attention dropout of 0.1 in training, and 64 queries by default.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> None:
         depth, width = config.depth or DEPTHS["resampler"], grid.channels
         self.side, self.layers = math.ceil(grid.side / config.kernel), range(depth)
         self.enter = Linear(rngs, [(width, "channel")], [(width, "embed")], **initializers(config.init, width, width))
@@ -228,7 +228,7 @@ class ResamplerBlock(nnx.Module):
     The residual of attention starts from the normalized queries. Holds all blocks' parameters; a call sees one block's.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, width: int, stack: int):
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, width: int, stack: int) -> None:
         width_axis, hidden = (width, "embed"), (4 * width, "mlp")
         up_init, down_init = (initializers(config.init, *fans) for fans in ((width, 4 * width), (4 * width, width)))
         self.query_norm = LayerNorm(rngs, width, 1e-5, stack=stack)
@@ -257,7 +257,7 @@ class TokenPacker(nnx.Module):
     C. The original starts like ``init="normal"``, except for the projections to heads.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> None:
         width, init = grid.width, initializers(config.init, grid.width, grid.width)
         self.kernel = config.kernel
         self.coarse = Linear(rngs, [(width, "channel")], [(width, "embed")], bias=False, **init)
@@ -289,7 +289,9 @@ class Attention(nnx.Module):
     Its heads have ``size`` channels, or the greatest common divisor of ``size`` and C.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, width: int, size: int, *, stack: int | None = None):
+    def __init__(
+        self, rngs: nnx.Rngs, config: FusionConfig, width: int, size: int, *, stack: int | None = None
+    ) -> None:
         width_axis, size = (width, "embed"), math.gcd(width, size)
         heads = [(width // size, "heads"), (size, "head_dim")]
         init = initializers(config.init, width, width)

@@ -19,7 +19,7 @@ CLASSES = (7, 14, 37)  # of color, shape and character; 0 means none (data/world
 class CellHead(nnx.Module):
     """One linear layer from a patch's state to the scores of all its cells."""
 
-    def __init__(self, rngs: nnx.Rngs, vision: VisionConfig, cells_per_side: int):
+    def __init__(self, rngs: nnx.Rngs, vision: VisionConfig, cells_per_side: int) -> None:
         """``cells_per_side``: cells along each side of a patch."""
         self.grid, self.cells_per_side = vision.grid, cells_per_side
         self.scores = Linear(rngs, [(vision.width, "embed")], [(self.cells_per_side**2 * sum(CLASSES), "mlp")])

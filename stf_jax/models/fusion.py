@@ -98,7 +98,7 @@ def tokens_per_image(config: FusionConfig, grid: int) -> int:
 class MBTF(nnx.Module):
     """Multi-block token fusion: taps [..., M·C] → [..., C'] by two 1×1 convolutions."""
 
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, channels: int, out: int):
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, channels: int, out: int) -> None:
         hidden = config.mbtf_hidden or channels // 2
         self.last_gelu = config.variant == "paper"
         self.first = Linear(
@@ -114,7 +114,7 @@ class MBTF(nnx.Module):
 class STF(nnx.Module):
     """Spatial token fusion: [B, g, g, C] → [B, g/k, g/k, D]."""
 
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int):
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> None:
         k, channels = config.kernel, grid.channels
         window = k * k * channels
         hidden = config.stf_hidden or 4 * window
@@ -183,7 +183,7 @@ def _fusion_spec(config: FusionConfig) -> FusionSpec:
 class Fusion(nnx.Module):
     """A fusion of the table above, built by name."""
 
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, vision: VisionConfig, out: int):
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, vision: VisionConfig, out: int) -> None:
         """``out`` is D. Raises UserError for an unknown name or a kernel that does not divide the grid."""
         tokens_per_image(config, vision.grid)
         spec = _fusion_spec(config)

@@ -107,7 +107,7 @@ class Linear(nnx.Module):
         stack: int | None = None,
         kernel_init: Init | None = None,
         bias_init: Init = zeros,
-    ):
+    ) -> None:
         lead = [] if stack is None else [(stack, "layers")]
         fan_in = math.prod(size for size, _ in inputs)
         self.inputs, self.outputs = (tuple(size for size, _ in axes) for axes in (inputs, outputs))
@@ -139,7 +139,7 @@ class StridedConv(nnx.Module):
         bias: bool = True,
         kernel_init: Init | None = None,
         bias_init: Init = zeros,
-    ):
+    ) -> None:
         self.size = size
         window = [(size, "window"), (size, "window")]
         init = kernel_init or normal((size * size * inputs[0]) ** -0.5)
@@ -161,7 +161,7 @@ class StridedConv(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer normalization over the last axis, with statistics in float32."""
 
-    def __init__(self, rngs: nnx.Rngs, width: int, eps: float, *, stack: int | None = None):
+    def __init__(self, rngs: nnx.Rngs, width: int, eps: float, *, stack: int | None = None) -> None:
         lead = [] if stack is None else [(stack, "layers")]
         self.eps = eps
         self.scale = parameter(rngs, [*lead, (width, "norm")], ones)
@@ -178,7 +178,7 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square normalization over the last axis (arXiv 1910.07467), with statistics in float32."""
 
-    def __init__(self, rngs: nnx.Rngs, width: int, eps: float, *, stack: int | None = None):
+    def __init__(self, rngs: nnx.Rngs, width: int, eps: float, *, stack: int | None = None) -> None:
         lead = [] if stack is None else [(stack, "layers")]
         self.eps = eps
         self.scale = parameter(rngs, [*lead, (width, "norm")], ones)

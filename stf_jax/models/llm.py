@@ -117,7 +117,7 @@ Cache = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each layer
 class Attention(nnx.Module):
     """Grouped-query self-attention; ``attend`` supplies the keys, values and mask."""
 
-    def __init__(self, rngs: nnx.Rngs, config: LLMConfig):
+    def __init__(self, rngs: nnx.Rngs, config: LLMConfig) -> None:
         width, head_dim = (config.width, "embed"), (config.head_dim, "head_dim")
         heads, kv_heads = (config.heads, "heads"), (config.kv_heads, "kv_heads")
         stack, bias = config.layers, config.qkv_bias
@@ -130,7 +130,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
         q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.query_norm is not None:
+        if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         return self.out(attend(rotate(q, cos, sin), rotate(k, cos, sin), v))
 
@@ -138,7 +138,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: ``down(silu(gate(x))·up(x))`` (arXiv 2002.05202)."""
 
-    def __init__(self, rngs: nnx.Rngs, config: LLMConfig):
+    def __init__(self, rngs: nnx.Rngs, config: LLMConfig) -> None:
         width, hidden = (config.width, "embed"), (config.mlp, "mlp")
         self.gate = Linear(rngs, [width], [hidden], bias=False, stack=config.layers)
         self.up = Linear(rngs, [width], [hidden], bias=False, stack=config.layers)
@@ -151,7 +151,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """A pre-norm decoder block, [B, T, D] → [B, T, D]. Holds all layers' parameters; a call sees one layer's."""
 
-    def __init__(self, rngs: nnx.Rngs, config: LLMConfig):
+    def __init__(self, rngs: nnx.Rngs, config: LLMConfig) -> None:
         self.attention_norm = RMSNorm(rngs, config.width, config.norm_eps, stack=config.layers)
         self.attention = Attention(rngs, config)
         self.mlp_norm = RMSNorm(rngs, config.width, config.norm_eps, stack=config.layers)
@@ -175,7 +175,7 @@ class Decoder(nnx.Module):
         scan: bool = True,
         remat: str = "none",
         attention: str = "auto",
-    ):
+    ) -> None:
         self.config, self.scan, self.remat, self.attention = config, scan, remat, attention
         vocab, width = (config.vocab, "vocab"), (config.width, "embed")
         self.embedding = parameter(rngs, [vocab, width], normal(0.02))

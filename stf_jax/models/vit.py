@@ -64,7 +64,7 @@ def _residual_init(config: VisionConfig, fan_in: int) -> Init:
 class Attention(nnx.Module):
     """Bidirectional multi-head self-attention with biases."""
 
-    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, implementation: str):
+    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, implementation: str) -> None:
         width, heads = (config.width, "embed"), (config.heads, "heads")
         head_dim = (config.width // config.heads, "head_dim")
         stack = config.layers
@@ -83,7 +83,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Two linear layers with an activation between."""
 
-    def __init__(self, rngs: nnx.Rngs, config: VisionConfig):
+    def __init__(self, rngs: nnx.Rngs, config: VisionConfig) -> None:
         width, hidden = (config.width, "embed"), (config.mlp, "mlp")
         self.activation = config.activation
         self.up = Linear(rngs, [width], [hidden], stack=config.layers)
@@ -96,7 +96,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """A pre-norm transformer block, [B, S, D] → [B, S, D]. Holds all layers' parameters; a call sees one layer's."""
 
-    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, implementation: str):
+    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, implementation: str) -> None:
         self.attention_norm = LayerNorm(rngs, config.width, config.norm_eps, stack=config.layers)
         self.attention = Attention(rngs, config, implementation)
         self.mlp_norm = LayerNorm(rngs, config.width, config.norm_eps, stack=config.layers)
@@ -120,7 +120,7 @@ class VisionTower(nnx.Module):
         scan: bool = True,
         remat: str = "none",
         attention: str = "auto",
-    ):
+    ) -> None:
         self.config, self.scan, self.remat = config, scan, remat
         width = config.width
         patches, embed = config.grid**2, (width, "embed")

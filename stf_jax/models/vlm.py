@@ -32,7 +32,7 @@ class VLM(nnx.Module):
     A language model alone (a ResolvedModel without ``vision_shape``) has no tower and no fusion, and accepts no images.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig) -> None:
         """Builds the model.
 
         Raises:

@@ -38,7 +38,7 @@ class LossMonitor:
         on_event: Callable[..., None],
         on_skip: Callable[[], None],
         in_a_row: int = 0,
-    ):
+    ) -> None:
         """Creates a monitor of the run in ``workdir``.
 
         Args:

@@ -90,10 +90,10 @@ def trainable_paths(rules: tuple[tuple[str, str], ...], paths: Mapping[str, Any]
             raise UserError(f"Freeze rule {pattern!r} covers no parameter; paths look like {min(paths)!r}.")
     trainable = set()
     for path in paths:
-        action = next((action for pattern, action in rules if re.fullmatch(pattern, path)), None)
-        if action is None:
+        decision = next((action for pattern, action in rules if re.fullmatch(pattern, path)), None)
+        if decision is None:
             raise UserError(f"No freeze rule covers parameter {path!r}; add one to config.rules.")
-        if action == "train":
+        if decision == "train":
             trainable.add(path)
     if not trainable:
         raise UserError("The freeze rules leave nothing to train.")
