@@ -82,7 +82,7 @@ def test_configs_are_read_by_name_argument_and_override():
     assert (config.model.fusion.fusion, config.seed, config.stages.pretrain.steps) == ("stf", 3, 7)
     with pytest.raises(UserError, match="did you mean 'seed'"):
         stf_jax.load_config("demo", "sead=3")
-    with pytest.raises(ValueError, match=r"^Config argument 'fusion' is not known; known: stage=, steps=, fusion=\.$"):
+    with pytest.raises(ValueError, match="^Config argument .fusion. is not known; did you mean .fusion=.?.$"):
         stf_jax.load_config("demo:fusion")
 
 

@@ -142,8 +142,8 @@ def _read_exported_fusion(
         sizes = (*fusion.taps, fusion.kernel, *widths, fusion.depth)
         if not all(type(size) is int and size >= 0 for size in sizes) or fusion.depth > 1000:
             raise TypeError(f"its sizes are {sizes}")
-        if vision is None:  # as reading the grid of no tower would say
-            raise AttributeError("'NoneType' object has no attribute 'grid'")
+        if vision is None:
+            raise TypeError("it has a fusion but no vision tower")
         tokens_per_image(fusion, vision.grid)
         table = hf.fusion_table(fusion)
     except UserError:

@@ -96,7 +96,7 @@ def _is_resizable(path: str, saved: tuple[int, ...], wanted: tuple[int, ...]) ->
 
 def _resize(read: _Read, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     replicated = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
-    table = interpolate_positions(np.asarray(read({path: replicated})[path]), leaf.shape[0])
+    table = interpolate_positions(np.asarray(dict(read({path: replicated}))[path]), leaf.shape[0])
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: table[index])
 
 

@@ -175,6 +175,8 @@ def _list_pickle(file: pathlib.Path) -> dict[str, Entry]:
             values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files from before torch 1.6 cannot be memory-mapped
             values = torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except _UNREADABLE:  # torch's own message suggests allowing code
         raise UserError(
             f"{file} cannot be read as plain weights (no code in it was run): it is damaged or holds more than tensors."

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from safetensors import safe_open
 from safetensors.flax import save_file
 
@@ -11,6 +12,7 @@ from stf_jax.config import CheckpointConfig, MeshConfig, ModelConfig, UserError
 from stf_jax.models.positions import interpolate_positions
 from stf_jax.runtime.checkpoint import Checkpoints
 from stf_jax.runtime.mesh import make_mesh
+from stf_jax.runtime.parameters import write_params
 from stf_jax.training.state import TrainState, blueprint
 from stf_jax.weights import folder as folder_module
 from stf_jax.weights.folder import EMBEDDED, load_params
@@ -181,18 +183,26 @@ def test_a_later_source_replaces_a_weight_of_the_wrong_shape(tmp_path, layout):
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(1, 1, 1), MeshConfig(1, 4, 2)], ids=str)
-def test_positions_of_a_tower_of_another_size_are_interpolated(mesh):
+@pytest.mark.parametrize("kind", ["safetensors", "imported", "run"])
+def test_positions_of_a_tower_of_another_size_are_interpolated(kind, mesh, tmp_path):
     plan = blueprint(ModelConfig(vision="clip-mini-8-48", llm="llama-mini-6"))
     shardings = plan.shardings(make_mesh(mesh))
     layout = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in plan.shapes.items()}
-    loaded = load_params("miniatures/2", layout, ("fusion/.*",))
+    with safe_open(EMBEDDED["miniatures/2"] / "model.safetensors", framework="flax") as opened:
+        saved = {path: np.asarray(opened.get_tensor(path)) for path in opened.keys()}  # noqa: SIM118 (not a mapping)
+    if kind == "imported":
+        write_params(tmp_path, saved.items())
+    elif kind == "run":
+        checkpoints = Checkpoints(epath.Path(tmp_path), CheckpointConfig(every_steps=1))
+        frozen = {path: jnp.asarray(value) for path, value in saved.items()}
+        checkpoints.save(1, TrainState(jnp.int32(1), {}, frozen, (jnp.zeros(2),)), {"rows": 8}, {"seconds": 0.0})
+        checkpoints.close()
+    loaded = load_params("miniatures/2" if kind == "safetensors" else str(tmp_path), layout, ("fusion/.*",))
     path = "vision/position_embed"
     assert {path: x.shape for path, x in loaded.items()} == {
         path: x.shape for path, x in layout.items() if not path.startswith("fusion/")
     }
-    with safe_open(EMBEDDED["miniatures/2"] / "model.safetensors", framework="flax") as opened:
-        table = np.asarray(opened.get_tensor(path))
-    np.testing.assert_array_equal(loaded[path], interpolate_positions(table, 37))
+    np.testing.assert_array_equal(loaded[path], interpolate_positions(saved[path], 37))
     assert loaded[path].sharding == shardings[path]
     assert loaded[path].dtype == jnp.bfloat16
 
