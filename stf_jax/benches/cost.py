@@ -137,6 +137,7 @@ def time_program(task: str, folder: str, fusion: str, batches: list[int]) -> dic
         figures["ms"].append(1e3 * _median_seconds(program, compiled, config))
         # On CPUs the peak that the compiler reports excludes temporaries.
         memory = compiled.memory_analysis()
+        assert memory is not None  # CPUs report it
         arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         figures["gib"].append((arguments + memory.temp_size_in_bytes) / _GIB)
     return figures

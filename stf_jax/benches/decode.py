@@ -137,7 +137,7 @@ def _transformers(export: str, batch: int, count: int, precision: Precision) -> 
     config = AutoConfig.from_pretrained(export, trust_remote_code=True, local_files_only=True)
     model = AutoModelForImageTextToText.from_pretrained(
         export, dtype=getattr(torch, precision), trust_remote_code=True, local_files_only=True
-    ).to(device)
+    ).to(device)  # type: ignore[arg-type]  # transformers' decorator hides that this is a method
     model.generation_config.eos_token_id = model.generation_config.suppress_tokens = None
     slots, image_token = _slots(export), getattr(config, "image_token_id", None) or config.image_token_index
     ids = torch.tensor(_prompt(batch, slots, slots + _TEXT)[0].astype(np.int64))

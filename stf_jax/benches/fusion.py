@@ -110,7 +110,9 @@ def _measure_memory(compiled: jax.stages.Compiled) -> tuple[float, str]:
     stats = jax.devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"] / 2**20, "device peak"
-    return compiled.memory_analysis().temp_size_in_bytes / 2**20, "temporaries"
+    memory = compiled.memory_analysis()
+    assert memory is not None  # CPUs report it
+    return memory.temp_size_in_bytes / 2**20, "temporaries"
 
 
 if __name__ == "__main__":

@@ -98,7 +98,13 @@ def _measure_speed(folder: pathlib.Path, rows: Sequence[_Row]) -> _Figures:
     if importlib.util.find_spec("torch") is not None:
         from torch.utils.data import DataLoader
 
-        loader = DataLoader(reference, batch_size=16, num_workers=2, collate_fn=list, multiprocessing_context="fork")
+        loader: DataLoader[Any] = DataLoader(
+            reference,  # type: ignore[arg-type]  # torch accepts any object with a length and items
+            batch_size=16,
+            num_workers=2,
+            collate_fn=list,
+            multiprocessing_context="fork",
+        )
         pipelines["LLaVA's way, DataLoader (2 workers)"] = lambda: _exhaust(loader)
     figures: dict[str, dict[str, Any]] = {}
     for name, call in pipelines.items():

@@ -151,7 +151,7 @@ def in_torch(task: Task, compiled: bool = False) -> dict[str, Any]:
         trust_remote_code=True,
         local_files_only=True,
         attn_implementation="sdpa",
-    ).to(device)
+    ).to(device)  # type: ignore[arg-type]  # transformers' decorator hides that this is a method
     for name, parameter in model.named_parameters():
         frozen = "vision_tower" in name or (task.stage == "pretrain" and "projector" not in name)
         parameter.requires_grad_(not frozen)

@@ -39,6 +39,7 @@ def time_train_steps(
             seconds.append(time.perf_counter() - begin)
     stats = jax.devices()[0].memory_stats()  # None on CPUs
     memory = step.memory_analysis()
+    assert memory is not None  # CPUs, GPUs and TPUs report it
     planned = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     peak_bytes = stats["peak_bytes_in_use"] if stats else planned - memory.alias_size_in_bytes
     return losses, seconds[1:], peak_bytes
