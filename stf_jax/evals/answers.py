@@ -39,6 +39,8 @@ def read_answers(file: epath.Path) -> list[dict[str, Any]]:
         valid = isinstance(row, dict) and isinstance(row.get("question_id"), (str, int))
         if not valid or not isinstance(row.get("text"), str):
             raise UserError(f"{file}, line {number}: an answer needs question_id and text.")
+        if not isinstance(row.get("prompt", ""), str):
+            raise UserError(f"{file}, line {number}: prompt must be a string.")
         rows.append(row)
     return rows
 

@@ -85,6 +85,7 @@ def test_a_malformed_answer_file_is_reported_with_its_line(tmp_path):
         ('{"question_id": 1, "text": ["yes"]}', ", line 3: an answer needs question_id and text"),
         ('{"question_id": 1, "answer": "yes"}', ", line 3: an answer needs question_id and text"),
         ('{"text": "yes"}', ", line 3: an answer needs question_id and text"),
+        ('{"question_id": 1, "text": "yes", "prompt": ["a"]}', ", line 3: prompt must be a string"),
     ):
         file.write_text('{"question_id": 0, "text": "yes"}\n\n' + line + "\n")
         with pytest.raises(UserError, match=f"^{re.escape(str(file))}{sentence}"):
