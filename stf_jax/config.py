@@ -402,6 +402,21 @@ def _build(cls: type[_Config], values: Mapping[str, Any], prefix: str) -> _Confi
     return cls(**{key: _typed(fields[key].type, value, prefix + key) for key, value in values.items()})
 
 
+def replace(config: _Config, prefix: str, **changes: Any) -> _Config:
+    """Changes fields as :func:`dataclasses.replace` does, and checks them as those of a config file.
+
+    Args:
+      prefix: what stands before the keys in messages, such as ``model.``.
+
+    Raises:
+      UserError: a value of another type, out of range, or not one of the choices.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(config)}
+    return dataclasses.replace(
+        config, **{key: _typed(types[key], value, prefix + key) for key, value in changes.items()}
+    )
+
+
 def _typed(kind: Any, value: Any, key: str) -> Any:
     if typing.get_origin(kind) is Annotated:
         number, allowed = typing.get_args(kind)

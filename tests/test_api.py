@@ -77,12 +77,23 @@ def test_image_tokens_have_the_width_of_the_language_model(model, folder):
     assert np.abs(tokens - model.image_tokens(make_image(2))).max() > 1e-3
 
 
+def test_options_of_load_are_checked(folder):
+    for options, message in (
+        ({"precision": "float16"}, "model.precision is 'float16': did you mean 'bfloat16'?"),
+        ({"reduce": "fastV"}, "model.reduce is 'fastV': did you mean 'fastv'?"),
+        ({"keep": -1}, "model.keep is -1; it must be between 0 and 1,000,000,000."),
+    ):
+        with pytest.raises(UserError) as raised:
+            stf_jax.load(folder, **options)
+        assert str(raised.value) == f"Config key {message}"
+
+
 def test_configs_are_read_by_name_argument_and_override():
     config = stf_jax.load_config("demo:fusion=stf", "seed=3", "stages.pretrain.steps=7")
     assert (config.model.fusion.fusion, config.seed, config.stages.pretrain.steps) == ("stf", 3, 7)
     with pytest.raises(UserError, match="did you mean 'seed'"):
         stf_jax.load_config("demo", "sead=3")
-    with pytest.raises(ValueError, match="^Config argument .fusion. is not known; did you mean .fusion=.?.$"):
+    with pytest.raises(ValueError, match=r"^Config argument .fusion. is not known; did you mean .fusion=.?.$"):
         stf_jax.load_config("demo:fusion")
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 from etils import epath
 from jax.sharding import Mesh
 
-from stf_jax.config import Precision, Reduction, UserError
+from stf_jax.config import Precision, Reduction, UserError, replace
 from stf_jax.data.conversation import detect_template
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference.generator import Generator
@@ -44,9 +44,8 @@ def load_generator(
     elif saved.tokenizer is None:
         raise UserError(f"{checkpoint} has no tokenizer: copy a tokenizer folder to {checkpoint / 'tokenizer'}.")
     tokenizer, template = load_tokenizer(str(saved.tokenizer)), description.template
-    config = dataclasses.replace(
-        saved.config, precision=precision or saved.config.precision, remat="none", reduce=reduce, keep=keep
-    )
+    precision = precision or saved.config.precision
+    config = replace(saved.config, "model.", precision=precision, remat="none", reduce=reduce, keep=keep)
     if without_vision:
         config, template = dataclasses.replace(config, vision_shape=None), detect_template(tokenizer)
     generator = Generator(config, tokenizer, mesh, template, description.aspect)
