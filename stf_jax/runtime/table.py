@@ -9,16 +9,17 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
     Consecutive rows with the same columns share a heading.
     """
+    width = 2 + max((len(row["what"]) for row in rows), default=0)
     lines: list[str] = []
     previous: list[str] | None = None
     for row in rows:
         columns = [key for key in row if key != "what"]
         if columns != previous:
             lines += [""] * bool(lines)
-            lines.append(f"{'':<40}" + "".join(f"{key.replace('_', ' '):>{_width(key)}}" for key in columns))
+            lines.append(" " * width + "".join(f"{key.replace('_', ' '):>{_width(key)}}" for key in columns))
             previous = columns
         cells = (f"{_format_cell(row[key]):>{_width(key)}}" for key in columns)
-        lines.append(f"{row['what']:<40}" + "".join(cells))
+        lines.append(f"{row['what']:<{width}}" + "".join(cells))
     return "\n".join(line.rstrip() for line in lines)
 
 
