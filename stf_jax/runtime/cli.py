@@ -338,7 +338,7 @@ def parse(
         if values["config"].present:
             values.config.lock()  # a file that could not be opened raises only when the config is used
     except Exception as error:  # from the flag library or the config file, which is user input
-        # The libraries wrap a ValueError in another of its type, or in one of their own: the first is the config file's.
+        # The libraries wrap a ValueError in another, of its type or their own: the first is the config file's.
         causes: list[BaseException] = [error]
         while cause := causes[-1].__cause__ or causes[-1].__context__:
             causes.append(cause)
