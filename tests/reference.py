@@ -44,6 +44,13 @@ DECODERS = {
 }
 
 
+def make_model(model_class, config):
+    """A model of transformers' with noise on all parameters, the same in any order of tests."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return randomize(model_class(config))
+
+
 def randomize(model):
     """Adds noise to all parameters, so that biases and norms affect the outputs."""
     generator = torch.Generator().manual_seed(1)
@@ -56,14 +63,14 @@ def randomize(model):
 @functools.cache
 def decoder(family):
     model_class, config = DECODERS[family]
-    return randomize(model_class(config))
+    return make_model(model_class, config)
 
 
 @functools.cache
 def tower(family):
     if family == "clip":
-        return randomize(CLIPVisionModel(CLIPVisionConfig(**VISION)))
-    return randomize(SiglipVisionModel(SiglipVisionConfig(**VISION)))
+        return make_model(CLIPVisionModel, CLIPVisionConfig(**VISION))
+    return make_model(SiglipVisionModel, SiglipVisionConfig(**VISION))
 
 
 @functools.cache
@@ -72,7 +79,7 @@ def llava():
         vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT), image_token_index=60,
         vision_feature_layer=-2,
     )  # fmt: skip
-    return randomize(LlavaForConditionalGeneration(config))
+    return make_model(LlavaForConditionalGeneration, config)
 
 
 def vision_params(state: Mapping[str, np.ndarray], config: VisionConfig) -> dict:
