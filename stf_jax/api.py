@@ -13,7 +13,7 @@ from etils import epath
 from stf_jax.config import MeshConfig, Precision, Reduction, UserError, did_you_mean
 from stf_jax.data.image import open_image_file
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
-from stf_jax.inference.generator import NO_VISION_MESSAGE, Generator
+from stf_jax.inference.generator import Generator
 from stf_jax.runtime import cli
 from stf_jax.runtime.files import to_path
 from stf_jax.training.stages import resolve_stages, run_stages
@@ -52,9 +52,11 @@ class Model:
         return list(self._generator.generate(records, max_new_tokens, batch_size))
 
     def image_tokens(self, image: Image) -> np.ndarray:
-        """The image tokens of an image as the language model reads them, float32 [N, D]."""
-        if not self.tokens_per_image:
-            raise UserError(f"This image has no tokens: {NO_VISION_MESSAGE}")
+        """The image tokens of an image as the language model reads them, float32 [N, D].
+
+        Raises:
+          UserError: the image cannot be opened, or the model has no vision tower.
+        """
         return self._generator.image_tokens(_open_image(image))
 
 

@@ -227,9 +227,8 @@ def sample_token(rules: TokenRules, logits: jax.Array, sampling: Sampling, step:
         top_k = jnp.where(sampling.top_k > 0, sampling.top_k, ranked.shape[-1])
         ranked = jnp.where(jnp.arange(ranked.shape[-1]) < top_k, ranked, -jnp.inf)
         probabilities = jax.nn.softmax(ranked, axis=-1)
-        mass_above = (
-            jnp.cumsum(probabilities, axis=-1) - probabilities
-        )  # 0 for the most likely token, which is always kept
+        mass_above = jnp.cumsum(probabilities, axis=-1) - probabilities
+        # It is 0 for the most likely token, which is always kept.
         ranked = jnp.where((mass_above < sampling.top_p) | (mass_above == 0), ranked, -jnp.inf)
         key = jax.random.fold_in(jax.random.key(sampling.seed), step)
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))

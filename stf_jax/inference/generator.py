@@ -90,7 +90,7 @@ class Generator:
         )
 
     def load_params(self, params: Iterable[tuple[str, jax.Array]]) -> "Generator":
-        """Loads the parameters to answer with; returns the generator. It drops each one before it asks for the next."""
+        """Loads the parameters to answer with, dropping each before it reads the next; returns the generator."""
         dtype, shardings = jnp.dtype(self.plan.precision), self.plan.shardings(self._mesh)
         self._weights: dict[str, jax.Array | tuple[jax.Array, ...]] = {}
         checksums: dict[str, int] = {}
@@ -135,8 +135,13 @@ class Generator:
         return len(self._prompt(record).tokens)
 
     def image_tokens(self, image: PIL.Image.Image) -> np.ndarray:
-        """The image tokens of an image as the language model reads them, float32 [N, D]."""
-        assert self._vision is not None
+        """The image tokens of an image as the language model reads them, float32 [N, D].
+
+        Raises:
+          UserError: the model has no vision tower.
+        """
+        if self._vision is None:
+            raise UserError(f"This image has no tokens: {NO_VISION_MESSAGE}")
         pixels = jnp.asarray(to_square(image, self._vision, self._aspect))[None, None]
         with compute_context(self._mesh, self.plan.precision):
             return np.asarray(self._image_tokens(self._weights, pixels)[0], np.float32)

@@ -18,6 +18,7 @@ H heads, Dh head size, L blocks.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -193,7 +194,7 @@ class DepthwiseConv(nnx.Module):
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
         kernel = self.kernel[...]
         products = (padded[:, i : i + height, j : j + width] * kernel[i, j] for i in range(3) for j in range(3))
-        y = sum(products, start=jnp.zeros(()))
+        y = functools.reduce(jnp.add, products)
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 

@@ -115,7 +115,7 @@ Cache = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each layer
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention; ``attend`` supplies the keys, values and mask."""
+    """Grouped-query self-attention; the caller's ``attend`` decides what the queries attend to."""
 
     def __init__(self, rngs: nnx.Rngs, config: LLMConfig) -> None:
         width, head_dim = (config.width, "embed"), (config.head_dim, "head_dim")

@@ -3,8 +3,8 @@
 **FastV** (arXiv 2403.06764, section 4) drops image tokens inside the decoder. After layer K = 2 it ranks them by the
 attention that the prompt's last token pays to them in that layer, averaged over heads; all later layers, and their
 caches, hold only the best of them and the text. Kept tokens keep their positions. The authors' program handles one
-image in a batch of one; here each row ranks the tokens of all its images together, and keeps ``keep`` per image in
-total.
+image in a batch of one; here each row ranks the tokens of all its images together, and keeps ``keep`` times the number
+of its images.
 
 **VisionZip** (arXiv 2412.04467, section 3) acts on the tower's states, before a projector that reads them one by one.
 *Dominant* patches get the most attention from the class token, averaged over heads, in the deepest block that the

@@ -98,8 +98,8 @@ class VLM(nnx.Module):
 
         Args:
           tokens, image_slots: int32 [B, T], as for :meth:`embed`; positions beyond a prompt are ignored.
-          lengths: int32 [B], of prompts. Where the decoder drops image tokens, T includes space for the tokens that it
-            would drop of images (up to M) that a row does not have.
+          lengths: int32 [B], of prompts. Where the decoder drops image tokens, T must be at least the length of each
+            prompt plus what the decoder would drop of the images, up to M, that its row lacks.
           images: uint8 [B, M, H, W, 3]; M may be 0.
 
         Returns:

@@ -163,9 +163,8 @@ def _local_loss_and_grads(
     zeros = jnp.zeros(len(hidden))
     (running_max, sum_exp, target_logit), _ = over_chunks(accumulate_sums, (zeros - jnp.inf, zeros, zeros))
     global_max = apply_collective(jax.lax.pmax, running_max, "tensor")
-    log_normalizer = (
-        jnp.log(apply_collective(jax.lax.psum, sum_exp * jnp.exp(running_max - global_max), "tensor")) + global_max
-    )
+    sum_exp = apply_collective(jax.lax.psum, sum_exp * jnp.exp(running_max - global_max), "tensor")
+    log_normalizer = jnp.log(sum_exp) + global_max
     losses = jnp.where(loss_mask, log_normalizer - apply_collective(jax.lax.psum, target_logit, "tensor"), 0)
     value = apply_collective(jax.lax.psum, losses.sum(), *_ROWS)
     if not requested:
@@ -174,9 +173,8 @@ def _local_loss_and_grads(
     def accumulate_grads(
         hidden_grad: jax.Array | None, kernel: jax.Array, logits: jax.Array, is_target: jax.Array
     ) -> tuple[jax.Array | None, jax.Array | None]:
-        logits_grad = jnp.where(loss_mask[:, None], jnp.exp(logits - log_normalizer[:, None]) - is_target, 0).astype(
-            dtype
-        )
+        logits_grad = jnp.exp(logits - log_normalizer[:, None]) - is_target
+        logits_grad = jnp.where(loss_mask[:, None], logits_grad, 0).astype(dtype)
         if hidden_grad is not None:
             hidden_grad += jnp.einsum(f"nv,{kernel_axes}->nd", logits_grad, kernel, preferred_element_type=jnp.float32)
         if "kernel" not in requested:

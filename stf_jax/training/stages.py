@@ -31,7 +31,7 @@ def resolve_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> li
 def run_stages(stages: Sequence[TrainConfig], workdir: epath.Path) -> Iterator[list[dict[str, Any]]]:
     """Trains one stage after the other, and yields the evaluation results of each at its end.
 
-    A run of one stage is in ``workdir`` itself, each of several in a folder there. Raises as
+    A single stage runs in ``workdir`` itself, each of several in a subfolder with its name. Raises as
     :func:`stf_jax.training.loop.train`.
     """
     from stf_jax.training.loop import train  # takes seconds to import

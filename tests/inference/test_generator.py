@@ -236,9 +236,8 @@ def test_answers_end_at_stop_tokens(template, tokenizer):
     stop = tokenizer.convert_tokens_to_ids(own)
     assert answers._decode_text(np.array([a, b, stop, c])) == tokenizer.decode([a, b])
     assert answers._decode_text(np.array([a, other, b, c])) == tokenizer.decode([a, b, c])
-    assert answers._decode_text(np.array([a, 2, b, c])) == tokenizer.decode(
-        [a]
-    )  # the end of sequence stops every template
+    # The end of sequence stops every template.
+    assert answers._decode_text(np.array([a, 2, b, c])) == tokenizer.decode([a])
     assert answers._decode_text(np.array([stop, a, b, c])) == ""
     assert template == "plain" or template in CHATS
 
@@ -268,9 +267,8 @@ def test_trained_end_of_an_answer_is_its_only_stop(template, any_tokenizer, word
     tokens, is_target = (x[len(prompt.tokens) :] for x in (full.tokens, full.is_target))
     stops = stop_tokens(template, any_tokenizer)
     target_tokens = tokens[is_target]
-    assert np.flatnonzero(np.isin(target_tokens, stops)).tolist() == [
-        len(target_tokens) - 1
-    ]  # only the last token is a stop
+    # Only the last token is a stop.
+    assert np.flatnonzero(np.isin(target_tokens, stops)).tolist() == [len(target_tokens) - 1]
     answers = Generator.__new__(Generator)
     answers._tokenizer, answers._stops = any_tokenizer, np.array(stops)
     assert answers._decode_text(np.concatenate([tokens, [5, 6, 7]])) == answer
@@ -329,6 +327,10 @@ def test_bad_images_and_tokenizers_are_rejected(tokenizer):
     with pytest.raises(UserError, match=r"a\.jpg"):
         list(answers.generate([bad], 3, rows=1))
     config, *_ = model("llama")
+    text_config = dataclasses.replace(config, vision_shape=None)
+    text_only = Generator(text_config, tokenizer, make_mesh(MeshConfig(1, 1, 1)), "v1", "pad")
+    with pytest.raises(UserError, match="This image has no tokens: the model has no vision tower"):
+        text_only.image_tokens(PIL.Image.new("RGB", (8, 8)))
     config = dataclasses.replace(config, llm_shape=dataclasses.replace(TINY, vocab=100))
     with pytest.raises(UserError, match="501 tokens exceed the 100"):
         Generator(config, tokenizer, make_mesh(MeshConfig(1, 1, 1)), "v1", "pad")

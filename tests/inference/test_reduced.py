@@ -184,9 +184,8 @@ def test_dropping_matters_and_keeping_all_does_not():
     )
     jax.tree.map(np.testing.assert_array_equal, unreduced, all_kept)
     rows = np.arange(4)
-    last = [
-        state.cache[-1][0][rows, :, state.cache_lengths - 1] for state in (unreduced, reduced)
-    ]  # the end of each prompt
+    # The end of each prompt.
+    last = [state.cache[-1][0][rows, :, state.cache_lengths - 1] for state in (unreduced, reduced)]
     difference = np.abs(last[0] - last[1]).max((1, 2)) / np.abs(last[0]).max()
     assert difference[0] < 1e-5  # no image in this row
     assert (difference[1:] > 1e-3).all()
@@ -248,9 +247,8 @@ def test_evaluate_command_reduces(folder, tmp_path):
     assert run_command(evaluate.main, [*arguments, "--reduce=visionzip", "--keep=5"]) == 0
     asking = json.loads((out / "results.json").read_text())["protocol"]["asking"]
     assert (asking["reduce"], asking["keep"], asking["image_tokens"]) == ("visionzip", 5, 5)
-    assert (
-        run_command(evaluate.main, [*arguments, "--reduce=visionzip"]) == 2
-    )  # the folder holds answers of another protocol
+    # The folder holds answers of another protocol.
+    assert run_command(evaluate.main, [*arguments, "--reduce=visionzip"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,8 @@ def runs(request, tmp_path_factory):
             run.kill()
         after_kill = metric_lines(killed), saved_steps(killed)
         with Run(killed, *arguments, devices=2) as run:
-            run.wait_for(
-                lambda: (killed / "events.jsonl").read_text().count("begin") == 2
-            )  # then later lines have been dropped
+            # By then, later lines have been dropped.
+            run.wait_for(lambda: (killed / "events.jsonl").read_text().count("begin") == 2)
             run.wait_for_steps(STOP_AFTER)
             run.process.terminate()
             terminated = run.wait(), metric_lines(killed), saved_steps(killed)
@@ -158,9 +157,8 @@ def test_final_state_is_bit_identical(runs):
         _restore(workdir, runs.kind) for workdir in (runs.uninterrupted, runs.killed)
     )
     assert expected.keys() == resumed.keys()
-    assert (
-        len(expected) == 40 + 2 * 19 + 2
-    )  # parameters, two moments of the trainable ones, counts of Adam and schedule
+    # Parameters, two moments of the trainable ones, counts of Adam and schedule.
+    assert len(expected) == 40 + 2 * 19 + 2
     for path, value in expected.items():
         assert resumed[path].dtype == value.dtype
         assert resumed[path].tobytes() == value.tobytes(), path

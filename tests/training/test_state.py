@@ -108,7 +108,7 @@ def test_trainable_leaves_are_float32_and_frozen_ones_in_the_compute_type(precis
     state = jax.eval_shape(lambda: init_state(setup.config, setup.layout, setup.tx, {}))
     assert {leaf.dtype for leaf in state.trainable.values()} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in state.frozen.values()} == {jnp.dtype(precision)}
-    # What checkpoints are restored into message the same.
+    # The layout that checkpoints are restored into has the same shapes and types.
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), setup.layout)
 
 
