@@ -30,7 +30,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=path_text, required=True, metavar="DIR", help="folder of the prepared data set")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one per core: %(default)s)")
     parser.add_argument("--limit", type=int, default=0, help="read only the first N rows (default: all)")
-    parser.add_argument("--max-side", type=int, default=0, help="shrink larger images to N pixels per side")
+    parser.add_argument(
+        "--max-side", type=int, default=0, help="shrink longer sides to N pixels (default: keep images)"
+    )
     parser.add_argument("--strict", action="store_true", help="fail at the first row that would be dropped")
     parser.add_argument(
         "--tokenizer", type=path_text, default="", metavar="DIR", help="to count tokens with (default: estimate)"

@@ -982,7 +982,7 @@ ABLATE = [
     ),
     ablate_case("a misspelled fusion", {"variants": (("mlp", ("model.fusion.fusion=mpl",)),)}, "'mlp'", "'mpl'"),
     ablate_case(
-        "more tokens than available", {"asked": (("zip", ("mlp", "--reduce=fastv", "--keep=145")),)}, "zip", "145"
+        "more tokens than available", {"asked": (("zip", ("mlp", "--reduce=fastv", "--keep=145")),)}, "'zip'", "145"
     ),
     Case("no study", "ablate", no_input, ("--out={here}/out",), ("--config is missing",)),
     Case(

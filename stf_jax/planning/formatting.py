@@ -14,9 +14,10 @@ def format_report(report: Mapping[str, Any]) -> str:
     limit, peak = report["memory_limit_bytes_per_device"], report["peak_bytes_per_device"]
     verdict = "fits" if report["fits"] else "DOES NOT FIT"
     where = report["topology"] + (f" × {report['slices']} slices" if report["slices"] > 1 else "")
-    needed = f"{peak / _GIB:.2f} GiB" if peak else "unknown"
+    limit_gib = f"{limit / _GIB:.2f} GiB"
+    needed = f"{peak / _GIB:.2f} GiB of {limit_gib}" if peak else f"more than {limit_gib}"
     lines = [
-        f"{report['what']} on {where}: {verdict}. Peak memory per device: {needed} of {limit / _GIB:.2f} GiB.",
+        f"{report['what']} on {where}: {verdict}. Peak memory per device: {needed}.",
         *_describe_evaluation(report),
         f"mesh {mesh}; {report['rows']} rows of {report['positions']} positions, {report['images']} images each",
         "",

@@ -73,10 +73,11 @@ def _read_scores(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[int,
     by_height: dict[int, list[float]] = {}
     for line in lines:
         metadata = line["metadata"]
+        blank = metadata.get("shown", metadata.get("picture")) == "blank"  # older runs call it "picture"
         score = 100.0 * (line["text"].lower() == metadata["truth"].lower())
-        for kind in (BLANK,) if metadata["shown"] == "blank" else (ALL, metadata["kind"]):
+        for kind in (BLANK,) if blank else (ALL, metadata["kind"]):
             by_kind.setdefault(kind, []).append(score)
-        if metadata.get("height") and metadata["shown"] != "blank":
+        if metadata.get("height") and not blank:
             by_height.setdefault(metadata["height"], []).append(score)
     return (
         {kind: np.array(by_kind[kind]) for kind in (ALL, *KINDS, BLANK) if kind in by_kind},

@@ -22,10 +22,12 @@ def cell(tmp_path):
     return make_cells(make_study.study(), tmp_path)[0]
 
 
-def test_single_answers_of_scenes_are_read(cell):
+@pytest.mark.parametrize("key", ["shown", "picture"])  # "picture": as older runs wrote it
+def test_single_answers_of_scenes_are_read(cell, key):
     make_study.put(cell.folder / "results.json", {"benchmark": "scenes"})
     correct = {"count": [True, False, True], "existence": [False, False]}
-    (cell.folder / "answers.jsonl").write_text(make_study.answers(correct, [True, False]))
+    lines = make_study.answers(correct, [True, False])
+    (cell.folder / "answers.jsonl").write_text(lines.replace('"shown"', f'"{key}"'))
     scores = read_outcome(cell).scores
     assert list(scores) == ["all", "existence", "count", "blank image"]
     assert scores["count"].tolist() == [100, 0, 100]
