@@ -1,4 +1,4 @@
-"""Command-line arguments of the benchmarks, one function each. Apart from the benchmarks, which are slow to import."""
+"""Command-line arguments of the benchmarks, one function each, without importing the benchmarks, which is slow."""
 
 import argparse
 

@@ -43,7 +43,7 @@ class Task:
 
     folder: str  # of imported weights
     export: str  # the same weights, for PyTorch
-    stage: str  # trainable are: pretrain: the fusion | finetune: the fusion and the language model
+    stage: str  # pretrain: trains the fusion | finetune: trains the fusion and the language model
     rows: int
     text: int  # text tokens per row, after the image
     steps: int
