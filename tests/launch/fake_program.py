@@ -10,8 +10,9 @@ is used for all further calls.
 
 A negative status is a signal that kills the program. "hang" sleeps for a minute; with "save_on_sigterm", SIGTERM then
 writes a line to $FAKE_PROGRAMS/saved after half a second and exits with 143, and a second SIGTERM kills the program;
-with "ignore_sigterm", SIGTERM does nothing. A call can wait until another has started ("after_start_of": a word of it)
-or ended ("after_end_of"), and for some seconds ("delay"). Calls of srun's tasks end with their index, as task=0.
+with "ignore_sigterm", SIGTERM does nothing. A call can wait until others have started ("after_start_of": a word of
+each, separated by spaces), until another has ended ("after_end_of": a word of it), and for some seconds ("delay").
+Calls of srun's tasks end with their index, as task=0.
 
 Without a rule, scp and ssh of gcloud treat the folder $MACHINE as a machine of the TPU, srun starts its tasks and, like
 SLURM's, kills them at SIGTERM, scancel signals all their processes, and python3.12 creates a .venv with fake programs.
@@ -56,7 +57,7 @@ def main(program, argv):
         values = rule.get(key, [default_value])
         return values[min(previous, len(values) - 1)]
 
-    while planned("after_start_of", "") and planned("after_start_of", "") not in calls.read_text():
+    while not all(word in calls.read_text() for word in planned("after_start_of", "").split()):
         time.sleep(0.01)
     if planned("after_end_of", ""):
         wait_for_end(planned("after_end_of", ""))

@@ -404,7 +404,9 @@ def start_three(workstation, *rules):
 
 
 def test_killed_process_is_restarted_with_all_others(node):
-    node.plan({"when": "--process=1", "status": [-9, 0]}, {"when": "stf_jax.main", "hang": [True, True, False]})
+    # Not before the other is running, or that might be ended before it records its call.
+    killed = {"when": "--process=1", "after_start_of": ["--process=0"], "status": [-9, 0]}
+    node.plan(killed, {"when": "stf_jax.main", "hang": [True, True, False]})
     done = node.run("local.sh", *PROGRAM_ARGUMENTS, PROCESSES="2")
     assert done.returncode == 0, done.stderr
     assert "process 1 of 0 to 1 ended with status 137" in done.stderr
@@ -427,7 +429,9 @@ def test_processes_that_stop_together_have_time_to_save(workstation):
 
 
 def test_failing_process_ends_all_with_its_status(workstation):
-    process = start_three(workstation, {"when": "--process=1", "print": ["it broke"], "status": [6]})
+    # Not before the others are running, or they might be ended before they record their calls.
+    failing = {"when": "--process=1", "after_start_of": ["--process=0 --process=2"], "print": ["it broke"]}
+    process = start_three(workstation, failing | {"status": [6]})
     _, err = process.communicate(timeout=30)
     assert process.returncode == 6
     assert "process 1 of 0 to 2 ended with status 6" in err
