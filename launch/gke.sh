@@ -80,7 +80,7 @@ json() {
     printf '"%s"' "$text"
 }
 
-# Replaces the placeholder ${$1} in `text` by $2.
+# Replaces the placeholder ${$1} in `text` with $2.
 fill() {
     text=${text//"\${$1}"/"$2"}
 }
@@ -104,7 +104,7 @@ manifest() {
     for side in ${shape//x/ }; do
         chips=$((chips * side))
     done
-    per_host=$((chips < 4 ? chips : 4)) # slices of several machines consist of machine types …-4t
+    per_host=$((chips < 4 ? chips : 4)) # slices of several machines use machine types …-4t
     for argument; do
         # Kubernetes reads $$ as $, and $(NAME) as a variable.
         arguments+=${arguments:+, }$(json "${argument//\$/\$\$}")

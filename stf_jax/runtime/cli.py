@@ -109,7 +109,7 @@ def _is_pipe_closed() -> bool:
     """Whether the reader of the output is gone (``… | head -1``). If so, redirects it, so that Python exits quietly."""
     closed = False
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # tests replace streams by objects without a descriptor
+        with contextlib.suppress(OSError, ValueError):  # tests replace streams with objects without a descriptor
             poll = select.poll()
             poll.register(stream.fileno(), 0)
             if poll.poll(0):  # an error, or the other end is closed
@@ -315,7 +315,7 @@ def parse(
     Args:
       argv: the arguments.
       help_text: printed for ``--help``.
-      workdir: whether ``--workdir`` is required; otherwise it is unknown.
+      workdir: whether ``--workdir`` is required; otherwise it is refused.
       defaults: returns a config with all existing keys, for suggestions when one is misspelled.
 
     Returns:
@@ -358,7 +358,7 @@ def parse(
 
 
 def _expand_config_name(option: str) -> str:
-    """Replaces the name in ``--config=NAME[:ARG]`` by the path of that file in configs/; leaves other options."""
+    """Replaces the name in ``--config=NAME[:ARG]`` with the path of that file in configs/; leaves other options."""
     match = re.fullmatch(r"(--?config=)([\w/]+)(:.*)?", option, re.DOTALL)
     if not match or os.path.exists(match[2]):
         return option

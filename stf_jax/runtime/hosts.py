@@ -125,15 +125,14 @@ def exit_status(error: BaseException) -> int:
     return TryAgain.status if is_peer_lost(error) else 1
 
 
-def exit_soon(status: int) -> int:
-    """Makes a failed process of several exit with this status within seconds; returns the status.
+def exit_soon(status: int) -> None:
+    """Makes a failed process of several exit with this status within seconds.
 
     On its own, jax would wait five minutes for the others, and they for this one. The delay lets processes that fail
     for the same reason report it; jax ends the rest when this one's connections are lost.
     """
     if jax.distributed.is_initialized():
         _exit_after(_GRACE, status=status)
-    return status
 
 
 def _exit_after(seconds: float, message: str = "", *, status: int) -> threading.Timer:

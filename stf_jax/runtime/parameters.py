@@ -58,7 +58,7 @@ class SavedParams:
         }
 
     def _remedy(self) -> str:
-        return "import it again" if self.step is None else "resume the run, which falls back to the checkpoint before"
+        return "import it again" if self.step is None else "resume the run, which falls back to the previous checkpoint"
 
     @staticmethod
     def exists_in(folder: epath.Path) -> bool:

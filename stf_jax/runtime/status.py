@@ -80,7 +80,7 @@ def _find_owner(folder: epath.Path) -> Owner | None:
 
 def _format_stage(folder: epath.Path, owner: Owner | None) -> str:
     events = _read_events(folder)
-    last: Event = next(reversed(_read_objects(folder / METRICS, _REQUIRED, _TAIL)), {})
+    last: Mapping[str, Any] = next(reversed(_read_objects(folder / METRICS, _REQUIRED, _TAIL)), {})
     steps = next((event["steps"] for event in reversed(events) if "steps" in event), 0)
     running, state = _describe_state(events, owner)
     complete, incomplete = _list_checkpoints(folder / "checkpoints")

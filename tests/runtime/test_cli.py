@@ -80,7 +80,7 @@ def run(tmp_path, capsys):
 
 
 def get_error(result) -> str:
-    """Checks that the input was get_error; returns the error line."""
+    """Checks that the input was refused; returns the error line."""
     status, error, stages, _ = result
     assert status == 2
     assert stages is None
@@ -90,7 +90,7 @@ def get_error(result) -> str:
 
 
 def get_stages(result):
-    """Checks that the input was get_stages; returns the stages."""
+    """Checks that the input was accepted; returns the stages."""
     status, error, stages, _ = result
     assert (status, error) == (0, "")
     return stages

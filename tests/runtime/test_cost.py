@@ -102,7 +102,7 @@ CASES = {
     "cells on a frozen tower": (dataclasses.replace(make_config(), cells=2), (("cells/.*", "train"), FREEZE), 1),
     "token packer's values": (make_config(fusion="token_packer"), (("fusion/tokens/values/.*", "train"), FREEZE), 1),
     "token packer, padded": (make_config(fusion="token_packer", kernel=3, pad_grid=True), STAGE1, 1),
-    "resampler, padded": (make_config(fusion="resampler", kernel=3, pad_grid=True), STAGE1, 1),
+    "resampler, which does not pad": (make_config(fusion="resampler", kernel=3, pad_grid=True), STAGE1, 1),
 }
 
 

@@ -96,7 +96,7 @@ def test_run_that_has_just_begun(tmp_path):
         assert status_lines(tmp_path)[1:3] == ["  step         none logged yet", "  checkpoints  none"]
 
 
-STATES = {  # functions, because the status message how long ago events were
+STATES = {  # functions, because the status says how long ago the events were
     "ended": (lambda: [make_begin(), make_event("end", 10, 180)], "ended 3 h 0 min ago"),
     "stopped": (
         lambda: [make_begin(), make_event("stopped", 6, 2, status=143)],

@@ -1,4 +1,4 @@
-"""Telemetry: figures with a simulated simulation, log lines, events, writers, and profiles."""
+"""Telemetry: figures with a simulated clock, log lines, events, writers, and profiles."""
 
 import contextlib
 import io
