@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-# What files of --light do not import: torch, and what starts processes.
+# Imports of files that --light leaves out: of torch, and of modules that start processes.
 HEAVY = r"^ *(import|from) (torch|transformers|make_models|reference|full_disk|run_process|subprocess)\b"
 
 
@@ -37,9 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
     """With --light, leaves heavy files out before anything is imported from them."""
-    if not config.getoption("--light") or not collection_path.match("test_*.py"):
-        return None
-    return re.search(HEAVY, collection_path.read_text(), re.MULTILINE) is not None or None
+    if config.getoption("--light") and collection_path.match("test_*.py"):
+        return bool(re.search(HEAVY, collection_path.read_text(), re.MULTILINE)) or None  # None: pytest decides
+    return None
 
 
 @pytest.fixture(scope="session")

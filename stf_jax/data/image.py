@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # prepare's workers open images and need neither jax nor flax
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485  # a quarter of a GiB in RGB: where Pillow begins to warn of decompression bombs
 MAX_ASPECT_RATIO = 200  # of the long side to the short one
-MAX_FILE_BYTES = 2**28  # of a file
+MAX_FILE_BYTES = 2**28
 warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)  # it is refused instead
 _URL = re.compile(r"\s*(data:|[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
 _TRUNCATED = ("truncated", "unexpected end", "not enough image data", "premature")

@@ -56,7 +56,9 @@ def to_example(
         raise BadRow("over_length", message)
     tokens, is_target, is_image = (x[:max_length] for x in (encoded.tokens, encoded.is_target, encoded.is_image))
     if len(tokens) < len(encoded.tokens) and not is_target[1:].any():
-        raise BadRow("over_length", f"Record {name!r} has no answer within data.max_length={max_length} tokens.")
+        raise BadRow(
+            "over_length", f"Record {name!r} has no answer within data.max_length={max_length} tokens; raise it."
+        )
     targets, loss_mask = np.append(tokens[1:], 0).astype(np.int32), np.append(is_target[1:], False)
     return Example(tokens, targets, loss_mask, is_image, images, labels)
 

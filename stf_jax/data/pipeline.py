@@ -140,7 +140,7 @@ class Preprocessor:
 
         Args:
           log: show a progress bar, and log unusable rows and ignored keys.
-          on_chunk: called after every few records.
+          on_chunk: called before every chunk of records.
 
         Returns:
           Two int32 [R] arrays: tokens and images; both are 0 for a record that cannot be used.
@@ -270,7 +270,7 @@ class Batches:
         hosts: int,
         on_chunk: Callable[[], None] = lambda: None,
     ) -> None:
-        """Measures all conversations; calls ``on_chunk`` after every few.
+        """Measures all conversations, and calls ``on_chunk`` before every chunk of them.
 
         Raises:
           UserError: as :class:`Plan` and :meth:`Preprocessor.measure`, or the plans of the processes differ.

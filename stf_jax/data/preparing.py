@@ -287,7 +287,7 @@ class _Worker:
     def _write(self, writer: ArrayRecordWriter, row: Any, where: str, note: dict[str, Any]) -> int:
         parsed = read_row(row, where)
         images = parsed.images
-        openers = tuple(functools.partial(self._open, name) for name in images)
+        openers = tuple(functools.partial(self._open, name) for name in images)  # only counted
         items = training_items(self._options.template, Record(parsed.name, openers, parsed.turns))
         tokens = self._count_tokens(items, parsed.turns, len(images))
         if 0 < self._options.max_length < tokens:

@@ -173,7 +173,7 @@ def draw_thing(
 
 
 def zone_name(x: int, y: int) -> str:
-    """Returns the name of the ninth of the image with a point: ``top left``, ``top``, …, ``center``, …"""
+    """Returns the name of the ninth of the image that contains a point: ``top left``, ``top``, …, ``center``, …"""
     row = ("top", "", "bottom")[y * 3 // SIDE]
     column = ("left", "", "right")[x * 3 // SIDE]
     return f"{row} {column}".strip() or "center"

@@ -174,10 +174,10 @@ def _make_things(
     zones = sorted(free[i] for i in rng.permutation(len(free))[:count])
     shared, value = int(rng.integers(2)), int(rng.integers(6))
     same = int(rng.integers(2, count + 1)) if count > 1 and rng.random() < 0.5 else 0
-    held_out_number = int(rng.integers(count)) if count else 0
+    held_out_index = int(rng.integers(count)) if count else 0
     things: list[Thing] = []
     for number, (row, column) in enumerate(zones):
-        pairs = pairs_at(row, column, held_out and number == held_out_number)
+        pairs = pairs_at(row, column, held_out and number == held_out_index)
         if number < same:
             pairs = [pair for pair in pairs if pair[shared] == ((*COLORS,), SHAPES)[shared][value]] or pairs
         things.append(make_thing(rng, row, column, pairs))

@@ -31,7 +31,7 @@ DESCRIBE = "Describe the image."
 
 
 def zone_name(x: int, y: int) -> str:
-    """Returns the name of the ninth of the image with a point: ``top left``, ``top``, …, ``center``, …"""
+    """Returns the name of the ninth of the image that contains a point: ``top left``, ``top``, …, ``center``, …"""
     row, column = ("top", "", "bottom")[y // ZONE], ("left", "", "right")[x // ZONE]
     return f"{row} {column}".strip() or "center"
 

@@ -73,7 +73,7 @@ def _read_scores(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[int,
     by_height: dict[int, list[float]] = {}
     for line in lines:
         metadata = line["metadata"]
-        blank = metadata.get("shown", metadata.get("picture")) == "blank"  # older runs call it "picture"
+        blank = metadata.get("shown", metadata.get("picture")) == "blank"  # older runs' key; codespell:ignore picture
         score = 100.0 * (line["text"].lower() == metadata["truth"].lower())
         for kind in (BLANK,) if blank else (ALL, metadata["kind"]):
             by_kind.setdefault(kind, []).append(score)

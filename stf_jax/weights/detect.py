@@ -138,18 +138,16 @@ def _read_exported_fusion(
         values = config["stf_config"]
         fusion = FusionConfig(**{**values, "taps": tuple(values["taps"])})
         out = int(config["text_config"]["hidden_size"])
-        widths = (fusion.mbtf_hidden, fusion.mbtf_width, fusion.stf_hidden)
-        sizes = (*fusion.taps, fusion.kernel, *widths, fusion.depth)
-        if not all(type(size) is int and size >= 0 for size in sizes) or fusion.depth > 1000:
-            raise TypeError(f"its sizes are {sizes}")
-        if vision is None:
-            raise TypeError("it has a fusion but no vision tower")
-        tokens_per_image(fusion, vision.grid)
-        table = hf.fusion_table(fusion)
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"config.json does not describe an STF-JAX export: {error!r}.") from None
+    sizes = (*fusion.taps, fusion.mbtf_hidden, fusion.mbtf_width, fusion.stf_hidden, fusion.depth, fusion.kernel)
+    is_valid = isinstance(fusion.fusion, str) and all(type(size) is int and size >= 0 for size in sizes)
+    if not is_valid or not fusion.kernel or fusion.depth > 1000:
+        raise UserError(f"config.json does not describe an STF-JAX export: its stf_config is {values}.")
+    if vision is None:
+        raise UserError("The export has no vision tower: give the tower's folder as --vision=DIR.")
+    tokens_per_image(fusion, vision.grid)  # raises UserError for an unknown fusion, or a kernel that does not fit
+    table = hf.fusion_table(fusion)
     anchor = next(tensor.name for tensor in table.values() if "{layer}" not in tensor.name)
     return fusion, table, _find_prefix(tensors, anchor, "projectors") or "", vision, out
 

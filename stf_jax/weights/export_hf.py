@@ -6,117 +6,39 @@ folder. Both come with adapters for lmms-eval and VLMEvalKit.
 """
 
 import itertools
-import json
 import pathlib
 import shutil
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from tokenizers import AddedToken, decoders
 from transformers import PreTrainedTokenizerFast
 
-from stf_jax.config import UserError
-from stf_jax.data.conversation import (
-    CHATS,
-    SYSTEM_PLACEHOLDER,
-    Chat,
-    Control,
-    Item,
-    Mark,
-    Text,
-    check_template,
-    initial_tokens,
-    stop_tokens,
-    strip_space_prefix,
-)
+from stf_jax.config import FusionConfig, UserError
+from stf_jax.data.conversation import initial_tokens, stop_tokens
 from stf_jax.data.records import IMAGE_MARK
-from stf_jax.data.sentencepieces import SPACE
-from stf_jax.data.tokenizer import BOS_IN_TEMPLATE, load_tokenizer, max_positions, prefixes_only_start, untrained_tokens
+from stf_jax.data.tokenizer import max_positions, untrained_tokens
 from stf_jax.models.baselines import DEPTHS
 from stf_jax.models.fusion import tapped_blocks, tokens_per_image
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.vit import VisionConfig
+from stf_jax.runtime.files import write_json
 from stf_jax.weights import hf
 from stf_jax.weights.detect import VOCABULARY
-from stf_jax.weights.exports import ExportStream, map_part, require_complete, widest_dtype
+from stf_jax.weights.export_tokenizer import load_export_tokenizer, save_export_tokenizer
+from stf_jax.weights.exports import CompleteModel, ExportStream, map_part, require_complete, widest_dtype
 from stf_jax.weights.folder import new_folder
 from stf_jax.weights.hf import TensorMapping
-from stf_jax.weights.model import Description, SavedModel, open_model
+from stf_jax.weights.model import SavedModel, open_model
 from stf_jax.weights.shards import write_shards
 
 PACKAGE = pathlib.Path(__file__).parent / "torch_package"
 _MODEL_CODE = ("configuration_stf.py", "modeling_stf.py", "processing_stf.py")
 _EVALUATION_CODE = ("lmms_eval_stf/lmms_eval_stf.py", "lmms_eval_stf/pyproject.toml", "vlmevalkit_stf.py")
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-_IMAGES = "{%- for part in message.content if part is not string and part.type == 'image' -%}"
-# A literal <image> in the text of a part is not an image: it is dropped, as in training.
-_TEXT = (
-    "{%- if message.content is string -%}{%- set text = message.content -%}{%- else -%}"
-    "{%- set said = namespace(text='') -%}{%- for part in message.content if part.type == 'text' -%}"
-    "{%- set said.text = said.text + part.text -%}{%- endfor -%}"
-    "{%- set text = said.text | replace('" + IMAGE_MARK + "', '') -%}{%- endif -%}"
-)
-_TRIMMED = _TEXT + "{%- set text = text | trim -%}"
-_NO_SYSTEM = '{{ raise_exception("This model was trained without system messages.") }}'
-
-
-def make_chat_template(template: str, gap: str = "") -> str:
-    """Returns the Jinja template for apply_chat_template; empty system messages are ignored, as in training.
-
-    ``gap`` is a space that the template writes where a text starts or continues after an image, for tokenizers that add
-    none there (see :func:`_save_tokenizer`).
-    """
-    return _make_chat(CHATS[template], gap) if template in CHATS else _make_plain(gap)
-
-
-def _make_chat(chat: Chat, gap: str) -> str:
-    begins_as_text = isinstance((*chat.start, *chat.before_question)[0], Text)
-    answer_gap = gap if isinstance(chat.before_answer[0], Text) else ""
-    return (
-        _render([Text(gap)] * (bool(gap) and begins_as_text))
-        + "{%- set system = '' -%}{%- if messages[0].role == 'system' -%}{%- set message = messages[0] -%}" + _TRIMMED
-        + "{%- set system = text -%}{%- set messages = messages[1:] -%}{%- endif -%}"
-        "{%- if system -%}" + _render(chat.start_with_system) + "{%- else -%}" + _render(chat.start) + "{%- endif -%}"
-        "{%- for message in messages -%}" + _TRIMMED + "{%- if message.role == 'user' -%}"
-        "{%- if not (system and loop.first) -%}" + _render(chat.before_question) + "{%- endif -%}"
-        + _IMAGES + _render([Text(IMAGE_MARK)]) + "{%- if text or not loop.last -%}" + _render([Text(gap + "\n")])
-        + ("{%- else -%}" + _render([Text(answer_gap)]) if answer_gap else "")
-        + "{%- endif -%}{%- endfor -%}{{ text }}"
-        "{%- if add_generation_prompt or not loop.last -%}" + _render(chat.before_answer) + "{%- endif -%}"
-        "{%- else -%}" + _render([Text(chat.answer_space)]) + "{{ text }}" + _render(chat.after_answer)
-        + "{%- endif -%}{%- endfor -%}"
-    )  # fmt: skip
-
-
-def _render(items: Sequence[Item]) -> str:
-    """Returns Jinja that outputs the items, with the variable ``system`` for SYSTEM_PLACEHOLDER."""
-    names: Mapping[Item, str] = {Mark.END: "eos_token", SYSTEM_PLACEHOLDER: "system"}
-    values = []
-    for item in items:
-        if item in names:
-            values.append(names[item])
-        else:
-            assert not isinstance(item, Mark)  # templates hold no other mark
-            values.append(json.dumps(item.token if isinstance(item, Control) else item.text))
-    return "{{ " + " + ".join(values) + " }}" if values else ""
-
-
-def _make_plain(gap: str) -> str:
-    """Returns the template of captions. A conversation without an image is a document: its texts are unchanged."""
-    space = _render([Text(gap)]) if gap else ""
-    return (
-        "{%- if messages[0].role == 'system' -%}" + _NO_SYSTEM + "{%- endif -%}"
-        "{%- set shown = namespace(any=false) -%}{%- for message in messages -%}" + _IMAGES
-        + "{%- set shown.any = true -%}{%- endfor -%}{%- endfor -%}"
-        "{%- for message in messages -%}{%- if not shown.any -%}" + _TEXT
-        + ("{%- if loop.first -%}" + space + "{%- endif -%}" if space else "") + "{{ text }}"
-        "{%- elif message.role == 'user' -%}" + _IMAGES + _render([Text(IMAGE_MARK)]) + "{%- endfor -%}"
-        "{%- else -%}" + _TRIMMED + space + "{{ text + '\\n' }}{%- endif -%}{%- endfor -%}"
-    )  # fmt: skip
 
 
 def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[str, Any]:
@@ -135,15 +57,10 @@ def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[s
     """
     with new_folder(to) as folder:
         saved = open_model(checkpoint)
-        require_complete(saved, checkpoint)
-        model = saved.description
-        assert model.vision is not None  # as require_complete checked, here and below
-        assert model.fusion is not None
-        assert model.llm is not None
-        assert saved.tokenizer is not None
+        model = require_complete(saved, checkpoint)
         grid = model.vision.grid
         count, taps = tokens_per_image(model.fusion, grid), tapped_blocks(model.fusion, model.vision.layers)
-        tokenizer = _load_tokenizer(saved.tokenizer, model)
+        tokenizer = load_export_tokenizer(model.tokenizer, model.template)
         has_bos = initial_tokens(tokenizer) == [tokenizer.bos_token_id]
         image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
         assert isinstance(image_id, int)  # the id of one token
@@ -155,7 +72,7 @@ def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[s
             "tie_word_embeddings": model.llm.tied,
             "dtype": dtype or widest_dtype(saved),
         }
-        stream = ExportStream(saved, _map_tensors(saved), dtype)
+        stream = ExportStream(saved, _map_tensors(saved, model.fusion), dtype)
         rows = max(image_id + 1, model.llm.vocab)
         config["text_config"]["vocab_size"] = rows
         if rows != model.llm.vocab:
@@ -170,16 +87,15 @@ def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[s
             processor["begin"] = tokenizer.bos_token if has_bos else ""
             _copy_code(_MODEL_CODE, folder)
         _copy_code(_EVALUATION_CODE, folder)
-        space = CHATS[model.template].answer_space if model.template in CHATS else ""
-        _save_tokenizer(tokenizer, folder, model.template, has_bos, space)
-        _write_json(folder / "config.json", config)
-        _write_json(folder / "processor_config.json", {**processor, "image_token": IMAGE_MARK})
-        _write_json(folder / "preprocessor_config.json", _image_processor(model))
+        save_export_tokenizer(tokenizer, folder, model.template, has_bos)
+        write_json(epath.Path(folder, "config.json"), config)
+        write_json(epath.Path(folder, "processor_config.json"), {**processor, "image_token": IMAGE_MARK})
+        write_json(epath.Path(folder, "preprocessor_config.json"), _image_processor(model))
         ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "pad_token_id")}
         ids["eos_token_id"] = list(stop_tokens(model.template, tokenizer))
         if suppressed := untrained_tokens(tokenizer, config["text_config"]["vocab_size"]):
             ids["suppress_tokens"] = list(suppressed)
-        _write_json(folder / "generation_config.json", ids)
+        write_json(epath.Path(folder, "generation_config.json"), ids)
         _write_readme(folder, model, count, config, checkpoint, saved.step)
         stream.save_report(folder)
     return stream.report
@@ -241,9 +157,7 @@ def text_config_values(config: LLMConfig, tokenizer: PreTrainedTokenizerFast) ->
     return values | {"rope_theta": config.rope_theta, "rope_parameters": {**rope, "rope_theta": config.rope_theta}}
 
 
-def _map_tensors(saved: SavedModel) -> dict[str, TensorMapping]:
-    fusion = saved.description.fusion
-    assert fusion is not None
+def _map_tensors(saved: SavedModel, fusion: FusionConfig) -> dict[str, TensorMapping]:
     if fusion.fusion == "mlp":
         prefixes = ({"": "vision_tower.vision_model."}, {"": "multi_modal_projector."}, {"": "language_model."})
         table = hf.LLAVA_HF
@@ -259,11 +173,9 @@ def _map_tensors(saved: SavedModel) -> dict[str, TensorMapping]:
 
 
 def _complete_stf_config(
-    config: dict[str, Any], model: Description, taps: tuple[int, ...], count: int, image_id: int
+    config: dict[str, Any], model: CompleteModel, taps: tuple[int, ...], count: int, image_id: int
 ) -> dict[str, Any]:
     """Completes the config for our classes; returns the processor's config."""
-    assert model.fusion is not None
-    assert model.vision is not None
     fusion, width = model.fusion, model.vision.width
     mixes, merges = fusion.fusion.startswith("mbtf"), fusion.fusion.endswith("stf")
     window = ((mixes and fusion.mbtf_width) or width) * fusion.kernel**2
@@ -296,10 +208,9 @@ def _complete_stf_config(
 
 
 def _complete_llava_config(
-    config: dict[str, Any], model: Description, tap: int, count: int, image_id: int
+    config: dict[str, Any], model: CompleteModel, tap: int, count: int, image_id: int
 ) -> dict[str, Any]:
     """Completes the config for transformers' LLaVA; returns the processor's config."""
-    assert model.vision is not None
     strategy = "default" if model.vision.class_token else "full"
     config |= {
         "model_type": "llava",
@@ -331,72 +242,16 @@ def _with_image_row(stream: ExportStream, rows: int) -> Iterator[tuple[str, np.n
         yield name, value
 
 
-def _unused_norm(model: Description, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def _unused_norm(model: CompleteModel, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the norm above the taps, which transformers' LLaVA declares but never uses."""
-    assert model.vision is not None
     norm = "vision_tower.vision_model.post_layernorm."
     yield f"{norm}weight", np.ones(model.vision.width, jnp.dtype(dtype))
     yield f"{norm}bias", np.zeros(model.vision.width, jnp.dtype(dtype))
 
 
-def _load_tokenizer(folder: pathlib.Path, model: Description) -> PreTrainedTokenizerFast:
-    tokenizer = load_tokenizer(str(folder))
-    check_template(model.template, tokenizer)
-    tokenizer.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
-
-
-def _save_tokenizer(
-    tokenizer: PreTrainedTokenizerFast, folder: pathlib.Path, template: str, has_bos: bool, space: str
-) -> None:
-    """Writes the tokenizer such that rendering the chat template and tokenizing the text gives the tokens of training.
-
-    If training has a BOS token (``has_bos``), the template writes it, because servers add none. The tokenizer then adds
-    nothing, or transformers' processors would add a second one. Names of special tokens in a text become those tokens,
-    as in every Hugging Face model. All releases read the same ``tokenizer.json``.
-
-    SentencePiece's space goes before each piece between special tokens, as in training. If it goes only before the
-    first piece and after images (``legacy: false``), a tokenizer cannot distinguish those pieces from others: the
-    template then writes the space, and the tokenizer adds one only at the start of the text.
-    """
-    gap = strip_space_prefix(tokenizer)[1] if prefixes_only_start(tokenizer) else ""
-    backend = tokenizer.backend_tokenizer
-    if space and backend.decode(backend.encode(space + "a", add_special_tokens=False).ids).startswith(space):
-        # The template's space before an answer is not part of the answer.
-        backend.decoder = decoders.Sequence([backend.decoder, decoders.Strip(space, 1, 0)])
-    tokenizer.chat_template = ("{{ bos_token }}" if has_bos else "") + make_chat_template(template, gap)
-    tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer_config.json"
-    values = json.loads(file.read_bytes())
-    for unwanted in ("backend", "is_local", "local_files_only", "split_special_tokens", BOS_IN_TEMPLATE):
-        values.pop(unwanted, None)
-    if isinstance(values.get("extra_special_tokens"), list):  # releases before 5 expect a dictionary there
-        values["additional_special_tokens"] = values.pop("extra_special_tokens")
-    values |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
-    values |= {"model_input_names": ["input_ids", "attention_mask"]} | ({BOS_IN_TEMPLATE: True} if has_bos else {})
-    _write_json(file, values)
-
-    file = folder / "tokenizer.json"
-    values = json.loads(file.read_bytes())
-    if has_bos:
-        values["post_processor"] = None
-    if gap:
-        steps = (values["normalizer"] or {}).get("normalizers", [])
-        values["normalizer"] = {"type": "Sequence", "normalizers": [s for s in steps if s["type"] == "Precompiled"]}
-        values["pre_tokenizer"] = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
-    else:
-        pre_tokenizer = values["pre_tokenizer"] or {}
-        for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
-            if step.get("type") == "Metaspace" and step["prepend_scheme"] == "first":
-                step["prepend_scheme"] = "always"
-    _write_json(file, values)
-
-
 def _write_readme(
     folder: pathlib.Path,
-    model: Description,
+    model: CompleteModel,
     count: int,
     config: Mapping[str, Any],
     checkpoint: epath.Path,
@@ -404,8 +259,6 @@ def _write_readme(
 ) -> None:
     """Writes ``README.md``: what the export is, how to use it and how to serve it."""
     text = string.Template((PACKAGE / "README.md").read_text())
-    assert model.fusion is not None
-    assert model.vision is not None
     plain = model.fusion.fusion == "mlp"
     values = {
         "architecture": config["architectures"][0],
@@ -421,9 +274,8 @@ def _write_readme(
     (folder / "README.md").write_text(text.substitute(values))
 
 
-def _image_processor(model: Description) -> dict[str, Any]:
+def _image_processor(model: CompleteModel) -> dict[str, Any]:
     """Returns the image processor's config, which matches data/image.py."""
-    assert model.vision is not None
     size = model.vision.image_size
     square = {"height": size, "width": size}
     cropped = {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}
@@ -450,7 +302,3 @@ def _copy_code(names: Iterable[str], folder: pathlib.Path) -> None:
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(PACKAGE / name, folder / name)  # without the file mode of the installation
-
-
-def _write_json(file: pathlib.Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")

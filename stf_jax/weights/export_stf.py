@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from stf_jax.config import UserError
+from stf_jax.config import FusionConfig, UserError
 from stf_jax.data.tokenizer import SENTENCEPIECE, load_tokenizer, max_positions, prefixes_only_start
 from stf_jax.models.fusion import tapped_blocks
+from stf_jax.models.llm import LLMConfig
 from stf_jax.models.presets import VISION
+from stf_jax.models.vit import VisionConfig
 from stf_jax.weights import hf
-from stf_jax.weights.exports import ExportStream, map_part, require_complete, widest_dtype
+from stf_jax.weights.exports import CompleteModel, ExportStream, map_part, require_complete, widest_dtype
 from stf_jax.weights.folder import new_folder
-from stf_jax.weights.model import Description, open_model
+from stf_jax.weights.model import open_model
 from stf_jax.weights.shards import write_shards
 
 ADAPTER = "mm_projector.bin"  # the output of their first stage
@@ -51,35 +53,33 @@ def export_llava_stf(
     """
     with new_folder(to) as folder:
         saved = open_model(checkpoint)
-        model = saved.description
-        if model.fusion is None:
+        fusion = saved.description.fusion
+        if fusion is None:
             raise UserError(f"{checkpoint} holds no fusion to export.")
-        taps = _check_fusion(model)
-        mappings = map_part(saved, "fusion", hf.fusion_table(model.fusion), {"": "model."})
+        taps = _check_fusion(fusion, saved.description.vision)
+        mappings = map_part(saved, "fusion", hf.fusion_table(fusion), {"": "model."})
         if adapter_only:
             stream = ExportStream(saved, mappings, dtype)
             _save_adapter(folder / ADAPTER, stream)
         else:
-            require_complete(saved, checkpoint)
-            assert saved.tokenizer is not None
-            _check_llm(model)
+            model = require_complete(saved, checkpoint)
+            _check_llm(model.llm)
             mappings |= map_part(saved, "vision", hf.VISION, _TOWER_PREFIX)
             mappings |= map_part(saved, "llm", hf.DECODER, {"": ""})
             stream = ExportStream(saved, mappings, dtype)
             write_shards(folder, stream)
-            config = _make_config(model, taps[0], dtype or widest_dtype(saved), saved.tokenizer)
+            config = _make_config(model, taps[0], dtype or widest_dtype(saved))
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            _save_tokenizer(saved.tokenizer, folder, config, stream.report["notes"])
+            _save_tokenizer(model.tokenizer, folder, config, stream.report["notes"])
         stream.save_report(folder)
     return stream.report
 
 
-def _check_fusion(model: Description) -> tuple[int, ...]:
+def _check_fusion(fusion: FusionConfig, vision: VisionConfig | None) -> tuple[int, ...]:
     """Returns the taps. Raises UserError for a fusion that the authors' code does not compute."""
-    fusion, tower = model.fusion, model.vision or VISION["clip-l-14-336"]
-    assert fusion is not None  # as export_llava_stf checked
+    tower = vision or VISION["clip-l-14-336"]
     taps = tapped_blocks(fusion, tower.layers)
-    width = tower.width if model.vision else fusion.mbtf_width  # the eight tensors alone come without a tower
+    width = tower.width if vision else fusion.mbtf_width  # the eight tensors alone come without a tower
     expected = {
         "fusion": (fusion.fusion, "mbtf_stf"),
         "variant": (fusion.variant, "code"),
@@ -100,9 +100,7 @@ def _check_fusion(model: Description) -> tuple[int, ...]:
     return taps
 
 
-def _check_llm(model: Description) -> None:
-    llm = model.llm
-    assert llm is not None  # as require_complete checked
+def _check_llm(llm: LLMConfig) -> None:
     if llm.qkv_bias or llm.qk_norm or llm.head_dim * llm.heads != llm.width:
         raise UserError("The authors' code supports no language model but Llama: export this one as hf instead.")
     if llm.rope_scaling is not None and llm.rope_scaling.kind != "linear":
@@ -125,11 +123,9 @@ def _save_adapter(file: pathlib.Path, stream: ExportStream) -> None:
     torch.save({name: to_torch(value) for name, value in stream}, file)
 
 
-def _make_config(model: Description, tap: int, dtype: str, tokenizer_folder: pathlib.Path) -> dict[str, Any]:
+def _make_config(model: CompleteModel, tap: int, dtype: str) -> dict[str, Any]:
     """Returns the authors' ``config.json``: transformers 4.37's keys for a Llama, and LLaVA's keys."""
-    llm, tokenizer = model.llm, load_tokenizer(str(tokenizer_folder))
-    assert llm is not None  # as require_complete checked
-    assert model.vision is not None
+    llm, tokenizer = model.llm, load_tokenizer(str(model.tokenizer))
     scaling = llm.rope_scaling
     return {
         "architectures": ["LlavaLlamaForCausalLM"],

@@ -1,6 +1,7 @@
 """Streams parameters under new names, with a report, for all exports; and the export under our own names."""
 
 import collections
+import dataclasses
 import json
 import pathlib
 import re
@@ -12,7 +13,9 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from stf_jax.config import UserError
+from stf_jax.config import FusionConfig, UserError
+from stf_jax.models.llm import LLMConfig
+from stf_jax.models.vit import VisionConfig
 from stf_jax.weights.folder import new_folder
 from stf_jax.weights.hf import Tensor, TensorMapping, map_parameters
 from stf_jax.weights.model import SavedModel, open_model
@@ -20,13 +23,28 @@ from stf_jax.weights.shards import write_shards
 from stf_jax.weights.tensors import cast, format_overflow
 
 
-def require_complete(saved: SavedModel, checkpoint: epath.Path) -> None:
-    """Raises UserError if the model lacks a part or its tokenizer."""
-    parts = {part: getattr(saved.description, part) for part in ("vision", "fusion", "llm")}
-    parts["tokenizer"] = saved.tokenizer
-    if missing := [part for part, value in parts.items() if value is None]:
+@dataclasses.dataclass(frozen=True)
+class CompleteModel:
+    """The description of a model that has all parts, and the folder of its tokenizer."""
+
+    vision: VisionConfig
+    fusion: FusionConfig
+    llm: LLMConfig
+    tokenizer: pathlib.Path
+    template: str
+    aspect: str
+
+
+def require_complete(saved: SavedModel, checkpoint: epath.Path) -> CompleteModel:
+    """Returns the description of a complete model. Raises UserError if it lacks a part or its tokenizer."""
+    model = saved.description
+    vision, fusion, llm, tokenizer = model.vision, model.fusion, model.llm, saved.tokenizer
+    if vision is None or fusion is None or llm is None or tokenizer is None:
+        parts = {"vision": vision, "fusion": fusion, "llm": llm, "tokenizer": tokenizer}
+        missing = [part for part, value in parts.items() if value is None]
         fix = f" Copy the folder of its tokenizer to {checkpoint / 'tokenizer'}." if missing == ["tokenizer"] else ""
         raise UserError(f"{checkpoint} is not a complete model: it lacks {', '.join(missing)}.{fix}")
+    return CompleteModel(vision, fusion, llm, tokenizer, model.template, model.aspect)
 
 
 def map_part(

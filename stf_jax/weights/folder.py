@@ -196,7 +196,7 @@ def _load_tensor(tensors: TensorFile, path: str, sharding: jax.sharding.Sharding
             view = opened.get_slice(path)
 
             def read_slice(index: tuple[slice, ...] | None) -> np.ndarray:
-                assert index is not None  # whatever JAX's annotation says
+                assert index is not None  # JAX's annotation allows None
                 key = tuple((axis.start, axis.stop) for axis in index)
                 if key not in slices:  # several devices may hold the same slice
                     slices[key] = view[index] if index else opened.get_tensor(path)

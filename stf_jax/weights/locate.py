@@ -12,16 +12,10 @@ from stf_jax.runtime.files import parse_json
 # transformers' order (modeling_utils._get_resolved_checkpoint_files): a single file comes before an index.
 _ORDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SUFFIXES = (".safetensors", ".bin", ".gguf")
-_NOT_WEIGHTS = (
-    "consolidated",
-    "adapter_",
-    "training_args",
-    "optimizer",
-    "scheduler",
-    "mmproj",
-)  # never the weights of a model
+# Beginnings of the names of files that never hold the weights of a model.
+_NOT_WEIGHTS = ("consolidated", "adapter_", "training_args", "optimizer", "scheduler", "mmproj")
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
-_MAX_SHARDS = 10_000  # shards
+_MAX_SHARDS = 10_000
 _POINTER = b"version https://git-lfs"
 _MERGE = "merge it into its base model first (peft: merge_and_unload, then save_pretrained), and import the result"
 # Files with weights in unsupported formats, and what to do. Errors name the first one that exists.

@@ -152,10 +152,8 @@ def _read_files(folder: epath.Path) -> dict[str, bytes]:
 def _read_description(file: epath.Path) -> Description:
     values = read_json(file)
     fusion = values["fusion"] and FusionConfig(**{**values["fusion"], "taps": tuple(values["fusion"]["taps"])})
-    vision, llm = (
-        values["vision"] and parse_vision_config(values["vision"]),
-        values["llm"] and parse_llm_config(values["llm"]),
-    )
+    vision = values["vision"] and parse_vision_config(values["vision"])
+    llm = values["llm"] and parse_llm_config(values["llm"])
     return Description(vision, llm, fusion, values["template"], values["aspect"])
 
 

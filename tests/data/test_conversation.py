@@ -523,8 +523,8 @@ def test_plain_with_several_images(tokenizer):
 
 def test_plain_without_an_image_is_a_document(tokenizer):
     result = encoded("plain", record("Once upon a time", " there was a cat."), tokenizer)
-    caption_ids = ids(tokenizer, "Once upon a time there was a cat.")
-    assert result.tokens.tolist() == [tokenizer.bos_token_id, *caption_ids]
+    text_ids = ids(tokenizer, "Once upon a time there was a cat.")
+    assert result.tokens.tolist() == [tokenizer.bos_token_id, *text_ids]
     assert tokenizer.decode(result.tokens[~result.is_target], skip_special_tokens=True) == "Once upon a time"
     assert tokenizer.decode(result.tokens[result.is_target]).strip() == "there was a cat."
     assert not result.is_image.any()
@@ -599,7 +599,7 @@ HARD = (
 TEXTS = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(HARD)), max_size=5).map("".join)
 SPECIAL = ("<s>", "</s>", "<unk>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 SPECIAL += ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "[INST]", "[/INST]", "<<SYS>>")
-# What cannot be with_system apart afterwards: an image's mark, and SentencePiece's own mark of a space.
+# Texts without what cannot be told apart after decoding: the mark of an image, and SentencePiece's symbol for a space.
 ORDINARY = TEXTS.filter(lambda text: not any(mark in text for mark in ("<image>", "\u2581")))
 NAMES = st.lists(st.one_of(TEXTS, st.sampled_from(SPECIAL)), max_size=4).map("".join)
 NAMES = NAMES.filter(lambda text: not any(mark in text for mark in ("<image>", "\u2581")))

@@ -655,7 +655,7 @@ def test_data_without_a_usable_image_are_refused(faulty, tmp_path, capsys):
     assert run_command(main, [f"--config={ROOT}/tests/tiny.py", f"--workdir={tmp_path / 'run'}", *options]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     (sentence,) = [line for line in lines if line.startswith("error: ")]
-    assert f"sampled rows of {folder}/rows.json can be used" in sentence
+    assert f"None of the 25 sampled rows of {folder}/rows.json can be used" in sentence
     assert f"Image {folder}/none/good-0.png cannot be opened: No such file or directory" in sentence
     assert "Traceback" not in "".join(lines)
     assert not (tmp_path / "run").exists()

@@ -366,7 +366,8 @@ def test_text_only_data_need_no_image_places(packing):
 
 def test_data_without_a_usable_record_are_refused():
     with pytest.raises(
-        UserError, match=r"sampled rows .* can be used.*Record 'scene-0-0' has images beyond .*max_length=9"
+        UserError,
+        match=r"^None of the 20 sampled rows .* can be used.*Record 'scene-0-0' has images beyond .*max_length=9",
     ):
         scenes_pipeline(**{"data.max_length": SLOTS})
 

@@ -106,8 +106,8 @@ def test_epochs_and_seeds_have_different_orders(mode):
     assert [members(rows) for rows in epochs_of(planned(1200, **MODES[mode]), 3)] == orders[:3]
     # Neighbors are also shuffled.
     pairs = [{frozenset(pair) for pair in itertools.pairwise(order)} for order in orders]
-    for result, reference in itertools.combinations(pairs, 2):
-        assert len(result & reference) < 1200 / 4
+    for a, b in itertools.combinations(pairs, 2):
+        assert len(a & b) < 1200 / 4
 
 
 @pytest.mark.parametrize("mode", MODES)

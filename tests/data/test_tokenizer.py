@@ -52,7 +52,7 @@ def corpus(edition):
         for held_out in (False, True):
             records = SceneRecords(task, 40, seed=11, held_out=held_out, edition=edition)
             yield from (turn.text for index in range(40) for turn in records[index].turns)
-    yield f"{SYSTEM} USER: \nDescribe the image.\n{SHORT_ANSWER} ASSISTANT: "
+    yield f"{SYSTEM} USER: \nDescribe the picture.\n{SHORT_ANSWER} ASSISTANT: "
     yield from ("", " ", "Größe 日本 🤗\t\n\x00", "ASSISTANT:</s>USER: x", *WORDS)
 
 
@@ -90,7 +90,6 @@ def test_the_committed_tokenizer_matches_training(miniature, trained, edition):
 
 
 def test_common_words_are_single_tokens(miniature, edition):
-    """Common words are single tokens."""
     for word in (*COLORS, *SHAPES, "small", "large", "left", "bottom"):
         assert len(ids(miniature, f" {word}")) == 1, word
     sentence = (

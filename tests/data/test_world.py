@@ -75,6 +75,7 @@ def texts(task, count, held_out=False):
         ("captions", False, "9cc2a8116832dcd1"),
         ("conversations", False, "ef14337a8a7e7c3f"),
         ("documents", False, "3c758ff2fcc6654c"),
+        ("cues", False, "0a3327f8ef191aed"),
         ("conversations", True, "ad58f139799f0078"),
     ],
 )

@@ -204,7 +204,7 @@ def _check_chat(template, result, turns, tokenizer):
             assert len(tokens) == begins[place // 2], "a prompt does not end where the answer begins"
 
 
-# ---- Images --------------------------------------------------------------------------------------------------------
+# ---- Images ----------------------------------------------------------------------------------------------------------
 
 _TOWER = dataclasses.replace(vision_preset("clip-mini-16-96"), image_size=8, patch_size=4)
 _TOWERS = (_TOWER, dataclasses.replace(_TOWER, class_token=False))  # one that crops, one that squeezes

@@ -22,7 +22,7 @@ def cell(tmp_path):
     return make_cells(make_study.study(), tmp_path)[0]
 
 
-@pytest.mark.parametrize("key", ["shown", "picture"])  # "picture": as older runs wrote it
+@pytest.mark.parametrize("key", ["shown", "picture"])  # older runs' key; codespell:ignore picture
 def test_single_answers_of_scenes_are_read(cell, key):
     make_study.put(cell.folder / "results.json", {"benchmark": "scenes"})
     correct = {"count": [True, False, True], "existence": [False, False]}

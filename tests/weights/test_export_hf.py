@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from make_models import CONTROL, DECODERS, LLAMA, TOWERS, load, make, make_image, turn
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from stf_jax.config import FusionConfig, MeshConfig
+from stf_jax.config import FusionConfig, MeshConfig, UserError
 from stf_jax.convert import main
 from stf_jax.data.conversation import CHATS, encode, template_items
 from stf_jax.data.image import to_square
@@ -190,6 +190,21 @@ def test_a_round_trip_is_exact(tmp_path, case, dtype):
         assert (tmp_path / "hf" / name).read_text() == (tmp_path / "hf-again" / name).read_text()
 
 
+def test_an_export_without_its_tower_needs_another(exported, tmp_path):
+    folder, export = exported("the paper's")
+    bare = shutil.copytree(export, tmp_path / "bare")
+    state = load_file(export / "model.safetensors")
+    state = {name: value for name, value in state.items() if not name.startswith("model.vision_tower.")}
+    save_file(state, bare / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"bare: The export has no vision tower: give .* as --vision=DIR"):
+        import_weights(str(bare), tmp_path / "no")
+    import_weights(str(bare), tmp_path / "again", vision=str(export))
+    before, after = open_model(folder), open_model(tmp_path / "again")
+    assert after.shapes == before.shapes
+    for path in before.shapes:
+        np.testing.assert_array_equal(after.read(path), before.read(path))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_half_precision_and_kernels(exported, dtype, kernel):
@@ -257,7 +272,7 @@ def test_verify_reports_differences_and_errors(exported, tmp_path, capsys, monke
     assert run_verify(torn)[2].startswith(f"error: {torn}/model.safetensors ")
 
 
-# ---- Prompts and images --------------------------------------------------------------------------------------------
+# ---- Prompts and images ----------------------------------------------------------------------------------------------
 
 
 def encode_prompt(folder, tokenizer, template, turns, images):

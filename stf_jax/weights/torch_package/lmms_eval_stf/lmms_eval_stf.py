@@ -134,8 +134,8 @@ class LlavaSTF(lmms):
         if answer is None:
             return prompt
         turns.append({"role": "assistant", "content": answer})
-        text = self.processor.apply_chat_template(turns, tokenize=False)
-        return text[: text.index(answer, len(prompt)) + len(answer)]
+        conversation = self.processor.apply_chat_template(turns, tokenize=False)
+        return conversation[: conversation.index(answer, len(prompt)) + len(answer)]
 
     def _encode(self, texts, images):
         flat = list(itertools.chain(*images)) or None
