@@ -11,13 +11,13 @@ from stf_jax import config
 PAGE = pathlib.Path(__file__).parent / "configuration.md"
 _HEAD = """# Configuration
 
-For everyone who writes a config or changes a value on the command line: every key, with its default. `make docs`
-generates this page from [stf_jax/config.py](../stf_jax/config.py).
+For people who write a config or change a value on the command line. After this page you know every key, its default and
+its meaning. `make docs` generates the page from [stf_jax/config.py](../stf_jax/config.py).
 
-A config file defines `get_config(arg)`, starts from `stf_jax.config.default_config()` and changes what it needs. The
-command line changes more: `--config.data.max_length=1024`. An unknown key, or a value outside its range, is refused
-before anything is loaded. A config of several stages names them in `run` and holds their changes in `stages`, as
-[configs/demo.py](../configs/demo.py) does.
+A config file defines `get_config(arg)`, starts from `stf_jax.config.default_config()` and changes what it needs. An
+option such as `--config.data.max_length=1024` changes a value on the command line. If a key is unknown or a value is
+out of its range, the command ends before it loads anything. A config of several stages names them in `run` and has
+their changes in `stages`, as [configs/demo.py](../configs/demo.py) does.
 """
 
 

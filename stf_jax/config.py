@@ -180,9 +180,10 @@ class CheckpointConfig:
 class EvalConfig:
     """Benchmarks that evaluate a run during and after training (evals/)."""
 
-    # benchmarks: gqa | scienceqa | vqav2 | vizwiz | textvqa | pope | mmbench | mmbench_cn | mme | scenes | shapes
+    # benchmarks: gqa | scienceqa | vqav2 | vizwiz | textvqa | pope | mmbench | mmbench_cn | mme | scenes | prints |
+    # shapes
     benchmarks: tuple[str, ...] = ()
-    data: str = ""  # folder with LLaVA's evaluation files; scenes needs none
+    data: str = ""  # folder with LLaVA's evaluation files; scenes, prints and shapes need none
     limit: Count = 0  # evaluate only the first N questions of each benchmark; 0: all
     every_steps: Count = 0  # steps between evaluations; 0: only at the end
     batch: Size = 16  # questions per batch
@@ -225,7 +226,8 @@ class TrainConfig:
     epochs: Epochs = 1.0  # passes over the data, if steps is 0
     global_batch_size: Size = 256  # rows per step, over all devices and microbatches
     log_every_steps: Size = 10  # steps between lines of metrics.jsonl
-    init_from: str = ""  # folders of weights or runs to start from, separated by commas; or "miniatures", embedded
+    # folders of weights or runs, separated by commas; embedded: miniatures, miniatures/2, miniatures/siglip
+    init_from: str = ""
     init_missing: tuple[str, ...] = ()  # regular expressions of parameters to initialize; init_from has all others
     # (regular expression of parameter path, train | freeze) pairs; the first match decides
     rules: tuple[tuple[str, str], ...] = ((".*", "train"),)
