@@ -1,7 +1,7 @@
 """Stage 2 on a small data set of a hundred to ten thousand rows, with a smaller batch and more epochs.
 
     python -m stf_jax.main --config=configs/small.py --workdir=DIR --config.init_from=MODEL \
-        --config.data.tokenizer=TOKENIZER --config.data.annotations=rows.json --config.data.images=DIR
+        --config.data.annotations=rows.json --config.data.images=DIR
 
 MODEL is a model that already answers questions about images: a run, or an imported folder. The recipes of the paper
 (configs/pretrain.py, configs/finetune.py) are for half a million rows: with 300 rows their batch of 256 gives 2 updates
