@@ -1,5 +1,6 @@
 """The plan command on miniatures; slow tests plan the documented full-size recipes."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -34,6 +35,27 @@ KEYS = {
     "memory_traffic_bytes", "collective_bytes", "roofline_seconds", "bound", "step_seconds_estimate",
     "tokens_per_second", "mfu_estimate", "steps", "hours",
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """Reports of the programs that were compiled; see ``shared_programs``."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def shared_programs(reports, monkeypatch):
+    """Compiles a program for the first test that needs it, in up to 20 s of a core; the others get the same report."""
+    report_program = report_module._report_program
+
+    def report_once(config, program, devices):
+        limit = report_module.memory_limit(devices[0])
+        key = str((config, program.kind, devices[0].device_kind, program.mesh, limit))
+        if key not in reports:
+            reports[key] = report_program(config, program, devices)
+        return copy.deepcopy(reports[key])  # the caller changes it
+
+    monkeypatch.setattr(report_module, "_report_program", report_once)
 
 
 def run_plan(capsys, *argv):
