@@ -17,6 +17,7 @@ __all__ = [
     "DESCRIBE",
     "KINDS",
     "MAX_THINGS",
+    "ask_relations_first",
     "draw",
     "make_caption",
     "make_cues",
@@ -30,10 +31,12 @@ KINDS = ("existence", "count", "attribute", "position", "relation", "reading", "
 DESCRIBE = "Describe the image."
 
 
+_ZONES = (("top left", "top", "top right"), ("left", "center", "right"), ("bottom left", "bottom", "bottom right"))
+
+
 def zone_name(x: int, y: int) -> str:
     """Returns the name of the ninth of the image that contains a point: ``top left``, ``top``, …, ``center``, …"""
-    row, column = ("top", "", "bottom")[y // ZONE], ("left", "", "right")[x // ZONE]
-    return f"{row} {column}".strip() or "center"
+    return _ZONES[y // ZONE][x // ZONE]
 
 
 def make_caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
@@ -61,10 +64,25 @@ def make_questions(scene: Scene, rng: np.random.Generator, held_out: bool = Fals
     return [questions[i] for i in rng.permutation(len(questions))]
 
 
-def make_cues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Makes short cues and their answers, in random order: all facts of the caption, asked for in a few words.
+def ask_relations_first(questions: Sequence[Question]) -> list[Question]:
+    """Moves questions about relations to the front, and keeps one for each two shapes and direction.
 
-    Cues with more than one answer are left out. Yes and no are equally frequent.
+    Their answers follow from other answers, on positions or on the reverse relation. A model that finds them in the
+    conversation does not learn to find them in the image.
+    """
+    relations = {
+        frozenset(q.text.replace("right", "left").replace("below", "above").rstrip("?").split()): q
+        for q in questions
+        if q.kind == "relation"
+    }
+    return [*relations.values(), *(q for q in questions if q.kind != "relation")]
+
+
+def make_cues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Makes short cues and their answers: all facts of the caption, asked for in a few words, in random order.
+
+    Cues with more than one answer are left out. Yes and no are equally likely. Relations come first, as in
+    :func:`ask_relations_first`.
     """
     pairs = [(f"{t.color} {t.shape}", zone_name(t.x, t.y)) for t in scene.things]
     pairs += [(zone_name(t.x, t.y), f"{t.size} {t.color} {t.shape}") for t in scene.things]
@@ -95,14 +113,33 @@ def make_cues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
         for counts in _count_colors_and_shapes(scene):
             for count, options in _group_by_count(counts).items():
                 pairs.append((f"how many {_pick(rng, options)}", str(count)))
-    relations = _find_relations(scene)
-    for i in rng.permutation(len(relations))[:3]:
-        a, b, true_relation = relations[i]
-        for relation, answer in ((true_relation, "yes"), (_OPPOSITE[true_relation], "no")):
-            pairs.append((f"{a.color} {a.shape} {relation} {b.color} {b.shape}", answer))
-    return [pairs[i] for i in rng.permutation(len(pairs))]
+    return [*_make_relation_cues(scene, rng), *(pairs[i] for i in rng.permutation(len(pairs)))]
 
 
+def _make_relation_cues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Asks about pairs of shapes, either in which direction one is from the other, or for yes or no on each axis.
+
+    Directions have the names of zones. They are learned first, and help to learn yes and no.
+    """
+    things = _get_unique(scene)
+    pairs = [(things[i], things[j]) for i in range(len(things)) for j in range(i)]
+    cues: list[tuple[str, str]] = []
+    for number in rng.permutation(len(pairs)):
+        a, b = (pairs[number][i] for i in rng.permutation(2))
+        names = f"{a.color} {a.shape}", f"{b.color} {b.shape}"
+        columns, rows = (np.sign(u // ZONE - v // ZONE) for u, v in ((a.x, b.x), (a.y, b.y)))
+        if rng.random() < 0.5:
+            cues.append((f"{names[0]} from {names[1]}", _ZONES[rows + 1][columns + 1]))
+            continue
+        for sign, (before, after) in ((columns, ("left of", "right of")), (rows, ("above", "below"))):
+            answer = ("yes", "no")[rng.integers(2)]
+            if sign:
+                relation = before if (sign < 0) == (answer == "yes") else after
+                cues.append((f"{names[0]} {relation} {names[1]}", answer))
+    return cues[:_MAX_RELATION_CUES]
+
+
+_MAX_RELATION_CUES = 6  # per scene
 _T = TypeVar("_T")
 
 
