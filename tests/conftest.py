@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 
+import jaxtyping
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -25,6 +26,9 @@ gc.set_threshold(100_000, 20, 20)
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+# Calls of model functions check the axes and types in their signatures.
+jaxtyping.install_import_hook(("stf_jax.models", "stf_jax.training.loss"), "beartype.beartype")
 
 # Imports of files that --light leaves out: of torch, and of modules that start processes.
 HEAVY = r"^ *(import|from) (torch|transformers|make_models|reference|full_disk|run_process|subprocess)\b"

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
 from stf_jax.config import UserError
 from stf_jax.models.layers import platform
@@ -36,11 +37,11 @@ class Mask:
     causal: bool = False
     segments: jax.Array | None = None
 
-    def dense(self, queries: jax.Array, length: int) -> jax.Array | None:
-        """The mask as bool [B or 1, 1, Q, T], True where attention is allowed; None where it is allowed everywhere.
+    def dense(self, queries: Int[Array, " Q"], length: int) -> Bool[Array, "#B 1 Q T"] | None:
+        """The mask as an array, True where attention is allowed; None where it is allowed everywhere.
 
         Args:
-          queries: int32 [Q], the query positions.
+          queries: the query positions.
           length: T, the number of key positions, counted from the left.
         """
         allowed = None
@@ -55,19 +56,25 @@ class Mask:
 jax.tree_util.register_dataclass(Mask, data_fields=["segments"], meta_fields=["causal"])
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, implementation: str = "auto") -> jax.Array:
+def attention(
+    q: Float[Array, "B T H Dh"],
+    k: Float[Array, "B T K Dh"],
+    v: Float[Array, "B T K Dh"],
+    mask: Mask,
+    implementation: str = "auto",
+) -> Float[Array, "B T H Dh"]:
     """Scaled dot-product attention, softmax in float32.
 
     Args:
-      q: [B, T, H, Dh].
-      k, v: [B, T, K, Dh]; query head h reads kv head h·K//H.
+      q: queries.
+      k, v: keys and values; query head h reads kv head h·K//H.
       mask: which positions may attend to which.
       implementation: ``auto`` (the backend's kernel where it supports the inputs, else XLA), or a kernel by name:
         ``splash``, Pallas' on TPU (interpreted on CPU, for tests); ``cudnn``, flash attention on GPU; ``xla``;
         ``reference``. The chosen kernel and the reason are logged once.
 
     Returns:
-      [B, T, H, Dh] in q's type.
+      The output in q's type.
 
     Raises:
       UserError: the kernel named by ``implementation`` does not support the inputs.
@@ -222,7 +229,9 @@ _KERNELS: dict[str, Callable[[jax.Array, jax.Array, jax.Array, Mask], jax.Array]
 _REFUSALS: dict[str, Callable[[jax.Array, Mask], str | None]] = {"cudnn": _cudnn_refusal, "splash": _splash_refusal}
 
 
-def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+def reference_attention(
+    q: Float[Array, "B T H Dh"], k: Float[Array, "B T K Dh"], v: Float[Array, "B T K Dh"], mask: Mask
+) -> Float[Array, "B T H Dh"]:
     """Attention by its definition, all in float32, which the kernels are tested against."""
     group = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
@@ -235,18 +244,23 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) ->
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v32, precision="highest").astype(v.dtype)
 
 
-def cached_attention(q: jax.Array, keys: jax.Array, values: jax.Array, filled: jax.Array) -> jax.Array:
+def cached_attention(
+    q: Float[Array, "B 1 H Dh"],
+    keys: Float[Array, "B K S Dh"],
+    values: Float[Array, "B K S Dh"],
+    filled: Bool[Array, "B S"],
+) -> Float[Array, "B 1 H Dh"]:
     """Attention from one position per row to the filled slots of a cache, softmax in float32.
 
     The cache is read at every step, so its layout is one that neither product has to transpose.
 
     Args:
-      q: [B, 1, H, Dh].
-      keys, values: [B, K, S, Dh].
-      filled: bool [B, S], at least one True per row.
+      q: queries.
+      keys, values: the cache.
+      filled: the slots to attend to, at least one True per row.
 
     Returns:
-      [B, 1, H, Dh] in q's type.
+      The output in q's type.
     """
     rows, _, heads, size = q.shape
     groups = q.reshape(rows, keys.shape[1], -1, size)

@@ -24,6 +24,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from stf_jax.config import FusionConfig
 from stf_jax.models.layers import (
@@ -70,7 +71,7 @@ class Projector(nnx.Module):
         self.first = Linear(rngs, [(channels, "embed")], [(out, "mlp")], **initializers(config.init, channels, out))
         self.second = Linear(rngs, [(out, "mlp")], [(out, "embed")], **initializers(config.init, out, out))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*axes C"]) -> Float[Array, "*axes D"]:
         return self.second(self.activation(self.first(x)))
 
 
@@ -81,7 +82,7 @@ class AvgPool(nnx.Module):
         self.kernel = config.kernel
         self.projector = Projector(rngs, config, grid.channels, out)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B g g C"]) -> Float[Array, "B h h D"]:
         return self.projector(_average_windows(x, self.kernel))
 
 
@@ -92,7 +93,7 @@ class PixelShuffle(nnx.Module):
         self.kernel = config.kernel
         self.projector = Projector(rngs, config, config.kernel**2 * grid.channels, out)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B g g C"]) -> Float[Array, "B h h D"]:
         windows = _windows(x, self.kernel).swapaxes(2, 3)
         return self.projector(windows.reshape(*windows.shape[:3], -1))
 
@@ -109,7 +110,7 @@ class LDPv2(nnx.Module):
         self.projector = Projector(rngs, config, grid.channels, out)
         self.position = DepthwiseConv(rngs, config, (out, "embed"))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B g g C"]) -> Float[Array, "B h h D"]:
         x = _average_windows(self.projector(x), self.kernel)
         return x + self.position(x)
 
@@ -131,7 +132,7 @@ class CAbstractor(nnx.Module):
         self.after = ConvBlock(rngs, config, grid.channels, depth)
         self.projector = Projector(rngs, config, grid.channels, out, jax.nn.silu)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B g g C"]) -> Float[Array, "B h h D"]:
         x = x + self.position_embed[...].astype(x.dtype).reshape(x.shape[1:])
         x = apply_layers(self.before, x, layers=self.layers, scan=False, remat="none")
         x = apply_layers(self.after, _average_windows(x, self.kernel), layers=self.layers, scan=False, remat="none")
@@ -161,7 +162,7 @@ class ConvBlock(nnx.Module):
         self.last = Linear(rngs, [inner_axis], [width_axis], bias=False, stack=stack, **conv_init)
         self.last_norm = LayerNorm(rngs, width, 1e-5, stack=stack)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         y = jax.nn.silu(self.first_norm(self.first(x)))
         y = jax.nn.silu(self.depthwise_norm(self.depthwise(y)))
         weights = self.excite(jax.nn.silu(self.squeeze(y.mean((1, 2)))))
@@ -189,7 +190,7 @@ class DepthwiseConv(nnx.Module):
         self.kernel = parameter(rngs, [*lead, (3, "window"), (3, "window"), channels], init["kernel_init"])
         self.bias = parameter(rngs, [*lead, channels], init["bias_init"]) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         _, height, width, _ = x.shape
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
         kernel = self.kernel[...]
@@ -215,7 +216,7 @@ class Resampler(nnx.Module):
         self.blocks = ResamplerBlock(rngs, config, width, depth)
         self.exit = Linear(rngs, [(width, "embed")], [(out, "mlp")], **initializers(config.init, width, out))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B g g C"]) -> Float[Array, "B h h D"]:
         batch, width = x.shape[0], x.shape[-1]
         patches = self.enter(x.reshape(batch, -1, width))
         queries = jnp.broadcast_to(self.queries[...].astype(x.dtype), (batch, self.side**2, width))
@@ -241,7 +242,7 @@ class ResamplerBlock(nnx.Module):
         self.hidden_norm = LayerNorm(rngs, 4 * width, 1e-6, stack=stack)
         self.down = Linear(rngs, [hidden], [width_axis], stack=stack, **down_init)
 
-    def __call__(self, queries: jax.Array, patches: jax.Array) -> jax.Array:
+    def __call__(self, queries: Float[Array, "B N C"], patches: Float[Array, "B P C"]) -> Float[Array, "B N C"]:
         queries = self.query_norm(queries)
         context = jnp.concatenate([queries, self.patch_norm(patches)], axis=1)
         x = queries + self.attention(queries, context, context)
@@ -270,7 +271,7 @@ class TokenPacker(nnx.Module):
         self.attention = Attention(rngs, config, width, 128)
         self.projector = Projector(rngs, config, width, out)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B g g MC"]) -> Float[Array, "B h h D"]:
         width, k = self.coarse.inputs[0], self.kernel
         middle = slice((k - 1) // 2, k // 2 + 1)
         queries = _windows(x[..., :width], k)[:, :, middle, :, middle].mean((2, 4))
@@ -301,7 +302,9 @@ class Attention(nnx.Module):
         self.value = Linear(rngs, [width_axis], heads, stack=stack, **init)
         self.out = Linear(rngs, heads, [width_axis], stack=stack, **init)
 
-    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def __call__(
+        self, query: Float[Array, "B T C"], key: Float[Array, "B S C"], value: Float[Array, "B S C"]
+    ) -> Float[Array, "B T C"]:
         heads = self.query(query), self.key(key), self.value(value)
         return self.out(jax.nn.dot_product_attention(*heads, implementation="xla"))
 

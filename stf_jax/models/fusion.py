@@ -32,6 +32,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from stf_jax.config import FusionConfig, UserError, did_you_mean
 from stf_jax.models.baselines import (
@@ -106,7 +107,7 @@ class MBTF(nnx.Module):
         )
         self.second = Linear(rngs, [(hidden, "mlp")], [(out, "embed")], **initializers(config.init, hidden, out))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*axes MC"]) -> Float[Array, "*axes width"]:
         x = self.second(gelu(self.first(x)))
         return gelu(x) if self.last_gelu else x
 
@@ -128,7 +129,7 @@ class STF(nnx.Module):
             self.conv = StridedConv(rngs, k, (channels, "embed"), (hidden, "mlp"), **conv_init)
         self.out = Linear(rngs, [(hidden, "mlp")], [(out, "embed")], **initializers(config.init, hidden, out))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B g g C"]) -> Float[Array, "B h h D"]:
         x = gelu(self.conv(x))
         return gelu(self.out(gelu(self.mix(x)))) if self.paper else self.out(x)
 
@@ -194,8 +195,8 @@ class Fusion(nnx.Module):
         self.mbtf = MBTF(rngs, config, grid.channels, mbtf_grid.width) if spec.uses_mbtf else None
         self.tokens = spec.connector(rngs, config, mbtf_grid if spec.uses_mbtf else grid, out)
 
-    def __call__(self, states: tuple[jax.Array, ...]) -> jax.Array:
-        """Image tokens [B, N, D], in row-major order, of tapped states, each [B, P, C], deepest first.
+    def __call__(self, states: tuple[Float[Array, "B P C"], ...]) -> Float[Array, "B N D"]:
+        """Image tokens, in row-major order, of tapped states, deepest first.
 
         A fusion that does not merge patches accepts any number of them.
         """

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int
 
 from stf_jax.models.attention import Mask, attention, cached_attention
 from stf_jax.models.layers import Linear, RMSNorm, apply_layers, constrain, normal, parameter
@@ -53,16 +55,12 @@ class LLMConfig:
     tied: bool = False
 
 
-def rope_angles(config: LLMConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_angles(
+    config: LLMConfig, positions: Int[Array, "B T"]
+) -> tuple[Float32[Array, "B T 1 half"], Float32[Array, "B T 1 half"]]:
     """Cosines and sines of rotary positions (arXiv 2104.09864), with Llama 3's scaling where configured.
 
-    Always float32: bfloat16 has eight significant bits, so position 257 would become 256.
-
-    Args:
-      positions: int32 [B, T].
-
-    Returns:
-      cos, sin: float32 [B, T, 1, Dh/2].
+    Always float32: bfloat16 has eight significant bits, so position 257 would become 256. ``half`` is Dh/2.
     """
     half = config.head_dim // 2
     frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -78,21 +76,21 @@ def rope_angles(config: LLMConfig, positions: jax.Array) -> tuple[jax.Array, jax
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Applies rotary positions to heads [B, T, H, Dh], pairing channel i with i + Dh/2 as transformers does."""
+def rotate(
+    x: Float[Array, "B T H Dh"], cos: Float32[Array, "B T 1 half"], sin: Float32[Array, "B T 1 half"]
+) -> Float[Array, "B T H Dh"]:
+    """Applies rotary positions to heads, pairing channel i with i + Dh/2 as transformers does."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def sharded_embedding_lookup(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Looks up the embeddings [B, T, D] of tokens, in ``dtype``; the table's gradients are summed in its own type.
+def sharded_embedding_lookup(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike
+) -> Float[Array, "B T D"]:
+    """Looks up the embeddings of tokens, in ``dtype``; the table's gradients are summed in its own type.
 
     On the active mesh each device looks up its own slice of the widths for the rows of all its ``fsdp`` peers, followed
     by an all-to-all: a batch of embeddings crosses the mesh instead of the table.
-
-    Args:
-      table: [V, D].
-      tokens: int32 [B, T].
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -183,20 +181,22 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(rngs, config.width, config.norm_eps)
         self.head = None if config.tied else Linear(rngs, [width], [vocab], bias=False, kernel_init=normal(0.02))
 
-    def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Embeddings [B, T, D] in ``dtype`` of int32 tokens [B, T]."""
+    def embed(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+        """Embeddings of tokens in ``dtype``."""
         return sharded_embedding_lookup(self.embedding[...], tokens, dtype)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, segments: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None
+    ) -> Float[Array, "B T D"]:
         """Hidden states after the final norm.
 
         Args:
-          x: [B, T, D] embeddings.
-          positions: int32 [B, T], starting at 0 in each segment.
-          segments: int32 [B, T], or None where each row is one conversation.
+          x: embeddings.
+          positions: starting at 0 in each segment.
+          segments: the conversation of each position; None where each row is one conversation.
 
         Returns:
-          [B, T, D] in x's type; :meth:`logits` converts them.
+          Hidden states in x's type; :meth:`logits` converts them.
         """
         mask = Mask(causal=True, segments=segments)
 
@@ -208,8 +208,12 @@ class Decoder(nnx.Module):
             return self.norm(self._layers(x, positions, attend, all_layers, scan=self.scan, remat=self.remat))
 
     def prefill(
-        self, x: jax.Array, positions: jax.Array, select_after: int = 0, select: SelectPositions | None = None
-    ) -> tuple[jax.Array, Cache]:
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        select_after: int = 0,
+        select: SelectPositions | None = None,
+    ) -> tuple[Float[Array, "B T1 D"], Cache]:
         """Reads prompts like a call without segments, and keeps each layer's keys and values, one slot per position.
 
         Args:
@@ -239,21 +243,25 @@ class Decoder(nnx.Module):
             return self.norm(x), tuple(cache)
 
     def extend(
-        self, x: jax.Array, positions: jax.Array, cache: Cache, slots: Iterable[tuple[jax.Array, jax.Array]]
-    ) -> tuple[jax.Array, Cache]:
+        self,
+        x: Float[Array, "B 1 D"],
+        positions: Int[Array, "B 1"],
+        cache: Cache,
+        slots: Iterable[tuple[jax.Array, jax.Array]],
+    ) -> tuple[Float[Array, "B 1 D"], Cache]:
         """Reads one more token per row, and writes it to one slot of each layer's cache, the same in all rows.
 
         A slot is not a position (rotary positions are already applied to the keys), so rows may have gaps.
 
         Args:
-          x: [B, 1, D] embeddings.
-          positions: int32 [B, 1].
+          x: embeddings.
+          positions: of the new tokens.
           cache: of S slots; S may differ between layers.
           slots: for each layer the slot to write, int32, below S, and the slots to attend to, bool [B, S], the new one
             included.
 
         Returns:
-          Hidden states [B, 1, D] after the final norm, and the cache.
+          Hidden states after the final norm, and the cache.
         """
         layers = zip(cache, slots, strict=True)
         new_cache: list[tuple[jax.Array, jax.Array]] = []
@@ -284,12 +292,12 @@ class Decoder(nnx.Module):
         return apply_layers(self.blocks, x, cos, sin, attend, layers=layers, scan=scan, remat=remat)
 
     @property
-    def head_kernel(self) -> jax.Array:
+    def head_kernel(self) -> Float[Array, "_ _"]:
         """The kernel of the output head: [D, V], or for a tied head the embedding, [V, D]."""
         return self.embedding[...] if self.head is None else self.head.kernel[...]
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        """Float32 logits [..., V] of hidden states [..., D]."""
+    def logits(self, x: Float[Array, "*axes D"]) -> Float32[Array, "*axes V"]:
+        """Logits of hidden states."""
         if self.head is None:
             return jnp.einsum("...d,vd->...v", x, self.embedding[...].astype(x.dtype)).astype(jnp.float32)
         return self.head(x).astype(jnp.float32)

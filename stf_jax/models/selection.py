@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from stf_jax.config import REDUCTIONS, ModelConfig, UserError, did_you_mean
 from stf_jax.models.fusion import tapped_blocks, tokens_per_image
@@ -98,15 +100,17 @@ def resolve_reduction(config: ModelConfig) -> Reduction:
 # ---- FastV -----------------------------------------------------------------------------------------------------------
 
 
-def last_token_attention(q: jax.Array, k: jax.Array, lengths: jax.Array) -> jax.Array:
+def last_token_attention(
+    q: Float[Array, "B T H Dh"], k: Float[Array, "B T K Dh"], lengths: Int[Array, " B"]
+) -> Float32[Array, "B T"]:
     """The attention that each position gets from the last token of its prompt, averaged over heads.
 
     Args:
-      q: [B, T, H, Dh], with rotary positions applied; k: [B, T, K, Dh], likewise.
-      lengths: int32 [B], of prompts; for an empty prompt the first position counts as its last.
+      q, k: queries and keys, with rotary positions applied.
+      lengths: of prompts; for an empty prompt the first position counts as its last.
 
     Returns:
-      Float32 [B, T], 0 beyond the prompt.
+      The attention, 0 beyond the prompt.
     """
     rows, length, heads, size = q.shape
     last = jnp.maximum(lengths - 1, 0)
@@ -117,19 +121,23 @@ def last_token_attention(q: jax.Array, k: jax.Array, lengths: jax.Array) -> jax.
 
 
 def kept_positions(
-    scores: jax.Array, is_image: jax.Array, lengths: jax.Array, keep: jax.Array, length: int
-) -> jax.Array:
+    scores: Float[Array, "B T"],
+    is_image: Bool[Array, "B T"],
+    lengths: Int[Array, " B"],
+    keep: Int[Array, " B"],
+    length: int,
+) -> Int[Array, "B {length}"]:
     """The positions that later layers read: all text, and the image tokens with the highest scores.
 
     Args:
-      scores: float32 [B, T].
-      is_image: bool [B, T], which positions are image tokens.
-      lengths: int32 [B], of prompts.
-      keep: int32 [B], image tokens to keep, at most as many as there are; among equal scores the first are kept.
-      length: T', the length of the result, no less than any row keeps.
+      scores: of all positions.
+      is_image: which positions are image tokens.
+      lengths: of prompts.
+      keep: image tokens to keep, at most as many as there are; among equal scores the first are kept.
+      length: the length of the result, no less than any row keeps.
 
     Returns:
-      Int32 [B, T']. Kept positions come first, in ascending order, so that causal attention sees only them; unused
+      Kept positions come first, in ascending order, so that causal attention sees only them; unused
       positions fill the rest.
     """
     positions = jnp.arange(scores.shape[1])
@@ -147,9 +155,9 @@ def contextual_tokens(keep: int) -> int:
 
 
 def visionzip(
-    tower: VisionTower, images: jax.Array, taps: tuple[int, ...], dtype: jnp.dtype, keep: int
-) -> tuple[jax.Array, ...]:
-    """Like the tower's call, but each state has ``keep`` tokens, dominant and contextual ones: [B, keep, C].
+    tower: VisionTower, images: UInt8[Array, "B H W 3"], taps: tuple[int, ...], dtype: DTypeLike, keep: int
+) -> tuple[Float[Array, "B {keep} C"], ...]:
+    """Like the tower's call, but each state has ``keep`` tokens, dominant and contextual ones.
 
     The deepest block decides for all taps. Its keys, and the class token's query, are recomputed from its input, which
     costs a twelfth of a block and leaves the tower itself unchanged.
@@ -162,15 +170,17 @@ def visionzip(
         return merge_visionzip(received, keys, tuple(state[:, first:] for state in states), keep)
 
 
-def attention_received(tower: VisionTower, x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+def attention_received(
+    tower: VisionTower, x: Float[Array, "B S C"], block: int
+) -> tuple[Float32[Array, "B P"], Float[Array, "B P Dh"]]:
     """The attention that each patch gets in a block from the class token, or without one from all patches on average.
 
     Args:
-      x: [B, S, C], the input of the block.
+      x: the input of the block.
       block: its number, from 1.
 
     Returns:
-      Attention, float32 [B, P], averaged over heads; keys [B, P, Dh], likewise.
+      Attention and keys, both averaged over heads.
     """
     graph, stacked = nnx.split(tower.blocks)
     layer = nnx.merge(graph, jax.tree.map(lambda p: p[block - 1], stacked))
@@ -182,13 +192,18 @@ def attention_received(tower: VisionTower, x: jax.Array, block: int) -> tuple[ja
 
 
 def merge_visionzip(
-    received: jax.Array, keys: jax.Array, states: tuple[jax.Array, ...], keep: int
-) -> tuple[jax.Array, ...]:
-    """Reduces states [B, P, C] to dominant and contextual tokens [B, keep, C], with the same choice for all states.
+    received: Float[Array, "B P"],
+    keys: Float[Array, "B P Dh"],
+    states: tuple[Float[Array, "B P C"], ...],
+    keep: int,
+) -> tuple[Float[Array, "B {keep} C"], ...]:
+    """Reduces states to dominant and contextual tokens, with the same choice for all states.
 
     Args:
-      received: float32 [B, P], the attention by which dominant tokens are chosen; among equals the first are chosen.
-      keys: [B, P, Dh], which measure the similarity of the other patches.
+      received: the attention by which dominant tokens are chosen; among equals the first are chosen.
+      keys: measure the similarity of the other patches.
+      states: of all tapped blocks.
+      keep: tokens in the result.
     """
     contextual = contextual_tokens(keep)
     order = jnp.argsort(-received, axis=1)
@@ -221,7 +236,7 @@ def _gather_tokens(x: jax.Array, indices: jax.Array) -> jax.Array:
 # ---- Random ----------------------------------------------------------------------------------------------------------
 
 
-def sample_patches(states: tuple[jax.Array, ...], keep: int) -> tuple[jax.Array, ...]:
-    """Reduces states [B, P, C] to random patches [B, keep, C], in ascending order; the same patches every time."""
+def sample_patches(states: tuple[Float[Array, "B P C"], ...], keep: int) -> tuple[Float[Array, "B {keep} C"], ...]:
+    """Reduces states to random patches, in ascending order; the same patches every time."""
     patches = np.sort(np.random.default_rng(0).permutation(states[0].shape[1])[:keep])
     return tuple(state[:, patches] for state in states)

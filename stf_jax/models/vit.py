@@ -11,6 +11,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
 
 from stf_jax.config import UserError
 from stf_jax.models.attention import Mask, attention
@@ -132,7 +134,9 @@ class VisionTower(nnx.Module):
         self.pre_norm = LayerNorm(rngs, width, config.norm_eps) if config.pre_norm else None
         self.blocks = Block(rngs, config, attention)
 
-    def __call__(self, images: jax.Array, taps: tuple[int, ...], dtype: jnp.dtype) -> tuple[jax.Array, ...]:
+    def __call__(
+        self, images: UInt8[Array, "B H W 3"], taps: tuple[int, ...], dtype: DTypeLike
+    ) -> tuple[Float[Array, "B P D"], ...]:
         """Hidden states after the tapped blocks, in the order of ``taps``.
 
         Blocks above the highest tap are not computed, states between taps are not kept, no final norm is applied (as in
@@ -151,8 +155,10 @@ class VisionTower(nnx.Module):
         """
         return tuple(state[:, int(self.config.class_token) :] for state in self.states(images, taps, dtype))
 
-    def states(self, images: jax.Array, taps: tuple[int, ...], dtype: jnp.dtype) -> tuple[jax.Array, ...]:
-        """Like a call, but keeps the class token, if any, before the patches: [B, S, D]."""
+    def states(
+        self, images: UInt8[Array, "B H W 3"], taps: tuple[int, ...], dtype: DTypeLike
+    ) -> tuple[Float[Array, "B S D"], ...]:
+        """Like a call, but keeps the class token, if any, before the patches."""
         for tap in taps:
             if not 0 <= tap <= self.config.layers:
                 raise UserError(f"Tap {tap} is outside the vision tower, whose blocks are 1 to {self.config.layers}.")
@@ -165,7 +171,7 @@ class VisionTower(nnx.Module):
                 depth = tap
             return tuple(states[tap] for tap in taps)
 
-    def _embed(self, images: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def _embed(self, images: jax.Array, dtype: DTypeLike) -> jax.Array:
         config = self.config
         mean, std = (jnp.asarray(value, jnp.float32) for value in (config.mean, config.std))
         pixels = ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)

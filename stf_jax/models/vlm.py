@@ -6,6 +6,7 @@ Axis letters: B rows, T positions, M images per row, N tokens per image, D langu
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from stf_jax.config import ModelConfig
 from stf_jax.models.cells import CellHead
@@ -54,8 +55,8 @@ class VLM(nnx.Module):
                 self.cells = CellHead(rngs, vision, config.cells)
         self.llm = Decoder(rngs, llm, scan=config.scan_layers, remat=config.remat, attention=config.attention)
 
-    def image_tokens(self, images: jax.Array) -> jax.Array:
-        """Image tokens [B, M·N, D] of images uint8 [B, M, H, W, 3]."""
+    def image_tokens(self, images: UInt8[Array, "B M H W 3"]) -> Float[Array, "B MN D"]:
+        """Image tokens of a row's images, one after another."""
         batch, count = images.shape[:2]
         images = images.reshape(batch * count, *images.shape[2:])
         if self.reduction.name == "visionzip":
@@ -67,23 +68,25 @@ class VLM(nnx.Module):
         tokens = self.fusion(states)
         return tokens.reshape(batch, -1, tokens.shape[-1])
 
-    def cell_scores(self, images: jax.Array) -> jax.Array:
-        """Scores of all cells, float32 [B·M, S, S, classes] (models/cells.py), of images uint8 [B, M, H, W, 3]."""
+    def cell_scores(self, images: UInt8[Array, "B M H W 3"]) -> Float32[Array, "B*M S S classes"]:
+        """Scores of all cells (models/cells.py)."""
         images = images.reshape(-1, *images.shape[2:])
         return self.cells(self.vision(images, self.taps[:1], self.dtype)[0])
 
-    def embed(self, tokens: jax.Array, image_slots: jax.Array, image_tokens: jax.Array | None) -> jax.Array:
+    def embed(
+        self,
+        tokens: Int[Array, "B T"],
+        image_slots: Int[Array, "B T"],
+        image_tokens: Float[Array, "B MN D"] | None,
+    ) -> Float[Array, "B T D"]:
         """Text embeddings with the image tokens in their slots.
 
         The data pipeline lays out the slots, so there is no search here: each position gathers its token.
 
         Args:
-          tokens: int32 [B, T].
-          image_slots: int32 [B, T], index into the row's image tokens, −1 for text.
-          image_tokens: [B, M·N, D], or None for rows without images.
-
-        Returns:
-          [B, T, D].
+          tokens: of the text; ignored at image slots.
+          image_slots: index into the row's image tokens, −1 for text.
+          image_tokens: of all images of a row, or None for rows without images.
         """
         x = self.llm.embed(tokens, self.dtype)
         if image_tokens is None:
@@ -92,19 +95,23 @@ class VLM(nnx.Module):
         return jnp.where(image_slots[:, :, None] >= 0, gathered, x)
 
     def prefill(
-        self, tokens: jax.Array, image_slots: jax.Array, lengths: jax.Array, images: jax.Array
-    ) -> tuple[jax.Array, Cache, jax.Array]:
+        self,
+        tokens: Int[Array, "B T"],
+        image_slots: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        images: UInt8[Array, "B M H W 3"],
+    ) -> tuple[Float[Array, "B D"], Cache, Int[Array, " B"]]:
         """Reads prompts, so that the decoder can continue from them.
 
         Args:
-          tokens, image_slots: int32 [B, T], as for :meth:`embed`; positions beyond a prompt are ignored.
-          lengths: int32 [B], of prompts. Where the decoder drops image tokens, T must be at least the length of each
+          tokens, image_slots: as for :meth:`embed`; positions beyond a prompt are ignored.
+          lengths: of prompts. Where the decoder drops image tokens, T must be at least the length of each
             prompt plus what the decoder would drop of the images, up to M, that its row lacks.
-          images: uint8 [B, M, H, W, 3]; M may be 0.
+          images: M may be 0.
 
         Returns:
-          The last token's hidden state [B, D] after the final norm; the cache, one slot per position; and the number of
-          prompt positions in the caches of decoder layers after :data:`FULL_LAYERS`, int32 [B].
+          The last token's hidden state after the final norm; the cache, one slot per position; and the number of prompt
+          positions in the caches of decoder layers after :data:`FULL_LAYERS`.
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         image_tokens = self.image_tokens(images) if images.shape[1] else None
@@ -129,19 +136,19 @@ class VLM(nnx.Module):
 
     def hidden(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array | None,
-        image_slots: jax.Array,
-        images: jax.Array,
-    ) -> jax.Array:
-        """Hidden states [B, T, D] of the decoder after its final norm.
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        image_slots: Int[Array, "B T"],
+        images: UInt8[Array, "B M H W 3"],
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of the decoder after its final norm.
 
         Args:
-          tokens, positions: int32 [B, T]; positions start at 0 in each segment.
-          segment_ids: int32 [B, T], conversations of a packed row, or None where each row is one conversation.
-          image_slots: int32 [B, T], as in :meth:`embed`.
-          images: uint8 [B, M, H, W, 3]; M may be 0.
+          tokens, positions: positions start at 0 in each segment.
+          segment_ids: conversations of a packed row, or None where each row is one conversation.
+          image_slots: as in :meth:`embed`.
+          images: M may be 0.
         """
         image_tokens = self.image_tokens(images) if images.shape[1] else None
         x = shard_rows(self.embed(tokens, image_slots, image_tokens))
@@ -149,13 +156,13 @@ class VLM(nnx.Module):
 
     def __call__(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array | None,
-        image_slots: jax.Array,
-        images: jax.Array,
-    ) -> jax.Array:
-        """Next-token logits, float32 [B, T, V], of the arguments of :meth:`hidden`."""
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        image_slots: Int[Array, "B T"],
+        images: UInt8[Array, "B M H W 3"],
+    ) -> Float32[Array, "B T V"]:
+        """Next-token logits of the arguments of :meth:`hidden`."""
         return self.llm.logits(self.hidden(tokens, positions, segment_ids, image_slots, images))
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from stf_jax.models.cells import split_scores
 
@@ -28,12 +29,12 @@ _Gradients = tuple[jax.Array | None, jax.Array | None]  # for hidden and kernel;
 _Carry = TypeVar("_Carry")
 
 
-def labels_loss_sum(scores: jax.Array, labels: jax.Array) -> jax.Array:
+def labels_loss_sum(scores: Float[Array, "B S S classes"], labels: UInt8[Array, "B S S 3"]) -> Float[Array, ""]:
     """Weighted sum of the cross-entropy of all cells' labels, in nats, float32.
 
     Args:
-      scores: float32 [B, S, S, classes], the output of :class:`stf_jax.models.cells.CellHead`.
-      labels: uint8 [B, S, S, 3]: color, shape and character, 0 for none.
+      scores: float32, the output of :class:`stf_jax.models.cells.CellHead`.
+      labels: color, shape and character of each cell, 0 for none.
     """
     total = jnp.zeros(())
     for index, (part, weight) in enumerate(zip(split_scores(scores), _WEIGHTS, strict=True)):
@@ -45,19 +46,23 @@ def labels_loss_sum(scores: jax.Array, labels: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy_sum(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, loss_mask: jax.Array, vocab_first: bool = False
-) -> jax.Array:
+    hidden: Float[Array, "B T D"],
+    kernel: Float[Array, "..."],
+    targets: Int[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+    vocab_first: bool = False,
+) -> Float[Array, ""]:
     """Cross-entropy of ``softmax(hidden · kernel)``, summed over target tokens, in nats, float32.
 
     On the active mesh, rows are split over ``data`` and ``fsdp``, the kernel's width over ``fsdp`` and its vocabulary
     over ``tensor``.
 
     Args:
-      hidden: [B, T, D]; products are computed in its type and summed in float32.
-      kernel: [D, V] of any type.
-      targets: int32 [B, T].
-      loss_mask: bool [B, T], True at target tokens.
-      vocab_first: whether the kernel is [V, D], like an embedding; transposing would copy it and its gradient.
+      hidden: the decoder's hidden states; products are computed in their type and summed in float32.
+      kernel: [D, V], or [V, D] with ``vocab_first``, of any type.
+      targets: the next token at each position.
+      loss_mask: True at target tokens.
+      vocab_first: whether the kernel is laid out like an embedding; transposing would copy it and its gradient.
     """
     return _loss_and_grads(hidden, kernel, targets, loss_mask, vocab_first, ())[0]
 

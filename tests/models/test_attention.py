@@ -1,6 +1,7 @@
 """Attention kernels against the definition of attention, and masks against their docstring."""
 
 import contextlib
+import functools
 import logging
 import re
 
@@ -207,8 +208,13 @@ def test_named_kernel_rejects_unsupported_inputs(implementation, case, mask, mes
 def test_auto_picks_a_kernel_and_logs_once(backend, case, mask, expected_log, monkeypatch, caplog):
     monkeypatch.setattr(module, "platform", lambda: backend)
     called = []
+
+    def call(q, k, v, mask, name):
+        called.append(name)
+        return q
+
     for name in module._KERNELS:
-        monkeypatch.setitem(module._KERNELS, name, lambda q, k, v, mask, name=name: called.append(name))
+        monkeypatch.setitem(module._KERNELS, name, functools.partial(call, name=name))
     module._log_once.cache_clear()
     with caplog.at_level(logging.INFO, module.__name__):
         for _ in range(2):

@@ -213,8 +213,8 @@ def test_tokens_are_in_row_major_order_of_windows():
     """A change in one patch changes the one token whose window holds it, rows before columns."""
     fusion, _ = build(fusion="stf", kernel=3)
     (state,) = tapped_states(FusionConfig(fusion="stf"))
-    changed = state.copy()
-    changed[:, 7 * 12 + 4] += 1  # row 7, column 4: window (2, 1) of 4×4
+    state = jnp.asarray(state)
+    changed = state.at[:, 7 * 12 + 4].add(1)  # row 7, column 4: window (2, 1) of 4×4
     difference = np.abs(np.asarray(fusion((changed,)) - fusion((state,)))).max((0, 2))
     assert np.flatnonzero(difference).tolist() == [2 * 4 + 1]
 
@@ -226,7 +226,7 @@ def test_gelu_uses_the_error_function():
         layer.kernel[...], layer.bias[...] = jnp.eye(8), jnp.zeros(8)
     x = np.linspace(-5, 5, 144 * 8, dtype=np.float32).reshape(1, 144, 8)
     exact = x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-    np.testing.assert_allclose(fusion((x,)), exact, atol=2e-6)
+    np.testing.assert_allclose(fusion((jnp.asarray(x),)), exact, atol=2e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -160,7 +160,8 @@ def value_and_gradients(remat, scan):
 
     def loss(state):
         model = nnx.merge(graph, state)
-        x = model(model.embed(jnp.asarray(tokens), jnp.float32), jnp.arange(10)[None], None)
+        positions = jnp.broadcast_to(jnp.arange(10), tokens.shape)
+        x = model(model.embed(jnp.asarray(tokens), jnp.float32), positions, None)
         return jnp.square(model.logits(x)).mean()
 
     residuals = jax.tree.leaves(jax.eval_shape(lambda state: jax.vjp(loss, state)[1], state))
@@ -208,7 +209,8 @@ def test_embedding_lookup_and_its_gradients(mesh):
     tokens[:5, :60] = 3
     context = compute_context(make_mesh(MeshConfig(*mesh)), "bfloat16") if mesh else contextlib.nullcontext()
     with context:
-        rows, vjp = jax.vjp(jax.jit(lambda table: sharded_embedding_lookup(table, tokens, jnp.bfloat16)), table)
+        lookup = jax.jit(lambda table: sharded_embedding_lookup(table, jnp.asarray(tokens), jnp.bfloat16))
+        rows, vjp = jax.vjp(lookup, table)
         (gradient,) = vjp(jnp.ones_like(rows))
     np.testing.assert_array_equal(rows, table[tokens].astype(jnp.bfloat16))
     assert gradient.dtype == jnp.float32

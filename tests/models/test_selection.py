@@ -52,7 +52,7 @@ def test_merge_visionzip_equals_reference(patches, keep, contextual):
     rng = np.random.default_rng(keep)
     received, keys = rng.random((3, patches), np.float32), rng.standard_normal((3, patches, 8), np.float32)
     received[1, ::3] = received[1, 0]  # equal scores: the first is chosen
-    states = tuple(rng.standard_normal((3, patches, width), np.float32) for width in (5, 7))
+    states = tuple(rng.standard_normal((3, patches, 5), np.float32) for _ in range(2))
     found = jax.jit(selection.merge_visionzip, static_argnums=3)(received, keys, states, keep)
     assert selection.contextual_tokens(keep) == contextual
     for image in range(3):
@@ -68,8 +68,8 @@ def test_proportion_of_dominant_tokens_is_the_authors():
 
 def test_keeping_all_tokens_only_reorders_them():
     rng = np.random.default_rng(0)
-    state = rng.standard_normal((2, 16, 5), np.float32)
-    (kept,) = selection.merge_visionzip(rng.random((2, 16)), rng.standard_normal((2, 16, 8)), (jnp.asarray(state),), 16)
+    received, keys, state = (jnp.asarray(rng.random(shape, np.float32)) for shape in ((2, 16), (2, 16, 8), (2, 16, 5)))
+    (kept,) = selection.merge_visionzip(received, keys, (state,), 16)
     assert (kept != state).any()  # in another order
     np.testing.assert_array_equal(np.sort(kept, axis=1), np.sort(state, axis=1))
 
@@ -137,8 +137,8 @@ def test_visionzip_uses_the_attention_of_the_deepest_block(family, taps, scan):
     states, attention, keys = transformers_attention(family, images, taps[0])
     graph, state = nnx.split(tower(family, scan=scan))
     found = jax.jit(
-        lambda state: selection.visionzip(nnx.merge(graph, state), images, taps, jnp.dtype(np.float32), keep=8)
-    )(state)
+        lambda state, images: selection.visionzip(nnx.merge(graph, state), images, taps, jnp.float32, keep=8)
+    )(state, images)
     first = int(family == "clip")
     queries = attention[:, :, :1] if first else attention
     received = queries.mean((1, 2))[:, first:]
@@ -175,10 +175,10 @@ def test_last_token_attention_equals_transformers():
     tokens, lengths = np.random.default_rng(0).integers(0, 60, (3, 20)), np.array([20, 13, 1])
 
     def select(q, k):
-        outputs.append(selection.last_token_attention(q, k, lengths))
+        outputs.append(selection.last_token_attention(q, k, jnp.asarray(lengths)))
         return jnp.broadcast_to(jnp.arange(20), (3, 20))
 
-    ours.prefill(ours.embed(tokens, jnp.float32), jnp.broadcast_to(jnp.arange(20), (3, 20)), 2, select)
+    ours.prefill(ours.embed(jnp.asarray(tokens), jnp.float32), jnp.broadcast_to(jnp.arange(20), (3, 20)), 2, select)
     (scores,) = outputs
     for row, length in enumerate(lengths):
         with torch.no_grad():

@@ -142,7 +142,7 @@ def test_remaining_pixels_are_ignored():
 @pytest.mark.parametrize("tap", [-1, 5])
 def test_tap_out_of_range_is_rejected(tap):
     with pytest.raises(UserError, match=f"Tap {tap} .* 1 to 4"):
-        tower("clip")(make_images("clip"), (tap,), jnp.float32)
+        apply_tower(tower("clip"), make_images("clip"), (tap,))
 
 
 @pytest.mark.parametrize("family", CONFIGS)

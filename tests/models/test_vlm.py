@@ -163,7 +163,7 @@ def test_bfloat16_model_returns_float32_logits():
     run = jax.jit(lambda state, *args: nnx.merge(graph, state)(*args))
     out = run(state, tokens, np.arange(48, dtype=np.int32)[None], None, slots, images)
     assert out.dtype == jnp.float32
-    assert jax.eval_shape(lambda: nnx.merge(graph, state).image_tokens(images)).dtype == jnp.bfloat16
+    assert jax.eval_shape(nnx.merge(graph, state).image_tokens, images).dtype == jnp.bfloat16
     exact = logits(tokens, slots, images)
     assert 0 < np.linalg.norm(out - exact) < 0.05 * np.linalg.norm(exact)
 

@@ -4,6 +4,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -67,15 +68,16 @@ def test_labels_loss_equals_numpy():
     scores = 3 * rng.standard_normal((2, 4, 4, sum(CLASSES)), np.float32)
     labels = np.stack([rng.integers(0, classes, (2, 4, 4)) for classes in CLASSES], -1).astype(np.uint8)
     labels[0, :2] = 0
-    np.testing.assert_allclose(labels_loss_sum(scores, labels), _expected_loss(scores, labels), rtol=1e-6)
+    np.testing.assert_allclose(
+        labels_loss_sum(jnp.asarray(scores), jnp.asarray(labels)), _expected_loss(scores, labels), rtol=1e-6
+    )
 
 
 def test_patch_scores_only_its_own_cells():
     """Changing one patch's state changes only the scores of its own cells."""
     setup = _one_device()
     head = setup.plan.merge(tiny.random_params(setup.plan.shapes)).cells
-    states = np.zeros((1, head.grid**2, 32), np.float32)
-    states[0, head.grid + 2] = 1  # the second row's third patch
+    states = jnp.zeros((1, head.grid**2, 32)).at[0, head.grid + 2].set(1)  # the second row's third patch
     changed = np.nonzero(np.abs(head(states) - head(0 * states)).max(-1)[0])
     rows, columns = (range(i * head.cells_per_side, (i + 1) * head.cells_per_side) for i in (1, 2))
     assert {*zip(*(axis.tolist() for axis in changed), strict=True)} == {(r, c) for r in rows for c in columns}
@@ -97,7 +99,8 @@ def _steps(setup):
 
 def test_first_loss_is_the_mean_over_cells():
     setup, batch = _one_device(), _data()[0]
-    scores = jax.jit(lambda params: setup.plan.merge(params).cell_scores(batch.images))(setup.state().params)
+    score = jax.jit(lambda params, images: setup.plan.merge(params).cell_scores(images))
+    scores = score(setup.state().params, batch.images)
     assert batch.labels.shape == (8, 1, 24, 24, 3)
     expected = _expected_loss(np.asarray(scores), batch.labels[:, 0]) / batch.labels[..., 0].size
     first = _trained()[1][0]
