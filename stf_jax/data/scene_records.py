@@ -89,12 +89,13 @@ class SceneRecords:
             rounds = range(ROUNDS[self._edition])
             by_text = {q.text: q for _ in rounds for q in world.make_questions(scene, rng, self._held_out)}
             questions = list(by_text.values())[: _MAX_QUESTIONS[self._edition]]
+            first = 0  # of the questions that a description may precede
             if self._edition == 2:
                 questions = world_text.ask_relations_first(questions)
+                first = sum(question.kind == "relation" for question in questions)
             if task == "documents":
                 # The caption takes the place of the image. Repeating it teaches a model to look things up.
                 pairs = [(q.text, q.answer) for q in questions]
-                first = 0 if self._edition == 1 else sum(q.kind == "relation" for q in questions)
                 pairs.insert(rng.integers(first, len(pairs) + 1), (world.DESCRIBE, world.make_caption(scene)))
                 turns = [Turn("human", f"{head}\n")]
                 for question, answer in pairs:

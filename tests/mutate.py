@@ -1,0 +1,245 @@
+"""Mutation testing: changes one operator or constant at a time and checks that a test fails. Needs Python 3.12.
+
+    python tests/mutate.py map --out=DIR                    # run the suite once; note which test runs which line
+    python tests/mutate.py run --out=DIR --count=300        # sample mutants, run the tests of their lines
+    python tests/mutate.py report --out=DIR                 # the share of killed mutants, and the survivors
+
+``run`` resumes after an interruption. A mutant is killed if one of the tests that execute its line fails, hangs or
+cannot be collected. Lines that only other processes execute are left out.
+"""
+
+import argparse
+import ast
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TARGETS = ("stf_jax/models", "stf_jax/training", "stf_jax/data", "stf_jax/runtime/checkpoint*.py")
+SECONDS = 240  # limit of a mutant's tests
+MAX_TESTS = 40  # that run a line; the fastest ones
+_SWAPS: dict[type, str] = {
+    ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
+    ast.In: "not in", ast.NotIn: "in", ast.Is: "is not", ast.IsNot: "is",
+    ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*", ast.Pow: "*",
+    ast.And: "or", ast.Or: "and", ast.BitAnd: "|", ast.BitOr: "&",
+}  # fmt: skip
+
+
+# ---- The map, as a plugin of pytest ----------------------------------------------------------------------------------
+
+
+class LineMap:
+    """Notes the lines of the targets that each test executes first in its process."""
+
+    def __init__(self, file: pathlib.Path) -> None:
+        self.file, self.lines = file, set()
+        events = sys.monitoring
+        events.use_tool_id(events.COVERAGE_ID, "mutate")
+        events.register_callback(events.COVERAGE_ID, events.events.LINE, self._note)
+        events.set_events(events.COVERAGE_ID, events.events.LINE)
+
+    def _note(self, code, line):
+        if code.co_filename.startswith(str(ROOT / "stf_jax")):
+            self.lines.add((str(pathlib.Path(code.co_filename).relative_to(ROOT)), line))
+        return sys.monitoring.DISABLE
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "teardown":
+            note = {"test": report.nodeid, "seconds": round(report.duration, 2), "lines": sorted(self.lines)}
+            with self.file.open("a") as out:
+                out.write(json.dumps(note) + "\n")
+            self.lines.clear()
+            sys.monitoring.restart_events()
+
+
+def pytest_configure(config):
+    """Starts the map in each worker."""
+    if out := os.environ.get("MUTATE_MAP"):
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+        config.pluginmanager.register(LineMap(pathlib.Path(out, f"lines-{worker}.jsonl")))
+
+
+# ---- Mutants ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """A change of ``file``: the characters from ``begin`` to ``end`` become ``new``."""
+
+    file: str
+    line: int
+    begin: int
+    end: int
+    old: str
+    new: str
+
+
+def find_mutants(file: pathlib.Path) -> Iterator[Mutant]:
+    """Yields the mutants of a file: comparisons, arithmetic, logic, numbers and truth values."""
+    source = file.read_text()
+    starts = [0]
+    for text in source.encode().splitlines(keepends=True):
+        starts.append(starts[-1] + len(text))
+    data = source.encode()
+
+    def place(node: ast.AST, end: bool = False) -> int:
+        return starts[(node.end_lineno if end else node.lineno) - 1] + (node.end_col_offset if end else node.col_offset)
+
+    def change(node: ast.AST, begin: int, end: int, new: str) -> Mutant:
+        name = str(file.relative_to(ROOT))
+        return Mutant(name, node.lineno, begin, end, data[begin:end].decode(), new)
+
+    for node in _walk_code(ast.parse(source)):
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            yield change(node, place(node.left, True), place(node.comparators[0]), f" {_SWAPS[type(node.ops[0])]} ")
+        elif isinstance(node, ast.BinOp) and type(node.op) in _SWAPS:
+            begin, end = place(node.left, True), place(node.right)
+            between = data[begin:end].decode()
+            if "(" not in between and ")" not in between and "\n" not in between:
+                yield change(node, begin, end, f" {_SWAPS[type(node.op)]} ")
+        elif isinstance(node, ast.BoolOp):
+            begin, end = place(node.values[0], True), place(node.values[1])
+            between = data[begin:end].decode()
+            if between.strip() in ("and", "or"):
+                yield change(node, begin, end, f" {_SWAPS[type(node.op)]} ")
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            yield change(node, place(node), place(node.operand), "")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+            yield change(node, place(node), place(node, True), str(not node.value))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+            yield change(node, place(node), place(node, True), str(node.value + 1))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, float):
+            yield change(node, place(node), place(node, True), str(node.value * 2 or 1.0))
+
+
+def _walk_code(tree: ast.AST) -> Iterator[ast.AST]:
+    """Walks what is executed: no annotations, messages of errors or branches for type checkers."""
+    skipped = {"annotation", "returns"}
+    if isinstance(tree, ast.Raise | ast.Assert | ast.JoinedStr):
+        return
+    if isinstance(tree, ast.If) and "TYPE_CHECKING" in ast.dump(tree.test):
+        return
+    yield tree
+    for name, value in ast.iter_fields(tree):
+        if name not in skipped:
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    yield from _walk_code(child)
+
+
+# ---- The commands ----------------------------------------------------------------------------------------------------
+
+
+def make_map(out: pathlib.Path) -> None:
+    """Runs the suite once, and writes which test executes which line."""
+    for file in out.glob("lines-*.jsonl"):
+        file.unlink()
+    environment = {**os.environ, "MUTATE_MAP": str(out), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    subprocess.run([sys.executable, "-m", "pytest", "-p", "mutate"], cwd=ROOT, env=environment, check=False)
+
+
+def _read_map(out: pathlib.Path) -> dict[tuple[str, int], list[str]]:
+    """Returns the tests that execute each line, the fastest first."""
+    tests = collections.defaultdict(list)
+    for file in out.glob("lines-*.jsonl"):
+        for line in file.read_text().splitlines():
+            note = json.loads(line)
+            for key in note["lines"]:
+                tests[tuple(key)].append((note["seconds"], note["test"]))
+    return {key: [test for _, test in sorted(found)][:MAX_TESTS] for key, found in tests.items()}
+
+
+def sample(out: pathlib.Path, count: int) -> list[Mutant]:
+    """Returns ``count`` mutants on lines that tests execute, evenly over all of them; the same each time."""
+    lines = _read_map(out)
+    files = sorted({file for target in TARGETS for file in ROOT.glob(target if "*" in target else f"{target}/*.py")})
+    mutants = [mutant for file in files for mutant in find_mutants(file) if (mutant.file, mutant.line) in lines]
+    print(f"{len(mutants)} mutants in {len(files)} files")
+    return random.Random(0).sample(mutants, min(count, len(mutants)))
+
+
+def run(out: pathlib.Path, count: int, workers: int) -> None:
+    """Runs the tests of each sampled mutant in a copy of the project; appends to ``results.jsonl``."""
+    results = out / "results.jsonl"
+    known = {json.loads(line)["number"] for line in results.read_text().splitlines()} if results.exists() else set()
+    lines, mutants = _read_map(out), sample(out, count)
+    folders = [out / f"copy-{i}" for i in range(workers)]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv*", ".git", "runs", "__pycache__"))
+
+    def work(worker: int) -> None:
+        for number in range(worker, len(mutants), workers):
+            if number not in known:
+                mutant = mutants[number]
+                status = try_mutant(folders[worker], mutant, lines[mutant.file, mutant.line])
+                note = {"number": number, **dataclasses.asdict(mutant), "status": status}
+                with results.open("a") as file:
+                    file.write(json.dumps(note) + "\n")
+                print(f"{number} {status}: {mutant.file}:{mutant.line} {mutant.old!r} -> {mutant.new!r}", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        list(pool.map(work, range(workers)))
+
+
+def try_mutant(folder: pathlib.Path, mutant: Mutant, tests: list[str]) -> str:
+    """Returns ``killed``, ``survived`` or ``timeout``."""
+    file = folder / mutant.file
+    source = file.read_bytes()
+    file.write_bytes(source[: mutant.begin] + mutant.new.encode() + source[mutant.end :])
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'tests'}"}
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "--no-header", "--durations=0", *tests]
+    try:
+        process = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, timeout=SECONDS, check=False
+        )
+        return "survived" if process.returncode == 0 else "killed"
+    except subprocess.TimeoutExpired:
+        return "timeout"
+    finally:
+        file.write_bytes(source)
+
+
+def report(out: pathlib.Path) -> None:
+    """Prints a table by folder, and the survivors."""
+    notes = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    groups = collections.defaultdict(collections.Counter)
+    for note in notes:
+        groups[str(pathlib.Path(note["file"]).parent)][note["status"] != "survived"] += 1
+        groups["all"][note["status"] != "survived"] += 1
+    print("| code | mutants | killed |\n|---|--:|--:|")
+    for name, counts in sorted(groups.items()):
+        print(f"| `{name}` | {counts.total()} | {100 * counts[True] / counts.total():.0f} % |")
+    for note in sorted(notes, key=lambda note: (note["file"], note["line"])):
+        if note["status"] == "survived":
+            print(f"{note['file']}:{note['line']}: {note['old'].strip()} -> {note['new'].strip()}")
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["map", "run", "report"])
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the map and the results")
+    parser.add_argument("--count", type=int, default=300, help="number of mutants")
+    parser.add_argument("--workers", type=int, default=2, help="processes at a time")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.command == "map":
+        make_map(arguments.out)
+    elif arguments.command == "run":
+        run(arguments.out, arguments.count, arguments.workers)
+    else:
+        report(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
