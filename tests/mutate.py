@@ -17,13 +17,14 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TARGETS = ("stf_jax/models", "stf_jax/training", "stf_jax/data", "stf_jax/runtime/checkpoint*.py")
+TARGETS = ("stf_jax/models", "stf_jax/training", "stf_jax/data", "stf_jax/runtime/check*.py")
 SECONDS = 240  # limit of a mutant's tests
 MAX_TESTS = 40  # that run a line; the fastest ones
 _SWAPS: dict[type, str] = {
@@ -98,21 +99,20 @@ def find_mutants(file: pathlib.Path) -> Iterator[Mutant]:
         name = str(file.relative_to(ROOT))
         return Mutant(name, node.lineno, begin, end, data[begin:end].decode(), new)
 
+    def swap(node: ast.AST, left: ast.AST, right: ast.AST, operator: ast.AST) -> Iterator[Mutant]:
+        mutant = change(node, place(left, end=True), place(right), f" {_SWAPS.get(type(operator))} ")
+        if type(operator) in _SWAPS and not re.search(r"[()\[\]\n]", mutant.old):
+            yield mutant
+
     for node in _walk_code(ast.parse(source)):
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
-            yield change(node, place(node.left, True), place(node.comparators[0]), f" {_SWAPS[type(node.ops[0])]} ")
-        elif isinstance(node, ast.BinOp) and type(node.op) in _SWAPS:
-            begin, end = place(node.left, True), place(node.right)
-            between = data[begin:end].decode()
-            if "(" not in between and ")" not in between and "\n" not in between:
-                yield change(node, begin, end, f" {_SWAPS[type(node.op)]} ")
+            yield from swap(node, node.left, node.comparators[0], node.ops[0])
+        elif isinstance(node, ast.BinOp):
+            yield from swap(node, node.left, node.right, node.op)
         elif isinstance(node, ast.BoolOp):
-            begin, end = place(node.values[0], True), place(node.values[1])
-            between = data[begin:end].decode()
-            if between.strip() in ("and", "or"):
-                yield change(node, begin, end, f" {_SWAPS[type(node.op)]} ")
+            yield from swap(node, node.values[0], node.values[1], node.op)
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            yield change(node, place(node), place(node.operand), "")
+            yield change(node, place(node), place(node) + len("not "), "")
         elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
             yield change(node, place(node), place(node, True), str(not node.value))
         elif isinstance(node, ast.Constant) and isinstance(node.value, int):

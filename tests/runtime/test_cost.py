@@ -20,8 +20,6 @@ from stf_jax.runtime.chips import CHIPS, find_chip
 from stf_jax.runtime.cost import decode_flops, forward_flops, fusion_flops, step_flops
 from stf_jax.training.state import blueprint, trainable_paths
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 FREEZE = (".*", "freeze")
 STAGE1 = (("fusion/.*", "train"), FREEZE)
 STAGE2 = (("fusion/.*", "train"), ("llm/.*", "train"), FREEZE)

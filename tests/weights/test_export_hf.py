@@ -283,16 +283,45 @@ def encode_prompt(folder, tokenizer, template, turns, images):
 STOPS = {"llama-3": ["<|eot_id|>"], "chatml": ["<|im_end|>"]}
 
 
-def replace_tokenizer(folder, kind, request):
-    """Gives the model Llama's or the miniature tokenizer, with the control tokens of all templates; returns it."""
-    source = MINIATURE if kind == "miniature" else request.getfixturevalue("llama").name_or_path
-    tokenizer = load_tokenizer(str(source))
-    tokenizer.add_special_tokens({"additional_special_tokens": CONTROL})
-    if kind.endswith("not legacy"):
-        tokenizer.init_kwargs["legacy"] = False
-    shutil.rmtree(folder / "tokenizer")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    return load_tokenizer(str(folder / "tokenizer"))
+@pytest.fixture(scope="module")
+def tokenizers(llama, tmp_path_factory):
+    """Returns a function from a kind to a tokenizer with the control tokens of all templates."""
+
+    @functools.cache
+    def get(kind):
+        tokenizer = load_tokenizer(str(MINIATURE if kind == "miniature" else llama.name_or_path))
+        tokenizer.add_special_tokens({"additional_special_tokens": CONTROL})
+        if kind.endswith("not legacy"):
+            tokenizer.init_kwargs["legacy"] = False
+        folder = tmp_path_factory.mktemp("tokenizer")
+        tokenizer.save_pretrained(folder)
+        return load_tokenizer(str(folder))
+
+    return get
+
+
+@pytest.fixture
+def export_without_weights(exported, tmp_path, monkeypatch):
+    """Returns a function that exports a case's model with another template, aspect or tokenizer, but no weights.
+
+    It returns the folders of the model and of its export.
+    """
+    monkeypatch.setattr("stf_jax.weights.export_hf.write_shards", lambda folder, tensors: None)
+
+    def export(case, tokenizer=None, **changes):
+        folder = shutil.copytree(exported(case)[0], tmp_path / "model")
+        dataclasses.replace(open_model(folder).description, **changes).save(folder)
+        if tokenizer is not None:
+            shutil.rmtree(folder / "tokenizer")
+            shutil.copytree(tokenizer.name_or_path, folder / "tokenizer")
+        export_hf(folder, tmp_path / "hf")
+        return folder, tmp_path / "hf"
+
+    return export
+
+
+def load_processor(export):
+    return AutoProcessor.from_pretrained(export, trust_remote_code=True)
 
 
 @pytest.mark.parametrize(
@@ -305,11 +334,10 @@ def replace_tokenizer(folder, kind, request):
         ("mlp", "llama, not legacy", "chatml"),
     ],
 )
-def test_prompts_match_to_the_token(tmp_path, case, kind, template, request):
-    folder = make(tmp_path / "model", *CASES[case], template=template)
-    tokenizer = replace_tokenizer(folder, kind, request)
-    export_hf(folder, tmp_path / "hf")
-    processor = AutoProcessor.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+def test_prompts_match_to_the_token(export_without_weights, tokenizers, case, kind, template):
+    tokenizer = tokenizers(kind)
+    folder, export = export_without_weights(case, tokenizer, template=template)
+    processor = load_processor(export)
     images = (make_image(1), make_image(2), make_image(3))
     messages = (
         turn("  Compare\nthem all. ", *images[:2]),
@@ -343,16 +371,16 @@ def test_prompts_match_to_the_token(tmp_path, case, kind, template, request):
     # Only an image; if the template writes spaces, also with the export's tokenizer.
     alone = build_prompt(processor, turn("", make_image(1)))["input_ids"][0]
     turns = (Turn("human", "<image>"),)
-    for candidate in (tokenizer, *([load_tokenizer(str(tmp_path / "hf"))] if kind.endswith("legacy") else [])):
+    for candidate in (tokenizer, *([load_tokenizer(str(export))] if kind.endswith("legacy") else [])):
         expected = encode_prompt(folder, candidate, template, turns, images[:1])
         assert alone[alone != processor.image_token_id].tolist() == expected.tokens[~expected.is_image].tolist()
     # Releases before 5 have another key for these.
-    values = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    values = json.loads((export / "tokenizer_config.json").read_text())
     assert set(CONTROL) <= set(values["additional_special_tokens"])
     assert "extra_special_tokens" not in values
     # Answers end with the same tokens, and untrained tokens are suppressed: <image>, whose id follows the control
     # tokens, and the rows beyond it (the model has 512; the miniature tokenizer has 501 tokens and 5 control tokens).
-    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    generation = json.loads((export / "generation_config.json").read_text())
     ends = [*STOPS.get(template, []), "</s>"]
     assert generation["eos_token_id"] == tokenizer.convert_tokens_to_ids(ends)
     suppressed = list(range(506, 512)) if kind == "miniature" else [32_005]
@@ -360,11 +388,10 @@ def test_prompts_match_to_the_token(tmp_path, case, kind, template, request):
 
 
 @pytest.mark.parametrize("template", [*CHATS, "plain"])
-def test_system_messages_are_encoded_as_in_training(tmp_path, template, request):
-    folder = make(tmp_path / "model", *CASES["the paper's"], template=template)
-    replace_tokenizer(folder, "miniature", request)
-    export_hf(folder, tmp_path / "hf")
-    processor = AutoProcessor.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+def test_system_messages_are_encoded_as_in_training(export_without_weights, tokenizers, template):
+    tokenizer = tokenizers("miniature")
+    folder, export = export_without_weights("the paper's", tokenizer, template=template)
+    processor = load_processor(export)
     messages = (turn("What?"), {"role": "assistant", "content": "A cat."}, turn("Sure?"))
     turns = (Turn("human", "What?"), Turn("gpt", "A cat."), Turn("human", "Sure?"))
     system = {"role": "system", "content": [{"type": "text", "text": ' Say "no".\n'}]}
@@ -372,7 +399,6 @@ def test_system_messages_are_encoded_as_in_training(tmp_path, template, request)
         with pytest.raises(Exception, match="trained without system messages"):
             processor.apply_chat_template([system, *messages])
         return
-    tokenizer = load_tokenizer(str(folder / "tokenizer"))
     for text, message in (' Say "no".\n', system), (" ", {"role": "system", "content": " "}):
         inputs = build_prompt(processor, message, *messages)
         expected = encode_prompt(folder, tokenizer, template, (Turn("system", text), *turns), ())
@@ -386,16 +412,15 @@ def test_a_template_needs_its_control_tokens(tmp_path, capsys):
     assert not (tmp_path / "hf").exists()
 
 
-def test_caption_prompts_match_training(tmp_path):
-    folder = make(tmp_path / "model", *CASES["the paper's"], template="plain")
-    export_hf(folder, tmp_path / "hf")
-    _, processor = load(tmp_path / "hf")
+def test_caption_prompts_match_training(export_without_weights):
+    folder, export = export_without_weights("the paper's", template="plain")
+    processor = load_processor(export)
     messages = (turn("Describe.", make_image(1)), {"role": "assistant", "content": "A cat. "})
     ids = processor.apply_chat_template(list(messages), tokenize=True, return_dict=True)["input_ids"][0]
     turns = (Turn("human", "Describe.\n<image>"), Turn("gpt", "A cat. "))
     tokenizer = load_tokenizer("miniature")
     expected = encode_prompt(folder, tokenizer, "plain", turns, (make_image(1),))
-    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    generation = json.loads((export / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [
         expected.tokens[-1],
         tokenizer.eos_token_id,
@@ -403,13 +428,11 @@ def test_caption_prompts_match_training(tmp_path):
     assert [i for i in ids if i != processor.image_token_id] == expected.tokens[~expected.is_image].tolist()
 
 
-@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("case", ["the paper's", "widths"])
 @pytest.mark.parametrize("aspect", ["square", "pad"])
-def test_images_match(tmp_path, tower, aspect):
-    folder = make(tmp_path / "model", FusionConfig("mbtf_stf"), tower, "llama", aspect=aspect)
-    export_hf(folder, tmp_path / "hf")
-    _, processor = load(tmp_path / "hf")
-    config = TOWERS[tower]
+def test_images_match(export_without_weights, case, aspect):
+    processor = load_processor(export_without_weights(case, aspect=aspect)[1])
+    config = TOWERS[CASES[case][1]]
     for size in ((36, 36), (50, 41), (41, 50), (20, 97), (200, 30)):
         image = make_image(3, size)
         inputs = build_prompt(processor, turn("What?", image))
