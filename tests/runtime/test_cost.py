@@ -176,7 +176,7 @@ def make_wide_config(name="mbtf_stf", **fusion_options):
 
 
 def count_compiled(function, *arguments):
-    """Counts FLOPs of a function as XLA's CPU compiler does after optimizing it."""
+    """Counts FLOPs of a function as XLA's CPU compiler does."""
     return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
 
