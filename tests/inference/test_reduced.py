@@ -144,8 +144,9 @@ def expected():
     """For each row its token ids, and then the positions and keys of each layer."""
     plan, values = make_params("fastv", KEEP)
     model = plan.merge({path: jnp.asarray(x) for path, x in values.items()})
-    tokens, slots, lengths, images = (jnp.asarray(part) for part in prompts())
-    x = np.float64(model.embed(tokens, slots, model.image_tokens(images)))
+    tokens, slots, lengths, images = prompts()
+    embed = jax.jit(lambda tokens, slots, images: model.embed(tokens, slots, model.image_tokens(images)))
+    x = np.float64(embed(tokens, slots, images))
     reference, table, found = Reference(values), np.float64(values["llm/embedding"]), []
     for row, length in enumerate(lengths):
         image, token_ids = slots[row, :length] >= 0, []
