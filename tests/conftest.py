@@ -30,20 +30,26 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # Calls of model functions check the axes and types in their signatures.
 jaxtyping.install_import_hook(("stf_jax.models", "stf_jax.training.loss"), "beartype.beartype")
 
-# Imports of files that --light leaves out: of torch, and of modules that start processes.
-HEAVY = r"^ *(import|from) (torch|transformers|make_models|reference|full_disk|run_process|subprocess)\b"
+# What only files that --light leaves out contain: uses of torch, of other processes, and of compilers of other chips.
+HEAVY = (
+    r"^ *(import|from) (torch|transformers|make_models|reference|full_disk|run_process|subprocess)\b"
+    r"|\btorch_setup\b|^from stf_jax import .*\b(bench|plan)\b"
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds --light."""
-    parser.addoption("--light", action="store_true", help="leave out files that import torch or start processes")
+    parser.addoption("--light", action="store_true", help="leave out files that need torch, processes or compilers")
 
 
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
     """With --light, leaves heavy files out before anything is imported from them."""
-    if config.getoption("--light") and collection_path.match("test_*.py"):
-        return bool(re.search(HEAVY, collection_path.read_text(), re.MULTILINE)) or None  # None: pytest decides
-    return None
+    if not config.getoption("--light"):
+        return None  # pytest decides
+    if collection_path.is_dir():
+        return collection_path.name == "launch" or None
+    is_test = collection_path.match("test_*.py")
+    return (is_test and bool(re.search(HEAVY, collection_path.read_text(), re.MULTILINE))) or None
 
 
 @pytest.fixture(scope="session")
