@@ -115,7 +115,8 @@ CHILD = """
 import json, os, shutil, signal, sys, time
 name, plan, log, prepared, folder = sys.argv[1:]
 plan = json.loads(plan)
-tries = sum(json.loads(line)["name"] == name for line in open(log)) if os.path.exists(log) else 0
+lines = list(open(log)) if os.path.exists(log) else []
+tries = sum(json.loads(line)["name"] == name for line in lines if line.endswith("\\n"))  # others may be writing
 status, seconds = plan[min(tries, len(plan) - 1)]
 evaluates = os.path.exists(os.path.join(folder, "asked.json"))
 def log_start(**values):

@@ -81,7 +81,7 @@ def recompute(family, questions, tokenizer, limit, template="v1"):
     prompts = [encode(template_items(template, record), tokenizer, slots_per_image(config)) for record in questions]
     # One padded length for all compiles one program; causal attention ignores the padding.
     length = max(len(prompt.tokens) for prompt in prompts) + limit
-    read = jax.jit(lambda tokens, slots, images: full_model(tokens, np.arange(length)[None], None, slots, images))
+    read = jax.jit(lambda tokens, slots, images: full_model(tokens, jnp.arange(length)[None], None, slots, images))
     texts = []
     for record, prompt in zip(questions, prompts, strict=True):
         images = np.zeros((1, 2, vision.image_size, vision.image_size, 3), np.uint8)

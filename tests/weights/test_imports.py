@@ -58,7 +58,7 @@ def tokens(vocab=60, rows=2, length=12):
 
 def our_logits(model, mesh, ids, images=None, slots=None):
     # Rows are repeated, because all meshes here must divide them.
-    ids, images, slots = (None if x is None else np.concatenate([x, x]) for x in (ids, images, slots))
+    ids, images, slots = (None if x is None else jnp.concatenate([x, x]) for x in (ids, images, slots))
 
     @jax.jit
     def run(ids):
@@ -309,7 +309,7 @@ def test_image_tokens_of_llava_stf_match(tmp_path):
     assert (fusion.fusion, fusion.kernel, fusion.taps) == ("mbtf_stf", 2, (3, 2))
     model, mesh = load_model(tmp_path / "imported")
     with compute_context(mesh, "float32"):
-        actual = model.image_tokens(make_images()[:, None])
+        actual = model.image_tokens(jnp.asarray(make_images()[:, None]))
     np.testing.assert_allclose(actual, compute_reference_tokens(state, make_images(), (3, 2)), atol=1e-4)
 
 
