@@ -42,15 +42,15 @@ class LineMap:
     """Notes the lines of the targets that each test executes first in its process."""
 
     def __init__(self, file: pathlib.Path) -> None:
-        self.file, self.lines = file, set()
+        self.file, self.lines, self.package = file, set(), f"{ROOT}{os.sep}stf_jax"
         events = sys.monitoring
         events.use_tool_id(events.COVERAGE_ID, "mutate")
         events.register_callback(events.COVERAGE_ID, events.events.LINE, self._note)
         events.set_events(events.COVERAGE_ID, events.events.LINE)
 
     def _note(self, code, line):
-        if code.co_filename.startswith(str(ROOT / "stf_jax")):
-            self.lines.add((str(pathlib.Path(code.co_filename).relative_to(ROOT)), line))
+        if code.co_filename.startswith(self.package):
+            self.lines.add((code.co_filename[len(self.package) - len("stf_jax") :], line))
         return sys.monitoring.DISABLE
 
     def pytest_runtest_logreport(self, report):
@@ -64,8 +64,8 @@ class LineMap:
 
 def pytest_configure(config):
     """Starts the map in each worker."""
-    if out := os.environ.get("MUTATE_MAP"):
-        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker and (out := os.environ.get("MUTATE_MAP")):
         config.pluginmanager.register(LineMap(pathlib.Path(out, f"lines-{worker}.jsonl")))
 
 
@@ -148,14 +148,19 @@ def make_map(out: pathlib.Path) -> None:
 
 
 def _read_map(out: pathlib.Path) -> dict[tuple[str, int], list[str]]:
-    """Returns the tests that execute each line, the fastest first."""
-    tests = collections.defaultdict(list)
+    """Returns the tests of each line: those that execute it, then others of its file, the fastest first.
+
+    A line that runs at import belongs to the first test of a process only, so the others are needed.
+    """
+    tests, of_file = collections.defaultdict(set), collections.defaultdict(set)
     for file in out.glob("lines-*.jsonl"):
         for line in file.read_text().splitlines():
             note = json.loads(line)
-            for key in note["lines"]:
-                tests[tuple(key)].append((note["seconds"], note["test"]))
-    return {key: [test for _, test in sorted(found)][:MAX_TESTS] for key, found in tests.items()}
+            for name, number in note["lines"]:
+                tests[name, number].add((note["seconds"], note["test"]))
+                of_file[name].add((note["seconds"], note["test"]))
+    ordered = {key: sorted(found) + sorted(of_file[key[0]] - found) for key, found in tests.items()}
+    return {key: [test for _, test in found[:MAX_TESTS]] for key, found in ordered.items()}
 
 
 def sample(out: pathlib.Path, count: int) -> list[Mutant]:
