@@ -202,7 +202,7 @@ def try_mutant(folder: pathlib.Path, mutant: Mutant, tests: list[str]) -> str:
     source = file.read_bytes()
     file.write_bytes(source[: mutant.begin] + mutant.new.encode() + source[mutant.end :])
     environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'tests'}"}
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "--no-header", "--durations=0", *tests]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", *tests]
     try:
         process = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, timeout=SECONDS, check=False
@@ -237,6 +237,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300, help="number of mutants")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     arguments = parser.parse_args()
+    if arguments.command == "map" and sys.version_info < (3, 12):
+        parser.error("map needs Python 3.12")
+    if arguments.command == "run" and not any(arguments.out.glob("lines-*.jsonl")):
+        parser.error(f"{arguments.out} has no map: run `python tests/mutate.py map` first")
+    if arguments.command == "report" and not (arguments.out / "results.jsonl").exists():
+        parser.error(f"{arguments.out} has no results: run `python tests/mutate.py run` first")
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.command == "map":
         make_map(arguments.out)

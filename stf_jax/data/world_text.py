@@ -29,6 +29,7 @@ __all__ = [
 
 KINDS = ("existence", "count", "attribute", "position", "relation", "reading", "chart", "form")
 DESCRIBE = "Describe the image."
+_MAX_RELATION_CUES = 6  # per scene
 
 
 _ZONES = (("top left", "top", "top right"), ("left", "center", "right"), ("bottom left", "bottom", "bottom right"))
@@ -65,10 +66,10 @@ def make_questions(scene: Scene, rng: np.random.Generator, held_out: bool = Fals
 
 
 def ask_relations_first(questions: Sequence[Question]) -> list[Question]:
-    """Moves questions about relations to the front, and keeps one for each two shapes and direction.
+    """Moves questions about relations to the front, and keeps one per pair of shapes and axis.
 
-    Their answers follow from other answers, on positions or on the reverse relation. A model that finds them in the
-    conversation does not learn to find them in the image.
+    Answers about positions, or about the reverse relation, give a relation away: a model that reads it from earlier
+    answers does not learn to read it from the image.
     """
     relations = {
         frozenset(q.text.replace("right", "left").replace("below", "above").rstrip("?").split()): q
@@ -139,7 +140,6 @@ def _make_relation_cues(scene: Scene, rng: np.random.Generator) -> list[tuple[st
     return cues[:_MAX_RELATION_CUES]
 
 
-_MAX_RELATION_CUES = 6  # per scene
 _T = TypeVar("_T")
 
 

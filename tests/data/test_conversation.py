@@ -599,7 +599,7 @@ HARD = (
 TEXTS = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(HARD)), max_size=5).map("".join)
 SPECIAL = ("<s>", "</s>", "<unk>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 SPECIAL += ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "[INST]", "[/INST]", "<<SYS>>")
-# Texts without what cannot be told apart after decoding: the mark of an image, and SentencePiece's symbol for a space.
+# Texts that decoding restores: without the mark of an image and SentencePiece's symbol for a space, which it changes.
 ORDINARY = TEXTS.filter(lambda text: not any(mark in text for mark in ("<image>", "\u2581")))
 NAMES = st.lists(st.one_of(TEXTS, st.sampled_from(SPECIAL)), max_size=4).map("".join)
 NAMES = NAMES.filter(lambda text: not any(mark in text for mark in ("<image>", "\u2581")))

@@ -7,6 +7,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -234,3 +235,12 @@ def test_cached_attention_reads_only_filled_slots(heads, dtype):
     assert (out.dtype, out.shape) == (dtype, q.shape)
     expected = attention_by_definition(q, k, v, filled[:, None])
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=1e-5 if dtype == jnp.float32 else 0.05)
+
+
+@pytest.mark.parametrize("change", [lambda k: k[:1], lambda k: k.astype(jnp.int32), lambda k: k[..., :8]])
+def test_signatures_are_checked_in_tests(change):
+    """The hook of conftest.py is active: wrong axes and types are errors."""
+    q, k, v = inputs()
+    attention(q, k, v, Mask())
+    with pytest.raises(jaxtyping.TypeCheckError):
+        attention(q, change(k), v, Mask())
