@@ -550,9 +550,24 @@ def changes(folder, annotations="rows.json", images="images", **more):
     return base | dict(zip(keys, paths, strict=True)) | {"mesh.data": 1} | more
 
 
+_started = []
+
+
+@pytest.fixture(autouse=True)
+def _close_pipelines():
+    """Ends the prefetching threads of a test's pipelines, which would log bad rows in the next test."""
+    before = {*threading.enumerate()}
+    yield
+    while _started:
+        _started.pop().close()
+    for thread in {*threading.enumerate()} - before:
+        thread.join(10)
+
+
 def pipeline(folder, host=0, hosts=1, **more):
     config = tiny(**changes(folder, **more))
-    return Batches(config, load_training_records(config), make_preprocessor(config), host=host, hosts=hosts)
+    _started.append(Batches(config, load_training_records(config), make_preprocessor(config), host=host, hosts=hosts))
+    return _started[-1]
 
 
 def conversations(batch):
