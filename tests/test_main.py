@@ -14,7 +14,7 @@ from tiny import tiny
 from stf_jax.config import from_json
 from stf_jax.main import main
 from stf_jax.runtime.cli import run_command
-from stf_jax.runtime.cost import step_flops
+from stf_jax.training.flops import step_flops
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = f"--config={ROOT}/tests/tiny.py"
@@ -112,7 +112,7 @@ def test_a_run_writes_config_metrics_checkpoints_and_tensorboard(workdir):
 
 def test_metrics_include_throughput_and_goodput(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    flops = step_flops(tiny().model, tiny().rules, 8, 192, 1).step
+    flops = step_flops(tiny().model, tiny().rules, 8, 192, 1)
     for line in lines:
         assert line["tokens_per_second_per_device"] == line["tokens_per_second"] / 2
         assert line["model_flops_per_second"] * line["seconds_per_step"] == pytest.approx(flops / 2)

@@ -19,7 +19,7 @@ from stf_jax.planning.program import OutOfMemory, Program, make_program
 from stf_jax.planning.report import count_steps
 from stf_jax.planning.topology import topology_devices
 from stf_jax.runtime.cli import run_command
-from stf_jax.runtime.cost import decode_flops, forward_flops, step_flops
+from stf_jax.training.flops import decode_flops, prefill_flops, step_flops
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import blueprint, state_layout
 
@@ -90,7 +90,7 @@ def test_a_training_step_for_a_topology(topology, capsys):
     for part, tree in {"parameters": layout.params, "optimizer": layout.moments}.items():
         size = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
         assert memory[part] == size
-    assert found["model_flops"] == step_flops(config.model, config.rules, 8, 208, 1).step
+    assert found["model_flops"] == step_flops(config.model, config.rules, 8, 208, 1)
     assert 1 < found["executed_flops"] / found["model_flops"] < 1.5
     # A fully sharded step gathers the weights of the decoder at least twice and scatters their gradients.
     sent = sum(by_axis.get("fsdp", 0) for by_axis in found["collective_bytes"].values())
@@ -129,8 +129,7 @@ def test_inference_programs(what, capsys):
     assert found["rows"] == 16  # rounded up to a multiple of eight devices
     assert (found["steps"], found["hours"]) == (None, None)
     config = load_recipe("demo.py:stage=finetune", *DEMO[1:])
-    forward = forward_flops(config.model, 16, 208, 1)
-    prefill = forward.forward - forward.head + forward.head // 208
+    prefill = sum(prefill_flops(config.model, 16, 208, 1).values())
     decode = decode_flops(config.model, 16, 208 + 128)
     assert found["model_flops"] == {"prefill": prefill, "decode": decode, "evaluate": prefill + 128 * decode}[what]
     assert found["tokens_per_second"] * found["step_seconds_estimate"] == pytest.approx(

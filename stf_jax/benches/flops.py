@@ -10,7 +10,7 @@ from stf_jax.benches.arguments import LLAVA
 from stf_jax.config import FusionConfig, ModelConfig, UserError
 from stf_jax.models.fusion import FUSIONS
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.cost import Flops, decode_flops, prefill_flops
+from stf_jax.training.flops import decode_flops, prefill_flops
 
 # Published TFLOPs of LLaVA-1.5 7B with CLIP-L/14-336: source, a fusion with the same number of vision tokens, TFLOPs.
 _PUBLISHED = (
@@ -21,7 +21,7 @@ _PUBLISHED = (
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Counts FLOPs of one image and a text; a multiply-add is 2, causal attention half of T² (runtime/cost.py).
+    """Counts FLOPs of one image and a text; a multiply-add is 2, causal attention half of T² (accounting/flops.py).
 
     Returns:
       For each fusion and text length: image ``tokens``, GFLOPs of the vision tower and the fusion, TFLOPs of
@@ -46,7 +46,7 @@ def _model(options: argparse.Namespace, fusion: str) -> ModelConfig:
     return ModelConfig(options.vision, options.llm, FusionConfig(fusion))
 
 
-def prompt_flops(model: ModelConfig, text: int) -> Flops:
+def prompt_flops(model: ModelConfig, text: int) -> dict[str, int]:
     """FLOPs of prefill for one image and ``text`` tokens, with the head only at the last position."""
     return prefill_flops(model, 1, slots_per_image(model) + text, 1)
 
@@ -56,17 +56,17 @@ def _make_row(model: ModelConfig, text: int) -> dict[str, Any]:
     return {
         "what": f"{model.fusion.fusion}, {text} of text",
         "tokens": tokens,
-        "tower_gflop": flops.vision / 1e9,
-        "fusion_gflop": flops.fusion / 1e9,
-        "prefill_tflop": (flops.llm + flops.head) / 1e12,
-        "all_tflop": flops.forward / 1e12,
+        "tower_gflop": flops["vision"] / 1e9,
+        "fusion_gflop": flops["fusion"] / 1e9,
+        "prefill_tflop": (flops["llm"] + flops["head"]) / 1e12,
+        "all_tflop": sum(flops.values()) / 1e12,
         "decoded_gflop": decode_flops(model, 1, tokens + text + 1) / 1e9,
     }
 
 
 def _compare(source: str, model: ModelConfig, published: float) -> dict[str, Any]:
     samples = [prompt_flops(model, text) for text in range(3)]
-    decoder, total = [flops.llm + flops.head for flops in samples], [flops.forward for flops in samples]
+    decoder, total = [flops["llm"] + flops["head"] for flops in samples], [sum(flops.values()) for flops in samples]
     return {
         "what": source,
         "tokens": slots_per_image(model),

@@ -19,8 +19,8 @@ from stf_jax.benches.process import measure_process
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError, did_you_mean
 from stf_jax.models.fusion import FUSIONS, Fusion, tapped_blocks, tokens_per_image
 from stf_jax.models.presets import llm_preset, vision_preset
-from stf_jax.runtime.cost import forward_flops
 from stf_jax.runtime.mesh import compute_context, make_mesh
+from stf_jax.training.flops import prefill_flops
 
 _MAX_CALLS, _MAX_SECONDS = 5, 5.0  # calls to time, for the median; fewer once they took this long
 
@@ -84,7 +84,7 @@ def measure(config: ModelConfig, batch: int) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "tokens": tokens,
         "million_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights)) / 1e6,
-        "gflop": forward_flops(config, batch, 1, 1).fusion / 1e9,
+        "gflop": prefill_flops(config, batch, 1, 1)["fusion"] / 1e9,
     }
     with compute_context(mesh, config.precision):
         for name, call, arguments in calls:

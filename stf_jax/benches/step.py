@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from stf_jax.accounting.chips import find_chip
 from stf_jax.benches.process import measure_process
 from stf_jax.benches.synthetic import make_batch, make_export
 from stf_jax.benches.timing import time_train_steps
@@ -30,8 +31,7 @@ from stf_jax.config import (
 )
 from stf_jax.models.presets import vision_preset
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.chips import find_chip
-from stf_jax.runtime.cost import step_flops
+from stf_jax.training.flops import step_flops
 
 _RATE = 1e-3
 _LLM_RULE = {"pretrain": "freeze", "finetune": "train"}  # by stage
@@ -125,7 +125,7 @@ def _make_figures(config: TrainConfig, losses: Sequence[float], seconds: Sequenc
     figures: dict[str, Any] = {"step_ms": 1e3 * step, "tokens_per_second": shape[0] * shape[1] / step, "losses": losses}
     chip = find_chip(jax.devices()[0])
     if chip is not None:
-        figures["mfu"] = step_flops(config.model, config.rules, *shape, 1).step / step / chip.flops
+        figures["mfu"] = step_flops(config.model, config.rules, *shape, 1) / step / chip.flops
     return figures
 
 

@@ -14,6 +14,7 @@ A mask is a description instead of an array, so that each kernel can receive it 
 Axis letters: B batch, T positions, S slots of a cache, H heads, K kv heads (K divides H), Dh head size.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -26,6 +27,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from stf_jax.accounting.flops import CAUSAL
 from stf_jax.config import UserError
 from stf_jax.models.layers import platform
 
@@ -80,7 +82,8 @@ def attention(
       UserError: the kernel named by ``implementation`` does not support the inputs.
     """
     if implementation == "reference":
-        return reference_attention(q, k, v, mask)
+        with jax.named_scope(CAUSAL) if mask.causal else contextlib.nullcontext():
+            return reference_attention(q, k, v, mask)
     kernel_name, reason = implementation, ""
     if implementation == "auto":
         kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform())

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from stf_jax.accounting.flops import CONVOLUTION
 from stf_jax.config import FusionConfig
 from stf_jax.models.layers import (
     Activation,
@@ -195,7 +196,8 @@ class DepthwiseConv(nnx.Module):
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
         kernel = self.kernel[...]
         products = (padded[:, i : i + height, j : j + width] * kernel[i, j] for i in range(3) for j in range(3))
-        y = functools.reduce(jnp.add, products)
+        with jax.named_scope(CONVOLUTION):
+            y = functools.reduce(jnp.add, products)
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 

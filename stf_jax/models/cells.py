@@ -6,6 +6,7 @@ the content of every cell is known, and a linear layer on each patch can predict
 Axis letters: B images, P patches, S cells along a side of the image, C tower width.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
@@ -26,7 +27,8 @@ class CellHead(nnx.Module):
 
     def __call__(self, states: Float[Array, "B P C"]) -> Float32[Array, "B S S classes"]:
         """Scores of all classes of colors, shapes and characters (:data:`CLASSES`), from the states of patches."""
-        x = self.scores(states.astype(jnp.float32))
+        with jax.named_scope("cells"):
+            x = self.scores(states.astype(jnp.float32))
         x = x.reshape(-1, self.grid, self.grid, self.cells_per_side, self.cells_per_side, sum(CLASSES))
         side = self.grid * self.cells_per_side
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, side, side, sum(CLASSES))

@@ -8,8 +8,8 @@ Axis letters: B batch, T positions, L layers, D width, H heads, K kv heads, F fe
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from flax import nnx
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 Axis = tuple[int, str]  # size, logical name
 Activation = Callable[[jax.Array], jax.Array]
+_Block = TypeVar("_Block", bound=nnx.Module)
 
 
 def parameter(rngs: nnx.Rngs, axes: Sequence[Axis], init: Init) -> nnx.Param:
@@ -241,8 +242,21 @@ def apply_layers(
     if scan and len(layers) > 1:
         params = jax.tree.map(lambda p: p[layers.start : layers.stop], stacked)
         return jax.lax.scan(lambda x, layer: (apply_one(x, layer), None), x, params)[0]
+    apply_one = jax.jit(apply_one)  # traced once for all layers
+    for layer in _split_layers(stacked, layers):
+        x = apply_one(x, layer)
+    return x
+
+
+def unroll_layers(block: _Block, layers: range) -> Iterator[_Block]:
+    """Yields ``block`` with the parameters of one of ``layers`` (a step-1 range) at a time."""
+    graph, stacked = nnx.split(block)
+    for layer in _split_layers(stacked, layers):
+        yield nnx.merge(graph, layer)
+
+
+def _split_layers(stacked: nnx.State, layers: range) -> Iterator[nnx.State]:
     # One split: its gradient concatenates the parts' gradients. Those of slices would be padded to full size and added.
     parts = jax.tree.map(lambda p: jax.lax.split(p[layers.start : layers.stop], (1,) * len(layers)), stacked)
     for index in range(len(layers)):
-        x = apply_one(x, jax.tree.map(lambda _, part, i=index: part[i][0], stacked, parts))
-    return x
+        yield jax.tree.map(lambda _, part, i=index: part[i][0], stacked, parts)

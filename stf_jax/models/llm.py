@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from stf_jax.models.attention import Mask, attention, cached_attention
-from stf_jax.models.layers import Linear, RMSNorm, apply_layers, constrain, normal, parameter
+from stf_jax.models.layers import Linear, RMSNorm, apply_layers, constrain, normal, parameter, unroll_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +204,10 @@ class Decoder(nnx.Module):
             return attention(q, k, v, mask, self.attention)
 
         with jax.named_scope("llm"):
-            all_layers = range(self.config.layers)
-            return self.norm(self._layers(x, positions, attend, all_layers, scan=self.scan, remat=self.remat))
+            cos, sin = rope_angles(self.config, positions)
+            layers = range(self.config.layers)
+            x = apply_layers(self.blocks, x, cos, sin, attend, layers=layers, scan=self.scan, remat=self.remat)
+            return self.norm(x)
 
     def prefill(
         self,
@@ -235,11 +237,11 @@ class Decoder(nnx.Module):
 
         with jax.named_scope("llm"):
             if select is not None:
-                x = self._layers(x, positions, attend, range(select_after))
+                x = self._unroll(x, positions, attend, range(select_after))
                 selected = select(*last_qk)
                 positions = jnp.take_along_axis(positions, selected, axis=1)
                 x = jnp.take_along_axis(x, selected[:, :, None], axis=1)
-            x = self._layers(x, positions, attend, range(len(cache), self.config.layers))
+            x = self._unroll(x, positions, attend, range(len(cache), self.config.layers))
             return self.norm(x), tuple(cache)
 
     def extend(
@@ -277,19 +279,14 @@ class Decoder(nnx.Module):
             return cached_attention(q, keys, values, filled)
 
         with jax.named_scope("llm"):
-            return self.norm(self._layers(x, positions, attend, range(self.config.layers))), tuple(new_cache)
+            return self.norm(self._unroll(x, positions, attend, range(self.config.layers))), tuple(new_cache)
 
-    def _layers(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        attend: Attend,
-        layers: range,
-        scan: bool = False,
-        remat: str = "none",
-    ) -> jax.Array:
+    def _unroll(self, x: jax.Array, positions: jax.Array, attend: Attend, layers: range) -> jax.Array:
+        """Applies layers one by one, each with its own call of ``attend``, which may keep what it receives."""
         cos, sin = rope_angles(self.config, positions)
-        return apply_layers(self.blocks, x, cos, sin, attend, layers=layers, scan=scan, remat=remat)
+        for block in unroll_layers(self.blocks, layers):
+            x = block(x, cos, sin, attend)
+        return x
 
     @property
     def head_kernel(self) -> Float[Array, "_ _"]:
@@ -298,9 +295,10 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Float[Array, "*axes D"]) -> Float32[Array, "*axes V"]:
         """Logits of hidden states."""
-        if self.head is None:
-            return jnp.einsum("...d,vd->...v", x, self.embedding[...].astype(x.dtype)).astype(jnp.float32)
-        return self.head(x).astype(jnp.float32)
+        with jax.named_scope("head"):
+            if self.head is None:
+                return jnp.einsum("...d,vd->...v", x, self.embedding[...].astype(x.dtype)).astype(jnp.float32)
+            return self.head(x).astype(jnp.float32)
 
 
 def _constrain_cache(x: jax.Array) -> jax.Array:

@@ -164,7 +164,7 @@ def visionzip(
     """
     deepest = max(taps)
     *states, block_input = tower.states(images, (*taps, deepest - 1), dtype)
-    with jax.named_scope("visionzip"):
+    with jax.named_scope("vision"), jax.named_scope("visionzip"):
         received, keys = attention_received(tower, block_input, deepest)
         first = int(tower.config.class_token)
         return merge_visionzip(received, keys, tuple(state[:, first:] for state in states), keep)

@@ -19,11 +19,10 @@ from stf_jax.data.packing import Batch
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import BLOCKS, Sampling, TokenRules
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
-from stf_jax.models.cells import CLASSES
 from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.selection import FULL_LAYERS, resolve_reduction
-from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.mesh import BATCH, check_batch, compute_context, make_mesh, row_shards
+from stf_jax.training.flops import abstract_batch
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import Blueprint, Layout, Params, blueprint, state_layout
 from stf_jax.training.step import loss_sum, make_train_step
@@ -117,22 +116,16 @@ def _train_program(config: TrainConfig, plan: Blueprint, mesh: Mesh) -> Program:
     check_batch(config, mesh)
     tx = make_optimizer(config.optimizer, steps=1000)
     layout = state_layout(config, plan, tx, mesh)
-    shape = config.global_batch_size, config.data.max_length
-    row = _abstract_array(shape, jnp.int32, mesh)
-    images = _abstract_images(config, shape[0], mesh)
-    labels = None
-    if config.model.cells:
-        side = _vision(config).grid * config.model.cells
-        labels = _abstract_array((*images.shape[:2], side, side, len(CLASSES)), jnp.uint8, mesh)
-    batch = Batch(row, row, _abstract_array(shape, bool, mesh), row, row, row, images, labels)
+    shape = config.global_batch_size, config.data.max_length, config.data.images_per_row
+    rows = NamedSharding(mesh, BATCH)
+    batch = jax.tree.map(lambda x: _with_sharding(x, rows), abstract_batch(config.model, *shape))
     call = make_train_step(config, plan, tx, layout)
     parts = {"parameters": layout.params, "optimizer": layout.moments, "batch": batch}
 
     def residuals(trainable: Params, frozen: Params, batch: Batch[jax.Array]) -> Any:
         return jax.vjp(lambda tree: loss_sum(plan, tree, frozen, batch, config.data.packing), trainable)[1]
 
-    images_per_row = images.shape[1]
-    return Program("train", *shape, images_per_row, mesh, plan.precision, call, (layout, batch), parts, residuals)
+    return Program("train", *shape, mesh, plan.precision, call, (layout, batch), parts, residuals)
 
 
 def _inference_program(config: TrainConfig, kind: str, plan: Blueprint, mesh: Mesh, rows: int | None) -> Program:
@@ -178,14 +171,10 @@ def _with_sharding(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Shap
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _vision(config: TrainConfig) -> VisionConfig:
+def _abstract_images(config: TrainConfig, rows: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
     vision = get_vision_config(config.model)
     assert vision is not None  # only models with both parts are planned
-    return vision
-
-
-def _abstract_images(config: TrainConfig, rows: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    side = _vision(config).image_size
+    side = vision.image_size
     return _abstract_array((rows, config.data.images_per_row, side, side, 3), jnp.uint8, mesh)
 
 

@@ -7,16 +7,16 @@ from typing import Any
 
 import jax
 
+from stf_jax.accounting.chips import CHIPS
+from stf_jax.accounting.flops import PRIME, count_executed
 from stf_jax.config import TrainConfig
 from stf_jax.data.pipeline import load_training_records
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
-from stf_jax.planning.executed import PRIME, count_executed
 from stf_jax.planning.hlo import Traffic, count_traffic
 from stf_jax.planning.program import OutOfMemory, Program, abstract_train_state, bytes_per_device, make_program
 from stf_jax.planning.topology import get_chip, memory_limit
-from stf_jax.runtime.chips import CHIPS
-from stf_jax.runtime.cost import decode_flops, prefill_flops, step_flops
 from stf_jax.runtime.mesh import make_mesh, row_shards
+from stf_jax.training.flops import decode_flops, prefill_flops, step_flops
 
 # Fractions of a chip's peak figures that good programs attain: matrix products of large models run at 60 to 75 % of the
 # peak, memory and links at 80 to 90 %. An assumption, the same for all chips.
@@ -88,7 +88,7 @@ def _report_program(config: TrainConfig, program: Program, devices: list[jax.Dev
 class Work:
     """Work of one execution of a program."""
 
-    model_flops: int  # required by the model (runtime/cost.py)
+    model_flops: int  # required by the model (accounting/flops.py)
     executed_flops: float  # including recomputation and overhead
     memory_bytes: float  # per device, read and written by matrix products and the optimizer
 
@@ -141,10 +141,10 @@ def trace_cost(config: TrainConfig, program_kind: str, devices: list[jax.Device]
 def _model_flops(config: TrainConfig, program: Program) -> int:
     shape = program.rows, program.length, program.images
     if program.kind == "train":
-        return step_flops(config.model, config.rules, *shape).step
+        return step_flops(config.model, config.rules, *shape)
     if program.kind == "decode":
         return decode_flops(config.model, program.rows, program.length, program.images)
-    return prefill_flops(config.model, *shape).forward
+    return sum(prefill_flops(config.model, *shape).values())
 
 
 def _estimate_speed(

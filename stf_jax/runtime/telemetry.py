@@ -17,8 +17,8 @@ import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
 
+from stf_jax.accounting.chips import find_chip
 from stf_jax.config import TrainConfig, short_message
-from stf_jax.runtime.chips import find_chip
 from stf_jax.runtime.events import EVENTS, METRICS, TENSORBOARD, Events, log_errors_once
 from stf_jax.runtime.hosts import exit_status
 from stf_jax.runtime.mesh import get_row_share

@@ -23,11 +23,11 @@ from stf_jax.inference.generator import Generator
 from stf_jax.inference.loading import load_generator
 from stf_jax.models.selection import resolve_reduction
 from stf_jax.runtime.cli import Parser, add_model_arguments
-from stf_jax.runtime.cost import prefill_flops, step_flops
 from stf_jax.runtime.files import read_json, write_json
 from stf_jax.runtime.mesh import make_mesh
 from stf_jax.studies.runner import Slot
 from stf_jax.studies.study import Cell
+from stf_jax.training.flops import prefill_flops, step_flops
 
 COST_FILE = "cost.json"  # next to a cell's results
 _STEPS, _REPEATS = 20, 10  # timed training steps, and timed batches of questions
@@ -72,7 +72,7 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
         "fusion_parameters": fusion_parameters,
         "first_token_ms": 1e3 * first_token_seconds,
         "first_token_rows": config.eval.batch,
-        "prefill_gflops": prefill_flops(model, 1, prompt_length, 1).forward / 1e9,
+        "prefill_gflops": sum(prefill_flops(model, 1, prompt_length, 1).values()) / 1e9,
     }
     if not reduction.name:
         del generator
@@ -80,7 +80,7 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
         cost |= {
             "step_ms": 1e3 * statistics.median(seconds),
             "step_rows": rows,
-            "step_gflops": step_flops(config.model, config.rules, rows, length, 1).step / 1e9,
+            "step_gflops": step_flops(config.model, config.rules, rows, length, 1) / 1e9,
             "step_mib": memory / 2**20,
         }
     return cost | {"device": jax.devices()[0].device_kind}

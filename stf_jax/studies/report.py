@@ -231,7 +231,7 @@ def _cost_section(findings: Findings, images: Mapping[str, Image]) -> list[Block
         f"Variants are measured one after another on one slot of the machine ({first['device']}). Step times are the "
         f"median of 20 steps of the last stage. First-token times are the median of ten runs from "
         f"{first['first_token_rows']} questions, with their images in memory, to the first tokens of all answers. "
-        "FLOPs are computed from shapes (runtime/cost.py). Memory is that of a training step, as the compiler planned "
+        "FLOPs are model FLOPs (accounting/flops.py). Memory is that of a training step, as the compiler planned "
         "it or an accelerator reported it. Variants that do not train have no step."
     )
     rows = [

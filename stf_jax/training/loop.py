@@ -20,7 +20,6 @@ from stf_jax.inference.generator import Generator
 from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.runtime.checkpoint import Checkpoints
-from stf_jax.runtime.cost import step_flops
 from stf_jax.runtime.events import Events
 from stf_jax.runtime.files import as_user_error, write_json
 from stf_jax.runtime.hosts import run_on_host0
@@ -28,6 +27,7 @@ from stf_jax.runtime.lock import workdir_lock
 from stf_jax.runtime.mesh import BATCH, check_batch, compute_context, get_row_share, make_mesh
 from stf_jax.runtime.shutdown import Termination, Watchdog
 from stf_jax.runtime.telemetry import INITIAL_CLOCK, Telemetry
+from stf_jax.training.flops import step_flops
 from stf_jax.training.monitor import LossMonitor
 from stf_jax.training.optimizer import check_steps, learning_rate, make_optimizer
 from stf_jax.training.resume import check_changes
@@ -192,7 +192,7 @@ def _train(
         batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), host_batch)
         shape = batch.tokens.shape[1], batch.images.shape[1]
         if shape not in programs:
-            flops[shape] = step_flops(config.model, config.rules, config.global_batch_size, *shape).step
+            flops[shape] = step_flops(config.model, config.rules, config.global_batch_size, *shape)
             with telemetry.time_waiting("compile"), compute_context(mesh, plan.precision):
                 programs[shape] = train_step.lower(state, batch).compile()
         termination.enable_graceful_stop()

@@ -8,8 +8,10 @@ the output head, no device holds all of the head or of its gradient.
 Axis letters: B rows, T positions, N = B·T, D width, V vocabulary.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -18,9 +20,10 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from stf_jax.accounting.flops import RECOMPUTED
 from stf_jax.models.cells import split_scores
 
-_CHUNK = 2**27  # bytes of float32 logits at a time on a device
+_chunk_bytes = contextvars.ContextVar("chunk_bytes", default=2**27)
 _LANES = 128  # the chunk size is a multiple of the lanes of a TPU
 _ROWS = ("data", "fsdp")
 _WEIGHTS = (1.0, 1.0, 2.0)  # of the losses of colors, shapes and characters
@@ -42,6 +45,16 @@ def labels_loss_sum(scores: Float[Array, "B S S classes"], labels: UInt8[Array, 
         losses = jax.nn.logsumexp(part, -1) - jnp.take_along_axis(part, label[..., None], -1)[..., 0]
         total += weight * (losses * jnp.where(label > 0, 1, _UNLABELED)).sum()
     return total
+
+
+@contextlib.contextmanager
+def chunks_of(size: int) -> Iterator[None]:
+    """Traces :func:`cross_entropy_sum` with chunks of up to ``size`` bytes of float32 logits on a device."""
+    token = _chunk_bytes.set(size)
+    try:
+        yield
+    finally:
+        _chunk_bytes.reset(token)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -129,7 +142,7 @@ def _local_loss_and_grads(
     width_axis, kernel_axes = (1, "vd") if vocab_first else (0, "dv")  # the axis of the width, and einsum letters
     first_id = vocab * jax.lax.axis_index("tensor") if axes else 0
 
-    chunk_count = -(-4 * len(hidden) * vocab // _CHUNK)
+    chunk_count = -(-4 * len(hidden) * vocab // _chunk_bytes.get())
     chunk_size = vocab if chunk_count == 1 else -(-vocab // chunk_count // _LANES) * _LANES
     chunk_count = -(-vocab // chunk_size)
     padding = (0, chunk_count * chunk_size - vocab)
@@ -139,14 +152,17 @@ def _local_loss_and_grads(
         chunks = jnp.pad(kernel, ((0, 0), padding)).reshape(widths, chunk_count, chunk_size).swapaxes(0, 1)
 
     def over_chunks(
-        visit: Callable[[_Carry, jax.Array, jax.Array, jax.Array], tuple[_Carry, jax.Array | None]], start: _Carry
+        visit: Callable[[_Carry, jax.Array, jax.Array, jax.Array], tuple[_Carry, jax.Array | None]],
+        start: _Carry,
+        scope: str,
     ) -> tuple[_Carry, jax.Array | None]:
         """Scans ``visit(carry, kernel, logits, is_target)`` over the chunks of the vocabulary."""
 
         def step(carry: _Carry, chunk: tuple[jax.Array | int, jax.Array]) -> tuple[_Carry, jax.Array | None]:
             index, kernel = chunk
             kernel = apply_collective(jax.lax.all_gather, kernel.astype(dtype), "fsdp", axis=width_axis, tiled=True)
-            logits = jnp.einsum(f"nd,{kernel_axes}->nv", hidden, kernel, preferred_element_type=jnp.float32)
+            with jax.named_scope(scope):
+                logits = jnp.einsum(f"nd,{kernel_axes}->nv", hidden, kernel, preferred_element_type=jnp.float32)
             ids = index * chunk_size + jnp.arange(chunk_size)
             in_vocab = ids < vocab  # excludes padding of the last chunk
             is_target = (targets[:, None] - first_id == ids) & in_vocab
@@ -166,7 +182,7 @@ def _local_loss_and_grads(
         return (running_max, sum_exp, target_logit + jnp.where(is_target, logits, 0).sum(-1)), None
 
     zeros = jnp.zeros(len(hidden))
-    (running_max, sum_exp, target_logit), _ = over_chunks(accumulate_sums, (zeros - jnp.inf, zeros, zeros))
+    (running_max, sum_exp, target_logit), _ = over_chunks(accumulate_sums, (zeros - jnp.inf, zeros, zeros), "logits")
     global_max = apply_collective(jax.lax.pmax, running_max, "tensor")
     sum_exp = apply_collective(jax.lax.psum, sum_exp * jnp.exp(running_max - global_max), "tensor")
     log_normalizer = jnp.log(sum_exp) + global_max
@@ -195,7 +211,8 @@ def _local_loss_and_grads(
         )
         return hidden_grad, apply_collective(jax.lax.psum, kernel_grad, "data")
 
-    hidden_grad, kernel_grad = over_chunks(accumulate_grads, jnp.zeros(hidden.shape) if "hidden" in requested else None)
+    start = jnp.zeros(hidden.shape) if "hidden" in requested else None
+    hidden_grad, kernel_grad = over_chunks(accumulate_grads, start, RECOMPUTED)
     if hidden_grad is not None:
         hidden_grad = apply_collective(jax.lax.psum, hidden_grad, "tensor").astype(dtype).reshape(shape)
     if kernel_grad is not None:

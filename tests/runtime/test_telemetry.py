@@ -21,10 +21,10 @@ from full_disk import limit_file_size
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
+from stf_jax.accounting.chips import CHIPS
 from stf_jax.config import Stopped, UserError
 from stf_jax.main import main
 from stf_jax.runtime import telemetry
-from stf_jax.runtime.chips import CHIPS
 from stf_jax.runtime.cli import run_command
 from stf_jax.runtime.events import Events, read_lines
 from stf_jax.runtime.profile import Profile

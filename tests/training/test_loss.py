@@ -10,8 +10,7 @@ import pytest
 
 from stf_jax.config import MeshConfig
 from stf_jax.runtime.mesh import compute_context, make_mesh
-from stf_jax.training import loss
-from stf_jax.training.loss import cross_entropy_sum
+from stf_jax.training.loss import chunks_of, cross_entropy_sum
 
 _MESHES = [None, (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 
@@ -36,18 +35,18 @@ def _value_and_gradients(call, mesh, case, by=(0, 1)):
 
 @pytest.mark.parametrize("chunk", [2**30, 4 * 104 * 128 // 8], ids=["full", "chunks"])
 @pytest.mark.parametrize("mesh", _MESHES)
-def test_value_and_gradients_equal_full_logits(mesh, chunk, monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK", chunk)
+def test_value_and_gradients_equal_full_logits(mesh, chunk):
     case = _case()
-    ours, expected = (_value_and_gradients(call, mesh, case) for call in (cross_entropy_sum, _full_loss))
+    with chunks_of(chunk):
+        ours, expected = (_value_and_gradients(call, mesh, case) for call in (cross_entropy_sum, _full_loss))
     np.testing.assert_allclose(ours[0], expected[0], rtol=1e-6)
     for gradient, other in zip(ours[1], expected[1], strict=True):
         np.testing.assert_allclose(gradient, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("vocab", [129, 383, 1024])
-def test_vocabularies_that_chunks_do_not_divide(vocab, monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK", 4 * 104 * 128)
+@chunks_of(4 * 104 * 128)
+def test_vocabularies_that_chunks_do_not_divide(vocab):
     case = _case(vocab)
     ours, expected = (_value_and_gradients(call, None, case) for call in (cross_entropy_sum, _full_loss))
     jax.tree.map(
@@ -55,8 +54,8 @@ def test_vocabularies_that_chunks_do_not_divide(vocab, monkeypatch):
     )
 
 
-def test_large_logits_do_not_overflow(monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK", 4 * 104 * 128)
+@chunks_of(4 * 104 * 128)
+def test_large_logits_do_not_overflow():
     hidden, *rest = _case()
     case = (hidden * 40, *rest)  # up to 600: exp() of that is beyond float32
     ours, expected = (_value_and_gradients(call, None, case) for call in (cross_entropy_sum, _full_loss))
@@ -64,8 +63,8 @@ def test_large_logits_do_not_overflow(monkeypatch):
     np.testing.assert_allclose(ours[1][1], expected[1][1], rtol=1e-4, atol=1e-3)
 
 
-def test_only_requested_gradients_are_computed(monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK", 4 * 104 * 128)
+@chunks_of(4 * 104 * 128)
+def test_only_requested_gradients_are_computed():
     hidden, kernel, targets, loss_mask = _case()
 
     def products(by):
@@ -75,9 +74,9 @@ def test_only_requested_gradients_are_computed(monkeypatch):
     assert [products(by) for by in ((), (0,), (1,), (0, 1))] == [1, 3, 3, 4]
 
 
-def test_bfloat16_sums_in_float32(monkeypatch):
+@chunks_of(4 * 104 * 128)
+def test_bfloat16_sums_in_float32():
     """Logits rounded to bfloat16 would change the loss by one percent."""
-    monkeypatch.setattr(loss, "_CHUNK", 4 * 104 * 128)
     hidden, kernel, targets, loss_mask = _case(dtype=jnp.bfloat16)
     kernel = kernel.astype(jnp.bfloat16)
     true = _full_loss(hidden.astype(np.float32), kernel.astype(np.float32), targets, loss_mask)
@@ -91,9 +90,9 @@ def test_bfloat16_sums_in_float32(monkeypatch):
 
 
 @pytest.mark.usefixtures("optimized")
-def test_no_array_is_as_large_as_all_logits(monkeypatch):
+@chunks_of(4 * 128 * 128)
+def test_no_array_is_as_large_as_all_logits():
     """Nor, on a mesh, as large as the full head."""
-    monkeypatch.setattr(loss, "_CHUNK", 4 * 128 * 128)
     case = _case(vocab=4096, rows=64, length=16, width=64)
     with compute_context(make_mesh(MeshConfig(1, 8, 1)), "float32"):
         compiled = jax.jit(jax.value_and_grad(cross_entropy_sum, (0, 1))).lower(*case).compile()

@@ -1,4 +1,4 @@
-"""Executed FLOPs of traced programs, against hand counts and the model FLOPs of runtime/cost.py."""
+"""Executed FLOPs of traced programs, against hand counts and model FLOPs."""
 
 import dataclasses
 
@@ -8,13 +8,13 @@ import pytest
 from jax.sharding import PartitionSpec
 from tiny import load_recipe
 
+from stf_jax.accounting.flops import PRIME, Executed, count_executed
 from stf_jax.config import MeshConfig
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
-from stf_jax.planning.executed import PRIME, Executed, count_executed
 from stf_jax.planning.program import make_program
 from stf_jax.planning.report import trace_cost
-from stf_jax.runtime.cost import decode_flops, forward_flops
 from stf_jax.runtime.mesh import compute_context, make_mesh
+from stf_jax.training.flops import decode_flops, prefill_flops
 
 X, W = jax.ShapeDtypeStruct((PRIME, 8), jnp.float32), jax.ShapeDtypeStruct((8, 16), jnp.bfloat16)
 PRODUCT = 2 * PRIME * 8 * 16
@@ -80,7 +80,6 @@ def small_config(*overrides):
 
 
 def test_prefill_and_decode_execute_the_model_flops():
-    """Compares two independent counts: from the traced program and from the shapes of parameters."""
     config, devices = small_config(), jax.devices()
     for kind in ("prefill", "decode"):
         program = make_program(config, kind, devices)
@@ -90,9 +89,8 @@ def test_prefill_and_decode_execute_the_model_flops():
             assert work.executed_flops == decode_flops(config.model, 8, program.length) == work.model_flops
         else:
             # XLA's attention also computes the masked half of its products.
-            flops = forward_flops(config.model, 8, 64, 1)
             masked = 2 * 4 * 8 * 64 * 64 * 128  # two products of four layers
-            assert work.executed_flops == flops.forward - flops.head + flops.head // 64 + masked
+            assert work.executed_flops == sum(prefill_flops(config.model, 8, 64, 1).values()) + masked
 
 
 def test_executed_flops_with_a_reducer_in_the_decoder():

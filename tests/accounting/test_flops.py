@@ -1,7 +1,8 @@
-"""Model FLOPs against traced programs, the compiler, calculations and published figures; chips against their units."""
+"""Model FLOPs against golden numbers, the compiler, calculations and published figures; chips against their units."""
 
 import dataclasses
-import math
+import json
+import pathlib
 import types
 
 import jax
@@ -10,61 +11,25 @@ import pytest
 import tiny
 from flax import nnx
 
+from stf_jax.accounting.chips import CHIPS, find_chip
+from stf_jax.accounting.flops import CAUSAL, CONVOLUTION, RECOMPUTED, count_model_flops
 from stf_jax.config import DataConfig, EvalConfig, FusionConfig, MeshConfig, ModelConfig, TrainConfig
 from stf_jax.models import fusion
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vit import VisionTower
-from stf_jax.models.vlm import slots_per_image
 from stf_jax.planning.program import make_program
-from stf_jax.runtime.chips import CHIPS, find_chip
-from stf_jax.runtime.cost import decode_flops, forward_flops, fusion_flops, step_flops
-from stf_jax.training.state import blueprint, trainable_paths
+from stf_jax.training.flops import decode_flops, prefill_flops, step_flops
 
 FREEZE = (".*", "freeze")
 STAGE1 = (("fusion/.*", "train"), FREEZE)
 STAGE2 = (("fusion/.*", "train"), ("llm/.*", "train"), FREEZE)
-ROWS, LENGTH = 2, 44  # no other axis of the tiny model has length 44
+ROWS, LENGTH = 2, 44
 
 
-# ---- Traced programs -------------------------------------------------------------------------------------------------
+# ---- Golden numbers --------------------------------------------------------------------------------------------------
 
-
-def count_products(jaxpr, causal=(LENGTH,)):
-    """Counts FLOPs of matrix products in a traced program without loops; those of causal attention count half."""
-    total = 0
-    for equation in jaxpr.eqns:
-        assert equation.primitive.name not in ("scan", "while", "conv_general_dilated")
-        if equation.primitive.name == "dot_general":
-            (contracted, _), (batched, _) = equation.params["dimension_numbers"]
-            left, (out,) = equation.invars[0].aval.shape, equation.outvars
-            flops = 2 * math.prod(out.aval.shape) * math.prod(left[axis] for axis in contracted)
-            halved = batched and {*causal} & {*left, *out.aval.shape}
-            total += flops // 2 if halved else flops
-        for inner in equation.params.values():
-            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                total += count_products(getattr(inner, "jaxpr", inner), causal)
-    return total
-
-
-def count_traced(config, rules, images_per_row, causal=False):
-    """Counts FLOPs of the model's forward pass, or with rules, of forward and backward passes."""
-    plan = blueprint(config)
-    trainable = trainable_paths(rules, plan.shapes) if rules else set()
-    trees = [
-        {path: leaf for path, leaf in plan.shapes.items() if (path in trainable) == selected}
-        for selected in (True, False)
-    ]
-    side = vision_preset(config.vision).image_size
-    tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
-    images = jax.ShapeDtypeStruct((ROWS, images_per_row, side, side, 3), jnp.uint8)
-
-    def loss(trainable, frozen, tokens, images):
-        if config.cells:
-            return plan.merge(trainable, frozen).cell_scores(images).sum()
-        return plan.merge(trainable, frozen)(tokens, tokens, tokens, tokens, images).sum()
-
-    function = jax.grad(loss) if rules else loss
-    return count_products(jax.make_jaxpr(function)(*trees, tokens, images).jaxpr)
+# Counted from the shapes of parameters, layer by layer, by code of before the counter of traces.
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "flops.json").read_text())
 
 
 def make_config(llm="llama-tiny", vision="clip-tiny", **fusion_options):
@@ -73,7 +38,6 @@ def make_config(llm="llama-tiny", vision="clip-tiny", **fusion_options):
 
 
 CASES = {
-    "forward": (make_config(), None, 2),
     "stage 1": (make_config(), STAGE1, 2),
     "stage 2": (make_config(), STAGE2, 2),
     "text only": (make_config(), (("llm/.*", "train"), FREEZE), 0),
@@ -107,46 +71,121 @@ CASES = {
 @pytest.fixture
 def variants(monkeypatch):
     presets = tiny.presets
-    tower, decoder = presets.VISION["clip-tiny"], presets.LLM["llama-tiny"]
+    decoder = presets.LLM["llama-tiny"]
     siglip = dataclasses.replace(presets.VISION["siglip-b-16-256"], image_size=64, width=32, layers=2, heads=4, mlp=48)
     monkeypatch.setitem(presets.VISION, "siglip-tiny", siglip)
     monkeypatch.setitem(presets.LLM, "llama-deep-tiny", dataclasses.replace(decoder, layers=4))
     monkeypatch.setitem(presets.LLM, "qwen2-tiny", dataclasses.replace(decoder, qkv_bias=True, tied=False))
     monkeypatch.setitem(presets.LLM, "qwen3-tiny", dataclasses.replace(decoder, qk_norm=True, head_dim=16))
-    assert LENGTH not in (tower.width, tower.mlp, tower.grid**2 + 1, decoder.vocab, decoder.mlp)
-
-
-# Depth-wise convolutions are computed as nine shifted products per channel, which are not matrix products: for 16
-# patches and 4 tokens of 32 channels in each of two images, forward and twice backward. The C-Abstractor has three for
-# each.
-DEPTHWISE = {"ldp_v2": 3 * 2 * 9 * 32 * 2 * 4, "c_abstractor": 3 * 2 * 9 * 32 * 2 * 3 * (16 + 4)}
 
 
 @pytest.mark.usefixtures("variants")
 @pytest.mark.parametrize("case", CASES)
-def test_flops_match_the_traced_program(case):
+def test_flops_of_each_part_and_gradient(case):
     config, rules, images_per_row = CASES[case]
-    if rules is None:
-        assert forward_flops(config, ROWS, LENGTH, images_per_row).forward == count_traced(config, None, images_per_row)
-    else:
-        found = step_flops(config, rules, ROWS, LENGTH, images_per_row).step
-        assert found - DEPTHWISE.get(config.fusion.fusion, 0) == count_traced(config, rules, images_per_row)
+    assert step_flops(config, rules, ROWS, LENGTH, images_per_row) == GOLDEN["tiny"][case]["step"]
+    if not config.cells:
+        assert prefill_flops(config, ROWS, LENGTH, images_per_row) == GOLDEN["tiny"][case]["prefill"]
+        assert decode_flops(config, ROWS, 21) == GOLDEN["tiny"][case]["decode"]
 
 
-def test_decode_flops_match_the_traced_program():
-    config = make_config()
-    plan, llm, slots = blueprint(config), tiny.presets.LLM["llama-tiny"], 21
-    cache = [jax.ShapeDtypeStruct((ROWS, llm.kv_heads, slots, llm.head_dim), jnp.float32)] * 2
+@pytest.mark.usefixtures("variants")
+@pytest.mark.parametrize(
+    ("reduce", "keep", "vision", "fusion_options"),
+    [
+        ("fastv", 5, "clip-tiny", {"fusion": "mlp"}),
+        ("fastv", 1, "clip-tiny", {"fusion": "mbtf_stf"}),
+        ("random", 9, "clip-tiny", {"fusion": "mlp"}),
+        ("visionzip", 9, "clip-tiny", {"fusion": "mlp"}),
+        ("visionzip", 13, "clip-tiny", {"fusion": "mbtf", "taps": (3, 1)}),
+        ("visionzip", 9, "siglip-tiny", {"fusion": "mlp"}),
+    ],
+)
+def test_flops_with_fewer_image_tokens(reduce, keep, vision, fusion_options):
+    config = dataclasses.replace(make_config("llama-deep-tiny", vision, **fusion_options), reduce=reduce, keep=keep)
+    golden = GOLDEN["tiny"][f"{reduce} {keep} {vision} {config.fusion.fusion}"]
+    assert prefill_flops(config, ROWS, LENGTH, 2) == golden["prefill"]
+    assert decode_flops(config, ROWS, LENGTH, 2) == golden["decode"]
 
-    def extend(params, tokens, cache, filled):
-        model = plan.merge(params)
-        cache_positions = [(jnp.int32(3), filled)] * llm.layers
-        hidden, _ = model.llm.extend(model.llm.embed(tokens, model.dtype), tokens, cache, cache_positions)
-        return model.llm.logits(hidden)
 
-    tokens, filled = jax.ShapeDtypeStruct((ROWS, 1), jnp.int32), jax.ShapeDtypeStruct((ROWS, slots), bool)
-    jaxpr = jax.make_jaxpr(extend)(plan.shapes, tokens, (tuple(cache),) * llm.layers, filled)
-    assert decode_flops(config, ROWS, slots) == count_products(jaxpr.jaxpr)
+REAL = {
+    "c_abstractor": (ModelConfig(fusion=FusionConfig("c_abstractor")), 2048, 1),
+    "13b": (ModelConfig(llm="vicuna-13b"), 2048, 1),
+    "llama-3-8b, 2 images": (ModelConfig(llm="llama-3-8b"), 4096, 2),
+    "siglip-so400m and qwen2.5-0.5b": (
+        ModelConfig("siglip-so400m-14-384", "qwen2.5-0.5b", FusionConfig(kernel=3)), 2048, 1,
+    ),
+    "fastv": (ModelConfig(fusion=FusionConfig("mlp"), reduce="fastv", keep=144), 2048, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REAL)
+def test_flops_of_published_models(case):
+    config, length, images_per_row = REAL[case]
+    golden = GOLDEN["real"][case]
+    assert prefill_flops(config, 1, length, images_per_row) == golden["prefill"]
+    assert decode_flops(config, 1, length, images_per_row) == golden["decode"]
+    if not config.reduce:
+        assert step_flops(config, STAGE1, 1, length, images_per_row) == golden["stage 1"]
+        assert step_flops(config, STAGE2, 1, length, images_per_row) == golden["stage 2"]
+
+
+def test_speed_options_do_not_change_model_flops():
+    counts = [
+        step_flops(dataclasses.replace(make_config(), **options), STAGE2, ROWS, LENGTH, 1)
+        for options in ({}, {"remat": "full", "scan_layers": True}, {"precision": "bfloat16", "attention": "xla"})
+    ]
+    assert counts == [counts[0]] * 3
+
+
+# ---- The counter -----------------------------------------------------------------------------------------------------
+
+X, W = jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((8, 16), jnp.float32)
+PRODUCT = 2 * 4 * 8 * 16
+
+
+def in_scope(name, call):
+    def scoped(*arguments):
+        with jax.named_scope(name):
+            return call(*arguments)
+
+    return scoped
+
+
+def product(x, w):
+    return jnp.sin(x @ w)
+
+
+def test_parts_are_outermost_scopes():
+    def call(x, w):
+        y = in_scope("a", product)(x, w)
+        return in_scope("b", lambda y: in_scope("a", jax.jit(product))(y, w.T))(y), product(x, w)
+
+    assert count_model_flops(call, X, W) == {"a": PRODUCT, "b": PRODUCT, "": PRODUCT}
+
+
+def test_causal_attention_counts_half_forward_and_backward():
+    def loss(x, w):
+        return in_scope(CAUSAL, jax.jit(product))(x, w).sum()
+
+    assert sum(count_model_flops(loss, X, W).values()) == PRODUCT / 2
+    assert sum(count_model_flops(jax.grad(loss, (0, 1)), X, W).values()) == 3 * PRODUCT / 2
+
+
+def test_recomputation_is_no_model_flop():
+    def loss(x, w):
+        return jax.checkpoint(product)(x, w).sum()
+
+    assert sum(count_model_flops(jax.grad(loss, (0, 1)), X, W).values()) == 3 * PRODUCT
+    assert sum(count_model_flops(in_scope(RECOMPUTED, product), X, W).values()) == 0
+
+
+def test_elementwise_products_count_in_a_convolution_only():
+    def loss(x, y):
+        return (in_scope(CONVOLUTION, jnp.multiply)(x, y) * 2 * y).sum()
+
+    assert sum(count_model_flops(loss, X, X).values()) == 2 * 4 * 8
+    assert sum(count_model_flops(jax.grad(loss, (0, 1)), X, X).values()) == 3 * 2 * 4 * 8
 
 
 # ---- The compiler ----------------------------------------------------------------------------------------------------
@@ -203,10 +242,9 @@ def test_flops_match_the_compiler(program_kind):
         llm = llm_preset(model.llm)
         masked = llm.layers * rows * length**2 * llm.heads * llm.head_dim // 4  # per product
         if program_kind == "prefill":
-            forward = forward_flops(model, rows, length, 1)
-            expected = forward.forward - forward.head + forward.head // length + 2 * masked
+            expected = sum(prefill_flops(model, rows, length, 1).values()) + 2 * masked
         else:
-            expected = step_flops(model, config.rules, rows, length, 1).step + 6 * masked
+            expected = step_flops(model, config.rules, rows, length, 1) + 6 * masked
     assert expected <= found <= (1 + TOLERANCE) * expected
 
 
@@ -217,7 +255,7 @@ def test_vision_tower_flops_match_the_compiler():
     images = jax.ShapeDtypeStruct((ROWS, vision.image_size, vision.image_size, 3), jnp.uint8)
     taps = fusion.tapped_blocks(config.fusion, vision.layers)
     found = count_compiled(lambda w, x: nnx.merge(graph, w)(x, taps, jnp.float32), weights, images)
-    expected = forward_flops(config, ROWS, 1, 1).vision
+    expected = prefill_flops(config, ROWS, 8, 1)["vision"]
     assert expected <= found <= (1 + TOLERANCE) * expected
 
 
@@ -238,50 +276,9 @@ def test_fusion_flops_match_the_compiler(case):
         return out, back(cotangent)
 
     out = jax.eval_shape(forward, weights, states)
-    found = count_compiled(forward, weights, states), count_compiled(forward_backward, weights, states, out)
-    for counted, compiled in zip(fusion_flops(config, ROWS), found, strict=True):
-        assert counted <= compiled <= (1 + TOLERANCE) * counted
-
-
-@pytest.mark.usefixtures("variants")
-@pytest.mark.parametrize(
-    ("reduce", "keep", "vision", "fusion_options"),
-    [
-        ("fastv", 5, "clip-tiny", {"fusion": "mlp"}),
-        ("fastv", 1, "clip-tiny", {"fusion": "mbtf_stf"}),
-        ("random", 9, "clip-tiny", {"fusion": "mlp"}),
-        ("visionzip", 9, "clip-tiny", {"fusion": "mlp"}),
-        ("visionzip", 13, "clip-tiny", {"fusion": "mbtf", "taps": (3, 1)}),
-        ("visionzip", 9, "siglip-tiny", {"fusion": "mlp"}),
-    ],
-)
-def test_prefill_and_decode_with_fewer_image_tokens(reduce, keep, vision, fusion_options):
-    config = dataclasses.replace(make_config("llama-deep-tiny", vision, **fusion_options), reduce=reduce, keep=keep)
-    plan, llm, side, images_per_row = blueprint(config), tiny.presets.LLM["llama-deep-tiny"], 64, 2
-    tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
-    images = jax.ShapeDtypeStruct((ROWS, images_per_row, side, side, 3), jnp.uint8)
-    lengths = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
-
-    def read(params, tokens, lengths, images):
-        return plan.merge(params).prefill(tokens, tokens, lengths, images)[:2]
-
-    jaxpr, (_, cache) = jax.make_jaxpr(read, return_shape=True)(plan.shapes, tokens, lengths, images)
-    shorter = LENGTH - images_per_row * (slots_per_image(config) - keep)
-    assert [keys.shape[2] for keys, _ in cache] == [LENGTH] * 2 + [shorter] * 2
-    found = forward_flops(config, ROWS, LENGTH, images_per_row)
-    ranking = 2 * ROWS * LENGTH * llm.heads * llm.head_dim * (reduce == "fastv")
-    # Attention of a single position is not halved, unlike causal attention.
-    assert found.forward - found.head == count_products(jaxpr.jaxpr, (LENGTH, shorter)) + ranking // 2
-
-    def extend(params, tokens, cache, filled):
-        model = plan.merge(params)
-        cache_positions = [(jnp.int32(3), layer_filled) for layer_filled in filled]
-        hidden, _ = model.llm.extend(model.llm.embed(tokens, model.dtype), tokens, cache, cache_positions)
-        return model.llm.logits(hidden)
-
-    filled = [jax.ShapeDtypeStruct((ROWS, keys.shape[2]), bool) for keys, _ in cache]
-    jaxpr = jax.make_jaxpr(extend)(plan.shapes, jax.ShapeDtypeStruct((ROWS, 1), jnp.int32), cache, filled)
-    assert decode_flops(config, ROWS, LENGTH, images_per_row) == count_products(jaxpr.jaxpr, ())
+    for call, arguments in ((forward, (weights, states)), (forward_backward, (weights, states, out))):
+        counted = sum(count_model_flops(call, *arguments).values())
+        assert counted <= count_compiled(call, *arguments) <= (1 + TOLERANCE) * counted
 
 
 # ---- Calculated and published figures --------------------------------------------------------------------------------
@@ -301,14 +298,15 @@ def test_flops_of_the_paper_s_model():
     fusion = first + 576 * 2 * (4096 * 1024) + 144 * 2 * (2 * 2 * 1024 * 16_384 + 16_384 * 4096)
     for rules, times in ((STAGE1, 2), (STAGE2, 3)):
         found = step_flops(ModelConfig(), rules, 1, 2048, 1)
-        assert (found.vision, found.fusion, found.llm, found.head) == (tower, fusion, matrices + attention, head)
-        assert found.step == tower + 3 * fusion - first + times * (matrices + head) + 3 * attention
-        assert step_flops(ModelConfig(), rules, 128, 2048, 1).step == 128 * found.step
+        assert found == tower + 3 * fusion - first + times * (matrices + head) + 3 * attention
+        assert step_flops(ModelConfig(), rules, 128, 2048, 1) == 128 * found
+    parts = {"vision": tower, "fusion": fusion, "llm": matrices + attention, "head": head // 2048}
+    assert prefill_flops(ModelConfig(), 1, 2048, 1) == parts
 
 
 def test_six_flops_per_parameter_and_token():
     """The rule of thumb (arXiv 2001.08361), and PaLM's 6·N + 12·L·H·Q·T (appendix B), causal attention counted half."""
-    found = step_flops(ModelConfig(), ((".*", "train"),), 4, 2048, 0).step / (4 * 2048)
+    found = step_flops(ModelConfig(), ((".*", "train"),), 4, 2048, 0) / (4 * 2048)
     assert found == 6 * (VICUNA + HEAD) + 6 * 32 * 32 * 128 * 2048
     assert found == pytest.approx(6 * 6_738_415_616, rel=0.03)  # all of Llama-7B's parameters
 
@@ -319,7 +317,7 @@ def test_six_flops_per_parameter_and_token():
 )
 def test_vision_tower_flops_match_published_profiles(tower, layers, gflops):
     config = ModelConfig(vision=tower, llm="llama-mini", fusion=FusionConfig("mlp", taps=(layers,)))
-    assert forward_flops(config, 1, 8, 1).vision / 1e9 == pytest.approx(gflops, abs=0.005)
+    assert prefill_flops(config, 1, 64, 1)["vision"] / 1e9 == pytest.approx(gflops, abs=0.005)
 
 
 # ---- Chips -----------------------------------------------------------------------------------------------------------
