@@ -20,7 +20,7 @@ _MODULES = {
     "train": "api",
     "export": "api",
     "import_weights": "api",
-    "Fusion": "models.fusion",
+    "Fusion": "models.fusions.base",
     "attention": "models.attention",
     "cross_entropy_sum": "training.loss",
     "Plan": "data.sampling",

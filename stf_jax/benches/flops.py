@@ -8,7 +8,7 @@ from typing import Any
 
 from stf_jax.benches.arguments import LLAVA
 from stf_jax.config import FusionConfig, ModelConfig, UserError
-from stf_jax.models.fusion import FUSIONS
+from stf_jax.models.fusions.base import FUSIONS
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.training.flops import decode_flops, prefill_flops
 
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         raise UserError(f"--text={options.text} must be comma-separated integers.") from None
     if min(texts) < 0:
         raise UserError("--text must not be negative.")
-    rows = [_make_row(_model(options, fusion), text) for fusion, text in itertools.product(FUSIONS, texts)]
+    rows = [_make_row(_model(options, fusion), text) for fusion, text in itertools.product(FUSIONS.known, texts)]
     if (options.vision, options.llm) == LLAVA:
         rows += [_compare(source, _model(options, fusion), published) for source, fusion, published in _PUBLISHED]
     return rows

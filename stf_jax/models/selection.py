@@ -31,12 +31,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from stf_jax.config import REDUCTIONS, ModelConfig, UserError, did_you_mean
-from stf_jax.models.fusion import tapped_blocks, tokens_per_image
+from stf_jax.models.fusions.base import FUSIONS, find_fusion, tapped_blocks, tokens_per_image
 from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.vit import VisionTower
 
 FULL_LAYERS = 2  # FastV's K: decoder layers that read all image tokens
-_PER_PATCH = ("mlp", "mbtf")  # fusions that map each patch to a token
 _CONTEXTUAL = 10 / 64  # fraction of VisionZip's tokens
 
 
@@ -63,7 +62,7 @@ def resolve_reduction(config: ModelConfig) -> Reduction:
     """The reduction that ``config.reduce`` and ``config.keep`` ask for.
 
     Raises:
-      UserError: they do not fit each other or the model, or as :func:`stf_jax.models.fusion.tokens_per_image`.
+      UserError: they do not fit each other or the model, or as :func:`stf_jax.models.fusions.base.tokens_per_image`.
     """
     name, fusion, vision = config.reduce, config.fusion.fusion, get_vision_config(config)
     if vision is None:
@@ -88,10 +87,9 @@ def resolve_reduction(config: ModelConfig) -> Reduction:
             raise UserError(
                 f"reduce=fastv acts after decoder layer {FULL_LAYERS}, but {config.llm} has no more layers."
             )
-    if name != "fastv" and fusion not in _PER_PATCH:
-        raise UserError(
-            f"reduce={name} needs a fusion that keeps every patch ({', '.join(_PER_PATCH)}), but {fusion} does not."
-        )
+    if name != "fastv" and not find_fusion(config.fusion).spec.per_patch:
+        names = ", ".join(name for name, known in FUSIONS.known.items() if known.spec.per_patch)
+        raise UserError(f"reduce={name} needs a fusion that keeps every patch ({names}), but {fusion} does not.")
     if name == "visionzip" and tapped_blocks(config.fusion, vision.layers)[0] == 0:
         raise UserError("reduce=visionzip needs a tapped block, but model.fusion.taps=(0,) taps only the embedding.")
     return Reduction(name, tokens, keep)

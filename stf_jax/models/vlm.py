@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from stf_jax.config import ModelConfig
 from stf_jax.models.cells import CellHead
-from stf_jax.models.fusion import Fusion, tapped_blocks
+from stf_jax.models.fusions.base import Fusion, tapped_blocks
 from stf_jax.models.layers import shard_rows
 from stf_jax.models.llm import Cache, Decoder, SelectPositions
 from stf_jax.models.presets import get_llm_config, get_vision_config

@@ -24,6 +24,7 @@ from stf_jax.config import CheckpointConfig, FaultsConfig, RunFailed, TrainConfi
 from stf_jax.runtime import hosts
 from stf_jax.runtime.checksum import checksum
 from stf_jax.runtime.files import in_bucket
+from stf_jax.runtime.renames import find_renames, rename_keys
 
 if TYPE_CHECKING:
     from stf_jax.training.state import TrainState
@@ -216,10 +217,12 @@ class Checkpoints:
         """
         self._manager.wait_until_finished()
         trees = _array_items(layout)
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         names = ["data", "clock", "sums"] if (self._folder / str(step) / "sums").exists() else ["data", "clock"]
         try:
+            renames = self._find_renames(step, trees)  # of a checkpoint from before paths changed
+            trees = {name: rename_keys(tree, renames) for name, tree in trees.items()}
             self._check_shapes(step, trees)
+            items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
             found = self._manager.restore(
                 step, args=ocp.args.Composite(**items, **{name: ocp.args.JsonRestore() for name in names})
             )
@@ -229,6 +232,8 @@ class Checkpoints:
                 wrong = sorted(name for name in sums if found["sums"].get(name) != sums[name])
                 if wrong:
                     raise DamagedCheckpoint(f"{wrong[0]} does not match its checksum")
+            current = {path: name for name, path in renames.items()}
+            arrays = {name: rename_keys(tree, current) for name, tree in arrays.items()}
             return {"frozen": {}} | arrays, dict(found["data"]), dict(found["clock"])
         except (UserError, DamagedCheckpoint, MemoryError, jax.errors.JaxRuntimeError):
             raise
@@ -240,10 +245,16 @@ class Checkpoints:
                 raise TryAgain(f"Checkpoint {folder} cannot be read now ({reason}); start again later.") from None
             raise DamagedCheckpoint(reason) from error
 
+    def _saved_shapes(self, step: int, name: str) -> dict[str, Any]:
+        return dict(ocp.StandardCheckpointHandler().metadata(self._folder / str(step) / name).tree)
+
+    def _find_renames(self, step: int, trees: _Trees) -> dict[str, str]:
+        return find_renames(path for name in trees.keys() - {"moments"} for path in self._saved_shapes(step, name))
+
     def _check_shapes(self, step: int, trees: _Trees) -> None:
         """Raises UserError if the shapes differ, so that another model's checkpoint does not count as damaged."""
         for name in trees.keys() - {"moments"}:
-            saved = dict(ocp.StandardCheckpointHandler().metadata(self._folder / str(step) / name).tree)
+            saved = self._saved_shapes(step, name)
             for path in sorted(saved.keys() | trees[name].keys()):
                 was, now = (tuple(tree[path].shape) if path in tree else "absent" for tree in (saved, trees[name]))
                 if was != now:

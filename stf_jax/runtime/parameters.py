@@ -16,6 +16,7 @@ from stf_jax.runtime.checkpoint import IO_ERRORS, error_reason, read_sums, to_ab
 from stf_jax.runtime.checksum import checksum as device_checksum
 from stf_jax.runtime.checksum import host_checksum
 from stf_jax.runtime.files import in_bucket, local_copy
+from stf_jax.runtime.renames import current_path
 
 _CHUNK = 4 * 2**20  # bytes
 _GROUP = 16 * 2**20  # bytes of small parameters per write; each write reads all that was written before
@@ -52,9 +53,14 @@ class SavedParams:
             raise UserError(
                 f"The checkpoint in {folder} is damaged ({error_reason(error)}); {self._remedy()}."
             ) from None
-        self._item_of = {path: item for item, tree in zip(self._items, trees, strict=True) for path in tree}
+        self._saved_path = {current_path(path): path for tree in trees for path in tree}
+        self._item_of = {
+            current_path(path): item for item, tree in zip(self._items, trees, strict=True) for path in tree
+        }
         self.shapes = {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for tree in trees for path, leaf in tree.items()
+            current_path(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for tree in trees
+            for path, leaf in tree.items()
         }
 
     def _remedy(self) -> str:
@@ -77,18 +83,19 @@ class SavedParams:
         restore_args: ocp.RestoreArgs,
         checksum: Callable[[_Array], int | jax.Array],
     ) -> _Array:
+        saved = self._saved_path[path]
         args = ocp.args.PyTreeRestore(
-            item={path: self.shapes[path]}, restore_args={path: restore_args}, partial_restore=True
+            item={saved: self.shapes[path]}, restore_args={saved: restore_args}, partial_restore=True
         )
         try:
-            value = reader.restore(self._item_of[path], args=args)[path]
+            value = reader.restore(self._item_of[path], args=args)[saved]
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # Orbax raises many types, some of them bare Exception
             raise UserError(
                 f"{self._item_of[path]}: parameter {path} cannot be read ({error_reason(error)}); {self._remedy()}."
             ) from None
-        written = self._sums.get(f"{self._item_of[path].name}/{path}")
+        written = self._sums.get(f"{self._item_of[path].name}/{saved}")
         if written is not None and int(checksum(value)) != written:
             raise UserError(
                 f"{self._item_of[path]} is damaged: parameter {path} does not match its checksum; {self._remedy()}."

@@ -13,7 +13,10 @@ from typing import Any, get_args
 from flax import nnx
 
 from stf_jax.config import Aspect, FusionConfig, UserError
-from stf_jax.models.fusion import TAPS, Fusion, tapped_blocks, tokens_per_image
+from stf_jax.models.fusions.base import TAPS, Fusion, tapped_blocks, tokens_per_image
+from stf_jax.models.fusions.mbtf import MBTF
+from stf_jax.models.fusions.parts import Projector
+from stf_jax.models.fusions.stf import STF
 from stf_jax.models.llm import Decoder, LLMConfig
 from stf_jax.models.presets import VISION as VISION_PRESETS
 from stf_jax.models.vit import VisionConfig, VisionTower
@@ -93,7 +96,9 @@ def detect_model(tensors: TensorFile, config: Mapping[str, Any], tower: VisionCo
         fusion, table, prefix, read, out = detected
         if llm is not None and out != llm.width:
             raise UserError(f"The projector outputs {out} channels, but the language model has {llm.width}.")
-        mappings |= _map_part("fusion", table, lambda: Fusion(nnx.Rngs(0), fusion, read, out), {"": prefix})
+        mappings |= _map_part(
+            "fusion/connector", table, lambda: Fusion(nnx.Rngs(0), fusion, read, out).connector, {"": prefix}
+        )
     if not mappings:
         raise UserError("The checkpoint holds no vision tower, language model or projector that is supported.")
     unused = _check_tensors(tensors, mappings, llm, skipped, has_tower)
@@ -135,7 +140,7 @@ def _read_exported_fusion(
     if config.get("model_type") != "llava_stf":
         return None
     try:
-        values = config["stf_config"]
+        values = {key: value for key, value in config["stf_config"].items() if key != "side"}
         fusion = FusionConfig(**{**values, "taps": tuple(values["taps"])})
         out = int(config["text_config"]["hidden_size"])
     except (KeyError, TypeError, ValueError) as error:
@@ -147,7 +152,7 @@ def _read_exported_fusion(
     if vision is None:
         raise UserError("The export has no vision tower: give the tower's folder as --vision=DIR.")
     tokens_per_image(fusion, vision.grid)  # raises UserError for an unknown fusion, or a kernel that does not fit
-    table = hf.fusion_table(fusion)
+    table = hf.fusion_table(fusion, vision, out)
     anchor = next(tensor.name for tensor in table.values() if "{layer}" not in tensor.name)
     return fusion, table, _find_prefix(tensors, anchor, "projectors") or "", vision, out
 
@@ -171,7 +176,7 @@ def _detect_fusion(
         mbtf_width, mbtf_hidden = tensor_shape(tensors, f"{prefix}mm_projector_crosslayer.2.weight", 2)
         _, tapped = tensor_shape(tensors, f"{prefix}mm_projector_crosslayer.0.weight", 2)
         width = vision.width if vision else config.get("mm_hidden_size", mbtf_width)
-        table: dict[str, Tensor] = dict(hf.MBTF)
+        table = MBTF.name_tensors()
         channels = mbtf_width
     else:
         mbtf_width = mbtf_hidden = 0
@@ -187,10 +192,10 @@ def _detect_fusion(
         name = "mbtf" if has_mbtf else "mlp"
         if hidden != out:
             raise UserError(f"The projector has {hidden} channels between layers of {out}, which is not LLaVA's.")
-        table |= hf.LLAVA_HF if hf_prefix is not None else hf.PROJECTOR
+        table |= Projector.name_tensors("", "mm_projector") if hf_prefix is None else hf.LLAVA_PROJECTOR
     else:
         name = "mbtf_stf" if has_mbtf else "stf"
-        table |= hf.STF
+        table |= STF.tensor_names(FusionConfig())
     # Shapes depend only on channels and kernel, so the eight tensors can be imported without a tower.
     read = vision or dataclasses.replace(VISION_PRESETS["clip-l-14-336"], width=width)
     fusion = FusionConfig(

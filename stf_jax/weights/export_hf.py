@@ -5,12 +5,14 @@ files, which every release reads. Other fusions need the classes in weights/torc
 folder. Both come with adapters for lmms-eval and VLMEvalKit.
 """
 
+import hashlib
+import inspect
 import itertools
 import pathlib
 import shutil
 import string
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +23,7 @@ from stf_jax.config import FusionConfig, UserError
 from stf_jax.data.conversation import initial_tokens, stop_tokens
 from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.tokenizer import max_positions, untrained_tokens
-from stf_jax.models.baselines import DEPTHS
-from stf_jax.models.fusion import tapped_blocks, tokens_per_image
+from stf_jax.models.fusions.base import find_fusion, input_grid, resolve_sizes, tapped_blocks, tokens_per_image
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.files import write_json
@@ -36,7 +37,8 @@ from stf_jax.weights.model import SavedModel, open_model
 from stf_jax.weights.shards import write_shards
 
 PACKAGE = pathlib.Path(__file__).parent / "torch_package"
-_MODEL_CODE = ("configuration_stf.py", "modeling_stf.py", "processing_stf.py")
+_MODEL_CODE = ("configuration_stf.py", "layers_stf.py", "modeling_stf.py", "processing_stf.py")
+_FUSION_KEYS = ("fusion", "kernel", "mbtf_hidden", "mbtf_width", "stf_hidden", "depth", "variant", "pad_grid")
 _EVALUATION_CODE = ("lmms_eval_stf/lmms_eval_stf.py", "lmms_eval_stf/pyproject.toml", "vlmevalkit_stf.py")
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
@@ -72,20 +74,21 @@ def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[s
             "tie_word_embeddings": model.llm.tied,
             "dtype": dtype or widest_dtype(saved),
         }
-        stream = ExportStream(saved, _map_tensors(saved, model.fusion), dtype)
+        stream = ExportStream(saved, _map_tensors(saved, model), dtype)
         rows = max(image_id + 1, model.llm.vocab)
         config["text_config"]["vocab_size"] = rows
         if rows != model.llm.vocab:
             config["stf_vocab"] = model.llm.vocab  # further rows exist only for <image>
         tensors = _with_image_row(stream, rows)
-        if model.fusion.fusion == "mlp":
+        torch_file = None if model.fusion.fusion == "mlp" else find_torch_file(model.fusion)
+        if torch_file is None:
             write_shards(folder, itertools.chain(tensors, _unused_norm(model, config["dtype"])))
             processor = _complete_llava_config(config, model, taps[0], count, image_id)
         else:
             write_shards(folder, tensors)
             processor = _complete_stf_config(config, model, taps, count, image_id)
             processor["begin"] = tokenizer.bos_token if has_bos else ""
-            _copy_code(_MODEL_CODE, folder)
+            _write_model_code(torch_file, folder)
         _copy_code(_EVALUATION_CODE, folder)
         save_export_tokenizer(tokenizer, folder, model.template, has_bos)
         write_json(epath.Path(folder, "config.json"), config)
@@ -157,18 +160,30 @@ def text_config_values(config: LLMConfig, tokenizer: PreTrainedTokenizerFast) ->
     return values | {"rope_theta": config.rope_theta, "rope_parameters": {**rope, "rope_theta": config.rope_theta}}
 
 
-def _map_tensors(saved: SavedModel, fusion: FusionConfig) -> dict[str, TensorMapping]:
-    if fusion.fusion == "mlp":
+def find_torch_file(config: FusionConfig) -> pathlib.Path:
+    """Returns the file that computes a fusion in PyTorch. Raises UserError if its class names none."""
+    fusion = find_fusion(config)
+    name = getattr(fusion, "torch_file", None)
+    if name is None:
+        raise UserError(
+            f"{config.fusion} has no PyTorch twin to export: set torch_file in its class to a file beside its own with "
+            "a class Connector that computes the same in torch (stf_jax/models/fusions/stf_torch.py is an example)."
+        )
+    return pathlib.Path(inspect.getfile(cast(type, fusion))).with_name(name)
+
+
+def _map_tensors(saved: SavedModel, model: CompleteModel) -> dict[str, TensorMapping]:
+    if model.fusion.fusion == "mlp":
         prefixes = ({"": "vision_tower.vision_model."}, {"": "multi_modal_projector."}, {"": "language_model."})
-        table = hf.LLAVA_HF
+        table = hf.LLAVA_PROJECTOR
     else:
         prefixes = (
             {"": "model.vision_tower."},
             {"": "model."},
             {"model.": "model.language_model.", "lm_head.": "lm_head."},
         )
-        table = hf.fusion_table(fusion)
-    tables = zip(("vision", "fusion", "llm"), (hf.VISION, table, hf.DECODER), prefixes, strict=True)
+        table = hf.fusion_table(model.fusion, model.vision, model.llm.width)
+    tables = zip(("vision", "fusion/connector", "llm"), (hf.VISION, table, hf.DECODER), prefixes, strict=True)
     return {path: mapping for part in tables for path, mapping in map_part(saved, *part).items()}
 
 
@@ -176,9 +191,7 @@ def _complete_stf_config(
     config: dict[str, Any], model: CompleteModel, taps: tuple[int, ...], count: int, image_id: int
 ) -> dict[str, Any]:
     """Completes the config for our classes; returns the processor's config."""
-    fusion, width = model.fusion, model.vision.width
-    mixes, merges = fusion.fusion.startswith("mbtf"), fusion.fusion.endswith("stf")
-    window = ((mixes and fusion.mbtf_width) or width) * fusion.kernel**2
+    fusion = resolve_sizes(model.fusion, model.vision)
     config |= {
         "model_type": "llava_stf",
         "architectures": ["LlavaSTFForConditionalGeneration"],
@@ -189,15 +202,9 @@ def _complete_stf_config(
         },
         "image_token_id": image_id,
         "stf_config": {
-            "fusion": fusion.fusion,
+            **{key: getattr(fusion, key) for key in _FUSION_KEYS},
             "taps": list(taps),
-            "kernel": fusion.kernel,
-            "mbtf_hidden": fusion.mbtf_hidden or mixes * len(taps) * width // 2,
-            "mbtf_width": fusion.mbtf_width or mixes * width,
-            "stf_hidden": fusion.stf_hidden or merges * 4 * window,
-            "depth": fusion.depth or DEPTHS.get(fusion.fusion, 0),
-            "variant": fusion.variant,
-            "pad_grid": fusion.pad_grid,
+            "side": input_grid(model.fusion, model.vision).side,
         },
     }
     return {
@@ -296,6 +303,17 @@ def _image_processor(model: CompleteModel) -> dict[str, Any]:
         "image_mean": list(model.vision.mean),
         "image_std": list(model.vision.std),
     }
+
+
+def _write_model_code(torch_file: pathlib.Path, folder: pathlib.Path) -> None:
+    _copy_code(_MODEL_CODE, folder)
+    shutil.copyfile(torch_file, folder / "connector_stf.py")
+    # In a process, transformers uses the model class that it first loaded for a config class. So exports with different
+    # code need different config classes, which it makes of files with different contents.
+    files = [*(folder / name for name in _MODEL_CODE), folder / "connector_stf.py"]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    with (folder / "configuration_stf.py").open("a") as file:
+        file.write(f"\n\nCODE = {digest[:16]!r}  # of this export\n")
 
 
 def _copy_code(names: Iterable[str], folder: pathlib.Path) -> None:

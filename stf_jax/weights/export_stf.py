@@ -14,7 +14,8 @@ from etils import epath
 
 from stf_jax.config import FusionConfig, UserError
 from stf_jax.data.tokenizer import SENTENCEPIECE, load_tokenizer, max_positions, prefixes_only_start
-from stf_jax.models.fusion import tapped_blocks
+from stf_jax.models.fusions.base import tapped_blocks
+from stf_jax.models.fusions.stf import MBTFSTF
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.presets import VISION
 from stf_jax.models.vit import VisionConfig
@@ -57,7 +58,7 @@ def export_llava_stf(
         if fusion is None:
             raise UserError(f"{checkpoint} holds no fusion to export.")
         taps = _check_fusion(fusion, saved.description.vision)
-        mappings = map_part(saved, "fusion", hf.fusion_table(fusion), {"": "model."})
+        mappings = map_part(saved, "fusion/connector", MBTFSTF.tensor_names(fusion), {"": "model."})
         if adapter_only:
             stream = ExportStream(saved, mappings, dtype)
             _save_adapter(folder / ADAPTER, stream)

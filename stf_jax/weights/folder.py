@@ -23,6 +23,7 @@ from stf_jax.config import UserError
 from stf_jax.models.positions import interpolate_positions, same_grid_kind
 from stf_jax.runtime.files import in_bucket, local_copy, to_path, upload
 from stf_jax.runtime.parameters import SavedParams
+from stf_jax.runtime.renames import current_path
 from stf_jax.weights.tensors import TensorFile, open_tensors
 
 MINIATURES = pathlib.Path(__file__).parent / "miniatures"
@@ -179,11 +180,12 @@ def _open(folder: epath.Path) -> tuple[_Shapes, _Read]:
     if not any(local.glob("*.safetensors")):
         raise UserError(f"init_from names {folder}, which holds neither *.safetensors nor the checkpoints of a run.")
     tensors = open_tensors(local)
+    names = {current_path(name): name for name in tensors.names}
 
     def read(shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
-        return {path: _load_tensor(tensors, path, sharding) for path, sharding in shardings.items()}
+        return {path: _load_tensor(tensors, names[path], sharding) for path, sharding in shardings.items()}
 
-    return {path: tensors.shape(path) for path in tensors.names}, read
+    return {path: tensors.shape(name) for path, name in names.items()}, read
 
 
 def _load_tensor(tensors: TensorFile, path: str, sharding: jax.sharding.Sharding) -> jax.Array:

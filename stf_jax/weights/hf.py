@@ -1,50 +1,37 @@
 """Hugging Face's tensor names and layouts for our parameters.
 
-One table per model family maps the path of a parameter to the name of its tensor and a layout. For each axis of the
-tensor, the layout lists the axes of the parameter that it holds, outermost first. Layouts are data, so the same table
-serves imports and exports:
-
-    tensor [H·Dh, D], parameter [D, H, Dh]      layout ((1, 2), (0,))
-
-A parameter of a block has a leading axis L here and is one tensor per layer in Hugging Face; layouts describe one
-layer. Shapes come from the model's own declarations. Values keep their dtype.
+One table per model family (models/tensor_names.py). Shapes come from the model's own declarations. Values keep their
+dtype.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from stf_jax.config import FusionConfig
-
-Layout = tuple[tuple[int, ...], ...]
-
-
-class Tensor(NamedTuple):
-    """The name and layout of a parameter in a state dict; ``{layer}`` counts from 0."""
-
-    name: str
-    layout: Layout
-
-
-#                                              tensor           parameter
-VECTOR: Layout = ((0,),)  #                    [D]              [D]
-MATRIX: Layout = ((0,), (1,))  #               [V, D]           [V, D]
-LINEAR: Layout = ((1,), (0,))  #               [out, in]        [in, out]
-TO_HEADS: Layout = ((1, 2), (0,))  #           [H·Dh, D]        [D, H, Dh]
-HEADS: Layout = ((0, 1),)  #                   [H·Dh]           [H, Dh]
-FROM_HEADS: Layout = ((2,), (0, 1))  #         [D, H·Dh]        [H, Dh, D]
-CONV: Layout = ((3,), (2,), (0,), (1,))  #     [out, in, h, w]  [h, w, in, out]
-POINTWISE: Layout = ((1,), (0,), (), ())  #    [out, in, 1, 1]  [in, out]
-DEPTHWISE: Layout = ((2,), (), (0,), (1,))  #  [C, 1, h, w]     [h, w, C]
-UNFOLDED: Layout = ((3,), (2, 0, 1))  #        [out, in·h·w]    [h, w, in, out]
+from stf_jax.models.fusions.base import Fusion, find_fusion
+from stf_jax.models.tensor_names import (
+    CONV,
+    FROM_HEADS,
+    HEADS,
+    LINEAR,
+    MATRIX,
+    TO_HEADS,
+    VECTOR,
+    Layout,
+    Tensor,
+    TensorNames,
+    name_by_convention,
+    name_layer,
+)
+from stf_jax.models.vit import VisionConfig
 
 # CLIPVisionModel and SiglipVisionModel, without the prefix, which differs between releases.
-VISION: Mapping[str, Tensor] = {
+VISION: TensorNames = {
     "patch_embed/kernel": Tensor("embeddings.patch_embedding.weight", CONV),
     "patch_embed/bias": Tensor("embeddings.patch_embedding.bias", VECTOR),
     "class_token": Tensor("embeddings.class_embedding", VECTOR),
@@ -70,7 +57,7 @@ VISION: Mapping[str, Tensor] = {
 }
 
 # LlamaForCausalLM, and Mistral, Qwen2 (biases) and Qwen3 (head norms), which use the same names.
-DECODER: Mapping[str, Tensor] = {
+DECODER: TensorNames = {
     "embedding": Tensor("model.embed_tokens.weight", MATRIX),
     "blocks/attention_norm/scale": Tensor("model.layers.{layer}.input_layernorm.weight", VECTOR),
     "blocks/attention/query/kernel": Tensor("model.layers.{layer}.self_attn.q_proj.weight", TO_HEADS),
@@ -90,129 +77,23 @@ DECODER: Mapping[str, Tensor] = {
     "head/kernel": Tensor("lm_head.weight", LINEAR),
 }
 
-# LLaVA's projector, and LLaVA-STF's two modules under LLaVA's names: "crosslayer" is MBTF. STF's convolution is a
-# linear layer over the values of a window, channel by channel.
-MBTF: Mapping[str, Tensor] = {
-    "mbtf/first/kernel": Tensor("mm_projector_crosslayer.0.weight", LINEAR),
-    "mbtf/first/bias": Tensor("mm_projector_crosslayer.0.bias", VECTOR),
-    "mbtf/second/kernel": Tensor("mm_projector_crosslayer.2.weight", LINEAR),
-    "mbtf/second/bias": Tensor("mm_projector_crosslayer.2.bias", VECTOR),
-}
-STF: Mapping[str, Tensor] = {
-    "tokens/conv/kernel": Tensor("mm_projector.0.weight", UNFOLDED),
-    "tokens/conv/bias": Tensor("mm_projector.0.bias", VECTOR),
-    "tokens/out/kernel": Tensor("mm_projector.2.weight", LINEAR),
-    "tokens/out/bias": Tensor("mm_projector.2.bias", VECTOR),
-}
-PROJECTOR: Mapping[str, Tensor] = {
-    "tokens/first/kernel": Tensor("mm_projector.0.weight", LINEAR),
-    "tokens/first/bias": Tensor("mm_projector.0.bias", VECTOR),
-    "tokens/second/kernel": Tensor("mm_projector.2.weight", LINEAR),
-    "tokens/second/bias": Tensor("mm_projector.2.bias", VECTOR),
-}
-POOLED: Mapping[str, Tensor] = {path.replace("tokens/", "tokens/projector/"): t for path, t in PROJECTOR.items()}
-STF_PAPER: Mapping[str, Tensor] = {
-    "tokens/conv/kernel": Tensor("mm_projector.0.weight", UNFOLDED),
-    "tokens/conv/bias": Tensor("mm_projector.0.bias", VECTOR),
-    "tokens/mix/kernel": Tensor("mm_projector.2.weight", LINEAR),
-    "tokens/mix/bias": Tensor("mm_projector.2.bias", VECTOR),
-    "tokens/out/kernel": Tensor("mm_projector.4.weight", LINEAR),
-    "tokens/out/bias": Tensor("mm_projector.4.bias", VECTOR),
-}
+
+def fusion_table(config: FusionConfig, vision: VisionConfig, out: int) -> dict[str, Tensor]:
+    """Returns the table of a fusion that reads this tower: the names that its class gives, or names by convention.
+
+    ``out`` is the width of the language model.
+    """
+    names = getattr(find_fusion(config), "tensor_names", None)
+    if names is not None:
+        return dict(names(config))
+    connector = nnx.eval_shape(lambda: Fusion(nnx.Rngs(0), config, vision, out)).connector
+    leaves = nnx.to_flat_state(nnx.state(connector))
+    axes = {"/".join(map(str, path)): leaf.get_metadata()["axes"] for path, leaf in leaves}
+    return name_by_convention(axes, "mm_projector")
 
 
-def _layer(path: str, name: str, kernel: Layout = LINEAR, bias: Layout = VECTOR) -> dict[str, Tensor]:
-    return {f"{path}/kernel": Tensor(f"{name}.weight", kernel), f"{path}/bias": Tensor(f"{name}.bias", bias)}
-
-
-def _norm(path: str, name: str) -> dict[str, Tensor]:
-    return {f"{path}/scale": Tensor(f"{name}.weight", VECTOR), f"{path}/bias": Tensor(f"{name}.bias", VECTOR)}
-
-
-def _mlp(path: str, name: str) -> dict[str, Tensor]:
-    return _layer(f"{path}/first", f"{name}.0") | _layer(f"{path}/second", f"{name}.2")
-
-
-def _attention(path: str, name: str) -> dict[str, Tensor]:
-    heads = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
-    table = _layer(f"{path}/out", f"{name}.out_proj", FROM_HEADS)
-    for projection, hf_name in heads.items():
-        table |= _layer(f"{path}/{projection}", f"{name}.{hf_name}", TO_HEADS, HEADS)
-    return table
-
-
-def _conv_block(path: str, name: str) -> dict[str, Tensor]:
-    return {
-        **_layer(f"{path}/first", f"{name}.conv1", POINTWISE),
-        **_norm(f"{path}/first_norm", f"{name}.norm1"),
-        **_layer(f"{path}/depthwise", f"{name}.conv2", DEPTHWISE),
-        **_norm(f"{path}/depthwise_norm", f"{name}.norm2"),
-        **_layer(f"{path}/squeeze", f"{name}.squeeze", POINTWISE),
-        **_layer(f"{path}/excite", f"{name}.excite", POINTWISE),
-        **_layer(f"{path}/last", f"{name}.conv3", POINTWISE),
-        **_norm(f"{path}/last_norm", f"{name}.norm3"),
-    }
-
-
-# The classes in weights/torch_package/modeling_stf.py.
-LDP_V2: Mapping[str, Tensor] = {
-    **_mlp("tokens/projector", "mm_projector.mlp"),
-    **_layer("tokens/position", "mm_projector.peg", DEPTHWISE),
-}
-C_ABSTRACTOR: Mapping[str, Tensor] = {
-    **_mlp("tokens/projector", "mm_projector.mlp"),
-    "tokens/position_embed": Tensor("mm_projector.position_embedding", MATRIX),
-    **_conv_block("tokens/before", "mm_projector.before.{layer}"),
-    **_conv_block("tokens/after", "mm_projector.after.{layer}"),
-}
-RESAMPLER: Mapping[str, Tensor] = {
-    "tokens/queries": Tensor("mm_projector.query_tokens", MATRIX),
-    **_layer("tokens/enter", "mm_projector.input"),
-    **_norm("tokens/blocks/query_norm", "mm_projector.layers.{layer}.query_norm"),
-    **_norm("tokens/blocks/patch_norm", "mm_projector.layers.{layer}.patch_norm"),
-    **_attention("tokens/blocks/attention", "mm_projector.layers.{layer}.attention"),
-    **_norm("tokens/blocks/mlp_norm", "mm_projector.layers.{layer}.mlp_norm"),
-    **_layer("tokens/blocks/gate", "mm_projector.layers.{layer}.gate_proj"),
-    **_layer("tokens/blocks/up", "mm_projector.layers.{layer}.up_proj"),
-    **_norm("tokens/blocks/hidden_norm", "mm_projector.layers.{layer}.hidden_norm"),
-    **_layer("tokens/blocks/down", "mm_projector.layers.{layer}.down_proj"),
-    **_layer("tokens/exit", "mm_projector.output"),
-}
-TOKEN_PACKER: Mapping[str, Tensor] = {
-    **_layer("tokens/coarse", "mm_projector.query"),
-    **_mlp("tokens/keys", "mm_projector.key"),
-    **_mlp("tokens/values", "mm_projector.value"),
-    **_norm("tokens/query_norm", "mm_projector.query_norm"),
-    **_norm("tokens/key_norm", "mm_projector.key_norm"),
-    **_norm("tokens/value_norm", "mm_projector.value_norm"),
-    **_attention("tokens/attention", "mm_projector.attention"),
-    **_mlp("tokens/projector", "mm_projector.mlp"),
-}
-
-
-def fusion_table(config: FusionConfig) -> dict[str, Tensor]:
-    """Returns the table of a fusion. Fusions other than the authors' use the names in weights/torch_package."""
-    stf = STF_PAPER if config.variant == "paper" else STF
-    tokens = {
-        "mlp": PROJECTOR,
-        "avg_pool": POOLED,
-        "pixel_shuffle": POOLED,
-        "ldp_v2": LDP_V2,
-        "c_abstractor": C_ABSTRACTOR,
-        "resampler": RESAMPLER,
-        "token_packer": TOKEN_PACKER,
-        "stf": stf,
-        "mbtf": PROJECTOR,
-        "mbtf_stf": stf,
-    }[config.fusion]
-    return {**(MBTF if config.fusion.startswith("mbtf") else {}), **tokens}
-
-
-# The same projector under the names of transformers' LlavaForConditionalGeneration.
-LLAVA_HF: Mapping[str, Tensor] = {
-    path: Tensor(name.replace("mm_projector.0", "linear_1").replace("mm_projector.2", "linear_2"), layout)
-    for path, (name, layout) in PROJECTOR.items()
-}
+# LLaVA's projector under the names of transformers' LlavaForConditionalGeneration.
+LLAVA_PROJECTOR: TensorNames = {**name_layer("first", "linear_1"), **name_layer("second", "linear_2")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +144,7 @@ def param_shapes(build: Callable[[], nnx.Module]) -> dict[str, tuple[int, ...]]:
 
 
 def map_parameters(
-    table: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], prefixes: Mapping[str, str]
+    table: TensorNames, shapes: Mapping[str, tuple[int, ...]], prefixes: Mapping[str, str]
 ) -> dict[str, TensorMapping]:
     """Maps each parameter of a module, by its path in that module, to its tensors.
 

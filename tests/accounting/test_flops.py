@@ -14,7 +14,7 @@ from flax import nnx
 from stf_jax.accounting.chips import CHIPS, find_chip
 from stf_jax.accounting.flops import CAUSAL, CONVOLUTION, RECOMPUTED, count_model_flops
 from stf_jax.config import DataConfig, EvalConfig, FusionConfig, MeshConfig, ModelConfig, TrainConfig
-from stf_jax.models import fusion
+from stf_jax.models.fusions.base import FUSIONS, Fusion, tapped_blocks
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vit import VisionTower
 from stf_jax.planning.program import make_program
@@ -57,12 +57,12 @@ CASES = {
     "Qwen2's biases": (make_config("qwen2-tiny"), (("llm/blocks/attention/query/bias", "train"), FREEZE), 0),
     "Qwen3's norms": (make_config("qwen3-tiny"), (("llm/blocks/attention/key_norm/.*", "train"), FREEZE), 0),
     "SigLIP": (make_config(vision="siglip-tiny"), ((".*", "train"),), 1),
-    **{name: (make_config(fusion=name), STAGE1, 1) for name in fusion.FUSIONS},
-    "queries": (make_config(fusion="resampler"), (("fusion/tokens/queries", "train"), FREEZE), 1),
-    "patch norms": (make_config(fusion="resampler"), (("fusion/tokens/blocks/patch_norm/.*", "train"), FREEZE), 1),
+    **{name: (make_config(fusion=name), STAGE1, 1) for name in FUSIONS.known},
+    "queries": (make_config(fusion="resampler"), (("fusion/connector/queries", "train"), FREEZE), 1),
+    "patch norms": (make_config(fusion="resampler"), (("fusion/connector/blocks/patch_norm/.*", "train"), FREEZE), 1),
     "cells": (dataclasses.replace(make_config(), cells=2), (("(vision|cells)/.*", "train"), FREEZE), 2),
     "cells on a frozen tower": (dataclasses.replace(make_config(), cells=2), (("cells/.*", "train"), FREEZE), 1),
-    "token packer's values": (make_config(fusion="token_packer"), (("fusion/tokens/values/.*", "train"), FREEZE), 1),
+    "token packer's values": (make_config(fusion="token_packer"), (("fusion/connector/values/.*", "train"), FREEZE), 1),
     "token packer, padded": (make_config(fusion="token_packer", kernel=3, pad_grid=True), STAGE1, 1),
     "resampler, which does not pad": (make_config(fusion="resampler", kernel=3, pad_grid=True), STAGE1, 1),
 }
@@ -253,19 +253,19 @@ def test_vision_tower_flops_match_the_compiler():
     config, vision = make_wide_config("mlp"), vision_preset("clip-wide")
     graph, weights = nnx.split(nnx.eval_shape(lambda: VisionTower(nnx.Rngs(0), vision, scan=False)))
     images = jax.ShapeDtypeStruct((ROWS, vision.image_size, vision.image_size, 3), jnp.uint8)
-    taps = fusion.tapped_blocks(config.fusion, vision.layers)
+    taps = tapped_blocks(config.fusion, vision.layers)
     found = count_compiled(lambda w, x: nnx.merge(graph, w)(x, taps, jnp.float32), weights, images)
     expected = prefill_flops(config, ROWS, 8, 1)["vision"]
     assert expected <= found <= (1 + TOLERANCE) * expected
 
 
 @pytest.mark.usefixtures("wide")
-@pytest.mark.parametrize("case", [*fusion.FUSIONS, "paper's STF"])
+@pytest.mark.parametrize("case", [*FUSIONS.known, "paper's STF"])
 def test_fusion_flops_match_the_compiler(case):
     config = make_wide_config("mbtf_stf", variant="paper") if case == "paper's STF" else make_wide_config(case)
     vision, width = vision_preset(config.vision), llm_preset(config.llm).width
-    graph, weights = nnx.split(nnx.eval_shape(lambda: fusion.Fusion(nnx.Rngs(0), config.fusion, vision, width)))
-    taps = fusion.tapped_blocks(config.fusion, vision.layers)
+    graph, weights = nnx.split(nnx.eval_shape(lambda: Fusion(nnx.Rngs(0), config.fusion, vision, width)))
+    taps = tapped_blocks(config.fusion, vision.layers)
     states = (jax.ShapeDtypeStruct((ROWS, vision.grid**2, vision.width), jnp.float32),) * len(taps)
 
     def forward(weights, states):

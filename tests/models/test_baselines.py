@@ -1,8 +1,14 @@
 """Baselines of MBTF and STF against their torch versions in exports, and parameter counts against formulas."""
 
 import dataclasses
+import functools
+import importlib
 import itertools
 import math
+import pathlib
+import shutil
+import sys
+import tempfile
 import types
 
 import jax
@@ -13,12 +19,11 @@ import torch
 from flax import nnx
 
 from stf_jax.config import FusionConfig, MeshConfig
-from stf_jax.models.baselines import DEPTHS
-from stf_jax.models.fusion import Fusion, tapped_blocks
+from stf_jax.models.fusions.base import Fusion, input_grid, resolve_sizes, tapped_blocks
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.runtime.mesh import BATCH, make_mesh, parameter_sharding
 from stf_jax.weights import hf
-from stf_jax.weights.torch_package import modeling_stf
+from stf_jax.weights.export_hf import PACKAGE, find_torch_file
 
 BASELINES = ("ldp_v2", "c_abstractor", "resampler", "token_packer")
 # 12 is divided by 1, 2, 3 and 4. Heads of 64 and of 128 channels become three of 32.
@@ -68,23 +73,38 @@ def random_states(config, batch=2, vision=TOWER):
 
 def build_torch(config, vision=TOWER, out=D):
     """The same fusion as in an export, freshly initialized."""
-    fusion_config = dataclasses.asdict(config) | {
-        "depth": config.depth or DEPTHS.get(config.fusion, 0),
-        "taps": list(tapped_blocks(config, vision.layers)),
-    }
+    taps = list(tapped_blocks(config, vision.layers))
+    fusion_config = dataclasses.asdict(resolve_sizes(config, vision)) | {"taps": taps}
     vision_config = types.SimpleNamespace(
         image_size=vision.image_size, patch_size=vision.patch_size, hidden_size=vision.width
     )
     model_config = types.SimpleNamespace(
         vision_config=vision_config, text_config=types.SimpleNamespace(hidden_size=out), stf_config=fusion_config
     )
-    return modeling_stf.BASELINE_FUSIONS[config.fusion](model_config)
+    return load_connector(config).Connector(model_config, input_grid(config, vision).side)
+
+
+@functools.cache
+def load_connector(config):
+    """The module connector_stf.py of an export."""
+    name = f"exported_{config.fusion}"
+    with tempfile.TemporaryDirectory() as folder:
+        package = pathlib.Path(folder, name)
+        package.mkdir()
+        shutil.copyfile(find_torch_file(config), package / "connector_stf.py")
+        shutil.copyfile(PACKAGE / "layers_stf.py", package / "layers_stf.py")
+        sys.path.insert(0, folder)
+        try:
+            return importlib.import_module(f"{name}.connector_stf")
+        finally:
+            sys.path.remove(folder)
 
 
 def torch_tensors(config, params):
     """The parameters under the names of the torch module."""
     shapes = {path: value.shape for path, value in params.items()}
-    mappings = hf.map_parameters(hf.fusion_table(config), shapes, {"mm_projector.": ""})
+    table = {f"connector/{path}": tensor for path, tensor in hf.fusion_table(config, TOWER, D).items()}
+    mappings = hf.map_parameters(table, shapes, {"mm_projector.": ""})
     return {name: tensor for path, mapping in mappings.items() for name, tensor in mapping.to_hf(params[path])}
 
 
@@ -112,8 +132,9 @@ def assert_equals_torch(config, side, vision):
     params, states = random_values(leaves), random_states(config, vision=vision)
     torch_module = build_torch(config, vision).double()
     torch_module.load_state_dict({name: torch.from_numpy(one) for name, one in torch_tensors(config, params).items()})
-    grid = modeling_stf._grid(torch.cat([torch.from_numpy(state) for state in states], -1).double(), torch_module.side)
-    expected = torch_module(grid).flatten(1, 2).numpy()
+    pad = input_grid(config, vision).side - vision.grid
+    grid = torch.cat([torch.from_numpy(state) for state in states], -1).double().unflatten(1, (vision.grid,) * 2)
+    expected = torch_module(torch.nn.functional.pad(grid, (0, 0, 0, pad, 0, pad))).flatten(1, 2).numpy()
     ours = jax.jit(make_function(fusion, params))(params, states)
     assert ours.shape == (2, side**2, D)
     assert ours.dtype == jnp.float32
@@ -199,9 +220,9 @@ def test_token_packer_taps(keys, layers, taps):
 def test_heads_divide_the_width(width, heads, packer_heads):
     vision = dataclasses.replace(TOWER, width=width)
     _, leaves = declare(FusionConfig("resampler"), vision)
-    assert leaves["tokens/blocks/attention/query/kernel"].shape == (6, width, heads, 64)
+    assert leaves["connector/blocks/attention/query/kernel"].shape == (6, width, heads, 64)
     _, leaves = declare(FusionConfig("token_packer"), vision)
-    assert leaves["tokens/attention/query/kernel"].shape == (width, packer_heads, 128)
+    assert leaves["connector/attention/query/kernel"].shape == (width, packer_heads, 128)
 
 
 # ---- Initialization --------------------------------------------------------------------------------------------------

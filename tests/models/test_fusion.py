@@ -1,6 +1,7 @@
 """MBTF, STF and simple baselines against torch, written from a description of the authors' program."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from flax import nnx
 
 from stf_jax.config import FusionConfig, UserError
-from stf_jax.models.fusion import FUSIONS, Fusion, tapped_blocks, tokens_per_image
+from stf_jax.models.fusions.base import FUSIONS, Fusion, tapped_blocks, tokens_per_image
 from stf_jax.models.presets import llm_preset, vision_preset
 
 # 12 is divided by 1, 2, 3 and 4.
@@ -115,10 +116,10 @@ def test_mbtf_stf_equals_the_authors_code(kernel):
     mbtf = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
     stf = torch.nn.Sequential(torch.nn.Linear(window, 4 * window), torch.nn.GELU(), torch.nn.Linear(4 * window, D))
     fusion, _ = build(kernel=kernel)
-    output = [fusion.mbtf.first, fusion.mbtf.second, fusion.tokens.conv, fusion.tokens.out]
+    output = [fusion.connector.mbtf.first, fusion.connector.mbtf.second, fusion.connector.conv, fusion.connector.out]
     for layer, expected in zip(output, [mbtf[0], mbtf[2], stf[0], stf[2]], strict=True):
         weight = expected.weight.numpy()
-        if layer is fusion.tokens.conv:
+        if layer is fusion.connector.conv:
             weight = weight.reshape(-1, 8, kernel, kernel).transpose(2, 3, 1, 0)
         else:
             weight = weight.T
@@ -129,8 +130,8 @@ def test_mbtf_stf_equals_the_authors_code(kernel):
     assert len(states) == 8
     x = 3 * mbtf(concat_states(states)).view(2, 12, 12, 8)  # scaled so that GELU is nonlinear
     windows = x.unfold(1, kernel, kernel).unfold(2, kernel, kernel).reshape(2, (12 // kernel) ** 2, window)
-    fusion.mbtf.second.kernel[...] *= 3
-    fusion.mbtf.second.bias[...] *= 3
+    fusion.connector.mbtf.second.kernel[...] *= 3
+    fusion.connector.mbtf.second.bias[...] *= 3
     assert_equals_torch(fusion, states, stf(windows))
 
 
@@ -140,9 +141,13 @@ def test_paper_variant_equals_the_papers_figure(kernel):
     fusion, p = build(kernel=kernel, variant="paper")
     states = tapped_states(FusionConfig(variant="paper"))
     x = to_image(concat_states(states))
-    for layer in (p["mbtf"]["first"], p["mbtf"]["second"], *(p["tokens"][name] for name in ("conv", "mix", "out"))):
+    for layer in (
+        p["connector"]["mbtf"]["first"],
+        p["connector"]["mbtf"]["second"],
+        *(p["connector"][name] for name in ("conv", "mix", "out")),
+    ):
         x = F.gelu(torch_conv(layer)(x))
-    assert p["tokens"]["conv"]["kernel"].shape == (kernel, kernel, 8, kernel**2 * 8)
+    assert p["connector"]["conv"]["kernel"].shape == (kernel, kernel, 8, kernel**2 * 8)
     assert_equals_torch(fusion, states, to_tokens(x))
 
 
@@ -151,14 +156,14 @@ def test_mlp():
     fusion, p = build(fusion="mlp")
     states = tapped_states(FusionConfig(fusion="mlp"))
     assert len(states) == 1
-    assert_equals_torch(fusion, states, mlp(p["tokens"], concat_states(states)))
+    assert_equals_torch(fusion, states, mlp(p["connector"], concat_states(states)))
 
 
 @torch.no_grad()
 def test_mbtf():
     fusion, p = build(fusion="mbtf", mbtf_width=24)
     states = tapped_states(FusionConfig())
-    assert_equals_torch(fusion, states, mlp(p["tokens"], mlp(p["mbtf"], concat_states(states))))
+    assert_equals_torch(fusion, states, mlp(p["connector"], mlp(p["connector"]["mbtf"], concat_states(states))))
 
 
 @pytest.mark.parametrize("kernel", [2, 3])
@@ -166,7 +171,7 @@ def test_mbtf():
 def test_stf(kernel):
     fusion, p = build(fusion="stf", kernel=kernel, stf_hidden=40)
     states = tapped_states(FusionConfig(fusion="stf"))
-    assert_equals_torch(fusion, states, unfolded_stf(p["tokens"], concat_states(states), kernel))
+    assert_equals_torch(fusion, states, unfolded_stf(p["connector"], concat_states(states), kernel))
 
 
 @pytest.mark.parametrize("kernel", [2, 3])
@@ -175,7 +180,7 @@ def test_avg_pool(kernel):
     fusion, p = build(fusion="avg_pool", kernel=kernel)
     states = tapped_states(FusionConfig(fusion="avg_pool"))
     pooled = to_tokens(F.avg_pool2d(to_image(concat_states(states)), kernel))
-    assert_equals_torch(fusion, states, mlp(p["tokens"]["projector"], pooled))
+    assert_equals_torch(fusion, states, mlp(p["connector"]["projector"], pooled))
 
 
 @pytest.mark.parametrize("kernel", [2, 3])
@@ -186,7 +191,7 @@ def test_pixel_shuffle(kernel):
     x = concat_states(states).view(2, 12, 12, -1)
     within, side = range(kernel), range(0, 12, kernel)
     windows = [torch.cat([x[:, i + h, j + w] for h in within for w in within], -1) for i in side for j in side]
-    assert_equals_torch(fusion, states, mlp(p["tokens"]["projector"], torch.stack(windows, 1)))
+    assert_equals_torch(fusion, states, mlp(p["connector"]["projector"], torch.stack(windows, 1)))
 
 
 @pytest.mark.parametrize("fusion", ["mbtf_stf", "stf", "avg_pool", "pixel_shuffle"])
@@ -196,8 +201,8 @@ def test_grid_is_zero_padded_at_the_right_and_bottom(fusion):
     module, p = build(vision, fusion=fusion, pad_grid=True)
     states = tapped_states(FusionConfig(fusion=fusion), vision)
     x = concat_states(states)
-    x = F.pad(to_image(mlp(p["mbtf"], x) if "mbtf" in p else x), (0, 1, 0, 1))
-    tokens = p["tokens"]
+    x = F.pad(to_image(mlp(p["connector"]["mbtf"], x) if "mbtf" in p["connector"] else x), (0, 1, 0, 1))
+    tokens = p["connector"]
     if fusion.endswith("stf"):
         expected = to_tokens(torch_conv(tokens["out"])(F.gelu(torch_conv(tokens["conv"])(x))))
     elif fusion == "avg_pool":
@@ -222,7 +227,7 @@ def test_tokens_are_in_row_major_order_of_windows():
 def test_gelu_uses_the_error_function():
     """The tolerance is far below 5e-4, the error of the tanh approximation."""
     fusion = Fusion(nnx.Rngs(0), FusionConfig(fusion="mlp"), TOWER, 8)
-    for layer in (fusion.tokens.first, fusion.tokens.second):
+    for layer in (fusion.connector.first, fusion.connector.second):
         layer.kernel[...], layer.bias[...] = jnp.eye(8), jnp.zeros(8)
     x = np.linspace(-5, 5, 144 * 8, dtype=np.float32).reshape(1, 144, 8)
     exact = x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
@@ -325,7 +330,7 @@ def test_default_taps_span_the_depth_of_the_tower(layers, variant):
 # Errors
 
 
-@pytest.mark.parametrize("fusion", [name for name in FUSIONS if name not in ("mlp", "mbtf")])
+@pytest.mark.parametrize("fusion", [name for name in FUSIONS.known if name not in ("mlp", "mbtf")])
 def test_kernel_that_does_not_divide_the_grid_is_rejected(fusion):
     config = FusionConfig(fusion=fusion, kernel=2)
     with pytest.raises(UserError, match=r"27×27.*choose 1, 3, 9, 27.*pad_grid"):
@@ -350,10 +355,9 @@ def initialized_layers(init):
     """(name, weights, biases, fan in, fan out) of each layer of a fusion large enough for statistics."""
     vision = dataclasses.replace(TOWER, width=32)
     fusion = Fusion(nnx.Rngs(5), FusionConfig(init=init), vision, 96)
-    layers = {"mbtf.first": (256, 128), "mbtf.second": (128, 32), "tokens.conv": (128, 512), "tokens.out": (512, 96)}
+    layers = {"mbtf.first": (256, 128), "mbtf.second": (128, 32), "conv": (128, 512), "out": (512, 96)}
     for name, (fan_in, fan_out) in layers.items():
-        part, layer = name.split(".")
-        layer = getattr(getattr(fusion, part), layer)
+        layer = functools.reduce(getattr, name.split("."), fusion.connector)
         kernel, bias = np.asarray(layer.kernel[...]), np.asarray(layer.bias[...])
         assert kernel.size == fan_in * fan_out
         assert bias.shape == (fan_out,)
@@ -385,12 +389,12 @@ def test_init_schemes(init):
 def test_torch_init_equals_torch():
     """The same bounds as a fresh ``Conv2d`` or ``Linear`` in torch."""
     for name, kernel, _, fan_in, fan_out in initialized_layers("torch"):
-        layer = torch.nn.Conv2d(fan_in // 4, fan_out, 2) if name == "tokens.conv" else torch.nn.Linear(fan_in, fan_out)
+        layer = torch.nn.Conv2d(fan_in // 4, fan_out, 2) if name == "conv" else torch.nn.Linear(fan_in, fan_out)
         np.testing.assert_allclose(np.abs(kernel).max(), layer.weight.abs().max().item(), rtol=0.02, err_msg=name)
 
 
 def test_seeds_and_layers_have_different_init():
     first = [kernel for _, kernel, *_ in initialized_layers("normal")]
     assert all(not np.array_equal(a[:64], b[:64]) for i, a in enumerate(first) for b in first[:i])
-    one, two = (Fusion(nnx.Rngs(seed), FusionConfig(), TOWER, D).tokens.out.kernel[...] for seed in (0, 1))
+    one, two = (Fusion(nnx.Rngs(seed), FusionConfig(), TOWER, D).connector.out.kernel[...] for seed in (0, 1))
     assert not np.array_equal(one, two)

@@ -17,7 +17,7 @@ from flax import nnx
 
 from stf_jax.config import FusionConfig, ModelConfig, UserError
 from stf_jax.models import selection
-from stf_jax.models.fusion import Fusion
+from stf_jax.models.fusions.base import Fusion
 from stf_jax.models.llm import Decoder, LLMConfig
 from stf_jax.models.presets import vision_preset
 from stf_jax.models.selection import Reduction, resolve_reduction
@@ -257,9 +257,9 @@ def test_resolve_reduction(reduce, keep, fusion, found, slots, dropped):
         ({"keep": 9}, "keep=9 .* set reduce to one of fastv, random, visionzip"),
         ({"reduce": "fastvv"}, "did you mean 'fastv'"),
         ({"reduce": "fastv", "keep": 577}, "keep=577 must be 1 to 576, .* image tokens per image of mlp"),
-        ({"reduce": "random", "fusion": FusionConfig("stf")}, r"reduce=random .*mlp, mbtf\), but stf does not"),
+        ({"reduce": "random", "fusion": FusionConfig("stf")}, r"reduce=random .*mbtf, mlp\), but stf does not"),
         ({"reduce": "visionzip", "keep": -1}, "keep=-1 must be 1 to 576"),
-        ({"reduce": "visionzip", "fusion": FusionConfig()}, r"mlp, mbtf\), but mbtf_stf does not"),
+        ({"reduce": "visionzip", "fusion": FusionConfig()}, r"mbtf, mlp\), but mbtf_stf does not"),
         ({"reduce": "visionzip", "fusion": FusionConfig("mlp", taps=(0,))}, r"taps=\(0,\)"),
         ({"reduce": "fastv", "llm": "llama-tiny"}, "after decoder layer 2, but llama-tiny has no more"),
     ],

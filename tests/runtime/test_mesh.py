@@ -173,14 +173,14 @@ def test_hosts_that_share_only_some_rows_are_refused():
 # ---- Parameters ------------------------------------------------------------------------------------------------------
 
 EXPECTED = {
-    "fusion/mbtf/first/bias": P("tensor"),
-    "fusion/mbtf/first/kernel": P("fsdp", "tensor"),
-    "fusion/mbtf/second/bias": P("fsdp"),
-    "fusion/mbtf/second/kernel": P("tensor", "fsdp"),
-    "fusion/tokens/conv/bias": P("tensor"),
-    "fusion/tokens/conv/kernel": P(None, None, "fsdp", "tensor"),
-    "fusion/tokens/out/bias": P("fsdp"),
-    "fusion/tokens/out/kernel": P("tensor", "fsdp"),
+    "fusion/connector/mbtf/first/bias": P("tensor"),
+    "fusion/connector/mbtf/first/kernel": P("fsdp", "tensor"),
+    "fusion/connector/mbtf/second/bias": P("fsdp"),
+    "fusion/connector/mbtf/second/kernel": P("tensor", "fsdp"),
+    "fusion/connector/conv/bias": P("tensor"),
+    "fusion/connector/conv/kernel": P(None, None, "fsdp", "tensor"),
+    "fusion/connector/out/bias": P("fsdp"),
+    "fusion/connector/out/kernel": P("tensor", "fsdp"),
     "llm/blocks/attention/key/kernel": P(None, "fsdp", "tensor", None),
     "llm/blocks/attention/out/kernel": P(None, "tensor", None, "fsdp"),
     "llm/blocks/attention/query/kernel": P(None, "fsdp", "tensor", None),
@@ -293,7 +293,7 @@ def test_replicated_large_parameter_is_a_bug(sizes, shape, refused):
     [
         # Two key heads cannot be split over four devices, nor a width of 32 over three.
         ((1, 1, 4), "mesh.tensor=4 does not divide the kv_heads axis of llm/blocks/attention/key/kernel, which is 2"),
-        ((1, 3, 1), "mesh.fsdp=3 does not divide the embed axis of fusion/mbtf/second/bias, which is 32"),
+        ((1, 3, 1), "mesh.fsdp=3 does not divide the embed axis of fusion/connector/mbtf/second/bias, which is 32"),
     ],
 )
 def test_mesh_that_does_not_divide_a_parameter_is_refused(sizes, message):

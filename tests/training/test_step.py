@@ -111,9 +111,9 @@ def test_gradients_equal_finite_differences():
         return (4 * fine - coarse) / 3
 
     for path in (
-        "fusion/mbtf/first/kernel",
-        "fusion/tokens/conv/kernel",
-        "fusion/tokens/out/bias",
+        "fusion/connector/mbtf/first/kernel",
+        "fusion/connector/conv/kernel",
+        "fusion/connector/out/bias",
         "llm/embedding",
         "llm/blocks/attention/query/kernel",
         "llm/blocks/mlp/down/kernel",
@@ -259,10 +259,10 @@ SHAPES = {
     "llm/embedding": (6, 4),
     "llm/blocks/mlp/up/kernel": (2, 4, 8),
     "llm/blocks/mlp_norm/scale": (2, 4),
-    "fusion/mbtf/first/kernel": (8, 4),
-    "fusion/mbtf/first/bias": (4,),
+    "fusion/connector/mbtf/first/kernel": (8, 4),
+    "fusion/connector/mbtf/first/bias": (4,),
 }
-NO_DECAY = {"llm/blocks/mlp_norm/scale", "fusion/mbtf/first/bias"}
+NO_DECAY = {"llm/blocks/mlp_norm/scale", "fusion/connector/mbtf/first/bias"}
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.5])
@@ -305,7 +305,7 @@ def test_weight_decay_excludes_biases_and_norms():
     paths = _one_device().plan.shapes
     excluded = {path for path in paths if not has_weight_decay(path)}
     assert excluded == {path for path in paths if path.endswith("/bias") or "norm/" in path}
-    assert {"llm/embedding", "vision/class_token", "vision/position_embed", "fusion/tokens/out/kernel"}.isdisjoint(
+    assert {"llm/embedding", "vision/class_token", "vision/position_embed", "fusion/connector/out/kernel"}.isdisjoint(
         excluded
     )
     # Without a gradient, decay is all that moves a parameter.

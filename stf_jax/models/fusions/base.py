@@ -1,0 +1,174 @@
+"""What a token fusion is: it turns the tapped states of the vision tower into image tokens of the language model.
+
+A fusion is a class in a file of this folder, or anyone's, named in a config as ``package.module:Class``:
+
+    class Mine(nnx.Module):
+        spec = FusionSpec()
+
+        def __init__(self, rngs, config, grid, out): ...  # FusionConfig, Grid and D
+        def __call__(self, x): ...                        # [B, g, g, M·C] -> [B, ..., D]
+
+It may also have
+
+    @staticmethod
+    def resolve(config, grid): ...       # FusionConfig -> the same with sizes in place of zeros, before it is built
+    @staticmethod
+    def tensor_names(config): ...        # parameter path -> Tensor (models/tensor_names.py); default: by convention
+    torch_file = "mine_torch.py"         # beside its file: a class Connector that computes the same in PyTorch, for
+                                         # export --format=hf; the other files there are examples
+
+Axis letters: B images, P patches (a grid of g×g), N image tokens per image, M taps, C tower width, D language model
+width, k side of a window in patches.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import ClassVar, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from stf_jax.config import FusionConfig, UserError
+from stf_jax.models.vit import VisionConfig
+from stf_jax.registry import Registry
+
+TAPS = 8  # blocks that MBTF reads by default
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The input of a fusion: states [B, side, side, taps·width], the deepest tap's channels first."""
+
+    side: int
+    width: int
+    taps: int
+
+    @property
+    def channels(self) -> int:
+        """Channels of all taps together."""
+        return self.taps * self.width
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionSpec:
+    """Properties of a fusion that are known before it is built."""
+
+    taps: Callable[[int, int], tuple[int, ...]] | None = None  # (layers, deepest) → taps; None: the deepest alone
+    merges: bool = True  # whether each token stands for k×k patches
+    windows: bool = True  # whether these are windows, so that the grid may need padding
+    per_patch: bool = False  # whether it maps each patch by itself: [B, P, M·C] → [B, P, D] for any P
+
+
+@runtime_checkable
+class FusionClass(Protocol):
+    """A class that builds a fusion."""
+
+    spec: ClassVar[FusionSpec]
+
+    def __call__(
+        self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int
+    ) -> Callable[[jax.Array], jax.Array]: ...
+
+
+FUSIONS: Registry[FusionClass] = Registry("model.fusion.fusion", "stf_jax.models.fusions")
+
+
+def find_fusion(config: FusionConfig) -> FusionClass:
+    """The class of a fusion. Raises UserError for an unknown name, or something that is not a fusion."""
+    found = FUSIONS.find(config.fusion)
+    if not isinstance(getattr(found, "spec", None), FusionSpec):
+        raise UserError(f"model.fusion.fusion={config.fusion} has no class attribute `spec = FusionSpec(...)`.")
+    return found
+
+
+def input_grid(config: FusionConfig, vision: VisionConfig) -> Grid:
+    """The input that a fusion gets from a tower: its grid, padded if windows do not divide it."""
+    window = config.kernel if find_fusion(config).spec.windows else 1
+    side = math.ceil(vision.grid / window) * window
+    return Grid(side, vision.width, len(tapped_blocks(config, vision.layers)))
+
+
+def resolve_sizes(config: FusionConfig, vision: VisionConfig) -> FusionConfig:
+    """The config with the sizes that the fusion's class chooses for zeros, if it reads this tower."""
+    resolve = getattr(find_fusion(config), "resolve", None)
+    return config if resolve is None else resolve(config, input_grid(config, vision))
+
+
+def tapped_blocks(config: FusionConfig, layers: int) -> tuple[int, ...]:
+    """The blocks that this fusion reads, deepest first.
+
+    If the config names none, MBTF reads eight evenly spaced blocks: for CLIP-L's 24 layers 24, 21, …, 3. The authors'
+    code takes the last but one layer instead of the last (23, 21, …, 3), as LLaVA does, and so does ``variant="code"``
+    unless that layer is already among the eight. A fusion of one tap reads the deepest of these. TokenPacker reads the
+    deepest, the one before it, and two at about 2/3 and 1/2 of its depth (23, 22, 16, 12).
+
+    Raises:
+      UserError: taps that the tower does not have, or that are not in descending order.
+    """
+    spec, taps = find_fusion(config).spec, config.taps
+    if not all(0 <= tap <= layers for tap in taps) or any(a <= b for a, b in itertools.pairwise(taps)):
+        raise UserError(
+            f"model.fusion.taps={taps} must be distinct blocks of the tower, 0 to {layers}, in descending order."
+        )
+    before_last = config.variant == "code" and layers - 1 not in evenly_spaced(layers)
+    deepest = taps[0] if taps else layers - before_last
+    if spec.taps is None:
+        return (deepest,)
+    return taps or spec.taps(layers, deepest)
+
+
+def evenly_spaced(layers: int) -> tuple[int, ...]:
+    """Up to eight evenly spaced blocks, deepest first."""
+    count = min(TAPS, layers)
+    return tuple(math.ceil(layers * i / count) for i in range(count, 0, -1))
+
+
+def tokens_per_image(config: FusionConfig, grid: int) -> int:
+    """N, the image tokens per image of ``grid``×``grid`` patches.
+
+    Raises:
+      UserError: the kernel does not divide the grid and ``pad_grid`` is off.
+    """
+    if not find_fusion(config).spec.merges:
+        return grid * grid
+    if grid % config.kernel and not config.pad_grid:
+        fitting = [str(k) for k in range(1, grid + 1) if grid % k == 0]
+        raise UserError(
+            f"model.fusion.kernel={config.kernel} does not divide the tower's {grid}×{grid} grid; "
+            f"choose {', '.join(fitting)}, or set model.fusion.pad_grid=True to pad the grid with zeros."
+        )
+    return math.ceil(grid / config.kernel) ** 2
+
+
+def pad_grid(x: Float[Array, "B g g C"], window: int) -> Float[Array, "B G G C"]:
+    """Adds zeros at the right and bottom, so that windows of that side divide the grid."""
+    pad = -x.shape[1] % window
+    return jnp.pad(x, ((0, 0), (0, pad), (0, pad), (0, 0))) if pad else x
+
+
+class Fusion(nnx.Module):
+    """A fusion built by name: ``connector`` is an instance of its class."""
+
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, vision: VisionConfig, out: int) -> None:
+        """``out`` is D. Raises UserError for an unknown name or a kernel that does not divide the grid."""
+        tokens_per_image(config, vision.grid)
+        fusion, grid = find_fusion(config), input_grid(config, vision)
+        self.side, self.padded_side, self.per_patch = vision.grid, grid.side, fusion.spec.per_patch
+        self.connector = fusion(rngs, resolve_sizes(config, vision), grid, out)
+
+    def __call__(self, states: tuple[Float[Array, "B P C"], ...]) -> Float[Array, "B N D"]:
+        """Image tokens, in row-major order, of tapped states, deepest first.
+
+        A fusion that maps each patch by itself accepts any number of them.
+        """
+        with jax.named_scope("fusion"):
+            x = jnp.concatenate(states, axis=-1)
+            if self.per_patch:
+                return self.connector(x)
+            x = x.reshape(x.shape[0], self.side, self.side, -1)
+            x = self.connector(pad_grid(x, self.padded_side))
+            return x.reshape(x.shape[0], -1, x.shape[-1])

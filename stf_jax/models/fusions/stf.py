@@ -1,0 +1,89 @@
+"""Spatial token fusion (arXiv 2506.07138): merges each window of patches by a convolution. Alone, and after MBTF.
+
+A k×k convolution of stride k, then a 1×1 convolution to the language model's width: 24×24 = 576 tokens become 144 for
+k = 2. ``variant="code"`` computes what the authors' program does, conv-GELU-linear; ``variant="paper"`` what their
+figure shows: three convolutions, each with a GELU, the first of which keeps all k²·C values of a window (the paper
+calls this lossless).
+"""
+
+import dataclasses
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from stf_jax.config import FusionConfig
+from stf_jax.models.fusions.base import FusionSpec, Grid, pad_grid
+from stf_jax.models.fusions.mbtf import MBTF, mbtf_taps
+from stf_jax.models.layers import Linear, StridedConv, gelu, initializers
+from stf_jax.models.tensor_names import UNFOLDED, TensorNames, name_layer
+
+
+class STF(nnx.Module):
+    """Spatial token fusion: [B, g, g, C] → [B, g/k, g/k, D]."""
+
+    spec = FusionSpec()
+    torch_file = "stf_torch.py"
+
+    @staticmethod
+    def resolve(config: FusionConfig, grid: Grid) -> FusionConfig:
+        """The config with STF's size in place of zero."""
+        hidden = config.stf_hidden or 4 * config.kernel**2 * grid.channels
+        return dataclasses.replace(config, stf_hidden=hidden, mbtf_hidden=0, mbtf_width=0)
+
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> None:
+        k, channels = config.kernel, grid.channels
+        window = k * k * channels
+        hidden = config.stf_hidden
+        self.paper = config.variant == "paper"
+        if self.paper:
+            conv_init = initializers(config.init, window, window)
+            self.conv = StridedConv(rngs, k, (channels, "channel"), (window, "embed"), **conv_init)
+            self.mix = Linear(rngs, [(window, "embed")], [(hidden, "mlp")], **initializers(config.init, window, hidden))
+        else:
+            conv_init = initializers(config.init, window, hidden)
+            self.conv = StridedConv(rngs, k, (channels, "embed"), (hidden, "mlp"), **conv_init)
+        self.out = Linear(rngs, [(hidden, "mlp")], [(out, "embed")], **initializers(config.init, hidden, out))
+
+    def __call__(self, x: Float[Array, "B g g C"]) -> Float[Array, "B h h D"]:
+        x = gelu(self.conv(x))
+        return gelu(self.out(gelu(self.mix(x)))) if self.paper else self.out(x)
+
+    @staticmethod
+    def tensor_names(config: FusionConfig) -> TensorNames:
+        """Names of the parameters in exports, as in the authors' code.
+
+        There the convolution is a linear layer over the values of a window, channel by channel.
+        """
+        conv = name_layer("conv", "mm_projector.0", UNFOLDED)
+        if config.variant == "paper":
+            return conv | name_layer("mix", "mm_projector.2") | name_layer("out", "mm_projector.4")
+        return conv | name_layer("out", "mm_projector.2")
+
+
+class MBTFSTF(STF):
+    """The paper's fusion, MBTF then STF: [B, g, g, M·C] → [B, g/k, g/k, D]."""
+
+    spec = FusionSpec(taps=mbtf_taps, windows=False)  # padded after MBTF
+
+    @staticmethod
+    def resolve(config: FusionConfig, grid: Grid) -> FusionConfig:
+        """The config with MBTF's and STF's sizes in place of zeros."""
+        config = MBTF.resolve(config, grid)
+        mixed = dataclasses.replace(grid, width=config.mbtf_width, taps=1)
+        return dataclasses.replace(config, stf_hidden=STF.resolve(config, mixed).stf_hidden)
+
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> None:
+        mixed = dataclasses.replace(grid, width=config.mbtf_width, taps=1)
+        self.mbtf = MBTF(rngs, config, grid.channels, mixed.width)
+        super().__init__(rngs, config, mixed, out)
+
+    def __call__(self, x: Float[Array, "B g g MC"]) -> Float[Array, "B h h D"]:
+        return super().__call__(pad_grid(self.mbtf(x), self.conv.size))
+
+    @staticmethod
+    def tensor_names(config: FusionConfig) -> TensorNames:
+        """Names of the parameters in exports."""
+        return {**MBTF.name_tensors(), **STF.tensor_names(config)}
+
+
+COMPONENTS = {"stf": STF, "mbtf_stf": MBTFSTF}

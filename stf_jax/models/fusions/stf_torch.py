@@ -1,0 +1,26 @@
+"""Spatial token fusion (arXiv 2506.07138) in PyTorch, for exports: [I, g, g, C] → [I, h, h, D]."""
+
+import itertools
+
+from torch import nn
+from torch.nn import functional as F
+
+
+class Connector(nn.Sequential):
+    """Linear layers over the values of a window, channel by channel, as in the authors' code."""
+
+    def __init__(self, config, side):
+        del side
+        fusion = config.stf_config
+        window = fusion["kernel"] ** 2 * (fusion["mbtf_width"] or config.vision_config.hidden_size)
+        is_paper = fusion["variant"] == "paper"
+        sizes = [window, *[window] * is_paper, fusion["stf_hidden"], config.text_config.hidden_size]
+        layers = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.GELU())]
+        super().__init__(*(layers if is_paper else layers[:-1]))
+        self.kernel = fusion["kernel"]
+
+    def forward(self, x):
+        pad = -x.shape[1] % self.kernel
+        x = F.pad(x, (0, 0, 0, pad, 0, pad))
+        x = x.unflatten(2, (-1, self.kernel)).unflatten(1, (-1, self.kernel))
+        return super().forward(x.permute(0, 1, 3, 5, 2, 4).flatten(3))
