@@ -80,9 +80,10 @@ REDUCTIONS: tuple[Reduction, ...] = typing.get_args(Reduction)[1:]
 
 @dataclasses.dataclass(frozen=True)
 class FusionConfig:
-    """How the tapped states of the vision tower become image tokens of the language model (models/fusion.py)."""
+    """How the tapped states of the vision tower become image tokens of the language model (models/fusions)."""
 
-    # fusion: mlp | avg_pool | pixel_shuffle | ldp_v2 | c_abstractor | resampler | token_packer | stf | mbtf | mbtf_stf
+    # fusion: mlp | avg_pool | pixel_shuffle | ldp_v2 | c_abstractor | resampler | token_packer | stf | mbtf |
+    # mbtf_stf | package.module:Class of your own (docs/your-own-fusion.md)
     fusion: str = "mbtf_stf"
     taps: tuple[Count, ...] = ()  # tower blocks to read, deepest first, 1-based (0: embedding); (): 8, evenly spaced
     kernel: Size = 2  # patches per side of the window that becomes one token; mlp and mbtf ignore it

@@ -233,7 +233,7 @@ def test_the_mixture_has_its_documented_statistics():
         (["decode", "--llm=smol"], "Unknown preset model.llm='smol'"),
         (["decode", "--batches=1;8"], "--batches=1;8 must be comma-separated integers"),
         (["decode", "--tokens=1"], "--tokens at least 2"),
-        (["fusion", "--fusions=mlp,stff"], "--fusions=mlp,stff names 'stff': did you mean 'stf'?"),
+        (["fusion", "--fusions=mlp,stff"], "Unknown model.fusion.fusion 'stff'; did you mean 'stf'?"),
         (["fusion", "--batch=0"], "--batch must be at least 1"),
         (["flops", "--text=a"], "--text=a must be comma-separated integers"),
         (["flops", "--text=-1"], "--text must not be negative"),

@@ -48,6 +48,7 @@ EXTERNAL = {
 }
 # Values to check placeholders with. "…" and "..." alone stand for more options.
 PLACEHOLDERS = {
+    "--config=gated_pool_study.py:seeds=2": "--config=examples/gated_pool_study.py:seeds=2",
     "--config=…": "--config=configs/demo.py",
     "--config=FILE": "--config=configs/demo.py",
     "--benchmark=NAME": "--benchmark=pope",

@@ -12,7 +12,7 @@ def miniature_study(arg: str | None, title: str, seeds: int = 5) -> ml_collectio
     """Returns a study of configs/demo.py without variants; ``arg`` is the config file's argument (``seeds=N``)."""
     values = parse_arg(arg, seeds=seeds)
     config = default_study()
-    config.update(title=title, base="configs/demo.py", common=_COMMON, seeds=tuple(range(values.seeds)))
+    config.update(title=title, base="demo", common=_COMMON, seeds=tuple(range(values.seeds)))
     return config.unlock()
 
 

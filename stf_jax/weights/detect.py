@@ -140,7 +140,7 @@ def _read_exported_fusion(
     if config.get("model_type") != "llava_stf":
         return None
     try:
-        values = {key: value for key, value in config["stf_config"].items() if key != "side"}
+        values = {key: value for key, value in config["stf_config"].items() if key not in ("side", "crosslayer")}
         fusion = FusionConfig(**{**values, "taps": tuple(values["taps"])})
         out = int(config["text_config"]["hidden_size"])
     except (KeyError, TypeError, ValueError) as error:

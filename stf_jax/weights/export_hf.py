@@ -25,6 +25,7 @@ from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.tokenizer import max_positions, untrained_tokens
 from stf_jax.models.fusions.base import find_fusion, input_grid, resolve_sizes, tapped_blocks, tokens_per_image
 from stf_jax.models.llm import LLMConfig
+from stf_jax.models.tensor_names import TensorNames
 from stf_jax.models.vit import VisionConfig
 from stf_jax.runtime.files import write_json
 from stf_jax.weights import hf
@@ -80,7 +81,7 @@ def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[s
         if rows != model.llm.vocab:
             config["stf_vocab"] = model.llm.vocab  # further rows exist only for <image>
         tensors = _with_image_row(stream, rows)
-        torch_file = None if model.fusion.fusion == "mlp" else find_torch_file(model.fusion)
+        torch_file = find_torch_file(model.fusion)
         if torch_file is None:
             write_shards(folder, itertools.chain(tensors, _unused_norm(model, config["dtype"])))
             processor = _complete_llava_config(config, model, taps[0], count, image_id)
@@ -160,8 +161,12 @@ def text_config_values(config: LLMConfig, tokenizer: PreTrainedTokenizerFast) ->
     return values | {"rope_theta": config.rope_theta, "rope_parameters": {**rope, "rope_theta": config.rope_theta}}
 
 
-def find_torch_file(config: FusionConfig) -> pathlib.Path:
-    """Returns the file that computes a fusion in PyTorch. Raises UserError if its class names none."""
+def find_torch_file(config: FusionConfig) -> pathlib.Path | None:
+    """Returns the file that computes a fusion in PyTorch; None if transformers' LLaVA does.
+
+    Raises:
+      UserError: the fusion's class names no file.
+    """
     fusion = find_fusion(config)
     name = getattr(fusion, "torch_file", None)
     if name is None:
@@ -169,11 +174,11 @@ def find_torch_file(config: FusionConfig) -> pathlib.Path:
             f"{config.fusion} has no PyTorch twin to export: set torch_file in its class to a file beside its own with "
             "a class Connector that computes the same in torch (stf_jax/models/fusions/stf_torch.py is an example)."
         )
-    return pathlib.Path(inspect.getfile(cast(type, fusion))).with_name(name)
+    return pathlib.Path(inspect.getfile(cast(type, fusion))).with_name(name) if name else None
 
 
 def _map_tensors(saved: SavedModel, model: CompleteModel) -> dict[str, TensorMapping]:
-    if model.fusion.fusion == "mlp":
+    if find_torch_file(model.fusion) is None:
         prefixes = ({"": "vision_tower.vision_model."}, {"": "multi_modal_projector."}, {"": "language_model."})
         table = hf.LLAVA_PROJECTOR
     else:
@@ -182,16 +187,20 @@ def _map_tensors(saved: SavedModel, model: CompleteModel) -> dict[str, TensorMap
             {"": "model."},
             {"model.": "model.language_model.", "lm_head.": "lm_head."},
         )
-        table = hf.fusion_table(model.fusion, model.vision, model.llm.width)
+        table = _fusion_table(model)
     tables = zip(("vision", "fusion/connector", "llm"), (hf.VISION, table, hf.DECODER), prefixes, strict=True)
     return {path: mapping for part in tables for path, mapping in map_part(saved, *part).items()}
+
+
+def _fusion_table(model: CompleteModel) -> TensorNames:
+    return hf.fusion_table(model.fusion, model.vision, model.llm.width)
 
 
 def _complete_stf_config(
     config: dict[str, Any], model: CompleteModel, taps: tuple[int, ...], count: int, image_id: int
 ) -> dict[str, Any]:
     """Completes the config for our classes; returns the processor's config."""
-    fusion = resolve_sizes(model.fusion, model.vision)
+    fusion, table = resolve_sizes(model.fusion, model.vision), _fusion_table(model)
     config |= {
         "model_type": "llava_stf",
         "architectures": ["LlavaSTFForConditionalGeneration"],
@@ -205,6 +214,7 @@ def _complete_stf_config(
             **{key: getattr(fusion, key) for key in _FUSION_KEYS},
             "taps": list(taps),
             "side": input_grid(model.fusion, model.vision).side,
+            "crosslayer": any(name.startswith("mm_projector_crosslayer.") for name, _ in table.values()),
         },
     }
     return {
@@ -266,7 +276,7 @@ def _write_readme(
 ) -> None:
     """Writes ``README.md``: what the export is, how to use it and how to serve it."""
     text = string.Template((PACKAGE / "README.md").read_text())
-    plain = model.fusion.fusion == "mlp"
+    plain = find_torch_file(model.fusion) is None
     values = {
         "architecture": config["architectures"][0],
         "code": "It needs no custom code." if plain else "Loading it runs its code (`*_stf.py`).",

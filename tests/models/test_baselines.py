@@ -74,7 +74,7 @@ def random_states(config, batch=2, vision=TOWER):
 def build_torch(config, vision=TOWER, out=D):
     """The same fusion as in an export, freshly initialized."""
     taps = list(tapped_blocks(config, vision.layers))
-    fusion_config = dataclasses.asdict(resolve_sizes(config, vision)) | {"taps": taps}
+    fusion_config = dataclasses.asdict(resolve_sizes(config, vision)) | {"taps": taps, "crosslayer": False}
     vision_config = types.SimpleNamespace(
         image_size=vision.image_size, patch_size=vision.patch_size, hidden_size=vision.width
     )

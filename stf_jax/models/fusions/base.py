@@ -14,8 +14,7 @@ It may also have
     def resolve(config, grid): ...       # FusionConfig -> the same with sizes in place of zeros, before it is built
     @staticmethod
     def tensor_names(config): ...        # parameter path -> Tensor (models/tensor_names.py); default: by convention
-    torch_file = "mine_torch.py"         # beside its file: a class Connector that computes the same in PyTorch, for
-                                         # export --format=hf; the other files there are examples
+    torch_file = "mine_torch.py"         # beside its file, for export --format=hf: a class Connector in PyTorch
 
 Axis letters: B images, P patches (a grid of g×g), N image tokens per image, M taps, C tower width, D language model
 width, k side of a window in patches.

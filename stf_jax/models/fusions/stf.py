@@ -28,7 +28,7 @@ class STF(nnx.Module):
     def resolve(config: FusionConfig, grid: Grid) -> FusionConfig:
         """The config with STF's size in place of zero."""
         hidden = config.stf_hidden or 4 * config.kernel**2 * grid.channels
-        return dataclasses.replace(config, stf_hidden=hidden, mbtf_hidden=0, mbtf_width=0)
+        return dataclasses.replace(config, stf_hidden=hidden)
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> None:
         k, channels = config.kernel, grid.channels

@@ -12,7 +12,9 @@ class Connector(nn.Sequential):
     def __init__(self, config, side):
         del side
         fusion = config.stf_config
-        window = fusion["kernel"] ** 2 * (fusion["mbtf_width"] or config.vision_config.hidden_size)
+        window = fusion["kernel"] ** 2 * (
+            fusion["mbtf_width"] if fusion["crosslayer"] else config.vision_config.hidden_size
+        )
         is_paper = fusion["variant"] == "paper"
         sizes = [window, *[window] * is_paper, fusion["stf_hidden"], config.text_config.hidden_size]
         layers = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.GELU())]

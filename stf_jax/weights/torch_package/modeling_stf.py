@@ -47,7 +47,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
 
         fusion, vision = config.stf_config, config.vision_config
         self.class_token = hasattr(self.vision_tower.embeddings, "class_embedding")
-        if fusion["mbtf_hidden"]:
+        if fusion["crosslayer"]:
             sizes = len(fusion["taps"]) * vision.hidden_size, fusion["mbtf_hidden"], fusion["mbtf_width"]
             layers = [nn.Linear(*sizes[:2]), nn.GELU(), nn.Linear(*sizes[1:])]
             self.mm_projector_crosslayer = nn.Sequential(*layers, *[nn.GELU()] * (fusion["variant"] == "paper"))
