@@ -7,11 +7,11 @@ from typing import NoReturn
 
 from etils import epath
 
+from stf_jax import cli
+from stf_jax.cli import Parser, local_path, run_command
 from stf_jax.config import RunFailed, Stopped, UserError, short_message
 from stf_jax.evals.files import RESULTS
-from stf_jax.runtime import cli
-from stf_jax.runtime.cli import Parser, local_path, run_command
-from stf_jax.runtime.files import make_folder
+from stf_jax.files import make_folder
 from stf_jax.studies.study import default_study, make_cells, read_study
 
 HELP = """Train variants of a model with several seeds, and report how they differ.

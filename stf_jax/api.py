@@ -10,12 +10,12 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
+from stf_jax import cli
 from stf_jax.config import MeshConfig, Precision, Reduction, UserError, did_you_mean
 from stf_jax.data.image import open_image_file
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
+from stf_jax.files import to_path
 from stf_jax.inference.generator import Generator
-from stf_jax.runtime import cli
-from stf_jax.runtime.files import to_path
 from stf_jax.training.stages import resolve_stages, run_stages
 from stf_jax.weights.model import SavedModel
 
@@ -80,7 +80,7 @@ def load(
       UserError: the folder holds no model, or an incomplete one.
     """
     from stf_jax.inference.loading import load_generator
-    from stf_jax.runtime.mesh import make_mesh
+    from stf_jax.parallel.mesh import make_mesh
 
     folder = to_path(os.fspath(checkpoint))
     devices = make_mesh(MeshConfig(*mesh))

@@ -6,11 +6,11 @@ import sys
 from etils import epath
 
 from stf_jax.benches import arguments
+from stf_jax.cli import Parser, local_path, run_command
 from stf_jax.config import UserError
+from stf_jax.files import as_user_error, write_json
 from stf_jax.planning.topology import check_topology
-from stf_jax.runtime.cli import Parser, local_path, run_command
-from stf_jax.runtime.files import as_user_error, write_json
-from stf_jax.runtime.table import format_table
+from stf_jax.table import format_table
 
 _BENCHES = {
     "backbone": "accuracy of a vision tower trained on cell labels: colors, shapes, characters by height",

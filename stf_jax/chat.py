@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import PIL.Image
 
+from stf_jax.cli import Parser, add_model_arguments, path, require, run_command
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.data.image import open_image_file
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
-from stf_jax.runtime.cli import Parser, add_model_arguments, path, require, run_command
-from stf_jax.runtime.files import to_path
+from stf_jax.files import to_path
 
 if TYPE_CHECKING:
     from stf_jax.inference.decoding import Sampling
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     # These take seconds to import, and checking the arguments does not need them.
     from stf_jax.inference.decoding import Sampling
     from stf_jax.inference.loading import load_generator
-    from stf_jax.runtime.mesh import make_mesh
+    from stf_jax.parallel.mesh import make_mesh
 
     mesh = make_mesh(MeshConfig(*options.mesh))
     generator, _ = load_generator(

@@ -61,7 +61,7 @@ Decay = Annotated[float, Range(0, 0.9999999)]
 Epochs = Annotated[float, Range(0, 10**5)]  # all are planned at the start
 Seconds = Annotated[float, Range(0, 10**9)]
 Edition = Annotated[int, Range(1, 2)]
-Axis = Annotated[int, Range(-1, 10**6)]  # 0 is rejected with the mesh (runtime/mesh.py)
+Axis = Annotated[int, Range(-1, 10**6)]  # 0 is rejected with the mesh (parallel/mesh.py)
 
 # Choices; the comments of the fields say what they mean.
 Variant = Literal["code", "paper"]

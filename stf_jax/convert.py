@@ -3,9 +3,9 @@
 import argparse
 import sys
 
+from stf_jax.cli import Parser, path, require, run_command
 from stf_jax.config import UserError
-from stf_jax.runtime.cli import Parser, path, require, run_command
-from stf_jax.runtime.files import local_copy
+from stf_jax.files import local_copy
 
 # Each command imports its implementation, which takes seconds, after parsing the arguments.
 

@@ -8,11 +8,11 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from stf_jax.cli import Parser, add_host_arguments, add_model_arguments, path, path_text, require, run_command
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.evals.benchmark import Benchmark
 from stf_jax.evals.registry import BENCHMARKS, open_benchmarks
-from stf_jax.runtime.cli import Parser, add_host_arguments, add_model_arguments, path, path_text, require, run_command
-from stf_jax.runtime.files import write_json
+from stf_jax.files import write_json
 
 DESCRIPTION = """Evaluate a model on benchmarks, or score an existing answer file.
 
@@ -72,8 +72,8 @@ def _evaluate_or_score(
     from stf_jax.evals.runner import check_images, evaluate, score
     from stf_jax.inference.decoding import Sampling
     from stf_jax.inference.loading import load_generator
-    from stf_jax.runtime.hosts import join
-    from stf_jax.runtime.mesh import make_mesh
+    from stf_jax.parallel.hosts import join
+    from stf_jax.parallel.mesh import make_mesh
 
     if options.answers is not None:
         yield score(benchmarks[0], options.answers, options.out)

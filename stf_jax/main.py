@@ -4,9 +4,9 @@ import sys
 
 from etils import epath
 
+from stf_jax.cli import Parser, add_host_arguments, parse, path, run_command
 from stf_jax.config import UserError
-from stf_jax.runtime.cli import Parser, add_host_arguments, parse, path, run_command
-from stf_jax.runtime.status import format_status
+from stf_jax.runs.status import format_status
 from stf_jax.training.stages import resolve_stages, run_stages
 
 HELP = """Train a model, stage by stage, and evaluate it.
@@ -47,8 +47,8 @@ def main(argv: list[str]) -> None:
     import jax
 
     from stf_jax.evals.runner import format_results
-    from stf_jax.runtime.hosts import join
-    from stf_jax.runtime.writers import import_wandb
+    from stf_jax.parallel.hosts import join
+    from stf_jax.runs.writers import import_wandb
 
     for stage in stages:
         import_wandb(stage.wandb)  # fails before training if it is not installed

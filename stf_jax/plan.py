@@ -3,11 +3,11 @@
 import json
 import sys
 
+from stf_jax.cli import Parser, parse, run_command
 from stf_jax.config import UserError, resolve
+from stf_jax.environment import suppress_stderr
+from stf_jax.files import check_paths
 from stf_jax.planning.topology import check_topology, topology_devices
-from stf_jax.runtime.cli import Parser, parse, run_command
-from stf_jax.runtime.environment import suppress_stderr
-from stf_jax.runtime.files import check_paths
 
 HELP = """Compile the program of a run for devices that this machine does not have; report whether it fits and its cost.
 

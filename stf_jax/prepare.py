@@ -3,8 +3,8 @@
 import os
 import sys
 
+from stf_jax.cli import Parser, path_text, run_command
 from stf_jax.config import UserError
-from stf_jax.runtime.cli import Parser, path_text, run_command
 
 DESCRIPTION = """Check LLaVA's JSON and images, and write a TFDS data set that training reads by index.
 

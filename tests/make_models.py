@@ -12,12 +12,12 @@ import PIL.Image
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from stf_jax.checkpointing.manager import Checkpoints
+from stf_jax.checkpointing.params import write_params
 from stf_jax.config import CheckpointConfig, FusionConfig, ModelConfig, default_config, resolve, to_json
 from stf_jax.data.tokenizer import MINIATURE
 from stf_jax.models.llm import LLMConfig, RopeScaling
 from stf_jax.models.presets import VISION
-from stf_jax.runtime.checkpoint import Checkpoints
-from stf_jax.runtime.parameters import write_params
 from stf_jax.training.state import blueprint
 from stf_jax.weights.model import Description, open_model
 

@@ -9,7 +9,7 @@ import make_study
 import pytest
 
 from stf_jax import ablate
-from stf_jax.runtime.cli import run_command
+from stf_jax.cli import run_command
 from stf_jax.studies import plots
 from stf_jax.studies.study import Cell
 

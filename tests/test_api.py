@@ -13,8 +13,8 @@ from make_models import make, make_image
 
 import stf_jax
 from stf_jax import chat, evaluate
+from stf_jax.cli import run_command
 from stf_jax.config import FusionConfig, UserError
-from stf_jax.runtime.cli import run_command
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUESTION = "How many shapes are there?"

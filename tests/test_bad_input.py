@@ -28,13 +28,13 @@ from make_models import CONTROL, make
 from reference import decoder
 
 from stf_jax import ablate, bench, chat, convert, evaluate, main, plan, prepare
+from stf_jax.cli import run_command
 from stf_jax.config import FusionConfig
 from stf_jax.data.conversation import TEMPLATES, encode, template_items
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference import loading
 from stf_jax.inference.loading import load_generator
-from stf_jax.runtime.cli import run_command
 from stf_jax.weights.export_hf import export_hf
 
 ROOT = pathlib.Path(__file__).parents[1]

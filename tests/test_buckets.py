@@ -18,15 +18,15 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from make_llava import make
 
+from stf_jax.checkpointing.manager import Checkpoints
 from stf_jax.config import CheckpointConfig, UserError
 from stf_jax.data.llava import LlavaRecords
 from stf_jax.data.records import BadRow
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
-from stf_jax.runtime import lock
-from stf_jax.runtime.checkpoint import Checkpoints
-from stf_jax.runtime.events import Events
-from stf_jax.runtime.files import AppendOnlyFile, local_copy, open_atomic, upload
-from stf_jax.runtime.status import format_status
+from stf_jax.files import AppendOnlyFile, local_copy, open_atomic, upload
+from stf_jax.runs import lock
+from stf_jax.runs.events import Events
+from stf_jax.runs.status import format_status
 from stf_jax.weights.folder import load_params, new_folder
 
 TESTS = pathlib.Path(__file__).parent
@@ -39,7 +39,7 @@ import pathlib, sys
 from etils import epath
 from stf_jax.data.records import BadRow
 from stf_jax.data.tokenizer import MINIATURE
-from stf_jax.runtime.files import upload
+from stf_jax.files import upload
 upload(pathlib.Path(sys.argv[1]), epath.Path("gs://bucket/raw"))
 upload(MINIATURE, epath.Path("gs://bucket/tokenizer"))
 """

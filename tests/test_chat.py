@@ -11,6 +11,7 @@ from etils import epath
 from make_models import make, make_image, make_run
 
 from stf_jax import chat
+from stf_jax.cli import run_command
 from stf_jax.config import FusionConfig
 from stf_jax.data.conversation import encode, template_items
 from stf_jax.data.records import BadRow, Record, Turn
@@ -18,7 +19,6 @@ from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference import loading
 from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.loading import load_generator
-from stf_jax.runtime.cli import run_command
 from stf_jax.weights.export_hf import export_hf
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -15,11 +15,11 @@ import subprocess
 import docs_environment
 import pytest
 
+from stf_jax import cli
 from stf_jax import config as config_module
 from stf_jax.config import default_config, flatten
 from stf_jax.evals.registry import BENCHMARKS
 from stf_jax.models.presets import llm_preset, vision_preset
-from stf_jax.runtime import cli
 from stf_jax.studies import study
 from stf_jax.training import stages
 

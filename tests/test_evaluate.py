@@ -14,10 +14,10 @@ import pytest
 from make_evals import QUESTIONS, SHORT_ANSWER_SUFFIX, make_gqa, make_model
 
 from stf_jax import evaluate
+from stf_jax.cli import run_command
 from stf_jax.evals.benchmark import Benchmark
 from stf_jax.inference import loading
 from stf_jax.inference.loading import load_generator
-from stf_jax.runtime.cli import run_command
 
 QUESTION_FILE, PREDICTIONS = "llava_gqa_testdev_balanced.jsonl", "testdev_balanced_predictions.json"
 

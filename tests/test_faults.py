@@ -240,7 +240,7 @@ def disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", folder], capture_output=True).returncode:
-        pytest.skip("cannot mount a file system; tests/runtime/test_damage.py limits the size of files instead")
+        pytest.skip("cannot mount a file system; tests/checkpointing/test_damage.py limits the size of files instead")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 

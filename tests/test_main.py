@@ -11,9 +11,9 @@ import pytest
 from make_llava import make
 from tiny import tiny
 
+from stf_jax.cli import run_command
 from stf_jax.config import from_json
 from stf_jax.main import main
-from stf_jax.runtime.cli import run_command
 from stf_jax.training.flops import step_flops
 
 ROOT = pathlib.Path(__file__).parents[1]

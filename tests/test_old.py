@@ -14,8 +14,8 @@ import pytest
 from etils import epath
 from tiny import Setup, tiny
 
+from stf_jax.cli import run_command
 from stf_jax.main import main
-from stf_jax.runtime.cli import run_command
 from stf_jax.weights.folder import load_params
 from stf_jax.weights.model import open_model
 from stf_jax.weights.verify import verify

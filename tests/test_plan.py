@@ -12,13 +12,13 @@ import pytest
 from tiny import load_recipe
 
 from stf_jax import plan
+from stf_jax.cli import run_command
 from stf_jax.data.sampling import Plan
 from stf_jax.planning import report as report_module
 from stf_jax.planning import search as search_module
 from stf_jax.planning.program import OutOfMemory, Program, make_program
 from stf_jax.planning.report import count_steps
 from stf_jax.planning.topology import topology_devices
-from stf_jax.runtime.cli import run_command
 from stf_jax.training.flops import decode_flops, prefill_flops, step_flops
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import blueprint, state_layout

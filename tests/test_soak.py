@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from run_process import ROOT, read_metrics, saved_steps
 
+from stf_jax.cli import run_command
 from stf_jax.main import main
-from stf_jax.runtime.cli import run_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.soak]
 EVERY = 20

@@ -10,14 +10,14 @@ import ml_collections
 import numpy as np
 import optax
 
+from stf_jax.cli import parse
 from stf_jax.config import TrainConfig, default_config, parse_arg, resolve
 from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models import presets
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.cli import parse
-from stf_jax.runtime.mesh import BATCH, compute_context, make_mesh
+from stf_jax.parallel.mesh import BATCH, compute_context, make_mesh
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import Blueprint, TrainState, blueprint, state_layout
 from stf_jax.training.step import make_train_step

@@ -2,7 +2,7 @@
 
 import argparse
 
-from stf_jax.runtime.cli import local_path
+from stf_jax.cli import local_path
 
 LLAVA = "clip-l-14-336", "vicuna-7b"  # presets of LLaVA-1.5 7B
 

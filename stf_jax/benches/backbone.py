@@ -13,7 +13,7 @@ from stf_jax.data import world
 from stf_jax.data.world_labels import CELLS, label_cells
 from stf_jax.evals.scenes import SEED
 from stf_jax.models.cells import split_scores
-from stf_jax.runtime.mesh import compute_context, make_mesh
+from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.state import Params, blueprint
 from stf_jax.weights.model import open_model
 

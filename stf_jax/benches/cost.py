@@ -29,10 +29,10 @@ from stf_jax.config import FusionConfig, MeshConfig, TrainConfig, UserError
 from stf_jax.data.packing import Batch
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vlm import slots_per_image
+from stf_jax.parallel.mesh import compute_context
 from stf_jax.planning.program import Program, make_program
 from stf_jax.planning.report import make_report
 from stf_jax.planning.topology import topology_devices
-from stf_jax.runtime.mesh import compute_context
 from stf_jax.training.state import TrainState
 from stf_jax.training.step import Metrics
 from stf_jax.weights.model import Description

@@ -25,7 +25,7 @@ from stf_jax.inference.decoding import Sampling, TokenRules, split_layers
 from stf_jax.inference.generator import bucket_length
 from stf_jax.models.fusions.base import tokens_per_image
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.mesh import compute_context, make_mesh
+from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.state import blueprint
 from stf_jax.weights.model import open_model
 

@@ -19,7 +19,7 @@ from stf_jax.benches.process import measure_process
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError
 from stf_jax.models.fusions.base import FUSIONS, Fusion, tapped_blocks, tokens_per_image
 from stf_jax.models.presets import llm_preset, vision_preset
-from stf_jax.runtime.mesh import compute_context, make_mesh
+from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.flops import prefill_flops
 
 _MAX_CALLS, _MAX_SECONDS = 5, 5.0  # calls to time, for the median; fewer once they took this long

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 
+from stf_jax.cli import parse
 from stf_jax.config import FusionConfig, TrainConfig, resolve
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.planning.report import make_report
 from stf_jax.planning.topology import topology_devices
-from stf_jax.runtime.cli import parse
 from stf_jax.training.state import blueprint
 
 # Peak GiB per chip of MaxText's llama2-7b by slice and rows per chip: float32 weights and moments, bfloat16 compute,

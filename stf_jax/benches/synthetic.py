@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from stf_jax.checkpointing.params import write_params
 from stf_jax.config import ModelConfig, TrainConfig
 from stf_jax.data.packing import Batch
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.parameters import write_params
 from stf_jax.training.state import blueprint
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.model import Description

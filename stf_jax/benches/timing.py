@@ -6,7 +6,7 @@ import jax
 
 from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
-from stf_jax.runtime.mesh import compute_context, make_mesh
+from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import blueprint, init_state, state_layout
 from stf_jax.training.step import make_train_step

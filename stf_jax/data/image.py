@@ -17,7 +17,7 @@ from etils import epath
 
 from stf_jax.config import shorten
 from stf_jax.data.records import BadRow
-from stf_jax.runtime.files import in_bucket
+from stf_jax.files import in_bucket
 
 if TYPE_CHECKING:  # prepare's workers open images and need neither jax nor flax
     from stf_jax.models.vit import VisionConfig

@@ -17,7 +17,7 @@ from stf_jax.config import UserError, short_message
 from stf_jax.data.image import open_image, read_image
 from stf_jax.data.records import BadRow, Record
 from stf_jax.data.rows import TURN_KEYS, read_row
-from stf_jax.runtime.files import local_copy, to_path
+from stf_jax.files import local_copy, to_path
 
 KEPT = "kept.json"  # in a prepared folder: its rows, in the order of the images in its shards
 INFO = "dataset_info.json"  # TFDS's; written last

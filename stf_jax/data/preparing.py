@@ -40,8 +40,8 @@ from stf_jax.data.records import REASONS, BadRow, Record, Turn
 from stf_jax.data.report import Report, draw_histograms
 from stf_jax.data.rows import read_row
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.runtime.files import in_bucket, make_folder, move_file, open_atomic, read_json, to_path, write_json
-from stf_jax.runtime.lock import lock_file
+from stf_jax.files import in_bucket, make_folder, move_file, open_atomic, read_json, to_path, write_json
+from stf_jax.runs.lock import lock_file
 
 _NumberedRow = tuple[str, int, Any]  # a row's file, its index in it, and the row
 NAME = "llava"

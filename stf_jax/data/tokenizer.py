@@ -15,7 +15,7 @@ from stf_jax.data import world_text
 from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.scenes import SHORT_ANSWER, make_caption, make_questions, make_scene
 from stf_jax.data.sentencepieces import has_wrong_merges, read_sentencepiece
-from stf_jax.runtime.files import local_copy, read_json
+from stf_jax.files import local_copy, read_json
 
 MINIATURE = pathlib.Path(__file__).parent.parent / "weights" / "miniatures" / "tokenizer"
 EMBEDDED = {"miniature": MINIATURE, "miniature/2": MINIATURE.parent / "2" / "tokenizer"}  # for the two editions

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from etils import epath
 
 from stf_jax.config import UserError, shorten
-from stf_jax.runtime.files import parse_json, read_json
+from stf_jax.files import parse_json, read_json
 
 RESULTS = "results.json"  # the metrics and protocol of an evaluation
 _Label = TypeVar("_Label")

@@ -9,7 +9,7 @@ from etils import epath
 from stf_jax.config import UserError
 from stf_jax.evals.benchmark import Benchmark, accuracy_by_kind
 from stf_jax.evals.files import match_labels, read_json
-from stf_jax.runtime.files import write_json
+from stf_jax.files import write_json
 
 _LABELS = "testdev_balanced_questions.json"
 _Label = tuple[str, str, str]  # the gold answer, the structural and the semantic type

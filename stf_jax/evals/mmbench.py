@@ -18,7 +18,7 @@ from stf_jax.config import UserError
 from stf_jax.data.image import MAX_FILE_BYTES, open_image
 from stf_jax.data.records import BadRow
 from stf_jax.evals.benchmark import LETTER_SUFFIX, Benchmark, Question
-from stf_jax.runtime.files import move_file
+from stf_jax.files import move_file
 
 csv.field_size_limit(MAX_FILE_BYTES)  # an image is a field
 _OPTIONS = "ABCD"

@@ -13,7 +13,7 @@ from etils import epath
 from stf_jax.config import UserError, did_you_mean
 from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Benchmark, Question
 from stf_jax.evals.files import read_text_lines
-from stf_jax.runtime.files import open_atomic
+from stf_jax.files import open_atomic
 
 _PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 _COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")

@@ -15,7 +15,7 @@ from stf_jax.evals.scienceqa import ScienceQA
 from stf_jax.evals.textvqa import TextVQA
 from stf_jax.evals.vizwiz import VizWiz
 from stf_jax.evals.vqav2 import VQAv2
-from stf_jax.runtime.files import to_path
+from stf_jax.files import to_path
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
     kind.name: kind

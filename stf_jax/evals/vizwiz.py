@@ -9,7 +9,7 @@ from etils import epath
 from stf_jax.evals import vqa
 from stf_jax.evals.benchmark import Benchmark
 from stf_jax.evals.files import index_by_id, match_labels, read_labels
-from stf_jax.runtime.files import write_json
+from stf_jax.files import write_json
 
 _IMAGES = {"llava_test.jsonl": "test", "llava_val.jsonl": "val"}
 

@@ -9,7 +9,7 @@ from etils import epath
 from stf_jax.evals import vqa
 from stf_jax.evals.benchmark import Benchmark, accuracy_by_kind
 from stf_jax.evals.files import index_by_id, match_labels, read_labels
-from stf_jax.runtime.files import write_json
+from stf_jax.files import write_json
 
 _TEST = "llava_vqav2_mscoco_test-dev2015.jsonl"
 _IMAGES = {_TEST: "test2015", "llava_vqav2_mscoco_val2014.jsonl": "val2014"}

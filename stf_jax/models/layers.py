@@ -1,6 +1,6 @@
 """Layers shared by the vision tower, the fusion and the decoder, and the one way to declare a parameter.
 
-:func:`parameter` declares a parameter once: shape, logical axes and initializer. Sharding (runtime/mesh.py), restore
+:func:`parameter` declares a parameter once: shape, logical axes and initializer. Sharding (parallel/mesh.py), restore
 targets and exports derive from that declaration. Every parameter is float32 here; frozen parameters are cast when the
 training state is built. A layer computes in the type of its input.
 

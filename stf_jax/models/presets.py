@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from stf_jax.config import ModelConfig, UserError, did_you_mean
+from stf_jax.files import read_json, to_path
 from stf_jax.models.llm import LLMConfig, RopeScaling
 from stf_jax.models.vit import VisionConfig
-from stf_jax.runtime.files import read_json, to_path
 
 _clip = functools.partial(
     VisionConfig,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from stf_jax.runtime.table import format_table
+from stf_jax.table import format_table
 
 _GIB = 2**30
 

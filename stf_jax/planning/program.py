@@ -21,7 +21,7 @@ from stf_jax.inference.decoding import BLOCKS, Sampling, TokenRules
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
 from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.selection import FULL_LAYERS, resolve_reduction
-from stf_jax.runtime.mesh import BATCH, check_batch, compute_context, make_mesh, row_shards
+from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, make_mesh, row_shards
 from stf_jax.training.flops import abstract_batch
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import Blueprint, Layout, Params, blueprint, state_layout

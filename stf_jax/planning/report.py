@@ -12,10 +12,10 @@ from stf_jax.accounting.flops import PRIME, count_executed
 from stf_jax.config import TrainConfig
 from stf_jax.data.pipeline import load_training_records
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
+from stf_jax.parallel.mesh import make_mesh, row_shards
 from stf_jax.planning.hlo import Traffic, count_traffic
 from stf_jax.planning.program import OutOfMemory, Program, abstract_train_state, bytes_per_device, make_program
 from stf_jax.planning.topology import get_chip, memory_limit
-from stf_jax.runtime.mesh import make_mesh, row_shards
 from stf_jax.training.flops import decode_flops, prefill_flops, step_flops
 
 # Fractions of a chip's peak figures that good programs attain: matrix products of large models run at 60 to 75 % of the

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stf_jax.accounting.chips import CHIPS, Chip, find_chip
 from stf_jax.config import UserError, did_you_mean, short_message
-from stf_jax.runtime.environment import suppress_stderr
+from stf_jax.environment import suppress_stderr
 
 if TYPE_CHECKING:  # jax takes seconds to import, and checking names does not need it
     import jax

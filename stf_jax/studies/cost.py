@@ -17,14 +17,14 @@ from etils import epath
 
 from stf_jax.benches.synthetic import make_batch
 from stf_jax.benches.timing import time_train_steps
+from stf_jax.cli import Parser, add_model_arguments
 from stf_jax.config import RunFailed, TrainConfig, from_json
 from stf_jax.evals.registry import open_benchmarks
+from stf_jax.files import read_json, write_json
 from stf_jax.inference.generator import Generator
 from stf_jax.inference.loading import load_generator
 from stf_jax.models.selection import resolve_reduction
-from stf_jax.runtime.cli import Parser, add_model_arguments
-from stf_jax.runtime.files import read_json, write_json
-from stf_jax.runtime.mesh import make_mesh
+from stf_jax.parallel.mesh import make_mesh
 from stf_jax.studies.runner import Slot
 from stf_jax.studies.study import Cell
 from stf_jax.training.flops import prefill_flops, step_flops

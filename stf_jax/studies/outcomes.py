@@ -12,7 +12,7 @@ from etils import epath
 from stf_jax.config import UserError
 from stf_jax.data import scenes, world_text
 from stf_jax.evals.runner import ANSWERS, RESULTS, flatten_metrics, in_display_units
-from stf_jax.runtime.files import read_json
+from stf_jax.files import read_json
 from stf_jax.studies.study import Cell
 
 ALL = "all"

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import numpy as np
 from etils import epath
 
-from stf_jax.runtime.files import open_atomic, parse_json, write_json
-from stf_jax.runtime.table import format_duration
+from stf_jax.files import open_atomic, parse_json, write_json
 from stf_jax.studies import plots
 from stf_jax.studies.outcomes import BLANK, Outcome
 from stf_jax.studies.page import Block, Code, Heading, Image, Items, Table, Text, render_html, render_markdown
 from stf_jax.studies.statistics import CONFIDENCE, POWER, Difference, Estimate, deviation, difference, mean
 from stf_jax.studies.study import Cell, Study, Variant
+from stf_jax.table import format_duration
 
 _EQUAL, _INCONCLUSIVE = "=", "·"  # marks of a difference shown to be small, and of one that may be large or zero
 _OTHER_SEED_COUNTS = (3, 5, 8, 12)  # for which the report also gives the detectable difference

@@ -16,9 +16,9 @@ from etils import epath
 
 from stf_jax.config import TryAgain, UserError
 from stf_jax.evals.runner import RESULTS, flatten_metrics, format_metric
-from stf_jax.runtime.files import make_folder, read_json, write_json
-from stf_jax.runtime.table import format_duration
+from stf_jax.files import make_folder, read_json, write_json
 from stf_jax.studies.study import EVAL_OPTIONS_FILE, Cell
+from stf_jax.table import format_duration
 
 LOG = "log.txt"  # in each cell's folder
 _MAX_TRIES = 3  # for a cell that fails for a transient reason

@@ -11,11 +11,11 @@ from typing import Any
 import ml_collections
 from etils import epath
 
+from stf_jax import cli
+from stf_jax.cli import Parser
 from stf_jax.config import ModelConfig, TrainConfig, UserError, did_you_mean, flatten, from_json, resolve, to_json
 from stf_jax.evals.files import RESULTS
-from stf_jax.runtime import cli
-from stf_jax.runtime.cli import Parser
-from stf_jax.runtime.files import read_json
+from stf_jax.files import read_json
 
 EVAL_OPTIONS_FILE = "asked.json"  # in the folder of a cell that does not train
 _REPEAT_SEED_OFFSET = 1000  # between the seeds of a variant and those of its repetition

@@ -10,23 +10,23 @@ import jax
 import numpy as np
 from etils import epath
 
+from stf_jax.checkpointing.manager import Checkpoints
 from stf_jax.config import Stopped, TrainConfig, to_json
 from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.evals.registry import open_benchmarks
 from stf_jax.evals.runner import Results, check_images, evaluate_all, flatten_metrics
+from stf_jax.files import as_user_error, write_json
 from stf_jax.inference.generator import Generator
 from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.checkpoint import Checkpoints
-from stf_jax.runtime.events import Events
-from stf_jax.runtime.files import as_user_error, write_json
-from stf_jax.runtime.hosts import run_on_host0
-from stf_jax.runtime.lock import workdir_lock
-from stf_jax.runtime.mesh import BATCH, check_batch, compute_context, get_row_share, make_mesh
-from stf_jax.runtime.shutdown import Termination, Watchdog
-from stf_jax.runtime.telemetry import INITIAL_CLOCK, Telemetry
+from stf_jax.parallel.hosts import run_on_host0
+from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, get_row_share, make_mesh
+from stf_jax.runs.events import Events
+from stf_jax.runs.lock import workdir_lock
+from stf_jax.runs.shutdown import Termination, Watchdog
+from stf_jax.runs.telemetry import INITIAL_CLOCK, Telemetry
 from stf_jax.training.flops import step_flops
 from stf_jax.training.monitor import LossMonitor
 from stf_jax.training.optimizer import check_steps, learning_rate, make_optimizer

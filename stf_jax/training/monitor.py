@@ -15,7 +15,7 @@ from etils import epath
 
 from stf_jax.config import FaultsConfig, RunFailed
 from stf_jax.data.packing import Batch
-from stf_jax.runtime.files import write_json
+from stf_jax.files import write_json
 
 _LAG_STEPS = 2
 _WINDOW, _MIN_WINDOW = 50, 20  # recent losses whose median the next is compared with: at most, at least

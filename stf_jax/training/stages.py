@@ -8,7 +8,7 @@ import ml_collections
 from etils import epath
 
 from stf_jax.config import TrainConfig, UserError, resolve
-from stf_jax.runtime.files import check_paths
+from stf_jax.files import check_paths
 
 
 def resolve_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> list[TrainConfig]:

@@ -15,10 +15,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from stf_jax.checkpointing.renames import former_path
 from stf_jax.config import ModelConfig, TrainConfig, UserError
 from stf_jax.models.vlm import VLM
-from stf_jax.runtime.mesh import parameter_sharding
-from stf_jax.runtime.renames import former_path
+from stf_jax.parallel.mesh import parameter_sharding
 from stf_jax.training.optimizer import map_moments
 
 Params = dict[str, jax.Array]
@@ -58,7 +58,7 @@ class Blueprint:
         return nnx.merge(self.graph, *(flax.traverse_util.unflatten_dict(tree, sep="/") for tree in params))
 
     def shardings(self, mesh: Mesh) -> dict[str, NamedSharding]:
-        """The sharding of each parameter. Raises as :func:`stf_jax.runtime.mesh.parameter_sharding` does."""
+        """The sharding of each parameter. Raises as :func:`stf_jax.parallel.mesh.parameter_sharding` does."""
         return {path: parameter_sharding(path, self.shapes[path].shape, self.axes[path], mesh) for path in self.shapes}
 
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
-from stf_jax.runtime.mesh import BATCH
+from stf_jax.parallel.mesh import BATCH
 from stf_jax.training.loss import cross_entropy_sum, labels_loss_sum
 from stf_jax.training.state import Blueprint, Layout, Params, TrainState
 

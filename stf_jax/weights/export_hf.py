@@ -23,11 +23,11 @@ from stf_jax.config import FusionConfig, UserError
 from stf_jax.data.conversation import initial_tokens, stop_tokens
 from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.tokenizer import max_positions, untrained_tokens
+from stf_jax.files import write_json
 from stf_jax.models.fusions.base import find_fusion, input_grid, resolve_sizes, tapped_blocks, tokens_per_image
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.tensor_names import TensorNames
 from stf_jax.models.vit import VisionConfig
-from stf_jax.runtime.files import write_json
 from stf_jax.weights import hf
 from stf_jax.weights.detect import VOCABULARY
 from stf_jax.weights.export_tokenizer import load_export_tokenizer, save_export_tokenizer

@@ -22,7 +22,7 @@ from stf_jax.data.conversation import (
 from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.sentencepieces import SPACE
 from stf_jax.data.tokenizer import BOS_IN_TEMPLATE, load_tokenizer, prefixes_only_start
-from stf_jax.runtime.files import write_json
+from stf_jax.files import write_json
 
 
 def load_export_tokenizer(folder: pathlib.Path, template: str) -> PreTrainedTokenizerFast:

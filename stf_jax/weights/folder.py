@@ -19,11 +19,11 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
+from stf_jax.checkpointing.params import SavedParams
+from stf_jax.checkpointing.renames import current_path
 from stf_jax.config import UserError
+from stf_jax.files import in_bucket, local_copy, to_path, upload
 from stf_jax.models.positions import interpolate_positions, same_grid_kind
-from stf_jax.runtime.files import in_bucket, local_copy, to_path, upload
-from stf_jax.runtime.parameters import SavedParams
-from stf_jax.runtime.renames import current_path
 from stf_jax.weights.tensors import TensorFile, open_tensors
 
 MINIATURES = pathlib.Path(__file__).parent / "miniatures"

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from stf_jax.config import UserError
+from stf_jax.files import local_copy, read_json
 from stf_jax.models.vit import VisionConfig
-from stf_jax.runtime.files import local_copy, read_json
 from stf_jax.weights.detect import VOCABULARY, DetectedModel, detect_model
 from stf_jax.weights.hf import TensorMapping
 from stf_jax.weights.locate import check_file, locate_weights

@@ -11,11 +11,11 @@ import numpy as np
 import tqdm
 from etils import epath
 
+from stf_jax.checkpointing.params import write_params
 from stf_jax.config import UserError
 from stf_jax.data.tokenizer import FILES, read_tokenizer, save_tokenizer
+from stf_jax.files import local_copy
 from stf_jax.models.vit import VisionConfig
-from stf_jax.runtime.files import local_copy
-from stf_jax.runtime.parameters import write_params
 from stf_jax.weights.detect import DetectedModel
 from stf_jax.weights.folder import new_folder
 from stf_jax.weights.foreign import detect_or_raise, find_gguf, open_checkpoint, read_tensors

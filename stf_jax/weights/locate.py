@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from stf_jax.config import UserError
-from stf_jax.runtime.files import parse_json
+from stf_jax.files import parse_json
 
 # transformers' order (modeling_utils._get_resolved_checkpoint_files): a single file comes before an index.
 _ORDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -15,13 +15,13 @@ import numpy as np
 from etils import epath
 from transformers import PreTrainedTokenizerFast
 
+from stf_jax.checkpointing.params import IMPORTED, SavedParams
 from stf_jax.config import FusionConfig, TrainConfig, UserError, from_json
 from stf_jax.data.tokenizer import EMBEDDED, FILES, save_tokenizer
+from stf_jax.files import local_copy, make_folder, read_json, upload, write_json
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.presets import DESCRIPTION, ResolvedModel, parse_llm_config, parse_vision_config, resolve_model
 from stf_jax.models.vit import VisionConfig
-from stf_jax.runtime.files import local_copy, make_folder, read_json, upload, write_json
-from stf_jax.runtime.parameters import IMPORTED, SavedParams
 from stf_jax.weights.detect import DetectedModel
 from stf_jax.weights.foreign import detect_or_raise, open_checkpoint, read_tensors
 

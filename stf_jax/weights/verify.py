@@ -24,7 +24,7 @@ from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Question
 from stf_jax.evals.scenes import held_out_questions
 from stf_jax.inference.loading import load_generator
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.mesh import make_mesh
+from stf_jax.parallel.mesh import make_mesh
 from stf_jax.weights.foreign import open_checkpoint
 from stf_jax.weights.model import open_model
 

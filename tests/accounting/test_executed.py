@@ -11,9 +11,9 @@ from tiny import load_recipe
 from stf_jax.accounting.flops import PRIME, Executed, count_executed
 from stf_jax.config import MeshConfig
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
+from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.planning.program import make_program
 from stf_jax.planning.report import trace_cost
-from stf_jax.runtime.mesh import compute_context, make_mesh
 from stf_jax.training.flops import decode_flops, prefill_flops
 
 X, W = jax.ShapeDtypeStruct((PRIME, 8), jnp.float32), jax.ShapeDtypeStruct((8, 16), jnp.bfloat16)

@@ -14,6 +14,7 @@ import pytest
 from etils import epath
 from tiny import make_preprocessor, tiny
 
+from stf_jax.cli import run_command
 from stf_jax.config import UserError
 from stf_jax.data.image import read_image
 from stf_jax.data.llava import LlavaRecords, read_rows
@@ -21,7 +22,6 @@ from stf_jax.data.pipeline import Batches, load_training_records
 from stf_jax.data.records import REASONS, BadRow, Record, Turn
 from stf_jax.data.rows import read_row
 from stf_jax.main import main
-from stf_jax.runtime.cli import run_command
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -276,7 +276,7 @@ HOST = """
 import importlib.util, sys
 import jax
 jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
-from stf_jax.runtime.cli import run_command
+from stf_jax.cli import run_command
 spec = importlib.util.spec_from_file_location("pipeline_test", sys.argv[1])
 test = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(test)

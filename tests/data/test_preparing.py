@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from make_llava import make
 
+from stf_jax.cli import run_command
 from stf_jax.config import UserError
 from stf_jax.data.conversation import encode, template_items
 from stf_jax.data.image import open_image
@@ -28,7 +29,6 @@ from stf_jax.data.llava import LlavaRecords, PreparedRecords, read_rows
 from stf_jax.data.preparing import Options, _shrink, prepare
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.prepare import main
-from stf_jax.runtime.cli import run_command
 
 ROWS, SHARD = 40, 16
 
@@ -319,7 +319,7 @@ def test_errors_at_the_start_of_a_worker_are_reported(data, tmp_path, monkeypatc
 _LARGE = """
 import sys
 from stf_jax.prepare import main
-from stf_jax.runtime.cli import run_command
+from stf_jax.cli import run_command
 if __name__ == "__main__":
     sys.exit(run_command(main, sys.argv[1:]))
 """

@@ -13,8 +13,8 @@ import PIL.Image
 import pytest
 from tiny import Setup, large_params
 
+from stf_jax.checkpointing.manager import Checkpoints
 from stf_jax.config import to_json
-from stf_jax.runtime.checkpoint import Checkpoints
 
 # As on a pod, every host runs the same command; here both hosts are on one machine.
 _HOST = """

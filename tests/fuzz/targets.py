@@ -27,6 +27,7 @@ from etils import epath
 from special_tokens import count_special_tokens
 from transformers import PreTrainedTokenizerFast
 
+from stf_jax import cli
 from stf_jax.config import UserError, from_json, resolve, to_json
 from stf_jax.data.conversation import TEMPLATES, count_tokens, encode, stop_tokens, template_items
 from stf_jax.data.image import MAX_ASPECT_RATIO, open_image, read_image, to_square
@@ -39,7 +40,6 @@ from stf_jax.evals.benchmark import Question
 from stf_jax.evals.registry import BENCHMARKS
 from stf_jax.evals.runner import flatten_metrics, format_results, score
 from stf_jax.models.presets import vision_preset
-from stf_jax.runtime import cli
 
 SEPARATOR = "\x1e"  # between the texts or files of an input
 SLOTS = 3

@@ -25,7 +25,7 @@ from stf_jax.models import presets
 from stf_jax.models.llm import RopeScaling
 from stf_jax.models.presets import vision_preset
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.mesh import make_mesh
+from stf_jax.parallel.mesh import make_mesh
 from stf_jax.training.state import blueprint
 
 TINY = presets.LLM["llama-tiny"]

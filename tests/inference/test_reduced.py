@@ -14,6 +14,7 @@ from make_evals import make_model
 from tiny import large_params, tiny
 
 from stf_jax import chat, evaluate, main
+from stf_jax.cli import run_command
 from stf_jax.config import MeshConfig
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer
@@ -22,8 +23,7 @@ from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.generator import Generator
 from stf_jax.models import presets
 from stf_jax.models.selection import FULL_LAYERS
-from stf_jax.runtime.cli import run_command
-from stf_jax.runtime.mesh import compute_context, make_mesh
+from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.state import blueprint
 
 ROOT = pathlib.Path(__file__).parents[2]

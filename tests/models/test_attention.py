@@ -14,7 +14,7 @@ import pytest
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.models import attention as module
 from stf_jax.models.attention import Mask, attention, cached_attention, reference_attention
-from stf_jax.runtime.mesh import compute_context, make_mesh
+from stf_jax.parallel.mesh import compute_context, make_mesh
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 2, 2, 2, 2, 2, 2, 2]])
 MASKS = {

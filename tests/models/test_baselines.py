@@ -21,7 +21,7 @@ from flax import nnx
 from stf_jax.config import FusionConfig, MeshConfig
 from stf_jax.models.fusions.base import Fusion, input_grid, resolve_sizes, tapped_blocks
 from stf_jax.models.presets import llm_preset, vision_preset
-from stf_jax.runtime.mesh import BATCH, make_mesh, parameter_sharding
+from stf_jax.parallel.mesh import BATCH, make_mesh, parameter_sharding
 from stf_jax.weights import hf
 from stf_jax.weights.export_hf import PACKAGE, find_torch_file
 

@@ -24,7 +24,7 @@ from transformers import (
 
 from stf_jax.config import MeshConfig
 from stf_jax.models.llm import Decoder, LLMConfig, RopeScaling, rope_angles, sharded_embedding_lookup
-from stf_jax.runtime.mesh import compute_context, make_mesh
+from stf_jax.parallel.mesh import compute_context, make_mesh
 
 LLAMA = LLMConfig(vocab=61, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, norm_eps=1e-3)
 # Lengths at which an 8-channel head has one frequency of each kind: unchanged, on the ramp, scaled.

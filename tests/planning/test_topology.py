@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 from stf_jax.accounting.chips import CHIPS, find_chip
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.models.attention import Mask, attention
+from stf_jax.parallel.mesh import BATCH, compute_context, make_mesh
 from stf_jax.planning.topology import memory_limit, topology_devices
-from stf_jax.runtime.mesh import BATCH, compute_context, make_mesh
 
 pytestmark = pytest.mark.usefixtures("optimized")
 

@@ -11,8 +11,8 @@ import make_study
 import pytest
 
 from stf_jax import ablate
+from stf_jax.cli import run_command
 from stf_jax.config import UserError
-from stf_jax.runtime.cli import run_command
 from stf_jax.studies import runner
 from stf_jax.studies.runner import Slot, make_slots
 from stf_jax.studies.study import Cell

@@ -6,8 +6,8 @@ import pathlib
 import make_study
 import pytest
 
+from stf_jax import cli
 from stf_jax.config import UserError, flatten, resolve, to_json
-from stf_jax.runtime import cli
 from stf_jax.studies.study import make_cells, read_study
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -11,6 +11,7 @@ import tiny
 from tiny import Setup, batches
 
 from stf_jax import bench
+from stf_jax.cli import run_command
 from stf_jax.config import UserError
 from stf_jax.data.pipeline import load_training_records
 from stf_jax.data.world import make_scene
@@ -21,7 +22,6 @@ from stf_jax.models.cells import CLASSES
 from stf_jax.models.presets import VISION
 from stf_jax.models.vlm import VLM
 from stf_jax.planning.program import make_program
-from stf_jax.runtime.cli import run_command
 from stf_jax.training.loss import labels_loss_sum
 
 VISION["clip-tiny-96"] = tiny.dataclasses.replace(VISION["clip-tiny"], image_size=96)

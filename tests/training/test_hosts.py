@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from run_process import ROOT, read_metrics, start_hosts
 
+from stf_jax.cli import run_command
 from stf_jax.main import main
-from stf_jax.runtime.cli import run_command
 
 STEPS, SAVED = 4, 2
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from stf_jax.config import MeshConfig
-from stf_jax.runtime.mesh import compute_context, make_mesh
+from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.loss import chunks_of, cross_entropy_sum
 
 _MESHES = [None, (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]

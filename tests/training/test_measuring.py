@@ -12,11 +12,11 @@ from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stf_jax import evaluate
+from stf_jax.checkpointing.params import SavedParams
+from stf_jax.cli import run_command
 from stf_jax.inference.generator import Generator
 from stf_jax.main import main
-from stf_jax.runtime.cli import run_command
-from stf_jax.runtime.parameters import SavedParams
-from stf_jax.runtime.telemetry import Telemetry
+from stf_jax.runs.telemetry import Telemetry
 from stf_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -12,10 +12,10 @@ import pytest
 from run_process import saved_steps
 from tiny import Setup, batches, make_preprocessor
 
+from stf_jax.cli import run_command
 from stf_jax.config import FaultsConfig, RunFailed
 from stf_jax.data.pipeline import Batches, load_training_records
 from stf_jax.main import main
-from stf_jax.runtime.cli import run_command
 from stf_jax.training.monitor import LossMonitor
 
 ROOT = pathlib.Path(__file__).parents[2]

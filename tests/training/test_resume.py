@@ -13,11 +13,11 @@ from make_llava import make
 from run_process import ROOT, Run, metric_lines, read_events, saved_steps, start_hosts
 from tiny import Setup, make_preprocessor
 
+from stf_jax.checkpointing.manager import Checkpoints
+from stf_jax.cli import run_command
 from stf_jax.data.pipeline import Batches, load_training_records
 from stf_jax.main import main
-from stf_jax.runtime.checkpoint import Checkpoints
-from stf_jax.runtime.cli import run_command
-from stf_jax.runtime.lock import LOCK_NAME
+from stf_jax.runs.lock import LOCK_NAME
 
 STEPS, EVERY, KILL_AFTER, STOP_AFTER = 32, 4, 13, 22
 CHANGES = {

@@ -10,9 +10,9 @@ import time
 import pytest
 from run_process import ROOT, read_events, read_metrics, saved_steps
 
+from stf_jax.cli import run_command
 from stf_jax.evals import runner
 from stf_jax.main import main
-from stf_jax.runtime.cli import run_command
 from stf_jax.training import loop
 
 STEPS, EVALUATED = 6, 3

@@ -12,9 +12,9 @@ from reference import DECODERS, decoder, llava, tower
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from stf_jax.cli import run_command
 from stf_jax.config import UserError
 from stf_jax.convert import main
-from stf_jax.runtime.cli import run_command
 from stf_jax.weights.detect import detect_model
 from stf_jax.weights.imports import import_weights
 from stf_jax.weights.model import open_model

@@ -15,6 +15,7 @@ from make_models import CONTROL, DECODERS, LLAMA, TOWERS, load, make, make_image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from stf_jax.cli import run_command
 from stf_jax.config import FusionConfig, MeshConfig, UserError
 from stf_jax.convert import main
 from stf_jax.data.conversation import CHATS, encode, template_items
@@ -22,8 +23,7 @@ from stf_jax.data.image import to_square
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
 from stf_jax.models.vlm import slots_per_image
-from stf_jax.runtime.cli import run_command
-from stf_jax.runtime.mesh import compute_context, make_mesh
+from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.state import blueprint
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.imports import import_weights

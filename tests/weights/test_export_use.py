@@ -15,12 +15,12 @@ import torch
 from make_models import load, make, make_image, make_run, turn
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
+from stf_jax.cli import run_command
 from stf_jax.config import FusionConfig
 from stf_jax.convert import main
 from stf_jax.data.conversation import encode, initial_tokens, template_items
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.runtime.cli import run_command
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.exports import export_native
 from stf_jax.weights.imports import import_weights

@@ -16,12 +16,12 @@ from reference import DECODERS, TEXT, VISION, decoder, llava, tower
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
+from stf_jax.cli import run_command
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError
 from stf_jax.convert import main
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.presets import llm_preset, vision_preset
-from stf_jax.runtime.cli import run_command
-from stf_jax.runtime.mesh import compute_context, make_mesh
+from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.state import blueprint
 from stf_jax.weights.detect import detect_model
 from stf_jax.weights.folder import load_params

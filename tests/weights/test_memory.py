@@ -24,7 +24,7 @@ STEPS = {
 import os
 os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="8")
 from stf_jax.config import MeshConfig, ModelConfig
-from stf_jax.runtime.mesh import make_mesh
+from stf_jax.parallel.mesh import make_mesh
 from stf_jax.training.state import blueprint
 from stf_jax.weights.folder import load_params
 plan = blueprint(ModelConfig(llm=source))
@@ -39,7 +39,7 @@ os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="8")
 from etils import epath
 from stf_jax.config import MeshConfig
 from stf_jax.inference.loading import load_generator
-from stf_jax.runtime.mesh import make_mesh
+from stf_jax.parallel.mesh import make_mesh
 generator, _ = load_generator(epath.Path(source), make_mesh(MeshConfig(1, 4, 2)))
 """,
 }

@@ -10,15 +10,15 @@ from etils import epath
 from make_models import DECODERS, TOWERS, make, make_image, make_run
 
 from stf_jax import chat
+from stf_jax.checkpointing.params import write_params
+from stf_jax.cli import run_command
 from stf_jax.config import DataConfig, FusionConfig, MeshConfig, ModelConfig, TrainConfig, UserError, from_json, to_json
 from stf_jax.data.records import BadRow, Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference.generator import Generator
 from stf_jax.inference.loading import load_generator
 from stf_jax.models.presets import resolve_model
-from stf_jax.runtime.cli import run_command
-from stf_jax.runtime.mesh import make_mesh
-from stf_jax.runtime.parameters import write_params
+from stf_jax.parallel.mesh import make_mesh
 from stf_jax.training.state import blueprint
 from stf_jax.weights.folder import load_params
 from stf_jax.weights.model import Description, open_model, save_description

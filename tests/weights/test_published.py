@@ -12,11 +12,11 @@ from reference import TEXT, VISION, decoder, llava, tower
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from stf_jax.cli import run_command
 from stf_jax.config import UserError
 from stf_jax.convert import main
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.llm import RopeScaling
-from stf_jax.runtime.cli import run_command
 from stf_jax.weights.imports import import_weights
 from stf_jax.weights.model import open_model
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stf_jax.runtime import checksum as module
-from stf_jax.runtime.checksum import checksum, host_checksum
+from stf_jax.checkpointing import checksum as module
+from stf_jax.checkpointing.checksum import checksum, host_checksum
 
 _checksum = jax.jit(checksum)
 

@@ -11,8 +11,9 @@ import types
 import jax
 import pytest
 
+from stf_jax import environment
 from stf_jax.config import UserError
-from stf_jax.runtime import environment, hosts
+from stf_jax.parallel import hosts
 
 INCOMPLETE = "go together: give all three or none"
 
@@ -127,7 +128,8 @@ def test_processes_that_jax_cannot_find_must_be_named(machine, monkeypatch):
 
 JOIN = """
 import sys
-from stf_jax.runtime import cli, hosts
+from stf_jax import cli
+from stf_jax.parallel import hosts
 hosts._JOIN_TIMEOUT, hosts._GRACE = int(sys.argv[1]), 1
 def main(argv):
     hosts.join(*[parse(text) if text else None for parse, text in zip((str, int, int), argv)])
@@ -199,9 +201,9 @@ def work(argv):
     import jax, json
     from etils import epath
     from stf_jax.config import MeshConfig, TrainConfig, UserError
-    from stf_jax.runtime.events import Events
-    from stf_jax.runtime.mesh import make_mesh
-    from stf_jax.runtime.telemetry import INITIAL_CLOCK, Telemetry
+    from stf_jax.runs.events import Events
+    from stf_jax.parallel.mesh import make_mesh
+    from stf_jax.runs.telemetry import INITIAL_CLOCK, Telemetry
     host, config = jax.process_index(), TrainConfig()
     for sizes in MeshConfig(), MeshConfig(tensor=2):
         mesh = make_mesh(sizes)

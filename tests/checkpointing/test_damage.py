@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from full_disk import limit_file_size
 
+from stf_jax.checkpointing import manager as checkpoint
+from stf_jax.checkpointing.manager import Checkpoints, DamagedCheckpoint
+from stf_jax.checkpointing.params import SavedParams
 from stf_jax.config import CheckpointConfig, FaultsConfig, RunFailed, TryAgain, UserError
-from stf_jax.runtime import checkpoint
-from stf_jax.runtime.checkpoint import Checkpoints, DamagedCheckpoint
-from stf_jax.runtime.parameters import SavedParams
 from stf_jax.training.state import TrainState
 
 DATA, CLOCK = {"rows": 40, "plan": "5f3c"}, {"seconds": 1.5}

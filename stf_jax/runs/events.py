@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from stf_jax.config import short_message
-from stf_jax.runtime.files import AppendOnlyFile, as_user_error
+from stf_jax.files import AppendOnlyFile, as_user_error
 
 Event = Mapping[str, Any]  # a line of the event log
 METRICS, EVENTS, TENSORBOARD = "metrics.jsonl", "events.jsonl", "tensorboard"  # in the workdir

@@ -22,14 +22,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from stf_jax.accounting.chips import CHIPS
+from stf_jax.cli import run_command
 from stf_jax.config import Stopped, UserError
 from stf_jax.main import main
-from stf_jax.runtime import telemetry
-from stf_jax.runtime.cli import run_command
-from stf_jax.runtime.events import Events, read_lines
-from stf_jax.runtime.profile import Profile
-from stf_jax.runtime.table import format_duration
-from stf_jax.runtime.telemetry import INITIAL_CLOCK, Telemetry
+from stf_jax.runs import telemetry
+from stf_jax.runs.events import Events, read_lines
+from stf_jax.runs.profiler import Profile
+from stf_jax.runs.telemetry import INITIAL_CLOCK, Telemetry
+from stf_jax.table import format_duration
 
 TINY = f"--config={pathlib.Path(__file__).parents[1]}/tiny.py"
 

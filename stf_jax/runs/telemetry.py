@@ -19,12 +19,12 @@ from jax.experimental import multihost_utils
 
 from stf_jax.accounting.chips import find_chip
 from stf_jax.config import TrainConfig, short_message
-from stf_jax.runtime.events import EVENTS, METRICS, TENSORBOARD, Events, log_errors_once
-from stf_jax.runtime.hosts import exit_status
-from stf_jax.runtime.mesh import get_row_share
-from stf_jax.runtime.profile import Profile
-from stf_jax.runtime.table import format_duration, format_facts
-from stf_jax.runtime.writers import Writer, open_writers
+from stf_jax.parallel.hosts import exit_status
+from stf_jax.parallel.mesh import get_row_share
+from stf_jax.runs.events import EVENTS, METRICS, TENSORBOARD, Events, log_errors_once
+from stf_jax.runs.profiler import Profile
+from stf_jax.runs.writers import Writer, open_writers
+from stf_jax.table import format_duration, format_facts
 
 # Seconds of wall-clock time in training; tokens trained on; unusable rows replaced; updates skipped.
 Clock = dict[str, float]

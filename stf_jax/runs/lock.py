@@ -17,7 +17,7 @@ from typing import IO, Any
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.runtime.files import as_user_error, in_bucket, make_folder
+from stf_jax.files import as_user_error, in_bucket, make_folder
 
 LOCK_NAME = "run.lock"
 _TIMEOUT = 1.0  # seconds: a run that was just killed may hold its lock that long

@@ -18,8 +18,8 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stf_jax.config import Stopped, TryAgain
-from stf_jax.runtime.files import in_bucket
-from stf_jax.runtime.hosts import any_process
+from stf_jax.files import in_bucket
+from stf_jax.parallel.hosts import any_process
 
 _DUMP_TIMEOUT = 10  # seconds to write the stack traces of a hang
 _LAG = 2  # steps that the devices may be behind when a host reads whether to stop

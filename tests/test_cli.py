@@ -11,10 +11,10 @@ import sys
 import pytest
 from ml_collections.config_flags import config_flags
 
+from stf_jax import environment
+from stf_jax.cli import Parser, local_path, parse, path, path_text, require, run_command
 from stf_jax.config import DataConfig, ModelConfig, TrainConfig, UserError, resolve
-from stf_jax.runtime import environment
-from stf_jax.runtime.cli import Parser, local_path, parse, path, path_text, require, run_command
-from stf_jax.runtime.files import check_paths, to_path
+from stf_jax.files import check_paths, to_path
 
 HELP = "Usage: see this page.\n"
 PLAIN = """
@@ -518,7 +518,7 @@ def test_unused_device_packages(tmp_path, monkeypatch):
 
 CHECK_COMMANDS = r"""
 import contextlib, importlib, io, sys
-from stf_jax.runtime.cli import run_command
+from stf_jax.cli import run_command
 
 INVALID = {
     "main": [["--workdir=https://host/x", "--config=configs/demo.py"], ["--config=configs/demo.py", "--workdir=/x",

@@ -10,10 +10,10 @@ from typing import Any
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.runtime.events import EVENTS, METRICS, Event, count_restarts, read_lines
-from stf_jax.runtime.files import in_bucket
-from stf_jax.runtime.lock import LOCK_NAME, Owner, lock_owner
-from stf_jax.runtime.table import format_duration, format_facts
+from stf_jax.files import in_bucket
+from stf_jax.runs.events import EVENTS, METRICS, Event, count_restarts, read_lines
+from stf_jax.runs.lock import LOCK_NAME, Owner, lock_owner
+from stf_jax.table import format_duration, format_facts
 
 _COMMIT = "commit_success.txt"  # marks a complete Orbax checkpoint in a bucket, where folders cannot be renamed
 _TAIL = 2**16  # bytes of metrics.jsonl that are read

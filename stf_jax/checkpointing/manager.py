@@ -20,11 +20,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
+from stf_jax.checkpointing.checksum import checksum
+from stf_jax.checkpointing.renames import find_renames, rename_keys
 from stf_jax.config import CheckpointConfig, FaultsConfig, RunFailed, TrainConfig, TryAgain, UserError, short_message
-from stf_jax.runtime import hosts
-from stf_jax.runtime.checksum import checksum
-from stf_jax.runtime.files import in_bucket
-from stf_jax.runtime.renames import find_renames, rename_keys
+from stf_jax.files import in_bucket
+from stf_jax.parallel import hosts
 
 if TYPE_CHECKING:
     from stf_jax.training.state import TrainState

@@ -10,8 +10,8 @@ from etils import epath
 from tensorboard.summary import Writer as EventFile
 
 from stf_jax.config import TrainConfig, UserError, WandbConfig, short_message, to_json
-from stf_jax.runtime.events import METRICS, TENSORBOARD, read_lines, to_json_line
-from stf_jax.runtime.files import AppendOnlyFile, as_user_error, in_bucket
+from stf_jax.files import AppendOnlyFile, as_user_error, in_bucket
+from stf_jax.runs.events import METRICS, TENSORBOARD, read_lines, to_json_line
 
 
 class Writer(Protocol):

@@ -31,8 +31,8 @@ from stf_jax.config import (
     short_message,
     shorten,
 )
-from stf_jax.runtime.environment import configure_process, quiet_libraries
-from stf_jax.runtime.files import in_bucket, to_path
+from stf_jax.environment import configure_process, quiet_libraries
+from stf_jax.files import in_bucket, to_path
 
 _VERBOSE = "-v"
 _MAX_MESSAGE = 2000  # characters
@@ -60,7 +60,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     Args:
       main: the command, given its arguments.
       argv: the arguments; default: those of the process.
-      compilers: as for :func:`stf_jax.runtime.environment.configure_process`.
+      compilers: as for :func:`stf_jax.environment.configure_process`.
     """
     argv = sys.argv[1:] if argv is None else argv
     configure_process(compilers=compilers)
@@ -85,7 +85,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
         if isinstance(error, BrokenPipeError) and _is_pipe_closed():
             return _exit_soon(141)  # the shells' convention
         if "jax" in sys.modules:
-            from stf_jax.runtime import hosts
+            from stf_jax.parallel import hosts
 
             if hosts.is_peer_lost(error):
                 print(f"error: {hosts.PEER_LOST} ({short_message(error)}).", file=sys.stderr)
@@ -99,7 +99,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
 
 def _exit_soon(status: int) -> int:
     if "jax" in sys.modules:  # without jax there are no other hosts
-        from stf_jax.runtime import hosts
+        from stf_jax.parallel import hosts
 
         hosts.exit_soon(status)
     return status
@@ -255,7 +255,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_host_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for several hosts, the arguments of :func:`stf_jax.runtime.hosts.join`."""
+    """Adds the options for several hosts, the arguments of :func:`stf_jax.parallel.hosts.join`."""
     parser.add_argument(
         "--coordinator", metavar="HOST:PORT", help="address and a free port of process 0, reachable from all hosts"
     )

@@ -13,12 +13,12 @@ import pytest
 import tiny
 from etils import epath
 
+from stf_jax.cli import run_command
 from stf_jax.config import to_json
 from stf_jax.main import HELP, main
-from stf_jax.runtime.cli import run_command
-from stf_jax.runtime.events import read_lines
-from stf_jax.runtime.lock import workdir_lock
-from stf_jax.runtime.status import format_status
+from stf_jax.runs.events import read_lines
+from stf_jax.runs.lock import workdir_lock
+from stf_jax.runs.status import format_status
 
 LINE = {
     "step": 4,
@@ -253,5 +253,5 @@ def test_status_command_imports_no_heavy_packages(tmp_path):
     command = [sys.executable, "-c", program, "--status", f"--workdir={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     modules = set(done.stdout.splitlines()[-1].split())
-    assert "stf_jax.runtime.status" in modules
+    assert "stf_jax.runs.status" in modules
     assert not modules & {"stf_jax.training.loop", "orbax", "flax", "optax", "grain", "tensorboard", "transformers"}

@@ -7,7 +7,7 @@ import tempfile
 import jax
 from etils import epath
 
-from stf_jax.runtime.files import in_bucket, upload
+from stf_jax.files import in_bucket, upload
 
 
 class Profile:

@@ -11,12 +11,12 @@ import orbax.checkpoint as ocp
 import orbax.checkpoint.experimental.v1 as v1
 from etils import epath
 
+from stf_jax.checkpointing.checksum import checksum as device_checksum
+from stf_jax.checkpointing.checksum import host_checksum
+from stf_jax.checkpointing.manager import IO_ERRORS, error_reason, read_sums, to_absolute
+from stf_jax.checkpointing.renames import current_path
 from stf_jax.config import UserError
-from stf_jax.runtime.checkpoint import IO_ERRORS, error_reason, read_sums, to_absolute
-from stf_jax.runtime.checksum import checksum as device_checksum
-from stf_jax.runtime.checksum import host_checksum
-from stf_jax.runtime.files import in_bucket, local_copy
-from stf_jax.runtime.renames import current_path
+from stf_jax.files import in_bucket, local_copy
 
 _CHUNK = 4 * 2**20  # bytes
 _GROUP = 16 * 2**20  # bytes of small parameters per write; each write reads all that was written before

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tiny import Setup
 
+from stf_jax.checkpointing.manager import Checkpoints
+from stf_jax.checkpointing.params import SavedParams
 from stf_jax.config import CheckpointConfig, RunFailed, UserError
-from stf_jax.runtime.checkpoint import Checkpoints
-from stf_jax.runtime.parameters import SavedParams
 from stf_jax.training.state import TrainState
 
 AXES = ("mesh.data", "mesh.fsdp", "mesh.tensor")

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from stf_jax.config import RunFailed, Stopped, TryAgain, UserError, short_message
-from stf_jax.runtime.environment import TPUS
+from stf_jax.environment import TPUS
 
 _JOIN_TIMEOUT = 300  # seconds that a host waits for the others to start
 PEER_LOST = "Another host of the run seems to be lost; run the same command on all hosts to resume"

@@ -11,16 +11,16 @@ import pytest
 from etils import epath
 from run_process import ROOT
 
+from stf_jax.cli import run_command
 from stf_jax.config import UserError
 from stf_jax.main import main
-from stf_jax.runtime import lock
-from stf_jax.runtime.cli import run_command
-from stf_jax.runtime.lock import LOCK_NAME, lock_owner, workdir_lock
+from stf_jax.runs import lock
+from stf_jax.runs.lock import LOCK_NAME, lock_owner, workdir_lock
 
 HOLD_LOCK = """
 import sys, time
 from etils import epath
-from stf_jax.runtime.lock import workdir_lock
+from stf_jax.runs.lock import workdir_lock
 with workdir_lock(epath.Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(60)
