@@ -59,6 +59,7 @@ lint: .venv/ready-dev
 	.venv/bin/codespell
 	.venv/bin/shellcheck --enable=require-double-brackets,quote-safe-variables launch/*.sh launch/slurm.sbatch
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-cache --no-logo
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

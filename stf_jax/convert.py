@@ -91,7 +91,7 @@ def _export(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> None:
     for folder in (options.checkpoint, options.export):
         require(folder)
-    from stf_jax.weights.verify import format_table, verify
+    from stf_jax.evals.verify import format_table, verify
 
     pairs = verify(options.checkpoint, local_copy(options.export), options.questions, options.tokens)
     print(format_table(pairs))

@@ -177,7 +177,7 @@ def _read_map(out: pathlib.Path) -> dict[tuple[str, int], list[str]]:
 def sample(out: pathlib.Path, count: int) -> list[Mutant]:
     """Returns ``count`` mutants on lines that tests execute, evenly over all of them; the same each time."""
     lines = _read_map(out)
-    files = sorted({file for target in TARGETS for file in ROOT.glob(target if "*" in target else f"{target}/*.py")})
+    files = sorted({file for target in TARGETS for file in ROOT.glob(f"{target}/**/*.py")})
     mutants = [mutant for file in files for mutant in find_mutants(file) if (mutant.file, mutant.line) in lines]
     print(f"{len(mutants)} mutants in {len(files)} files")
     return random.Random(0).sample(mutants, min(count, len(mutants)))

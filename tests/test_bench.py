@@ -13,11 +13,11 @@ from stf_jax.benches.mixture import SOURCES, jpegs, lengths
 from stf_jax.benches.synthetic import make_export
 from stf_jax.cli import run_command
 from stf_jax.config import FusionConfig, ModelConfig
+from stf_jax.models.blueprint import blueprint
 from stf_jax.models.presets import llm_preset, vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.planning.topology import topology_devices
 from stf_jax.table import format_table
-from stf_jax.training.state import blueprint
 from stf_jax.weights.model import Description
 
 

@@ -15,10 +15,10 @@ from etils import epath
 from tiny import Setup, tiny
 
 from stf_jax.cli import run_command
+from stf_jax.evals.verify import verify
 from stf_jax.main import main
 from stf_jax.weights.folder import load_params
 from stf_jax.weights.model import open_model
-from stf_jax.weights.verify import verify
 
 ARCHIVE = pathlib.Path(__file__).parent / "old" / "made_by_1994f00.tar.xz"
 LOSSES = {5: 6.0497002601623535, 6: 6.025450706481934}  # of the run

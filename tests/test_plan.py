@@ -14,6 +14,7 @@ from tiny import load_recipe
 from stf_jax import plan
 from stf_jax.cli import run_command
 from stf_jax.data.sampling import Plan
+from stf_jax.models.blueprint import blueprint
 from stf_jax.planning import report as report_module
 from stf_jax.planning import search as search_module
 from stf_jax.planning.program import OutOfMemory, Program, make_program
@@ -21,7 +22,7 @@ from stf_jax.planning.report import count_steps
 from stf_jax.planning.topology import topology_devices
 from stf_jax.training.flops import decode_flops, prefill_flops, step_flops
 from stf_jax.training.optimizer import make_optimizer
-from stf_jax.training.state import blueprint, state_layout
+from stf_jax.training.state import state_layout
 
 pytestmark = pytest.mark.usefixtures("optimized")
 

@@ -16,12 +16,12 @@ from tiny import tiny
 from stf_jax import plan
 from stf_jax.cli import run_command
 from stf_jax.convert import main as convert
+from stf_jax.evals.verify import verify
 from stf_jax.main import main
 from stf_jax.models.fusions.base import FUSIONS, find_fusion
 from stf_jax.registry import load_object
 from stf_jax.training.flops import prefill_flops
 from stf_jax.weights.model import open_model
-from stf_jax.weights.verify import verify
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAME = "gated_pool:GatedPool"

@@ -16,10 +16,11 @@ from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models import presets
+from stf_jax.models.blueprint import Blueprint, blueprint
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.parallel.mesh import BATCH, compute_context, make_mesh
 from stf_jax.training.optimizer import make_optimizer
-from stf_jax.training.state import Blueprint, TrainState, blueprint, state_layout
+from stf_jax.training.state import TrainState, state_layout
 from stf_jax.training.step import make_train_step
 
 presets.VISION["clip-tiny"] = dataclasses.replace(

@@ -12,9 +12,9 @@ from stf_jax.config import MeshConfig, UserError
 from stf_jax.data import world
 from stf_jax.data.world_labels import CELLS, label_cells
 from stf_jax.evals.scenes import SEED
+from stf_jax.models.blueprint import Params, blueprint
 from stf_jax.models.cells import split_scores
 from stf_jax.parallel.mesh import compute_context, make_mesh
-from stf_jax.training.state import Params, blueprint
 from stf_jax.weights.model import open_model
 
 _LABEL_KINDS = ("color", "shape", "character")

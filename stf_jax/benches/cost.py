@@ -24,7 +24,6 @@ import numpy as np
 
 from stf_jax.benches.plan import TEXT, load_recipe
 from stf_jax.benches.process import measure_process
-from stf_jax.benches.synthetic import make_batch
 from stf_jax.config import FusionConfig, MeshConfig, TrainConfig, UserError
 from stf_jax.data.packing import Batch
 from stf_jax.models.presets import llm_preset, vision_preset
@@ -35,6 +34,7 @@ from stf_jax.planning.report import make_report
 from stf_jax.planning.topology import topology_devices
 from stf_jax.training.state import TrainState
 from stf_jax.training.step import Metrics
+from stf_jax.training.timing import make_batch
 from stf_jax.weights.model import Description
 
 _FUSIONS = "mlp", "mbtf_stf"

@@ -23,10 +23,10 @@ from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, Precision, Use
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Sampling, TokenRules, split_layers
 from stf_jax.inference.generator import bucket_length
+from stf_jax.models.blueprint import blueprint
 from stf_jax.models.fusions.base import tokens_per_image
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.parallel.mesh import compute_context, make_mesh
-from stf_jax.training.state import blueprint
 from stf_jax.weights.model import open_model
 
 _FUSIONS = ("mlp", "avg_pool", "mbtf_stf")

@@ -12,10 +12,10 @@ import jax
 
 from stf_jax.cli import parse
 from stf_jax.config import FusionConfig, TrainConfig, resolve
+from stf_jax.models.blueprint import blueprint
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.planning.report import make_report
 from stf_jax.planning.topology import topology_devices
-from stf_jax.training.state import blueprint
 
 # Peak GiB per chip of MaxText's llama2-7b by slice and rows per chip: float32 weights and moments, bfloat16 compute,
 # full rematerialization, splash attention, rows of 2048 tokens, compiled ahead of time.

@@ -16,8 +16,7 @@ import numpy as np
 
 from stf_jax.accounting.chips import find_chip
 from stf_jax.benches.process import measure_process
-from stf_jax.benches.synthetic import make_batch, make_export
-from stf_jax.benches.timing import time_train_steps
+from stf_jax.benches.synthetic import make_export
 from stf_jax.config import (
     DataConfig,
     FusionConfig,
@@ -32,6 +31,7 @@ from stf_jax.config import (
 from stf_jax.models.presets import vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.training.flops import step_flops
+from stf_jax.training.timing import make_batch, time_train_steps
 
 _RATE = 1e-3
 _LLM_RULE = {"pretrain": "freeze", "finetune": "train"}  # by stage

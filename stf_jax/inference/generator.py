@@ -33,10 +33,10 @@ from stf_jax.data.records import IMAGE_MARK, BadRow, Record
 from stf_jax.data.tokenizer import max_positions, untrained_tokens
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Sampling, split_layers
+from stf_jax.models.blueprint import blueprint
 from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.selection import resolve_reduction
 from stf_jax.parallel.mesh import BATCH, compute_context, row_shards
-from stf_jax.training.state import blueprint
 
 GREEDY = Sampling()
 INITIAL_MAX_NEW_TOKENS = 128  # initial slots for new tokens; doubled when they are full

@@ -19,12 +19,13 @@ from stf_jax.data.packing import Batch
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import BLOCKS, Sampling, TokenRules
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
+from stf_jax.models.blueprint import Blueprint, Params, blueprint
 from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.selection import FULL_LAYERS, resolve_reduction
 from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, make_mesh, row_shards
 from stf_jax.training.flops import abstract_batch
 from stf_jax.training.optimizer import make_optimizer
-from stf_jax.training.state import Blueprint, Layout, Params, blueprint, state_layout
+from stf_jax.training.state import Layout, state_layout
 from stf_jax.training.step import loss_sum, make_train_step
 
 _RULES = TokenRules(stops=(2,), suppressed_tokens=())  # the shapes do not depend on them

@@ -7,11 +7,11 @@ from typing import Any, get_args
 import jax
 
 from stf_jax.config import MeshConfig, Remat, TrainConfig, UserError
+from stf_jax.models.blueprint import blueprint
 from stf_jax.parallel.mesh import count_slices
 from stf_jax.planning.program import bytes_per_device, make_program
 from stf_jax.planning.report import make_report, trace_cost
 from stf_jax.planning.topology import get_chip, memory_limit
-from stf_jax.training.state import blueprint
 
 COMPILES = 6  # maximum; twice that if none of these fits. Each takes a minute for a model of billions of parameters
 _TENSOR, _MICROBATCHES = (1, 2, 4, 8), (1, 2, 4, 8, 16)

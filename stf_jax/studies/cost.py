@@ -15,8 +15,6 @@ import jax
 import PIL.Image
 from etils import epath
 
-from stf_jax.benches.synthetic import make_batch
-from stf_jax.benches.timing import time_train_steps
 from stf_jax.cli import Parser, add_model_arguments
 from stf_jax.config import RunFailed, TrainConfig, from_json
 from stf_jax.evals.registry import open_benchmarks
@@ -28,6 +26,7 @@ from stf_jax.parallel.mesh import make_mesh
 from stf_jax.studies.runner import Slot
 from stf_jax.studies.study import Cell
 from stf_jax.training.flops import prefill_flops, step_flops
+from stf_jax.training.timing import make_batch, time_train_steps
 
 COST_FILE = "cost.json"  # next to a cell's results
 _STEPS, _REPEATS = 20, 10  # timed training steps, and timed batches of questions

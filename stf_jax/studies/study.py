@@ -197,7 +197,7 @@ def _check_model(variant: Variant, config: ModelConfig) -> None:
 
     The options may only change the model, not the checkpoint or the questions.
     """
-    from stf_jax.training.state import blueprint  # takes seconds to import
+    from stf_jax.models.blueprint import blueprint  # takes seconds to import
 
     parser = Parser(add_help=False, allow_abbrev=False)
     cli.add_model_arguments(parser)

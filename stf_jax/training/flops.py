@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from stf_jax.accounting.flops import count_model_flops
 from stf_jax.config import ModelConfig
 from stf_jax.data.packing import Batch
+from stf_jax.models.blueprint import Params, blueprint
 from stf_jax.models.cells import CLASSES
 from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.selection import FULL_LAYERS, resolve_reduction
 from stf_jax.training.loss import chunks_of
-from stf_jax.training.state import Params, blueprint, trainable_paths
+from stf_jax.training.state import trainable_paths
 from stf_jax.training.step import loss_sum
 
 Rules = tuple[tuple[str, str], ...]
@@ -34,7 +35,7 @@ def step_flops(model: ModelConfig, rules: Rules, rows: int, length: int, images_
       images_per_row: M.
 
     Raises:
-      UserError: as :func:`stf_jax.training.state.blueprint` and :func:`stf_jax.training.state.trainable_paths` do.
+      UserError: as :func:`stf_jax.models.blueprint.blueprint` and :func:`stf_jax.training.state.trainable_paths` do.
     """
     return rows * _row_step_flops(model, rules, length, images_per_row)
 

@@ -19,6 +19,7 @@ from stf_jax.evals.registry import open_benchmarks
 from stf_jax.evals.runner import Results, check_images, evaluate_all, flatten_metrics
 from stf_jax.files import as_user_error, write_json
 from stf_jax.inference.generator import Generator
+from stf_jax.models.blueprint import Params
 from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.parallel.hosts import run_on_host0
@@ -31,7 +32,7 @@ from stf_jax.training.flops import step_flops
 from stf_jax.training.monitor import LossMonitor
 from stf_jax.training.optimizer import check_steps, learning_rate, make_optimizer
 from stf_jax.training.resume import check_changes
-from stf_jax.training.state import Params, TrainState, init_state, state_layout
+from stf_jax.training.state import TrainState, init_state, state_layout
 from stf_jax.training.step import make_train_step
 from stf_jax.weights.folder import load_params
 from stf_jax.weights.model import save_description

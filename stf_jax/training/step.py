@@ -11,9 +11,10 @@ from jax.sharding import NamedSharding
 
 from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
+from stf_jax.models.blueprint import Blueprint, Params
 from stf_jax.parallel.mesh import BATCH
 from stf_jax.training.loss import cross_entropy_sum, labels_loss_sum
-from stf_jax.training.state import Blueprint, Layout, Params, TrainState
+from stf_jax.training.state import Layout, TrainState
 
 Metrics = dict[str, jax.Array]
 

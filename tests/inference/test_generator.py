@@ -22,11 +22,11 @@ from stf_jax.inference import decoding, generator
 from stf_jax.inference.decoding import Sampling, TokenRules
 from stf_jax.inference.generator import Generator
 from stf_jax.models import presets
+from stf_jax.models.blueprint import blueprint
 from stf_jax.models.llm import RopeScaling
 from stf_jax.models.presets import vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.parallel.mesh import make_mesh
-from stf_jax.training.state import blueprint
 
 TINY = presets.LLM["llama-tiny"]
 FAMILIES = {

@@ -24,9 +24,9 @@ from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference import decoding
 from stf_jax.inference.loading import load_generator
 from stf_jax.models import presets
+from stf_jax.models.blueprint import blueprint
 from stf_jax.models.presets import VISION
 from stf_jax.parallel.mesh import make_mesh
-from stf_jax.training.state import blueprint
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.export_stf import export_llava_stf
 from stf_jax.weights.exports import export_native

@@ -22,9 +22,9 @@ from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.generator import Generator
 from stf_jax.models import presets
+from stf_jax.models.blueprint import blueprint
 from stf_jax.models.selection import FULL_LAYERS
 from stf_jax.parallel.mesh import compute_context, make_mesh
-from stf_jax.training.state import blueprint
 
 ROOT = pathlib.Path(__file__).parents[2]
 presets.LLM["llama-deep-tiny"] = dataclasses.replace(presets.LLM["llama-tiny"], layers=4, qkv_bias=True)

@@ -10,9 +10,10 @@ from jax.sharding import PartitionSpec as P
 from tiny import Setup, batches, random_params, tiny
 
 from stf_jax.config import MeshConfig, ModelConfig, UserError
+from stf_jax.models.blueprint import blueprint
 from stf_jax.parallel.mesh import BATCH, check_batch, get_row_share, make_mesh, parameter_sharding
 from stf_jax.planning.topology import topology_devices
-from stf_jax.training.state import blueprint, init_state, state_layout
+from stf_jax.training.state import init_state, state_layout
 
 # ---- Sizes -----------------------------------------------------------------------------------------------------------
 

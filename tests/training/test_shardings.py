@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from tiny import load_recipe
 
+from stf_jax.models.blueprint import blueprint
 from stf_jax.training.optimizer import make_optimizer
-from stf_jax.training.state import blueprint, state_layout
+from stf_jax.training.state import state_layout
 
 GOLDEN = pathlib.Path(__file__).parent / "shardings"
 MESHES = {"8": (1, 8, 1), "32": (1, 32, 1), "256": (4, 16, 4)}

@@ -12,7 +12,8 @@ from tiny import Setup, batches, random_params
 
 from stf_jax.config import ModelConfig, UserError
 from stf_jax.models import presets
-from stf_jax.training.state import blueprint, init_state, trainable_paths
+from stf_jax.models.blueprint import blueprint
+from stf_jax.training.state import init_state, trainable_paths
 
 STAGE_1 = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "freeze"))
 STAGE_2 = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train"))

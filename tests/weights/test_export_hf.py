@@ -22,13 +22,13 @@ from stf_jax.data.conversation import CHATS, encode, template_items
 from stf_jax.data.image import to_square
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
+from stf_jax.evals.verify import verify
+from stf_jax.models.blueprint import blueprint
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.parallel.mesh import compute_context, make_mesh
-from stf_jax.training.state import blueprint
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.imports import import_weights
 from stf_jax.weights.model import open_model
-from stf_jax.weights.verify import verify
 
 pytestmark = pytest.mark.usefixtures("torch_setup")
 
@@ -252,9 +252,7 @@ def test_verify_compares_answers(exported):
 
 def test_verify_reports_differences_and_errors(exported, tmp_path, capsys, monkeypatch):
     folder, export = exported("mlp")
-    monkeypatch.setattr(
-        "stf_jax.weights.verify._answer_in_jax", lambda folder, questions, limit: ["x"] * len(questions)
-    )
+    monkeypatch.setattr("stf_jax.evals.verify._answer_in_jax", lambda folder, questions, limit: ["x"] * len(questions))
 
     def run_verify(export, *options):
         status = run_command(main, ["verify", str(folder), str(export), "--tokens=2", "--questions=2", *options])

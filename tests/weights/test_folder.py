@@ -11,9 +11,10 @@ from safetensors.flax import save_file
 from stf_jax.checkpointing.manager import Checkpoints
 from stf_jax.checkpointing.params import write_params
 from stf_jax.config import CheckpointConfig, MeshConfig, ModelConfig, UserError
+from stf_jax.models.blueprint import blueprint
 from stf_jax.models.positions import interpolate_positions
 from stf_jax.parallel.mesh import make_mesh
-from stf_jax.training.state import TrainState, blueprint
+from stf_jax.training.state import TrainState
 from stf_jax.weights import folder as folder_module
 from stf_jax.weights.folder import EMBEDDED, load_params
 

@@ -25,7 +25,7 @@ import os
 os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="8")
 from stf_jax.config import MeshConfig, ModelConfig
 from stf_jax.parallel.mesh import make_mesh
-from stf_jax.training.state import blueprint
+from stf_jax.models.blueprint import blueprint
 from stf_jax.weights.folder import load_params
 plan = blueprint(ModelConfig(llm=source))
 shardings = plan.shardings(make_mesh(MeshConfig(1, 4, 2)))

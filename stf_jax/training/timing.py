@@ -1,14 +1,18 @@
-"""Timing of training steps."""
+"""Timing of training steps, on random batches."""
 
 import time
 
 import jax
+import numpy as np
 
 from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
+from stf_jax.models.blueprint import blueprint
+from stf_jax.models.presets import vision_preset
+from stf_jax.models.vlm import slots_per_image
 from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.optimizer import make_optimizer
-from stf_jax.training.state import blueprint, init_state, state_layout
+from stf_jax.training.state import init_state, state_layout
 from stf_jax.training.step import make_train_step
 from stf_jax.weights.folder import load_params
 
@@ -43,3 +47,20 @@ def time_train_steps(
     planned = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     peak_bytes = stats["peak_bytes_in_use"] if stats else planned - memory.alias_size_in_bytes
     return losses, seconds[1:], peak_bytes
+
+
+def make_batch(config: TrainConfig) -> Batch:
+    """A global batch of random numpy arrays: one image per row, then text, which is all target tokens."""
+    rng, slots = np.random.default_rng(1), slots_per_image(config.model)
+    side = vision_preset(config.model.vision).image_size
+    tokens = rng.integers(3, 500, (config.global_batch_size, config.data.max_length)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return Batch(
+        tokens=tokens,
+        targets=np.concatenate([tokens[:, 1:], np.zeros_like(tokens[:, :1])], axis=1),
+        loss_mask=(positions >= slots - 1) & (positions < tokens.shape[1] - 1),
+        positions=positions,
+        segment_ids=np.ones_like(tokens),
+        image_slots=np.where(positions < slots, positions, -1),
+        images=rng.integers(0, 256, (len(tokens), 1, side, side, 3), np.uint8),
+    )

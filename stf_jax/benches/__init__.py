@@ -1,0 +1,1 @@
+"""Measurements of the product, one file each (``python -m stf_jax.bench NAME``)."""

@@ -1,0 +1,1 @@
+"""Checkpoints of runs and folders of imported weights, with checksums."""

@@ -1,0 +1,1 @@
+"""Benchmarks, one file each, and the runner that asks their questions."""

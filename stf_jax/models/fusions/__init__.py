@@ -1,0 +1,1 @@
+"""Token fusions, one file each (base.py says what a fusion is)."""

@@ -1,0 +1,1 @@
+"""What a run would need on a machine: memory, work, traffic and time."""

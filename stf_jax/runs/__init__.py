@@ -1,0 +1,1 @@
+"""The files and signals of a run: lock, events, metrics, profiles, status."""

@@ -1,0 +1,1 @@
+"""Variants of a model trained with several seeds, compared with intervals."""
