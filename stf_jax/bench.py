@@ -1,11 +1,11 @@
-"""Measure speed, memory and what a vision tower sees: ``python -m stf_jax.bench NAME [--json=FILE]``."""
+"""Measure speed, memory and what a vision tower sees: ``python -m stf_jax.bench NAME [--json=FILE]``, in a clone."""
 
 import importlib
 import sys
+import types
 
 from etils import epath
 
-from stf_jax.benches import arguments
 from stf_jax.cli import Parser, local_path, run_command
 from stf_jax.config import UserError
 from stf_jax.files import as_user_error, write_json
@@ -28,6 +28,7 @@ _COMPILING = ("cost", "plan")  # these compile for devices that this machine doe
 
 def main(argv: list[str]) -> None:
     """Runs one benchmark, prints its table and, with ``--json``, writes the same figures as JSON."""
+    arguments = _import("arguments")
     parser = Parser(prog="python -m stf_jax.bench", description="Measure speed, memory and what a vision tower sees.")
     names = parser.add_subparsers(dest="name", required=True, parser_class=Parser)
     for name, text in _BENCHES.items():
@@ -42,11 +43,24 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{option}={file}: {reason}.")
     if "topology" in options:
         check_topology(options.topology)
-    rows = importlib.import_module(f"stf_jax.benches.{options.name}").run(options)  # takes seconds to import
+    rows = _import(options.name).run(options)  # takes seconds to import
     print(format_table(rows))
     if options.json is not None:
         with as_user_error(options.json):
             write_json(epath.Path(options.json), rows)
+
+
+def _import(name: str) -> types.ModuleType:
+    """Imports a module of benchmarks/, which is beside the package."""
+    try:
+        return importlib.import_module(f"benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("benchmarks", f"benchmarks.{name}"):
+            raise
+        raise UserError(
+            "The benchmarks are not installed with the package: run this in a clone of it, or set PYTHONPATH "
+            "to the clone."
+        ) from None
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tiny  # noqa: F401 (its presets)
 
+from benchmarks import arguments, cost, decode, process, step
+from benchmarks.mixture import SOURCES, jpegs, lengths
+from benchmarks.synthetic import make_export
 from stf_jax.bench import main
-from stf_jax.benches import arguments, cost, decode, process, step
-from stf_jax.benches.mixture import SOURCES, jpegs, lengths
-from stf_jax.benches.synthetic import make_export
 from stf_jax.cli import run_command
 from stf_jax.config import FusionConfig, ModelConfig
 from stf_jax.models.blueprint import blueprint
@@ -247,3 +247,10 @@ def test_the_mixture_has_its_documented_statistics():
 def test_invalid_arguments_are_rejected_at_once(arguments, sentence, capsys):
     assert run_command(main, arguments) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_an_installed_package_has_no_benchmarks(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "benchmarks", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.arguments", raising=False)
+    assert run_command(bench.main, ["flops"]) == 2
+    assert "run this in a clone of it, or set PYTHONPATH to the clone" in capsys.readouterr().err

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.process import measure_process
+from benchmarks.synthetic import make_export
 from stf_jax.accounting.chips import find_chip
-from stf_jax.benches.process import measure_process
-from stf_jax.benches.synthetic import make_export
 from stf_jax.config import (
     DataConfig,
     FusionConfig,
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             task = json.dumps(dataclasses.asdict(Task(str(folder), str(export), stage, *settings)))
             rounds = []
             for _ in range(options.rounds):
-                calls = {program: ["-m", "stf_jax.benches.step", program, task] for program in _PROGRAMS}
+                calls = {program: ["-m", "benchmarks.step", program, task] for program in _PROGRAMS}
                 rounds.append({p: measure_process(f"{stage}, {p}", call, _PROGRAMS[p]) for p, call in calls.items()})
             rows += [_summarize(program, rounds) for program in _PROGRAMS]
     return rows

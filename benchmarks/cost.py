@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stf_jax.benches.plan import TEXT, load_recipe
-from stf_jax.benches.process import measure_process
+from benchmarks.plan import TEXT, load_recipe
+from benchmarks.process import measure_process
 from stf_jax.config import FusionConfig, MeshConfig, TrainConfig, UserError
 from stf_jax.data.packing import Batch
 from stf_jax.models.presets import llm_preset, vision_preset
@@ -100,7 +100,7 @@ def measure(vision: str, llm: str, layers: list[int], batches: list[int]) -> _Ro
             Description(tower, shallow, FusionConfig(fusion)).save(pathlib.Path(folder))
             arguments = json.dumps([task, folder, fusion, batches])
             name = f"{task}, {fusion}, {count} layers"
-            figures = measure_process(name, ["-m", "stf_jax.benches.cost", arguments])
+            figures = measure_process(name, ["-m", "benchmarks.cost", arguments])
             print(name, figures["ms"], file=sys.stderr)
             return figures
 

@@ -4,7 +4,6 @@ import argparse
 import collections
 import dataclasses
 import math
-import pathlib
 import sys
 from typing import Any
 
@@ -26,8 +25,7 @@ _MAXTEXT = {
     ("v5p:2x2x4", 1): 8.14,
     ("v5p:2x2x4", 4): 11.14,
 }
-_CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-TEXT = {"pretrain": 64, "finetune": 304, "prefill": 64}  # mean text tokens per row (benches/mixture.py)
+TEXT = {"pretrain": 64, "finetune": 304, "prefill": 64}  # mean text tokens per row (benchmarks/mixture.py)
 _GIB = 2**30
 
 
@@ -86,7 +84,7 @@ def _compare_maxtext(topology: str, rows: int, maxtext_gib: float) -> dict[str, 
 
 def load_recipe(name: str, llm: str) -> TrainConfig:
     """Loads the config of that name in configs/ with another language model."""
-    (config,) = resolve(parse([f"--config={_CONFIGS / name}.py:llm={llm}"], "", workdir=False)[1])
+    (config,) = resolve(parse([f"--config={name}:llm={llm}"], "", workdir=False)[1])
     return config
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from stf_jax.benches.process import measure_process
+from benchmarks.process import measure_process
 from stf_jax.config import UserError
 from stf_jax.models.llm import Decoder, LLMConfig
 from stf_jax.models.presets import llm_preset

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from stf_jax.benches.arguments import LLAVA
+from benchmarks.arguments import LLAVA
 from stf_jax.config import FusionConfig, ModelConfig, UserError
 from stf_jax.models.fusions.base import FUSIONS
 from stf_jax.models.vlm import slots_per_image

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from stf_jax.benches.process import measure_process
-from stf_jax.benches.synthetic import make_export
+from benchmarks.process import measure_process
+from benchmarks.synthetic import make_export
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, Precision, UserError
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Sampling, TokenRules, split_layers
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 for program in ("ours", "transformers"):
                     task = [program, str(export), str(batch), str(options.tokens), options.precision]
                     name = f"{fusion} ({slots_per_image(config)}), batch {batch}, {program}"
-                    results[program] = measure_process(name, ["-m", "stf_jax.benches.decode", *task])
+                    results[program] = measure_process(name, ["-m", "benchmarks.decode", *task])
                     del results[program]["seconds"]  # of the entire process
                 for row in results.values():
                     row["times_transformers"] = row["tokens_per_second"] / results["transformers"]["tokens_per_second"]

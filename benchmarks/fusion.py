@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stf_jax.benches.process import measure_process
+from benchmarks.process import measure_process
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError
 from stf_jax.models.fusions.base import FUSIONS, Fusion, tapped_blocks, tokens_per_image
 from stf_jax.models.presets import llm_preset, vision_preset
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = [{"what": f"{options.vision} to {options.llm}", "batch": options.batch, "precision": options.precision}]
     for config in configs:
         task = json.dumps(dataclasses.asdict(config))
-        row = measure_process(config.fusion.fusion, ["-m", "stf_jax.benches.fusion", task, str(options.batch)])
+        row = measure_process(config.fusion.fusion, ["-m", "benchmarks.fusion", task, str(options.batch)])
         rows[0]["memory"] = row["memory"]
         rows.append({"what": row["what"]} | {key: row[key] for key in _FIGURES})
     return rows

@@ -20,7 +20,7 @@ import PIL.Image
 from etils import epath
 from transformers import PreTrainedTokenizerFast
 
-from stf_jax.benches.mixture import jpegs, lengths
+from benchmarks.mixture import jpegs, lengths
 from stf_jax.config import DataConfig, TrainConfig, UserError
 from stf_jax.data.conversation import SYSTEM, encode, template_items
 from stf_jax.data.image import open_image, read_image, to_square

@@ -8,7 +8,7 @@ LLAVA = "clip-l-14-336", "vicuna-7b"  # presets of LLaVA-1.5 7B
 
 
 def backbone(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of :mod:`stf_jax.benches.backbone`."""
+    """Adds the arguments of :mod:`benchmarks.backbone`."""
     parser.add_argument(
         "--checkpoint", required=True, type=local_path, help="workdir of a run trained with model.cells"
     )
@@ -16,7 +16,7 @@ def backbone(parser: argparse.ArgumentParser) -> None:
 
 
 def cost(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of :mod:`stf_jax.benches.cost`."""
+    """Adds the arguments of :mod:`benchmarks.cost`."""
     parser.add_argument("--vision", default="clip-l-14-336", help="vision tower preset (%(default)s)")
     parser.add_argument("--llm", default="vicuna-7b", help="language model preset (%(default)s)")
     parser.add_argument("--layers", default="1,2", help="two numbers of decoder layers to measure (%(default)s)")
@@ -27,7 +27,7 @@ def cost(parser: argparse.ArgumentParser) -> None:
 
 
 def decode(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of :mod:`stf_jax.benches.decode`."""
+    """Adds the arguments of :mod:`benchmarks.decode`."""
     parser.add_argument("--llm", default="smollm2-135m", help="language model preset, random weights (%(default)s)")
     parser.add_argument("--vision", default="clip-mini-16-384", help="vision tower preset, a cheap one (%(default)s)")
     parser.add_argument("--batches", default="1,8", help="batch sizes (%(default)s)")
@@ -41,14 +41,14 @@ def decode(parser: argparse.ArgumentParser) -> None:
 
 
 def flops(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of :mod:`stf_jax.benches.flops`."""
+    """Adds the arguments of :mod:`benchmarks.flops`."""
     parser.add_argument("--vision", default=LLAVA[0], help="vision tower preset (%(default)s)")
     parser.add_argument("--llm", default=LLAVA[1], help="language model preset (%(default)s)")
     parser.add_argument("--text", default="0,64", help="text tokens per prompt (%(default)s)")
 
 
 def fusion(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of :mod:`stf_jax.benches.fusion`."""
+    """Adds the arguments of :mod:`benchmarks.fusion`."""
     parser.add_argument("--vision", default="clip-l-14-336", help="vision tower preset (%(default)s)")
     parser.add_argument("--llm", default="vicuna-7b", help="language model preset (%(default)s)")
     parser.add_argument("--fusions", default="", help="fusions, separated by commas (default: all)")
@@ -59,20 +59,20 @@ def fusion(parser: argparse.ArgumentParser) -> None:
 
 
 def input(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of :mod:`stf_jax.benches.input`."""
+    """Adds the arguments of :mod:`benchmarks.input`."""
     parser.add_argument("--images", type=int, default=384, help="JPEG files to generate (%(default)s)")
     parser.add_argument("--rows", type=int, default=66_530, help="conversation lengths to draw (%(default)s)")
 
 
 def plan(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of :mod:`stf_jax.benches.plan`."""
+    """Adds the arguments of :mod:`benchmarks.plan`."""
     parser.add_argument("--topology", default="v5e:4x8", help="devices to compare 144 tokens with 576 on (%(default)s)")
     parser.add_argument("--llm", default="vicuna-7b", help="language model preset (%(default)s)")
     parser.add_argument("--no-mark", action="store_true", help="skip the comparison with MaxText")
 
 
 def step(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of :mod:`stf_jax.benches.step`."""
+    """Adds the arguments of :mod:`benchmarks.step`."""
     parser.add_argument("--llm", default="smollm2-135m", help="language model preset, random weights (%(default)s)")
     parser.add_argument("--vision", default="clip-mini-16-384", help="vision tower preset, a cheap one (%(default)s)")
     parser.add_argument("--fusion", default="mbtf_stf", help="fusion (%(default)s)")
@@ -89,6 +89,6 @@ def step(parser: argparse.ArgumentParser) -> None:
 
 
 def weights(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of :mod:`stf_jax.benches.weights`."""
+    """Adds the arguments of :mod:`benchmarks.weights`."""
     parser.add_argument("--model", default="vicuna-7b", help="language model preset, with random bfloat16 weights")
     parser.add_argument("--scratch", type=local_path, help="folder on a disk with space for three copies of the model")
