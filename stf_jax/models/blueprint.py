@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import flax
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from stf_jax.config import ModelConfig
 from stf_jax.models.vlm import VLM
@@ -28,7 +28,7 @@ class Blueprint:
         """The model with the given trees as its weights; together they must hold every parameter."""
         return nnx.merge(self.graph, *(flax.traverse_util.unflatten_dict(tree, sep="/") for tree in params))
 
-    def shardings(self, mesh: Mesh) -> dict[str, NamedSharding]:
+    def shardings(self, mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
         """The sharding of each parameter. Raises as :func:`stf_jax.parallel.mesh.parameter_sharding` does."""
         return {path: parameter_sharding(path, self.shapes[path].shape, self.axes[path], mesh) for path in self.shapes}
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from stf_jax.config import MeshConfig, TrainConfig, UserError
 
@@ -149,7 +149,9 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
         )
 
 
-def parameter_sharding(path: str, shape: Sequence[int], axes: Sequence[str], mesh: Mesh) -> NamedSharding:
+def parameter_sharding(
+    path: str, shape: Sequence[int], axes: Sequence[str], mesh: Mesh | AbstractMesh
+) -> NamedSharding:
     """Returns the sharding of a parameter with these logical axes.
 
     Raises:

@@ -76,7 +76,7 @@ def test_labels_loss_equals_numpy():
 def test_patch_scores_only_its_own_cells():
     """Changing one patch's state changes only the scores of its own cells."""
     setup = _one_device()
-    head = setup.plan.merge(tiny.random_params(setup.plan.shapes)).cells
+    head = setup.plan.merge(jax.tree.map(jnp.asarray, tiny.random_params(setup.plan.shapes))).cells
     states = jnp.zeros((1, head.grid**2, 32)).at[0, head.grid + 2].set(1)  # the second row's third patch
     changed = np.nonzero(np.abs(head(states) - head(0 * states)).max(-1)[0])
     rows, columns = (range(i * head.cells_per_side, (i + 1) * head.cells_per_side) for i in (1, 2))
