@@ -230,6 +230,7 @@ class TrainConfig:
     # folders of weights or runs, separated by commas; embedded: miniatures, miniatures/2, miniatures/siglip
     init_from: str = ""
     init_missing: tuple[str, ...] = ()  # regular expressions of parameters to initialize; init_from has all others
+    objective: str = ""  # what is minimized: next_token | cells | package.module:thing; "": as the data demand
     # (regular expression of parameter path, train | freeze) pairs; the first match decides
     rules: tuple[tuple[str, str], ...] = ((".*", "train"),)
     model: ModelConfig = ModelConfig()

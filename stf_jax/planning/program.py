@@ -24,9 +24,10 @@ from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.selection import FULL_LAYERS, resolve_reduction
 from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, make_mesh, row_shards
 from stf_jax.training.flops import abstract_batch
+from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import Layout, state_layout
-from stf_jax.training.step import loss_sum, make_train_step
+from stf_jax.training.step import make_train_step
 
 _RULES = TokenRules(stops=(2,), suppressed_tokens=())  # the shapes do not depend on them
 
@@ -123,8 +124,13 @@ def _train_program(config: TrainConfig, plan: Blueprint, mesh: Mesh) -> Program:
     call = make_train_step(config, plan, tx, layout)
     parts = {"parameters": layout.params, "optimizer": layout.moments, "batch": batch}
 
+    objective = find_objective(config.objective, config.model)
+
     def residuals(trainable: Params, frozen: Params, batch: Batch[jax.Array]) -> Any:
-        return jax.vjp(lambda tree: loss_sum(plan, tree, frozen, batch, config.data.packing), trainable)[1]
+        def loss(tree: Params) -> jax.Array:
+            return objective.loss_sum(plan.merge(tree, frozen), batch, config.data.packing)
+
+        return jax.vjp(loss, trainable)[1]
 
     return Program("train", *shape, mesh, plan.precision, call, (layout, batch), parts, residuals)
 

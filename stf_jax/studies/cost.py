@@ -79,7 +79,7 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
         cost |= {
             "step_ms": 1e3 * statistics.median(seconds),
             "step_rows": rows,
-            "step_gflops": step_flops(config.model, config.rules, rows, length, 1) / 1e9,
+            "step_gflops": step_flops(config.model, config.rules, rows, length, 1, config.objective) / 1e9,
             "step_mib": memory / 2**20,
         }
     return cost | {"device": jax.devices()[0].device_kind}

@@ -18,13 +18,15 @@ from stf_jax.models.cells import CLASSES
 from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.selection import FULL_LAYERS, resolve_reduction
 from stf_jax.training.loss import chunks_of
+from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.state import trainable_paths
-from stf_jax.training.step import loss_sum
 
 Rules = tuple[tuple[str, str], ...]
 
 
-def step_flops(model: ModelConfig, rules: Rules, rows: int, length: int, images_per_row: int) -> int:
+def step_flops(
+    model: ModelConfig, rules: Rules, rows: int, length: int, images_per_row: int, objective: str = ""
+) -> int:
     """Counts the model FLOPs of a training step: of its loss and of the gradients of all trainable parameters.
 
     Args:
@@ -33,11 +35,12 @@ def step_flops(model: ModelConfig, rules: Rules, rows: int, length: int, images_
       rows: B, of the global batch, all microbatches together.
       length: T, tokens per row.
       images_per_row: M.
+      objective: as ``config.objective``.
 
     Raises:
       UserError: as :func:`stf_jax.models.blueprint.blueprint` and :func:`stf_jax.training.state.trainable_paths` do.
     """
-    return rows * _row_step_flops(model, rules, length, images_per_row)
+    return rows * _row_step_flops(model, rules, length, images_per_row, objective)
 
 
 def prefill_flops(model: ModelConfig, rows: int, length: int, images_per_row: int) -> dict[str, int]:
@@ -71,15 +74,18 @@ def abstract_batch(model: ModelConfig, rows: int, length: int, images_per_row: i
 
 
 @functools.lru_cache(maxsize=64)
-def _row_step_flops(model: ModelConfig, rules: Rules, length: int, images_per_row: int) -> int:
+def _row_step_flops(model: ModelConfig, rules: Rules, length: int, images_per_row: int, objective: str) -> int:
     plan = blueprint(_by_definition(model))
-    names = trainable_paths(rules, plan.shapes)
+    names, minimized = trainable_paths(rules, plan.shapes), find_objective(objective, model)
     trainable, frozen = (
         {path: leaf for path, leaf in plan.shapes.items() if (path in names) == selected} for selected in (True, False)
     )
 
     def gradients(trainable: Params, frozen: Params, batch: Batch[jax.Array]) -> tuple[jax.Array, Params]:
-        return jax.value_and_grad(lambda tree: loss_sum(plan, tree, frozen, batch, packed=False))(trainable)
+        def loss(tree: Params) -> jax.Array:
+            return minimized.loss_sum(plan.merge(tree, frozen), batch, packed=False)
+
+        return jax.value_and_grad(loss)(trainable)
 
     with chunks_of(2**62):  # a vocabulary in one chunk needs no padding
         counts = count_model_flops(gradients, trainable, frozen, abstract_batch(model, 1, length, images_per_row))

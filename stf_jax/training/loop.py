@@ -193,7 +193,7 @@ def _train(
         batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), host_batch)
         shape = batch.tokens.shape[1], batch.images.shape[1]
         if shape not in programs:
-            flops[shape] = step_flops(config.model, config.rules, config.global_batch_size, *shape)
+            flops[shape] = step_flops(config.model, config.rules, config.global_batch_size, *shape, config.objective)
             with telemetry.time_waiting("compile"), compute_context(mesh, plan.precision):
                 programs[shape] = train_step.lower(state, batch).compile()
         termination.enable_graceful_stop()

@@ -1,4 +1,4 @@
-"""Cross-entropy of next tokens without materializing all logits, and cross-entropy of the labels of image cells.
+"""Cross-entropy of next tokens without materializing all logits.
 
 The logits of a batch are by far its largest array: a row of 2,048 positions and a vocabulary of 32,000 takes 250 MiB in
 float32, and their gradient takes as much again. So logits are computed for one chunk of the vocabulary at a time, used
@@ -18,33 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int
 
 from stf_jax.accounting.flops import RECOMPUTED
-from stf_jax.models.cells import split_scores
 
 _chunk_bytes = contextvars.ContextVar("chunk_bytes", default=2**27)
 _LANES = 128  # the chunk size is a multiple of the lanes of a TPU
 _ROWS = ("data", "fsdp")
-_WEIGHTS = (1.0, 1.0, 2.0)  # of the losses of colors, shapes and characters
-_UNLABELED = 0.1  # weight of cells without a label, which are the majority
 _Gradients = tuple[jax.Array | None, jax.Array | None]  # for hidden and kernel; None where not requested
 _Carry = TypeVar("_Carry")
-
-
-def labels_loss_sum(scores: Float[Array, "B S S classes"], labels: UInt8[Array, "B S S 3"]) -> Float[Array, ""]:
-    """Weighted sum of the cross-entropy of all cells' labels, in nats, float32.
-
-    Args:
-      scores: float32, the output of :class:`stf_jax.models.cells.CellHead`.
-      labels: color, shape and character of each cell, 0 for none.
-    """
-    total = jnp.zeros(())
-    for index, (part, weight) in enumerate(zip(split_scores(scores), _WEIGHTS, strict=True)):
-        label = labels[..., index].astype(jnp.int32)
-        losses = jax.nn.logsumexp(part, -1) - jnp.take_along_axis(part, label[..., None], -1)[..., 0]
-        total += weight * (losses * jnp.where(label > 0, 1, _UNLABELED)).sum()
-    return total
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from stf_jax.config import TrainConfig, UserError, flatten, to_json
 
 # The model, the data and their order are fixed, except for how they are computed and where they are stored. The paths
 # of data and tokenizer may change, but not their contents, which data/pipeline.py checks.
-_FIXED = "seed", "global_batch_size", "rules", "model.", "data."
+_FIXED = "seed", "global_batch_size", "objective", "rules", "model.", "data."
 _CHANGEABLE = (
     "model.scan_layers",
     "model.remat",

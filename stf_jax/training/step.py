@@ -1,7 +1,6 @@
 """One optimizer step: loss over target tokens, gradients of the trainable tree, update."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -13,33 +12,10 @@ from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
 from stf_jax.models.blueprint import Blueprint, Params
 from stf_jax.parallel.mesh import BATCH
-from stf_jax.training.loss import cross_entropy_sum, labels_loss_sum
+from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.state import Layout, TrainState
 
 Metrics = dict[str, jax.Array]
-
-
-def loss_sum(plan: Blueprint, trainable: Params, frozen: Params, batch: Batch[jax.Array], packed: bool) -> jax.Array:
-    """Cross-entropy in nats, float32, summed over the batch's target tokens, or over its labeled cells.
-
-    A row that is not packed is one conversation, with padding behind it that no token attends to. So its attention is
-    plainly causal, which every backend's kernel supports.
-    """
-    model = plan.merge(trainable, frozen)
-    if batch.labels is not None:
-        scores = model.cell_scores(batch.images)
-        with jax.named_scope("loss"):
-            return labels_loss_sum(scores, batch.labels.reshape(*scores.shape[:3], -1))
-    segments = batch.segment_ids if packed else None
-    hidden = model.hidden(batch.tokens, batch.positions, segments, batch.image_slots, batch.images)
-    with jax.named_scope("loss"):
-        tied = model.llm.config.tied
-        return cross_entropy_sum(hidden, model.llm.head_kernel, batch.targets, batch.loss_mask, tied)
-
-
-def count_targets(batch: Batch[jax.Array]) -> jax.Array:
-    """The number of terms that the loss is a mean over: target tokens or, where images have labels, cells."""
-    return batch.loss_mask.sum() if batch.labels is None else jnp.int32(math.prod(batch.labels.shape[:-1]))
 
 
 def make_train_step(
@@ -56,16 +32,18 @@ def make_train_step(
     the update is not finite, or if the batch has no target token. So a bad batch does not spoil them.
     """
     accumulation_steps, packed = config.optimizer.accumulation_steps, config.data.packing
+    objective = find_objective(config.objective, config.model)
 
     def update(grads: Params, moments: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:
         updates, moments = tx.update(grads, moments, params)
         return optax.apply_updates(params, updates), moments
 
     def train_step(state: TrainState[jax.Array], batch: Batch[jax.Array]) -> tuple[TrainState[jax.Array], Metrics]:
-        target_count = count_targets(batch)
+        target_count = objective.count_terms(batch)
 
         def loss(trainable: Params, rows: Batch[jax.Array]) -> jax.Array:
-            return loss_sum(plan, trainable, state.frozen, rows, packed) / jnp.maximum(target_count, 1)
+            model = plan.merge(trainable, state.frozen)
+            return objective.loss_sum(model, rows, packed) / jnp.maximum(target_count, 1)
 
         value_and_grad = jax.value_and_grad(loss)
         if accumulation_steps == 1:

@@ -22,7 +22,7 @@ from stf_jax.models.cells import CLASSES
 from stf_jax.models.presets import VISION
 from stf_jax.models.vlm import VLM
 from stf_jax.planning.program import make_program
-from stf_jax.training.loss import labels_loss_sum
+from stf_jax.training.objectives.cells import labels_loss_sum
 
 VISION["clip-tiny-96"] = tiny.dataclasses.replace(VISION["clip-tiny"], image_size=96)
 CHANGES = {

@@ -16,8 +16,8 @@ from tiny import Setup, batches, load_recipe, make_preprocessor, random_params
 from stf_jax.config import OptimizerConfig, UserError
 from stf_jax.data.packing import Batch, to_batch, to_row
 from stf_jax.data.pipeline import load_training_records
+from stf_jax.training.objectives.next_token import NextToken
 from stf_jax.training.optimizer import check_steps, has_weight_decay, learning_rate, make_optimizer
-from stf_jax.training.step import loss_sum
 
 # No warm-up, and an eps at which nearly zero gradients do not become steps of ± the learning rate.
 CHANGES = {"optimizer.warmup_ratio": 0.0, "optimizer.weight_decay": 0.1, "optimizer.eps": 1e-4}
@@ -233,7 +233,10 @@ def _gradients_of(which) -> tuple[float, dict[str, np.ndarray]]:
     @jax.jit
     def run(trainable, frozen, batch: Batch):
         def loss(trainable):
-            return loss_sum(setup.plan, trainable, frozen, batch, packed=which == 0) / batch.loss_mask.sum()
+            return (
+                NextToken().loss_sum(setup.plan.merge(trainable, frozen), batch, packed=which == 0)
+                / batch.loss_mask.sum()
+            )
 
         return jax.value_and_grad(loss)(trainable)
 

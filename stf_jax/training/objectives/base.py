@@ -1,0 +1,48 @@
+"""What an objective is: a loss that is a mean over terms of the global batch.
+
+An objective is an object in a file of this folder, or anyone's, named in a config as ``package.module:thing``.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import jax
+
+from stf_jax.config import ModelConfig, UserError
+from stf_jax.data.packing import Batch
+from stf_jax.models.vlm import VLM
+from stf_jax.registry import Registry
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A loss, as the sum and the number of its terms, so that a mean over the global batch needs no microbatch's."""
+
+    def loss_sum(self, model: VLM, batch: Batch[jax.Array], packed: bool) -> jax.Array:
+        """The loss summed over the batch's terms: float32 [].
+
+        Args:
+          model: with all its weights.
+          batch: some rows of the global batch.
+          packed: whether rows hold several conversations. A row that is not packed is one conversation, with padding
+            behind it that no token attends to, so its attention is plainly causal, which every kernel supports.
+        """
+        ...
+
+    def count_terms(self, batch: Batch[jax.Array]) -> jax.Array:
+        """The number of terms of a batch: int32 []."""
+        ...
+
+
+OBJECTIVES: Registry[Objective] = Registry("objective", "stf_jax.training.objectives")
+
+
+def find_objective(name: str, model: ModelConfig) -> Objective:
+    """The objective of that name, as ``config.objective``.
+
+    Raises:
+      UserError: an unknown name, or something that is not an objective.
+    """
+    found = OBJECTIVES.find(name or ("cells" if model.cells else "next_token"))
+    if isinstance(found, type) or not isinstance(found, Objective):
+        raise UserError(f"objective={name} is not an object with the methods loss_sum and count_terms.")
+    return found

@@ -1,0 +1,77 @@
+"""Objectives by name: those of the package, and one of tests/plugins."""
+
+import json
+import pathlib
+
+import jax
+import pytest
+from tiny import Setup, batches, tiny
+
+from stf_jax.cli import run_command
+from stf_jax.config import UserError
+from stf_jax.main import main
+from stf_jax.planning.report import trace_cost
+from stf_jax.training.flops import step_flops
+from stf_jax.training.objectives.base import OBJECTIVES, find_objective
+
+PLUGINS = pathlib.Path(__file__).parents[1] / "plugins"
+TINY = f"--config={PLUGINS.parent / 'tiny.py'}"
+Z_LOSS = "z_loss:Z_LOSS"
+
+
+@pytest.fixture(autouse=True)
+def plugins(monkeypatch):
+    monkeypatch.syspath_prepend(PLUGINS)
+
+
+def test_the_default_is_what_the_data_demand():
+    model = tiny().model
+    assert find_objective("", model) is OBJECTIVES.find("next_token")
+    assert find_objective("", tiny(**{"model.cells": 2}).model) is OBJECTIVES.find("cells")
+
+
+def test_one_of_your_own_is_minimized():
+    data = batches(tiny(), 2)
+    losses = {}
+    for name in ("", Z_LOSS):
+        setup = Setup.of(**{"mesh.data": 1, "objective": name})
+        state, step = setup.state(), setup.step()
+        losses[name] = []
+        for batch in data:
+            state, metrics = step(state, batch)
+            losses[name].append(float(metrics["loss"]))
+    # log(512)² · 1e-4 = 0.004 for uniform logits
+    assert 0.003 < losses[Z_LOSS][0] - losses[""][0] < 0.02
+    assert losses[Z_LOSS][1] != losses[""][1]
+
+
+def test_its_flops_are_counted():
+    """It computes the same products, with the logits in memory."""
+    config = tiny()
+    counts = [step_flops(config.model, config.rules, 8, 192, 1, name) for name in ("", Z_LOSS)]
+    assert counts[0] == counts[1]
+    assert trace_cost(tiny(objective=Z_LOSS), "train", jax.devices()).flops_per_row > 0
+
+
+def test_a_run_keeps_its_objective(tmp_path, capsys):
+    options = [TINY, f"--workdir={tmp_path / 'run'}", "--config.mesh.data=1", "--config.checkpoint.every_steps=2"]
+    assert run_command(main, [*options, f"--config.objective={Z_LOSS}", "--config.steps=2"]) == 0
+    assert run_command(main, options) == 2
+    assert f"cannot resume with a changed objective (was '{Z_LOSS}', now '')" in capsys.readouterr().err
+    assert run_command(main, [*options, f"--config.objective={Z_LOSS}", "--config.steps=4"]) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("next_tokens", "Unknown objective 'next_tokens'; did you mean 'next_token'?"),
+        ("z_loss:ZLoss", "objective=z_loss:ZLoss is not an object with the methods loss_sum and count_terms."),
+        ("z_loss:jnp", "is not an object with the methods"),
+    ],
+)
+def test_wrong_names_are_explained(name, reason):
+    with pytest.raises(UserError) as error:
+        find_objective(name, tiny().model)
+    assert reason in str(error.value)
