@@ -11,7 +11,7 @@ from etils import epath
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.data import world
 from stf_jax.data.world_labels import CELLS, label_cells
-from stf_jax.evals.scenes import SEED
+from stf_jax.evals.benchmarks.scenes import SEED
 from stf_jax.models.blueprint import Params, blueprint
 from stf_jax.models.cells import split_scores
 from stf_jax.parallel.mesh import compute_context, make_mesh

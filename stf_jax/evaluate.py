@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=path, help="a run's workdir, an imported folder, or an export")
     source.add_argument("--answers", type=path, metavar="FILE", help="score these answers; no model is needed")
-    names = f"{', '.join(BENCHMARKS)}; several separated by commas, or all"
+    names = f"{', '.join(BENCHMARKS.known)}; several separated by commas, or all"
     parser.add_argument("--benchmark", required=True, metavar="NAME", help=names)
     parser.add_argument(
         "--data",

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -69,6 +70,17 @@ def test_every_answer_is_written_and_all_differ(gqa):
     assert "grün" in rows[1]["prompt"]
     assert {row["model_id"] for row in rows} == {"model"}
     assert len({row["text"] for row in rows}) == QUESTIONS  # the tests below rely on it
+
+
+def test_a_benchmark_of_your_own(gqa, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parent / "plugins")
+    checkpoint = gqa.arguments(tmp_path)[0]
+    options = [checkpoint, "--benchmark=brightness:Brightness", f"--out={tmp_path / 'out'}", "--batch=8"]
+    assert run_command(evaluate.main, options) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["benchmark"] == "brightness"
+    assert results["questions"] == 4
+    assert results["metrics"].keys() == {"accuracy"}
 
 
 def test_a_killed_and_restarted_run_ends_with_the_same_files(gqa, tmp_path):
@@ -299,7 +311,7 @@ def test_questions_with_the_same_id_are_matched_by_prompt(score, tmp_path):
             ["--answers=a", "--benchmark=scenes,gqa", "--data=DATA", "--out=o"],
             "--answers can only be scored for one benchmark",
         ),
-        (["--answers=a", "--benchmark=all", "--data=DATA", "--out=o"], "scienceqa: there is no llava_test_CQM-A.json"),
+        (["--answers=a", "--benchmark=all", "--data=DATA", "--out=o"], "mmbench: there is no mmbench_dev_20230712.tsv"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments, sentence, gqa, tmp_path, monkeypatch, capsys):

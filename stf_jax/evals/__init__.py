@@ -1,1 +1,1 @@
-"""Benchmarks, one file each, and the runner that asks their questions."""
+"""Benchmarks, and the runner that asks their questions."""

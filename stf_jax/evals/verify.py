@@ -21,7 +21,7 @@ from stf_jax.data.conversation import encode, template_items
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Question
-from stf_jax.evals.scenes import held_out_questions
+from stf_jax.evals.benchmarks.scenes import held_out_questions
 from stf_jax.inference.loading import load_generator
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.parallel.mesh import make_mesh

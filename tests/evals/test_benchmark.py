@@ -1,6 +1,7 @@
 """Tests of the base class and registry: question files, folders, images, limits, names."""
 
 import json
+import pathlib
 import re
 
 import PIL.Image
@@ -13,7 +14,7 @@ from stf_jax.config import UserError
 from stf_jax.data.image import read_image
 from stf_jax.evals import benchmark
 from stf_jax.evals.benchmark import Question, accuracy_by_kind
-from stf_jax.evals.gqa import GQA
+from stf_jax.evals.benchmarks.gqa import GQA
 from stf_jax.evals.registry import BENCHMARKS, open_benchmarks
 from stf_jax.evals.runner import check_images
 
@@ -162,9 +163,18 @@ def test_images_are_opened_before_the_model_is_loaded(tmp_path):
 def test_every_benchmark_is_registered_by_its_name():
     names = ["gqa", "scienceqa", "vqav2", "vizwiz", "textvqa", "pope", "mmbench", "mmbench_cn", "mme"]
     names += ["scenes", "prints", "shapes"]
-    assert list(BENCHMARKS) == names
-    assert [kind.name for kind in BENCHMARKS.values()] == names
-    assert all(kind.rule.endswith(".") for kind in BENCHMARKS.values())
+    assert sorted(BENCHMARKS.known) == sorted(names)
+    assert all(kind.name == name for name, kind in BENCHMARKS.known.items())
+    assert all(kind.rule.endswith(".") for kind in BENCHMARKS.known.values())
+
+
+def test_a_benchmark_of_your_own(monkeypatch):
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / "plugins")
+    (benchmark,) = open_benchmarks(["brightness:Brightness"], "")
+    assert [question.text for question in benchmark.questions] == ["Is it bright?"] * 4
+    assert benchmark.metrics(["Yes", "no", "Yes.", "No"]) == {"accuracy": 0.5}
+    with pytest.raises(UserError, match=r"^Benchmark brightness:Gray is not a subclass of stf_jax\.evals\.benchmark"):
+        open_benchmarks(["brightness:Gray"], "")
 
 
 def test_data_is_the_folder_of_all_benchmarks_or_of_one(tmp_path):
@@ -181,13 +191,19 @@ def test_data_is_the_folder_of_all_benchmarks_or_of_one(tmp_path):
     assert not open_benchmarks(["gqa"], str(tmp_path))[0].scored
 
 
+NO_MMBENCH = (
+    "mmbench: there is no mmbench_dev_20230712.tsv or mmbench_test_20230712.tsv or MMBench_DEV_EN.tsv or "
+    "MMBench_TEST_EN.tsv in DATA."
+)
+
+
 @pytest.mark.parametrize(
     ("names", "data", "sentence"),
     [
         (["gqua"], "", "Unknown benchmark 'gqua'; did you mean 'gqa'?"),
         (["scenes", "mm bench"], "", "Unknown benchmark 'mm bench'; did you mean 'mmbench'?"),
         (["al"], "", "Unknown benchmark 'al'; did you mean 'all'?"),
-        ([""], "", f"Unknown benchmark ''; known: {', '.join(BENCHMARKS)}, all."),
+        ([""], "", f"Unknown benchmark ''; known: {', '.join(BENCHMARKS.known)}, all."),
         (
             ["scenes", "pope"],
             "",
@@ -195,8 +211,16 @@ def test_data_is_the_folder_of_all_benchmarks_or_of_one(tmp_path):
         ),
         (["all"], "", "Benchmark gqa needs the folder of LLaVA's evaluation files: --data, or config.eval.data."),
         # Of all that it needs, the folder has GQA's.
-        (["all"], "DATA", "scienceqa: there is no llava_test_CQM-A.json in DATA."),
-        (["scenes", "all"], "DATA", "scienceqa: there is no llava_test_CQM-A.json in DATA."),
+        (
+            ["all"],
+            "DATA",
+            NO_MMBENCH,
+        ),
+        (
+            ["scenes", "all"],
+            "DATA",
+            NO_MMBENCH,
+        ),
         (["gqa"], "nowhere", f"gqa: there is no {QUESTIONS} in nowhere."),
     ],
 )

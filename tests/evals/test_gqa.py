@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.evals.gqa import GQA
+from stf_jax.evals.benchmarks.gqa import GQA
 
 WORD = "\nAnswer the question using a single word or phrase."
 LABELS = "testdev_balanced_questions.json"

@@ -14,7 +14,7 @@ from lmms import load_task_module
 
 from stf_jax.config import UserError
 from stf_jax.data.records import BadRow
-from stf_jax.evals.mmbench import MMBench, MMBenchCN, parse_choice
+from stf_jax.evals.benchmarks.mmbench import MMBench, MMBenchCN, parse_choice
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 COLUMNS = ["index", "question", "hint", *"ABCD", "answer", "category", "image", "source", "l2-category", "comment"]

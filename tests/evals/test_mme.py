@@ -9,7 +9,7 @@ from etils import epath
 from lmms import load_task_module
 
 from stf_jax.config import UserError
-from stf_jax.evals.mme import MME, parse_yes_no
+from stf_jax.evals.benchmarks.mme import MME, parse_yes_no
 
 WORD = "\nAnswer the question using a single word or phrase."
 QUESTIONS = [  # image, question, gold; the two questions of an image are not adjacent

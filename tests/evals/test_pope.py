@@ -10,7 +10,7 @@ from etils import epath
 from lmms import load_task_module
 
 from stf_jax.config import UserError
-from stf_jax.evals.pope import POPE, is_yes
+from stf_jax.evals.benchmarks.pope import POPE, is_yes
 
 WORD = "\nAnswer the question using a single word or phrase."
 QUESTIONS = [  # split, image, thing, gold

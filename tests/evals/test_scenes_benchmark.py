@@ -14,8 +14,8 @@ from stf_jax.data.records import Record, Turn
 from stf_jax.data.scenes import HELD_OUT_WORDS
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.data.world import HEIGHTS, NUMBERS
+from stf_jax.evals.benchmarks.scenes import QUESTIONS_PER_HEIGHT, QUESTIONS_PER_KIND, Prints, Scenes, Shapes
 from stf_jax.evals.registry import open_benchmarks
-from stf_jax.evals.scenes import QUESTIONS_PER_HEIGHT, QUESTIONS_PER_KIND, Prints, Scenes, Shapes
 
 
 @pytest.fixture(scope="module", params=[Scenes, Prints, Shapes])

@@ -9,7 +9,7 @@ from etils import epath
 from lmms import load_task_module
 
 from stf_jax.config import UserError
-from stf_jax.evals.scienceqa import ScienceQA, parse_choice
+from stf_jax.evals.benchmarks.scienceqa import ScienceQA, parse_choice
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LIST = "Context: Two facts are known.\nA. whales swim\nB. bats fly\nC. ants crawl\nWhich is a fish?\nA. trout\nB. bat"

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.evals.textvqa import TextVQA
+from stf_jax.evals.benchmarks.textvqa import TextVQA
 
 WORD = "\nAnswer the question using a single word or phrase."
 QUESTIONS = [

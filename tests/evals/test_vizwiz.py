@@ -6,7 +6,7 @@ import pytest
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.evals.vizwiz import VizWiz
+from stf_jax.evals.benchmarks.vizwiz import VizWiz
 
 SUFFIX = (
     "\nWhen the provided information is insufficient, respond with 'Unanswerable'."

@@ -6,7 +6,7 @@ import pytest
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.evals.vqav2 import VQAv2
+from stf_jax.evals.benchmarks.vqav2 import VQAv2
 
 WORD = "\nAnswer the question using a single word or phrase."
 TEST_DEV = "llava_vqav2_mscoco_test-dev2015.jsonl"

@@ -34,9 +34,10 @@ from stf_jax.data.image import MAX_ASPECT_RATIO, open_image, read_image, to_squa
 from stf_jax.data.llava import LlavaRecords, read_rows
 from stf_jax.data.records import IMAGE_MARK, REASONS, BadRow, Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer, read_tokenizer
-from stf_jax.evals import gqa, mmbench, mme, pope, scienceqa, vqa
+from stf_jax.evals import vqa
 from stf_jax.evals.answers import answer_line, match_answers, read_answers
 from stf_jax.evals.benchmark import Question
+from stf_jax.evals.benchmarks import gqa, mmbench, mme, pope, scienceqa
 from stf_jax.evals.registry import BENCHMARKS
 from stf_jax.evals.runner import flatten_metrics, format_results, score
 from stf_jax.models.presets import vision_preset
@@ -345,7 +346,7 @@ def benchmark(data: bytes) -> None:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
     try:
-        opened = BENCHMARKS[name](epath.Path(folder))
+        opened = BENCHMARKS.find(name)(epath.Path(folder))
         if len(files) <= len(_FILES[name]):
             lines = [answer_line(q, i, str(q.id), "model") for i, q in enumerate(opened.questions)]
             (folder / "answers.jsonl").write_text("\n".join(lines), encoding="utf-8")

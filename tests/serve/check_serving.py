@@ -18,7 +18,7 @@ from stf_jax.config import FusionConfig, MeshConfig
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
 from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX
-from stf_jax.evals.scenes import held_out_questions
+from stf_jax.evals.benchmarks.scenes import held_out_questions
 from stf_jax.inference.loading import load_generator
 from stf_jax.models.llm import LLMConfig
 from stf_jax.parallel.mesh import make_mesh

@@ -10,7 +10,7 @@ import pytest
 from stf_jax.config import UserError
 from stf_jax.data.scenes import KINDS
 from stf_jax.data.world import LARGE
-from stf_jax.evals.scenes import Scenes
+from stf_jax.evals.benchmarks.scenes import Scenes
 from stf_jax.studies.outcomes import KINDS as ALL_KINDS
 from stf_jax.studies.outcomes import read_outcome, read_outcomes
 from stf_jax.studies.study import make_cells

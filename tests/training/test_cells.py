@@ -16,7 +16,7 @@ from stf_jax.config import UserError
 from stf_jax.data.pipeline import load_training_records
 from stf_jax.data.world import make_scene
 from stf_jax.data.world_labels import label_cells
-from stf_jax.evals.scenes import SEED
+from stf_jax.evals.benchmarks.scenes import SEED
 from stf_jax.main import main
 from stf_jax.models.cells import CLASSES
 from stf_jax.models.presets import VISION

@@ -45,3 +45,6 @@ def _read_ten_answers(label: Mapping[str, Any], name: str) -> list[str]:
     if len(answers) != _ANNOTATORS:
         raise UserError(f"{name}: TextVQA has {_ANNOTATORS} answers per question, not {len(answers)}.")
     return answers
+
+
+COMPONENTS = {TextVQA.name: TextVQA}

@@ -79,3 +79,6 @@ def _read_labels(file: epath.Path) -> dict[str, _Label]:
                 f"{file}, question {key}: a label needs answer, types.structural and types.semantic."
             ) from None
     return found
+
+
+COMPONENTS = {GQA.name: GQA}

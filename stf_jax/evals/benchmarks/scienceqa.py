@@ -139,3 +139,6 @@ def _read_row_label(file: epath.Path, row: Mapping[str, Any]) -> str:
             "problems.json into the same folder."
         )
     return gold
+
+
+COMPONENTS = {ScienceQA.name: ScienceQA}

@@ -55,3 +55,6 @@ class VizWiz(Benchmark):
         pairs = zip(self._images[: len(self.questions)], texts, strict=True)
         write_json(file, [{"image": image, "answer": vqa.normalize(text)} for image, text in pairs])
         return [file]
+
+
+COMPONENTS = {VizWiz.name: VizWiz}

@@ -272,3 +272,6 @@ def _is_empty(value: str) -> bool:
 
 def _is_missing(value: str) -> bool:
     return value in _MISSING or value.lower() in ("nan", "none")
+
+
+COMPONENTS = {kind.name: kind for kind in (MMBench, MMBenchCN)}

@@ -185,3 +185,6 @@ def _read_fields(file: epath.Path, columns: int) -> Iterator[tuple[int, list[str
             names = ("file", "question", "answer")[-columns:]
             raise UserError(f"{file}, line {number}: a label needs {', '.join(names)}, separated by tabs.")
         yield number, fields[:columns]  # the evaluation tool's examples also have a model's answer
+
+
+COMPONENTS = {MME.name: MME}

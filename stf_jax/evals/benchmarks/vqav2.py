@@ -61,3 +61,6 @@ class VQAv2(Benchmark):
         file = out / "vqav2_submission.json"
         write_json(file, [{"question_id": value, "answer": answers.get(key, "")} for key, value in ids.items()])
         return [file]
+
+
+COMPONENTS = {VQAv2.name: VQAv2}

@@ -238,3 +238,6 @@ def draw_contact_sheet(groups: Mapping[str, Sequence[AnsweredQuestion]]) -> PIL.
             if not item.correct:
                 pen.text((x, y + 54), f"correct: {item.question.answer}", fill="#555555", font=font)
     return sheet
+
+
+COMPONENTS = {kind.name: kind for kind in (Scenes, Prints, Shapes)}

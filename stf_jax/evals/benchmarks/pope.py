@@ -112,3 +112,6 @@ def _score_pairs(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float]:
 
 def _divide(part: float, total: float) -> float:
     return part / total if total else 0.0
+
+
+COMPONENTS = {POPE.name: POPE}

@@ -1,0 +1,1 @@
+"""Benchmarks, one file each (evals/benchmark.py says what a benchmark is)."""

@@ -1,0 +1,29 @@
+"""A benchmark of one's own: is an image of one gray bright?"""
+
+import PIL.Image
+
+from stf_jax.evals.benchmark import Benchmark, Question
+
+
+class Gray:
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self):
+        return PIL.Image.new("RGB", (32, 32), (self.value,) * 3)
+
+
+class Brightness(Benchmark):
+    name = "brightness"
+    folders = ()  # no files
+    rule = "Yes or no, in any case, with or without a period."
+    scored = True
+
+    def __init__(self, data):
+        super().__init__(data)
+        self._answers = {200: "yes", 250: "yes", 20: "no", 70: "no"}
+        self.questions = [Question(i, "Is it bright?", Gray(i), "Is it bright?") for i in self._answers]
+
+    def metrics(self, texts):
+        pairs = zip(texts, self._answers.values(), strict=False)
+        return {"accuracy": sum(text.strip(" .").lower() == answer for text, answer in pairs) / len(texts)}
