@@ -21,7 +21,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from stf_jax.checkpointing.checksum import checksum
-from stf_jax.checkpointing.renames import find_renames, rename_keys
+from stf_jax.checkpointing.renames import current_paths, rename_keys
 from stf_jax.config import CheckpointConfig, FaultsConfig, RunFailed, TrainConfig, TryAgain, UserError, short_message
 from stf_jax.files import in_bucket
 from stf_jax.parallel import hosts
@@ -249,7 +249,8 @@ class Checkpoints:
         return dict(ocp.StandardCheckpointHandler().metadata(self._folder / str(step) / name).tree)
 
     def _find_renames(self, step: int, trees: _Trees) -> dict[str, str]:
-        return find_renames(path for name in trees.keys() - {"moments"} for path in self._saved_shapes(step, name))
+        saved = [path for name in trees.keys() - {"moments"} for path in self._saved_shapes(step, name)]
+        return current_paths(saved)
 
     def _check_shapes(self, step: int, trees: _Trees) -> None:
         """Raises UserError if the shapes differ, so that another model's checkpoint does not count as damaged."""

@@ -14,7 +14,7 @@ from etils import epath
 from stf_jax.checkpointing.checksum import checksum as device_checksum
 from stf_jax.checkpointing.checksum import host_checksum
 from stf_jax.checkpointing.manager import IO_ERRORS, error_reason, read_sums, to_absolute
-from stf_jax.checkpointing.renames import current_path
+from stf_jax.checkpointing.renames import current_paths
 from stf_jax.config import UserError
 from stf_jax.files import in_bucket, local_copy
 
@@ -53,14 +53,14 @@ class SavedParams:
             raise UserError(
                 f"The checkpoint in {folder} is damaged ({error_reason(error)}); {self._remedy()}."
             ) from None
-        self._saved_path = {current_path(path): path for tree in trees for path in tree}
-        self._item_of = {
-            current_path(path): item for item, tree in zip(self._items, trees, strict=True) for path in tree
+        leaves = {
+            path: (item, leaf) for item, tree in zip(self._items, trees, strict=True) for path, leaf in tree.items()
         }
+        self._saved_path = current_paths(leaves)
+        self._item_of = {path: leaves[saved][0] for path, saved in self._saved_path.items()}
         self.shapes = {
-            current_path(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            for tree in trees
-            for path, leaf in tree.items()
+            path: jax.ShapeDtypeStruct(leaves[saved][1].shape, leaves[saved][1].dtype)
+            for path, saved in self._saved_path.items()
         }
 
     def _remedy(self) -> str:

@@ -1,4 +1,7 @@
-"""Parameter paths of before they changed, so that older runs, folders and configs go on working."""
+"""Parameter paths of before they changed, so that older runs, folders and configs go on working.
+
+Before version 0.1.0 was complete, MBTF was beside the rest of a fusion: ``fusion/mbtf/…`` and ``fusion/tokens/…``.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -6,29 +9,29 @@ from typing import Any
 
 import jax
 
-_RENAMES = (  # in order; version 0.1.0 had MBTF beside the rest of a fusion
-    (re.compile("^fusion/mbtf/"), "fusion/connector/mbtf/"),
-    (re.compile("^fusion/tokens/"), "fusion/connector/"),
-)
+_PARTS = {"conv": "stf", "mix": "stf", "out": "stf", "first": "mlp", "second": "mlp"}  # after MBTF, by layer
 
 
-def current_path(path: str) -> str:
-    """Returns today's path of a parameter."""
-    for pattern, replacement in _RENAMES:
-        path = pattern.sub(replacement, path)
-    return path
+def current_paths(saved: Iterable[str]) -> dict[str, str]:
+    """Returns the saved paths of a model's parameters by today's paths."""
+    saved = list(saved)
+    has_mbtf = any(path.startswith("fusion/mbtf/") for path in saved)
+
+    def current(path: str) -> str:
+        if path.startswith("fusion/mbtf/"):
+            return path.replace("fusion/", "fusion/connector/", 1)
+        if not path.startswith("fusion/tokens/"):
+            return path
+        layer = path.split("/")[2]
+        return path.replace("tokens/", f"connector/{_PARTS[layer]}/" if has_mbtf else "connector/", 1)
+
+    return {current(path): path for path in saved}
 
 
 def former_path(path: str) -> str:
-    """Returns the path that a parameter had before; the inverse of :func:`current_path`."""
-    if path.startswith("fusion/connector/mbtf/"):
-        return path.replace("connector/", "", 1)
-    return path.replace("fusion/connector/", "fusion/tokens/", 1)
-
-
-def find_renames(saved: Iterable[str]) -> dict[str, str]:
-    """Returns the saved paths by today's path, of those that changed."""
-    return {current: path for path in saved if (current := current_path(path)) != path}
+    """Returns the path that a parameter had before."""
+    path = re.sub("^fusion/connector/mbtf/", "fusion/mbtf/", path)
+    return re.sub("^fusion/connector/((stf|mlp)/)?", "fusion/tokens/", path)
 
 
 def rename_keys(tree: Any, names: Mapping[str, str]) -> Any:

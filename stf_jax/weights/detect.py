@@ -14,9 +14,6 @@ from flax import nnx
 
 from stf_jax.config import Aspect, FusionConfig, UserError
 from stf_jax.models.fusions.base import TAPS, Fusion, tapped_blocks, tokens_per_image
-from stf_jax.models.fusions.mbtf import MBTF
-from stf_jax.models.fusions.parts import Projector
-from stf_jax.models.fusions.stf import STF
 from stf_jax.models.llm import Decoder, LLMConfig
 from stf_jax.models.presets import VISION as VISION_PRESETS
 from stf_jax.models.vit import VisionConfig, VisionTower
@@ -176,12 +173,11 @@ def _detect_fusion(
         mbtf_width, mbtf_hidden = tensor_shape(tensors, f"{prefix}mm_projector_crosslayer.2.weight", 2)
         _, tapped = tensor_shape(tensors, f"{prefix}mm_projector_crosslayer.0.weight", 2)
         width = vision.width if vision else config.get("mm_hidden_size", mbtf_width)
-        table = MBTF.name_tensors()
         channels = mbtf_width
     else:
         mbtf_width = mbtf_hidden = 0
         width = tapped = vision.width if vision else config.get("mm_hidden_size", window)
-        table, channels = {}, width
+        channels = width
     kernel = math.isqrt(window // channels)
     if kernel * kernel * channels != window or tapped % width:
         raise UserError(
@@ -192,10 +188,8 @@ def _detect_fusion(
         name = "mbtf" if has_mbtf else "mlp"
         if hidden != out:
             raise UserError(f"The projector has {hidden} channels between layers of {out}, which is not LLaVA's.")
-        table |= Projector.name_tensors("", "mm_projector") if hf_prefix is None else hf.LLAVA_PROJECTOR
     else:
         name = "mbtf_stf" if has_mbtf else "stf"
-        table |= STF.tensor_names(FusionConfig())
     # Shapes depend only on channels and kernel, so the eight tensors can be imported without a tower.
     read = vision or dataclasses.replace(VISION_PRESETS["clip-l-14-336"], width=width)
     fusion = FusionConfig(
@@ -206,6 +200,7 @@ def _detect_fusion(
         mbtf_width=mbtf_width,
         stf_hidden=hidden if kernel > 1 else 0,
     )
+    table = hf.fusion_table(fusion, read, out) if hf_prefix is None else dict(hf.LLAVA_PROJECTOR)
     return fusion, table, prefix, read, out
 
 

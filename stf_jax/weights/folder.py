@@ -20,7 +20,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from stf_jax.checkpointing.params import SavedParams
-from stf_jax.checkpointing.renames import current_path
+from stf_jax.checkpointing.renames import current_paths
 from stf_jax.config import UserError
 from stf_jax.files import in_bucket, local_copy, to_path, upload
 from stf_jax.models.positions import interpolate_positions, same_grid_kind
@@ -180,7 +180,7 @@ def _open(folder: epath.Path) -> tuple[_Shapes, _Read]:
     if not any(local.glob("*.safetensors")):
         raise UserError(f"init_from names {folder}, which holds neither *.safetensors nor the checkpoints of a run.")
     tensors = open_tensors(local)
-    names = {current_path(name): name for name in tensors.names}
+    names = current_paths(tensors.names)
 
     def read(shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
         return {path: _load_tensor(tensors, names[path], sharding) for path, sharding in shardings.items()}

@@ -180,7 +180,9 @@ def test_fingerprint_depends_on_weights_but_not_on_the_mesh(tokenizer):
         up[0, 0, [0, 1]] = up[0, 0, [1, 0]]
 
     def nudge(values):
-        values["fusion/connector/out/bias"] = np.nextafter(values["fusion/connector/out/bias"], 9, dtype=np.float32)
+        values["fusion/connector/stf/out/bias"] = np.nextafter(
+            values["fusion/connector/stf/out/bias"], 9, dtype=np.float32
+        )
 
     one = fingerprint(MeshConfig(1, 1, 1))
     assert fingerprint(MeshConfig(2, 2, 2)) == one

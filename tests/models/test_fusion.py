@@ -116,10 +116,11 @@ def test_mbtf_stf_equals_the_authors_code(kernel):
     mbtf = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
     stf = torch.nn.Sequential(torch.nn.Linear(window, 4 * window), torch.nn.GELU(), torch.nn.Linear(4 * window, D))
     fusion, _ = build(kernel=kernel)
-    output = [fusion.connector.mbtf.first, fusion.connector.mbtf.second, fusion.connector.conv, fusion.connector.out]
+    connector = fusion.connector
+    output = [connector.mbtf.first, connector.mbtf.second, connector.stf.conv, connector.stf.out]
     for layer, expected in zip(output, [mbtf[0], mbtf[2], stf[0], stf[2]], strict=True):
         weight = expected.weight.numpy()
-        if layer is fusion.connector.conv:
+        if layer is connector.stf.conv:
             weight = weight.reshape(-1, 8, kernel, kernel).transpose(2, 3, 1, 0)
         else:
             weight = weight.T
@@ -130,8 +131,8 @@ def test_mbtf_stf_equals_the_authors_code(kernel):
     assert len(states) == 8
     x = 3 * mbtf(concat_states(states)).view(2, 12, 12, 8)  # scaled so that GELU is nonlinear
     windows = x.unfold(1, kernel, kernel).unfold(2, kernel, kernel).reshape(2, (12 // kernel) ** 2, window)
-    fusion.connector.mbtf.second.kernel[...] *= 3
-    fusion.connector.mbtf.second.bias[...] *= 3
+    connector.mbtf.second.kernel[...] *= 3
+    connector.mbtf.second.bias[...] *= 3
     assert_equals_torch(fusion, states, stf(windows))
 
 
@@ -144,10 +145,10 @@ def test_paper_variant_equals_the_papers_figure(kernel):
     for layer in (
         p["connector"]["mbtf"]["first"],
         p["connector"]["mbtf"]["second"],
-        *(p["connector"][name] for name in ("conv", "mix", "out")),
+        *(p["connector"]["stf"][name] for name in ("conv", "mix", "out")),
     ):
         x = F.gelu(torch_conv(layer)(x))
-    assert p["connector"]["conv"]["kernel"].shape == (kernel, kernel, 8, kernel**2 * 8)
+    assert p["connector"]["stf"]["conv"]["kernel"].shape == (kernel, kernel, 8, kernel**2 * 8)
     assert_equals_torch(fusion, states, to_tokens(x))
 
 
@@ -163,7 +164,7 @@ def test_mlp():
 def test_mbtf():
     fusion, p = build(fusion="mbtf", mbtf_width=24)
     states = tapped_states(FusionConfig())
-    assert_equals_torch(fusion, states, mlp(p["connector"], mlp(p["connector"]["mbtf"], concat_states(states))))
+    assert_equals_torch(fusion, states, mlp(p["connector"]["mlp"], mlp(p["connector"]["mbtf"], concat_states(states))))
 
 
 @pytest.mark.parametrize("kernel", [2, 3])
@@ -202,7 +203,7 @@ def test_grid_is_zero_padded_at_the_right_and_bottom(fusion):
     states = tapped_states(FusionConfig(fusion=fusion), vision)
     x = concat_states(states)
     x = F.pad(to_image(mlp(p["connector"]["mbtf"], x) if "mbtf" in p["connector"] else x), (0, 1, 0, 1))
-    tokens = p["connector"]
+    tokens = p["connector"].get("stf", p["connector"])
     if fusion.endswith("stf"):
         expected = to_tokens(torch_conv(tokens["out"])(F.gelu(torch_conv(tokens["conv"])(x))))
     elif fusion == "avg_pool":
@@ -355,7 +356,7 @@ def initialized_layers(init):
     """(name, weights, biases, fan in, fan out) of each layer of a fusion large enough for statistics."""
     vision = dataclasses.replace(TOWER, width=32)
     fusion = Fusion(nnx.Rngs(5), FusionConfig(init=init), vision, 96)
-    layers = {"mbtf.first": (256, 128), "mbtf.second": (128, 32), "conv": (128, 512), "out": (512, 96)}
+    layers = {"mbtf.first": (256, 128), "mbtf.second": (128, 32), "stf.conv": (128, 512), "stf.out": (512, 96)}
     for name, (fan_in, fan_out) in layers.items():
         layer = functools.reduce(getattr, name.split("."), fusion.connector)
         kernel, bias = np.asarray(layer.kernel[...]), np.asarray(layer.bias[...])
@@ -389,12 +390,12 @@ def test_init_schemes(init):
 def test_torch_init_equals_torch():
     """The same bounds as a fresh ``Conv2d`` or ``Linear`` in torch."""
     for name, kernel, _, fan_in, fan_out in initialized_layers("torch"):
-        layer = torch.nn.Conv2d(fan_in // 4, fan_out, 2) if name == "conv" else torch.nn.Linear(fan_in, fan_out)
+        layer = torch.nn.Conv2d(fan_in // 4, fan_out, 2) if name == "stf.conv" else torch.nn.Linear(fan_in, fan_out)
         np.testing.assert_allclose(np.abs(kernel).max(), layer.weight.abs().max().item(), rtol=0.02, err_msg=name)
 
 
 def test_seeds_and_layers_have_different_init():
     first = [kernel for _, kernel, *_ in initialized_layers("normal")]
     assert all(not np.array_equal(a[:64], b[:64]) for i, a in enumerate(first) for b in first[:i])
-    one, two = (Fusion(nnx.Rngs(seed), FusionConfig(), TOWER, D).connector.out.kernel[...] for seed in (0, 1))
+    one, two = (Fusion(nnx.Rngs(seed), FusionConfig(), TOWER, D).connector.stf.out.kernel[...] for seed in (0, 1))
     assert not np.array_equal(one, two)

@@ -178,10 +178,10 @@ EXPECTED = {
     "fusion/connector/mbtf/first/kernel": P("fsdp", "tensor"),
     "fusion/connector/mbtf/second/bias": P("fsdp"),
     "fusion/connector/mbtf/second/kernel": P("tensor", "fsdp"),
-    "fusion/connector/conv/bias": P("tensor"),
-    "fusion/connector/conv/kernel": P(None, None, "fsdp", "tensor"),
-    "fusion/connector/out/bias": P("fsdp"),
-    "fusion/connector/out/kernel": P("tensor", "fsdp"),
+    "fusion/connector/stf/conv/bias": P("tensor"),
+    "fusion/connector/stf/conv/kernel": P(None, None, "fsdp", "tensor"),
+    "fusion/connector/stf/out/bias": P("fsdp"),
+    "fusion/connector/stf/out/kernel": P("tensor", "fsdp"),
     "llm/blocks/attention/key/kernel": P(None, "fsdp", "tensor", None),
     "llm/blocks/attention/out/kernel": P(None, "tensor", None, "fsdp"),
     "llm/blocks/attention/query/kernel": P(None, "fsdp", "tensor", None),
@@ -294,7 +294,7 @@ def test_replicated_large_parameter_is_a_bug(sizes, shape, refused):
     [
         # Two key heads cannot be split over four devices, nor a width of 32 over three.
         ((1, 1, 4), "mesh.tensor=4 does not divide the kv_heads axis of llm/blocks/attention/key/kernel, which is 2"),
-        ((1, 3, 1), "mesh.fsdp=3 does not divide the embed axis of fusion/connector/conv/kernel, which is 32"),
+        ((1, 3, 1), "mesh.fsdp=3 does not divide the embed axis of fusion/connector/mbtf/second/bias, which is 32"),
     ],
 )
 def test_mesh_that_does_not_divide_a_parameter_is_refused(sizes, message):

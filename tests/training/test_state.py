@@ -179,7 +179,7 @@ def test_initialization_draws_every_kernel_independently(initial):
 
 def test_loaded_parameters_are_kept_and_the_others_initialized(initial):
     setup = Setup.of(**{"mesh.fsdp": 2, "mesh.data": 1, "model.precision": "bfloat16", "rules": STAGE_1})
-    missing = {"fusion/connector/mbtf/second/kernel", "fusion/connector/conv/bias"}
+    missing = {"fusion/connector/mbtf/second/kernel", "fusion/connector/stf/conv/bias"}
     values = {path: value for path, value in random_params(setup.plan.shapes).items() if path not in missing}
 
     def start(config):

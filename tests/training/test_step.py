@@ -86,8 +86,8 @@ def test_loss_is_the_mean_over_target_tokens_of_the_batch():
     sums = _row_sums(_forward()(before.params, batch), batch)
     assert metrics[0]["learned_tokens"] == counts.sum()
     np.testing.assert_allclose(metrics[0]["loss"], sums.sum() / counts.sum(), rtol=1e-6)
-    # The loss is neither the mean of the rows' means (by 15 times the tolerance) nor the mean over all positions.
-    assert abs((sums / counts).mean() - metrics[0]["loss"]) > 1e-4
+    # The loss is neither the mean of the rows' means nor the mean over all positions.
+    assert abs((sums / counts).mean() - metrics[0]["loss"]) > 1e-3
     assert batch.loss_mask.mean() < 0.5
 
 
@@ -112,8 +112,8 @@ def test_gradients_equal_finite_differences():
 
     for path in (
         "fusion/connector/mbtf/first/kernel",
-        "fusion/connector/conv/kernel",
-        "fusion/connector/out/bias",
+        "fusion/connector/stf/conv/kernel",
+        "fusion/connector/stf/out/bias",
         "llm/embedding",
         "llm/blocks/attention/query/kernel",
         "llm/blocks/mlp/down/kernel",
@@ -308,9 +308,12 @@ def test_weight_decay_excludes_biases_and_norms():
     paths = _one_device().plan.shapes
     excluded = {path for path in paths if not has_weight_decay(path)}
     assert excluded == {path for path in paths if path.endswith("/bias") or "norm/" in path}
-    assert {"llm/embedding", "vision/class_token", "vision/position_embed", "fusion/connector/out/kernel"}.isdisjoint(
-        excluded
-    )
+    assert {
+        "llm/embedding",
+        "vision/class_token",
+        "vision/position_embed",
+        "fusion/connector/stf/out/kernel",
+    }.isdisjoint(excluded)
     # Without a gradient, decay is all that moves a parameter.
     tx = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5, schedule="constant", warmup_ratio=0), 10)
     params = {path: jnp.ones(shape) for path, shape in SHAPES.items()}

@@ -325,7 +325,7 @@ def test_the_eight_tensors_of_stage_one_are_imported(tmp_path):
     assert (fusion.fusion, fusion.kernel, fusion.taps) == ("mbtf_stf", 2, ())
     assert (fusion.mbtf_hidden, fusion.mbtf_width, fusion.stf_hidden) == (64, 128, 256)
     weight = state["model.mm_projector.0.weight"].numpy()
-    conv = saved.read("fusion/connector/conv/kernel")
+    conv = saved.read("fusion/connector/stf/conv/kernel")
     for c, kh, kw in ((0, 0, 1), (5, 1, 0), (127, 1, 1)):
         np.testing.assert_array_equal(conv[kh, kw, c], weight[:, c * 4 + kh * 2 + kw])
 

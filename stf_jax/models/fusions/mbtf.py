@@ -51,7 +51,7 @@ class MBTF(nnx.Module):
         }
 
 
-class MBTFProjector(Projector):
+class MBTFProjector(nnx.Module):
     """MBTF, then LLaVA's projector at each patch: [B, P, M·C] → [B, P, D]."""
 
     spec = FusionSpec(taps=mbtf_taps, merges=False, windows=False, per_patch=True)
@@ -60,16 +60,16 @@ class MBTFProjector(Projector):
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> None:
         self.mbtf = MBTF(rngs, config, grid.channels, config.mbtf_width)
-        super().__init__(rngs, config, config.mbtf_width, out)
+        self.mlp = Projector(rngs, config, config.mbtf_width, out)
 
     def __call__(self, x: Float[Array, "*axes MC"]) -> Float[Array, "*axes D"]:
-        return super().__call__(self.mbtf(x))
+        return self.mlp(self.mbtf(x))
 
     @staticmethod
     def tensor_names(config: FusionConfig) -> TensorNames:
         """Names of the parameters in exports."""
         del config
-        return MBTF.name_tensors() | Projector.name_tensors("", "mm_projector")
+        return MBTF.name_tensors() | Projector.name_tensors("mlp/", "mm_projector")
 
 
 COMPONENTS = {"mbtf": MBTFProjector}

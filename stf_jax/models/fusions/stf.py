@@ -60,30 +60,29 @@ class STF(nnx.Module):
         return conv | name_layer("out", "mm_projector.2")
 
 
-class MBTFSTF(STF):
+class MBTFSTF(nnx.Module):
     """The paper's fusion, MBTF then STF: [B, g, g, M·C] → [B, g/k, g/k, D]."""
 
     spec = FusionSpec(taps=mbtf_taps, windows=False)  # padded after MBTF
+    torch_file = STF.torch_file
 
     @staticmethod
     def resolve(config: FusionConfig, grid: Grid) -> FusionConfig:
         """The config with MBTF's and STF's sizes in place of zeros."""
         config = MBTF.resolve(config, grid)
-        mixed = dataclasses.replace(grid, width=config.mbtf_width, taps=1)
-        return dataclasses.replace(config, stf_hidden=STF.resolve(config, mixed).stf_hidden)
+        return STF.resolve(config, dataclasses.replace(grid, width=config.mbtf_width, taps=1))
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> None:
-        mixed = dataclasses.replace(grid, width=config.mbtf_width, taps=1)
-        self.mbtf = MBTF(rngs, config, grid.channels, mixed.width)
-        super().__init__(rngs, config, mixed, out)
+        self.mbtf = MBTF(rngs, config, grid.channels, config.mbtf_width)
+        self.stf = STF(rngs, config, dataclasses.replace(grid, width=config.mbtf_width, taps=1), out)
 
     def __call__(self, x: Float[Array, "B g g MC"]) -> Float[Array, "B h h D"]:
-        return super().__call__(pad_grid(self.mbtf(x), self.conv.size))
+        return self.stf(pad_grid(self.mbtf(x), self.stf.conv.size))
 
     @staticmethod
     def tensor_names(config: FusionConfig) -> TensorNames:
         """Names of the parameters in exports."""
-        return {**MBTF.name_tensors(), **STF.tensor_names(config)}
+        return {**MBTF.name_tensors(), **{f"stf/{path}": name for path, name in STF.tensor_names(config).items()}}
 
 
 COMPONENTS = {"stf": STF, "mbtf_stf": MBTFSTF}
