@@ -5,7 +5,7 @@ import ml_collections
 from stf_jax.config import parse_arg
 from stf_jax.studies.study import default_study
 
-_COMMON = ("stages.finetune.eval.benchmarks=('scenes','prints')",)
+_COMMON = ("stages.finetune.eval.benchmarks=('scenes','prints')", "eval.limit=0")  # all 2,000 questions and 700 prints
 
 
 def miniature_study(arg: str | None, title: str, seeds: int = 5) -> ml_collections.ConfigDict:
