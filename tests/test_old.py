@@ -8,11 +8,10 @@ import json
 import pathlib
 import tarfile
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
-from tiny import Setup, tiny
+from tiny import Setup
 
 from stf_jax.cli import run_command
 from stf_jax.evals.verify import verify
@@ -80,5 +79,10 @@ def test_an_old_export_answers_like_its_run(old, resumed):
 def test_rules_of_old_configs_find_their_parameters():
     setup = Setup.of(rules=(("fusion/(mbtf|tokens)/.*", "train"), (".*", "freeze")))
     assert setup.layout.trainable.keys() == {path for path in setup.plan.shapes if path.startswith("fusion/")}
-    assert jax.tree.all(jax.tree.map(lambda leaf: leaf.dtype == np.float32, setup.layout.trainable))
-    assert tiny().rules[0] == ("vision/.*", "freeze")
+
+
+def test_init_missing_of_old_configs_finds_its_parameters(old):
+    layout = Setup.of().layout.params
+    loaded = load_params(str(old / "native"), layout, ("fusion/tokens/.*",))
+    missing = {"conv/kernel", "conv/bias", "out/kernel", "out/bias"}
+    assert layout.keys() - loaded.keys() == {f"fusion/connector/stf/{layer}" for layer in missing}

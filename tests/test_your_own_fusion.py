@@ -18,9 +18,10 @@ from stf_jax.cli import run_command
 from stf_jax.convert import main as convert
 from stf_jax.evals.verify import verify
 from stf_jax.main import main
-from stf_jax.models.fusions.base import FUSIONS, find_fusion
+from stf_jax.models.fusions.base import FUSIONS, FusionSpec
 from stf_jax.registry import load_object
 from stf_jax.training.flops import prefill_flops
+from stf_jax.weights.export_hf import find_torch_file
 from stf_jax.weights.model import open_model
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -120,10 +121,29 @@ def test_an_import_that_fails_in_a_module_is_not_a_wrong_name(tmp_path, monkeypa
         FUSIONS.find("broken_fusion:Mine")
 
 
-def test_every_fusion_of_the_package_declares_its_spec_and_twin():
-    for name in FUSIONS.known:
-        fusion = find_fusion(tiny(**{"model.fusion.fusion": name}).model.fusion)
-        assert isinstance(fusion.torch_file, str)
+def test_every_fusion_of_the_package_has_a_twin():
+    files = {name: find_torch_file(tiny(**{"model.fusion.fusion": name}).model.fusion) for name in FUSIONS.known}
+    assert files.pop("mlp") is None  # an export is transformers' own LLaVA
+    assert all(file.is_file() for file in files.values())
+
+
+def test_a_twin_that_does_not_exist_is_reported_before_anything_is_written(workdir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(load_object(NAME, ""), "torch_file", "gone.py")
+    assert run_command(convert, ["export", str(workdir), "--format=hf", f"--to={tmp_path / 'export'}"]) == 2
+    assert "names torch_file='gone.py', but" in capsys.readouterr().err
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_wrong_number_of_tokens_is_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(load_object(NAME, ""), "spec", FusionSpec(merges=False, windows=False))
+    assert run_command(main, [TINY, f"--workdir={tmp_path / 'run'}", "--config.mesh.data=1"]) == 2
+    sentence = f"{NAME} returns 4 tokens of width 32 per image; its spec and the model need 16 of width 32."
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_fusion_per_patch_does_not_merge():
+    with pytest.raises(ValueError, match="does not merge"):
+        FusionSpec(per_patch=True)
 
 
 @pytest.mark.slow

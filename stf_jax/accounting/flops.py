@@ -8,16 +8,16 @@ counts include its body only once).
 
 *Model FLOPs* (:func:`count_model_flops`) are those that the mathematics requires, as in PaLM's MFU (arXiv 2204.02311,
 appendix B), so that programs of the same model compare by their time alone. They are counted in a trace of the model
-with unrolled layers and reference attention, in which only these products are not required:
+with unrolled layers and reference attention:
 
 - Causal attention counts half of T². Packed segments do not reduce it, and padding counts: the count depends only on
   the shape of the batch.
 - Recomputation does not count.
+- Blocks above the highest tap and gradients of what is frozen are not in the trace.
 
-What is not needed is not traced: blocks above the highest tap, and gradients of what is frozen. In the backward pass, a
-product counts once more for each factor that needs a gradient. So a frozen tower counts once and the fusion three
-times, less the input of its first layer; the language model counts twice in stage 1, except attention, whose factors
-are all inputs and which counts three times; in stage 2 all of it counts three times.
+In the backward pass, a product counts once more for each factor that needs a gradient. So a frozen tower counts once
+and the fusion three times, less the input of its first layer; the language model counts twice in stage 1, except
+attention, whose factors are all inputs and which counts three times; in stage 2 all of it counts three times.
 
 The counter reads two named scopes that models set, and JAX's own scope of recomputed operations.
 """
@@ -103,6 +103,8 @@ def _products(jaxpr: core.Jaxpr, times: int = 1, scope: str = "", local: bool = 
         inner = "/".join(filter(None, (scope, str(eqn.source_info.name_stack))))
         if name == "dot_general":
             yield _Product(eqn, _dot_flops(eqn), times, inner, local)
+        elif name == "conv_general_dilated":
+            yield _Product(eqn, _conv_flops(eqn), times, inner, local)
         elif name == "mul" and re.search(rf"\b{CONVOLUTION}\b", inner):
             yield _Product(eqn, 2 * math.prod(_shape(eqn.outvars[0])), times, inner, local)
         elif name.startswith("dot_product_attention"):
@@ -137,6 +139,13 @@ def _dot_flops(eqn: core.JaxprEqn) -> int:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     first, result = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
     return 2 * math.prod(result) * math.prod(first[axis] for axis in contracted)
+
+
+def _conv_flops(eqn: core.JaxprEqn) -> int:
+    """FLOPs of a convolution, padding included; zeros between the inputs, as in gradients of strides, do not count."""
+    kernel, out_features = _shape(eqn.invars[1]), eqn.params["dimension_numbers"].rhs_spec[0]
+    per_output = math.prod(kernel) // kernel[out_features]
+    return 2 * math.prod(_shape(eqn.outvars[0])) * per_output // math.prod(eqn.params["lhs_dilation"])
 
 
 def _flash_flops(eqn: core.JaxprEqn) -> float:

@@ -219,9 +219,10 @@ class Checkpoints:
         trees = _array_items(layout)
         names = ["data", "clock", "sums"] if (self._folder / str(step) / "sums").exists() else ["data", "clock"]
         try:
-            renames = self._find_renames(step, trees)  # of a checkpoint from before paths changed
+            shapes = {name: self._saved_shapes(step, name) for name in trees.keys() - {"moments"}}
+            renames = current_paths(path for tree in shapes.values() for path in tree)  # older checkpoints differ
             trees = {name: rename_keys(tree, renames) for name, tree in trees.items()}
-            self._check_shapes(step, trees)
+            self._check_shapes(step, trees, shapes)
             items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
             found = self._manager.restore(
                 step, args=ocp.args.Composite(**items, **{name: ocp.args.JsonRestore() for name in names})
@@ -248,14 +249,9 @@ class Checkpoints:
     def _saved_shapes(self, step: int, name: str) -> dict[str, Any]:
         return dict(ocp.StandardCheckpointHandler().metadata(self._folder / str(step) / name).tree)
 
-    def _find_renames(self, step: int, trees: _Trees) -> dict[str, str]:
-        saved = [path for name in trees.keys() - {"moments"} for path in self._saved_shapes(step, name)]
-        return current_paths(saved)
-
-    def _check_shapes(self, step: int, trees: _Trees) -> None:
+    def _check_shapes(self, step: int, trees: _Trees, shapes: _Trees) -> None:
         """Raises UserError if the shapes differ, so that another model's checkpoint does not count as damaged."""
-        for name in trees.keys() - {"moments"}:
-            saved = self._saved_shapes(step, name)
+        for name, saved in sorted(shapes.items()):
             for path in sorted(saved.keys() | trees[name].keys()):
                 was, now = (tuple(tree[path].shape) if path in tree else "absent" for tree in (saved, trees[name]))
                 if was != now:

@@ -1,4 +1,4 @@
-"""Parameter paths of before they changed, so that older runs, folders and configs go on working.
+"""Former paths of parameters, so that older runs, folders and configs keep working.
 
 Before version 0.1.0 was complete, MBTF was beside the rest of a fusion: ``fusion/mbtf/…`` and ``fusion/tokens/…``.
 """
@@ -22,8 +22,8 @@ def current_paths(saved: Iterable[str]) -> dict[str, str]:
             return path.replace("fusion/", "fusion/connector/", 1)
         if not path.startswith("fusion/tokens/"):
             return path
-        layer = path.split("/")[2]
-        return path.replace("tokens/", f"connector/{_PARTS[layer]}/" if has_mbtf else "connector/", 1)
+        part = _PARTS.get(path.split("/")[2]) if has_mbtf else None
+        return path.replace("tokens/", f"connector/{part}/" if part else "connector/", 1)
 
     return {current(path): path for path in saved}
 
@@ -32,6 +32,11 @@ def former_path(path: str) -> str:
     """Returns the path that a parameter had before."""
     path = re.sub("^fusion/connector/mbtf/", "fusion/mbtf/", path)
     return re.sub("^fusion/connector/((stf|mlp)/)?", "fusion/tokens/", path)
+
+
+def path_matches(pattern: str | re.Pattern[str], path: str) -> bool:
+    """Whether a regular expression of a config matches all of a path, or of the path that it had before."""
+    return bool(re.fullmatch(pattern, path) or re.fullmatch(pattern, former_path(path)))
 
 
 def rename_keys(tree: Any, names: Mapping[str, str]) -> Any:

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stf_jax.checkpointing.renames import former_path
+from stf_jax.checkpointing.renames import path_matches
 from stf_jax.config import TrainConfig, UserError
 from stf_jax.models.blueprint import Blueprint, Params
 from stf_jax.models.vlm import VLM
@@ -52,14 +52,14 @@ def trainable_paths(rules: tuple[tuple[str, str], ...], paths: Mapping[str, Any]
         if action not in ("train", "freeze"):
             raise UserError(f"Freeze rule ({pattern!r}, {action!r}) must say 'train' or 'freeze'.")
         try:
-            matches = any(_matches(pattern, path) for path in paths)
+            matches = any(path_matches(pattern, path) for path in paths)
         except re.error as error:
             raise UserError(f"Freeze rule pattern {pattern!r} is not a regular expression: {error}.") from None
         if not matches:
             raise UserError(f"Freeze rule {pattern!r} covers no parameter; paths look like {min(paths)!r}.")
     trainable = set()
     for path in paths:
-        decision = next((action for pattern, action in rules if _matches(pattern, path)), None)
+        decision = next((action for pattern, action in rules if path_matches(pattern, path)), None)
         if decision is None:
             raise UserError(f"No freeze rule covers parameter {path!r}; add one to config.rules.")
         if decision == "train":
@@ -67,11 +67,6 @@ def trainable_paths(rules: tuple[tuple[str, str], ...], paths: Mapping[str, Any]
     if not trainable:
         raise UserError("The freeze rules leave nothing to train.")
     return trainable
-
-
-def _matches(pattern: str, path: str) -> bool:
-    """Whether a rule's pattern matches a path, or the one that it had when an older config was written."""
-    return bool(re.fullmatch(pattern, path) or re.fullmatch(pattern, former_path(path)))
 
 
 def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransformation, mesh: Mesh) -> Layout:

@@ -25,6 +25,7 @@ from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.tokenizer import max_positions, untrained_tokens
 from stf_jax.files import write_json
 from stf_jax.models.fusions.base import find_fusion, input_grid, resolve_sizes, tapped_blocks, tokens_per_image
+from stf_jax.models.fusions.mlp import MLP
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.tensor_names import TensorNames
 from stf_jax.models.vit import VisionConfig
@@ -165,16 +166,21 @@ def find_torch_file(config: FusionConfig) -> pathlib.Path | None:
     """Returns the file that computes a fusion in PyTorch; None if transformers' LLaVA does.
 
     Raises:
-      UserError: the fusion's class names no file.
+      UserError: the fusion's class names no file, or one that does not exist.
     """
     fusion = find_fusion(config)
+    if fusion is MLP:
+        return None
     name = getattr(fusion, "torch_file", None)
     if name is None:
         raise UserError(
             f"{config.fusion} has no PyTorch twin to export: set torch_file in its class to a file beside its own with "
             "a class Connector that computes the same in torch (stf_jax/models/fusions/stf_torch.py is an example)."
         )
-    return pathlib.Path(inspect.getfile(cast(type, fusion))).with_name(name) if name else None
+    file = pathlib.Path(inspect.getfile(cast(type, fusion))).with_name(name)
+    if not file.is_file():
+        raise UserError(f"{config.fusion} names torch_file={name!r}, but {file} does not exist.")
+    return file
 
 
 def _map_tensors(saved: SavedModel, model: CompleteModel) -> dict[str, TensorMapping]:

@@ -13,6 +13,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
+from stf_jax.checkpointing.renames import path_matches
 from stf_jax.config import FusionConfig, UserError
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.vit import VisionConfig
@@ -117,7 +118,7 @@ def export_native(checkpoint: epath.Path, to: epath.Path, dtype: str = "", only:
     with new_folder(to) as folder:
         saved = open_model(checkpoint)
         try:
-            chosen = {path: leaf.shape for path, leaf in saved.shapes.items() if re.fullmatch(only, path)}
+            chosen = {path: leaf.shape for path, leaf in saved.shapes.items() if path_matches(only, path)}
         except re.error as error:
             raise UserError(f"--only={only!r} is not a regular expression: {error}.") from None
         if not chosen:

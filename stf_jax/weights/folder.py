@@ -20,7 +20,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from stf_jax.checkpointing.params import SavedParams
-from stf_jax.checkpointing.renames import current_paths
+from stf_jax.checkpointing.renames import current_paths, path_matches
 from stf_jax.config import UserError
 from stf_jax.files import in_bucket, local_copy, to_path, upload
 from stf_jax.models.positions import interpolate_positions, same_grid_kind
@@ -60,7 +60,7 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
     compiled = [_compile(pattern) for pattern in fresh]
 
     def is_loaded(path: str) -> bool:
-        return not any(pattern.fullmatch(path) for pattern in compiled)
+        return not any(path_matches(pattern, path) for pattern in compiled)
 
     if not names and any(is_loaded(path) for path in layout):
         raise UserError(

@@ -180,6 +180,25 @@ def test_recomputation_is_no_model_flop():
     assert sum(count_model_flops(in_scope(RECOMPUTED, product), X, W).values()) == 0
 
 
+@pytest.mark.parametrize(("stride", "groups", "padding"), [(1, 1, "VALID"), (2, 1, "VALID"), (1, 8, "VALID")])
+def test_convolutions_count_as_their_products(stride, groups, padding):
+    """Forward, and once more for each gradient that a stride of the kernel's size has."""
+    size = 2
+
+    def loss(x, kernel):
+        options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": groups}
+        return jnp.sin(jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, **options)).sum()
+
+    x = jax.ShapeDtypeStruct((3, 6, 6, 8), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((size, size, 8 // groups, 16), jnp.float32)
+    side = (6 - size) // stride + 1
+    forward = 2 * 3 * side**2 * 16 * size**2 * 8 // groups
+    assert sum(count_model_flops(loss, x, kernel).values()) == forward
+    assert sum(count_model_flops(jax.grad(loss, 1), x, kernel).values()) == 2 * forward
+    if stride == size:  # without it, the gradient for the input has a border of padding
+        assert sum(count_model_flops(jax.grad(loss, (0, 1)), x, kernel).values()) == 3 * forward
+
+
 def test_elementwise_products_count_in_a_convolution_only():
     def loss(x, y):
         return (in_scope(CONVOLUTION, jnp.multiply)(x, y) * 2 * y).sum()

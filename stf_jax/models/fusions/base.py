@@ -58,8 +58,12 @@ class FusionSpec:
 
     taps: Callable[[int, int], tuple[int, ...]] | None = None  # (layers, deepest) → taps; None: the deepest alone
     merges: bool = True  # whether each token stands for k×k patches
-    windows: bool = True  # whether these are windows, so that the grid may need padding
+    windows: bool = True  # if it merges, whether it merges windows, so that the grid may need padding
     per_patch: bool = False  # whether it maps each patch by itself: [B, P, M·C] → [B, P, D] for any P
+
+    def __post_init__(self) -> None:
+        if self.per_patch and self.merges:
+            raise ValueError("A fusion that maps each patch by itself does not merge: FusionSpec(merges=False, …).")
 
 
 @runtime_checkable
@@ -86,7 +90,8 @@ def find_fusion(config: FusionConfig) -> FusionClass:
 
 def input_grid(config: FusionConfig, vision: VisionConfig) -> Grid:
     """The input that a fusion gets from a tower: its grid, padded if windows do not divide it."""
-    window = config.kernel if find_fusion(config).spec.windows else 1
+    spec = find_fusion(config).spec
+    window = config.kernel if spec.merges and spec.windows else 1
     side = math.ceil(vision.grid / window) * window
     return Grid(side, vision.width, len(tapped_blocks(config, vision.layers)))
 
@@ -154,7 +159,7 @@ class Fusion(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, vision: VisionConfig, out: int) -> None:
         """``out`` is D. Raises UserError for an unknown name or a kernel that does not divide the grid."""
-        tokens_per_image(config, vision.grid)
+        self.name, self.tokens, self.out = config.fusion, tokens_per_image(config, vision.grid), out
         fusion, grid = find_fusion(config), input_grid(config, vision)
         self.side, self.padded_side, self.per_patch = vision.grid, grid.side, fusion.spec.per_patch
         self.connector = fusion(rngs, resolve_sizes(config, vision), grid, out)
@@ -163,11 +168,21 @@ class Fusion(nnx.Module):
         """Image tokens, in row-major order, of tapped states, deepest first.
 
         A fusion that maps each patch by itself accepts any number of them.
+
+        Raises:
+          UserError: the fusion's class returns another number or width of tokens than it should.
         """
         with jax.named_scope("fusion"):
             x = jnp.concatenate(states, axis=-1)
-            if self.per_patch:
-                return self.connector(x)
-            x = x.reshape(x.shape[0], self.side, self.side, -1)
-            x = self.connector(pad_grid(x, self.padded_side))
-            return x.reshape(x.shape[0], -1, x.shape[-1])
+            batch, patches = x.shape[:2]
+            if not self.per_patch:
+                x = pad_grid(x.reshape(batch, self.side, self.side, -1), self.padded_side)
+            x = self.connector(x)
+            x = x.reshape(batch, -1, x.shape[-1])
+        expected = (patches if self.per_patch else self.tokens), self.out
+        if x.shape[1:] != expected:
+            raise UserError(
+                f"{self.name} returns {x.shape[1]} tokens of width {x.shape[2]} per image; its spec and the model need "
+                f"{expected[0]} of width {expected[1]}."
+            )
+        return x

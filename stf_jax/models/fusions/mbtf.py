@@ -54,7 +54,7 @@ class MBTF(nnx.Module):
 class MBTFProjector(nnx.Module):
     """MBTF, then LLaVA's projector at each patch: [B, P, M·C] → [B, P, D]."""
 
-    spec = FusionSpec(taps=mbtf_taps, merges=False, windows=False, per_patch=True)
+    spec = FusionSpec(taps=mbtf_taps, merges=False, per_patch=True)
     torch_file = "mbtf_torch.py"
     resolve = MBTF.resolve
 

@@ -11,8 +11,7 @@ from stf_jax.models.tensor_names import TensorNames
 class MLP(Projector):
     """Two linear layers with a GELU between, at each patch: [B, P, C] → [B, P, D]."""
 
-    spec = FusionSpec(merges=False, windows=False, per_patch=True)
-    torch_file = ""  # an export is transformers' own LLaVA
+    spec = FusionSpec(merges=False, per_patch=True)
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> None:
         super().__init__(rngs, config, grid.channels, out)

@@ -68,8 +68,8 @@ class DepthwiseConv(nnx.Module):
         _, height, width, _ = x.shape
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
         kernel = self.kernel[...]
-        products = (padded[:, i : i + height, j : j + width] * kernel[i, j] for i in range(3) for j in range(3))
         with jax.named_scope(CONVOLUTION):
+            products = (padded[:, i : i + height, j : j + width] * kernel[i, j] for i in range(3) for j in range(3))
             y = functools.reduce(jnp.add, products)
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
