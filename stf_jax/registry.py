@@ -6,6 +6,9 @@ from outside is any object of any module that Python can import. Nothing is impo
 
 import functools
 import importlib
+import importlib.util
+import os
+import pathlib
 import pkgutil
 import re
 from collections.abc import Mapping
@@ -55,3 +58,23 @@ def load_object(name: str, kind: str) -> Any:
     if not hasattr(module, attribute):
         raise UserError(f"Unknown {kind} {name!r}: module {module_name} has no {attribute}.")
     return getattr(module, attribute)
+
+
+def refuse_code_in(folder: os.PathLike[str] | str, name: Any) -> None:
+    """Raises UserError if a component's module is inside ``folder``: opening a model must not run code from its folder.
+
+    Imports nothing. Call it with the names in a folder's files, before :meth:`Registry.find`.
+    """
+    if not isinstance(name, str) or ":" not in name:
+        return
+    top, *rest = name.partition(":")[0].split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return  # find() reports it
+    for place in [] if spec is None else spec.submodule_search_locations or [spec.origin or ""]:
+        if pathlib.Path(place, *rest).resolve().is_relative_to(pathlib.Path(folder).resolve()):
+            raise UserError(
+                f"{folder} names {name}, whose code is in that folder. Opening a model never runs code from its folder; "
+                "if you trust it, move it elsewhere on PYTHONPATH."
+            )

@@ -15,6 +15,7 @@ from tiny import tiny
 
 from stf_jax import plan
 from stf_jax.cli import run_command
+from stf_jax.config import UserError
 from stf_jax.convert import main as convert
 from stf_jax.evals.verify import verify
 from stf_jax.main import main
@@ -139,6 +140,25 @@ def test_a_wrong_number_of_tokens_is_reported(tmp_path, monkeypatch, capsys):
     assert run_command(main, [TINY, f"--workdir={tmp_path / 'run'}", "--config.mesh.data=1"]) == 2
     sentence = f"{NAME} returns 4 tokens of width 32 per image; its spec and the model need 16 of width 32."
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["run", "export"])
+@pytest.mark.parametrize("place", ["", "stranger"])  # the folder itself on the path, and its parent
+def test_code_in_a_models_folder_is_never_run(workdir, tmp_path, monkeypatch, kind, place):
+    """A downloaded folder may name its own file as its fusion."""
+    folder = tmp_path / "stranger"
+    if kind == "run":
+        shutil.copytree(workdir, folder)
+    else:
+        assert run_command(convert, ["export", str(workdir), "--format=hf", f"--to={folder}"]) == 0
+    (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nThing = None\n")
+    name = f"{place}.evil:Thing".lstrip(".")
+    for file in folder.glob("*.json"):
+        file.write_text(file.read_text().replace(NAME, name))
+    monkeypatch.syspath_prepend(tmp_path if place else folder)
+    with pytest.raises(UserError, match="Opening a model never runs code from its folder"):
+        open_model(epath.Path(folder))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_fusion_per_patch_does_not_merge():

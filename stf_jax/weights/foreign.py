@@ -10,6 +10,7 @@ import numpy as np
 from stf_jax.config import UserError
 from stf_jax.files import local_copy, read_json
 from stf_jax.models.vit import VisionConfig
+from stf_jax.registry import refuse_code_in
 from stf_jax.weights.detect import VOCABULARY, DetectedModel, detect_model
 from stf_jax.weights.hf import TensorMapping
 from stf_jax.weights.locate import check_file, locate_weights
@@ -64,6 +65,9 @@ def detect_or_raise(
     source: str, tensors: TensorFile, config: Mapping[str, Any], tower: VisionConfig | None = None
 ) -> DetectedModel:
     """Calls :func:`stf_jax.weights.detect.detect_model`; its UserErrors then name the source."""
+    stf_config = config.get("stf_config")
+    if isinstance(stf_config, Mapping):
+        refuse_code_in(source, stf_config.get("fusion"))
     try:
         return detect_model(tensors, config, tower)
     except UserError as error:

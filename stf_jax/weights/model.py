@@ -22,6 +22,7 @@ from stf_jax.files import local_copy, make_folder, read_json, upload, write_json
 from stf_jax.models.llm import LLMConfig
 from stf_jax.models.presets import DESCRIPTION, ResolvedModel, parse_llm_config, parse_vision_config, resolve_model
 from stf_jax.models.vit import VisionConfig
+from stf_jax.registry import refuse_code_in
 from stf_jax.weights.detect import DetectedModel
 from stf_jax.weights.foreign import detect_or_raise, open_checkpoint, read_tensors
 
@@ -99,9 +100,12 @@ def describe_folder(folder: epath.Path) -> tuple[Description, ResolvedModel, pat
     """
     try:
         saved = _read_description(folder / DESCRIPTION) if (folder / DESCRIPTION).exists() else None
+        if saved is not None and saved.fusion is not None:
+            refuse_code_in(folder, saved.fusion.fusion)
         if saved is not None and (folder / IMPORTED).is_dir():
             return saved, _config_of_folder(folder, saved), _existing_folder(local_copy(folder / "tokenizer"))
         config = from_json(read_json(folder / "config.json"))
+        refuse_code_in(folder, config.model.fusion.fusion)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
