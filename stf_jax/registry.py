@@ -75,6 +75,6 @@ def refuse_code_in(folder: os.PathLike[str] | str, name: Any) -> None:
     for place in [] if spec is None else spec.submodule_search_locations or [spec.origin or ""]:
         if pathlib.Path(place, *rest).resolve().is_relative_to(pathlib.Path(folder).resolve()):
             raise UserError(
-                f"{folder} names {name}, whose code is in that folder. Opening a model never runs code from its folder; "
-                "if you trust it, move it elsewhere on PYTHONPATH."
+                f"{folder} names {name}, whose code is in that folder. Opening a model never runs code from its "
+                "folder; if you trust it, move it elsewhere on PYTHONPATH."
             )
