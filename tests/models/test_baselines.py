@@ -21,6 +21,7 @@ from flax import nnx
 from stf_jax.config import FusionConfig, MeshConfig
 from stf_jax.models.fusions.base import Fusion, input_grid, resolve_sizes, tapped_blocks
 from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.tensor_names import CONV, LINEAR, POINTWISE, UNFOLDED, name_by_convention
 from stf_jax.parallel.mesh import BATCH, make_mesh, parameter_sharding
 from stf_jax.weights import hf
 from stf_jax.weights.export_hf import PACKAGE, find_torch_file
@@ -106,6 +107,37 @@ def torch_tensors(config, params):
     table = {f"connector/{path}": tensor for path, tensor in hf.fusion_table(config, TOWER, D).items()}
     mappings = hf.map_parameters(table, shapes, {"mm_projector.": ""})
     return {name: tensor for path, mapping in mappings.items() for name, tensor in mapping.to_hf(params[path])}
+
+
+@pytest.mark.parametrize("name", [*BASELINES, "mlp", "avg_pool", "stf", "mbtf_stf"])
+def test_layouts_by_convention_equal_the_published_ones(name):
+    """Except where PyTorch has a 1×1 convolution or a linear layer over a window in place of our layer."""
+    config = FusionConfig(name, depth=2)
+    fusion, _ = declare(config)
+    leaves = nnx.to_flat_state(nnx.state(fusion.connector))
+    axes = {"/".join(map(str, path)): leaf.get_metadata()["axes"] for path, leaf in leaves}
+    found, published = name_by_convention(axes, "mm_projector"), hf.fusion_table(config, TOWER, D)
+    assert found.keys() <= published.keys()
+    for path, (_, layout) in found.items():
+        alike = {POINTWISE: LINEAR, UNFOLDED: CONV}.get(published[path].layout, published[path].layout)
+        assert layout == alike, path
+    assert all(tensor.name.startswith("mm_projector.") for tensor in found.values())
+
+
+def test_names_by_convention():
+    axes = {
+        "first/kernel": ("embed", "mlp"),
+        "norm/scale": ("norm",),
+        "queries": ("position", "embed"),
+        "blocks/attention/out/kernel": ("layers", "heads", "head_dim", "embed"),
+    }
+    names = {path: name for path, (name, _) in name_by_convention(axes, "mm_projector").items()}
+    assert names == {
+        "first/kernel": "mm_projector.first.weight",
+        "norm/scale": "mm_projector.norm.weight",
+        "queries": "mm_projector.queries",
+        "blocks/attention/out/kernel": "mm_projector.blocks.{layer}.attention.out.weight",
+    }
 
 
 # ---- Equality with torch ---------------------------------------------------------------------------------------------
