@@ -1,4 +1,4 @@
-"""Finds components by name: those of the package, and anyone's as ``package.module:Thing``.
+"""Finds components by name: those of the package, and your own as ``package.module:Thing``.
 
 A component of the package is declared in the file that implements it, in a dict ``COMPONENTS`` of names. A component
 from outside is any object of any module that Python can import. Nothing is imported before it is asked for.

@@ -1,4 +1,4 @@
-"""Runs, imported folders, exports and configs of before parameter paths changed go on working.
+"""Runs, imported folders, exports and configs from before parameter paths changed keep working.
 
 tests/old/made_by_1994f00.tar.xz was made by commit 1994f00 with tests/tiny.py: ``run``, six steps, of which only the
 checkpoint of step 4 is kept; its exports ``native`` and ``hf``; and ``imported``, which is ``hf`` imported again.

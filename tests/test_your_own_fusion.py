@@ -123,9 +123,8 @@ def test_an_import_that_fails_in_a_module_is_not_a_wrong_name(tmp_path, monkeypa
 
 
 def test_every_fusion_of_the_package_has_a_twin():
-    files = {name: find_torch_file(tiny(**{"model.fusion.fusion": name}).model.fusion) for name in FUSIONS.known}
-    assert files.pop("mlp") is None  # an export is transformers' own LLaVA
-    assert all(file.is_file() for file in files.values())
+    names = FUSIONS.known.keys() - {"mlp"}  # an export of which is transformers' own LLaVA
+    assert all(find_torch_file(tiny(**{"model.fusion.fusion": name}).model.fusion).is_file() for name in names)
 
 
 def test_a_twin_that_does_not_exist_is_reported_before_anything_is_written(workdir, tmp_path, monkeypatch, capsys):

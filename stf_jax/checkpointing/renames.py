@@ -1,6 +1,6 @@
 """Former paths of parameters, so that older runs, folders and configs keep working.
 
-Before version 0.1.0 was complete, MBTF was beside the rest of a fusion: ``fusion/mbtf/…`` and ``fusion/tokens/…``.
+Early versions had MBTF beside the rest of a fusion: ``fusion/mbtf/…`` and ``fusion/tokens/…``.
 """
 
 import re

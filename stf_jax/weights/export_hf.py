@@ -82,7 +82,7 @@ def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[s
         if rows != model.llm.vocab:
             config["stf_vocab"] = model.llm.vocab  # further rows exist only for <image>
         tensors = _with_image_row(stream, rows)
-        torch_file = find_torch_file(model.fusion)
+        torch_file = None if _is_llava(model) else find_torch_file(model.fusion)
         if torch_file is None:
             write_shards(folder, itertools.chain(tensors, _unused_norm(model, config["dtype"])))
             processor = _complete_llava_config(config, model, taps[0], count, image_id)
@@ -162,15 +162,18 @@ def text_config_values(config: LLMConfig, tokenizer: PreTrainedTokenizerFast) ->
     return values | {"rope_theta": config.rope_theta, "rope_parameters": {**rope, "rope_theta": config.rope_theta}}
 
 
-def find_torch_file(config: FusionConfig) -> pathlib.Path | None:
-    """Returns the file that computes a fusion in PyTorch; None if transformers' LLaVA does.
+def _is_llava(model: CompleteModel) -> bool:
+    """Whether transformers' own LLaVA computes the model."""
+    return find_fusion(model.fusion) is MLP
+
+
+def find_torch_file(config: FusionConfig) -> pathlib.Path:
+    """Returns the file that computes a fusion in PyTorch.
 
     Raises:
       UserError: the fusion's class names no file, or one that does not exist.
     """
     fusion = find_fusion(config)
-    if fusion is MLP:
-        return None
     name = getattr(fusion, "torch_file", None)
     if name is None:
         raise UserError(
@@ -184,7 +187,7 @@ def find_torch_file(config: FusionConfig) -> pathlib.Path | None:
 
 
 def _map_tensors(saved: SavedModel, model: CompleteModel) -> dict[str, TensorMapping]:
-    if find_torch_file(model.fusion) is None:
+    if _is_llava(model):
         prefixes = ({"": "vision_tower.vision_model."}, {"": "multi_modal_projector."}, {"": "language_model."})
         table = hf.LLAVA_PROJECTOR
     else:
@@ -282,7 +285,7 @@ def _write_readme(
 ) -> None:
     """Writes ``README.md``: what the export is, how to use it and how to serve it."""
     text = string.Template((PACKAGE / "README.md").read_text())
-    plain = find_torch_file(model.fusion) is None
+    plain = _is_llava(model)
     values = {
         "architecture": config["architectures"][0],
         "code": "It needs no custom code." if plain else "Loading it runs its code (`*_stf.py`).",

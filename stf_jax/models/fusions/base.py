@@ -1,6 +1,6 @@
 """What a token fusion is: it turns the tapped states of the vision tower into image tokens of the language model.
 
-A fusion is a class in a file of this folder, or anyone's, named in a config as ``package.module:Class``:
+A fusion is a class in a file of this folder, or in your own, named in a config as ``package.module:Class``:
 
     class Mine(nnx.Module):
         spec = FusionSpec()

@@ -1,6 +1,6 @@
 """What an objective is: a loss that is a mean over terms of the global batch.
 
-An objective is an object in a file of this folder, or anyone's, named in a config as ``package.module:thing``.
+An objective is an object in a file of this folder, or in your own, named in a config as ``package.module:thing``.
 """
 
 from typing import Protocol, runtime_checkable
@@ -15,7 +15,7 @@ from stf_jax.registry import Registry
 
 @runtime_checkable
 class Objective(Protocol):
-    """A loss, as the sum and the number of its terms, so that a mean over the global batch needs no microbatch's."""
+    """A loss, as the sum and the number of its terms, so that training can take the mean over the global batch."""
 
     def loss_sum(self, model: VLM, batch: Batch[jax.Array], packed: bool) -> jax.Array:
         """The loss summed over the batch's terms: float32 [].
