@@ -26,7 +26,7 @@ from benchmarks.plan import TEXT, load_recipe
 from benchmarks.process import measure_process
 from stf_jax.config import FusionConfig, MeshConfig, TrainConfig, UserError
 from stf_jax.data.packing import Batch
-from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.spec import llm_preset, vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.parallel.mesh import compute_context
 from stf_jax.planning.program import Program, make_program

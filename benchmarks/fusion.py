@@ -18,7 +18,7 @@ from flax import nnx
 from benchmarks.process import measure_process
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError
 from stf_jax.models.fusions.base import FUSIONS, Fusion, tapped_blocks, tokens_per_image
-from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.spec import llm_preset, vision_preset
 from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.flops import prefill_flops
 

@@ -22,14 +22,15 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.mixture import jpegs, lengths
 from stf_jax.config import DataConfig, TrainConfig, UserError
-from stf_jax.data.conversation import SYSTEM, encode, template_items
+from stf_jax.data.conversation import encode, template_items
 from stf_jax.data.image import open_image, read_image, to_square
 from stf_jax.data.llava import LlavaRecords
 from stf_jax.data.packing import to_row
 from stf_jax.data.pipeline import Batches, ConcatenatedRecords, Preprocessor
 from stf_jax.data.sampling import Plan
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.models.presets import vision_preset
+from stf_jax.models.decoders.llama import SYSTEM
+from stf_jax.models.spec import vision_preset
 
 _SLOTS = 144
 _BATCH, _DEVICES = 128, 8  # rows per step and devices in LLaVA's recipe

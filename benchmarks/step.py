@@ -28,7 +28,7 @@ from stf_jax.config import (
     TrainConfig,
     UserError,
 )
-from stf_jax.models.presets import vision_preset
+from stf_jax.models.spec import vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.training.flops import step_flops
 from stf_jax.training.timing import make_batch, time_train_steps

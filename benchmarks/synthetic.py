@@ -11,7 +11,7 @@ from stf_jax.checkpointing.params import write_params
 from stf_jax.config import ModelConfig
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.spec import llm_preset, vision_preset
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.model import Description
 

@@ -14,9 +14,10 @@ from flax import nnx
 
 from benchmarks.process import measure_process
 from stf_jax.config import UserError
-from stf_jax.models.llm import Decoder, LLMConfig
-from stf_jax.models.presets import llm_preset
-from stf_jax.weights import hf
+from stf_jax.models.decoders.base import DECODERS, LLMConfig, find_decoder_class
+from stf_jax.models.decoders.rope import write_rope
+from stf_jax.models.spec import llm_preset
+from stf_jax.weights.mapping import TensorMapping, map_parameters, param_shapes
 from stf_jax.weights.model import Description, open_model
 from stf_jax.weights.shards import write_shards
 
@@ -26,7 +27,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     preset = llm_preset(options.model)
     if options.scratch is not None and not options.scratch.is_dir():
         raise UserError(f"--scratch={options.scratch} is not a folder.")
-    mappings = hf.map_parameters(hf.DECODER, hf.param_shapes(lambda: Decoder(nnx.Rngs(0), preset)), {"": ""})
+    table = DECODERS.find(preset.family).tensor_names
+    mappings = map_parameters(table, param_shapes(lambda: find_decoder_class(preset)(nnx.Rngs(0), preset)), {"": ""})
     sizes = [2 * len(mapping.names) * int(np.prod(mapping.shape)) for mapping in mappings.values()]
     rows: list[dict[str, Any]] = [
         {"what": "model, in bfloat16", "gib": sum(sizes) / 2**30},
@@ -62,7 +64,7 @@ load_params(sys.argv[1], layout, ("vision/.*", "fusion/.*"))
 """
 
 
-def _random_tensors(mappings: Mapping[str, hf.TensorMapping]) -> Iterator[tuple[str, np.ndarray]]:
+def _random_tensors(mappings: Mapping[str, TensorMapping]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields tensors of bfloat16 noise, with their names."""
     noise = (0.02 * np.random.default_rng(0).standard_normal(2**20, np.float32)).astype(ml_dtypes.bfloat16)
     for mapping in mappings.values():
@@ -71,17 +73,7 @@ def _random_tensors(mappings: Mapping[str, hf.TensorMapping]) -> Iterator[tuple[
 
 
 def _hf_config(preset: LLMConfig) -> dict[str, Any]:
-    """The transformers config of the preset, a Llama."""
-    return {
-        "model_type": "llama",
-        "vocab_size": preset.vocab,
-        "hidden_size": preset.width,
-        "num_hidden_layers": preset.layers,
-        "num_attention_heads": preset.heads,
-        "num_key_value_heads": preset.kv_heads,
-        "head_dim": preset.head_dim,
-        "intermediate_size": preset.mlp,
-        "rms_norm_eps": preset.norm_eps,
-        "rope_theta": preset.rope_theta,
-        "tie_word_embeddings": preset.tied,
-    }
+    """The transformers config of the preset."""
+    family = DECODERS.find(preset.family)
+    sizes = {key: getattr(preset, field) for field, key in family.fields.items()}
+    return {"model_type": family.model_type, **sizes, **write_rope(preset.rope_theta, preset.rope_scaling)}

@@ -146,7 +146,12 @@ def evaluate(
 
 
 def import_weights(
-    source: str | os.PathLike[str], to: str | os.PathLike[str], *, vision: str = "", dtype: str = ""
+    source: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    *,
+    vision: str = "",
+    dtype: str = "",
+    families: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Imports weights into a folder for ``config.init_from``, as ``stf_jax.convert import`` does.
 
@@ -155,13 +160,14 @@ def import_weights(
       to: the folder to write; it must not exist.
       vision: another source, whose vision tower replaces that of ``source``.
       dtype: the type to cast values to; by default each keeps its type.
+      families: ``package.module:FAMILY`` of the tower or the language model, if it is your own.
 
     Returns:
       The report, which is also written to import.json next to the weights.
     """
     from stf_jax.weights import imports
 
-    return imports.import_weights(os.fspath(source), pathlib.Path(to), vision, dtype)
+    return imports.import_weights(os.fspath(source), pathlib.Path(to), vision, dtype, families)
 
 
 def export(

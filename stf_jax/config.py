@@ -100,8 +100,8 @@ class FusionConfig:
 class ModelConfig:
     """The vision tower, the language model, the fusion between them, and how they are computed."""
 
-    vision: str = ""  # vision preset (models/presets.py) or folder; "": that of init_from, else clip-l-14-336
-    llm: str = ""  # language model preset (models/presets.py) or folder; "": that of init_from, else vicuna-7b
+    vision: str = ""  # vision preset (models/spec.py) or folder; "": that of init_from, else clip-l-14-336
+    llm: str = ""  # language model preset (models/spec.py) or folder; "": that of init_from, else vicuna-7b
     fusion: FusionConfig = FusionConfig()
     precision: Precision = "bfloat16"  # bfloat16: of frozen weights and compute | float32: of everything
     scan_layers: bool = True  # true: compile one block and loop over the layers | false: unroll the layers

@@ -24,6 +24,10 @@ def main(argv: list[str]) -> None:
     importer.add_argument("--to", type=path, required=True, help="folder to write, for config.init_from")
     importer.add_argument("--vision", type=path, metavar="SOURCE", help="use the vision tower of this folder instead")
     importer.add_argument("--dtype", choices=["", *_TYPES], default="", help="data type to write (default: as stored)")
+    importer.add_argument(
+        "--family", action="append", default=[], metavar="MODULE:FAMILY",
+        help="family of the vision tower or the language model, if it is your own (may be repeated)",
+    )  # fmt: skip
     importer.set_defaults(run=_import)
 
     exporter = commands.add_parser("export", help="export weights", description="Export weights for other programs.")
@@ -64,7 +68,8 @@ def _import(options: argparse.Namespace) -> None:
     from stf_jax.weights.imports import import_weights, summarize
 
     vision = str(options.vision) if options.vision else ""
-    print(summarize(import_weights(str(options.source), options.to, vision, options.dtype), options.to))
+    report = import_weights(str(options.source), options.to, vision, options.dtype, options.family)
+    print(summarize(report, options.to))
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from stf_jax.config import UserError, did_you_mean
 
 _Component = TypeVar("_Component")
+_OUTSIDE = re.compile(r"\w+(\.\w+)*:\w+")
 
 
 class Registry(Generic[_Component]):
@@ -37,16 +38,21 @@ class Registry(Generic[_Component]):
 
     def find(self, name: str) -> _Component:
         """Returns the component of that name. Raises UserError for a name or a module that does not exist."""
-        if ":" in name:
+        if is_outside(name):
             return load_object(name, self.kind)
         if name not in self.known:
             raise UserError(f"Unknown {self.kind} {name!r}; {did_you_mean(name, self.known)}")
         return self.known[name]
 
 
+def is_outside(name: str) -> bool:
+    """Whether a name is of the form ``package.module:Thing`` (a bucket's address is not)."""
+    return ":" in name and "://" not in name
+
+
 def load_object(name: str, kind: str) -> Any:
     """Imports ``package.module:Thing``. Raises UserError if there is no such module or thing."""
-    if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+    if not _OUTSIDE.fullmatch(name):
         raise UserError(f"Unknown {kind} {name!r}; one from outside is named package.module:Thing.")
     module_name, _, attribute = name.partition(":")
     try:
@@ -60,13 +66,22 @@ def load_object(name: str, kind: str) -> Any:
     return getattr(module, attribute)
 
 
-def refuse_code_in(folder: os.PathLike[str] | str, name: Any) -> None:
+def refuse_code_in(folder: os.PathLike[str] | str, values: Any) -> None:
     """Raises UserError if a component's module is inside ``folder``: opening a model must not run code from its folder.
 
-    Imports nothing. Call it with the names in a folder's files, before :meth:`Registry.find`.
+    Imports nothing. Call it with what a folder's files say, plain data that may name components anywhere, before
+    :meth:`Registry.find`.
     """
-    if not isinstance(name, str) or ":" not in name:
-        return
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    if isinstance(values, list | tuple):
+        for value in values:
+            refuse_code_in(folder, value)
+    elif isinstance(values, str) and _OUTSIDE.fullmatch(values):
+        _refuse_module_in(folder, values)
+
+
+def _refuse_module_in(folder: os.PathLike[str] | str, name: str) -> None:
     top, *rest = name.partition(":")[0].split(".")
     try:
         spec = importlib.util.find_spec(top)

@@ -95,7 +95,7 @@ def llama_3():
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from stf_jax.data.conversation import SYSTEM  # only after the devices are set
+    from stf_jax.models.decoders.llama import SYSTEM  # only after the devices are set
 
     backend = Tokenizer(models.BPE())
     pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -136,8 +136,8 @@ def check_global_state():
     """Checks that a test leaves the tables of presets and the environment as they were, so that order is irrelevant."""
 
     def read_state():
-        presets = sys.modules.get("stf_jax.models.presets")
-        tables = (dict(presets.VISION), dict(presets.LLM)) if presets else None
+        spec = sys.modules.get("stf_jax.models.spec")
+        tables = (dict(spec.VISION), dict(spec.LLM)) if spec else None
         # Variables read by this project, its launchers and jax's choice of devices; libraries set others at first use.
         prefixes = ("JAX_", "XLA_", "STF_", "SLURM_", "OMPI_", "TPU_", "HF_", "PYTHON")
         return tables, {name: value for name, value in os.environ.items() if name.startswith(prefixes)}

@@ -5,7 +5,7 @@ import random
 
 import sentencepiece
 
-from stf_jax.data.conversation import SYSTEM
+from stf_jax.models.decoders.llama import SYSTEM
 
 IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 

@@ -13,7 +13,7 @@ from stf_jax.checkpointing.params import write_params
 from stf_jax.data.tokenizer import MINIATURE
 from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Benchmark, Question
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.spec import llm_preset, vision_preset
 from stf_jax.weights.model import Description
 
 COLORS = ("red", "grün", "blue", "紺")

@@ -17,8 +17,8 @@ from stf_jax.checkpointing.params import write_params
 from stf_jax.config import CheckpointConfig, FusionConfig, ModelConfig, default_config, resolve, to_json
 from stf_jax.data.tokenizer import MINIATURE
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.llm import LLMConfig, RopeScaling
-from stf_jax.models.presets import VISION
+from stf_jax.models.decoders.base import LLMConfig, RopeScaling
+from stf_jax.models.spec import VISION
 from stf_jax.weights.model import Description, open_model
 
 SMALL = dict(image_size=36, patch_size=6, width=32, layers=4, heads=2, mlp=48)

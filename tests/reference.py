@@ -23,10 +23,13 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from stf_jax.models.llm import Decoder, LLMConfig
-from stf_jax.models.vit import VisionConfig, VisionTower
-from stf_jax.weights import hf
-from stf_jax.weights.hf import map_parameters, param_shapes
+from stf_jax.models.decoders import llama
+from stf_jax.models.decoders.base import LLMConfig
+from stf_jax.models.decoders.transformer import Decoder
+from stf_jax.models.towers import clip
+from stf_jax.models.towers.base import VisionConfig
+from stf_jax.models.towers.vit import VisionTower
+from stf_jax.weights.mapping import map_parameters, param_shapes
 
 VISION = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 7, "layer_norm_eps": 1e-3}
@@ -84,16 +87,18 @@ def llava():
 
 def vision_params(state: Mapping[str, np.ndarray], config: VisionConfig) -> dict:
     """Converts the weights of a CLIP or SigLIP tower under any prefix."""
-    anchor = hf.VISION["patch_embed/kernel"].name
+    anchor = clip.TENSOR_NAMES["patch_embed/kernel"].name
     (prefix,) = (name.removesuffix(anchor) for name in state if name.endswith(anchor))
     return _convert(
-        state, map_parameters(hf.VISION, param_shapes(lambda: VisionTower(nnx.Rngs(0), config)), {"": prefix})
+        state, map_parameters(clip.TENSOR_NAMES, param_shapes(lambda: VisionTower(nnx.Rngs(0), config)), {"": prefix})
     )
 
 
 def decoder_params(state: Mapping[str, np.ndarray], config: LLMConfig) -> dict:
     """Converts the weights of a Llama, Mistral, Qwen2 or Qwen3 model."""
-    return _convert(state, map_parameters(hf.DECODER, param_shapes(lambda: Decoder(nnx.Rngs(0), config)), {"": ""}))
+    return _convert(
+        state, map_parameters(llama.TENSOR_NAMES, param_shapes(lambda: Decoder(nnx.Rngs(0), config)), {"": ""})
+    )
 
 
 def _convert(state, mappings):

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from stf_jax.data.conversation import Control, Encoded, Item, Mark
+from stf_jax.data.conversation import Encoded
+from stf_jax.models.decoders.chat import Control, Item, Mark
 
 
 def count_special_tokens(

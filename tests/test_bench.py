@@ -15,7 +15,7 @@ from stf_jax.bench import main
 from stf_jax.cli import run_command
 from stf_jax.config import FusionConfig, ModelConfig
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.spec import llm_preset, vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.planning.topology import topology_devices
 from stf_jax.table import format_table

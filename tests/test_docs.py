@@ -19,7 +19,7 @@ from stf_jax import cli
 from stf_jax import config as config_module
 from stf_jax.config import default_config, flatten
 from stf_jax.evals.registry import BENCHMARKS
-from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.spec import llm_preset, vision_preset
 from stf_jax.studies import study
 from stf_jax.training import stages
 

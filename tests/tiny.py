@@ -15,7 +15,7 @@ from stf_jax.config import TrainConfig, default_config, parse_arg, resolve
 from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.models import presets
+from stf_jax.models import spec
 from stf_jax.models.blueprint import Blueprint, blueprint
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.parallel.mesh import BATCH, compute_context, make_mesh
@@ -23,11 +23,11 @@ from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import TrainState, state_layout
 from stf_jax.training.step import make_train_step
 
-presets.VISION["clip-tiny"] = dataclasses.replace(
-    presets.VISION["clip-mini-16-96"], image_size=64, width=32, layers=3, heads=4, mlp=64
+spec.VISION["clip-tiny"] = dataclasses.replace(
+    spec.VISION["clip-mini-16-96"], image_size=64, width=32, layers=3, heads=4, mlp=64
 )
-presets.LLM["llama-tiny"] = dataclasses.replace(
-    presets.LLM["llama-mini"], width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64
+spec.LLM["llama-tiny"] = dataclasses.replace(
+    spec.LLM["llama-mini"], width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64
 )
 
 
@@ -118,7 +118,7 @@ def large_params(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -> d
 
 def make_preprocessor(config: TrainConfig) -> Preprocessor:
     """The preprocessor that turns the config's records into examples."""
-    tokenizer, tower = load_tokenizer(config.data.tokenizer), presets.vision_preset(config.model.vision)
+    tokenizer, tower = load_tokenizer(config.data.tokenizer), spec.vision_preset(config.model.vision)
     return Preprocessor(config.data, tokenizer, tower, slots_per_image(config.model))
 
 

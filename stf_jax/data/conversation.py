@@ -6,11 +6,10 @@ second tokenization that could disagree with the first (LLaVA's "tokenization mi
 """
 
 import dataclasses
-import enum
 import functools
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,41 +19,11 @@ from transformers import PreTrainedTokenizerFast
 from stf_jax.config import UserError, did_you_mean
 from stf_jax.data.records import IMAGE_MARK, BadRow, Record, Turn
 from stf_jax.data.tokenizer import prefixes_only_start
-
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)  # Vicuna's system prompt, with which its weights and LLaVA-1.5's were trained
+from stf_jax.models.decoders.base import DECODERS
+from stf_jax.models.decoders.chat import SYSTEM_PLACEHOLDER, Chat, Control, Item, Mark, Text
+from stf_jax.registry import is_outside, load_object
 
 _MIN_BATCH = 64  # with fewer texts, the tokenizer's threads cost more than they save
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A span of text, and whether its tokens are targets of the loss."""
-
-    text: str
-    is_target: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Control:
-    """A special token by its name, and whether it is a target of the loss."""
-
-    token: str
-    is_target: bool = False
-
-
-class Mark(enum.Enum):
-    """An item between spans of text."""
-
-    IMAGE = "the slots of an image"
-    END = "the end-of-sequence token, a target"
-    NEWLINE = "a newline as a separate token, a target"
-
-
-Item = Text | Control | Mark
-SYSTEM_PLACEHOLDER = Text("(the conversation's own system text)")  # replaced by it in Chat.start_with_system
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,95 +35,41 @@ class Encoded:
     is_image: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Chat:
-    """The chat template of a family of language models.
+CHATS: dict[str, Chat] = {name: chat for family in DECODERS.known.values() for name, chat in family.chats.items()}
 
-    A conversation is ``start``, then for each round: ``before_question``, question, ``before_answer``, answer,
-    ``after_answer``. Targets are the answers and the items of ``after_answer`` that are marked as such. A conversation
-    with its own, non-empty system text has ``start_with_system`` instead of ``start`` and the first
-    ``before_question``. A turn's images move to its front, each followed by a newline, as in LLaVA; the last newline is
-    left out if the question is empty. Turns are stripped of outer white space, in training and inference. LLaVA keeps
-    it in turns without an image, and so trains answers to prompts that nobody types.
+
+def chat_items(chat: Chat, turns: Sequence[Turn]) -> list[Item]:
+    """Returns the items of alternating turns; a conversation that ends with a question becomes a prompt.
+
+    A turn's images move to its front, each followed by a newline, as in LLaVA; the last newline is left out if the
+    question is empty. Turns are stripped of outer white space, in training and inference. LLaVA keeps it in turns
+    without an image, and so trains answers to prompts that nobody types. A first turn by ``gpt`` is dropped, as in
+    LLaVA (:func:`stf_jax.data.rows.read_row` reports it).
     """
-
-    before_question: tuple[Item, ...]
-    before_answer: tuple[Item, ...]
-    after_answer: tuple[Item, ...]
-    start_with_system: tuple[Item, ...]  # contains SYSTEM_PLACEHOLDER once
-    start: tuple[Item, ...] = ()
-    answer_space: str = ""  # before an answer; a target
-
-    def __call__(self, turns: Sequence[Turn]) -> list[Item]:
-        """Returns the items of alternating turns; a conversation that ends with a question becomes a prompt.
-
-        A first turn by ``gpt`` is dropped, as in LLaVA (:func:`stf_jax.data.rows.read_row` reports it).
-        """
-        rounds = list(enumerate(turns, start=1))
-        start = (*self.start, *self.before_question)
-        if rounds and turns[0].speaker == "system":
-            (_, turn), *rounds = rounds
-            if IMAGE_MARK in turn.text:
-                raise BadRow("mark_in_answer", f"turn 1 is a system text that contains {IMAGE_MARK}")
-            if text := turn.text.strip():
-                start = tuple(Text(text) if item is SYSTEM_PLACEHOLDER else item for item in self.start_with_system)
-        if rounds and rounds[0][1].speaker == "gpt":
-            rounds = rounds[1:]
-        items: list[Item] = []
-        for i, (number, turn) in enumerate(rounds):
-            if turn.speaker != ("human", "gpt")[i % 2]:
-                raise BadRow("roles", f"turn {number} is by {turn.speaker!r}, but 'human' and 'gpt' must alternate")
-            text = turn.text.replace(IMAGE_MARK, "").strip()
-            if turn.speaker == "human":
-                images: list[Item] = [Mark.IMAGE, Text("\n")] * turn.text.count(IMAGE_MARK)
-                question = [*images, Text(text)] if text else images[:-1]
-                items += [*(self.before_question if i else start), *question, *self.before_answer]
-            elif IMAGE_MARK in turn.text:
-                raise BadRow("mark_in_answer", f"turn {number} is an answer that contains {IMAGE_MARK}")
-            else:
-                items += [Text(self.answer_space + text, is_target=True), *self.after_answer]
-        return items
-
-
-_TURN, _TURN_END = Control("<|im_start|>"), Control("<|im_end|>")
-_HEADER, _HEADER_END, _EOT = Control("<|start_header_id|>"), Control("<|end_header_id|>"), Control("<|eot_id|>")
-CHATS = {
-    # Vicuna, LLaVA's `v1`: SYSTEM USER: … ASSISTANT: …</s>USER: …
-    "v1": Chat(
-        start=(Text(SYSTEM + " "),),
-        start_with_system=(SYSTEM_PLACEHOLDER, Text(" USER: ")),
-        before_question=(Text("USER: "),),
-        before_answer=(Text(" ASSISTANT:"),),
-        answer_space=" ",
-        after_answer=(Mark.END,),
-    ),
-    # Llama 3.
-    "llama-3": Chat(
-        start_with_system=(
-            *(_HEADER, Text("system"), _HEADER_END, Text("\n\n"), SYSTEM_PLACEHOLDER, _EOT),
-            *(_HEADER, Text("user"), _HEADER_END, Text("\n\n")),
-        ),
-        before_question=(_HEADER, Text("user"), _HEADER_END, Text("\n\n")),
-        before_answer=(_EOT, _HEADER, Text("assistant"), _HEADER_END, Text("\n\n")),
-        after_answer=(Control("<|eot_id|>", is_target=True),),
-    ),
-    # Qwen and SmolLM2.
-    "chatml": Chat(
-        start=(_TURN, Text("system\nYou are a helpful assistant."), _TURN_END, Text("\n")),
-        start_with_system=(_TURN, Text("system\n"), SYSTEM_PLACEHOLDER, _TURN_END, Text("\n"), _TURN, Text("user\n")),
-        before_question=(_TURN, Text("user\n")),
-        before_answer=(_TURN_END, Text("\n"), _TURN, Text("assistant\n")),
-        after_answer=(Control("<|im_end|>", is_target=True), Text("\n")),
-    ),
-    # The first Mistral-Instruct, in which the system text is prepended to the first question.
-    "mistral": Chat(
-        start_with_system=(Text("[INST] "), SYSTEM_PLACEHOLDER, Text("\n\n")),
-        before_question=(Text("[INST] "),),
-        before_answer=(Text(" [/INST]"),),
-        answer_space=" ",
-        after_answer=(Mark.END,),
-    ),
-}
+    rounds = list(enumerate(turns, start=1))
+    start = (*chat.start, *chat.before_question)
+    if rounds and turns[0].speaker == "system":
+        (_, turn), *rounds = rounds
+        if IMAGE_MARK in turn.text:
+            raise BadRow("mark_in_answer", f"turn 1 is a system text that contains {IMAGE_MARK}")
+        if text := turn.text.strip():
+            start = tuple(Text(text) if item is SYSTEM_PLACEHOLDER else item for item in chat.start_with_system)
+    if rounds and rounds[0][1].speaker == "gpt":
+        rounds = rounds[1:]
+    items: list[Item] = []
+    for i, (number, turn) in enumerate(rounds):
+        if turn.speaker != ("human", "gpt")[i % 2]:
+            raise BadRow("roles", f"turn {number} is by {turn.speaker!r}, but 'human' and 'gpt' must alternate")
+        text = turn.text.replace(IMAGE_MARK, "").strip()
+        if turn.speaker == "human":
+            images: list[Item] = [Mark.IMAGE, Text("\n")] * turn.text.count(IMAGE_MARK)
+            question = [*images, Text(text)] if text else images[:-1]
+            items += [*(chat.before_question if i else start), *question, *chat.before_answer]
+        elif IMAGE_MARK in turn.text:
+            raise BadRow("mark_in_answer", f"turn {number} is an answer that contains {IMAGE_MARK}")
+        else:
+            items += [Text(chat.answer_space + text, is_target=True), *chat.after_answer]
+    return items
 
 
 def plain_items(turns: Sequence[Turn]) -> list[Item]:
@@ -188,46 +103,55 @@ def document_items(turns: Sequence[Turn]) -> list[Item]:
     return items
 
 
-Template = Callable[[Sequence[Turn]], list[Item]]
-TEMPLATES: dict[str, Template] = {"plain": plain_items, **CHATS}
+TEMPLATES = ("plain", *CHATS)
+
+
+def find_chat(template: str) -> Chat | None:
+    """Returns the chat template of that name, or your own as ``package.module:CHAT``; None for ``plain``.
+
+    Raises UserError for an unknown one.
+    """
+    if template in TEMPLATES:
+        return CHATS.get(template)
+    if not is_outside(template):
+        raise UserError(f"Unknown data.template={template!r}; {did_you_mean(template, TEMPLATES)}")
+    if not isinstance(chat := load_object(template, "data.template"), Chat):
+        raise UserError(f"data.template={template} is a {type(chat).__name__}, not a Chat.")
+    return chat
 
 
 def stop_tokens(template: str, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """Returns the ids that end an answer: the template's first token after an answer, and the end of sequence."""
-    first = CHATS[template].after_answer[0] if template in CHATS else Mark.NEWLINE
+    chat = find_chat(template)
+    first = chat.after_answer[0] if chat else Mark.NEWLINE
     assert not isinstance(first, Text)  # in every template a single token ends an answer
     return tuple(dict.fromkeys(_token_id(end, tokenizer) for end in (first, Mark.END)))
 
 
 def check_template(template: str, tokenizer: PreTrainedTokenizerFast | None) -> None:
     """Raises UserError for an unknown template, or one with control tokens that the tokenizer, where given, lacks."""
-    if template not in TEMPLATES:
-        raise UserError(f"Unknown data.template={template!r}; {did_you_mean(template, TEMPLATES)}")
-    if tokenizer is None or template not in CHATS:
+    chat = find_chat(template)
+    if tokenizer is None or chat is None:
         return
-    chat = CHATS[template]
-    for item in (*chat.start_with_system, *_template_items(chat)):
+    for item in (*chat.start_with_system, *chat.items):
         if isinstance(item, Control) and _token_id(item, tokenizer) in (None, tokenizer.unk_token_id):
             raise UserError(f"data.template={template!r} needs the token {item.token}, which the tokenizer lacks.")
 
 
 def detect_template(tokenizer: PreTrainedTokenizerFast) -> str:
     """Detects the template from the tokenizer's control tokens or its chat template; ``v1`` if neither decides."""
-    vocabulary, chat = tokenizer.get_vocab(), tokenizer.chat_template
-    for name in ("llama-3", "chatml"):
-        if all(item.token in vocabulary for item in _template_items(CHATS[name]) if isinstance(item, Control)):
+    vocabulary, own = tokenizer.get_vocab(), tokenizer.chat_template
+    for name, chat in CHATS.items():
+        if chat.controls and chat.controls <= vocabulary.keys():
             return name
-    return "mistral" if isinstance(chat, str) and "[INST]" in chat else "v1"
-
-
-def _template_items(chat: Chat) -> tuple[Item, ...]:
-    return (*chat.start, *chat.before_question, *chat.before_answer, *chat.after_answer)
+    signed = [name for name, chat in CHATS.items() if chat.sign and isinstance(own, str) and chat.sign in own]
+    return signed[0] if signed else "v1"
 
 
 def check_template_ids(template: str, tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
     """Raises UserError if the template needs a token id that an embedding with that many rows lacks."""
-    chat = CHATS.get(template)
-    items = [item for item in _template_items(chat) if not _is_text(item)] if chat else []
+    chat = find_chat(template)
+    items = [item for item in chat.items if not _is_text(item)] if chat else []
     for token in (*encode(items, tokenizer, 0).tokens.tolist(), *stop_tokens(template, tokenizer)):
         if token >= rows:
             name = tokenizer.convert_ids_to_tokens(token)
@@ -257,11 +181,12 @@ def template_items(template: str, record: Record) -> list[Item]:
       BadRow: the record does not fit the template, or its images and ``<image>`` marks differ in number. The message
         has the record's id.
     """
-    if template not in TEMPLATES:
-        raise UserError(f"Unknown data.template={template!r}; {did_you_mean(template, TEMPLATES)}")
+    chat = find_chat(template)
     try:
-        make_items = document_items if record.document else TEMPLATES[template]
-        items = make_items(record.turns)
+        if record.document:
+            items = document_items(record.turns)
+        else:
+            items = plain_items(record.turns) if chat is None else chat_items(chat, record.turns)
     except BadRow as error:
         raise BadRow(error.reason, f"Record {record.id!r}: {error}.") from None
     marks, images = sum(item is Mark.IMAGE for item in items), len(record.images)

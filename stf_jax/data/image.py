@@ -1,4 +1,4 @@
-"""Opens images safely and resizes them to the tower's size (they are normalized on the device, models/vit.py)."""
+"""Opens images safely and resizes them to the tower's size (the device normalizes them, models/towers/vit.py)."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ from stf_jax.data.records import BadRow
 from stf_jax.files import in_bucket
 
 if TYPE_CHECKING:  # prepare's workers open images and need neither jax nor flax
-    from stf_jax.models.vit import VisionConfig
+    from stf_jax.models.towers.base import VisionConfig
 
 # Detected from the content, not the suffix. Other formats are for documents and design; some can run programs (EPS).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import DataConfig, TrainConfig, UserError
-from stf_jax.data.conversation import Item, check_record_ids, check_template, count_tokens, encode, training_items
+from stf_jax.data.conversation import check_record_ids, check_template, count_tokens, encode, training_items
 from stf_jax.data.image import to_square
 from stf_jax.data.llava import load_llava_records
 from stf_jax.data.packing import Batch, Example, to_batch, to_example, to_row
@@ -27,8 +27,9 @@ from stf_jax.data.sampling import Plan, PlannedRow
 from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.tokenizer import prefixes_only_start
 from stf_jax.data.world_labels import CELLS
-from stf_jax.models.presets import get_vision_config
-from stf_jax.models.vit import VisionConfig
+from stf_jax.models.decoders.chat import Item
+from stf_jax.models.spec import resolve_model
+from stf_jax.models.towers.base import VisionConfig
 
 _CHUNK = 1024  # conversations tokenized at once when they are measured
 _SAMPLES = 32  # records checked before a run starts
@@ -70,7 +71,7 @@ def load_training_records(config: TrainConfig) -> ConcatenatedRecords:
     if has_cell_labels(data) != bool(config.model.cells):
         raise UserError("model.cells and data.scenes.task=cells go together: set both or neither.")
     if config.model.cells:
-        vision = get_vision_config(config.model)
+        vision = resolve_model(config.model).vision_shape
         assert vision is not None  # a run trains a complete model
         if vision.grid * config.model.cells != CELLS:
             raise UserError(

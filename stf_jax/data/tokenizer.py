@@ -16,6 +16,7 @@ from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.scenes import SHORT_ANSWER, make_caption, make_questions, make_scene
 from stf_jax.data.sentencepieces import has_wrong_merges, read_sentencepiece
 from stf_jax.files import local_copy, read_json
+from stf_jax.models.decoders.llama import SYSTEM
 
 MINIATURE = pathlib.Path(__file__).parent.parent / "weights" / "miniatures" / "tokenizer"
 EMBEDDED = {"miniature": MINIATURE, "miniature/2": MINIATURE.parent / "2" / "tokenizer"}  # for the two editions
@@ -198,8 +199,6 @@ def train_miniature_tokenizer(edition: int = 1) -> PreTrainedTokenizerFast:
 
 
 def _make_second_texts() -> Iterator[str]:
-    from stf_jax.data.conversation import SYSTEM
-
     for index in range(4000):
         scene = world_text.make_scene(0, index)
         yield f"{SYSTEM} USER: \n{world_text.DESCRIBE} ASSISTANT: {world_text.make_caption(scene)}\n"
@@ -208,8 +207,6 @@ def _make_second_texts() -> Iterator[str]:
 
 
 def _make_texts() -> Iterator[str]:
-    from stf_jax.data.conversation import SYSTEM
-
     for index in range(2000):
         scene = make_scene(0, index)
         yield f"{SYSTEM} USER: \nDescribe the picture. ASSISTANT: "

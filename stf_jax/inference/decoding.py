@@ -22,8 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stf_jax.checkpointing.checksum import checksum
 from stf_jax.models.blueprint import Blueprint
+from stf_jax.models.decoders.transformer import Cache
 from stf_jax.models.layers import shard_rows
-from stf_jax.models.llm import Cache
 from stf_jax.models.selection import FULL_LAYERS
 from stf_jax.models.vlm import VLM
 from stf_jax.parallel.mesh import BATCH

@@ -19,8 +19,6 @@ from transformers import PreTrainedTokenizerFast
 from stf_jax.config import ModelConfig, UserError
 from stf_jax.data.conversation import (
     Encoded,
-    Mark,
-    Text,
     check_record_ids,
     check_template,
     check_template_ids,
@@ -34,8 +32,9 @@ from stf_jax.data.tokenizer import max_positions, untrained_tokens
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Sampling, split_layers
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.presets import get_llm_config, get_vision_config
+from stf_jax.models.decoders.chat import Mark, Text
 from stf_jax.models.selection import resolve_reduction
+from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import BATCH, compute_context, row_shards
 
 GREEDY = Sampling()
@@ -68,9 +67,10 @@ class Generator:
           UserError: the tokenizer does not fit the model or the template.
         """
         check_template(template, tokenizer)
+        model = resolve_model(model)
         self.plan, self._reduction, self._model = blueprint(model), resolve_reduction(model), model
         self.slots = self._reduction.slots
-        self._vision, llm = get_vision_config(model), get_llm_config(model)
+        self._vision, llm = model.vision_shape, model.llm_shape
         assert llm is not None  # its blueprint has one
         self._vocab = vocab = llm.vocab
         # Added tokens may have ids beyond the model's vocabulary: <image>, as in exports, or a <pad> of Llama 2. They

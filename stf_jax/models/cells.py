@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from stf_jax.models.layers import Linear
-from stf_jax.models.vit import VisionConfig
+from stf_jax.models.towers.base import VisionConfig
 
 CLASSES = (7, 14, 37)  # of color, shape and character; 0 means none (data/world_labels.py)
 

@@ -32,8 +32,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from stf_jax.config import REDUCTIONS, ModelConfig, UserError, did_you_mean
 from stf_jax.models.fusions.base import FUSIONS, find_fusion, tapped_blocks, tokens_per_image
-from stf_jax.models.presets import get_llm_config, get_vision_config
-from stf_jax.models.vit import VisionTower
+from stf_jax.models.spec import resolve_model
+from stf_jax.models.towers.vit import VisionTower
 
 FULL_LAYERS = 2  # FastV's K: decoder layers that read all image tokens
 _CONTEXTUAL = 10 / 64  # fraction of VisionZip's tokens
@@ -64,7 +64,7 @@ def resolve_reduction(config: ModelConfig) -> Reduction:
     Raises:
       UserError: they do not fit each other or the model, or as :func:`stf_jax.models.fusions.base.tokens_per_image`.
     """
-    name, fusion, vision = config.reduce, config.fusion.fusion, get_vision_config(config)
+    name, fusion, vision = config.reduce, config.fusion.fusion, resolve_model(config).vision_shape
     if vision is None:
         if name or config.keep:
             raise UserError("A language model alone has no image tokens to reduce.")
@@ -81,7 +81,7 @@ def resolve_reduction(config: ModelConfig) -> Reduction:
     if not 1 <= keep <= tokens:
         raise UserError(f"keep={keep} must be 1 to {tokens}, the image tokens per image of {fusion}.")
     if name == "fastv":
-        llm = get_llm_config(config)
+        llm = resolve_model(config).llm_shape
         assert llm is not None  # a model with image tokens to reduce has one
         if llm.layers <= FULL_LAYERS:
             raise UserError(

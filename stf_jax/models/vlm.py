@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from stf_jax.config import ModelConfig
 from stf_jax.models.cells import CellHead
-from stf_jax.models.fusions.base import Fusion, tapped_blocks
+from stf_jax.models.decoders.base import find_decoder_class
+from stf_jax.models.decoders.transformer import Cache, SelectPositions
+from stf_jax.models.fusions.base import Fusion
 from stf_jax.models.layers import shard_rows
-from stf_jax.models.llm import Cache, Decoder, SelectPositions
-from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.selection import (
     FULL_LAYERS,
     kept_positions,
@@ -22,7 +22,8 @@ from stf_jax.models.selection import (
     sample_patches,
     visionzip,
 )
-from stf_jax.models.vit import VisionTower
+from stf_jax.models.spec import resolve_model
+from stf_jax.models.towers.base import find_tower_class
 
 
 class VLM(nnx.Module):
@@ -30,7 +31,7 @@ class VLM(nnx.Module):
 
     With ``model.cells``, the head that trains a tower is under ``cells/``.
 
-    A language model alone (a ResolvedModel without ``vision_shape``) has no tower and no fusion, and accepts no images.
+    A language model alone (a ModelSpec without ``vision_shape``) has no tower and no fusion, and accepts no images.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig) -> None:
@@ -39,21 +40,24 @@ class VLM(nnx.Module):
         Raises:
           UserError: an unknown preset or fusion, a kernel that does not divide the grid, or an invalid reduction.
         """
-        vision, llm = get_vision_config(config), get_llm_config(config)
+        spec = resolve_model(config)
+        vision, llm = spec.vision_shape, spec.llm_shape
         self.dtype = jnp.dtype(config.precision)
         self.reduction = resolve_reduction(config)
         assert llm is not None  # there is no VLM of a tower alone
         if vision is not None:
-            self.taps = tapped_blocks(config.fusion, vision.layers)
+            self.taps = spec.taps
             # Splash supports only causal attention.
             vision_attention = "auto" if config.attention == "splash" else config.attention
-            self.vision = VisionTower(
+            self.vision = find_tower_class(vision)(
                 rngs, vision, scan=config.scan_layers, remat=config.remat, attention=vision_attention
             )
             self.fusion = Fusion(rngs, config.fusion, vision, llm.width)
             if config.cells:
                 self.cells = CellHead(rngs, vision, config.cells)
-        self.llm = Decoder(rngs, llm, scan=config.scan_layers, remat=config.remat, attention=config.attention)
+        self.llm = find_decoder_class(llm)(
+            rngs, llm, scan=config.scan_layers, remat=config.remat, attention=config.attention
+        )
 
     def image_tokens(self, images: UInt8[Array, "B M H W 3"]) -> Float[Array, "B MN D"]:
         """Image tokens of a row's images, one after another."""

@@ -20,8 +20,8 @@ from stf_jax.inference import decoding
 from stf_jax.inference.decoding import BLOCKS, Sampling, TokenRules
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
 from stf_jax.models.blueprint import Blueprint, Params, blueprint
-from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.selection import FULL_LAYERS, resolve_reduction
+from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, make_mesh, row_shards
 from stf_jax.training.flops import abstract_batch
 from stf_jax.training.objectives.base import find_objective
@@ -148,7 +148,7 @@ def _inference_program(config: TrainConfig, kind: str, plan: Blueprint, mesh: Me
         arguments = (INITIAL_MAX_NEW_TOKENS, weights, tokens, tokens, lengths, images, Sampling())
         parts = {"parameters": weights, "batch": arguments[2:6]}
     else:
-        llm, dtype = get_llm_config(config.model), jnp.dtype(plan.precision)
+        llm, dtype = resolve_model(config.model).llm_shape, jnp.dtype(plan.precision)
         assert llm is not None  # only models with both parts are planned
         slots = length + INITIAL_MAX_NEW_TOKENS
         reduced_slots = slots - images.shape[1] * resolve_reduction(config.model).dropped
@@ -179,7 +179,7 @@ def _with_sharding(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Shap
 
 
 def _abstract_images(config: TrainConfig, rows: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    vision = get_vision_config(config.model)
+    vision = resolve_model(config.model).vision_shape
     assert vision is not None  # only models with both parts are planned
     side = vision.image_size
     return _abstract_array((rows, config.data.images_per_row, side, side, 3), jnp.uint8, mesh)

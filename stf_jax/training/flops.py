@@ -15,8 +15,8 @@ from stf_jax.config import ModelConfig
 from stf_jax.data.packing import Batch
 from stf_jax.models.blueprint import Params, blueprint
 from stf_jax.models.cells import CLASSES
-from stf_jax.models.presets import get_llm_config, get_vision_config
 from stf_jax.models.selection import FULL_LAYERS, resolve_reduction
+from stf_jax.models.spec import resolve_model
 from stf_jax.training.loss import chunks_of
 from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.state import trainable_paths
@@ -61,7 +61,7 @@ def decode_flops(model: ModelConfig, rows: int, slots: int, images_per_row: int 
 
 def abstract_batch(model: ModelConfig, rows: int, length: int, images_per_row: int) -> Batch[jax.ShapeDtypeStruct]:
     """A training batch as abstract arrays."""
-    vision = get_vision_config(model)
+    vision = resolve_model(model).vision_shape
     assert vision is not None  # only complete models are trained
     row, side = jax.ShapeDtypeStruct((rows, length), jnp.int32), vision.image_size
     images = jax.ShapeDtypeStruct((rows, images_per_row, side, side, 3), jnp.uint8)
@@ -95,7 +95,7 @@ def _row_step_flops(model: ModelConfig, rules: Rules, length: int, images_per_ro
 @functools.lru_cache(maxsize=64)
 def _row_prefill_flops(model: ModelConfig, length: int, images_per_row: int) -> dict[str, int]:
     plan = blueprint(_by_definition(model))
-    vision = get_vision_config(model)
+    vision = resolve_model(model).vision_shape
     row, side = jax.ShapeDtypeStruct((1, length), jnp.int32), vision.image_size if vision else 1
     images = jax.ShapeDtypeStruct((1, images_per_row, side, side, 3), jnp.uint8)
 
@@ -110,7 +110,7 @@ def _row_prefill_flops(model: ModelConfig, length: int, images_per_row: int) -> 
 
 @functools.lru_cache(maxsize=64)
 def _row_decode_flops(model: ModelConfig, slots: int, images_per_row: int) -> int:
-    plan, llm = blueprint(_by_definition(model)), get_llm_config(model)
+    plan, llm = blueprint(_by_definition(model)), resolve_model(model).llm_shape
     assert llm is not None  # nothing decodes with a tower alone
     later_slots = slots - images_per_row * resolve_reduction(model).dropped
     sizes = [slots if layer < FULL_LAYERS else later_slots for layer in range(llm.layers)]

@@ -20,7 +20,7 @@ from stf_jax.evals.runner import Results, check_images, evaluate_all, flatten_me
 from stf_jax.files import as_user_error, write_json
 from stf_jax.inference.generator import Generator
 from stf_jax.models.blueprint import Params
-from stf_jax.models.presets import get_llm_config, get_vision_config
+from stf_jax.models.spec import resolve_model
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.parallel.hosts import run_on_host0
 from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, get_row_share, make_mesh
@@ -75,7 +75,8 @@ def _train(
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     config = complete_config(config, workdir)
-    vision, llm = get_vision_config(config.model), get_llm_config(config.model)
+    model = resolve_model(config.model)
+    vision, llm = model.vision_shape, model.llm_shape
     assert vision is not None  # a run trains a complete model
     assert llm is not None
     benchmarks = open_benchmarks(config.eval.benchmarks, config.eval.data, config.eval.limit)

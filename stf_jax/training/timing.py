@@ -8,7 +8,7 @@ import numpy as np
 from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.presets import vision_preset
+from stf_jax.models.spec import vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.optimizer import make_optimizer

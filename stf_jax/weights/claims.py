@@ -11,16 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from stf_jax.config import UserError, short_message
-from stf_jax.models.llm import LLMConfig, RopeScaling
-from stf_jax.models.presets import VISION as VISION_PRESETS
-from stf_jax.models.vit import VisionConfig
+from stf_jax.models.decoders.base import DECODERS, DecoderFamily, LLMConfig
+from stf_jax.models.decoders.rope import read_rope
+from stf_jax.models.spec import match_family
+from stf_jax.models.tensor_names import TensorNames
+from stf_jax.models.towers.base import ACTIVATIONS, TOWERS, Channels, VisionConfig
+from stf_jax.weights.mapping import rename
 from stf_jax.weights.tensors import TensorFile
-
-_DECODERS = {"llava_llama": "llama", "llava": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
-_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-_TOWERS = ("clip_vision_model", "siglip_vision_model")
-
-_Channels = tuple[float, float, float]  # of red, green and blue
 
 # Tensor names (GPTQ, AWQ, bitsandbytes, compressed-tensors, EXL2, HQQ, FP8) and types of quantized weights.
 _QUANTIZED = re.compile(
@@ -77,9 +74,44 @@ def tensor_shape(tensors: TensorFile, name: str, count: int) -> tuple[int, ...]:
     return tensors.shape(name)
 
 
-def _count_layers(tensors: TensorFile, prefix: str) -> int:
-    layer = re.compile(re.escape(prefix) + r"layers\.(\d+)\.")
-    return max((int(match[1]) for name in tensors.names if (match := layer.match(name))), default=-1) + 1
+@dataclasses.dataclass(frozen=True)
+class PartTensors:
+    """The tensors of one part of a checkpoint, by the paths of its parameters.
+
+    Attributes:
+      names: the family's table.
+      prefixes: prefixes of names in the table → their replacements in this checkpoint.
+    """
+
+    tensors: TensorFile
+    names: TensorNames
+    prefixes: Mapping[str, str]
+
+    def name(self, path: str) -> str:
+        """Returns the name of a parameter's tensor, in the first layer."""
+        return rename(self.names[path].name.format(layer=0), self.prefixes)
+
+    def holds(self, path: str) -> bool:
+        """Whether the checkpoint has the parameter."""
+        return path in self.names and self.name(path) in self.tensors
+
+    def size(self, path: str, *axes: int) -> int:
+        """Returns the size of an axis of a parameter, or the product of several that its tensor merges.
+
+        Raises UserError if the tensor is missing or has another number of axes.
+        """
+        layout = self.names[path].layout
+        return tensor_shape(self.tensors, self.name(path), len(layout))[layout.index(axes)]
+
+    def shape(self, path: str) -> str:
+        """Formats the name and shape of a parameter's tensor for messages."""
+        return f"{self.name(path)} is {self.tensors.shape(self.name(path))}"
+
+    def count_layers(self) -> int:
+        """Returns the number of layers."""
+        stem = next(name for name, _ in self.names.values() if "{layer}" in name).partition("{layer}")[0]
+        layer = re.compile(re.escape(rename(stem, self.prefixes)) + r"(\d+)\.")
+        return max((int(match[1]) for name in self.tensors.names if (match := layer.match(name))), default=-1) + 1
 
 
 def _require_equal(key: str, configured: int, actual: int, evidence: str) -> None:
@@ -98,27 +130,39 @@ def _note_conflict(values: Mapping[str, Any], key: str, actual: int, notes: list
 # ---- Vision towers ---------------------------------------------------------------------------------------------------
 
 
-def infer_vision_config(tensors: TensorFile, prefix: str, config: Mapping[str, Any], notes: list[str]) -> VisionConfig:
-    """Returns the config of the vision tower whose tensor names begin with ``prefix``.
-
-    Raises UserError if the tower is neither CLIP's nor SigLIP's, or the config has other sizes than the tensors.
-    """
-    conv, positions = f"{prefix}embeddings.patch_embedding.weight", f"{prefix}embeddings.position_embedding.weight"
-    width, _, patch, _ = tensor_shape(tensors, conv, 4)
-    class_token = f"{prefix}embeddings.class_embedding" in tensors
-    patches = tensor_shape(tensors, positions, 2)[0] - class_token
-    grid, layers = math.isqrt(patches), _count_layers(tensors, f"{prefix}encoder.")
-    if grid * grid != patches:
-        raise UserError(f"Tensor {positions} has {patches} patches, which is not a square number.")
-    (mlp,) = tensor_shape(tensors, f"{prefix}encoder.layers.0.mlp.fc1.bias", 1)
+def get_tower_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the config of the vision tower."""
     values = get_section(config, "vision_config")
     if values is not config and config.get("model_type") == "llava":  # whose tower is CLIP's by default
-        values = {"model_type": "clip_vision_model", **values}
-    if values.get("model_type") in _TOWERS:
-        tower = _tower_from_config(values, config.get("preprocessor", {}))
-        _require_equal("hidden_size", tower.width, width, f"{conv} is {tensors.shape(conv)}")
-        _require_equal("intermediate_size", tower.mlp, mlp, f"{prefix}encoder.layers.0.mlp.fc1.bias is ({mlp},)")
-        _require_equal("num_hidden_layers", tower.layers, layers, f"the tensors hold {layers} layers")
+        return {"model_type": TOWERS.find("clip").model_type, **values}
+    return values
+
+
+def infer_vision_config(part: PartTensors, family: str, config: Mapping[str, Any], notes: list[str]) -> VisionConfig:
+    """Returns the config of a vision tower.
+
+    Args:
+      part: its tensors.
+      family: the name of its family; empty if the config does not say it.
+      config: the checkpoint's config.
+      notes: a list to which remarks for the user are appended.
+
+    Raises:
+      UserError: the config has other sizes than the tensors, or does not describe the tower.
+    """
+    width, patch = part.size("patch_embed/kernel", 3), part.size("patch_embed/kernel", 0)
+    class_token = part.holds("class_token")
+    patches = part.size("position_embed", 0) - class_token
+    grid, layers = math.isqrt(patches), part.count_layers()
+    if grid * grid != patches:
+        raise UserError(f"Tensor {part.name('position_embed')} has {patches} patches, which is not a square number.")
+    mlp = part.size("blocks/mlp/up/bias", 0)
+    if family:
+        tower = _tower_from_config(family, mlp, get_tower_section(config), config.get("preprocessor", {}))
+        keys = TOWERS.find(family).fields
+        _require_equal(keys["width"], tower.width, width, part.shape("patch_embed/kernel"))
+        _require_equal(keys.get("mlp", "mlp"), tower.mlp, mlp, part.shape("blocks/mlp/up/bias"))
+        _require_equal(keys["layers"], tower.layers, layers, f"the tensors hold {layers} layers")
         patch = _note_conflict({"patch_size": tower.patch_size}, "patch_size", patch, notes)
         size = tower.image_size
         if size // patch != grid:  # otherwise kept, because a size need not be a multiple of the patch
@@ -131,9 +175,8 @@ def infer_vision_config(tensors: TensorFile, prefix: str, config: Mapping[str, A
         f"The vision tower's shape was inferred from its tensors: {layers} layers of {width // 64} heads, CLIP's "
         "quick-GELU. If that is wrong, give the tower's folder as --vision=DIR."
     )
-    preset = VISION_PRESETS["clip-l-14-336"]
     return dataclasses.replace(
-        preset,
+        TOWERS.find("clip").presets["clip-l-14-336"],
         image_size=grid * patch,
         patch_size=patch,
         width=width,
@@ -143,41 +186,35 @@ def infer_vision_config(tensors: TensorFile, prefix: str, config: Mapping[str, A
     )
 
 
-def _tower_from_config(values: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> VisionConfig:
-    """Builds a tower's config from transformers' ``vision_config`` and image processor config; both may omit keys."""
-    kind = values["model_type"]
-    hf_config = _load_hf_config(kind, values)
-    if not all(type(size) is int and size > 0 for size in (hf_config.image_size, hf_config.patch_size)):
+def _tower_from_config(name: str, mlp: int, values: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> VisionConfig:
+    """Builds a tower's config from transformers' ``vision_config`` and image processor config; both may omit keys.
+
+    ``mlp`` is used if transformers' config does not give it.
+    """
+    family = TOWERS.find(name)
+    hf_config = _load_hf_config(family.model_type, values, family.fields)
+    found = {"mlp": mlp} | {name: getattr(hf_config, key) for name, key in family.fields.items()}
+    activations = {hf_name: name for name, hf_name in ACTIVATIONS.items()}
+    if not all(type(size) is int and size > 0 for size in (found["image_size"], found["patch_size"])):
         raise UserError(
-            f"The vision tower has images of {hf_config.image_size!r} pixels and patches of {hf_config.patch_size!r}: "
+            f"The vision tower has images of {found['image_size']!r} pixels and patches of {found['patch_size']!r}: "
             "both must be positive integers."
         )
-    if hf_config.hidden_act not in _ACTIVATIONS:
+    if found["activation"] not in activations:
+        key = family.fields["activation"]
+        raise UserError(f"The vision tower has {key} {found['activation']!r}: supported: {', '.join(activations)}.")
+    if found["width"] % found["heads"]:
         raise UserError(
-            f"The vision tower has hidden_act {hf_config.hidden_act!r}: supported: {', '.join(_ACTIVATIONS)}."
-        )
-    if hf_config.hidden_size % hf_config.num_attention_heads:
-        raise UserError(
-            f"The vision tower has {hf_config.hidden_size} channels with {hf_config.num_attention_heads} heads: "
+            f"The vision tower has {found['width']} channels with {found['heads']} heads: "
             "the heads must divide the channels."
         )
-    preset = VISION_PRESETS["clip-l-14-336" if kind == "clip_vision_model" else "siglip-so400m-14-384"]
-    return dataclasses.replace(
-        preset,
-        image_size=hf_config.image_size,
-        patch_size=hf_config.patch_size,
-        width=hf_config.hidden_size,
-        layers=hf_config.num_hidden_layers,
-        heads=hf_config.num_attention_heads,
-        mlp=hf_config.intermediate_size,
-        activation=_ACTIVATIONS[hf_config.hidden_act],
-        norm_eps=hf_config.layer_norm_eps,
-        mean=_read_channels(preprocessor, "image_mean", preset.mean),
-        std=_read_channels(preprocessor, "image_std", preset.std),
-    )
+    found["activation"] = activations[found["activation"]]
+    mean = _read_channels(preprocessor, "image_mean", family.mean)
+    std = _read_channels(preprocessor, "image_std", family.std)
+    return family.config(family=name, **family.traits, **found, mean=mean, std=std)
 
 
-def _read_channels(preprocessor: Mapping[str, Any], key: str, default: _Channels) -> _Channels:
+def _read_channels(preprocessor: Mapping[str, Any], key: str, default: Channels) -> Channels:
     values = preprocessor.get(key, default)
     if not isinstance(values, list | tuple) or [type(value) in (int, float) for value in values] != [True] * 3:
         raise UserError(f"The image processor's {key} is {values!r}, not three numbers.")
@@ -188,127 +225,125 @@ def _read_channels(preprocessor: Mapping[str, Any], key: str, default: _Channels
 # ---- Language models -------------------------------------------------------------------------------------------------
 
 
+def find_decoder_family(config: Mapping[str, Any], families: Mapping[str, DecoderFamily]) -> str:
+    """Returns the name of the family of the config's ``model_type``. Raises UserError if it is none of them."""
+    kind = get_section(config, "text_config").get("model_type", config.get("model_type"))
+    if kind is None:
+        problem = "has no model_type" if config.keys() - {"preprocessor"} else "is missing"
+        raise UserError(f"config.json {problem}, which is needed to import a language model: download it again.")
+    for name, family in families.items():
+        if kind in (family.model_type, *family.aliases):
+            return name
+    known = ", ".join(family.model_type for family in families.values())
+    raise UserError(f"The language model has model_type {kind!r}: supported: {known}.")
+
+
 def infer_llm_config(
-    tensors: TensorFile, prefix: str, embedding: str, head: str | None, config: Mapping[str, Any], notes: list[str]
+    part: PartTensors, embedding: str, head: str | None, name: str, config: Mapping[str, Any], notes: list[str]
 ) -> LLMConfig:
-    """Returns the config of the language model whose tensor names begin with ``prefix``.
+    """Returns the config of a language model.
 
     Args:
-      tensors: the checkpoint's tensors.
-      prefix: prefix of ``layers.0`` and ``norm``.
+      part: its tensors.
       embedding: name of the embedding's tensor.
       head: name of the output head's tensor; None if there is none.
+      name: the name of its family.
       config: the checkpoint's config.
       notes: a list to which remarks for the user are appended.
 
     Raises:
-      UserError: the architecture is not supported, or the config has other sizes than the tensors.
+      UserError: the config has other sizes than the tensors, or asks for something that is not computed here.
     """
-    values = get_section(config, "text_config")
-    kind, hf_config = _decoder_from_config(values, config)
-    window = getattr(hf_config, "sliding_window", None)
-    if window is not None and getattr(hf_config, "use_sliding_window", True):
-        notes.append(
-            f"The sliding window of {window} positions is not applied: only texts up to that length are exact."
-        )
-
-    layers, gate = _count_layers(tensors, prefix), f"{prefix}layers.0.mlp.gate_proj.weight"
-    _require_equal("num_hidden_layers", hf_config.num_hidden_layers, layers, f"the tensors hold {layers} layers")
+    family, values, tensors = DECODERS.find(name), get_section(config, "text_config"), part.tensors
+    hf_config = _load_hf_config(family.model_type, values, family.fields)
+    for key, value in family.required.items():
+        if getattr(hf_config, key) != value:
+            raise UserError(f"The language model has {key} {getattr(hf_config, key)!r}: supported: {value!r}.")
+    for key, note in family.ignored.items():
+        if value := getattr(hf_config, key, None):
+            notes.append(note.format(value))
+    keys = family.fields
+    found: dict[str, Any] = {field: getattr(hf_config, key, None) for field, key in keys.items()}
+    layers, gate = part.count_layers(), "blocks/mlp/gate/kernel"
+    _require_equal(keys["layers"], found["layers"], layers, f"the tensors hold {layers} layers")
     _, width = tensor_shape(tensors, embedding, 2)
-    mlp, _ = tensor_shape(tensors, gate, 2)
-    _require_equal("hidden_size", hf_config.hidden_size, width, f"{embedding} is {tensors.shape(embedding)}")
-    _require_equal("intermediate_size", hf_config.intermediate_size, mlp, f"{gate} is {tensors.shape(gate)}")
-    heads, kv_heads, head_dim = _infer_heads(tensors, f"{prefix}layers.0.self_attn.", hf_config, values, notes)
-    qkv_bias, qk_norm = _detect_biases_and_norms(tensors, f"{prefix}layers.0.self_attn.", kind, hf_config, notes)
-    return LLMConfig(
-        vocab=_count_vocab(tensors, embedding, head, values, config, notes),
-        width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        mlp=mlp,
-        rope_theta=_positive_number(hf_config.rope_parameters, "rope_theta"),
-        rope_scaling=_read_rope_scaling(hf_config.rope_parameters),
-        norm_eps=hf_config.rms_norm_eps,
-        qkv_bias=qkv_bias,
-        qk_norm=qk_norm,
-        tied=_is_tied(
-            tensors, embedding, head, hf_config.tie_word_embeddings or config.get("tie_word_embeddings"), notes
-        ),
-    )
+    _require_equal(keys["width"], found["width"], width, f"{embedding} is {tensors.shape(embedding)}")
+    _require_equal(keys["mlp"], found["mlp"], part.size(gate, 1), part.shape(gate))
+    tied = found["tied"] or config.get(keys["tied"])
+    found |= _infer_heads(part, family, found["heads"], values, notes)
+    found |= {"vocab": _count_vocab(tensors, embedding, head, keys["vocab"], values, config, notes)}
+    found |= {"tied": _is_tied(tensors, embedding, head, tied, keys["tied"], notes)}
+    traits = {key: part.holds(path) for key, path in _TRAITS.items() if key in family.traits}
+    found |= traits
+    found["rope_theta"], found["rope_scaling"] = read_rope(hf_config.rope_parameters)
+    family_name = _check_traits(part, name, traits, hf_config, notes)
+    return family.config(**found, family=family_name)
 
 
-def _decoder_from_config(values: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, Any]:
-    kind = values.get("model_type", config.get("model_type"))
-    if kind is None:
-        problem = "has no model_type" if config.keys() - {"preprocessor"} else "is missing"
-        raise UserError(f"config.json {problem}, which is needed to import a language model: download it again.")
-    kind = _DECODERS.get(kind, kind)
-    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
-        raise UserError(f"The language model has model_type {kind!r}: supported: llama, mistral, qwen2, qwen3.")
-    hf_config = _load_hf_config(kind, values)
-    if hf_config.hidden_act != "silu":
-        raise UserError(f"The language model has hidden_act {hf_config.hidden_act!r}: supported: 'silu'.")
-    return kind, hf_config
+# The parameters that show whether a decoder has a trait.
+_TRAITS = {"qkv_bias": "blocks/attention/query/bias", "qk_norm": "blocks/attention/query_norm/scale"}
 
 
 def _infer_heads(
-    tensors: TensorFile, prefix: str, hf_config: Any, values: Mapping[str, Any], notes: list[str]
-) -> tuple[int, int, int]:
+    part: PartTensors, family: DecoderFamily, heads: int, values: Mapping[str, Any], notes: list[str]
+) -> dict[str, int]:
     """Returns heads, kv heads and channels per head, from the rows of the projections."""
-    rows, _ = tensor_shape(tensors, f"{prefix}q_proj.weight", 2)
-    kv_rows, _ = tensor_shape(tensors, f"{prefix}k_proj.weight", 2)
-    heads, configured = hf_config.num_attention_heads, values.get("head_dim")
-    if f"{prefix}q_norm.weight" in tensors:  # the norm of one head
-        (head_dim,) = tensor_shape(tensors, f"{prefix}q_norm.weight", 1)
-        heads = _note_conflict(values, "num_attention_heads", rows // max(1, head_dim), notes)
+    query, key, norm = (f"blocks/attention/{name}" for name in ("query/kernel", "key/kernel", "query_norm/scale"))
+    rows, kv_rows = part.size(query, 1, 2), part.size(key, 1, 2)
+    keys = family.fields
+    key_name, configured = keys["head_dim"], values.get(keys["head_dim"])
+    if "qk_norm" in family.traits and part.holds(norm):  # of one head
+        head_dim = part.size(norm, 0)
+        heads = _note_conflict(values, keys["heads"], rows // max(1, head_dim), notes)
     else:
         head_dim = configured or rows // heads
-    _note_conflict(values, "head_dim", head_dim, notes)
+    _note_conflict(values, key_name, head_dim, notes)
     if type(head_dim) is not int or head_dim < 1 or heads * head_dim != rows:
         raise UserError(
-            f"The config says num_attention_heads {heads}{f' and head_dim {configured}' if configured else ''}, but "
-            f"{prefix}q_proj.weight is {tensors.shape(f'{prefix}q_proj.weight')}: "
-            "does config.json belong to this model?"
+            f"The config says {keys['heads']} {heads}{f' and {key_name} {configured}' if configured else ''}, "
+            f"but {part.shape(query)}: does config.json belong to this model?"
         )
-    frequencies = f"{prefix}rotary_emb.inv_freq"  # one per two channels
-    if frequencies in tensors and tensors.shape(frequencies) != (head_dim // 2,):
+    attention = part.name(query).rsplit(".", 2)[0]
+    frequencies = f"{attention}.rotary_emb.inv_freq"  # one per two channels
+    if frequencies in part.tensors and part.tensors.shape(frequencies) != (head_dim // 2,):
         raise UserError(
-            f"{frequencies} is {tensors.shape(frequencies)}, but the config says heads of {head_dim} channels."
+            f"{frequencies} is {part.tensors.shape(frequencies)}, but the config says heads of {head_dim} channels."
         )
     kv_heads = kv_rows // head_dim
     if kv_heads * head_dim != kv_rows or not kv_heads or heads % kv_heads:
         raise UserError(
-            f"{prefix}k_proj.weight has {kv_rows} rows, which do not make kv heads of {head_dim} channels "
-            f"for {heads} heads."
+            f"{part.name(key)} has {kv_rows} rows, which do not make kv heads of {head_dim} channels for {heads} heads."
         )
-    return heads, _note_conflict(values, "num_key_value_heads", kv_heads, notes), head_dim
+    return {
+        "heads": heads,
+        "kv_heads": _note_conflict(values, keys["kv_heads"], kv_heads, notes),
+        "head_dim": head_dim,
+    }
 
 
-def _detect_biases_and_norms(
-    tensors: TensorFile, prefix: str, kind: str, hf_config: Any, notes: list[str]
-) -> tuple[bool, bool]:
-    """Returns whether query, key and value have biases, and whether query and key have norms."""
-    qkv_bias = f"{prefix}q_proj.bias" in tensors
-    if qkv_bias != (kind == "qwen2" or bool(getattr(hf_config, "attention_bias", False))):
+def _check_traits(part: PartTensors, name: str, traits: Mapping[str, bool], hf_config: Any, notes: list[str]) -> str:
+    """Returns the family whose traits the tensors have: the one of the config if it can be."""
+    family = DECODERS.find(name)
+    expected = {
+        key: value or bool(getattr(hf_config, family.asks.get(key, ""), False)) for key, value in family.traits.items()
+    }
+    if "qkv_bias" in traits and traits["qkv_bias"] != expected["qkv_bias"]:
         notes.append(
-            f"The tensors have {'' if qkv_bias else 'no '}attention biases, unlike the config; the tensors are used."
+            f"The tensors have {'' if traits['qkv_bias'] else 'no '}attention biases, unlike the config; the tensors "
+            "are used."
         )
-    if getattr(hf_config, "mlp_bias", False):  # which the models here do not have
-        notes.append("The config says mlp_bias, but the tensors have none.")
-    qk_norm = f"{prefix}q_norm.weight" in tensors
-    if kind == "qwen3" and not qk_norm:
-        raise UserError(f"Tensor {prefix}q_norm.weight is missing.")
-    if kind != "qwen3" and qk_norm:
+    if "qk_norm" in traits and traits["qk_norm"] != expected["qk_norm"]:
+        if expected["qk_norm"]:
+            raise UserError(f"Tensor {part.name(_TRAITS['qk_norm'])} is missing.")
         notes.append("The tensors have query and key norms, unlike the config; the tensors are used.")
-    return qkv_bias, qk_norm
+    return name if dict(traits) == dict(family.traits) else match_family(DECODERS, traits) or name
 
 
 def _count_vocab(
     tensors: TensorFile,
     embedding: str,
     head: str | None,
+    key: str,
     values: Mapping[str, Any],
     config: Mapping[str, Any],
     notes: list[str],
@@ -320,7 +355,7 @@ def _count_vocab(
             f"{head} has {tensor_shape(tensors, head, 2)[0]} rows and {embedding} {rows}: both need one row per "
             "token; resize both to the same size (resize_token_embeddings)."
         )
-    _note_conflict(values, "vocab_size", rows, notes)
+    _note_conflict(values, key, rows, notes)
     vocab = config.get("stf_vocab")
     if vocab is None:
         return rows
@@ -335,69 +370,35 @@ def _count_vocab(
     return vocab
 
 
-def _is_tied(tensors: TensorFile, embedding: str, head: str | None, configured: Any, notes: list[str]) -> bool:
+def _is_tied(
+    tensors: TensorFile, embedding: str, head: str | None, configured: Any, key: str, notes: list[str]
+) -> bool:
     """Whether the head is tied to the embedding; as in transformers, a head of other values is not."""
     if head == embedding and not configured:
-        raise UserError("Tensor embed_tokens.weight is missing, and config.json does not tie it to the head.")
+        raise UserError("The embedding's tensor is missing, and config.json does not tie it to the head.")
     if head is None or not configured:
         return bool(configured)
     if head == embedding or tensors.equal(embedding, head):
         return True
-    notes.append(
-        f"The config says tie_word_embeddings, but {head} and {embedding} hold different values: the head is kept."
-    )
+    notes.append(f"The config says {key}, but {head} and {embedding} hold different values: the head is kept.")
     return False
 
 
-def _load_hf_config(kind: str, values: Mapping[str, Any]) -> Any:
+def _load_hf_config(kind: str, values: Mapping[str, Any], keys: Mapping[str, str]) -> Any:
     """Returns transformers' config of a model type, with its defaults for missing keys. Its class declares no types."""
     from transformers import CONFIG_MAPPING  # imports torch if it is installed: 3 s
 
     try:
         hf_config = CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if key != "model_type"})
-        sizes = [
-            hf_config.hidden_size,
-            hf_config.intermediate_size,
-            hf_config.num_hidden_layers,
-            hf_config.num_attention_heads,
-        ]
+        sizes = [getattr(hf_config, keys[key]) for key in ("width", "mlp", "layers", "heads") if key in keys]
     except Exception as error:  # its checks may raise anything, and the file is the cause
         reason = short_message(error)
         raise UserError(f"config.json does not describe a model of model_type {kind!r}: {reason}.") from None
-    eps = getattr(hf_config, "rms_norm_eps", getattr(hf_config, "layer_norm_eps", 0))
+    eps = getattr(hf_config, keys["norm_eps"])
     if not 0 <= eps < 1:  # also false for nan
         raise UserError(
             f"config.json does not describe a model of model_type {kind!r}: the epsilon of its norms is {eps}."
         )
-    if not all(type(size) is int and 0 < size < 10**6 for size in sizes) or sizes[2] > 1000:
+    if not all(type(size) is int and 0 < size < 10**6 for size in sizes) or getattr(hf_config, keys["layers"]) > 1000:
         raise UserError(f"config.json does not describe a model of model_type {kind!r}: its sizes are {sizes}.")
     return hf_config
-
-
-def _read_rope_scaling(values: Mapping[str, Any]) -> RopeScaling | None:
-    kind = values["rope_type"]
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling("linear", _positive_number(values, "factor"))
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            factor=_positive_number(values, "factor"),
-            low_freq_factor=_positive_number(values, "low_freq_factor"),
-            high_freq_factor=_positive_number(values, "high_freq_factor"),
-            original_length=int(_positive_number(values, "original_max_position_embeddings")),
-        )
-    raise UserError(f"The rotary positions have type {kind!r}: supported: default, linear, llama3.")
-
-
-def _positive_number(values: Mapping[str, Any], key: str) -> float:
-    try:
-        number = float(values[key])
-    except (KeyError, TypeError, ValueError):
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise UserError(
-            f"config.json gives rotary positions the {key} {values.get(key)!r}, which is not a positive number."
-        )
-    return number

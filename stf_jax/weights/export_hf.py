@@ -24,17 +24,19 @@ from stf_jax.data.conversation import initial_tokens, stop_tokens
 from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.tokenizer import max_positions, untrained_tokens
 from stf_jax.files import write_json
+from stf_jax.models.decoders.base import DECODERS, LLMConfig
+from stf_jax.models.decoders.rope import write_rope
 from stf_jax.models.fusions.base import find_fusion, input_grid, resolve_sizes, tapped_blocks, tokens_per_image
 from stf_jax.models.fusions.mlp import MLP
-from stf_jax.models.llm import LLMConfig
+from stf_jax.models.spec import find_family
 from stf_jax.models.tensor_names import TensorNames
-from stf_jax.models.vit import VisionConfig
-from stf_jax.weights import hf
+from stf_jax.models.towers.base import ACTIVATIONS, TOWERS, VisionConfig
+from stf_jax.registry import is_outside
 from stf_jax.weights.detect import VOCABULARY
 from stf_jax.weights.export_tokenizer import load_export_tokenizer, save_export_tokenizer
 from stf_jax.weights.exports import CompleteModel, ExportStream, map_part, require_complete, widest_dtype
 from stf_jax.weights.folder import new_folder
-from stf_jax.weights.hf import TensorMapping
+from stf_jax.weights.mapping import LLAVA_PROJECTOR, TensorMapping, fusion_table
 from stf_jax.weights.model import SavedModel, open_model
 from stf_jax.weights.shards import write_shards
 
@@ -42,7 +44,6 @@ PACKAGE = pathlib.Path(__file__).parent / "torch_package"
 _MODEL_CODE = ("configuration_stf.py", "layers_stf.py", "modeling_stf.py", "processing_stf.py")
 _FUSION_KEYS = ("fusion", "kernel", "mbtf_hidden", "mbtf_width", "stf_hidden", "depth", "variant", "pad_grid")
 _EVALUATION_CODE = ("lmms_eval_stf/lmms_eval_stf.py", "lmms_eval_stf/pyproject.toml", "vlmevalkit_stf.py")
-_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[str, Any]:
@@ -68,17 +69,20 @@ def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[s
         has_bos = initial_tokens(tokenizer) == [tokenizer.bos_token_id]
         image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
         assert isinstance(image_id, int)  # the id of one token
+        keys = DECODERS.find(model.llm.family).fields
         config: dict[str, Any] = {
             "vision_config": vision_config_values(model.vision),
             "text_config": text_config_values(model.llm, tokenizer),
             "image_aspect_ratio": model.aspect,
             "conversation_template": model.template,
-            "tie_word_embeddings": model.llm.tied,
+            keys["tied"]: model.llm.tied,
             "dtype": dtype or widest_dtype(saved),
         }
+        if own := [name for name in (model.vision.family, model.llm.family) if is_outside(name)]:
+            config["stf_families"] = own  # for our own reader
         stream = ExportStream(saved, _map_tensors(saved, model), dtype)
         rows = max(image_id + 1, model.llm.vocab)
-        config["text_config"]["vocab_size"] = rows
+        config["text_config"][keys["vocab"]] = rows
         if rows != model.llm.vocab:
             config["stf_vocab"] = model.llm.vocab  # further rows exist only for <image>
         tensors = _with_image_row(stream, rows)
@@ -98,7 +102,7 @@ def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[s
         write_json(epath.Path(folder, "preprocessor_config.json"), _image_processor(model))
         ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "pad_token_id")}
         ids["eos_token_id"] = list(stop_tokens(model.template, tokenizer))
-        if suppressed := untrained_tokens(tokenizer, config["text_config"]["vocab_size"]):
+        if suppressed := untrained_tokens(tokenizer, rows):
             ids["suppress_tokens"] = list(suppressed)
         write_json(epath.Path(folder, "generation_config.json"), ids)
         _write_readme(folder, model, count, config, checkpoint, saved.step)
@@ -107,59 +111,26 @@ def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[s
 
 
 def vision_config_values(config: VisionConfig) -> dict[str, Any]:
-    """Returns transformers' ``vision_config``. Raises UserError if the tower is neither CLIP's nor SigLIP's."""
-    kinds = {(True, True, False): "clip_vision_model", (False, False, True): "siglip_vision_model"}
-    kind = kinds.get((config.class_token, config.pre_norm, config.patch_bias))
-    if kind is None:
-        raise UserError(
-            "The vision tower has neither CLIP's architecture nor SigLIP's, so transformers has no class for it."
-        )
-    values: dict[str, Any] = {
-        "model_type": kind,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.mlp,
-        "hidden_act": _ACTIVATIONS[config.activation],
-        "layer_norm_eps": config.norm_eps,
-    }
-    return values | ({"vision_use_head": False} if kind == "siglip_vision_model" else {})
+    """Returns transformers' ``vision_config``. Raises UserError if none of its classes computes the tower."""
+    family = TOWERS.find(find_family(TOWERS, config, "vision tower"))
+    values = {key: getattr(config, field) for field, key in family.fields.items()}
+    values[family.fields["activation"]] = ACTIVATIONS[config.activation]
+    return {"model_type": family.model_type, **values, **family.extra}
 
 
 def text_config_values(config: LLMConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Returns transformers' config of a decoder: Llama's, or Qwen2's or Qwen3's if it has their biases or norms.
-
-    Rotary positions are given both for transformers 5 and for earlier releases.
-    """
-    if config.qkv_bias and config.qk_norm:
-        raise UserError("The language model has both query biases and query norms: transformers has no class for it.")
-    values: dict[str, Any] = {
-        "model_type": "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama",
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.mlp,
-        "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": max_positions(tokenizer),
-        "tie_word_embeddings": config.tied,
+    """Returns transformers' ``text_config``. Raises UserError if none of its classes computes the language model."""
+    family = DECODERS.find(find_family(DECODERS, config, "language model"))
+    return {
+        "model_type": family.model_type,
+        **{key: getattr(config, field) for field, key in family.fields.items()},
+        **write_rope(config.rope_theta, config.rope_scaling),
+        family.length: max_positions(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        **family.extra,
     }
-    scaling = config.rope_scaling
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if scaling is not None:
-        rope = {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "llama3":
-            rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
-            rope |= {"original_max_position_embeddings": scaling.original_length}
-        values["rope_scaling"] = rope
-    return values | {"rope_theta": config.rope_theta, "rope_parameters": {**rope, "rope_theta": config.rope_theta}}
 
 
 def _is_llava(model: CompleteModel) -> bool:
@@ -187,22 +158,21 @@ def find_torch_file(config: FusionConfig) -> pathlib.Path:
 
 
 def _map_tensors(saved: SavedModel, model: CompleteModel) -> dict[str, TensorMapping]:
+    tower, decoder = TOWERS.find(model.vision.family), DECODERS.find(model.llm.family)
     if _is_llava(model):
-        prefixes = ({"": "vision_tower.vision_model."}, {"": "multi_modal_projector."}, {"": "language_model."})
-        table = hf.LLAVA_PROJECTOR
+        prefixes = ({"": f"vision_tower.{tower.wrapper}"}, {"": "multi_modal_projector."}, {"": "language_model."})
+        table = LLAVA_PROJECTOR
     else:
-        prefixes = (
-            {"": "model.vision_tower."},
-            {"": "model."},
-            {"model.": "model.language_model.", "lm_head.": "lm_head."},
-        )
+        head = decoder.tensor_names["head/kernel"].name
+        prefixes = ({"": "model.vision_tower."}, {"": "model."}, {decoder.root: "model.language_model.", head: head})
         table = _fusion_table(model)
-    tables = zip(("vision", "fusion/connector", "llm"), (hf.VISION, table, hf.DECODER), prefixes, strict=True)
-    return {path: mapping for part in tables for path, mapping in map_part(saved, *part).items()}
+    tables = (tower.tensor_names, table, decoder.tensor_names)
+    parts = zip(("vision", "fusion/connector", "llm"), tables, prefixes, strict=True)
+    return {path: mapping for part in parts for path, mapping in map_part(saved, *part).items()}
 
 
 def _fusion_table(model: CompleteModel) -> TensorNames:
-    return hf.fusion_table(model.fusion, model.vision, model.llm.width)
+    return fusion_table(model.fusion, model.vision, model.llm.width)
 
 
 def _complete_stf_config(
@@ -223,6 +193,8 @@ def _complete_stf_config(
             **{key: getattr(fusion, key) for key in _FUSION_KEYS},
             "taps": list(taps),
             "side": input_grid(model.fusion, model.vision).side,
+            "class_token": model.vision.class_token,
+            "unused": list(TOWERS.find(model.vision.family).unused),
             "crosslayer": any(name.startswith("mm_projector_crosslayer.") for name, _ in table.values()),
         },
     }
@@ -270,9 +242,10 @@ def _with_image_row(stream: ExportStream, rows: int) -> Iterator[tuple[str, np.n
 
 def _unused_norm(model: CompleteModel, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the norm above the taps, which transformers' LLaVA declares but never uses."""
-    norm = "vision_tower.vision_model.post_layernorm."
-    yield f"{norm}weight", np.ones(model.vision.width, jnp.dtype(dtype))
-    yield f"{norm}bias", np.zeros(model.vision.width, jnp.dtype(dtype))
+    tower = TOWERS.find(model.vision.family)
+    for norm in tower.unused:
+        yield f"vision_tower.{tower.wrapper}{norm}.weight", np.ones(model.vision.width, jnp.dtype(dtype))
+        yield f"vision_tower.{tower.wrapper}{norm}.bias", np.zeros(model.vision.width, jnp.dtype(dtype))
 
 
 def _write_readme(

@@ -14,17 +14,19 @@ from etils import epath
 
 from stf_jax.config import FusionConfig, UserError
 from stf_jax.data.tokenizer import SENTENCEPIECE, load_tokenizer, max_positions, prefixes_only_start
+from stf_jax.models.decoders.base import DECODERS, LLMConfig, find_decoder_class
+from stf_jax.models.decoders.transformer import Decoder
 from stf_jax.models.fusions.base import tapped_blocks
 from stf_jax.models.fusions.stf import MBTFSTF
-from stf_jax.models.llm import LLMConfig
-from stf_jax.models.presets import VISION
-from stf_jax.models.vit import VisionConfig
-from stf_jax.weights import hf
+from stf_jax.models.spec import VISION
+from stf_jax.models.towers.base import TOWERS, VisionConfig, find_tower_class
+from stf_jax.models.towers.vit import VisionTower
 from stf_jax.weights.exports import CompleteModel, ExportStream, map_part, require_complete, widest_dtype
 from stf_jax.weights.folder import new_folder
 from stf_jax.weights.model import open_model
 from stf_jax.weights.shards import write_shards
 
+CLIP, LLAMA = TOWERS.find("clip"), DECODERS.find("llama")  # the only ones that their code reads
 ADAPTER = "mm_projector.bin"  # the output of their first stage
 _TAPS = (21, 18, 15, 12, 9, 6, 3)  # below the deepest
 _TOWERS = {  # by image size in pixels and width
@@ -65,8 +67,8 @@ def export_llava_stf(
         else:
             model = require_complete(saved, checkpoint)
             _check_llm(model.llm)
-            mappings |= map_part(saved, "vision", hf.VISION, _TOWER_PREFIX)
-            mappings |= map_part(saved, "llm", hf.DECODER, {"": ""})
+            mappings |= map_part(saved, "vision", CLIP.tensor_names, _TOWER_PREFIX)
+            mappings |= map_part(saved, "llm", LLAMA.tensor_names, {"": ""})
             stream = ExportStream(saved, mappings, dtype)
             write_shards(folder, stream)
             config = _make_config(model, taps[0], dtype or widest_dtype(saved))
@@ -92,7 +94,7 @@ def _check_fusion(fusion: FusionConfig, vision: VisionConfig | None) -> tuple[in
         "vision layers": (tower.layers, 24),
     }
     problems = [f"{key} is {value}, not {fixed}" for key, (value, fixed) in expected.items() if value != fixed]
-    if not (tower.class_token and tower.pre_norm):
+    if find_tower_class(tower) is not VisionTower or not (tower.class_token and tower.pre_norm):
         problems.append("the vision tower is not CLIP's")
     if problems:
         raise UserError(
@@ -102,7 +104,7 @@ def _check_fusion(fusion: FusionConfig, vision: VisionConfig | None) -> tuple[in
 
 
 def _check_llm(llm: LLMConfig) -> None:
-    if llm.qkv_bias or llm.qk_norm or llm.head_dim * llm.heads != llm.width:
+    if find_decoder_class(llm) is not Decoder or llm.qkv_bias or llm.qk_norm or llm.head_dim * llm.heads != llm.width:
         raise UserError("The authors' code supports no language model but Llama: export this one as hf instead.")
     if llm.rope_scaling is not None and llm.rope_scaling.kind != "linear":
         raise UserError(
@@ -131,19 +133,12 @@ def _make_config(model: CompleteModel, tap: int, dtype: str) -> dict[str, Any]:
     return {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava_llama",
-        "vocab_size": llm.vocab,
-        "hidden_size": llm.width,
-        "num_hidden_layers": llm.layers,
-        "num_attention_heads": llm.heads,
-        "num_key_value_heads": llm.kv_heads,
-        "intermediate_size": llm.mlp,
-        "hidden_act": "silu",
-        "rms_norm_eps": llm.norm_eps,
+        **{key: getattr(llm, field) for field, key in LLAMA.fields.items() if field != "head_dim"},
+        **LLAMA.required,
+        **dict.fromkeys(LLAMA.asks.values(), False),
         "rope_theta": llm.rope_theta,
         "rope_scaling": {"type": "linear", "factor": scaling.factor} if scaling else None,
-        "attention_bias": False,
-        "max_position_embeddings": max_positions(tokenizer),
-        "tie_word_embeddings": llm.tied,
+        LLAMA.length: max_positions(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.unk_token_id,

@@ -8,21 +8,12 @@ from etils import epath
 from tokenizers import AddedToken, decoders
 from transformers import PreTrainedTokenizerFast
 
-from stf_jax.data.conversation import (
-    CHATS,
-    SYSTEM_PLACEHOLDER,
-    Chat,
-    Control,
-    Item,
-    Mark,
-    Text,
-    check_template,
-    strip_space_prefix,
-)
+from stf_jax.data.conversation import check_template, find_chat, strip_space_prefix
 from stf_jax.data.records import IMAGE_MARK
 from stf_jax.data.sentencepieces import SPACE
 from stf_jax.data.tokenizer import BOS_IN_TEMPLATE, load_tokenizer, prefixes_only_start
 from stf_jax.files import write_json
+from stf_jax.models.decoders.chat import SYSTEM_PLACEHOLDER, Chat, Control, Item, Mark, Text
 
 
 def load_export_tokenizer(folder: pathlib.Path, template: str) -> PreTrainedTokenizerFast:
@@ -51,7 +42,8 @@ def save_export_tokenizer(
     first piece and after images (``legacy: false``), a tokenizer cannot distinguish those pieces from others: the
     template then writes the space, and the tokenizer adds one only at the start of the text.
     """
-    space = CHATS[template].answer_space if template in CHATS else ""
+    chat = find_chat(template)
+    space = chat.answer_space if chat else ""
     gap = strip_space_prefix(tokenizer)[1] if prefixes_only_start(tokenizer) else ""
     backend = tokenizer.backend_tokenizer
     if space and backend.decode(backend.encode(space + "a", add_special_tokens=False).ids).startswith(space):
@@ -105,7 +97,8 @@ def make_chat_template(template: str, gap: str = "") -> str:
     ``gap`` is a space that the template writes where a text starts or continues after an image, for tokenizers that add
     none there (see :func:`save_export_tokenizer`).
     """
-    return _make_chat(CHATS[template], gap) if template in CHATS else _make_plain(gap)
+    chat = find_chat(template)
+    return _make_chat(chat, gap) if chat else _make_plain(gap)
 
 
 def _make_chat(chat: Chat, gap: str) -> str:

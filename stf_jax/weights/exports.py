@@ -15,10 +15,11 @@ from etils import epath
 
 from stf_jax.checkpointing.renames import path_matches
 from stf_jax.config import FusionConfig, UserError
-from stf_jax.models.llm import LLMConfig
-from stf_jax.models.vit import VisionConfig
+from stf_jax.models.decoders.base import LLMConfig
+from stf_jax.models.tensor_names import Tensor, TensorNames
+from stf_jax.models.towers.base import VisionConfig
 from stf_jax.weights.folder import new_folder
-from stf_jax.weights.hf import Tensor, TensorMapping, map_parameters
+from stf_jax.weights.mapping import TensorMapping, map_parameters
 from stf_jax.weights.model import SavedModel, open_model
 from stf_jax.weights.shards import write_shards
 from stf_jax.weights.tensors import cast, format_overflow
@@ -48,9 +49,7 @@ def require_complete(saved: SavedModel, checkpoint: epath.Path) -> CompleteModel
     return CompleteModel(vision, fusion, llm, tokenizer, model.template, model.aspect)
 
 
-def map_part(
-    saved: SavedModel, part: str, table: Mapping[str, Tensor], prefixes: Mapping[str, str]
-) -> dict[str, TensorMapping]:
+def map_part(saved: SavedModel, part: str, table: TensorNames, prefixes: Mapping[str, str]) -> dict[str, TensorMapping]:
     """Maps one part (``vision``, ``fusion``, ``llm``) of a model, by full parameter paths."""
     root = f"{part}/"
     shapes = {path.removeprefix(root): leaf.shape for path, leaf in saved.shapes.items() if path.startswith(root)}

@@ -2,18 +2,18 @@
 
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from stf_jax.config import UserError
 from stf_jax.files import local_copy, read_json
-from stf_jax.models.vit import VisionConfig
+from stf_jax.models.towers.base import VisionConfig
 from stf_jax.registry import refuse_code_in
 from stf_jax.weights.detect import VOCABULARY, DetectedModel, detect_model
-from stf_jax.weights.hf import TensorMapping
 from stf_jax.weights.locate import check_file, locate_weights
+from stf_jax.weights.mapping import TensorMapping
 from stf_jax.weights.tensors import TensorFile, open_tensors
 
 
@@ -62,14 +62,22 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
 
 
 def detect_or_raise(
-    source: str, tensors: TensorFile, config: Mapping[str, Any], tower: VisionConfig | None = None
+    source: str,
+    tensors: TensorFile,
+    config: Mapping[str, Any],
+    tower: VisionConfig | None = None,
+    families: Sequence[str] = (),
 ) -> DetectedModel:
-    """Calls :func:`stf_jax.weights.detect.detect_model`; its UserErrors then name the source."""
-    stf_config = config.get("stf_config")
-    if isinstance(stf_config, Mapping):
-        refuse_code_in(source, stf_config.get("fusion"))
+    """Calls :func:`stf_jax.weights.detect.detect_model`; its UserErrors then name the source.
+
+    Families that an export of ours names are added to ``families``.
+    """
+    refuse_code_in(source, config)
+    named = config.get("stf_families", [])
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise UserError(f"{source}: config.json has stf_families {named!r}, not a list of names.")
     try:
-        return detect_model(tensors, config, tower)
+        return detect_model(tensors, config, tower, (*families, *named))
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 

@@ -16,20 +16,21 @@ import ml_dtypes
 import numpy as np
 
 from stf_jax.config import UserError
+from stf_jax.models.decoders.base import DECODERS, DecoderFamily, RopeScaling
+from stf_jax.models.decoders.rope import write_rope
 from stf_jax.weights.tensors import Entry, TensorFile
 
-_KEYS = {
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "max_position_embeddings": "context_length",
+_KEYS = {  # attributes of LLMConfig
+    "width": "embedding_length",
+    "layers": "block_count",
+    "mlp": "feed_forward_length",
+    "heads": "attention.head_count",
+    "kv_heads": "attention.head_count_kv",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
     "head_dim": "attention.key_length",
-    "rope_theta": "rope.freq_base",
-    "vocab_size": "vocab_size",
+    "vocab": "vocab_size",
 }
+_LENGTH, _THETA = "context_length", "rope.freq_base"
 _MAX_COUNT = 1000  # layers, or heads per layer
 _ROPE_FREQS = "rope_freqs.weight"  # divisors of Llama 3's low frequencies
 _UNQUANTIZED = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -54,21 +55,26 @@ def open_gguf(file: pathlib.Path) -> tuple[TensorFile, dict[str, Any]]:
         raise UserError(f"{file} cannot be read as GGUF: {reason}; download it again.") from None
     if values.get("split.count", 1) > 1:
         raise UserError(f"{file} is one of {values['split.count']} parts; join them with llama.cpp's gguf-split first.")
-    if kind not in ("llama", "qwen2", "qwen3"):
-        raise UserError(f"{file} holds a model of architecture {kind!r}: supported: llama, qwen2, qwen3.")
+    families = {family.gguf: family for family in DECODERS.known.values() if family.gguf}
+    if kind not in families:
+        raise UserError(f"{file} holds a model of architecture {kind!r}: supported: {', '.join(families)}.")
+    family = families[kind]
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    config = {name: values[key] for name, end in _KEYS.items() if (key := f"{kind}.{end}") in values}
-    config |= {"model_type": kind, "tie_word_embeddings": "output.weight" not in stored}
-    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-        if name in config and not (isinstance(config[name], int) and 0 < config[name] <= _MAX_COUNT):
-            raise UserError(f"{file} says that {kind}.{_KEYS[name]} is {config[name]!r}, which is not supported.")
+    sizes = {name: values[key] for name, end in _KEYS.items() if (key := f"{kind}.{end}") in values}
+    for name in ("layers", "heads", "kv_heads"):
+        if name in sizes and not (isinstance(sizes[name], int) and 0 < sizes[name] <= _MAX_COUNT):
+            raise UserError(f"{file} says that {kind}.{_KEYS[name]} is {sizes[name]!r}, which is not supported.")
     try:
-        config.setdefault("num_key_value_heads", config["num_attention_heads"])
-        head_dim = _head_dim(file, kind, values, stored, config)
-        names = _map_names(stored, kind, config["num_hidden_layers"])
-        config["rope_scaling"] = _read_rope_scaling(file, kind, values, stored, config)
+        sizes.setdefault("kv_heads", sizes["heads"])
+        head_dim = _head_dim(file, kind, values, stored, sizes)
+        names = _map_names(stored, family, sizes["layers"])
+        scaling = _read_rope_scaling(file, kind, values, stored)
     except KeyError as error:
         raise UserError(f"{file} lacks the key {error}, which is needed to read its tensors.") from None
+    config = {family.fields[name]: value for name, value in sizes.items()}
+    config |= {"model_type": family.model_type, family.fields["tied"]: "output.weight" not in stored}
+    config |= {family.length: values[key]} if (key := f"{kind}.{_LENGTH}") in values else {}
+    config |= write_rope(values[key], scaling) if (key := f"{kind}.{_THETA}") in values else {}
     entries: dict[str, Entry] = {}
     for name, tensor in stored.items():
         if name == _ROPE_FREQS:
@@ -86,27 +92,26 @@ def cached_reader(file: pathlib.Path, modified_ns: int) -> gguf.GGUFReader:
     return gguf.GGUFReader(file)
 
 
-def _map_names(stored: Iterable[str], kind: str, layers: int) -> dict[str, str]:
+def _map_names(stored: Iterable[str], family: DecoderFamily, layers: int) -> dict[str, str]:
     """Maps names in the file to transformers' names."""
-    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
-    bases = ["model.embed_tokens", "model.norm", "lm_head"]
-    for layer in range(layers):
-        block = f"model.layers.{layer}"
-        bases += [f"{block}.self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")]
-        bases += [f"{block}.mlp.{part}_proj" for part in ("gate", "up", "down")]
-        bases += [f"{block}.input_layernorm", f"{block}.post_attention_layernorm"]
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf)
     table = gguf.get_tensor_name_map(arch, layers)
+    bases = {
+        name.format(layer=layer).rpartition(".")[0]
+        for name, _ in family.tensor_names.values()
+        for layer in range(layers)
+    }
     hf_names = {table.get_name(base): base for base in bases}
     parts = (name.rpartition(".") for name in stored)
     return {f"{base}.{end}": f"{hf_names[base]}.{end}" for base, _, end in parts if base in hf_names}
 
 
 def _head_dim(
-    file: pathlib.Path, kind: str, values: Mapping[str, Any], stored: _Stored, config: Mapping[str, Any]
+    file: pathlib.Path, kind: str, values: Mapping[str, Any], stored: _Stored, sizes: Mapping[str, Any]
 ) -> int:
     """Returns the channels per head. The numbers of heads then follow from the rows of query and key."""
     rows = int(stored["blk.0.attn_q.weight"].shape[-1]) if "blk.0.attn_q.weight" in stored else 0
-    head_dim = config.get("head_dim", rows // config["num_attention_heads"])
+    head_dim = sizes.get("head_dim", rows // sizes["heads"])
     rotated = values.get(f"{kind}.rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise UserError(f"{file} rotates {rotated} of a head's {head_dim} channels: only full rotation is supported.")
@@ -130,31 +135,24 @@ def _make_entry(file: pathlib.Path, tensor: gguf.ReaderTensor, head_dim: int) ->
     return Entry(file, shape, dtype.name if dtype is not None else kind, read)
 
 
-def _read_rope_scaling(
-    file: pathlib.Path, kind: str, values: Mapping[str, Any], stored: _Stored, config: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Returns transformers' ``rope_scaling``. Llama 3's is recognized by the divisors that the file stores instead."""
+def _read_rope_scaling(file: pathlib.Path, kind: str, values: Mapping[str, Any], stored: _Stored) -> RopeScaling | None:
+    """Returns the scaling of rotary positions. Llama 3's is recognized by the divisors that the file stores instead."""
     scaling = values.get(f"{kind}.rope.scaling.type", "none")
     if _ROPE_FREQS in stored:
-        return _read_llama3_scaling(file, stored[_ROPE_FREQS].data, config["rope_theta"])
+        return _read_llama3_scaling(file, stored[_ROPE_FREQS].data, values[f"{kind}.{_THETA}"])
     if scaling == "linear":
-        return {"rope_type": "linear", "factor": values[f"{kind}.rope.scaling.factor"]}
+        return RopeScaling("linear", values[f"{kind}.rope.scaling.factor"])
     if scaling != "none":
         raise UserError(f"{file} scales rotary positions by {scaling!r}: supported: linear and Llama 3's.")
     return None
 
 
-def _read_llama3_scaling(file: pathlib.Path, divisors: np.ndarray, theta: float) -> dict[str, Any]:
-    factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
+def _read_llama3_scaling(file: pathlib.Path, divisors: np.ndarray, theta: float) -> RopeScaling:
+    scaling = RopeScaling("llama3", float(divisors.max()))
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
     frequencies = theta ** -(np.arange(len(divisors)) / len(divisors))
-    turns = original * frequencies / (2 * math.pi)
+    turns = scaling.original_length * frequencies / (2 * math.pi)
     keep = np.clip((turns - low) / (high - low), 0, 1)
-    if not np.allclose(1 / (keep + (1 - keep) / factor), divisors, rtol=1e-4):
+    if not np.allclose(1 / (keep + (1 - keep) / scaling.factor), divisors, rtol=1e-4):
         raise UserError(f"{file}: {_ROPE_FREQS} is not Llama 3's scaling.")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+    return scaling

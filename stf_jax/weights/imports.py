@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,17 +15,19 @@ from stf_jax.checkpointing.params import write_params
 from stf_jax.config import UserError
 from stf_jax.data.tokenizer import FILES, read_tokenizer, save_tokenizer
 from stf_jax.files import local_copy
-from stf_jax.models.vit import VisionConfig
+from stf_jax.models.towers.base import VisionConfig
 from stf_jax.weights.detect import DetectedModel
 from stf_jax.weights.folder import new_folder
 from stf_jax.weights.foreign import detect_or_raise, find_gguf, open_checkpoint, read_tensors
 from stf_jax.weights.gguf_tokenizer import read_gguf_tokenizer
-from stf_jax.weights.hf import TensorMapping
+from stf_jax.weights.mapping import TensorMapping
 from stf_jax.weights.model import describe_checkpoint
 from stf_jax.weights.tensors import TensorFile, cast, format_overflow
 
 
-def import_weights(source: str, to: epath.Path, vision: str = "", dtype: str = "") -> dict[str, Any]:
+def import_weights(
+    source: str, to: epath.Path, vision: str = "", dtype: str = "", families: Sequence[str] = ()
+) -> dict[str, Any]:
     """Writes a folder for ``config.init_from``, ``config.model.vision`` and ``config.model.llm``.
 
     It holds ``params/`` (Orbax), ``model.json``, ``tokenizer/`` if the source has one, and the report,
@@ -36,6 +38,7 @@ def import_weights(source: str, to: epath.Path, vision: str = "", dtype: str = "
       to: the folder to write; it must not exist.
       vision: another source, whose vision tower replaces the source's own.
       dtype: the type to cast values to; empty: each keeps its own.
+      families: ``package.module:FAMILY`` of a tower or a language model, besides the package's own.
 
     Returns:
       The report: count of ``parameters``; names of tensors ``read``, ``transposed``, ``cast`` (by types) and ``unused``
@@ -46,21 +49,21 @@ def import_weights(source: str, to: epath.Path, vision: str = "", dtype: str = "
       UserError: a source cannot be read or used (the message names it and the tensor); ``to`` exists.
     """
     with new_folder(to) as folder:
-        return _import(source, folder, vision, dtype)
+        return _import(source, folder, vision, dtype, families)
 
 
-def _import(source: str, folder: pathlib.Path, vision: str, dtype: str) -> dict[str, Any]:
+def _import(source: str, folder: pathlib.Path, vision: str, dtype: str, families: Sequence[str]) -> dict[str, Any]:
     tower: VisionConfig | None = None
     sources: list[tuple[TensorFile, DetectedModel]] = []
     if vision:
         tensors, config = open_checkpoint(vision)
-        detected = detect_or_raise(vision, tensors, config)
+        detected = detect_or_raise(vision, tensors, config, families=families)
         if detected.vision is None:
             raise UserError(f"--vision={vision} holds no vision tower.")
         tower = detected.vision
         sources.append((tensors, _select(detected, "vision/")))
     tensors, config = open_checkpoint(source)
-    main = detect_or_raise(source, tensors, config, tower)
+    main = detect_or_raise(source, tensors, config, tower, families)
     sources.append((tensors, main))
     description = describe_checkpoint(dataclasses.replace(main, vision=main.vision or tower), config)
 

@@ -16,12 +16,12 @@ from etils import epath
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.checkpointing.params import IMPORTED, SavedParams
-from stf_jax.config import FusionConfig, TrainConfig, UserError, from_json
+from stf_jax.config import FusionConfig, TrainConfig, UserError, from_json, to_json
 from stf_jax.data.tokenizer import EMBEDDED, FILES, save_tokenizer
 from stf_jax.files import local_copy, make_folder, read_json, upload, write_json
-from stf_jax.models.llm import LLMConfig
-from stf_jax.models.presets import DESCRIPTION, ResolvedModel, parse_llm_config, parse_vision_config, resolve_model
-from stf_jax.models.vit import VisionConfig
+from stf_jax.models.decoders.base import LLMConfig
+from stf_jax.models.spec import DESCRIPTION, ModelSpec, parse_llm_config, parse_vision_config, resolve_model
+from stf_jax.models.towers.base import VisionConfig
 from stf_jax.registry import refuse_code_in
 from stf_jax.weights.detect import DetectedModel
 from stf_jax.weights.foreign import detect_or_raise, open_checkpoint, read_tensors
@@ -66,7 +66,7 @@ class SavedModel:
     """
 
     description: Description
-    config: ResolvedModel
+    config: ModelSpec
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     read: Callable[[str], np.ndarray]
     restore: Callable[[Mapping[str, jax.sharding.Sharding]], Iterator[tuple[str, jax.Array]]]
@@ -88,7 +88,7 @@ def open_model(folder: epath.Path) -> SavedModel:
     return SavedModel(description, model, saved.shapes, saved.read, saved.restore, tokenizer, saved.step)
 
 
-def describe_folder(folder: epath.Path) -> tuple[Description, ResolvedModel, pathlib.Path | None]:
+def describe_folder(folder: epath.Path) -> tuple[Description, ModelSpec, pathlib.Path | None]:
     """Describes a run or a folder of imported weights, without reading parameters.
 
     Returns:
@@ -100,12 +100,10 @@ def describe_folder(folder: epath.Path) -> tuple[Description, ResolvedModel, pat
     """
     try:
         saved = _read_description(folder / DESCRIPTION) if (folder / DESCRIPTION).exists() else None
-        if saved is not None and saved.fusion is not None:
-            refuse_code_in(folder, saved.fusion.fusion)
         if saved is not None and (folder / IMPORTED).is_dir():
             return saved, _config_of_folder(folder, saved), _existing_folder(local_copy(folder / "tokenizer"))
         config = from_json(read_json(folder / "config.json"))
-        refuse_code_in(folder, config.model.fusion.fusion)
+        refuse_code_in(folder, to_json(config))
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -155,6 +153,7 @@ def _read_files(folder: epath.Path) -> dict[str, bytes]:
 
 def _read_description(file: epath.Path) -> Description:
     values = read_json(file)
+    refuse_code_in(file.parent, values)
     fusion = values["fusion"] and FusionConfig(**{**values["fusion"], "taps": tuple(values["fusion"]["taps"])})
     vision = values["vision"] and parse_vision_config(values["vision"])
     llm = values["llm"] and parse_llm_config(values["llm"])
@@ -165,9 +164,9 @@ def _existing_folder(path: pathlib.Path) -> pathlib.Path | None:
     return path if path.is_dir() else None
 
 
-def _config_of_folder(folder: epath.Path, description: Description) -> ResolvedModel:
+def _config_of_folder(folder: epath.Path, description: Description) -> ModelSpec:
     fusion = description.fusion or FusionConfig()
-    return ResolvedModel(str(folder), str(folder), fusion, vision_shape=description.vision, llm_shape=description.llm)
+    return ModelSpec(str(folder), str(folder), fusion, vision_shape=description.vision, llm_shape=description.llm)
 
 
 def _open_export(folder: epath.Path) -> SavedModel:

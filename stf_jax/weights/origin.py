@@ -11,9 +11,9 @@ from stf_jax.checkpointing.params import SavedParams, newest_step
 from stf_jax.config import TrainConfig, UserError
 from stf_jax.data import tokenizer as tokenizers
 from stf_jax.files import read_json, to_path
-from stf_jax.models.llm import LLMConfig
-from stf_jax.models.presets import DEFAULTS, llm_preset, resolve_model, vision_preset
-from stf_jax.models.vit import VisionConfig
+from stf_jax.models.decoders.base import LLMConfig
+from stf_jax.models.spec import DEFAULTS, llm_preset, resolve_model, vision_preset
+from stf_jax.models.towers.base import VisionConfig
 from stf_jax.weights.folder import EMBEDDED
 from stf_jax.weights.model import describe_folder
 

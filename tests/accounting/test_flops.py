@@ -15,8 +15,8 @@ from stf_jax.accounting.chips import CHIPS, find_chip
 from stf_jax.accounting.flops import CAUSAL, CONVOLUTION, RECOMPUTED, count_model_flops
 from stf_jax.config import DataConfig, EvalConfig, FusionConfig, MeshConfig, ModelConfig, TrainConfig
 from stf_jax.models.fusions.base import FUSIONS, Fusion, tapped_blocks
-from stf_jax.models.presets import llm_preset, vision_preset
-from stf_jax.models.vit import VisionTower
+from stf_jax.models.spec import llm_preset, vision_preset
+from stf_jax.models.towers.vit import VisionTower
 from stf_jax.planning.program import make_program
 from stf_jax.training.flops import decode_flops, prefill_flops, step_flops
 
@@ -70,13 +70,13 @@ CASES = {
 
 @pytest.fixture
 def variants(monkeypatch):
-    presets = tiny.presets
-    decoder = presets.LLM["llama-tiny"]
-    siglip = dataclasses.replace(presets.VISION["siglip-b-16-256"], image_size=64, width=32, layers=2, heads=4, mlp=48)
-    monkeypatch.setitem(presets.VISION, "siglip-tiny", siglip)
-    monkeypatch.setitem(presets.LLM, "llama-deep-tiny", dataclasses.replace(decoder, layers=4))
-    monkeypatch.setitem(presets.LLM, "qwen2-tiny", dataclasses.replace(decoder, qkv_bias=True, tied=False))
-    monkeypatch.setitem(presets.LLM, "qwen3-tiny", dataclasses.replace(decoder, qk_norm=True, head_dim=16))
+    spec = tiny.spec
+    decoder = spec.LLM["llama-tiny"]
+    siglip = dataclasses.replace(spec.VISION["siglip-b-16-256"], image_size=64, width=32, layers=2, heads=4, mlp=48)
+    monkeypatch.setitem(spec.VISION, "siglip-tiny", siglip)
+    monkeypatch.setitem(spec.LLM, "llama-deep-tiny", dataclasses.replace(decoder, layers=4))
+    monkeypatch.setitem(spec.LLM, "qwen2-tiny", dataclasses.replace(decoder, qkv_bias=True, tied=False))
+    monkeypatch.setitem(spec.LLM, "qwen3-tiny", dataclasses.replace(decoder, qk_norm=True, head_dim=16))
 
 
 @pytest.mark.usefixtures("variants")
@@ -215,15 +215,15 @@ TOLERANCE = 0.02
 
 @pytest.fixture
 def wide(monkeypatch):
-    presets = tiny.presets
+    spec = tiny.spec
     tower = dataclasses.replace(
-        presets.VISION["clip-mini-16-96"], image_size=128, width=1024, layers=3, heads=16, mlp=4096
+        spec.VISION["clip-mini-16-96"], image_size=128, width=1024, layers=3, heads=16, mlp=4096
     )
     decoder = dataclasses.replace(
-        presets.LLM["vicuna-7b"], vocab=4096, width=2048, layers=2, heads=16, kv_heads=8, mlp=5504
+        spec.LLM["vicuna-7b"], vocab=4096, width=2048, layers=2, heads=16, kv_heads=8, mlp=5504
     )
-    monkeypatch.setitem(presets.VISION, "clip-wide", tower)
-    monkeypatch.setitem(presets.LLM, "llama-wide", decoder)
+    monkeypatch.setitem(spec.VISION, "clip-wide", tower)
+    monkeypatch.setitem(spec.LLM, "llama-wide", decoder)
 
 
 def make_wide_config(name="mbtf_stf", **fusion_options):

@@ -18,22 +18,13 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
-from stf_jax.data.conversation import (
-    SYSTEM,
-    TEMPLATES,
-    Control,
-    Mark,
-    Text,
-    check_template,
-    count_tokens,
-    encode,
-    stop_tokens,
-    template_items,
-)
+from stf_jax.data.conversation import TEMPLATES, check_template, count_tokens, encode, stop_tokens, template_items
 from stf_jax.data.packing import to_example
 from stf_jax.data.pipeline import Preprocessor
 from stf_jax.data.records import BadRow, Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer, save_tokenizer
+from stf_jax.models.decoders.chat import Control, Mark, Text
+from stf_jax.models.decoders.llama import SYSTEM
 
 SLOTS = 5
 PLENTY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -574,7 +565,7 @@ def test_records_that_do_not_fit_are_refused_by_id(template, row, sentence):
 def test_an_unknown_template_gets_a_suggestion():
     with pytest.raises(UserError, match=r"data\.template='plane'; did you mean 'plain'"):
         template_items("plane", record("a", "b"))
-    with pytest.raises(UserError, match=r"data\.template='phi'; known: plain, v1, llama-3, chatml, mistral"):
+    with pytest.raises(UserError, match=r"data\.template='phi'; known: plain, v1, llama-3, mistral, chatml"):
         template_items("phi", record("a", "b"))
 
 

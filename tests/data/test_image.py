@@ -19,7 +19,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from stf_jax.data import image
 from stf_jax.data.image import open_image, read_image, to_rgb, to_square
 from stf_jax.data.records import BadRow
-from stf_jax.models.presets import VISION
+from stf_jax.models.spec import VISION
 
 CLIP = VISION["clip-l-14-336"]
 SMALL = dataclasses.replace(CLIP, image_size=57)  # odd, to test rounding

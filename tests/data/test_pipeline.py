@@ -22,7 +22,7 @@ from stf_jax.data.packing import Batch, to_example
 from stf_jax.data.pipeline import Batches, ConcatenatedRecords, Preprocessor, load_training_records
 from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.models.presets import VISION
+from stf_jax.models.spec import VISION
 
 SIDE = VISION["clip-tiny"].image_size
 SLOTS = 9

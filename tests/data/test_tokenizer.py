@@ -8,7 +8,6 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
-from stf_jax.data.conversation import SYSTEM
 from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.scenes import (
     COLORS,
@@ -27,6 +26,7 @@ from stf_jax.data.tokenizer import (
     untrained_tokens,
 )
 from stf_jax.data.world import FORM_LABELS
+from stf_jax.models.decoders.llama import SYSTEM
 
 WORDS = TRAINING_WORDS + HELD_OUT_WORDS
 

@@ -40,7 +40,7 @@ from stf_jax.evals.benchmark import Question
 from stf_jax.evals.benchmarks import gqa, mmbench, mme, pope, scienceqa
 from stf_jax.evals.registry import BENCHMARKS
 from stf_jax.evals.runner import flatten_metrics, format_results, score
-from stf_jax.models.presets import vision_preset
+from stf_jax.models.spec import vision_preset
 
 SEPARATOR = "\x1e"  # between the texts or files of an input
 SLOTS = 3

@@ -21,14 +21,14 @@ from stf_jax.data.tokenizer import load_tokenizer, untrained_tokens
 from stf_jax.inference import decoding, generator
 from stf_jax.inference.decoding import Sampling, TokenRules
 from stf_jax.inference.generator import Generator
-from stf_jax.models import presets
+from stf_jax.models import spec
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.llm import RopeScaling
-from stf_jax.models.presets import vision_preset
+from stf_jax.models.decoders.base import RopeScaling
+from stf_jax.models.spec import vision_preset
 from stf_jax.models.vlm import slots_per_image
 from stf_jax.parallel.mesh import make_mesh
 
-TINY = presets.LLM["llama-tiny"]
+TINY = spec.LLM["llama-tiny"]
 FAMILIES = {
     "llama": dataclasses.replace(TINY, tied=False),
     "llama, multi-head": dataclasses.replace(TINY, kv_heads=4),
@@ -59,7 +59,7 @@ def records(count, seed=1):
 
 def model(family, precision="float32", seed=0):
     """A model of that family whose answers depend on the prompt."""
-    config = presets.resolve_model(tiny(**{"model.precision": precision}).model)
+    config = spec.resolve_model(tiny(**{"model.precision": precision}).model)
     config = dataclasses.replace(config, llm=family, llm_shape=FAMILIES[family])
     plan = blueprint(config)
     return config, plan, large_params(plan.shapes, seed)

@@ -23,9 +23,9 @@ from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference import decoding
 from stf_jax.inference.loading import load_generator
-from stf_jax.models import presets
+from stf_jax.models import spec
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.presets import VISION
+from stf_jax.models.spec import VISION
 from stf_jax.parallel.mesh import make_mesh
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.export_stf import export_llava_stf
@@ -189,7 +189,7 @@ def test_run_export_and_reimport_give_equal_answers(folders, tmp_path):
 
 def test_exports_replaced_at_one_path_are_read_afterwards(folders, tmp_path):
     """The process keeps nothing of the first, neither shapes nor an entry in a table of presets."""
-    before = dict(presets.VISION), dict(presets.LLM)
+    before = dict(spec.VISION), dict(spec.LLM)
     path = epath.Path(tmp_path / "hf")
     for case in ("llama", "llama-3", "qwen2"):  # different fusions and kinds of language models
         start, export = folders(case)
@@ -202,8 +202,8 @@ def test_exports_replaced_at_one_path_are_read_afterwards(folders, tmp_path):
         assert {path: leaf.shape for path, leaf in blueprint(saved.config).shapes.items()} == {
             path: leaf.shape for path, leaf in saved.shapes.items()
         }
-    assert dict(presets.VISION) == before[0]
-    assert dict(presets.LLM) == before[1]
+    assert dict(spec.VISION) == before[0]
+    assert dict(spec.LLM) == before[1]
 
 
 def test_export_for_the_authors_code_is_loaded(llama, tmp_path, monkeypatch):

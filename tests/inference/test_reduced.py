@@ -21,14 +21,14 @@ from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.generator import Generator
-from stf_jax.models import presets
+from stf_jax.models import spec
 from stf_jax.models.blueprint import blueprint
 from stf_jax.models.selection import FULL_LAYERS
 from stf_jax.parallel.mesh import compute_context, make_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
-presets.LLM["llama-deep-tiny"] = dataclasses.replace(presets.LLM["llama-tiny"], layers=4, qkv_bias=True)
-LLM = presets.LLM["llama-deep-tiny"]
+spec.LLM["llama-deep-tiny"] = dataclasses.replace(spec.LLM["llama-tiny"], layers=4, qkv_bias=True)
+LLM = spec.LLM["llama-deep-tiny"]
 N, KEEP, IMAGES = 16, 4, 2  # a 4×4 grid
 DROPPED, NEW_TOKENS = N - KEEP, 7
 

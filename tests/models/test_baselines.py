@@ -20,10 +20,10 @@ from flax import nnx
 
 from stf_jax.config import FusionConfig, MeshConfig
 from stf_jax.models.fusions.base import Fusion, input_grid, resolve_sizes, tapped_blocks
-from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.spec import llm_preset, vision_preset
 from stf_jax.models.tensor_names import CONV, LINEAR, POINTWISE, UNFOLDED, name_by_convention
 from stf_jax.parallel.mesh import BATCH, make_mesh, parameter_sharding
-from stf_jax.weights import hf
+from stf_jax.weights import mapping
 from stf_jax.weights.export_hf import PACKAGE, find_torch_file
 
 BASELINES = ("ldp_v2", "c_abstractor", "resampler", "token_packer")
@@ -104,8 +104,8 @@ def load_connector(config):
 def torch_tensors(config, params):
     """The parameters under the names of the torch module."""
     shapes = {path: value.shape for path, value in params.items()}
-    table = {f"connector/{path}": tensor for path, tensor in hf.fusion_table(config, TOWER, D).items()}
-    mappings = hf.map_parameters(table, shapes, {"mm_projector.": ""})
+    table = {f"connector/{path}": tensor for path, tensor in mapping.fusion_table(config, TOWER, D).items()}
+    mappings = mapping.map_parameters(table, shapes, {"mm_projector.": ""})
     return {name: tensor for path, mapping in mappings.items() for name, tensor in mapping.to_hf(params[path])}
 
 
@@ -116,7 +116,7 @@ def test_layouts_by_convention_equal_the_published_ones(name):
     fusion, _ = declare(config)
     leaves = nnx.to_flat_state(nnx.state(fusion.connector))
     axes = {"/".join(map(str, path)): leaf.get_metadata()["axes"] for path, leaf in leaves}
-    found, published = name_by_convention(axes, "mm_projector"), hf.fusion_table(config, TOWER, D)
+    found, published = name_by_convention(axes, "mm_projector"), mapping.fusion_table(config, TOWER, D)
     assert found.keys() <= published.keys()
     for path, (_, layout) in found.items():
         alike = {POINTWISE: LINEAR, UNFOLDED: CONV}.get(published[path].layout, published[path].layout)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from stf_jax.config import FusionConfig, UserError
 from stf_jax.models.fusions.base import FUSIONS, Fusion, tapped_blocks, tokens_per_image
-from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.spec import llm_preset, vision_preset
 
 # 12 is divided by 1, 2, 3 and 4.
 TOWER = dataclasses.replace(vision_preset("clip-mini-16-96"), image_size=12 * 12, patch_size=12, width=8, heads=2)

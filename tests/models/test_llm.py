@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from stf_jax.config import MeshConfig
-from stf_jax.models.llm import Decoder, LLMConfig, RopeScaling, rope_angles, sharded_embedding_lookup
+from stf_jax.models.decoders.base import LLMConfig, RopeScaling
+from stf_jax.models.decoders.transformer import Decoder, rope_angles, sharded_embedding_lookup
 from stf_jax.parallel.mesh import compute_context, make_mesh
 
 LLAMA = LLMConfig(vocab=61, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, norm_eps=1e-3)

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from stf_jax.config import UserError
-from stf_jax.models.llm import Decoder
-from stf_jax.models.presets import LLM, VISION, llm_preset, vision_preset
-from stf_jax.models.vit import VisionTower
+from stf_jax.models.decoders.transformer import Decoder
+from stf_jax.models.spec import LLM, VISION, llm_preset, vision_preset
+from stf_jax.models.towers.vit import VisionTower
 
 LLAMA, MISTRAL = (LlamaConfig, LlamaForCausalLM), (MistralConfig, MistralForCausalLM)
 QWEN2, QWEN3 = (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)

@@ -17,11 +17,12 @@ from flax import nnx
 
 from stf_jax.config import FusionConfig, ModelConfig, UserError
 from stf_jax.models import selection
+from stf_jax.models.decoders.base import LLMConfig
+from stf_jax.models.decoders.transformer import Decoder
 from stf_jax.models.fusions.base import Fusion
-from stf_jax.models.llm import Decoder, LLMConfig
-from stf_jax.models.presets import vision_preset
 from stf_jax.models.selection import Reduction, resolve_reduction
-from stf_jax.models.vit import VisionTower
+from stf_jax.models.spec import vision_preset
+from stf_jax.models.towers.vit import VisionTower
 from stf_jax.models.vlm import slots_per_image
 
 # ---- VisionZip -------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, 
 
 from stf_jax.accounting.flops import count_model_flops
 from stf_jax.config import UserError
-from stf_jax.models.presets import vision_preset
-from stf_jax.models.vit import VisionTower
+from stf_jax.models.spec import vision_preset
+from stf_jax.models.towers.vit import VisionTower
 
 LAYERS = 4
 SHAPE = {

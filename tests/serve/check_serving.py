@@ -20,7 +20,7 @@ from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
 from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX
 from stf_jax.evals.benchmarks.scenes import held_out_questions
 from stf_jax.inference.loading import load_generator
-from stf_jax.models.llm import LLMConfig
+from stf_jax.models.decoders.base import LLMConfig
 from stf_jax.parallel.mesh import make_mesh
 from stf_jax.weights.export_hf import export_hf
 

@@ -19,7 +19,7 @@ from stf_jax.data.world_labels import label_cells
 from stf_jax.evals.benchmarks.scenes import SEED
 from stf_jax.main import main
 from stf_jax.models.cells import CLASSES
-from stf_jax.models.presets import VISION
+from stf_jax.models.spec import VISION
 from stf_jax.models.vlm import VLM
 from stf_jax.planning.program import make_program
 from stf_jax.training.objectives.cells import labels_loss_sum

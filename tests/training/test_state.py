@@ -11,7 +11,7 @@ import pytest
 from tiny import Setup, batches, random_params
 
 from stf_jax.config import ModelConfig, UserError
-from stf_jax.models import presets
+from stf_jax.models import spec
 from stf_jax.models.blueprint import blueprint
 from stf_jax.training.state import init_state, trainable_paths
 
@@ -70,7 +70,7 @@ def _elements(tree):
 
 # Elements of the tiny model, layer by layer: MBTF 96→32→32 and STF 4·32→64→32; a tied decoder of two layers with half
 # as many key heads; a tower of three.
-TOWER = presets.VISION["clip-tiny"]
+TOWER = spec.VISION["clip-tiny"]
 PATCH, POSITIONS = TOWER.patch_size**2 * 3, TOWER.grid**2 + 1
 FUSION = (96 * 32 + 32) + (32 * 32 + 32) + (4 * 32 * 64 + 64) + (64 * 32 + 32)
 LLM = 512 * 32 + 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32) + 32

@@ -18,8 +18,8 @@ from stf_jax.config import FusionConfig, ModelConfig
 from stf_jax.convert import main
 from stf_jax.data.tokenizer import MINIATURE
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.llm import LLMConfig, RopeScaling
-from stf_jax.models.presets import VISION
+from stf_jax.models.decoders.base import LLMConfig, RopeScaling
+from stf_jax.models.spec import VISION
 from stf_jax.weights import shards
 from stf_jax.weights.export_stf import export_llava_stf
 from stf_jax.weights.exports import export_native

@@ -29,7 +29,7 @@ from stf_jax.cli import run_command
 from stf_jax.config import UserError
 from stf_jax.convert import main
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.models.llm import Decoder
+from stf_jax.models.decoders.transformer import Decoder
 from stf_jax.weights.gguf import open_gguf
 from stf_jax.weights.gguf_tokenizer import read_gguf_tokenizer
 from stf_jax.weights.imports import import_weights

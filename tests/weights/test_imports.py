@@ -21,7 +21,7 @@ from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError
 from stf_jax.convert import main
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.presets import llm_preset, vision_preset
+from stf_jax.models.spec import llm_preset, vision_preset
 from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.weights.detect import detect_model
 from stf_jax.weights.folder import load_params

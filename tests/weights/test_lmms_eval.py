@@ -26,8 +26,8 @@ from stf_jax.data.conversation import encode, template_items
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.llm import LLMConfig
-from stf_jax.models.presets import VISION
+from stf_jax.models.decoders.base import LLMConfig
+from stf_jax.models.spec import VISION
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.model import Description
 

@@ -18,7 +18,7 @@ from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference.generator import Generator
 from stf_jax.inference.loading import load_generator
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.presets import resolve_model
+from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import make_mesh
 from stf_jax.weights.folder import load_params
 from stf_jax.weights.model import Description, open_model, save_description

@@ -16,7 +16,7 @@ from stf_jax.cli import run_command
 from stf_jax.config import UserError
 from stf_jax.convert import main
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.models.llm import RopeScaling
+from stf_jax.models.decoders.base import RopeScaling
 from stf_jax.weights.imports import import_weights
 from stf_jax.weights.model import open_model
 

@@ -32,7 +32,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from stf_jax.config import FusionConfig, UserError
-from stf_jax.models.vit import VisionConfig
+from stf_jax.models.towers.base import VisionConfig
 from stf_jax.registry import Registry
 
 TAPS = 8  # blocks that MBTF reads by default

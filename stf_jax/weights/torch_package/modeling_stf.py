@@ -42,11 +42,12 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
         super().__init__(config)
         tower = AutoModel.from_config(config.vision_config)
         self.vision_tower = getattr(tower, "vision_model", tower)  # older releases wrap it
-        self.vision_tower.post_layernorm = nn.Identity()  # above all taps, so never used
+        for norm in config.stf_config["unused"]:  # above all taps
+            setattr(self.vision_tower, norm, nn.Identity())
         self.language_model = AutoModel.from_config(config.text_config)
 
         fusion, vision = config.stf_config, config.vision_config
-        self.class_token = hasattr(self.vision_tower.embeddings, "class_embedding")
+        self.class_token = fusion["class_token"]
         if fusion["crosslayer"]:
             sizes = len(fusion["taps"]) * vision.hidden_size, fusion["mbtf_hidden"], fusion["mbtf_width"]
             layers = [nn.Linear(*sizes[:2]), nn.GELU(), nn.Linear(*sizes[1:])]

@@ -10,7 +10,6 @@ Axis letters: B batch, T positions, S slots of a cache, L layers, D width, H hea
 F feed-forward, V vocabulary.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable
 
@@ -22,37 +21,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from stf_jax.models.attention import Mask, attention, cached_attention
+from stf_jax.models.decoders.base import LLMConfig
 from stf_jax.models.layers import Linear, RMSNorm, apply_layers, constrain, normal, parameter, unroll_layers
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Scaling of rotary frequencies to texts longer than those of pretraining."""
-
-    kind: str  # linear: all by factor | llama3: low frequencies by factor, high ones unchanged, a ramp between
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_length: int = 8192  # positions
-
-
-@dataclasses.dataclass(frozen=True)
-class LLMConfig:
-    """Shape of a decoder."""
-
-    vocab: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-5
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    tied: bool = False
 
 
 def rope_angles(
@@ -165,6 +135,8 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder from embeddings to next-token logits; the caller may place image tokens among the embeddings."""
 
+    block: Callable[[nnx.Rngs, LLMConfig], Block] = Block  # another family may have its own
+
     def __init__(
         self,
         rngs: nnx.Rngs,
@@ -177,7 +149,7 @@ class Decoder(nnx.Module):
         self.config, self.scan, self.remat, self.attention = config, scan, remat, attention
         vocab, width = (config.vocab, "vocab"), (config.width, "embed")
         self.embedding = parameter(rngs, [vocab, width], normal(0.02))
-        self.blocks = Block(rngs, config)
+        self.blocks = self.block(rngs, config)
         self.norm = RMSNorm(rngs, config.width, config.norm_eps)
         self.head = None if config.tied else Linear(rngs, [width], [vocab], bias=False, kernel_init=normal(0.02))
 

@@ -6,7 +6,7 @@ SigLIP (arXiv 2303.15343): no class token, no layer norm before the blocks, tanh
 Axis letters: B images, P patches, S tokens in the tower (P, one more with a class token), D width, H heads.
 """
 
-import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,35 +27,7 @@ from stf_jax.models.layers import (
     parameter,
     shard_rows,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """Shape of a vision tower. ``mean`` and ``std`` are of RGB values in 0..1."""
-
-    image_size: int  # pixels per side
-    patch_size: int  # pixels per side
-    width: int
-    layers: int
-    heads: int
-    mlp: int
-    activation: str  # quick_gelu | gelu_tanh
-    class_token: bool
-    pre_norm: bool
-    patch_bias: bool
-    norm_eps: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    @property
-    def crops(self) -> bool:
-        """Whether the tower's processor center-crops images, as CLIP's does; SigLIP's stretches them to a square."""
-        return self.class_token
-
-    @property
-    def grid(self) -> int:
-        """Patches per side. Remaining pixels at the right and bottom are not read, as in transformers."""
-        return self.image_size // self.patch_size
+from stf_jax.models.towers.base import VisionConfig
 
 
 def _residual_init(config: VisionConfig, fan_in: int) -> Init:
@@ -114,6 +86,8 @@ class Block(nnx.Module):
 class VisionTower(nnx.Module):
     """A ViT that returns the hidden states after chosen blocks."""
 
+    block: Callable[[nnx.Rngs, VisionConfig, str], Block] = Block  # another family may have its own
+
     def __init__(
         self,
         rngs: nnx.Rngs,
@@ -132,7 +106,7 @@ class VisionTower(nnx.Module):
         # As large as the patch embeddings, so that a tower trained from scratch distinguishes positions from the start.
         self.position_embed = parameter(rngs, [(positions, "position"), embed], normal(0.5))
         self.pre_norm = LayerNorm(rngs, width, config.norm_eps) if config.pre_norm else None
-        self.blocks = Block(rngs, config, attention)
+        self.blocks = self.block(rngs, config, attention)
 
     def __call__(
         self, images: UInt8[Array, "B H W 3"], taps: tuple[int, ...], dtype: DTypeLike

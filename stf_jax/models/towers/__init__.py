@@ -1,0 +1,1 @@
+"""Vision towers: vit.py computes them; each family has one file (base.py says what a family is)."""
