@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
 from stf_jax.data.conversation import SYSTEM
-from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.scenes import (
     COLORS,
     HELD_OUT_WORDS,
@@ -19,6 +18,7 @@ from stf_jax.data.scenes import (
     make_caption,
     make_scene,
 )
+from stf_jax.data.sources.scenes import SceneRecords
 from stf_jax.data.tokenizer import (
     MINIATURE,
     MINIATURE_VOCAB,
