@@ -24,10 +24,10 @@ from benchmarks.mixture import jpegs, lengths
 from stf_jax.config import DataConfig, TrainConfig, UserError
 from stf_jax.data.conversation import encode, template_items
 from stf_jax.data.image import open_image, read_image, to_square
-from stf_jax.data.llava import LlavaRecords
 from stf_jax.data.packing import to_row
 from stf_jax.data.pipeline import Batches, ConcatenatedRecords, Preprocessor
 from stf_jax.data.sampling import Plan
+from stf_jax.data.sources.llava import LlavaRecords
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.decoders.llama import SYSTEM
 from stf_jax.models.spec import vision_preset

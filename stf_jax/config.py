@@ -71,7 +71,6 @@ Remat = Literal["none", "dots", "full"]
 Attention = Literal["auto", "reference", "xla", "cudnn", "splash"]
 Reduction = Literal["", "fastv", "random", "visionzip"]
 Task = Literal["documents", "captions", "mixture", "conversations", "cues", "cells"]
-Source = Literal["llava", "scenes"]
 MixBy = Literal["epoch", "weight"]
 Aspect = Literal["square", "pad"]
 Schedule = Literal["cosine", "constant"]
@@ -126,11 +125,13 @@ class ScenesConfig:
 class DataConfig:
     """Where records come from and how they become rows of tokens and images."""
 
-    source: Source = "llava"  # llava: files in annotations and images | scenes: embedded procedural images
+    # source: llava (files in annotations and images) | scenes (embedded procedural images) | package.module:function of
+    # your own (docs/your-own-data.md)
+    source: str = "llava"
     annotations: str = ""  # LLaVA JSON files, or folders that stf_jax.prepare wrote, separated by commas
     images: str = ""  # image folder of each JSON file in annotations, separated by commas; one folder serves all files
     records: Count = 0  # records in annotations, for stf_jax.plan where the files are absent; 0: unknown
-    mix: tuple[NonNegative, ...] = ()  # one number per item of annotations, see mix_by; (): every record once per epoch
+    mix: tuple[NonNegative, ...] = ()  # one number per data set, see mix_by; (): every record once per epoch
     mix_by: MixBy = "epoch"  # what mix gives. epoch: passes over the item per epoch | weight: its share of all rows
     scenes: ScenesConfig = ScenesConfig()
     tokenizer: str = ""  # folder that transformers loads; miniature, miniature/2: embedded; "": that of init_from

@@ -5,6 +5,7 @@ import sys
 
 from stf_jax.cli import Parser, parse, run_command
 from stf_jax.config import UserError, resolve
+from stf_jax.data.sources.base import find_source
 from stf_jax.environment import suppress_stderr
 from stf_jax.files import check_paths
 from stf_jax.planning.topology import check_topology, topology_devices
@@ -57,6 +58,7 @@ def main(argv: list[str]) -> None:
     if options.search and options.what != "train":
         raise UserError("--search requires --what=train.")
     check_paths(stages[0])
+    find_source(stages[0].data.source)
     check_topology(options.topology, options.slices)
     with suppress_stderr():  # the compilers log that they find no device
         import jax

@@ -19,7 +19,7 @@ import numpy as np
 import PIL.Image
 
 from stf_jax.data.records import Record
-from stf_jax.data.scene_records import SceneRecords
+from stf_jax.data.sources.scenes import SceneRecords
 
 INSTRUCTIONS = (
     "Render a clear and concise summary of the photo.",

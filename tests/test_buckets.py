@@ -20,8 +20,8 @@ from make_llava import make
 
 from stf_jax.checkpointing.manager import Checkpoints
 from stf_jax.config import CheckpointConfig, UserError
-from stf_jax.data.llava import LlavaRecords
 from stf_jax.data.records import BadRow
+from stf_jax.data.sources.llava import LlavaRecords
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
 from stf_jax.files import AppendOnlyFile, local_copy, open_atomic, upload
 from stf_jax.runs import lock

@@ -228,7 +228,6 @@ def test_a_value_of_the_wrong_type_is_rejected(key, value):
         ("model.precision", "float16", "did you mean 'bfloat16'"),
         ("model.remat", "ful", "did you mean 'full'"),
         ("model.attention", "triton", "known: auto, reference, xla, cudnn, splash"),
-        ("data.source", "lava", "did you mean 'llava'"),
         ("data.scenes.task", "caption", "did you mean 'captions'"),
         ("data.aspect", "padd", "did you mean 'pad'"),
         ("optimizer.schedule", "cosin", "did you mean 'cosine'"),

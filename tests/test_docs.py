@@ -149,6 +149,7 @@ def _check_python(words, monkeypatch):
         return wrapped
 
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "tests" / "plugins")  # the reader's own folder
     monkeypatch.setattr(cli.Parser, "parse_args", stop_after(cli.Parser.parse_args, "options"))
     for owner, key in ((config_module, "resolve"), (stages, "resolve_stages"), (study, "read_study")):
         wrapped = stop_after(getattr(owner, key), key)

@@ -112,6 +112,14 @@ def test_steps_are_counted_as_training_counts_them(epochs, records):
     assert count_steps(config) == trained.steps(epochs)
 
 
+def test_the_steps_of_a_data_source_of_your_own_are_counted(capsys, monkeypatch):
+    monkeypatch.syspath_prepend("tests/plugins")
+    options = [*TINY, "--config.data.source=squares:open_squares", "--config.steps=0", "--config.epochs=2"]
+    report = run_plan(capsys, *options, "--topology=v5e:2x4")
+    assert report["fits"]
+    assert report["steps"] == 2 * 1000 / 8
+
+
 def _topology_mesh(topology):
     return make_program(load_recipe("demo.py:stage=finetune"), "train", topology_devices(topology)).mesh
 

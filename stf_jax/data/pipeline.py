@@ -17,16 +17,14 @@ import tqdm
 from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerFast
 
-from stf_jax.config import DataConfig, TrainConfig, UserError
+from stf_jax.config import DataConfig, ModelConfig, TrainConfig, UserError
 from stf_jax.data.conversation import check_record_ids, check_template, count_tokens, encode, training_items
 from stf_jax.data.image import to_square
-from stf_jax.data.llava import load_llava_records
 from stf_jax.data.packing import Batch, Example, to_batch, to_example, to_row
-from stf_jax.data.records import BadRow, Record, RecordSource, format_reasons
+from stf_jax.data.records import BadRow, Record, format_reasons
 from stf_jax.data.sampling import Plan, PlannedRow
-from stf_jax.data.scene_records import SceneRecords
+from stf_jax.data.sources.base import DataSet, open_data_sets
 from stf_jax.data.tokenizer import prefixes_only_start
-from stf_jax.data.world_labels import CELLS
 from stf_jax.models.decoders.chat import Item
 from stf_jax.models.spec import resolve_model
 from stf_jax.models.towers.base import VisionConfig
@@ -39,15 +37,10 @@ _ENDLESS = 2**48  # rows
 _log = logging.getLogger(__name__)
 
 
-def has_cell_labels(config: DataConfig) -> bool:
-    """Whether images come with labels of their cells."""
-    return config.source == "scenes" and config.scenes.task == "cells"
-
-
 class ConcatenatedRecords:
     """Several data sets, concatenated."""
 
-    def __init__(self, sets: Sequence[RecordSource]) -> None:
+    def __init__(self, sets: Sequence[DataSet]) -> None:
         self.sets, self.sizes = sets, [len(records) for records in sets]
 
     def __len__(self) -> int:
@@ -62,27 +55,33 @@ class ConcatenatedRecords:
 
 
 def load_training_records(config: TrainConfig) -> ConcatenatedRecords:
-    """Loads the training data of a config.
+    """Opens the training data of a config.
 
     Raises:
-      UserError: files are missing or malformed, or only one of data and model uses cell labels.
+      UserError: as :func:`stf_jax.data.sources.base.open_data_sets`, or only one of data and model uses labels of
+        cells, or their numbers differ.
     """
-    data = config.data
-    if has_cell_labels(data) != bool(config.model.cells):
-        raise UserError("model.cells and data.scenes.task=cells go together: set both or neither.")
-    if config.model.cells:
-        vision = resolve_model(config.model).vision_shape
-        assert vision is not None  # a run trains a complete model
-        if vision.grid * config.model.cells != CELLS:
-            raise UserError(
-                f"data.scenes.task=cells has {CELLS}×{CELLS} cells: choose a tower and model.cells that match, such as "
-                "clip-mini-8-96 with model.cells=2."
-            )
-    if data.source == "scenes":
-        world = data.scenes
-        records = SceneRecords(world.task, world.size, config.seed, max_things=world.things, edition=world.edition)
-        return ConcatenatedRecords([records])
-    return ConcatenatedRecords(load_llava_records(data.annotations, data.images))
+    data_sets = open_data_sets(config)
+    for data_set in data_sets:
+        _check_cells(data_set, config.model)
+    return ConcatenatedRecords(data_sets)
+
+
+def _check_cells(data_set: DataSet, model: ModelConfig) -> None:
+    cells = getattr(data_set, "cells", 0)
+    if bool(cells) != bool(model.cells):
+        raise UserError(
+            "model.cells and data with labels of cells (data.scenes.task=cells) go together: set both or neither."
+        )
+    if not cells:
+        return
+    vision = resolve_model(model).vision_shape
+    assert vision is not None  # a run trains a complete model
+    if vision.grid * model.cells != cells:
+        raise UserError(
+            f"Images of {data_set.name} have {cells}×{cells} cells: choose a tower and model.cells that match, such as "
+            "clip-mini-8-96 with model.cells=2."
+        )
 
 
 class Preprocessor:
@@ -107,7 +106,6 @@ class Preprocessor:
         """
         check_template(config.template, tokenizer)
         self._config, self._tokenizer, self.vision, self._slots, self._rows = config, tokenizer, vision, slots, rows
-        self.cells = CELLS if has_cell_labels(config) else 0
         self._logged, self._lock = 0, threading.Lock()
 
     def __call__(self, record: Record) -> Example:
@@ -135,7 +133,7 @@ class Preprocessor:
         return hashlib.sha256((self._tokenizer.backend_tokenizer.to_str() + suffix).encode()).hexdigest()[:16]
 
     def measure(
-        self, source: RecordSource, *, log: bool = True, on_chunk: Callable[[], None] = lambda: None
+        self, records: DataSet, *, log: bool = True, on_chunk: Callable[[], None] = lambda: None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Counts the tokens and images of every record of a data set, without opening images.
 
@@ -149,13 +147,13 @@ class Preprocessor:
         Raises:
           UserError: none of a sample of records can be used.
         """
-        self._check_samples(source)
-        lengths, image_counts = np.zeros(len(source), np.int32), np.zeros(len(source), np.int32)
+        self._check_samples(records)
+        lengths, image_counts = np.zeros(len(records), np.int32), np.zeros(len(records), np.int32)
         bad: collections.Counter[str] = collections.Counter()
         ignored: collections.Counter[str] = collections.Counter()
         progress = iter(
             tqdm.tqdm(
-                range(len(source)), "measuring", unit="row", delay=2, leave=False, mininterval=0.5, disable=not log
+                range(len(records)), "measuring", unit="row", delay=2, leave=False, mininterval=0.5, disable=not log
             )
         )
         while indices := list(itertools.islice(progress, _CHUNK)):
@@ -164,7 +162,7 @@ class Preprocessor:
             items: list[list[Item]] = []
             for index in indices:
                 try:
-                    record = source[index]
+                    record = records[index]
                     items.append(self._make_items(record))
                 except BadRow as error:
                     bad[error.reason] += 1
@@ -174,24 +172,24 @@ class Preprocessor:
                 image_counts[index] = len(record.images)
             lengths[good] = count_tokens(items, self._tokenizer, self._slots)
         if bad and log:
-            counts = bad.total(), len(source), source.name, format_reasons(bad)
+            counts = bad.total(), len(records), records.name, format_reasons(bad)
             _log.warning("%d of the %d rows of %s cannot be used (images not checked yet): %s.", *counts)
         if ignored and log:
             keys = ", ".join(f"{key} ({count:,} rows)" for key, count in ignored.most_common(_MAX_LOGGED))
-            _log.warning("Rows of %s have keys that are ignored: %s.", source.name, keys)
+            _log.warning("Rows of %s have keys that are ignored: %s.", records.name, keys)
         return lengths, image_counts
 
-    def _check_samples(self, source: RecordSource) -> None:
+    def _check_samples(self, records: DataSet) -> None:
         errors: list[BadRow] = []
-        for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLES).astype(int)).tolist():
+        for index in np.unique(np.linspace(0, len(records) - 1, _SAMPLES).astype(int)).tolist():
             try:
-                self(source[index])
+                self(records[index])
                 return
             except BadRow as error:
                 errors.append(error)
         reasons = format_reasons(collections.Counter(error.reason for error in errors))
         raise UserError(
-            f"None of the {len(errors)} sampled rows of {source.name} can be used: {reasons}. First error: {errors[0]}"
+            f"None of the {len(errors)} sampled rows of {records.name} can be used: {reasons}. First error: {errors[0]}"
         )
 
     def log_bad_row(self, error: BadRow) -> None:
@@ -208,20 +206,20 @@ class Preprocessor:
 class _MakeRow:
     """Fills a planned row; members that cannot be used are left out."""
 
-    source: ConcatenatedRecords
+    records: ConcatenatedRecords
     preprocess: Preprocessor
+    cells: int  # S of the images' labels; 0 if they have none
 
     def __call__(self, planned: PlannedRow) -> dict[str, np.ndarray | np.int64]:
         examples: list[Example] = []
         bad = 0
         for index in planned.members:
             try:
-                examples.append(self.preprocess(self.source[index]))
+                examples.append(self.preprocess(self.records[index]))
             except BadRow as error:
                 self.preprocess.log_bad_row(error)
                 bad += 1
-        side, cells = self.preprocess.vision.image_size, self.preprocess.cells
-        row = to_row(examples, planned.length, planned.images, side, cells)
+        row = to_row(examples, planned.length, planned.images, self.preprocess.vision.image_size, self.cells)
         return row | {"replaced": np.int64(bad)}
 
 
@@ -264,7 +262,7 @@ class Batches:
     def __init__(
         self,
         config: TrainConfig,
-        source: ConcatenatedRecords,
+        records: ConcatenatedRecords,
         preprocess: Preprocessor,
         *,
         host: int,
@@ -276,17 +274,18 @@ class Batches:
         Raises:
           UserError: as :class:`Plan` and :meth:`Preprocessor.measure`, or the plans of the processes differ.
         """
-        measured = [preprocess.measure(records, log=host == 0, on_chunk=on_chunk) for records in source.sets]
+        measured = [preprocess.measure(data_set, log=host == 0, on_chunk=on_chunk) for data_set in records.sets]
         lengths, image_counts = (np.concatenate(counts) for counts in zip(*measured, strict=True))
         rows = config.global_batch_size
-        self._source = source
+        self._records = records
         self._tokenizer = preprocess.fingerprint()
-        self.plan = Plan(config.data, config.seed, rows, lengths, image_counts, source.sizes)
+        self.plan = Plan(config.data, config.seed, rows, lengths, image_counts, records.sizes)
         _check_agreement(self.plan.fingerprint())
         self.replaced = 0
         self._threads, self._rows, self._local = config.data.threads, rows, rows // hosts
         host_rows = grain.MapDataset.source(_HostRows(self.plan, host, hosts))
-        self._host_rows = host_rows.map(_MakeRow(source, preprocess))
+        cells = preprocess.vision.grid * config.model.cells
+        self._host_rows = host_rows.map(_MakeRow(records, preprocess, cells))
         self._start(0)
 
     def close(self) -> None:
@@ -320,7 +319,7 @@ class Batches:
 
         def get_id(index: int) -> str:
             try:
-                return self._source[index].id
+                return self._records[index].id
             except BadRow:
                 return f"record {index}"
 

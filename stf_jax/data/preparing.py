@@ -35,10 +35,10 @@ from etils import epath
 from stf_jax.config import UserError, shorten
 from stf_jax.data.conversation import check_template, count_tokens, training_items
 from stf_jax.data.image import MAX_ASPECT_RATIO, open_image, read_image, to_rgb
-from stf_jax.data.llava import INFO, KEPT, read_rows
 from stf_jax.data.records import REASONS, BadRow, Record, Turn
 from stf_jax.data.report import Report, draw_histograms
 from stf_jax.data.rows import read_row
+from stf_jax.data.sources.llava import INFO, KEPT, read_rows
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.files import in_bucket, make_folder, move_file, open_atomic, read_json, to_path, write_json
 from stf_jax.models.decoders.chat import Item

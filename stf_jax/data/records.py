@@ -1,12 +1,10 @@
 """Training records, and the reasons why one cannot be used.
 
-A data source is a random-access sequence of records (:class:`RecordSource`). Images are opened lazily, so that
-conversations can be measured without them.
+Images are opened lazily, so that conversations can be measured without them.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import numpy as np
 import PIL.Image
@@ -72,16 +70,6 @@ class Record:
     ignored_keys: tuple[str, ...] = ()  # what was ignored in its row (data/rows.py)
     document: bool = False  # encode the turns without any template
     labels: Callable[[], np.ndarray] | None = None  # labels of the cells of its image, uint8 [S, S, 3]
-
-
-class RecordSource(Protocol):
-    """A data source: a random-access sequence of records, with a name for messages."""
-
-    name: str
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record: ...
 
 
 def format_reasons(counts: Mapping[str, int]) -> str:

@@ -11,6 +11,7 @@ from stf_jax.accounting.chips import CHIPS
 from stf_jax.accounting.flops import PRIME, count_executed
 from stf_jax.config import TrainConfig
 from stf_jax.data.pipeline import load_training_records
+from stf_jax.data.sources.base import DataNotNamed
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
 from stf_jax.parallel.mesh import make_mesh, row_shards
 from stf_jax.planning.hlo import Traffic, count_traffic
@@ -236,7 +237,9 @@ def count_steps(config: TrainConfig) -> int | None:
         return config.steps
     if config.data.packing:
         return None  # rows hold several conversations
-    available = config.data.annotations or config.data.source == "scenes"
-    records = len(load_training_records(config)) if available else config.data.records
+    try:
+        records = len(load_training_records(config))
+    except DataNotNamed:
+        records = config.data.records
     batches = -(-records // config.global_batch_size)  # per epoch; the last batch is padded with empty rows
     return max(1, math.ceil(config.epochs * batches - 1e-6)) if records else None

@@ -13,7 +13,8 @@ from etils import epath
 
 from stf_jax import cli
 from stf_jax.cli import Parser
-from stf_jax.config import ModelConfig, TrainConfig, UserError, did_you_mean, flatten, from_json, resolve, to_json
+from stf_jax.config import TrainConfig, UserError, did_you_mean, flatten, from_json, resolve, to_json
+from stf_jax.data.sources.base import find_source
 from stf_jax.evals.files import RESULTS
 from stf_jax.files import read_json
 
@@ -169,7 +170,7 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
         if not last.eval.benchmarks:
             raise UserError(f"Variant {variant.name!r} is not evaluated: set eval.benchmarks in its last stage.")
         if seed == seeds[0]:
-            _check_model(variant, last.model)
+            _check_components(variant, stages)
         evaluations.setdefault((last.eval.benchmarks, last.eval.data, last.eval.limit), variant)
     if len(evaluations) > 1:
         two = " and ".join(repr(variant.name) for variant in list(evaluations.values())[:2])
@@ -192,8 +193,8 @@ def _check_strings(name: str, values: Any) -> tuple[str, ...]:
     return values
 
 
-def _check_model(variant: Variant, config: ModelConfig) -> None:
-    """Checks the evaluation options and builds the model's shapes, so that errors appear before any training.
+def _check_components(variant: Variant, stages: Sequence[TrainConfig]) -> None:
+    """Finds the data sources, checks the evaluation options and builds the model's shapes, before any training.
 
     The options may only change the model, not the checkpoint or the questions.
     """
@@ -203,7 +204,9 @@ def _check_model(variant: Variant, config: ModelConfig) -> None:
     cli.add_model_arguments(parser)
     try:
         options = parser.parse_args(variant.eval_options)
-        blueprint(dataclasses.replace(config, reduce=options.reduce, keep=options.keep))
+        for stage in stages:
+            find_source(stage.data.source)
+        blueprint(dataclasses.replace(stages[-1].model, reduce=options.reduce, keep=options.keep))
     except UserError as error:
         raise UserError(f"Variant {variant.name!r}: {error}") from None
 

@@ -81,17 +81,17 @@ def _train(
     assert llm is not None
     benchmarks = open_benchmarks(config.eval.benchmarks, config.eval.data, config.eval.limit)
     check_images(benchmarks)
-    source = load_training_records(config)
+    records = load_training_records(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     generator = Generator(config.model, tokenizer, mesh, config.data.template, config.data.aspect)  # for evaluation
     preprocess = Preprocessor(config.data, tokenizer, vision, slots_per_image(config.model), llm.vocab)
     host = jax.process_index()
     share, shares = get_row_share(mesh, host)
     on_read = functools.partial(watchdog.heartbeat, "data were read")
-    batches = Batches(config, source, preprocess, host=share, hosts=shares, on_chunk=on_read)
+    batches = Batches(config, records, preprocess, host=share, hosts=shares, on_chunk=on_read)
     stack.callback(batches.close)
     steps = config.steps or batches.plan.steps(config.epochs)
-    warning = check_steps(config, steps, len(source))
+    warning = check_steps(config, steps, len(records))
 
     # ---- Model, optimizer, state -----------------------------------------------------------------------------------
     plan = generator.plan

@@ -8,18 +8,20 @@ import ml_collections
 from etils import epath
 
 from stf_jax.config import TrainConfig, UserError, resolve
+from stf_jax.data.sources.base import find_source
 from stf_jax.files import check_paths
 
 
 def resolve_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> list[TrainConfig]:
-    """Resolves the config's stages and checks their paths, without slow imports.
+    """Resolves the config's stages and checks their paths and data sources, without slow imports.
 
     Raises:
-      UserError: a key, value or path that cannot be used.
+      UserError: a key, value, path or data source that cannot be used.
     """
     stages = resolve(config)
     for stage in stages:
         check_paths(stage)
+        find_source(stage.data.source)
     if len(stages) > 1 and "," in str(workdir):
         raise UserError(
             f"--workdir={workdir} has a comma in its name, but stages pass on their weights by init_from, where commas "

@@ -17,10 +17,10 @@ from tiny import make_preprocessor, tiny
 from stf_jax.cli import run_command
 from stf_jax.config import UserError
 from stf_jax.data.image import read_image
-from stf_jax.data.llava import LlavaRecords, read_rows
 from stf_jax.data.pipeline import Batches, load_training_records
 from stf_jax.data.records import REASONS, BadRow, Record, Turn
 from stf_jax.data.rows import read_row
+from stf_jax.data.sources.llava import LlavaRecords, read_rows
 from stf_jax.main import main
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -385,7 +385,7 @@ def test_rows_may_cross_chunks(folder, monkeypatch):
     text = json.dumps(rows, indent=1) + " \n"
     (folder / "rows.json").write_bytes(b"\xef\xbb\xbf" + text.replace("\\u00fc", "ü").encode())  # a byte order mark
     for size in (2, 3, 5, 7, 11, 64, 2**16):
-        monkeypatch.setattr("stf_jax.data.llava._CHUNK", size)
+        monkeypatch.setattr("stf_jax.data.sources.llava._CHUNK", size)
         assert list(read_rows(epath.Path(folder / "rows.json"))) == rows
 
 
@@ -408,8 +408,8 @@ def test_the_deepest_allowed_row(folder):
 
 def test_a_row_without_an_end_is_refused(folder, monkeypatch):
     """A missing quotation mark does not cause the rest of a large file to be loaded."""
-    monkeypatch.setattr("stf_jax.data.llava._CHUNK", 16)
-    monkeypatch.setattr("stf_jax.data.llava._MAX_ROW", 1000)
+    monkeypatch.setattr("stf_jax.data.sources.llava._CHUNK", 16)
+    monkeypatch.setattr("stf_jax.data.sources.llava._MAX_ROW", 1000)
     with pytest.raises(UserError, match=r"^Row 1 of .*rows\.json is not JSON: Unterminated string"):
         llava(folder, '["a", "' + "b" * 2000 + '"]')
     assert len(llava(folder, '["a", "' + "b" * 400 + '"]')) == 2

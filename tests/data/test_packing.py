@@ -185,7 +185,7 @@ def test_a_conversation_is_the_same_in_any_row():
 class Known:
     """A stand-in for Preprocessor with given conversations; a record is a conversation's number."""
 
-    vision, cells = types.SimpleNamespace(image_size=SIDE), 0
+    vision = types.SimpleNamespace(image_size=SIDE, grid=1)
 
     def __init__(self, known):
         self.known = known

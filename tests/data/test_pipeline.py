@@ -20,7 +20,7 @@ from stf_jax.data import pipeline
 from stf_jax.data.conversation import Encoded
 from stf_jax.data.packing import Batch, to_example
 from stf_jax.data.pipeline import Batches, ConcatenatedRecords, Preprocessor, load_training_records
-from stf_jax.data.scene_records import SceneRecords
+from stf_jax.data.sources.scenes import SceneRecords
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.spec import VISION
 
@@ -43,7 +43,7 @@ def same(a: Batch, b: Batch) -> bool:
 class Numbers:
     """A stand-in for Preprocessor: record n is a conversation whose tokens are all n + 1."""
 
-    vision, cells = types.SimpleNamespace(image_size=1), 0
+    vision = types.SimpleNamespace(image_size=1, grid=1)
 
     def fingerprint(self):
         return "digits"

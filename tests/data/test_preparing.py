@@ -25,8 +25,8 @@ from stf_jax.cli import run_command
 from stf_jax.config import UserError
 from stf_jax.data.conversation import encode, template_items
 from stf_jax.data.image import open_image
-from stf_jax.data.llava import LlavaRecords, PreparedRecords, read_rows
 from stf_jax.data.preparing import Options, _shrink, prepare
+from stf_jax.data.sources.llava import LlavaRecords, PreparedRecords, read_rows
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.prepare import main
 

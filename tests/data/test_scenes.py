@@ -10,7 +10,6 @@ import pytest
 
 from stf_jax.data import scenes
 from stf_jax.data.records import IMAGE_MARK
-from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.scenes import (
     COLORS,
     HELD_OUT_PAIRS,
@@ -29,6 +28,7 @@ from stf_jax.data.scenes import (
     make_questions,
     make_scene,
 )
+from stf_jax.data.sources.scenes import SceneRecords
 
 MANY = 3000
 TASKS = ("documents", "captions", "mixture", "conversations")

@@ -8,7 +8,6 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import UserError
-from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.scenes import (
     COLORS,
     HELD_OUT_WORDS,
@@ -18,6 +17,7 @@ from stf_jax.data.scenes import (
     make_caption,
     make_scene,
 )
+from stf_jax.data.sources.scenes import SceneRecords
 from stf_jax.data.tokenizer import (
     MINIATURE,
     MINIATURE_VOCAB,

@@ -11,8 +11,8 @@ import pytest
 from stf_jax.data import world
 from stf_jax.data.conversation import document_items, encode, template_items
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
-from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.scenes import COLORS, HELD_OUT_WORDS, SHAPES, TRAINING_WORDS
+from stf_jax.data.sources.scenes import SceneRecords
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.data.world import (
     HELD_OUT_FONTS,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from stf_jax.data import world
-from stf_jax.data.scene_records import SceneRecords
 from stf_jax.data.scenes import COLORS, HELD_OUT_WORDS, Thing
+from stf_jax.data.sources.scenes import SceneRecords
 from stf_jax.data.world import (
     HELD_OUT_FONTS,
     HELD_OUT_PLACES,

@@ -31,8 +31,8 @@ from stf_jax import cli
 from stf_jax.config import UserError, from_json, resolve, to_json
 from stf_jax.data.conversation import TEMPLATES, count_tokens, encode, stop_tokens, template_items
 from stf_jax.data.image import MAX_ASPECT_RATIO, open_image, read_image, to_square
-from stf_jax.data.llava import LlavaRecords, read_rows
 from stf_jax.data.records import IMAGE_MARK, REASONS, BadRow, Record, Turn
+from stf_jax.data.sources.llava import LlavaRecords, read_rows
 from stf_jax.data.tokenizer import load_tokenizer, read_tokenizer
 from stf_jax.evals import vqa
 from stf_jax.evals.answers import answer_line, match_answers, read_answers

@@ -83,9 +83,7 @@ def test_a_tower_of_ones_own_matches_transformers(tmp_path):
 
 def test_a_language_model_of_ones_own_matches_transformers(tmp_path):
     sizes = dict(vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    model = randomize(
-        Olmo2ForCausalLM(Olmo2Config(intermediate_size=64, pad_token_id=None, **sizes))
-    ).eval()
+    model = randomize(Olmo2ForCausalLM(Olmo2Config(intermediate_size=64, pad_token_id=None, **sizes))).eval()
     saved = import_model(model, tmp_path, "olmo:OLMO")
     llm = saved.description.llm
     assert llm == llm_preset("olmo:TINY")

@@ -115,6 +115,10 @@ INVALID = {
         "Variant 'odd': Unknown config key 'model.fusion.kernle': did you mean 'model.fusion.kernel'?",
     ),
     "an invalid value": ({"variants": (MLP, ("odd", ("model.fusion.init=odd",)))}, "Variant 'odd': Config key"),
+    "an unknown data source": (
+        {"variants": (MLP, ("odd", ("data.source=scene",)))},
+        "Variant 'odd': Unknown data.source 'scene'; did you mean 'scenes'?",
+    ),
     "overrides that are a string": ({"variants": (MLP, ("odd", "steps=3"))}, "variants must be pairs"),
     "overrides that are not strings": ({"variants": (MLP, ("odd", (3,)))}, "it must be a tuple of strings"),
     "common that is not strings": ({"common": (3,)}, "The study's common is (3,)"),

@@ -6,12 +6,12 @@ from types import ModuleType
 import numpy as np
 import PIL.Image
 
-from stf_jax.config import UserError
+from stf_jax.config import TrainConfig, UserError
 from stf_jax.data import scenes, world_text
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.data.scenes import MAX_THINGS, SHORT_ANSWER
 from stf_jax.data.world import Scene
-from stf_jax.data.world_labels import label_cells, make_drill
+from stf_jax.data.world_labels import CELLS, label_cells, make_drill
 
 EDITIONS: dict[int, ModuleType] = {1: scenes, 2: world_text}
 _SECOND_EDITION = ("cues", "cells")  # tasks that only the second edition has
@@ -58,6 +58,7 @@ class SceneRecords:
             raise UserError(f"data.scenes.task={task} needs the world's second edition: set data.scenes.edition=2.")
         self._task, self._size, self._seed = task, size, seed
         self._held_out, self._max_things, self._edition = held_out, max_things, edition
+        self.cells = CELLS if task == "cells" else 0
 
     def __len__(self) -> int:
         return self._size
@@ -122,3 +123,12 @@ class SceneRecords:
         if index % _DRILL_CYCLE:
             return make_drill(self._seed, index)
         return world_text.make_scene(self._seed, index, max_things=self._max_things)
+
+
+def open_scenes(config: TrainConfig) -> list[SceneRecords]:
+    """Opens the scenes of ``data.scenes`` with the run's seed. Raises UserError as :class:`SceneRecords`."""
+    world = config.data.scenes
+    return [SceneRecords(world.task, world.size, config.seed, max_things=world.things, edition=world.edition)]
+
+
+COMPONENTS = {"scenes": open_scenes}

@@ -13,10 +13,11 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from stf_jax.config import UserError, short_message
+from stf_jax.config import TrainConfig, UserError, short_message
 from stf_jax.data.image import open_image, read_image
 from stf_jax.data.records import BadRow, Record
 from stf_jax.data.rows import TURN_KEYS, read_row
+from stf_jax.data.sources.base import DataNotNamed
 from stf_jax.files import local_copy, to_path
 
 KEPT = "kept.json"  # in a prepared folder: its rows, in the order of the images in its shards
@@ -160,11 +161,7 @@ class LlavaRecords:
         """Raises UserError if a path is missing or the annotations cannot be read."""
         for kind, path, key in (("annotations", annotations, "data.annotations"), ("images", images, "data.images")):
             if not path or not to_path(path).exists():
-                problem = f"{path!r} does not exist" if path else "no path is given"
-                raise UserError(
-                    f"The {kind} of the training data are missing: {problem}. Provide them with --config.{key}=PATH, "
-                    "or try training on embedded data with --config=configs/demo.py."
-                )
+                raise UserError(_say_missing(kind, path, key))
         self._rows, self.name = _JsonRows(to_path(annotations)), annotations
         self._folder = to_path(images)
 
@@ -220,16 +217,26 @@ class PreparedRecords:
         return open_image(content, name)
 
 
-def load_llava_records(annotations: str, images: str) -> list[LlavaRecords | PreparedRecords]:
-    """Loads the data sets of a run.
+def _say_missing(kind: str, path: str, key: str) -> str:
+    problem = f"{path!r} does not exist" if path else "no path is given"
+    return (
+        f"The {kind} of the training data are missing: {problem}. Provide them with --config.{key}=PATH, or try "
+        "training on embedded data with --config=configs/demo.py."
+    )
 
-    Args:
-      annotations: JSON or JSON lines files, or folders that stf_jax.prepare wrote, separated by commas.
-      images: the image folders of the JSON files in the same order, or one folder for all, separated by commas.
+
+def open_llava(config: TrainConfig) -> list[LlavaRecords | PreparedRecords]:
+    """Opens a data set for each item of ``data.annotations``: a JSON file, or a folder that stf_jax.prepare wrote.
+
+    The JSON files have their images in the folders of ``data.images``, in the same order, or all in one.
 
     Raises:
       UserError: files are missing or malformed, or the number of folders is wrong.
+      DataNotNamed: ``data.annotations`` is empty.
     """
+    annotations, images = config.data.annotations, config.data.images
+    if not annotations:
+        raise DataNotNamed(_say_missing("annotations", annotations, "data.annotations"))
     names = [name.strip() for name in annotations.split(",")]
     folders = [name.strip() for name in images.split(",")]
     prepared = [bool(name) and to_path(name).is_dir() for name in names]
@@ -244,3 +251,6 @@ def load_llava_records(annotations: str, images: str) -> list[LlavaRecords | Pre
     return [
         PreparedRecords(n) if done else LlavaRecords(n, next(folder)) for n, done in zip(names, prepared, strict=True)
     ]
+
+
+COMPONENTS = {"llava": open_llava}

@@ -1,0 +1,1 @@
+"""Data sources, one file each (base.py says what a data source is)."""
