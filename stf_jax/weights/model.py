@@ -106,6 +106,7 @@ def describe_folder(folder: epath.Path) -> tuple[Description, ResolvedModel, pat
             return saved, _config_of_folder(folder, saved), _existing_folder(local_copy(folder / "tokenizer"))
         config = from_json(read_json(folder / "config.json"))
         refuse_code_in(folder, config.model.fusion.fusion)
+        refuse_code_in(folder, config.model.reduce)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
