@@ -11,7 +11,7 @@ import PIL.Image
 from etils import epath
 
 from stf_jax import cli
-from stf_jax.config import MeshConfig, Precision, Reduction, UserError, did_you_mean
+from stf_jax.config import MeshConfig, Precision, UserError, did_you_mean
 from stf_jax.data.image import open_image_file
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.files import to_path
@@ -64,7 +64,7 @@ def load(
     checkpoint: str | os.PathLike[str],
     *,
     precision: Precision | Literal[""] = "",
-    reduce: Reduction = "",
+    reduce: str = "",
     keep: int = 0,
     mesh: tuple[int, int, int] = (1, 1, 1),
 ) -> Model:
@@ -72,7 +72,7 @@ def load(
 
     Args:
       precision: ``bfloat16`` or ``float32``; by default that of the run, and bfloat16 for other folders.
-      reduce: reducer of image tokens that needs no training: ``fastv``, ``random`` or ``visionzip``.
+      reduce: an untrained reducer of image tokens, by a name of docs/evaluating.md or as ``module:thing``.
       keep: image tokens per image that ``reduce`` keeps; by default a quarter.
       mesh: devices along data, fsdp and tensor.
 

@@ -19,7 +19,6 @@ from etils import epath
 from ml_collections import config_flags
 
 from stf_jax.config import (
-    REDUCTIONS,
     Precision,
     RunFailed,
     Stopped,
@@ -222,7 +221,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute precision (default: the run's, or bfloat16)",
     )
     parser.add_argument(
-        "--reduce", choices=REDUCTIONS, default="", help="use fewer image tokens, by a method that needs no training"
+        "--reduce",
+        default="",
+        metavar="NAME",
+        help="untrained reducer of image tokens (docs/evaluating.md), or module:thing of your own",
     )
     parser.add_argument(
         "--keep",

@@ -69,12 +69,10 @@ Initialization = Literal["torch", "kaiming", "xavier", "normal"]
 Precision = Literal["bfloat16", "float32"]
 Remat = Literal["none", "dots", "full"]
 Attention = Literal["auto", "reference", "xla", "cudnn", "splash"]
-Reduction = Literal["", "fastv", "random", "visionzip"]
 Task = Literal["documents", "captions", "mixture", "conversations", "cues", "cells"]
 MixBy = Literal["epoch", "weight"]
 Aspect = Literal["square", "pad"]
 Schedule = Literal["cosine", "constant"]
-REDUCTIONS: tuple[Reduction, ...] = typing.get_args(Reduction)[1:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +104,7 @@ class ModelConfig:
     scan_layers: bool = True  # true: compile one block and loop over the layers | false: unroll the layers
     remat: Remat = "full"  # what the backward pass recomputes: none | dots (all but matrix products) | full
     attention: Attention = "auto"  # attention kernel: auto | reference | xla | cudnn | splash (models/attention.py)
-    reduce: Reduction = ""  # untrained reducer at inference: fastv | random | visionzip (models/selection.py); "": none
+    reduce: str = ""  # untrained reducer at inference: fastv | random | visionzip | package.module:thing; "": none
     keep: Count = 0  # image tokens per image that the reducer keeps; 0: one quarter
     cells: Count = 0  # cells per patch side that a head on the vision tower is trained to label; 0: no such head
 

@@ -72,12 +72,15 @@ def _evaluate_or_score(
     from stf_jax.evals.runner import check_images, evaluate, score
     from stf_jax.inference.decoding import Sampling
     from stf_jax.inference.loading import load_generator
+    from stf_jax.models.reducers.base import find_reducer
     from stf_jax.parallel.hosts import join
     from stf_jax.parallel.mesh import make_mesh
 
     if options.answers is not None:
         yield score(benchmarks[0], options.answers, options.out)
         return
+    if options.reduce:
+        find_reducer(options.reduce)  # before all images are opened, which may take minutes
     join(options.coordinator, options.processes, options.process)
     check_images(benchmarks)
     mesh = make_mesh(MeshConfig(*options.mesh))

@@ -24,7 +24,7 @@ from stf_jax.checkpointing.checksum import checksum
 from stf_jax.models.blueprint import Blueprint
 from stf_jax.models.decoders.transformer import Cache
 from stf_jax.models.layers import shard_rows
-from stf_jax.models.selection import FULL_LAYERS
+from stf_jax.models.reducers.base import Reduction
 from stf_jax.models.vlm import VLM
 from stf_jax.parallel.mesh import BATCH
 
@@ -53,9 +53,9 @@ class Sampling:
 class DecodeState(Generic[Leaf]):
     """The state of a batch of answers. Finished rows keep emitting a stop token."""
 
-    cache: tuple[tuple[Leaf, Leaf], ...]  # [B, K, S, Dh], a pair per layer; S may be less after FULL_LAYERS
+    cache: tuple[tuple[Leaf, Leaf], ...]  # [B, K, S, Dh], a pair per layer; S may be less in later layers
     lengths: Leaf  # int32 [B], of the prompts
-    cache_lengths: Leaf  # int32 [B], prompt positions in the caches of decoder layers after FULL_LAYERS
+    cache_lengths: Leaf  # int32 [B], prompt positions in the caches of layers after image tokens are dropped
     output_ids: Leaf  # int32 [B, G]
     count: Leaf  # int32: new tokens so far; the last of them is not in the cache yet
     done: Leaf  # bool [B]
@@ -172,11 +172,11 @@ def extend(
     """Samples further tokens, until all rows are done or ``limit`` (at most G) tokens are sampled."""
     capacity = state.output_ids.shape[1]
 
-    def find_slots(layer: int, newest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def find_slots(reduction: Reduction, layer: int, newest: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The slot of the new token in that layer, and the slots that it attends to."""
         slots = jnp.arange(state.cache[layer][0].shape[2])
         slot = len(slots) - capacity + newest
-        cache_lengths = state.lengths if layer < FULL_LAYERS else state.cache_lengths
+        cache_lengths = state.cache_lengths if reduction.dropped_before(layer) else state.lengths
         return slot, (slots < cache_lengths[:, None]) | ((slots >= len(slots) - capacity) & (slots <= slot))
 
     def step(state: DecodeState[jax.Array]) -> DecodeState[jax.Array]:
@@ -184,7 +184,7 @@ def extend(
         newest = state.count - 1
         token = jax.lax.dynamic_slice_in_dim(state.output_ids, newest, 1, axis=1)
         x = shard_rows(model.llm.embed(token, model.dtype))
-        slots = [find_slots(layer, newest) for layer in range(len(state.cache))]
+        slots = [find_slots(model.reduction, layer, newest) for layer in range(len(state.cache))]
         hidden, cache = model.llm.extend(x, state.lengths[:, None] + newest, state.cache, slots)
         next_token = sample_token(rules, model.llm.logits(hidden[:, 0]), sampling, state.count)
         next_token = jnp.where(state.done, rules.stops[0], next_token)

@@ -33,7 +33,7 @@ from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Sampling, split_layers
 from stf_jax.models.blueprint import blueprint
 from stf_jax.models.decoders.chat import Mark, Text
-from stf_jax.models.selection import resolve_reduction
+from stf_jax.models.reducers.base import resolve_reduction
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import BATCH, compute_context, row_shards
 

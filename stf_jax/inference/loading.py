@@ -6,7 +6,7 @@ from typing import Literal
 from etils import epath
 from jax.sharding import Mesh
 
-from stf_jax.config import Precision, Reduction, UserError, replace
+from stf_jax.config import Precision, UserError, replace
 from stf_jax.data.conversation import detect_template
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference.generator import Generator
@@ -18,7 +18,7 @@ def load_generator(
     checkpoint: epath.Path,
     mesh: Mesh,
     precision: Precision | Literal[""] = "",
-    reduce: Reduction = "",
+    reduce: str = "",
     keep: int = 0,
     *,
     allow_text_only: bool = False,

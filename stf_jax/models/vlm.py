@@ -14,14 +14,7 @@ from stf_jax.models.decoders.base import find_decoder_class
 from stf_jax.models.decoders.transformer import Cache, SelectPositions
 from stf_jax.models.fusions.base import Fusion
 from stf_jax.models.layers import shard_rows
-from stf_jax.models.selection import (
-    FULL_LAYERS,
-    kept_positions,
-    last_token_attention,
-    resolve_reduction,
-    sample_patches,
-    visionzip,
-)
+from stf_jax.models.reducers.base import DecoderReducer, kept_positions, resolve_reduction
 from stf_jax.models.spec import resolve_model
 from stf_jax.models.towers.base import find_tower_class
 
@@ -63,13 +56,7 @@ class VLM(nnx.Module):
         """Image tokens of a row's images, one after another."""
         batch, count = images.shape[:2]
         images = images.reshape(batch * count, *images.shape[2:])
-        if self.reduction.name == "visionzip":
-            states = visionzip(self.vision, images, self.taps, self.dtype, self.reduction.keep)
-        else:
-            states = self.vision(images, self.taps, self.dtype)
-        if self.reduction.name == "random":
-            states = sample_patches(states, self.reduction.keep)
-        tokens = self.fusion(states)
+        tokens = self.fusion(self.reduction.tower_states(self.vision, images, self.taps, self.dtype))
         return tokens.reshape(batch, -1, tokens.shape[-1])
 
     def cell_scores(self, images: UInt8[Array, "B M H W 3"]) -> Float32[Array, "B*M S S classes"]:
@@ -115,26 +102,26 @@ class VLM(nnx.Module):
 
         Returns:
           The last token's hidden state after the final norm; the cache, one slot per position; and the number of prompt
-          positions in the caches of decoder layers after :data:`FULL_LAYERS`.
+          positions in the caches of decoder layers that read fewer image tokens.
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         image_tokens = self.image_tokens(images) if images.shape[1] else None
         x = shard_rows(self.embed(tokens, image_slots, image_tokens))
-        cache_lengths = lengths
+        reducer, cache_lengths, after_layers = self.reduction.reducer, lengths, 0
         select: SelectPositions | None = None
-        if self.reduction.dropped and images.shape[1]:
+        if isinstance(reducer, DecoderReducer) and self.reduction.dropped and images.shape[1]:
             is_image = image_slots >= 0
             image_counts = is_image.sum(1) // self.reduction.tokens
             cache_lengths = lengths - image_counts * self.reduction.dropped
             kept_length = tokens.shape[1] - images.shape[1] * self.reduction.dropped
 
             def select_kept(q: jax.Array, k: jax.Array) -> jax.Array:
-                scores = last_token_attention(q, k, lengths)
+                scores = reducer.score(q, k, is_image, lengths)
                 return kept_positions(scores, is_image, lengths, image_counts * self.reduction.keep, kept_length)
 
-            select = select_kept
+            after_layers, select = reducer.after_layers, select_kept
 
-        hidden, cache = self.llm.prefill(x, positions, FULL_LAYERS, select)
+        hidden, cache = self.llm.prefill(x, positions, after_layers, select)
         last = jnp.maximum(cache_lengths - 1, 0)[:, None, None]
         return jnp.take_along_axis(hidden, last, axis=1)[:, 0], cache, cache_lengths
 

@@ -21,7 +21,7 @@ from stf_jax.evals.registry import open_benchmarks
 from stf_jax.files import read_json, write_json
 from stf_jax.inference.generator import Generator
 from stf_jax.inference.loading import load_generator
-from stf_jax.models.selection import resolve_reduction
+from stf_jax.models.reducers.base import resolve_reduction
 from stf_jax.parallel.mesh import make_mesh
 from stf_jax.studies.runner import Slot
 from stf_jax.studies.study import Cell

@@ -23,14 +23,20 @@ from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.generator import Generator
 from stf_jax.models import spec
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.selection import FULL_LAYERS
+from stf_jax.models.reducers.fastv import COMPONENTS
 from stf_jax.parallel.mesh import compute_context, make_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
 spec.LLM["llama-deep-tiny"] = dataclasses.replace(spec.LLM["llama-tiny"], layers=4, qkv_bias=True)
 LLM = spec.LLM["llama-deep-tiny"]
+FULL_LAYERS = COMPONENTS["fastv"].after_layers
 N, KEEP, IMAGES = 16, 4, 2  # a 4×4 grid
 DROPPED, NEW_TOKENS = N - KEEP, 7
+
+
+@pytest.fixture(autouse=True)
+def plugins(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "plugins")
 
 
 def changes(reduce="", keep=0, fusion="mlp"):
@@ -218,7 +224,12 @@ def unreduced():
 
 @pytest.mark.parametrize(
     ("reduce", "keep", "slots"),
-    [("fastv", 4, N), ("random", 5, 5), pytest.param("visionzip", 5, 5, marks=pytest.mark.slow)],
+    [
+        ("fastv", 4, N),
+        ("random", 5, 5),
+        ("thinning:SHORT_KEYS", 4, N),
+        pytest.param("visionzip", 5, 5, marks=pytest.mark.slow),
+    ],
 )
 def test_reduced_answers_are_the_same_on_a_mesh_and_in_any_batch(reduce, keep, slots, unreduced):
     questions, single = list(records()), generator(MeshConfig(1, 1, 1), reduce=reduce, keep=keep)
@@ -242,14 +253,15 @@ def folder(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("reduced") / "model", 1, **changes())
 
 
-def test_evaluate_command_reduces(folder, tmp_path):
+@pytest.mark.parametrize("reduce", ["visionzip", "thinning:SPACED"])
+def test_evaluate_command_reduces(reduce, folder, tmp_path):
     out = tmp_path / "out"
     arguments = [f"--checkpoint={folder}", "--benchmark=scenes", "--limit=2", f"--out={out}", "--batch=4"]
-    assert run_command(evaluate.main, [*arguments, "--reduce=visionzip", "--keep=5"]) == 0
+    assert run_command(evaluate.main, [*arguments, f"--reduce={reduce}", "--keep=5"]) == 0
     asking = json.loads((out / "results.json").read_text())["protocol"]["asking"]
-    assert (asking["reduce"], asking["keep"], asking["image_tokens"]) == ("visionzip", 5, 5)
+    assert (asking["reduce"], asking["keep"], asking["image_tokens"]) == (reduce, 5, 5)
     # The folder holds answers of another protocol.
-    assert run_command(evaluate.main, [*arguments, "--reduce=visionzip"]) == 2
+    assert run_command(evaluate.main, [*arguments, f"--reduce={reduce}"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -257,7 +269,8 @@ def test_evaluate_command_reduces(folder, tmp_path):
     [
         (["--reduce=fastv", "--keep=17"], "keep=17 must be 1 to 16"),
         (["--keep=4"], "set reduce to one of fastv, random, visionzip"),
-        (["--reduce=zip"], "invalid choice: 'zip'"),
+        (["--reduce=zip"], "error: Unknown model.reduce 'zip'; known: fastv, random, visionzip."),
+        (["--reduce=thinning:SPACE"], "error: Unknown model.reduce 'thinning:SPACE': module thinning has no SPACE."),
         (["--reduce=fastv", "--keep=-1"], "-1 is not between 0"),
     ],
 )

@@ -142,7 +142,7 @@ INVALID = {
     ),
     "an invalid evaluation option": (
         {"asked": (("fastv", ("mlp", "--reduce=fastvv")),)},
-        "Variant 'fastv': Argument --reduce",
+        "Variant 'fastv': Unknown model.reduce 'fastvv'; did you mean 'fastv'?",
     ),
     "an evaluation option that is not the model's": (
         {"asked": (("fastv", ("mlp", "--out=elsewhere")),)},

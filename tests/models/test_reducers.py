@@ -1,8 +1,12 @@
-"""FastV and VisionZip against transformers' attention and a second implementation, image by image."""
+"""FastV and VisionZip against transformers' attention and a second implementation, image by image; a plug-in."""
 
 import copy
 import dataclasses
 import functools
+import json
+import pathlib
+import re
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -13,17 +17,31 @@ import pytest
 import reference
 import tiny  # noqa: F401 (defines llama-tiny)
 import torch
+from etils import epath
 from flax import nnx
 
-from stf_jax.config import FusionConfig, ModelConfig, UserError
-from stf_jax.models import selection
+from stf_jax.config import DataConfig, FusionConfig, MeshConfig, ModelConfig, TrainConfig, UserError, to_json
 from stf_jax.models.decoders.base import LLMConfig
 from stf_jax.models.decoders.transformer import Decoder
 from stf_jax.models.fusions.base import Fusion
-from stf_jax.models.selection import Reduction, resolve_reduction
+from stf_jax.models.reducers import fastv, visionzip
+from stf_jax.models.reducers.base import (
+    REDUCERS,
+    DecoderReducer,
+    PatchReducer,
+    Reduction,
+    kept_positions,
+    resolve_reduction,
+)
+from stf_jax.models.reducers.random_patches import sample_patches
 from stf_jax.models.spec import vision_preset
 from stf_jax.models.towers.vit import VisionTower
 from stf_jax.models.vlm import slots_per_image
+from stf_jax.planning.program import make_program
+from stf_jax.training.flops import decode_flops, prefill_flops
+from stf_jax.weights.model import describe_folder
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 # ---- VisionZip -------------------------------------------------------------------------------------------------------
 
@@ -54,8 +72,8 @@ def test_merge_visionzip_equals_reference(patches, keep, contextual):
     received, keys = rng.random((3, patches), np.float32), rng.standard_normal((3, patches, 8), np.float32)
     received[1, ::3] = received[1, 0]  # equal scores: the first is chosen
     states = tuple(rng.standard_normal((3, patches, 5), np.float32) for _ in range(2))
-    found = jax.jit(selection.merge_visionzip, static_argnums=3)(received, keys, states, keep)
-    assert selection.contextual_tokens(keep) == contextual
+    found = jax.jit(visionzip.merge_visionzip, static_argnums=3)(received, keys, states, keep)
+    assert visionzip.contextual_tokens(keep) == contextual
     for image in range(3):
         parts = [np.float64(x[image]) for x in (received, keys, *states)]
         for ours, expected in zip(found, visionzip_reference(*parts[:2], parts[2:], keep, contextual), strict=True):
@@ -64,13 +82,13 @@ def test_merge_visionzip_equals_reference(patches, keep, contextual):
 
 
 def test_proportion_of_dominant_tokens_is_the_authors():
-    assert [keep - selection.contextual_tokens(keep) for keep in (64, 128, 192)] == [54, 108, 162]
+    assert [keep - visionzip.contextual_tokens(keep) for keep in (64, 128, 192)] == [54, 108, 162]
 
 
 def test_keeping_all_tokens_only_reorders_them():
     rng = np.random.default_rng(0)
     received, keys, state = (jnp.asarray(rng.random(shape, np.float32)) for shape in ((2, 16), (2, 16, 8), (2, 16, 5)))
-    (kept,) = selection.merge_visionzip(received, keys, (state,), 16)
+    (kept,) = visionzip.merge_visionzip(received, keys, (state,), 16)
     assert (kept != state).any()  # in another order
     np.testing.assert_array_equal(np.sort(kept, axis=1), np.sort(state, axis=1))
 
@@ -79,14 +97,14 @@ def test_random_sample_is_the_same_for_all_images():
     states = tuple(jnp.asarray(np.random.default_rng(seed).random((2, 16, 5), np.float32)) for seed in (0, 1))
     places = [
         [np.flatnonzero((image == token).all(1)).item() for token in tokens]
-        for state, kept in zip(states, selection.sample_patches(states, 6), strict=True)
+        for state, kept in zip(states, sample_patches(states, 6), strict=True)
         for image, tokens in zip(state, kept, strict=True)
     ]
     assert all(one == places[0] for one in places)
     assert places[0] == sorted(set(places[0]))
     assert len(places[0]) == 6
-    np.testing.assert_array_equal(selection.sample_patches(states, 16)[0], states[0])
-    assert len({tuple(np.asarray(selection.sample_patches(states, keep)[0])[0, :, 0]) for keep in range(1, 17)}) == 16
+    np.testing.assert_array_equal(sample_patches(states, 16)[0], states[0])
+    assert len({tuple(np.asarray(sample_patches(states, keep)[0])[0, :, 0]) for keep in range(1, 17)}) == 16
 
 
 @functools.cache
@@ -138,7 +156,7 @@ def test_visionzip_uses_the_attention_of_the_deepest_block(family, taps, scan):
     states, attention, keys = transformers_attention(family, images, taps[0])
     graph, state = nnx.split(tower(family, scan=scan))
     found = jax.jit(
-        lambda state, images: selection.visionzip(nnx.merge(graph, state), images, taps, jnp.float32, keep=8)
+        lambda state, images: visionzip.visionzip(nnx.merge(graph, state), images, taps, jnp.float32, keep=8)
     )(state, images)
     first = int(family == "clip")
     queries = attention[:, :, :1] if first else attention
@@ -174,9 +192,10 @@ def test_last_token_attention_equals_transformers():
     ours = nnx.eval_shape(lambda: Decoder(nnx.Rngs(0), CONFIG))
     nnx.update(ours, jax.tree.map(jnp.asarray, reference.decoder_params(state, CONFIG)))
     tokens, lengths = np.random.default_rng(0).integers(0, 60, (3, 20)), np.array([20, 13, 1])
+    no_image = jnp.zeros((3, 20), bool)
 
     def select(q, k):
-        outputs.append(selection.last_token_attention(q, k, jnp.asarray(lengths)))
+        outputs.append(fastv.last_token_attention(q, k, no_image, jnp.asarray(lengths)))
         return jnp.broadcast_to(jnp.arange(20), (3, 20))
 
     ours.prefill(ours.embed(jnp.asarray(tokens), jnp.float32), jnp.broadcast_to(jnp.arange(20), (3, 20)), 2, select)
@@ -219,7 +238,7 @@ def test_kept_positions_are_text_and_top_image_tokens(drawn_prompts):
     for row, marks in enumerate(rows):
         image[row, : len(marks)] = marks
     lengths, kept = np.array([len(row) for row in rows]), image.sum(1) // 4 * keep
-    found = np.asarray(selection.kept_positions(*map(jnp.asarray, (scores, image, lengths, kept)), shorter))
+    found = np.asarray(kept_positions(*map(jnp.asarray, (scores, image, lengths, kept)), shorter))
     assert found.shape == (3, shorter)
     for row, marks in enumerate(rows):
         best = sorted(np.flatnonzero(marks), key=lambda p: (-scores[row, p], p))[: kept[row]]
@@ -236,19 +255,20 @@ MLP = ModelConfig(fusion=FusionConfig("mlp"))
 @pytest.mark.parametrize(
     ("reduce", "keep", "fusion", "found", "slots", "dropped"),
     [
-        ("", 0, "mlp", Reduction("", 576, 576), 576, 0),
-        ("fastv", 0, "mlp", Reduction("fastv", 576, 144), 576, 432),
-        ("fastv", 576, "mlp", Reduction("fastv", 576, 576), 576, 0),
-        ("fastv", 0, "mbtf_stf", Reduction("fastv", 144, 36), 144, 108),
-        ("random", 64, "mlp", Reduction("random", 576, 64), 64, 0),
-        ("visionzip", 0, "mbtf", Reduction("visionzip", 576, 144), 144, 0),
-        ("visionzip", 64, "mlp", Reduction("visionzip", 576, 64), 64, 0),
+        ("", 0, "mlp", (576, 576), 576, 0),
+        ("fastv", 0, "mlp", (576, 144), 576, 432),
+        ("fastv", 576, "mlp", (576, 576), 576, 0),
+        ("fastv", 0, "mbtf_stf", (144, 36), 144, 108),
+        ("random", 64, "mlp", (576, 64), 64, 0),
+        ("visionzip", 0, "mbtf", (576, 144), 144, 0),
+        ("visionzip", 64, "mlp", (576, 64), 64, 0),
     ],
 )
 def test_resolve_reduction(reduce, keep, fusion, found, slots, dropped):
     config = ModelConfig(fusion=FusionConfig(fusion), reduce=reduce, keep=keep)
-    assert resolve_reduction(config) == found
-    assert (found.slots, found.dropped) == (slots, dropped)
+    reduction = resolve_reduction(config)
+    assert reduction == Reduction(reduce, *found, REDUCERS.known.get(reduce))
+    assert (reduction.slots, reduction.dropped) == (slots, dropped)
     assert slots_per_image(config) == slots
 
 
@@ -268,3 +288,84 @@ def test_resolve_reduction(reduce, keep, fusion, found, slots, dropped):
 def test_invalid_reductions_are_rejected(changes, message):
     with pytest.raises(UserError, match=message):
         resolve_reduction(dataclasses.replace(MLP, **changes))
+
+
+# ---- A reducer of one's own, tests/plugins/thinning.py ---------------------------------------------------------------
+
+SMALL = ModelConfig("clip-mini-16-96", "llama-mini", FusionConfig("mlp"))  # 36 patches, 4 layers
+SPACED, SHORT_KEYS = "thinning:SPACED", "thinning:SHORT_KEYS"
+KEPT, DROPPED, SLOTS = 9, 27, 64
+
+
+@pytest.fixture
+def plugins(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "plugins")
+
+
+def reduced(name):
+    return dataclasses.replace(SMALL, reduce=name, keep=KEPT)
+
+
+def test_the_docs_show_the_plugin():
+    page = (ROOT / "docs" / "evaluating.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?PatchReducer.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert (ROOT / "tests" / "plugins" / "thinning.py").read_text().split('"""\n\n', 1)[1] == code
+
+
+@pytest.mark.usefixtures("plugins")
+def test_its_flops_are_counted():
+    assert prefill_flops(reduced(SPACED), 1, SLOTS, 1) == prefill_flops(reduced("random"), 1, SLOTS, 1)
+    every, fewer = (prefill_flops(SMALL, 1, length, 1)["llm"] // 4 for length in (SLOTS, SLOTS - DROPPED))
+    assert prefill_flops(reduced(SHORT_KEYS), 1, SLOTS, 1)["llm"] == every + 3 * fewer
+    saved = decode_flops(SMALL, 1, SLOTS, 1) - decode_flops(reduced(SHORT_KEYS), 1, SLOTS, 1)
+    assert saved == 3 * DROPPED * 2 * 2 * 128  # two products of three layers
+
+
+@pytest.mark.usefixtures("plugins")
+@pytest.mark.parametrize(("name", "dropped"), [(SPACED, [0] * 4), (SHORT_KEYS, [0, *[DROPPED] * 3])])
+def test_it_is_planned(name, dropped):
+    config = TrainConfig(model=reduced(name), data=DataConfig(max_length=SLOTS), mesh=MeshConfig(fsdp=1))
+    caches = [
+        [keys.shape[2] for keys, _ in make_program(config, "decode", jax.devices()).arguments[1].cache]
+        for config in (dataclasses.replace(config, model=SMALL), config)
+    ]
+    assert [before - after for before, after in zip(*caches, strict=True)] == dropped
+
+
+@pytest.mark.usefixtures("plugins")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reduce": "thinning"}, "Unknown model.reduce 'thinning'; known: fastv, random, visionzip."),
+        ({"reduce": "thining:SPACED"}, "no module thining; is its folder on PYTHONPATH"),
+        ({"reduce": "thinning:spaced_patches"}, "is not a PatchReducer or DecoderReducer"),
+        ({"reduce": SPACED, "fusion": FusionConfig("stf")}, r"reduce=thinning:SPACED needs .*, but stf does not"),
+        ({"reduce": SHORT_KEYS, "keep": 577}, "keep=577 must be 1 to 576"),
+    ],
+)
+def test_its_misuse_is_explained(changes, message):
+    with pytest.raises(UserError, match=message):
+        resolve_reduction(dataclasses.replace(MLP, **changes))
+
+
+def test_a_wrong_number_of_tokens_is_reported():
+    reducer = PatchReducer(lambda tower, images, taps, dtype, keep: tower(images, taps, dtype))
+    message = r"^mine returns states of \[16\] tokens, one number per tap; expected \[8\]\.$"
+    with pytest.raises(UserError, match=message):
+        Reduction("mine", 16, 8, reducer).tower_states(
+            tower("clip"), jnp.zeros((1, 28, 28, 3), jnp.uint8), (1,), jnp.float32
+        )
+
+
+def test_tokens_are_dropped_after_a_layer():
+    with pytest.raises(ValueError, match="after_layers must be at least 1"):
+        DecoderReducer(fastv.last_token_attention, after_layers=0)
+
+
+def test_code_in_a_models_folder_is_never_run(tmp_path, monkeypatch):
+    (tmp_path / "evil_reducer.py").write_text("THING = None\n")
+    (tmp_path / "config.json").write_text(json.dumps(to_json(TrainConfig(model=reduced("evil_reducer:THING")))))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="Opening a model never runs code from its folder"):
+        describe_folder(epath.Path(tmp_path))
+    assert "evil_reducer" not in sys.modules
