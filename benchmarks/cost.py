@@ -26,8 +26,7 @@ from benchmarks.plan import TEXT, load_recipe
 from benchmarks.process import measure_process
 from stf_jax.config import FusionConfig, MeshConfig, TrainConfig, UserError
 from stf_jax.data.packing import Batch
-from stf_jax.models.spec import llm_preset, vision_preset
-from stf_jax.models.vlm import slots_per_image
+from stf_jax.models.spec import llm_preset, resolve_model, vision_preset
 from stf_jax.parallel.mesh import compute_context
 from stf_jax.planning.program import Program, make_program
 from stf_jax.planning.report import make_report
@@ -76,7 +75,7 @@ def _make_config(task: str, vision: str, llm: str, fusion: str) -> TrainConfig:
     """A stage of the recipe (for prefill the second one), on rows of one image and a typical amount of text."""
     config = load_recipe("finetune" if task == "prefill" else task, "vicuna-7b")
     model = dataclasses.replace(config.model, vision=vision, llm=llm, fusion=FusionConfig(fusion))
-    data = dataclasses.replace(config.data, max_length=slots_per_image(model) + TEXT[task], images_per_row=1)
+    data = dataclasses.replace(config.data, max_length=resolve_model(model).slots + TEXT[task], images_per_row=1)
     return dataclasses.replace(config, model=model, data=data)
 
 

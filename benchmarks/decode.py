@@ -25,7 +25,7 @@ from stf_jax.inference.decoding import Sampling, TokenRules, split_layers
 from stf_jax.inference.generator import bucket_length
 from stf_jax.models.blueprint import blueprint
 from stf_jax.models.fusions.base import tokens_per_image
-from stf_jax.models.vlm import slots_per_image
+from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.weights.model import open_model
 
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 results = {}
                 for program in ("ours", "transformers"):
                     task = [program, str(export), str(batch), str(options.tokens), options.precision]
-                    name = f"{fusion} ({slots_per_image(config)}), batch {batch}, {program}"
+                    name = f"{fusion} ({resolve_model(config).slots}), batch {batch}, {program}"
                     results[program] = measure_process(name, ["-m", "benchmarks.decode", *task])
                     del results[program]["seconds"]  # of the entire process
                 for row in results.values():

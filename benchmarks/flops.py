@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.arguments import LLAVA
 from stf_jax.config import FusionConfig, ModelConfig, UserError
 from stf_jax.models.fusions.base import FUSIONS
-from stf_jax.models.vlm import slots_per_image
+from stf_jax.models.spec import resolve_model
 from stf_jax.training.flops import decode_flops, prefill_flops
 
 # Published TFLOPs of LLaVA-1.5 7B with CLIP-L/14-336: source, a fusion with the same number of vision tokens, TFLOPs.
@@ -48,11 +48,11 @@ def _model(options: argparse.Namespace, fusion: str) -> ModelConfig:
 
 def prompt_flops(model: ModelConfig, text: int) -> dict[str, int]:
     """FLOPs of prefill for one image and ``text`` tokens, with the head only at the last position."""
-    return prefill_flops(model, 1, slots_per_image(model) + text, 1)
+    return prefill_flops(model, 1, resolve_model(model).slots + text, 1)
 
 
 def _make_row(model: ModelConfig, text: int) -> dict[str, Any]:
-    flops, tokens = prompt_flops(model, text), slots_per_image(model)
+    flops, tokens = prompt_flops(model, text), resolve_model(model).slots
     return {
         "what": f"{model.fusion.fusion}, {text} of text",
         "tokens": tokens,
@@ -69,7 +69,7 @@ def _compare(source: str, model: ModelConfig, published: float) -> dict[str, Any
     decoder, total = [flops["llm"] + flops["head"] for flops in samples], [sum(flops.values()) for flops in samples]
     return {
         "what": source,
-        "tokens": slots_per_image(model),
+        "tokens": resolve_model(model).slots,
         "published": published,
         "decoder_tflop": decoder[0] / 1e12,
         "text_decoder": _matching_text(decoder, 1e12 * published),

@@ -12,7 +12,7 @@ import jax
 from stf_jax.cli import parse
 from stf_jax.config import FusionConfig, TrainConfig, resolve
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.vlm import slots_per_image
+from stf_jax.models.spec import resolve_model
 from stf_jax.planning.report import make_report
 from stf_jax.planning.topology import topology_devices
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         mlp_seconds: float | None = None
         for fusion in ("mlp", "mbtf_stf"):
             model = dataclasses.replace(config.model, fusion=FusionConfig(fusion=fusion))
-            length = slots_per_image(model) + TEXT[task]
+            length = resolve_model(model).slots + TEXT[task]
             data = dataclasses.replace(config.data, max_length=length)
             changed = dataclasses.replace(config, model=model, data=data)
             report = make_report(changed, "prefill" if task == "prefill" else "train", devices)

@@ -28,8 +28,7 @@ from stf_jax.config import (
     TrainConfig,
     UserError,
 )
-from stf_jax.models.spec import vision_preset
-from stf_jax.models.vlm import slots_per_image
+from stf_jax.models.spec import resolve_model, vision_preset
 from stf_jax.training.flops import step_flops
 from stf_jax.training.timing import make_batch, time_train_steps
 
@@ -108,7 +107,7 @@ def _make_config(task: Task) -> TrainConfig:
         global_batch_size=task.rows,
         rules=(("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", _LLM_RULE[task.stage])),
         model=model,
-        data=DataConfig(max_length=slots_per_image(model) + task.text),
+        data=DataConfig(max_length=resolve_model(model).slots + task.text),
         optimizer=OptimizerConfig(learning_rate=_RATE, schedule="constant", warmup_ratio=0.0),
         mesh=MeshConfig(1, 1, 1),
     )
@@ -144,7 +143,7 @@ def in_torch(task: Task, compiled: bool = False) -> dict[str, Any]:
     from transformers import AutoModelForImageTextToText
 
     config, device = _make_config(task), "cuda" if torch.cuda.is_available() else "cpu"
-    batch, slots = make_batch(config), slots_per_image(config.model)
+    batch, slots = make_batch(config), resolve_model(config.model).slots
     model = AutoModelForImageTextToText.from_pretrained(
         task.export,
         dtype=torch.float32,

@@ -15,8 +15,7 @@ from stf_jax.bench import main
 from stf_jax.cli import run_command
 from stf_jax.config import FusionConfig, ModelConfig
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.spec import llm_preset, vision_preset
-from stf_jax.models.vlm import slots_per_image
+from stf_jax.models.spec import llm_preset, resolve_model, vision_preset
 from stf_jax.planning.topology import topology_devices
 from stf_jax.table import format_table
 from stf_jax.weights.model import Description
@@ -63,7 +62,7 @@ def test_decode_gives_both_programs_the_same_prompts(fusion, tmp_path, monkeypat
         figures = program(str(export), 2, 3, "float32")
         assert set(decode._FIGURES) - {"times_transformers", "gib"} <= figures.keys()
         assert min(value for name, value in figures.items() if name != "prefill_ms") > 0  # prefill_ms is a difference
-    slots = slots_per_image(config)
+    slots = resolve_model(config).slots
     assert calls == [(2, slots, 128 if fusion == "mlp" else 64), (2, slots, slots + 60)]
     _, image_slots = make_prompt(2, slots, 128)
     assert (image_slots[0] >= 0).sum() == slots

@@ -17,7 +17,7 @@ from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models import spec
 from stf_jax.models.blueprint import Blueprint, blueprint
-from stf_jax.models.vlm import slots_per_image
+from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import BATCH, compute_context, make_mesh
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import TrainState, state_layout
@@ -119,7 +119,7 @@ def large_params(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -> d
 def make_preprocessor(config: TrainConfig) -> Preprocessor:
     """The preprocessor that turns the config's records into examples."""
     tokenizer, tower = load_tokenizer(config.data.tokenizer), spec.vision_preset(config.model.vision)
-    return Preprocessor(config.data, tokenizer, tower, slots_per_image(config.model))
+    return Preprocessor(config.data, tokenizer, tower, resolve_model(config.model).slots)
 
 
 def batches(config: TrainConfig, count: int) -> list[Batch]:

@@ -23,7 +23,7 @@ from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Question
 from stf_jax.evals.benchmarks.scenes import held_out_questions
 from stf_jax.inference.loading import load_generator
-from stf_jax.models.vlm import slots_per_image
+from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import make_mesh
 from stf_jax.weights.foreign import open_checkpoint
 from stf_jax.weights.model import open_model
@@ -105,7 +105,7 @@ def check_prompts(checkpoint: epath.Path, processor: Any, questions: Sequence[Qu
       UserError: a prompt differs; the message names how it was built and the first differing tokens.
     """
     saved = open_model(checkpoint)
-    tokenizer, slots = load_tokenizer(str(saved.tokenizer)), slots_per_image(saved.config)
+    tokenizer, slots = load_tokenizer(str(saved.tokenizer)), resolve_model(saved.config).slots
     records = [question.to_record() for question in questions]
     records.append(Record("text alone", (), (Turn("human", questions[0].text),)))
     texts = [question.text for question in questions] + [questions[0].text]

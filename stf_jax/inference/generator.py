@@ -33,7 +33,6 @@ from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Sampling, split_layers
 from stf_jax.models.blueprint import blueprint
 from stf_jax.models.decoders.chat import Mark, Text
-from stf_jax.models.reducers.base import resolve_reduction
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import BATCH, compute_context, row_shards
 
@@ -68,7 +67,7 @@ class Generator:
         """
         check_template(template, tokenizer)
         model = resolve_model(model)
-        self.plan, self._reduction, self._model = blueprint(model), resolve_reduction(model), model
+        self.plan, self._reduction, self._model = blueprint(model), model.reduction, model
         self.slots = self._reduction.slots
         self._vision, llm = model.vision_shape, model.llm_shape
         assert llm is not None  # its blueprint has one

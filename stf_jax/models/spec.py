@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from stf_jax.config import ModelConfig, UserError, did_you_mean
 from stf_jax.files import read_json, to_path
 from stf_jax.models.decoders.base import DECODERS, DecoderFamily, LLMConfig, RopeScaling
-from stf_jax.models.fusions.base import tapped_blocks, tokens_per_image
+from stf_jax.models.fusions.base import tapped_blocks
+from stf_jax.models.reducers.base import Reduction, resolve_reduction
 from stf_jax.models.towers.base import TOWERS, TowerFamily, VisionConfig
 from stf_jax.registry import Registry, is_outside, load_object, refuse_code_in
 
@@ -44,9 +45,14 @@ class ModelSpec(ModelConfig):
         return () if self.vision_shape is None else tapped_blocks(self.fusion, self.vision_shape.layers)
 
     @functools.cached_property
-    def tokens(self) -> int:
-        """N, the image tokens per image that the fusion returns; 0 for a language model alone."""
-        return 0 if self.vision_shape is None else tokens_per_image(self.fusion, self.vision_shape.grid)
+    def reduction(self) -> Reduction:
+        """What becomes of the fusion's tokens. Raises UserError as :func:`resolve_reduction` does."""
+        return resolve_reduction(self)
+
+    @property
+    def slots(self) -> int:
+        """Image tokens per image in a prompt. Raises as :attr:`reduction` does."""
+        return self.reduction.slots
 
 
 def resolve_model(config: ModelConfig, vision: VisionConfig | None = None, llm: LLMConfig | None = None) -> ModelSpec:

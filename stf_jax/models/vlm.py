@@ -14,7 +14,7 @@ from stf_jax.models.decoders.base import find_decoder_class
 from stf_jax.models.decoders.transformer import Cache, SelectPositions
 from stf_jax.models.fusions.base import Fusion
 from stf_jax.models.layers import shard_rows
-from stf_jax.models.reducers.base import DecoderReducer, kept_positions, resolve_reduction
+from stf_jax.models.reducers.base import DecoderReducer, kept_positions
 from stf_jax.models.spec import resolve_model
 from stf_jax.models.towers.base import find_tower_class
 
@@ -36,7 +36,7 @@ class VLM(nnx.Module):
         spec = resolve_model(config)
         vision, llm = spec.vision_shape, spec.llm_shape
         self.dtype = jnp.dtype(config.precision)
-        self.reduction = resolve_reduction(config)
+        self.reduction = spec.reduction
         assert llm is not None  # there is no VLM of a tower alone
         if vision is not None:
             self.taps = spec.taps
@@ -155,8 +155,3 @@ class VLM(nnx.Module):
     ) -> Float32[Array, "B T V"]:
         """Next-token logits of the arguments of :meth:`hidden`."""
         return self.llm.logits(self.hidden(tokens, positions, segment_ids, image_slots, images))
-
-
-def slots_per_image(config: ModelConfig) -> int:
-    """Image tokens per image in this model's prompts. Raises UserError as :class:`VLM` does."""
-    return resolve_reduction(config).slots

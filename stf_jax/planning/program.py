@@ -20,7 +20,6 @@ from stf_jax.inference import decoding
 from stf_jax.inference.decoding import BLOCKS, Sampling, TokenRules
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
 from stf_jax.models.blueprint import Blueprint, Params, blueprint
-from stf_jax.models.reducers.base import resolve_reduction
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, make_mesh, row_shards
 from stf_jax.training.flops import abstract_batch
@@ -150,7 +149,7 @@ def _inference_program(config: TrainConfig, kind: str, plan: Blueprint, mesh: Me
     else:
         llm, dtype = resolve_model(config.model).llm_shape, jnp.dtype(plan.precision)
         assert llm is not None  # only models with both parts are planned
-        slots, reduction = length + INITIAL_MAX_NEW_TOKENS, resolve_reduction(config.model)
+        slots, reduction = length + INITIAL_MAX_NEW_TOKENS, resolve_model(config.model).reduction
         sizes = [slots - images.shape[1] * reduction.dropped_before(layer) for layer in range(llm.layers)]
         layers = [jax.ShapeDtypeStruct((rows, llm.kv_heads, size, llm.head_dim), dtype) for size in sizes]
         shapes = decoding.DecodeState(

@@ -21,7 +21,7 @@ from stf_jax.evals.registry import open_benchmarks
 from stf_jax.files import read_json, write_json
 from stf_jax.inference.generator import Generator
 from stf_jax.inference.loading import load_generator
-from stf_jax.models.reducers.base import resolve_reduction
+from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import make_mesh
 from stf_jax.studies.runner import Slot
 from stf_jax.studies.study import Cell
@@ -61,7 +61,7 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
     options = parser.parse_known_args(eval_options)[0]
     config = from_json(read_json(epath.Path(workdir / "config.json")))
     model = dataclasses.replace(config.model, reduce=options.reduce, keep=options.keep)
-    reduction, rows, length = resolve_reduction(model), config.global_batch_size, config.data.max_length
+    reduction, rows, length = resolve_model(model).reduction, config.global_batch_size, config.data.max_length
     mesh = make_mesh(config.mesh)
     generator, saved = load_generator(epath.Path(workdir), mesh, options.precision, options.reduce, options.keep)
     fusion_parameters = sum(leaf.size for path, leaf in saved.shapes.items() if path.startswith("fusion/"))

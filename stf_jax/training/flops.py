@@ -15,7 +15,6 @@ from stf_jax.config import ModelConfig
 from stf_jax.data.packing import Batch
 from stf_jax.models.blueprint import Params, blueprint
 from stf_jax.models.cells import CLASSES
-from stf_jax.models.reducers.base import resolve_reduction
 from stf_jax.models.spec import resolve_model
 from stf_jax.training.loss import chunks_of
 from stf_jax.training.objectives.base import find_objective
@@ -112,7 +111,7 @@ def _row_prefill_flops(model: ModelConfig, length: int, images_per_row: int) -> 
 def _row_decode_flops(model: ModelConfig, slots: int, images_per_row: int) -> int:
     plan, llm = blueprint(_by_definition(model)), resolve_model(model).llm_shape
     assert llm is not None  # nothing decodes with a tower alone
-    reduction = resolve_reduction(model)
+    reduction = resolve_model(model).reduction
     sizes = [slots - images_per_row * reduction.dropped_before(layer) for layer in range(llm.layers)]
     layers = [jax.ShapeDtypeStruct((1, llm.kv_heads, size, llm.head_dim), jnp.float32) for size in sizes]
     filled = [jax.ShapeDtypeStruct((1, size), bool) for size in sizes]

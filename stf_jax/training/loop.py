@@ -21,7 +21,6 @@ from stf_jax.files import as_user_error, write_json
 from stf_jax.inference.generator import Generator
 from stf_jax.models.blueprint import Params
 from stf_jax.models.spec import resolve_model
-from stf_jax.models.vlm import slots_per_image
 from stf_jax.parallel.hosts import run_on_host0
 from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, get_row_share, make_mesh
 from stf_jax.runs.events import Events
@@ -84,7 +83,7 @@ def _train(
     records = load_training_records(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     generator = Generator(config.model, tokenizer, mesh, config.data.template, config.data.aspect)  # for evaluation
-    preprocess = Preprocessor(config.data, tokenizer, vision, slots_per_image(config.model), llm.vocab)
+    preprocess = Preprocessor(config.data, tokenizer, vision, model.slots, llm.vocab)
     host = jax.process_index()
     share, shares = get_row_share(mesh, host)
     on_read = functools.partial(watchdog.heartbeat, "data were read")

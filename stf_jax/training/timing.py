@@ -8,8 +8,7 @@ import numpy as np
 from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.spec import vision_preset
-from stf_jax.models.vlm import slots_per_image
+from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import init_state, state_layout
@@ -51,8 +50,9 @@ def time_train_steps(
 
 def make_batch(config: TrainConfig) -> Batch:
     """A global batch of random numpy arrays: one image per row, then text, which is all target tokens."""
-    rng, slots = np.random.default_rng(1), slots_per_image(config.model)
-    side = vision_preset(config.model.vision).image_size
+    rng, model = np.random.default_rng(1), resolve_model(config.model)
+    assert model.vision_shape is not None  # a complete model is timed
+    side, slots = model.vision_shape.image_size, model.slots
     tokens = rng.integers(3, 500, (config.global_batch_size, config.data.max_length)).astype(np.int32)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     return Batch(

@@ -24,8 +24,7 @@ from stf_jax.inference.generator import Generator
 from stf_jax.models import spec
 from stf_jax.models.blueprint import blueprint
 from stf_jax.models.decoders.base import RopeScaling
-from stf_jax.models.spec import vision_preset
-from stf_jax.models.vlm import slots_per_image
+from stf_jax.models.spec import resolve_model, vision_preset
 from stf_jax.parallel.mesh import make_mesh
 
 TINY = spec.LLM["llama-tiny"]
@@ -78,7 +77,7 @@ def recompute(family, questions, tokenizer, limit, template="v1"):
     config, plan, values = model(family)
     full_model = plan.merge({path: jnp.asarray(x) for path, x in values.items()})
     vision = vision_preset(config.vision)
-    prompts = [encode(template_items(template, record), tokenizer, slots_per_image(config)) for record in questions]
+    prompts = [encode(template_items(template, record), tokenizer, resolve_model(config).slots) for record in questions]
     # One padded length for all compiles one program; causal attention ignores the padding.
     length = max(len(prompt.tokens) for prompt in prompts) + limit
     read = jax.jit(lambda tokens, slots, images: full_model(tokens, jnp.arange(length)[None], None, slots, images))

@@ -31,12 +31,10 @@ from stf_jax.models.reducers.base import (
     PatchReducer,
     Reduction,
     kept_positions,
-    resolve_reduction,
 )
 from stf_jax.models.reducers.random_patches import sample_patches
-from stf_jax.models.spec import vision_preset
+from stf_jax.models.spec import resolve_model, vision_preset
 from stf_jax.models.towers.vit import VisionTower
-from stf_jax.models.vlm import slots_per_image
 from stf_jax.planning.program import make_program
 from stf_jax.training.flops import decode_flops, prefill_flops
 from stf_jax.weights.model import describe_folder
@@ -266,10 +264,10 @@ MLP = ModelConfig(fusion=FusionConfig("mlp"))
 )
 def test_resolve_reduction(reduce, keep, fusion, found, slots, dropped):
     config = ModelConfig(fusion=FusionConfig(fusion), reduce=reduce, keep=keep)
-    reduction = resolve_reduction(config)
+    reduction = resolve_model(config).reduction
     assert reduction == Reduction(reduce, *found, REDUCERS.known.get(reduce))
     assert (reduction.slots, reduction.dropped) == (slots, dropped)
-    assert slots_per_image(config) == slots
+    assert resolve_model(config).slots == slots
 
 
 @pytest.mark.parametrize(
@@ -287,7 +285,7 @@ def test_resolve_reduction(reduce, keep, fusion, found, slots, dropped):
 )
 def test_invalid_reductions_are_rejected(changes, message):
     with pytest.raises(UserError, match=message):
-        resolve_reduction(dataclasses.replace(MLP, **changes))
+        _ = resolve_model(dataclasses.replace(MLP, **changes)).reduction
 
 
 # ---- A reducer of one's own, tests/plugins/thinning.py ---------------------------------------------------------------
@@ -345,7 +343,7 @@ def test_it_is_planned(name, dropped):
 )
 def test_its_misuse_is_explained(changes, message):
     with pytest.raises(UserError, match=message):
-        resolve_reduction(dataclasses.replace(MLP, **changes))
+        _ = resolve_model(dataclasses.replace(MLP, **changes)).reduction
 
 
 def test_a_wrong_number_of_tokens_is_reported():

@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from stf_jax.config import FusionConfig, ModelConfig, UserError
-from stf_jax.models.vlm import VLM, slots_per_image
+from stf_jax.models.spec import resolve_model
+from stf_jax.models.vlm import VLM
 
 CONFIG = ModelConfig(vision="clip-mini-16-96", llm="llama-mini", precision="float32", remat="none")
 N = 9  # a 6×6 grid merged 2×2
@@ -173,12 +174,12 @@ def test_bfloat16_model_returns_float32_logits():
     [(FusionConfig(), 144), (FusionConfig(kernel=3), 64), (FusionConfig(fusion="mlp"), 576)],
 )
 def test_slots_per_image(fusion, slots):
-    assert slots_per_image(ModelConfig(fusion=fusion)) == slots
+    assert resolve_model(ModelConfig(fusion=fusion)).slots == slots
 
 
 def test_invalid_models_are_rejected():
     with pytest.raises(UserError, match="pad_grid"):
-        slots_per_image(ModelConfig(vision="siglip-so400m-14-384"))
+        _ = resolve_model(ModelConfig(vision="siglip-so400m-14-384")).slots
     with pytest.raises(UserError, match="vicuna-7b"):
         VLM(nnx.Rngs(0), ModelConfig(llm="vicuna-7"))
 

@@ -24,7 +24,7 @@ from stf_jax.data.records import Record, Turn
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
 from stf_jax.evals.verify import verify
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.vlm import slots_per_image
+from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.imports import import_weights
@@ -126,7 +126,7 @@ def test_logits_match(exported, case):
     ids = inputs["input_ids"][0].numpy()
     is_image = ids == processor.image_token_id
     saved = open_model(folder)
-    assert is_image.sum() == 2 * slots_per_image(saved.config)
+    assert is_image.sum() == 2 * resolve_model(saved.config).slots
     squares = to_uint8(inputs, saved.description.vision)
     np.testing.assert_allclose(
         logits[:, : saved.description.llm.vocab], our_logits(folder, ids, is_image, squares), atol=1e-4
@@ -274,7 +274,7 @@ def test_verify_reports_differences_and_errors(exported, tmp_path, capsys, monke
 
 
 def encode_prompt(folder, tokenizer, template, turns, images):
-    slots = slots_per_image(open_model(folder).config)
+    slots = resolve_model(open_model(folder).config).slots
     return encode(template_items(template, Record("a", images, turns)), tokenizer, slots)
 
 

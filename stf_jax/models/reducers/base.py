@@ -12,18 +12,21 @@ Dh head size.
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from stf_jax.config import FusionConfig, ModelConfig, UserError
+from stf_jax.config import FusionConfig, UserError
 from stf_jax.models.fusions.base import FUSIONS, find_fusion, tokens_per_image
-from stf_jax.models.spec import resolve_model
 from stf_jax.models.towers.base import VisionConfig
 from stf_jax.models.towers.vit import VisionTower
 from stf_jax.registry import Registry
+
+if TYPE_CHECKING:  # spec.py imports this file
+    from stf_jax.models.spec import ModelSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,40 +115,40 @@ class Reduction:
         return states
 
 
-def resolve_reduction(config: ModelConfig) -> Reduction:
-    """The reduction that ``config.reduce`` and ``config.keep`` ask for.
+def resolve_reduction(model: "ModelSpec") -> Reduction:
+    """The reduction that the model's ``reduce`` and ``keep`` ask for.
 
     Raises:
       UserError: they do not fit each other or the model, or as :func:`stf_jax.models.fusions.base.tokens_per_image`.
     """
-    name, fusion, vision = config.reduce, config.fusion.fusion, resolve_model(config).vision_shape
+    name, fusion, vision = model.reduce, model.fusion.fusion, model.vision_shape
     if vision is None:
-        if name or config.keep:
+        if name or model.keep:
             raise UserError("A language model alone has no image tokens to reduce.")
         return Reduction("", 0, 0)
-    tokens = tokens_per_image(config.fusion, vision.grid)
+    tokens = tokens_per_image(model.fusion, vision.grid)
     if not name:
-        if config.keep:
+        if model.keep:
             names = ", ".join(REDUCERS.known)
-            raise UserError(f"keep={config.keep} has no effect without reduce: set reduce to one of {names}.")
+            raise UserError(f"keep={model.keep} has no effect without reduce: set reduce to one of {names}.")
         return Reduction("", tokens, tokens)
     reducer = find_reducer(name)
-    keep = config.keep or max(1, tokens // 4)
+    keep = model.keep or max(1, tokens // 4)
     if not 1 <= keep <= tokens:
         raise UserError(f"keep={keep} must be 1 to {tokens}, the image tokens per image of {fusion}.")
     if isinstance(reducer, DecoderReducer):
-        llm = resolve_model(config).llm_shape
+        llm = model.llm_shape
         assert llm is not None  # a model with image tokens to reduce has one
         if llm.layers <= reducer.after_layers:
             raise UserError(
-                f"reduce={name} acts after decoder layer {reducer.after_layers}, but {config.llm} has no more layers."
+                f"reduce={name} acts after decoder layer {reducer.after_layers}, but {model.llm} has no more layers."
             )
     else:
-        if not find_fusion(config.fusion).spec.per_patch:
+        if not find_fusion(model.fusion).spec.per_patch:
             names = ", ".join(name for name, known in FUSIONS.known.items() if known.spec.per_patch)
             raise UserError(f"reduce={name} needs a fusion that keeps every patch ({names}), but {fusion} does not.")
         if reducer.check is not None:
-            reducer.check(config.fusion, vision)
+            reducer.check(model.fusion, vision)
     return Reduction(name, tokens, keep, reducer)
 
 

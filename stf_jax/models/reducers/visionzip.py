@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from stf_jax.config import FusionConfig, UserError
 from stf_jax.models.fusions.base import tapped_blocks
 from stf_jax.models.reducers.base import PatchReducer
-from stf_jax.models.towers.base import VisionConfig
+from stf_jax.models.towers.base import VisionConfig, find_tower_class
 from stf_jax.models.towers.vit import VisionTower
 
 _CONTEXTUAL = 10 / 64  # fraction of the tokens
@@ -112,10 +112,12 @@ def _gather_tokens(x: jax.Array, indices: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, indices[:, :, None], axis=1)
 
 
-def require_tapped_block(config: FusionConfig, vision: VisionConfig) -> None:
-    """Raises UserError if the fusion reads no block, whose attention could be used."""
+def check_tower(config: FusionConfig, vision: VisionConfig) -> None:
+    """Raises UserError if the tower's attention cannot be read, or the fusion reads no block of it."""
+    if not issubclass(find_tower_class(vision), VisionTower):
+        raise UserError(f"reduce=visionzip reads the attention of a VisionTower, which {vision.family} is not.")
     if tapped_blocks(config, vision.layers)[0] == 0:
         raise UserError("reduce=visionzip needs a tapped block, but model.fusion.taps=(0,) taps only the embedding.")
 
 
-COMPONENTS = {"visionzip": PatchReducer(visionzip, require_tapped_block)}
+COMPONENTS = {"visionzip": PatchReducer(visionzip, check_tower)}
