@@ -30,11 +30,12 @@ LLAMA = LLMConfig(512, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=
 DECODERS = {
     "llama": LLAMA,
     "llama, full": dataclasses.replace(LLAMA, vocab=501),  # equal to its tokenizer's, as in Vicuna
+    "mistral": dataclasses.replace(LLAMA, vocab=501, family="mistral"),
     "llama, tied": dataclasses.replace(LLAMA, tied=True),
     "llama-3": dataclasses.replace(LLAMA, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64)),
     "linear": dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", 2.0), tied=True),
-    "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, rope_theta=1e6),
-    "qwen3": dataclasses.replace(LLAMA, qk_norm=True, tied=True),
+    "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, rope_theta=1e6, family="qwen2"),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm=True, tied=True, family="qwen3"),
 }
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]  # of all templates
 

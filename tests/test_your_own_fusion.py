@@ -13,7 +13,6 @@ import pytest
 from etils import epath
 from tiny import tiny
 
-from stf_jax import plan
 from stf_jax.cli import run_command
 from stf_jax.config import UserError
 from stf_jax.convert import main as convert
@@ -62,13 +61,11 @@ def test_it_trains_and_resumes(workdir):
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_its_flops_are_counted(capsys):
+def test_its_flops_are_counted():
     model = tiny(**{"model.fusion.fusion": NAME}).model
     patches, tokens, width, out = 16, 4, 32, 32
     expected = 2 * (patches * width + tokens * (width * out + out * out))
     assert prefill_flops(model, 3, 8, 1)["fusion"] == 3 * expected
-    assert run_command(plan.main, [TINY, "--topology=v5e:2x4", "--json", "--config.global_batch_size=8"]) == 0
-    assert json.loads(capsys.readouterr().out)["fits"]
 
 
 def test_its_export_answers_the_same_in_pytorch_and_is_imported(workdir, tmp_path):

@@ -1,37 +1,28 @@
-"""Families of towers and language models: the package's, and two of tests/plugins that do all that those do."""
+"""Families of towers and language models: the package's, and two of tests/plugins."""
 
 import dataclasses
-import json
 import pathlib
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from etils import epath
 from flax import nnx, traverse_util
-from tiny import tiny
 from transformers import Dinov2Config, Dinov2Model, Olmo2Config, Olmo2ForCausalLM
 
 from stf_jax.cli import run_command
 from stf_jax.config import ModelConfig, UserError
 from stf_jax.convert import main as convert
-from stf_jax.evals.verify import verify
-from stf_jax.evaluate import main as evaluate
-from stf_jax.main import main
 from stf_jax.models import spec
 from stf_jax.models.blueprint import blueprint
 from stf_jax.models.decoders.base import DECODERS, find_decoder_class
 from stf_jax.models.spec import find_family, llm_preset, match_family, parse_llm_config, parse_vision_config
 from stf_jax.models.towers.base import TOWERS, find_tower_class
-from stf_jax.planning.report import trace_cost
-from stf_jax.training.flops import prefill_flops
 from stf_jax.weights.model import open_model
 
 TESTS = pathlib.Path(__file__).parents[1]
-OWN = ["--config.model.vision=dino:TINY", "--config.model.llm=olmo:TINY", "--config.data.template=olmo:CHAT"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,73 +84,6 @@ def test_a_language_model_of_ones_own_matches_transformers(tmp_path):
     found = decoder.logits(decoder(decoder.embed(jnp.asarray(tokens), jnp.float32), positions, None))
     with torch.no_grad():
         np.testing.assert_allclose(found, model(torch.tensor(tokens)).logits, atol=2e-4)
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A run with both families and its own chat template, named in the config only."""
-    workdir = tmp_path_factory.mktemp("families") / "run"
-    options = [f"--config={TESTS / 'tiny.py'}", *OWN, f"--workdir={workdir}", "--config.mesh.data=1"]
-    assert run_command(main, [*options, "--config.steps=2"]) == 0
-    assert run_command(main, [*options, "--config.steps=4"]) == 0
-    return workdir
-
-
-def test_families_of_ones_own_train_and_resume(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert lines[-1]["loss"] < lines[0]["loss"]
-    description = open_model(epath.Path(workdir)).description
-    assert (description.vision.family, description.llm.family) == ("dino:DINO", "olmo:OLMO")
-
-
-def test_they_are_evaluated(workdir, tmp_path):
-    options = [f"--checkpoint={workdir}", "--benchmark=scenes", "--limit=4", f"--out={tmp_path / 'out'}"]
-    assert run_command(evaluate, options) == 0
-    row = json.loads((tmp_path / "out" / "answers.jsonl").read_text().splitlines()[0])
-    assert row["text"] is not None
-
-
-def test_they_are_planned_and_their_flops_counted():
-    names = {"model.vision": "dino:TINY", "model.llm": "olmo:TINY"}
-    assert trace_cost(tiny(**names), "train", jax.devices()).flops_per_row > 0
-    model = ModelConfig("dino:TINY", "olmo:TINY")
-    tokens, width, layers, mlp = 17, 32, 3, 128
-    blocks = layers * (2 * tokens * (4 * width**2 + 2 * width * mlp) + 4 * tokens**2 * width)
-    assert prefill_flops(model, 1, 8, 1)["vision"] == blocks + 2 * 16 * 8 * 8 * 3 * width
-
-
-def test_their_export_answers_the_same_in_pytorch_and_is_imported(workdir, tmp_path):
-    export, imported = tmp_path / "export", tmp_path / "imported"
-    assert run_command(convert, ["export", str(workdir), "--format=hf", f"--to={export}"]) == 0
-    pairs = verify(epath.Path(workdir), export, 4, 6)
-    assert [pair.jax for pair in pairs] == [pair.pytorch for pair in pairs]
-    assert run_command(convert, ["import", str(export), f"--to={imported}"]) == 0
-    first, second = open_model(epath.Path(workdir)), open_model(epath.Path(imported))
-    for part in ("vision", "llm", "template"):
-        assert getattr(first.description, part) == getattr(second.description, part)
-    for path in first.shapes:
-        np.testing.assert_array_equal(first.read(path), second.read(path))
-
-
-def test_a_folder_does_not_bring_the_code_of_its_family(workdir, tmp_path, monkeypatch):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(folder)
-    (folder / "wicked.py").write_text("raise SystemExit('it ran')")
-    values = json.loads((workdir / "model.json").read_text())
-    for part, key in (("vision", "family"), ("llm", "family"), (None, "template")):
-        changed = values | ({part: values[part] | {key: "wicked:X"}} if part else {key: "wicked:X"})
-        (folder / "model.json").write_text(json.dumps(changed))
-        (folder / "checkpoints" / "4").mkdir(parents=True, exist_ok=True)
-        with pytest.raises(UserError, match="wicked:X, whose code is in that folder"):
-            spec.vision_preset(str(folder)) if part == "vision" else describe(folder)
-
-
-def describe(folder):
-    from stf_jax.weights.model import describe_folder
-
-    return describe_folder(epath.Path(folder))
 
 
 # ---- Families of the package -----------------------------------------------------------------------------------------

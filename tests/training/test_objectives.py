@@ -1,21 +1,17 @@
 """Objectives by name: those of the package, and one of tests/plugins."""
 
-import json
 import pathlib
 
 import jax
 import pytest
 from tiny import Setup, batches, tiny
 
-from stf_jax.cli import run_command
 from stf_jax.config import UserError
-from stf_jax.main import main
 from stf_jax.planning.report import trace_cost
 from stf_jax.training.flops import step_flops
 from stf_jax.training.objectives.base import OBJECTIVES, find_objective
 
 PLUGINS = pathlib.Path(__file__).parents[1] / "plugins"
-TINY = f"--config={PLUGINS.parent / 'tiny.py'}"
 Z_LOSS = "z_loss:Z_LOSS"
 
 
@@ -51,16 +47,6 @@ def test_its_flops_are_counted():
     counts = [step_flops(config.model, config.rules, 8, 192, 1, name) for name in ("", Z_LOSS)]
     assert counts[0] == counts[1]
     assert trace_cost(tiny(objective=Z_LOSS), "train", jax.devices()).flops_per_row > 0
-
-
-def test_a_run_keeps_its_objective(tmp_path, capsys):
-    options = [TINY, f"--workdir={tmp_path / 'run'}", "--config.mesh.data=1", "--config.checkpoint.every_steps=2"]
-    assert run_command(main, [*options, f"--config.objective={Z_LOSS}", "--config.steps=2"]) == 0
-    assert run_command(main, options) == 2
-    assert f"cannot resume with a changed objective (was '{Z_LOSS}', now '')" in capsys.readouterr().err
-    assert run_command(main, [*options, f"--config.objective={Z_LOSS}", "--config.steps=4"]) == 0
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -544,5 +544,7 @@ def test_failed_exports_leave_no_files(exported, tmp_path, capsys, monkeypatch):
     odd = dataclasses.replace(LLAMA, qkv_bias=True, qk_norm=True)
     monkeypatch.setitem(DECODERS, "odd", odd)
     make(both, FusionConfig("mbtf_stf"), "clip", "odd")
-    assert "both query biases and query norms" in export_error(both, f"--to={tmp_path / 'hf'}")
+    assert "transformers has no class for a language model with qkv_bias=True, qk_norm=True" in export_error(
+        both, f"--to={tmp_path / 'hf'}"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["both", "full", "half"]
