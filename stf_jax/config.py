@@ -97,8 +97,10 @@ class FusionConfig:
 class ModelConfig:
     """The vision tower, the language model, the fusion between them, and how they are computed."""
 
-    vision: str = ""  # vision preset (models/spec.py) or folder; "": that of init_from, else clip-l-14-336
-    llm: str = ""  # language model preset (models/spec.py) or folder; "": that of init_from, else vicuna-7b
+    # vision tower: preset (models/towers), folder or package.module:SHAPE; "": that of init_from, else clip-l-14-336
+    vision: str = ""
+    # language model: preset (models/decoders), folder or package.module:SHAPE; "": that of init_from, else vicuna-7b
+    llm: str = ""
     fusion: FusionConfig = FusionConfig()
     precision: Precision = "bfloat16"  # bfloat16: of frozen weights and compute | float32: of everything
     scan_layers: bool = True  # true: compile one block and loop over the layers | false: unroll the layers
@@ -133,7 +135,8 @@ class DataConfig:
     mix_by: MixBy = "epoch"  # what mix gives. epoch: passes over the item per epoch | weight: its share of all rows
     scenes: ScenesConfig = ScenesConfig()
     tokenizer: str = ""  # folder that transformers loads; miniature, miniature/2: embedded; "": that of init_from
-    template: str = "v1"  # conversation template: plain | v1 | llama-3 | chatml | mistral (data/conversation.py)
+    # conversation template (models/decoders): plain | v1 | llama-3 | chatml | mistral | package.module:CHAT
+    template: str = "v1"
     aspect: Aspect = "square"  # square: resize and center-crop | pad: pad to a square with the mean color
     max_length: Size = 2048  # tokens per row, image tokens included
     packing: bool = False  # put several conversations in a row, separated by segment ids
