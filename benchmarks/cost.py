@@ -11,10 +11,8 @@ import functools
 import itertools
 import json
 import pathlib
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.plan import TEXT, load_recipe
 from benchmarks.process import measure_process
+from benchmarks.recipes import TEXT, make_task
+from benchmarks.timing import median_seconds
 from stf_jax.config import FusionConfig, MeshConfig, TrainConfig, UserError
 from stf_jax.data.packing import Batch
-from stf_jax.models.spec import llm_preset, resolve_model, vision_preset
+from stf_jax.models.spec import llm_preset, vision_preset
 from stf_jax.parallel.mesh import compute_context
 from stf_jax.planning.program import Program, make_program
 from stf_jax.planning.report import make_report
@@ -37,7 +36,6 @@ from stf_jax.training.timing import make_batch
 from stf_jax.weights.model import Description
 
 _FUSIONS = "mlp", "mbtf_stf"
-_MAX_CALLS, _MAX_SECONDS = 3, 10.0  # calls to time, for the median; fewer once they took this long
 _GIB = 2**30
 _Rows = list[dict[str, Any]]
 
@@ -69,14 +67,6 @@ def _parse_numbers(options: argparse.Namespace, name: str) -> list[int]:
     if min(numbers) < 1:
         raise UserError(f"--{name}={text} must be at least 1.")
     return numbers
-
-
-def _make_config(task: str, vision: str, llm: str, fusion: str) -> TrainConfig:
-    """A stage of the recipe (for prefill the second one), on rows of one image and a typical amount of text."""
-    config = load_recipe("finetune" if task == "prefill" else task, "vicuna-7b")
-    model = dataclasses.replace(config.model, vision=vision, llm=llm, fusion=FusionConfig(fusion))
-    data = dataclasses.replace(config.data, max_length=resolve_model(model).slots + TEXT[task], images_per_row=1)
-    return dataclasses.replace(config, model=model, data=data)
 
 
 # ---- Measured --------------------------------------------------------------------------------------------------------
@@ -126,14 +116,14 @@ def time_program(task: str, folder: str, fusion: str, batches: list[int]) -> dic
     """Measures milliseconds and GiB of a program for each batch size; the folder contains only ``model.json``."""
     figures: dict[str, list[float]] = {"ms": [], "gib": []}
     for batch in batches:
-        config = _make_config(task, folder, folder, fusion)
+        config = make_task(task, fusion, vision=folder, llm=folder)
         # Layers are unrolled, because a scan would copy the weights of each layer out of their stack.
         model = dataclasses.replace(config.model, precision="float32", scan_layers=False)
         config = dataclasses.replace(config, model=model, mesh=MeshConfig(1, 1, 1), global_batch_size=batch)
         kind = "prefill" if task == "prefill" else "train"
         program = make_program(config, kind, jax.devices()[:1], rows=batch)
         compiled = program.compile()
-        figures["ms"].append(1e3 * _median_seconds(program, compiled, config))
+        figures["ms"].append(1e3 * _time(program, compiled, config))
         # On CPUs the peak that the compiler reports excludes temporaries.
         memory = compiled.memory_analysis()
         assert memory is not None  # CPUs report it
@@ -142,7 +132,7 @@ def time_program(task: str, folder: str, fusion: str, batches: list[int]) -> dic
     return figures
 
 
-def _median_seconds(program: Program, compiled: jax.stages.Compiled, config: TrainConfig) -> float:
+def _time(program: Program, compiled: jax.stages.Compiled, config: TrainConfig) -> float:
     call: Callable[[], Any]
     batch = make_batch(config)
     with compute_context(program.mesh, program.precision):
@@ -156,13 +146,7 @@ def _median_seconds(program: Program, compiled: jax.stages.Compiled, config: Tra
             lengths = np.full(program.rows, program.length, np.int32)
             prompt = (batch.tokens, batch.image_slots, lengths, batch.images)
             call = functools.partial(compiled, _fill(weights), *prompt, sampling)
-        jax.block_until_ready(call())  # touches gigabytes of memory for the first time
-        seconds: list[float] = []
-        while len(seconds) < _MAX_CALLS and sum(seconds) < _MAX_SECONDS:
-            begin = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+        return median_seconds(lambda: jax.block_until_ready(call()))
 
 
 def _run_step(compiled: jax.stages.Compiled, state_holder: list[TrainState], batch: Batch) -> Metrics:
@@ -191,7 +175,7 @@ def estimate(vision: str, llm: str, rows: list[int], devices: list[jax.Device]) 
     for task, count in itertools.product(TEXT, rows):
         mlp_seconds: float | None = None
         for fusion in _FUSIONS:
-            config = _make_config(task, vision, llm, fusion)
+            config = make_task(task, fusion, vision=vision, llm=llm)
             total = count * len(devices)
             config = dataclasses.replace(
                 config, global_batch_size=total, eval=dataclasses.replace(config.eval, batch=total)

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import statistics
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from etils import epath
 
 from benchmarks.process import measure_process
 from benchmarks.synthetic import make_export
+from benchmarks.timing import median_figures, median_seconds
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, Precision, UserError
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Sampling, TokenRules, split_layers
@@ -31,7 +31,6 @@ from stf_jax.weights.model import open_model
 
 _FUSIONS = ("mlp", "avg_pool", "mbtf_stf")
 _TEXT = 60  # text tokens per prompt
-_MAX_CALLS, _MAX_SECONDS = 3, 5.0  # measurements, for the median; fewer once they took this long
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -64,15 +63,6 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 _FIGURES = ("image_ms", "prefill_ms", "first_token_ms", "tokens_per_second", "times_transformers", "gib")
 
 
-def _median(measure: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
-    """Medians of the figures of repeated measurements, after a warm-up that compiles and starts threads."""
-    measure()
-    results: list[tuple[float, ...]] = []
-    while len(results) < _MAX_CALLS and sum(map(sum, results)) < _MAX_SECONDS:
-        results.append(measure())
-    return tuple(map(statistics.median, zip(*results, strict=True)))
-
-
 def _measure(
     encode_images: Callable[[], object],
     generate: Callable[[], tuple[float, float, float]],
@@ -81,16 +71,11 @@ def _measure(
 ) -> dict[str, float]:
     """Measures both functions; ``generate`` returns the times of its start, its first token and its last token."""
 
-    def time_images() -> tuple[float, ...]:
-        begin = time.perf_counter()
-        encode_images()
-        return (time.perf_counter() - begin,)
-
     def time_generation() -> tuple[float, ...]:
         begin, first, last = generate()
         return first - begin, last - first
 
-    (image,), (first, rest) = _median(time_images), _median(time_generation)
+    image, (first, rest) = median_seconds(encode_images), median_figures(time_generation)
     figures = {"image_ms": 1e3 * image, "prefill_ms": 1e3 * (first - image), "first_token_ms": 1e3 * first}
     figures["tokens_per_second"] = decoded_tokens / rest
     return figures | ({"gib": gib()} if gib else {})

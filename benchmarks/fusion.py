@@ -4,9 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +14,12 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.process import measure_process
+from benchmarks.timing import median_seconds
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError
 from stf_jax.models.fusions.base import FUSIONS, Fusion, tapped_blocks, tokens_per_image
 from stf_jax.models.spec import llm_preset, vision_preset
 from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.flops import prefill_flops
-
-_MAX_CALLS, _MAX_SECONDS = 5, 5.0  # calls to time, for the median; fewer once they took this long
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -87,19 +84,13 @@ def measure(config: ModelConfig, batch: int) -> dict[str, Any]:
     with compute_context(mesh, config.precision):
         for name, call, arguments in calls:
             compiled = jax.jit(call).lower(weights, states, *arguments).compile()
-            figures[f"{name}_ms"] = 1e3 * _median_seconds(compiled, weights, states, *arguments)
+            figures[f"{name}_ms"] = 1e3 * _time(compiled, weights, states, *arguments)
             figures[f"{name}_mib"], figures["memory"] = _measure_memory(compiled)
     return figures
 
 
-def _median_seconds(call: Callable[..., Any], *arguments: Any) -> float:
-    jax.block_until_ready(call(*arguments))  # starts threads and touches the memory of the outputs
-    seconds: list[float] = []
-    while len(seconds) < _MAX_CALLS and sum(seconds) < _MAX_SECONDS:
-        begin = time.perf_counter()
-        jax.block_until_ready(call(*arguments))
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+def _time(call: Callable[..., Any], *arguments: Any) -> float:
+    return median_seconds(lambda: jax.block_until_ready(call(*arguments)))
 
 
 def _measure_memory(compiled: jax.stages.Compiled) -> tuple[float, str]:

@@ -9,10 +9,8 @@ from typing import Any
 
 import jax
 
-from stf_jax.cli import parse
-from stf_jax.config import FusionConfig, TrainConfig, resolve
+from benchmarks.recipes import TEXT, load_recipe, make_task
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.spec import resolve_model
 from stf_jax.planning.report import make_report
 from stf_jax.planning.topology import topology_devices
 
@@ -25,7 +23,6 @@ _MAXTEXT = {
     ("v5p:2x2x4", 1): 8.14,
     ("v5p:2x2x4", 4): 11.14,
 }
-TEXT = {"pretrain": 64, "finetune": 304, "prefill": 64}  # mean text tokens per row (benchmarks/mixture.py)
 _GIB = 2**30
 
 
@@ -40,18 +37,14 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     jax.config.update("jax_platforms", "cpu")
     rows = [] if options.no_mark else [_compare_maxtext(*key, gib) for key, gib in _MAXTEXT.items()]
     devices = topology_devices(options.topology)
-    for task in ("pretrain", "finetune", "prefill"):
-        config = load_recipe("finetune" if task == "prefill" else task, options.llm)
+    for task in TEXT:
         mlp_seconds: float | None = None
         for fusion in ("mlp", "mbtf_stf"):
-            model = dataclasses.replace(config.model, fusion=FusionConfig(fusion=fusion))
-            length = resolve_model(model).slots + TEXT[task]
-            data = dataclasses.replace(config.data, max_length=length)
-            changed = dataclasses.replace(config, model=model, data=data)
-            report = make_report(changed, "prefill" if task == "prefill" else "train", devices)
+            config = make_task(task, fusion, options.llm)
+            report = make_report(config, "prefill" if task == "prefill" else "train", devices)
             row = {
                 "what": f"{task}, {fusion}, {report['rows']} rows",
-                "positions": length,
+                "positions": config.data.max_length,
                 "peak_gib": (report["peak_bytes_per_device"] or 0) / _GIB,
                 "petaflop": report["executed_flops"] / 1e15,
                 "seconds": report["step_seconds_estimate"],
@@ -80,12 +73,6 @@ def _compare_maxtext(topology: str, rows: int, maxtext_gib: float) -> dict[str, 
             "tower_fusion_gib": (trainable + frozen) / len(devices) / _GIB,
         }
     )
-
-
-def load_recipe(name: str, llm: str) -> TrainConfig:
-    """Loads the config of that name in configs/ with another language model."""
-    (config,) = resolve(parse([f"--config={name}:llm={llm}"], "", workdir=False)[1])
-    return config
 
 
 def _print_row(row: dict[str, Any]) -> dict[str, Any]:
