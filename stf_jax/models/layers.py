@@ -242,7 +242,8 @@ def apply_layers(
     if scan and len(layers) > 1:
         params = jax.tree.map(lambda p: p[layers.start : layers.stop], stacked)
         return jax.lax.scan(lambda x, layer: (apply_one(x, layer), None), x, params)[0]
-    apply_one = jax.jit(apply_one)  # traced once for all layers
+    if len(layers) > 1:
+        apply_one = jax.jit(apply_one)  # traced once for all layers
     for layer in _split_layers(stacked, layers):
         x = apply_one(x, layer)
     return x
