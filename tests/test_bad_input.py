@@ -619,7 +619,7 @@ CONVERT = [
     gguf_case("with too many tensors", make_gguf(LLAMA, tensors=2**60), "truncated"),
     gguf_case("with too long a text", make_gguf({"a": "b"}, count=2, rest=struct.pack("<Q", 2**60)), "truncated"),
     gguf_case("of another family", make_gguf({"general.architecture": "mamba"}), "'mamba'", "llama"),
-    gguf_case("without a number of heads", make_gguf({"general.architecture": "llama"}), "num_attention_heads"),
+    gguf_case("without a number of heads", make_gguf({"general.architecture": "llama"}), "the key llama.block_count,"),
     gguf_case(
         "with too many layers", make_gguf(LLAMA | {"llama.block_count": 2**31 - 1}), "llama.block_count is 2147483647"
     ),

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import tiny  # noqa: F401 (its presets)
 
-from benchmarks import arguments, cost, decode, process, step
+from benchmarks import arguments, cost, decode, flops, process, step
 from benchmarks.mixture import SOURCES, jpegs, lengths
 from benchmarks.synthetic import make_export
 from stf_jax.bench import main
 from stf_jax.cli import run_command
 from stf_jax.config import FusionConfig, ModelConfig
 from stf_jax.models.blueprint import blueprint
+from stf_jax.models.fusions.mlp import MLP
+from stf_jax.models.fusions.stf import MBTFSTF
 from stf_jax.models.spec import llm_preset, resolve_model, vision_preset
 from stf_jax.planning.topology import topology_devices
 from stf_jax.table import format_table
@@ -128,7 +130,8 @@ def test_fusion(tmp_path, capsys):
     assert "forward ms" in capsys.readouterr().out
 
 
-def test_flops_agree_with_published_figures(tmp_path):
+def test_flops_agree_with_published_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(flops.FUSIONS, "known", {"mlp": MLP, "mbtf_stf": MBTFSTF})  # a trace of each takes a second
     file = tmp_path / "figures.json"
     assert run_command(main, ["flops", "--text=64", f"--json={file}"]) == 0
     rows = json.loads(file.read_text())

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from stf_jax.config import UserError
-from stf_jax.models.decoders.base import DECODERS, DecoderFamily, RopeScaling
+from stf_jax.models.decoders.base import DECODERS, DecoderFamily, LLMConfig, RopeScaling
 from stf_jax.models.decoders.rope import write_rope
 from stf_jax.weights.tensors import Entry, TensorFile
 
@@ -64,8 +64,11 @@ def open_gguf(file: pathlib.Path) -> tuple[TensorFile, dict[str, Any]]:
     for name in ("layers", "heads", "kv_heads"):
         if name in sizes and not (isinstance(sizes[name], int) and 0 < sizes[name] <= _MAX_COUNT):
             raise UserError(f"{file} says that {kind}.{_KEYS[name]} is {sizes[name]!r}, which is not supported.")
+    for name in ("layers", "heads"):
+        if name not in sizes:
+            raise UserError(f"{file} lacks the key {kind}.{_KEYS[name]}, which is needed to read its tensors.")
+    sizes.setdefault("kv_heads", sizes["heads"])
     try:
-        sizes.setdefault("kv_heads", sizes["heads"])
         head_dim = _head_dim(file, kind, values, stored, sizes)
         names = _map_names(stored, family, sizes["layers"])
         scaling = _read_rope_scaling(file, kind, values, stored)
@@ -74,7 +77,7 @@ def open_gguf(file: pathlib.Path) -> tuple[TensorFile, dict[str, Any]]:
     config = {family.fields[name]: value for name, value in sizes.items()}
     config |= {"model_type": family.model_type, family.fields["tied"]: "output.weight" not in stored}
     config |= {family.length: values[key]} if (key := f"{kind}.{_LENGTH}") in values else {}
-    config |= write_rope(values[key], scaling) if (key := f"{kind}.{_THETA}") in values else {}
+    config |= write_rope(values.get(f"{kind}.{_THETA}", LLMConfig.rope_theta), scaling)
     entries: dict[str, Entry] = {}
     for name, tensor in stored.items():
         if name == _ROPE_FREQS:
