@@ -130,8 +130,14 @@ def test_fusion(tmp_path, capsys):
     assert "forward ms" in capsys.readouterr().out
 
 
-def test_flops_agree_with_published_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(flops.FUSIONS, "known", {"mlp": MLP, "mbtf_stf": MBTFSTF})  # a trace of each takes a second
+@pytest.fixture
+def two_fusions(monkeypatch):
+    """Only these have rows, because the traces of each take a second."""
+    monkeypatch.setattr(flops.FUSIONS, "known", {"mlp": MLP, "mbtf_stf": MBTFSTF})
+
+
+@pytest.mark.usefixtures("two_fusions")
+def test_flops_agree_with_published_figures(tmp_path):
     file = tmp_path / "figures.json"
     assert run_command(main, ["flops", "--text=64", f"--json={file}"]) == 0
     rows = json.loads(file.read_text())
@@ -151,6 +157,7 @@ def test_flops_agree_with_published_figures(tmp_path, monkeypatch):
     assert mini["text_all"] != mini_few["text_all"]
 
 
+@pytest.mark.usefixtures("two_fusions")
 def test_flops_of_other_models_are_not_compared(capsys):
     assert run_command(main, ["flops", "--vision=clip-mini-16-96", "--llm=llama-mini", "--text=8"]) == 0
     assert "published" not in capsys.readouterr().out
