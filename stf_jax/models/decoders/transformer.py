@@ -16,13 +16,24 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from stf_jax.models.attention import Mask, attention, cached_attention
 from stf_jax.models.decoders.base import LLMConfig
-from stf_jax.models.layers import Linear, RMSNorm, apply_layers, constrain, normal, parameter, unroll_layers
+from stf_jax.models.layers import (
+    KEPT_ATTENTION,
+    KEPT_MLP,
+    Linear,
+    RMSNorm,
+    apply_layers,
+    constrain,
+    normal,
+    parameter,
+    unroll_layers,
+)
 
 
 def rope_angles(
@@ -100,7 +111,8 @@ class Attention(nnx.Module):
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        return self.out(attend(rotate(q, cos, sin), rotate(k, cos, sin), v))
+        q, k, v = (checkpoint_name(x, KEPT_ATTENTION) for x in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        return self.out(attend(q, k, v))
 
 
 class MLP(nnx.Module):
@@ -113,7 +125,8 @@ class MLP(nnx.Module):
         self.down = Linear(rngs, [hidden], [width], bias=False, stack=config.layers)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = checkpoint_name(self.gate(x), KEPT_MLP), checkpoint_name(self.up(x), KEPT_MLP)
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
