@@ -203,21 +203,21 @@ NO_MMBENCH = (
         (["gqua"], "", "Unknown benchmark 'gqua'; did you mean 'gqa'?"),
         (["scenes", "mm bench"], "", "Unknown benchmark 'mm bench'; did you mean 'mmbench'?"),
         (["al"], "", "Unknown benchmark 'al'; did you mean 'all'?"),
-        ([""], "", f"Unknown benchmark ''; known: {', '.join(BENCHMARKS.known)}, all."),
+        ([""], "", f"Unknown benchmark ''; known: {', '.join(BENCHMARKS.known)}, general, ocr, paper, all."),
         (
             ["scenes", "pope"],
             "",
-            "Benchmark pope needs the folder of LLaVA's evaluation files: --data, or config.eval.data.",
+            "Benchmark pope needs the folder of the evaluation files: --data, or config.eval.data.",
         ),
-        (["all"], "", "Benchmark gqa needs the folder of LLaVA's evaluation files: --data, or config.eval.data."),
+        (["all"], "", "Benchmark ai2d needs the folder of the evaluation files: --data, or config.eval.data."),
         # Of all that it needs, the folder has GQA's.
         (
-            ["all"],
+            ["paper"],
             "DATA",
             NO_MMBENCH,
         ),
         (
-            ["scenes", "all"],
+            ["scenes", "paper"],
             "DATA",
             NO_MMBENCH,
         ),
