@@ -43,6 +43,7 @@ EXTERNAL = {
     "echo": "writes to a file of the reader",
     "gcloud": "needs an account",
     "pip": "installs packages; the requirement files must exist",
+    "hf": "downloads data sets from the Hub",
     "mpirun": "needs Open MPI",
     "vllm": "has a separate environment, which make test-serve tests",
 }

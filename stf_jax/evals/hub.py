@@ -1,6 +1,7 @@
 """The base class of benchmarks whose questions come from a data set on the Hub, asked and scored as lmms-eval does."""
 
 import abc
+import fnmatch
 import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -22,8 +23,7 @@ class HubBenchmark(Benchmark):
 
     Attributes:
       repository: the data set on the Hub, for messages.
-      configuration: its folder of the data set, if it has several.
-      split: the start of the files' names.
+      files: the files of the split in the data set.
       columns: the columns that are read, and the kinds that each may have.
       id_column: the column of the question's id; without it, the id is the position in the split.
       image_column: the column of the image.
@@ -32,8 +32,7 @@ class HubBenchmark(Benchmark):
     """
 
     repository: ClassVar[str]
-    configuration: ClassVar[str] = ""
-    split: ClassVar[str] = "test"
+    files: ClassVar[str] = "data/test-*.parquet"
     columns: ClassVar[Columns]
     id_column: ClassVar[str] = ""
     image_column: ClassVar[str] = "image"
@@ -78,32 +77,33 @@ class HubBenchmark(Benchmark):
 
     def _find_files(self, data: epath.Path) -> list[epath.Path]:
         """Returns the files of the split, in order. Raises UserError if there are none, or not all."""
-        if self.configuration:  # the folder beside it has a split of the same name
-            folders = [self.folder / self.configuration, data / self.configuration]
-        else:
-            folders = [self.folder / "data", self.folder]
-        found = next((files for folder in folders if (files := self._list_files(folder))), [])
+        parent, _, pattern = self.files.rpartition("/")
+        # A data set may have a split of the same name in two folders, so only "data" may be left out.
+        folders = [self.folder / parent, data / parent, *([self.folder] if parent in ("", "data") else [])]
+        found = next((files for folder in folders if (files := _list_files(folder, pattern))), [])
         if not found:
+            target = data / self.folders[0] if self.folder == data else self.folder
             raise UserError(
-                f"{self.name}: there is no {self.split}-*.parquet in {folders[0]}; get the files with: "
-                f"hf download {self.repository} --repo-type=dataset --local-dir={self.folder}"
+                f"{self.name}: there is no {self.files} in {self.folder}; get the files with: "
+                f"hf download {self.repository} --repo-type=dataset --local-dir={target}"
             )
         shards = [match for file in found if (match := _SHARD.search(file.name))]
         count = int(shards[0][2]) if shards else 1
         if len(found) != count or [int(shard[1]) for shard in shards] != [*range(count)][: len(shards)]:
             names = ", ".join(file.name for file in found)
             raise UserError(
-                f"{self.name}: the files of the {self.split} split in {found[0].parent} are not those of one upload, "
-                f"{count} in number: {names}. Download the data set again."
+                f"{self.name}: the files {pattern} in {found[0].parent} are not those of one upload, {count} in "
+                f"number: {names}. Download the data set again."
             )
         return found
 
-    def _list_files(self, folder: epath.Path) -> list[epath.Path]:
-        if not folder.is_dir():
-            return []
-        names = (f"{self.split}-", f"{self.split}.parquet")
-        files = [file for file in folder.iterdir() if file.name.endswith(".parquet") and file.name.startswith(names)]
-        return sorted(files, key=lambda file: file.name)
+
+def _list_files(folder: epath.Path, pattern: str) -> list[epath.Path]:
+    """Returns the files in a folder, which need not exist, whose names match a pattern; sorted by name."""
+    if not folder.is_dir():
+        return []
+    files = [file for file in folder.iterdir() if fnmatch.fnmatchcase(file.name, pattern)]
+    return sorted(files, key=lambda file: file.name)
 
 
 def mean(scores: Sequence[float]) -> float:

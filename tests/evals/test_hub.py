@@ -163,7 +163,7 @@ def test_missing_columns_are_named(tmp_path):
     ],
 )
 def test_columns_of_another_type_are_named(column, kind, values, found, wanted, tmp_path):
-    file = tmp_path / "test.parquet"
+    file = tmp_path / "test-00000-of-00001.parquet"
     columns = {
         name: pa.array([row[name] for row in make_rows("chartqa")[:2]], type_) for name, type_ in SCHEMAS["chartqa"]
     }
@@ -177,7 +177,7 @@ def test_images_may_be_plain_bytes_and_texts_large(tmp_path):
         name: pa.array([row[name] for row in rows], pa.large_string()) for name in ("type", "question", "answer")
     }
     images = pa.array([row["image"]["bytes"] for row in rows], pa.large_binary())
-    pq.write_table(pa.table(columns | {"image": images}), tmp_path / "test.parquet")
+    pq.write_table(pa.table(columns | {"image": images}), tmp_path / "test-00000-of-00001.parquet")
     benchmark = open_one(tmp_path, "chartqa")
     assert [question.image().width for question in benchmark.questions] == [*range(5, 16)]
 
@@ -208,13 +208,17 @@ def test_incomplete_and_mixed_uploads(tmp_path):
     open_one(tmp_path, "ocrbench")
     old.unlink()
     assert open_error(tmp_path, "ocrbench") == (
-        f"ocrbench: the files of the test split in {folder} are not those of one upload, 3 in number: "
+        f"ocrbench: the files test-*.parquet in {folder} are not those of one upload, 3 in number: "
         "test-00000-of-00003.parquet, test-00002-of-00003.parquet. Download the data set again."
     )
     shutil.rmtree(folder)
     assert open_error(tmp_path, "ocrbench") == (
-        f"ocrbench: there is no test-*.parquet in {tmp_path}/ocrbench/data; get the files with: "
+        f"ocrbench: there is no data/test-*.parquet in {tmp_path}/ocrbench; get the files with: "
         f"hf download echo840/OCRBench --repo-type=dataset --local-dir={tmp_path}/ocrbench"
+    )
+    assert open_error(tmp_path, "infovqa") == (  # not all in one folder
+        f"infovqa: there is no InfographicVQA/validation-*.parquet in {tmp_path}; get the files with: "
+        f"hf download lmms-lab-encoder/DocVQA --repo-type=dataset --local-dir={tmp_path}/infovqa"
     )
 
 

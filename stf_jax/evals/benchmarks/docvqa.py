@@ -26,8 +26,7 @@ class DocVQA(HubBenchmark):
     folders: ClassVar[tuple[str, ...]] = ("docvqa", "DocVQA")
     groups: ClassVar[tuple[str, ...]] = ("ocr",)
     repository = "lmms-lab-encoder/DocVQA"
-    configuration = "DocVQA"
-    split = "validation"
+    files = "DocVQA/validation-*.parquet"
     max_new_tokens = 32
     rule = ANLS_RULE
     columns: ClassVar[Columns] = {
@@ -50,7 +49,7 @@ class DocVQATest(DocVQA):
 
     name = "docvqa_test"
     groups = ()
-    split = "test"
+    files = "DocVQA/test-*.parquet"
     columns: ClassVar[Columns] = {"questionId": ("text", "integer"), "question": ("text",), "image": ("image",)}
     has_labels = False
 

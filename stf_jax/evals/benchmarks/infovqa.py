@@ -14,7 +14,7 @@ class InfoVQA(DocVQA):
 
     name = "infovqa"
     folders = ("infovqa", "docvqa", "DocVQA")
-    configuration = "InfographicVQA"
+    files = "InfographicVQA/validation-*.parquet"
 
 
 class InfoVQATest(DocVQATest):
@@ -22,7 +22,7 @@ class InfoVQATest(DocVQATest):
 
     name = "infovqa_test"
     folders = InfoVQA.folders
-    configuration = InfoVQA.configuration
+    files = "InfographicVQA/test-*.parquet"
 
 
 COMPONENTS = {kind.name: kind for kind in (InfoVQA, InfoVQATest)}

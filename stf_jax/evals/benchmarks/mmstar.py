@@ -31,7 +31,7 @@ class MMStar(HubBenchmark):
     folders = ("mmstar", "MMStar")
     groups = ("general",)
     repository = "Lin-Chen/MMStar"
-    split = "mmstar"
+    files = "mmstar.parquet"
     max_new_tokens = 1024  # lmms-eval's for LLaVA; the task has no limit
     rule = (
         "An answer chooses the letter it starts with, else the one it ends with, else the last one after a phrase such "

@@ -22,7 +22,7 @@ class TextVQANoOCR(HubBenchmark):
     folders = ("textvqa_no_ocr", "textvqa")
     groups = ("ocr",)
     repository = "lmms-lab-encoder/textvqa"
-    split = "validation"
+    files = "data/validation-*.parquet"
     max_new_tokens = 1024  # lmms-eval's for LLaVA; the task has no limit
     rule = vqa.RULE
     columns: ClassVar[Columns] = {
