@@ -188,7 +188,7 @@ class EvalConfig:
     # benchmarks: gqa | scienceqa | vqav2 | vizwiz | textvqa | pope | mmbench | mmbench_cn | mme | scenes | prints |
     # shapes
     benchmarks: tuple[str, ...] = ()
-    data: str = ""  # folder with LLaVA's evaluation files; scenes, prints and shapes need none
+    data: str = ""  # folder with the evaluation files; scenes, prints and shapes need none
     limit: Count = 0  # evaluate only the first N questions of each benchmark; 0: all
     every_steps: Count = 0  # steps between evaluations; 0: only at the end
     batch: Size = 16  # questions per batch
