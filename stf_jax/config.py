@@ -169,7 +169,9 @@ class MeshConfig:
 
     data: Axis = -1  # splits the batch; parameters are replicated. -1 with fsdp -1: the number of slices
     fsdp: Axis = -1  # splits the batch, parameters and moments. -1 with data -1: all devices of a slice
-    tensor: Axis = 1  # splits attention heads, feed-forward and vocabulary
+    # splits attention heads, feed-forward and vocabulary; if data and fsdp are -1 and a batch has fewer rows than there
+    # are devices, 1 means: the devices that remain
+    tensor: Axis = 1
 
 
 @dataclasses.dataclass(frozen=True)
