@@ -163,9 +163,9 @@ def clustered_mean(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray])
     effects, variance, fewest = np.zeros(seeds), 0.0, math.inf
     for one, numbers in zip(values, clusters, strict=True):
         _, indices, sizes = np.unique(numbers, return_inverse=True, return_counts=True)
-        sums = np.zeros((seeds, len(sizes)))
-        np.add.at(sums, (slice(None), indices), one - one.mean())
-        sums *= len(sizes) / one.shape[1]  # the mean's change if a cluster is drawn once more, times C
+        totals = np.zeros((len(sizes), seeds))
+        np.add.at(totals, indices, (one - one.mean()).T)
+        sums = totals.T * len(sizes) / one.shape[1]  # the mean's change if a cluster is drawn once more, times C
         by_seed, by_cluster = sums.mean(1), sums.mean(0)
         rest = sums - by_seed[:, None] - by_cluster
         effects += by_seed / len(values)
