@@ -90,22 +90,22 @@ def _find_scores(
     questions, count only if their scores are 0 and 1.
     """
     names = list(dict.fromkeys(key for row in rows for key in row if key not in _NO_METRICS))
-    candidates = []
+    candidates, binary = [], []
     for name in names:
-        values = [_read_score(row.get(name)) for row in rows]
-        found = [value for value in values if value is not None]
+        found = [value for row in rows if (value := _read_score(row.get(name))) is not None]
+        binary += [name] if set(found) <= {0.0, 1.0} else []
         if len(found) < len(rows) or not 0 <= min(found) <= max(found) <= 1:
             continue
         reported = [value for key, value in metrics.items() if key.split(",")[0] == name]
         for scale in (1.0, 100.0):  # some tasks report percent
             if any(np.isclose(scale * np.mean(found), value, rtol=1e-9, atol=1e-12) for value in reported):
                 return name, found, "whose mean lmms-eval reports"
-        candidates.append((name, found))
-    split = [next((x for name in names if (x := _read_score(row.get(name))) is not None), None) for row in rows]
-    candidates.append(("score", [value for value in split if value is not None]))  # MME: each sample has one of two
-    for name, found in candidates:
-        if len(found) == len(rows) and set(found) <= {0.0, 1.0}:
-            return name, found, "as a share of questions; lmms-eval reports another figure"
+        candidates += [(name, found)] if name in binary else []
+    # MME's samples have one of two such metrics.
+    split = [next((x for name in binary if (x := _read_score(row.get(name))) is not None), None) for row in rows]
+    candidates += [] if None in split else [("score", [value for value in split if value is not None])]
+    if candidates:
+        return *candidates[0], "as a share of questions; lmms-eval reports another figure"
     raise UserError(
         f"{file} has no metric with a number for each question; it has {', '.join(names) or 'none'}. Such a task "
         "cannot be compared question by question."

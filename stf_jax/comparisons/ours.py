@@ -45,9 +45,9 @@ def _read_benchmark(folder: epath.Path, results: dict[str, Any]) -> ScoredBenchm
         if not results["metrics"]:
             raise UserError(f"{folder} has no scores, because the labels of {name} are not public.")
         raise UserError(
-            f"{folder} has no {SCORES}: it is of an earlier version, or {name} does not score single questions. Score "
-            f"its answers again: python -m stf_jax.evaluate --answers={folder / 'answers.jsonl'} --benchmark={name} "
-            "--data=… --out=…"
+            f"{folder} has no {SCORES}: an earlier version made it, or {name} cannot score single questions. Score its "
+            f"answers again (python -m stf_jax.evaluate --answers={folder / 'answers.jsonl'} --benchmark={name} "
+            "--data=… --out=…)."
         )
     rows = read_scores(file)
     # Papers leave out questions without an image too (ScienceQA): no way of reading images changes them.
