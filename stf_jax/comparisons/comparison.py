@@ -98,7 +98,10 @@ def read_results(arguments: Sequence[str]) -> list[Method]:
         if (real := os.path.realpath(place)) in places:
             raise UserError(f"{place} is named twice.")
         places.add(real)
-        runs.append((chosen or name, seed, bool(chosen), read_run(place)))
+        run = read_run(place)
+        if run.blank:
+            raise UserError(f"{place} has answers about blank images; pass it as --blank=NAME={place}.")
+        runs.append((chosen or name, seed, bool(chosen), run))
     return make_methods(runs)
 
 

@@ -25,17 +25,19 @@ def read_folder(folder: epath.Path) -> Run:
     several = values if isinstance(values, list) else [values]
     benchmarks: dict[str, ScoredBenchmark] = {}
     cost: dict[str, Any] = {}
+    blank = False
     for results in several:
         try:
             name, protocol = results["benchmark"], results["protocol"]
             place = folder / name if isinstance(values, list) else folder
             benchmarks[name] = _read_benchmark(place, results)
             asking = protocol.get("asking", {})
+            blank = blank or asking.get("images") == "blank"
             tokens = asking.get("keep") or asking.get("image_tokens")
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{folder / RESULTS} is not a file of results; evaluate again to replace it.") from None
         cost |= {"image_tokens": tokens} if tokens else {}
-    return Run(TOOL, str(folder), benchmarks, cost | read_cost(folder / COST_FILE))
+    return Run(TOOL, str(folder), benchmarks, cost | read_cost(folder / COST_FILE), blank)
 
 
 def _read_benchmark(folder: epath.Path, results: dict[str, Any]) -> ScoredBenchmark:

@@ -65,12 +65,14 @@ class Run:
       place: the folder or file, for messages.
       benchmarks: the scores by benchmark.
       cost: those of :data:`COSTS` that are known, and ``device``.
+      blank: whether all its images were blank.
     """
 
     tool: str
     place: str
     benchmarks: dict[str, ScoredBenchmark]
     cost: dict[str, Any]
+    blank: bool = False
 
 
 def make_benchmark(

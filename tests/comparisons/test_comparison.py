@@ -185,6 +185,8 @@ def test_unclear_names_and_seeds_are_refused(make):
     message = "Two results are named pope (a/pope and b/pope): name them, as in A=a/pope B=b/pope"
     refuse(re.escape(message), [mlp, other])
     assert [method.name for method in read_results([f"A={mlp}", f"B={other}"])] == ["A", "B"]
+    blank = make("dark", [1, 0], asking=make_results.ASKING | {"images": "blank"})
+    refuse("dark has answers about blank images; pass it as --blank=NAME=dark", [mlp, blank])
     refuse("a/pope is named twice", [mlp, f"B={mlp}"])
     refuse("same seed", [make("x/stf/seed_1", [1, 0]), make("y/stf/seed_1", [1, 0])])
     few = make("few", [1, 0], cost={"image_tokens": 64})
