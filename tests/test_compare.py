@@ -46,6 +46,7 @@ def test_files_and_output(run, tmp_path):
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "| half | 50.0 (38.8 to 61.2) | -25.0 (-34.7 to -15.3) worse | 192 | 66.7% | 1 | 75.0 | 25.0 |" in text
     assert "| **full** | 75.0 (65.3 to 84.7) | – | 576 | 0.0% | 1 | – | 50.0 |" in text
+    assert "| half | 192 |\n" in text
     assert "Not measured in any of these folders: GFLOP per prompt, ms to first tokens" in text
 
 

@@ -159,18 +159,19 @@ def _cost_section(comparison: Comparison) -> list[Block]:
     known = [key for key in _COSTS if any(key in method.cost for method in comparison.methods)]
     unknown = [title for key, (title, _) in _COSTS.items() if key not in known]
     text = "Read from `cost.json` in the folders of the results, and image tokens from `results.json` too."
+    has_device = any("device" in method.cost for method in comparison.methods)
     if unknown:
         text += f" Not measured in any of these folders: {', '.join(unknown)}."
     rows = [
         [
             _bold_baseline(method.name, comparison),
             *(_format_cost(method, key) for key in known),
-            method.cost.get("device", _ABSENT),
+            *([method.cost.get("device", _ABSENT)] if has_device else []),
         ]
         for method in comparison.methods
     ]
-    table = [Table(["method", *(_COSTS[key][0] for key in known), "device"], rows)] if known else []
-    return [Heading("Cost"), Text(text), *table]
+    header = ["method", *(_COSTS[key][0] for key in known), *(["device"] if has_device else [])]
+    return [Heading("Cost"), Text(text), *([Table(header, rows)] if known else [])]
 
 
 def _format_notes(comparison: Comparison) -> list[str]:

@@ -84,7 +84,7 @@ def test_folders_of_seeds_are_one_method(make):
     assert [one.name for one in named] == ["stf"]
 
 
-def test_hard_questions_are_vtc_benchs_groups(make):
+def test_hard_questions_are_the_groups_of_vtc_bench(make):
     full, resized, method = [1, 1, 1, 0, 0, 1], [1, 0, 0, 0, 1, 1], [1, 1, 0, 1, 1, 0]
     comparison = compare(
         read_results([make("full", full), make("resize", resized), make("mine", method)]), resized="resize"
@@ -108,7 +108,7 @@ def test_blank_scores_are_of_the_same_folder_or_another(make):
     assert (results["mlp"].blank, results["stf"].blank) == (50, pytest.approx(100 / 3))
 
 
-def test_budgets_are_uniprunebenchs_if_near(make):
+def test_budgets_near_those_of_uniprunebench_are_named_after_them(make):
     tokens = {"full": 576, "b": 192, "c": 128, "d": 64, "e": 144}
     methods = read_results([make(name, [1, 0], cost={"image_tokens": count}) for name, count in tokens.items()])
     comparison = compare(methods)
