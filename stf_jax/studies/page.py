@@ -93,11 +93,13 @@ div { overflow-x: auto; }
 # Added to interactive pages, which are also read on phones and in dark mode.
 _INTERACTIVE_STYLE = """
 :root { color-scheme: light dark; }
-body { color: light-dark(#1f2328, #e6edf3); background: light-dark(#ffffff, #0d1117); overflow-wrap: break-word; }
+body { color: light-dark(#1f2328, #e6edf3); background: light-dark(#ffffff, #0d1117); max-width: 72rem;
+  overflow-wrap: break-word; }
 th, td { border-color: light-dark(#d1d9e0, #3d444d); }
 pre { background: light-dark(#f6f8fa, #151b23); }
 .text:first-child { position: sticky; left: 0; background: light-dark(#ffffff, #0d1117); }
 th[aria-sort] { background: light-dark(#ddf4ff, #121d2f); }
+th.text { white-space: nowrap; }
 th button { font: inherit; font-weight: bold; color: inherit; background: none; border: 0; padding: 0; cursor: pointer;
   text-align: inherit; }
 th button::after { content: " \\2195"; opacity: .5; }
