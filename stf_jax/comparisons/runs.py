@@ -129,10 +129,10 @@ def check_same(one: Run, name: str, other: Run, other_name: str) -> None:
             f"{name} was evaluated by {one.tool} and {other_name} by {other.tool}, whose prompts and scores differ: "
             "evaluate both with the same program (docs/weights.md evaluates an export with lmms-eval)."
         )
-    for run, missing_in, run_name, other_run_name in ((one, other, name, other_name), (other, one, other_name, name)):
-        missing = [benchmark for benchmark in run.benchmarks if benchmark not in missing_in.benchmarks]
+    for run, run_name, second_run, second_name in ((one, name, other, other_name), (other, other_name, one, name)):
+        missing = [benchmark for benchmark in run.benchmarks if benchmark not in second_run.benchmarks]
         if missing:
-            raise UserError(f"{run_name} has results of {missing[0]}, but {other_run_name} does not ({run.place}).")
+            raise UserError(f"{run_name} has results of {missing[0]}, but {second_name} ({second_run.place}) does not.")
     for benchmark, first in one.benchmarks.items():
         second = other.benchmarks[benchmark]
         if first.ids != second.ids:
@@ -155,10 +155,11 @@ def _describe_questions(
     if len(first.ids) != len(second.ids):
         return f"{start}{len(first.ids):,} and {len(second.ids):,}."
     ids, others = {key for key, _ in first.ids}, {key for key, _ in second.ids}
-    if ids != others:
-        return f"{start}{other_name} has no question {shorten(repr(min(ids - others)))}."
+    for missing, where in ((ids - others, other_name), (others - ids, name)):
+        if missing:
+            return f"{start}{where} has no question {shorten(repr(min(missing)))}."
     question = next(one for one, two in zip(first.ids, second.ids, strict=True) if one != two)
-    return f"{start}question {shorten(repr(question[0]))} has another text, gold answer or image."
+    return f"{start}question {shorten(repr(question[0]))} has another prompt or gold answer."
 
 
 @dataclasses.dataclass(frozen=True)

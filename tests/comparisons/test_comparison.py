@@ -161,9 +161,11 @@ def test_different_questions_are_refused(make):
     text = file.read_text()
     file.write_text(text.replace('"question_id": "2"', '"question_id": "9"'))
     refuse("other has no question '2'", [mlp, other])
+    file.write_text(text.replace('"question_id": "2"', '"question_id": "1"'))
+    refuse("other has no question '2'", [other, mlp])
     file.write_text(text.replace("Is it 2?", "Is it two?"))
-    refuse("question '2' has another text", [mlp, other])
-    refuse("mlp has results of pope, but gqa does not", [mlp, make("gqa", {"gqa": [1, 0, 1]})])
+    refuse("question '2' has another prompt", [mlp, other])
+    refuse(r"mlp has results of pope, but gqa \(gqa\) does not", [mlp, make("gqa", {"gqa": [1, 0, 1]})])
 
 
 def test_different_protocols_and_labels_are_refused(make):

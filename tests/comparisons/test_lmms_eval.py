@@ -184,7 +184,7 @@ def test_samples_that_cannot_be_compared_are_refused(folder, tmp_path):
     refuse("different protocols of things: generation_kwargs.max_new_tokens is 4 .* and 8", full, folder[0] / "short")
     file = copy(folder, tmp_path)
     rewrite(file, lambda sample: sample | {"target": sample["target"].replace("thing 3", "thing three")})
-    refuse("different questions of things: question '3' has another text, gold answer or image", full, file)
+    refuse("different questions of things: question '3' has another prompt or gold answer", full, file)
     with file.open("a") as opened:
         opened.write(file.read_text().splitlines()[0] + "\n")
     refuse("line 41: a second sample of question 0", file)
