@@ -534,6 +534,7 @@ INVALID = {
     "bench": [["nonsense"], ["cost", "--plot=/nowhere/a.png"], ["step", "--rows=x"], ["weights", "--scratch=hf://x"],
               ["plan", "--topology=h10:8"]],
     "ablate": [["--config=configs/ablations/fusions.py"], ["--nonsense"]],
+    "compare": [["results"], ["--out=out"], ["results", "--out=out", "--margin=0"]],
 }
 HEAVY = {"jax", "transformers", "torch", "flax", "orbax", "grain", "tensorflow_datasets", "scipy", "matplotlib"}
 for name, lines in INVALID.items():

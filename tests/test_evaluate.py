@@ -62,7 +62,13 @@ def gqa(tmp_path_factory):
 
 
 def test_every_answer_is_written_and_all_differ(gqa):
-    assert set(contents(gqa.complete)) == {"answers.jsonl", "protocol.json", "results.json", PREDICTIONS}
+    assert set(contents(gqa.complete)) == {
+        "answers.jsonl",
+        "protocol.json",
+        "results.json",
+        "scores.jsonl",
+        PREDICTIONS,
+    }
     rows = [json.loads(line) for line in (gqa.complete / "answers.jsonl").read_bytes().splitlines()]
     questions = [json.loads(line) for line in (gqa.folder / "data" / "gqa" / QUESTION_FILE).read_bytes().splitlines()]
     keys = ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]

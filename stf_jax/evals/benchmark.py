@@ -5,8 +5,8 @@ import concurrent.futures
 import dataclasses
 import os
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import PIL.Image
 import tqdm
@@ -63,6 +63,19 @@ class BlankImage:
         return PIL.Image.new("RGB", self.image().size, BLANK_COLOR)
 
 
+class Score(NamedTuple):
+    """The score of one question."""
+
+    value: float  # in 0..1
+    asked: Sequence[int]  # the indices of its entries in ``Benchmark.questions``: several if it is asked repeatedly
+    blank: bool = False  # asked about a blank image
+
+
+def score_each(values: Iterable[float]) -> list[Score]:
+    """Returns scores of questions that are each asked once, in their order."""
+    return [Score(float(value), (index,)) for index, value in enumerate(values)]
+
+
 class Benchmark(abc.ABC):
     """Questions and how their answers are scored. Each benchmark is a subclass in its own module.
 
@@ -103,6 +116,15 @@ class Benchmark(abc.ABC):
         Args:
           texts: one answer for each of :attr:`questions`, in their order.
         """
+
+    def scores(self, texts: Sequence[str]) -> list[Score]:
+        """Scores single questions, so that ``stf_jax.compare`` can pair them; empty if a benchmark cannot.
+
+        Args:
+          texts: as for :meth:`metrics`.
+        """
+        del texts
+        return []
 
     @property
     def scored(self) -> bool:

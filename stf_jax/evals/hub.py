@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.evals.benchmark import Benchmark, Question
+from stf_jax.evals.benchmark import Benchmark, Question, Score, score_each
 from stf_jax.evals.tables import Columns, Row, Table
 
 # The mark of one of several files: 00000-of-00003, which old uploads follow by a hash.
@@ -63,6 +63,17 @@ class HubBenchmark(Benchmark):
 
     def check_row(self, row: Row) -> None:
         """Checks the values of a row. Raises UserError if :meth:`metrics` cannot use them."""
+
+    def score(self, text: str, row: Row) -> float:
+        """Scores an answer to a row in 0..1, if the split has labels."""
+        raise NotImplementedError
+
+    def score_rows(self, texts: Sequence[str]) -> list[float]:
+        """Scores the answers to all rows."""
+        return [self.score(text, row) for text, row in zip(texts, self.rows, strict=True)]
+
+    def scores(self, texts: Sequence[str]) -> list[Score]:
+        return score_each(self.score_rows(texts)) if self.has_labels else []
 
     def keep_first(self, count: int) -> None:
         super().keep_first(count)

@@ -18,6 +18,7 @@ from stf_jax.config import UserError, flatten
 from stf_jax.evals.answers import answer_line, match_answers, read_answers
 from stf_jax.evals.benchmark import Benchmark
 from stf_jax.evals.files import RESULTS, sha256
+from stf_jax.evals.scores import SCORES, write_scores
 from stf_jax.files import AppendOnlyFile, as_user_error, make_folder, parse_json, write_json
 from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.generator import GREEDY, Generator
@@ -47,7 +48,7 @@ def evaluate(
     batches, so they get exactly the same answers: an interrupted run ends with the same files as an uninterrupted one.
 
     Args:
-      out: the folder for ``answers.jsonl``, ``protocol.json``, ``results.json`` and the submission.
+      out: the folder for ``answers.jsonl``, ``protocol.json``, ``results.json``, ``scores.jsonl`` and the submission.
       model: the model's name in the answers and results.
       origin: what else identifies the model; recorded in the protocol.
       rows: the number of questions per batch.
@@ -137,7 +138,7 @@ def _call_after_batches(texts: Iterable[str], rows: int, on_batch_end: Callable[
 
 
 def score(benchmark: Benchmark, answers: epath.Path, out: epath.Path) -> Results:
-    """Scores any answer file; writes ``results.json`` and the submission.
+    """Scores any answer file; writes ``results.json``, ``scores.jsonl`` and the submission.
 
     Raises:
       UserError: the file is malformed or does not match the questions.
@@ -253,6 +254,7 @@ def _write_results(
 ) -> Results:
     with as_user_error(out):
         files = benchmark.write_submission(texts, out)
+        write_scores(benchmark, texts, out / SCORES)
     results = {
         "benchmark": benchmark.name,
         "metrics": benchmark.metrics(texts) if benchmark.scored else {},

@@ -46,12 +46,13 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """A PNG file in the page's folder."""
+    """A PNG or SVG file in the page's folder."""
 
     file: pathlib.Path
     alt: str
 
 
+INK, PAPER = "#1f2328", "#ffffff"  # of plots; in an SVG they become the page's colors
 Block = Heading | Text | Items | Code | Table | Image
 
 
@@ -89,8 +90,62 @@ div { overflow-x: auto; }
 """
 
 
-def render_html(title: str, blocks: Sequence[Block]) -> str:
-    """Renders a page as HTML that contains its images."""
+# Added to interactive pages, which are also read on phones and in dark mode.
+_INTERACTIVE_STYLE = """
+:root { color-scheme: light dark; }
+body { color: light-dark(#1f2328, #e6edf3); background: light-dark(#ffffff, #0d1117); max-width: 72rem;
+  overflow-wrap: break-word; }
+th, td { border-color: light-dark(#d1d9e0, #3d444d); }
+pre { background: light-dark(#f6f8fa, #151b23); }
+.text:first-child { position: sticky; left: 0; background: light-dark(#ffffff, #0d1117); }
+th[aria-sort] { background: light-dark(#ddf4ff, #121d2f); }
+th.text { white-space: nowrap; }
+th button { font: inherit; font-weight: bold; color: inherit; background: none; border: 0; padding: 0; cursor: pointer;
+  text-align: inherit; }
+th button::after { content: " \\2195"; opacity: .5; }
+th[aria-sort=ascending] button::after { content: " \\2191"; opacity: 1; }
+th[aria-sort=descending] button::after { content: " \\2193"; opacity: 1; }
+svg { display: block; width: 100%; max-width: 40rem; height: auto; margin: 1rem 0; }
+"""
+
+# A click on a column's title sorts by its numbers, largest first, or by its texts; another click reverses the order.
+# Cells without a value stay at the end.
+_INTERACTIVE_SCRIPT = """
+for (const table of document.querySelectorAll("table")) {
+  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
+  heads.forEach((head, column) => {
+    const button = document.createElement("button");
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const isText = head.classList.contains("text"), before = head.getAttribute("aria-sort");
+      const descending = before ? before === "ascending" : !isText;
+      heads.forEach(other => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", descending ? "descending" : "ascending");
+      const read = row => {
+        const text = row.cells[column].textContent;
+        return isText ? text : parseFloat(text.replaceAll(",", ""));
+      };
+      body.append(...[...body.rows].sort((one, other) => {
+        const [x, y] = descending ? [read(other), read(one)] : [read(one), read(other)];
+        if (isText) return x.localeCompare(y);
+        if (isNaN(x) || isNaN(y)) return isNaN(read(one)) - isNaN(read(other));
+        return x - y;
+      }));
+    });
+  });
+}
+"""
+
+
+def render_html(title: str, blocks: Sequence[Block], *, interactive: bool = False) -> str:
+    """Renders a page as HTML that contains its images and needs no network.
+
+    Args:
+      title: the page's title.
+      blocks: the page's content.
+      interactive: tables can be sorted, and the page adapts to narrow screens and dark mode.
+    """
     parts = []
     for block in blocks:
         match block:
@@ -106,14 +161,26 @@ def render_html(title: str, blocks: Sequence[Block]) -> str:
                 head = _render_row("th", header, text_columns)
                 body = "".join(f"<tr>{_render_row('td', row, text_columns)}</tr>" for row in rows)
                 parts.append(f"<div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
+            case Image(file, alt) if file.suffix == ".svg":
+                parts.append(_render_svg(file.read_text(), alt))
             case Image(file, alt):
                 data = base64.b64encode(file.read_bytes()).decode()
                 parts.append(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
     title = html.escape(title)
+    viewport, style, script = "", _STYLE, ""
+    if interactive:
+        viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        style, script = _STYLE + _INTERACTIVE_STYLE, f"<script>{_INTERACTIVE_SCRIPT}</script>"
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        f"</head><body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{viewport}<title>{title}</title>'
+        f"<style>{style}</style></head><body><h1>{title}</h1>{''.join(parts)}{script}</body></html>\n"
     )
+
+
+def _render_svg(text: str, alt: str) -> str:
+    """Returns the element of an SVG file, with the page's colors of text and background."""
+    element = text[text.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "transparent")
+    return element.replace("<svg", f'<svg role="img" aria-label="{html.escape(alt)}"', 1)
 
 
 def _render_row(tag: str, row: Sequence[str], text_columns: int) -> str:

@@ -2,22 +2,18 @@
 
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from stf_jax.studies.figures import BLUE, GRAY, annotate, error_bars, make_figure
 from stf_jax.studies.outcomes import ALL, BLANK
-from stf_jax.studies.page import Image
-from stf_jax.studies.statistics import Estimate
+from stf_jax.studies.page import INK, Image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from stf_jax.studies.report import Findings
-
-_INK, _BLUE, _GRAY = "#1f2328", "#0b63c5", "#8c959f"
 
 
 def draw_plots(findings: "Findings", out: pathlib.Path) -> dict[str, Image]:
@@ -38,19 +34,6 @@ def draw_plots(findings: "Findings", out: pathlib.Path) -> dict[str, Image]:
     return images
 
 
-def _make_figure(width: float, height: float, columns: int = 1, sharey: bool = False) -> tuple["Figure", list["Axes"]]:
-    from matplotlib.figure import Figure  # slow to import, and only used here
-
-    figure = Figure((width, height), layout="constrained")
-    all_axes = list(figure.subplots(1, columns, squeeze=False, sharey=sharey)[0])
-    for axes in all_axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=_INK, length=3)
-        axes.grid(alpha=0.25)
-        axes.set_axisbelow(True)
-    return figure, all_axes
-
-
 def _set_variant_ticks(axes: "Axes", names: Sequence[str], findings: "Findings") -> None:
     axes.set_yticks(range(len(names)), [_format_label(name, findings) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -66,24 +49,17 @@ def _format_score_label(findings: "Findings") -> str:
     return "correct answers, %" if findings.kinds[0] == ALL else findings.kinds[0]
 
 
-def _error_bars(estimate: Estimate) -> list[list[float]] | None:
-    """Returns both arms of an interval in matplotlib's form, or None without an interval."""
-    if math.isnan(estimate.low):
-        return None
-    return [[estimate.value - estimate.low], [estimate.high - estimate.value]]
-
-
 def _draw_quality(findings: "Findings") -> "Figure":
     first, names = findings.kinds[0], list(findings.quality)
-    figure, (axes,) = _make_figure(7, 1 + 0.36 * len(names))
+    figure, (axes,) = make_figure(7, 1 + 0.36 * len(names))
     for y, name in enumerate(names):
-        estimate, color = findings.quality[name][first], _BLUE if name == findings.study.baseline else _INK
+        estimate, color = findings.quality[name][first], BLUE if name == findings.study.baseline else INK
         axes.plot(
-            findings.scores[name][first].mean(1), [y] * len(findings.study.seeds), "o", color=_GRAY, ms=4, alpha=0.7
+            findings.scores[name][first].mean(1), [y] * len(findings.study.seeds), "o", color=GRAY, ms=4, alpha=0.7
         )
-        axes.errorbar(estimate.value, y, xerr=_error_bars(estimate), fmt="D", color=color, ms=5, capsize=3)
+        axes.errorbar(estimate.value, y, xerr=error_bars(estimate), fmt="D", color=color, ms=5, capsize=3)
         if BLANK in findings.kinds:
-            axes.plot(findings.quality[name][BLANK].value, y, "x", color=_GRAY, ms=6)
+            axes.plot(findings.quality[name][BLANK].value, y, "x", color=GRAY, ms=6)
     _set_variant_ticks(axes, names, findings)
     axes.set_xlabel(_format_score_label(findings) + "; ×: blank image" * (BLANK in findings.kinds))
     return figure
@@ -93,11 +69,11 @@ def _draw_kinds(findings: "Findings") -> "Figure | None":
     names, kinds = list(findings.quality), [kind for kind in findings.kinds[1:] if kind != BLANK]
     if not kinds:
         return None
-    figure, columns = _make_figure(2.2 * len(kinds) + 1.5, 1 + 0.32 * len(names), len(kinds), sharey=True)
+    figure, columns = make_figure(2.2 * len(kinds) + 1.5, 1 + 0.32 * len(names), len(kinds), sharey=True)
     for axes, kind in zip(columns, kinds, strict=True):
         for y, name in enumerate(names):
-            estimate, color = findings.quality[name][kind], _BLUE if name == findings.study.baseline else _INK
-            axes.errorbar(estimate.value, y, xerr=_error_bars(estimate), fmt="D", color=color, ms=4, capsize=2)
+            estimate, color = findings.quality[name][kind], BLUE if name == findings.study.baseline else INK
+            axes.errorbar(estimate.value, y, xerr=error_bars(estimate), fmt="D", color=color, ms=4, capsize=2)
         low, high = axes.get_xlim()
         low, high = min(low, high - 4), max(high, low + 4)  # at least 4 points, so that tenths do not look large
         axes.set_xlim(max(low, -2), min(high, 102) if low < 100 else high)  # percents end at 100; MME's points do not
@@ -110,11 +86,11 @@ def _draw_kinds(findings: "Findings") -> "Figure | None":
 def _draw_heights(findings: "Findings") -> "Figure | None":
     if not any(findings.heights.values()):
         return None
-    figure, (axes,) = _make_figure(8, 4.5)
+    figure, (axes,) = make_figure(8, 4.5)
     colors = _make_colors(len(findings.heights))
     for index, (name, by_height) in enumerate(findings.heights.items()):
         is_baseline = name == findings.study.baseline
-        color, width = (_BLUE, 2.5) if is_baseline else (colors[index], 1.2)
+        color, width = (BLUE, 2.5) if is_baseline else (colors[index], 1.2)
         # Shifted slightly, so that intervals at one height do not overlap.
         shift = 1 + 0.008 * (index - (len(findings.heights) - 1) / 2)
         xs = [height * shift for height in by_height]
@@ -143,14 +119,14 @@ def _draw_differences(findings: "Findings") -> "Figure | None":
     if not findings.differences:
         return None
     names = list(findings.differences)
-    figure, (axes,) = _make_figure(7, 1 + 0.36 * len(names))
+    figure, (axes,) = make_figure(7, 1 + 0.36 * len(names))
     margin = findings.study.margin
-    axes.axvspan(-margin, margin, color=_BLUE, alpha=0.1, lw=0)
+    axes.axvspan(-margin, margin, color=BLUE, alpha=0.1, lw=0)
     for y, name in enumerate(names):
         difference = next(iter(findings.differences[name].values()))
-        color = _BLUE if difference.within_margin(margin) else _GRAY if difference.within_noise else _INK
-        axes.errorbar(difference.value, y, xerr=_error_bars(difference), fmt="D", color=color, ms=5, capsize=3)
-    axes.axvline(0, color=_BLUE, lw=1)
+        color = BLUE if difference.within_margin(margin) else GRAY if difference.within_noise else INK
+        axes.errorbar(difference.value, y, xerr=error_bars(difference), fmt="D", color=color, ms=5, capsize=3)
+    axes.axvline(0, color=BLUE, lw=1)
     _set_variant_ticks(axes, names, findings)
     axes.set_xlabel(f"points above {findings.study.baseline}; blue: equal within {margin:g}; gray: within noise")
     return figure
@@ -160,7 +136,7 @@ def _draw_cost(findings: "Findings") -> "Figure | None":
     if not findings.costs:
         return None
     first = findings.kinds[0]
-    figure, columns = _make_figure(10, 4.2, 2, sharey=True)
+    figure, columns = make_figure(10, 4.2, 2, sharey=True)
     for axes, key, label in (
         (columns[0], "prefill_gflops", "GFLOP per prompt"),
         (columns[1], "step_gflops", "GFLOP per training step"),
@@ -169,30 +145,11 @@ def _draw_cost(findings: "Findings") -> "Figure | None":
             name: (cost[key], findings.quality[name][first]) for name, cost in findings.costs.items() if key in cost
         }
         for name, (x, estimate) in points.items():
-            color = _BLUE if name == findings.study.baseline else _INK
-            axes.errorbar(x, estimate.value, yerr=_error_bars(estimate), fmt="none", ecolor=color, lw=1, alpha=0.25)
+            color = BLUE if name == findings.study.baseline else INK
+            axes.errorbar(x, estimate.value, yerr=error_bars(estimate), fmt="none", ecolor=color, lw=1, alpha=0.25)
             axes.plot(x, estimate.value, "o", color=color, ms=5)
         axes.set_xlabel(label)
         if points:
-            _annotate(axes, {name: (x, estimate.value) for name, (x, estimate) in points.items()})
+            annotate(axes, {name: (x, estimate.value) for name, (x, estimate) in points.items()})
     columns[0].set_ylabel(_format_score_label(findings))
     return figure
-
-
-def _annotate(axes: "Axes", points: Mapping[str, tuple[float, float]]) -> None:
-    """Writes the points' names to the right of all points, without overlaps."""
-    xs, y_range = [x for x, _ in points.values()], np.ptp(axes.get_ylim())
-    x_range = np.ptp(xs) or max(xs)
-    axes.set_xlim(min(xs) - 0.1 * x_range, max(xs) + 0.6 * x_range)
-    ordered = sorted(points.items(), key=lambda item: item[1][1])
-    heights = [y for _, (_, y) in ordered]
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + _LINE_HEIGHT * y_range)
-    shift = (sum(heights) - sum(y for _, y in points.values())) / len(points)  # so that names move up and down equally
-    for (name, point), height in zip(ordered, heights, strict=True):
-        line = {"arrowstyle": "-", "color": _GRAY, "lw": 0.6, "shrinkB": 3, "relpos": (0, 0.5)}
-        position = (max(xs) + 0.12 * x_range, height - shift)
-        axes.annotate(name, point, position, va="center", fontsize=8, arrowprops=line)
-
-
-_LINE_HEIGHT = 0.045  # of a name, as a share of the axes' height

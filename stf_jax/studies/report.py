@@ -15,6 +15,7 @@ from etils import epath
 
 from stf_jax.files import open_atomic, parse_json, write_json
 from stf_jax.studies import plots
+from stf_jax.studies.formatting import estimate_to_json, format_margin, format_signed, format_verdict
 from stf_jax.studies.outcomes import BLANK, Outcome
 from stf_jax.studies.page import Block, Code, Heading, Image, Items, Table, Text, render_html, render_markdown
 from stf_jax.studies.statistics import CONFIDENCE, POWER, Difference, Estimate, deviation, difference, mean
@@ -180,7 +181,7 @@ def _differences_section(findings: Findings, images: Mapping[str, Image]) -> lis
     text = (
         f"Differences in points of the table above, paired by seed and question, with the {CONFIDENCE:.0%} interval of "
         f"a bootstrap over both. {_EQUAL}: two one-sided tests find the difference smaller than "
-        f"{_format_margin(study.margin)} over all questions, or {_format_margin(study.kind_margin)} for one kind. "
+        f"{format_margin(study.margin)} over all questions, or {format_margin(study.kind_margin)} for one kind. "
         f"{_INCONCLUSIVE}: inconclusive, because the interval contains zero and extends beyond the margin. One "
         "interval in twenty misses the true difference by chance."
     )
@@ -219,10 +220,6 @@ def _power_section(findings: Findings) -> list[Block]:
 
 def _format_range(name: str, values: Sequence[float]) -> list[str]:
     return [name, *(f"{value:.1f}" for value in (min(values), np.median(values), max(values)))]
-
-
-def _format_margin(points: float) -> str:
-    return f"{points:g} point{'s' * (points != 1)}"
 
 
 def _cost_section(findings: Findings, images: Mapping[str, Image]) -> list[Block]:
@@ -265,16 +262,10 @@ def format_verdicts(findings: Findings) -> list[str]:
     verdicts, baseline, margin = [], findings.study.baseline, findings.study.margin
     for name, by_kind in findings.differences.items():
         result = next(iter(by_kind.values()))
-        points = _format_points(result)
         if math.isnan(result.low):
             verdicts.append(f"{name} vs. {baseline}: one seed and one value are too few to estimate the noise.")
-        elif not result.within_noise:
-            small = f", by less than {_format_margin(margin)}" if result.within_margin(margin) else ""
-            verdicts.append(f"{name} is {'better' if result.value > 0 else 'worse'} than {baseline}{small}: {points}.")
-        elif result.within_margin(margin):
-            verdicts.append(f"{name} and {baseline} are **equal within {_format_margin(margin)}**: {points}.")
         else:
-            verdicts.append(f"{name} vs. {baseline}: {points}, **within noise**.")
+            verdicts.append(format_verdict(name, baseline, result, margin))
     return verdicts + _format_controls(findings)
 
 
@@ -328,19 +319,18 @@ def _format_command(command: Sequence[str]) -> str:
 
 
 def _make_json(findings: Findings, cells: Sequence[Cell]) -> dict[str, Any]:
-    def to_json(estimate: Estimate) -> dict[str, Any]:
-        return {key: None if math.isnan(x) else x for key, x in dataclasses.asdict(estimate).items()}
-
     def difference_to_json(result: Difference, margin: float) -> dict[str, Any]:
         detectable = result.detectable()
-        return to_json(result) | {
+        return estimate_to_json(result) | {
             "within_noise": result.within_noise,
             "within_margin": result.within_margin(margin),
             "detectable": None if math.isnan(detectable) else detectable,
         }
 
     def nested_to_json(by_variant: Mapping[str, Mapping[Any, Estimate]]) -> dict[str, dict[Any, Any]]:
-        return {name: {key: to_json(one) for key, one in by_key.items()} for name, by_key in by_variant.items()}
+        return {
+            name: {key: estimate_to_json(one) for key, one in by_key.items()} for name, by_key in by_variant.items()
+        }
 
     return {
         "title": findings.study.title,
@@ -353,7 +343,7 @@ def _make_json(findings: Findings, cells: Sequence[Cell]) -> dict[str, Any]:
         "by_seed": {
             name: {kind: x.mean(1).tolist() for kind, x in by_kind.items()} for name, by_kind in findings.scores.items()
         },
-        "deviation": {name: to_json(estimate) for name, estimate in findings.spread.items()},
+        "deviation": {name: estimate_to_json(estimate) for name, estimate in findings.spread.items()},
         "differences": {
             name: {kind: difference_to_json(result, findings.margin(kind)) for kind, result in by_kind.items()}
             for name, by_kind in findings.differences.items()
@@ -388,8 +378,4 @@ def _format_difference(result: Difference, margin: float) -> str:
     if math.isnan(result.low):
         return f"{result.value:+.1f}"
     mark = _EQUAL if result.within_margin(margin) else _INCONCLUSIVE if result.within_noise else ""
-    return f"{result.value:+.1f} ({result.low:+.1f} to {result.high:+.1f}){mark}"
-
-
-def _format_points(estimate: Estimate) -> str:
-    return f"{estimate.value:+.1f} points ({estimate.low:+.1f} to {estimate.high:+.1f})"
+    return f"{format_signed(result)}{mark}"

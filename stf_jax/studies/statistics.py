@@ -5,6 +5,7 @@ Axis letters: S seeds, Q questions.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import scipy.stats
@@ -50,9 +51,12 @@ class Difference(Estimate):
         """
         if math.isnan(self.error):
             return False
-        degrees = _degrees_of_freedom(self.error, self.seed_error, self.seeds)
-        half_width = self.error * float(scipy.stats.t.ppf(CONFIDENCE, degrees))
+        half_width = self.error * float(scipy.stats.t.ppf(CONFIDENCE, self._degrees))
         return abs(self.value) + half_width < margin
+
+    @property
+    def _degrees(self) -> float:
+        return _degrees_of_freedom(self.error, self.seed_error, self.seeds)
 
     def detectable(self, seeds: int | None = None) -> float:
         """Returns the true difference that a study like this one, with ``seeds`` seeds, finds with :data:`POWER`.
@@ -67,6 +71,28 @@ class Difference(Estimate):
         error = math.sqrt(max(self.error**2 - self.seed_error**2, 0) + seed_error**2)
         degrees = _degrees_of_freedom(error, seed_error, seeds)
         return error * float(sum(scipy.stats.t.ppf([(1 + CONFIDENCE) / 2, POWER], degrees)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusteredMean(Difference):
+    """A mean of scores or of differences over questions that come in clusters.
+
+    Attributes:
+      degrees: the degrees of freedom of its Student's distribution.
+    """
+
+    degrees: float
+
+    @property
+    def p_value(self) -> float:
+        """The probability of a mean at least this far from zero if the true one is zero; NaN without an error."""
+        if not self.error:
+            return 0.0 if self.value else 1.0
+        return float(2 * scipy.stats.t.sf(abs(self.value) / self.error, self.degrees))
+
+    @property
+    def _degrees(self) -> float:
+        return self.degrees
 
 
 def mean(values: np.ndarray) -> Estimate:
@@ -118,6 +144,41 @@ def difference(scores: np.ndarray, others: np.ndarray) -> Difference:
     degrees = _degrees_of_freedom(error, seed_error, seeds)
     half_width = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
     return Difference(value, value - half_width, value + half_width, error, seed_error, seeds)
+
+
+def clustered_mean(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> ClusteredMean:
+    """Computes the mean over benchmarks of their mean scores or differences, with a bootstrap's interval.
+
+    As in :func:`difference`, the bootstrap resamples seeds and questions independently. Answers about one image are not
+    independent, so images are resampled, each with all its questions. Seeds are drawn once for all benchmarks. The
+    standard error of such a bootstrap has a closed form, which this computes: nothing is drawn, because benchmarks may
+    have 100,000 questions. Of S seeds and C images it would draw S − 1 and C − 1. So with one seed and one question per
+    image, this is the paired t-test.
+
+    Args:
+      values: float [S, Q] for each benchmark.
+      clusters: for each benchmark a number per question, int [Q], equal for questions about one image.
+    """
+    seeds, value = len(values[0]), float(np.mean([one.mean() for one in values]))
+    effects, variance, fewest = np.zeros(seeds), 0.0, math.inf
+    for one, numbers in zip(values, clusters, strict=True):
+        _, indices, sizes = np.unique(numbers, return_inverse=True, return_counts=True)
+        totals = np.zeros((len(sizes), seeds))
+        np.add.at(totals, indices, (one - one.mean()).T)
+        sums = totals.T * len(sizes) / one.shape[1]  # the mean's change if a cluster is drawn once more, times C
+        by_seed, by_cluster = sums.mean(1), sums.mean(0)
+        rest = sums - by_seed[:, None] - by_cluster
+        effects += by_seed / len(values)
+        others = np.mean(by_cluster**2) + np.mean(rest**2) / max(1, seeds - 1)
+        variance += float(others) / max(1, len(sizes) - 1) / len(values) ** 2
+        fewest = min(fewest, len(sizes))
+    if seeds == 1 and fewest < 2:
+        return ClusteredMean(value, math.nan, math.nan, math.nan, math.nan, seeds, math.nan)
+    seed_error = math.sqrt(float(np.mean(effects**2)) / (seeds - 1)) if seeds > 1 else 0.0
+    error = math.sqrt(variance + seed_error**2)
+    degrees = _degrees_of_freedom(error, seed_error, seeds) if seeds > 1 else fewest - 1
+    half_width = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
+    return ClusteredMean(value, value - half_width, value + half_width, error, seed_error, seeds, degrees)
 
 
 def _degrees_of_freedom(error: float, seed_error: float, seeds: int) -> float:

@@ -57,6 +57,7 @@ def test_accuracy_by_hand(tmp_path, path):
     file = _write_labels(tmp_path / "gqa", others | dict(reversed(LABELED.items())), path)
     benchmark = GQA(epath.Path(tmp_path))
     assert benchmark.labels == (epath.Path(file),)
+    assert sum(score.value for score in benchmark.scores(TEXTS)) == 2
     assert benchmark.metrics(TEXTS) == {
         "accuracy": 2 / 4,
         "binary": 2 / 3,

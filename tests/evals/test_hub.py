@@ -70,7 +70,11 @@ def test_prompts_and_scores_are_lmms_evals(name, shards, tmp_path):
     texts = [answer.strip() for _, answer, _ in cases]
     if name == "seedbench":  # of the videos, and of both
         del scores["seed_video"], scores["seed_all"]
-    assert rename(name, benchmark.metrics(texts)) == scores  # to the last digit
+    metrics, single = benchmark.metrics(texts), benchmark.scores(texts)
+    assert rename(name, metrics) == scores  # to the last digit
+    assert [score.asked for score in single] == [(n,) for n in range(len(texts))]
+    whole = metrics["anls"] if "anls" in metrics else metrics["accuracy"]
+    assert sum(score.value for score in single) / len(single) == whole
     benchmark.limit(2)
     json.dumps(benchmark.metrics(texts[:2]))
 

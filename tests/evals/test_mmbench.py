@@ -83,7 +83,12 @@ def test_scores_by_hand(tmp_path):
     benchmark = MMBench(epath.Path(tmp_path))
     assert benchmark.labels == (epath.Path(tmp_path) / DEV,)
     # 241: correct in its three rows. 252: correct only in its original order. 7: wrong.
-    metrics = benchmark.metrics(["B", "A.", "It is a dog", "A", "3", "D"])
+    texts = ["B", "A.", "It is a dog", "A", "3", "D"]
+    metrics = benchmark.metrics(texts)
+    scores = {benchmark.questions[score.asked[0]].id: score for score in benchmark.scores(texts)}
+    assert {index: score.value for index, score in scores.items()} == {241: 1.0, 252: 0.0, 7: 0.0}
+    assert [benchmark.questions[index].id % 1_000_000 for index in scores[241].asked] == [241] * 3
+    assert sorted(index for score in scores.values() for index in score.asked) == list(range(6))
     ocr = {"circular_accuracy": 1 / 2, "vanilla_accuracy": 1 / 2, "questions": 2}
     color = {"circular_accuracy": 0.0, "vanilla_accuracy": 1.0, "questions": 1}
     fine = {"circular_accuracy": 1 / 2, "vanilla_accuracy": 1.0, "questions": 2}

@@ -82,6 +82,8 @@ def test_scores_by_hand(tmp_path, labels, files):
     assert benchmark.questions[0].image().size == (5, 3)
     assert [str(file.relative_to(tmp_path / "MME")) for file in benchmark.labels] == files
     assert benchmark.metrics(TEXTS) == _expected_metrics()
+    correct = sum(task["accuracy"] * task["questions"] for task in _expected_metrics()["by_task"].values())
+    assert sum(score.value for score in benchmark.scores(TEXTS)) == pytest.approx(correct)
     json.dumps(benchmark.metrics(TEXTS))
 
 

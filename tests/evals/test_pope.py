@@ -73,6 +73,7 @@ def test_scores_by_hand(tmp_path):
         "popular": popular,
         "adversarial": half,
     }
+    assert sum(score.value for score in benchmark.scores(texts)) == 2 + 0 + 1
     json.dumps(metrics)
 
 

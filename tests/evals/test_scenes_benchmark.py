@@ -146,7 +146,12 @@ def test_score_by_hand(benchmark):
     answers[0], answers[4] = truths[0].upper(), truths[4]
     answers[1] = f"{truths[1]}."  # anything but the one word is wrong
     blanks[0], blanks[2], blanks[8] = truths[0], truths[2].title(), truths[8]
-    metrics = benchmark.metrics([text for pair in zip(answers, blanks, strict=True) for text in pair])
+    texts = [text for pair in zip(answers, blanks, strict=True) for text in pair]
+    scores = benchmark.scores(texts)
+    assert [score.value for score in scores if not score.blank] == [1, 0, 0, 0, 1, 0, 0, 0, 0]
+    assert [score.value for score in scores if score.blank] == [1, 0, 1, 0, 0, 0, 0, 0, 1]
+    assert [benchmark.questions[score.asked[0]].metadata["shown"] == "blank" for score in scores] == [False, True] * 9
+    metrics = benchmark.metrics(texts)
     table = metrics.pop("by_kind")
     metrics.pop("by_print", None)
     assert metrics == {"accuracy": 2 / 9, "blank_image_accuracy": 3 / 9}

@@ -51,7 +51,9 @@ def test_accuracy_by_hand(tmp_path, problems):
     name = "llava_test_CQM-A.json" if problems is None else "problems.json"
     assert benchmark.labels == (epath.Path(tmp_path) / "scienceqa" / name,)
     # Correct; correct; C for a question with two choices; wrong.
-    assert benchmark.metrics(["B", "B. apostrophe", "C", "A"]) == {"accuracy": 0.5, "image_accuracy": 0.5}
+    texts = ["B", "B. apostrophe", "C", "A"]
+    assert benchmark.metrics(texts) == {"accuracy": 0.5, "image_accuracy": 0.5}
+    assert [score.value for score in benchmark.scores(texts)] == [1, 1, 0, 0]
     assert benchmark.metrics(["A", "B", "A", "The answer is E."]) == {"accuracy": 0.75, "image_accuracy": 0.5}
     benchmark.keep_first(1)
     assert benchmark.metrics(["B"]) == {"accuracy": 1.0, "image_accuracy": 1.0}

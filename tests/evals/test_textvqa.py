@@ -46,6 +46,7 @@ def test_accuracy_by_hand(tmp_path):
     # Two of ten: (2·1/3 + 8·2/3)/10 = 0.6. None of ten: 0. Three of ten: (3·2/3 + 7·1)/10 = 0.9.
     texts = ["The Dakota-Digital.", "9:10", "AP"]
     assert benchmark.metrics(texts) == {"accuracy": pytest.approx((0.6 + 0 + 0.9) / 3, abs=1e-12)}
+    assert [score.value for score in benchmark.scores(texts)] == pytest.approx([0.6, 0, 0.9])
     benchmark.keep_first(1)
     assert benchmark.metrics(["Dakota"]) == {"accuracy": 1.0}  # eight of ten
 

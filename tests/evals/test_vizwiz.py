@@ -56,7 +56,9 @@ def test_accuracy_by_hand(tmp_path):
     benchmark = VizWiz(epath.Path(tmp_path))
     assert benchmark.labels == (epath.Path(folder) / "val.json",)
     # All of ten: 1. Two of ten: (2·1/3 + 8·2/3)/10 = 0.6. Three of ten: (3·2/3 + 7)/10 = 0.9.
-    found = benchmark.metrics(["Unanswerable", "Basil.", "a soda"])
+    texts = ["Unanswerable", "Basil.", "a soda"]
+    found = benchmark.metrics(texts)
+    assert [score.value for score in benchmark.scores(texts)] == pytest.approx([1, 0.6, 0.9])
     assert found == {"accuracy": pytest.approx((1 + 0.6 + 0.9) / 3, abs=1e-12)}
     benchmark.keep_first(1)
     assert benchmark.metrics(["basil"]) == {"accuracy": 0.0}

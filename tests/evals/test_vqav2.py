@@ -65,7 +65,9 @@ def test_accuracy_by_hand(tmp_path):
     benchmark = VQAv2(epath.Path(tmp_path))
     assert benchmark.labels == (epath.Path(folder) / ANNOTATIONS,)
     # All of ten: 1. Two of ten: (2·1/3 + 8·2/3)/10 = 0.6. Three of ten: (3·2/3 + 7)/10 = 0.9. None: 0.
-    found = benchmark.metrics(["Yes.", "Two", "Watching", "yes"])
+    texts = ["Yes.", "Two", "Watching", "yes"]
+    found = benchmark.metrics(texts)
+    assert [score.value for score in benchmark.scores(texts)] == pytest.approx([1, 0.6, 0.9, 0])
     assert found == {
         "accuracy": pytest.approx((1 + 0.6 + 0.9 + 0) / 4, abs=1e-12),
         "by_answer_type": {

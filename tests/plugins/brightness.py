@@ -2,7 +2,7 @@
 
 import PIL.Image
 
-from stf_jax.evals.benchmark import Benchmark, Question
+from stf_jax.evals.benchmark import Benchmark, Question, score_each
 
 
 class Gray:
@@ -25,5 +25,8 @@ class Brightness(Benchmark):
         self.questions = [Question(i, "Is it bright?", Gray(i), "Is it bright?") for i in self._answers]
 
     def metrics(self, texts):
+        return {"accuracy": sum(score.value for score in self.scores(texts)) / len(texts)}
+
+    def scores(self, texts):  # for stf_jax.compare
         pairs = zip(texts, self._answers.values(), strict=False)
-        return {"accuracy": sum(text.strip(" .").lower() == answer for text, answer in pairs) / len(texts)}
+        return score_each(text.strip(" .").lower() == answer for text, answer in pairs)

@@ -1,5 +1,6 @@
 """Statistics: intervals have their nominal coverage, and true differences are found."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import scipy.stats
 
 from stf_jax.studies import statistics
-from stf_jax.studies.statistics import deviation, difference, mean
+from stf_jax.studies.statistics import clustered_mean, deviation, difference, mean
 
 STUDENT = {3: 4.302653, 5: 2.776445}  # its 97.5% quantiles for S − 1 degrees of freedom, from printed tables
 
@@ -178,3 +179,77 @@ def test_more_seeds_detect_smaller_differences_down_to_the_questions_limit():
     floor = math.sqrt(result.error**2 - result.seed_error**2) * (1.959964 + 0.841621)
     assert sizes[-1] == pytest.approx(floor, rel=0.01)
     assert math.isnan(difference(np.ones((1, 9)), np.zeros((1, 9))).detectable())
+
+
+# ---- Questions that share images -------------------------------------------------------------------------------------
+
+
+def test_with_one_seed_and_question_per_image_it_is_the_paired_t_test():
+    rng = np.random.default_rng(0)
+    scores, others = 100.0 * (rng.random((2, 1, 300)) < 0.6)
+    result = clustered_mean([scores - others], [np.arange(300)])
+    expected = scipy.stats.ttest_rel(scores[0], others[0])
+    bounds = expected.confidence_interval()
+    assert (result.low, result.high) == pytest.approx((bounds.low, bounds.high))
+    assert result.p_value == pytest.approx(expected.pvalue)
+    assert result.value / result.error == pytest.approx(expected.statistic)
+
+
+def test_questions_about_one_image_count_as_one_if_they_are_answered_alike():
+    """Four copies of each question say no more than one."""
+    rng = np.random.default_rng(1)
+    scores = rng.random((1, 40))
+    once = clustered_mean([scores], [np.arange(40)])
+    copies = clustered_mean([np.repeat(scores, 4, 1)], [np.repeat(np.arange(40), 4)])
+    assert dataclasses.astuple(copies) == pytest.approx(dataclasses.astuple(once))
+    naive = clustered_mean([np.repeat(scores, 4, 1)], [np.arange(160)])
+    assert once.error / naive.error == pytest.approx(2, rel=0.02)
+
+
+def test_clusters_by_hand():
+    """Images with three, one and two questions: deviations from the mean 1/2 add up to 1/2, 1/2 and -1."""
+    result = clustered_mean([np.array([[1.0, 1, 0, 1, 0, 0]])], [np.array([7, 7, 7, 2, 5, 5])])
+    assert result.value == 0.5
+    # The sums, as changes of the mean of three images: 3/6 of them; their variance over C - 1 draws.
+    assert result.error == pytest.approx(math.sqrt((0.25**2 + 0.25**2 + 0.5**2) / 3 / 2))
+    assert result.degrees == 2
+
+
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_the_closed_form_equals_a_bootstrap(seeds):
+    rng = np.random.default_rng(2)
+    sizes, draws = [1, 3, 2, 5, 4, 1, 2, 2, 3, 1, 6, 2] * 4, 20_000
+    clusters = np.repeat(np.arange(len(sizes)), sizes)
+    values = rng.random((seeds, len(clusters))) + rng.normal(size=len(sizes))[clusters] + rng.normal(size=(seeds, 1))
+    other = rng.random((seeds, 50)) + rng.normal(size=(seeds, 1))
+    means = []
+    for _ in range(draws):
+        chosen = rng.integers(0, seeds, max(1, seeds - 1))
+        parts = []
+        for array, numbers, count in ((values, clusters, len(sizes)), (other, np.arange(50), 50)):
+            weights = np.bincount(rng.integers(0, count, count - 1), minlength=count)[numbers]
+            parts.append((array[chosen].mean(0) * weights).sum() / weights.sum())
+        means.append(np.mean(parts))
+    result = clustered_mean([values, other], [clusters, np.arange(50)])
+    assert result.value == pytest.approx((values.mean() + other.mean()) / 2)
+    # The bootstrap is off by 0.5%, and the mean of images of unequal sizes is not quite linear in the draws.
+    assert result.error == pytest.approx(np.std(means), rel=0.04)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_intervals_of_clustered_questions_have_their_coverage(seeds):
+    rng, hits = np.random.default_rng(3), 0
+    for _ in range(400):
+        clusters = rng.integers(0, 30, 90)
+        effects = rng.normal(size=30)[clusters] + 0.3 * rng.normal(size=(seeds, 1)) * (seeds > 1)
+        result = clustered_mean([effects + rng.normal(size=(seeds, 90))], [clusters])
+        hits += result.within_noise
+    assert hits / 400 > 0.92
+
+
+def test_one_question_has_no_interval():
+    result = clustered_mean([np.ones((1, 1))], [np.zeros(1)])
+    assert result.value == 1
+    assert all(map(math.isnan, (result.low, result.high, result.error, result.p_value)))
+    equal = clustered_mean([np.zeros((1, 9))], [np.arange(9)])
+    assert (equal.low, equal.high, equal.p_value, equal.within_margin(0.1)) == (0, 0, 1, True)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from stf_jax.config import UserError
 from stf_jax.evals.benchmark import LETTER_SUFFIX
-from stf_jax.evals.hub import HubBenchmark
+from stf_jax.evals.hub import HubBenchmark, mean
 from stf_jax.evals.tables import Columns, Row
 
 _LETTER = re.compile(r"\s*([A-Z])\.")
@@ -47,10 +47,11 @@ class AI2D(HubBenchmark):
         if str(row["answer"]) not in map(str, range(min(len(row["options"]), 26))):
             raise UserError(f"{row.name}: answer {row['answer']!r} is not the index of one of its options.")
 
+    def score(self, text: str, row: Row) -> float:
+        return float(parse_choice(text) == chr(ord("a") + int(row["answer"])))
+
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
-        pairs = zip(texts, self.rows, strict=True)
-        correct = [parse_choice(text) == chr(ord("a") + int(row["answer"])) for text, row in pairs]
-        return {"accuracy": sum(correct) / len(correct)}
+        return {"accuracy": mean(self.score_rows(texts))}
 
 
 def parse_choice(text: str) -> str:

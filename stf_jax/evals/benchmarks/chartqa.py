@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from stf_jax.config import UserError, did_you_mean
 from stf_jax.evals.benchmark import accuracy_by_kind
-from stf_jax.evals.hub import HubBenchmark
+from stf_jax.evals.hub import HubBenchmark, mean
 from stf_jax.evals.matching import RELAXED_RULE, is_relaxed_match
 from stf_jax.evals.tables import Columns, Row
 
@@ -35,11 +35,14 @@ class ChartQA(HubBenchmark):
         if row["type"] not in _SPLITS:
             raise UserError(f"{row.name}: unknown type {row['type']!r}; {did_you_mean(row['type'], _SPLITS)}")
 
+    def score(self, text: str, row: Row) -> float:
+        return float(is_relaxed_match(text, row["answer"]))
+
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         """Computes the accuracy: lmms-eval's ``relaxed_overall``, ``…_human_split`` and ``…_augmented_split``."""
-        correct = [float(is_relaxed_match(text, row["answer"])) for text, row in zip(texts, self.rows, strict=True)]
+        correct = self.score_rows(texts)
         splits = accuracy_by_kind([_SPLITS[row["type"]] for row in self.rows], correct)
-        return {"accuracy": sum(correct) / len(correct), "by_split": splits}
+        return {"accuracy": mean(correct), "by_split": splits}
 
 
 COMPONENTS = {ChartQA.name: ChartQA}

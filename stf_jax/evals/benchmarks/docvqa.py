@@ -40,8 +40,11 @@ class DocVQA(HubBenchmark):
     def make_prompt(self, row: Row) -> str:
         return row["question"] + SHORT_ANSWER_SUFFIX
 
+    def score(self, text: str, row: Row) -> float:
+        return anls(text, row["answers"])
+
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
-        return {"anls": mean([anls(text, row["answers"]) for text, row in zip(texts, self.rows, strict=True)])}
+        return {"anls": mean(self.score_rows(texts))}
 
 
 class DocVQATest(DocVQA):

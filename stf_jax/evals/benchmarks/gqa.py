@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.evals.benchmark import Benchmark, accuracy_by_kind
+from stf_jax.evals.benchmark import Benchmark, Score, accuracy_by_kind, score_each
 from stf_jax.evals.files import match_labels, read_json
 from stf_jax.files import write_json
 
@@ -41,8 +41,7 @@ class GQA(Benchmark):
             self._labels = match_labels([str(question.id) for question in self.questions], _read_labels(file), file)
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
-        labels = self._labels[: len(self.questions)]
-        correct = [normalize_answer(text) == gold for text, (gold, _, _) in zip(texts, labels, strict=True)]
+        labels, correct = self._labels[: len(self.questions)], self._find_correct(texts)
         _, structural, semantic = zip(*labels, strict=True)
         by_answer = accuracy_by_kind(["open" if kind == "query" else "binary" for kind in structural], correct)
         return {
@@ -51,6 +50,13 @@ class GQA(Benchmark):
             "by_structural": accuracy_by_kind(structural, correct),
             "by_semantic": accuracy_by_kind(semantic, correct),
         }
+
+    def scores(self, texts: Sequence[str]) -> list[Score]:
+        return score_each(self._find_correct(texts))
+
+    def _find_correct(self, texts: Sequence[str]) -> list[bool]:
+        labels = self._labels[: len(self.questions)]
+        return [normalize_answer(text) == gold for text, (gold, _, _) in zip(texts, labels, strict=True)]
 
     def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``testdev_balanced_predictions.json`` for GQA's ``eval.py``."""

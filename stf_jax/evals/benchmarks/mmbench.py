@@ -8,7 +8,7 @@ import pathlib
 import re
 import statistics
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import PIL.Image
@@ -17,7 +17,7 @@ from etils import epath
 from stf_jax.config import UserError
 from stf_jax.data.image import MAX_FILE_BYTES, open_image
 from stf_jax.data.records import BadRow
-from stf_jax.evals.benchmark import LETTER_SUFFIX, Benchmark, Question
+from stf_jax.evals.benchmark import LETTER_SUFFIX, Benchmark, Question, Score
 from stf_jax.files import move_file
 
 csv.field_size_limit(MAX_FILE_BYTES)  # an image is a field
@@ -77,13 +77,8 @@ class MMBench(Benchmark):
             )
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
-        correct: dict[int, bool] = {}
-        for question, text in zip(self.questions, texts, strict=True):
-            row = self._rows[_index(question)]
-            correct[_index(question)] = parse_choice(text, _get_options(row)) == row["answer"]
-        circular = dict.fromkeys((index for index in correct if index < _ROTATION), True)
-        for index, is_correct in correct.items():
-            circular[index % _ROTATION] &= is_correct
+        correct = self._find_correct(texts)
+        circular = {index: all(correct[row] for row in rows) for index, rows in _group_rotations(correct).items()}
 
         def accuracies(indices: Collection[int]) -> dict[str, float]:
             return {
@@ -101,6 +96,23 @@ class MMBench(Benchmark):
                     kind: accuracies(indices) | {"questions": len(indices)} for kind, indices in sorted(groups.items())
                 }
         return result
+
+    def scores(self, texts: Sequence[str]) -> list[Score]:
+        """Scores whether all rotations of a question are answered correctly: the mean is ``circular_accuracy``."""
+        correct = self._find_correct(texts)
+        positions = {index: position for position, index in enumerate(correct)}
+        return [
+            Score(float(all(correct[row] for row in rows)), [positions[row] for row in rows])
+            for rows in _group_rotations(correct).values()
+        ]
+
+    def _find_correct(self, texts: Sequence[str]) -> dict[int, bool]:
+        """Returns whether each row is answered correctly, by index in the order of the questions."""
+        correct = {}
+        for question, text in zip(self.questions, texts, strict=True):
+            row = self._rows[_index(question)]
+            correct[_index(question)] = parse_choice(text, _get_options(row)) == row["answer"]
+        return correct
 
     def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``mmbench_submission.xlsx`` (``mmbench_cn_submission.xlsx``) for MMBench's server."""
@@ -160,6 +172,15 @@ def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
 
 def _index(question: Question) -> int:
     return int(question.id)  # is an int already
+
+
+def _group_rotations(indices: Iterable[int]) -> dict[int, list[int]]:
+    """Returns the indices of the rotations of each question, itself included, by the question's index."""
+    indices = list(indices)
+    groups: dict[int, list[int]] = {index: [] for index in indices if index < _ROTATION}
+    for index in indices:
+        groups[index % _ROTATION].append(index)
+    return groups
 
 
 def _get_options(row: _Row) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from stf_jax.config import UserError, did_you_mean
-from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Benchmark, Question
+from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Benchmark, Question, Score, score_each
 from stf_jax.evals.files import read_text_lines
 from stf_jax.files import open_atomic
 
@@ -61,9 +61,8 @@ class MME(Benchmark):
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         images: dict[str, list[bool]] = {}
-        for question, text in zip(self.questions, texts, strict=True):
-            _, gold = self._labels[self._key(question)]
-            images.setdefault(str(question.id), []).append(parse_yes_no(text) == gold.lower())
+        for question, correct in zip(self.questions, self._find_correct(texts), strict=True):
+            images.setdefault(str(question.id), []).append(correct)
         by_task = {}
         for task in _PERCEPTION + _COGNITION:
             pairs = [pair for image, pair in images.items() if self._tasks[image] == task]
@@ -74,6 +73,14 @@ class MME(Benchmark):
             "cognition": _sum_scores(by_task, _COGNITION),
             "by_task": by_task,
         }
+
+    def scores(self, texts: Sequence[str]) -> list[Score]:
+        """Scores whether single answers are correct; MME's points also count images with two correct answers."""
+        return score_each(self._find_correct(texts))
+
+    def _find_correct(self, texts: Sequence[str]) -> list[bool]:
+        golds = [self._labels[self._key(question)][1].lower() for question in self.questions]
+        return [parse_yes_no(text) == gold for text, gold in zip(texts, golds, strict=True)]
 
     def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``mme_results/TASK.txt`` for MME's ``calculation.py``.

@@ -56,17 +56,19 @@ class MMStar(HubBenchmark):
         if row["answer"].strip().upper() not in tuple(_LETTERS):
             raise UserError(f"{row.name}: the answer is {row['answer']!r}, not one of A, B, C, D.")
 
+    def score(self, text: str, row: Row) -> float:
+        return float(parse_choice(text) == row["answer"].strip().upper())
+
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         """Computes ``average``, lmms-eval's metric, ``accuracy`` over all questions, and both by category."""
-        pairs = zip(texts, self.rows, strict=True)
-        correct = [parse_choice(text) == row["answer"].strip().upper() for text, row in pairs]
+        correct = self.score_rows(texts)
         categories = sorted({row["category"] for row in self.rows})
         by_category = {name: self._score(correct, name) for name in categories}
         return self._score(correct, None) | {"by_category": by_category}
 
-    def _score(self, correct: Sequence[bool], category: str | None) -> dict[str, Any]:
+    def _score(self, correct: Sequence[float], category: str | None) -> dict[str, Any]:
         """Scores a category, or all."""
-        groups: dict[str, list[bool]] = {}
+        groups: dict[str, list[float]] = {}
         for hit, row in zip(correct, self.rows, strict=True):
             if category in (None, row["category"]):
                 groups.setdefault(row["l2_category"], []).append(hit)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from stf_jax.config import UserError
 from stf_jax.evals.benchmark import accuracy_by_kind
-from stf_jax.evals.hub import HubBenchmark
+from stf_jax.evals.hub import HubBenchmark, mean
 from stf_jax.evals.tables import Columns, Row
 
 TYPES = (
@@ -56,13 +56,14 @@ class OCRBench(HubBenchmark):
         if row["question_type"] not in TYPES:
             raise UserError(f"{row.name}: {row['question_type']!r} is none of OCRBench's types of questions.")
 
+    def score(self, text: str, row: Row) -> float:
+        is_formula = row["dataset"] == _FORMULAS
+        return float(any(contains_answer(text, answer, formula=is_formula) for answer in row["answer"]))
+
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
-        correct = [
-            any(contains_answer(text, answer, formula=row["dataset"] == _FORMULAS) for answer in row["answer"])
-            for text, row in zip(texts, self.rows, strict=True)
-        ]
+        correct = self.score_rows(texts)
         by_type = accuracy_by_kind([row["question_type"] for row in self.rows], correct)
-        return {"accuracy": sum(correct) / len(correct), "score": float(sum(correct)), "by_type": by_type}
+        return {"accuracy": mean(correct), "score": sum(correct), "by_type": by_type}
 
 
 def contains_answer(text: str, answer: str, *, formula: bool) -> bool:

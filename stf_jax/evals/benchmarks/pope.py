@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from stf_jax.config import UserError, did_you_mean
-from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Benchmark
+from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Benchmark, Score, score_each
 from stf_jax.evals.files import read_jsonl
 
 _SPLITS = ("random", "popular", "adversarial")
@@ -55,6 +55,11 @@ class POPE(Benchmark):
         splits = {split: _score_pairs(split_pairs) for split, split_pairs in pairs.items() if split_pairs}
         # Papers report the mean F1 of the splits (LLaVA-1.5-7B: 85.9), not the F1 of all answers.
         return {metric: statistics.fmean(scores[metric] for scores in splits.values()) for metric in _METRICS} | splits
+
+    def scores(self, texts: Sequence[str]) -> list[Score]:
+        """Scores whether single answers are correct, because F1 scores have no value for a single one."""
+        labels = self._labels[: len(self.questions)]
+        return score_each(is_yes(text) == gold for (_, gold), text in zip(labels, texts, strict=True))
 
 
 def is_yes(text: str) -> bool:

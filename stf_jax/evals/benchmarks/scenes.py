@@ -16,7 +16,7 @@ from etils import epath
 from stf_jax.data import scenes, world_text
 from stf_jax.data.scenes import SIDE
 from stf_jax.data.world import HEIGHTS, LARGE
-from stf_jax.evals.benchmark import BLANK_COLOR, SHORT_ANSWER_SUFFIX, Benchmark, Question
+from stf_jax.evals.benchmark import BLANK_COLOR, SHORT_ANSWER_SUFFIX, Benchmark, Question, Score
 
 SEED = 1_000_003  # for held-out images, independent of a run's seed
 QUESTIONS_PER_KIND = 250
@@ -146,6 +146,17 @@ class Scenes(Benchmark):
         }
         by_print = _score_groups(self._group_by_print(answered))
         return metrics | ({"by_print": by_print} if by_print else {})
+
+    def scores(self, texts: Sequence[str]) -> list[Score]:
+        answered = self._pair_answers(texts)
+        return [
+            score
+            for index, item in enumerate(answered)
+            for score in (
+                Score(float(item.correct), (2 * index,)),
+                Score(float(item.blank_correct), (2 * index + 1,), blank=True),
+            )
+        ]
 
     def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``contact_sheet.png``: example images with question, answer and gold answer."""

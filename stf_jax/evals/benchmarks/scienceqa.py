@@ -9,7 +9,7 @@ from etils import epath
 
 from stf_jax.config import UserError
 from stf_jax.data.records import IMAGE_MARK
-from stf_jax.evals.benchmark import LETTER_SUFFIX, Benchmark, Question
+from stf_jax.evals.benchmark import LETTER_SUFFIX, Benchmark, Question, Score, score_each
 from stf_jax.evals.files import match_labels, read_json, read_list
 
 _LETTERS = ("A", "B", "C", "D", "E")
@@ -45,11 +45,17 @@ class ScienceQA(Benchmark):
         self.labels = (file or question_file,)
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
-        labels = self._labels[: len(self.questions)]
-        correct = [parse_choice(text) == gold for text, gold in zip(texts, labels, strict=True)]
+        correct = self._find_correct(texts)
         with_image = [hit for hit, question in zip(correct, self.questions, strict=True) if question.image is not None]
         image_metrics = {"image_accuracy": statistics.fmean(with_image)} if with_image else {}
         return {"accuracy": statistics.fmean(correct)} | image_metrics
+
+    def scores(self, texts: Sequence[str]) -> list[Score]:
+        return score_each(self._find_correct(texts))
+
+    def _find_correct(self, texts: Sequence[str]) -> list[bool]:
+        labels = self._labels[: len(self.questions)]
+        return [parse_choice(text) == gold for text, gold in zip(texts, labels, strict=True)]
 
     def _make_question(self, row: Mapping[str, Any]) -> Question:
         text = _get_question_text(row) + LETTER_SUFFIX

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from stf_jax.config import UserError
 from stf_jax.evals.benchmark import LETTER_SUFFIX, accuracy_by_kind
-from stf_jax.evals.hub import HubBenchmark
+from stf_jax.evals.hub import HubBenchmark, mean
 from stf_jax.evals.tables import Columns, Row
 
 _TYPES: Mapping[int, str] = {  # of questions about images, as SEED-Bench.json numbers them
@@ -62,12 +62,14 @@ class SEEDBench(HubBenchmark):
         if row["question_type_id"] not in _TYPES:
             raise UserError(f"{row.name}: {row['question_type_id']} is not a type of questions about images.")
 
+    def score(self, text: str, row: Row) -> float:
+        return float(text.strip()[:1].lower() == row["answer"].lower())
+
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         """Computes the accuracy, lmms-eval's ``seed_image``, and that of each type."""
-        pairs = zip(texts, self.rows, strict=True)
-        correct = [text.strip()[:1].lower() == row["answer"].lower() for text, row in pairs]
+        correct = self.score_rows(texts)
         by_type = accuracy_by_kind([_TYPES[row["question_type_id"]] for row in self.rows], correct)
-        return {"accuracy": sum(correct) / len(correct), "by_type": by_type}
+        return {"accuracy": mean(correct), "by_type": by_type}
 
 
 COMPONENTS = {SEEDBench.name: SEEDBench}

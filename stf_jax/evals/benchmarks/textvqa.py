@@ -8,7 +8,7 @@ from etils import epath
 
 from stf_jax.config import UserError
 from stf_jax.evals import vqa
-from stf_jax.evals.benchmark import Benchmark
+from stf_jax.evals.benchmark import Benchmark, Score, score_each
 from stf_jax.evals.files import match_labels, read_labels
 
 _ANNOTATORS = 10
@@ -39,6 +39,9 @@ class TextVQA(Benchmark):
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         return {"accuracy": statistics.fmean(vqa.accuracies(texts, self._answers[: len(self.questions)]))}
+
+    def scores(self, texts: Sequence[str]) -> list[Score]:
+        return score_each(vqa.accuracies(texts, self._answers[: len(self.questions)]))
 
 
 def _read_ten_answers(label: Mapping[str, Any], name: str) -> list[str]:

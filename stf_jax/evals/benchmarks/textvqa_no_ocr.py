@@ -36,8 +36,11 @@ class TextVQANoOCR(HubBenchmark):
     def make_prompt(self, row: Row) -> str:
         return row["question"].capitalize() + SHORT_ANSWER_SUFFIX  # which makes all other letters lowercase
 
+    def score(self, text: str, row: Row) -> float:
+        return vqa.accuracy(text, row["answers"])
+
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
-        return {"accuracy": mean(vqa.accuracies(texts, [row["answers"] for row in self.rows]))}
+        return {"accuracy": mean(self.score_rows(texts))}
 
 
 COMPONENTS = {TextVQANoOCR.name: TextVQANoOCR}

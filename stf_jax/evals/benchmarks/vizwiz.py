@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from stf_jax.evals import vqa
-from stf_jax.evals.benchmark import Benchmark
+from stf_jax.evals.benchmark import Benchmark, Score, score_each
 from stf_jax.evals.files import index_by_id, match_labels, read_labels
 from stf_jax.files import write_json
 
@@ -49,6 +49,9 @@ class VizWiz(Benchmark):
 
     def metrics(self, texts: Sequence[str]) -> dict[str, Any]:
         return {"accuracy": statistics.fmean(vqa.accuracies(texts, self._answers[: len(self.questions)]))}
+
+    def scores(self, texts: Sequence[str]) -> list[Score]:
+        return score_each(vqa.accuracies(texts, self._answers[: len(self.questions)]))
 
     def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``vizwiz_submission.json``."""

@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from stf_jax.evals import vqa
-from stf_jax.evals.benchmark import Benchmark, accuracy_by_kind
+from stf_jax.evals.benchmark import Benchmark, Score, accuracy_by_kind, score_each
 from stf_jax.evals.files import index_by_id, match_labels, read_labels
 from stf_jax.files import write_json
 
@@ -54,6 +54,9 @@ class VQAv2(Benchmark):
             "accuracy": statistics.fmean(scores),
             "by_answer_type": {kind: entry["accuracy"] for kind, entry in by_type.items()},
         }
+
+    def scores(self, texts: Sequence[str]) -> list[Score]:
+        return score_each(vqa.accuracies(texts, self._answers[: len(self.questions)]))
 
     def write_submission(self, texts: Sequence[str], out: epath.Path) -> list[epath.Path]:
         """Writes ``vqav2_submission.json``; questions that were not asked get empty answers."""

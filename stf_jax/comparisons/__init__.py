@@ -1,0 +1,1 @@
+"""Compares results of methods, whoever evaluated them, with intervals, costs and hard questions."""

@@ -1,0 +1,77 @@
+"""Reads result folders of ``stf_jax.evaluate``, ``main`` and ``ablate``."""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from stf_jax.comparisons.runs import COST_FILE, Run, ScoredBenchmark, make_benchmark, read_cost
+from stf_jax.config import UserError, flatten
+from stf_jax.evals.files import RESULTS
+from stf_jax.evals.scores import SCORES, read_scores
+from stf_jax.files import read_json
+
+TOOL = "stf_jax.evaluate"
+_DETAILS = ("vision", "llm", "template", "image_aspect_ratio", "precision")
+
+
+def read_folder(folder: epath.Path) -> Run:
+    """Reads a folder with ``results.json``, of one benchmark or of several in folders below it.
+
+    Raises:
+      UserError: it has no scores of single questions, or is malformed.
+    """
+    values = read_json(folder / RESULTS)
+    several = values if isinstance(values, list) else [values]
+    benchmarks: dict[str, ScoredBenchmark] = {}
+    cost: dict[str, Any] = {}
+    blank = False
+    for results in several:
+        try:
+            name, protocol = results["benchmark"], results["protocol"]
+            place = folder / name if isinstance(values, list) else folder
+            benchmarks[name] = _read_benchmark(place, results)
+            asking = protocol.get("asking", {})
+            blank = blank or asking.get("images") == "blank"
+            tokens = asking.get("keep") or asking.get("image_tokens")
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{folder / RESULTS} is not a file of results; evaluate again to replace it.") from None
+        cost |= {"image_tokens": tokens} if tokens else {}
+    return Run(TOOL, str(folder), benchmarks, cost | read_cost(folder / COST_FILE), blank)
+
+
+def _read_benchmark(folder: epath.Path, results: dict[str, Any]) -> ScoredBenchmark:
+    name, protocol = results["benchmark"], results["protocol"]
+    file = folder / SCORES
+    if not file.exists():
+        if not results["metrics"]:
+            raise UserError(f"{folder} has no scores, because the labels of {name} are not public.")
+        raise UserError(
+            f"{folder} has no {SCORES}: an earlier version made it, or {name} cannot score single questions. Score its "
+            f"answers again (python -m stf_jax.evaluate --answers={folder / 'answers.jsonl'} --benchmark={name} "
+            "--data=… --out=…)."
+        )
+    rows = read_scores(file)
+    # Papers leave out questions without an image too (ScienceQA): no way of reading images changes them.
+    shown = [row for row in rows if not row.blank and row.image is not None]
+    blank = [row.score for row in rows if row.blank]
+    if not shown:
+        raise UserError(f"{file} has no questions about images.")
+    asking = protocol.get("asking", {})
+    # Unknown if existing answers were scored. Seeds of methods may differ, so that of sampling may too.
+    decoding = {key: value for key, value in asking.get("decoding", {}).items() if key != "seed"}
+    return make_benchmark(
+        [(row.question_id, row.prompt) for row in shown],
+        [row.score for row in shown],
+        [row.answers for row in shown],
+        [row.image for row in shown],
+        "mean score of the questions",
+        protocol={
+            "rule": protocol["rule"],
+            "labels": json.dumps([entry["sha256"] for entry in protocol["labels"]]),
+        }
+        | ({"decoding": decoding} if decoding else {}),
+        details={key: asking[key] for key in _DETAILS if key in asking},
+        metrics={key: value for key, value in flatten(results["metrics"]).items() if isinstance(value, float)},
+        blank=100 * sum(blank) / len(blank) if blank else None,
+    )
