@@ -119,7 +119,8 @@ def _row_decode_flops(model: ModelConfig, slots: int, images_per_row: int) -> in
     def extend(params: Params, tokens: jax.Array, cache: Any, filled: list[jax.Array]) -> Any:
         vlm = plan.merge(params)
         embeddings = vlm.llm.embed(tokens, vlm.dtype)
-        hidden, cache = vlm.llm.extend(embeddings, tokens, cache, [(jnp.int32(0), slots) for slots in filled])
+        positions, slots = [tokens] * llm.layers, [(jnp.int32(0), slots) for slots in filled]
+        hidden, cache = vlm.llm.extend(embeddings, positions, cache, slots)
         return vlm.llm.logits(hidden), cache
 
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -23,13 +23,14 @@ from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.generator import Generator
 from stf_jax.models import spec
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.reducers.fastv import COMPONENTS
+from stf_jax.models.reducers.base import REDUCERS, find_reducer
 from stf_jax.parallel.mesh import compute_context, make_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
+NAMES = ", ".join(REDUCERS.known)
 spec.LLM["llama-deep-tiny"] = dataclasses.replace(spec.LLM["llama-tiny"], layers=4, qkv_bias=True)
 LLM = spec.LLM["llama-deep-tiny"]
-FULL_LAYERS = COMPONENTS["fastv"].after_layers
+FULL_LAYERS = find_reducer("fastv").after_layers
 N, KEEP, IMAGES = 16, 4, 2  # a 4×4 grid
 DROPPED, NEW_TOKENS = N - KEEP, 7
 
@@ -268,8 +269,14 @@ def test_evaluate_command_reduces(reduce, folder, tmp_path):
     ("options", "message"),
     [
         (["--reduce=fastv", "--keep=17"], "keep=17 must be 1 to 16"),
-        (["--keep=4"], "set reduce to one of fastv, random, visionzip"),
-        (["--reduce=zip"], "error: Unknown model.reduce 'zip'; known: fastv, random, visionzip."),
+        (
+            ["--keep=4"],
+            f"set reduce to one of {NAMES}",
+        ),
+        (
+            ["--reduce=zip"],
+            f"error: Unknown model.reduce 'zip'; known: {NAMES}.",
+        ),
         (["--reduce=thinning:SPACE"], "error: Unknown model.reduce 'thinning:SPACE': module thinning has no SPACE."),
         (["--reduce=fastv", "--keep=-1"], "-1 is not between 0"),
     ],

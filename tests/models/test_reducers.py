@@ -22,14 +22,14 @@ from flax import nnx
 
 from stf_jax.config import DataConfig, FusionConfig, MeshConfig, ModelConfig, TrainConfig, UserError, to_json
 from stf_jax.models.decoders.base import LLMConfig
-from stf_jax.models.decoders.transformer import Decoder
+from stf_jax.models.decoders.transformer import Decoder, Selection
 from stf_jax.models.fusions.base import Fusion
 from stf_jax.models.reducers import fastv, visionzip
 from stf_jax.models.reducers.base import (
-    REDUCERS,
     DecoderReducer,
     PatchReducer,
     Reduction,
+    find_reducer,
     kept_positions,
 )
 from stf_jax.models.reducers.random_patches import sample_patches
@@ -40,6 +40,7 @@ from stf_jax.training.flops import decode_flops, prefill_flops
 from stf_jax.weights.model import describe_folder
 
 ROOT = pathlib.Path(__file__).parents[2]
+NAMES = "dart, divprune, fastv, pool, pyramiddrop, random, resize, uniform, visionzip"
 
 # ---- VisionZip -------------------------------------------------------------------------------------------------------
 
@@ -192,11 +193,12 @@ def test_last_token_attention_equals_transformers():
     tokens, lengths = np.random.default_rng(0).integers(0, 60, (3, 20)), np.array([20, 13, 1])
     no_image = jnp.zeros((3, 20), bool)
 
-    def select(q, k):
+    def select(q, k, x):
         outputs.append(fastv.last_token_attention(q, k, no_image, jnp.asarray(lengths)))
         return jnp.broadcast_to(jnp.arange(20), (3, 20))
 
-    ours.prefill(ours.embed(jnp.asarray(tokens), jnp.float32), jnp.broadcast_to(jnp.arange(20), (3, 20)), 2, select)
+    positions = jnp.broadcast_to(jnp.arange(20), (3, 20))
+    ours.prefill(ours.embed(jnp.asarray(tokens), jnp.float32), positions, [Selection(2, select)])
     (scores,) = outputs
     for row, length in enumerate(lengths):
         with torch.no_grad():
@@ -265,7 +267,8 @@ MLP = ModelConfig(fusion=FusionConfig("mlp"))
 def test_resolve_reduction(reduce, keep, fusion, found, slots, dropped):
     config = ModelConfig(fusion=FusionConfig(fusion), reduce=reduce, keep=keep)
     reduction = resolve_model(config).reduction
-    assert reduction == Reduction(reduce, *found, REDUCERS.known.get(reduce))
+    assert (reduction.name, reduction.tokens, reduction.keep) == (reduce, *found)
+    assert reduction.reducer is (find_reducer(reduce) if reduce else None)
     assert (reduction.slots, reduction.dropped) == (slots, dropped)
     assert resolve_model(config).slots == slots
 
@@ -273,7 +276,10 @@ def test_resolve_reduction(reduce, keep, fusion, found, slots, dropped):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"keep": 9}, "keep=9 .* set reduce to one of fastv, random, visionzip"),
+        (
+            {"keep": 9},
+            f"keep=9 .* set reduce to one of {NAMES}",
+        ),
         ({"reduce": "fastvv"}, "did you mean 'fastv'"),
         ({"reduce": "fastv", "keep": 577}, "keep=577 must be 1 to 576, .* image tokens per image of mlp"),
         ({"reduce": "random", "fusion": FusionConfig("stf")}, r"reduce=random .*mbtf, mlp\), but stf does not"),
@@ -334,9 +340,12 @@ def test_it_is_planned(name, dropped):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reduce": "thinning"}, "Unknown model.reduce 'thinning'; known: fastv, random, visionzip."),
+        (
+            {"reduce": "thinning"},
+            f"Unknown model.reduce 'thinning'; known: {NAMES}.",
+        ),
         ({"reduce": "thining:SPACED"}, "no module thining; is its folder on PYTHONPATH"),
-        ({"reduce": "thinning:spaced_patches"}, "is not a PatchReducer or DecoderReducer"),
+        ({"reduce": "thinning:spaced_patches"}, "is not a PatchReducer, TokenReducer or DecoderReducer"),
         ({"reduce": SPACED, "fusion": FusionConfig("stf")}, r"reduce=thinning:SPACED needs .*, but stf does not"),
         ({"reduce": SHORT_KEYS, "keep": 577}, "keep=577 must be 1 to 576"),
     ],
@@ -356,7 +365,7 @@ def test_a_wrong_number_of_tokens_is_reported():
 
 
 def test_tokens_are_dropped_after_a_layer():
-    with pytest.raises(ValueError, match="after_layers must be at least 1"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         DecoderReducer(fastv.last_token_attention, after_layers=0)
 
 
