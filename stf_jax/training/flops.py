@@ -45,7 +45,7 @@ def step_flops(
 def prefill_flops(model: ModelConfig, rows: int, length: int, images_per_row: int) -> dict[str, int]:
     """Counts the model FLOPs of reading prompts that fill T, by part: ``vision``, ``fusion``, ``llm`` and ``head``.
 
-    The head is that of one position per row.
+    The head is that of one position per row. ``reduce`` is what a TokenReducer adds.
     """
     return {part: rows * flops for part, flops in _row_prefill_flops(model, length, images_per_row).items()}
 

@@ -229,7 +229,15 @@ def unreduced():
         ("fastv", 4, N),
         ("random", 5, 5),
         ("thinning:SHORT_KEYS", 4, N),
+        ("pyramiddrop", 4, N),
+        ("random:per=question", 5, 5),
         pytest.param("visionzip", 5, 5, marks=pytest.mark.slow),
+        pytest.param("fastv:after=1,count=average", 8, N, marks=pytest.mark.slow),
+        pytest.param("dart", 9, N, marks=pytest.mark.slow),
+        pytest.param("divprune", 5, 5, marks=pytest.mark.slow),
+        pytest.param("pool", 4, 4, marks=pytest.mark.slow),
+        pytest.param("resize", 6, 6, marks=pytest.mark.slow),
+        pytest.param("uniform", 4, 4, marks=pytest.mark.slow),
     ],
 )
 def test_reduced_answers_are_the_same_on_a_mesh_and_in_any_batch(reduce, keep, slots, unreduced):

@@ -96,7 +96,7 @@ class DecoderReducer:
       count: what ``keep`` counts: the tokens after the last drop, or their average over all layers.
       scored_by: whose queries and keys are scored: the last layer's before the drop, or those that the next layer would
         have.
-      renumber: whether positions are counted anew after a drop; by default they stay.
+      renumber: whether positions are counted from 0 again after a drop; by default they stay.
       reads_states: whether ``score`` gets two more arguments: the states [B, T, D] before the drop, with the final norm
         applied, and how many image tokens each row will keep [B].
     """
@@ -319,7 +319,7 @@ def plan_stages(
 
     if count == "after":
         ratio = (keep / tokens) ** (1 / len(drops))
-    elif keep < (least := average([1] * len(drops))):
+    elif keep < (least := average([1.0] * len(drops))):
         raise UserError(
             f"reduce={name}: keep={keep} is too low for an average over {layers} layers, because the first {drops[0]} "
             f"read all {tokens} tokens; keep at least {math.ceil(least)}, or drop earlier with after=."

@@ -1,8 +1,8 @@
 """PyramidDrop (arXiv 2410.17247), without its training: image tokens are dropped at several depths of the decoder.
 
 At each drop they are ranked by the attention that the prompt's last token would pay to them in the next layer,
-averaged over heads. (FastV takes the layer just run.) Positions are counted anew after each drop, as in the authors'
-program, and new tokens of the answer continue from there in each layer.
+averaged over heads. (FastV takes the layer just run.) Positions are counted from 0 again after each drop, as in the
+authors' program, and new tokens of the answer continue from there in each layer.
 
 - ``after`` lists the layers before the drops, as ``after=8+16+24``; by default a quarter, a half and three quarters of
   the layers.

@@ -1,9 +1,9 @@
 """A random sample of the patches: the control that a method must beat.
 
 ``per=run``, the default, draws one sample for a seed and uses it for all images, so its result is that of one set of
-places, lucky or not: repeat it with a few seeds. ``per=question`` draws anew for each pair of image and question, so
-one evaluation averages over many samples. The draw depends on the pixels, the text of the prompt and the seed alone: it
-is the same in any batch, on any mesh and in any order of questions. All images of a row have draws of their own.
+places, lucky or not: repeat it with a few seeds. ``per=question`` draws again for each pair of image and question,
+so one evaluation averages over many samples. The draw depends on the pixels, the text of the prompt and the seed alone:
+it is the same in any batch, on any mesh and in any order of questions. Each image of a row has its own draw.
 
 It acts before the decoder; ``per=question`` reads the question, but only as a seed. It costs nothing.
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt8, UInt32
 
 from stf_jax.models.reducers.base import PatchReducer, Question
 from stf_jax.models.towers.vit import VisionTower
@@ -68,7 +68,7 @@ def draw_patches(hashes: UInt32[Array, " B"], patches: int, keep: int, seed: int
     return jnp.sort(draws, axis=1)
 
 
-def hash_values(values: Int[Array, "B T"], counted: Bool[Array, "B T"] | None = None) -> UInt32[Array, " B"]:
+def hash_values(values: Integer[Array, "B T"], counted: Bool[Array, "B T"] | None = None) -> UInt32[Array, " B"]:
     """Hashes rows of integers with their places, so that padding after them does not matter.
 
     Args:

@@ -7,7 +7,7 @@ assigned to the target with the most similar key (averaged over heads, by cosine
 the mean of the patches assigned to it, added as in the authors' program. The dominant tokens come first, in row-major
 order, then the contextual ones, also as there. The authors use 54 and 10 of 64, and this proportion is kept here. In
 their program the class token is one of the 54; here a 54th patch takes its place, because no projector was trained to
-read the class token. One patch fewer is left for the rest, so most contextual tokens differ from theirs too.
+read the class token. One patch fewer is left for the rest, so most contextual tokens differ too.
 
 It acts before the decoder and needs attention of one block of the tower. Its own cost is the keys of that block, and
 the queries of the class token: a twelfth of a block. Without a class token it is the queries of all patches and their
