@@ -230,7 +230,7 @@ def unreduced():
         ("random", 5, 5),
         ("thinning:SHORT_KEYS", 4, N),
         ("pyramiddrop", 4, N),
-        ("random:per=question", 5, 5),
+        pytest.param("random:per=question", 5, 5, marks=pytest.mark.slow),
         pytest.param("visionzip", 5, 5, marks=pytest.mark.slow),
         pytest.param("fastv:after=1,count=average", 8, N, marks=pytest.mark.slow),
         pytest.param("dart", 9, N, marks=pytest.mark.slow),
@@ -252,9 +252,18 @@ def test_reduced_answers_are_the_same_on_a_mesh_and_in_any_batch(reduce, keep, s
     assert (protocol["reduce"], protocol["keep"], protocol["image_tokens"]) == (reduce, keep, slots)
 
 
+def test_protocol_says_what_keep_counts():
+    found = [
+        (protocol["kept_after_layer"], protocol["average_image_tokens"])
+        for reduce, keep in (("fastv", 4), ("fastv:after=1,count=average", 8), ("pyramiddrop", 2))
+        for protocol in [generator(MeshConfig(1, 1, 1), reduce, keep).protocol(next(records()))]
+    ]
+    assert found == [({"2": 4}, 10), ({"1": 5}, 7.75), ({"1": 8, "2": 4, "3": 2}, 7.5)]
+
+
 def test_unreduced_protocol_is_unchanged():
     """Answers from before reductions existed can be continued."""
-    assert not {"reduce", "keep"} & set(generator(MeshConfig(1, 1, 1)).protocol(next(records())))
+    assert not {"reduce", "keep", "kept_after_layer"} & set(generator(MeshConfig(1, 1, 1)).protocol(next(records())))
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +296,8 @@ def test_evaluate_command_reduces(reduce, folder, tmp_path):
         ),
         (["--reduce=thinning:SPACE"], "error: Unknown model.reduce 'thinning:SPACE': module thinning has no SPACE."),
         (["--reduce=fastv", "--keep=-1"], "-1 is not between 0"),
+        (["--reduce=fastv:K=3"], "error: model.reduce=fastv:K=3: unknown option 'K'; known: after, count."),
+        (["--reduce=fastv:after=x"], "error: model.reduce=fastv:after=x: after=x must be a whole number."),
     ],
 )
 def test_invalid_reductions_give_one_sentence_in_both_commands(options, message, folder, tmp_path, capsys):

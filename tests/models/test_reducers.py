@@ -27,6 +27,7 @@ from stf_jax.models.decoders.transformer import Decoder, Selection
 from stf_jax.models.fusions.base import Fusion
 from stf_jax.models.reducers import dart, divprune, fastv, pool, random_patches, resize, uniform, visionzip
 from stf_jax.models.reducers.base import (
+    REDUCERS,
     DecoderReducer,
     PatchReducer,
     Reduction,
@@ -387,6 +388,13 @@ def test_resolve_reduction(reduce, keep, fusion, found, slots, dropped):
     assert reduction.reducer is (find_reducer(reduce) if reduce else None)
     assert (reduction.slots, reduction.dropped) == (slots, dropped)
     assert resolve_model(config).slots == slots
+
+
+@pytest.mark.parametrize("keep", [192, 144, 128, 64])
+def test_every_reducer_takes_the_numbers_of_tokens_of_the_literature(keep):
+    for name in REDUCERS.known:
+        reduction = resolve_model(dataclasses.replace(MLP, reduce=name, keep=keep)).reduction
+        assert reduction.slots - reduction.dropped == keep, name
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ class DecoderReducer:
 
     def __post_init__(self) -> None:
         layers = (self.after_layers,) if isinstance(self.after_layers, int) else self.after_layers
-        if isinstance(layers, tuple) and not all(a < b for a, b in itertools.pairwise((0, *layers))):
+        if isinstance(layers, tuple) and not (layers and all(a < b for a, b in itertools.pairwise((0, *layers)))):
             raise ValueError("the layers before a drop must be at least 1, and in ascending order.")
 
     def drops(self, layers: int) -> tuple[int, ...]:
