@@ -122,7 +122,14 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def evaluate(
-    model: Model, benchmark: str, out: str | os.PathLike[str], *, data: str = "", limit: int = 0, batch_size: int = 16
+    model: Model,
+    benchmark: str,
+    out: str | os.PathLike[str],
+    *,
+    data: str = "",
+    limit: int = 0,
+    blank: bool = False,
+    batch_size: int = 16,
 ) -> dict[str, Any]:
     """Evaluates a model on a benchmark, as ``stf_jax.evaluate`` does.
 
@@ -130,8 +137,9 @@ def evaluate(
       benchmark: a name of docs/evaluating.md; ``scenes`` needs no files.
       out: the folder for results.json, answers.jsonl and the submission file of the benchmark. After an
         interruption, the same call continues.
-      data: the folder with LLaVA's evaluation files.
+      data: the folder with the evaluation files.
       limit: evaluate only the first N questions; 0: all.
+      blank: make all images blank, to see what can be guessed.
 
     Returns:
       The contents of results.json: ``benchmark``, ``metrics``, ``questions``, ``model`` and the protocol.
@@ -139,7 +147,11 @@ def evaluate(
     from stf_jax.evals.registry import open_benchmarks
     from stf_jax.evals.runner import check_images, evaluate
 
-    (opened,) = open_benchmarks([benchmark], data, limit)
+    opened, *others = open_benchmarks([benchmark], data, limit)
+    if others:
+        raise UserError(f"{benchmark} is a group of benchmarks; name one of them.")
+    if blank:
+        opened.hide_images()
     check_images([opened])
     origin = {"checkpoint": str(model.checkpoint), "step": model.step}
     name = pathlib.Path(os.path.abspath(model.checkpoint)).name

@@ -67,7 +67,7 @@ Axis = Annotated[int, Range(-1, 10**6)]  # 0 is rejected with the mesh (parallel
 Variant = Literal["code", "paper"]
 Initialization = Literal["torch", "kaiming", "xavier", "normal"]
 Precision = Literal["bfloat16", "float32"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "mlp", "attention", "full"]
 Attention = Literal["auto", "reference", "xla", "cudnn", "splash"]
 Task = Literal["documents", "captions", "mixture", "conversations", "cues", "cells"]
 MixBy = Literal["epoch", "weight"]
@@ -104,7 +104,9 @@ class ModelConfig:
     fusion: FusionConfig = FusionConfig()
     precision: Precision = "bfloat16"  # bfloat16: of frozen weights and compute | float32: of everything
     scan_layers: bool = True  # true: compile one block and loop over the layers | false: unroll the layers
-    remat: Remat = "full"  # what the backward pass recomputes: none | dots (all but matrix products) | full
+    # what the backward pass recomputes, from least to most: none | dots (all but matrix products) | mlp (all but the
+    # MLP's first products) | attention (all but queries, keys and values) | full
+    remat: Remat = "full"
     attention: Attention = "auto"  # attention kernel: auto | reference | xla | cudnn | splash (models/attention.py)
     reduce: str = ""  # untrained reducer at inference (models/reducers), NAME[:key=value,…] or package.module:thing
     keep: Count = 0  # image tokens per image that the reducer keeps; 0: one quarter
@@ -167,7 +169,9 @@ class MeshConfig:
 
     data: Axis = -1  # splits the batch; parameters are replicated. -1 with fsdp -1: the number of slices
     fsdp: Axis = -1  # splits the batch, parameters and moments. -1 with data -1: all devices of a slice
-    tensor: Axis = 1  # splits attention heads, feed-forward and vocabulary
+    # splits attention heads, feed-forward and vocabulary; if data and fsdp are -1 and a batch has fewer rows than there
+    # are devices, 1 means: the devices that remain
+    tensor: Axis = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +190,7 @@ class EvalConfig:
     # benchmarks: gqa | scienceqa | vqav2 | vizwiz | textvqa | pope | mmbench | mmbench_cn | mme | scenes | prints |
     # shapes
     benchmarks: tuple[str, ...] = ()
-    data: str = ""  # folder with LLaVA's evaluation files; scenes, prints and shapes need none
+    data: str = ""  # folder with the evaluation files; scenes, prints and shapes need none
     limit: Count = 0  # evaluate only the first N questions of each benchmark; 0: all
     every_steps: Count = 0  # steps between evaluations; 0: only at the end
     batch: Size = 16  # questions per batch

@@ -11,12 +11,13 @@ from typing import Any
 from stf_jax.cli import Parser, add_host_arguments, add_model_arguments, path, path_text, require, run_command
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.evals.benchmark import Benchmark
-from stf_jax.evals.registry import BENCHMARKS, open_benchmarks
+from stf_jax.evals.registry import BENCHMARKS, benchmark_groups, open_benchmarks
 from stf_jax.files import write_json
 
 DESCRIPTION = """Evaluate a model on benchmarks, or score an existing answer file.
 
-Questions, prompts and decoding are LLaVA's, read from LLaVA's own files in their own layout (docs/evaluating.md).
+Questions, prompts and decoding are LLaVA's, read from LLaVA's own files in their own layout, or lmms-eval's, read from
+the Parquet files of its data sets (docs/evaluating.md).
 Answers are written as they arrive. After an interruption, the same command continues where it stopped. OUT gets
 answers.jsonl, results.json with metrics and protocol, and the file for the benchmark's server if its labels are not
 public.
@@ -29,19 +30,20 @@ def main(argv: list[str]) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=path, help="a run's workdir, an imported folder, or an export")
     source.add_argument("--answers", type=path, metavar="FILE", help="score these answers; no model is needed")
-    names = f"{', '.join(BENCHMARKS.known)}; several separated by commas, or all"
+    names = f"{', '.join(BENCHMARKS.known)}; a group: {', '.join(benchmark_groups())}; several separated by commas"
     parser.add_argument("--benchmark", required=True, metavar="NAME", help=names)
     parser.add_argument(
         "--data",
         type=path_text,
         default="",
         metavar="DIR",
-        help="folder of LLaVA's evaluation files, for all benchmarks or for one",
+        help="folder of the evaluation files, for all benchmarks or for one",
     )
     parser.add_argument(
         "--out", type=path, required=True, metavar="DIR", help="output folder; several benchmarks get one folder each"
     )
     parser.add_argument("--limit", type=int, default=0, help="evaluate only the first N questions (default: all)")
+    parser.add_argument("--blank", action="store_true", help="make all images blank, to see what can be guessed")
     parser.add_argument("--batch", type=int, default=16, help="questions per batch (default: %(default)s)")
     add_model_arguments(parser)
     add_host_arguments(parser)
@@ -52,6 +54,11 @@ def main(argv: list[str]) -> None:
     several = len(benchmarks) > 1
     if options.answers is not None and several:
         raise UserError("--answers can only be scored for one benchmark; name that one.")
+    if options.blank:
+        if options.answers is not None:
+            raise UserError("--blank asks a model; it cannot change the answers in a file.")
+        for benchmark in benchmarks:
+            benchmark.hide_images()
     require(options.checkpoint if options.answers is None else options.answers)
     from stf_jax.evals.runner import RESULTS, format_results  # takes seconds to import
 

@@ -11,6 +11,7 @@ import pytest
 from stf_jax import ablate
 from stf_jax.cli import run_command
 from stf_jax.studies import plots
+from stf_jax.studies.miniature import row_lengths
 from stf_jax.studies.study import Cell
 
 FILES = ("report.md", "report.html", "report.json", "quality.png", "kinds.png", "differences.png", "cost.png")
@@ -127,12 +128,14 @@ def test_runs_with_another_config_are_refused(study, no_plots, tmp_path, capsys)
 def test_a_real_study(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     common = (*make_study.VALUES["common"], "data.scenes.size=64", "eval.limit=8")
-    option = make_study.write(tmp_path / "study.py", common=common, seeds=(3,))
+    counts = {"mlp": 144, "stf": 36}
+    variants = tuple((name, (f"model.fusion.fusion={name}", *row_lengths(count))) for name, count in counts.items())
+    option = make_study.write(tmp_path / "study.py", common=common, variants=variants, seeds=(3,))
     argv = [option, f"--out={tmp_path / 'out'}"]
     assert run_command(ablate.main, argv) == 0, capsys.readouterr()
     assert "3 runs, 0 already done" in capsys.readouterr().out
     figures = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
-    for name, tokens in (("mlp", 36), ("stf", 9), ("fastv", 9)):
+    for name, tokens in (*counts.items(), ("fastv", 36)):
         folder = tmp_path / "out" / "cells" / name / "seed_3"
         accuracy = json.loads((folder / "results.json").read_text())["metrics"]["accuracy"]
         assert figures["quality"][name]["all"]["value"] == pytest.approx(accuracy)

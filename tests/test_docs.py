@@ -18,7 +18,7 @@ import pytest
 from stf_jax import cli
 from stf_jax import config as config_module
 from stf_jax.config import default_config, flatten
-from stf_jax.evals.registry import BENCHMARKS
+from stf_jax.evals.registry import BENCHMARKS, benchmark_groups
 from stf_jax.models.spec import llm_preset, vision_preset
 from stf_jax.studies import study
 from stf_jax.training import stages
@@ -43,6 +43,7 @@ EXTERNAL = {
     "echo": "writes to a file of the reader",
     "gcloud": "needs an account",
     "pip": "installs packages; the requirement files must exist",
+    "hf": "downloads data sets from the Hub",
     "mpirun": "needs Open MPI",
     "vllm": "has a separate environment, which make test-serve tests",
 }
@@ -163,7 +164,7 @@ def _check_python(words, monkeypatch):
     for stage in parsed.get("resolve", parsed.get("resolve_stages", ())):
         _check_presets(stage)
     if name == "stf_jax.evaluate":
-        assert set(parsed["options"].benchmark.split(",")) <= {*BENCHMARKS.known, "all"}
+        assert set(parsed["options"].benchmark.split(",")) <= {*BENCHMARKS.known, *benchmark_groups()}
 
 
 def _check_presets(stage):

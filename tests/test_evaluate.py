@@ -13,6 +13,7 @@ import types
 
 import pytest
 from make_evals import QUESTIONS, SHORT_ANSWER_SUFFIX, make_gqa, make_model
+from make_hub import CASES, make_rows, write_rows
 
 from stf_jax import evaluate
 from stf_jax.cli import run_command
@@ -188,6 +189,26 @@ def test_several_benchmarks_write_one_folder_each_and_a_list(gqa, tmp_path, caps
     assert output.endswith(f"results.json and all other files are in {out}\n")
 
 
+def test_blank_images_are_asked_about_and_recorded(gqa, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert gqa.evaluate(out, "--blank", "--limit=8") == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["protocol"]["asking"]["images"] == "blank"
+    assert "gqa, 8 questions, blank images: model" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_bytes().splitlines()]
+    seen = [json.loads(line) for line in (gqa.complete / "answers.jsonl").read_bytes().splitlines()[:8]]
+    assert [line["metadata"] for line in lines] == [line["metadata"] | {"shown": "blank"} for line in seen]
+    assert [line["prompt"] for line in lines] == [line["prompt"] for line in seen]
+    assert [line["text"] for line in lines] != [line["text"] for line in seen]
+    # Questions with the same text get the same answer now: nothing of their images is left.
+    answers = {}
+    for line in lines:
+        assert answers.setdefault(line["prompt"], line["text"]) == line["text"]
+    assert len(answers) < 8
+    assert gqa.evaluate(out, "--limit=8") == 2  # the same folder without --blank
+    assert "from another model or protocol" in read_error(capsys)
+
+
 # ---- Scoring ---------------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +276,22 @@ def test_answers_that_do_not_match_are_refused(score):
     assert score([*matching[:2], b'{"question_id": "1"}\n']) == "FILE, line 3: an answer needs question_id and text."
 
 
+def test_answers_about_parquet_files(score, tmp_path):
+    write_rows(tmp_path, "chartqa", make_rows("chartqa"))
+    lines = rows((n, text) for n, (_, text, _) in enumerate(CASES["chartqa"]["cases"]))
+    results = score(lines, benchmark="chartqa", data=tmp_path)
+    assert results["metrics"]["accuracy"] == CASES["chartqa"]["scores"]["relaxed_overall"]
+    (file,) = (tmp_path / "chartqa" / "data").iterdir()
+    assert [label["file"] for label in results["protocol"]["labels"]] == [str(file)]
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    error = score(lines, benchmark="chartqa", data=tmp_path)
+    assert error.startswith(f"{file} cannot be read as Parquet: ")
+    assert error.endswith("; download it again.")
+    assert score(lines, "--blank", data=tmp_path, benchmark="shapes") == (
+        "--blank asks a model; it cannot change the answers in a file."
+    )
+
+
 def test_questions_with_the_same_id_are_matched_by_prompt(score, tmp_path):
     """In MME, the two questions of an image have its name as their id."""
     folder = tmp_path / "MME"
@@ -296,7 +333,7 @@ def test_questions_with_the_same_id_are_matched_by_prompt(score, tmp_path):
         (["--checkpoint=c", "--answers=a", "--benchmark=gqa", "--out=o"], "not allowed with argument"),
         (["--checkpoint=c", "--benchmark=gqa"], "The following arguments are required: --out; see --help."),
         (["--checkpoint=c", "--out=o"], "The following arguments are required: --benchmark; see --help."),
-        (["--checkpoint=c", "--benchmark=gqa", "--out=o"], "gqa needs the folder of LLaVA's evaluation files: --data"),
+        (["--checkpoint=c", "--benchmark=gqa", "--out=o"], "gqa needs the folder of the evaluation files: --data"),
         (["--checkpoint=c", "--benchmark=scene", "--out=o"], "Unknown benchmark 'scene'; did you mean 'scenes'?"),
         (["--checkpoint=c", "--benchmark=scenes,pop", "--out=o"], "Unknown benchmark 'pop'; did you mean 'pope'?"),
         (["--checkpoint=c", "--benchmark=scenes", "--out=o"], "c does not exist"),
@@ -311,7 +348,8 @@ def test_questions_with_the_same_id_are_matched_by_prompt(score, tmp_path):
             ["--answers=a", "--benchmark=scenes,gqa", "--data=DATA", "--out=o"],
             "--answers can only be scored for one benchmark",
         ),
-        (["--answers=a", "--benchmark=all", "--data=DATA", "--out=o"], "mmbench: there is no mmbench_dev_20230712.tsv"),
+        (["--answers=a", "--benchmark=paper", "--data=DATA", "--out=o"], "mmbench: there is no mmbench_dev_2023"),
+        (["--answers=a", "--benchmark=ocr", "--data=DATA", "--out=o"], "chartqa: there is no data/test-*.parquet in "),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments, sentence, gqa, tmp_path, monkeypatch, capsys):

@@ -19,6 +19,7 @@ from stf_jax.data.scenes import SHORT_ANSWER
 from stf_jax.evals.files import read_jsonl
 
 SHORT_ANSWER_SUFFIX = f"\n{SHORT_ANSWER}"  # LLaVA's; most of its question files already contain it
+BLANK_COLOR = (122, 116, 104)  # CLIP's mean color
 LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 
 
@@ -51,6 +52,17 @@ class ImageFile:
         return open_image(read_image(self.folder, self.name), os.fspath(self.folder / self.name))
 
 
+@dataclasses.dataclass(frozen=True)
+class BlankImage:
+    """Makes a blank image of the size of another, so that only what is in it is missing."""
+
+    image: Callable[[], PIL.Image.Image]
+
+    def __call__(self) -> PIL.Image.Image:
+        """Opens the other image for its size. Raises BadRow as that does."""
+        return PIL.Image.new("RGB", self.image().size, BLANK_COLOR)
+
+
 class Benchmark(abc.ABC):
     """Questions and how their answers are scored. Each benchmark is a subclass in its own module.
 
@@ -59,21 +71,25 @@ class Benchmark(abc.ABC):
 
     Attributes:
       name: the name for ``--benchmark``.
-      folders: the names that its folder may have among LLaVA's evaluation files.
+      folders: the names that its folder may have among the evaluation files.
+      groups: the groups it belongs to, whose names stand for all their benchmarks in ``--benchmark``.
       max_new_tokens: the limit of new tokens per answer, as in LLaVA's scripts.
       rule: a description of how an answer is read and scored; recorded in the protocol.
       questions: the questions in the order of the file.
       labels: the files that the metrics read; without any, :meth:`metrics` cannot be called.
       limited: whether :meth:`limit` removed questions.
+      blank: whether :meth:`hide_images` made all images blank.
     """
 
     name: ClassVar[str]
     folders: ClassVar[tuple[str, ...]]
+    groups: ClassVar[tuple[str, ...]] = ()
     max_new_tokens: ClassVar[int] = 128
     rule: ClassVar[str]
     questions: list[Question]
     labels: Sequence[epath.Path] = ()
     limited: bool = False
+    blank: bool = False
 
     def __init__(self, data: epath.Path) -> None:
         """``data``: the folder of all benchmarks (LLaVA's ``playground/data/eval``) or of this one."""
@@ -112,6 +128,18 @@ class Benchmark(abc.ABC):
     def keep_first(self, count: int) -> None:
         """Shortens :attr:`questions`, for :meth:`limit`."""
         self.questions = self.questions[:count]
+
+    def hide_images(self) -> None:
+        """Makes the images of all questions blank, to measure what can be guessed without them."""
+        self.blank = True
+        self.questions = [
+            question
+            if question.image is None
+            else dataclasses.replace(
+                question, image=BlankImage(question.image), metadata=question.metadata | {"shown": "blank"}
+            )
+            for question in self.questions
+        ]
 
     def check_images(self) -> None:
         """Opens every image once. Raises UserError with the number of images that cannot be opened."""

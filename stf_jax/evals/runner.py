@@ -60,6 +60,8 @@ def evaluate(
     active = jax.process_index() == 0
     protocol = _scoring_protocol(benchmark) | {"asking": generator.protocol(benchmark.questions[0].to_record())}
     protocol["asking"] |= {"decoding": _decoding_protocol(benchmark, sampling), "rows": rows, "model": origin}
+    if benchmark.blank:
+        protocol["asking"]["images"] = "blank"
     questions, lines = benchmark.questions, []
     if active:
         make_folder(out)
@@ -172,7 +174,8 @@ def format_results(results: Results) -> str:
             groups += [{"what": name, "accuracy": inner} for name, inner in value.items()]
     rows[0]["questions"] = results["questions"]
     rows += [{key: format_metric(key, value) for key, value in row.items()} for row in groups]
-    lines = [f"{results['benchmark']}, {results['questions']} questions: {results['model']}"]
+    blank = ", blank images" if results.get("images") == "blank" else ""
+    lines = [f"{results['benchmark']}, {results['questions']} questions{blank}: {results['model']}"]
     lines.append(format_table(rows) if results["metrics"] else "There are no labels here, so there are no metrics.")
     lines += [f"also written: {file}" for file in results["submission"]]
     return "\n".join(lines)
@@ -258,6 +261,8 @@ def _write_results(
         "submission": [str(file.relative_to(out)) for file in files],
         "protocol": protocol,
     }
+    if benchmark.blank:
+        results["images"] = "blank"
     with as_user_error(out):
         write_json(out / RESULTS, results)
     return results

@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from stf_jax.accounting.flops import CAUSAL
 from stf_jax.config import UserError
-from stf_jax.models.layers import platform
+from stf_jax.models.layers import KEPT_ATTENTION, platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +149,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
             block_sizes=sizes,
             head_shards=1,
             q_seq_shards=1,
+            residual_checkpoint_name=KEPT_ATTENTION,
             interpret=platform() == "cpu",
         )
 

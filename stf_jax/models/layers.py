@@ -211,9 +211,15 @@ def shard_rows(x: jax.Array) -> jax.Array:
     return constrain(x, ("data", "fsdp"))
 
 
+# Names (checkpoint_name) of what a block may keep for its backward pass: rotated queries and keys, values, and what an
+# attention kernel keeps itself; the products before the MLP's activation function.
+KEPT_ATTENTION, KEPT_MLP = "attention", "mlp"
+_keep = jax.checkpoint_policies.save_only_these_names
 _REMAT: dict[str, Callable[..., bool]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": _keep(KEPT_ATTENTION),
+    "mlp": _keep(KEPT_MLP),
 }
 
 
@@ -228,8 +234,7 @@ def apply_layers(
     """Applies ``layers`` (a step-1 range) of a stacked block to ``x``, scanned or unrolled.
 
     ``block`` is a module with parameters ``[L, ...]``; its call sees one layer's, takes ``(x, *context)`` and returns
-    the next ``x``. ``remat`` names what the backward pass recomputes: ``none``, ``dots`` (all but matrix products) or
-    ``full``.
+    the next ``x``. ``remat`` names what the backward pass recomputes, as ``config.model.remat``.
     """
     graph, stacked = nnx.split(block)
 

@@ -5,6 +5,7 @@ feed-forward and vocabulary. A size of 1 disables an axis.
 """
 
 import contextlib
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -136,6 +137,22 @@ def compute_context(mesh: Mesh, precision: str) -> Iterator[None]:
     """
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest" if precision == "float32" else "default"):
         yield
+
+
+def fit_mesh(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> TrainConfig:
+    """The config with a mesh for its batch, if it leaves all sizes of the mesh open.
+
+    If there are more devices than the rows of a microbatch can be split over (128 rows on 256 devices), ``tensor``
+    takes what remains.
+
+    Args:
+      devices: default: all devices.
+    """
+    rows, tensor = config.global_batch_size // config.optimizer.accumulation_steps, 1
+    count = len(jax.devices() if devices is None else devices)
+    if config.mesh == MeshConfig() and rows and count > rows and count % rows == 0:
+        tensor = count // rows
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, tensor=tensor)) if tensor > 1 else config
 
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:

@@ -21,7 +21,7 @@ from stf_jax.inference.decoding import BLOCKS, Sampling, TokenRules
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
 from stf_jax.models.blueprint import Blueprint, Params, blueprint
 from stf_jax.models.spec import resolve_model
-from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, make_mesh, row_shards
+from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, fit_mesh, make_mesh, row_shards
 from stf_jax.training.flops import abstract_batch
 from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.optimizer import make_optimizer
@@ -100,7 +100,7 @@ def make_program(config: TrainConfig, kind: str, devices: list[jax.Device], rows
     Raises:
       UserError: the config is invalid, or does not suit the devices.
     """
-    mesh, plan = make_mesh(config.mesh, devices), blueprint(config.model)
+    mesh, plan = make_mesh(fit_mesh(config, devices).mesh, devices), blueprint(config.model)
     if kind == "train":
         config = dataclasses.replace(config, global_batch_size=rows or config.global_batch_size)
         return _train_program(config, plan, mesh)
@@ -110,7 +110,7 @@ def make_program(config: TrainConfig, kind: str, devices: list[jax.Device], rows
 def abstract_train_state(config: TrainConfig, devices: list[jax.Device]) -> Layout:
     """The training state, which stays in memory during evaluation. Raises UserError as :func:`make_program`."""
     tx = make_optimizer(config.optimizer, steps=1000)
-    return state_layout(config, blueprint(config.model), tx, make_mesh(config.mesh, devices))
+    return state_layout(config, blueprint(config.model), tx, make_mesh(fit_mesh(config, devices).mesh, devices))
 
 
 def _train_program(config: TrainConfig, plan: Blueprint, mesh: Mesh) -> Program:

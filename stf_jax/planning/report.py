@@ -13,7 +13,7 @@ from stf_jax.config import TrainConfig
 from stf_jax.data.pipeline import load_training_records
 from stf_jax.data.sources.base import DataNotNamed
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
-from stf_jax.parallel.mesh import make_mesh, row_shards
+from stf_jax.parallel.mesh import fit_mesh, make_mesh, row_shards
 from stf_jax.planning.hlo import Traffic, count_traffic
 from stf_jax.planning.program import OutOfMemory, Program, abstract_train_state, bytes_per_device, make_program
 from stf_jax.planning.topology import get_chip, memory_limit
@@ -122,6 +122,7 @@ class TracedCost:
 
 def trace_cost(config: TrainConfig, program_kind: str, devices: list[jax.Device]) -> TracedCost:
     """Traces a program, without compiling it, with a number of rows that identifies the axes of rows."""
+    config = fit_mesh(config, devices)
     unsplit = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, accumulation_steps=1))
     shards = row_shards(make_mesh(config.mesh, devices))
     program = make_program(unsplit, program_kind, devices, rows=PRIME * shards)

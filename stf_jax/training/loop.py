@@ -22,7 +22,7 @@ from stf_jax.inference.generator import Generator
 from stf_jax.models.blueprint import Params
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.hosts import run_on_host0
-from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, get_row_share, make_mesh
+from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, fit_mesh, get_row_share, make_mesh
 from stf_jax.runs.events import Events
 from stf_jax.runs.lock import workdir_lock
 from stf_jax.runs.shutdown import Termination, Watchdog
@@ -71,7 +71,7 @@ def _train(
     # ---- Data ------------------------------------------------------------------------------------------------------
     start_time = time.monotonic()
     watchdog = stack.enter_context(Watchdog(config.faults.hang_seconds, workdir))
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(fit_mesh(config).mesh)
     check_batch(config, mesh)
     config = complete_config(config, workdir)
     model = resolve_model(config.model)

@@ -105,14 +105,15 @@ def test_executed_flops_with_a_reducer_in_the_decoder():
     assert work.executed_flops == work.model_flops + 2 * 8 * 128 * 2 * (64**2 + reduced**2)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "mlp", "attention", "full"])
 def test_remat_executes_more_flops_and_keeps_fewer_activations(remat):
     config, devices = small_config(f"--config.model.remat={remat}"), jax.devices()
     cost = trace_cost(config, "train", devices)
-    saved = {"none": 8, "dots": 5, "full": 1}[remat]  # minimum number of arrays per layer of the size of the residual
+    # The minimum number of arrays per layer of the size of the residual.
+    saved = {"none": 8, "dots": 5, "mlp": 3, "attention": 2, "full": 1}[remat]
     assert cost.activation_bytes_per_row > saved * 4 * 64 * 128 * 4
     if remat != "none":
-        leaner = {"dots": "none", "full": "dots"}[remat]
+        leaner = {"dots": "none", "mlp": "dots", "attention": "mlp", "full": "attention"}[remat]
         other = trace_cost(
             dataclasses.replace(config, model=dataclasses.replace(config.model, remat=leaner)), "train", devices
         )

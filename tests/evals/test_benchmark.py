@@ -1,5 +1,6 @@
 """Tests of the base class and registry: question files, folders, images, limits, names."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -8,14 +9,15 @@ import PIL.Image
 import pytest
 from etils import epath
 from make_evals import SHORT_ANSWER_SUFFIX, FixedBenchmark, make_gqa
+from make_hub import make_rows, write_rows
 
 from stf_jax import evaluate
 from stf_jax.config import UserError
 from stf_jax.data.image import read_image
 from stf_jax.evals import benchmark
-from stf_jax.evals.benchmark import Question, accuracy_by_kind
+from stf_jax.evals.benchmark import BlankImage, Question, accuracy_by_kind
 from stf_jax.evals.benchmarks.gqa import GQA
-from stf_jax.evals.registry import BENCHMARKS, open_benchmarks
+from stf_jax.evals.registry import BENCHMARKS, benchmark_groups, open_benchmarks
 from stf_jax.evals.runner import check_images
 
 QUESTIONS = "llava_gqa_testdev_balanced.jsonl"
@@ -162,10 +164,45 @@ def test_images_are_opened_before_the_model_is_loaded(tmp_path):
 
 def test_every_benchmark_is_registered_by_its_name():
     names = ["gqa", "scienceqa", "vqav2", "vizwiz", "textvqa", "pope", "mmbench", "mmbench_cn", "mme"]
-    names += ["scenes", "prints", "shapes"]
-    assert sorted(BENCHMARKS.known) == sorted(names)
+    groups = {"paper": names}
+    groups["ocr"] = ["ocrbench", "chartqa", "docvqa", "infovqa", "textvqa_no_ocr"]
+    groups["general"] = ["seedbench", "mmstar", "ai2d"]
+    groups["all"] = sum(groups.values(), ["docvqa_test", "infovqa_test", "scenes", "prints", "shapes"])
+    assert {group: sorted(members) for group, members in benchmark_groups().items()} == {
+        group: sorted(members) for group, members in groups.items()
+    }
     assert all(kind.name == name for name, kind in BENCHMARKS.known.items())
     assert all(kind.rule.endswith(".") for kind in BENCHMARKS.known.values())
+
+
+def test_groups_stand_for_their_benchmarks_each_once(tmp_path):
+    for name in ("ai2d", "mmstar", "seedbench"):
+        write_rows(tmp_path, name, make_rows(name))
+    opened = open_benchmarks(["mmstar", "general", "shapes", "mmstar"], str(tmp_path), limit=1)
+    assert [benchmark.name for benchmark in opened] == ["mmstar", "ai2d", "seedbench", "shapes"]
+
+
+def test_hidden_images_are_blank_and_of_the_same_size(tmp_path):
+    write_rows(tmp_path, "ai2d", make_rows("ai2d"))
+    (benchmark,) = open_benchmarks(["ai2d"], str(tmp_path), limit=3)
+    seen, opener = benchmark.questions, benchmark.questions[1].image
+    benchmark.hide_images()
+    for question, before in zip(benchmark.questions, seen, strict=True):
+        assert dataclasses.replace(question, image=before.image, metadata=before.metadata) == before
+        assert question.metadata == before.metadata | {"shown": "blank"}
+        image = question.image()
+        assert image.size == before.image().size
+        assert image.getcolors() == [(image.width * image.height, (122, 116, 104))]
+    assert benchmark.questions[1].image == BlankImage(opener)  # equal openers open the same image
+    benchmark.check_images()
+    text_only = FixedBenchmark([Question(1, "?", None, "?")])
+    text_only.hide_images()
+    assert text_only.questions == [Question(1, "?", None, "?")]
+    (scenes,) = open_benchmarks(["shapes"], "")
+    before = list(scenes.questions)
+    scenes.hide_images()  # asks about blank images anyway
+    assert scenes.questions == before
+    assert not scenes.blank
 
 
 def test_a_benchmark_of_your_own(monkeypatch):
@@ -203,21 +240,21 @@ NO_MMBENCH = (
         (["gqua"], "", "Unknown benchmark 'gqua'; did you mean 'gqa'?"),
         (["scenes", "mm bench"], "", "Unknown benchmark 'mm bench'; did you mean 'mmbench'?"),
         (["al"], "", "Unknown benchmark 'al'; did you mean 'all'?"),
-        ([""], "", f"Unknown benchmark ''; known: {', '.join(BENCHMARKS.known)}, all."),
+        ([""], "", f"Unknown benchmark ''; known: {', '.join(BENCHMARKS.known)}, general, ocr, paper, all."),
         (
             ["scenes", "pope"],
             "",
-            "Benchmark pope needs the folder of LLaVA's evaluation files: --data, or config.eval.data.",
+            "Benchmark pope needs the folder of the evaluation files: --data, or config.eval.data.",
         ),
-        (["all"], "", "Benchmark gqa needs the folder of LLaVA's evaluation files: --data, or config.eval.data."),
+        (["all"], "", "Benchmark ai2d needs the folder of the evaluation files: --data, or config.eval.data."),
         # Of all that it needs, the folder has GQA's.
         (
-            ["all"],
+            ["paper"],
             "DATA",
             NO_MMBENCH,
         ),
         (
-            ["scenes", "all"],
+            ["scenes", "paper"],
             "DATA",
             NO_MMBENCH,
         ),

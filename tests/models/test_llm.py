@@ -173,11 +173,11 @@ def value_and_gradients(remat, scan):
 def test_remat_keeps_value_and_gradients_with_fewer_residuals(scan):
     value, gradients, all_residuals = value_and_gradients("none", scan)
     residuals = {"none": all_residuals}
-    for remat in ("dots", "full"):
+    for remat in ("dots", "mlp", "attention", "full"):
         same_value, same_gradients, residuals[remat] = value_and_gradients(remat, scan)
         np.testing.assert_allclose(same_value, value, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), same_gradients, gradients)
-    assert residuals["full"] < residuals["dots"] < residuals["none"]
+    assert residuals["full"] < residuals["attention"] < residuals["mlp"] < residuals["dots"] < residuals["none"]
 
 
 @pytest.mark.parametrize("theta", [1e4, 1e6])

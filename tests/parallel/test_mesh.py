@@ -7,11 +7,11 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from tiny import Setup, batches, random_params, tiny
+from tiny import Setup, batches, load_recipe, random_params, tiny
 
 from stf_jax.config import MeshConfig, ModelConfig, UserError
 from stf_jax.models.blueprint import blueprint
-from stf_jax.parallel.mesh import BATCH, check_batch, get_row_share, make_mesh, parameter_sharding
+from stf_jax.parallel.mesh import BATCH, check_batch, fit_mesh, get_row_share, make_mesh, parameter_sharding
 from stf_jax.planning.topology import topology_devices
 from stf_jax.training.state import init_state, state_layout
 
@@ -61,6 +61,30 @@ def test_invalid_sizes_are_refused(sizes, message):
     with pytest.raises(UserError) as raised:
         make_mesh(MeshConfig(*sizes))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({"global_batch_size": 16}, (1, 8, 1)),
+        ({"global_batch_size": 4}, (1, 4, 2)),
+        ({"global_batch_size": 8, "optimizer.accumulation_steps": 4}, (1, 2, 4)),
+        ({"global_batch_size": 3}, (1, 8, 1)),  # which the check then refuses
+        ({"global_batch_size": 4, "mesh.fsdp": 8}, (1, 8, 1)),  # as the config says
+    ],
+)
+def test_tensor_takes_the_devices_that_rows_cannot_be_split_over(changes, sizes):
+    config = tiny(**{"mesh.fsdp": -1} | changes)
+    assert tuple(make_mesh(fit_mesh(config).mesh).shape.values()) == sizes
+
+
+def test_the_recipe_starts_on_a_pod_with_more_chips_than_rows():
+    config = load_recipe("finetune.py")
+    assert config.global_batch_size == 128
+    devices = topology_devices("v5e:16x16")
+    mesh = make_mesh(fit_mesh(config, devices).mesh, devices)
+    check_batch(config, mesh)
+    assert tuple(mesh.shape.values()) == (1, 128, 2)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ class GQA(Benchmark):
 
     name = "gqa"
     folders = ("gqa",)
+    groups = ("paper",)
     rule = (
         "An answer, in lower case and without full stops at its end, is correct if it equals the gold answer. "
         "Questions of structural type query are open; all others are binary."

@@ -43,6 +43,7 @@ class MMBench(Benchmark):
 
     name = "mmbench"
     folders: ClassVar[tuple[str, ...]] = ("mmbench",)
+    groups = ("paper",)
     max_new_tokens = 1024
     rule = (
         "An answer chooses the one letter of A to E that is among its words, alone or with punctuation (a bare A "

@@ -28,6 +28,7 @@ class MME(Benchmark):
 
     name = "mme"
     folders = ("MME", "mme")
+    groups = ("paper",)
     rule = (
         "An answer is yes if its first four characters contain yes, ignoring case, or else no if they contain no. A "
         "task's score is 100 times the share of questions answered correctly plus 100 times the share of images with "

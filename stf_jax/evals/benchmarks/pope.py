@@ -24,6 +24,7 @@ class POPE(Benchmark):
 
     name = "pope"
     folders = ("pope",)
+    groups = ("paper",)
     rule = (
         "An answer is cut at its first full stop, and its commas are removed. It is no if No, no or not is among its "
         "words, which are separated by spaces; otherwise it is yes. F1, precision and recall are for yes; yes_ratio is "

@@ -16,12 +16,11 @@ from etils import epath
 from stf_jax.data import scenes, world_text
 from stf_jax.data.scenes import SIDE
 from stf_jax.data.world import HEIGHTS, LARGE
-from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Benchmark, Question
+from stf_jax.evals.benchmark import BLANK_COLOR, SHORT_ANSWER_SUFFIX, Benchmark, Question
 
 SEED = 1_000_003  # for held-out images, independent of a run's seed
 QUESTIONS_PER_KIND = 250
 QUESTIONS_PER_HEIGHT = 100  # of printed text, per height of its capitals
-_BLANK = (122, 116, 104)  # CLIP's mean color
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +115,7 @@ class Scenes(Benchmark):
             # The blank image comes directly after, so that any even number of questions has both images of each.
             for shown, opener in (
                 ("scene", item.image),
-                ("blank", functools.partial(PIL.Image.new, "RGB", (SIDE, SIDE), _BLANK)),
+                ("blank", functools.partial(PIL.Image.new, "RGB", (SIDE, SIDE), BLANK_COLOR)),
             ):
                 metadata: dict[str, Any] = {"kind": question.kind, "shown": shown, "truth": question.answer}
                 if question.height:
@@ -132,6 +131,9 @@ class Scenes(Benchmark):
 
     def check_images(self) -> None:
         """Does nothing: the images are drawn."""
+
+    def hide_images(self) -> None:
+        """Does nothing: every question is asked about a blank image as well."""
 
     def keep_first(self, count: int) -> None:
         self.questions, self._held_out = self.questions[: 2 * count], self._held_out[:count]

@@ -20,6 +20,7 @@ class ScienceQA(Benchmark):
 
     name = "scienceqa"
     folders = ("scienceqa",)
+    groups = ("paper",)
     max_new_tokens = 1024
     rule = (
         "An answer chooses a letter if it is that letter, or starts with it followed by a full stop and a space, or "

@@ -19,6 +19,7 @@ class TextVQA(Benchmark):
 
     name = "textvqa"
     folders = ("textvqa",)
+    groups = ("paper",)
     rule = vqa.RULE
 
     def __init__(self, data: epath.Path) -> None:

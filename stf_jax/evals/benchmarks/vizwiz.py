@@ -22,6 +22,7 @@ class VizWiz(Benchmark):
 
     name = "vizwiz"
     folders = ("vizwiz",)
+    groups = ("paper",)
     rule = vqa.RULE
 
     def __init__(self, data: epath.Path) -> None:

@@ -23,6 +23,7 @@ class VQAv2(Benchmark):
 
     name = "vqav2"
     folders = ("vqav2",)
+    groups = ("paper",)
     rule = vqa.RULE
 
     def __init__(self, data: epath.Path) -> None:

@@ -19,13 +19,24 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from stf_jax.models.attention import Mask, attention, cached_attention
 from stf_jax.models.decoders.base import LLMConfig
-from stf_jax.models.layers import Linear, RMSNorm, apply_layers, constrain, normal, parameter, unroll_layers
+from stf_jax.models.layers import (
+    KEPT_ATTENTION,
+    KEPT_MLP,
+    Linear,
+    RMSNorm,
+    apply_layers,
+    constrain,
+    normal,
+    parameter,
+    unroll_layers,
+)
 
 
 def rope_angles(
@@ -115,7 +126,8 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(rngs, config.head_dim, config.norm_eps, stack=stack) if config.qk_norm else None
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
-        return self.out(attend(*self.query_key(x, cos, sin), self.value(x)))
+        q, k, v = (checkpoint_name(x, KEPT_ATTENTION) for x in (*self.query_key(x, cos, sin), self.value(x)))
+        return self.out(attend(q, k, v))
 
     def query_key(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Queries [B, T, H, Dh] and keys [B, T, K, Dh], with rotary positions."""
@@ -135,7 +147,8 @@ class MLP(nnx.Module):
         self.down = Linear(rngs, [hidden], [width], bias=False, stack=config.layers)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = checkpoint_name(self.gate(x), KEPT_MLP), checkpoint_name(self.up(x), KEPT_MLP)
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):

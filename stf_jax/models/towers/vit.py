@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
@@ -18,6 +19,8 @@ from stf_jax.config import UserError
 from stf_jax.models.attention import Mask, attention
 from stf_jax.models.layers import (
     ACTIVATIONS,
+    KEPT_ATTENTION,
+    KEPT_MLP,
     Init,
     LayerNorm,
     Linear,
@@ -52,7 +55,8 @@ class Attention(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.out(attention(self.query(x), self.key(x), self.value(x), Mask(), self.implementation))
+        q, k, v = (checkpoint_name(y, KEPT_ATTENTION) for y in (self.query(x), self.key(x), self.value(x)))
+        return self.out(attention(q, k, v, Mask(), self.implementation))
 
 
 class MLP(nnx.Module):
@@ -65,7 +69,7 @@ class MLP(nnx.Module):
         self.down = Linear(rngs, [hidden], [width], stack=config.layers, kernel_init=_residual_init(config, config.mlp))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+        return self.down(ACTIVATIONS[self.activation](checkpoint_name(self.up(x), KEPT_MLP)))
 
 
 class Block(nnx.Module):
