@@ -72,7 +72,8 @@ def load(
 
     Args:
       precision: ``bfloat16`` or ``float32``; by default that of the run, and bfloat16 for other folders.
-      reduce: an untrained reducer of image tokens, by a name of docs/evaluating.md or as ``module:thing``.
+      reduce: an untrained reducer of image tokens, by a name of docs/evaluating.md or as ``module:thing``, and its
+        options, ``:key=value,…``.
       keep: image tokens per image that ``reduce`` keeps; by default a quarter.
       mesh: devices along data, fsdp and tensor.
 

@@ -223,15 +223,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reduce",
         default="",
-        metavar="NAME",
-        help="untrained reducer of image tokens (docs/evaluating.md), or module:thing of your own",
+        metavar="NAME[:KEY=VALUE,…]",
+        help="untrained reducer of image tokens with its options (docs/evaluating.md), or module:thing of your own",
     )
     parser.add_argument(
         "--keep",
         type=_number_between(int, 0, 2**31 - 1),
         default=0,
         metavar="N",
-        help="image tokens kept per image with --reduce (default: one quarter)",
+        help="image tokens kept per image with --reduce, as its options count them (default: one quarter)",
     )
     parser.add_argument(
         "--temperature",

@@ -108,7 +108,7 @@ class ModelConfig:
     # MLP's first products) | attention (all but queries, keys and values) | full
     remat: Remat = "full"
     attention: Attention = "auto"  # attention kernel: auto | reference | xla | cudnn | splash (models/attention.py)
-    reduce: str = ""  # untrained reducer at inference: fastv | random | visionzip | package.module:thing; "": none
+    reduce: str = ""  # untrained reducer at inference (models/reducers), NAME[:key=value,…] or package.module:thing
     keep: Count = 0  # image tokens per image that the reducer keeps; 0: one quarter
     cells: Count = 0  # cells per patch side that a head on the vision tower is trained to label; 0: no such head
 

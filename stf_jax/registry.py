@@ -2,17 +2,21 @@
 
 A component of the package is declared in the file that implements it, in a dict ``COMPONENTS`` of names. A component
 from outside is any object of any module that Python can import. Nothing is imported before it is asked for.
+
+A component may be a *factory*: a function that has only keyword-only parameters with defaults, and returns the
+component. A name may then set them, as ``NAME:key=value,…``.
 """
 
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import pathlib
 import pkgutil
 import re
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from stf_jax.config import UserError, did_you_mean
 
@@ -50,6 +54,60 @@ def is_outside(name: str) -> bool:
     return ":" in name and "://" not in name
 
 
+def split_options(name: str) -> tuple[str, str]:
+    """Splits ``NAME:key=value,…`` at the last colon; the options are empty if what follows it has no ``=``."""
+    head, _, options = name.rpartition(":")
+    return (head, options) if head and "=" in options else (name, "")
+
+
+def call_factory(found: Any, options: str, name: str, kind: str) -> Any:
+    """The component that a factory makes of ``key=value,…``; anything but a factory is returned as it is.
+
+    Values are whole numbers, several of them joined by ``+``, or one of the words of a Literal, as the factory's types
+    say.
+
+    Raises:
+      UserError: an unknown key, a value of another type or out of range, or options for something that has none.
+    """
+    if not _is_factory(found):
+        if options:
+            raise UserError(f"{kind}={name}: {name.removesuffix(f':{options}')} has no options.")
+        return found
+    types, values = {key: hint for key, hint in get_type_hints(found).items() if key != "return"}, {}
+    for option in filter(None, options.split(",")):
+        key, _, text = option.partition("=")
+        if key not in types:
+            raise UserError(f"{kind}={name}: unknown option {key!r}; {did_you_mean(key, types)}")
+        if key in values:
+            raise UserError(f"{kind}={name} sets {key} twice.")
+        values[key] = _parse_option(f"{kind}={name}: {key}={text}", text, types[key])
+    try:
+        return found(**values)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{kind}={name}: {error}") from None
+
+
+def _is_factory(found: Any) -> bool:
+    return inspect.isfunction(found) and all(
+        parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
+        for parameter in inspect.signature(found).parameters.values()
+    )
+
+
+def _parse_option(label: str, text: str, hint: Any) -> Any:
+    if get_origin(hint) is Literal:
+        if text not in get_args(hint):
+            raise UserError(f"{label} must be one of {', '.join(get_args(hint))}.")
+        return text
+    numbers = text.split("+") if get_origin(hint) is tuple else [text]
+    if not all(re.fullmatch(r"[0-9]{1,9}", number) for number in numbers):
+        several = ", or several joined by +" if get_origin(hint) is tuple else ""
+        raise UserError(f"{label} must be a whole number{several}.")
+    return tuple(map(int, numbers)) if get_origin(hint) is tuple else int(text)
+
+
 def load_object(name: str, kind: str) -> Any:
     """Imports ``package.module:Thing``. Raises UserError if there is no such module or thing."""
     if not _OUTSIDE.fullmatch(name):
@@ -77,8 +135,8 @@ def refuse_code_in(folder: os.PathLike[str] | str, values: Any) -> None:
     if isinstance(values, list | tuple):
         for value in values:
             refuse_code_in(folder, value)
-    elif isinstance(values, str) and _OUTSIDE.fullmatch(values):
-        _refuse_module_in(folder, values)
+    elif isinstance(values, str) and _OUTSIDE.fullmatch(name := split_options(values)[0]):
+        _refuse_module_in(folder, name)
 
 
 def _refuse_module_in(folder: os.PathLike[str] | str, name: str) -> None:

@@ -55,7 +55,7 @@ class DecodeState(Generic[Leaf]):
 
     cache: tuple[tuple[Leaf, Leaf], ...]  # [B, K, S, Dh], a pair per layer; S may be less in later layers
     lengths: Leaf  # int32 [B], of the prompts
-    cache_lengths: Leaf  # int32 [B], prompt positions in the caches of layers after image tokens are dropped
+    cache_lengths: Leaf  # int32 [B], prompt positions in the last layer's cache; others may have more
     output_ids: Leaf  # int32 [B, G]
     count: Leaf  # int32: new tokens so far; the last of them is not in the cache yet
     done: Leaf  # bool [B]
@@ -172,12 +172,26 @@ def extend(
     """Samples further tokens, until all rows are done or ``limit`` (at most G) tokens are sampled."""
     capacity = state.output_ids.shape[1]
 
+    def cache_lengths(reduction: Reduction, layer: int) -> jax.Array:
+        """Prompt positions in the cache of that layer."""
+        if not (dropped := reduction.dropped_before(layer)):
+            return state.lengths
+        return state.lengths - (state.lengths - state.cache_lengths) // reduction.dropped * dropped
+
     def find_slots(reduction: Reduction, layer: int, newest: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The slot of the new token in that layer, and the slots that it attends to."""
         slots = jnp.arange(state.cache[layer][0].shape[2])
-        slot = len(slots) - capacity + newest
-        cache_lengths = state.cache_lengths if reduction.dropped_before(layer) else state.lengths
-        return slot, (slots < cache_lengths[:, None]) | ((slots >= len(slots) - capacity) & (slots <= slot))
+        slot, lengths = len(slots) - capacity + newest, cache_lengths(reduction, layer)
+        return slot, (slots < lengths[:, None]) | ((slots >= len(slots) - capacity) & (slots <= slot))
+
+    def find_positions(reduction: Reduction, newest: jax.Array) -> list[jax.Array]:
+        """The position of the new token in each layer: one array for all layers where it is the same."""
+        by_dropped = {reduction.position_shift(layer): layer for layer in range(len(state.cache))}
+        found = {
+            shift: (cache_lengths(reduction, layer) if shift else state.lengths)[:, None] + newest
+            for shift, layer in by_dropped.items()
+        }
+        return [found[reduction.position_shift(layer)] for layer in range(len(state.cache))]
 
     def step(state: DecodeState[jax.Array]) -> DecodeState[jax.Array]:
         model = merge_weights(plan, weights)
@@ -185,7 +199,7 @@ def extend(
         token = jax.lax.dynamic_slice_in_dim(state.output_ids, newest, 1, axis=1)
         x = shard_rows(model.llm.embed(token, model.dtype))
         slots = [find_slots(model.reduction, layer, newest) for layer in range(len(state.cache))]
-        hidden, cache = model.llm.extend(x, state.lengths[:, None] + newest, state.cache, slots)
+        hidden, cache = model.llm.extend(x, find_positions(model.reduction, newest), state.cache, slots)
         next_token = sample_token(rules, model.llm.logits(hidden[:, 0]), sampling, state.count)
         next_token = jnp.where(state.done, rules.stops[0], next_token)
         output_ids = jax.lax.dynamic_update_slice(state.output_ids, next_token[:, None], (0, state.count))

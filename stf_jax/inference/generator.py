@@ -161,6 +161,10 @@ class Generator:
         details |= {"template": self._template, "image_aspect_ratio": self._aspect, "image_tokens": self.slots}
         if self._reduction.name:
             details |= {"reduce": self._reduction.name, "keep": self._reduction.keep}
+        if self._reduction.stages:
+            assert self._model.llm_shape is not None  # it drops the tokens
+            details["kept_after_layer"] = {str(stage.after): stage.keep for stage in self._reduction.stages}
+            details["average_image_tokens"] = self._reduction.average_tokens(self._model.llm_shape.layers)
         return details | {"precision": self.plan.precision, "weights": self._fingerprint, "first_prompt": prompt}
 
     def _prepare_batch(

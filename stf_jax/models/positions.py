@@ -18,7 +18,7 @@ def interpolate_positions(table: np.ndarray, positions: int) -> np.ndarray:
         raise ValueError(f"{len(table)} and {positions} positions do not both belong to square grids")
     (class_tokens, old), (_, new) = old_grid, new_grid
     grid = table[class_tokens:].astype(np.float64).reshape(old, old, -1)
-    weights = _interpolation_weights(old, new)
+    weights = interpolation_weights(old, new)
     grid = np.einsum("yi,xj,ijc->yxc", weights, weights, grid).reshape(new * new, -1)
     return np.concatenate([table[:class_tokens], grid.astype(table.dtype)])
 
@@ -38,8 +38,12 @@ def _grid(positions: int) -> tuple[int, int] | None:
     return None
 
 
-def _interpolation_weights(old: int, new: int) -> np.ndarray:
-    """Weight of each of ``old`` points in each of ``new`` points: float64 [new, old]."""
+def interpolation_weights(old: int, new: int) -> np.ndarray:
+    """Weights, as :func:`interpolate_positions` uses them, of each of ``old`` points in each of ``new`` points.
+
+    Returns:
+      float64 [new, old], for one axis of the grid.
+    """
     centers = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old))
     for offset in range(-1, 3):

@@ -11,10 +11,10 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 from stf_jax.config import ModelConfig
 from stf_jax.models.cells import CellHead
 from stf_jax.models.decoders.base import find_decoder_class
-from stf_jax.models.decoders.transformer import Cache, SelectPositions
+from stf_jax.models.decoders.transformer import Cache
 from stf_jax.models.fusions.base import Fusion
 from stf_jax.models.layers import shard_rows
-from stf_jax.models.reducers.base import DecoderReducer, kept_positions
+from stf_jax.models.reducers.base import DecoderReducer, Question
 from stf_jax.models.spec import resolve_model
 from stf_jax.models.towers.base import find_tower_class
 
@@ -52,11 +52,15 @@ class VLM(nnx.Module):
             rngs, llm, scan=config.scan_layers, remat=config.remat, attention=config.attention
         )
 
-    def image_tokens(self, images: UInt8[Array, "B M H W 3"]) -> Float[Array, "B MN D"]:
-        """Image tokens of a row's images, one after another."""
+    def image_tokens(
+        self, images: UInt8[Array, "B M H W 3"], question: Question | None = None
+    ) -> Float[Array, "B MN D"]:
+        """Image tokens of a row's images, one after another; ``question`` is the text of each row, if there is one."""
         batch, count = images.shape[:2]
         images = images.reshape(batch * count, *images.shape[2:])
-        tokens = self.fusion(self.reduction.tower_states(self.vision, images, self.taps, self.dtype))
+        question = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), question)
+        states = self.reduction.tower_states(self.vision, images, self.taps, self.dtype, question)
+        tokens = self.reduction.reduce_tokens(self.fusion(states))
         return tokens.reshape(batch, -1, tokens.shape[-1])
 
     def cell_scores(self, images: UInt8[Array, "B M H W 3"]) -> Float32[Array, "B*M S S classes"]:
@@ -102,26 +106,19 @@ class VLM(nnx.Module):
 
         Returns:
           The last token's hidden state after the final norm; the cache, one slot per position; and the number of prompt
-          positions in the caches of decoder layers that read fewer image tokens.
+          positions in the last layer's cache, after all image tokens that the decoder drops.
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        image_tokens = self.image_tokens(images) if images.shape[1] else None
+        is_image = image_slots >= 0
+        question = Question(tokens, ~is_image & (positions < lengths[:, None]))
+        image_tokens = self.image_tokens(images, question) if images.shape[1] else None
         x = shard_rows(self.embed(tokens, image_slots, image_tokens))
-        reducer, cache_lengths, after_layers = self.reduction.reducer, lengths, 0
-        select: SelectPositions | None = None
-        if isinstance(reducer, DecoderReducer) and self.reduction.dropped and images.shape[1]:
-            is_image = image_slots >= 0
-            image_counts = is_image.sum(1) // self.reduction.tokens
-            cache_lengths = lengths - image_counts * self.reduction.dropped
-            kept_length = tokens.shape[1] - images.shape[1] * self.reduction.dropped
-
-            def select_kept(q: jax.Array, k: jax.Array) -> jax.Array:
-                scores = reducer.score(q, k, is_image, lengths)
-                return kept_positions(scores, is_image, lengths, image_counts * self.reduction.keep, kept_length)
-
-            after_layers, select = reducer.after_layers, select_kept
-
-        hidden, cache = self.llm.prefill(x, positions, after_layers, select)
+        selections, cache_lengths = self.reduction.select_tokens(is_image, lengths, images.shape[1], self.llm.norm)
+        reducer = self.reduction.reducer
+        if isinstance(reducer, DecoderReducer):
+            hidden, cache = self.llm.prefill(x, positions, selections, reducer.scored_by, renumber=reducer.renumber)
+        else:
+            hidden, cache = self.llm.prefill(x, positions)
         last = jnp.maximum(cache_lengths - 1, 0)[:, None, None]
         return jnp.take_along_axis(hidden, last, axis=1)[:, 0], cache, cache_lengths
 

@@ -61,7 +61,8 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
     options = parser.parse_known_args(eval_options)[0]
     config = from_json(read_json(epath.Path(workdir / "config.json")))
     model = dataclasses.replace(config.model, reduce=options.reduce, keep=options.keep)
-    reduction, rows, length = resolve_model(model).reduction, config.global_batch_size, config.data.max_length
+    spec, rows, length = resolve_model(model), config.global_batch_size, config.data.max_length
+    reduction = spec.reduction
     mesh = make_mesh(config.mesh)
     generator, saved = load_generator(epath.Path(workdir), mesh, options.precision, options.reduce, options.keep)
     fusion_parameters = sum(leaf.size for path, leaf in saved.shapes.items() if path.startswith("fusion/"))
@@ -73,6 +74,9 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
         "first_token_rows": config.eval.batch,
         "prefill_gflops": sum(prefill_flops(model, 1, prompt_length, 1).values()) / 1e9,
     }
+    if reduction.stages:
+        assert spec.llm_shape is not None  # its layers drop the tokens
+        cost["average_image_tokens"] = reduction.average_tokens(spec.llm_shape.layers)
     if not reduction.name:
         del generator
         seconds, memory = time_train_steps(config, str(workdir), make_batch(config), _STEPS)[1:]

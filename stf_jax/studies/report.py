@@ -152,7 +152,7 @@ def _quality_section(findings: Findings, images: Mapping[str, Image]) -> list[Bl
     rows = [
         [
             _bold_baseline(name, findings.study),
-            *([str(findings.costs.get(name, {}).get("image_tokens", ""))] if findings.costs else []),
+            *([_format_tokens(findings.costs.get(name, {}))] if findings.costs else []),
             *(_format_mean(by_kind[kind]) for kind in findings.kinds),
             _format_interval(findings.spread[name]),
         ]
@@ -234,11 +234,12 @@ def _cost_section(findings: Findings, images: Mapping[str, Image]) -> list[Block
     rows = [
         [
             _bold_baseline(name, findings.study),
+            _format_tokens(cost),
             *(template.format(cost[key]) if key in cost else "" for key, (_, template) in _COSTS.items()),
         ]
         for name, cost in findings.costs.items()
     ]
-    header = ["", *(title for title, _ in _COSTS.values())]
+    header = ["", "image tokens", *(title for title, _ in _COSTS.values())]
     return [Heading("Cost"), Text(text), Table(header, rows), *_existing(images, "cost")]
 
 
@@ -246,8 +247,13 @@ def _existing(images: Mapping[str, Image], *names: str) -> list[Image]:
     return [images[name] for name in names if name in images]
 
 
+def _format_tokens(cost: Mapping[str, Any]) -> str:
+    """Image tokens that are kept; where the decoder drops the others, also the average that its layers read."""
+    average = f" (average {cost['average_image_tokens']:.0f})" if "average_image_tokens" in cost else ""
+    return f"{cost.get('image_tokens', '')}{average}"
+
+
 _COSTS = {
-    "image_tokens": ("image tokens", "{}"),
     "fusion_parameters": ("fusion parameters", "{:,}"),
     "step_gflops": ("GFLOP per step", "{:.2f}"),
     "step_ms": ("ms per step", "{:.0f}"),

@@ -45,7 +45,7 @@ def step_flops(
 def prefill_flops(model: ModelConfig, rows: int, length: int, images_per_row: int) -> dict[str, int]:
     """Counts the model FLOPs of reading prompts that fill T, by part: ``vision``, ``fusion``, ``llm`` and ``head``.
 
-    The head is that of one position per row.
+    The head is that of one position per row. ``reduce`` is what a TokenReducer adds.
     """
     return {part: rows * flops for part, flops in _row_prefill_flops(model, length, images_per_row).items()}
 
@@ -119,7 +119,8 @@ def _row_decode_flops(model: ModelConfig, slots: int, images_per_row: int) -> in
     def extend(params: Params, tokens: jax.Array, cache: Any, filled: list[jax.Array]) -> Any:
         vlm = plan.merge(params)
         embeddings = vlm.llm.embed(tokens, vlm.dtype)
-        hidden, cache = vlm.llm.extend(embeddings, tokens, cache, [(jnp.int32(0), slots) for slots in filled])
+        positions, slots = [tokens] * llm.layers, [(jnp.int32(0), slots) for slots in filled]
+        hidden, cache = vlm.llm.extend(embeddings, positions, cache, slots)
         return vlm.llm.logits(hidden), cache
 
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -23,13 +23,14 @@ from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.generator import Generator
 from stf_jax.models import spec
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.reducers.fastv import COMPONENTS
+from stf_jax.models.reducers.base import REDUCERS, find_reducer
 from stf_jax.parallel.mesh import compute_context, make_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
+NAMES = ", ".join(REDUCERS.known)
 spec.LLM["llama-deep-tiny"] = dataclasses.replace(spec.LLM["llama-tiny"], layers=4, qkv_bias=True)
 LLM = spec.LLM["llama-deep-tiny"]
-FULL_LAYERS = COMPONENTS["fastv"].after_layers
+FULL_LAYERS = find_reducer("fastv").after_layers
 N, KEEP, IMAGES = 16, 4, 2  # a 4×4 grid
 DROPPED, NEW_TOKENS = N - KEEP, 7
 
@@ -228,7 +229,15 @@ def unreduced():
         ("fastv", 4, N),
         ("random", 5, 5),
         ("thinning:SHORT_KEYS", 4, N),
+        ("pyramiddrop", 4, N),
+        pytest.param("random:per=question", 5, 5, marks=pytest.mark.slow),
         pytest.param("visionzip", 5, 5, marks=pytest.mark.slow),
+        pytest.param("fastv:after=1,count=average", 8, N, marks=pytest.mark.slow),
+        pytest.param("dart", 9, N, marks=pytest.mark.slow),
+        pytest.param("divprune", 5, 5, marks=pytest.mark.slow),
+        pytest.param("pool", 4, 4, marks=pytest.mark.slow),
+        pytest.param("resize", 6, 6, marks=pytest.mark.slow),
+        pytest.param("uniform", 4, 4, marks=pytest.mark.slow),
     ],
 )
 def test_reduced_answers_are_the_same_on_a_mesh_and_in_any_batch(reduce, keep, slots, unreduced):
@@ -243,9 +252,18 @@ def test_reduced_answers_are_the_same_on_a_mesh_and_in_any_batch(reduce, keep, s
     assert (protocol["reduce"], protocol["keep"], protocol["image_tokens"]) == (reduce, keep, slots)
 
 
+def test_protocol_says_what_keep_counts():
+    found = [
+        (protocol["kept_after_layer"], protocol["average_image_tokens"])
+        for reduce, keep in (("fastv", 4), ("fastv:after=1,count=average", 8), ("pyramiddrop", 2))
+        for protocol in [generator(MeshConfig(1, 1, 1), reduce, keep).protocol(next(records()))]
+    ]
+    assert found == [({"2": 4}, 10), ({"1": 5}, 7.75), ({"1": 8, "2": 4, "3": 2}, 7.5)]
+
+
 def test_unreduced_protocol_is_unchanged():
     """Answers from before reductions existed can be continued."""
-    assert not {"reduce", "keep"} & set(generator(MeshConfig(1, 1, 1)).protocol(next(records())))
+    assert not {"reduce", "keep", "kept_after_layer"} & set(generator(MeshConfig(1, 1, 1)).protocol(next(records())))
 
 
 @pytest.fixture(scope="module")
@@ -268,10 +286,18 @@ def test_evaluate_command_reduces(reduce, folder, tmp_path):
     ("options", "message"),
     [
         (["--reduce=fastv", "--keep=17"], "keep=17 must be 1 to 16"),
-        (["--keep=4"], "set reduce to one of fastv, random, visionzip"),
-        (["--reduce=zip"], "error: Unknown model.reduce 'zip'; known: fastv, random, visionzip."),
+        (
+            ["--keep=4"],
+            f"set reduce to one of {NAMES}",
+        ),
+        (
+            ["--reduce=zip"],
+            f"error: Unknown model.reduce 'zip'; known: {NAMES}.",
+        ),
         (["--reduce=thinning:SPACE"], "error: Unknown model.reduce 'thinning:SPACE': module thinning has no SPACE."),
         (["--reduce=fastv", "--keep=-1"], "-1 is not between 0"),
+        (["--reduce=fastv:K=3"], "error: model.reduce=fastv:K=3: unknown option 'K'; known: after, count."),
+        (["--reduce=fastv:after=x"], "error: model.reduce=fastv:after=x: after=x must be a whole number."),
     ],
 )
 def test_invalid_reductions_give_one_sentence_in_both_commands(options, message, folder, tmp_path, capsys):

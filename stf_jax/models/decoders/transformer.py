@@ -10,8 +10,11 @@ Axis letters: B batch, T positions, S slots of a cache, L layers, D width, H hea
 F feed-forward, V vocabulary.
 """
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -89,8 +92,23 @@ def sharded_embedding_lookup(
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) of a layer → [B, T, H, Dh]
-SelectPositions = Callable[[jax.Array, jax.Array], jax.Array]  # (q, k) of a layer → int32 [B, T'], for later layers
+SelectPositions = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, x) → int32 [B, T'], see Selection
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each layer, [B, K, S, Dh]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """A place in the decoder where fewer positions go on.
+
+    Attributes:
+      after: number of layers before it, at least 1.
+      select: called with queries [B, T, H, Dh] and keys [B, T, K, Dh], both with rotary positions, and the hidden
+        states [B, T, D] after those layers; returns the positions that the remaining layers read, which attend to one
+        another causally in the order given.
+    """
+
+    after: int
+    select: SelectPositions
 
 
 class Attention(nnx.Module):
@@ -108,11 +126,15 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(rngs, config.head_dim, config.norm_eps, stack=stack) if config.qk_norm else None
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
-        q, k, v = self.query(x), self.key(x), self.value(x)
+        q, k, v = (checkpoint_name(x, KEPT_ATTENTION) for x in (*self.query_key(x, cos, sin), self.value(x)))
+        return self.out(attend(q, k, v))
+
+    def query_key(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Queries [B, T, H, Dh] and keys [B, T, K, Dh], with rotary positions."""
+        q, k = self.query(x), self.key(x)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k, v = (checkpoint_name(x, KEPT_ATTENTION) for x in (rotate(q, cos, sin), rotate(k, cos, sin), v))
-        return self.out(attend(q, k, v))
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 class MLP(nnx.Module):
@@ -198,15 +220,18 @@ class Decoder(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        select_after: int = 0,
-        select: SelectPositions | None = None,
+        selections: Sequence[Selection] = (),
+        scored_by: Literal["last", "next"] = "last",
+        *,
+        renumber: bool = False,
     ) -> tuple[Float[Array, "B T1 D"], Cache]:
         """Reads prompts like a call without segments, and keeps each layer's keys and values, one slot per position.
 
         Args:
-          select_after: number of layers before ``select`` is called.
-          select: returns the positions that the remaining layers read, which attend to one another causally in the
-            order given. None: all positions.
+          selections: in ascending order of their layers.
+          scored_by: whose queries and keys a selection gets: those of the last layer before it, or those that the next
+            layer would have without it.
+          renumber: whether the positions of the remaining layers are 0, 1, … again; by default they stay.
 
         Returns:
           Hidden states after the final norm of the positions that the last layer read, and the cache (S = T).
@@ -221,10 +246,12 @@ class Decoder(nnx.Module):
             return attention(q, k, v, Mask(causal=True), self.attention)
 
         with jax.named_scope("llm"):
-            if select is not None:
-                x = self._unroll(x, positions, attend, range(select_after))
-                selected = select(*last_qk)
-                positions = jnp.take_along_axis(positions, selected, axis=1)
+            for selection in selections:
+                x = self._unroll(x, positions, attend, range(len(cache), selection.after))
+                q, k = last_qk if scored_by == "last" else self._query_key(x, positions, selection.after)
+                selected = selection.select(q, k, x)
+                kept = jnp.broadcast_to(jnp.arange(selected.shape[1]), selected.shape) if renumber else selected
+                positions = jnp.take_along_axis(positions, kept, axis=1)
                 x = jnp.take_along_axis(x, selected[:, :, None], axis=1)
             x = self._unroll(x, positions, attend, range(len(cache), self.config.layers))
             return self.norm(x), tuple(cache)
@@ -232,7 +259,7 @@ class Decoder(nnx.Module):
     def extend(
         self,
         x: Float[Array, "B 1 D"],
-        positions: Int[Array, "B 1"],
+        positions: Sequence[Int[Array, "B 1"]],
         cache: Cache,
         slots: Iterable[tuple[jax.Array, jax.Array]],
     ) -> tuple[Float[Array, "B 1 D"], Cache]:
@@ -242,7 +269,7 @@ class Decoder(nnx.Module):
 
         Args:
           x: embeddings.
-          positions: of the new tokens.
+          positions: of the new tokens, for each layer; the same array where they are the same.
           cache: of S slots; S may differ between layers.
           slots: for each layer the slot to write, int32, below S, and the slots to attend to, bool [B, S], the new one
             included.
@@ -264,7 +291,10 @@ class Decoder(nnx.Module):
             return cached_attention(q, keys, values, filled)
 
         with jax.named_scope("llm"):
-            return self.norm(self._unroll(x, positions, attend, range(self.config.layers))), tuple(new_cache)
+            for _, group in itertools.groupby(range(self.config.layers), lambda layer: id(positions[layer])):
+                first, *others = group
+                x = self._unroll(x, positions[first], attend, range(first, first + 1 + len(others)))
+            return self.norm(x), tuple(new_cache)
 
     def _unroll(self, x: jax.Array, positions: jax.Array, attend: Attend, layers: range) -> jax.Array:
         """Applies layers one by one, each with its own call of ``attend``, which may keep what it receives."""
@@ -272,6 +302,11 @@ class Decoder(nnx.Module):
         for block in unroll_layers(self.blocks, layers):
             x = block(x, cos, sin, attend)
         return x
+
+    def _query_key(self, x: jax.Array, positions: jax.Array, layer: int) -> tuple[jax.Array, jax.Array]:
+        """Queries and keys of a layer for the hidden states before it."""
+        (block,) = unroll_layers(self.blocks, range(layer, layer + 1))
+        return block.attention.query_key(block.attention_norm(x), *rope_angles(self.config, positions))
 
     @property
     def head_kernel(self) -> Float[Array, "_ _"]:

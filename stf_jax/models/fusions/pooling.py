@@ -10,7 +10,10 @@ from stf_jax.models.tensor_names import TensorNames
 
 
 class AvgPool(nnx.Module):
-    """The mean of each k×k window, then the projector: [B, g, g, C] → [B, g/k, g/k, D]."""
+    """The mean of each k×k window, then the projector: [B, g, g, C] → [B, g/k, g/k, D].
+
+    It pools before the projector, as DeCo does (arXiv 2405.20985). M3 and LLaVA-OneVision pool after it.
+    """
 
     spec = FusionSpec()
     torch_file = "pooling_torch.py"
@@ -30,7 +33,11 @@ class AvgPool(nnx.Module):
 
 
 class PixelShuffle(nnx.Module):
-    """The k² patches of each window concatenated on channels, then the projector: [B, g, g, C] → [B, g/k, g/k, D]."""
+    """The k² patches of each window concatenated on channels, then the projector: [B, g, g, C] → [B, g/k, g/k, D].
+
+    The channels are in the order of Idefics3 and InternVL; the projector is LLaVA's. Idefics3 has one linear layer
+    without a bias instead, InternVL a norm and two linear layers.
+    """
 
     spec = FusionSpec()
     torch_file = "pooling_torch.py"

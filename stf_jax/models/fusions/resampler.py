@@ -23,7 +23,9 @@ class Resampler(nnx.Module):
     One learned query per token attends to the queries and patches together, in L blocks like mPLUG-Owl's (arXiv
     2304.14178). BLIP-2's Q-Former (arXiv 2301.12597), which starts from BERT's weights, alternates between the two;
     this one starts from scratch. Heads have 64 channels, or the greatest common divisor of 64 and C. Queries start at
-    zero. The original has attention dropout of 0.1 in training, and 64 queries by default.
+    zero. The original has attention dropout of 0.1 in training, 64 queries by default, and all linear layers start as
+    with ``init="normal"``. Qwen-VL's resampler (arXiv 2308.12966) is another one: a single cross-attention with 2-D
+    sine positions and no MLP.
     """
 
     spec = FusionSpec(windows=False)

@@ -1,18 +1,29 @@
 """What a reducer is: it leaves fewer image tokens at inference for a model that was trained with all of them.
 
 A reducer is an object in a file of this folder, or in your own, named in a config as ``package.module:thing``. It acts
-on the tower's states before a fusion that maps each patch by itself, or inside the decoder:
+on the tower's states before a fusion that maps each patch by itself, on the image tokens that any fusion makes, or
+inside the decoder:
 
     MINE = PatchReducer(reduce)                   # reduce(tower, images, taps, dtype, keep) -> states of `keep` tokens
+    MINE = TokenReducer(reduce)                   # reduce(tokens, keep) -> [B, keep, D]
     MINE = DecoderReducer(score, after_layers=2)  # score(q, k, is_image, lengths) -> [B, T]; the highest are kept
 
-Axis letters: B rows or images, T positions, N image tokens per image, P patches, C tower width, H heads, K kv heads,
-Dh head size.
+or a function that returns one and whose keyword-only parameters are its options (registry.py):
+
+    def mine(*, after: int = 2) -> DecoderReducer: ...    # --reduce=package.module:mine:after=3
+
+What is kept must not depend on padding or on other rows, so that an answer is the same in any batch.
+
+Axis letters: B rows or images, T positions, N image tokens per image, P patches, L decoder layers, C tower width,
+D language model width, H heads, K kv heads, Dh head size.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +31,23 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from stf_jax.config import FusionConfig, UserError
+from stf_jax.models.decoders.transformer import Selection
 from stf_jax.models.fusions.base import FUSIONS, find_fusion, tokens_per_image
 from stf_jax.models.towers.base import VisionConfig
 from stf_jax.models.towers.vit import VisionTower
-from stf_jax.registry import Registry
+from stf_jax.registry import Registry, call_factory, split_options
 
 if TYPE_CHECKING:  # spec.py imports this file
     from stf_jax.models.spec import ModelSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """The text around images: for each image the prompt of its row."""
+
+    tokens: Int[Array, "B T"]
+    is_text: Bool[Array, "B T"]  # neither an image token nor padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,43 +57,90 @@ class PatchReducer:
     Attributes:
       reduce: called with the tower, images [B, H, W, 3], taps, the compute type and ``keep``; returns one state
         [B, keep, C] per tap, as the tower's call returns states [B, P, C].
-      check: raises UserError if the reducer does not fit the config of the fusion or of the tower.
+      check: raises UserError if the reducer does not fit the config of the fusion, that of the tower or ``keep``.
+      reads_question: whether ``reduce`` gets one more argument, a :class:`Question`, or None where an image has none.
     """
 
-    reduce: Callable[[VisionTower, jax.Array, tuple[int, ...], DTypeLike, int], tuple[jax.Array, ...]]
-    check: Callable[[FusionConfig, VisionConfig], None] | None = None
+    reduce: Callable[..., tuple[jax.Array, ...]]
+    check: Callable[[FusionConfig, VisionConfig, int], None] | None = None
+    reads_question: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenReducer:
+    """Leaves fewer of the image tokens that a fusion made, so prompts become shorter.
+
+    Attributes:
+      reduce: called with image tokens [B, N, D] and ``keep``; returns [B, keep, D].
+      check: raises UserError if N tokens cannot be reduced to ``keep``.
+    """
+
+    reduce: Callable[[jax.Array, int], jax.Array]
+    check: Callable[[int, int], None] | None = None
+
+
+Count = Literal["after", "average"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderReducer:
     """Drops image tokens inside the decoder, so later layers and their caches are shorter.
 
-    Each row ranks the tokens of all its images together, and keeps ``keep`` times the number of its images. Kept tokens
-    and text keep their positions.
+    Each row ranks the tokens of all its images together, and keeps ``keep`` times the number of its images.
 
     Attributes:
-      score: called with the last full layer's queries [B, T, H, Dh] and keys [B, T, K, Dh], both with rotary positions,
-        which positions are image tokens [B, T], and lengths of prompts [B]; returns scores [B, T].
-      after_layers: decoder layers that read all image tokens, at least 1.
+      score: called with queries [B, T, H, Dh] and keys [B, T, K, Dh], both with rotary positions, which positions are
+        image tokens [B, T], and lengths of prompts [B]; returns scores [B, T].
+      after_layers: decoder layers before the drop, at least 1; or those before each of several drops, in ascending
+        order, or a function that returns them for L. Each drop keeps the same fraction of the tokens left.
+      count: what ``keep`` counts: the tokens after the last drop, or their average over all layers.
+      scored_by: whose queries and keys are scored: the last layer's before the drop, or those that the next layer would
+        have.
+      renumber: whether positions are counted from 0 again after a drop; by default they stay.
+      reads_states: whether ``score`` gets two more arguments: the states [B, T, D] before the drop, with the final norm
+        applied, and how many image tokens each row will keep [B].
     """
 
-    score: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-    after_layers: int
+    score: Callable[..., jax.Array]
+    after_layers: int | tuple[int, ...] | Callable[[int], tuple[int, ...]]
+    count: Count = "after"
+    scored_by: Literal["last", "next"] = "last"
+    renumber: bool = False
+    reads_states: bool = False
 
     def __post_init__(self) -> None:
-        if self.after_layers < 1:
-            raise ValueError("A DecoderReducer needs a layer to score its tokens: after_layers must be at least 1.")
+        layers = (self.after_layers,) if isinstance(self.after_layers, int) else self.after_layers
+        if isinstance(layers, tuple) and not (layers and all(a < b for a, b in itertools.pairwise((0, *layers)))):
+            raise ValueError("the layers before a drop must be at least 1, and in ascending order.")
+
+    def drops(self, layers: int) -> tuple[int, ...]:
+        """The layers before each drop in a decoder of L layers."""
+        if isinstance(self.after_layers, int):
+            return (self.after_layers,)
+        return self.after_layers(layers) if callable(self.after_layers) else self.after_layers
 
 
-REDUCERS: Registry[PatchReducer | DecoderReducer] = Registry("model.reduce", "stf_jax.models.reducers")
+Reducer = PatchReducer | TokenReducer | DecoderReducer
+REDUCERS: Registry[Reducer | Callable[..., Reducer]] = Registry("model.reduce", "stf_jax.models.reducers")
 
 
-def find_reducer(name: str) -> PatchReducer | DecoderReducer:
-    """The reducer of that name. Raises UserError for an unknown name, or something that is not a reducer."""
-    found = REDUCERS.find(name)
-    if not isinstance(found, PatchReducer | DecoderReducer):
-        raise UserError(f"model.reduce={name} is not a PatchReducer or DecoderReducer of stf_jax.models.reducers.base.")
+@functools.lru_cache
+def find_reducer(name: str) -> Reducer:
+    """The reducer of that name, with the options in it. Raises UserError for a wrong one, or what is no reducer."""
+    base, options = split_options(name)
+    found = call_factory(REDUCERS.find(base), options, name, REDUCERS.kind)
+    if not isinstance(found, Reducer):
+        kinds = "PatchReducer, TokenReducer or DecoderReducer"
+        raise UserError(f"model.reduce={name} is not a {kinds} of stf_jax.models.reducers.base.")
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A drop in the decoder."""
+
+    after: int  # layers before it
+    keep: int  # image tokens per image that the layers after it read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,25 +149,40 @@ class Reduction:
 
     name: str  # as config.reduce; "": no reduction
     tokens: int  # N, the output of the fusion
-    keep: int  # tokens that are kept
-    reducer: PatchReducer | DecoderReducer | None = None
+    keep: int  # tokens that are kept, as config.keep; the decoder's average if the reducer counts that
+    reducer: Reducer | None = None
+    stages: tuple[Stage, ...] = ()  # of a DecoderReducer
 
     @property
     def slots(self) -> int:
         """Image tokens per image in a prompt."""
-        return self.keep if isinstance(self.reducer, PatchReducer) else self.tokens
+        return self.keep if isinstance(self.reducer, PatchReducer | TokenReducer) else self.tokens
 
     @property
     def dropped(self) -> int:
-        """Those of :attr:`slots` that the decoder drops."""
-        return self.slots - self.keep
+        """Those of :attr:`slots` that the decoder drops, all stages together."""
+        return self.slots - self.stages[-1].keep if self.stages else 0
 
     def dropped_before(self, layer: int) -> int:
         """Those of :attr:`slots` that this decoder layer, counted from 0, does not read."""
-        return self.dropped if isinstance(self.reducer, DecoderReducer) and layer >= self.reducer.after_layers else 0
+        return max((self.slots - stage.keep for stage in self.stages if layer >= stage.after), default=0)
+
+    def position_shift(self, layer: int) -> int:
+        """By how much positions in this decoder layer, counted from 0, are lower for each image before them."""
+        renumbered = isinstance(self.reducer, DecoderReducer) and self.reducer.renumber
+        return self.dropped_before(layer) if renumbered else 0
+
+    def average_tokens(self, layers: int) -> float:
+        """Image tokens per image that a decoder layer reads, on average over L layers."""
+        return self.slots - sum(map(self.dropped_before, range(layers))) / layers
 
     def tower_states(
-        self, tower: VisionTower, images: UInt8[Array, "B H W 3"], taps: tuple[int, ...], dtype: DTypeLike
+        self,
+        tower: VisionTower,
+        images: UInt8[Array, "B H W 3"],
+        taps: tuple[int, ...],
+        dtype: DTypeLike,
+        question: Question | None = None,
     ) -> tuple[Float[Array, "B _ C"], ...]:
         """The tower's states for the fusion: of all patches, or what a :class:`PatchReducer` leaves of them.
 
@@ -108,11 +191,67 @@ class Reduction:
         """
         if not isinstance(self.reducer, PatchReducer):
             return tower(images, taps, dtype)
-        states = self.reducer.reduce(tower, images, taps, dtype, self.keep)
+        more = (question,) if self.reducer.reads_question else ()
+        states = self.reducer.reduce(tower, images, taps, dtype, self.keep, *more)
         counts, expected = [state.shape[1] for state in states], [self.keep] * len(taps)
         if counts != expected:
             raise UserError(f"{self.name} returns states of {counts} tokens, one number per tap; expected {expected}.")
         return states
+
+    def reduce_tokens(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B _ D"]:
+        """What a :class:`TokenReducer` leaves of the fusion's tokens, or all of them.
+
+        Raises:
+          UserError: the reducer returns another number or width of tokens than it should.
+        """
+        if not isinstance(self.reducer, TokenReducer):
+            return tokens
+        with jax.named_scope("reduce"):
+            reduced = self.reducer.reduce(tokens, self.keep)
+        expected = (len(tokens), self.keep, tokens.shape[2])
+        if reduced.shape != expected:
+            raise UserError(f"{self.name} returns tokens of shape {reduced.shape}; expected {expected}.")
+        return reduced
+
+    def select_tokens(
+        self,
+        is_image: Bool[Array, "B T"],
+        lengths: Int[Array, " B"],
+        images_per_row: int,
+        norm: Callable[[jax.Array], jax.Array],
+    ) -> tuple[list[Selection], Int[Array, " B"]]:
+        """What the decoder drops from a batch of prompts.
+
+        Args:
+          is_image: which positions are image tokens.
+          lengths: of prompts.
+          images_per_row: M, the most that a row has.
+          norm: the decoder's final norm.
+
+        Returns:
+          The selections for :meth:`stf_jax.models.decoders.transformer.Decoder.prefill`, to be called in order, and the
+          number of positions of each prompt after the last of them.
+        """
+        reducer, before, selections = self.reducer, self.slots, list[Selection]()
+        if not isinstance(reducer, DecoderReducer) or not images_per_row:
+            return selections, lengths
+        image_counts, left, now = is_image.sum(1) // self.slots, is_image, lengths
+
+        def drop(keep: int, dropped: int, q: jax.Array, k: jax.Array, x: jax.Array) -> jax.Array:
+            nonlocal left, now
+            kept_counts = image_counts * keep
+            more = (norm(x), kept_counts) if reducer.reads_states else ()
+            scores = reducer.score(q, k, left, now, *more)
+            kept = kept_positions(scores, left, now, kept_counts, q.shape[1] - images_per_row * dropped)
+            now = now - image_counts * dropped
+            left = jnp.take_along_axis(left, kept, axis=1) & (jnp.arange(kept.shape[1]) < now[:, None])
+            return kept
+
+        for stage in self.stages:
+            if before > stage.keep:
+                selections.append(Selection(stage.after, functools.partial(drop, stage.keep, before - stage.keep)))
+            before = stage.keep
+        return selections, lengths - image_counts * self.dropped
 
 
 def resolve_reduction(model: "ModelSpec") -> Reduction:
@@ -139,17 +278,83 @@ def resolve_reduction(model: "ModelSpec") -> Reduction:
     if isinstance(reducer, DecoderReducer):
         llm = model.llm_shape
         assert llm is not None  # a model with image tokens to reduce has one
-        if llm.layers <= reducer.after_layers:
-            raise UserError(
-                f"reduce={name} acts after decoder layer {reducer.after_layers}, but {model.llm} has no more layers."
-            )
+        drops = reducer.drops(llm.layers)
+        if llm.layers <= drops[-1]:
+            raise UserError(f"reduce={name} acts after decoder layer {drops[-1]}, but {model.llm} has no more layers.")
+        return Reduction(name, tokens, keep, reducer, plan_stages(name, tokens, keep, drops, llm.layers, reducer.count))
+    if isinstance(reducer, TokenReducer):
+        if reducer.check is not None:
+            reducer.check(tokens, keep)
     else:
         if not find_fusion(model.fusion).spec.per_patch:
             names = ", ".join(name for name, known in FUSIONS.known.items() if known.spec.per_patch)
             raise UserError(f"reduce={name} needs a fusion that keeps every patch ({names}), but {fusion} does not.")
         if reducer.check is not None:
-            reducer.check(model.fusion, vision)
+            reducer.check(model.fusion, vision, keep)
     return Reduction(name, tokens, keep, reducer)
+
+
+def plan_stages(
+    name: str, tokens: int, keep: int, drops: Sequence[int], layers: int, count: Count
+) -> tuple[Stage, ...]:
+    """The stages of a :class:`DecoderReducer`, which all keep the same fraction of the tokens left.
+
+    Args:
+      name: of the reducer, for messages.
+      tokens: N.
+      keep: as ``count`` says.
+      drops: layers before each stage.
+      layers: L.
+
+    Raises:
+      UserError: the layers before the first drop read so many tokens that the average cannot be so low.
+    """
+    lengths = [b - a for a, b in itertools.pairwise((0, *drops, layers))]
+
+    def keeps(ratio: float) -> list[float]:
+        return [tokens * ratio**i for i in range(1, len(lengths))]
+
+    def average(kept: Sequence[float]) -> float:
+        return sum(n * length for n, length in zip((tokens, *kept), lengths, strict=True)) / layers
+
+    if count == "after":
+        ratio = (keep / tokens) ** (1 / len(drops))
+    elif keep < (least := average([1.0] * len(drops))):
+        raise UserError(
+            f"reduce={name}: keep={keep} is too low for an average over {layers} layers, because the first {drops[0]} "
+            f"read all {tokens} tokens; keep at least {math.ceil(least)}, or drop earlier with after=."
+        )
+    else:
+        low, ratio = 0.0, 1.0
+        for _ in range(60):  # a float64 has no more bits to settle
+            middle = (low + ratio) / 2
+            low, ratio = (middle, ratio) if average(keeps(middle)) < keep else (low, middle)
+    return tuple(Stage(after, max(1, round(kept))) for after, kept in zip(drops, keeps(ratio), strict=True))
+
+
+def grid_of(count: int, side: int) -> tuple[int, int]:
+    """Rows and columns of a grid of ``count`` cells: the most nearly square one, no side above ``side``.
+
+    Images are more often wide than high, so a grid that is not square has more columns than rows; at most twice as
+    many.
+
+    Raises:
+      UserError: there is no such grid.
+    """
+
+    def find(count: int) -> tuple[int, int] | None:
+        for rows in range(math.isqrt(count), 0, -1):
+            if count % rows == 0 and count // rows <= min(side, 2 * rows):
+                return rows, count // rows
+        return None
+
+    if (found := find(count)) is None:
+        near = [str(next(filter(find, numbers))) for numbers in (range(count, 0, -1), range(count, side * side + 1))]
+        raise UserError(
+            f"keep={count} is not the number of cells of a grid of at most {side}×{side} with up to twice as many "
+            f"columns as rows; the nearest are {near[0]} and {near[1]}."
+        )
+    return found
 
 
 def kept_positions(

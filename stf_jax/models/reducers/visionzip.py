@@ -5,8 +5,13 @@ fusion reads (the last but one in LLaVA, as in the authors' program). Without a 
 from all patches is averaged. Among the other patches, evenly spaced ones are *targets*, and each of the rest is
 assigned to the target with the most similar key (averaged over heads, by cosine). A *contextual* token is a target plus
 the mean of the patches assigned to it, added as in the authors' program. The dominant tokens come first, in row-major
-order, then the contextual ones, also as there. The authors use 54 and 10 of 64, and this proportion is kept here. They
-also keep the class token, which is left out here because no projector was trained to read it.
+order, then the contextual ones, also as there. The authors use 54 and 10 of 64, and this proportion is kept here. In
+their program the class token is one of the 54; here a 54th patch takes its place, because no projector was trained to
+read the class token. One patch fewer is left for the rest, so most contextual tokens differ too.
+
+It acts before the decoder and needs attention of one block of the tower. Its own cost is the keys of that block, and
+the queries of the class token: a twelfth of a block. Without a class token it is the queries of all patches and their
+scores, about a fifth of a block of SigLIP so400m.
 
 Axis letters: B images, P patches, S tokens in the tower (P, one more with a class token), C tower width, H heads,
 Dh head size.
@@ -38,8 +43,8 @@ def visionzip(
 ) -> tuple[Float[Array, "B {keep} C"], ...]:
     """Like the tower's call, but each state has ``keep`` tokens, dominant and contextual ones.
 
-    The deepest block decides for all taps. Its keys, and the class token's query, are recomputed from its input, which
-    costs a twelfth of a block and leaves the tower itself unchanged.
+    The deepest block decides for all taps. Its keys and queries are recomputed from its input, which leaves the tower
+    itself unchanged.
     """
     deepest = max(taps)
     *states, block_input = tower.states(images, (*taps, deepest - 1), dtype)
@@ -112,8 +117,9 @@ def _gather_tokens(x: jax.Array, indices: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, indices[:, :, None], axis=1)
 
 
-def check_tower(config: FusionConfig, vision: VisionConfig) -> None:
+def check_tower(config: FusionConfig, vision: VisionConfig, keep: int) -> None:
     """Raises UserError if the tower's attention cannot be read, or the fusion reads no block of it."""
+    del keep
     if not issubclass(find_tower_class(vision), VisionTower):
         raise UserError(f"reduce=visionzip reads the attention of a VisionTower, which {vision.family} is not.")
     if tapped_blocks(config, vision.layers)[0] == 0:

@@ -30,6 +30,7 @@ from stf_jax.models.layers import (
     parameter,
     shard_rows,
 )
+from stf_jax.models.positions import interpolation_weights
 from stf_jax.models.towers.base import VisionConfig
 
 
@@ -121,7 +122,8 @@ class VisionTower(nnx.Module):
         ``hidden_states`` of transformers' CLIPVisionModel), and the class token is dropped.
 
         Args:
-          images: uint8 [B, H, W, 3], H = W = ``config.image_size``; normalized here.
+          images: uint8 [B, H, W, 3], H = W = ``config.image_size``; normalized here. For another number of whole
+            patches, the position embeddings are interpolated (models/positions.py).
           taps: 1-based block numbers; 0 is the embedding that enters the first block.
           dtype: the compute type.
 
@@ -153,11 +155,21 @@ class VisionTower(nnx.Module):
         config = self.config
         mean, std = (jnp.asarray(value, jnp.float32) for value in (config.mean, config.std))
         pixels = ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
-        covered = config.grid * config.patch_size
-        x = self.patch_embed(pixels[:, :covered, :covered])
+        rows, columns = (length // config.patch_size for length in images.shape[1:3])
+        x = self.patch_embed(pixels[:, : rows * config.patch_size, : columns * config.patch_size])
         x = x.reshape(x.shape[0], -1, config.width)
         if self.class_token is not None:
             class_token = jnp.broadcast_to(self.class_token[...].astype(dtype), (x.shape[0], 1, config.width))
             x = jnp.concatenate([class_token, x], axis=1)
-        x = x + self.position_embed[...].astype(dtype)
+        x = x + self._positions(rows, columns).astype(dtype)
         return x if self.pre_norm is None else self.pre_norm(x)
+
+    def _positions(self, rows: int, columns: int) -> jax.Array:
+        table, side = self.position_embed[...], self.config.grid
+        if (rows, columns) == (side, side):
+            return table
+        first = int(self.config.class_token)
+        weights = (jnp.asarray(interpolation_weights(side, length), jnp.float32) for length in (rows, columns))
+        grid = table[first:].astype(jnp.float32).reshape(side, side, -1)
+        grid = jnp.einsum("yi,xj,ijd->yxd", *weights, grid, precision="highest").reshape(rows * columns, -1)
+        return jnp.concatenate([table[:first], grid.astype(table.dtype)])
