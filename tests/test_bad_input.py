@@ -734,7 +734,7 @@ EVALUATE = [
         combine(ANSWERS, write_file("out/results.json/mine", "")),
         [],
         "{here}/out/results.json",
-        may_leave=("out/testdev_balanced_predictions.json",),
+        may_leave=("out/testdev_balanced_predictions.json", "out/scores.jsonl"),
     ),
     score_case("no answers", no_input, [], "{here}/answers.jsonl"),
     score_case("a folder for answers", write_file("answers.jsonl/mine", ""), [], "{here}/answers.jsonl"),
