@@ -227,9 +227,9 @@ def unreduced():
     ("reduce", "keep", "slots"),
     [
         ("fastv", 4, N),
-        ("random", 5, 5),
-        ("thinning:SHORT_KEYS", 4, N),
         ("pyramiddrop", 4, N),
+        pytest.param("random", 5, 5, marks=pytest.mark.slow),
+        pytest.param("thinning:SHORT_KEYS", 4, N, marks=pytest.mark.slow),
         pytest.param("random:per=question", 5, 5, marks=pytest.mark.slow),
         pytest.param("visionzip", 5, 5, marks=pytest.mark.slow),
         pytest.param("fastv:after=1,count=average", 8, N, marks=pytest.mark.slow),
