@@ -138,7 +138,7 @@ def test_a_real_study(tmp_path, capsys, monkeypatch):
     for name, tokens in (*counts.items(), ("fastv", 36)):
         folder = tmp_path / "out" / "cells" / name / "seed_3"
         accuracy = json.loads((folder / "results.json").read_text())["metrics"]["accuracy"]
-        assert figures["quality"][name]["all"]["value"] == pytest.approx(accuracy)
+        assert figures["quality"][name]["all"]["value"] == pytest.approx(100 * accuracy)
         assert figures["cost"][name]["image_tokens"] == tokens
         assert figures["cost"][name]["first_token_ms"] > 0
         assert ("step_ms" in figures["cost"][name]) == (name != "fastv")
