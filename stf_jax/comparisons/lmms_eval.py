@@ -125,7 +125,7 @@ def _flatten_answers(value: Any) -> list[str]:
 
 
 def _find_image(row: Mapping[str, Any], key: str) -> Hashable:
-    """Returns what questions about one image have in common, as far as the sample tells; else the question itself."""
+    """Returns what identifies the image in this sample file, or the question itself if the file does not say."""
     for value in row.values():
         if isinstance(value, Mapping) and isinstance(value.get(key), str | int):
             return key, str(value[key])

@@ -64,9 +64,9 @@ class HubBenchmark(Benchmark):
     def check_row(self, row: Row) -> None:
         """Checks the values of a row. Raises UserError if :meth:`metrics` cannot use them."""
 
+    @abc.abstractmethod
     def score(self, text: str, row: Row) -> float:
-        """Scores an answer to a row in 0..1, if the split has labels."""
-        raise NotImplementedError
+        """Scores an answer to a row in 0..1; called only if the split has labels."""
 
     def score_rows(self, texts: Sequence[str]) -> list[float]:
         """Scores the answers to all rows."""

@@ -80,14 +80,14 @@ def llm_preset(name: str) -> LLMConfig:
 
 def parse_vision_config(values: Mapping[str, Any]) -> VisionConfig:
     """A tower shape from plain data, as ``dataclasses.asdict`` and JSON produce it."""
-    values = {"family": match_family(TOWERS, values), **values}  # runs of earlier versions name none
+    values = {"family": match_family(TOWERS, values) or "clip", **values}  # earlier versions name none
     family = TOWERS.find(values["family"])
     return family.config(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
 def parse_llm_config(values: Mapping[str, Any]) -> LLMConfig:
     """A language model shape from plain data, as ``dataclasses.asdict`` and JSON produce it."""
-    values, scaling = {"family": match_family(DECODERS, values), **values}, values["rope_scaling"]
+    values, scaling = {"family": match_family(DECODERS, values) or "llama", **values}, values["rope_scaling"]
     family = DECODERS.find(values["family"])
     return family.config(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 

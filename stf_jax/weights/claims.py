@@ -74,6 +74,14 @@ def tensor_shape(tensors: TensorFile, name: str, count: int) -> tuple[int, ...]:
     return tensors.shape(name)
 
 
+def find_prefix(tensors: TensorFile, anchor: str, kind: str) -> str | None:
+    """Returns the prefix of the one name that ends with ``anchor``; None if no name does."""
+    found = [name.removesuffix(anchor) for name in tensors.names if name == anchor or name.endswith("." + anchor)]
+    if len(found) > 1:
+        raise UserError(f"The checkpoint holds {len(found)} {kind}, named {', '.join(found)}; one was expected.")
+    return found[0] if found else None
+
+
 @dataclasses.dataclass(frozen=True)
 class PartTensors:
     """The tensors of one part of a checkpoint, by the paths of its parameters.

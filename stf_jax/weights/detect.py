@@ -21,12 +21,13 @@ from stf_jax.weights.claims import (
     PartTensors,
     check_supported,
     find_decoder_family,
+    find_prefix,
     get_tower_section,
     infer_llm_config,
     infer_vision_config,
 )
 from stf_jax.weights.mapping import TensorMapping, map_parameters, param_shapes
-from stf_jax.weights.projectors import detect_fusion, find_prefix
+from stf_jax.weights.projectors import detect_fusion
 from stf_jax.weights.tensors import TensorFile
 
 _ABOVE = "above the blocks that are tapped"

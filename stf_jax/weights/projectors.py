@@ -11,7 +11,7 @@ from stf_jax.models.fusions.base import TAPS, tapped_blocks, tokens_per_image
 from stf_jax.models.spec import VISION
 from stf_jax.models.tensor_names import TensorNames
 from stf_jax.models.towers.base import VisionConfig
-from stf_jax.weights.claims import tensor_shape
+from stf_jax.weights.claims import find_prefix, tensor_shape
 from stf_jax.weights.mapping import LLAVA_PROJECTOR, fusion_table
 from stf_jax.weights.tensors import TensorFile
 
@@ -163,11 +163,3 @@ def _find_taps(config: Mapping[str, Any], vision: VisionConfig | None, count: in
     if count == min(TAPS, vision.layers):
         return (deepest, *tapped_blocks(FusionConfig(), vision.layers)[1:])
     return (deepest, *(math.ceil(vision.layers * i / count) for i in range(count - 1, 0, -1)))
-
-
-def find_prefix(tensors: TensorFile, anchor: str, kind: str) -> str | None:
-    """Returns the prefix of the one name that ends with ``anchor``; None if no name does."""
-    found = [name.removesuffix(anchor) for name in tensors.names if name == anchor or name.endswith("." + anchor)]
-    if len(found) > 1:
-        raise UserError(f"The checkpoint holds {len(found)} {kind}, named {', '.join(found)}; one was expected.")
-    return found[0] if found else None

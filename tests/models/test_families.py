@@ -48,6 +48,13 @@ def import_model(model, folder, family):
     return open_model(epath.Path(folder / "imported"))
 
 
+def save_dino(folder):
+    """Saves a small DINOv2 as transformers does; returns the folder."""
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=8)
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    return folder
+
+
 def build(module_class, shape, saved, part):
     """The module of one part with its imported weights."""
     graph = nnx.split(nnx.eval_shape(lambda: module_class(nnx.Rngs(0), shape)))[0]
@@ -104,6 +111,10 @@ def test_shapes_of_earlier_versions_name_no_family():
         family = values.pop("family")
         assert parse_vision_config(values) == spec.VISION[name]
         assert match_family(TOWERS, values) == family
+    odd = dataclasses.replace(spec.VISION["clip-l-14-336"], pre_norm=False)  # no family's
+    values = dataclasses.asdict(odd)
+    values.pop("family")
+    assert parse_vision_config(values) == odd
     for name in ("vicuna-7b", "qwen2.5-7b", "qwen3-8b"):
         values = dataclasses.asdict(spec.LLM[name])
         values.pop("family")
@@ -130,7 +141,22 @@ def test_wrong_names_are_explained(name, reason):
         blueprint(ModelConfig(vision=name, llm="llama-mini"))
 
 
-def test_an_import_refuses_what_is_no_family(tmp_path, capsys):
-    options = ["import", str(TESTS), f"--to={tmp_path / 'out'}", "--family=dino:TINY"]
-    assert run_command(convert, options) == 2
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("dino:TINY", "dino:TINY is a VisionConfig, not a TowerFamily or a DecoderFamily."),
+        ("dino:Missing", "module dino has no Missing."),
+        ("dino", "one from outside is named package.module:Thing."),
+    ],
+)
+def test_an_import_refuses_what_is_no_family(name, reason, tmp_path, capsys):
+    source = save_dino(tmp_path / "torch")
+    assert run_command(convert, ["import", str(source), f"--to={tmp_path / 'out'}", f"--family={name}"]) == 2
+    assert reason in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_architecture_is_refused_without_its_family(tmp_path, capsys):
+    source = save_dino(tmp_path / "torch")
+    assert run_command(convert, ["import", str(source), f"--to={tmp_path / 'out'}"]) == 2
+    assert "holds no vision tower, language model or projector that is supported" in capsys.readouterr().err
