@@ -22,20 +22,32 @@ def benchmark_groups() -> dict[str, list[str]]:
     return groups | {ALL: [*BENCHMARKS.known]}
 
 
+def find_benchmarks(names: Sequence[str]) -> list[type[Benchmark]]:
+    """Returns the classes of benchmarks, each only once.
+
+    Args:
+      names: of the package's benchmarks or groups of them; or ``package.module:Class`` of your own.
+
+    Raises:
+      UserError: an unknown name, or something that is not a benchmark.
+    """
+    groups = benchmark_groups()
+    members = dict.fromkeys(member for name in names for member in groups.get(name, [name]))
+    return [_find_benchmark(name) for name in members]
+
+
 def open_benchmarks(names: Sequence[str], data: str, limit: int = 0) -> list[Benchmark]:
     """Reads the questions and labels of benchmarks.
 
     Args:
-      names: of the package's benchmarks or groups of them; or ``package.module:Class`` of your own.
+      names: as for :func:`find_benchmarks`.
       data: the folder with the evaluation files, for :class:`Benchmark`; the embedded benchmarks need none.
       limit: the number of questions of each benchmark to keep, the first ones; 0: all.
 
     Raises:
-      UserError: an unknown name; files that are missing, malformed or inconsistent.
+      UserError: as for :func:`find_benchmarks`; files that are missing, malformed or inconsistent.
     """
-    groups = benchmark_groups()
-    members = dict.fromkeys(member for name in names for member in groups.get(name, [name]))  # each only once
-    kinds = [_find_benchmark(name) for name in members]
+    kinds = find_benchmarks(names)
     for kind in kinds:
         if kind.folders and not data:
             raise UserError(

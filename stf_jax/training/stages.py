@@ -33,11 +33,20 @@ def resolve_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> li
 def run_stages(stages: Sequence[TrainConfig], workdir: epath.Path) -> Iterator[list[dict[str, Any]]]:
     """Trains one stage after the other, and yields the evaluation results of each at its end.
 
-    A single stage runs in ``workdir`` itself, each of several in a subfolder with its name. Raises as
-    :func:`stf_jax.training.loop.train`.
+    A single stage runs in ``workdir`` itself, each of several in a subfolder with its name. Names of components are
+    checked for all stages before the first. Raises as :func:`stf_jax.training.loop.train`.
     """
-    from stf_jax.training.loop import train  # takes seconds to import
+    from stf_jax.data.conversation import check_template  # these take seconds to import
+    from stf_jax.evals.registry import find_benchmarks
+    from stf_jax.models.fusions.base import find_fusion
+    from stf_jax.training.loop import train
+    from stf_jax.training.objectives.base import find_objective
 
+    for stage in stages:  # before the first one trains
+        find_fusion(stage.model.fusion)
+        find_objective(stage.objective, stage.model)
+        check_template(stage.data.template, None)
+        find_benchmarks(stage.eval.benchmarks)
     for previous, stage in zip([None, *stages], stages, strict=False):
         if previous is not None:
             stage = dataclasses.replace(stage, init_from=str(workdir / previous.name))

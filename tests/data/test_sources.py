@@ -1,5 +1,6 @@
 """Data sources by name: those of the package, and one of tests/plugins, which docs/your-own-data.md shows."""
 
+import dataclasses
 import pathlib
 import re
 import shlex
@@ -16,7 +17,7 @@ from stf_jax.data.pipeline import Batches, load_training_records
 from stf_jax.data.sources.base import SOURCES
 from stf_jax.main import main
 from stf_jax.registry import load_object
-from stf_jax.training.stages import resolve_stages
+from stf_jax.training.stages import resolve_stages, run_stages
 
 ROOT = pathlib.Path(__file__).parents[2]
 PLUGIN = ROOT / "tests" / "plugins" / "squares.py"
@@ -104,6 +105,22 @@ class Short:
 
     def __getitem__(self, index):
         return self.records[index]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("model.fusion.fusion", "stff", "Unknown model.fusion.fusion 'stff'"),
+        ("objective", "next", "Unknown objective 'next'"),
+        ("data.template", "v2", "Unknown data.template='v2'"),
+        ("eval.benchmarks", ("scene",), "Unknown benchmark 'scene'"),
+    ],
+)
+def test_other_names_of_all_stages_are_checked_before_the_first(key, value, reason, tmp_path):
+    stages = [dataclasses.replace(tiny(**changes), name=name) for name, changes in (("a", {}), ("b", {key: value}))]
+    with pytest.raises(UserError, match=re.escape(reason)):
+        next(run_stages(stages, epath.Path(tmp_path)))
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
