@@ -1,56 +1,51 @@
 """Orbax checkpoints of state, data position and clock, written while training continues."""
 
 import contextlib
-import errno
-import functools
 import itertools
-import json
 import logging
 import os
-import pathlib
-import re
 import time
-import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
 
-from stf_jax.checkpointing.checksum import checksum
+from stf_jax.checkpointing.frozen import FrozenParams
+from stf_jax.checkpointing.items import (
+    IO_ERRORS,
+    TEMPORARY,
+    DamagedCheckpoint,
+    Trees,
+    compute_sums,
+    crc,
+    error_reason,
+    explain_read_errors,
+    read_shapes,
+    read_sums,
+    to_absolute,
+)
 from stf_jax.checkpointing.renames import current_paths, rename_keys
-from stf_jax.config import CheckpointConfig, FaultsConfig, RunFailed, TrainConfig, TryAgain, UserError, short_message
+from stf_jax.config import CheckpointConfig, FaultsConfig, RunFailed, TrainConfig, TryAgain, UserError
 from stf_jax.files import in_bucket
 from stf_jax.parallel import hosts
 
 if TYPE_CHECKING:
     from stf_jax.training.state import TrainState
 
-_Trees = dict[str, Any]  # the items of a checkpoint that are arrays, each a tree
-_TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax is still writing
 _ATTEMPTS, _PAUSE = 3, 5.0  # to save the last step, and seconds between them
-IO_ERRORS = OSError, ValueError, KeyError, TypeError, AttributeError, IndexError  # from Orbax and tensorstore
-# Errors of the disk or bucket rather than of the checkpoint.
-_NO_ACCESS = re.compile("PERMISSION_DENIED|UNAUTHENTICATED")
-_TRANSIENT = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|os_error_code='(5|12|23|24|110|116)'")
-_TRANSIENT_ERRNO = errno.EIO, errno.ENOMEM, errno.ENFILE, errno.EMFILE, errno.ETIMEDOUT, errno.ESTALE
 
 _log = logging.getLogger(__name__)
-
-
-class DamagedCheckpoint(Exception):
-    """A checkpoint cannot be read, or its checksums do not match. The message says why."""
 
 
 class Checkpoints:
     """The checkpoints of a run, in ``workdir/checkpoints``.
 
-    Each step is a folder with the items ``trainable``, ``frozen`` and ``moments`` (arrays), ``data`` (the position in
-    the stream of batches), ``clock``, and ``sums``, the checksums of all of these. The folder gets its name only when
-    it is complete.
+    Each step is a folder with the items ``trainable`` and ``moments`` (arrays), ``data`` (the position in the stream of
+    batches), ``clock``, and ``sums``, the checksums of all of these and of the frozen parameters, which are saved once
+    for all steps (:class:`FrozenParams`). The folder gets its name only when it is complete. Steps of earlier versions
+    have an item ``frozen``.
     """
 
     def __init__(
@@ -72,6 +67,7 @@ class Checkpoints:
             raise UserError(f"Orbax cannot write checkpoints to {workdir}; give a gs:// or a local --workdir.")
         self._folder, self._config, self._on_event = epath.Path(to_absolute(workdir)) / "checkpoints", config, on_event
         self._damaged = self._folder.parent / "damaged"
+        self._frozen = FrozenParams(workdir, on_event)
         self._max_unsaved = faults.unsaved_steps or 2 * config.every_steps
         self._manager = self._open()
         self._last_saved = self.latest or 0  # the newest step known to be complete
@@ -81,7 +77,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0 and self._folder.exists():
-            for partial in self._folder.glob(f"*{_TEMPORARY}*"):
+            for partial in self._folder.glob(f"*{TEMPORARY}*"):
                 partial.rmtree()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._config.keep_last, keep_period=self._config.keep_every or None
@@ -114,17 +110,19 @@ class Checkpoints:
             is not finite, in which case the earlier checkpoints are kept.
         """
         self._finish_pending_save(step)
-        trees = _array_items(state)
+        trees = {"trainable": state.trainable, "moments": state.moments}
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         values = {"data": data, "clock": clock}
-        sums, not_finite = _compute_sums(trees)
+        sums, not_finite = compute_sums(trees)
         if not_finite:
             raise RunFailed(
                 f"Step {step} is not saved, because {not_finite[0]} has numbers that are not finite; the newest "
                 f"complete checkpoint: {self._newest_name()}. Start from finite weights, with a lower "
                 "optimizer.learning_rate."
             )
-        values["sums"] = sums | {name: _crc(value) for name, value in values.items()}
+        values["sums"] = sums | {name: crc(value) for name, value in values.items()}
+        if state.frozen:
+            values["sums"]["frozen"] = self._frozen.fingerprint(state.frozen)
         items = arrays | {name: ocp.args.JsonSave(value) for name, value in values.items()}
         for attempt in range(_ATTEMPTS if last else 1):
             if attempt:
@@ -132,6 +130,7 @@ class Checkpoints:
             self._saving = step
             failure: Exception | None = None
             try:
+                self._frozen.save(state.frozen)
                 self._manager.save(step, args=ocp.args.Composite(**items), force=True)
             except IO_ERRORS as error:
                 failure = error
@@ -181,7 +180,9 @@ class Checkpoints:
             f"space). The newest complete checkpoint: {self._newest_name()}."
         )
 
-    def restore_newest(self, layout: "TrainState") -> tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]] | None:
+    def restore_newest(
+        self, layout: "TrainState", reload: Callable[[], dict[str, Any]] | None = None
+    ) -> tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]] | None:
         """Restores the newest readable step: returns its number and what :meth:`restore` returns, or None without any.
 
         A damaged step is moved to ``workdir/damaged`` and the one before it is restored. With several hosts, of which
@@ -193,7 +194,7 @@ class Checkpoints:
         """
         while (step := self.latest) is not None:
             try:
-                found = self.restore(step, layout)
+                found = self.restore(step, layout, reload)
             except DamagedCheckpoint as error:
                 self._set_aside(step, str(error))
                 continue
@@ -207,49 +208,56 @@ class Checkpoints:
             )
         return None
 
-    def restore(self, step: int, layout: "TrainState") -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def restore(
+        self, step: int, layout: "TrainState", reload: Callable[[], dict[str, Any]] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Restores a step: arrays (``trainable``, ``frozen``, ``moments``) in the given layout, ``data`` and ``clock``.
+
+        Args:
+          reload: returns the frozen parameters as the run started, in case what was saved is damaged.
 
         Raises:
           DamagedCheckpoint: something is missing, cannot be read, or differs from what was written.
-          UserError: the checkpoint is of another model, or may not be read.
+          UserError: the checkpoint is of another model, or may not be read; or the frozen parameters are damaged and
+            ``reload`` does not give the same ones.
           TryAgain: the disk or bucket fails in a way that may be temporary.
         """
         self._manager.wait_until_finished()
-        trees = _array_items(layout)
-        names = ["data", "clock", "sums"] if (self._folder / str(step) / "sums").exists() else ["data", "clock"]
-        try:
-            shapes = {name: self._saved_shapes(step, name) for name in trees.keys() - {"moments"}}
+        folder = self._folder / str(step)
+        trees = {"trainable": layout.trainable, "frozen": layout.frozen, "moments": layout.moments}
+        trees = {name: tree for name, tree in trees.items() if tree}
+        names = ["data", "clock", "sums"] if (folder / "sums").exists() else ["data", "clock"]
+        with explain_read_errors(folder):
+            in_step = {name: tree for name, tree in trees.items() if name != "frozen" or (folder / name).exists()}
+            shapes = {name: read_shapes(folder / name) for name in in_step.keys() - {"moments"}}
+            if trees.keys() - in_step.keys():
+                shapes["frozen"] = self._frozen.read_shapes() or layout.frozen
             renames = current_paths(path for tree in shapes.values() for path in tree)  # older checkpoints differ
             trees = {name: rename_keys(tree, renames) for name, tree in trees.items()}
             self._check_shapes(step, trees, shapes)
-            items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+            arrays: Trees = {}
+            if trees.keys() - in_step.keys():  # first, because reading them again takes memory
+                arrays["frozen"] = self._frozen.restore(
+                    trees["frozen"],
+                    read_sums(folder).get("frozen"),
+                    reload and (lambda: rename_keys(reload(), renames)),
+                )
+            items = {name: ocp.args.StandardRestore(trees[name]) for name in in_step}
             found = self._manager.restore(
                 step, args=ocp.args.Composite(**items, **{name: ocp.args.JsonRestore() for name in names})
             )
-            arrays = {name: found[name] for name in trees}
+            arrays |= {name: found[name] for name in in_step}
             if "sums" in names:
-                sums = _compute_sums(arrays)[0] | {name: _crc(found[name]) for name in ("data", "clock")}
+                in_step = {name: arrays[name] for name in in_step}
+                sums = compute_sums(in_step)[0] | {name: crc(found[name]) for name in ("data", "clock")}
                 wrong = sorted(name for name in sums if found["sums"].get(name) != sums[name])
                 if wrong:
                     raise DamagedCheckpoint(f"{wrong[0]} does not match its checksum")
-            current = {path: name for name, path in renames.items()}
-            arrays = {name: rename_keys(tree, current) for name, tree in arrays.items()}
-            return {"frozen": {}} | arrays, dict(found["data"]), dict(found["clock"])
-        except (UserError, DamagedCheckpoint, MemoryError, jax.errors.JaxRuntimeError):
-            raise
-        except Exception as error:  # Orbax raises many types, some of them bare Exception
-            folder, reason = self._folder / str(step), error_reason(error)
-            if _NO_ACCESS.search(str(error)) or isinstance(error, PermissionError):
-                raise UserError(f"Checkpoint {folder} may not be read ({reason}); fix its permissions.") from None
-            if _TRANSIENT.search(str(error)) or getattr(error, "errno", None) in _TRANSIENT_ERRNO:
-                raise TryAgain(f"Checkpoint {folder} cannot be read now ({reason}); start again later.") from None
-            raise DamagedCheckpoint(reason) from error
+        current = {path: name for name, path in renames.items()}
+        arrays = {name: rename_keys(tree, current) for name, tree in arrays.items()}
+        return {"frozen": {}} | arrays, dict(found["data"]), dict(found["clock"])
 
-    def _saved_shapes(self, step: int, name: str) -> dict[str, Any]:
-        return dict(ocp.StandardCheckpointHandler().metadata(self._folder / str(step) / name).tree)
-
-    def _check_shapes(self, step: int, trees: _Trees, shapes: _Trees) -> None:
+    def _check_shapes(self, step: int, trees: Trees, shapes: Trees) -> None:
         """Raises UserError if the shapes differ, so that another model's checkpoint does not count as damaged."""
         for name, saved in sorted(shapes.items()):
             for path in sorted(saved.keys() | trees[name].keys()):
@@ -296,55 +304,3 @@ def _unused_path(folder: epath.Path, name: str) -> epath.Path:
     """Returns a path in the folder that does not exist yet."""
     names = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(2)))
     return next(folder / candidate for candidate in names if not (folder / candidate).exists())
-
-
-def error_reason(error: BaseException) -> str:
-    """Returns, in a few words, why a read or a write failed."""
-    system = re.search(r"([^:]+) \[os_error_code", str(error))  # tensorstore lists many file names before the reason
-    return system[1].strip() if system else getattr(error, "strerror", None) or short_message(error)
-
-
-def read_sums(step: epath.Path) -> dict[str, int]:
-    """Reads the checksums saved with a step; empty if there are none or they are damaged themselves."""
-    try:
-        return dict(json.loads((step / "sums" / "metadata").read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def _crc(value: Any) -> int:
-    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
-
-
-def _compute_sums(trees: _Trees) -> tuple[dict[str, int], list[str]]:
-    """Computes checksums of all arrays by item and path; also lists the arrays, not frozen, that are not finite."""
-    arrays = {
-        f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}": leaf
-        for name, tree in trees.items()
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
-    mesh = next((leaf.sharding.mesh for leaf in arrays.values() if isinstance(leaf.sharding, NamedSharding)), None)
-    found = jax.device_get(_compiled_sums(None if mesh is None else NamedSharding(mesh, PartitionSpec()))(arrays))
-    not_finite = [name for name, (_, finite) in found.items() if not finite and not name.startswith("frozen/")]
-    return {name: int(value) for name, (value, _) in found.items()}, not_finite
-
-
-@functools.cache
-def _compiled_sums(
-    replicated: NamedSharding | None,
-) -> Callable[[dict[str, jax.Array]], dict[str, tuple[jax.Array, jax.Array]]]:
-    def compute(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return checksum(leaf), jnp.isfinite(leaf).all()
-
-    return jax.jit(lambda arrays: {name: compute(leaf) for name, leaf in arrays.items()}, out_shardings=replicated)
-
-
-def to_absolute(path: epath.Path | pathlib.Path) -> epath.Path | pathlib.Path:
-    """Makes a path absolute, as Orbax requires; URIs of buckets stay as they are, because resolve() breaks them."""
-    return path if in_bucket(path) else path.resolve()
-
-
-def _array_items(state: "TrainState") -> _Trees:
-    """Returns the items that are arrays, without ``frozen`` if it is empty, because Orbax cannot write empty trees."""
-    trees = {"trainable": state.trainable, "frozen": state.frozen, "moments": state.moments}
-    return {name: tree for name, tree in trees.items() if tree}

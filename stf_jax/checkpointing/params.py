@@ -13,7 +13,8 @@ from etils import epath
 
 from stf_jax.checkpointing.checksum import checksum as device_checksum
 from stf_jax.checkpointing.checksum import host_checksum
-from stf_jax.checkpointing.manager import IO_ERRORS, error_reason, read_sums, to_absolute
+from stf_jax.checkpointing.frozen import FROZEN
+from stf_jax.checkpointing.items import IO_ERRORS, crc, error_reason, read_shapes, read_sums, to_absolute
 from stf_jax.checkpointing.renames import current_paths
 from stf_jax.config import UserError
 from stf_jax.files import in_bucket, local_copy
@@ -45,10 +46,12 @@ class SavedParams:
             if self.step is None:
                 raise UserError(f"Run {folder} has no complete checkpoint to start from.")
             step = to_absolute(folder) / "checkpoints" / str(self.step)
-            self._items = [item for item in (step / "trainable", step / "frozen") if item.exists()]
+            self._items = [item for item in (step / "trainable", step / FROZEN) if item.exists()]  # old runs have both
             self._sums = read_sums(step)
+            if FROZEN in self._sums:
+                self._add_frozen(to_absolute(folder) / FROZEN)
         try:
-            trees = [dict(ocp.StandardCheckpointHandler().metadata(item).tree) for item in self._items]
+            trees = [read_shapes(item) for item in self._items]
         except IO_ERRORS as error:
             raise UserError(
                 f"The checkpoint in {folder} is damaged ({error_reason(error)}); {self._remedy()}."
@@ -63,8 +66,20 @@ class SavedParams:
             for path, saved in self._saved_path.items()
         }
 
+    def _add_frozen(self, folder: epath.Path) -> None:
+        sums = read_sums(folder)
+        if crc(sums) != self._sums[FROZEN]:
+            problem = "is damaged, or of another run" if folder.exists() else "is missing"
+            raise UserError(f"{folder}, which holds the frozen parameters of the run, {problem}; {self._remedy()}.")
+        self._items.append(folder / FROZEN)
+        self._sums |= sums
+
     def _remedy(self) -> str:
-        return "import it again" if self.step is None else "resume the run, which falls back to the previous checkpoint"
+        return (
+            "import it again"
+            if self.step is None
+            else "resume the run, which repairs it or falls back to an earlier step"
+        )
 
     @staticmethod
     def exists_in(folder: epath.Path) -> bool:

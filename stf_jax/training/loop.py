@@ -103,14 +103,17 @@ def _train(
     events = stack.enter_context(Events(workdir, active=host == 0))
     checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint, config.faults, events.add))
     changed = check_changes(config, workdir) if checkpoints.latest is not None else {}
-    restored = checkpoints.restore_newest(layout)
+
+    def start_state() -> TrainState[jax.Array]:
+        return init_state(config, layout, tx, load_params(config.init_from, layout.params, config.init_missing))
+
+    restored = checkpoints.restore_newest(layout, lambda: start_state().frozen)
     if restored is not None:
         step, arrays, position, clock = restored
         batches.set_state(position)
         state = TrainState(step=jax.device_put(np.int32(step), layout.step.sharding), **arrays)
     else:
-        loaded = load_params(config.init_from, layout.params, config.init_missing)
-        state, clock = init_state(config, layout, tx, loaded), dict(INITIAL_CLOCK)
+        state, clock = start_state(), dict(INITIAL_CLOCK)
     if host == 0:
         sizes = [sum(math.prod(leaf.shape) for leaf in tree.values()) for tree in (layout.trainable, layout.params)]
         print(

@@ -29,7 +29,8 @@ def _state(value=0.0, size=300):
         return jnp.asarray(rng.standard_normal(shape) + value, jnp.float32)
 
     trainable = {"llm/a": leaf(size), "llm/c": leaf(20, 30)}
-    return TrainState(jnp.int32(0), trainable, {"llm/b": leaf(400).astype(jnp.bfloat16)}, (leaf(size), jnp.int32(3)))
+    frozen = {"llm/b": jnp.linspace(0, 1, 400, dtype=jnp.bfloat16)}
+    return TrainState(jnp.int32(0), trainable, frozen, (leaf(size), jnp.int32(3)))
 
 
 def _layout(state):
@@ -71,11 +72,11 @@ def test_damage_to_any_file_is_detected(saved, tmp_path, damage):
     """Either nothing changes (Orbax uses some files only for writing), or the checkpoint is reported as damaged."""
     rng, found, expected = np.random.default_rng(7), [], _state(2)
     step = pathlib.Path("checkpoints") / "2"
-    names = sorted(path.relative_to(saved) for path in (saved / step).rglob("*") if path.is_file())
-    for name in names:
+    for name in sorted(path.relative_to(saved) for path in (saved / step).rglob("*") if path.is_file()):
         if (saved / name).stat().st_size == 0:
             continue
         shutil.copytree(saved / step, tmp_path / step)
+        shutil.copytree(saved / "frozen", tmp_path / "frozen", dirs_exist_ok=True)
         DAMAGE[damage](tmp_path / name, rng)
         with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
             try:
@@ -88,8 +89,68 @@ def test_damage_to_any_file_is_detected(saved, tmp_path, damage):
                     jax.tree.map(np.testing.assert_array_equal, values, getattr(expected, tree))
         shutil.rmtree(tmp_path / step)
     # This includes the files with arrays, the position in the data, and the clock.
-    assert len(found) >= 8
-    assert {name.parts[2] for name in found} >= {"trainable", "frozen", "moments", "data", "clock"}
+    assert len(found) >= 7
+    assert {name.parts[2] for name in found} >= {"trainable", "moments", "data", "clock"}
+
+
+def _restore(workdir, reload, events):
+    with Checkpoints(
+        workdir, CheckpointConfig(every_steps=1), on_event=lambda kind, step, **fields: events.append(kind)
+    ) as checkpoints:
+        step, arrays, *_ = checkpoints.restore_newest(_layout(_state()), reload)
+        assert step == 2
+        np.testing.assert_array_equal(arrays["frozen"]["llm/b"], _state().frozen["llm/b"])
+        np.testing.assert_array_equal(arrays["trainable"]["llm/a"], _state(2).trainable["llm/a"])
+        checkpoints.save(3, _state(3), DATA, CLOCK, last=True)
+
+
+@pytest.mark.parametrize("damage", ["deleted", "one bit flipped"])
+def test_damaged_frozen_parameters_are_loaded_again(saved, tmp_path, damage):
+    """From where the run started, and written again at the next save. No step counts as damaged."""
+    rng, reloaded = np.random.default_rng(7), 0
+    for name in sorted(path.relative_to(saved) for path in (saved / "frozen").rglob("*") if path.is_file()):
+        if (saved / name).stat().st_size == 0:
+            continue
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        shutil.copytree(saved, tmp_path)
+        DAMAGE[damage](tmp_path / name, rng)
+        events = []
+        _restore(tmp_path, lambda: _state().frozen, events)
+        reloaded += events == ["frozen_reloaded"]
+        assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+        np.testing.assert_array_equal(SavedParams(tmp_path).read("llm/b"), _state().frozen["llm/b"])
+    assert reloaded >= 3  # the arrays, their metadata, the checksums
+
+
+def test_frozen_parameters_are_missing(workdir):
+    shutil.rmtree(workdir / "frozen")
+    with pytest.raises(
+        UserError, match=rf"^{workdir}/frozen, which holds the frozen parameters of the run, is missing"
+    ):
+        SavedParams(workdir)
+    with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+        with pytest.raises(UserError, match=rf"{workdir}/frozen are damaged or missing .* copy that folder"):
+            checkpoints.restore_newest(_layout(_state()))
+        with pytest.raises(UserError, match="and init_from has others now"):
+            checkpoints.restore_newest(_layout(_state()), lambda: {"llm/b": _state().frozen["llm/b"] + 1})
+        assert checkpoints.latest == 2
+
+
+def test_frozen_parameters_of_another_run(workdir):
+    """The folder is sound, so it is the steps that are of another run."""
+    state = _state(1)
+    state.frozen["llm/b"] += 1
+    with Checkpoints(workdir / "other", CheckpointConfig()) as checkpoints:
+        checkpoints.save(1, state, DATA, CLOCK)
+    shutil.rmtree(workdir / "frozen")
+    shutil.copytree(workdir / "other" / "frozen", workdir / "frozen")
+    with (
+        Checkpoints(workdir, CheckpointConfig()) as checkpoints,
+        pytest.raises(DamagedCheckpoint, match="frozen parameters do not match its checksum"),
+    ):
+        checkpoints.restore(2, _layout(_state()), lambda: _state().frozen)
+    with pytest.raises(UserError, match="is damaged, or of another run"):
+        SavedParams(workdir)
 
 
 def test_damaged_checkpoint_is_moved_and_the_one_before_restored(workdir, caplog):

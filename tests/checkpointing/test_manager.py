@@ -29,7 +29,7 @@ def _position(rows=0):
 def _state(value=0.0):
     """A state with few parameters, quick to write."""
     leaf = jnp.full((4,), value, jnp.float32)
-    return TrainState(jnp.int32(0), {"llm/a": leaf}, {"llm/b": leaf.astype(jnp.bfloat16)}, (leaf,))
+    return TrainState(jnp.int32(0), {"llm/a": leaf}, {"llm/b": jnp.full((4,), 2, jnp.bfloat16)}, (leaf,))
 
 
 def _layout(state):
