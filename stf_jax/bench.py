@@ -18,6 +18,7 @@ _BENCHES = {
     "decode": "prefill, time to first token, decode speed and memory, compared with generate in transformers",
     "flops": "model FLOPs with every fusion: tower, fusion, prefill, decoded token; compared with published figures",
     "fusion": "every fusion: output tokens, parameters, FLOPs, forward and backward time, memory",
+    "idle": "time that devices wait for the next batch and for the log, if reading is slow",
     "input": "images per second per core and the fraction of useful positions, compared with LLaVA's pipeline",
     "plan": "memory, FLOPs and time by plan: compared with MaxText's Llama-2-7B, and 144 vision tokens with 576",
     "step": "training steps: time, MFU and memory, compared with the export in PyTorch, eager and compiled",

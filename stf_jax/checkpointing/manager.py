@@ -110,7 +110,7 @@ class Checkpoints:
             is not finite, in which case the earlier checkpoints are kept.
         """
         self._finish_pending_save(step)
-        trees = {"trainable": state.trainable, "moments": state.moments}
+        trees = {name: tree for name in ("trainable", "moments") if (tree := getattr(state, name))}  # none is empty
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         values = {"data": data, "clock": clock}
         sums, not_finite = compute_sums(trees)
@@ -224,8 +224,7 @@ class Checkpoints:
         """
         self._manager.wait_until_finished()
         folder = self._folder / str(step)
-        trees = {"trainable": layout.trainable, "frozen": layout.frozen, "moments": layout.moments}
-        trees = {name: tree for name, tree in trees.items() if tree}
+        trees: Trees = {name: tree for name in ("trainable", "frozen", "moments") if (tree := getattr(layout, name))}
         names = ["data", "clock", "sums"] if (folder / "sums").exists() else ["data", "clock"]
         with explain_read_errors(folder):
             in_step = {name: tree for name, tree in trees.items() if name != "frozen" or (folder / name).exists()}

@@ -33,6 +33,7 @@ _CHUNK = 1024  # conversations tokenized at once when they are measured
 _SAMPLES = 32  # records checked before a run starts
 _MAX_LOGGED = 10  # bad rows that a process logs
 _ENDLESS = 2**48  # rows
+_BATCHES_AHEAD = 2
 
 _log = logging.getLogger(__name__)
 
@@ -296,7 +297,11 @@ class Batches:
         self._batch = batch
         read = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=8 * self._threads)
         rows = self._host_rows[batch * self._local :].to_iter_dataset(read)
-        self._iterator = iter(rows.batch(self._local, drop_remainder=True))
+        batches = rows.batch(self._local, drop_remainder=True)
+        # The threads read ahead a number of rows, which may be less than a batch; this one completes batches.
+        self._iterator = iter(
+            grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_BATCHES_AHEAD)
+        )
 
     def __iter__(self) -> "Batches":
         return self

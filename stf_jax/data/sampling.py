@@ -86,6 +86,25 @@ class Plan:
         # Without the 1e-6, 0.07 of 100 batches would be 8, because of rounding.
         return max(1, begin // self._batch + math.ceil((epochs - full) * last - 1e-6))
 
+    def shapes(self, start: int, stop: int) -> set[tuple[int, int]]:
+        """Returns the shapes of batches: the length and the image places of their rows.
+
+        Args:
+          start: the first batch.
+          stop: the batch after the last. Only those of the epoch that has ``start`` and of the next one are looked at.
+        """
+        with self._lock:
+            epoch = 0
+            while start * self._batch >= self._end_row(epoch):
+                epoch += 1
+            shapes = []
+            for each in (epoch, epoch + 1):
+                first = self._first[each] // self._batch
+                if first < stop:
+                    shapes += self._get_epoch(each).shapes[max(start - first, 0) : stop - first]
+                    self._end_row(each)
+        return set(shapes)
+
     def fingerprint(self) -> str:
         """A fingerprint of all that the order depends on; plans with the same one are the same."""
         keys = ("packing", "group_by_modality_length", "max_length", "images_per_row", "buckets", "mix", "mix_by")

@@ -1,10 +1,13 @@
 """Reports a run's progress: log lines, a progress bar, a summary, and the figures in ``metrics.jsonl``.
 
-docs/ARCHITECTURE.md defines each figure. Nothing here waits for a device, except the end of a profile.
+docs/ARCHITECTURE.md defines each figure. Nothing here waits for a device or another host, except a save
+and the end of a profile: a step is logged after the next ones were dispatched.
 """
 
+import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import math
 import sys
 import time
@@ -16,6 +19,7 @@ import numpy as np
 import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from stf_jax.accounting.chips import find_chip
 from stf_jax.config import TrainConfig, short_message
@@ -29,6 +33,20 @@ from stf_jax.table import format_duration, format_facts
 # Seconds of wall-clock time in training; tokens trained on; unusable rows replaced; updates skipped.
 Clock = dict[str, float]
 INITIAL_CLOCK: Clock = {"seconds": 0.0, "tokens": 0, "rows_replaced": 0, "updates_skipped": 0}
+_HALF = 20  # bits of the lower half of a count, because jax adds 32-bit numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class _Progress:
+    """What a process has done up to a step that it gave to the devices."""
+
+    step: int
+    done_time: concurrent.futures.Future[float]  # when the devices finish the step
+    counts: tuple[int, int]  # this host's tokens and unusable rows
+    shared_counts: jax.Array | None  # int32 [2, 2]: those of all hosts, in two halves; None if they were not added up
+    flops: int  # of all devices
+    waited: Mapping[str, float]
+    compile_seconds: float
 
 
 class Telemetry:
@@ -73,20 +91,19 @@ class Telemetry:
         self._writers: list[tuple[Writer, Callable[..., None]]] = []
         self._initial, self._train_start = INITIAL_CLOCK | clock, time.monotonic()  # old runs lack some counts
         self._clock = self._initial  # as last computed
-        self._first = self._step = self._last_step = first
-        self._last_time = self._train_start
-        self._tokens = self._total_tokens = self._replaced = 0  # of this host
+        self._first = self._step = first
+        self._total_tokens = self._replaced = self._flops = 0  # of this host, but FLOPs of all devices
         self._skipped = self._last_skipped = 0
         self._loss = math.nan
-        self._devices, self._local, self._chip = mesh.size, mesh.local_devices, find_chip(mesh.devices.flat[0])
+        self._mesh, self._chip = mesh, find_chip(mesh.devices.flat[0])
         self._shares = get_row_share(mesh, jax.process_index())[1]  # of the rows, among the hosts
-        self._flops = 0  # of all devices, since the last logged step
         self._start_time, self._waited = start_time, dict.fromkeys(("data", "compile", "measure", "save"), 0.0)
-        self._last_waited, self._compile_seconds = dict(self._waited), 0.0
-        self._compile_scalar: dict[str, float] = {}
+        self._compile_seconds = 0.0
         self._executor = concurrent.futures.ThreadPoolExecutor(1)
         self._done_time: concurrent.futures.Future[float] = concurrent.futures.Future()
         self._done_time.set_result(self._train_start)  # when the devices finished the last step they were given
+        self._last = self._snapshot(share=False)  # the last logged step
+        self._unlogged: collections.deque[_Progress] = collections.deque()  # in the order of their steps
         self._profile = Profile(workdir / "profile", config.profile.first_step, config.profile.steps if active else 0)
         if not active:
             return
@@ -134,16 +151,42 @@ class Telemetry:
         """Computes totals over restarts and hosts. All hosts must call it at the same step."""
         # As pairs of int32, because jax would send 64-bit numbers as 32-bit ones.
         local = np.array([self._total_tokens, self._replaced], np.int64).view(np.int32)
-        counts = np.ascontiguousarray(multihost_utils.process_allgather(local)).view(np.int64).reshape(-1, 2)
-        # Hosts that read the same rows each count them.
-        tokens, replaced = counts.sum(axis=0) * self._shares // jax.process_count()
-        self._clock = {
-            "seconds": self._initial["seconds"] + time.monotonic() - self._train_start,
+        counts = (
+            np.ascontiguousarray(multihost_utils.process_allgather(local)).view(np.int64).reshape(-1, 2).sum(axis=0)
+        )
+        self._clock = self._add_initial(time.monotonic(), counts)
+        return self._clock
+
+    def _add_initial(self, now: float, counts: np.ndarray) -> Clock:
+        """Returns totals over restarts, given the tokens and unusable rows that all hosts have counted."""
+        tokens, replaced = counts * self._shares // jax.process_count()  # hosts that read the same rows each count them
+        return {
+            "seconds": self._initial["seconds"] + now - self._train_start,
             "tokens": self._initial["tokens"] + int(tokens),
             "rows_replaced": self._initial["rows_replaced"] + int(replaced),
             "updates_skipped": self.updates_skipped,
         }
-        return self._clock
+
+    def _snapshot(self, share: bool) -> _Progress:
+        counts = self._total_tokens, self._replaced
+        return _Progress(
+            self._step,
+            self._done_time,
+            counts,
+            self._share(counts) if share and jax.process_count() > 1 else None,
+            self._flops,
+            dict(self._waited),
+            self._compile_seconds,
+        )
+
+    def _share(self, counts: tuple[int, int]) -> jax.Array:
+        """Adds up counts of all hosts on the devices, after the steps that they have; nothing waits for the result."""
+        halves = np.array([[count >> _HALF, count % 2**_HALF] for count in counts], np.int32)
+        local = np.zeros((self._mesh.local_mesh.devices.size, 2, 2), np.int32)
+        local[0] = halves
+        rows = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
+        array = jax.make_array_from_process_local_data(rows, local)
+        return jax.jit(_sum_rows, out_shardings=NamedSharding(self._mesh, PartitionSpec()))(array)
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -152,8 +195,8 @@ class Telemetry:
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
-    def advance(self, step: int, tokens: int, replaced: int, flops: int, output: jax.Array) -> None:
-        """Counts a dispatched step.
+    def advance(self, step: int, tokens: int, replaced: int, flops: int, output: jax.Array, log_due: bool) -> None:
+        """Counts a dispatched step. All hosts must call it for the same step.
 
         Args:
           step: its number.
@@ -161,12 +204,14 @@ class Telemetry:
           replaced: this host's unusable rows so far.
           flops: the step's model FLOPs on all devices together.
           output: an output of the step, to see when it is done.
+          log_due: whether :meth:`log` is called for the step, now or later.
         """
         self._step = step
-        self._tokens += tokens
         self._total_tokens += tokens
         self._replaced, self._flops = replaced, self._flops + flops
         self._done_time = self._executor.submit(_time_when_ready, output)
+        if log_due:
+            self._unlogged.append(self._snapshot(share=True))
         self._profile.after_step(step, output)
         if self._active:
             self._bar.update()
@@ -182,48 +227,55 @@ class Telemetry:
         end = time.monotonic()
         if kind == "compile":
             self._compile_seconds += end - begin
-            self._compile_scalar = {"compile_seconds": self._compile_seconds}
         if self._done_time.done():
             self._waited[kind] += max(end - max(begin, self._done_time.result()), 0.0)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
-        """Logs a step: its scalars, and the speed since the last logged step."""
-        now = time.monotonic()
-        waited = {kind: seconds - self._last_waited[kind] for kind, seconds in self._waited.items()}
-        elapsed = max(now - self._last_time - waited["compile"] - waited["measure"], 1e-9)
-        tokens = self._tokens * self._shares / elapsed
-        flops = self._flops / elapsed / self._devices
+        """Logs a step that the devices have finished: its scalars, and the speed since the last logged step.
+
+        Later steps may have been dispatched; steps are logged in their order.
+        """
+        last, done = self._last, self._last
+        while self._unlogged and self._unlogged[0].step <= step:
+            done = self._unlogged.popleft()
+        self._last, now = done, done.done_time.result()
+        waited = {kind: seconds - last.waited[kind] for kind, seconds in done.waited.items()}
+        elapsed = max(now - last.done_time.result() - waited["compile"] - waited["measure"], 1e-9)
+        counts, devices = np.array(done.counts), self._mesh.size
+        tokens = (counts[0] - last.counts[0]) * self._shares / elapsed
+        flops = (done.flops - last.flops) / elapsed / devices
         speed = {
             "tokens_per_second": tokens,
-            "tokens_per_second_per_device": tokens / self._devices,
-            "seconds_per_step": elapsed / max(step - self._last_step, 1),
+            "tokens_per_second_per_device": tokens / devices,
+            "seconds_per_step": elapsed / max(done.step - last.step, 1),
             "model_flops_per_second": flops,
             "data_wait": waited["data"] / elapsed,
-            "goodput": self._goodput(now),
-            **self._compile_scalar,
+            "goodput": self._goodput(now, done.waited),
         }
+        if done.compile_seconds > last.compile_seconds:
+            speed["compile_seconds"] = done.compile_seconds
         if self._chip is not None:
             speed["mfu"] = flops / self._chip.flops
-        memory = [stats["peak_bytes_in_use"] for device in self._local if (stats := device.memory_stats())]
+        memory = [stats["peak_bytes_in_use"] for device in self._mesh.local_devices if (stats := device.memory_stats())]
         if memory:  # CPU devices report none
             speed["device_memory_bytes"] = max(memory)
-        self._last_time, self._last_step, self._tokens, self._flops = now, step, 0, 0
-        self._last_waited, self._compile_scalar = dict(self._waited), {}
         skipped, self._last_skipped = self._skipped - self._last_skipped, self._skipped
-        clock = self.clock()
+        if done.shared_counts is not None:
+            counts = np.asarray(done.shared_counts).astype(np.int64) @ [2**_HALF, 1]
+        self._clock = self._add_initial(now, counts)
         if not self._active:
             return
         self._loss = scalars["loss"]
-        values = {**scalars, **speed, **clock}
+        values = {**scalars, **speed, **self._clock}
         for writer, attempt in self._writers:
             attempt(writer.write, step, values)
-        self._try_print(tqdm.tqdm.write, self._format_line(step, values, skipped, now), file=sys.stderr)
+        self._try_print(tqdm.tqdm.write, self._format_line(step, values, skipped, done), file=sys.stderr)
 
-    def _goodput(self, now: float) -> float:
-        idle = self._train_start - self._start_time + sum(self._waited.values())
+    def _goodput(self, now: float, waited: Mapping[str, float]) -> float:
+        idle = self._train_start - self._start_time + sum(waited.values())
         return 1 - idle / max(now - self._start_time, 1e-9)
 
-    def _format_line(self, step: int, values: Mapping[str, float], skipped: int, now: float) -> str:
+    def _format_line(self, step: int, values: Mapping[str, float], skipped: int, done: _Progress) -> str:
         """Formats a logged step for people, without figures that are not available."""
         total = f"{self._steps:,}"
         parts = [
@@ -242,7 +294,8 @@ class Telemetry:
         parts += [f"{key} {value:.4g}" for key, value in values.items() if key.count("/") == 1]
         if self._first < step < self._steps:
             # Measuring and saving count, compiling does not.
-            seconds_per_step = (now - self._train_start - self._waited["compile"]) / (step - self._first)
+            seconds = done.done_time.result() - self._train_start - done.waited["compile"]
+            seconds_per_step = seconds / (step - self._first)
             parts.append(f"{format_duration(seconds_per_step * (self._steps - step))} left")
         return "  ".join(filter(None, parts))
 
@@ -258,13 +311,17 @@ class Telemetry:
                 "last loss": "" if math.isnan(self._loss) else f"{self._loss:.3f}",
                 "skipped": ", ".join(skipped),
                 "restarts": f"{restarts:,}" if restarts else "",
-                "goodput": f"{self._goodput(time.monotonic()):.0%}" if self._step > self._first else "",
+                "goodput": f"{self._goodput(time.monotonic(), self._waited):.0%}" if self._step > self._first else "",
                 "checkpoints": str(self._workdir / "checkpoints"),
                 "metrics": str(self._workdir / METRICS),
                 "events": str(self._workdir / EVENTS),
                 "TensorBoard": str(self._workdir / TENSORBOARD),
             },
         )
+
+
+def _sum_rows(rows: jax.Array) -> jax.Array:
+    return rows.sum(axis=0)
 
 
 def _time_when_ready(output: jax.Array) -> float:

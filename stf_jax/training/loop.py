@@ -22,17 +22,17 @@ from stf_jax.inference.generator import Generator
 from stf_jax.models.blueprint import Params
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.hosts import run_on_host0
-from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, fit_mesh, get_row_share, make_mesh
+from stf_jax.parallel.mesh import BATCH, check_batch, fit_mesh, get_row_share, make_mesh
 from stf_jax.runs.events import Events
 from stf_jax.runs.lock import workdir_lock
 from stf_jax.runs.shutdown import Termination, Watchdog
 from stf_jax.runs.telemetry import INITIAL_CLOCK, Telemetry
-from stf_jax.training.flops import step_flops
 from stf_jax.training.monitor import LossMonitor
 from stf_jax.training.optimizer import check_steps, learning_rate, make_optimizer
+from stf_jax.training.programs import StepPrograms
 from stf_jax.training.resume import check_changes
 from stf_jax.training.state import TrainState, init_state, state_layout
-from stf_jax.training.step import make_train_step
+from stf_jax.training.step import Metrics
 from stf_jax.weights.folder import load_params
 from stf_jax.weights.model import save_description
 from stf_jax.weights.origin import complete_config
@@ -103,6 +103,9 @@ def _train(
     events = stack.enter_context(Events(workdir, active=host == 0))
     checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint, config.faults, events.add))
     changed = check_changes(config, workdir) if checkpoints.latest is not None else {}
+    # Compiled while the weights are read.
+    programs = StepPrograms(config, plan, tx, layout, batches.plan.shapes(checkpoints.latest or 0, steps))
+    stack.callback(programs.close)
 
     def start_state() -> TrainState[jax.Array]:
         return init_state(config, layout, tx, load_params(config.init_from, layout.params, config.init_missing))
@@ -127,13 +130,9 @@ def _train(
             write_json(workdir / "config.json", to_json(config))
             save_description(workdir, config, tokenizer)
 
-    # ---- The train step --------------------------------------------------------------------------------------------
+    # ---- Evaluation and the log ------------------------------------------------------------------------------------
     watchdog.heartbeat("the weights were read")
     rows = jax.sharding.NamedSharding(mesh, BATCH)
-    train_step = make_train_step(config, plan, tx, layout)
-    # By the length of a row and its number of images.
-    programs: dict[tuple[int, int], jax.stages.Compiled] = {}
-    flops: dict[tuple[int, int], int] = {}
 
     def evaluate(step: int, params: Params) -> list[Results]:
         def on_batch_end() -> None:
@@ -154,15 +153,21 @@ def _train(
             on_batch_end=on_batch_end,
         )
 
-    def log(step: int, values: dict[str, float], should_evaluate: bool) -> list[Results] | None:
-        """Writes the step's line, after an evaluation where requested; returns the results."""
-        results = None
-        if should_evaluate:
-            with telemetry.time_waiting("measure"):
-                results = evaluate(step, state.params)
-            values |= {name: value for result in results for name, value in flatten_metrics(result).items()}
-        telemetry.log(step, values)
+    def evaluate_and_log(step: int, values: dict[str, float]) -> list[Results]:
+        with telemetry.time_waiting("measure"):
+            results = evaluate(step, state.params)
+        telemetry.log(
+            step, values | {name: value for result in results for name, value in flatten_metrics(result).items()}
+        )
         return results
+
+    def read_values(step: int, metrics: Metrics) -> dict[str, float]:
+        """The values to log of a step, when the updates that were skipped up to it have been counted."""
+        values = {name: float(metrics[name]) for name in ("loss", "gradient_norm", "learned_tokens")}
+        return values | {"learning_rate": float(rate(step - 1 - telemetry.updates_skipped))}
+
+    def log(step: int, metrics: Metrics) -> None:
+        telemetry.log(step, read_values(step, metrics))
 
     # ---- The loop --------------------------------------------------------------------------------------------------
     start_step = int(state.step)
@@ -188,36 +193,40 @@ def _train(
     if start_step < steps or pending_values:
         events.add("begin", start_step, steps=steps, resumed=restored is not None, changed=changed)
     if pending_values:  # the run was stopped during this evaluation
-        results = log(start_step, pending_values, should_evaluate=True)
+        results = evaluate_and_log(start_step, pending_values)
+    with telemetry.time_waiting("compile"):
+        programs.wait()
     for step in range(start_step + 1, steps + 1):
         watchdog.heartbeat(f"step {step}")
         with telemetry.time_waiting("data"):
             host_batch: Batch[np.ndarray] = next(batches)
         batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), host_batch)
         shape = batch.tokens.shape[1], batch.images.shape[1]
-        if shape not in programs:
-            flops[shape] = step_flops(config.model, config.rules, config.global_batch_size, *shape, config.objective)
-            with telemetry.time_waiting("compile"), compute_context(mesh, plan.precision):
-                programs[shape] = train_step.lower(state, batch).compile()
+        if not programs.is_ready(shape):  # of a later epoch
+            with telemetry.time_waiting("compile"):
+                programs.get(shape)
+        program = programs.get(shape)
         termination.enable_graceful_stop()
         with telemetry.step(step):
-            state, metrics = programs[shape](state, batch)
-        telemetry.advance(
-            step, int((host_batch.segment_ids > 0).sum()), batches.replaced, flops[shape], metrics["loss"]
-        )
-        monitor.enqueue(step, host_batch, metrics)
+            state, metrics = program.call(state, batch)
         last, pending_values = step == steps, None
+        stop = termination.should_stop_after_step() and not last
+        evaluation_due = last or (config.eval.every_steps > 0 and step % config.eval.every_steps == 0)
+        should_evaluate = bool(benchmarks) and evaluation_due and not stop
+        log_due = should_evaluate or last or step % config.log_every_steps == 0
+        tokens = int((host_batch.segment_ids > 0).sum())
+        telemetry.advance(step, tokens, batches.replaced, program.flops, metrics["loss"], log_due)
+        # A step is logged when later ones are dispatched, so that the devices never wait for the log.
+        then = functools.partial(log, step, metrics) if log_due and not should_evaluate else lambda: None
+        monitor.enqueue(step, host_batch, metrics, then)
+        if last or should_evaluate:
+            monitor.drain()
         if last:
             monitor.finish(step, steps - telemetry.updates_skipped)
-        stop = termination.should_stop_after_step() and not last
-        evaluation_due = config.eval.every_steps > 0 and step % config.eval.every_steps == 0
-        should_evaluate = bool(benchmarks) and not stop and (last or evaluation_due)
-        if step % config.log_every_steps == 0 or last or should_evaluate:
-            monitor.drain()
-            values = {name: float(metrics[name]) for name in ("loss", "gradient_norm", "learned_tokens")}
-            values["learning_rate"] = float(rate(step - 1 - telemetry.updates_skipped))
+        if should_evaluate:
+            values = read_values(step, metrics)
             try:
-                results = log(step, values, should_evaluate) or results
+                results = evaluate_and_log(step, values)
             except Stopped:
                 stop, pending_values = True, values
         if checkpoints.should_save(step, last=last or stop):

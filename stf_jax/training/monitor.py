@@ -24,6 +24,8 @@ _MAX_EMPTY_LOGGED = 10  # log lines about batches without a target token; events
 
 _NOT_FINITE = "loss, gradients or new parameters were not finite"
 
+_Step = tuple[int, Batch[np.ndarray], dict[str, jax.Array]]  # number, this host's batch, metrics
+
 _log = logging.getLogger(__name__)
 
 
@@ -52,18 +54,25 @@ class LossMonitor:
         """
         self._config, self._workdir, self._records = config, workdir, records
         self._on_event, self._on_skip = on_event, on_skip
-        self._pending: collections.deque[tuple[int, Batch[np.ndarray], dict[str, jax.Array]]] = collections.deque()
+        self._pending: collections.deque[tuple[_Step, Callable[[], object]]] = collections.deque()
         self._losses: collections.deque[float] = collections.deque(maxlen=_WINDOW)
         self.in_a_row = in_a_row
         self._is_spiking, self._empty_count = False, 0
 
-    def enqueue(self, step: int, batch: Batch[np.ndarray], metrics: dict[str, jax.Array]) -> None:
+    def enqueue(
+        self,
+        step: int,
+        batch: Batch[np.ndarray],
+        metrics: dict[str, jax.Array],
+        then: Callable[[], object] = lambda: None,
+    ) -> None:
         """Adds a dispatched step, and processes an earlier one as :meth:`drain` does.
 
         Args:
           batch: this host's share, in host memory.
+          then: called when the step has been processed.
         """
-        self._pending.append((step, batch, metrics))
+        self._pending.append(((step, batch, metrics), then))
         self.drain(_LAG_STEPS)
 
     def drain(self, lag: int = 0) -> None:
@@ -73,7 +82,9 @@ class LossMonitor:
           RunFailed: too many consecutive updates were skipped; the last of their batches is in ``workdir/failures``.
         """
         while len(self._pending) > lag:
-            self._process(*self._pending.popleft())
+            step, then = self._pending.popleft()
+            self._process(*step)
+            then()
 
     def finish(self, step: int, updates: int) -> None:
         """Processes all steps at the end of the run, the last of which is ``step``.

@@ -41,7 +41,9 @@ def run_stages(stages: Sequence[TrainConfig], workdir: epath.Path) -> Iterator[l
     from stf_jax.models.fusions.base import find_fusion
     from stf_jax.training.loop import train
     from stf_jax.training.objectives.base import find_objective
+    from stf_jax.training.programs import keep_programs
 
+    keep_programs(workdir)
     for stage in stages:  # before the first one trains
         find_fusion(stage.model.fusion)
         find_objective(stage.objective, stage.model)

@@ -227,6 +227,16 @@ def test_groups_match_llava(images, texts):
             assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.15
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("start", "stop"), [(0, 3), (5, 13), (5, 40), (26, 27), (30, 30)])
+def test_shapes_of_the_batches_to_come(mode, start, stop):
+    """They are all shapes up to the end of the next epoch."""
+    plan = planned(buckets=4, **MODES[mode])
+    end = min(stop, next(e for e in map(plan.steps, range(1, 9)) if e > start) + plan.steps(1))
+    expected = {(plan[8 * batch].length, plan[8 * batch].images) for batch in range(start, end)}
+    assert planned(buckets=4, **MODES[mode]).shapes(start, stop) == expected
+
+
 def test_text_batches_have_no_image_places():
     (rows,) = epochs_of(planned(200), 1)
     image_counts = measured(200)[1]

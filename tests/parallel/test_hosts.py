@@ -210,8 +210,10 @@ def work(argv):
         events = Events(epath.Path("."), active=False)
         options = {"mesh": mesh, "start_time": 0.0, "active": False, "events": events}
         log = Telemetry(epath.Path("."), config, 1, 0, INITIAL_CLOCK, **options)
-        log.advance(1, 2**40 + 1 + host * mesh.shape["fsdp"] // 2, 2**31 + 1, 1, jax.numpy.zeros(()))
-        print(json.dumps(log.clock()), flush=True)
+        tokens = 2**40 + 1 + host * mesh.shape["fsdp"] // 2
+        log.advance(1, tokens, 2**31 + 1, 1, jax.numpy.zeros(()), log_due=True)
+        log.log(1, {"loss": 0.0})
+        print(json.dumps([log._clock, log.clock()]), flush=True)
     if host:
         raise UserError("This one fails.")
     log.clock()
@@ -223,9 +225,9 @@ def test_hosts_add_their_counts_and_end_when_one_fails():
     processes = [_start(60, address, 2, i, work=COUNT_AND_FAIL) for i in range(2)]
     outputs = [process.communicate(timeout=60) for process in processes]
     for out, _ in outputs:
-        clocks = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        clocks = [clock for line in out.splitlines() if line.startswith("[{") for clock in json.loads(line)]
         # On the second mesh both read the same rows, which count once.
-        expected = [(2**41 + 3, 2**32 + 2), (2**40 + 1, 2**31 + 1)]
+        expected = [(2**41 + 3, 2**32 + 2)] * 2 + [(2**40 + 1, 2**31 + 1)] * 2  # when logged, and when saved
         assert [(clock["tokens"], clock["rows_replaced"]) for clock in clocks] == expected, outputs
     assert processes[1].returncode == 2
     assert outputs[1][1].strip().splitlines()[-1] == "error: This one fails."

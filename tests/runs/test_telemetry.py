@@ -56,7 +56,7 @@ class Simulation:
         """Dispatches a step of 50 tokens; returns a function that completes it."""
         started, completed = threading.Event(), threading.Event()
         output = types.SimpleNamespace(block_until_ready=lambda: started.set() or completed.wait(10))
-        self.telemetry.advance(step, 50, 0, flops, output)
+        self.telemetry.advance(step, 50, 0, flops, output, log_due=True)
         started.wait(10)
 
         def complete():
@@ -85,8 +85,8 @@ def test_speed_excludes_measuring_and_compiling(tmp_path, monkeypatch):
         if compiling:
             simulation.wait("compile", compiling)
         simulation.seconds += training
-        simulation.dispatch()()
-        simulation.dispatch(8000)()
+        simulation.dispatch(step=step - 1)()
+        simulation.dispatch(8000, step)()
         simulation.wait("measure", measuring)
         simulation.telemetry.log(step, SCALARS)
     lines = simulation.lines()
@@ -108,12 +108,12 @@ def test_waiting_counts_only_while_the_devices_are_idle(tmp_path, monkeypatch):
         simulation.seconds += 3.0
         end()
         simulation.seconds += 4.0  # idle
-    end = simulation.dispatch()
+    end = simulation.dispatch(step=2)
     simulation.seconds += 6.0
     end()
     simulation.telemetry.log(2, SCALARS)
     simulation.wait("save", 4.0)
-    simulation.dispatch()()
+    simulation.dispatch(step=3)()
     simulation.telemetry.log(3, SCALARS)
     first, second = simulation.lines()
     assert first["seconds_per_step"] == 8.0
@@ -121,6 +121,27 @@ def test_waiting_counts_only_while_the_devices_are_idle(tmp_path, monkeypatch):
     assert first["goodput"] == pytest.approx((16 - 5) / (10 + 16))
     assert second["data_wait"] == 0
     assert second["goodput"] == pytest.approx((16 - 5) / (10 + 16 + 4))
+
+
+def test_step_is_logged_while_later_ones_run(tmp_path, monkeypatch):
+    """Its figures are those of when it ended, not of when it is logged."""
+    simulation = Simulation(tmp_path, monkeypatch)
+    ends = [simulation.dispatch(1000, 1)]
+    simulation.seconds += 2.0
+    ends.pop()()
+    ends = [simulation.dispatch(3000, 2)]
+    simulation.wait("data", 7.0)  # the second step runs
+    simulation.telemetry.log(1, SCALARS)
+    simulation.seconds += 1.0
+    ends.pop()()
+    simulation.seconds += 5.0
+    simulation.telemetry.log(2, SCALARS)
+    first, second = simulation.lines()
+    assert (first["seconds_per_step"], second["seconds_per_step"]) == (2.0, 8.0)
+    assert (first["tokens"], second["tokens"]) == (50, 100)
+    assert (first["seconds"], second["seconds"]) == (2.0, 10.0)
+    assert (first["model_flops_per_second"], second["model_flops_per_second"]) == (125.0, 93.75)
+    assert (first["goodput"], second["goodput"]) == pytest.approx((2 / 12, 10 / 20))
 
 
 def test_mfu_and_memory_where_the_chip_is_known(tmp_path, monkeypatch, capsys):

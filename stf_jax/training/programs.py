@@ -1,0 +1,97 @@
+"""The train step, compiled for every shape of a batch before the first step."""
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Iterable
+
+import jax
+import optax
+from etils import epath
+from jax.sharding import NamedSharding
+
+from stf_jax.config import TrainConfig
+from stf_jax.files import in_bucket
+from stf_jax.models.blueprint import Blueprint
+from stf_jax.parallel.mesh import BATCH, compute_context
+from stf_jax.training.flops import abstract_batch, step_flops
+from stf_jax.training.state import Layout
+from stf_jax.training.step import make_train_step
+
+_THREADS = 4  # compilations at a time: the compiler itself has threads
+
+Shape = tuple[int, int]  # T and M of a batch: the length of its rows, and their image places
+
+
+@dataclasses.dataclass(frozen=True)
+class StepProgram:
+    """The train step for one shape.
+
+    Attributes:
+      call: the compiled function of :func:`make_train_step`.
+      flops: its model FLOPs, of all devices.
+    """
+
+    call: jax.stages.Compiled
+    flops: int
+
+
+def keep_programs(workdir: epath.Path) -> None:
+    """Keeps compiled programs in ``workdir/programs``, so that a restart compiles none.
+
+    Does nothing if jax has a folder for them already, or on CPUs, because those programs use the instructions of one
+    machine and may be read on another. jax writes to local folders and to gs:// buckets.
+    """
+    is_writable = not in_bucket(workdir) or os.fspath(workdir).startswith("gs://")
+    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu" and is_writable:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", os.fspath(workdir / "programs"))
+
+
+class StepPrograms:
+    """Compiles the train step for each shape of a batch, in threads."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        plan: Blueprint,
+        tx: optax.GradientTransformation,
+        layout: Layout,
+        shapes: Iterable[Shape],
+    ) -> None:
+        """Starts to compile ``shapes``, the largest first, because it takes longest and may not fit the memory."""
+        self._config, self._plan, self._layout = config, plan, layout
+        self._step = make_train_step(config, plan, tx, layout)
+        self._executor = concurrent.futures.ThreadPoolExecutor(_THREADS, "compile")
+        self._programs: dict[Shape, concurrent.futures.Future[StepProgram]] = {}
+        for shape in sorted(shapes, reverse=True):
+            self._programs[shape] = self._executor.submit(self._compile, shape)
+
+    def wait(self) -> None:
+        """Waits until all shapes are compiled. Raises the error of one that cannot be."""
+        for program in self._programs.values():
+            program.result()
+
+    def is_ready(self, shape: Shape) -> bool:
+        """Whether :meth:`get` returns at once."""
+        return shape in self._programs and self._programs[shape].done()
+
+    def get(self, shape: Shape) -> StepProgram:
+        """Returns the program for a shape, which is compiled now if it was not among the first ones."""
+        if shape not in self._programs:
+            self._programs[shape] = self._executor.submit(self._compile, shape)
+        return self._programs[shape].result()
+
+    def close(self) -> None:
+        """Drops what has not begun to compile."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self, shape: Shape) -> StepProgram:
+        config, mesh = self._config, self._layout.step.sharding.mesh
+        rows = NamedSharding(mesh, BATCH)
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
+            abstract_batch(config.model, config.global_batch_size, *shape),
+        )
+        flops = step_flops(config.model, config.rules, config.global_batch_size, *shape, config.objective)
+        with compute_context(mesh, self._plan.precision):
+            return StepProgram(self._step.lower(self._layout, batch).compile(), flops)
