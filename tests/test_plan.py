@@ -31,7 +31,7 @@ SHAPE = ["--config.model.llm=llama-mini", "--config.data.max_length=208", "--con
 DEMO = ["--config=configs/demo.py:stage=finetune", "--config.model.remat=full", *SHAPE, *BFLOAT16]
 TINY = ["--config=tests/tiny.py", "--config.mesh.data=1", "--config.mesh.fsdp=-1", *BFLOAT16]
 KEYS = {
-    "topology", "slices", "what", "chip", "devices", "mesh", "rows", "positions", "images", "fits",
+    "topology", "slices", "what", "chip", "devices", "mesh", "rows", "positions", "images", "remat", "fits",
     "peak_bytes_per_device", "memory_limit_bytes_per_device", "memory", "model_flops", "executed_flops",
     "memory_traffic_bytes", "collective_bytes", "roofline_seconds", "bound", "step_seconds_estimate",
     "tokens_per_second", "mfu_estimate", "steps", "hours",
@@ -188,7 +188,7 @@ def test_invalid_input_is_rejected(argv, sentence, capsys):
 @pytest.fixture
 def small_search(monkeypatch):
     """Limits the search to seconds."""
-    for name, value in {"_TENSOR": (1,), "_MICROBATCHES": (1, 4), "_REMAT": ("none", "full"), "COMPILES": 1}.items():
+    for name, value in {"_TENSOR": (1,), "_MICROBATCHES": (1, 4), "SETTINGS": ("none", "full"), "COMPILES": 1}.items():
         monkeypatch.setattr(search_module, name, value)
 
 

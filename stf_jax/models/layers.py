@@ -217,6 +217,7 @@ KEPT_ATTENTION, KEPT_MLP = "attention", "mlp"
 _keep = jax.checkpoint_policies.save_only_these_names
 _REMAT: dict[str, Callable[..., bool]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    "auto": jax.checkpoint_policies.nothing_saveable,  # until training chooses (training/remat.py)
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": _keep(KEPT_ATTENTION),
     "mlp": _keep(KEPT_MLP),

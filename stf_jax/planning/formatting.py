@@ -19,7 +19,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines = [
         f"{report['what']} on {where}: {verdict}. Peak memory per device: {needed}.",
         *_describe_evaluation(report),
-        f"mesh {mesh}; {report['rows']} rows of {report['positions']} positions, {report['images']} images each",
+        f"mesh {mesh}; {report['rows']} rows of {report['positions']} positions, {report['images']} images each"
+        + (f"; model.remat={report['remat']}" if report.get("remat") else ""),
         "",
         format_table([_memory_row(report)]),
         "",

@@ -4,9 +4,8 @@ Axis letters: B rows, T positions, M images per row, K kv heads, S cache slots, 
 """
 
 import dataclasses
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,15 +14,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from stf_jax.config import TrainConfig
-from stf_jax.data.packing import Batch
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import BLOCKS, Sampling, TokenRules
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
-from stf_jax.models.blueprint import Blueprint, Params, blueprint
+from stf_jax.models.blueprint import Blueprint, blueprint
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, fit_mesh, make_mesh, row_shards
 from stf_jax.training.flops import abstract_batch
-from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import Layout, state_layout
 from stf_jax.training.step import make_train_step
@@ -44,8 +41,6 @@ class Program:
     call: jax.stages.Wrapped
     arguments: tuple[Any, ...]
     parts: Mapping[str, Any]  # trees of arguments by name: parameters, optimizer, batch, cache
-    # returns what training keeps from forward to backward
-    residual_fn: Callable[[Params, Params, Batch[jax.Array]], Any] | None = None
 
     def trace(self) -> jax.stages.Traced:
         """Traces the program."""
@@ -66,14 +61,6 @@ class Program:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 raise OutOfMemory(_parse_needed_bytes(str(error))) from None
-
-    def residuals(self) -> list[jax.ShapeDtypeStruct]:
-        """Arrays kept from forward to backward for the full batch, including weights; empty if nothing is trained."""
-        if self.residual_fn is None:
-            return []
-        state, batch = self.arguments
-        with compute_context(self.mesh, self.precision):
-            return jax.tree.leaves(jax.eval_shape(self.residual_fn, state.trainable, state.frozen, batch))
 
 
 class OutOfMemory(Exception):
@@ -122,16 +109,7 @@ def _train_program(config: TrainConfig, plan: Blueprint, mesh: Mesh) -> Program:
     batch = jax.tree.map(lambda x: _with_sharding(x, rows), abstract_batch(config.model, *shape))
     call = make_train_step(config, plan, tx, layout)
     parts = {"parameters": layout.params, "optimizer": layout.moments, "batch": batch}
-
-    objective = find_objective(config.objective, config.model)
-
-    def residuals(trainable: Params, frozen: Params, batch: Batch[jax.Array]) -> Any:
-        def loss(tree: Params) -> jax.Array:
-            return objective.loss_sum(plan.merge(tree, frozen), batch, config.data.packing)
-
-        return jax.vjp(loss, trainable)[1]
-
-    return Program("train", *shape, mesh, plan.precision, call, (layout, batch), parts, residuals)
+    return Program("train", *shape, mesh, plan.precision, call, (layout, batch), parts)
 
 
 def _inference_program(config: TrainConfig, kind: str, plan: Blueprint, mesh: Mesh, rows: int | None) -> Program:
@@ -196,12 +174,3 @@ def _abstract_weights(plan: Blueprint, mesh: Mesh) -> _AbstractWeights:
         weight = _with_sharding(jax.ShapeDtypeStruct(shape[int(stacked) :], dtype), layer_sharding)
         weights[path] = (weight,) * shape[0] if stacked else weight
     return weights
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Bytes that one device holds of a tree of abstract arrays with shardings."""
-    return sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(tree)
-        if isinstance(leaf, jax.ShapeDtypeStruct)  # skips static numbers
-    )

@@ -15,9 +15,10 @@ from stf_jax.data.sources.base import DataNotNamed
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
 from stf_jax.parallel.mesh import fit_mesh, make_mesh, row_shards
 from stf_jax.planning.hlo import Traffic, count_traffic
-from stf_jax.planning.program import OutOfMemory, Program, abstract_train_state, bytes_per_device, make_program
+from stf_jax.planning.program import OutOfMemory, Program, abstract_train_state, make_program
 from stf_jax.planning.topology import get_chip, memory_limit
 from stf_jax.training.flops import decode_flops, prefill_flops, step_flops
+from stf_jax.training.remat import activation_bytes_per_row, bytes_per_device, choose_remat, with_remat
 
 # Fractions of a chip's peak figures that good programs attain: matrix products of large models run at 60 to 75 % of the
 # peak, memory and links at 80 to 90 %. An assumption, the same for all chips.
@@ -43,6 +44,8 @@ def make_report(
     if program_kind == "evaluate":
         report = _merge_evaluation(*(make_report(config, kind, devices) for kind in ("prefill", "decode")))
         report |= _add_train_state(config, report, devices)
+    elif program_kind == "train" and config.model.remat == "auto":
+        report = _report_fastest(config, devices)
     else:
         report = _report_program(config, make_program(config, program_kind, devices), devices)
     report |= _run_cost(config, program_kind, report, len(devices), price)
@@ -59,6 +62,7 @@ def _report_program(config: TrainConfig, program: Program, devices: list[jax.Dev
         "rows": program.rows,
         "positions": program.length,
         "images": program.images,
+        "remat": config.model.remat if program.kind == "train" else None,
         "memory_limit_bytes_per_device": limit,
     }
     cost = trace_cost(config, program.kind, devices)
@@ -83,6 +87,22 @@ def _report_program(config: TrainConfig, program: Program, devices: list[jax.Dev
     sent = count_traffic(text, program.mesh, trips)
     jax.clear_caches()  # a compiled program of a large model takes a gigabyte, and there may be more to compile
     return report | _estimate_speed(program, devices, work, sent)
+
+
+def _report_fastest(config: TrainConfig, devices: list[jax.Device]) -> dict[str, Any]:
+    """Reports a training step with the rematerialization that training chooses on these devices."""
+    reports: dict[str, dict[str, Any]] = {}
+
+    def add_report(candidate: TrainConfig) -> dict[str, Any]:
+        report = _report_program(candidate, make_program(candidate, "train", devices), devices)
+        return reports.setdefault(candidate.model.remat, report)
+
+    mesh, shape = (
+        make_mesh(fit_mesh(config, devices).mesh, devices),
+        (config.data.max_length, config.data.images_per_row),
+    )
+    chosen = choose_remat(config, mesh, shape, memory_limit(devices[0]), lambda c: add_report(c)["fits"])
+    return reports[chosen] if chosen in reports else add_report(with_remat(config, chosen))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +147,15 @@ def trace_cost(config: TrainConfig, program_kind: str, devices: list[jax.Device]
     shards = row_shards(make_mesh(config.mesh, devices))
     program = make_program(unsplit, program_kind, devices, rows=PRIME * shards)
     executed = count_executed(program.trace(), shards, len(devices))
-    activation_bytes = sum(
-        x.dtype.itemsize * math.prod(x.shape)
-        for x in program.residuals()
-        if any(length and length % PRIME == 0 for length in x.shape)
-    )
+    activation_bytes = 0.0
+    if program_kind == "train":
+        layout, shape = program.arguments[0], (program.length, program.images)
+        activation_bytes = activation_bytes_per_row(config, program.mesh, layout, shape)
     return TracedCost(
         executed.flops / program.rows,
         executed.bytes_by_rows / PRIME,
         executed.bytes_fixed,
-        activation_bytes / program.rows,
+        activation_bytes,
     )
 
 

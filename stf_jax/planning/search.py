@@ -2,20 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any
 
 import jax
 
-from stf_jax.config import MeshConfig, Remat, TrainConfig, UserError
+from stf_jax.config import MeshConfig, TrainConfig, UserError
 from stf_jax.models.blueprint import blueprint
 from stf_jax.parallel.mesh import count_slices
-from stf_jax.planning.program import bytes_per_device, make_program
+from stf_jax.planning.program import make_program
 from stf_jax.planning.report import make_report, trace_cost
 from stf_jax.planning.topology import get_chip, memory_limit
+from stf_jax.training.remat import SETTINGS, bytes_per_device, with_remat
 
 COMPILES = 6  # maximum; twice that if none of these fits. Each takes a minute for a model of billions of parameters
 _TENSOR, _MICROBATCHES = (1, 2, 4, 8), (1, 2, 4, 8, 16)
-_REMAT: tuple[Remat, ...] = get_args(Remat)
 
 
 def search(
@@ -81,8 +81,8 @@ def _candidates(config: TrainConfig, devices: list[jax.Device]) -> Iterator[_Can
         if len(devices) % (slices * tensor):
             continue
         mesh = MeshConfig(data=slices, fsdp=len(devices) // slices // tensor, tensor=tensor)
-        for remat in _REMAT:
-            changed = dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(config.model, remat=remat))
+        for remat in SETTINGS:
+            changed = with_remat(dataclasses.replace(config, mesh=mesh), remat)
             try:
                 cost = trace_cost(changed, "train", devices)
             except UserError:  # the mesh does not divide the model

@@ -19,7 +19,7 @@ from stf_jax.evals.registry import open_benchmarks
 from stf_jax.evals.runner import Results, check_images, evaluate_all, flatten_metrics
 from stf_jax.files import as_user_error, write_json
 from stf_jax.inference.generator import Generator
-from stf_jax.models.blueprint import Params
+from stf_jax.models.blueprint import Params, blueprint
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.hosts import run_on_host0
 from stf_jax.parallel.mesh import BATCH, check_batch, fit_mesh, get_row_share, make_mesh
@@ -30,6 +30,7 @@ from stf_jax.runs.telemetry import INITIAL_CLOCK, Telemetry
 from stf_jax.training.monitor import LossMonitor
 from stf_jax.training.optimizer import check_steps, learning_rate, make_optimizer
 from stf_jax.training.programs import StepPrograms
+from stf_jax.training.remat import resolve_remat
 from stf_jax.training.resume import check_changes
 from stf_jax.training.state import TrainState, init_state, state_layout
 from stf_jax.training.step import Metrics
@@ -91,9 +92,10 @@ def _train(
     stack.callback(batches.close)
     steps = config.steps or batches.plan.steps(config.epochs)
     warning = check_steps(config, steps, len(records))
+    config = resolve_remat(config, workdir, mesh, max(batches.plan.shapes(0, steps)))
 
     # ---- Model, optimizer, state -----------------------------------------------------------------------------------
-    plan = generator.plan
+    plan = blueprint(config.model)
     tx = make_optimizer(config.optimizer, steps)
     rate = learning_rate(config.optimizer, steps)
     layout = state_layout(config, plan, tx, mesh)

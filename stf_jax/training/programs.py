@@ -59,8 +59,7 @@ class StepPrograms:
         shapes: Iterable[Shape],
     ) -> None:
         """Starts to compile ``shapes``, the largest first, because it takes longest and may not fit the memory."""
-        self._config, self._plan, self._layout = config, plan, layout
-        self._step = make_train_step(config, plan, tx, layout)
+        self._config, self._plan, self._tx, self._layout = config, plan, tx, layout
         self._executor = concurrent.futures.ThreadPoolExecutor(_THREADS, "compile")
         self._programs: dict[Shape, concurrent.futures.Future[StepProgram]] = {}
         for shape in sorted(shapes, reverse=True):
@@ -86,12 +85,20 @@ class StepPrograms:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, shape: Shape) -> StepProgram:
-        config, mesh = self._config, self._layout.step.sharding.mesh
-        rows = NamedSharding(mesh, BATCH)
-        batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
-            abstract_batch(config.model, config.global_batch_size, *shape),
-        )
+        config = self._config
         flops = step_flops(config.model, config.rules, config.global_batch_size, *shape, config.objective)
-        with compute_context(mesh, self._plan.precision):
-            return StepProgram(self._step.lower(self._layout, batch).compile(), flops)
+        return StepProgram(compile_step(config, self._plan, self._tx, self._layout, shape), flops)
+
+
+def compile_step(
+    config: TrainConfig, plan: Blueprint, tx: optax.GradientTransformation, layout: Layout, shape: Shape
+) -> jax.stages.Compiled:
+    """Compiles the train step for one shape of a batch."""
+    mesh = layout.step.sharding.mesh
+    rows = NamedSharding(mesh, BATCH)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
+        abstract_batch(config.model, config.global_batch_size, *shape),
+    )
+    with compute_context(mesh, plan.precision):
+        return make_train_step(config, plan, tx, layout).lower(layout, batch).compile()

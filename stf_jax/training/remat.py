@@ -1,0 +1,141 @@
+"""Chooses what the backward pass recomputes (``model.remat=auto``): as little as fits the memory of the devices.
+
+Axis letters: B rows, T positions, M images per row.
+"""
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import Any, get_args
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from stf_jax.config import Remat, TrainConfig
+from stf_jax.data.packing import Batch
+from stf_jax.files import read_json
+from stf_jax.models.blueprint import Params, blueprint
+from stf_jax.parallel.mesh import compute_context, row_shards
+from stf_jax.training.flops import abstract_batch
+from stf_jax.training.objectives.base import find_objective
+from stf_jax.training.optimizer import make_optimizer
+from stf_jax.training.programs import Shape, compile_step
+from stf_jax.training.state import Layout, state_layout
+
+SETTINGS: tuple[Remat, ...] = get_args(Remat)[1:]  # without auto; the fastest, which needs the most memory, first
+
+_log = logging.getLogger(__name__)
+
+
+def resolve_remat(config: TrainConfig, workdir: epath.Path, mesh: Mesh, shape: Shape) -> TrainConfig:
+    """Replaces ``auto`` by the setting of the run's last start, or else by the fastest that fits.
+
+    Args:
+      shape: T and M of the largest batch.
+    """
+    if config.model.remat != "auto":
+        return config
+    chosen = _read_choice(workdir)
+    if chosen is None:
+        device = mesh.local_devices[0]
+        limit = _memory_limit(device)
+
+        def fits(candidate: TrainConfig) -> bool:
+            return device.platform == "cpu" or _peak_bytes(candidate, mesh, shape) <= limit
+
+        chosen = choose_remat(config, mesh, shape, limit, fits)
+        if jax.process_index() == 0:
+            _log.info("model.remat=%s: the fastest setting for %.1f GiB per device.", chosen, limit / 2**30)
+    return with_remat(config, chosen)
+
+
+def choose_remat(
+    config: TrainConfig, mesh: Mesh, shape: Shape, limit: float, fits: Callable[[TrainConfig], bool]
+) -> Remat:
+    """Returns the fastest setting whose training step fits; ``full`` if none does.
+
+    Args:
+      limit: bytes per device. Settings that certainly need more are not tried.
+      fits: whether the step of a config fits.
+    """
+    for remat in SETTINGS[:-1]:
+        candidate = with_remat(config, remat)
+        if least_bytes(candidate, mesh, shape) <= limit and fits(candidate):
+            return remat
+    return SETTINGS[-1]
+
+
+def with_remat(config: TrainConfig, remat: Remat) -> TrainConfig:
+    """Returns the config with ``model.remat`` set."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+
+
+def least_bytes(config: TrainConfig, mesh: Mesh, shape: Shape) -> int:
+    """Computes what a step holds at least on each device: state, gradients, and activations for the backward pass."""
+    layout = state_layout(config, blueprint(config.model), make_optimizer(config.optimizer, 1000), mesh)
+    microbatches = config.optimizer.accumulation_steps
+    gradients = bytes_per_device(layout.trainable) * (1 + (microbatches > 1))
+    rows = config.global_batch_size / row_shards(mesh) / microbatches
+    return bytes_per_device(layout) + gradients + int(rows * activation_bytes_per_row(config, mesh, layout, shape))
+
+
+def activation_bytes_per_row(config: TrainConfig, mesh: Mesh, layout: Layout, shape: Shape) -> float:
+    """Computes the bytes that a row of a batch adds to what is kept from the forward to the backward pass."""
+    plan, objective = blueprint(config.model), find_objective(config.objective, config.model)
+
+    def residuals(trainable: Params, frozen: Params, batch: Batch[jax.Array]) -> Any:
+        def loss(tree: Params) -> jax.Array:
+            return objective.loss_sum(plan.merge(tree, frozen), batch, config.data.packing)
+
+        return jax.vjp(loss, trainable)[1]
+
+    def count(rows: int) -> int:
+        batch = abstract_batch(config.model, rows, *shape)
+        with compute_context(mesh, plan.precision):
+            kept = jax.tree.leaves(jax.eval_shape(residuals, layout.trainable, layout.frozen, batch))
+        return sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in kept)
+
+    shards = row_shards(mesh)
+    return (count(2 * shards) - count(shards)) / shards
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Computes the bytes that one device holds of a tree of abstract arrays with shardings."""
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.ShapeDtypeStruct)  # skips static numbers
+    )
+
+
+def _read_choice(workdir: epath.Path) -> Remat | None:
+    """Returns the setting of the run's last start, so that a resumed run rounds in the same way."""
+    try:
+        remat = read_json(workdir / "config.json")["model"]["remat"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return remat if remat in SETTINGS else None
+
+
+def _memory_limit(device: jax.Device) -> float:
+    """Returns the bytes that programs can use on a device; for CPU devices, an equal share of the machine's memory."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return float(stats["bytes_limit"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(jax.local_devices())
+
+
+def _peak_bytes(config: TrainConfig, mesh: Mesh, shape: Shape) -> float:
+    """Compiles the step and returns the bytes that it needs on a device; infinity if the compiler refuses it."""
+    plan, tx = blueprint(config.model), make_optimizer(config.optimizer, 1000)
+    try:
+        memory = compile_step(config, plan, tx, state_layout(config, plan, tx, mesh), shape).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return math.inf
+    assert memory is not None  # CPUs, GPUs and TPUs report it
+    return float(memory.peak_memory_in_bytes)
