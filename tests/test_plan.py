@@ -132,8 +132,9 @@ def test_text_output(capsys):
 
 @pytest.mark.parametrize("what", ["prefill", "decode", "evaluate"])
 def test_inference_programs(what, capsys):
-    found = run_plan(capsys, *DEMO, "--config.eval.batch=12", "--topology=h100:8", f"--what={what}")
-    assert found["rows"] == 16  # rounded up to a multiple of eight devices
+    found = run_plan(capsys, *DEMO, "--config.eval.batch=14", "--topology=h100:8", f"--what={what}")
+    assert found["mesh"] == {"data": 4, "fsdp": 1, "tensor": 2}  # the decoder has two kv heads
+    assert found["rows"] == 16  # rounded up to a multiple of four
     assert (found["steps"], found["hours"]) == (None, None)
     config = load_recipe("demo.py:stage=finetune", *DEMO[1:])
     prefill = sum(prefill_flops(config.model, 16, 208, 1).values())
@@ -145,8 +146,9 @@ def test_inference_programs(what, capsys):
     if what == "evaluate":  # the demo evaluates during training
         assert found["during_training"] is True
         assert found["peak_bytes_per_device"] > found["memory"]["training state"] > 3 * found["memory"]["parameters"]
-    if what == "decode":  # keys and values of four layers: two rows per device, two heads of 32, 208 + 128 slots
-        assert found["memory"]["cache"] == 2 * 4 * (2 * 2 * 336 * 32) * 2
+    if what == "decode":  # keys and values of four layers: four rows per device, one head of 32, 208 + 128 slots
+        assert found["memory"]["cache"] == 2 * 4 * (4 * 1 * 336 * 32) * 2
+        assert "fsdp" not in str(found["collective_bytes"])  # no weights are gathered
 
 
 def test_evaluation_during_training_includes_the_training_state():

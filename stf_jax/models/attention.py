@@ -118,16 +118,15 @@ def _cudnn_refusal(q: jax.Array, mask: Mask) -> str | None:
 
 
 _LANES = 128  # lanes of a TPU's vector registers; splash's blocks are multiples of it
-_BLOCK = 512  # largest side of splash's blocks, in positions
+_BLOCKS = 512, 384, 640, 768, 896, 256  # sides of splash's blocks, in positions, in order of preference
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """Pallas' splash attention on each device's rows and heads."""
     length = q.shape[1]
+    padded, block = _splash_blocks(length)
     # Padding at the right is hidden by the causal mask.
-    q, k, v = (jnp.pad(x, ((0, 0), (0, -length % _LANES), (0, 0), (0, 0))) for x in (q, k, v))
-    padded = q.shape[1]
-    block = next(size for size in range(_BLOCK, 0, -_LANES) if padded % size == 0)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))) for x in (q, k, v))
     sizes = splash_attention.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -167,6 +166,17 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
         # check_vma is off because Pallas does not declare over which mesh axes its outputs vary.
         local = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
     return local(q, k, v, segments)[:, :length]
+
+
+def _splash_blocks(length: int) -> tuple[int, int]:
+    """Chooses the padded length of rows and the side of the blocks that divide it.
+
+    Small blocks leave a TPU's matrix units idle. Lengths that only they divide, such as 1,408 (11 × 128), are padded.
+    """
+    padded = -(-length // _LANES) * _LANES
+    if padded <= min(_BLOCKS):
+        return padded, padded
+    return next((p, block) for p in itertools.count(padded, _LANES) for block in _BLOCKS if p % block == 0)
 
 
 def _splash_refusal(q: jax.Array, mask: Mask) -> str | None:

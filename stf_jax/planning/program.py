@@ -17,6 +17,7 @@ from stf_jax.config import TrainConfig
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import BLOCKS, Sampling, TokenRules
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
+from stf_jax.inference.mesh import inference_mesh
 from stf_jax.models.blueprint import Blueprint, blueprint
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, fit_mesh, make_mesh, row_shards
@@ -91,7 +92,7 @@ def make_program(config: TrainConfig, kind: str, devices: list[jax.Device], rows
     if kind == "train":
         config = dataclasses.replace(config, global_batch_size=rows or config.global_batch_size)
         return _train_program(config, plan, mesh)
-    return _inference_program(config, kind, plan, mesh, rows)
+    return _inference_program(config, kind, plan, inference_mesh(plan, mesh), rows)
 
 
 def abstract_train_state(config: TrainConfig, devices: list[jax.Device]) -> Layout:

@@ -144,8 +144,8 @@ def trace_cost(config: TrainConfig, program_kind: str, devices: list[jax.Device]
     """Traces a program, without compiling it, with a number of rows that identifies the axes of rows."""
     config = fit_mesh(config, devices)
     unsplit = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, accumulation_steps=1))
-    shards = row_shards(make_mesh(config.mesh, devices))
-    program = make_program(unsplit, program_kind, devices, rows=PRIME * shards)
+    program = make_program(unsplit, program_kind, devices, rows=PRIME * row_shards(make_mesh(config.mesh, devices)))
+    shards = row_shards(program.mesh)
     executed = count_executed(program.trace(), shards, len(devices))
     activation_bytes = 0.0
     if program_kind == "train":
@@ -153,7 +153,7 @@ def trace_cost(config: TrainConfig, program_kind: str, devices: list[jax.Device]
         activation_bytes = activation_bytes_per_row(config, program.mesh, layout, shape)
     return TracedCost(
         executed.flops / program.rows,
-        executed.bytes_by_rows / PRIME,
+        executed.bytes_by_rows * shards / program.rows,
         executed.bytes_fixed,
         activation_bytes,
     )

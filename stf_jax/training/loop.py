@@ -19,6 +19,7 @@ from stf_jax.evals.registry import open_benchmarks
 from stf_jax.evals.runner import Results, check_images, evaluate_all, flatten_metrics
 from stf_jax.files import as_user_error, write_json
 from stf_jax.inference.generator import Generator
+from stf_jax.inference.mesh import inference_mesh
 from stf_jax.models.blueprint import Params, blueprint
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.hosts import run_on_host0
@@ -83,7 +84,8 @@ def _train(
     check_images(benchmarks)
     records = load_training_records(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    generator = Generator(config.model, tokenizer, mesh, config.data.template, config.data.aspect)  # for evaluation
+    evaluation_mesh = inference_mesh(blueprint(model), mesh)
+    generator = Generator(config.model, tokenizer, evaluation_mesh, config.data.template, config.data.aspect)
     preprocess = Preprocessor(config.data, tokenizer, vision, model.slots, llm.vocab)
     host = jax.process_index()
     share, shares = get_row_share(mesh, host)

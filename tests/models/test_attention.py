@@ -108,6 +108,16 @@ def packed_segments(rows, length):
     return jnp.asarray((np.arange(length) >= ends[:, :, None]).sum(1) + 1)
 
 
+def test_blocks_of_splash_are_large():
+    for length in range(1, 4097):
+        padded, block = module._splash_blocks(length)
+        assert length <= padded < length + 256
+        assert padded % block == 0
+        assert block >= 256 or block == padded == 128
+    # Of the recipe's lengths, none is padded by more than to a multiple of 128.
+    assert [module._splash_blocks(n) for n in (640, 896, 2048)] == [(640, 640), (896, 896), (2048, 512)]
+
+
 @pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
 @pytest.mark.parametrize("segments", [False, True], ids=["causal", "packed"])
 def test_splash_equals_reference_in_value_and_gradients(segments, mesh):
