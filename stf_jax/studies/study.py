@@ -198,7 +198,8 @@ def _check_components(variant: Variant, stages: Sequence[TrainConfig]) -> None:
 
     The options may only change the model, not the checkpoint or the questions.
     """
-    from stf_jax.models.blueprint import blueprint  # takes seconds to import
+    from stf_jax.models.blueprint import blueprint  # both take seconds to import
+    from stf_jax.models.spec import resolve_model
 
     parser = Parser(add_help=False, allow_abbrev=False)
     cli.add_model_arguments(parser)
@@ -206,7 +207,11 @@ def _check_components(variant: Variant, stages: Sequence[TrainConfig]) -> None:
         options = parser.parse_args(variant.eval_options)
         for stage in stages:
             find_source(stage.data.source)
-        blueprint(dataclasses.replace(stages[-1].model, reduce=options.reduce, keep=options.keep))
+        model = dataclasses.replace(stages[-1].model, reduce=options.reduce, keep=options.keep)
+        if variant.source:  # its shapes are those of the source
+            resolve_model(model).reduction  # noqa: B018 (it is computed here)
+        else:
+            blueprint(model)
     except UserError as error:
         raise UserError(f"Variant {variant.name!r}: {error}") from None
 

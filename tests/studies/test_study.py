@@ -8,6 +8,7 @@ import pytest
 
 from stf_jax import cli
 from stf_jax.config import UserError, flatten, resolve, to_json
+from stf_jax.models.reducers.base import REDUCERS
 from stf_jax.studies.study import make_cells, read_study
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -42,6 +43,22 @@ def test_our_own_studies_are_valid(file, monkeypatch):
     for variant in study.variants:  # seeds change nothing else
         first, second = (flatten(to_json(study.resolve_stages(variant, seed)[-1])) for seed in study.seeds)
         assert {key for key in first if first[key] != second[key]} == {"seed"}
+
+
+def test_the_study_of_reducers_uses_the_runs_of_the_study_of_fusions(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    fusions, reducers = (
+        read_study(cli.parse([f"--config=configs/ablations/{name}.py:seeds=1"], "", workdir=False)[1])
+        for name in ("fusions", "reducers")
+    )
+    shared = [variant for variant in fusions.variants if not variant.source and variant.name != "one_token"]
+    assert len(shared) == 12
+    for variant in shared:
+        assert reducers.resolve_stages(reducers.get_variant(variant.name), 0) == fusions.resolve_stages(variant, 0)
+    # All reducers at all budgets.
+    assert {variant.name for variant in reducers.variants if variant.source} == {
+        f"{name}_{keep}" for name in REDUCERS.known for keep in (72, 36, 16)
+    }
 
 
 def test_main_accepts_a_cells_command(tmp_path):
