@@ -162,8 +162,10 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
         kind_margin=values["kind_margin"],
     )
     evaluations: dict[tuple[tuple[str, ...], str, int], Variant] = {}
+    resolved: dict[tuple[str, int], list[TrainConfig]] = {}  # of the variants that train
     for variant, seed in itertools.product(variants, seeds):
-        stages = study.resolve_stages(variant, seed)
+        run = study.get_trained(variant).name, seed
+        stages = resolved[run] = resolved.get(run) or study.resolve_stages(variant, seed)
         last = stages[-1]
         if any(stage.seed != study.get_trained(variant).run_seed(seed) for stage in stages):
             raise UserError(f"Variant {variant.name!r} sets its seed; use the study's seeds instead.")

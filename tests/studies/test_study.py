@@ -1,5 +1,6 @@
 """Studies: the commands of their cells, invalid configs, and which runs count as done."""
 
+import functools
 import json
 import pathlib
 
@@ -31,10 +32,16 @@ def edit(file, change):
     file.write_text(json.dumps(value))
 
 
+@functools.cache
+def read_file(file):
+    """Reads one of our own studies, which takes seconds."""
+    return read_study(cli.parse([f"--config={file}:seeds=2"], "", workdir=False)[1])
+
+
 @pytest.mark.parametrize("file", ABLATIONS, ids=lambda file: file.stem)
 def test_our_own_studies_are_valid(file, monkeypatch):
     monkeypatch.chdir(ROOT)
-    study = read_study(cli.parse([f"--config={file}:seeds=2"], "", workdir=False)[1])
+    study = read_file(file)
     assert study.seeds == (0, 1)
     assert study.question
     trained = [variant for variant in study.variants if not variant.source and not variant.repeats]
@@ -47,10 +54,7 @@ def test_our_own_studies_are_valid(file, monkeypatch):
 
 def test_the_study_of_reducers_uses_the_runs_of_the_study_of_fusions(monkeypatch):
     monkeypatch.chdir(ROOT)
-    fusions, reducers = (
-        read_study(cli.parse([f"--config=configs/ablations/{name}.py:seeds=1"], "", workdir=False)[1])
-        for name in ("fusions", "reducers")
-    )
+    fusions, reducers = (read_file(ROOT / "configs" / "ablations" / f"{name}.py") for name in ("fusions", "reducers"))
     shared = [variant for variant in fusions.variants if not variant.source and variant.name != "one_token"]
     assert len(shared) == 12
     for variant in shared:
