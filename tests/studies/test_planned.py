@@ -1,4 +1,4 @@
-"""The hours and cost of a study's training runs: of those not done, each stage planned once, without weights or data."""
+"""Hours and cost of the training runs of a study that are not done: each stage is planned once, without any data."""
 
 import make_study
 import pytest
