@@ -123,7 +123,7 @@ def _plan(config: ml_collections.ConfigDict, options: argparse.Namespace) -> Non
     evaluations = [cell for cell in cells if cell.source_run is not None]
     print(
         f"\nTimes are estimates for {options.topology}, with every row data.max_length long. "
-        f"{len(evaluations)} evaluations that train nothing are not included."
+        f"{len(evaluations)} evaluations that train nothing are not included, nor those at the end of runs."
     )
 
 

@@ -89,7 +89,7 @@ def test_the_command_runs_nothing(reports, tmp_path, capsys):
     header, mlp, *_ = output.out.splitlines()
     assert header.split() == ["runs", "done", "fits", "hours", "chip", "hours", "cost"]
     assert mlp.split() == ["mlp", "2", "0", "True", "0.00", "0.01", "0.02"]
-    assert "2 evaluations that train nothing are not included." in output.out
+    assert "2 evaluations that train nothing are not included, nor those at the end of runs." in output.out
     assert [file.name for file in tmp_path.iterdir()] == ["study.py"]
     for argv, message in (
         (["--topology=h1000:1"], "unknown device 'h1000'"),
