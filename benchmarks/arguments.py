@@ -70,6 +70,16 @@ def input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=66_530, help="conversation lengths to draw (%(default)s)")
 
 
+def methods(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of :mod:`benchmarks.methods`."""
+    parser.add_argument(
+        "results", nargs="+", type=local_path, metavar="RESULTS", help="output folder of stf_jax.evaluate or main"
+    )
+    parser.add_argument("--rows", type=int, default=1, help="questions per batch (%(default)s)")
+    parser.add_argument("--text", type=int, default=64, help="text tokens per prompt (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds over all methods (%(default)s)")
+
+
 def plan(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of :mod:`benchmarks.plan`."""
     parser.add_argument("--topology", default="v5e:4x8", help="devices to compare 144 tokens with 576 on (%(default)s)")

@@ -32,7 +32,7 @@ from stf_jax.planning.report import make_report
 from stf_jax.planning.topology import topology_devices
 from stf_jax.training.state import TrainState
 from stf_jax.training.step import Metrics
-from stf_jax.training.timing import make_batch
+from stf_jax.training.timing import compiled_bytes, make_batch
 from stf_jax.weights.model import Description
 
 _FUSIONS = "mlp", "mbtf_stf"
@@ -124,11 +124,7 @@ def time_program(task: str, folder: str, fusion: str, batches: list[int]) -> dic
         program = make_program(config, kind, jax.devices()[:1], rows=batch)
         compiled = program.compile()
         figures["ms"].append(1e3 * _time(program, compiled, config))
-        # On CPUs the peak that the compiler reports excludes temporaries.
-        memory = compiled.memory_analysis()
-        assert memory is not None  # CPUs report it
-        arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        figures["gib"].append((arguments + memory.temp_size_in_bytes) / _GIB)
+        figures["gib"].append(compiled_bytes(compiled) / _GIB)
     return figures
 
 

@@ -1,18 +1,24 @@
 """Run an ablation study: ``python -m stf_jax.ablate --config=configs/ablations/fusions.py --out=DIR``."""
 
+import argparse
+import pathlib
 import shlex
 import signal
 import sys
 from typing import NoReturn
 
+import ml_collections
 from etils import epath
 
 from stf_jax import cli
 from stf_jax.cli import Parser, local_path, run_command
 from stf_jax.config import RunFailed, Stopped, UserError, short_message
+from stf_jax.environment import suppress_stderr
 from stf_jax.evals.files import RESULTS
 from stf_jax.files import make_folder
+from stf_jax.planning.topology import check_topology
 from stf_jax.studies.study import default_study, make_cells, read_study
+from stf_jax.table import format_table
 
 HELP = """Train variants of a model with several seeds, and report how they differ.
 
@@ -23,6 +29,8 @@ HELP = """Train variants of a model with several seeds, and report how they diff
   --out=DIR            the folder for report.md, report.html, report.json and PNGs
   --cells=DIR          the folder for runs; studies with the same one share equal runs (default: OUT/cells)
   --jobs=N             runs at once (default: one per GPU, or one per CPU as memory permits)
+  --topology=NAME      run nothing; print the hours of the training runs on that machine, as stf_jax.plan
+  --price-per-chip-hour=X   with --topology: also print what they cost
   -v                   also show the logs of libraries
 
 Every run is an ordinary run of stf_jax.main or stf_jax.evaluate; report.json lists the commands. After an interruption,
@@ -37,10 +45,18 @@ def main(argv: list[str]) -> None:
     own.add_argument("--out", type=local_path)
     own.add_argument("--cells", type=local_path)
     own.add_argument("--jobs", type=int, default=0)
+    own.add_argument("--topology")
+    own.add_argument("--price-per-chip-hour", type=float, default=0.0)
     options, rest = own.parse_known_args(argv)
     if argv and not rest:
         raise UserError("--config is missing; see --help.")
     config = cli.parse(rest, HELP, workdir=False, defaults=default_study)[1]
+    if not 0 <= options.price_per_chip_hour < float("inf"):
+        raise UserError("--price-per-chip-hour must be a price; see --help.")
+    if options.price_per_chip_hour and not options.topology:
+        raise UserError("--price-per-chip-hour has no effect without --topology; see --help.")
+    if options.topology:
+        return _plan(config, options)
     if options.out is None:
         raise UserError("--out is missing; see --help.")
     if options.jobs < 0:
@@ -82,9 +98,38 @@ def main(argv: list[str]) -> None:
         )
 
 
+def _plan(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
+    """Prints what the training runs of a study take on a machine."""
+    check_topology(options.topology)
+    study = read_study(config)
+    folder = options.cells or (options.out or pathlib.Path()) / "cells"
+    with suppress_stderr():  # the compilers log that they find no device
+        import jax
+
+        from stf_jax.planning.topology import topology_devices
+        from stf_jax.studies.planned import plan_study
+    jax.config.update("jax_platforms", "cpu")  # ignore the devices of this machine
+    devices, cells = topology_devices(options.topology), make_cells(study, folder)
+    rows = plan_study(
+        study,
+        cells,
+        devices,
+        options.price_per_chip_hour,
+        on_stage=lambda name, report: print(
+            f"{name}: {report['step_seconds_estimate']:.2f} s per step, bound by {report['bound']}", file=sys.stderr
+        ),
+    )
+    print(format_table(rows))
+    evaluations = [cell for cell in cells if cell.source_run is not None]
+    print(
+        f"\nTimes are estimates for {options.topology}, with every row data.max_length long. "
+        f"{len(evaluations)} evaluations that train nothing are not included, nor those at the end of runs."
+    )
+
+
 def _stop(*_: object) -> NoReturn:
     raise Stopped("Stopped by SIGTERM; the same command continues where it stopped.")
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, compilers=any(argument.startswith("--topology") for argument in sys.argv)))

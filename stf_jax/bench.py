@@ -20,6 +20,7 @@ _BENCHES = {
     "fusion": "every fusion: output tokens, parameters, FLOPs, forward and backward time, memory",
     "idle": "time that devices wait for the next batch and for the log, if reading is slow",
     "input": "images per second per core and the fraction of useful positions, compared with LLaVA's pipeline",
+    "methods": "evaluated methods in turn: time to the first token, the method's own time, memory; writes cost.json",
     "plan": "memory, FLOPs and time by plan: compared with MaxText's Llama-2-7B, and 144 vision tokens with 576",
     "step": "training steps: time, MFU and memory, compared with the export in PyTorch, eager and compiled",
     "weights": "time and peak memory of importing, loading and exporting a model",

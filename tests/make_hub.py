@@ -120,7 +120,12 @@ def make_rows(name: str) -> list[dict[str, Any]]:
 
 
 def write_rows(
-    folder: pathlib.Path, name: str, rows: Sequence[dict[str, Any]], shards: int = 1, drop: str = ""
+    folder: pathlib.Path,
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    shards: int = 1,
+    drop: str = "",
+    compression: str = "snappy",
 ) -> None:
     """Writes rows below ``folder`` where the data set has them, in groups of three."""
     stem = folder / FOLDERS[name]
@@ -132,4 +137,52 @@ def write_rows(
         if name == "mmstar":
             file = stem.with_suffix(".parquet")
         table = pa.Table.from_pylist(list(rows[shard * size : (shard + 1) * size]), schema)
-        pq.write_table(table, file, row_group_size=3)
+        pq.write_table(table, file, row_group_size=3, compression=compression)
+
+
+def write_authors_files(folder: pathlib.Path, name: str, changes: dict[str, Any] | None = None) -> list[pathlib.Path]:
+    """Writes a benchmark's rows as its authors publish them, with images; returns the JSON files.
+
+    ``changes``: of the keys of the second question.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    questions: dict[str, list[dict[str, Any]]] = {}
+    for number, (row, *_) in enumerate(CASES[name.removesuffix("_test")]["cases"]):
+        row, image = dict(row), f"{number}.png"
+        match name.removesuffix("_test"):
+            case "chartqa":
+                file, images = f"test/{'_'.join(reversed(row['type'].split('_')))}.json", "test/png"
+                row = {"imgname": image, "query": row["question"], "label": row["answer"]}
+            case "docvqa":
+                file, images = "test_v1.0.json" if name.endswith("_test") else "val_v1.0_withQT.json", "documents"
+                row |= {"questionId": int(row["questionId"]), "image": f"documents/{image}"}
+            case "infovqa":
+                file = f"infographicsVQA_{'test_v1.0' if name.endswith('_test') else 'val_v1.0_withQT'}.json"
+                row |= {"questionId": int(row["questionId"]), "image_local_name": image}
+                images = "infographicsvqa_images"
+            case "ocrbench":
+                file, images = "OCRBench.json", "OCRBench_Images/IIIT5K"
+                row = {
+                    "dataset_name": row["dataset"],
+                    "type": row["question_type"],
+                    "id": number,
+                    "question": row["question"],
+                    "answers": row["answer"],
+                    "image_path": f"IIIT5K/{image}",
+                }
+            case "seedbench":
+                file, images, image = "SEED-Bench.json", "SEED-Bench-image", f"{number}_1"
+                row |= {"data_id": image}
+            case "textvqa_no_ocr":
+                file, images, image = "TextVQA_0.5.1_val.json", "train_images", f"{number}a.jpg"
+                row |= {"image_id": f"{number}a"}
+        if name.endswith("_test"):
+            row.pop("answers", None)
+        (folder / images).mkdir(parents=True, exist_ok=True)
+        (folder / images / image).write_bytes(make_image(number))
+        questions.setdefault(file, []).append(row)
+    next(iter(questions.values()))[1].update(changes or {})
+    under = {"seedbench": "questions", "chartqa": "", "ocrbench": ""}.get(name, "data")
+    for file, rows in questions.items():
+        (folder / file).write_text(json.dumps({under: rows} if under else rows), encoding="utf-8")
+    return [folder / file for file in questions]

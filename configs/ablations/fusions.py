@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from stf_jax.studies.miniature import miniature_study, row_lengths
+from stf_jax.studies.miniature import fused_variants, miniature_study, row_lengths
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -17,9 +17,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         "the mean of all patches. One control must not differ: `mlp_again`."
     )
     config.baseline = "mlp"
-    fused = ("mbtf_stf", "stf", "pixel_shuffle", "avg_pool", "token_packer", "resampler", "c_abstractor", "ldp_v2")
     variants = {name: (f"model.fusion.fusion={name}", *full) for name in ("mlp", "mbtf")}
-    variants |= {name: (f"model.fusion.fusion={name}", *quarter) for name in fused}
+    variants |= fused_variants()
     variants["resize"] = ("model.fusion.fusion=mlp", "model.vision=clip-mini-8-48", *quarter)
     variants["one_token"] = ("model.fusion.fusion=avg_pool", "model.fusion.kernel=12", *row_lengths(1))
     config.variants = tuple(variants.items())

@@ -4,6 +4,7 @@ Axis letters: S seeds, Q questions.
 """
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 
@@ -14,11 +15,12 @@ from stf_jax.comparisons import lmms_eval, ours
 from stf_jax.comparisons.runs import Method, Run, agreement, check_same, default_name, make_methods
 from stf_jax.config import UserError, did_you_mean
 from stf_jax.evals.files import RESULTS
-from stf_jax.files import to_path
+from stf_jax.files import read_json, to_path
 from stf_jax.studies.statistics import ClusteredMean, clustered_mean
 
 ALL = "Mean of the benchmarks"
 BUDGETS = (66.7, 77.8, 88.9)  # UniPruneBench's, in percent fewer tokens: 192, 128 and 64 of 576
+_STUDY = "report.json"  # in the output folder of ablate
 _NEAR_BUDGET = 1.0  # percentage points
 _RIGHT = 50.0  # an answer with at least this score counts as right, as in VTC-Bench
 
@@ -92,7 +94,7 @@ def read_results(arguments: Sequence[str]) -> list[Method]:
       UserError: a path has no results, or results of one name are no seeds of one method.
     """
     runs, places = [], set()
-    for argument in arguments:
+    for argument in itertools.chain.from_iterable(map(_expand_study, arguments)):
         chosen, place = split_name(argument)
         name, seed = default_name(place)
         if (real := os.path.realpath(place)) in places:
@@ -103,6 +105,21 @@ def read_results(arguments: Sequence[str]) -> list[Method]:
             raise UserError(f"{place} has answers about blank images; pass it as --blank=NAME={place}.")
         runs.append((chosen or name, seed, bool(chosen), run))
     return make_methods(runs)
+
+
+def _expand_study(argument: str) -> list[str]:
+    """Returns the folders of the runs in the report of a study, or the argument if it names no such report.
+
+    Raises:
+      UserError: the report lists no folders, as those of earlier versions.
+    """
+    name, place = split_name(argument)
+    if name or (place / RESULTS).exists() or not (place / _STUDY).exists():
+        return [argument]
+    try:
+        return [str(folder) for runs in read_json(place / _STUDY)["folders"].values() for folder in runs]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{place / _STUDY} lists no folders of runs; run the study's command again.") from None
 
 
 def split_name(argument: str) -> tuple[str, epath.Path]:

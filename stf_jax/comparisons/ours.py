@@ -7,8 +7,10 @@ from etils import epath
 
 from stf_jax.comparisons.runs import COST_FILE, Run, ScoredBenchmark, make_benchmark, read_cost
 from stf_jax.config import UserError, flatten
-from stf_jax.evals.files import RESULTS
-from stf_jax.evals.scores import SCORES, read_scores
+from stf_jax.evals.answers import match_answers, read_answers
+from stf_jax.evals.files import ANSWERS, RESULTS
+from stf_jax.evals.registry import BENCHMARKS
+from stf_jax.evals.scores import SCORES, ScoredQuestion, read_scores, score_questions
 from stf_jax.files import read_json
 
 TOOL = "stf_jax.evaluate"
@@ -40,18 +42,29 @@ def read_folder(folder: epath.Path) -> Run:
     return Run(TOOL, str(folder), benchmarks, cost | read_cost(folder / COST_FILE), blank)
 
 
+def _score_again(folder: epath.Path, results: dict[str, Any]) -> list[ScoredQuestion]:
+    """Scores the answers in a folder that an earlier version made, if their benchmark needs no files for it."""
+    kind = BENCHMARKS.known.get(results["benchmark"])
+    if kind is None or kind.folders or not (folder / ANSWERS).exists():
+        return []
+    benchmark = kind(epath.Path())
+    if len(benchmark.questions) != results["protocol"]["questions"]:
+        return []
+    return score_questions(benchmark, match_answers(benchmark, read_answers(folder / ANSWERS), folder / ANSWERS))
+
+
 def _read_benchmark(folder: epath.Path, results: dict[str, Any]) -> ScoredBenchmark:
     name, protocol = results["benchmark"], results["protocol"]
     file = folder / SCORES
-    if not file.exists():
+    rows = read_scores(file) if file.exists() else _score_again(folder, results)
+    if not rows:
         if not results["metrics"]:
             raise UserError(f"{folder} has no scores, because the labels of {name} are not public.")
         raise UserError(
             f"{folder} has no {SCORES}: an earlier version made it, or {name} cannot score single questions. Score its "
-            f"answers again (python -m stf_jax.evaluate --answers={folder / 'answers.jsonl'} --benchmark={name} "
+            f"answers again (python -m stf_jax.evaluate --answers={folder / ANSWERS} --benchmark={name} "
             "--data=… --out=…)."
         )
-    rows = read_scores(file)
     # Papers leave out questions without an image too (ScienceQA): no way of reading images changes them.
     shown = [row for row in rows if not row.blank and row.image is not None]
     blank = [row.score for row in rows if row.blank]

@@ -12,6 +12,7 @@ from stf_jax.config import UserError, shorten
 from stf_jax.files import parse_json, read_json
 
 RESULTS = "results.json"  # the metrics and protocol of an evaluation
+ANSWERS = "answers.jsonl"  # its answers
 _Label = TypeVar("_Label")
 
 

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from stf_jax.config import UserError, flatten
 from stf_jax.evals.answers import answer_line, match_answers, read_answers
 from stf_jax.evals.benchmark import Benchmark
-from stf_jax.evals.files import RESULTS, sha256
+from stf_jax.evals.files import ANSWERS, RESULTS, sha256
 from stf_jax.evals.scores import SCORES, write_scores
 from stf_jax.files import AppendOnlyFile, as_user_error, make_folder, parse_json, write_json
 from stf_jax.inference.decoding import Sampling
@@ -25,7 +25,7 @@ from stf_jax.inference.generator import GREEDY, Generator
 from stf_jax.parallel.hosts import run_on_host0
 from stf_jax.table import format_table
 
-ANSWERS, PROTOCOL = "answers.jsonl", "protocol.json"
+PROTOCOL = "protocol.json"
 Results = dict[str, Any]
 _MAX_LISTED_FILES = 20  # label files that the protocol lists one by one
 

@@ -39,18 +39,25 @@ class ScoredQuestion:
 
 def write_scores(benchmark: Benchmark, texts: Sequence[str], file: epath.Path) -> None:
     """Writes the scores of a benchmark's questions; removes the file if the benchmark does not score them singly."""
-    scores = benchmark.scores(texts) if benchmark.scored else []
-    if not scores:
+    rows = score_questions(benchmark, texts)
+    if not rows:
         file.unlink(missing_ok=True)
         return
-    numbers: dict[Callable[[], PIL.Image.Image], int] = {}
     with open_atomic(file) as opened:
-        for score in scores:
-            first = benchmark.questions[score.asked[0]]
-            image = None if first.image is None else numbers.setdefault(first.image, len(numbers))
-            answers = tuple(texts[index] for index in score.asked)
-            row = ScoredQuestion(str(first.id), first.prompt, image, answers, score.value, score.blank)
+        for row in rows:
             opened.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+
+
+def score_questions(benchmark: Benchmark, texts: Sequence[str]) -> list[ScoredQuestion]:
+    """Scores single questions; empty if the benchmark does not, or has no labels."""
+    numbers: dict[Callable[[], PIL.Image.Image], int] = {}
+    rows = []
+    for score in benchmark.scores(texts) if benchmark.scored else []:
+        first = benchmark.questions[score.asked[0]]
+        image = None if first.image is None else numbers.setdefault(first.image, len(numbers))
+        answers = tuple(texts[index] for index in score.asked)
+        rows.append(ScoredQuestion(str(first.id), first.prompt, image, answers, score.value, score.blank))
+    return rows
 
 
 def read_scores(file: epath.Path) -> list[ScoredQuestion]:

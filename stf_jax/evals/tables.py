@@ -5,6 +5,8 @@ Texts are read at once; images only when they are opened, from memory-mapped fil
 
 import collections
 import dataclasses
+import functools
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +48,7 @@ class Table:
     """The rows of Parquet files with the same columns.
 
     Attributes:
+      files: the files, in order.
       rows: the values of the columns, without images.
     """
 
@@ -60,6 +63,7 @@ class Table:
           UserError: a file cannot be read, lacks a column, or has one of another kind; there are no rows; pyarrow is
             not installed.
         """
+        self.files = files
         self._shards = [_Shard(file, columns) for file in files]
         self._starts: list[int] = []
         self.rows: list[Row] = []
@@ -102,12 +106,14 @@ class Table:
         return value
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _TableImage:
     """Opens an image in a table, in RGB.
 
     As in lmms-eval, transparency is dropped, which shows the colors below it. Images of other benchmarks become white
     there.
+
+    Two are equal if their files are: a data set repeats an image in the row of each of its questions.
     """
 
     table: Table
@@ -116,6 +122,20 @@ class _TableImage:
 
     def __call__(self) -> PIL.Image.Image:
         return open_image(self.table.read_image(self.row, self.column), f"of {self.row.name}").convert("RGB")
+
+    @functools.cached_property
+    def content(self) -> bytes | int:
+        """The hash of the file, or the row's number if it cannot be read."""
+        try:
+            return hashlib.sha256(self.table.read_image(self.row, self.column)).digest()
+        except BadRow:
+            return self.row.number
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _TableImage) and self.content == other.content
+
+    def __hash__(self) -> int:
+        return hash(self.content)
 
 
 class _Shard:

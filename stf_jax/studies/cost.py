@@ -11,21 +11,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import PIL.Image
 from etils import epath
 
 from stf_jax.cli import Parser, add_model_arguments
-from stf_jax.config import RunFailed, TrainConfig, from_json
+from stf_jax.config import RunFailed, TrainConfig, from_json, replace
 from stf_jax.evals.registry import open_benchmarks
 from stf_jax.files import read_json, write_json
 from stf_jax.inference.generator import Generator
 from stf_jax.inference.loading import load_generator
-from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import make_mesh
+from stf_jax.studies.method_cost import measure_methods
 from stf_jax.studies.runner import Slot
 from stf_jax.studies.study import Cell
-from stf_jax.training.flops import prefill_flops, step_flops
+from stf_jax.training.flops import step_flops
 from stf_jax.training.timing import make_batch, time_train_steps
 
 COST_FILE = "cost.json"  # next to a cell's results
@@ -60,25 +59,20 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
     add_model_arguments(parser)
     options = parser.parse_known_args(eval_options)[0]
     config = from_json(read_json(epath.Path(workdir / "config.json")))
-    model = dataclasses.replace(config.model, reduce=options.reduce, keep=options.keep)
-    spec, rows, length = resolve_model(model), config.global_batch_size, config.data.max_length
-    reduction = spec.reduction
+    model = replace(config.model, "model.", reduce=options.reduce, keep=options.keep)
+    if options.precision:
+        model = replace(model, "model.", precision=options.precision)
+    rows, length = config.global_batch_size, config.data.max_length
     mesh = make_mesh(config.mesh)
     generator, saved = load_generator(epath.Path(workdir), mesh, options.precision, options.reduce, options.keep)
     fusion_parameters = sum(leaf.size for path, leaf in saved.shapes.items() if path.startswith("fusion/"))
     first_token_seconds, prompt_length = _time_first_token(generator, config)
-    cost: dict[str, Any] = {
-        "image_tokens": reduction.keep,
-        "fusion_parameters": fusion_parameters,
-        "first_token_ms": 1e3 * first_token_seconds,
-        "first_token_rows": config.eval.batch,
-        "prefill_gflops": sum(prefill_flops(model, 1, prompt_length, 1).values()) / 1e9,
-    }
-    if reduction.stages:
-        assert spec.llm_shape is not None  # its layers drop the tokens
-        cost["average_image_tokens"] = reduction.average_tokens(spec.llm_shape.layers)
-    if not reduction.name:
-        del generator
+    del generator  # its memory
+    data = dataclasses.replace(config.data, max_length=prompt_length, images_per_row=1)
+    method = dataclasses.replace(config, model=model, data=data, global_batch_size=config.eval.batch)
+    cost = measure_methods([method], _REPEATS)[0]
+    cost |= {"fusion_parameters": fusion_parameters, "first_token_ms": 1e3 * first_token_seconds}
+    if not options.reduce:
         seconds, memory = time_train_steps(config, str(workdir), make_batch(config), _STEPS)[1:]
         cost |= {
             "step_ms": 1e3 * statistics.median(seconds),
@@ -86,7 +80,7 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
             "step_gflops": step_flops(config.model, config.rules, rows, length, 1, config.objective) / 1e9,
             "step_mib": memory / 2**20,
         }
-    return cost | {"device": jax.devices()[0].device_kind}
+    return cost
 
 
 def _time_first_token(generator: Generator, config: TrainConfig) -> tuple[float, int]:

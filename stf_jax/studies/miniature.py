@@ -16,6 +16,21 @@ def miniature_study(arg: str | None, title: str, seeds: int = 5) -> ml_collectio
     return config.unlock()
 
 
+FUSED = ("mbtf_stf", "stf", "pixel_shuffle", "avg_pool", "token_packer", "resampler", "c_abstractor", "ldp_v2")
+
+
+def fused_variants(kernel: int = 2) -> dict[str, tuple[str, ...]]:
+    """Returns the variants of all fusions that keep one token of each ``kernel``×``kernel`` window: 36 or 16 of 144.
+
+    Those of the default kernel are named as the fusions.
+    """
+    count = (12 // kernel) ** 2
+    if kernel == 2:
+        return {name: (f"model.fusion.fusion={name}", *row_lengths(count)) for name in FUSED}
+    options = (f"model.fusion.kernel={kernel}", *row_lengths(count))
+    return {f"{name}_{count}": (f"model.fusion.fusion={name}", *options) for name in FUSED}
+
+
 def row_lengths(count: int) -> tuple[str, ...]:
     """Returns overrides of the row lengths for ``count`` tokens per image, which leave the same space for text.
 

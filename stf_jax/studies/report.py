@@ -361,6 +361,9 @@ def _make_json(findings: Findings, cells: Sequence[Cell]) -> dict[str, Any]:
             for name, by_height in findings.height_differences.items()
         },
         "cost": findings.costs,
+        "folders": {
+            name: [str(cell.folder) for cell in cells if cell.variant.name == name] for name in findings.scores
+        },
         "commands": {cell.name: _format_command(cell.command) for cell in cells},
     }
 

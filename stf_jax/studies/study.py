@@ -162,8 +162,10 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
         kind_margin=values["kind_margin"],
     )
     evaluations: dict[tuple[tuple[str, ...], str, int], Variant] = {}
+    resolved: dict[tuple[str, int], list[TrainConfig]] = {}  # of the variants that train
     for variant, seed in itertools.product(variants, seeds):
-        stages = study.resolve_stages(variant, seed)
+        run = study.get_trained(variant).name, seed
+        stages = resolved[run] = resolved.get(run) or study.resolve_stages(variant, seed)
         last = stages[-1]
         if any(stage.seed != study.get_trained(variant).run_seed(seed) for stage in stages):
             raise UserError(f"Variant {variant.name!r} sets its seed; use the study's seeds instead.")
@@ -198,7 +200,8 @@ def _check_components(variant: Variant, stages: Sequence[TrainConfig]) -> None:
 
     The options may only change the model, not the checkpoint or the questions.
     """
-    from stf_jax.models.blueprint import blueprint  # takes seconds to import
+    from stf_jax.models.blueprint import blueprint  # both take seconds to import
+    from stf_jax.models.spec import resolve_model
 
     parser = Parser(add_help=False, allow_abbrev=False)
     cli.add_model_arguments(parser)
@@ -206,7 +209,11 @@ def _check_components(variant: Variant, stages: Sequence[TrainConfig]) -> None:
         options = parser.parse_args(variant.eval_options)
         for stage in stages:
             find_source(stage.data.source)
-        blueprint(dataclasses.replace(stages[-1].model, reduce=options.reduce, keep=options.keep))
+        model = dataclasses.replace(stages[-1].model, reduce=options.reduce, keep=options.keep)
+        if variant.source:  # its shapes are those of the source
+            resolve_model(model).reduction  # noqa: B018 (it is computed here)
+        else:
+            blueprint(model)
     except UserError as error:
         raise UserError(f"Variant {variant.name!r}: {error}") from None
 

@@ -41,11 +41,16 @@ def time_train_steps(
             losses.append(float(metrics["loss"]))
             seconds.append(time.perf_counter() - begin)
     stats = jax.devices()[0].memory_stats()  # None on CPUs
-    memory = step.memory_analysis()
+    peak_bytes = stats["peak_bytes_in_use"] if stats else compiled_bytes(step)
+    return losses, seconds[1:], peak_bytes
+
+
+def compiled_bytes(program: jax.stages.Compiled) -> int:
+    """Bytes of a compiled program's arguments, results and temporaries; on CPUs its own peak leaves these out."""
+    memory = program.memory_analysis()
     assert memory is not None  # CPUs, GPUs and TPUs report it
     planned = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    peak_bytes = stats["peak_bytes_in_use"] if stats else planned - memory.alias_size_in_bytes
-    return losses, seconds[1:], peak_bytes
+    return planned - memory.alias_size_in_bytes
 
 
 def make_batch(config: TrainConfig) -> Batch:

@@ -129,18 +129,39 @@ def test_pareto_front():
 
 
 def test_the_scores_that_evaluate_writes_are_read(tmp_path):
-    (benchmark,) = open_benchmarks(["scenes"], "", limit=40)
+    (benchmark,) = open_benchmarks(["scenes"], "")
     lines = [
         json.dumps({"question_id": q.id, "prompt": q.prompt, "text": q.metadata["truth"] if index % 3 else "no idea"})
         for index, q in enumerate(benchmark.questions)
     ]
     file = epath.Path(tmp_path / "answers.jsonl")
     file.write_text("\n".join(lines))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "answers.jsonl").write_text("\n".join(lines))
     metrics = score(benchmark, file, epath.Path(tmp_path / "out"))["metrics"]
     scored = read_run(epath.Path(tmp_path / "out")).benchmarks["scenes"]
     assert scored.scores.mean() == pytest.approx(100 * metrics["accuracy"])
     assert scored.blank == pytest.approx(100 * metrics["blank_image_accuracy"])
-    assert 1 < len(set(scored.clusters)) < 40  # an image has several questions
+    assert 1 < len(set(scored.clusters)) < len(scored.ids)  # an image has several questions
+    # Earlier versions wrote no scores; embedded benchmarks need no files to score their answers again.
+    (tmp_path / "out" / "scores.jsonl").unlink()
+    again = read_run(epath.Path(tmp_path / "out")).benchmarks["scenes"]
+    assert (again.ids, again.answers, again.blank) == (scored.ids, scored.answers, scored.blank)
+    np.testing.assert_array_equal(again.scores, scored.scores)
+    np.testing.assert_array_equal(again.clusters, scored.clusters)
+
+
+def test_the_output_folder_of_a_study_stands_for_its_runs(make, tmp_path):
+    folders = {name: [make(f"cells/{name}/seed_{seed}", draw(seed)) for seed in (0, 1)] for name in ("mlp", "k=3")}
+    (tmp_path / "study").mkdir()
+    report = tmp_path / "study" / "report.json"
+    report.write_text(json.dumps({"title": "A study", "folders": folders}))
+    single = make("single", draw(0))
+    methods = read_results(["study", single])
+    assert [(method.name, method.seeds) for method in methods] == [("mlp", (0, 1)), ("k=3", (0, 1)), ("single", (0,))]
+    for wrong in ({"title": "A study"}, [], {"folders": [1]}):
+        report.write_text(json.dumps(wrong))
+        refuse("lists no folders of runs", ["study"])
 
 
 # ---- Refused ---------------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from etils import epath
-from make_hub import CASES, FOLDERS, SCHEMAS, make_image, make_rows, write_rows
+from make_hub import CASES, FOLDERS, SCHEMAS, make_image, make_rows, write_authors_files, write_rows
 
 from stf_jax.config import UserError
 from stf_jax.data.records import BadRow
 from stf_jax.evals.hub import HubBenchmark
 from stf_jax.evals.registry import BENCHMARKS, open_benchmarks
+from stf_jax.evals.scores import read_scores, write_scores
 
 IDS = {  # else the rows' numbers
     "docvqa": "questionId",
@@ -89,6 +90,23 @@ def test_images_are_read_on_demand_in_any_order(name, tmp_path):
         image, number = question.image(), question.metadata["doc_id"]
         # Without its transparency, as with Pillow's convert("RGB"), which lmms-eval's tasks call.
         assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (5 + number, 4), (number, 0, 90))
+
+
+AUTHORS = ["chartqa", "docvqa", "infovqa", "ocrbench", "seedbench", "textvqa_no_ocr"]
+
+
+@pytest.mark.parametrize("name", [*AUTHORS, "docvqa_test", "infovqa_test"])
+def test_the_authors_files_have_the_same_questions(name, tmp_path):
+    write_rows(tmp_path / "hub", name, make_rows(name))
+    write_authors_files(tmp_path / "authors" / name.removesuffix("_test"), name)
+    hub, authors = (open_one(tmp_path / place, name) for place in ("hub", "authors"))
+    assert [q.text for q in authors.questions] == [q.text for q in hub.questions]
+    assert [str(q.id) for q in authors.questions] == [str(q.id) for q in hub.questions]
+    assert [q.image().tobytes() for q in authors.questions] == [q.image().tobytes() for q in hub.questions]
+    assert bool(authors.labels) == hub.has_labels == authors.scored
+    if hub.scored:
+        texts = [answer.strip() for row, answer, _ in CASES[name]["cases"] if row.get("data_type") != "video"]
+        assert authors.metrics(texts) == hub.metrics(texts)
 
 
 def test_scores_by_group(tmp_path):
@@ -217,11 +235,12 @@ def test_incomplete_and_mixed_uploads(tmp_path):
     )
     shutil.rmtree(folder)
     assert open_error(tmp_path, "ocrbench") == (
-        f"ocrbench: there is no data/test-*.parquet in {tmp_path}/ocrbench; get the files with: "
+        f"ocrbench: there is no data/test-*.parquet or OCRBench.json in {tmp_path}/ocrbench; get the files with: "
         f"hf download echo840/OCRBench --repo-type=dataset --local-dir={tmp_path}/ocrbench"
     )
     assert open_error(tmp_path, "infovqa") == (  # not all in one folder
-        f"infovqa: there is no InfographicVQA/validation-*.parquet in {tmp_path}; get the files with: "
+        "infovqa: there is no InfographicVQA/validation-*.parquet or infographicsVQA_val_v1.0_withQT.json in "
+        f"{tmp_path}; get the files with: "
         f"hf download lmms-lab-encoder/DocVQA --repo-type=dataset --local-dir={tmp_path}/infovqa"
     )
 
@@ -251,6 +270,52 @@ def test_bad_rows_are_named(name, row, sentence, tmp_path):
     (file,) = (tmp_path / FOLDERS[name]).parent.iterdir()
     where = f"{file}, row 2"
     assert open_error(tmp_path, name) == (where + sentence if sentence.startswith(" has") else f"{where}: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        ("chartqa", {"label": 3}, "label 2: label is 3, not text."),
+        ("chartqa", {"imgname": None}, "label 2: a label needs imgname."),
+        ("docvqa", {"questionId": 1.5}, "label 2: questionId is 1.5, not text or integer."),
+        ("docvqa", {"answers": ["a", 1]}, "label 2: answers is ['a', 1], not list of text."),
+        ("infovqa", {"answers": []}, "label 2 has no answers."),
+        ("ocrbench", {"type": "x"}, "label 2: 'x' is none of OCRBench's types of questions."),
+        ("seedbench", {"question_type_id": True}, "label 2: question_type_id is True, not integer."),
+    ],
+)
+def test_bad_questions_of_authors_files_are_named(name, changes, sentence, tmp_path):
+    file, *_ = write_authors_files(tmp_path / name, name, changes)
+    assert open_error(tmp_path, name) == f"{file}, {sentence}"
+
+
+def test_other_forms_of_authors_files(tmp_path):
+    human, augmented = write_authors_files(tmp_path / "chartqa", "chartqa")
+    augmented.unlink()
+    assert open_error(tmp_path, "chartqa") == f"{augmented} is missing next to {human}: the benchmark needs both."
+    augmented.write_text("[]")
+    assert open_error(tmp_path, "chartqa") == f"{augmented} contains no questions."
+    write_authors_files(tmp_path / "ocrbench", "ocrbench", {"answers": "one text"})
+    assert open_one(tmp_path, "ocrbench").rows[1]["answer"] == ["one text"]
+    (file,) = write_authors_files(tmp_path / "docvqa", "docvqa")
+    file.write_text("{}")
+    assert open_error(tmp_path, "docvqa").startswith(f"{file} has no list of labels under 'data'; use the file")
+    (tmp_path / "seedbench").mkdir()
+    assert "there is no data/test-*.parquet or SEED-Bench.json in " in open_error(tmp_path, "seedbench")
+
+
+def test_questions_about_one_image_are_one_cluster(tmp_path):
+    rows = make_rows("docvqa")
+    rows[5]["image"] = rows[6]["image"] = rows[0]["image"]  # in another row each, two of them in another file
+    rows[2]["image"] = rows[3]["image"] = {"bytes": None, "path": None}
+    write_rows(tmp_path, "docvqa", rows, shards=2)
+    benchmark = open_one(tmp_path, "docvqa")
+    for hidden in (False, True):
+        if hidden:
+            benchmark.hide_images()
+        write_scores(benchmark, ["x"] * len(rows), epath.Path(tmp_path / "scores.jsonl"))
+        clusters = [row.image for row in read_scores(epath.Path(tmp_path / "scores.jsonl"))]
+        assert clusters == [0, 1, 2, 3, 4, 0, 0, 5]  # images that cannot be read are different ones
 
 
 def test_unreadable_images(tmp_path):

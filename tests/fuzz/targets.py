@@ -18,8 +18,9 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import make_hub
 import numpy as np
 import PIL.Image
 import tokenizers
@@ -345,9 +346,14 @@ def benchmark(data: bytes) -> None:
     for path, content in zip((*_FILES[name], "answers.jsonl"), files, strict=False):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
+    _score_files(name, folder, has_answers=len(files) > len(_FILES[name]))
+
+
+def _score_files(name: str, folder: pathlib.Path, *, has_answers: bool) -> None:
+    """Scores a benchmark's files: they are refused in one line, or the results are in their range."""
     try:
         opened = BENCHMARKS.find(name)(epath.Path(folder))
-        if len(files) <= len(_FILES[name]):
+        if not has_answers:
             lines = [answer_line(q, i, str(q.id), "model") for i, q in enumerate(opened.questions)]
             (folder / "answers.jsonl").write_text("\n".join(lines), encoding="utf-8")
         for question in opened.questions:
@@ -364,6 +370,40 @@ def benchmark(data: bytes) -> None:
     assert all(isinstance(value, (int, float)) for value in flatten_metrics(results).values())
     assert results["model"] in format_results(results)
     assert json.loads((folder / "out" / "results.json").read_bytes()) == json.loads(json.dumps(results))
+
+
+_HUB_NAMES = tuple(make_hub.SCHEMAS)
+
+
+def hub(data: bytes) -> None:
+    """Scores a benchmark from its name and its file, as on the Hub or as its authors publish it, as above."""
+    name, _, content = data.partition(SEPARATOR.encode())
+    name = _choose(name.decode(errors="replace"), _HUB_NAMES)
+    folder = _folder("hub") / name
+    shutil.rmtree(folder, ignore_errors=True)
+    kind = BENCHMARKS.find(name)
+    if content.startswith(b"PAR1") or not kind.authors:
+        files = [kind.files.replace("*", "00000-of-00001")]
+    else:
+        files = [file.names[0] for file in kind.authors]
+        (folder / "documents").mkdir(parents=True)
+        (folder / "documents" / "0.png").write_bytes(make_hub.make_image(0))
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(content)
+    _score_files(name, folder, has_answers=False)
+
+
+def _hub_seeds() -> Iterator[bytes]:
+    """Yields valid files of each benchmark: Parquet's without compression, so that changes reach its values."""
+    for name in _HUB_NAMES:
+        folder = _folder("hub-seeds")
+        make_hub.write_rows(folder, name, make_hub.make_rows(name)[:2], compression="none")
+        (file,) = (folder / make_hub.FOLDERS[name]).parent.glob("*.parquet")
+        yield _join(name, file.read_bytes())
+        if BENCHMARKS.find(name).authors:
+            file, *_ = make_hub.write_authors_files(folder / "authors" / name, name)
+            yield _join(name, file.read_bytes())
 
 
 def _check_range(key, value):
@@ -506,6 +546,7 @@ SEEDS: dict[str, list[bytes]] = {
         _join("The answer is C.", "x", "y", "z", "w"),
     ],
     "benchmark": list(_benchmarks()),
+    "hub": list(_hub_seeds()),
     "config": [
         _join("stage=pretrain,steps=3", "--config.optimizer.learning_rate=1e-3", "--config.seed=7"),
         _join("", "--config.stages.finetune.data.packing=false", "--config.run=('finetune',)"),
@@ -567,6 +608,10 @@ WORDS: dict[str, tuple[str, ...]] = {
         *(SEPARATOR, *_FILES, '"question_id":', '"answers":', '"answer":', '"\\ud800"', "[", "]", "{", "}", "\t", "\n"),
         *('"', "1000001", "9" * 20, "null", "true", "NaN", "\ufffe", "[" * 101, "\r", "<image>", "../", "Yes", "No"),
     ),
+    "hub": (
+        *(SEPARATOR, *_HUB_NAMES, "PAR1", "\0", "\x15", "\xff" * 4, "\x80" * 8, "[", "]", "{", "}", "null", "1.5"),
+        *('"answers":', '"data":', '"questions":', '"\\ud800"', '"../0.png"', "[" * 101, "answer", "image", "bytes"),
+    ),
     "config": (
         *(SEPARATOR, "stage=", "pretrain", "finetune", "steps=", "--config.", "--noconfig.", "stages.", "run", "rules"),
         *(
@@ -595,5 +640,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "image_path": image_path,
     "scoring": scoring,
     "benchmark": benchmark,
+    "hub": hub,
     "config": config,
 }

@@ -111,7 +111,11 @@ def test_it_says_how_to_reproduce_it(written):
     assert "Seeds 0, 1; 4 training runs, whose steps took 8 min in total and at most 2 min per run." in text
     assert "| stf | `model.fusion.fusion=stf` |" in text
     assert "| fastv | runs of mlp, evaluated with `--reduce=fastv` |" in text
-    commands = json.loads((out / "report.json").read_text())["commands"]
+    report = json.loads((out / "report.json").read_text())
+    assert [path for paths in report["folders"].values() for path in paths] == [
+        str(cell.folder) for name in report["folders"] for cell in done if cell.variant.name == name
+    ]
+    commands = report["commands"]
     assert set(commands) == {cell.name for cell in done}
     assert commands["stf, seed 1"].startswith("python -m stf_jax.main --config=")
 

@@ -1,5 +1,6 @@
 """Studies: the commands of their cells, invalid configs, and which runs count as done."""
 
+import functools
 import json
 import pathlib
 
@@ -8,6 +9,7 @@ import pytest
 
 from stf_jax import cli
 from stf_jax.config import UserError, flatten, resolve, to_json
+from stf_jax.models.reducers.base import REDUCERS
 from stf_jax.studies.study import make_cells, read_study
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -30,10 +32,16 @@ def edit(file, change):
     file.write_text(json.dumps(value))
 
 
+@functools.cache
+def read_file(file):
+    """Reads one of our own studies, which takes seconds."""
+    return read_study(cli.parse([f"--config={file}:seeds=2"], "", workdir=False)[1])
+
+
 @pytest.mark.parametrize("file", ABLATIONS, ids=lambda file: file.stem)
 def test_our_own_studies_are_valid(file, monkeypatch):
     monkeypatch.chdir(ROOT)
-    study = read_study(cli.parse([f"--config={file}:seeds=2"], "", workdir=False)[1])
+    study = read_file(file)
     assert study.seeds == (0, 1)
     assert study.question
     trained = [variant for variant in study.variants if not variant.source and not variant.repeats]
@@ -42,6 +50,19 @@ def test_our_own_studies_are_valid(file, monkeypatch):
     for variant in study.variants:  # seeds change nothing else
         first, second = (flatten(to_json(study.resolve_stages(variant, seed)[-1])) for seed in study.seeds)
         assert {key for key in first if first[key] != second[key]} == {"seed"}
+
+
+def test_the_study_of_reducers_uses_the_runs_of_the_study_of_fusions(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    fusions, reducers = (read_file(ROOT / "configs" / "ablations" / f"{name}.py") for name in ("fusions", "reducers"))
+    shared = [variant for variant in fusions.variants if not variant.source and variant.name != "one_token"]
+    assert len(shared) == 12
+    for variant in shared:
+        assert reducers.resolve_stages(reducers.get_variant(variant.name), 0) == fusions.resolve_stages(variant, 0)
+    # All reducers at all budgets.
+    assert {variant.name for variant in reducers.variants if variant.source} == {
+        f"{name}_{keep}" for name in REDUCERS.known for keep in (72, 36, 16)
+    }
 
 
 def test_main_accepts_a_cells_command(tmp_path):

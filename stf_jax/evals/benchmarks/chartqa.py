@@ -2,13 +2,15 @@
 
 The protocol is lmms-eval's task ``chartqa``, version 0.7.3: lmms_eval/tasks/chartqa/{chartqa.yaml, utils.py} in
 EvolvingLMMs-Lab/lmms-eval. Its relaxed correctness is that of Qwen-VL's evaluate_vqa.py. The files are
-``data/test-*.parquet`` of the data set lmms-lab-encoder/ChartQA on the Hub (formerly lmms-lab/ChartQA).
+``data/test-*.parquet`` of the data set lmms-lab-encoder/ChartQA on the Hub (formerly lmms-lab/ChartQA), or
+``test/test_human.json``, ``test_augmented.json`` and ``png/`` of the authors' ChartQA Dataset.
 """
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from stf_jax.config import UserError, did_you_mean
+from stf_jax.evals.authors import AuthorsFile
 from stf_jax.evals.benchmark import accuracy_by_kind
 from stf_jax.evals.hub import HubBenchmark, mean
 from stf_jax.evals.matching import RELAXED_RULE, is_relaxed_match
@@ -27,6 +29,16 @@ class ChartQA(HubBenchmark):
     max_new_tokens = 16
     rule = RELAXED_RULE
     columns: ClassVar[Columns] = {"type": ("text",), "question": ("text",), "answer": ("text",), "image": ("image",)}
+    authors = tuple(
+        AuthorsFile(
+            (f"test/{name}", name),
+            "imgname",
+            ("test/png", "png"),
+            {"question": "query", "answer": "label"},
+            {"type": kind},
+        )
+        for name, kind in (("test_human.json", "human_test"), ("test_augmented.json", "augmented_test"))
+    )
 
     def make_prompt(self, row: Row) -> str:
         return f"{row['question']}\nAnswer the question with a single word."

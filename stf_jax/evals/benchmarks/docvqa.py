@@ -3,7 +3,8 @@
 The protocol is lmms-eval's tasks ``docvqa_val`` and ``docvqa_test``, version 0.7.3: lmms_eval/tasks/docvqa/
 {_default_template_docvqa_yaml, docvqa_val.yaml, docvqa_test.yaml, utils.py} and ``anls`` in lmms_eval/api/metrics.py,
 in EvolvingLMMs-Lab/lmms-eval. The files are ``DocVQA/{validation,test}-*.parquet`` of the data set
-lmms-lab-encoder/DocVQA on the Hub (formerly lmms-lab/DocVQA).
+lmms-lab-encoder/DocVQA on the Hub (formerly lmms-lab/DocVQA), or the challenge's ``val_v1.0_withQT.json`` (older:
+``val_v1.0.json``) and ``test_v1.0.json`` with ``documents/``.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 from etils import epath
 
 from stf_jax.config import UserError
+from stf_jax.evals.authors import AuthorsFile
 from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX
 from stf_jax.evals.hub import HubBenchmark, mean
 from stf_jax.evals.matching import ANLS_RULE, anls
@@ -35,6 +37,7 @@ class DocVQA(HubBenchmark):
         "answers": ("list of text",),
         "image": ("image",),
     }
+    authors = (AuthorsFile(("val_v1.0_withQT.json", "val_v1.0.json"), folders=("val",), under="data"),)
     id_column = "questionId"
 
     def make_prompt(self, row: Row) -> str:
@@ -54,6 +57,7 @@ class DocVQATest(DocVQA):
     groups = ()
     files = "DocVQA/test-*.parquet"
     columns: ClassVar[Columns] = {"questionId": ("text", "integer"), "question": ("text",), "image": ("image",)}
+    authors = (AuthorsFile(("test_v1.0.json",), folders=("test",), under="data"),)
     has_labels = False
 
     def check_row(self, row: Row) -> None:

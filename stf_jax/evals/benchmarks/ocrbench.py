@@ -2,13 +2,15 @@
 
 The protocol is lmms-eval's task ``ocrbench``, version 0.7.3: lmms_eval/tasks/ocrbench/{ocrbench.yaml, utils.py} in
 EvolvingLMMs-Lab/lmms-eval, which reads fullwidth letters and digits as normal ones. The files are
-``data/test-*.parquet`` of the data set echo840/OCRBench on the Hub.
+``data/test-*.parquet`` of the data set echo840/OCRBench on the Hub, or the authors' ``OCRBench.json`` with
+``OCRBench_Images/``.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from stf_jax.config import UserError
+from stf_jax.evals.authors import AuthorsFile
 from stf_jax.evals.benchmark import accuracy_by_kind
 from stf_jax.evals.hub import HubBenchmark, mean
 from stf_jax.evals.tables import Columns, Row
@@ -48,6 +50,14 @@ class OCRBench(HubBenchmark):
         "answer": ("list of text",),
         "image": ("image",),
     }
+    authors = (
+        AuthorsFile(
+            ("OCRBench.json", "OCRBench/OCRBench.json"),
+            "image_path",
+            ("OCRBench_Images",),
+            {"dataset": "dataset_name", "question_type": "type", "answer": "answers"},
+        ),
+    )
 
     def make_prompt(self, row: Row) -> str:
         return row["question"].strip()

@@ -2,13 +2,15 @@
 
 The protocol is lmms-eval's task ``seedbench`` and its metric ``seed_image``, version 0.7.3: lmms_eval/tasks/seedbench/
 {seedbench.yaml, utils.py} in EvolvingLMMs-Lab/lmms-eval. The files are ``data/test-*.parquet`` of the data set
-lmms-lab-encoder/SEED-Bench on the Hub (formerly lmms-lab/SEED-Bench), which also contain the videos' frames.
+lmms-lab-encoder/SEED-Bench on the Hub (formerly lmms-lab/SEED-Bench), which also contain the videos' frames, or the
+authors' ``SEED-Bench.json`` with ``SEED-Bench-image/``.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from stf_jax.config import UserError
+from stf_jax.evals.authors import AuthorsFile
 from stf_jax.evals.benchmark import LETTER_SUFFIX, accuracy_by_kind
 from stf_jax.evals.hub import HubBenchmark, mean
 from stf_jax.evals.tables import Columns, Row
@@ -47,6 +49,7 @@ class SEEDBench(HubBenchmark):
         "answer": ("text",),
         "image": ("list of image",),
     }
+    authors = (AuthorsFile(("SEED-Bench.json",), "data_id", ("SEED-Bench-image",), under="questions"),)
     id_column = "question_id"
 
     def is_asked(self, row: Row) -> bool:

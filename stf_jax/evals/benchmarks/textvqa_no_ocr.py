@@ -2,14 +2,16 @@
 
 The protocol is lmms-eval's task ``textvqa_val``, version 0.7.3: lmms_eval/tasks/textvqa/
 {_default_template_textvqa_yaml, textvqa_val.yaml, utils.py} in EvolvingLMMs-Lab/lmms-eval. The files are
-``data/validation-*.parquet`` of the data set lmms-lab-encoder/textvqa on the Hub (formerly lmms-lab/textvqa). LLaVA's
-protocol, with OCR tokens, is the benchmark ``textvqa``.
+``data/validation-*.parquet`` of the data set lmms-lab-encoder/textvqa on the Hub (formerly lmms-lab/textvqa), or the
+authors' ``TextVQA_0.5.1_val.json`` with ``train_images/``. LLaVA's protocol, with OCR tokens, is the benchmark
+``textvqa``.
 """
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from stf_jax.evals import vqa
+from stf_jax.evals.authors import AuthorsFile
 from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX
 from stf_jax.evals.hub import HubBenchmark, mean
 from stf_jax.evals.tables import Columns, Row
@@ -31,6 +33,7 @@ class TextVQANoOCR(HubBenchmark):
         "answers": ("list of text",),
         "image": ("image",),
     }
+    authors = (AuthorsFile(("TextVQA_0.5.1_val.json",), "image_id", ("train_images",), under="data", suffix=".jpg"),)
     id_column = "question_id"
 
     def make_prompt(self, row: Row) -> str:

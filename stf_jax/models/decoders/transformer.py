@@ -111,6 +111,21 @@ class Selection:
     select: SelectPositions
 
 
+def drop_positions(
+    selection: Selection,
+    q: Float[Array, "B T H Dh"],
+    k: Float[Array, "B T K Dh"],
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    *,
+    renumber: bool,
+) -> tuple[Float[Array, "B T1 D"], Int[Array, "B T1"]]:
+    """Leaves the states and positions that a selection keeps, as :meth:`Decoder.prefill` does between two layers."""
+    selected = selection.select(q, k, x)
+    kept = jnp.broadcast_to(jnp.arange(selected.shape[1]), selected.shape) if renumber else selected
+    return jnp.take_along_axis(x, selected[:, :, None], axis=1), jnp.take_along_axis(positions, kept, axis=1)
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention; the caller's ``attend`` decides what the queries attend to."""
 
@@ -248,11 +263,8 @@ class Decoder(nnx.Module):
         with jax.named_scope("llm"):
             for selection in selections:
                 x = self._unroll(x, positions, attend, range(len(cache), selection.after))
-                q, k = last_qk if scored_by == "last" else self._query_key(x, positions, selection.after)
-                selected = selection.select(q, k, x)
-                kept = jnp.broadcast_to(jnp.arange(selected.shape[1]), selected.shape) if renumber else selected
-                positions = jnp.take_along_axis(positions, kept, axis=1)
-                x = jnp.take_along_axis(x, selected[:, :, None], axis=1)
+                q, k = last_qk if scored_by == "last" else self.query_key(x, positions, selection.after)
+                x, positions = drop_positions(selection, q, k, x, positions, renumber=renumber)
             x = self._unroll(x, positions, attend, range(len(cache), self.config.layers))
             return self.norm(x), tuple(cache)
 
@@ -303,8 +315,8 @@ class Decoder(nnx.Module):
             x = block(x, cos, sin, attend)
         return x
 
-    def _query_key(self, x: jax.Array, positions: jax.Array, layer: int) -> tuple[jax.Array, jax.Array]:
-        """Queries and keys of a layer for the hidden states before it."""
+    def query_key(self, x: jax.Array, positions: jax.Array, layer: int) -> tuple[jax.Array, jax.Array]:
+        """Queries [B, T, H, Dh] and keys [B, T, K, Dh] of a layer for the hidden states before it."""
         (block,) = unroll_layers(self.blocks, range(layer, layer + 1))
         return block.attention.query_key(block.attention_norm(x), *rope_angles(self.config, positions))
 
