@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -37,7 +38,8 @@ from stf_jax.inference.generator import bucket_length
 from stf_jax.models.attention import Mask, attention, reference_attention
 from stf_jax.models.blueprint import Params, blueprint
 from stf_jax.models.decoders.base import LLMConfig
-from stf_jax.models.spec import ModelSpec, llm_preset, resolve_model
+from stf_jax.models.spec import LLM, VISION, ModelSpec, resolve_model
+from stf_jax.models.towers.base import VisionConfig
 from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.planning.program import make_program
 from stf_jax.planning.report import ATTAINED, trace_cost
@@ -62,10 +64,10 @@ _TARGETS = {  # least figure on one H100 or H200
 class Size:
     """What is measured on a GPU, or in miniature."""
 
-    vision: str
-    llm: str
-    stage1_rows: int
-    stage2_rows: int
+    vision: VisionConfig
+    llm: LLMConfig
+    rows_by_stage: Mapping[str, int]
+    text: Mapping[str, int]  # tokens per row, by stage
     layers: int  # decoder layers of the shape that remat, packing, torch and determinism share
     rows: int
     positions: int
@@ -80,12 +82,12 @@ class Size:
 
 # The policies are in order of memory, so that each raises the peak of the process.
 _FULL = Size(
-    vision="clip-l-14-336",
-    llm="vicuna-7b",
-    stage1_rows=32,
-    stage2_rows=8,
+    vision=VISION["clip-l-14-336"],
+    llm=LLM["vicuna-7b"],
+    rows_by_stage={"pretrain": 32, "finetune": 8},
+    text=TEXT,
     layers=8,
-    rows=8,
+    rows=4,
     positions=2048,
     remat=("full", "attention", "mlp", "dots", "none"),
     steps=5,
@@ -105,18 +107,18 @@ _FULL = Size(
     ),
 )
 _TINY = Size(
-    vision="clip-mini-16-96",
-    llm="llama-mini",
-    stage1_rows=2,
-    stage2_rows=2,
-    layers=1,
+    vision=dataclasses.replace(VISION["clip-mini-16-96"], image_size=64, width=32, layers=2, heads=4, mlp=64),
+    llm=dataclasses.replace(LLM["llama-mini"], width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64),
+    rows_by_stage={"pretrain": 2, "finetune": 2},
+    text={"pretrain": 16, "finetune": 16},
+    layers=2,
     rows=2,
-    positions=96,
-    remat=("full", "none"),
-    steps=2,
+    positions=20,
+    remat=("full",),
+    steps=1,
     batches=(2,),
     new_tokens=4,
-    shapes=((37, 4, 4, 64, False, False), (129, 4, 2, 72, True, True)),
+    shapes=((37, 2, 2, 64, False, False), (129, 4, 2, 72, True, True)),
     chip=CHIPS["h200"],  # so that what depends on the chip runs too; its figures mean nothing
 )
 
@@ -198,18 +200,13 @@ def _relative_difference(x: jax.Array, reference: jax.Array) -> float:
 
 def _model(size: Size, fusion: str, layers: int = 0, remat: Remat = "full") -> ModelSpec:
     """A model with that many decoder layers; 0: all."""
-    config = ModelConfig(size.vision, size.llm, FusionConfig(fusion), "bfloat16", remat=remat)
-    return resolve_model(config, llm=_decoder(size, layers))
-
-
-def _decoder(size: Size, layers: int = 0) -> LLMConfig:
-    shape = llm_preset(size.llm)
-    return dataclasses.replace(shape, layers=layers or shape.layers)
+    config = ModelConfig(fusion=FusionConfig(fusion), precision="bfloat16", remat=remat)
+    return resolve_model(config, size.vision, dataclasses.replace(size.llm, layers=layers or size.llm.layers))
 
 
 def _stage1(size: Size) -> Iterator[Case]:
     for fusion in ("mbtf_stf", "mlp"):  # in order of memory
-        config = make_stage(_model(size, fusion), "pretrain", size.stage1_rows, TEXT["pretrain"])
+        config = make_stage(_model(size, fusion), "pretrain", size.rows_by_stage["pretrain"], size.text["pretrain"])
         yield fusion, functools.partial(_time_steps, size, config)
 
 
@@ -219,10 +216,11 @@ def _stage2(size: Size) -> Iterator[Case]:
 
 def _largest_stage2(size: Size) -> TrainConfig:
     """Stage 2 with as many decoder layers as fit."""
-    full = llm_preset(size.llm).layers
+    full = size.llm.layers
 
     def config(layers: int) -> TrainConfig:
-        return make_stage(_model(size, "mbtf_stf", layers), "finetune", size.stage2_rows, TEXT["finetune"])
+        model = _model(size, "mbtf_stf", layers)
+        return make_stage(model, "finetune", size.rows_by_stage["finetune"], size.text["finetune"])
 
     def state_bytes(layers: int) -> int:
         """Bytes of weights, gradients and moments."""
@@ -286,9 +284,9 @@ def _time_steps(size: Size, config: TrainConfig) -> Line:
         "compile_seconds": timing.compile_seconds,
         "planned_gib": timing.planned_bytes / _GIB,
         # The device reports the peak of the process: that of these steps only if it is the highest so far.
-        "peak_gib": timing.peak_bytes / _GIB if timing.peak_bytes > earlier > 0 else None,
+        "peak_gib": timing.peak_bytes / _GIB if 0 <= earlier < timing.peak_bytes else None,
         "losses": timing.losses,
-        "checksum": _checksum_state((timing.state.trainable, timing.state.moments)),
+        "checksum": int(_checksum_state((timing.state.trainable, timing.state.moments))),
     }
     chip = size.chip or find_chip(devices[0])
     if chip is not None:
@@ -309,8 +307,8 @@ def _roofline_shares(config: TrainConfig, kind: str, rows: int, seconds: float, 
 
 
 def _peak_bytes() -> int:
-    """The device's peak memory in this process; 1 on devices that do not report it."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 1)
+    """The device's peak memory in this process; -1 if it does not report it."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", -1)
 
 
 @jax.jit
@@ -329,7 +327,7 @@ def _random_params(layout: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
     make = jax.jit(
         lambda noise: {path: fill(noise, path, leaf) for path, leaf in layout.items()}, out_shardings=shardings
     )
-    return make(jax.random.normal(jax.random.key(0), 2**20))
+    return make(jax.random.normal(jax.random.key(0), (2**20,)))
 
 
 # ---- PyTorch ---------------------------------------------------------------------------------------------------------
@@ -344,12 +342,12 @@ def _time_torch(size: Size) -> Line:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    device, shape = "cuda" if torch.cuda.is_available() else "cpu", _decoder(size, size.layers)
+    device, shape = "cuda" if torch.cuda.is_available() else "cpu", size.llm
     config = LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.width,
         intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
+        num_hidden_layers=size.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
@@ -439,6 +437,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".92")  # as in launch/
     size, begin, lines = _TINY if options.tiny else _FULL, time.monotonic(), []
+    jax.config.update("jax_disable_most_optimizations", options.tiny)  # compiles faster
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(options.out, "w")) if options.out else None
@@ -450,7 +449,7 @@ def main(argv: Sequence[str]) -> int:
             for line in _run_part(cases, size, begin + budget):
                 lines.append({"part": name} | line)
                 _write(lines[-1], file)
-        for line in _summarize(lines):
+        for line in _summarize(lines, size):
             _write(line, file)
     return int(any("failed" in line for line in lines))
 
@@ -488,17 +487,18 @@ def _run_cases(cases: Callable[[Size], Iterator[Case]], size: Size, sender: Conn
     for name, measure in cases(size):
         begin = time.perf_counter()
         try:
-            line = jax.tree.map(lambda x: x.item() if isinstance(x, jax.Array) else x, measure())
+            line = measure()
         except Exception as error:  # the next case may still succeed
             traceback.print_exc()
             line = {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
+        gc.collect()  # cycles keep arrays on the device
         sender.send({"case": name} | line | {"case_seconds": time.perf_counter() - begin})
 
 
 # ---- Summary ---------------------------------------------------------------------------------------------------------
 
 
-def _summarize(lines: Sequence[Line]) -> Iterator[Line]:
+def _summarize(lines: Sequence[Line], size: Size) -> Iterator[Line]:
     """Yields what the lines say about the targets and about plan's assumptions; a figure without its lines is None."""
     by_case = {(line["part"], line.get("case")): line for line in lines if "failed" not in line}
 
@@ -509,16 +509,15 @@ def _summarize(lines: Sequence[Line]) -> Iterator[Line]:
         return numerator / denominator if numerator and denominator else None
 
     checksums = [get(part, "mbtf_stf", "checksum") for part in ("deterministic", "deterministic, again")]
-    within = [line["within"] for line in lines if "within" in line]
-    batch = next((line["batch"] for line in lines if "batch" in line), 0)
+    compared = [line for line in lines if line["part"] == "attention" and line.get("case") != "device"]
+    within = [line.get("within", False) for line in compared]
+    mlp, mbtf_stf = (get("answers", f"{name}, batch {size.batches[0]}", "prefill_ms") for name in ("mlp", "mbtf_stf"))
     measured = {
         "MFU, stage 1": get("stage 1", "mbtf_stf", "mfu"),
         "speed, relative to compiled torch": ratio(
             get("torch", "torch", "step_seconds"), get("decoder", "ours", "step_seconds")
         ),
-        "prefill speed, 144 tokens relative to 576": ratio(
-            get("answers", f"mlp, batch {batch}", "prefill_ms"), get("answers", f"mbtf_stf, batch {batch}", "prefill_ms")
-        ),
+        "prefill speed, 144 tokens relative to 576": ratio(mlp, mbtf_stf),
         "speed per position, packed relative to unpacked": ratio(
             get("packing", "packed", "positions_per_second"), get("remat", "full", "positions_per_second")
         ),
@@ -531,7 +530,9 @@ def _summarize(lines: Sequence[Line]) -> Iterator[Line]:
     cost = ratio(get("deterministic", "mbtf_stf", "step_seconds"), get("remat", "full", "step_seconds"))
     yield {"part": "summary", "case": "step time with deterministic, relative to without", "figure": cost}
     for kind, other in (("compute", "memory"), ("memory", "compute")):
-        shares = [line[f"{kind}_share"] for line in lines if line.get(f"{kind}_share", 0) > line.get(f"{other}_share", 0)]
+        shares = [
+            line[f"{kind}_share"] for line in lines if line.get(f"{kind}_share", 0) > line.get(f"{other}_share", 0)
+        ]
         yield {
             "part": "summary",
             "case": f"planning.report.ATTAINED[{kind!r}]",
