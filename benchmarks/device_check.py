@@ -167,19 +167,21 @@ def _compare_attention(
         for count in (heads, kv_heads, kv_heads, heads)
     )
     segments = jnp.asarray(np.sort(rng.integers(1, 5, (2, length))), jnp.int32) if packed else None
-    mask = Mask(causal, segments)
 
-    def values(call: Callable[..., jax.Array], *inputs: jax.Array) -> tuple[jax.Array, ...]:
-        return (call(*inputs, mask),)
+    def values(call: Callable[..., jax.Array], mask: Mask, weight: jax.Array, *qkv: jax.Array) -> tuple[jax.Array, ...]:
+        return (call(*qkv, mask),)
 
-    def gradients(call: Callable[..., jax.Array], *inputs: jax.Array) -> tuple[jax.Array, ...]:
-        return jax.grad(lambda *x: (call(*x, mask).astype(jnp.float32) * weight).sum(), (0, 1, 2))(*inputs)
+    def gradients(
+        call: Callable[..., jax.Array], mask: Mask, weight: jax.Array, *qkv: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        return jax.grad(lambda *x: (call(*x, mask).astype(jnp.float32) * weight).sum(), (0, 1, 2))(*qkv)
 
     compute = {"values": values, "gradients": gradients}[quantity]
     chosen = functools.partial(attention, implementation=implementation)
+    inputs = Mask(causal, segments), weight, q, k, v
     with compute_context(make_mesh(MeshConfig(1, 1, 1)), "bfloat16"):
-        program = jax.jit(functools.partial(compute, chosen)).lower(q, k, v).compile()
-        results, references = program(q, k, v), jax.jit(functools.partial(compute, reference_attention))(q, k, v)
+        program = jax.jit(functools.partial(compute, chosen)).lower(*inputs).compile()
+        results, references = program(*inputs), jax.jit(functools.partial(compute, reference_attention))(*inputs)
     differences = [_relative_difference(x, y) for x, y in zip(results, references, strict=True)]
     limit = _LIMITS[quantity]
     return {
