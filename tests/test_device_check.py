@@ -24,6 +24,7 @@ runpy.run_module("benchmarks.device_check", run_name="__main__")
 LACKING = ("ml_collections", "grain", "array_record", "gguf", "cykooz", "cykooz_resizer", "tensorflow_datasets")
 STEPS = {"step_seconds", "positions_per_second", "compile_seconds", "planned_gib", "peak_gib", "mfu", "compute_share"}
 KEYS = {
+    "device": {"platform", "device", "jax"},
     "attention": {"kernel", "differences", "within"},
     "stage 1": STEPS,
     "stage 2": STEPS,
@@ -55,7 +56,7 @@ def test_each_part_writes_its_figures(lines):
     assert {line["part"] for line in lines} == KEYS.keys()
     for line in lines:
         assert not {"failed", "skipped"} & line.keys()
-        assert line["case"] == "device" or line.keys() >= KEYS[line["part"]]
+        assert line.keys() >= KEYS[line["part"]]
     assert {line["kernel"] for line in lines if "kernel" in line} == {"xla"}
 
 
@@ -96,24 +97,26 @@ def hanging(size):
 
 
 def run_parts():
-    """Prints the lines of both, from a process that has not started jax."""
+    """Prints the lines of both, from a process that has not started jax, and of a start without a GPU."""
     begin = time.monotonic()
     for cases, seconds in ((failing, 60), (hanging, 3)):
         for line in device_check._run_part(cases, device_check._TINY, time.monotonic() + seconds):
             print(json.dumps(line))
     assert time.monotonic() - begin < 30
+    device_check.main([])
 
 
-def test_a_part_that_fails_or_hangs_keeps_its_lines_and_ends():
+def test_a_part_that_fails_or_hangs_keeps_its_lines_and_a_machine_without_a_gpu_is_refused():
     command = [sys.executable, "-c", "import test_device_check; test_device_check.run_parts()"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line.get("case") for line in lines] == ["good", "bad", "next", None, "good", None]
+    assert [line.get("case") for line in lines] == ["good", "bad", "next", None, "good", None, "device"], done.stderr
     assert lines[1]["failed"] == "ZeroDivisionError: division by zero"
     assert lines[3] == {"failed": "the process ended with status 3"}
     assert lines[5] == {"skipped": "the rest, because the part's time is over"}
     assert "Traceback" in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.endswith("jax finds no GPU here; --tiny runs in miniature on a CPU.\n")
 
 
 def test_an_unusable_file_is_refused_before_anything_runs(tmp_path, capsys):
