@@ -121,7 +121,9 @@ def test_deterministic_steps_on_gpus_add_in_one_order():
     text_only = {"data.images_per_row": 0, "model.fusion.fusion": "mlp"}  # compiles faster
     config = tiny(**text_only | {"deterministic": True, "model.precision": "bfloat16"})
     program = make_program(config, "train", topology_devices("h100:1"))
-    scatters = [line for line in program.compile().as_text().splitlines() if " scatter(" in line]
+    text = program.compile().as_text()
+    assert "triton" not in text  # jax 0.11 refuses Triton's products where it may not time them
+    scatters = [line for line in text.splitlines() if " scatter(" in line]
     assert scatters
     assert all("unique_indices=true" in line for line in scatters)
 
