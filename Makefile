@@ -1,8 +1,9 @@
 # The main commands are `make demo` and `make test`. Each creates or updates .venv.
 PYTHON ?= python3
 WORKDIR ?= runs/demo
+OUT ?= device_check.jsonl
 
-.PHONY: demo docs evidence lint soak test test-light test-random test-serve test-slow
+.PHONY: demo device-check docs evidence lint soak test test-light test-random test-serve test-slow
 
 # Trains, evaluates and exports the model, and checks that the export gives the same answers in PyTorch (if torch is
 # installed). Huge pages make steps on CPUs a seventh faster (docs/BENCHMARKS.md).
@@ -48,6 +49,11 @@ test-serve: .venv/ready-dev .venv-serve/ready
 
 soak: .venv/ready-dev
 	.venv/bin/python -m pytest -n 0 -m soak tests/test_soak.py
+
+# Ten minutes on one GPU: prints one JSON line per figure, and writes them to OUT (docs/BENCHMARKS.md). Set PYTHON to one
+# that has jax with CUDA, flax, jaxtyping, optax, orbax-checkpoint, transformers and torch.
+device-check:
+	$(PYTHON) -m benchmarks.device_check --out=$(OUT)
 
 # Pages that are generated from code.
 docs: .venv/ready-dev

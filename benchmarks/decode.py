@@ -21,7 +21,7 @@ from benchmarks.synthetic import make_export
 from benchmarks.timing import median_figures, median_seconds
 from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, Precision, UserError
 from stf_jax.inference import decoding
-from stf_jax.inference.decoding import Sampling, TokenRules, split_layers
+from stf_jax.inference.decoding import Sampling, TokenRules, Weights, split_layers
 from stf_jax.inference.generator import bucket_length
 from stf_jax.models.blueprint import blueprint
 from stf_jax.models.fusions.base import tokens_per_image
@@ -30,7 +30,7 @@ from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.weights.model import open_model
 
 _FUSIONS = ("mlp", "avg_pool", "mbtf_stf")
-_TEXT = 60  # text tokens per prompt
+TEXT = 60  # text tokens per prompt
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -90,11 +90,22 @@ def _ours(export: str, batch: int, count: int, precision: Precision) -> dict[str
         path: split_layers(path, x, jnp.dtype(precision), mesh, shardings[path].spec)[0]
         for path, x in saved.restore(shardings)
     }
-    assert saved.description.vision is not None  # as make_export writes it
-    slots, side = _slots(export), saved.description.vision.image_size
+    return time_answers(config, weights, batch, count)
+
+
+def time_answers(config: ModelConfig, weights: Weights, batch: int, count: int) -> dict[str, float]:
+    """Times answers of ``count`` tokens to prompts of one image and some text, on one device.
+
+    Returns:
+      ``image_ms`` of tower and fusion, ``prefill_ms`` of the rest up to the first tokens, ``first_token_ms`` of both,
+      ``tokens_per_second`` of decoding, and ``gib``, where the device reports its peak memory.
+    """
+    spec, plan, mesh = resolve_model(config), blueprint(config), make_mesh(MeshConfig(1, 1, 1))
+    assert spec.vision_shape is not None  # only complete models are timed
+    slots, side = spec.slots, spec.vision_shape.image_size
     images = np.random.default_rng(2).integers(0, 256, (batch, 1, side, side, 3), np.uint8)
-    lengths = np.full(batch, slots + _TEXT, np.int32)
-    prompt = (*_prompt(batch, slots, bucket_length(slots + _TEXT)), lengths, images, Sampling())
+    lengths = np.full(batch, slots + TEXT, np.int32)
+    prompt = (*_prompt(batch, slots, bucket_length(slots + TEXT)), lengths, images, Sampling())
     no_stops = TokenRules(stops=(-1,), suppressed_tokens=())  # so that all answers have the same length
     prefill = jax.jit(functools.partial(decoding.prefill, no_stops, plan, count))
     extend = jax.jit(functools.partial(decoding.extend, no_stops, plan), donate_argnums=1)
@@ -110,7 +121,7 @@ def _ours(export: str, batch: int, count: int, precision: Precision) -> dict[str
 
     stats = jax.devices()[0].memory_stats  # None on CPUs
     gib = (lambda: stats()["peak_bytes_in_use"] / 2**30) if stats() else None
-    with compute_context(mesh, precision):
+    with compute_context(mesh, config.precision):
         return _measure(lambda: encode(weights, images).block_until_ready(), generate, batch * (count - 1), gib)
 
 
@@ -125,7 +136,7 @@ def _transformers(export: str, batch: int, count: int, precision: Precision) -> 
     ).to(device)  # type: ignore[arg-type]  # transformers' decorator hides that this is a method
     model.generation_config.eos_token_id = model.generation_config.suppress_tokens = None
     slots, image_token = _slots(export), getattr(config, "image_token_id", None) or config.image_token_index
-    ids = torch.tensor(_prompt(batch, slots, slots + _TEXT)[0].astype(np.int64))
+    ids = torch.tensor(_prompt(batch, slots, slots + TEXT)[0].astype(np.int64))
     ids[:, :slots] = image_token
     side = config.vision_config.image_size
     pixels = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(2))

@@ -2,15 +2,18 @@
 
 import dataclasses
 
-from stf_jax.cli import parse
-from stf_jax.config import FusionConfig, TrainConfig, resolve
+from stf_jax.config import DataConfig, FusionConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig, resolve
 from stf_jax.models.spec import resolve_model
 
+LEARNING_RATE = 1e-3  # constant, in make_stage
+LLM_RULE = {"pretrain": "freeze", "finetune": "train"}  # by stage
 TEXT = {"pretrain": 64, "finetune": 304, "prefill": 64}  # mean text tokens per row (benchmarks/mixture.py)
 
 
 def load_recipe(name: str, llm: str) -> TrainConfig:
     """Loads the config of that name in configs/ with another language model."""
+    from stf_jax.cli import parse  # needs ml_collections, which device_check runs without
+
     (config,) = resolve(parse([f"--config={name}:llm={llm}"], "", workdir=False)[1])
     return config
 
@@ -25,3 +28,15 @@ def make_task(task: str, fusion: str, recipe: str = "vicuna-7b", vision: str = "
     model = dataclasses.replace(config.model, vision=vision, llm=llm, fusion=FusionConfig(fusion))
     data = dataclasses.replace(config.data, max_length=resolve_model(model).slots + TEXT[task], images_per_row=1)
     return dataclasses.replace(config, model=model, data=data)
+
+
+def make_stage(model: ModelConfig, stage: str, rows: int, text: int) -> TrainConfig:
+    """The config of a stage on one device, with rows of one image and ``text`` tokens, at a constant learning rate."""
+    return TrainConfig(
+        global_batch_size=rows,
+        rules=(("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", LLM_RULE[stage])),
+        model=model,
+        data=DataConfig(max_length=resolve_model(model).slots + text),
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", warmup_ratio=0.0),
+        mesh=MeshConfig(1, 1, 1),
+    )

@@ -2,12 +2,12 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,25 +15,15 @@ import jax
 import numpy as np
 
 from benchmarks.process import measure_process
+from benchmarks.recipes import LEARNING_RATE, LLM_RULE, make_stage
 from benchmarks.synthetic import make_export
+from benchmarks.timing import time_torch_steps
 from stf_jax.accounting.chips import find_chip
-from stf_jax.config import (
-    DataConfig,
-    FusionConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Precision,
-    Remat,
-    TrainConfig,
-    UserError,
-)
+from stf_jax.config import FusionConfig, ModelConfig, Precision, Remat, TrainConfig, UserError
 from stf_jax.models.spec import resolve_model, vision_preset
 from stf_jax.training.flops import step_flops
 from stf_jax.training.timing import make_batch, time_train_steps
-
-_RATE = 1e-3
-_LLM_RULE = {"pretrain": "freeze", "finetune": "train"}  # by stage
+from stf_jax.weights.folder import load_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +55,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         folder, export = pathlib.Path(scratch) / "imported", pathlib.Path(scratch) / "export"
         make_export(config, folder, export)
         settings = (options.rows, options.text, options.steps, options.precision, options.remat)
-        for stage in _LLM_RULE:
+        for stage in LLM_RULE:
             task = json.dumps(dataclasses.asdict(Task(str(folder), str(export), stage, *settings)))
             rounds = []
             for _ in range(options.rounds):
@@ -103,14 +93,7 @@ def _make_config(task: Task) -> TrainConfig:
         remat=task.remat,
         scan_layers=jax.default_backend() != "cpu",  # on CPUs layers are unrolled, as in configs/demo.py
     )
-    return TrainConfig(
-        global_batch_size=task.rows,
-        rules=(("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", _LLM_RULE[task.stage])),
-        model=model,
-        data=DataConfig(max_length=resolve_model(model).slots + task.text),
-        optimizer=OptimizerConfig(learning_rate=_RATE, schedule="constant", warmup_ratio=0.0),
-        mesh=MeshConfig(1, 1, 1),
-    )
+    return make_stage(model, task.stage, task.rows, task.text)
 
 
 def _read_fusion(folder: str) -> FusionConfig:
@@ -131,10 +114,11 @@ def _make_figures(config: TrainConfig, losses: Sequence[float], seconds: Sequenc
 def ours(task: Task) -> dict[str, Any]:
     """Times training steps of this program."""
     config = _make_config(task)
-    losses, seconds, peak_bytes = time_train_steps(config, task.folder, make_batch(config), task.steps)
+    load = functools.partial(load_params, task.folder, fresh=())
+    timing = time_train_steps(config, load, make_batch(config), task.steps)
     # On CPUs the memory of the process is measured, as for the other program.
-    memory = {} if jax.default_backend() == "cpu" else {"gib": peak_bytes / 2**30}
-    return _make_figures(config, losses, seconds) | memory
+    memory = {} if jax.default_backend() == "cpu" else {"gib": timing.peak_bytes / 2**30}
+    return _make_figures(config, timing.losses, timing.seconds) | memory
 
 
 def in_torch(task: Task, compiled: bool = False) -> dict[str, Any]:
@@ -167,20 +151,16 @@ def in_torch(task: Task, compiled: bool = False) -> dict[str, Any]:
     mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (vision.mean, vision.std))
     pixels = ((pixels - mean) / std).to(getattr(torch, task.precision))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, _RATE, weight_decay=0.0, fused=device == "cuda")
+    optimizer = torch.optim.AdamW(trainable, LEARNING_RATE, weight_decay=0.0, fused=device == "cuda")
     call = torch.compile(model) if compiled else model
-    losses, seconds = [], []
-    for _ in range(task.steps + 1):
-        begin = time.perf_counter()
+
+    def compute_loss() -> torch.Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=task.precision == "bfloat16"):
-            loss = call(input_ids=ids, pixel_values=pixels, labels=labels, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        seconds.append(time.perf_counter() - begin)
+            return call(input_ids=ids, pixel_values=pixels, labels=labels, use_cache=False).loss
+
+    losses, seconds = time_torch_steps(compute_loss, optimizer, task.steps)
     memory = {"gib": torch.cuda.max_memory_allocated() / 2**30} if device == "cuda" else {}
-    return _make_figures(config, losses, seconds[1:]) | memory
+    return _make_figures(config, losses, seconds) | memory
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The timing loop of the benchmarks."""
+"""The timing loops of the benchmarks."""
 
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 _MAX_CALLS, _MAX_SECONDS = 3, 10.0  # measurements, for the median; fewer once they took this long
 
@@ -28,3 +29,21 @@ def median_seconds(call: Callable[[], object]) -> float:
         return (time.perf_counter() - begin,)
 
     return median_figures(measure)[0]
+
+
+def time_torch_steps(compute_loss: Callable[[], Any], optimizer: Any, steps: int) -> tuple[list[float], list[float]]:
+    """Takes optimizer steps in PyTorch, after one as a warm-up.
+
+    Returns:
+      The loss before each step and after the last, and the seconds of each step.
+    """
+    losses, seconds = [], []
+    for _ in range(steps + 1):
+        begin = time.perf_counter()
+        loss = compute_loss()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - begin)
+    return losses, seconds[1:]

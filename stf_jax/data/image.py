@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
 from etils import epath
 
 from stf_jax.config import shorten
@@ -179,6 +178,9 @@ def _pad(image: PIL.Image.Image, size: int, color: tuple[int, ...]) -> PIL.Image
 def _reduce(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
     if image.size == size:
         return image
+    # Here, because benchmarks/device_check.py runs without it.
+    from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
+
     result = PIL.Image.new("RGB", size)
     options = ResizeOptions(resize_alg=ResizeAlg.convolution(FilterType.catmull_rom), use_alpha=False)
     Resizer().resize_pil(image, result, options)

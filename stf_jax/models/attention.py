@@ -99,9 +99,23 @@ def attention(
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     length = q.shape[1]
-    if mask.causal:  # cuDNN has no gradients for odd lengths; padding at the right is hidden by the causal mask
-        q, k, v = (jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    if length % 2 and not mask.causal:
+        return _cudnn_or_xla(q, k, v)
+    # cuDNN has no gradients for odd lengths; padding at the right is hidden by the causal mask.
+    q, k, v = (jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, is_causal=mask.causal, implementation="cudnn")[:, :length]
+
+
+@jax.custom_vjp
+def _cudnn_or_xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention without a mask for odd lengths: cuDNN's, or where gradients are needed (a trainable tower) XLA's."""
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+_cudnn_or_xla.defvjp(
+    lambda q, k, v: jax.vjp(lambda q, k, v: _xla(q, k, v, Mask()), q, k, v),
+    lambda pull_back, cotangent: pull_back(cotangent),
+)
 
 
 def _cudnn_refusal(q: jax.Array, mask: Mask) -> str | None:

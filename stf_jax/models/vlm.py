@@ -83,11 +83,15 @@ class VLM(nnx.Module):
           image_slots: index into the row's image tokens, −1 for text.
           image_tokens: of all images of a row, or None for rows without images.
         """
-        x = self.llm.embed(tokens, self.dtype)
         if image_tokens is None:
-            return x
-        gathered = jnp.take_along_axis(image_tokens, jnp.maximum(image_slots, 0)[:, :, None], axis=1)
-        return jnp.where(image_slots[:, :, None] >= 0, gathered, x)
+            return self.llm.embed(tokens, self.dtype)
+        is_image = image_slots >= 0
+        # Indices out of range get zeros. With index 0 for what is not read, all these positions would add a zero to one
+        # row of the gradient, which GPUs do one after another.
+        x = self.llm.embed(jnp.where(is_image, -1, tokens), self.dtype)
+        slots = jnp.where(is_image, image_slots, image_tokens.shape[1])[:, :, None]
+        gathered = jnp.take_along_axis(image_tokens, slots, axis=1, mode="fill", fill_value=0)
+        return jnp.where(is_image[:, :, None], gathered, x)
 
     def prefill(
         self,

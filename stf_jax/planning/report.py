@@ -10,7 +10,6 @@ import jax
 from stf_jax.accounting.chips import CHIPS
 from stf_jax.accounting.flops import PRIME, count_executed
 from stf_jax.config import TrainConfig
-from stf_jax.data.pipeline import load_training_records
 from stf_jax.data.sources.base import DataNotNamed
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
 from stf_jax.parallel.mesh import fit_mesh, make_mesh, row_shards
@@ -257,6 +256,8 @@ def count_steps(config: TrainConfig) -> int | None:
         return config.steps
     if config.data.packing:
         return None  # rows hold several conversations
+    from stf_jax.data.pipeline import load_training_records  # grain, which work and memory do not need
+
     try:
         records = len(load_training_records(config))
     except DataNotNamed:

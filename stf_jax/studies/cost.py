@@ -1,6 +1,7 @@
 """Cost of a variant: parameters and FLOPs from its shapes; step and first-token times, measured in a subprocess."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -26,6 +27,7 @@ from stf_jax.studies.runner import Slot
 from stf_jax.studies.study import Cell
 from stf_jax.training.flops import step_flops
 from stf_jax.training.timing import make_batch, time_train_steps
+from stf_jax.weights.folder import load_params
 
 COST_FILE = "cost.json"  # next to a cell's results
 _STEPS, _REPEATS = 20, 10  # timed training steps, and timed batches of questions
@@ -73,12 +75,13 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
     cost = measure_methods([method], _REPEATS)[0]
     cost |= {"fusion_parameters": fusion_parameters, "first_token_ms": 1e3 * first_token_seconds}
     if not options.reduce:
-        seconds, memory = time_train_steps(config, str(workdir), make_batch(config), _STEPS)[1:]
+        load = functools.partial(load_params, str(workdir), fresh=())
+        timing = time_train_steps(config, load, make_batch(config), _STEPS)
         cost |= {
-            "step_ms": 1e3 * statistics.median(seconds),
+            "step_ms": 1e3 * statistics.median(timing.seconds),
             "step_rows": rows,
             "step_gflops": step_flops(config.model, config.rules, rows, length, 1, config.objective) / 1e9,
-            "step_mib": memory / 2**20,
+            "step_mib": timing.peak_bytes / 2**20,
         }
     return cost
 

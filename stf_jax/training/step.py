@@ -17,6 +17,12 @@ from stf_jax.training.state import Layout, TrainState
 
 Metrics = dict[str, jax.Array]
 
+# Options of the program and not of XLA_FLAGS, which XLA reads once per process: so they can never be set too late. The
+# first also makes XLA choose kernels by rule instead of by timing them, which may choose others at the next start. XLA
+# of jax 0.11 has no such rule for Triton's matrix products, at least where it compiles for a GPU that is only described,
+# and ends with an error. So cuBLAS takes these products.
+_DETERMINISTIC = {"xla_gpu_deterministic_ops": True, "xla_gpu_enable_triton_gemm": False}
+
 
 def make_train_step(
     config: TrainConfig, plan: Blueprint, tx: optax.GradientTransformation, layout: Layout
@@ -24,6 +30,8 @@ def make_train_step(
     """Creates the jitted step (state, batch) → (state, metrics), compiled at its first call for the layout's mesh.
 
     The state's memory is donated to it.
+
+    With ``config.deterministic``, the same state and batch give the same bits on GPUs too, in every process.
 
     The loss is the mean over target tokens of the global batch. With accumulation, each microbatch's sum is divided by
     the count of the whole batch, so that the result is that of one large batch instead of a mean of means.
@@ -75,9 +83,13 @@ def make_train_step(
         }
 
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
-    rows = NamedSharding(layout.step.sharding.mesh, BATCH)
+    mesh = layout.step.sharding.mesh
     return jax.jit(
-        train_step, in_shardings=(state_shardings, rows), out_shardings=(state_shardings, None), donate_argnums=0
+        train_step,
+        in_shardings=(state_shardings, NamedSharding(mesh, BATCH)),
+        out_shardings=(state_shardings, None),
+        donate_argnums=0,
+        compiler_options=_DETERMINISTIC if config.deterministic and mesh.devices.flat[0].platform == "gpu" else None,
     )
 
 

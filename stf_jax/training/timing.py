@@ -1,39 +1,50 @@
 """Timing of training steps, on random batches."""
 
+import dataclasses
 import time
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
 from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
-from stf_jax.models.blueprint import blueprint
+from stf_jax.models.blueprint import Params, blueprint
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.optimizer import make_optimizer
-from stf_jax.training.state import init_state, state_layout
+from stf_jax.training.state import TrainState, init_state, state_layout
 from stf_jax.training.step import make_train_step
-from stf_jax.weights.folder import load_params
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTiming:
+    """Figures of training steps on one batch."""
+
+    losses: list[float]  # before each step and after the last
+    seconds: list[float]  # of each step
+    compile_seconds: float
+    planned_bytes: int  # the peak memory that plan reports
+    peak_bytes: int  # the peak memory as reported by the device, or else by the compiler
+    state: TrainState[jax.Array]  # after the last step
 
 
 def time_train_steps(
-    config: TrainConfig, source: str, batch: Batch, steps: int
-) -> tuple[list[float], list[float], int]:
+    config: TrainConfig, load: Callable[[Mapping[str, jax.ShapeDtypeStruct]], Params], batch: Batch, steps: int
+) -> StepTiming:
     """Compiles the training step and times steps on one batch.
 
     Args:
-      source: weights to start from, as ``config.init_from``.
-
-    Returns:
-      The loss before each step and after the last; seconds of each step; and the peak memory in bytes, as reported by
-      the device, or else by the compiler.
+      load: returns weights to start from, given those of the model with types and shardings; the others are random.
     """
     plan, mesh, tx = blueprint(config.model), make_mesh(config.mesh), make_optimizer(config.optimizer, steps + 1)
     layout = state_layout(config, plan, tx, mesh)
-    state = init_state(config, layout, tx, load_params(source, layout.params, ()))
+    state = init_state(config, layout, tx, load(layout.params))
     losses, seconds = [], []
     with compute_context(mesh, config.model.precision):
+        begin = time.perf_counter()
         step = make_train_step(config, plan, tx, layout).lower(state, batch).compile()
+        compile_seconds = time.perf_counter() - begin
         batch = jax.device_put(batch, step.input_shardings[0][1])
         for _ in range(steps + 1):  # the first one is a warm-up
             begin = time.perf_counter()
@@ -42,7 +53,9 @@ def time_train_steps(
             seconds.append(time.perf_counter() - begin)
     stats = jax.devices()[0].memory_stats()  # None on CPUs
     peak_bytes = stats["peak_bytes_in_use"] if stats else compiled_bytes(step)
-    return losses, seconds[1:], peak_bytes
+    memory = step.memory_analysis()
+    assert memory is not None  # CPUs, GPUs and TPUs report it
+    return StepTiming(losses, seconds[1:], compile_seconds, memory.peak_memory_in_bytes, peak_bytes, state)
 
 
 def compiled_bytes(program: jax.stages.Compiled) -> int:
@@ -54,10 +67,14 @@ def compiled_bytes(program: jax.stages.Compiled) -> int:
 
 
 def make_batch(config: TrainConfig) -> Batch:
-    """A global batch of random numpy arrays: one image per row, then text, which is all target tokens."""
+    """A global batch of random numpy arrays: one image per row, then text, which is all target tokens.
+
+    There are no images if ``config.data.images_per_row`` is 0.
+    """
     rng, model = np.random.default_rng(1), resolve_model(config.model)
     assert model.vision_shape is not None  # a complete model is timed
-    side, slots = model.vision_shape.image_size, model.slots
+    side, count = model.vision_shape.image_size, min(config.data.images_per_row, 1)
+    slots = count * model.slots
     tokens = rng.integers(3, 500, (config.global_batch_size, config.data.max_length)).astype(np.int32)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     return Batch(
@@ -67,5 +84,5 @@ def make_batch(config: TrainConfig) -> Batch:
         positions=positions,
         segment_ids=np.ones_like(tokens),
         image_slots=np.where(positions < slots, positions, -1),
-        images=rng.integers(0, 256, (len(tokens), 1, side, side, 3), np.uint8),
+        images=rng.integers(0, 256, (len(tokens), count, side, side, 3), np.uint8),
     )

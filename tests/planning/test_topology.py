@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
+from tiny import tiny
 
 from stf_jax.accounting.chips import CHIPS, find_chip
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.models.attention import Mask, attention
 from stf_jax.parallel.mesh import BATCH, compute_context, make_mesh
+from stf_jax.planning.program import make_program
 from stf_jax.planning.topology import memory_limit, topology_devices
 
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -98,6 +100,32 @@ def test_cudnn_is_chosen_for_gpus_of_a_topology():
     with compute_context(mesh, "bfloat16"):
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
     assert "__cudnn$fmha" in compiled.as_text()
+
+
+def test_gradients_without_a_mask_compile_for_gpus_at_an_odd_length():
+    """A trainable tower of CLIP-L/14-336 has 577 positions; cuDNN has no gradients for them."""
+    mesh = make_mesh(MeshConfig(), topology_devices("h100:1"))
+    x = jax.ShapeDtypeStruct((2, 577, 4, 64), jnp.bfloat16, sharding=NamedSharding(mesh, BATCH))
+
+    def loss(q, k, v):
+        return attention(q, k, v, Mask()).astype(jnp.float32).sum()
+
+    with compute_context(mesh, "bfloat16"):
+        forward, backward = (jax.jit(call).lower(x, x, x).compile().as_text() for call in (loss, jax.grad(loss)))
+    assert "__cudnn$fmha" in forward
+    assert "__cudnn$fmha" not in backward
+
+
+def test_deterministic_steps_on_gpus_add_in_one_order():
+    """Scatters are all of the program that adds with atomics: with unique indices, no two threads add to one number."""
+    text_only = {"data.images_per_row": 0, "model.fusion.fusion": "mlp"}  # compiles faster
+    config = tiny(**text_only | {"deterministic": True, "model.precision": "bfloat16"})
+    program = make_program(config, "train", topology_devices("h100:1"))
+    text = program.compile().as_text()
+    assert "triton" not in text  # jax 0.11 refuses Triton's products where it may not time them
+    scatters = [line for line in text.splitlines() if " scatter(" in line]
+    assert scatters
+    assert all("unique_indices=true" in line for line in scatters)
 
 
 def test_the_compilers_are_installed():

@@ -19,6 +19,7 @@ ALLOWED = {
     "steps": 12,
     "log_every_steps": 5,
     "name": "again",
+    "deterministic": True,
     "init_from": "miniatures",
     "optimizer.learning_rate": 5e-4,
     "optimizer.accumulation_steps": 2,

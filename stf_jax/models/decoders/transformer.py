@@ -71,19 +71,22 @@ def rotate(
 def sharded_embedding_lookup(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike
 ) -> Float[Array, "B T D"]:
-    """Looks up the embeddings of tokens, in ``dtype``; the table's gradients are summed in its own type.
+    """Looks up the embeddings of tokens, in ``dtype``, zeros for −1; the table's gradients are summed in its own type.
 
     On the active mesh each device looks up its own slice of the widths for the rows of all its ``fsdp`` peers, followed
     by an all-to-all: a batch of embeddings crosses the mesh instead of the table.
     """
     mesh = jax.sharding.get_abstract_mesh()
+
+    def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+        return table.at[ids].get(mode="fill", fill_value=0, wrap_negative_indices=False).astype(dtype)
+
     if mesh.empty:
-        return table[tokens].astype(dtype)
+        return look_up(table, tokens)
 
     def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
         tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
-        local_ids = tokens - jax.lax.axis_index("tensor") * table.shape[0]
-        rows = table.at[local_ids].get(mode="fill", fill_value=0, wrap_negative_indices=False).astype(dtype)
+        rows = look_up(table, tokens - jax.lax.axis_index("tensor") * table.shape[0])
         rows = jax.lax.psum(rows, "tensor")  # zeros from all devices but the one that has the token
         return jax.lax.all_to_all(rows, "fsdp", split_axis=0, concat_axis=2, tiled=True)
 
@@ -204,7 +207,7 @@ class Decoder(nnx.Module):
         self.head = None if config.tied else Linear(rngs, [width], [vocab], bias=False, kernel_init=normal(0.02))
 
     def embed(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-        """Embeddings of tokens in ``dtype``."""
+        """Embeddings of tokens in ``dtype``; zeros for −1."""
         return sharded_embedding_lookup(self.embedding[...], tokens, dtype)
 
     def __call__(
