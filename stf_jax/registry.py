@@ -63,7 +63,7 @@ def split_options(name: str) -> tuple[str, str]:
 def call_factory(found: Any, options: str, name: str, kind: str) -> Any:
     """The component that a factory makes of ``key=value,…``; anything but a factory is returned as it is.
 
-    Values are whole numbers, several of them joined by ``+``, or one of the words of a Literal, as the factory's types
+    Values are numbers, several whole ones joined by ``+``, or one of the words of a Literal, as the factory's types
     say.
 
     Raises:
@@ -101,6 +101,10 @@ def _parse_option(label: str, text: str, hint: Any) -> Any:
         if text not in get_args(hint):
             raise UserError(f"{label} must be one of {', '.join(get_args(hint))}.")
         return text
+    if hint is float:
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?(e-?[0-9]{1,2})?", text):
+            raise UserError(f"{label} must be a number.")
+        return float(text)
     numbers = text.split("+") if get_origin(hint) is tuple else [text]
     if not all(re.fullmatch(r"[0-9]{1,9}", number) for number in numbers):
         several = ", or several joined by +" if get_origin(hint) is tuple else ""

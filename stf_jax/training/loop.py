@@ -10,7 +10,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from stf_jax.checkpointing.adapted import merge_params
 from stf_jax.checkpointing.manager import Checkpoints
+from stf_jax.checkpointing.rules import rate_factors
 from stf_jax.config import Stopped, TrainConfig, to_json
 from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
@@ -31,7 +33,14 @@ from stf_jax.training.flops import step_flops
 from stf_jax.training.monitor import LossMonitor
 from stf_jax.training.optimizer import check_steps, learning_rate, make_optimizer
 from stf_jax.training.resume import check_changes
-from stf_jax.training.state import TrainState, init_state, state_layout
+from stf_jax.training.state import (
+    TrainState,
+    base_params,
+    init_state,
+    learning_rate_factors,
+    state_layout,
+    training_blueprint,
+)
 from stf_jax.training.step import make_train_step
 from stf_jax.weights.folder import load_params
 from stf_jax.weights.model import save_description
@@ -93,8 +102,8 @@ def _train(
     warning = check_steps(config, steps, len(records))
 
     # ---- Model, optimizer, state -----------------------------------------------------------------------------------
-    plan = generator.plan
-    tx = make_optimizer(config.optimizer, steps)
+    plan = training_blueprint(config.model, config.rules)
+    tx = make_optimizer(config.optimizer, steps, learning_rate_factors(config.rules, plan))
     rate = learning_rate(config.optimizer, steps)
     layout = state_layout(config, plan, tx, mesh)
 
@@ -109,8 +118,8 @@ def _train(
         batches.set_state(position)
         state = TrainState(step=jax.device_put(np.int32(step), layout.step.sharding), **arrays)
     else:
-        loaded = load_params(config.init_from, layout.params, config.init_missing)
-        state, clock = init_state(config, layout, tx, loaded), dict(INITIAL_CLOCK)
+        loaded = load_params(config.init_from, base_params(plan, layout), config.init_missing)
+        state, clock = init_state(config, plan, layout, tx, loaded), dict(INITIAL_CLOCK)
     if host == 0:
         sizes = [sum(math.prod(leaf.shape) for leaf in tree.values()) for tree in (layout.trainable, layout.params)]
         print(
@@ -143,7 +152,7 @@ def _train(
         return evaluate_all(
             benchmarks,
             generator,
-            params,
+            merge_params(params, plan.adapters),
             out,
             workdir.name,
             origin,
@@ -213,6 +222,8 @@ def _train(
             monitor.drain()
             values = {name: float(metrics[name]) for name in ("loss", "gradient_norm", "learned_tokens")}
             values["learning_rate"] = float(rate(step - 1 - telemetry.updates_skipped))
+            for name, factor in rate_factors(config.rules).items():
+                values[f"learning_rate/{name}"] = factor * values["learning_rate"]
             try:
                 results = log(step, values, should_evaluate) or results
             except Stopped:

@@ -7,11 +7,10 @@ import numpy as np
 
 from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
-from stf_jax.models.blueprint import blueprint
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.optimizer import make_optimizer
-from stf_jax.training.state import init_state, state_layout
+from stf_jax.training.state import base_params, init_state, learning_rate_factors, state_layout, training_blueprint
 from stf_jax.training.step import make_train_step
 from stf_jax.weights.folder import load_params
 
@@ -28,9 +27,10 @@ def time_train_steps(
       The loss before each step and after the last; seconds of each step; and the peak memory in bytes, as reported by
       the device, or else by the compiler.
     """
-    plan, mesh, tx = blueprint(config.model), make_mesh(config.mesh), make_optimizer(config.optimizer, steps + 1)
+    plan, mesh = training_blueprint(config.model, config.rules), make_mesh(config.mesh)
+    tx = make_optimizer(config.optimizer, steps + 1, learning_rate_factors(config.rules, plan))
     layout = state_layout(config, plan, tx, mesh)
-    state = init_state(config, layout, tx, load_params(source, layout.params, ()))
+    state = init_state(config, plan, layout, tx, load_params(source, base_params(plan, layout), ()))
     losses, seconds = [], []
     with compute_context(mesh, config.model.precision):
         step = make_train_step(config, plan, tx, layout).lower(state, batch).compile()
