@@ -89,15 +89,13 @@ def saved_adapters(folder: epath.Path, saved: SavedParams) -> dict[str, Adapter]
     kernels = {kernel for path in saved.shapes if (kernel := adapted_kernel(path)) in saved.shapes}
     if not kernels:
         return {}
-    file = folder / "config.json"
-    try:
-        rules = from_json(read_json(file)).rules
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder} has adapters, but {file} does not describe them: {error!r}.") from None
+    values = read_json(folder / "config.json")
+    rules = from_json(values).rules if isinstance(values, dict) else ()
     refuse_code_in(folder, [action.partition("*")[0] for _, action in rules])
-    return find_kernel_adapters(parse_rules(rules), kernels)
+    adapters = find_kernel_adapters(parse_rules(rules), kernels)
+    if missing := sorted(kernels - adapters.keys()):
+        raise UserError(f"The rules in {folder / 'config.json'} name no adapter of {missing[0]}, but the run has one.")
+    return adapters
 
 
 def adapter_leaves(paths: Iterable[str], adapters: Mapping[str, Adapter]) -> dict[str, dict[str, str]]:

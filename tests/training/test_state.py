@@ -195,3 +195,19 @@ def test_loaded_parameters_are_kept_and_the_others_initialized(initial):
         np.testing.assert_array_equal(np.asarray(leaf), values[path].astype(jnp.bfloat16))
     for path in state.params:
         assert np.array_equal(state.params[path], other.params[path]) == (path not in missing), path
+
+
+def test_adapters_start_as_pefts_and_change_no_other_parameter(initial):
+    """A is U(±1/√inputs), B is 0."""
+    setup = Setup.of(**{"mesh.data": 1, "rules": (("llm/.*", "lora:rank=16"), (".*", "train"))})
+    params = jax.tree.map(np.asarray, init_state(setup.config, setup.plan, setup.layout, setup.tx, {})).params
+    assert len(setup.plan.adapted) == 2 * 7
+    for path, value in params.items():
+        if path not in setup.plan.adapted:
+            np.testing.assert_array_equal(value, initial.params[path])
+        elif path.endswith("/b"):
+            assert not value.any()
+        else:
+            bound = np.prod(value.shape[1:-1]) ** -0.5
+            assert 0.95 * bound < np.abs(value).max() <= bound
+            assert abs(value.std() / (bound / 3**0.5) - 1) < 0.1, path

@@ -26,7 +26,7 @@ class LoRA:
 
     Attributes:
       rank: r.
-      alpha: the product x·A·B is multiplied by alpha / rank.
+      alpha: the product x·A·B is multiplied by alpha / rank; 0: alpha is twice the rank.
       dropout: probability that an input of A is 0.
       scaling: ``rslora`` multiplies by alpha / √rank instead (arXiv 2312.03732).
     """
@@ -39,15 +39,13 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError("rank must be at least 1")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError("alpha must be a positive number")
         if not 0 <= self.dropout < 1:
             raise ValueError("dropout must be at least 0, and less than 1")
 
     @property
     def scale(self) -> float:
         """The factor of the product."""
-        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+        return (self.alpha or 2 * self.rank) / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
 
     def build(self, rngs: nnx.Rngs, layer: Linear) -> nnx.Module:
         """The module for a layer, as the protocol says."""
@@ -91,8 +89,8 @@ class LowRank(nnx.Module):
         return jnp.where(shard_rows(mask), x / keep, 0)
 
 
-def lora(*, rank: int = 128, alpha: float = 256.0, dropout: float = 0.0, scaling: Scaling = "lora") -> LoRA:
-    """LoRA with LLaVA's rank and alpha by default."""
+def lora(*, rank: int = 128, alpha: float = 0.0, dropout: float = 0.0, scaling: Scaling = "lora") -> LoRA:
+    """LoRA, by default with the rank of LLaVA's script and its alpha of 256."""
     return LoRA(rank, alpha, dropout, scaling)
 
 
