@@ -34,8 +34,9 @@ def main(argv: list[str]) -> None:
     exporter.add_argument("checkpoint", type=path, help="workdir of a run, or folder of imported weights")
     exporter.add_argument("--to", type=path, required=True, help="folder to write")
     exporter.add_argument(
-        "--format", choices=["hf", "llava-stf", "native"], required=True,
-        help="hf: for PyTorch and transformers; llava-stf: for the authors' code; native: for config.init_from",
+        "--format", choices=["hf", "llava-stf", "native", "peft"], required=True,
+        help="hf: for PyTorch and transformers; llava-stf: for the authors' code; native: for config.init_from; peft: "
+        "the LoRA adapters and the fusion of a run, for the hf export of the weights that it started from",
     )  # fmt: skip
     exporter.add_argument("--dtype", choices=["", *_TYPES], default="", help="data type to write (default: as stored)")
     exporter.add_argument("--adapter-only", action="store_true", help="llava-stf: MBTF and STF only, mm_projector.bin")
@@ -81,11 +82,14 @@ def _export(options: argparse.Namespace) -> None:
             raise UserError(f"--{option} requires --format={required}.")
     require(options.checkpoint)
     from stf_jax.weights.export_hf import export_hf
+    from stf_jax.weights.export_peft import export_peft
     from stf_jax.weights.export_stf import export_llava_stf
     from stf_jax.weights.exports import export_native, summarize
 
     if options.format == "hf":
         report = export_hf(options.checkpoint, options.to, options.dtype)
+    elif options.format == "peft":
+        report = export_peft(options.checkpoint, options.to, options.dtype)
     elif options.format == "llava-stf":
         report = export_llava_stf(options.checkpoint, options.to, options.dtype, options.adapter_only)
     else:
