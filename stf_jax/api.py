@@ -165,6 +165,7 @@ def import_weights(
     vision: str = "",
     dtype: str = "",
     families: Sequence[str] = (),
+    base: str = "",
 ) -> dict[str, Any]:
     """Imports weights into a folder for ``config.init_from``, as ``stf_jax.convert import`` does.
 
@@ -174,13 +175,14 @@ def import_weights(
       vision: another source, whose vision tower replaces that of ``source``.
       dtype: the type to cast values to; by default each keeps its type.
       families: ``package.module:FAMILY`` of the tower or the language model, if it is your own.
+      base: the model that ``source`` adapts, if that is a LoRA adapter.
 
     Returns:
       The report, which is also written to import.json next to the weights.
     """
     from stf_jax.weights import imports
 
-    return imports.import_weights(os.fspath(source), pathlib.Path(to), vision, dtype, families)
+    return imports.import_weights(os.fspath(source), pathlib.Path(to), vision, dtype, families, base)
 
 
 def export(

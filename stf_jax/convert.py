@@ -19,10 +19,11 @@ def main(argv: list[str]) -> None:
     importer.add_argument(
         "source",
         type=path,
-        help="folder or file: Hugging Face, LLaVA, LLaVA-STF or GGUF; the format is detected from its contents",
+        help="folder or file: Hugging Face, LLaVA, LLaVA-STF, PEFT or GGUF; the format is detected from its contents",
     )
     importer.add_argument("--to", type=path, required=True, help="folder to write, for config.init_from")
     importer.add_argument("--vision", type=path, metavar="SOURCE", help="use the vision tower of this folder instead")
+    importer.add_argument("--base", type=path, metavar="SOURCE", help="the model to merge a LoRA adapter into")
     importer.add_argument("--dtype", choices=["", *_TYPES], default="", help="data type to write (default: as stored)")
     importer.add_argument(
         "--family", action="append", default=[], metavar="MODULE:FAMILY",
@@ -64,12 +65,12 @@ _TYPES = ("float32", "bfloat16", "float16")
 
 
 def _import(options: argparse.Namespace) -> None:
-    for source in filter(None, (options.source, options.vision)):
+    for source in filter(None, (options.source, options.vision, options.base)):
         require(source)
     from stf_jax.weights.imports import import_weights, summarize
 
-    vision = str(options.vision) if options.vision else ""
-    report = import_weights(str(options.source), options.to, vision, options.dtype, options.family)
+    vision, base = (str(folder) if folder else "" for folder in (options.vision, options.base))
+    report = import_weights(str(options.source), options.to, vision, options.dtype, options.family, base)
     print(summarize(report, options.to))
 
 
