@@ -91,7 +91,7 @@ def saved_adapters(folder: epath.Path, saved: SavedParams) -> dict[str, Adapter]
         return {}
     values = read_json(folder / "config.json")
     rules = from_json(values).rules if isinstance(values, dict) else ()
-    refuse_code_in(folder, [action.partition("*")[0] for _, action in rules])
+    refuse_code_in(folder, rules)
     adapters = find_kernel_adapters(parse_rules(rules), kernels)
     if missing := sorted(kernels - adapters.keys()):
         raise UserError(f"The rules in {folder / 'config.json'} name no adapter of {missing[0]}, but the run has one.")
