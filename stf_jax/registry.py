@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import pathlib
 import pkgutil
@@ -102,9 +103,13 @@ def _parse_option(label: str, text: str, hint: Any) -> Any:
             raise UserError(f"{label} must be one of {', '.join(get_args(hint))}.")
         return text
     if hint is float:
-        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?(e-?[0-9]{1,2})?", text):
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
             raise UserError(f"{label} must be a number.")
-        return float(text)
+        return number
     numbers = text.split("+") if get_origin(hint) is tuple else [text]
     if not all(re.fullmatch(r"[0-9]{1,9}", number) for number in numbers):
         several = ", or several joined by +" if get_origin(hint) is tuple else ""

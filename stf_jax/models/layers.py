@@ -28,7 +28,7 @@ def parameter(rngs: nnx.Rngs, axes: Sequence[Axis], init: Init) -> nnx.Param:
 
 
 class Noise(nnx.Variable):
-    """Keys of random numbers that a step of training draws anew: uint32 [L, B, 2], one for each layer and row."""
+    """Keys of the random numbers of a training step: uint32 [L, B, 2], one for each layer and row."""
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

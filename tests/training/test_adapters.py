@@ -185,7 +185,8 @@ def test_each_layer_follows_the_first_rule_that_covers_it():
         ("llm/.*", "lora:rank=0", "adapter=lora:rank=0: rank must be at least 1"),
         ("llm/.*", "lora:rank=1.5", "rank=1.5 must be a whole number"),
         ("llm/.*", "lora:alpha=nan", "alpha=nan must be a number"),
-        ("llm/.*", "lora:alpha=-1", "alpha=-1 must be a number"),
+        ("llm/.*", "lora:alpha=-1", "alpha must not be negative"),
+        ("llm/.*", "lora:alpha=much", "alpha=much must be a number"),
         ("llm/.*", "lora:dropout=1", "dropout must be at least 0, and less than 1"),
         ("llm/.*", "lora:scaling=rs", "scaling=rs must be one of lora, rslora"),
         ("llm/.*", "lora:ranks=8", "unknown option 'ranks'; did you mean 'rank'?"),
@@ -254,7 +255,7 @@ def test_a_resumed_run_ends_with_the_same_bits(run):
         resumed.append(float(metrics["loss"]))
     assert resumed == losses[2:]
     assert jax.tree.map(lambda x: x.tobytes(), _copy(state)) == jax.tree.map(lambda x: x.tobytes(), expected)
-    # Dropout draws anew at each step.
+    # Each step has its own dropout.
     other = dataclasses.replace(setup.state(), step=jax.device_put(np.int32(1), setup.layout.step.sharding))
     assert abs(float(step(other, _data()[0])[1]["loss"]) - losses[0]) > 1e-3
 
