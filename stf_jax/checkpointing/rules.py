@@ -97,7 +97,7 @@ def _parse_rule(label: str, action: str) -> Rule:
         pattern, layers = match[1] + match[4], (int(match[2] or 0), int(match[3]) if match[3] else None)
     if action not in ("train", "freeze"):
         known = ("train", "freeze", *ADAPTERS.known)
-        if action.partition(":")[0] not in known and not is_outside(action):
+        if action not in known and not is_outside(action):
             raise UserError(f"{rule} must say 'train' or 'freeze', or name an adapter; {did_you_mean(action, known)}")
         find_adapter(action)
     try:

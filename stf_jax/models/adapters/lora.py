@@ -38,11 +38,11 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError("rank must be at least 1")
+            raise ValueError("rank must be at least 1.")
         if self.alpha < 0:
-            raise ValueError("alpha must not be negative")
+            raise ValueError("alpha must not be negative.")
         if not 0 <= self.dropout < 1:
-            raise ValueError("dropout must be at least 0, and less than 1")
+            raise ValueError("dropout must be at least 0, and less than 1.")
 
     @property
     def scale(self) -> float:
