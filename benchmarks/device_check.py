@@ -44,7 +44,7 @@ from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.planning.program import make_program
 from stf_jax.planning.report import ATTAINED, trace_cost
 from stf_jax.training.flops import step_flops
-from stf_jax.training.state import trainable_paths
+from stf_jax.training.state import learning_rate_factors
 from stf_jax.training.timing import make_batch, time_train_steps
 
 Line = dict[str, Any]
@@ -230,9 +230,9 @@ def _largest_stage2(size: Size) -> TrainConfig:
 
     def state_bytes(layers: int) -> int:
         """Bytes of weights, gradients and moments."""
-        shapes = blueprint(config(layers).model).shapes
-        trained = trainable_paths(config(layers).rules, shapes)
-        return sum(leaf.size * (16 if path in trained else 2) for path, leaf in shapes.items())
+        plan = blueprint(config(layers).model)
+        trained = learning_rate_factors(config(layers).rules, plan)
+        return sum(leaf.size * (16 if path in trained else 2) for path, leaf in plan.shapes.items())
 
     limit = 0.9 * _bytes_limit()  # leaves a tenth for activations
     if not limit:

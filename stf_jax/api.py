@@ -165,6 +165,7 @@ def import_weights(
     vision: str = "",
     dtype: str = "",
     families: Sequence[str] = (),
+    base: str = "",
 ) -> dict[str, Any]:
     """Imports weights into a folder for ``config.init_from``, as ``stf_jax.convert import`` does.
 
@@ -174,13 +175,14 @@ def import_weights(
       vision: another source, whose vision tower replaces that of ``source``.
       dtype: the type to cast values to; by default each keeps its type.
       families: ``package.module:FAMILY`` of the tower or the language model, if it is your own.
+      base: the model that ``source`` adapts, if that is a LoRA adapter.
 
     Returns:
       The report, which is also written to import.json next to the weights.
     """
     from stf_jax.weights import imports
 
-    return imports.import_weights(os.fspath(source), pathlib.Path(to), vision, dtype, families)
+    return imports.import_weights(os.fspath(source), pathlib.Path(to), vision, dtype, families, base)
 
 
 def export(
@@ -190,17 +192,18 @@ def export(
 
     Args:
       format: ``hf`` for transformers and vLLM, ``llava-stf`` for the authors' code, ``native`` for
-        ``config.init_from``.
+        ``config.init_from``, ``peft`` for the LoRA adapters of a run.
       dtype: the type to cast values to; by default each keeps its type.
 
     Returns:
       The report, which is also written to export.json next to the weights.
     """
     from stf_jax.weights.export_hf import export_hf
+    from stf_jax.weights.export_peft import export_peft
     from stf_jax.weights.export_stf import export_llava_stf
     from stf_jax.weights.exports import export_native
 
-    formats = {"hf": export_hf, "llava-stf": export_llava_stf, "native": export_native}
+    formats = {"hf": export_hf, "llava-stf": export_llava_stf, "native": export_native, "peft": export_peft}
     if format not in formats:
         raise UserError(f"format={format!r} is not known; {did_you_mean(format, formats)}")
     return formats[format](to_path(os.fspath(checkpoint)), to_path(os.fspath(to)), dtype)

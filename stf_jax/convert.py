@@ -19,10 +19,11 @@ def main(argv: list[str]) -> None:
     importer.add_argument(
         "source",
         type=path,
-        help="folder or file: Hugging Face, LLaVA, LLaVA-STF or GGUF; the format is detected from its contents",
+        help="folder or file: Hugging Face, LLaVA, LLaVA-STF, PEFT or GGUF; the format is detected from its contents",
     )
     importer.add_argument("--to", type=path, required=True, help="folder to write, for config.init_from")
     importer.add_argument("--vision", type=path, metavar="SOURCE", help="use the vision tower of this folder instead")
+    importer.add_argument("--base", type=path, metavar="SOURCE", help="the model to merge a LoRA adapter into")
     importer.add_argument("--dtype", choices=["", *_TYPES], default="", help="data type to write (default: as stored)")
     importer.add_argument(
         "--family", action="append", default=[], metavar="MODULE:FAMILY",
@@ -34,8 +35,9 @@ def main(argv: list[str]) -> None:
     exporter.add_argument("checkpoint", type=path, help="workdir of a run, or folder of imported weights")
     exporter.add_argument("--to", type=path, required=True, help="folder to write")
     exporter.add_argument(
-        "--format", choices=["hf", "llava-stf", "native"], required=True,
-        help="hf: for PyTorch and transformers; llava-stf: for the authors' code; native: for config.init_from",
+        "--format", choices=["hf", "llava-stf", "native", "peft"], required=True,
+        help="hf: for PyTorch and transformers; llava-stf: for the authors' code; native: for config.init_from; peft: "
+        "the LoRA adapters and the fusion of a run, for the hf export of the weights that it started from",
     )  # fmt: skip
     exporter.add_argument("--dtype", choices=["", *_TYPES], default="", help="data type to write (default: as stored)")
     exporter.add_argument("--adapter-only", action="store_true", help="llava-stf: MBTF and STF only, mm_projector.bin")
@@ -63,12 +65,12 @@ _TYPES = ("float32", "bfloat16", "float16")
 
 
 def _import(options: argparse.Namespace) -> None:
-    for source in filter(None, (options.source, options.vision)):
+    for source in filter(None, (options.source, options.vision, options.base)):
         require(source)
     from stf_jax.weights.imports import import_weights, summarize
 
-    vision = str(options.vision) if options.vision else ""
-    report = import_weights(str(options.source), options.to, vision, options.dtype, options.family)
+    vision, base = (str(folder) if folder else "" for folder in (options.vision, options.base))
+    report = import_weights(str(options.source), options.to, vision, options.dtype, options.family, base)
     print(summarize(report, options.to))
 
 
@@ -81,11 +83,14 @@ def _export(options: argparse.Namespace) -> None:
             raise UserError(f"--{option} requires --format={required}.")
     require(options.checkpoint)
     from stf_jax.weights.export_hf import export_hf
+    from stf_jax.weights.export_peft import export_peft
     from stf_jax.weights.export_stf import export_llava_stf
     from stf_jax.weights.exports import export_native, summarize
 
     if options.format == "hf":
         report = export_hf(options.checkpoint, options.to, options.dtype)
+    elif options.format == "peft":
+        report = export_peft(options.checkpoint, options.to, options.dtype)
     elif options.format == "llava-stf":
         report = export_llava_stf(options.checkpoint, options.to, options.dtype, options.adapter_only)
     else:

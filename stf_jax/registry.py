@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import pathlib
 import pkgutil
@@ -63,7 +64,7 @@ def split_options(name: str) -> tuple[str, str]:
 def call_factory(found: Any, options: str, name: str, kind: str) -> Any:
     """The component that a factory makes of ``key=value,…``; anything but a factory is returned as it is.
 
-    Values are whole numbers, several of them joined by ``+``, or one of the words of a Literal, as the factory's types
+    Values are numbers, several whole ones joined by ``+``, or one of the words of a Literal, as the factory's types
     say.
 
     Raises:
@@ -101,6 +102,14 @@ def _parse_option(label: str, text: str, hint: Any) -> Any:
         if text not in get_args(hint):
             raise UserError(f"{label} must be one of {', '.join(get_args(hint))}.")
         return text
+    if hint is float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(f"{label} must be a number.")
+        return number
     numbers = text.split("+") if get_origin(hint) is tuple else [text]
     if not all(re.fullmatch(r"[0-9]{1,9}", number) for number in numbers):
         several = ", or several joined by +" if get_origin(hint) is tuple else ""
@@ -135,7 +144,7 @@ def refuse_code_in(folder: os.PathLike[str] | str, values: Any) -> None:
     if isinstance(values, list | tuple):
         for value in values:
             refuse_code_in(folder, value)
-    elif isinstance(values, str) and _OUTSIDE.fullmatch(name := split_options(values)[0]):
+    elif isinstance(values, str) and _OUTSIDE.fullmatch(name := split_options(values)[0].partition("*")[0]):
         _refuse_module_in(folder, name)
 
 

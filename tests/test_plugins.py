@@ -30,6 +30,7 @@ OWN = {
     "data.source": "squares:open_squares",
     "data.template": "olmo:CHAT",
     "objective": "z_loss:Z_LOSS",
+    "rules": (("llm/.*", "outer:OUTER*2"), ("vision/.*", "freeze"), (".*", "train")),
 }
 STEPS, EVERY = 4, 2
 
@@ -133,6 +134,19 @@ def test_a_folder_does_not_bring_the_code_of_its_model(workdir, tmp_path, monkey
     if name == "dino:DINO":
         with pytest.raises(UserError, match="Opening a model never runs code from its folder"):
             vision_preset(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("suffix", ["", ":rank=2", "*2"])
+def test_a_folder_does_not_bring_the_code_of_its_adapters(workdir, tmp_path, monkeypatch, suffix):
+    folder = shutil.copytree(workdir, tmp_path / "run")
+    (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nThing = None\n")
+    (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace("outer:OUTER*2", f"evil:Thing{suffix}")
+    )
+    monkeypatch.syspath_prepend(folder)
+    with pytest.raises(UserError, match="Opening a model never runs code from its folder"):
+        open_model(epath.Path(folder))
     assert not (tmp_path / "ran").exists()
 
 

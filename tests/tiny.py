@@ -16,11 +16,11 @@ from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models import spec
-from stf_jax.models.blueprint import Blueprint, blueprint
+from stf_jax.models.blueprint import Blueprint
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import BATCH, compute_context, make_mesh
 from stf_jax.training.optimizer import make_optimizer
-from stf_jax.training.state import TrainState, state_layout
+from stf_jax.training.state import TrainState, learning_rate_factors, state_layout, training_blueprint
 from stf_jax.training.step import make_train_step
 
 spec.VISION["clip-tiny"] = dataclasses.replace(
@@ -69,8 +69,8 @@ class Setup:
     def of(cls, **changes) -> "Setup":
         """The setup of the tiny config with dotted keys changed."""
         config = tiny(**changes)
-        plan, mesh = blueprint(config.model), make_mesh(config.mesh)
-        tx = make_optimizer(config.optimizer, config.steps)
+        plan, mesh = training_blueprint(config.model, config.rules), make_mesh(config.mesh)
+        tx = make_optimizer(config.optimizer, config.steps, learning_rate_factors(config.rules, plan))
         return cls(config, plan, tx, mesh, state_layout(config, plan, tx, mesh))
 
     def state(self, seed: int = 0) -> TrainState:

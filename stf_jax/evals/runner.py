@@ -103,7 +103,7 @@ def check_images(benchmarks: Sequence[Benchmark]) -> None:
 def evaluate_all(
     benchmarks: Sequence[Benchmark],
     generator: Generator,
-    params: Mapping[str, jax.Array],
+    params: Iterable[tuple[str, jax.Array]],
     out: epath.Path,
     model: str,
     origin: dict[str, Any],
@@ -117,7 +117,7 @@ def evaluate_all(
     """
     if not benchmarks:
         return []
-    generator.load_params(params.items())
+    generator.load_params(params)
     folders = [out / benchmark.name if len(benchmarks) > 1 else out for benchmark in benchmarks]
     results = [
         evaluate(benchmark, generator, folder, model, origin, rows=rows, overwrite=True, on_batch_end=on_batch_end)

@@ -1,6 +1,8 @@
 """A model without its weights."""
 
 import dataclasses
+import functools
+import zlib
 from collections.abc import Mapping
 
 import flax
@@ -9,37 +11,84 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from stf_jax.config import ModelConfig
+from stf_jax.models.adapters.base import Adapter, adapted_kernel
+from stf_jax.models.layers import Linear
 from stf_jax.models.vlm import VLM
 from stf_jax.parallel.mesh import parameter_sharding
 
 Params = dict[str, jax.Array]  # by path
+Adapters = Mapping[str, Adapter]  # by the path of the kernel that each adapts
 
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """A model without its weights: its structure, and the shape and logical axes of every parameter by path."""
+    """A model without its weights: its structure, and the shape and logical axes of every parameter by path.
+
+    Attributes:
+      linears: paths of the kernels that an adapter may adapt, those of linear layers in blocks.
+      adapters: those that the model has, each with its parameters beside the kernel's.
+    """
 
     precision: str  # as in the config
     graph: nnx.GraphDef[VLM]
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     axes: Mapping[str, tuple[str, ...]]
+    linears: frozenset[str]
+    adapters: Adapters
+    _noise: Mapping[str, int]  # layers of each stack of keys, by path
 
     def merge(self, *params: Params) -> VLM:
-        """The model with the given trees as its weights; together they must hold every parameter."""
+        """The model with the given trees as its weights; together they must hold every parameter, and :meth:`noise`."""
         return nnx.merge(self.graph, *(flax.traverse_util.unflatten_dict(tree, sep="/") for tree in params))
+
+    def noise(self, key: jax.Array, rows: int) -> Params:
+        """Keys for the random numbers of a training step, uint32 [L, B, 2] by path; empty if the model draws none."""
+        return {
+            path: jax.random.key_data(
+                jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())), (layers, rows))
+            )
+            for path, layers in self._noise.items()
+        }
+
+    @functools.cached_property
+    def adapted(self) -> Mapping[str, str]:
+        """The paths of the adapters' parameters, each with that of the kernel it belongs to."""
+        kernels = ((path, adapted_kernel(path)) for path in self.shapes)
+        return {path: kernel for path, kernel in kernels if kernel is not None and kernel in self.adapters}
+
+    def depth(self, path: str) -> int | None:
+        """How many layers a parameter stacks; None if it belongs to no block."""
+        return self.shapes[path].shape[0] if self.axes[path][:1] == ("layers",) else None
 
     def shardings(self, mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
         """The sharding of each parameter. Raises as :func:`stf_jax.parallel.mesh.parameter_sharding` does."""
         return {path: parameter_sharding(path, self.shapes[path].shape, self.axes[path], mesh) for path in self.shapes}
 
 
-def blueprint(config: ModelConfig) -> Blueprint:
+def build_model(rngs: nnx.Rngs, config: ModelConfig, adapters: Adapters) -> VLM:
+    """A model with adapters; all its other parameters are those of ``VLM(rngs, config)``."""
+    model = VLM(rngs, config)
+    for path, adapter in adapters.items():
+        layer = functools.reduce(getattr, path.split("/")[:-1], model)
+        layer.adapter = nnx.data(adapter.build(rngs, layer))
+    return model
+
+
+def blueprint(config: ModelConfig, adapters: Adapters | None = None) -> Blueprint:
     """The blueprint of a model, without allocating arrays. Raises UserError as :class:`stf_jax.models.vlm.VLM` does."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: VLM(nnx.Rngs(0), config)))
-    leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    model = nnx.eval_shape(lambda: build_model(nnx.Rngs(0), config, adapters or {}))
+    graph, params, noise = nnx.split(model, nnx.Param, ...)
+    leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(params)}
+    axes = {path: leaf.get_metadata()["axes"] for path, leaf in leaves.items()}
+    kernels = {
+        "/".join(map(str, (*path, "kernel"))) for path, module in nnx.iter_modules(model) if isinstance(module, Linear)
+    }
     return Blueprint(
         precision=config.precision,
         graph=graph,
         shapes={path: leaf.get_value() for path, leaf in leaves.items()},
-        axes={path: leaf.get_metadata()["axes"] for path, leaf in leaves.items()},
+        axes=axes,
+        linears=frozenset(path for path in kernels if axes[path][0] == "layers"),
+        adapters=adapters or {},
+        _noise={"/".join(map(str, path)): leaf.get_value().shape[0] for path, leaf in nnx.to_flat_state(noise)},
     )

@@ -27,6 +27,10 @@ def parameter(rngs: nnx.Rngs, axes: Sequence[Axis], init: Init) -> nnx.Param:
     return nnx.Param(init(rngs.params(), shape), axes=tuple(name for _, name in axes))
 
 
+class Noise(nnx.Variable):
+    """Keys of the random numbers of a training step: uint32 [L, B, 2], one for each layer and row."""
+
+
 def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Initializer: 0."""
     del key
@@ -96,6 +100,8 @@ class Linear(nnx.Module):
 
     ``stack`` adds a leading axis of that many layers to the parameters. The caller scans over it, so that a call always
     sees one layer's parameters.
+
+    ``adapter`` may be set to a module that maps the same axes (models/adapters); what it returns is added.
     """
 
     def __init__(
@@ -114,6 +120,7 @@ class Linear(nnx.Module):
         self.inputs, self.outputs = (tuple(size for size, _ in axes) for axes in (inputs, outputs))
         self.kernel = parameter(rngs, [*lead, *inputs, *outputs], kernel_init or normal(fan_in**-0.5))
         self.bias = parameter(rngs, [*lead, *outputs], bias_init) if bias else None
+        self.adapter: Callable[[jax.Array], jax.Array] | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # One product of two matrices: XLA's CPU backward pass of a product over more axes takes twice the time.
@@ -121,6 +128,8 @@ class Linear(nnx.Module):
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
         y = x.reshape(-1, fan_in) @ self.kernel[...].astype(x.dtype).reshape(fan_in, fan_out)
         y = y.reshape(*lead, *self.outputs)
+        if self.adapter is not None:
+            y = y + self.adapter(x)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -24,6 +24,7 @@ LOGICAL_TO_MESH: Mapping[str, str | None] = {
     "kv_heads": "tensor",
     "vocab": "tensor",
     "layers": None,  # scanned over
+    "rank": None,  # of a low-rank adapter
     "head_dim": None,
     "norm": None,  # scales and biases of norms, the class token
     "position": None,  # learned positions of the vision tower

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -23,7 +24,7 @@ from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, fit_mesh, make_mesh, row_shards
 from stf_jax.training.flops import abstract_batch
 from stf_jax.training.optimizer import make_optimizer
-from stf_jax.training.state import Layout, state_layout
+from stf_jax.training.state import Layout, learning_rate_factors, state_layout, training_blueprint
 from stf_jax.training.step import make_train_step
 
 _RULES = TokenRules(stops=(2,), suppressed_tokens=())  # the shapes do not depend on them
@@ -88,23 +89,28 @@ def make_program(config: TrainConfig, kind: str, devices: list[jax.Device], rows
     Raises:
       UserError: the config is invalid, or does not suit the devices.
     """
-    mesh, plan = make_mesh(fit_mesh(config, devices).mesh, devices), blueprint(config.model)
+    mesh = make_mesh(fit_mesh(config, devices).mesh, devices)
     if kind == "train":
         config = dataclasses.replace(config, global_batch_size=rows or config.global_batch_size)
-        return _train_program(config, plan, mesh)
+        return _train_program(config, mesh)
+    plan = blueprint(config.model)
     return _inference_program(config, kind, plan, inference_mesh(plan, mesh), rows)
 
 
 def abstract_train_state(config: TrainConfig, devices: list[jax.Device]) -> Layout:
     """The training state, which stays in memory during evaluation. Raises UserError as :func:`make_program`."""
-    tx = make_optimizer(config.optimizer, steps=1000)
-    return state_layout(config, blueprint(config.model), tx, make_mesh(fit_mesh(config, devices).mesh, devices))
+    return _train_layout(config, make_mesh(fit_mesh(config, devices).mesh, devices))[2]
 
 
-def _train_program(config: TrainConfig, plan: Blueprint, mesh: Mesh) -> Program:
+def _train_layout(config: TrainConfig, mesh: Mesh) -> tuple[Blueprint, optax.GradientTransformation, Layout]:
+    plan = training_blueprint(config.model, config.rules)
+    tx = make_optimizer(config.optimizer, 1000, learning_rate_factors(config.rules, plan))
+    return plan, tx, state_layout(config, plan, tx, mesh)
+
+
+def _train_program(config: TrainConfig, mesh: Mesh) -> Program:
     check_batch(config, mesh)
-    tx = make_optimizer(config.optimizer, steps=1000)
-    layout = state_layout(config, plan, tx, mesh)
+    plan, tx, layout = _train_layout(config, mesh)
     shape = config.global_batch_size, config.data.max_length, config.data.images_per_row
     rows = NamedSharding(mesh, BATCH)
     batch = jax.tree.map(lambda x: _with_sharding(x, rows), abstract_batch(config.model, *shape))

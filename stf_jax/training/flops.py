@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from stf_jax.accounting.flops import count_model_flops
+from stf_jax.checkpointing.rules import Rules
 from stf_jax.config import ModelConfig
 from stf_jax.data.packing import Batch
 from stf_jax.models.blueprint import Params, blueprint
@@ -18,9 +19,7 @@ from stf_jax.models.cells import CLASSES
 from stf_jax.models.spec import resolve_model
 from stf_jax.training.loss import chunks_of
 from stf_jax.training.objectives.base import find_objective
-from stf_jax.training.state import trainable_paths
-
-Rules = tuple[tuple[str, str], ...]
+from stf_jax.training.state import learning_rate_factors, training_blueprint
 
 
 def step_flops(
@@ -37,7 +36,7 @@ def step_flops(
       objective: as ``config.objective``.
 
     Raises:
-      UserError: as :func:`stf_jax.models.blueprint.blueprint` and :func:`stf_jax.training.state.trainable_paths` do.
+      UserError: as :func:`stf_jax.training.state.training_blueprint`.
     """
     return rows * _row_step_flops(model, rules, length, images_per_row, objective)
 
@@ -74,15 +73,16 @@ def abstract_batch(model: ModelConfig, rows: int, length: int, images_per_row: i
 
 @functools.lru_cache(maxsize=64)
 def _row_step_flops(model: ModelConfig, rules: Rules, length: int, images_per_row: int, objective: str) -> int:
-    plan = blueprint(_by_definition(model))
-    names, minimized = trainable_paths(rules, plan.shapes), find_objective(objective, model)
+    plan = training_blueprint(_by_definition(model), rules)
+    names, minimized = learning_rate_factors(rules, plan), find_objective(objective, model)
     trainable, frozen = (
         {path: leaf for path, leaf in plan.shapes.items() if (path in names) == selected} for selected in (True, False)
     )
 
     def gradients(trainable: Params, frozen: Params, batch: Batch[jax.Array]) -> tuple[jax.Array, Params]:
         def loss(tree: Params) -> jax.Array:
-            return minimized.loss_sum(plan.merge(tree, frozen), batch, packed=False)
+            noise = plan.noise(jax.random.key(0), len(batch.tokens))
+            return minimized.loss_sum(plan.merge(tree, frozen, noise), batch, packed=False)
 
         return jax.value_and_grad(loss)(trainable)
 

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from stf_jax.checkpointing.adapted import merge_params
 from stf_jax.checkpointing.manager import Checkpoints
+from stf_jax.checkpointing.rules import rate_factors
 from stf_jax.config import Stopped, TrainConfig, to_json
 from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
@@ -33,7 +35,14 @@ from stf_jax.training.optimizer import check_steps, learning_rate, make_optimize
 from stf_jax.training.programs import StepPrograms
 from stf_jax.training.remat import resolve_remat
 from stf_jax.training.resume import check_changes
-from stf_jax.training.state import TrainState, init_state, state_layout
+from stf_jax.training.state import (
+    TrainState,
+    base_params,
+    init_state,
+    learning_rate_factors,
+    state_layout,
+    training_blueprint,
+)
 from stf_jax.training.step import Metrics
 from stf_jax.weights.folder import load_params
 from stf_jax.weights.model import save_description
@@ -97,8 +106,8 @@ def _train(
     config = resolve_remat(config, workdir, mesh, max(batches.plan.shapes(0, steps)))
 
     # ---- Model, optimizer, state -----------------------------------------------------------------------------------
-    plan = blueprint(config.model)
-    tx = make_optimizer(config.optimizer, steps)
+    plan = training_blueprint(config.model, config.rules)
+    tx = make_optimizer(config.optimizer, steps, learning_rate_factors(config.rules, plan))
     rate = learning_rate(config.optimizer, steps)
     layout = state_layout(config, plan, tx, mesh)
 
@@ -112,7 +121,8 @@ def _train(
     stack.callback(programs.close)
 
     def start_state() -> TrainState[jax.Array]:
-        return init_state(config, layout, tx, load_params(config.init_from, layout.params, config.init_missing))
+        loaded = load_params(config.init_from, base_params(plan, layout), config.init_missing)
+        return init_state(config, plan, layout, tx, loaded)
 
     restored = checkpoints.restore_newest(layout, lambda: start_state().frozen)
     if restored is not None:
@@ -149,7 +159,7 @@ def _train(
         return evaluate_all(
             benchmarks,
             generator,
-            params,
+            merge_params(params, plan.adapters),
             out,
             workdir.name,
             origin,
@@ -168,7 +178,9 @@ def _train(
     def read_values(step: int, metrics: Metrics) -> dict[str, float]:
         """The values to log of a step, when the updates that were skipped up to it have been counted."""
         values = {name: float(metrics[name]) for name in ("loss", "gradient_norm", "learned_tokens")}
-        return values | {"learning_rate": float(rate(step - 1 - telemetry.updates_skipped))}
+        values["learning_rate"] = float(rate(step - 1 - telemetry.updates_skipped))
+        groups = rate_factors(config.rules).items()
+        return values | {f"learning_rate/{name}": factor * values["learning_rate"] for name, factor in groups}
 
     def log(step: int, metrics: Metrics) -> None:
         telemetry.log(step, read_values(step, metrics))

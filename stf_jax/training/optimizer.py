@@ -1,13 +1,16 @@
 """AdamW with warm-up, equal to torch's AdamW with LLaVA's schedule."""
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from stf_jax.config import OptimizerConfig, TrainConfig, UserError
+from stf_jax.models.blueprint import Params
 
 _MIN_UPDATES = 10  # fewer in a run give a warning
 
@@ -57,8 +60,15 @@ def has_weight_decay(path: str) -> bool:
     return path.rsplit("/", 1)[-1] not in ("bias", "scale")
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer for a flat ``{path: parameter}`` tree over ``steps`` steps."""
+def make_optimizer(
+    config: OptimizerConfig, steps: int, factors: Mapping[str, Sequence[float]] | None = None
+) -> optax.GradientTransformation:
+    """The optimizer for a flat ``{path: parameter}`` tree over ``steps`` steps.
+
+    Args:
+      factors: what multiplies the learning rate of a parameter, by path: one number, or one per layer of a block; by
+        default 1.
+    """
     adamw = optax.adamw(
         learning_rate(config, steps),
         b1=config.b1,
@@ -67,7 +77,21 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
         mask=lambda params: {path: has_weight_decay(path) for path in params},
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    parts.append(adamw)
+    if others := {path: values for path, values in (factors or {}).items() if set(values) != {1}}:
+        parts.append(optax.stateless(functools.partial(_scale_updates, others)))
+    return optax.chain(*parts) if len(parts) > 1 else adamw
+
+
+def _scale_updates(factors: Mapping[str, Sequence[float]], updates: Params, params: Any) -> Params:
+    del params
+    return {path: scale_layers(x, factors[path]) if path in factors else x for path, x in updates.items()}
+
+
+def scale_layers(x: jax.Array, factors: Sequence[float]) -> jax.Array:
+    """Multiplies an array by its factor, or each layer of a block [L, ...] by its own."""
+    return x * np.reshape(np.array(factors, np.float32), (-1, *[1] * (x.ndim - 1)))
 
 
 def map_moments(

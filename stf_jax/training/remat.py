@@ -11,19 +11,20 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
+import optax
 from etils import epath
 from jax.sharding import Mesh
 
 from stf_jax.config import Remat, TrainConfig
 from stf_jax.data.packing import Batch
 from stf_jax.files import read_json
-from stf_jax.models.blueprint import Params, blueprint
+from stf_jax.models.blueprint import Blueprint, Params
 from stf_jax.parallel.mesh import compute_context, row_shards
 from stf_jax.training.flops import abstract_batch
 from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.programs import Shape, compile_step
-from stf_jax.training.state import Layout, state_layout
+from stf_jax.training.state import Layout, learning_rate_factors, state_layout, training_blueprint
 
 SETTINGS: tuple[Remat, ...] = get_args(Remat)[1:]  # without auto; the fastest, which needs the most memory, first
 
@@ -75,7 +76,7 @@ def with_remat(config: TrainConfig, remat: Remat) -> TrainConfig:
 
 def least_bytes(config: TrainConfig, mesh: Mesh, shape: Shape) -> int:
     """Computes what a step holds at least on each device: state, gradients, and activations for the backward pass."""
-    layout = state_layout(config, blueprint(config.model), make_optimizer(config.optimizer, 1000), mesh)
+    layout = _prepare(config, mesh)[2]
     microbatches = config.optimizer.accumulation_steps
     gradients = bytes_per_device(layout.trainable) * (1 + (microbatches > 1))
     rows = config.global_batch_size / row_shards(mesh) / microbatches
@@ -84,11 +85,13 @@ def least_bytes(config: TrainConfig, mesh: Mesh, shape: Shape) -> int:
 
 def activation_bytes_per_row(config: TrainConfig, mesh: Mesh, layout: Layout, shape: Shape) -> float:
     """Computes the bytes that a row of a batch adds to what is kept from the forward to the backward pass."""
-    plan, objective = blueprint(config.model), find_objective(config.objective, config.model)
+    plan = training_blueprint(config.model, config.rules)
+    objective = find_objective(config.objective, config.model)
 
     def residuals(trainable: Params, frozen: Params, batch: Batch[jax.Array]) -> Any:
         def loss(tree: Params) -> jax.Array:
-            return objective.loss_sum(plan.merge(tree, frozen), batch, config.data.packing)
+            noise = plan.noise(jax.random.key(0), len(batch.tokens))
+            return objective.loss_sum(plan.merge(tree, frozen, noise), batch, config.data.packing)
 
         return jax.vjp(loss, trainable)[1]
 
@@ -111,6 +114,12 @@ def bytes_per_device(tree: Any) -> int:
     )
 
 
+def _prepare(config: TrainConfig, mesh: Mesh) -> tuple[Blueprint, optax.GradientTransformation, Layout]:
+    plan = training_blueprint(config.model, config.rules)
+    tx = make_optimizer(config.optimizer, 1000, learning_rate_factors(config.rules, plan))  # for any number of steps
+    return plan, tx, state_layout(config, plan, tx, mesh)
+
+
 def _read_choice(workdir: epath.Path) -> Remat | None:
     """Returns the setting of the run's last start, so that a resumed run rounds in the same way."""
     try:
@@ -130,9 +139,8 @@ def _memory_limit(device: jax.Device) -> float:
 
 def _peak_bytes(config: TrainConfig, mesh: Mesh, shape: Shape) -> float:
     """Compiles the step and returns the bytes that it needs on a device; infinity if the compiler refuses it."""
-    plan, tx = blueprint(config.model), make_optimizer(config.optimizer, 1000)
     try:
-        memory = compile_step(config, plan, tx, state_layout(config, plan, tx, mesh), shape).memory_analysis()
+        memory = compile_step(config, *_prepare(config, mesh), shape).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -36,7 +36,8 @@ def run_stages(stages: Sequence[TrainConfig], workdir: epath.Path) -> Iterator[l
     A single stage runs in ``workdir`` itself, each of several in a subfolder with its name. Names of components are
     checked for all stages before the first. Raises as :func:`stf_jax.training.loop.train`.
     """
-    from stf_jax.data.conversation import check_template  # these take seconds to import
+    from stf_jax.checkpointing.rules import parse_rules  # these take seconds to import
+    from stf_jax.data.conversation import check_template
     from stf_jax.evals.registry import find_benchmarks
     from stf_jax.models.fusions.base import find_fusion
     from stf_jax.training.loop import train
@@ -47,6 +48,7 @@ def run_stages(stages: Sequence[TrainConfig], workdir: epath.Path) -> Iterator[l
     for stage in stages:  # before the first one trains
         find_fusion(stage.model.fusion)
         find_objective(stage.objective, stage.model)
+        parse_rules(stage.rules)
         check_template(stage.data.template, None)
         find_benchmarks(stage.eval.benchmarks)
     for previous, stage in zip([None, *stages], stages, strict=False):

@@ -4,9 +4,8 @@ Trees are flat: ``{"vision/blocks/mlp/up/kernel": array, …}``.
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stf_jax.checkpointing.renames import path_matches
-from stf_jax.config import TrainConfig, UserError
-from stf_jax.models.blueprint import Blueprint, Params
-from stf_jax.models.vlm import VLM
+from stf_jax.checkpointing.rules import Decision, Rules, decide
+from stf_jax.config import ModelConfig, TrainConfig, UserError
+from stf_jax.models.blueprint import Blueprint, Params, blueprint, build_model
 from stf_jax.training.optimizer import map_moments
 
 Leaf = TypeVar("Leaf")
@@ -42,45 +40,49 @@ class TrainState(Generic[Leaf]):
 Layout = TrainState[jax.ShapeDtypeStruct]  # with types and shardings
 
 
-def trainable_paths(rules: tuple[tuple[str, str], ...], paths: Mapping[str, Any]) -> set[str]:
-    """Paths of the trainable parameters. For each path, the first rule whose pattern matches all of it decides.
+def training_blueprint(model: ModelConfig, rules: Rules) -> Blueprint:
+    """The blueprint of a model with the adapters that the rules name. Raises UserError as :func:`decide` does."""
+    plan = blueprint(model)
+    adapters = {path: choice.adapter for path, choice in _decide(rules, plan).items() if choice.adapter is not None}
+    return blueprint(model, adapters) if adapters else plan
+
+
+def learning_rate_factors(rules: Rules, plan: Blueprint) -> dict[str, tuple[float, ...]]:
+    """What multiplies the learning rate of each trainable parameter: one number, or one per layer of a block.
+
+    A layer whose factor is 0 is frozen.
+
+    Args:
+      plan: of :func:`training_blueprint`.
 
     Raises:
-      UserError: a parameter that no rule covers, a pattern that covers nothing, or an action other than train, freeze.
+      UserError: as :func:`decide`.
     """
-    for pattern, action in rules:
-        if action not in ("train", "freeze"):
-            raise UserError(f"Freeze rule ({pattern!r}, {action!r}) must say 'train' or 'freeze'.")
-        try:
-            matches = any(path_matches(pattern, path) for path in paths)
-        except re.error as error:
-            raise UserError(f"Freeze rule pattern {pattern!r} is not a regular expression: {error}.") from None
-        if not matches:
-            raise UserError(f"Freeze rule {pattern!r} covers no parameter; paths look like {min(paths)!r}.")
-    trainable = set()
-    for path in paths:
-        decision = next((action for pattern, action in rules if path_matches(pattern, path)), None)
-        if decision is None:
-            raise UserError(f"No freeze rule covers parameter {path!r}; add one to config.rules.")
-        if decision == "train":
-            trainable.add(path)
-    if not trainable:
-        raise UserError("The freeze rules leave nothing to train.")
-    return trainable
+    decisions = _decide(rules, plan)
+    factors = {path: choice.factors for path, choice in decisions.items() if choice.adapter is None}
+    factors |= {path: decisions[kernel].factors for path, kernel in plan.adapted.items()}
+    return {path: factors[path] for path in plan.shapes if any(factors.get(path, ()))}
+
+
+def _decide(rules: Rules, plan: Blueprint) -> dict[str, Decision]:
+    return decide(rules, {path: plan.depth(path) for path in plan.shapes if path not in plan.adapted}, plan.linears)
 
 
 def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransformation, mesh: Mesh) -> Layout:
     """The training state as abstract arrays with types and shardings, the target of initialization and of restoring.
 
+    Args:
+      plan: of :func:`training_blueprint`.
+
     Raises:
-      UserError: as :func:`trainable_paths`; or the model is reduced, which is for inference only.
+      UserError: as :func:`decide`; or the model is reduced, which is for inference only.
     """
     if config.model.reduce:
         raise UserError(
             f"model.reduce={config.model.reduce} is for inference only: train without it, "
             "and give --reduce to stf_jax.evaluate and stf_jax.chat."
         )
-    names = trainable_paths(config.rules, plan.shapes)
+    names = learning_rate_factors(config.rules, plan)
     shardings = plan.shardings(mesh)
     compute = jnp.dtype(config.model.precision)
 
@@ -102,8 +104,13 @@ def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransfo
     )
 
 
+def base_params(plan: Blueprint, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """The layout of all parameters but those of adapters, which no weights have at the start."""
+    return {path: leaf for path, leaf in layout.params.items() if path not in plan.adapted}
+
+
 def init_state(
-    config: TrainConfig, layout: Layout, tx: optax.GradientTransformation, loaded: Params
+    config: TrainConfig, plan: Blueprint, layout: Layout, tx: optax.GradientTransformation, loaded: Params
 ) -> TrainState[jax.Array]:
     """A new state with the ``loaded`` parameters; the others are initialized from the seed, in place on their devices.
 
@@ -112,7 +119,7 @@ def init_state(
     """
 
     def init(loaded: Params, key: jax.Array) -> TrainState[jax.Array]:
-        initial = nnx.state(VLM(nnx.Rngs(key), config.model))
+        initial = nnx.state(build_model(nnx.Rngs(key), config.model, plan.adapters), nnx.Param)
         params = {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(initial)} | loaded
 
         def cast(tree: Mapping[str, jax.ShapeDtypeStruct]) -> Params:

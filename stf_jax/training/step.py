@@ -13,13 +13,14 @@ from stf_jax.data.packing import Batch
 from stf_jax.models.blueprint import Blueprint, Params
 from stf_jax.parallel.mesh import BATCH
 from stf_jax.training.objectives.base import find_objective
-from stf_jax.training.state import Layout, TrainState
+from stf_jax.training.optimizer import scale_layers
+from stf_jax.training.state import Layout, TrainState, learning_rate_factors
 
 Metrics = dict[str, jax.Array]
 
 # Options of the program and not of XLA_FLAGS, which XLA reads once per process: so they can never be set too late. The
 # first also makes XLA choose kernels by rule instead of by timing them, which may choose others at the next start. XLA
-# of jax 0.11 has no such rule for Triton's matrix products, at least where it compiles for a GPU that is only described,
+# of jax 0.11 has no such rule for Triton's matrix products, at least where it compiles for a GPU that it does not have,
 # and ends with an error. So cuBLAS takes these products.
 _DETERMINISTIC = {"xla_gpu_deterministic_ops": True, "xla_gpu_enable_triton_gemm": False}
 
@@ -38,9 +39,13 @@ def make_train_step(
 
     Parameters and moments stay unchanged, and ``skipped`` is 1, if the loss, a gradient, or a parameter or moment after
     the update is not finite, or if the batch has no target token. So a bad batch does not spoil them.
+
+    Random numbers, of which dropout needs some, depend on the seed, the step and the row of the batch alone.
     """
     accumulation_steps, packed = config.optimizer.accumulation_steps, config.data.packing
     objective = find_objective(config.objective, config.model)
+    factors = learning_rate_factors(config.rules, plan)
+    partly_frozen = {path: [float(x > 0) for x in values] for path, values in factors.items() if not all(values)}
 
     def update(grads: Params, moments: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:
         updates, moments = tx.update(grads, moments, params)
@@ -49,20 +54,24 @@ def make_train_step(
     def train_step(state: TrainState[jax.Array], batch: Batch[jax.Array]) -> tuple[TrainState[jax.Array], Metrics]:
         target_count = objective.count_terms(batch)
 
-        def loss(trainable: Params, rows: Batch[jax.Array]) -> jax.Array:
-            model = plan.merge(trainable, state.frozen)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        noise = plan.noise(key, len(batch.tokens))
+
+        def loss(trainable: Params, rows: Batch[jax.Array], noise: Params) -> jax.Array:
+            model = plan.merge(trainable, state.frozen, noise)
             return objective.loss_sum(model, rows, packed) / jnp.maximum(target_count, 1)
 
         value_and_grad = jax.value_and_grad(loss)
         if accumulation_steps == 1:
-            value, grads = value_and_grad(state.trainable, batch)
+            value, grads = value_and_grad(state.trainable, batch, noise)
         else:
 
-            def add(total: tuple[jax.Array, Params], rows: Batch[jax.Array]) -> tuple[tuple[jax.Array, Params], None]:
-                return jax.tree.map(jnp.add, total, value_and_grad(state.trainable, rows)), None
+            def add(total: tuple[jax.Array, Params], part: tuple[Any, Params]) -> tuple[tuple[jax.Array, Params], None]:
+                return jax.tree.map(jnp.add, total, value_and_grad(state.trainable, *part)), None
 
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
-            (value, grads), _ = jax.lax.scan(add, zeros, _microbatches(batch, accumulation_steps))
+            (value, grads), _ = jax.lax.scan(add, zeros, _microbatches(batch, noise, accumulation_steps))
+        grads |= {path: scale_layers(grads[path], values) for path, values in partly_frozen.items()}
         with jax.named_scope("update"):
             norm = optax.global_norm(grads)
             # The update is computed twice: whether to apply it depends on all of it, and keeping it would take memory.
@@ -98,6 +107,10 @@ def _count_not_finite(tree: Any) -> jax.Array | int:
     return sum(jnp.sum(~jnp.isfinite(leaf), dtype=jnp.float32) for leaf in jax.tree.leaves(tree))
 
 
-def _microbatches(batch: Batch[jax.Array], count: int) -> Batch[jax.Array]:
+def _microbatches(batch: Batch[jax.Array], noise: Params, count: int) -> tuple[Batch[jax.Array], Params]:
     # Rows are assigned round-robin, so that each device already holds its share of every microbatch.
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch)
+    def split(x: jax.Array, axis: int) -> jax.Array:
+        parts = x.reshape(*x.shape[:axis], x.shape[axis] // count, count, *x.shape[axis + 1 :])
+        return jnp.moveaxis(parts, axis + 1, 0)
+
+    return jax.tree.map(lambda x: split(x, 0), batch), jax.tree.map(lambda x: split(x, 1), noise)

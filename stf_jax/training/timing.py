@@ -9,11 +9,18 @@ import numpy as np
 
 from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
-from stf_jax.models.blueprint import Params, blueprint
+from stf_jax.models.blueprint import Params
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.optimizer import make_optimizer
-from stf_jax.training.state import TrainState, init_state, state_layout
+from stf_jax.training.state import (
+    TrainState,
+    base_params,
+    init_state,
+    learning_rate_factors,
+    state_layout,
+    training_blueprint,
+)
 from stf_jax.training.step import make_train_step
 
 
@@ -37,9 +44,10 @@ def time_train_steps(
     Args:
       load: returns weights to start from, given those of the model with types and shardings; the others are random.
     """
-    plan, mesh, tx = blueprint(config.model), make_mesh(config.mesh), make_optimizer(config.optimizer, steps + 1)
+    plan, mesh = training_blueprint(config.model, config.rules), make_mesh(config.mesh)
+    tx = make_optimizer(config.optimizer, steps + 1, learning_rate_factors(config.rules, plan))
     layout = state_layout(config, plan, tx, mesh)
-    state = init_state(config, layout, tx, load(layout.params))
+    state = init_state(config, plan, layout, tx, load(base_params(plan, layout)))
     losses, seconds = [], []
     with compute_context(mesh, config.model.precision):
         begin = time.perf_counter()

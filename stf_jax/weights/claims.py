@@ -33,8 +33,8 @@ def check_supported(tensors: TensorFile, config: Mapping[str, Any], notes: list[
     """Raises UserError for adapters and quantized weights; adds a note if only the config mentions quantization."""
     if name := next(filter(_LORA.fullmatch, tensors.names), None):
         raise UserError(
-            f"The tensors ({name}, …) are a LoRA adapter's, not a complete model's: merge it into its base model first "
-            "(peft: merge_and_unload, then save_pretrained), and import the result."
+            f"The tensors ({name}, …) are a LoRA adapter's, not a complete model's: import the adapter's folder with "
+            "its base (convert import ADAPTER --base=DIR)."
         )
     if "tok_embeddings.weight" in tensors:
         raise UserError(

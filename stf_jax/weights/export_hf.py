@@ -157,18 +157,44 @@ def find_torch_file(config: FusionConfig) -> pathlib.Path:
     return file
 
 
+def map_modules(saved: SavedModel, model: CompleteModel) -> dict[str, TensorMapping]:
+    """Maps parameters to the names that they have in the model in PyTorch, which are also those in exports of ours.
+
+    transformers renames the tensors of its own LLaVA when it reads them.
+    """
+    projector = (LLAVA_PROJECTOR, {"": "model.multi_modal_projector."})
+    decoder = DECODERS.find(model.llm.family)
+    head = decoder.tensor_names["head/kernel"].name
+    return _map_parts(
+        saved,
+        model,
+        {"": "model.vision_tower."},
+        projector if _is_llava(model) else (_fusion_table(model), {"": "model."}),
+        {decoder.root: "model.language_model.", head: head},
+    )
+
+
 def _map_tensors(saved: SavedModel, model: CompleteModel) -> dict[str, TensorMapping]:
-    tower, decoder = TOWERS.find(model.vision.family), DECODERS.find(model.llm.family)
-    if _is_llava(model):
-        prefixes = ({"": f"vision_tower.{tower.wrapper}"}, {"": "multi_modal_projector."}, {"": "language_model."})
-        table = LLAVA_PROJECTOR
-    else:
-        head = decoder.tensor_names["head/kernel"].name
-        prefixes = ({"": "model.vision_tower."}, {"": "model."}, {decoder.root: "model.language_model.", head: head})
-        table = _fusion_table(model)
-    tables = (tower.tensor_names, table, decoder.tensor_names)
-    parts = zip(("vision", "fusion/connector", "llm"), tables, prefixes, strict=True)
-    return {path: mapping for part in parts for path, mapping in map_part(saved, *part).items()}
+    if not _is_llava(model):
+        return map_modules(saved, model)
+    wrapper = TOWERS.find(model.vision.family).wrapper
+    projector = (LLAVA_PROJECTOR, {"": "multi_modal_projector."})
+    return _map_parts(saved, model, {"": f"vision_tower.{wrapper}"}, projector, {"": "language_model."})
+
+
+def _map_parts(
+    saved: SavedModel,
+    model: CompleteModel,
+    vision: Mapping[str, str],
+    fusion: tuple[TensorNames, Mapping[str, str]],
+    llm: Mapping[str, str],
+) -> dict[str, TensorMapping]:
+    """Maps the parameters of all parts; ``vision`` and ``llm`` are prefixes as for :func:`map_part`."""
+    return {
+        **map_part(saved, "vision", TOWERS.find(model.vision.family).tensor_names, vision),
+        **map_part(saved, "fusion/connector", *fusion),
+        **map_part(saved, "llm", DECODERS.find(model.llm.family).tensor_names, llm),
+    }
 
 
 def _fusion_table(model: CompleteModel) -> TensorNames:

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
+from stf_jax.checkpointing.adapted import open_params
 from stf_jax.checkpointing.params import SavedParams
 from stf_jax.checkpointing.renames import current_paths, path_matches
 from stf_jax.config import UserError
@@ -174,7 +175,7 @@ def new_folder(to: epath.Path) -> Iterator[pathlib.Path]:
 def _open(folder: epath.Path) -> tuple[_Shapes, _Read]:
     """Returns shapes by path, and a function that reads arrays by path, given shardings by path."""
     if SavedParams.exists_in(folder):
-        saved = SavedParams(folder)
+        saved = open_params(folder)
         return {path: leaf.shape for path, leaf in saved.shapes.items()}, saved.restore
     local = local_copy(folder)
     if not any(local.glob("*.safetensors")):

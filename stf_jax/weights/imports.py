@@ -14,19 +14,21 @@ from etils import epath
 from stf_jax.checkpointing.params import write_params
 from stf_jax.config import UserError
 from stf_jax.data.tokenizer import FILES, read_tokenizer, save_tokenizer
-from stf_jax.files import local_copy
+from stf_jax.files import local_copy, read_json
 from stf_jax.models.towers.base import VisionConfig
+from stf_jax.registry import refuse_code_in
 from stf_jax.weights.detect import DetectedModel
 from stf_jax.weights.folder import new_folder
 from stf_jax.weights.foreign import detect_or_raise, find_gguf, open_checkpoint, read_tensors
 from stf_jax.weights.gguf_tokenizer import read_gguf_tokenizer
 from stf_jax.weights.mapping import TensorMapping
 from stf_jax.weights.model import describe_checkpoint
+from stf_jax.weights.peft import apply_adapter, is_adapter
 from stf_jax.weights.tensors import TensorFile, cast, format_overflow
 
 
 def import_weights(
-    source: str, to: epath.Path, vision: str = "", dtype: str = "", families: Sequence[str] = ()
+    source: str, to: epath.Path, vision: str = "", dtype: str = "", families: Sequence[str] = (), base: str = ""
 ) -> dict[str, Any]:
     """Writes a folder for ``config.init_from``, ``config.model.vision`` and ``config.model.llm``.
 
@@ -39,6 +41,7 @@ def import_weights(
       vision: another source, whose vision tower replaces the source's own.
       dtype: the type to cast values to; empty: each keeps its own.
       families: ``package.module:FAMILY`` of a tower or a language model, besides the package's own.
+      base: the model that ``source`` adapts, if that is a LoRA adapter in PEFT's files, which is merged into it.
 
     Returns:
       The report: count of ``parameters``; names of tensors ``read``, ``transposed``, ``cast`` (by types) and ``unused``
@@ -49,10 +52,12 @@ def import_weights(
       UserError: a source cannot be read or used (the message names it and the tensor); ``to`` exists.
     """
     with new_folder(to) as folder:
-        return _import(source, folder, vision, dtype, families)
+        return _import(source, folder, vision, dtype, families, base)
 
 
-def _import(source: str, folder: pathlib.Path, vision: str, dtype: str, families: Sequence[str]) -> dict[str, Any]:
+def _import(
+    source: str, folder: pathlib.Path, vision: str, dtype: str, families: Sequence[str], base: str
+) -> dict[str, Any]:
     tower: VisionConfig | None = None
     sources: list[tuple[TensorFile, DetectedModel]] = []
     if vision:
@@ -62,7 +67,7 @@ def _import(source: str, folder: pathlib.Path, vision: str, dtype: str, families
             raise UserError(f"--vision={vision} holds no vision tower.")
         tower = detected.vision
         sources.append((tensors, _select(detected, "vision/")))
-    tensors, config = open_checkpoint(source)
+    tensors, config = _open_adapter(source, base) if base else open_checkpoint(source)
     main = detect_or_raise(source, tensors, config, tower, families)
     sources.append((tensors, main))
     description = describe_checkpoint(dataclasses.replace(main, vision=main.vision or tower), config)
@@ -85,10 +90,21 @@ def _import(source: str, folder: pathlib.Path, vision: str, dtype: str, families
         "notes": [note for _, detected in sources for note in detected.notes],
         "model": dataclasses.asdict(description),
     }
-    if main.llm is not None and (problem := _save_tokenizer(local_copy(source), folder / "tokenizer")):
+    if main.llm is not None and (problem := _save_tokenizer(local_copy(base or source), folder / "tokenizer")):
         report["notes"].append(f"No tokenizer was imported ({problem}); set config.data.tokenizer.")
     (folder / "import.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _open_adapter(source: str, base: str) -> tuple[TensorFile, dict[str, Any]]:
+    """The tensors of a base with an adapter merged into them, and its config with what the adapter's folder changes."""
+    adapter = local_copy(source)
+    if not is_adapter(adapter):
+        raise UserError(f"--base={base} is for a LoRA adapter, but {source} holds no adapter_model file.")
+    tensors, config = open_checkpoint(base)
+    refuse_code_in(base, config)
+    changes = read_json(epath.Path(adapter, "config.json")) if (adapter / "config.json").exists() else {}
+    return apply_adapter(tensors, adapter), config | changes
 
 
 def summarize(report: Mapping[str, Any], to: epath.Path) -> str:

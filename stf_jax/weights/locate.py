@@ -6,7 +6,7 @@ import pathlib
 import re
 from collections.abc import Iterable
 
-from stf_jax.config import UserError
+from stf_jax.config import UserError, shorten
 from stf_jax.files import parse_json
 
 # transformers' order (modeling_utils._get_resolved_checkpoint_files): a single file comes before an index.
@@ -17,11 +17,11 @@ _NOT_WEIGHTS = ("consolidated", "adapter_", "training_args", "optimizer", "sched
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
 _MAX_SHARDS = 10_000
 _POINTER = b"version https://git-lfs"
-_MERGE = "merge it into its base model first (peft: merge_and_unload, then save_pretrained), and import the result"
+_ADAPTER = "a LoRA adapter, not a complete model: import it with its base"
 # Files with weights in unsupported formats, and what to do. Errors name the first one that exists.
 _UNSUPPORTED = (
-    ("adapter_config.json", f"a LoRA adapter, not a complete model: {_MERGE}"),
-    ("adapter_model.*", f"a LoRA adapter, not a complete model: {_MERGE}"),
+    ("adapter_config.json", _ADAPTER),
+    ("adapter_model.*", _ADAPTER),
     (
         "consolidated*",
         "weights under the names of Mistral's or Meta's own code: download the model's model*.safetensors",
@@ -167,7 +167,8 @@ def _join_names(files: Iterable[pathlib.Path]) -> str:
 def _explain_no_weights(folder: pathlib.Path) -> str:
     for pattern, explanation in _UNSUPPORTED:
         if files := sorted(folder.glob(pattern)):
-            return f"{folder} holds {files[0].name}, {explanation}."
+            end = f"{_name_base(folder)} (convert import {folder} --base=DIR)" if explanation == _ADAPTER else ""
+            return f"{folder} holds {files[0].name}, {explanation}{end}."
     subfolders = sorted(
         {file.parent for glob in ("*/*", "snapshots/*/*") for file in folder.glob(glob) if _is_weights(file)}
     )
@@ -175,6 +176,15 @@ def _explain_no_weights(folder: pathlib.Path) -> str:
         inner = subfolders[0]
         return f"{folder} holds no weights, but its folder {inner.relative_to(folder)} does: give {inner}."
     return f"{folder} holds no weights: neither *.safetensors, *.bin nor *.gguf."
+
+
+def _name_base(folder: pathlib.Path) -> str:
+    """The base of an adapter, as its config names it, to follow "its base"."""
+    try:
+        name = parse_json((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f", {shorten(name)}" if isinstance(name, str) and name else ""
 
 
 def _is_weights(file: pathlib.Path) -> bool:

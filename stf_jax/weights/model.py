@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 from transformers import PreTrainedTokenizerFast
 
+from stf_jax.checkpointing.adapted import open_params
 from stf_jax.checkpointing.params import IMPORTED, SavedParams
 from stf_jax.config import FusionConfig, TrainConfig, UserError, from_json, to_json
 from stf_jax.data.tokenizer import EMBEDDED, FILES, save_tokenizer
@@ -83,7 +84,7 @@ def open_model(folder: epath.Path) -> SavedModel:
         raise UserError(
             f"{folder} is neither the workdir of a run (it has no checkpoints/), nor imported weights, nor an export."
         )
-    saved = SavedParams(folder)
+    saved = open_params(folder)
     description, model, tokenizer = describe_folder(folder)
     return SavedModel(description, model, saved.shapes, saved.read, saved.restore, tokenizer, saved.step)
 

@@ -22,11 +22,7 @@ def write_shards(folder: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]]
 
     def write() -> None:
         file = folder / f"model-{len(files) + 1:05}.safetensors"
-        file.touch()
-        mode = file.stat().st_mode  # as set by the umask; safetensors makes files that only their owner can read
-        # The metadata is required by transformers.
-        save_file(shard, file, metadata={"format": "pt"})  # type: ignore[arg-type]  # it accepts NumPy's arrays too
-        file.chmod(mode)
+        write_file(file, shard)
         files.append(file)
         shard.clear()
 
@@ -43,3 +39,12 @@ def write_shards(folder: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]]
     renamed = [file.rename(folder / f"model-{i + 1:05}-of-{len(files):05}.safetensors") for i, file in enumerate(files)]
     index = {"metadata": {"total_size": total}, "weight_map": {name: renamed[i].name for name, i in shard_of.items()}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_file(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes one file of safetensors."""
+    file.touch()
+    mode = file.stat().st_mode  # as set by the umask; safetensors makes files that only their owner can read
+    # The metadata is required by transformers.
+    save_file(tensors, file, metadata={"format": "pt"})  # type: ignore[arg-type]  # it accepts NumPy's arrays too
+    file.chmod(mode)

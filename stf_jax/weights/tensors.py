@@ -38,29 +38,34 @@ class TensorFile:
     """The tensors of a checkpoint, in one file or several. Only names, shapes and types are kept in memory.
 
     Attributes:
+      entries: the tensors by name.
       notes: remarks for the user on the choice of files.
     """
 
-    def __init__(self, entries: dict[str, Entry], notes: tuple[str, ...] = ()) -> None:
-        self._entries, self.notes = entries, notes
+    def __init__(self, entries: Mapping[str, Entry], notes: tuple[str, ...] = ()) -> None:
+        self.entries, self.notes = entries, notes
 
     @property
     def names(self) -> list[str]:
         """Names of all tensors."""
-        return list(self._entries)
+        return list(self.entries)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return name in self.entries
+
+    def replace(self, entries: Mapping[str, Entry]) -> "TensorFile":
+        """The same tensors, but with these in place of those of the same names, or added."""
+        return TensorFile({**self.entries, **entries}, self.notes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._entries[name].shape
+        return self.entries[name].shape
 
     def dtype(self, name: str) -> str:
-        return self._entries[name].dtype
+        return self.entries[name].dtype
 
     def is_floating(self, name: str) -> bool:
         """Whether the tensor has a supported floating-point type."""
-        entry = self._entries[name]
+        entry = self.entries[name]
         return entry.read is not None and entry.dtype not in _INTEGERS
 
     def equal(self, one: str, other: str) -> bool:
@@ -68,18 +73,18 @@ class TensorFile:
         return self.shape(one) == self.shape(other) and np.array_equal(self.read(one), self.read(other))
 
     def file(self, name: str) -> pathlib.Path:
-        return self._entries[name].file
+        return self.entries[name].file
 
     def check_type(self, name: str) -> None:
         """Raises UserError, naming file and tensor, if the tensor's type is not supported."""
-        entry = self._entries[name]
+        entry = self.entries[name]
         if entry.read is None:
             raise UserError(f"{entry.file}: tensor {name} has type {entry.dtype}, which is not supported.")
 
     def read(self, name: str) -> np.ndarray:
         """Reads the values in their stored type. Raises UserError, naming file and tensor, if that fails."""
         self.check_type(name)
-        entry = self._entries[name]
+        entry = self.entries[name]
         assert entry.read is not None  # as check_type found
         try:
             return entry.read()

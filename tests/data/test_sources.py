@@ -112,6 +112,7 @@ class Short:
     [
         ("model.fusion.fusion", "stff", "Unknown model.fusion.fusion 'stff'"),
         ("objective", "next", "Unknown objective 'next'"),
+        ("rules", ((".*", "lora:rank=0"),), "adapter=lora:rank=0: rank must be at least 1"),
         ("data.template", "v2", "Unknown data.template='v2'"),
         ("eval.benchmarks", ("scene",), "Unknown benchmark 'scene'"),
     ],

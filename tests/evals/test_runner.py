@@ -369,7 +369,13 @@ def test_several_benchmarks_write_one_folder_each_and_a_list(tmp_path):
     # Answers of an earlier run are overwritten.
     evaluate(make_benchmark(), FakeGenerator(), out / "two", model="other", origin={}, rows=3)
     results = evaluate_all(
-        [make_benchmark(name="one"), make_benchmark(3, name="two")], generator, params, out, "m", {"step": 3}, rows=4
+        [make_benchmark(name="one"), make_benchmark(3, name="two")],
+        generator,
+        params.items(),
+        out,
+        "m",
+        {"step": 3},
+        rows=4,
     )
     assert [result["benchmark"] for result in results] == ["one", "two"]
     assert [result["metrics"]["accuracy"] for result in results] == [2 / 11, 1 / 3]
@@ -382,14 +388,14 @@ def test_several_benchmarks_write_one_folder_each_and_a_list(tmp_path):
 
 def test_one_benchmark_writes_to_the_folder_itself(complete, tmp_path):
     out = epath.Path(tmp_path) / "out"
-    (result,) = evaluate_all([make_benchmark()], FakeGenerator(), {}, out, "m", {"step": 3}, rows=4)
+    (result,) = evaluate_all([make_benchmark()], FakeGenerator(), (), out, "m", {"step": 3}, rows=4)
     assert json.loads((out / "results.json").read_text()) == result
     assert contents(out) == contents(complete)
 
 
 def test_no_benchmark_loads_and_writes_nothing(tmp_path):
     generator = FakeGenerator()
-    assert evaluate_all([], generator, {}, epath.Path(tmp_path) / "out", "m", {}, rows=4) == []
+    assert evaluate_all([], generator, (), epath.Path(tmp_path) / "out", "m", {}, rows=4) == []
     assert generator.loaded == []
     assert not (tmp_path / "out").exists()
 

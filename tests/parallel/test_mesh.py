@@ -265,7 +265,7 @@ def test_devices_hold_their_shards_of_state_and_moments(cube):
     values = random_params(cube.plan.shapes)
     # Loaded rather than initialized: there is less to compile, and the same program shards them.
     state = init_state(
-        cube.config, cube.layout, cube.tx, {p: jax.device_put(v, shardings[p]) for p, v in values.items()}
+        cube.config, cube.plan, cube.layout, cube.tx, {p: jax.device_put(v, shardings[p]) for p, v in values.items()}
     )
     assert state.params.keys() == EXPECTED.keys()
     for path, array in state.params.items():

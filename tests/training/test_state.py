@@ -10,10 +10,11 @@ import optax
 import pytest
 from tiny import Setup, batches, random_params
 
+from stf_jax.checkpointing.rules import decide
 from stf_jax.config import ModelConfig, UserError
 from stf_jax.models import spec
 from stf_jax.models.blueprint import blueprint
-from stf_jax.training.state import init_state, trainable_paths
+from stf_jax.training.state import init_state, learning_rate_factors
 
 STAGE_1 = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "freeze"))
 STAGE_2 = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train"))
@@ -40,7 +41,7 @@ PATHS = dict.fromkeys(("vision/kernel", "vision/bias", "fusion/kernel", "llm/ker
     ],
 )
 def test_first_matching_rule_decides(rules, trainable):
-    assert trainable_paths(rules, PATHS) == trainable
+    assert {path for path, decision in decide(rules, PATHS).items() if any(decision.factors)} == trainable
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_first_matching_rule_decides(rules, trainable):
 )
 def test_invalid_rules_are_rejected(rules, message):
     with pytest.raises(UserError) as raised:
-        trainable_paths(rules, PATHS)
+        decide(rules, PATHS)
     assert message.replace("\\", "") in str(raised.value)
 
 
@@ -94,7 +95,7 @@ def test_parameter_counts_of_the_7b_model():
     plan = blueprint(ModelConfig(vision="clip-l-14-336", llm="vicuna-7b"))
 
     def count_trainable(rules):
-        return _elements({path: plan.shapes[path] for path in trainable_paths(rules, plan.shapes)})
+        return _elements({path: plan.shapes[path] for path in learning_rate_factors(rules, plan)})
 
     assert count_trainable(STAGE_1) == 171_992_064
     assert count_trainable(STAGE_2) == 171_992_064 + 6_738_415_616
@@ -106,7 +107,7 @@ def test_parameter_counts_of_the_7b_model():
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_trainable_leaves_are_float32_and_frozen_ones_in_the_compute_type(precision):
     setup = Setup.of(rules=STAGE_1, **{"model.precision": precision})
-    state = jax.eval_shape(lambda: init_state(setup.config, setup.layout, setup.tx, {}))
+    state = jax.eval_shape(lambda: init_state(setup.config, setup.plan, setup.layout, setup.tx, {}))
     assert {leaf.dtype for leaf in state.trainable.values()} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in state.frozen.values()} == {jnp.dtype(precision)}
     # The layout that checkpoints are restored into has the same shapes and types.
@@ -157,13 +158,13 @@ def test_steps_move_every_trainable_leaf_and_no_frozen_bit():
 def initial():
     """An initial state on one device."""
     setup = Setup.of(**{"mesh.data": 1})
-    return jax.tree.map(np.asarray, init_state(setup.config, setup.layout, setup.tx, {}))
+    return jax.tree.map(np.asarray, init_state(setup.config, setup.plan, setup.layout, setup.tx, {}))
 
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)], ids=str)
 def test_initialization_is_the_same_on_every_mesh(initial, mesh):
     setup = Setup.of(**dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True)))
-    state = init_state(setup.config, setup.layout, setup.tx, {})
+    state = init_state(setup.config, setup.plan, setup.layout, setup.tx, {})
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state), initial)
 
 
@@ -185,7 +186,7 @@ def test_loaded_parameters_are_kept_and_the_others_initialized(initial):
     def start(config):
         # The arrays are donated, so each start gets its own.
         loaded = {path: jax.device_put(value, setup.layout.params[path].sharding) for path, value in values.items()}
-        return init_state(config, setup.layout, setup.tx, loaded)
+        return init_state(config, setup.plan, setup.layout, setup.tx, loaded)
 
     state, other = start(setup.config), start(dataclasses.replace(setup.config, seed=1))
     for path, leaf in state.trainable.items():
@@ -194,3 +195,19 @@ def test_loaded_parameters_are_kept_and_the_others_initialized(initial):
         np.testing.assert_array_equal(np.asarray(leaf), values[path].astype(jnp.bfloat16))
     for path in state.params:
         assert np.array_equal(state.params[path], other.params[path]) == (path not in missing), path
+
+
+def test_adapters_start_as_pefts_and_change_no_other_parameter(initial):
+    """A is U(±1/√inputs), B is 0."""
+    setup = Setup.of(**{"mesh.data": 1, "rules": (("llm/.*", "lora:rank=16"), (".*", "train"))})
+    params = jax.tree.map(np.asarray, init_state(setup.config, setup.plan, setup.layout, setup.tx, {})).params
+    assert len(setup.plan.adapted) == 2 * 7
+    for path, value in params.items():
+        if path not in setup.plan.adapted:
+            np.testing.assert_array_equal(value, initial.params[path])
+        elif path.endswith("/b"):
+            assert not value.any()
+        else:
+            bound = np.prod(value.shape[1:-1]) ** -0.5
+            assert 0.95 * bound < np.abs(value).max() <= bound
+            assert abs(value.std() / (bound / 3**0.5) - 1) < 0.1, path

@@ -299,7 +299,7 @@ def test_adapters_are_refused_by_their_tensors():
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
         "model.q_proj.lora_B.default.weight",
     ):
-        with pytest.raises(UserError, match="are a LoRA adapter's, not a complete model's: merge it"):
+        with pytest.raises(UserError, match="are a LoRA adapter's, not a complete model's: import the adap"):
             detect_model(open_in_memory({name: torch.zeros(2, 2)}), {})
 
 
@@ -334,7 +334,7 @@ def test_opening_and_importing_give_the_same_error(tmp_path, damage):
             read()
         sentences.append(str(raised.value))
     assert sentences[0] == sentences[1]
-    assert ("merge it" if damage == "adapter" else "is a link to") in sentences[0]
+    assert ("import it with its base" if damage == "adapter" else "is a link to") in sentences[0]
 
 
 # ---- Types -----------------------------------------------------------------------------------------------------------

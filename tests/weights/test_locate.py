@@ -145,7 +145,10 @@ def test_shards_may_be_in_a_subfolder(tmp_path):
     [
         ([], "holds no weights"),
         (["config.json"], "holds no weights"),
-        (["adapter_config.json", "adapter_model.safetensors"], "adapter_config.json, a LoRA adapter.*merge it"),
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            "adapter_config.json, a LoRA adapter.*import it",
+        ),
         (["adapter_model.bin", "non_lora_trainables.bin"], "adapter_model.bin, a LoRA adapter"),
         (["consolidated.safetensors"], "names of Mistral's or Meta's own code"),
         (["consolidated.00.pth", "params.json"], "names of Mistral's or Meta's own code"),

@@ -1,0 +1,30 @@
+"""Stage 2 on one card: LoRA of the language model, and a fusion that learns whole, as LLaVA's finetune_lora script.
+
+    python -m stf_jax.main --config=configs/finetune_lora.py --workdir=DIR --config.init_from=STAGE_1_WORKDIR \
+        --config.data.annotations=llava_v1_5_mix665k.json --config.data.images=DIR
+
+On several cards, lower ``optimizer.accumulation_steps``, so that a microbatch has a row for each.
+"""
+
+import ml_collections
+
+from stf_jax.config import default_config, parse_arg
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Rank 128, alpha 256, dropout 0.05; learning rate 2e-4, of the fusion 2e-5; otherwise as configs/finetune.py."""
+    arg = parse_arg(arg, vision="", llm="", fusion="mbtf_stf")
+    config = default_config()
+    config.name = "finetune_lora"
+    config.model.update(vision=arg.vision, llm=arg.llm)
+    config.model.fusion.fusion = arg.fusion
+    config.global_batch_size = 128
+    config.epochs = 1.0
+    config.rules = (
+        ("fusion/.*", "train*0.1"),
+        ("vision/.*", "freeze"),
+        ("llm/.*", "lora:rank=128,alpha=256,dropout=0.05"),
+    )
+    config.data.update(template="v1", aspect="pad", max_length=2048, buckets=8, records=665_298)
+    config.optimizer.update(learning_rate=2e-4, accumulation_steps=32)
+    return config

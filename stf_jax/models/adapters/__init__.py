@@ -1,0 +1,1 @@
+"""Adapters, one file each: what trains beside the frozen kernels of a model."""

@@ -1,0 +1,196 @@
+"""LoRA adapters in PEFT's files: exports on the export of their base, and imports."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from etils import epath
+from make_models import load, make, make_image, turn
+from safetensors.torch import load_file, save_file
+
+from stf_jax.checkpointing.manager import Checkpoints
+from stf_jax.cli import run_command
+from stf_jax.config import CheckpointConfig, FusionConfig, default_config, resolve, to_json
+from stf_jax.convert import main
+from stf_jax.training.state import TrainState, training_blueprint
+from stf_jax.weights.export_hf import export_hf
+from stf_jax.weights.export_peft import export_peft
+from stf_jax.weights.model import open_model
+
+pytestmark = pytest.mark.usefixtures("torch_setup")
+
+RULES = (
+    ("llm/blocks/mlp/.*", "lora:rank=3,scaling=rslora"),
+    ("llm/.*", "lora:rank=4,alpha=6,dropout=0.1"),
+    ("vision/.*", "lora:rank=2"),
+    ("fusion/.*", "train*0.1"),
+)
+
+
+def make_lora_run(folder, start, rules=RULES):
+    """A run at a step, from an imported folder, whose adapters and fusion have random values."""
+    saved, rng = open_model(start), np.random.default_rng(1)
+    config = default_config()
+    config.model.update(vision=str(start), llm=str(start), precision="float32")
+    config.model.fusion.update(dataclasses.asdict(saved.description.fusion))
+    config.data.update(source="scenes", tokenizer=str(start / "tokenizer"))
+    config.rules = rules
+    (config,) = resolve(config)
+    plan = training_blueprint(config.model, rules)
+    values = {path: np.asarray(saved.read(path)) for path in saved.shapes}
+    values |= {path: 0.2 * rng.normal(size=plan.shapes[path].shape) for path in plan.adapted}
+    values |= {path: x + 0.1 * rng.normal(size=x.shape) for path, x in values.items() if path.startswith("fusion/")}
+    values = {path: jnp.asarray(value, jnp.float32) for path, value in values.items()}
+    trainable = {path for path in values if path in plan.adapted or path.startswith("fusion/")}
+    trees = [{p: x for p, x in values.items() if (p in trainable) == trains} for trains in (True, False)]
+    with Checkpoints(epath.Path(folder), CheckpointConfig()) as checkpoints:
+        state = TrainState(jnp.int32(3), *trees, {})
+        checkpoints.save(3, state, {}, {}, last=True)
+    (folder / "config.json").write_text(json.dumps(to_json(config)))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["mbtf_stf", "mlp"])
+def run(request, tmp_path_factory):
+    """Folders of a run with LoRA, of its adapter in PEFT's files, and of the exports of the base and of the run."""
+    root = epath.Path(tmp_path_factory.mktemp("peft"))
+    make(root / "base", FusionConfig(request.param), "clip", "llama")
+    make_lora_run(root / "run", root / "base")
+    export_peft(root / "run", root / "adapter")
+    for name in ("base", "run"):
+        export_hf(root / name, root / f"{name}-hf")
+    return root
+
+
+def _logits(model, processor):
+    content = turn("Which of them is red?", make_image(1), make_image(2, (36, 80)))
+    inputs = processor.apply_chat_template(
+        [content], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        return model(**inputs).logits.numpy()
+
+
+def test_adapters_by_their_definition_on_the_base_are_the_merged_export(run):
+    """W + alpha/r·B·A in torch, with the names and values of PEFT's files."""
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    tensors = {
+        name.removeprefix("base_model.model."): value
+        for name, value in load_file(run / "adapter" / "adapter_model.safetensors").items()
+    }
+    (base, processor), (merged, _) = load(run / "base-hf"), load(run / "run-hf")
+    expected, found = merged.state_dict(), base.state_dict()
+    assert np.abs(_logits(base, processor) - _logits(merged, processor)).max() > 0.1
+    for module in config["target_modules"]:
+        rank = config["rank_pattern"].get(module, config["r"])
+        a, b = (tensors.pop(f"{module}.lora_{name}.weight") for name in "AB")
+        assert a.shape[0] == b.shape[1] == rank
+        alpha = config["alpha_pattern"].get(module, config["lora_alpha"])
+        found[f"{module}.weight"] = found[f"{module}.weight"] + alpha / rank * (b @ a)
+    assert all(name.startswith(tuple(config["modules_to_save"])) for name in tensors)
+    assert not config["use_rslora"]
+    found |= tensors
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0, msg=name)
+
+
+def test_peft_on_the_export_of_the_base_gives_the_logits_of_the_run(run):
+    peft = pytest.importorskip("peft")
+    (base, processor), (merged, _) = load(run / "base-hf"), load(run / "run-hf")
+    expected, adapted = _logits(merged, processor), peft.PeftModel.from_pretrained(base, run / "adapter")
+    np.testing.assert_allclose(_logits(adapted, processor), expected, atol=1e-4)
+
+
+# ---- Import ----------------------------------------------------------------------------------------------------------
+
+
+def _assert_equal(folder, run):
+    found, expected = open_model(folder), open_model(run)
+    assert found.shapes.keys() == expected.shapes.keys()
+    for path in expected.shapes:
+        np.testing.assert_allclose(found.read(path), expected.read(path), atol=1e-6, err_msg=path)
+
+
+def test_an_export_is_imported_with_its_base(run, tmp_path):
+    arguments = [str(run / "adapter"), f"--base={run / 'base-hf'}", f"--to={tmp_path / 'new'}"]
+    assert run_command(main, ["import", *arguments]) == 0
+    _assert_equal(epath.Path(tmp_path) / "new", run / "run")
+
+
+# Names in our exports of both kinds, and in LLaVA's code, whose base is the language model alone.
+_LLAVAS = {
+    "language_model.model.": "model.",
+    "model.language_model.": "model.",
+    "language_model.lm_head": "lm_head",
+    "model.multi_modal_projector.linear_1": "model.mm_projector.0",
+    "model.multi_modal_projector.linear_2": "model.mm_projector.2",
+}
+
+
+def _rename(name):
+    old = next((old for old in _LLAVAS if old in name), "")
+    return name.replace(old, _LLAVAS.get(old, ""))
+
+
+@pytest.fixture
+def llava(run, tmp_path):
+    """Folders of LLaVA's script: LoRA of a language model and a projector, and the language model."""
+    folder, base = tmp_path / "llava-lora", tmp_path / "vicuna"
+    folder.mkdir()
+    base.mkdir()
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "lmsys/vicuna-7b-v1.5", "modules_to_save": None}
+    for key in ("rank_pattern", "alpha_pattern"):
+        config[key] = {_rename(name): value for name, value in config[key].items()}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {_rename(name): x for name, x in load_file(run / "adapter" / "adapter_model.safetensors").items()}
+    lora = {name: value for name, value in tensors.items() if name.startswith("base_model.model.model.layers.")}
+    save_file(lora, folder / "adapter_model.safetensors")
+    projector = {name: value for name, value in tensors.items() if "mm_projector" in name}
+    torch.save(projector, folder / "non_lora_trainables.bin")
+    weights = {_rename(name): value for name, value in load_file(run / "base-hf" / "model.safetensors").items()}
+    vicuna = {name: x for name, x in weights.items() if name.startswith(("model.", "lm_head")) and "vision" not in name}
+    save_file({name: x for name, x in vicuna.items() if "projector" not in name}, base / "model.safetensors")
+    language = json.loads((run / "base-hf" / "config.json").read_text())["text_config"]
+    (base / "config.json").write_text(json.dumps(language))
+    (folder / "config.json").write_text(json.dumps(language | {"mm_vision_select_layer": -1}))
+    return folder
+
+
+def test_an_adapter_of_llavas_script_is_imported_with_its_base(run, llava, tmp_path):
+    arguments = [str(llava), f"--base={tmp_path / 'vicuna'}", f"--vision={run / 'base-hf'}", f"--to={tmp_path / 'new'}"]
+    assert run_command(main, ["import", *arguments]) == 0
+    found, merged, base = (open_model(folder) for folder in (epath.Path(tmp_path) / "new", run / "run", run / "base"))
+    assert found.shapes.keys() == merged.shapes.keys()
+    for path in merged.shapes:
+        expected = (base if path.startswith("vision/") else merged).read(path)
+        value = found.read(path)[: len(expected)]
+        np.testing.assert_allclose(value, expected, atol=1e-6, err_msg=path)
+
+
+def _change(folder, **values):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_adapters_that_cannot_be_merged_are_rejected(run, llava, tmp_path, capsys):
+    """With status 2, a sentence, and no folder left."""
+
+    def fails(message, *options):
+        assert run_command(main, ["import", *map(str, options), f"--to={tmp_path / 'new'}"]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+
+    base = f"--base={tmp_path / 'vicuna'}"
+    fails("a LoRA adapter, not a complete model: import it with its base, lmsys/vicuna-7b-v1.5 (convert import", llava)
+    fails("is for a LoRA adapter, but", run / "base-hf", base)
+    fails("which the base lacks: give the adapter's own base", llava, f"--base={run / 'base-hf'}")
+    _change(llava, r=5, rank_pattern={})
+    fails("in the base: give the adapter's own base", llava, base)
+    _change(llava, alpha_pattern={}, lora_alpha=float("nan"))
+    fails("lora_alpha=nan, which should be numbers", llava, base)
+    _change(llava, use_dora=True)
+    fails("does not describe plain LoRA", llava, base)
