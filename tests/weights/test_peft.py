@@ -5,6 +5,7 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 from etils import epath
@@ -98,7 +99,6 @@ def test_adapters_by_their_definition_on_the_base_are_the_merged_export(run):
 
 
 def test_peft_on_the_export_of_the_base_gives_the_logits_of_the_run(run):
-    peft = pytest.importorskip("peft")
     (base, processor), (merged, _) = load(run / "base-hf"), load(run / "run-hf")
     expected, adapted = _logits(merged, processor), peft.PeftModel.from_pretrained(base, run / "adapter")
     np.testing.assert_allclose(_logits(adapted, processor), expected, atol=1e-4)
