@@ -17,10 +17,10 @@ from stf_jax.training.state import Layout, TrainState
 
 Metrics = dict[str, jax.Array]
 
-# Options of the program and not of XLA_FLAGS, which XLA reads once per process: so they can never be set too late. The
-# first also makes XLA choose kernels by rule instead of by timing them, which may choose others at the next start. For
-# Triton's matrix products XLA of jax 0.11 has no such rule, at least where it compiles for a GPU that is only described,
-# and ends with an error. So cuBLAS takes these products.
+# Options of the program and not of XLA_FLAGS, which XLA reads once per process: so they can never be set too late. With
+# the first, XLA also chooses kernels by rule instead of by timing them, which may choose others at the next start. For
+# Triton's matrix products XLA of jax 0.11 has no such rule, at least where it compiles for a GPU that is only
+# described, and ends with an error. So cuBLAS takes these products.
 _DETERMINISTIC = {"xla_gpu_deterministic_ops": True, "xla_gpu_enable_triton_gemm": False}
 
 
