@@ -52,6 +52,7 @@ def lines(tmp_path_factory):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow  # a minute of a core
 def test_each_part_writes_its_figures(lines):
     assert {line["part"] for line in lines} == KEYS.keys()
     for line in lines:
@@ -60,6 +61,7 @@ def test_each_part_writes_its_figures(lines):
     assert {line["kernel"] for line in lines if "kernel" in line} == {"xla"}
 
 
+@pytest.mark.slow  # a minute of a core
 def test_decoder_and_torch_train_the_same_model(lines):
     ours, torch = (next(line for line in lines if line["part"] == part) for part in ("decoder", "torch"))
     shapes = device_check.blueprint(device_check._model(device_check._TINY, "mlp", device_check._TINY.layers)).shapes
@@ -68,6 +70,7 @@ def test_decoder_and_torch_train_the_same_model(lines):
     assert ours["losses"][0] == pytest.approx(torch["losses"][0], abs=0.1)  # both near ln(512), from random weights
 
 
+@pytest.mark.slow  # a minute of a core
 def test_summary_compares_the_lines(lines):
     def get(part, case, key):
         return next(line[key] for line in lines if (line["part"], line["case"]) == (part, case))

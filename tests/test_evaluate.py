@@ -355,7 +355,10 @@ def test_questions_with_the_same_id_are_matched_by_prompt(score, tmp_path):
             "--answers can only be scored for one benchmark",
         ),
         (["--answers=a", "--benchmark=paper", "--data=DATA", "--out=o"], "mmbench: there is no mmbench_dev_2023"),
-        (["--answers=a", "--benchmark=ocr", "--data=DATA", "--out=o"], "chartqa: there is no data/test-*.parquet in "),
+        (
+            ["--answers=a", "--benchmark=ocr", "--data=DATA", "--out=o"],
+            "chartqa: there is no data/test-*.parquet or test/test_human.json",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments, sentence, gqa, tmp_path, monkeypatch, capsys):

@@ -292,7 +292,8 @@ def test_a_run_is_opened_with_its_adapters_merged(run):
 
 
 def test_a_run_whose_config_lacks_its_adapters_is_rejected(run, tmp_path):
-    (tmp_path / "checkpoints").symlink_to(run[0] / "checkpoints")
+    for name in ("checkpoints", "frozen"):
+        (tmp_path / name).symlink_to(run[0] / name)
     (tmp_path / "config.json").write_text(json.dumps(to_json(tiny())))
     with pytest.raises(UserError, match=r"config.json name no adapter of .*/kernel, but the run has one"):
         open_params(epath.Path(tmp_path))
