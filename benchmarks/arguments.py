@@ -61,7 +61,7 @@ def fusion(parser: argparse.ArgumentParser) -> None:
 def idle(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of :mod:`benchmarks.idle`."""
     parser.add_argument("--share", type=float, default=0.8, help="time to read a batch, in steps (%(default)s)")
-    parser.add_argument("--steps", type=int, default=40, help="steps of each run (%(default)s)")
+    parser.add_argument("--steps", type=int, default=24, help="steps of each run (%(default)s)")
 
 
 def input(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ from stf_jax.config import TrainConfig, UserError, default_config
 from stf_jax.data.records import Record, Turn
 from stf_jax.data.sources.base import DataSet
 
-_ROWS = 8
+_ROWS = 16  # twice what one reading thread reads ahead
 _SKIPPED = 4  # first steps, in which batches that were read ahead are used up
 _SECONDS = "STF_JAX_BENCH_READ_SECONDS"  # a data source gets nothing but the config of the run
 
