@@ -55,8 +55,8 @@ def open_slow(config: TrainConfig) -> Sequence[DataSet]:
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Trains with fast reading, then with slow reading and lines of the log every step and every ten steps."""
-    if not 0 < options.share < 1 or options.steps < 12:
-        raise UserError("--share must be between 0 and 1, and --steps at least 12.")
+    if not 0 < options.share < 1 or options.steps < 20:
+        raise UserError("--share must be between 0 and 1, and --steps at least 20.")
     reference = _train(options.steps, 0.0, 10)
     rows: list[dict[str, Any]] = [
         {"what": "reading takes no time, a line every 10 steps", "seconds_per_step": reference}

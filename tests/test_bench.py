@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny  # noqa: F401 (its presets)
 
-from benchmarks import arguments, cost, decode, flops, process, step
+from benchmarks import arguments, cost, decode, flops, idle, process, step
 from benchmarks.mixture import SOURCES, jpegs, lengths
 from benchmarks.synthetic import make_export
 from stf_jax.bench import main
@@ -264,3 +264,11 @@ def test_an_installed_package_has_no_benchmarks(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "benchmarks.arguments", raising=False)
     assert run_command(main, ["flops"]) == 2
     assert "run this in a clone of it, or set PYTHONPATH to the clone" in capsys.readouterr().err
+
+
+def test_idle_compares_runs_with_slow_reading_to_one_without(monkeypatch):
+    seconds = {(0.0, 10): 0.2, (0.01, 10): 0.2, (0.01, 1): 0.25}
+    monkeypatch.setattr(idle, "_train", lambda steps, read, every: seconds[read, every])
+    rows = idle.run(argparse.Namespace(share=0.8, steps=20))
+    assert [row.get("idle") for row in rows] == [None, 0.0, pytest.approx(0.2)]
+    assert [row["seconds_per_step"] for row in rows] == [0.2, 0.2, 0.25]
