@@ -267,8 +267,14 @@ def test_an_installed_package_has_no_benchmarks(monkeypatch, capsys):
 
 
 def test_idle_compares_runs_with_slow_reading_to_one_without(monkeypatch):
-    seconds = {(0.0, 10): 0.2, (0.01, 10): 0.2, (0.01, 1): 0.25}
-    monkeypatch.setattr(idle, "_train", lambda steps, read, every: seconds[read, every])
+    reading = []
+
+    def train(steps, read_seconds, log_every_steps):
+        reading.append(read_seconds)
+        return 0.25 if log_every_steps == 1 else 0.2
+
+    monkeypatch.setattr(idle, "_train", train)
     rows = idle.run(argparse.Namespace(share=0.8, steps=20))
+    assert reading == [0.0, *[pytest.approx(0.8 * 0.2 / 16)] * 2]  # per row
     assert [row.get("idle") for row in rows] == [None, 0.0, pytest.approx(0.2)]
     assert [row["seconds_per_step"] for row in rows] == [0.2, 0.2, 0.25]
