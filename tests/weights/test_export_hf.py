@@ -304,10 +304,11 @@ def export_without_weights(exported, tmp_path, monkeypatch):
 
     It returns the folders of the model and of its export.
     """
-    monkeypatch.setattr("stf_jax.weights.export_hf.write_shards", lambda folder, tensors: None)
 
     def export(case, tokenizer=None, **changes):
         folder = shutil.copytree(exported(case)[0], tmp_path / "model")
+        # After the export that other tests share was made.
+        monkeypatch.setattr("stf_jax.weights.export_hf.write_shards", lambda folder, tensors: None)
         dataclasses.replace(open_model(folder).description, **changes).save(folder)
         if tokenizer is not None:
             shutil.rmtree(folder / "tokenizer")
@@ -491,8 +492,9 @@ def test_beams_have_the_images_of_their_row(exported):
 
 
 def test_large_weights_are_sharded_with_an_index(exported, tmp_path, monkeypatch):
+    folder = exported("the paper's")[0]
     monkeypatch.setattr("stf_jax.weights.export_hf.write_shards", functools.partial(_write_shards, limit=40_000))
-    export_hf(exported("the paper's")[0], tmp_path / "hf")
+    export_hf(folder, tmp_path / "hf")
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "hf").glob("*.safetensors"))
     assert len(files) > 2
