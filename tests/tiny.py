@@ -17,6 +17,7 @@ from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models import spec
 from stf_jax.models.blueprint import Blueprint
+from stf_jax.models.quantized import quantize, scale_path
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import BATCH, compute_context, make_mesh
 from stf_jax.training.optimizer import make_optimizer
@@ -76,6 +77,9 @@ class Setup:
     def state(self, seed: int = 0) -> TrainState:
         """An initial state filled by numpy, which compiles nothing, unlike the initializers."""
         values = random_params(self.plan.shapes, seed)
+        for path in self.plan.quantized:
+            scale = scale_path(path)
+            values[path], values[scale] = map(np.asarray, quantize(values[path], values[scale].ndim - 1))
 
         def put(leaf, value):
             return jax.device_put(np.asarray(value).astype(leaf.dtype), leaf.sharding)
