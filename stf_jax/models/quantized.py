@@ -1,8 +1,9 @@
 """Frozen kernels in int8, with a scale for each output channel: ``y = (x·K)·scale``.
 
-K is the kernel divided by its scale and rounded, half to even; the scale is the largest magnitude of the channel times
-1/127 (in float32, by multiplication, so that all compilers give the same bits). Int8 values are exact in bfloat16.
-The scale is applied to the product, so a converted kernel exists for one layer at a time.
+With m, the largest magnitude of a channel, K is the kernel times 127/m, rounded half to even, and the scale is m times
+1/127, all in float32. The kernel is multiplied, because compilers may replace a division and round differently. Int8
+values are exact in bfloat16, and the scale is applied to the product, so a converted kernel exists for one layer at a
+time.
 
 Axis letters: L layers.
 """
@@ -15,6 +16,7 @@ import numpy as np
 
 SCALE = "scale"  # the attribute of a layer, and so the end of paths: llm/blocks/mlp/up/scale
 _STEPS = 127
+_SMALL = 1e-30  # channels below it become 0
 _Array = TypeVar("_Array", np.ndarray, jax.Array)
 
 
@@ -34,9 +36,10 @@ def quantize(kernel: jax.Array, outputs: int) -> tuple[jax.Array, jax.Array]:
     """
     values = kernel.astype(jnp.float32)
     inputs = tuple(range(1, kernel.ndim - outputs))
-    scale = jnp.abs(values).max(inputs) * jnp.float32(1 / _STEPS)
-    divisor = jnp.where(scale > 0, scale, 1)
-    return jnp.round(values / jnp.expand_dims(divisor, inputs)).clip(-_STEPS, _STEPS).astype(jnp.int8), scale
+    largest = jnp.abs(values).max(inputs)
+    inverse = _STEPS / jnp.maximum(largest, _SMALL)
+    rounded = jnp.round(values * jnp.expand_dims(inverse, inputs)).clip(-_STEPS, _STEPS)
+    return rounded.astype(jnp.int8), largest * jnp.float32(1 / _STEPS)
 
 
 def dequantize(kernel: _Array, scale: _Array) -> _Array:
