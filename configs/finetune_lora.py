@@ -3,8 +3,8 @@
     python -m stf_jax.main --config=configs/finetune_lora.py --workdir=DIR --config.init_from=STAGE_1_WORKDIR \
         --config.data.annotations=llava_v1_5_mix665k.json --config.data.images=DIR
 
-With ``:base=int8``, the kernels of the language model's blocks are frozen in int8, for cards of 24 GB. On several cards, lower
-``optimizer.accumulation_steps``, so that a microbatch has a row for each.
+With ``:base=int8``, the kernels of the language model's blocks are frozen in int8, for cards of 24 GB. On several
+cards, lower ``optimizer.accumulation_steps``, so that a microbatch has a row for each.
 """
 
 import ml_collections

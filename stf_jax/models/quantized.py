@@ -58,7 +58,8 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return product(x, kernel), kernel
+    # Not by a call of ``product``, in which rematerialization would not find the product to keep.
+    return x @ kernel.astype(x.dtype), kernel
 
 
 def _backward(kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]:
