@@ -240,7 +240,8 @@ class TrainConfig:
     init_missing: tuple[str, ...] = ()  # regular expressions of parameters to initialize; init_from has all others
     objective: str = ""  # what is minimized: next_token | cells | package.module:thing; "": as the data demand
     # (regular expression of parameter path, train | freeze | adapter) pairs; the first match decides. Adapter: lora,
-    # lora:rank=16,alpha=32,… or package.module:thing; train*0.1 learns at a tenth of the rate (checkpointing/rules.py)
+    # lora:rank=16,alpha=32,… or package.module:thing; train*0.1 learns at a tenth of the rate;
+    # freeze@int8 or lora@int8 freezes kernels in int8 (checkpointing/rules.py)
     rules: tuple[tuple[str, str], ...] = ((".*", "train"),)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

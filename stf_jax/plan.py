@@ -15,8 +15,8 @@ HELP = """Compile the program of a run for devices that this machine does not ha
   python -m stf_jax.plan --config=FILE[:ARG] --topology=NAME [--config.KEY=VALUE ...] [options]
 
   --config=FILE:ARG        as for stf_jax.main, also --config.KEY=VALUE; with several stages, select one
-  --topology=NAME          v4, v5e, v5p or v6e with the layout of a slice, such as v5e:4x8 or v5p:2x2x4; a6000, a100-40,
-                           a100-80, h100, h200 or b200 with the GPUs of one machine, such as h100:8
+  --topology=NAME          v4, v5e, v5p or v6e with the layout of a slice, such as v5e:4x8 or v5p:2x2x4; l4, 4090,
+                           a6000, a100-40, a100-80, h100, h200 or b200 with the GPUs of one machine, such as h100:8
   --slices=N               number of TPU slices of that layout (default: 1)
   --what=WHAT              train (default); or for eval.batch questions of data.max_length tokens prefill, decode (one
                            token) or evaluate (complete answers, with the training state in memory if

@@ -144,7 +144,7 @@ def refuse_code_in(folder: os.PathLike[str] | str, values: Any) -> None:
     if isinstance(values, list | tuple):
         for value in values:
             refuse_code_in(folder, value)
-    elif isinstance(values, str) and _OUTSIDE.fullmatch(name := split_options(values)[0].partition("*")[0]):
+    elif isinstance(values, str) and _OUTSIDE.fullmatch(name := re.split("[*@]", split_options(values)[0])[0]):
         _refuse_module_in(folder, name)
 
 

@@ -137,7 +137,7 @@ def test_a_folder_does_not_bring_the_code_of_its_model(workdir, tmp_path, monkey
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("suffix", ["", ":rank=2", "*2"])
+@pytest.mark.parametrize("suffix", ["", ":rank=2", "*2", "@int8*2"])
 def test_a_folder_does_not_bring_the_code_of_its_adapters(workdir, tmp_path, monkeypatch, suffix):
     folder = shutil.copytree(workdir, tmp_path / "run")
     (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nThing = None\n")

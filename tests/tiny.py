@@ -17,6 +17,7 @@ from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models import spec
 from stf_jax.models.blueprint import Blueprint
+from stf_jax.models.quantized import scale_path
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import BATCH, compute_context, make_mesh
 from stf_jax.training.optimizer import make_optimizer
@@ -76,6 +77,8 @@ class Setup:
     def state(self, seed: int = 0) -> TrainState:
         """An initial state filled by numpy, which compiles nothing, unlike the initializers."""
         values = random_params(self.plan.shapes, seed)
+        for path in self.plan.quantized:
+            values |= int8_by_definition(path, values[path], values[scale_path(path)].ndim - 1)
 
         def put(leaf, value):
             return jax.device_put(np.asarray(value).astype(leaf.dtype), leaf.sharding)
@@ -109,6 +112,21 @@ def random_params(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -> 
         path: 0.1 * rng.standard_normal(leaf.shape, np.float32) + np.float32(path.endswith("scale"))
         for path, leaf in sorted(shapes.items())
     }
+
+
+def int8_by_definition(path: str, kernel: np.ndarray, outputs: int) -> dict[str, np.ndarray]:
+    """The int8 kernels and float32 scales of stacked kernels [L, *inputs, *outputs], channel by channel, by path."""
+    kernel = np.float32(kernel)
+    split = kernel.ndim - outputs
+    columns = kernel.reshape(len(kernel), -1, np.prod(kernel.shape[split:], dtype=int)).swapaxes(1, 2)
+    rounded, scales = [], []
+    for column in columns.reshape(-1, columns.shape[2]):
+        largest = max(abs(column))
+        rounded.append(np.rint(column * (np.float32(127) / largest)) if largest else column)
+        scales.append(largest * np.float32(1 / 127))
+    values = np.reshape(rounded, columns.shape).swapaxes(1, 2).reshape(kernel.shape)
+    scale = np.reshape(np.float32(scales), (len(kernel), *kernel.shape[split:]))
+    return {path: values.astype(np.int8), scale_path(path): scale}
 
 
 def large_params(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -> dict[str, np.ndarray]:

@@ -39,6 +39,10 @@ _CHIPS = (
     # "NVIDIA RTX A6000" datasheet (309.7 TFLOPS sparse) and GA102 whitepaper. Its NVLink joins only two cards, so the
     # link is PCIe 4.0 ×16. Network: NVIDIA sells no such system; 100 Gbit/s for a node of eight is assumed.
     Chip("a6000", ("NVIDIA RTX A6000",), 154.8e12, 48 * _GIB, 768e9, 32e9, 1.5625e9),
+    # "NVIDIA L4" datasheet (242 TFLOPS sparse). No NVLink: PCIe 4.0 ×16. Network: assumed as for a6000.
+    Chip("l4", ("NVIDIA L4",), 121e12, 24 * _GIB, 300e9, 32e9, 1.5625e9),
+    # "NVIDIA Ada GPU architecture" whitepaper, with sums in float32. No NVLink and network, as above.
+    Chip("4090", ("NVIDIA GeForce RTX 4090",), 165.2e12, 24 * _GIB, 1008e9, 32e9, 1.5625e9),
     # "NVIDIA A100 Tensor Core GPU" datasheet, SXM; DGX A100: eight adapters of 200 Gbit/s.
     Chip("a100-40", ("NVIDIA A100-SXM4-40GB",), 312e12, 40 * _GIB, 1555e9, 300e9, 25e9),
     Chip("a100-80", ("NVIDIA A100-SXM4-80GB",), 312e12, 80 * _GIB, 2039e9, 300e9, 25e9),

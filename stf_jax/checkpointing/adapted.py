@@ -1,11 +1,14 @@
-"""Merges adapters into the kernels that they adapt, so that only training knows that there are adapters.
+"""Merges adapters into the kernels that they adapt, so that only training knows adapters and int8 kernels.
 
-A merged kernel is W + change, computed in float32, in the type of W.
+A merged kernel is W + change, computed in float32, in the type of W. A quantized kernel counts as the W that it stands
+for (models/quantized.py), in the compute type of the run.
 """
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,91 +17,126 @@ from etils import epath
 
 from stf_jax.checkpointing.params import SavedParams
 from stf_jax.checkpointing.rules import find_kernel_adapters, parse_rules
-from stf_jax.config import UserError, from_json
+from stf_jax.config import TrainConfig, UserError, from_json
 from stf_jax.files import read_json
-from stf_jax.models.adapters.base import Adapter, adapted_kernel
+from stf_jax.models.adapters.base import Adapter, Array, adapted_kernel
+from stf_jax.models.blueprint import Blueprint
+from stf_jax.models.quantized import dequantize, scale_path
 from stf_jax.registry import refuse_code_in
 
-_Layers = dict[str, jax.Array]  # parameters of an adapter by name, [L, ...]
+
+@dataclasses.dataclass(frozen=True)
+class _Merging:
+    """How a kernel of the plain model follows from what a run has."""
+
+    adapter: Adapter | None
+    dtype: np.dtype  # of the merged kernel
+    # Paths of the adapter's parameters by name, and of the scales under an empty name.
+    parts: Mapping[str, str] = dataclasses.field(compare=False)
+
+    def merge_layer(self, kernel: Array, parts: Mapping[str, Array]) -> Array:
+        """Merges one layer, given its parts by name."""
+        leaves = dict(parts)
+        scale = leaves.pop("", None)
+        merged = kernel.astype(np.float32) if scale is None else dequantize(kernel, scale)
+        if self.adapter is not None:
+            merged = merged + self.adapter.change(leaves).reshape(kernel.shape)
+        return merged.astype(self.dtype)
 
 
-def merge_params(params: Mapping[str, jax.Array], adapters: Mapping[str, Adapter]) -> Iterator[tuple[str, jax.Array]]:
-    """Yields the parameters without adapters, each kernel merged when its turn comes.
+def merge_params(params: Mapping[str, jax.Array], plan: Blueprint) -> Iterator[tuple[str, jax.Array]]:
+    """Yields the parameters of the plain model, each kernel merged when its turn comes.
 
     Args:
-      params: those of a model with adapters, by path.
-      adapters: by the path of the kernel.
+      params: those of the plan's model, by path.
     """
-    leaves = adapter_leaves(params, adapters)
+    merging = _plan_merging(params, plan.adapters, plan.precision)
     for path, value in params.items():
-        if path in leaves:
-            value = _merge(adapters[path], value, {name: params[leaf] for name, leaf in leaves[path].items()})
-        if adapted_kernel(path) not in adapters:
+        if path in merging:
+            value = _merge(merging[path], value, {name: params[part] for name, part in merging[path].parts.items()})
+        if path not in plan.added:
             yield path, value
 
 
 class MergedParams:
-    """The parameters of a run with adapters, merged as they are read. The attributes are those of SavedParams."""
+    """The parameters of a run, merged as they are read. The attributes are those of SavedParams."""
 
-    def __init__(self, saved: SavedParams, adapters: Mapping[str, Adapter]) -> None:
-        """``adapters``: by the path of the kernel."""
-        self._saved, self._adapters, self.step = saved, adapters, saved.step
-        self._leaves = adapter_leaves(saved.shapes, adapters)
-        self.shapes = {path: leaf for path, leaf in saved.shapes.items() if adapted_kernel(path) not in adapters}
+    def __init__(self, saved: SavedParams, adapters: Mapping[str, Adapter], precision: str) -> None:
+        """Prepares to merge.
+
+        Args:
+          adapters: by the path of the kernel.
+          precision: the compute type of the run.
+        """
+        self._saved, self.step = saved, saved.step
+        self._merging = _plan_merging(saved.shapes, adapters, precision)
+        added = {part for merging in self._merging.values() for part in merging.parts.values()}
+        self.shapes = {path: leaf for path, leaf in saved.shapes.items() if path not in added}
+        for path, merging in self._merging.items():
+            self.shapes[path] = jax.ShapeDtypeStruct(self.shapes[path].shape, merging.dtype)
 
     def read(self, path: str) -> np.ndarray:
         """Reads one parameter into host memory, merged layer by layer. Raises UserError if it is damaged."""
         value = self._saved.read(path)
-        if path in self._leaves:
-            leaves = {name: self._saved.read(leaf) for name, leaf in self._leaves[path].items()}
-            value = np.array(value)  # what was read may be read-only
-            for layer, kernel in enumerate(value):
-                change = self._adapters[path].change({name: leaf[layer] for name, leaf in leaves.items()})
-                value[layer] = (kernel.astype(np.float32) + change.reshape(kernel.shape)).astype(kernel.dtype)
-        return value
+        if (merging := self._merging.get(path)) is None:
+            return value
+        parts = {name: self._saved.read(part) for name, part in merging.parts.items()}
+        merged = np.empty(value.shape, merging.dtype)
+        for layer, kernel in enumerate(value):
+            merged[layer] = merging.merge_layer(kernel, {name: part[layer] for name, part in parts.items()})
+        return merged
 
     def restore(self, shardings: Mapping[str, jax.sharding.Sharding]) -> Iterator[tuple[str, jax.Array]]:
         """Yields paths and parameters with these shardings, one at a time. Raises UserError if one is damaged."""
         wanted: dict[str, jax.sharding.Sharding] = {}
         for path, sharding in shardings.items():
-            wanted |= dict.fromkeys(self._leaves.get(path, {}).values(), _replicated(sharding)) | {path: sharding}
+            parts = self._merging[path].parts.values() if path in self._merging else ()
+            wanted |= dict.fromkeys(parts, _replicated(sharding)) | {path: sharding}
         pending: dict[str, jax.Array] = {}
-        for path, value in self._saved.restore(wanted):  # a kernel comes after its adapter
+        for path, value in self._saved.restore(wanted):  # a kernel comes after its parts
             if path not in shardings:
                 pending[path] = value
-            elif path in self._leaves:
-                leaves = {name: pending.pop(leaf) for name, leaf in self._leaves[path].items()}
-                yield path, _merge(self._adapters[path], value, leaves)
+            elif (merging := self._merging.get(path)) is not None:
+                yield path, _merge(merging, value, {name: pending.pop(part) for name, part in merging.parts.items()})
             else:
                 yield path, value
 
 
 def open_params(folder: epath.Path) -> SavedParams | MergedParams:
-    """Opens a run or an imported folder, as a model without adapters.
+    """Opens a run or an imported folder, as a plain model.
 
     Raises:
       UserError: as SavedParams; the run's config does not name its adapters.
     """
     saved = SavedParams(folder)
-    adapters = saved_adapters(folder, saved)
-    return MergedParams(saved, adapters) if adapters else saved
-
-
-def saved_adapters(folder: epath.Path, saved: SavedParams) -> dict[str, Adapter]:
-    """The adapters of a run by the path of the kernel; empty if it has none. Raises as :func:`open_params`."""
     kernels = {kernel for path in saved.shapes if (kernel := adapted_kernel(path)) in saved.shapes}
-    if not kernels:
-        return {}
+    if not kernels and not any(leaf.dtype == jnp.int8 for leaf in saved.shapes.values()):
+        return saved
     values = read_json(folder / "config.json")
-    rules = from_json(values).rules if isinstance(values, dict) else ()
-    refuse_code_in(folder, rules)
-    adapters = find_kernel_adapters(parse_rules(rules), kernels)
+    config = from_json(values) if isinstance(values, dict) else TrainConfig()
+    refuse_code_in(folder, config.rules)
+    adapters = find_kernel_adapters(parse_rules(config.rules), kernels)
     if missing := sorted(kernels - adapters.keys()):
         raise UserError(f"The rules in {folder / 'config.json'} name no adapter of {missing[0]}, but the run has one.")
-    return adapters
+    return MergedParams(saved, adapters, config.model.precision)
 
 
-def adapter_leaves(paths: Iterable[str], adapters: Mapping[str, Adapter]) -> dict[str, dict[str, str]]:
+def _plan_merging(
+    params: Mapping[str, jax.Array | jax.ShapeDtypeStruct], adapters: Mapping[str, Adapter], precision: str
+) -> dict[str, _Merging]:
+    """Returns how to merge each kernel that has an adapter or is quantized, by path."""
+    leaves = _adapter_leaves(params, adapters)
+    merging: dict[str, _Merging] = {}
+    for path, value in params.items():
+        if value.dtype == jnp.int8:
+            parts = leaves.get(path, {}) | {"": scale_path(path)}
+            merging[path] = _Merging(adapters.get(path), jnp.dtype(precision), parts)
+        elif path in leaves:
+            merging[path] = _Merging(adapters[path], value.dtype, leaves[path])
+    return merging
+
+
+def _adapter_leaves(paths: Iterable[str], adapters: Mapping[str, Adapter]) -> dict[str, dict[str, str]]:
     """The paths of each adapter's parameters, by the path of its kernel and their names."""
     found: dict[str, dict[str, str]] = collections.defaultdict(dict)
     for path in paths:
@@ -107,21 +145,21 @@ def adapter_leaves(paths: Iterable[str], adapters: Mapping[str, Adapter]) -> dic
     return found
 
 
-def _merge(adapter: Adapter, kernel: jax.Array, leaves: _Layers) -> jax.Array:
+def _merge(merging: _Merging, kernel: jax.Array, parts: dict[str, jax.Array]) -> jax.Array:
     with jax.default_matmul_precision("highest"):
-        return _compile_merge(adapter.change, kernel.sharding)(kernel, leaves)
+        return _compile_merge(merging, kernel.sharding)(kernel, parts)
 
 
 @functools.cache
 def _compile_merge(
-    change: Callable[[_Layers], jax.Array], sharding: jax.sharding.Sharding
-) -> Callable[[jax.Array, _Layers], jax.Array]:
-    def merge_layer(layer: tuple[jax.Array, _Layers]) -> jax.Array:
-        kernel, leaves = layer
-        return (kernel.astype(jnp.float32) + change(leaves).reshape(kernel.shape)).astype(kernel.dtype)
-
+    merging: _Merging, sharding: jax.sharding.Sharding
+) -> Callable[[jax.Array, dict[str, jax.Array]], jax.Array]:
     # Layer by layer, because all in float32 would take twice the memory of a bfloat16 kernel.
-    return jax.jit(lambda *layers: jax.lax.map(merge_layer, layers), out_shardings=sharding)
+    def merge(*layers: Any) -> jax.Array:
+        merged: jax.Array = jax.lax.map(lambda layer: merging.merge_layer(*layer), layers)
+        return merged
+
+    return jax.jit(merge, out_shardings=sharding)
 
 
 def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:

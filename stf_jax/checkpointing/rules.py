@@ -7,6 +7,8 @@ A rule is a pattern of parameter paths and an action:
     ("vision/blocks[12:]/.*", "train")  only in these layers; the first is 0
     ("llm/.*", "lora:rank=16")          an adapter (models/adapters) of each linear layer in blocks trains
     ("llm/.*", "lora*0.5")              at half of the learning rate
+    ("llm/.*", "lora@int8")             kernels of linear layers in blocks are frozen in int8 (models/quantized.py)
+    ("vision/.*", "freeze@int8")
     (".*", "freeze")
 
 For each parameter, and each layer of a block, the first rule whose pattern matches all of its path decides.
@@ -36,6 +38,7 @@ class Rule:
       layers: the range as (first, last + 1), where None is the end; None for a rule without one.
       action: ``train``, ``freeze`` or the name of an adapter.
       factor: what multiplies the learning rate.
+      quantizes: whether frozen kernels are int8.
     """
 
     label: str
@@ -43,6 +46,7 @@ class Rule:
     layers: tuple[int, int | None] | None
     action: str
     factor: float
+    quantizes: bool
 
     @property
     def adapter_name(self) -> str:
@@ -65,17 +69,20 @@ class Decision:
       factors: what multiplies the learning rate, of each layer for a parameter of a block, else of all of it; 0 where
         it is frozen. With an adapter, the factors are the adapter's.
       adapter: what trains beside the frozen parameter.
+      quantized: whether it is a kernel that is frozen in int8.
     """
 
     factors: tuple[float, ...]
     adapter: Adapter | None = None
+    quantized: bool = False
 
 
 def parse_rules(rules: Rules) -> list[Rule]:
     """Parses the rules of a config.
 
     Raises:
-      UserError: a pattern that is not a regular expression, an unknown action or a factor that is not positive.
+      UserError: a pattern that is not a regular expression, an unknown action, a factor that is not positive, or
+        another type than int8.
     """
     return [_parse_rule(pattern, action) for pattern, action in rules]
 
@@ -91,6 +98,9 @@ def _parse_rule(label: str, action: str) -> Rule:
         if not 0 < factor < math.inf or name == "freeze":
             raise UserError(f"{rule} must say 'freeze', or what trains times a positive number, as 'train*0.1'.")
         action = name
+    action, at, kind = action.partition("@")
+    if at and (kind != "int8" or action == "train"):
+        raise UserError(f"{rule} may freeze kernels in int8 only, as 'freeze@int8' or 'lora@int8'.")
     match = _LAYERS.fullmatch(label)
     pattern, layers = label, None
     if match:
@@ -101,7 +111,7 @@ def _parse_rule(label: str, action: str) -> Rule:
             raise UserError(f"{rule} must say 'train' or 'freeze', or name an adapter; {did_you_mean(action, known)}")
         find_adapter(action)
     try:
-        return Rule(label, re.compile(pattern), layers, action, factor)
+        return Rule(label, re.compile(pattern), layers, action, factor, bool(at))
     except re.error as error:
         raise UserError(f"Freeze rule pattern {pattern!r} is not a regular expression: {error}.") from None
 
@@ -111,18 +121,18 @@ def decide(rules: Rules, depths: Mapping[str, int | None], linears: Collection[s
 
     Args:
       depths: layers that each parameter stacks, by path; None for one of no block.
-      linears: paths of the kernels that an adapter may adapt.
+      linears: paths of the kernels that an adapter may adapt, and that may be int8.
 
     Raises:
-      UserError: as :func:`parse_rules`; a parameter that no rule covers; a rule that covers nothing, adapts nothing or
-        has a range of layers that some parameter lacks; a parameter that trains in some layers and is adapted in
-        others; nothing is left to train.
+      UserError: as :func:`parse_rules`; a parameter that no rule covers; a rule that covers nothing, adapts nothing,
+        quantizes nothing or has a range of layers that some parameter lacks; a parameter that trains in some layers
+        and is adapted in others, or is int8 in some; nothing is left to train.
     """
     parsed = parse_rules(rules)
     for rule in parsed:
         _check_coverage(rule, depths)
     decisions: dict[str, Decision] = {}
-    adapting: set[str] = set()  # labels of rules
+    deciding: set[Rule] = set()  # on a kernel of a linear layer in blocks
     for path, depth in depths.items():
         matching = [rule for rule in parsed if path_matches(rule.pattern, path)]
         chosen: list[Rule] = []
@@ -137,16 +147,17 @@ def decide(rules: Rules, depths: Mapping[str, int | None], linears: Collection[s
         training = set(actions) - {"freeze"}
         if len(training) > 1:
             raise UserError(f"The layers of {path!r} can train or have one adapter, but the freeze rules say several.")
-        adapting |= {rule.label for rule in chosen if path in linears and rule.adapter_name}
+        types = {rule.quantizes for rule in chosen if path in linears}
+        if len(types) > 1:
+            raise UserError(f"The layers of {path!r} can be frozen in int8 only together; give all of them '@int8'.")
+        deciding |= {rule for rule in chosen if path in linears}
         factors = (rule.factor if action != "freeze" else 0.0 for rule, action in zip(chosen, actions, strict=True))
         name = next(iter(training - {"train"}), None)
-        decisions[path] = Decision(tuple(factors), find_adapter(name) if name else None)
+        decisions[path] = Decision(tuple(factors), find_adapter(name) if name else None, True in types)
     for rule in parsed:
-        if rule.adapter_name and rule.label not in adapting:
-            raise UserError(
-                f"Freeze rule ({rule.label!r}, {rule.action!r}) adapts nothing: it decides on no kernel of a linear "
-                "layer in blocks."
-            )
+        if (rule.adapter_name or rule.quantizes) and rule not in deciding:
+            what = f"({rule.label!r}, {rule.action!r}) adapts" if rule.adapter_name else f"{rule.label!r} quantizes"
+            raise UserError(f"Freeze rule {what} nothing: it decides on no kernel of a linear layer in blocks.")
     if not any(any(decision.factors) for decision in decisions.values()):
         raise UserError("The freeze rules leave nothing to train.")
     return decisions

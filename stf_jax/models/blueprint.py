@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import flax
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from stf_jax.config import ModelConfig
 from stf_jax.models.adapters.base import Adapter, adapted_kernel
 from stf_jax.models.layers import Linear
+from stf_jax.models.quantized import scale_path
 from stf_jax.models.vlm import VLM
 from stf_jax.parallel.mesh import parameter_sharding
 
@@ -27,6 +28,7 @@ class Blueprint:
     Attributes:
       linears: paths of the kernels that an adapter may adapt, those of linear layers in blocks.
       adapters: those that the model has, each with its parameters beside the kernel's.
+      quantized: paths of the kernels that are int8, each with its scales beside it.
     """
 
     precision: str  # as in the config
@@ -35,6 +37,7 @@ class Blueprint:
     axes: Mapping[str, tuple[str, ...]]
     linears: frozenset[str]
     adapters: Adapters
+    quantized: frozenset[str]
     _noise: Mapping[str, int]  # layers of each stack of keys, by path
 
     def merge(self, *params: Params) -> VLM:
@@ -56,6 +59,11 @@ class Blueprint:
         kernels = ((path, adapted_kernel(path)) for path in self.shapes)
         return {path: kernel for path, kernel in kernels if kernel is not None and kernel in self.adapters}
 
+    @functools.cached_property
+    def added(self) -> frozenset[str]:
+        """The paths of parameters that the plain model lacks: those of adapters, and scales."""
+        return frozenset(self.adapted) | frozenset(map(scale_path, self.quantized))
+
     def depth(self, path: str) -> int | None:
         """How many layers a parameter stacks; None if it belongs to no block."""
         return self.shapes[path].shape[0] if self.axes[path][:1] == ("layers",) else None
@@ -65,18 +73,28 @@ class Blueprint:
         return {path: parameter_sharding(path, self.shapes[path].shape, self.axes[path], mesh) for path in self.shapes}
 
 
-def build_model(rngs: nnx.Rngs, config: ModelConfig, adapters: Adapters) -> VLM:
-    """A model with adapters; all its other parameters are those of ``VLM(rngs, config)``."""
+def build_model(rngs: nnx.Rngs, config: ModelConfig, adapters: Adapters, quantized: Collection[str] = ()) -> VLM:
+    """A model with adapters and scales of quantized kernels; its other parameters are those of ``VLM(rngs, config)``.
+
+    What adapters start as does not depend on what is quantized.
+    """
     model = VLM(rngs, config)
+
+    def layer_of(kernel: str) -> Linear:
+        layer: Linear = functools.reduce(getattr, kernel.split("/")[:-1], model)
+        return layer
+
     for path, adapter in adapters.items():
-        layer = functools.reduce(getattr, path.split("/")[:-1], model)
+        layer = layer_of(path)
         layer.adapter = nnx.data(adapter.build(rngs, layer))
+    for path in sorted(quantized):
+        layer_of(path).quantize(rngs)
     return model
 
 
-def blueprint(config: ModelConfig, adapters: Adapters | None = None) -> Blueprint:
+def blueprint(config: ModelConfig, adapters: Adapters | None = None, quantized: Collection[str] = ()) -> Blueprint:
     """The blueprint of a model, without allocating arrays. Raises UserError as :class:`stf_jax.models.vlm.VLM` does."""
-    model = nnx.eval_shape(lambda: build_model(nnx.Rngs(0), config, adapters or {}))
+    model = nnx.eval_shape(lambda: build_model(nnx.Rngs(0), config, adapters or {}, quantized))
     graph, params, noise = nnx.split(model, nnx.Param, ...)
     leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(params)}
     axes = {path: leaf.get_metadata()["axes"] for path, leaf in leaves.items()}
@@ -90,5 +108,6 @@ def blueprint(config: ModelConfig, adapters: Adapters | None = None) -> Blueprin
         axes=axes,
         linears=frozenset(path for path in kernels if axes[path][0] == "layers"),
         adapters=adapters or {},
+        quantized=frozenset(quantized),
         _noise={"/".join(map(str, path)): leaf.get_value().shape[0] for path, leaf in nnx.to_flat_state(noise)},
     )

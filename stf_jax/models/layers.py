@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from stf_jax.models import quantized
+
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 Axis = tuple[int, str]  # size, logical name
 Activation = Callable[[jax.Array], jax.Array]
@@ -102,6 +104,8 @@ class Linear(nnx.Module):
     sees one layer's parameters.
 
     ``adapter`` may be set to a module that maps the same axes (models/adapters); what it returns is added.
+
+    After :meth:`quantize`, the kernel is int8 (models/quantized.py).
     """
 
     def __init__(
@@ -121,12 +125,23 @@ class Linear(nnx.Module):
         self.kernel = parameter(rngs, [*lead, *inputs, *outputs], kernel_init or normal(fan_in**-0.5))
         self.bias = parameter(rngs, [*lead, *outputs], bias_init) if bias else None
         self.adapter: Callable[[jax.Array], jax.Array] | None = None
+        self.scale: nnx.Param | None = None
+
+    def quantize(self, rngs: nnx.Rngs) -> None:
+        """Declares that the kernel is int8."""
+        shape, names = self.kernel.get_value().shape, self.kernel.get_metadata()["axes"]
+        stack, *axes = zip(shape, names, strict=True)
+        self.scale = nnx.data(parameter(rngs, [stack, *axes[len(self.inputs) :]], ones))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # One product of two matrices: XLA's CPU backward pass of a product over more axes takes twice the time.
         lead = x.shape[: x.ndim - len(self.inputs)]
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
-        y = x.reshape(-1, fan_in) @ self.kernel[...].astype(x.dtype).reshape(fan_in, fan_out)
+        rows, kernel = x.reshape(-1, fan_in), self.kernel[...].reshape(fan_in, fan_out)
+        if self.scale is None:
+            y = rows @ kernel.astype(x.dtype)
+        else:
+            y = (quantized.product(rows, kernel) * self.scale[...].reshape(fan_out)).astype(x.dtype)
         y = y.reshape(*lead, *self.outputs)
         if self.adapter is not None:
             y = y + self.adapter(x)

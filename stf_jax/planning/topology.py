@@ -23,9 +23,12 @@ _COMPILERS = {
 _TPUS = ("v4", "v5e", "v5p", "v6e")
 # Memory (bytes, as the driver reports it), multiprocessors, clock (GHz); per multiprocessor FP32 units, shared memory
 # (bytes), maximum shared memory per block (bytes) and threads; L2 (bytes), compute capability. Sources: NVIDIA's tuning
-# guides and architecture whitepapers; memory and clock from OpenXLA's device descriptions.
+# guides and architecture whitepapers; memory and clock from OpenXLA's device descriptions, except those of Ada cards:
+# memory from reports of such cards (21.96 and 23.52 GiB; an L4 keeps error correction in its memory), clock published.
 _GPUS = {
     "a6000": (51_041_271_808, 84, 1.8, 128, 102_400, 101_376, 1536, 6_291_456, "major: 8 minor: 6"),
+    "l4": (23_579_328_512, 58, 2.04, 128, 102_400, 101_376, 1536, 50_331_648, "major: 8 minor: 9"),
+    "4090": (25_253_904_384, 128, 2.52, 128, 102_400, 101_376, 1536, 75_497_472, "major: 8 minor: 9"),
     "a100-40": (42_331_013_120, 108, 1.41, 64, 167_936, 166_912, 2048, 41_943_040, "major: 8"),
     "a100-80": (85_100_068_864, 108, 1.41, 64, 167_936, 166_912, 2048, 41_943_040, "major: 8"),
     "h100": (84_942_979_072, 132, 1.98, 128, 233_472, 232_448, 2048, 52_428_800, "major: 9"),

@@ -40,6 +40,7 @@ from stf_jax.training.state import (
     base_params,
     init_state,
     learning_rate_factors,
+    quantize_loaded,
     state_layout,
     training_blueprint,
 )
@@ -121,7 +122,8 @@ def _train(
     stack.callback(programs.close)
 
     def start_state() -> TrainState[jax.Array]:
-        loaded = load_params(config.init_from, base_params(plan, layout), config.init_missing)
+        on_load = functools.partial(quantize_loaded, plan, layout)
+        loaded = load_params(config.init_from, base_params(plan, layout), config.init_missing, on_load)
         return init_state(config, plan, layout, tx, loaded)
 
     restored = checkpoints.restore_newest(layout, lambda: start_state().frozen)
@@ -159,7 +161,7 @@ def _train(
         return evaluate_all(
             benchmarks,
             generator,
-            merge_params(params, plan.adapters),
+            merge_params(params, plan),
             out,
             workdir.name,
             origin,

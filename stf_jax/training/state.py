@@ -1,9 +1,10 @@
-"""The training state: trainable parameters in float32, frozen ones in the compute type, moments of the trainable ones.
+"""The training state: trainable parameters in float32, frozen ones in the compute type or int8, moments.
 
 Trees are flat: ``{"vision/blocks/mlp/up/kernel": array, …}``.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Generic, TypeVar
 
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stf_jax.checkpointing.rules import Decision, Rules, decide
 from stf_jax.config import ModelConfig, TrainConfig, UserError
 from stf_jax.models.blueprint import Blueprint, Params, blueprint, build_model
+from stf_jax.models.quantized import quantize, scale_path
 from stf_jax.training.optimizer import map_moments
 
 Leaf = TypeVar("Leaf")
@@ -28,7 +30,7 @@ class TrainState(Generic[Leaf]):
 
     step: Leaf  # int32: optimizer steps taken
     trainable: dict[str, Leaf]  # float32
-    frozen: dict[str, Leaf]  # in the compute type
+    frozen: dict[str, Leaf]  # in the compute type; quantized kernels in int8, and their scales in float32
     moments: optax.OptState  # of the trainable tree
 
     @property
@@ -41,10 +43,12 @@ Layout = TrainState[jax.ShapeDtypeStruct]  # with types and shardings
 
 
 def training_blueprint(model: ModelConfig, rules: Rules) -> Blueprint:
-    """The blueprint of a model with the adapters that the rules name. Raises UserError as :func:`decide` does."""
+    """The blueprint of a model with the adapters and int8 kernels of the rules. Raises UserError as :func:`decide`."""
     plan = blueprint(model)
-    adapters = {path: choice.adapter for path, choice in _decide(rules, plan).items() if choice.adapter is not None}
-    return blueprint(model, adapters) if adapters else plan
+    decisions = _decide(rules, plan)
+    adapters = {path: choice.adapter for path, choice in decisions.items() if choice.adapter is not None}
+    quantized = [path for path, choice in decisions.items() if choice.quantized]
+    return blueprint(model, adapters, quantized) if adapters or quantized else plan
 
 
 def learning_rate_factors(rules: Rules, plan: Blueprint) -> dict[str, tuple[float, ...]]:
@@ -65,7 +69,7 @@ def learning_rate_factors(rules: Rules, plan: Blueprint) -> dict[str, tuple[floa
 
 
 def _decide(rules: Rules, plan: Blueprint) -> dict[str, Decision]:
-    return decide(rules, {path: plan.depth(path) for path in plan.shapes if path not in plan.adapted}, plan.linears)
+    return decide(rules, {path: plan.depth(path) for path in plan.shapes if path not in plan.added}, plan.linears)
 
 
 def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransformation, mesh: Mesh) -> Layout:
@@ -84,11 +88,12 @@ def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransfo
         )
     names = learning_rate_factors(config.rules, plan)
     shardings = plan.shardings(mesh)
-    compute = jnp.dtype(config.model.precision)
+    dtypes = dict.fromkeys(plan.shapes, jnp.dtype(config.model.precision)) | dict.fromkeys(names, jnp.dtype("float32"))
+    for path in plan.quantized:
+        dtypes |= {path: jnp.dtype("int8"), scale_path(path): jnp.dtype("float32")}
 
     def abstract_leaf(path: str) -> jax.ShapeDtypeStruct:
-        dtype = jnp.float32 if path in names else compute
-        return jax.ShapeDtypeStruct(plan.shapes[path].shape, dtype, sharding=shardings[path])
+        return jax.ShapeDtypeStruct(plan.shapes[path].shape, dtypes[path], sharding=shardings[path])
 
     replicated = NamedSharding(mesh, PartitionSpec())
     trainable = {path: abstract_leaf(path) for path in plan.shapes if path in names}
@@ -105,8 +110,26 @@ def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransfo
 
 
 def base_params(plan: Blueprint, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
-    """The layout of all parameters but those of adapters, which no weights have at the start."""
-    return {path: leaf for path, leaf in layout.params.items() if path not in plan.adapted}
+    """The layout of the parameters that weights have at the start: without adapters and scales."""
+    return {path: leaf for path, leaf in layout.params.items() if path not in plan.added}
+
+
+def quantize_loaded(plan: Blueprint, layout: Layout, path: str, value: jax.Array) -> Params:
+    """A loaded parameter as the state has it: a kernel that the rules quantize as int8 with its scales, by path."""
+    if path not in plan.quantized:
+        return {path: value}
+    shardings = {name: layout.frozen[name].sharding for name in (path, scale_path(path))}
+    return jax.jit(functools.partial(_quantize, plan), out_shardings=shardings)({path: value})
+
+
+def _quantize(plan: Blueprint, params: Params) -> Params:
+    """The parameters with kernels that are not int8 yet, but should be, quantized."""
+    quantized: Params = {}
+    for path in plan.quantized & params.keys():
+        if params[path].dtype != jnp.int8:
+            scale = scale_path(path)
+            quantized[path], quantized[scale] = quantize(params[path], len(plan.shapes[scale].shape) - 1)
+    return params | quantized
 
 
 def init_state(
@@ -114,13 +137,16 @@ def init_state(
 ) -> TrainState[jax.Array]:
     """A new state with the ``loaded`` parameters; the others are initialized from the seed, in place on their devices.
 
+    Kernels that the rules quantize may be loaded in any type, but memory is lower with :func:`quantize_loaded`.
+
     One compiled program with the layout's shardings creates it. ``loaded`` is donated to it, so that weights exist only
     once.
     """
 
     def init(loaded: Params, key: jax.Array) -> TrainState[jax.Array]:
-        initial = nnx.state(build_model(nnx.Rngs(key), config.model, plan.adapters), nnx.Param)
+        initial = nnx.state(build_model(nnx.Rngs(key), config.model, plan.adapters, plan.quantized), nnx.Param)
         params = {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(initial)} | loaded
+        params = _quantize(plan, params)
 
         def cast(tree: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
             return {path: params[path].astype(leaf.dtype) for path, leaf in tree.items()}

@@ -35,22 +35,28 @@ EMBEDDED = {
 }
 
 _Shapes = Mapping[str, tuple[int, ...]]  # by path
-# Reads arrays by path, given shardings by path; the arrays come at once, or one by one with their paths.
-_Read = Callable[[Mapping[str, jax.sharding.Sharding]], Mapping[str, jax.Array] | Iterator[tuple[str, jax.Array]]]
+# Reads arrays one by one with their paths, given shardings by path.
+_Read = Callable[[Mapping[str, jax.sharding.Sharding]], Iterator[tuple[str, jax.Array]]]
 
 
-def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh: Iterable[str]) -> dict[str, jax.Array]:
+def load_params(
+    sources: str,
+    layout: Mapping[str, jax.ShapeDtypeStruct],
+    fresh: Iterable[str],
+    convert: Callable[[str, jax.Array], dict[str, jax.Array]] = lambda path, value: {path: value},
+) -> dict[str, jax.Array]:
     """Loads the parameters of a model, each directly onto its devices.
 
     Args:
       sources: folders of weights, workdirs of runs, or names in :data:`EMBEDDED`, separated by commas. Later ones win.
       layout: every parameter of the model, with its target sharding.
       fresh: patterns of parameters that are not loaded from the sources.
+      convert: returns what to keep of a parameter, by path; called as soon as it is read.
 
     Position embeddings of a tower for another image size are interpolated (models/positions.py).
 
     Returns:
-      ``{path: array}`` in the dtypes of the files, without the parameters that match ``fresh``.
+      ``{path: array}`` in the dtypes of the files, without the parameters that match ``fresh``, converted.
 
     Raises:
       UserError: a source cannot be read, or parameters are missing, unknown or of another shape (all are listed).
@@ -82,13 +88,15 @@ def load_params(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh:
             f"The weights in {sources!r} do not fit the model: {_suggest_fixes(names, opened, layout, problems)} "
             + f"{'; '.join(sorted(line for lines in problems.values() for line in lines))}."
         )
-    loaded: dict[str, jax.Array] = {}
+    loaded: dict[str, dict[str, jax.Array]] = {}
     for _, read in opened:  # each parameter once, from the last source that has it
         wanted = [path for path in layout if is_loaded(path) and path in found and found[path][1] is read]
         same_shape = [path for path in wanted if found[path][0] == layout[path].shape]
-        loaded.update(read({path: layout[path].sharding for path in same_shape}))
-        loaded.update({path: _resize(read, path, layout[path]) for path in wanted if path not in same_shape})
-    return {path: loaded[path] for path in layout if path in loaded}
+        for path, value in read({path: layout[path].sharding for path in same_shape}):
+            loaded[path] = convert(path, value)
+            del value  # before the next is read
+        loaded |= {path: {path: _resize(read, path, layout[path])} for path in wanted if path not in same_shape}
+    return {name: value for path in layout if path in loaded for name, value in loaded[path].items()}
 
 
 def _is_resizable(path: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -183,8 +191,9 @@ def _open(folder: epath.Path) -> tuple[_Shapes, _Read]:
     tensors = open_tensors(local)
     names = current_paths(tensors.names)
 
-    def read(shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
-        return {path: _load_tensor(tensors, names[path], sharding) for path, sharding in shardings.items()}
+    def read(shardings: Mapping[str, jax.sharding.Sharding]) -> Iterator[tuple[str, jax.Array]]:
+        for path, sharding in shardings.items():
+            yield path, _load_tensor(tensors, names[path], sharding)
 
     return {path: tensors.shape(name) for path, name in names.items()}, read
 

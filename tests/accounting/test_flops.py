@@ -349,6 +349,8 @@ def test_vision_tower_flops_match_published_profiles(tower, layers, gflops):
         ("v5e", 4, 128 * 128, 1.5e9),
         ("v5p", 2 * 4, 128 * 128, 1.75e9),
         ("a6000", 84, 512, 1.8e9),  # multiprocessors
+        ("l4", 58, 512, 2.04e9),
+        ("4090", 128, 256, 2.52e9),
         ("a100-40", 108, 1024, 1.41e9),
         ("a100-80", 108, 1024, 1.41e9),
         ("h100", 132, 2048, 1.83e9),

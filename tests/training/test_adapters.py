@@ -92,7 +92,7 @@ def test_logits_and_gradients_equal_those_of_merged_kernels():
             found = np.asarray(gradients[f"{layer}/adapter/{name}"]).reshape(value.shape)
             np.testing.assert_allclose(found, value, atol=1e-5 * np.abs(value).max(), err_msg=f"{layer}/{name}")
     # Merging is the same in the package: on devices, and layer by layer on the host.
-    for path, value in merge_params(jax.tree.map(jnp.asarray, params), plan.adapters):
+    for path, value in merge_params(jax.tree.map(jnp.asarray, params), plan):
         np.testing.assert_allclose(value, merged.pop(path), atol=1e-6, err_msg=path)
     assert not merged
 
@@ -181,6 +181,14 @@ def test_each_layer_follows_the_first_rule_that_covers_it():
         ("llm/.*", "train*nan", "must say 'freeze', or what trains times a positive number"),
         ("llm/.*", "train*", "must say 'freeze', or what trains times a positive number"),
         ("llm/.*", "freeze*2", "must say 'freeze', or what trains times a positive number"),
+        ("llm/.*", "lora@int4", "may freeze kernels in int8 only, as 'freeze@int8' or 'lora@int8'"),
+        ("llm/.*", "train@int8", "may freeze kernels in int8 only"),
+        (
+            "llm/emb.*",
+            "freeze@int8",
+            "'llm/emb.*' quantizes nothing: it decides on no kernel of a linear layer in blocks",
+        ),
+        ("llm/blocks[2:]/.*", "freeze@int8", "can be frozen in int8 only together; give all of them '@int8'"),
         ("llm/.*", "lara", "must say 'train' or 'freeze', or name an adapter; did you mean 'lora'?"),
         ("llm/.*", "lora:rank=0", "adapter=lora:rank=0: rank must be at least 1"),
         ("llm/.*", "lora:rank=1.5", "rank=1.5 must be a whole number"),
@@ -277,7 +285,7 @@ def test_a_run_is_opened_with_its_adapters_merged(run):
     raw, opened, base = SavedParams(workdir), open_params(workdir), blueprint(setup.config.model)
     assert {path: leaf.shape for path, leaf in opened.shapes.items()} == {p: x.shape for p, x in base.shapes.items()}
     params = {path: jnp.asarray(raw.read(path)) for path in raw.shapes}
-    expected = dict(merge_params(params, setup.plan.adapters))
+    expected = dict(merge_params(params, setup.plan))
     changed = {path for path in expected if not np.array_equal(expected[path], params[path])}
     assert changed == {f"{layer}/kernel" for layer in KERNELS | VISION | {"vision/blocks/mlp/down"}}
     plain = _setup(mesh=(2, 2, 2), rules=((".*", "train"),))

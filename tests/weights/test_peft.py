@@ -11,11 +11,13 @@ import torch
 from etils import epath
 from make_models import load, make, make_image, turn
 from safetensors.torch import load_file, save_file
+from tiny import int8_by_definition
 
 from stf_jax.checkpointing.manager import Checkpoints
 from stf_jax.cli import run_command
 from stf_jax.config import CheckpointConfig, FusionConfig, default_config, resolve, to_json
 from stf_jax.convert import main
+from stf_jax.models.quantized import scale_path
 from stf_jax.training.state import TrainState, training_blueprint
 from stf_jax.weights.export_hf import export_hf
 from stf_jax.weights.export_peft import export_peft
@@ -46,6 +48,9 @@ def make_lora_run(folder, start, rules=RULES):
     values |= {path: x + 0.1 * rng.normal(size=x.shape) for path, x in values.items() if path.startswith("fusion/")}
     values = {path: jnp.asarray(value, jnp.float32) for path, value in values.items()}
     trainable = {path for path in values if path in plan.adapted or path.startswith("fusion/")}
+    for path in plan.quantized:
+        int8 = int8_by_definition(path, values[path], len(plan.shapes[scale_path(path)].shape) - 1)
+        values |= {name: jnp.asarray(value) for name, value in int8.items()}
     trees = [{p: x for p, x in values.items() if (p in trainable) == trains} for trains in (True, False)]
     with Checkpoints(epath.Path(folder), CheckpointConfig()) as checkpoints:
         state = TrainState(jnp.int32(3), *trees, {})
@@ -96,6 +101,27 @@ def test_adapters_by_their_definition_on_the_base_are_the_merged_export(run):
     found |= tensors
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0, msg=name)
+
+
+def test_the_export_of_a_run_on_int8_kernels_has_what_they_stand_for(run, tmp_path):
+    """Row by row of PyTorch's weights: they are rounded to 127 steps of their largest magnitude, then merged."""
+    make_lora_run(tmp_path / "int8", run / "base", (("llm/.*", "lora:rank=4,alpha=6@int8"), *RULES[2:]))
+    export_hf(tmp_path / "int8", tmp_path / "hf")
+    export_peft(tmp_path / "int8", tmp_path / "adapter")
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    (base, _), (found, _) = load(run / "base-hf"), load(tmp_path / "hf")
+    before, checked = base.state_dict(), 0
+    for name, value in found.state_dict().items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{prefix}.lora_A.weight" in adapter:
+            a, b = (adapter[f"{prefix}.lora_{part}.weight"] for part in "AB")
+            whole = before[name]
+            if "vision" not in prefix:
+                step = whole.abs().amax(1, keepdim=True) / 127
+                whole, checked = torch.round(whole / step) * step, checked + 1
+            scale = 6 / 4 if a.shape[0] == 4 else 2
+            torch.testing.assert_close(value, whole + scale * (b @ a), atol=1e-5, rtol=0, msg=name)
+    assert checked == 7 * base.config.text_config.num_hidden_layers
 
 
 def test_peft_on_the_export_of_the_base_gives_the_logits_of_the_run(run):
