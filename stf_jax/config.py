@@ -143,6 +143,9 @@ class DataConfig:
     packing: bool = False  # put several conversations in a row, separated by segment ids
     group_by_modality_length: bool = True  # without packing: batch rows of similar length, images apart, as LLaVA does
     buckets: Size = 1  # without packing: number of row lengths to pad batches to, chosen by the data; each is compiled
+    # without packing: positions per batch, so that steps cost alike. Batches of shorter rows have more of them, in
+    # multiples of global_batch_size; 0: every batch has global_batch_size rows
+    tokens_per_batch: Count = 0
     images_per_row: Count = 1  # maximum images per row (M); 0: text only
     threads: Size = 2  # threads per host that read and decode
 
@@ -233,7 +236,7 @@ class TrainConfig:
     deterministic: bool = False
     steps: Count = 0  # optimizer steps; 0: as many as epochs needs
     epochs: Epochs = 1.0  # passes over the data, if steps is 0
-    global_batch_size: Size = 256  # rows per step, over all devices and microbatches
+    global_batch_size: Size = 256  # rows per step, over all devices and microbatches (see data.tokens_per_batch)
     log_every_steps: Size = 10  # steps between lines of metrics.jsonl
     # folders of weights or runs, separated by commas; embedded: miniatures, miniatures/2, miniatures/siglip
     init_from: str = ""

@@ -253,7 +253,7 @@ def _check_agreement(fingerprint: str) -> None:
 
 
 class Batches:
-    """An endless iterator over batches with this host's rows: ``global_batch_size / hosts`` per batch.
+    """An endless iterator over batches with this host's rows: the batch's divided by the number of hosts.
 
     Attributes:
       plan: the conversations of each row.
@@ -283,7 +283,7 @@ class Batches:
         self.plan = Plan(config.data, config.seed, rows, lengths, image_counts, records.sizes)
         _check_agreement(self.plan.fingerprint())
         self.replaced = 0
-        self._threads, self._rows, self._local = config.data.threads, rows, rows // hosts
+        self._threads, self._hosts, self._chunk = config.data.threads, hosts, rows // hosts
         host_rows = grain.MapDataset.source(_HostRows(self.plan, host, hosts))
         cells = preprocess.vision.grid * config.model.cells
         self._host_rows = host_rows.map(_MakeRow(records, preprocess, cells))
@@ -296,25 +296,27 @@ class Batches:
     def _start(self, batch: int) -> None:
         self._batch = batch
         read = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=8 * self._threads)
-        rows = self._host_rows[batch * self._local :].to_iter_dataset(read)
-        batches = rows.batch(self._local, drop_remainder=True)
+        rows = self._host_rows[self.plan.batch_rows(batch).start // self._hosts :].to_iter_dataset(read)
+        chunks = rows.batch(self._chunk, drop_remainder=True)
         # The threads read ahead a number of rows, which may be less than a batch; this one completes batches.
-        self._iterator = iter(
-            grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_BATCHES_AHEAD)
-        )
+        ahead = _BATCHES_AHEAD * (self.plan.max_rows // self._hosts // self._chunk)
+        self._iterator = iter(grain.experimental.ThreadPrefetchIterDataset(chunks, prefetch_buffer_size=ahead))
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Batch[np.ndarray]:
-        rows = next(self._iterator)
+        count = len(self.plan.batch_rows(self._batch)) // self._hosts // self._chunk
+        chunks = [next(self._iterator) for _ in range(count)]
+        rows = chunks[0] if count == 1 else {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
         self.replaced += int(rows.pop("replaced").sum())
         self._batch += 1
         return to_batch(rows)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position in the stream. It is the same on all hosts, and for any number of hosts."""
-        return {"rows": self._batch * self._rows, "plan": self.plan.fingerprint(), "tokenizer": self._tokenizer}
+        rows = self.plan.batch_rows(self._batch).start
+        return {"rows": rows, "plan": self.plan.fingerprint(), "tokenizer": self._tokenizer}
 
     def record_ids(self, batch: int) -> list[list[str]]:
         """Returns the ids of a batch's records on all hosts, by row; batches count from 1.
@@ -328,8 +330,7 @@ class Batches:
             except BadRow:
                 return f"record {index}"
 
-        rows = range((batch - 1) * self._rows, batch * self._rows)
-        return [[get_id(index) for index in self.plan[row].members] for row in rows]
+        return [[get_id(index) for index in self.plan[row].members] for row in self.plan.batch_rows(batch - 1)]
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues with the batch after the state's.
@@ -348,4 +349,4 @@ class Batches:
                 "continue with the values of its config.json, or start in another workdir with init_from."
             )
         self.close()
-        self._start(state["rows"] // self._rows)
+        self._start(self.plan.find_batch(state["rows"]))

@@ -5,8 +5,10 @@ So an epoch is exact for any number of hosts, all hosts know a batch's padded le
 single number.
 """
 
+import bisect
 import dataclasses
 import hashlib
+import itertools
 import math
 import threading
 from collections.abc import Sequence
@@ -20,6 +22,19 @@ from stf_jax.data.packing import best_fit
 _GROUP = 32  # batches that are sorted by length together
 
 
+class BatchShape(NamedTuple):
+    """The shape of a batch: its rows, their padded length, and their number of image places."""
+
+    rows: int
+    length: int
+    images: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The number of positions, and of image places: the larger, the more work and memory."""
+        return self.rows * self.length, self.rows * self.images
+
+
 class PlannedRow(NamedTuple):
     """A row: its conversations, its padded length, and its number of image places."""
 
@@ -30,12 +45,13 @@ class PlannedRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Epoch:
-    rows: list[list[int]]  # a multiple of the batch size; the last may be empty
-    shapes: list[tuple[int, int]]  # length and image places per batch
+    rows: list[list[int]]  # of all batches; the last may be empty
+    shapes: list[BatchShape]
+    begins: list[int]  # first row of each batch
 
 
 class Plan:
-    """An endless sequence of planned rows; ``plan[i]`` is in batch ``i // batch_size``.
+    """An endless sequence of planned rows, which are those of the first batch, then of the second, and so on.
 
     Each epoch has each conversation once (or as often as ``data.mix`` says); its last batch is padded with empty rows.
     """
@@ -53,7 +69,7 @@ class Plan:
         Args:
           data: packing, grouping, mixing and the shape of rows.
           seed: for the order.
-          batch_size: rows per batch, on all hosts.
+          batch_size: rows per batch, on all hosts; with ``data.tokens_per_batch``, all batches have multiples of it.
           lengths: int [R], tokens of each conversation; 0 for one that cannot be used.
           image_counts: int [R], images of each, at most ``data.images_per_row``.
           sizes: conversations of each data set; the sets are concatenated.
@@ -65,57 +81,93 @@ class Plan:
         self._lengths, self._image_counts = np.minimum(lengths, data.max_length), image_counts
         self._shares, self._begins = _get_shares(data, sizes), np.cumsum([0, *sizes])
         self._buckets = _choose_buckets(data, self._lengths)
-        self._first = [0]  # first row of each epoch
+        self._first = [(0, 0)]  # first row and first batch of each epoch
         self._epochs: dict[int, _Epoch] = {}
         self._lock = threading.RLock()  # the pipeline's threads all read the plan
 
     def __getitem__(self, index: int) -> PlannedRow:
         with self._lock:
-            epoch = 0
-            while index >= self._end_row(epoch):
-                epoch += 1
-            offset, planned = index - self._first[epoch], self._get_epoch(epoch)
-        return PlannedRow(planned.rows[offset], *planned.shapes[offset // self._batch])
+            epoch = self._find_epoch(row=index)
+            offset, planned = index - self._first[epoch][0], self._get_epoch(epoch)
+        _, length, images = planned.shapes[bisect.bisect(planned.begins, offset) - 1]
+        return PlannedRow(planned.rows[offset], length, images)
+
+    def batch_rows(self, batch: int) -> range:
+        """Returns the indices of the rows of a batch."""
+        with self._lock:
+            epoch = self._find_epoch(batch=batch)
+            row, first = self._first[epoch]
+            planned = self._get_epoch(epoch)
+            begin = row + planned.begins[batch - first]
+            return range(begin, begin + planned.shapes[batch - first].rows)
+
+    def find_batch(self, row: int) -> int:
+        """Returns the batch that begins with a row."""
+        with self._lock:
+            epoch = self._find_epoch(row=row)
+            first_row, first_batch = self._first[epoch]
+            return first_batch + bisect.bisect_left(self._get_epoch(epoch).begins, row - first_row)
 
     def steps(self, epochs: float) -> int:
         """Returns the number of batches in a number of epochs."""
         full = int(epochs)
         with self._lock:
-            begin = self._end_row(full - 1) if full else 0
-            last = (self._end_row(full) - begin) // self._batch if epochs > full else 0
+            begin = self._end(full - 1)[1] if full else 0
+            last = self._end(full)[1] - begin if epochs > full else 0
         # Without the 1e-6, 0.07 of 100 batches would be 8, because of rounding.
-        return max(1, begin // self._batch + math.ceil((epochs - full) * last - 1e-6))
+        return max(1, begin + math.ceil((epochs - full) * last - 1e-6))
 
-    def shapes(self, start: int, stop: int) -> set[tuple[int, int]]:
-        """Returns the shapes of batches: the length and the image places of their rows.
+    def shapes(self, start: int, stop: int) -> set[BatchShape]:
+        """Returns the shapes of batches.
 
         Args:
           start: the first batch.
           stop: the batch after the last. Only those of the epoch that has ``start`` and of the next one are looked at.
         """
         with self._lock:
-            epoch = 0
-            while start * self._batch >= self._end_row(epoch):
-                epoch += 1
-            shapes = []
+            epoch = self._find_epoch(batch=start)
+            shapes: list[BatchShape] = []
             for each in (epoch, epoch + 1):
-                first = self._first[each] // self._batch
+                _, first = self._first[each]
                 if first < stop:
                     shapes += self._get_epoch(each).shapes[max(start - first, 0) : stop - first]
-                    self._end_row(each)
+                    self._end(each)
         return set(shapes)
+
+    @property
+    def max_rows(self) -> int:
+        """The rows of the largest batch."""
+        return rows_per_batch(self._data, self._batch, int(self._buckets[0]))
 
     def fingerprint(self) -> str:
         """A fingerprint of all that the order depends on; plans with the same one are the same."""
-        keys = ("packing", "group_by_modality_length", "max_length", "images_per_row", "buckets", "mix", "mix_by")
+        keys: tuple[str, ...] = (
+            "packing",
+            "group_by_modality_length",
+            "max_length",
+            "images_per_row",
+            "buckets",
+            "mix",
+            "mix_by",
+        )
+        if self._data.tokens_per_batch:  # else the fingerprint is that of releases without this key
+            keys = (*keys, "tokens_per_batch")
         values = repr((self._seed, self._batch, self._begins.tolist(), [getattr(self._data, key) for key in keys]))
         arrays = self._lengths.astype(np.int64).tobytes() + self._image_counts.astype(np.int64).tobytes()
         return hashlib.sha256(values.encode() + arrays).hexdigest()[:16]
 
-    def _end_row(self, epoch: int) -> int:
+    def _end(self, epoch: int) -> tuple[int, int]:
+        """The row and the batch after the last ones of an epoch."""
         while len(self._first) <= epoch + 1:
-            self._first.append(self._first[-1] + len(self._get_epoch(len(self._first) - 1).rows))
+            (row, batch), planned = self._first[-1], self._get_epoch(len(self._first) - 1)
+            self._first.append((row + len(planned.rows), batch + len(planned.shapes)))
         return self._first[epoch + 1]
+
+    def _find_epoch(self, row: int = 0, batch: int = 0) -> int:
+        epoch = 0
+        while row >= self._end(epoch)[0] or batch >= self._end(epoch)[1]:
+            epoch += 1
+        return epoch
 
     def _get_epoch(self, epoch: int) -> _Epoch:
         planned = self._epochs.get(epoch)
@@ -133,17 +185,28 @@ class Plan:
             lengths, image_counts = self._lengths[order], self._image_counts[order]
             packed = best_fit(lengths, image_counts, data.max_length, data.images_per_row)
             rows = [order[packed[i]].tolist() for i in rng.permutation(len(packed))]
-            rows += [[]] * (-len(rows) % batch)
-            return _Epoch(rows, [(data.max_length, data.images_per_row)] * (len(rows) // batch))
-        batches = self._group(order, rng) if data.group_by_modality_length else _split(order, batch)
-        rows = [[i] for members in batches for i in members]
-        rows += [[]] * (-len(rows) % batch)
-        return _Epoch(rows, [self._get_shape(members) for members in batches])
+            shapes = [BatchShape(batch, data.max_length, data.images_per_row)] * -(-len(rows) // batch)
+        else:
+            if data.tokens_per_batch:
+                batches = self._group_by_bucket(order, rng)
+            else:
+                groups = self._group(order, rng) if data.group_by_modality_length else _split(order, batch)
+                batches = [(members, self._get_shape(members)) for members in groups]
+            rows, shapes = [[i] for members, _ in batches for i in members], [shape for _, shape in batches]
+        begins = list(itertools.accumulate((shape.rows for shape in shapes), initial=0))
+        rows += [[]] * (begins.pop() - len(rows))
+        return _Epoch(rows, shapes, begins)
 
-    def _get_shape(self, members: np.ndarray) -> tuple[int, int]:
-        """Returns the smallest bucket that fits a batch, and its image places: 0 if it has no images."""
+    def _get_shape(self, members: np.ndarray, least: int = 0) -> BatchShape:
+        """Returns the shape of a batch: the smallest bucket that fits it, and no image places if it has no images.
+
+        Args:
+          least: the length that it has at least.
+        """
         images = self._data.images_per_row if self._image_counts[members].any() else 0
-        return int(self._buckets[np.searchsorted(self._buckets, self._lengths[members].max())]), images
+        longest = max(least, self._lengths[members].max())
+        length = int(self._buckets[np.searchsorted(self._buckets, longest)])
+        return BatchShape(rows_per_batch(self._data, self._batch, length), length, images)
 
     def _group(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """Makes batches of similar lengths, each entirely with or entirely without images.
@@ -165,6 +228,33 @@ class Plan:
         rest = rest[np.argsort(-self._lengths[rest], kind="stable")]
         return [batches[i] for i in rng.permutation(len(batches))] + _split(rest, self._batch)
 
+    def _group_by_bucket(self, order: np.ndarray, rng: np.random.Generator) -> list[tuple[np.ndarray, BatchShape]]:
+        """Makes full batches of the conversations of each bucket, in random order.
+
+        What remains of a bucket goes to the next larger one; what remains of the largest comes last. With
+        ``data.group_by_modality_length``, a batch is entirely with or entirely without images, but for the last ones.
+        """
+        batches: list[tuple[np.ndarray, BatchShape]] = []
+        remainders: list[np.ndarray] = []
+        has_images, separate = self._image_counts[order] > 0, self._data.group_by_modality_length
+        buckets = np.searchsorted(self._buckets, self._lengths[order])
+        for is_kind in (has_images, ~has_images) if separate else (np.full(len(order), True),):
+            rest = order[:0]
+            for bucket, length in enumerate(self._buckets.tolist()):
+                members = np.concatenate([rest, order[is_kind & (buckets == bucket)]])
+                rows = rows_per_batch(self._data, self._batch, length)
+                end = len(members) // rows * rows
+                batches += [(batch, self._get_shape(batch, length)) for batch in _split(members[:end], rows)]
+                rest = members[end:]
+            remainders.append(rest)
+        batches, rest = [batches[i] for i in rng.permutation(len(batches))], np.concatenate(remainders)
+        rest = rest[np.argsort(-self._lengths[rest], kind="stable")]
+        while len(rest):
+            shape = self._get_shape(rest[:1])
+            batches.append((rest[: shape.rows], self._get_shape(rest[: shape.rows])))
+            rest = rest[shape.rows :]
+        return batches
+
     def _choose_members(self, epoch: int) -> np.ndarray:
         """Returns the conversations of an epoch: the next ``share`` of each set's own endless shuffled order."""
         chosen: list[np.ndarray] = []
@@ -178,6 +268,11 @@ class Plan:
                 chosen.append(begin + order[offset : offset + count])
                 index += count
         return np.concatenate(chosen) if chosen else np.zeros(0, np.int64)
+
+
+def rows_per_batch(data: DataConfig, batch_size: int, length: int) -> int:
+    """Returns the number of rows of a batch whose rows have this length, a multiple of ``batch_size``."""
+    return batch_size * (data.tokens_per_batch // (batch_size * length) if data.tokens_per_batch else 1)
 
 
 def _choose_buckets(data: DataConfig, lengths: np.ndarray) -> np.ndarray:

@@ -157,13 +157,20 @@ def fit_mesh(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises UserError unless the mesh and the microbatches divide the global batch."""
-    rows, shards = config.global_batch_size, row_shards(mesh)
+    """Raises UserError unless the mesh and the microbatches divide the global batch, and its rows can be as planned."""
+    rows, shards, data = config.global_batch_size, row_shards(mesh), config.data
     parts = shards * config.optimizer.accumulation_steps
     if rows % parts:
         raise UserError(
             f"global_batch_size={rows} is not a multiple of {parts} (mesh.data {mesh.shape['data']} × mesh.fsdp "
             f"{mesh.shape['fsdp']} × optimizer.accumulation_steps {config.optimizer.accumulation_steps})."
+        )
+    if data.tokens_per_batch and data.packing:
+        raise UserError("data.tokens_per_batch is for rows that are not packed: packed rows are equally long.")
+    if 0 < data.tokens_per_batch < rows * data.max_length:
+        raise UserError(
+            f"data.tokens_per_batch={data.tokens_per_batch} must be at least global_batch_size × data.max_length = "
+            f"{rows * data.max_length}; with it, global_batch_size may be as low as {parts}."
         )
 
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from stf_jax.config import TrainConfig
+from stf_jax.data.sampling import BatchShape, rows_per_batch
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import BLOCKS, Sampling, TokenRules
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
@@ -84,15 +85,14 @@ def make_program(config: TrainConfig, kind: str, devices: list[jax.Device], rows
     Args:
       kind: ``train``, a step on rows of ``data.max_length``; ``prefill``, for ``eval.batch`` prompts of that length;
         ``decode``, one more token for each of them.
-      rows: overrides the global batch size.
+      rows: overrides the rows of a batch.
 
     Raises:
       UserError: the config is invalid, or does not suit the devices.
     """
     mesh = make_mesh(fit_mesh(config, devices).mesh, devices)
     if kind == "train":
-        config = dataclasses.replace(config, global_batch_size=rows or config.global_batch_size)
-        return _train_program(config, mesh)
+        return _train_program(config, mesh, rows)
     plan = blueprint(config.model)
     return _inference_program(config, kind, plan, inference_mesh(plan, mesh), rows)
 
@@ -108,10 +108,19 @@ def _train_layout(config: TrainConfig, mesh: Mesh) -> tuple[Blueprint, optax.Gra
     return plan, tx, state_layout(config, plan, tx, mesh)
 
 
-def _train_program(config: TrainConfig, mesh: Mesh) -> Program:
+def largest_batch(config: TrainConfig) -> BatchShape:
+    """The shape of the batches with the longest rows that a run may have."""
+    rows = rows_per_batch(config.data, config.global_batch_size, config.data.max_length)
+    return BatchShape(rows, config.data.max_length, config.data.images_per_row)
+
+
+def _train_program(config: TrainConfig, mesh: Mesh, override: int | None) -> Program:
+    shape = largest_batch(config)
+    if override:
+        shape = shape._replace(rows=override)
+        config = dataclasses.replace(config, global_batch_size=override)
     check_batch(config, mesh)
     plan, tx, layout = _train_layout(config, mesh)
-    shape = config.global_batch_size, config.data.max_length, config.data.images_per_row
     rows = NamedSharding(mesh, BATCH)
     batch = jax.tree.map(lambda x: _with_sharding(x, rows), abstract_batch(config.model, *shape))
     call = make_train_step(config, plan, tx, layout)

@@ -14,7 +14,7 @@ from stf_jax.data.sources.base import DataNotNamed
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
 from stf_jax.parallel.mesh import fit_mesh, make_mesh, row_shards
 from stf_jax.planning.hlo import Traffic, count_traffic
-from stf_jax.planning.program import OutOfMemory, Program, abstract_train_state, make_program
+from stf_jax.planning.program import OutOfMemory, Program, abstract_train_state, largest_batch, make_program
 from stf_jax.planning.topology import get_chip, memory_limit
 from stf_jax.training.flops import decode_flops, prefill_flops, step_flops
 from stf_jax.training.remat import activation_bytes_per_row, bytes_per_device, choose_remat, with_remat
@@ -96,10 +96,7 @@ def _report_fastest(config: TrainConfig, devices: list[jax.Device]) -> dict[str,
         report = _report_program(candidate, make_program(candidate, "train", devices), devices)
         return reports.setdefault(candidate.model.remat, report)
 
-    mesh, shape = (
-        make_mesh(fit_mesh(config, devices).mesh, devices),
-        (config.data.max_length, config.data.images_per_row),
-    )
+    mesh, shape = make_mesh(fit_mesh(config, devices).mesh, devices), largest_batch(config)
     chosen = choose_remat(config, mesh, shape, memory_limit(devices[0]), lambda c: add_report(c)["fits"])
     return reports[chosen] if chosen in reports else add_report(with_remat(config, chosen))
 
@@ -148,8 +145,8 @@ def trace_cost(config: TrainConfig, program_kind: str, devices: list[jax.Device]
     executed = count_executed(program.trace(), shards, len(devices))
     activation_bytes = 0.0
     if program_kind == "train":
-        layout, shape = program.arguments[0], (program.length, program.images)
-        activation_bytes = activation_bytes_per_row(config, program.mesh, layout, shape)
+        layout = program.arguments[0]
+        activation_bytes = activation_bytes_per_row(config, program.mesh, layout, program.length, program.images)
     return TracedCost(
         executed.flops / program.rows,
         executed.bytes_by_rows * shards / program.rows,
@@ -254,8 +251,8 @@ def count_steps(config: TrainConfig) -> int | None:
     """Counts the steps of a run as training does (data.sampling.Plan.steps); None if that requires the data."""
     if config.steps:
         return config.steps
-    if config.data.packing:
-        return None  # rows hold several conversations
+    if config.data.packing or config.data.tokens_per_batch:
+        return None  # the number of rows, or of batches, follows from the lengths
     from stf_jax.data.pipeline import load_training_records  # grain, which work and memory do not need
 
     try:

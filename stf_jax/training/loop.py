@@ -16,6 +16,7 @@ from stf_jax.checkpointing.rules import rate_factors
 from stf_jax.config import Stopped, TrainConfig, to_json
 from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
+from stf_jax.data.sampling import BatchShape
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.evals.registry import open_benchmarks
 from stf_jax.evals.runner import Results, check_images, evaluate_all, flatten_metrics
@@ -104,7 +105,8 @@ def _train(
     stack.callback(batches.close)
     steps = config.steps or batches.plan.steps(config.epochs)
     warning = check_steps(config, steps, len(records))
-    config = resolve_remat(config, workdir, mesh, max(batches.plan.shapes(0, steps)))
+    largest = max(batches.plan.shapes(0, steps), key=lambda shape: shape.size)
+    config = resolve_remat(config, workdir, mesh, largest)
 
     # ---- Model, optimizer, state -----------------------------------------------------------------------------------
     plan = training_blueprint(config.model, config.rules)
@@ -134,10 +136,12 @@ def _train(
     else:
         state, clock = start_state(), dict(INITIAL_CLOCK)
     if host == 0:
+        positions = config.data.tokens_per_batch
+        per_step = f"up to {positions:,} positions" if positions else f"{config.global_batch_size} rows"
         sizes = [sum(math.prod(leaf.shape) for leaf in tree.values()) for tree in (layout.trainable, layout.params)]
         print(
             f"{config.name}: {config.model.vision} + {config.model.fusion.fusion} + {config.model.llm}, "
-            f"{sizes[0]:,} of {sizes[1]:,} parameters are trainable; {steps} steps of {config.global_batch_size} rows; "
+            f"{sizes[0]:,} of {sizes[1]:,} parameters are trainable; {steps} steps of {per_step}; "
             f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
         )
         if warning:
@@ -219,7 +223,7 @@ def _train(
         with telemetry.time_waiting("data"):
             host_batch: Batch[np.ndarray] = next(batches)
         batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), host_batch)
-        shape = batch.tokens.shape[1], batch.images.shape[1]
+        shape = BatchShape(len(batch.tokens), batch.tokens.shape[1], batch.images.shape[1])
         if not programs.is_ready(shape):  # of a later epoch
             with telemetry.time_waiting("compile"):
                 programs.get(shape)

@@ -11,6 +11,7 @@ from etils import epath
 from jax.sharding import NamedSharding
 
 from stf_jax.config import TrainConfig
+from stf_jax.data.sampling import BatchShape
 from stf_jax.files import in_bucket
 from stf_jax.models.blueprint import Blueprint
 from stf_jax.parallel.mesh import BATCH, compute_context
@@ -19,8 +20,6 @@ from stf_jax.training.state import Layout
 from stf_jax.training.step import make_train_step
 
 _THREADS = 4  # compilations at a time: the compiler itself has threads
-
-Shape = tuple[int, int]  # T and M of a batch: the length of its rows, and their image places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +55,13 @@ class StepPrograms:
         plan: Blueprint,
         tx: optax.GradientTransformation,
         layout: Layout,
-        shapes: Iterable[Shape],
+        shapes: Iterable[BatchShape],
     ) -> None:
         """Starts to compile ``shapes``, the largest first, because it takes longest and may not fit the memory."""
         self._config, self._plan, self._tx, self._layout = config, plan, tx, layout
         self._executor = concurrent.futures.ThreadPoolExecutor(_THREADS, "compile")
-        self._programs: dict[Shape, concurrent.futures.Future[StepProgram]] = {}
-        for shape in sorted(shapes, reverse=True):
+        self._programs: dict[BatchShape, concurrent.futures.Future[StepProgram]] = {}
+        for shape in sorted(shapes, key=lambda shape: shape.size, reverse=True):
             self._programs[shape] = self._executor.submit(self._compile, shape)
 
     def wait(self) -> None:
@@ -70,11 +69,11 @@ class StepPrograms:
         for program in self._programs.values():
             program.result()
 
-    def is_ready(self, shape: Shape) -> bool:
+    def is_ready(self, shape: BatchShape) -> bool:
         """Whether :meth:`get` returns at once."""
         return shape in self._programs and self._programs[shape].done()
 
-    def get(self, shape: Shape) -> StepProgram:
+    def get(self, shape: BatchShape) -> StepProgram:
         """Returns the program for a shape, which is compiled now if it was not among the first ones."""
         if shape not in self._programs:
             self._programs[shape] = self._executor.submit(self._compile, shape)
@@ -84,21 +83,21 @@ class StepPrograms:
         """Drops what has not begun to compile."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, shape: Shape) -> StepProgram:
+    def _compile(self, shape: BatchShape) -> StepProgram:
         config = self._config
-        flops = step_flops(config.model, config.rules, config.global_batch_size, *shape, config.objective)
+        flops = step_flops(config.model, config.rules, *shape, config.objective)
         return StepProgram(compile_step(config, self._plan, self._tx, self._layout, shape), flops)
 
 
 def compile_step(
-    config: TrainConfig, plan: Blueprint, tx: optax.GradientTransformation, layout: Layout, shape: Shape
+    config: TrainConfig, plan: Blueprint, tx: optax.GradientTransformation, layout: Layout, shape: BatchShape
 ) -> jax.stages.Compiled:
     """Compiles the train step for one shape of a batch."""
     mesh = layout.step.sharding.mesh
     rows = NamedSharding(mesh, BATCH)
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
-        abstract_batch(config.model, config.global_batch_size, *shape),
+        abstract_batch(config.model, *shape),
     )
     with compute_context(mesh, plan.precision):
         return make_train_step(config, plan, tx, layout).lower(layout, batch).compile()

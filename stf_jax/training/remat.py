@@ -17,13 +17,14 @@ from jax.sharding import Mesh
 
 from stf_jax.config import Remat, TrainConfig
 from stf_jax.data.packing import Batch
+from stf_jax.data.sampling import BatchShape
 from stf_jax.files import read_json
 from stf_jax.models.blueprint import Blueprint, Params
 from stf_jax.parallel.mesh import compute_context, row_shards
 from stf_jax.training.flops import abstract_batch
 from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.optimizer import make_optimizer
-from stf_jax.training.programs import Shape, compile_step
+from stf_jax.training.programs import compile_step
 from stf_jax.training.state import Layout, learning_rate_factors, state_layout, training_blueprint
 
 SETTINGS: tuple[Remat, ...] = get_args(Remat)[1:]  # without auto; the fastest, which needs the most memory, first
@@ -31,11 +32,11 @@ SETTINGS: tuple[Remat, ...] = get_args(Remat)[1:]  # without auto; the fastest, 
 _log = logging.getLogger(__name__)
 
 
-def resolve_remat(config: TrainConfig, workdir: epath.Path, mesh: Mesh, shape: Shape) -> TrainConfig:
+def resolve_remat(config: TrainConfig, workdir: epath.Path, mesh: Mesh, shape: BatchShape) -> TrainConfig:
     """Replaces ``auto`` by the setting of the run's last start, or else by the fastest that fits.
 
     Args:
-      shape: T and M of the largest batch.
+      shape: of the largest batch.
     """
     if config.model.remat != "auto":
         return config
@@ -54,7 +55,7 @@ def resolve_remat(config: TrainConfig, workdir: epath.Path, mesh: Mesh, shape: S
 
 
 def choose_remat(
-    config: TrainConfig, mesh: Mesh, shape: Shape, limit: float, fits: Callable[[TrainConfig], bool]
+    config: TrainConfig, mesh: Mesh, shape: BatchShape, limit: float, fits: Callable[[TrainConfig], bool]
 ) -> Remat:
     """Returns the fastest setting whose training step fits; ``full`` if none does.
 
@@ -74,16 +75,17 @@ def with_remat(config: TrainConfig, remat: Remat) -> TrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
 
 
-def least_bytes(config: TrainConfig, mesh: Mesh, shape: Shape) -> int:
+def least_bytes(config: TrainConfig, mesh: Mesh, shape: BatchShape) -> int:
     """Computes what a step holds at least on each device: state, gradients, and activations for the backward pass."""
     layout = _prepare(config, mesh)[2]
     microbatches = config.optimizer.accumulation_steps
     gradients = bytes_per_device(layout.trainable) * (1 + (microbatches > 1))
-    rows = config.global_batch_size / row_shards(mesh) / microbatches
-    return bytes_per_device(layout) + gradients + int(rows * activation_bytes_per_row(config, mesh, layout, shape))
+    rows = shape.rows / row_shards(mesh) / microbatches
+    activations = rows * activation_bytes_per_row(config, mesh, layout, shape.length, shape.images)
+    return bytes_per_device(layout) + gradients + int(activations)
 
 
-def activation_bytes_per_row(config: TrainConfig, mesh: Mesh, layout: Layout, shape: Shape) -> float:
+def activation_bytes_per_row(config: TrainConfig, mesh: Mesh, layout: Layout, length: int, images: int) -> float:
     """Computes the bytes that a row of a batch adds to what is kept from the forward to the backward pass."""
     plan = training_blueprint(config.model, config.rules)
     objective = find_objective(config.objective, config.model)
@@ -96,7 +98,7 @@ def activation_bytes_per_row(config: TrainConfig, mesh: Mesh, layout: Layout, sh
         return jax.vjp(loss, trainable)[1]
 
     def count(rows: int) -> int:
-        batch = abstract_batch(config.model, rows, *shape)
+        batch = abstract_batch(config.model, rows, length, images)
         with compute_context(mesh, plan.precision):
             kept = jax.tree.leaves(jax.eval_shape(residuals, layout.trainable, layout.frozen, batch))
         return sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in kept)
@@ -137,7 +139,7 @@ def _memory_limit(device: jax.Device) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(jax.local_devices())
 
 
-def _peak_bytes(config: TrainConfig, mesh: Mesh, shape: Shape) -> float:
+def _peak_bytes(config: TrainConfig, mesh: Mesh, shape: BatchShape) -> float:
     """Compiles the step and returns the bytes that it needs on a device; infinity if the compiler refuses it."""
     try:
         memory = compile_step(config, *_prepare(config, mesh), shape).memory_analysis()

@@ -233,8 +233,48 @@ def test_shapes_of_the_batches_to_come(mode, start, stop):
     """They are all shapes up to the end of the next epoch."""
     plan = planned(buckets=4, **MODES[mode])
     end = min(stop, next(e for e in map(plan.steps, range(1, 9)) if e > start) + plan.steps(1))
-    expected = {(plan[8 * batch].length, plan[8 * batch].images) for batch in range(start, end)}
+    expected = {(8, plan[8 * batch].length, plan[8 * batch].images) for batch in range(start, end)}
     assert planned(buckets=4, **MODES[mode]).shapes(start, stop) == expected
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_batches_by_tokens(data):
+    """They have as many rows as fit, in multiples of the batch size, and follow each other without gaps."""
+    count, batch, separate = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 4)), data.draw(st.booleans())
+    positions = LENGTH * batch + data.draw(st.integers(0, 5 * LENGTH * batch))
+    lengths, image_counts = measured(count, data.draw(st.integers(0, 9)), longest=2 * LENGTH)
+    config = DataConfig(max_length=LENGTH, images_per_row=2, buckets=data.draw(st.integers(1, 4)))
+    config = dataclasses.replace(config, tokens_per_batch=positions, group_by_modality_length=separate)
+    plan = Plan(config, 0, batch, lengths, image_counts, [count])
+    number, begin, shapes, mixed = 0, 0, set(), 0
+    for epoch in (1, 2):
+        rows = []
+        while number < plan.steps(epoch):
+            indices = plan.batch_rows(number)
+            assert indices.start == begin
+            assert plan.find_batch(begin) == number
+            found = [plan[i] for i in indices]
+            length, images = found[0].length, found[0].images
+            assert len(found) == positions // (length * batch) * batch <= plan.max_rows
+            kinds = {bool(image_counts[i]) for i in members(found)}
+            assert {(row.length, row.images) for row in found} == {(length, 2 if True in kinds else 0)}
+            assert all(min(lengths[i], LENGTH) <= length for i in members(found))
+            shapes.add((len(found), length, images))
+            rows, begin, number, mixed = rows + found, indices.stop, number + 1, mixed + (len(kinds) > 1)
+        assert sorted(members(rows)) == list(range(count))
+        # Only the last batches have empty rows.
+        empty = [not len(row.members) for row in rows]
+        assert sum(empty) < 2 * plan.max_rows
+        assert shapes == plan.shapes(0, number)
+    assert mixed <= 2 * 2 or not separate
+
+
+def test_most_batches_by_tokens_have_as_many_positions():
+    plan = planned(4000, batch=2, buckets=4, tokens_per_batch=16 * LENGTH)
+    sizes = [len(rows) * plan[rows.start].length / LENGTH for rows in map(plan.batch_rows, range(plan.steps(1)))]
+    assert max(sizes) <= 16
+    assert np.mean(np.array(sizes) > 14) > 0.95
 
 
 def test_text_batches_have_no_image_places():
@@ -375,6 +415,7 @@ def test_the_fingerprint_covers_all_that_the_order_depends_on():
         but(max_length=LENGTH + 1),
         but(images_per_row=5),
         but(buckets=2),
+        but(tokens_per_batch=8 * LENGTH),
         but(mix=(1.0, 2.0)),
         but(mix=(2.0, 1.0)),
         but(mix=(2.0, 1.0), mix_by="weight"),

@@ -1,5 +1,6 @@
 """The mesh, and the sharding of every parameter on it."""
 
+import contextlib
 import math
 
 import jax
@@ -113,6 +114,20 @@ def test_mesh_and_microbatches_must_divide_the_batch(sizes, rows, accumulation, 
             UserError, match=rf"global_batch_size={rows} is not a multiple of \d+ .*mesh.data {sizes[0]}"
         ):
             check_batch(config, make_mesh(config.mesh))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.tokens_per_batch": 1535}, r"=1535 must be at least .* = 1536; .* as 4\.$"),
+        ({"data.tokens_per_batch": 1536, "data.packing": True}, "is for rows that are not packed"),
+        ({"data.tokens_per_batch": 1536}, ""),
+    ],
+)
+def test_batches_by_tokens_must_have_room_for_the_longest_rows(changes, message):
+    config = tiny(**{"mesh.data": 2, "mesh.fsdp": 2, "global_batch_size": 8} | changes)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_batch(config, make_mesh(config.mesh))
 
 
 # ---- Slices ----------------------------------------------------------------------------------------------------------

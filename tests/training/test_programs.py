@@ -8,6 +8,7 @@ from etils import epath
 from tiny import Setup
 
 from stf_jax.cli import run_command
+from stf_jax.data.sampling import BatchShape
 from stf_jax.main import main
 from stf_jax.runs.telemetry import Telemetry
 from stf_jax.training import loop
@@ -31,10 +32,13 @@ def test_every_shape_is_compiled_before_the_first_step(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "StepPrograms", Programs)
     monkeypatch.setattr(loop, "Telemetry", RecordingTelemetry)
-    options = ["--config.data.buckets=3", "--config.global_batch_size=2", "--config.mesh.data=1"]
+    options = ["--config.data.buckets=3", "--config.global_batch_size=1", "--config.mesh.data=1"]
+    options += [f"--config.data.tokens_per_batch={8 * 192}"]
     assert run_command(main, [f"--config={TINY}:steps=12", f"--workdir={tmp_path}", *options]) == 0
     shapes = happened[: happened.index("step")]
     assert len(set(shapes)) == len(shapes) > 1
+    assert all(shape.rows == 8 * 192 // shape.length for shape in shapes)
+    assert len({shape.rows for shape in shapes}) > 1
     assert happened[len(shapes) :] == ["step"] * 12
 
 
@@ -43,11 +47,11 @@ def test_error_of_a_compilation_is_raised_before_the_first_step():
 
     class Programs(StepPrograms):
         def _compile(self, shape):
-            if shape == (192, 1):
+            if shape.length == 192:
                 raise MemoryError("This shape does not fit.")
             return super()._compile(shape)
 
-    programs = Programs(setup.config, setup.plan, setup.tx, setup.layout, [(64, 1), (192, 1)])
+    programs = Programs(setup.config, setup.plan, setup.tx, setup.layout, [BatchShape(8, 64, 1), BatchShape(8, 192, 1)])
     with pytest.raises(MemoryError, match="does not fit"):
         programs.wait()
     programs.close()

@@ -7,10 +7,11 @@ import pytest
 from etils import epath
 from tiny import Setup, tiny
 
+from stf_jax.data.sampling import BatchShape
 from stf_jax.training import remat
 from stf_jax.training.remat import SETTINGS, choose_remat, least_bytes, resolve_remat, with_remat
 
-SHAPE = 192, 1
+SHAPE = BatchShape(8, 192, 1)
 AUTO = {"model.remat": "auto", "mesh.data": 1}
 
 
@@ -46,7 +47,9 @@ def test_fastest_setting_that_fits_is_chosen(fitting, setup, monkeypatch):
 
 def test_compiled_steps_decide_on_accelerators(setup, tmp_path, monkeypatch):
     """A step needs more than the lower bound: the compiler says how much."""
-    assert remat._peak_bytes(setup.config, setup.mesh, (64, 1)) > 0  # the figure of CPUs leaves some buffers out
+    assert (
+        remat._peak_bytes(setup.config, setup.mesh, BatchShape(8, 64, 1)) > 0
+    )  # the figure of CPUs leaves some buffers out
     monkeypatch.setattr(remat, "least_bytes", lambda *_: 0)
     monkeypatch.setattr(remat, "_peak_bytes", lambda config, *_: {"none": 9, "dots": 7}.get(config.model.remat, 1))
 
