@@ -45,6 +45,7 @@ class LineMap:
 
     def __init__(self, file: pathlib.Path) -> None:
         self.file, self.lines, self.package = file, set(), f"{ROOT}{os.sep}stf_jax"
+        self.seconds = 0.0  # of setup, call and teardown
         events = sys.monitoring
         events.use_tool_id(events.COVERAGE_ID, "mutate")
         events.register_callback(events.COVERAGE_ID, events.events.LINE, self._note)
@@ -56,8 +57,10 @@ class LineMap:
         return sys.monitoring.DISABLE
 
     def pytest_runtest_logreport(self, report):
+        self.seconds += report.duration
         if report.when == "teardown":
-            note = {"test": report.nodeid, "seconds": round(report.duration, 2), "lines": sorted(self.lines)}
+            note = {"test": report.nodeid, "seconds": round(self.seconds, 2), "lines": sorted(self.lines)}
+            self.seconds = 0.0
             with self.file.open("a") as out:
                 out.write(json.dumps(note) + "\n")
             self.lines.clear()
