@@ -1,7 +1,9 @@
 """The plan command on miniatures; slow tests plan the documented full-size recipes."""
 
+import collections
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -13,12 +15,15 @@ from tiny import load_recipe, tiny
 
 from stf_jax import plan
 from stf_jax.cli import run_command
-from stf_jax.data.sampling import Plan
+from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
+from stf_jax.data.sampling import BatchShape, Plan
+from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.blueprint import blueprint
+from stf_jax.models.spec import resolve_model
 from stf_jax.planning import report as report_module
 from stf_jax.planning import search as search_module
+from stf_jax.planning.batches import count_batches, count_steps
 from stf_jax.planning.program import OutOfMemory, Program, make_program
-from stf_jax.planning.report import count_steps
 from stf_jax.planning.topology import topology_devices
 from stf_jax.training.flops import decode_flops, prefill_flops, step_flops
 from stf_jax.training.optimizer import make_optimizer
@@ -34,7 +39,7 @@ KEYS = {
     "topology", "slices", "what", "chip", "devices", "mesh", "rows", "positions", "images", "remat", "fits",
     "peak_bytes_per_device", "memory_limit_bytes_per_device", "memory", "model_flops", "executed_flops",
     "memory_traffic_bytes", "collective_bytes", "roofline_seconds", "bound", "step_seconds_estimate",
-    "tokens_per_second", "mfu_estimate", "steps", "hours",
+    "tokens_per_second", "mfu_estimate", "steps", "hours", "of_the_data",
 }  # fmt: skip
 
 
@@ -97,9 +102,57 @@ def test_a_training_step_for_a_topology(topology, capsys):
     sent = sum(by_axis.get("fsdp", 0) for by_axis in found["collective_bytes"].values())
     decoder = 2 * sum(math.prod(x.shape) for path, x in blueprint(config.model).shapes.items() if "llm/blocks" in path)
     assert sent > 3 * decoder * 7 / 8
-    assert found["steps"] == 300
+    assert (found["steps"], found["of_the_data"]) == (300, False)  # packed rows are equally long
     assert found["hours"] == pytest.approx(300 * found["step_seconds_estimate"] / 3600)
     assert found["cost"] == pytest.approx(3 * 8 * found["hours"])
+    seconds = report_module._step_seconds(config, BatchShape(8, 208, 1), found, topology_devices(topology))
+    assert seconds == pytest.approx(found["step_seconds_estimate"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 0, "epochs": 1.3, "data.tokens_per_batch": 1536},
+        {"steps": 0, "epochs": 2.0, "data.packing": True},
+    ],
+    ids=str,
+)
+def test_hours_are_those_of_the_batches_of_the_run(changes, monkeypatch):
+    config = tiny(**{"data.buckets": 3, "global_batch_size": 4, "mesh.data": 1} | changes)
+    model, tokenizer = resolve_model(config.model), load_tokenizer(config.data.tokenizer)
+    prepare = Preprocessor(config.data, tokenizer, model.vision_shape, model.slots)
+    stream = Batches(config, load_training_records(config), prepare, host=0, hosts=1)
+    steps = config.steps or stream.plan.steps(config.epochs)
+    trained = collections.Counter(
+        BatchShape(*batch.tokens.shape, batch.images.shape[1]) for batch in itertools.islice(stream, steps)
+    )
+    stream.close()
+    assert count_batches(config) == trained
+    assert config.data.packing or len(trained) > 1
+    if config.data.packing:
+        return
+    # Every step sends the same; what takes longest counts.
+    device, seconds = topology_devices("h100:8")[:1], dict[tuple[int, int, int], float]()
+
+    def step_seconds(config, shape, report, device):
+        return seconds.setdefault(shape, original(config, shape, report, device))
+
+    original = report_module._step_seconds
+    monkeypatch.setattr(report_module, "_step_seconds", step_seconds)
+    report = {"remat": "none", "roofline_seconds": {"link": 0.0, "network": 0.0}}
+    found = report_module._run_cost(config, "train", report, device, price=2.0)
+    assert seconds.keys() == trained.keys()
+    assert len(set(seconds.values())) > 1
+    hours = pytest.approx(sum(count * seconds[shape] for shape, count in trained.items()) / 3600)
+    assert found == {
+        "steps": steps,
+        "hours": hours,
+        "of_the_data": True,
+        "chip_hours": hours,
+        "cost": pytest.approx(2 * found["hours"]),
+    }
+    report = {"remat": "none", "roofline_seconds": {"link": 1.0, "network": 0.0}}
+    assert original(config, max(trained), report, device) == pytest.approx(1 / 0.8)
 
 
 @pytest.mark.parametrize("epochs", [0.07, 0.5, 1.0, 1.3, 3.0])

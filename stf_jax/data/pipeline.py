@@ -203,6 +203,24 @@ class Preprocessor:
             _log.warning("%s It is left out, and counted in rows_replaced.%s", error, rest)
 
 
+def plan_rows(
+    config: TrainConfig,
+    records: ConcatenatedRecords,
+    preprocess: Preprocessor,
+    *,
+    log: bool = True,
+    on_chunk: Callable[[], None] = lambda: None,
+) -> Plan:
+    """Plans the rows of a run, from the length of every record.
+
+    Raises:
+      UserError: as :class:`Plan` and :meth:`Preprocessor.measure`.
+    """
+    measured = [preprocess.measure(data_set, log=log, on_chunk=on_chunk) for data_set in records.sets]
+    lengths, image_counts = (np.concatenate(counts) for counts in zip(*measured, strict=True))
+    return Plan(config.data, config.seed, config.global_batch_size, lengths, image_counts, records.sizes)
+
+
 @dataclasses.dataclass(frozen=True)
 class _MakeRow:
     """Fills a planned row; members that cannot be used are left out."""
@@ -273,17 +291,14 @@ class Batches:
         """Measures all conversations, and calls ``on_chunk`` before every chunk of them.
 
         Raises:
-          UserError: as :class:`Plan` and :meth:`Preprocessor.measure`, or the plans of the processes differ.
+          UserError: as :func:`plan_rows`, or the plans of the processes differ.
         """
-        measured = [preprocess.measure(data_set, log=host == 0, on_chunk=on_chunk) for data_set in records.sets]
-        lengths, image_counts = (np.concatenate(counts) for counts in zip(*measured, strict=True))
-        rows = config.global_batch_size
         self._records = records
         self._tokenizer = preprocess.fingerprint()
-        self.plan = Plan(config.data, config.seed, rows, lengths, image_counts, records.sizes)
+        self.plan = plan_rows(config, records, preprocess, log=host == 0, on_chunk=on_chunk)
         _check_agreement(self.plan.fingerprint())
         self.replaced = 0
-        self._threads, self._hosts, self._chunk = config.data.threads, hosts, rows // hosts
+        self._threads, self._hosts, self._chunk = config.data.threads, hosts, config.global_batch_size // hosts
         host_rows = grain.MapDataset.source(_HostRows(self.plan, host, hosts))
         cells = preprocess.vision.grid * config.model.cells
         self._host_rows = host_rows.map(_MakeRow(records, preprocess, cells))

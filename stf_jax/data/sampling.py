@@ -6,6 +6,7 @@ single number.
 """
 
 import bisect
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -116,6 +117,16 @@ class Plan:
             last = self._end(full)[1] - begin if epochs > full else 0
         # Without the 1e-6, 0.07 of 100 batches would be 8, because of rounding.
         return max(1, begin + math.ceil((epochs - full) * last - 1e-6))
+
+    def count_shapes(self, steps: int) -> collections.Counter[BatchShape]:
+        """Counts the first batches by their shapes."""
+        counts: collections.Counter[BatchShape] = collections.Counter()
+        epoch = 0
+        while counts.total() < steps:
+            with self._lock:
+                counts.update(self._get_epoch(epoch).shapes[: steps - counts.total()])
+            epoch += 1
+        return counts
 
     def shapes(self, start: int, stop: int) -> set[BatchShape]:
         """Returns the shapes of batches.

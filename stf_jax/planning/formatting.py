@@ -71,7 +71,8 @@ def _format_times(report: Mapping[str, Any]) -> str:
         f"{report['tokens_per_second']:,.0f} tokens/s, MFU {report['mfu_estimate']:.0%}"
     )
     if report["hours"]:
-        text += f"\n{report['steps']:,} steps: {report['hours']:.1f} hours"
+        lengths = "with the lengths of the data" if report["of_the_data"] else f"of {report['positions']} positions"
+        text += f"\n{report['steps']:,} steps {lengths}: {report['hours']:.1f} hours"
     if report.get("cost"):
         text += f", {report['chip_hours']:,.0f} chip hours, {report['cost']:,.0f} at that price"
     return text

@@ -10,7 +10,7 @@ import jax
 from stf_jax.accounting.chips import CHIPS
 from stf_jax.accounting.flops import PRIME, count_executed
 from stf_jax.config import TrainConfig
-from stf_jax.data.sources.base import DataNotNamed
+from stf_jax.data.sampling import BatchShape
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
 from stf_jax.parallel.mesh import fit_mesh, make_mesh, row_shards
 from stf_jax.planning.hlo import Traffic, count_traffic
@@ -47,8 +47,7 @@ def make_report(
         report = _report_fastest(config, devices)
     else:
         report = _report_program(config, make_program(config, program_kind, devices), devices)
-    report |= _run_cost(config, program_kind, report, len(devices), price)
-    return report
+    return report | _run_cost(config, program_kind, report, devices, price)
 
 
 def _report_program(config: TrainConfig, program: Program, devices: list[jax.Device]) -> dict[str, Any]:
@@ -167,9 +166,8 @@ def _model_flops(config: TrainConfig, program: Program) -> int:
 def _estimate_speed(
     program: Program, devices: Sequence[jax.Device], work: Work, sent: Sequence[Traffic]
 ) -> dict[str, Any]:
-    chip = get_chip(devices[0])
-    links, network = 0, 0
     by_kind: dict[str, dict[str, int]] = {}
+    links, network = 0, 0
     for entry in sent:
         by_axes, axes = by_kind.setdefault(entry.kind, {}), "+".join(entry.axes)
         by_axes[axes] = by_axes.get(axes, 0) + entry.bytes  # within and between slices
@@ -177,14 +175,9 @@ def _estimate_speed(
             network += entry.bytes
         else:
             links += entry.bytes
-    roofline = {
-        "compute": work.executed_flops / len(devices) / chip.flops,
-        "memory": work.memory_bytes / chip.bandwidth,
-        "link": links / chip.link,
-        "network": network / chip.network,
-    }
-    seconds = {name: value / ATTAINED[name] for name, value in roofline.items()}
-    bound = max(seconds, key=seconds.__getitem__)
+    chip = get_chip(devices[0])
+    roofline = _work_seconds(work, devices) | {"link": links / chip.link, "network": network / chip.network}
+    bound, seconds = _find_bound(roofline)
     tokens = program.rows * (1 if program.kind == "decode" else program.length)
     return {
         "model_flops": work.model_flops,
@@ -193,10 +186,24 @@ def _estimate_speed(
         "collective_bytes": by_kind,
         "roofline_seconds": roofline,
         "bound": bound,
-        "step_seconds_estimate": seconds[bound],
-        "tokens_per_second": tokens / seconds[bound],
-        "mfu_estimate": work.model_flops / seconds[bound] / len(devices) / chip.flops,
+        "step_seconds_estimate": seconds,
+        "tokens_per_second": tokens / seconds,
+        "mfu_estimate": work.model_flops / seconds / len(devices) / chip.flops,
     }
+
+
+def _work_seconds(work: Work, devices: Sequence[jax.Device]) -> dict[str, float]:
+    chip = get_chip(devices[0])
+    return {
+        "compute": work.executed_flops / len(devices) / chip.flops,
+        "memory": work.memory_bytes / chip.bandwidth,
+    }
+
+
+def _find_bound(roofline: Mapping[str, float]) -> tuple[str, float]:
+    """Returns what takes longest, and its seconds at the attained speed."""
+    seconds = {name: value / ATTAINED[name] for name, value in roofline.items()}
+    return max(seconds.items(), key=lambda item: item[1])
 
 
 def _merge_evaluation(prefill: dict[str, Any], decode: dict[str, Any]) -> dict[str, Any]:
@@ -235,29 +242,36 @@ def _add_train_state(config: TrainConfig, report: Mapping[str, Any], devices: li
 
 
 def _run_cost(
-    config: TrainConfig, program_kind: str, report: Mapping[str, Any], devices: int, price: float
+    config: TrainConfig, program_kind: str, report: Mapping[str, Any], devices: list[jax.Device], price: float
 ) -> dict[str, Any]:
-    """Steps, hours and cost of the training."""
-    steps = count_steps(config) if program_kind == "train" else None
-    hours = steps * report["step_seconds_estimate"] / 3600 if steps else None
-    cost: dict[str, Any] = {"steps": steps, "hours": hours}
+    """Steps, hours and cost of the training.
+
+    The hours are those of the data's own lengths if the data are here, else as if all rows had ``data.max_length``.
+    """
+    cost: dict[str, Any] = {"steps": None, "hours": None, "of_the_data": False}
+    if program_kind == "train":
+        from stf_jax.planning.batches import count_batches, count_steps  # grain, which work and memory do not need
+
+        batches = count_batches(config)
+        if batches:
+            seconds = sum(count * _step_seconds(config, shape, report, devices) for shape, count in batches.items())
+            cost = {"steps": batches.total(), "hours": seconds / 3600, "of_the_data": True}
+        elif steps := count_steps(config):
+            cost |= {"steps": steps, "hours": steps * report["step_seconds_estimate"] / 3600}
+    hours = cost["hours"]
     if price:
-        cost["chip_hours"] = hours and hours * devices
-        cost["cost"] = hours and hours * devices * price
+        cost["chip_hours"] = hours and hours * len(devices)
+        cost["cost"] = hours and hours * len(devices) * price
     return cost
 
 
-def count_steps(config: TrainConfig) -> int | None:
-    """Counts the steps of a run as training does (data.sampling.Plan.steps); None if that requires the data."""
-    if config.steps:
-        return config.steps
-    if config.data.packing or config.data.tokens_per_batch:
-        return None  # the number of rows, or of batches, follows from the lengths
-    from stf_jax.data.pipeline import load_training_records  # grain, which work and memory do not need
-
-    try:
-        records = len(load_training_records(config))
-    except DataNotNamed:
-        records = config.data.records
-    batches = -(-records // config.global_batch_size)  # per epoch; the last batch is padded with empty rows
-    return max(1, math.ceil(config.epochs * batches - 1e-6)) if records else None
+def _step_seconds(
+    config: TrainConfig, shape: BatchShape, report: Mapping[str, Any], devices: list[jax.Device]
+) -> float:
+    """Estimates a step of another shape than the report's. It sends as much, because it has the same weights."""
+    data = dataclasses.replace(
+        config.data, max_length=shape.length, images_per_row=shape.images, tokens_per_batch=0, buckets=1
+    )
+    config = with_remat(dataclasses.replace(config, data=data, global_batch_size=shape.rows), report["remat"])
+    work = trace_cost(config, "train", devices).work(config, make_program(config, "train", devices))
+    return _find_bound(report["roofline_seconds"] | _work_seconds(work, devices))[1]

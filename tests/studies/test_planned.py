@@ -6,7 +6,7 @@ import pytest
 from stf_jax import ablate, cli
 from stf_jax.cli import run_command
 from stf_jax.config import flatten, resolve, to_json
-from stf_jax.planning.report import count_steps
+from stf_jax.planning.batches import count_steps
 from stf_jax.studies import planned
 from stf_jax.studies.study import make_cells, read_study
 
