@@ -364,7 +364,7 @@ def _expand_config_name(option: str) -> str:
     match = re.fullmatch(r"(--?config=)([\w/]+)(:.*)?", option, re.DOTALL)
     if not match or os.path.exists(match[2]):
         return option
-    package = pathlib.Path(__file__).parents[1]
+    package = pathlib.Path(__file__).parent
     # configs/ is beside the package in a repository, inside it in a wheel.
     files = [folder / "configs" / f"{match[2]}.py" for folder in (package.parent, package)]
     file = next((file for file in files if os.path.isfile(file)), None)

@@ -1,6 +1,7 @@
 """The Python API agrees with the commands, and importing the package is cheap."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -43,6 +44,22 @@ def test_the_wheel_contains_every_package():
     folders = {file.parent.relative_to(ROOT) for file in files if "torch_package" not in file.parts}
     names = {".".join(folder.parts) for folder in folders}
     assert {*project["packages"]} == {f"stf_jax.{name}" if name.startswith("configs") else name for name in names}
+
+
+@pytest.mark.parametrize("name", ["demo:stage=finetune", "small"])
+def test_an_installed_package_finds_its_configs_by_name(name, tmp_path):
+    """From an empty folder. In a wheel, configs/ is inside the package."""
+    package = tmp_path / "site" / "stf_jax"
+    package.mkdir(parents=True)
+    for item in (*(ROOT / "stf_jax").iterdir(), ROOT / "configs"):
+        (package / item.name).symlink_to(item)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    command = [sys.executable, "-m", "stf_jax.plan", f"--config={name}"]
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    # The config was read.
+    assert done.stderr.splitlines()[-1].startswith("error: --topology is missing"), done.stderr
 
 
 def test_all_public_names_exist():
