@@ -45,6 +45,7 @@ from stf_jax.training.state import (
     training_blueprint,
 )
 from stf_jax.training.step import Metrics
+from stf_jax.training.teacher import check_tokenizer, load_teacher
 from stf_jax.weights.folder import load_params
 from stf_jax.weights.model import save_description
 from stf_jax.weights.origin import complete_config
@@ -107,7 +108,8 @@ def _train(
     config = resolve_remat(config, workdir, mesh, max(batches.plan.shapes(0, steps)))
 
     # ---- Model, optimizer, state -----------------------------------------------------------------------------------
-    plan = training_blueprint(config.model, config.rules)
+    plan = training_blueprint(config)
+    check_tokenizer(plan, tokenizer)
     tx = make_optimizer(config.optimizer, steps, learning_rate_factors(config.rules, plan))
     rate = learning_rate(config.optimizer, steps)
     layout = state_layout(config, plan, tx, mesh)
@@ -124,6 +126,7 @@ def _train(
     def start_state() -> TrainState[jax.Array]:
         on_load = functools.partial(quantize_loaded, plan, layout)
         loaded = load_params(config.init_from, base_params(plan, layout), config.init_missing, on_load)
+        loaded |= load_teacher(plan, layout.frozen)
         return init_state(config, plan, layout, tx, loaded)
 
     restored = checkpoints.restore_newest(layout, lambda: start_state().frozen)

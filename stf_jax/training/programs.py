@@ -86,7 +86,8 @@ class StepPrograms:
 
     def _compile(self, shape: Shape) -> StepProgram:
         config = self._config
-        flops = step_flops(config.model, config.rules, config.global_batch_size, *shape, config.objective)
+        rows, origin = config.global_batch_size, (config.objective, config.init_from)
+        flops = step_flops(config.model, config.rules, rows, *shape, *origin)
         return StepProgram(compile_step(config, self._plan, self._tx, self._layout, shape), flops)
 
 
