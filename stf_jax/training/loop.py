@@ -22,7 +22,7 @@ from stf_jax.evals.runner import Results, check_images, evaluate_all, flatten_me
 from stf_jax.files import as_user_error, write_json
 from stf_jax.inference.generator import Generator
 from stf_jax.inference.mesh import inference_mesh
-from stf_jax.models.blueprint import Params, blueprint
+from stf_jax.models.blueprint import TEACHER, Params, blueprint
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.hosts import run_on_host0
 from stf_jax.parallel.mesh import BATCH, check_batch, fit_mesh, get_row_share, make_mesh
@@ -137,11 +137,13 @@ def _train(
     else:
         state, clock = start_state(), dict(INITIAL_CLOCK)
     if host == 0:
-        sizes = [sum(math.prod(leaf.shape) for leaf in tree.values()) for tree in (layout.trainable, layout.params)]
+        own = {path: leaf for path, leaf in layout.params.items() if not path.startswith(f"{TEACHER}/")}
+        sizes = [sum(math.prod(leaf.shape) for leaf in tree.values()) for tree in (layout.trainable, own)]
+        teacher = "" if plan.teacher is None else f"; teacher {plan.teacher.folder}"
         print(
             f"{config.name}: {config.model.vision} + {config.model.fusion.fusion} + {config.model.llm}, "
             f"{sizes[0]:,} of {sizes[1]:,} parameters are trainable; {steps} steps of {config.global_batch_size} rows; "
-            f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
+            f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}{teacher}"
         )
         if warning:
             _log.warning(warning)
