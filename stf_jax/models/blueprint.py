@@ -81,8 +81,8 @@ class Blueprint:
     @functools.cached_property
     def added(self) -> frozenset[str]:
         """The paths of parameters that the plain model lacks: those of adapters and a teacher, and scales."""
-        taught = (path for path in self.shapes if path.startswith(f"{TEACHER}/"))
-        return frozenset(self.adapted) | frozenset(map(scale_path, self.quantized)) | frozenset(taught)
+        teacher = (path for path in self.shapes if path.startswith(f"{TEACHER}/"))
+        return frozenset(self.adapted) | frozenset(map(scale_path, self.quantized)) | frozenset(teacher)
 
     def depth(self, path: str) -> int | None:
         """How many layers a parameter stacks; None if it belongs to no block."""

@@ -107,8 +107,8 @@ def distillation_sum(
     kernel: Float[Array, "..."],
     targets: Int[Array, "B T"],
     loss_mask: Bool[Array, "B T"],
-    taught_hidden: Float[Array, "B T E"],
-    taught_kernel: Float[Array, "..."],
+    teacher_hidden: Float[Array, "B T E"],
+    teacher_kernel: Float[Array, "..."],
     teaching: Teaching,
     vocab_first: bool = False,
 ) -> Float[Array, ""]:
@@ -119,27 +119,27 @@ def distillation_sum(
 
     Args:
       hidden, kernel, targets, loss_mask, vocab_first: as of :func:`cross_entropy_sum`.
-      taught_hidden: the teacher's hidden states at the student's positions, of any width.
-      taught_kernel: [E, V], or [V, E] with ``teaching.vocab_first``.
+      teacher_hidden: the teacher's hidden states at the student's positions, of any width.
+      teacher_kernel: [E, V], or [V, E] with ``teaching.vocab_first``.
       teaching: the temperature and the weights.
     """
-    arguments = (hidden, kernel, targets, loss_mask, taught_hidden, taught_kernel)
+    arguments = (hidden, kernel, targets, loss_mask, teacher_hidden, teacher_kernel)
     return _loss_and_grads(arguments, vocab_first, (), teaching)[0]
 
 
-def _forward_taught(*arguments: Any) -> tuple[jax.Array, _Gradients]:
+def _forward_distillation(*arguments: Any) -> tuple[jax.Array, _Gradients]:
     *primals, teaching, vocab_first = arguments
     requested = tuple(name for name, x in zip(("hidden", "kernel"), primals, strict=False) if x.perturbed)
     return _loss_and_grads(tuple(x.value for x in primals), vocab_first, requested, teaching)
 
 
-def _backward_taught(
+def _backward_distillation(
     teaching: Teaching, vocab_first: bool, gradients: _Gradients, cotangent: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     return *_backward(vocab_first, gradients, cotangent), None, None
 
 
-distillation_sum.defvjp(_forward_taught, _backward_taught, symbolic_zeros=True)
+distillation_sum.defvjp(_forward_distillation, _backward_distillation, symbolic_zeros=True)
 
 
 def _loss_and_grads(
@@ -158,10 +158,10 @@ def _loss_and_grads(
 
     rows = PartitionSpec(_ROWS)
     gradients = (rows if "hidden" in requested else None, vocab_spec(vocab_first) if "kernel" in requested else None)
-    taught = () if teaching is None else (rows, vocab_spec(teaching.vocab_first))
+    teacher_specs = () if teaching is None else (rows, vocab_spec(teaching.vocab_first))
     return jax.shard_map(
         local,
-        in_specs=(rows, vocab_spec(vocab_first), rows, rows, *taught),
+        in_specs=(rows, vocab_spec(vocab_first), rows, rows, *teacher_specs),
         out_specs=(PartitionSpec(), gradients),
         check_vma=False,  # nothing is differentiated through it
     )(*arguments)
@@ -180,7 +180,7 @@ def _local_loss_and_grads(
     kernel: jax.Array,
     targets: jax.Array,
     loss_mask: jax.Array,
-    *taught: jax.Array,
+    *teacher_head: jax.Array,
     vocab_first: bool,
     requested: tuple[str, ...],
     axes: tuple[str, ...],
@@ -221,9 +221,12 @@ def _local_loss_and_grads(
 
     chunks = split(kernel, vocab_first)
     if teaching is None:
-        taught_hidden = taught_chunks = None
+        teacher_hidden = teacher_chunks = None
     else:
-        taught_hidden, taught_chunks = taught[0].reshape(len(hidden), -1), split(taught[1], teaching.vocab_first)
+        teacher_hidden, teacher_chunks = (
+            teacher_head[0].reshape(len(hidden), -1),
+            split(teacher_head[1], teaching.vocab_first),
+        )
 
     def over_chunks(
         visit: Callable[[_Carry, jax.Array, jax.Array, jax.Array, _Warm], tuple[_Carry, jax.Array | None]],
@@ -238,23 +241,23 @@ def _local_loss_and_grads(
         def step(
             carry: _Carry, chunk: tuple[jax.Array | int, jax.Array, jax.Array | None]
         ) -> tuple[_Carry, jax.Array | None]:
-            index, kernel, taught_kernel = chunk
+            index, kernel, teacher_kernel = chunk
             kernel, logits = compute_logits(hidden, kernel, vocab_first, scope)
             ids = index * chunk_size + jnp.arange(chunk_size)
             in_vocab = ids < vocab  # excludes padding of the last chunk
             is_target = (targets[:, None] - first_id == ids) & in_vocab
             logits = jnp.where(in_vocab, logits, -jnp.inf)
-            if teaching is None or taught_hidden is None or taught_kernel is None:
+            if teaching is None or teacher_hidden is None or teacher_kernel is None:
                 return visit(carry, kernel, logits, is_target, None)
-            _, taught_logits = compute_logits(taught_hidden, taught_kernel, teaching.vocab_first, scope)
-            taught_logits = jnp.where(in_vocab, taught_logits, -jnp.inf)
-            warm = logits / teaching.temperature, taught_logits / teaching.temperature
+            _, teacher_logits = compute_logits(teacher_hidden, teacher_kernel, teaching.vocab_first, scope)
+            teacher_logits = jnp.where(in_vocab, teacher_logits, -jnp.inf)
+            warm = logits / teaching.temperature, teacher_logits / teaching.temperature
             return visit(carry, kernel, logits, is_target, warm)
 
         if chunk_count == 1:
-            carry, out = step(start, (0, chunks[0], None if taught_chunks is None else taught_chunks[0]))
+            carry, out = step(start, (0, chunks[0], None if teacher_chunks is None else teacher_chunks[0]))
             return carry, None if out is None else out[None]
-        return jax.lax.scan(step, start, (jnp.arange(chunk_count), chunks, taught_chunks))
+        return jax.lax.scan(step, start, (jnp.arange(chunk_count), chunks, teacher_chunks))
 
     def accumulate_sums(
         carry: tuple[_Normalizer, jax.Array, _WarmSums],
@@ -267,10 +270,10 @@ def _local_loss_and_grads(
         normalizer, _, _ = _extend(normalizer, logits)
         target_logit += jnp.where(is_target, logits, 0).sum(-1)
         if warm is not None and warm_sums is not None:
-            ours, theirs, gap = warm_sums
-            theirs, rescale, exp = _extend(theirs, warm[1])
+            student, teacher, gap = warm_sums
+            teacher, rescale, exp = _extend(teacher, warm[1])
             difference = jnp.where(warm[1] > -jnp.inf, warm[1] - warm[0], 0)
-            warm_sums = _extend(ours, warm[0])[0], theirs, gap * rescale + (exp * difference).sum(-1)
+            warm_sums = _extend(student, warm[0])[0], teacher, gap * rescale + (exp * difference).sum(-1)
         return (normalizer, target_logit, warm_sums), None
 
     def log_sum(normalizer: _Normalizer) -> jax.Array:
@@ -287,10 +290,10 @@ def _local_loss_and_grads(
     losses = log_normalizer - apply_collective(jax.lax.psum, target_logit, "tensor")
     warm_logs = zeros, zeros
     if teaching is not None and warm_sums is not None:
-        ours, theirs, gap = warm_sums
-        warm_logs = log_sum(ours), log_sum(theirs)
+        student, teacher, gap = warm_sums
+        warm_logs = log_sum(student), log_sum(teacher)
         # The mean over the teacher's distribution of its logit minus the student's.
-        gap = apply_collective(jax.lax.psum, gap * jnp.exp(theirs[0] - warm_logs[1]), "tensor")
+        gap = apply_collective(jax.lax.psum, gap * jnp.exp(teacher[0] - warm_logs[1]), "tensor")
         divergence = gap + warm_logs[0] - warm_logs[1]
         losses = (1 - teaching.weight) * losses + teaching.weight * teaching.temperature**2 * divergence
     value = apply_collective(jax.lax.psum, jnp.where(loss_mask, losses, 0).sum(), *_ROWS)
@@ -302,9 +305,9 @@ def _local_loss_and_grads(
     ) -> tuple[jax.Array | None, jax.Array | None]:
         logits_grad = jnp.exp(logits - log_normalizer[:, None]) - is_target
         if teaching is not None and warm is not None:
-            ours, theirs = (jnp.exp(x - log[:, None]) for x, log in zip(warm, warm_logs, strict=True))
+            student, teacher = (jnp.exp(x - log[:, None]) for x, log in zip(warm, warm_logs, strict=True))
             factor = teaching.weight * teaching.temperature
-            logits_grad = (1 - teaching.weight) * logits_grad + factor * (ours - theirs)
+            logits_grad = (1 - teaching.weight) * logits_grad + factor * (student - teacher)
         logits_grad = jnp.where(loss_mask[:, None], logits_grad, 0).astype(dtype)
         if hidden_grad is not None:
             hidden_grad += jnp.einsum(f"nv,{kernel_axes}->nd", logits_grad, kernel, preferred_element_type=jnp.float32)

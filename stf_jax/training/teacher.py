@@ -49,20 +49,20 @@ def find_teacher(config: TrainConfig, own: Collection[str]) -> TeacherSpec | Non
     shapes = {"vision": (student.vision_shape, description.vision), "llm": (student.llm_shape, description.llm)}
     assert student.vision_shape is not None  # only complete models are trained
     assert student.llm_shape is not None
-    for name, ours, theirs in (
+    for name, here, there in (
         ("images of {} pixels a side", student.vision_shape.image_size, description.vision.image_size),
         ("a vocabulary of {:,} tokens", student.llm_shape.vocab, description.llm.vocab),
     ):
-        if ours != theirs:
+        if here != there:
             raise UserError(
-                f"The teacher {folder} has {name.format(theirs)}, but the model has {name.format(ours)}; choose a "
+                f"The teacher {folder} has {name.format(there)}, but the model has {name.format(here)}; choose a "
                 "teacher that has the same."
             )
     shared = {
         part
-        for part, (ours, theirs) in shapes.items()
+        for part, (here, there) in shapes.items()
         if part not in own
-        and ours == theirs
+        and here == there
         and (origin := find_origin(config.init_from, config.init_missing, part))
         and origin == find_origin(folder, (), part)
     }
@@ -79,10 +79,10 @@ def check_tokenizer(plan: Blueprint, tokenizer: PreTrainedTokenizerFast) -> None
     if plan.teacher is None:
         return
     folder = plan.teacher.folder
-    _, _, theirs = describe_folder(to_path(folder))
-    if theirs is None:
+    _, _, other = describe_folder(to_path(folder))
+    if other is None:
         raise UserError(f"The teacher {folder} has no tokenizer, so its tokens cannot be compared with the model's.")
-    if load_tokenizer(str(theirs)).get_vocab() != tokenizer.get_vocab():
+    if load_tokenizer(str(other)).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"The teacher {folder} has another tokenizer; teacher and model need the same tokens.")
 
 
@@ -129,8 +129,8 @@ def paired_hidden(
     rows, ends = widen_rows(batch, model.reduction.slots, teacher.reduction.slots)
     segments = rows.segment_ids if packed else None
     with jax.named_scope(TEACHER):
-        taught = teacher.hidden(rows.tokens, rows.positions, segments, rows.image_slots, images, states)
-    return hidden, jnp.take_along_axis(taught, ends[:, :, None], axis=1)
+        teacher_hidden = teacher.hidden(rows.tokens, rows.positions, segments, rows.image_slots, images, states)
+    return hidden, jnp.take_along_axis(teacher_hidden, ends[:, :, None], axis=1)
 
 
 def widen_rows(batch: Batch[jax.Array], slots: int, wanted: int) -> tuple[Batch[jax.Array], Int[Array, "B T"]]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from etils import epath
 from make_evals import make_model
-from tiny import Setup, batches, large_params, tiny
+from tiny import Setup, batches, tiny
 
 from stf_jax.checkpointing.adapted import open_params
 from stf_jax.checkpointing.manager import Checkpoints
@@ -29,7 +29,7 @@ from stf_jax.training.flops import prefill_flops, step_flops
 from stf_jax.training.loss import Teaching, chunks_of, cross_entropy_sum, distillation_sum
 from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.remat import activation_bytes_per_row, bytes_per_device
-from stf_jax.training.state import TrainState, base_params, init_state
+from stf_jax.training.state import TrainState, base_params
 from stf_jax.training.teacher import check_tokenizer, load_teacher, widen_rows
 from stf_jax.weights.folder import find_origin, load_params
 
@@ -54,9 +54,9 @@ def _by_torch(teaching, hidden, kernel, taught, head, targets, loss_mask):
     hidden, kernel = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (hidden, kernel))
     taught, head = (torch.tensor(x, dtype=torch.float64) for x in (taught, head))
     mask, t = torch.tensor(loss_mask), teaching.temperature
-    ours, theirs = (hidden @ kernel)[mask], (taught @ head.T)[mask]
-    cross_entropy = torch.nn.functional.cross_entropy(ours, torch.tensor(targets)[mask], reduction="sum")
-    logs = torch.log_softmax(ours / t, -1), torch.log_softmax(theirs / t, -1)
+    logits, others = (hidden @ kernel)[mask], (taught @ head.T)[mask]
+    cross_entropy = torch.nn.functional.cross_entropy(logits, torch.tensor(targets)[mask], reduction="sum")
+    logs = torch.log_softmax(logits / t, -1), torch.log_softmax(others / t, -1)
     divergence = torch.nn.functional.kl_div(*logs, reduction="sum", log_target=True)
     loss = (1 - teaching.weight) * cross_entropy + teaching.weight * t**2 * divergence
     loss.backward()
@@ -145,15 +145,15 @@ def _batch(rows, length):
 @pytest.mark.parametrize(("slots", "wanted"), [(4, 16), (1, 3), (4, 4), (9, 4)])
 def test_answers_are_aligned(slots, wanted):
     """Packed rows, several images, text alone, images side by side or at an end, truncated conversations."""
-    rng, ours, theirs = np.random.default_rng(slots), [], []
+    rng, students, teachers = np.random.default_rng(slots), [], []
     for _ in range(40):
         row = [(_conversation(rng), int(rng.integers(1, 20)) if rng.random() < 0.3 else 1000) for _ in range(3)]
         while sum(item is None for items, _ in row for item, _ in items) > 4:
             row.pop()
-        for rows, count in ((ours, slots), (theirs, wanted)):
+        for rows, count in ((students, slots), (teachers, wanted)):
             rows.append([_example(items, count, cut) for items, cut in row])
-    length = max(sum(len(example.tokens) for example in row) for row in ours)
-    batch, expected = _batch(ours, length), _batch(theirs, length + 4 * max(wanted - slots, 0))
+    length = max(sum(len(example.tokens) for example in row) for row in students)
+    batch, expected = _batch(students, length), _batch(teachers, length + 4 * max(wanted - slots, 0))
     assert len(set(batch.segment_ids.max(1))) > 2
     assert len(set((batch.image_slots >= 0).sum(1))) > 3
     rows, ends = jax.jit(widen_rows, static_argnums=(1, 2))(batch, slots, wanted)
@@ -186,14 +186,12 @@ def _setup(teacher, rules=STAGE2, mesh=(1, 1, 1), **changes):
 
 
 def _start(setup):
-    """The state as training starts, but with a fusion from numpy, which does not depend on the mesh."""
-    layout, plan, config = setup.layout, setup.plan, setup.config
-    own = base_params(plan, layout)
-    loaded = load_params(config.init_from, own, config.init_missing) | load_teacher(plan, layout.frozen)
-    fusion = large_params({path: leaf for path, leaf in own.items() if path.startswith("fusion/")}, 1)
-    return init_state(
-        config, plan, layout, setup.tx, loaded | {p: jax.device_put(x, own[p].sharding) for p, x in fusion.items()}
-    )
+    """The state as training starts, with a random fusion."""
+    config, own = setup.config, base_params(setup.plan, setup.layout)
+    loaded = load_params(config.init_from, own, config.init_missing) | load_teacher(setup.plan, setup.layout.frozen)
+    state = setup.state(1)
+    trees = ({path: loaded.get(path, x) for path, x in tree.items()} for tree in (state.trainable, state.frozen))
+    return dataclasses.replace(state, **dict(zip(("trainable", "frozen"), trees, strict=True)))
 
 
 @functools.cache
@@ -209,38 +207,52 @@ def _copy(tree):
     ("rules", "own"), [(STAGE1, {"fusion"}), (STAGE2, {"fusion", "llm"}), (ALL, {"fusion", "llm", "vision"})]
 )
 def test_frozen_parts_of_one_origin_exist_once(teacher, rules, own):
-    """And the loss is that of the two models apart."""
-    setup, batch = _setup(teacher, rules), _data()[0]
+    setup = _setup(teacher, rules)
     added = {path for path in setup.plan.added if path.startswith("teacher/")}
     assert {path.split("/")[1] for path in added} == own
     assert added <= setup.layout.frozen.keys()
-    state, saved = _start(setup), SavedParams(epath.Path(teacher))
-    objective = find_objective(setup.config.objective, setup.config.model)
+    # Weights of two folders are not the same, and nor are those that are initialized.
+    for changes in (
+        {"init_from": "", "init_missing": (".*",)},
+        {"init_missing": (".*/norm/scale", "fusion/.*", "v.*")},
+    ):
+        assert _setup(teacher, rules, **changes).plan.teacher.shared == frozenset()
 
-    def together(state, batch):
+
+@functools.cache
+def _apart():
+    """The logits of a student and of a teacher, which are two models here, at the student's positions."""
+    models = [blueprint(tiny(**{"model.fusion.fusion": name}).model) for name in ("mbtf_stf", "mlp")]
+
+    def logits(params, batch):
+        wide, ends = widen_rows(batch, 4, 16)
+        student, teacher = (
+            plan.merge(tree)(rows.tokens, rows.positions, rows.segment_ids, rows.image_slots, rows.images)
+            for plan, tree, rows in zip(models, params, (batch, wide), strict=True)
+        )
+        return student, jnp.take_along_axis(teacher, ends[:, :, None], axis=1)
+
+    return jax.jit(logits)
+
+
+@pytest.mark.parametrize("rules", [STAGE1, ALL], ids=["shared", "apart"])
+def test_the_loss_is_that_of_two_models(teacher, rules):
+    setup, batch, saved = _setup(teacher, rules), _data()[0], SavedParams(epath.Path(teacher))
+    state, objective = _start(setup), find_objective(setup.config.objective, setup.config.model)
+
+    def loss(state, batch):
         return objective.loss_sum(setup.plan.merge(state.trainable, state.frozen), batch, packed=True)
 
-    def apart(params, weights, batch):
-        student, other = (blueprint(config).merge(tree) for config, tree in zip(models, (params, weights), strict=True))
-        rows, ends = widen_rows(batch, 4, 16)
-        logits, taught = (
-            model(rows.tokens, rows.positions, rows.segment_ids, rows.image_slots, rows.images)
-            for model, rows in ((student, batch), (other, rows))
-        )
-        return logits, jnp.take_along_axis(taught, ends[:, :, None], axis=1), batch.targets
-
-    models = [setup.config.model, tiny(**{"model.fusion.fusion": "mlp"}).model]
-    params = {path: np.asarray(x) for path, x in state.params.items() if path not in added}
-    found = jax.jit(together)(state, batch)
-    case = jax.jit(apart)(params, {path: saved.read(path) for path in saved.shapes}, batch)
-    logits, taught, targets = (np.asarray(x)[batch.loss_mask] for x in case)
-    targets = np.int64(targets)
-    eye = np.eye(logits.shape[1])
-    teaching = Teaching(2.0, 0.6)
-    expected, *_ = _by_torch(teaching, logits, eye, taught, eye, targets, np.ones(len(targets), bool))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    without, *_ = _by_torch(Teaching(2.0, 0.0), logits, eye, taught, eye, targets, np.ones(len(targets), bool))
-    assert abs(without - expected) > 0.01 * expected  # the teacher matters
+    own = {path: np.asarray(x) for path, x in state.params.items() if path not in setup.plan.added}
+    outputs = _apart()((own, {path: saved.read(path) for path in saved.shapes}), batch)
+    student, other = (np.asarray(x)[batch.loss_mask] for x in outputs)
+    eye, targets = np.eye(student.shape[1]), np.int64(batch.targets[batch.loss_mask])
+    expected, plain = (
+        _by_torch(Teaching(2.0, weight), student, eye, other, eye, targets, np.ones(len(targets), bool))[0]
+        for weight in (0.6, 0.0)
+    )
+    np.testing.assert_allclose(jax.jit(loss)(state, batch), expected, rtol=1e-5)
+    assert abs(plain - expected) > 0.01 * expected  # the teacher matters
 
 
 @pytest.fixture(scope="module")

@@ -41,12 +41,12 @@ class Distill:
             raise ValueError(f"{self.teacher} is neither the workdir of a run nor a folder of imported weights.")
 
     def loss_sum(self, model: VLM, batch: Batch[jax.Array], packed: bool) -> jax.Array:
-        hidden, taught = paired_hidden(model, batch, packed)
-        head, teachers = model.llm, model.teacher.llm
-        teaching = Teaching(self.temperature, self.weight, teachers.config.tied)
-        arguments = (hidden, head.head_kernel, batch.targets, batch.loss_mask, taught, teachers.head_kernel)
+        hidden, teacher_hidden = paired_hidden(model, batch, packed)
+        llm, teacher = model.llm, model.teacher.llm
+        teaching = Teaching(self.temperature, self.weight, teacher.config.tied)
+        student = hidden, llm.head_kernel, batch.targets, batch.loss_mask
         with jax.named_scope("loss"):
-            return distillation_sum(*arguments, teaching, head.config.tied)
+            return distillation_sum(*student, teacher_hidden, teacher.head_kernel, teaching, llm.config.tied)
 
     def count_terms(self, batch: Batch[jax.Array]) -> jax.Array:
         return batch.loss_mask.sum()
