@@ -108,7 +108,7 @@ def _train(
     config = resolve_remat(config, workdir, mesh, max(batches.plan.shapes(0, steps)))
 
     # ---- Model, optimizer, state -----------------------------------------------------------------------------------
-    plan = training_blueprint(config)
+    plan = training_blueprint(config, workdir)
     check_tokenizer(plan, tokenizer)
     tx = make_optimizer(config.optimizer, steps, learning_rate_factors(config.rules, plan))
     rate = learning_rate(config.optimizer, steps)

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -43,8 +44,11 @@ class TrainState(Generic[Leaf]):
 Layout = TrainState[jax.ShapeDtypeStruct]  # with types and shardings
 
 
-def training_blueprint(config: TrainConfig) -> Blueprint:
+def training_blueprint(config: TrainConfig, workdir: epath.Path | None = None) -> Blueprint:
     """The blueprint of a run's model with the adapters and int8 kernels of its rules, and its objective's teacher.
+
+    Args:
+      workdir: of the run, which goes on with the parts that its teacher had at the start.
 
     Raises:
       UserError: as :func:`decide` and :func:`stf_jax.training.teacher.find_teacher`.
@@ -54,7 +58,7 @@ def training_blueprint(config: TrainConfig) -> Blueprint:
     adapters = {path: choice.adapter for path, choice in decisions.items() if choice.adapter is not None}
     quantized = [path for path, choice in decisions.items() if choice.quantized]
     own = {path.split("/")[0] for path, choice in decisions.items() if any(choice.factors) or choice.quantized}
-    teacher = find_teacher(config, own)
+    teacher = find_teacher(config, own, workdir)
     return blueprint(config.model, adapters, quantized, teacher) if adapters or quantized or teacher else plan
 
 

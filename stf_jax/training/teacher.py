@@ -15,9 +15,13 @@ from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jaxtyping import Array, Float, Int
 from transformers import PreTrainedTokenizerFast
 
+from stf_jax.checkpointing.frozen import FROZEN
+from stf_jax.checkpointing.items import IO_ERRORS, read_shapes, to_absolute
+from stf_jax.checkpointing.params import newest_step
 from stf_jax.config import TrainConfig, UserError
 from stf_jax.data.packing import Batch
 from stf_jax.data.tokenizer import load_tokenizer
@@ -30,11 +34,12 @@ from stf_jax.weights.folder import find_origin, load_params
 from stf_jax.weights.model import describe_folder
 
 
-def find_teacher(config: TrainConfig, own: Collection[str]) -> TeacherSpec | None:
+def find_teacher(config: TrainConfig, own: Collection[str], workdir: epath.Path | None = None) -> TeacherSpec | None:
     """The teacher that a run's objective asks for; None if it asks for none.
 
     Args:
       own: the parts (``vision``, ``llm``) that the rules train or quantize, so that a teacher cannot share them.
+      workdir: of the run. If it has a checkpoint, that tells what is shared: the folders of the start may be gone.
 
     Raises:
       UserError: the folder does not describe a complete model, or one that cannot teach the run's.
@@ -58,20 +63,31 @@ def find_teacher(config: TrainConfig, own: Collection[str]) -> TeacherSpec | Non
                 f"The teacher {folder} has {name.format(there)}, but the model has {name.format(here)}; choose a "
                 "teacher that has the same."
             )
-    shared = {
-        part
-        for part, (here, there) in shapes.items()
-        if part not in own
-        and here == there
-        and (origin := find_origin(config.init_from, config.init_missing, part))
-        and origin == find_origin(folder, (), part)
-    }
+    if workdir is not None and newest_step(workdir) is not None and (saved := _read_frozen(workdir)):
+        shared = {part for part in shapes if not any(path.startswith(f"{TEACHER}/{part}/") for path in saved)}
+    else:
+        shared = {
+            part
+            for part, (here, there) in shapes.items()
+            if part not in own
+            and here == there
+            and (origin := find_origin(config.init_from, config.init_missing, part))
+            and origin == find_origin(folder, (), part)
+        }
     computed = dataclasses.replace(
         teacher,
         **{key: getattr(config.model, key) for key in ("precision", "scan_layers", "attention")},
         remat="none",  # it has no backward pass
     )
     return TeacherSpec(folder, computed, frozenset(shared))
+
+
+def _read_frozen(workdir: epath.Path) -> Collection[str]:
+    """The paths of a run's frozen parameters; empty if they cannot be read."""
+    try:
+        return read_shapes(to_absolute(workdir) / FROZEN / FROZEN).keys()
+    except IO_ERRORS:
+        return ()
 
 
 def check_tokenizer(plan: Blueprint, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -120,7 +136,7 @@ def paired_hidden(
     """
     teacher, images = model.teacher, batch.images
     states = None
-    if not hasattr(teacher, "vision"):
+    if images.shape[1] and not hasattr(teacher, "vision"):
         states = model.tower_states(images, sorted({*model.taps, *teacher.taps}, reverse=True))
     if not hasattr(teacher, "llm"):
         teacher.llm = model.llm

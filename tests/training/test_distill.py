@@ -29,7 +29,7 @@ from stf_jax.training.flops import prefill_flops, step_flops
 from stf_jax.training.loss import Teaching, chunks_of, cross_entropy_sum, distillation_sum
 from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.remat import activation_bytes_per_row, bytes_per_device
-from stf_jax.training.state import TrainState, base_params
+from stf_jax.training.state import TrainState, base_params, training_blueprint
 from stf_jax.training.teacher import check_tokenizer, load_teacher, widen_rows
 from stf_jax.weights.folder import find_origin, load_params
 
@@ -283,6 +283,10 @@ def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):
             resumed.append(float(metrics["loss"]))
         assert resumed == losses[2:]
         assert jax.tree.map(lambda x: x.tobytes(), _copy(state)) == jax.tree.map(lambda x: x.tobytes(), expected)
+    # What is shared stays so if the run's start is gone.
+    gone = dataclasses.replace(setup.config, init_from="/gone")
+    shared = [training_blueprint(gone, folder).teacher.shared for folder in (workdir, epath.Path(tmp_path), None)]
+    assert shared == [{"vision"}, set(), set()]
 
 
 def test_losses_are_the_same_on_every_mesh_and_with_microbatches(run, teacher):
