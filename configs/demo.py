@@ -34,6 +34,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             "global_batch_size": 8,
             "init_from": "miniatures/2",
             "init_missing": ("fusion/.*",),
+            "objective": "",  # a study may set one for a stage
             "rules": (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "freeze")),
             "data": {"template": "plain", "scenes": {"task": "captions"}, "max_length": 88, "images_per_row": 1},
             "optimizer": {"learning_rate": 1.5e-3},
@@ -41,6 +42,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         "finetune": {
             "steps": arg.steps or 300,
             "global_batch_size": 8,
+            "objective": "",
             "rules": (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "train")),
             # Two conversations per row.
             "data": {

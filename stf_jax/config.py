@@ -241,7 +241,9 @@ class TrainConfig:
     # folders of weights or runs, separated by commas; embedded: miniatures, miniatures/2, miniatures/siglip
     init_from: str = ""
     init_missing: tuple[str, ...] = ()  # regular expressions of parameters to initialize; init_from has all others
-    objective: str = ""  # what is minimized: next_token | cells | package.module:thing; "": as the data demand
+    # what is minimized: next_token | distill:teacher=FOLDER,temperature=1,weight=0.5 | cells | package.module:thing;
+    # "": as the data demand
+    objective: str = ""
     # (regular expression of parameter path, train | freeze | adapter) pairs; the first match decides. Adapter: lora,
     # lora:rank=16,alpha=32,… or package.module:thing; train*0.1 learns at a tenth of the rate;
     # freeze@int8 or lora@int8 freezes kernels in int8 (checkpointing/rules.py)

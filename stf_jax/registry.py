@@ -56,16 +56,16 @@ def is_outside(name: str) -> bool:
 
 
 def split_options(name: str) -> tuple[str, str]:
-    """Splits ``NAME:key=value,…`` at the last colon; the options are empty if what follows it has no ``=``."""
-    head, _, options = name.rpartition(":")
-    return (head, options) if head and "=" in options else (name, "")
+    """Splits ``NAME:key=value,…`` at the first colon before a ``key=``; the options are empty if there is none."""
+    match = re.fullmatch(r"(.+?):(\w*=.*)", name, re.DOTALL)
+    return (match[1], match[2]) if match else (name, "")
 
 
 def call_factory(found: Any, options: str, name: str, kind: str) -> Any:
     """The component that a factory makes of ``key=value,…``; anything but a factory is returned as it is.
 
-    Values are numbers, several whole ones joined by ``+``, or one of the words of a Literal, as the factory's types
-    say.
+    Values are numbers, several whole ones joined by ``+``, one of the words of a Literal, or text without commas, as
+    the factory's types say.
 
     Raises:
       UserError: an unknown key, a value of another type or out of range, or options for something that has none.
@@ -101,6 +101,8 @@ def _parse_option(label: str, text: str, hint: Any) -> Any:
     if get_origin(hint) is Literal:
         if text not in get_args(hint):
             raise UserError(f"{label} must be one of {', '.join(get_args(hint))}.")
+        return text
+    if hint is str:
         return text
     if hint is float:
         try:

@@ -70,7 +70,7 @@ class Setup:
     def of(cls, **changes) -> "Setup":
         """The setup of the tiny config with dotted keys changed."""
         config = tiny(**changes)
-        plan, mesh = training_blueprint(config.model, config.rules), make_mesh(config.mesh)
+        plan, mesh = training_blueprint(config), make_mesh(config.mesh)
         tx = make_optimizer(config.optimizer, config.steps, learning_rate_factors(config.rules, plan))
         return cls(config, plan, tx, mesh, state_layout(config, plan, tx, mesh))
 

@@ -18,6 +18,7 @@ from stf_jax.checkpointing.items import IO_ERRORS, crc, error_reason, read_shape
 from stf_jax.checkpointing.renames import current_paths
 from stf_jax.config import UserError
 from stf_jax.files import in_bucket, local_copy
+from stf_jax.models.blueprint import TEACHER
 
 _CHUNK = 4 * 2**20  # bytes
 _GROUP = 16 * 2**20  # bytes of small parameters per write; each write reads all that was written before
@@ -30,7 +31,8 @@ class SavedParams:
     """The parameters, by path, of a run's newest checkpoint or of a folder that ``convert`` imported.
 
     Attributes:
-      shapes: shape and dtype of every parameter.
+      shapes: shape and dtype of every parameter. Those of the run's teacher, if it has one, are left out.
+      frozen: the paths of those that the run did not train; empty for an imported folder.
       step: the run's step; None for an imported folder.
     """
 
@@ -57,7 +59,10 @@ class SavedParams:
                 f"The checkpoint in {folder} is damaged ({error_reason(error)}); {self._remedy()}."
             ) from None
         leaves = {
-            path: (item, leaf) for item, tree in zip(self._items, trees, strict=True) for path, leaf in tree.items()
+            path: (item, leaf)
+            for item, tree in zip(self._items, trees, strict=True)
+            for path, leaf in tree.items()
+            if not path.startswith(f"{TEACHER}/")
         }
         self._saved_path = current_paths(leaves)
         self._item_of = {path: leaves[saved][0] for path, saved in self._saved_path.items()}
@@ -65,6 +70,7 @@ class SavedParams:
             path: jax.ShapeDtypeStruct(leaves[saved][1].shape, leaves[saved][1].dtype)
             for path, saved in self._saved_path.items()
         }
+        self.frozen = frozenset(path for path, item in self._item_of.items() if item.name == FROZEN)
 
     def _add_frozen(self, folder: epath.Path) -> None:
         sums = read_sums(folder)

@@ -14,11 +14,28 @@ from stf_jax.config import ModelConfig
 from stf_jax.models.adapters.base import Adapter, adapted_kernel
 from stf_jax.models.layers import Linear
 from stf_jax.models.quantized import scale_path
+from stf_jax.models.spec import ModelSpec
 from stf_jax.models.vlm import VLM
 from stf_jax.parallel.mesh import parameter_sharding
 
 Params = dict[str, jax.Array]  # by path
 Adapters = Mapping[str, Adapter]  # by the path of the kernel that each adapts
+TEACHER = "teacher"  # the attribute of a model, and so a part of paths: teacher/fusion/…
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSpec:
+    """A frozen model beside the one that trains.
+
+    Attributes:
+      folder: where its weights are.
+      model: its shapes, and how it is computed.
+      shared: the parts, ``vision`` and ``llm``, that it takes from the model that trains, where they are frozen too.
+    """
+
+    folder: str
+    model: ModelSpec
+    shared: frozenset[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +46,7 @@ class Blueprint:
       linears: paths of the kernels that an adapter may adapt, those of linear layers in blocks.
       adapters: those that the model has, each with its parameters beside the kernel's.
       quantized: paths of the kernels that are int8, each with its scales beside it.
+      teacher: the frozen model beside it, if it has one.
     """
 
     precision: str  # as in the config
@@ -38,6 +56,7 @@ class Blueprint:
     linears: frozenset[str]
     adapters: Adapters
     quantized: frozenset[str]
+    teacher: TeacherSpec | None
     _noise: Mapping[str, int]  # layers of each stack of keys, by path
 
     def merge(self, *params: Params) -> VLM:
@@ -61,8 +80,9 @@ class Blueprint:
 
     @functools.cached_property
     def added(self) -> frozenset[str]:
-        """The paths of parameters that the plain model lacks: those of adapters, and scales."""
-        return frozenset(self.adapted) | frozenset(map(scale_path, self.quantized))
+        """The paths of parameters that the plain model lacks: those of adapters and a teacher, and scales."""
+        teacher = (path for path in self.shapes if path.startswith(f"{TEACHER}/"))
+        return frozenset(self.adapted) | frozenset(map(scale_path, self.quantized)) | frozenset(teacher)
 
     def depth(self, path: str) -> int | None:
         """How many layers a parameter stacks; None if it belongs to no block."""
@@ -73,8 +93,14 @@ class Blueprint:
         return {path: parameter_sharding(path, self.shapes[path].shape, self.axes[path], mesh) for path in self.shapes}
 
 
-def build_model(rngs: nnx.Rngs, config: ModelConfig, adapters: Adapters, quantized: Collection[str] = ()) -> VLM:
-    """A model with adapters and scales of quantized kernels; its other parameters are those of ``VLM(rngs, config)``.
+def build_model(
+    rngs: nnx.Rngs,
+    config: ModelConfig,
+    adapters: Adapters,
+    quantized: Collection[str] = (),
+    teacher: TeacherSpec | None = None,
+) -> VLM:
+    """A model with adapters, scales of quantized kernels and a teacher; the rest is that of ``VLM(rngs, config)``.
 
     What adapters start as does not depend on what is quantized.
     """
@@ -89,17 +115,28 @@ def build_model(rngs: nnx.Rngs, config: ModelConfig, adapters: Adapters, quantiz
         layer.adapter = nnx.data(adapter.build(rngs, layer))
     for path in sorted(quantized):
         layer_of(path).quantize(rngs)
+    if teacher is not None:
+        model.teacher = VLM(rngs, teacher.model)
+        for part in teacher.shared:
+            delattr(model.teacher, part)
     return model
 
 
-def blueprint(config: ModelConfig, adapters: Adapters | None = None, quantized: Collection[str] = ()) -> Blueprint:
+def blueprint(
+    config: ModelConfig,
+    adapters: Adapters | None = None,
+    quantized: Collection[str] = (),
+    teacher: TeacherSpec | None = None,
+) -> Blueprint:
     """The blueprint of a model, without allocating arrays. Raises UserError as :class:`stf_jax.models.vlm.VLM` does."""
-    model = nnx.eval_shape(lambda: build_model(nnx.Rngs(0), config, adapters or {}, quantized))
+    model = nnx.eval_shape(lambda: build_model(nnx.Rngs(0), config, adapters or {}, quantized, teacher))
     graph, params, noise = nnx.split(model, nnx.Param, ...)
     leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(params)}
     axes = {path: leaf.get_metadata()["axes"] for path, leaf in leaves.items()}
     kernels = {
-        "/".join(map(str, (*path, "kernel"))) for path, module in nnx.iter_modules(model) if isinstance(module, Linear)
+        "/".join(map(str, (*path, "kernel")))
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Linear) and path[0] != TEACHER
     }
     return Blueprint(
         precision=config.precision,
@@ -109,5 +146,6 @@ def blueprint(config: ModelConfig, adapters: Adapters | None = None, quantized: 
         linears=frozenset(path for path in kernels if axes[path][0] == "layers"),
         adapters=adapters or {},
         quantized=frozenset(quantized),
+        teacher=teacher,
         _noise={"/".join(map(str, path)): leaf.get_value().shape[0] for path, leaf in nnx.to_flat_state(noise)},
     )

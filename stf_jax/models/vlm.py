@@ -3,6 +3,8 @@
 Axis letters: B rows, T positions, M images per row, N tokens per image, D language model width, V vocabulary.
 """
 
+from collections.abc import Iterable, Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,14 +20,19 @@ from stf_jax.models.reducers.base import DecoderReducer, Question
 from stf_jax.models.spec import resolve_model
 from stf_jax.models.towers.base import find_tower_class
 
+States = Mapping[int, jax.Array]  # of a tower, [B·M, P, C] by tap
+
 
 class VLM(nnx.Module):
     """Vision tower, fusion and decoder, with parameters under ``vision/``, ``fusion/`` and ``llm/``.
 
-    With ``model.cells``, the head that trains a tower is under ``cells/``.
+    With ``model.cells``, the head that trains a tower is under ``cells/``. A frozen teacher of the model's training is
+    under ``teacher/``, without the parts that it shares (models/blueprint.py).
 
     A language model alone (a ModelSpec without ``vision_shape``) has no tower and no fusion, and accepts no images.
     """
+
+    teacher: "VLM"
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig) -> None:
         """Builds the model.
@@ -53,15 +60,31 @@ class VLM(nnx.Module):
         )
 
     def image_tokens(
-        self, images: UInt8[Array, "B M H W 3"], question: Question | None = None
+        self,
+        images: UInt8[Array, "B M H W 3"],
+        question: Question | None = None,
+        states: States | None = None,
     ) -> Float[Array, "B MN D"]:
-        """Image tokens of a row's images, one after another; ``question`` is the text of each row, if there is one."""
+        """Image tokens of a row's images, one after another.
+
+        Args:
+          question: the text of each row, if there is one.
+          states: those of the tower, if they are known.
+        """
         batch, count = images.shape[:2]
-        images = images.reshape(batch * count, *images.shape[2:])
-        question = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), question)
-        states = self.reduction.tower_states(self.vision, images, self.taps, self.dtype, question)
-        tokens = self.reduction.reduce_tokens(self.fusion(states))
+        if states is None:
+            images = images.reshape(batch * count, *images.shape[2:])
+            question = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), question)
+            tapped = self.reduction.tower_states(self.vision, images, self.taps, self.dtype, question)
+        else:
+            tapped = tuple(states[tap] for tap in self.taps)
+        tokens = self.reduction.reduce_tokens(self.fusion(tapped))
         return tokens.reshape(batch, -1, tokens.shape[-1])
+
+    def tower_states(self, images: UInt8[Array, "B M H W 3"], taps: Iterable[int]) -> States:
+        """The tower's states after these blocks, of all images of all rows."""
+        taps = tuple(taps)
+        return dict(zip(taps, self.vision(images.reshape(-1, *images.shape[2:]), taps, self.dtype), strict=True))
 
     def cell_scores(self, images: UInt8[Array, "B M H W 3"]) -> Float32[Array, "B*M S S classes"]:
         """Scores of all cells (models/cells.py)."""
@@ -133,6 +156,7 @@ class VLM(nnx.Module):
         segment_ids: Int[Array, "B T"] | None,
         image_slots: Int[Array, "B T"],
         images: UInt8[Array, "B M H W 3"],
+        states: States | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states of the decoder after its final norm.
 
@@ -141,8 +165,9 @@ class VLM(nnx.Module):
           segment_ids: conversations of a packed row, or None where each row is one conversation.
           image_slots: as in :meth:`embed`.
           images: M may be 0.
+          states: those of the tower, if they are known.
         """
-        image_tokens = self.image_tokens(images) if images.shape[1] else None
+        image_tokens = self.image_tokens(images, states=states) if images.shape[1] else None
         x = shard_rows(self.embed(tokens, image_slots, image_tokens))
         return self.llm(x, positions, segment_ids)
 

@@ -103,7 +103,7 @@ def abstract_train_state(config: TrainConfig, devices: list[jax.Device]) -> Layo
 
 
 def _train_layout(config: TrainConfig, mesh: Mesh) -> tuple[Blueprint, optax.GradientTransformation, Layout]:
-    plan = training_blueprint(config.model, config.rules)
+    plan = training_blueprint(config)
     tx = make_optimizer(config.optimizer, 1000, learning_rate_factors(config.rules, plan))
     return plan, tx, state_layout(config, plan, tx, mesh)
 

@@ -157,7 +157,7 @@ def trace_cost(config: TrainConfig, program_kind: str, devices: list[jax.Device]
 def _model_flops(config: TrainConfig, program: Program) -> int:
     shape = program.rows, program.length, program.images
     if program.kind == "train":
-        return step_flops(config.model, config.rules, *shape, config.objective)
+        return step_flops(config.model, config.rules, *shape, config.objective, config.init_from)
     if program.kind == "decode":
         return decode_flops(config.model, program.rows, program.length, program.images)
     return sum(prefill_flops(config.model, *shape).values())

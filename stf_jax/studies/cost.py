@@ -75,12 +75,13 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
     cost = measure_methods([method], _REPEATS)[0]
     cost |= {"fusion_parameters": fusion_parameters, "first_token_ms": 1e3 * first_token_seconds}
     if not options.reduce:
+        shape = rows, length, 1
         load = functools.partial(load_params, str(workdir), fresh=())
         timing = time_train_steps(config, load, make_batch(config), _STEPS)
         cost |= {
             "step_ms": 1e3 * statistics.median(timing.seconds),
             "step_rows": rows,
-            "step_gflops": step_flops(config.model, config.rules, rows, length, 1, config.objective) / 1e9,
+            "step_gflops": step_flops(config.model, config.rules, *shape, config.objective, config.init_from) / 1e9,
             "step_mib": timing.peak_bytes / 2**20,
         }
     return cost

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from stf_jax.accounting.flops import count_model_flops
 from stf_jax.checkpointing.rules import Rules
-from stf_jax.config import ModelConfig
+from stf_jax.config import ModelConfig, TrainConfig
 from stf_jax.data.packing import Batch
 from stf_jax.models.blueprint import Params, blueprint
 from stf_jax.models.cells import CLASSES
@@ -23,7 +23,13 @@ from stf_jax.training.state import learning_rate_factors, training_blueprint
 
 
 def step_flops(
-    model: ModelConfig, rules: Rules, rows: int, length: int, images_per_row: int, objective: str = ""
+    model: ModelConfig,
+    rules: Rules,
+    rows: int,
+    length: int,
+    images_per_row: int,
+    objective: str = "",
+    init_from: str = "",
 ) -> int:
     """Counts the model FLOPs of a training step: of its loss and of the gradients of all trainable parameters.
 
@@ -34,11 +40,13 @@ def step_flops(
       length: T, tokens per row.
       images_per_row: M.
       objective: as ``config.objective``.
+      init_from: as ``config.init_from``, which tells what a teacher shares.
 
     Raises:
       UserError: as :func:`stf_jax.training.state.training_blueprint`.
     """
-    return rows * _row_step_flops(model, rules, length, images_per_row, objective)
+    config = TrainConfig(model=_by_definition(model), rules=rules, objective=objective, init_from=init_from)
+    return rows * _row_step_flops(config, length, images_per_row)
 
 
 def prefill_flops(model: ModelConfig, rows: int, length: int, images_per_row: int) -> dict[str, int]:
@@ -72,9 +80,9 @@ def abstract_batch(model: ModelConfig, rows: int, length: int, images_per_row: i
 
 
 @functools.lru_cache(maxsize=64)
-def _row_step_flops(model: ModelConfig, rules: Rules, length: int, images_per_row: int, objective: str) -> int:
-    plan = training_blueprint(_by_definition(model), rules)
-    names, minimized = learning_rate_factors(rules, plan), find_objective(objective, model)
+def _row_step_flops(config: TrainConfig, length: int, images_per_row: int) -> int:
+    plan, model = training_blueprint(config), config.model
+    names, minimized = learning_rate_factors(config.rules, plan), find_objective(config.objective, model)
     trainable, frozen = (
         {path: leaf for path, leaf in plan.shapes.items() if (path in names) == selected} for selected in (True, False)
     )

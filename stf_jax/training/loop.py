@@ -9,6 +9,7 @@ import time
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh, NamedSharding
 
 from stf_jax.checkpointing.adapted import merge_params
 from stf_jax.checkpointing.manager import Checkpoints
@@ -23,7 +24,7 @@ from stf_jax.evals.runner import Results, check_images, evaluate_all, flatten_me
 from stf_jax.files import as_user_error, write_json
 from stf_jax.inference.generator import Generator
 from stf_jax.inference.mesh import inference_mesh
-from stf_jax.models.blueprint import Params, blueprint
+from stf_jax.models.blueprint import TEACHER, Blueprint, Params, blueprint
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.hosts import run_on_host0
 from stf_jax.parallel.mesh import BATCH, check_batch, fit_mesh, get_row_share, make_mesh
@@ -37,6 +38,7 @@ from stf_jax.training.programs import StepPrograms
 from stf_jax.training.remat import resolve_remat
 from stf_jax.training.resume import check_changes
 from stf_jax.training.state import (
+    Layout,
     TrainState,
     base_params,
     init_state,
@@ -46,6 +48,7 @@ from stf_jax.training.state import (
     training_blueprint,
 )
 from stf_jax.training.step import Metrics
+from stf_jax.training.teacher import check_tokenizer, load_teacher
 from stf_jax.weights.folder import load_params
 from stf_jax.weights.model import save_description
 from stf_jax.weights.origin import complete_config
@@ -109,7 +112,8 @@ def _train(
     config = resolve_remat(config, workdir, mesh, largest)
 
     # ---- Model, optimizer, state -----------------------------------------------------------------------------------
-    plan = training_blueprint(config.model, config.rules)
+    plan = training_blueprint(config, workdir)
+    check_tokenizer(plan, tokenizer)
     tx = make_optimizer(config.optimizer, steps, learning_rate_factors(config.rules, plan))
     rate = learning_rate(config.optimizer, steps)
     layout = state_layout(config, plan, tx, mesh)
@@ -126,6 +130,7 @@ def _train(
     def start_state() -> TrainState[jax.Array]:
         on_load = functools.partial(quantize_loaded, plan, layout)
         loaded = load_params(config.init_from, base_params(plan, layout), config.init_missing, on_load)
+        loaded |= load_teacher(plan, layout.frozen)
         return init_state(config, plan, layout, tx, loaded)
 
     restored = checkpoints.restore_newest(layout, lambda: start_state().frozen)
@@ -136,14 +141,7 @@ def _train(
     else:
         state, clock = start_state(), dict(INITIAL_CLOCK)
     if host == 0:
-        positions = config.data.tokens_per_batch
-        per_step = f"up to {positions:,} positions" if positions else f"{config.global_batch_size} rows"
-        sizes = [sum(math.prod(leaf.shape) for leaf in tree.values()) for tree in (layout.trainable, layout.params)]
-        print(
-            f"{config.name}: {config.model.vision} + {config.model.fusion.fusion} + {config.model.llm}, "
-            f"{sizes[0]:,} of {sizes[1]:,} parameters are trainable; {steps} steps of {per_step}; "
-            f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
-        )
+        print(_describe_run(config, plan, layout, steps, mesh))
         if warning:
             _log.warning(warning)
         with as_user_error(workdir):
@@ -152,7 +150,7 @@ def _train(
 
     # ---- Evaluation and the log ------------------------------------------------------------------------------------
     watchdog.heartbeat("the weights were read")
-    rows = jax.sharding.NamedSharding(mesh, BATCH)
+    rows = NamedSharding(mesh, BATCH)
 
     def evaluate(step: int, params: Params) -> list[Results]:
         def on_batch_end() -> None:
@@ -265,3 +263,17 @@ def _train(
     # A run that was already complete has its answers on disk.
     results = evaluate(steps, state.params) if results is None else results
     return results, start_step < steps and termination.should_stop_now()
+
+
+def _describe_run(config: TrainConfig, plan: Blueprint, layout: Layout, steps: int, mesh: Mesh) -> str:
+    """One line about what trains."""
+    own = {path: leaf for path, leaf in layout.params.items() if not path.startswith(f"{TEACHER}/")}
+    trained, total = (sum(math.prod(leaf.shape) for leaf in tree.values()) for tree in (layout.trainable, own))
+    positions = config.data.tokens_per_batch
+    batch = f"up to {positions:,} positions" if positions else f"{config.global_batch_size} rows"
+    return (
+        f"{config.name}: {config.model.vision} + {config.model.fusion.fusion} + {config.model.llm}, "
+        f"{trained:,} of {total:,} parameters are trainable; {steps} steps of {batch}; "
+        f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
+        + ("" if plan.teacher is None else f"; teacher {plan.teacher.folder}")
+    )

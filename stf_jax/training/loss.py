@@ -1,4 +1,4 @@
-"""Cross-entropy of next tokens without materializing all logits.
+"""Cross-entropy of next tokens, and their divergence from a teacher's, without materializing all logits.
 
 The logits of a batch are by far its largest array: a row of 2,048 positions and a vocabulary of 32,000 takes 250 MiB in
 float32, and their gradient takes as much again. So logits are computed for one chunk of the vocabulary at a time, used
@@ -10,6 +10,7 @@ Axis letters: B rows, T positions, N = B·T, D width, V vocabulary.
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -26,12 +27,15 @@ _chunk_bytes = contextvars.ContextVar("chunk_bytes", default=2**27)
 _LANES = 128  # the chunk size is a multiple of the lanes of a TPU
 _ROWS = ("data", "fsdp")
 _Gradients = tuple[jax.Array | None, jax.Array | None]  # for hidden and kernel; None where not requested
+_Normalizer = tuple[jax.Array, jax.Array]  # maximum of the logits so far, and the sum of exp(logits − maximum); [N]
+_Warm = tuple[jax.Array, jax.Array] | None
+_WarmSums = tuple[_Normalizer, _Normalizer, jax.Array] | None
 _Carry = TypeVar("_Carry")
 
 
 @contextlib.contextmanager
 def chunks_of(size: int) -> Iterator[None]:
-    """Traces :func:`cross_entropy_sum` with chunks of up to ``size`` bytes of float32 logits on a device."""
+    """Traces the losses with chunks of up to ``size`` bytes of float32 logits on a device."""
     token = _chunk_bytes.set(size)
     try:
         yield
@@ -59,7 +63,7 @@ def cross_entropy_sum(
       loss_mask: True at target tokens.
       vocab_first: whether the kernel is laid out like an embedding; transposing would copy it and its gradient.
     """
-    return _loss_and_grads(hidden, kernel, targets, loss_mask, vocab_first, ())[0]
+    return _loss_and_grads((hidden, kernel, targets, loss_mask), vocab_first, ())[0]
 
 
 def _forward(
@@ -70,7 +74,8 @@ def _forward(
     vocab_first: bool,
 ) -> tuple[jax.Array, _Gradients]:
     requested = tuple(name for name, x in (("hidden", hidden), ("kernel", kernel)) if x.perturbed)
-    return _loss_and_grads(hidden.value, kernel.value, targets.value, loss_mask.value, vocab_first, requested)
+    values = (hidden.value, kernel.value, targets.value, loss_mask.value)
+    return _loss_and_grads(values, vocab_first, requested)
 
 
 def _backward(vocab_first: bool, gradients: _Gradients, cotangent: jax.Array) -> tuple[jax.Array | None, ...]:
@@ -81,26 +86,93 @@ def _backward(vocab_first: bool, gradients: _Gradients, cotangent: jax.Array) ->
 cross_entropy_sum.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Teaching:
+    """How a student learns from a teacher.
+
+    Attributes:
+      temperature: what divides the logits of both.
+      weight: of the divergence, and 1 − weight of cross-entropy.
+      vocab_first: whether the teacher's kernel is laid out like an embedding.
+    """
+
+    temperature: float
+    weight: float
+    vocab_first: bool = False
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def distillation_sum(
+    hidden: Float[Array, "B T D"],
+    kernel: Float[Array, "..."],
+    targets: Int[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+    teacher_hidden: Float[Array, "B T E"],
+    teacher_kernel: Float[Array, "..."],
+    teaching: Teaching,
+    vocab_first: bool = False,
+) -> Float[Array, ""]:
+    """Cross-entropy mixed with the divergence from a teacher, summed over target tokens, in nats, float32.
+
+    The divergence is KL(teacher ‖ student) of both distributions at the temperature t, times t², so that its gradient
+    is as large at any t (arXiv 1503.02531). The teacher gets no gradient.
+
+    Args:
+      hidden, kernel, targets, loss_mask, vocab_first: as of :func:`cross_entropy_sum`.
+      teacher_hidden: the teacher's hidden states at the student's positions, of any width.
+      teacher_kernel: [E, V], or [V, E] with ``teaching.vocab_first``.
+      teaching: the temperature and the weights.
+    """
+    arguments = (hidden, kernel, targets, loss_mask, teacher_hidden, teacher_kernel)
+    return _loss_and_grads(arguments, vocab_first, (), teaching)[0]
+
+
+def _forward_distillation(*arguments: Any) -> tuple[jax.Array, _Gradients]:
+    *primals, teaching, vocab_first = arguments
+    requested = tuple(name for name, x in zip(("hidden", "kernel"), primals, strict=False) if x.perturbed)
+    return _loss_and_grads(tuple(x.value for x in primals), vocab_first, requested, teaching)
+
+
+def _backward_distillation(
+    teaching: Teaching, vocab_first: bool, gradients: _Gradients, cotangent: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    return *_backward(vocab_first, gradients, cotangent), None, None
+
+
+distillation_sum.defvjp(_forward_distillation, _backward_distillation, symbolic_zeros=True)
+
+
 def _loss_and_grads(
-    hidden: jax.Array,
-    kernel: jax.Array,
-    targets: jax.Array,
-    loss_mask: jax.Array,
-    vocab_first: bool,
-    requested: tuple[str, ...],
+    arguments: tuple[jax.Array, ...], vocab_first: bool, requested: tuple[str, ...], teaching: Teaching | None = None
 ) -> tuple[jax.Array, _Gradients]:
     """The sum, and its gradients for hidden and kernel, None where they are not requested."""
     mesh = jax.sharding.get_abstract_mesh()
+    local = functools.partial(
+        _local_loss_and_grads, vocab_first=vocab_first, requested=requested, axes=mesh.axis_names, teaching=teaching
+    )
     if mesh.empty:
-        return _local_loss_and_grads(hidden, kernel, targets, loss_mask, vocab_first, requested, axes=())
-    rows, vocab_spec = PartitionSpec(_ROWS), PartitionSpec(*(("tensor", "fsdp") if vocab_first else ("fsdp", "tensor")))
-    gradients = (rows if "hidden" in requested else None, vocab_spec if "kernel" in requested else None)
+        return local(*arguments)
+
+    def vocab_spec(vocab_first: bool) -> PartitionSpec:
+        return PartitionSpec(*(("tensor", "fsdp") if vocab_first else ("fsdp", "tensor")))
+
+    rows = PartitionSpec(_ROWS)
+    gradients = (rows if "hidden" in requested else None, vocab_spec(vocab_first) if "kernel" in requested else None)
+    teacher_specs = () if teaching is None else (rows, vocab_spec(teaching.vocab_first))
     return jax.shard_map(
-        functools.partial(_local_loss_and_grads, vocab_first=vocab_first, requested=requested, axes=mesh.axis_names),
-        in_specs=(rows, vocab_spec, rows, rows),
+        local,
+        in_specs=(rows, vocab_spec(vocab_first), rows, rows, *teacher_specs),
         out_specs=(PartitionSpec(), gradients),
         check_vma=False,  # nothing is differentiated through it
-    )(hidden, kernel, targets, loss_mask)
+    )(*arguments)
+
+
+def _extend(normalizer: _Normalizer, logits: jax.Array) -> tuple[_Normalizer, jax.Array, jax.Array]:
+    """Adds logits [N, v] to a normalizer; also returns what rescales earlier sums, and ``exp(logits − maximum)``."""
+    previous_max, sum_exp = normalizer
+    running_max = jnp.maximum(previous_max, logits.max(-1))
+    rescale, exp = jnp.exp(previous_max - running_max), jnp.exp(logits - running_max[:, None])
+    return (running_max, sum_exp * rescale + exp.sum(-1)), rescale, exp
 
 
 def _local_loss_and_grads(
@@ -108,11 +180,13 @@ def _local_loss_and_grads(
     kernel: jax.Array,
     targets: jax.Array,
     loss_mask: jax.Array,
+    *teacher_head: jax.Array,
     vocab_first: bool,
     requested: tuple[str, ...],
     axes: tuple[str, ...],
+    teaching: Teaching | None,
 ) -> tuple[jax.Array, _Gradients]:
-    """Computes :func:`_loss_and_grads` on one device, which has its rows and its slice of the kernel."""
+    """Computes :func:`_loss_and_grads` on one device, which has its rows and its slices of the kernels."""
 
     def apply_collective(op: Callable[..., jax.Array], x: jax.Array, *names: str, **options: Any) -> jax.Array:
         names = tuple(name for name in names if axes and jax.lax.axis_size(name) > 1)  # over one device it would copy
@@ -124,59 +198,116 @@ def _local_loss_and_grads(
     width_axis, kernel_axes = (1, "vd") if vocab_first else (0, "dv")  # the axis of the width, and einsum letters
     first_id = vocab * jax.lax.axis_index("tensor") if axes else 0
 
-    chunk_count = -(-4 * len(hidden) * vocab // _chunk_bytes.get())
+    chunk_count = -(-4 * len(hidden) * vocab * (1 if teaching is None else 2) // _chunk_bytes.get())
     chunk_size = vocab if chunk_count == 1 else -(-vocab // chunk_count // _LANES) * _LANES
     chunk_count = -(-vocab // chunk_size)
     padding = (0, chunk_count * chunk_size - vocab)
-    if vocab_first:
-        chunks = jnp.pad(kernel, (padding, (0, 0))).reshape(chunk_count, chunk_size, widths)
+
+    def split(kernel: jax.Array, vocab_first: bool) -> jax.Array:
+        if vocab_first:
+            return jnp.pad(kernel, (padding, (0, 0))).reshape(chunk_count, chunk_size, -1)
+        return jnp.pad(kernel, ((0, 0), padding)).reshape(len(kernel), chunk_count, chunk_size).swapaxes(0, 1)
+
+    def compute_logits(
+        hidden: jax.Array, kernel: jax.Array, vocab_first: bool, scope: str
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the chunk of a kernel in full width, and its logits."""
+        kernel = apply_collective(
+            jax.lax.all_gather, kernel.astype(hidden.dtype), "fsdp", axis=int(vocab_first), tiled=True
+        )
+        product = "nd,vd->nv" if vocab_first else "nd,dv->nv"
+        with jax.named_scope(scope):
+            return kernel, jnp.einsum(product, hidden, kernel, preferred_element_type=jnp.float32)
+
+    chunks = split(kernel, vocab_first)
+    if teaching is None:
+        teacher_hidden = teacher_chunks = None
     else:
-        chunks = jnp.pad(kernel, ((0, 0), padding)).reshape(widths, chunk_count, chunk_size).swapaxes(0, 1)
+        teacher_hidden, teacher_chunks = (
+            teacher_head[0].reshape(len(hidden), -1),
+            split(teacher_head[1], teaching.vocab_first),
+        )
 
     def over_chunks(
-        visit: Callable[[_Carry, jax.Array, jax.Array, jax.Array], tuple[_Carry, jax.Array | None]],
+        visit: Callable[[_Carry, jax.Array, jax.Array, jax.Array, _Warm], tuple[_Carry, jax.Array | None]],
         start: _Carry,
         scope: str,
     ) -> tuple[_Carry, jax.Array | None]:
-        """Scans ``visit(carry, kernel, logits, is_target)`` over the chunks of the vocabulary."""
+        """Scans ``visit(carry, kernel, logits, is_target, warm)`` over the chunks of the vocabulary.
 
-        def step(carry: _Carry, chunk: tuple[jax.Array | int, jax.Array]) -> tuple[_Carry, jax.Array | None]:
-            index, kernel = chunk
-            kernel = apply_collective(jax.lax.all_gather, kernel.astype(dtype), "fsdp", axis=width_axis, tiled=True)
-            with jax.named_scope(scope):
-                logits = jnp.einsum(f"nd,{kernel_axes}->nv", hidden, kernel, preferred_element_type=jnp.float32)
+        ``warm`` are the logits of student and teacher divided by the temperature, or None without a teacher.
+        """
+
+        def step(
+            carry: _Carry, chunk: tuple[jax.Array | int, jax.Array, jax.Array | None]
+        ) -> tuple[_Carry, jax.Array | None]:
+            index, kernel, teacher_kernel = chunk
+            kernel, logits = compute_logits(hidden, kernel, vocab_first, scope)
             ids = index * chunk_size + jnp.arange(chunk_size)
             in_vocab = ids < vocab  # excludes padding of the last chunk
             is_target = (targets[:, None] - first_id == ids) & in_vocab
-            return visit(carry, kernel, jnp.where(in_vocab, logits, -jnp.inf), is_target)
+            logits = jnp.where(in_vocab, logits, -jnp.inf)
+            if teaching is None or teacher_hidden is None or teacher_kernel is None:
+                return visit(carry, kernel, logits, is_target, None)
+            _, teacher_logits = compute_logits(teacher_hidden, teacher_kernel, teaching.vocab_first, scope)
+            teacher_logits = jnp.where(in_vocab, teacher_logits, -jnp.inf)
+            warm = logits / teaching.temperature, teacher_logits / teaching.temperature
+            return visit(carry, kernel, logits, is_target, warm)
 
         if chunk_count == 1:
-            carry, out = step(start, (0, chunks[0]))
+            carry, out = step(start, (0, chunks[0], None if teacher_chunks is None else teacher_chunks[0]))
             return carry, None if out is None else out[None]
-        return jax.lax.scan(step, start, (jnp.arange(chunk_count), chunks))
+        return jax.lax.scan(step, start, (jnp.arange(chunk_count), chunks, teacher_chunks))
 
     def accumulate_sums(
-        carry: tuple[jax.Array, jax.Array, jax.Array], kernel: jax.Array, logits: jax.Array, is_target: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
-        previous_max, sum_exp, target_logit = carry
-        running_max = jnp.maximum(previous_max, logits.max(-1))
-        sum_exp = sum_exp * jnp.exp(previous_max - running_max) + jnp.exp(logits - running_max[:, None]).sum(-1)
-        return (running_max, sum_exp, target_logit + jnp.where(is_target, logits, 0).sum(-1)), None
+        carry: tuple[_Normalizer, jax.Array, _WarmSums],
+        kernel: jax.Array,
+        logits: jax.Array,
+        is_target: jax.Array,
+        warm: _Warm,
+    ) -> tuple[tuple[_Normalizer, jax.Array, _WarmSums], None]:
+        normalizer, target_logit, warm_sums = carry
+        normalizer, _, _ = _extend(normalizer, logits)
+        target_logit += jnp.where(is_target, logits, 0).sum(-1)
+        if warm is not None and warm_sums is not None:
+            student, teacher, gap = warm_sums
+            teacher, rescale, exp = _extend(teacher, warm[1])
+            difference = jnp.where(warm[1] > -jnp.inf, warm[1] - warm[0], 0)
+            warm_sums = _extend(student, warm[0])[0], teacher, gap * rescale + (exp * difference).sum(-1)
+        return (normalizer, target_logit, warm_sums), None
+
+    def log_sum(normalizer: _Normalizer) -> jax.Array:
+        running_max, sum_exp = normalizer
+        global_max = apply_collective(jax.lax.pmax, running_max, "tensor")
+        sum_exp = apply_collective(jax.lax.psum, sum_exp * jnp.exp(running_max - global_max), "tensor")
+        return jnp.log(sum_exp) + global_max
 
     zeros = jnp.zeros(len(hidden))
-    (running_max, sum_exp, target_logit), _ = over_chunks(accumulate_sums, (zeros - jnp.inf, zeros, zeros), "logits")
-    global_max = apply_collective(jax.lax.pmax, running_max, "tensor")
-    sum_exp = apply_collective(jax.lax.psum, sum_exp * jnp.exp(running_max - global_max), "tensor")
-    log_normalizer = jnp.log(sum_exp) + global_max
-    losses = jnp.where(loss_mask, log_normalizer - apply_collective(jax.lax.psum, target_logit, "tensor"), 0)
-    value = apply_collective(jax.lax.psum, losses.sum(), *_ROWS)
+    empty = (zeros - jnp.inf, zeros)
+    start_sums = (empty, zeros, None if teaching is None else (empty, empty, zeros))
+    (normalizer, target_logit, warm_sums), _ = over_chunks(accumulate_sums, start_sums, "logits")
+    log_normalizer = log_sum(normalizer)
+    losses = log_normalizer - apply_collective(jax.lax.psum, target_logit, "tensor")
+    warm_logs = zeros, zeros
+    if teaching is not None and warm_sums is not None:
+        student, teacher, gap = warm_sums
+        warm_logs = log_sum(student), log_sum(teacher)
+        # The mean over the teacher's distribution of its logit minus the student's.
+        gap = apply_collective(jax.lax.psum, gap * jnp.exp(teacher[0] - warm_logs[1]), "tensor")
+        divergence = gap + warm_logs[0] - warm_logs[1]
+        losses = (1 - teaching.weight) * losses + teaching.weight * teaching.temperature**2 * divergence
+    value = apply_collective(jax.lax.psum, jnp.where(loss_mask, losses, 0).sum(), *_ROWS)
     if not requested:
         return value, (None, None)
 
     def accumulate_grads(
-        hidden_grad: jax.Array | None, kernel: jax.Array, logits: jax.Array, is_target: jax.Array
+        hidden_grad: jax.Array | None, kernel: jax.Array, logits: jax.Array, is_target: jax.Array, warm: _Warm
     ) -> tuple[jax.Array | None, jax.Array | None]:
         logits_grad = jnp.exp(logits - log_normalizer[:, None]) - is_target
+        if teaching is not None and warm is not None:
+            student, teacher = (jnp.exp(x - log[:, None]) for x, log in zip(warm, warm_logs, strict=True))
+            factor = teaching.weight * teaching.temperature
+            logits_grad = (1 - teaching.weight) * logits_grad + factor * (student - teacher)
         logits_grad = jnp.where(loss_mask[:, None], logits_grad, 0).astype(dtype)
         if hidden_grad is not None:
             hidden_grad += jnp.einsum(f"nv,{kernel_axes}->nd", logits_grad, kernel, preferred_element_type=jnp.float32)

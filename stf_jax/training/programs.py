@@ -85,7 +85,7 @@ class StepPrograms:
 
     def _compile(self, shape: BatchShape) -> StepProgram:
         config = self._config
-        flops = step_flops(config.model, config.rules, *shape, config.objective)
+        flops = step_flops(config.model, config.rules, *shape, config.objective, config.init_from)
         return StepProgram(compile_step(config, self._plan, self._tx, self._layout, shape), flops)
 
 

@@ -87,7 +87,7 @@ def least_bytes(config: TrainConfig, mesh: Mesh, shape: BatchShape) -> int:
 
 def activation_bytes_per_row(config: TrainConfig, mesh: Mesh, layout: Layout, length: int, images: int) -> float:
     """Computes the bytes that a row of a batch adds to what is kept from the forward to the backward pass."""
-    plan = training_blueprint(config.model, config.rules)
+    plan = training_blueprint(config)
     objective = find_objective(config.objective, config.model)
 
     def residuals(trainable: Params, frozen: Params, batch: Batch[jax.Array]) -> Any:
@@ -117,7 +117,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def _prepare(config: TrainConfig, mesh: Mesh) -> tuple[Blueprint, optax.GradientTransformation, Layout]:
-    plan = training_blueprint(config.model, config.rules)
+    plan = training_blueprint(config)
     tx = make_optimizer(config.optimizer, 1000, learning_rate_factors(config.rules, plan))  # for any number of steps
     return plan, tx, state_layout(config, plan, tx, mesh)
 

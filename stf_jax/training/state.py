@@ -11,14 +11,16 @@ from typing import Generic, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stf_jax.checkpointing.rules import Decision, Rules, decide
-from stf_jax.config import ModelConfig, TrainConfig, UserError
+from stf_jax.config import TrainConfig, UserError
 from stf_jax.models.blueprint import Blueprint, Params, blueprint, build_model
 from stf_jax.models.quantized import quantize, scale_path
 from stf_jax.training.optimizer import map_moments
+from stf_jax.training.teacher import find_teacher
 
 Leaf = TypeVar("Leaf")
 
@@ -42,13 +44,22 @@ class TrainState(Generic[Leaf]):
 Layout = TrainState[jax.ShapeDtypeStruct]  # with types and shardings
 
 
-def training_blueprint(model: ModelConfig, rules: Rules) -> Blueprint:
-    """The blueprint of a model with the adapters and int8 kernels of the rules. Raises UserError as :func:`decide`."""
-    plan = blueprint(model)
-    decisions = _decide(rules, plan)
+def training_blueprint(config: TrainConfig, workdir: epath.Path | None = None) -> Blueprint:
+    """The blueprint of a run's model with the adapters and int8 kernels of its rules, and its objective's teacher.
+
+    Args:
+      workdir: of the run, which goes on with the parts that its teacher had at the start.
+
+    Raises:
+      UserError: as :func:`decide` and :func:`stf_jax.training.teacher.find_teacher`.
+    """
+    plan = blueprint(config.model)
+    decisions = _decide(config.rules, plan)
     adapters = {path: choice.adapter for path, choice in decisions.items() if choice.adapter is not None}
     quantized = [path for path, choice in decisions.items() if choice.quantized]
-    return blueprint(model, adapters, quantized) if adapters or quantized else plan
+    own = {path.split("/")[0] for path, choice in decisions.items() if any(choice.factors) or choice.quantized}
+    teacher = find_teacher(config, own, workdir)
+    return blueprint(config.model, adapters, quantized, teacher) if adapters or quantized or teacher else plan
 
 
 def learning_rate_factors(rules: Rules, plan: Blueprint) -> dict[str, tuple[float, ...]]:
@@ -110,7 +121,7 @@ def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransfo
 
 
 def base_params(plan: Blueprint, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
-    """The layout of the parameters that weights have at the start: without adapters and scales."""
+    """The layout of the parameters that weights have at the start: without adapters, scales and a teacher."""
     return {path: leaf for path, leaf in layout.params.items() if path not in plan.added}
 
 
@@ -144,7 +155,9 @@ def init_state(
     """
 
     def init(loaded: Params, key: jax.Array) -> TrainState[jax.Array]:
-        initial = nnx.state(build_model(nnx.Rngs(key), config.model, plan.adapters, plan.quantized), nnx.Param)
+        initial = nnx.state(
+            build_model(nnx.Rngs(key), config.model, plan.adapters, plan.quantized, plan.teacher), nnx.Param
+        )
         params = {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(initial)} | loaded
         params = _quantize(plan, params)
 

@@ -44,7 +44,7 @@ def time_train_steps(
     Args:
       load: returns weights to start from, given those of the model with types and shardings; the others are random.
     """
-    plan, mesh = training_blueprint(config.model, config.rules), make_mesh(config.mesh)
+    plan, mesh = training_blueprint(config), make_mesh(config.mesh)
     tx = make_optimizer(config.optimizer, steps + 1, learning_rate_factors(config.rules, plan))
     layout = state_layout(config, plan, tx, mesh)
     state = init_state(config, plan, layout, tx, load(base_params(plan, layout)))

@@ -20,10 +20,11 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from stf_jax.checkpointing.adapted import open_params
+from stf_jax.checkpointing.items import to_absolute
 from stf_jax.checkpointing.params import SavedParams
 from stf_jax.checkpointing.renames import current_paths, path_matches
-from stf_jax.config import UserError
-from stf_jax.files import in_bucket, local_copy, to_path, upload
+from stf_jax.config import UserError, from_json
+from stf_jax.files import in_bucket, local_copy, read_json, to_path, upload
 from stf_jax.models.positions import interpolate_positions, same_grid_kind
 from stf_jax.weights.tensors import TensorFile, open_tensors
 
@@ -97,6 +98,44 @@ def load_params(
             del value  # before the next is read
         loaded |= {path: {path: _resize(read, path, layout[path])} for path in wanted if path not in same_shape}
     return {name: value for path in layout if path in loaded for name, value in loaded[path].items()}
+
+
+def find_origin(sources: str, fresh: Iterable[str], part: str) -> str:
+    """The folder that a part of a model comes from, if it starts from ``sources`` and freezes that part.
+
+    A run that froze the part leads to what it started from. So parts of one origin are the same.
+
+    Args:
+      sources, fresh: as for :func:`load_params`.
+      part: ``vision``, ``fusion`` or ``llm``.
+
+    Returns:
+      The absolute path; empty if no folder has the part, or it is not loaded.
+    """
+    compiled = [_compile(pattern) for pattern in fresh]
+    for name in reversed([name.strip() for name in sources.split(",") if name.strip()]):
+        folder = epath.Path(EMBEDDED.get(name) or to_path(name))
+        try:
+            paths = [path for path in _open(folder)[0] if path.startswith(f"{part}/")]
+        except UserError:
+            return ""
+        if any(path_matches(pattern, path) for pattern in compiled for path in paths):
+            return ""
+        if paths:
+            return _origin_of_run(folder, part) or str(to_absolute(folder))
+    return ""
+
+
+def _origin_of_run(folder: epath.Path, part: str) -> str:
+    """The origin of a part that a run froze; empty if it trained or quantized it, or is not a run."""
+    if not SavedParams.exists_in(folder):
+        return ""
+    saved = SavedParams(folder)
+    leaves = {path: leaf for path, leaf in saved.shapes.items() if path.startswith(f"{part}/")}  # adapters too
+    if any(path not in saved.frozen or leaf.dtype == np.int8 for path, leaf in leaves.items()):
+        return ""
+    config = from_json(read_json(folder / "config.json"))
+    return find_origin(config.init_from, config.init_missing, part)
 
 
 def _is_resizable(path: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

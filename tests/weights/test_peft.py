@@ -42,7 +42,7 @@ def make_lora_run(folder, start, rules=RULES):
     config.data.update(source="scenes", tokenizer=str(start / "tokenizer"))
     config.rules = rules
     (config,) = resolve(config)
-    plan = training_blueprint(config.model, rules)
+    plan = training_blueprint(config)
     values = {path: np.asarray(saved.read(path)) for path in saved.shapes}
     values |= {path: 0.2 * rng.normal(size=plan.shapes[path].shape) for path in plan.adapted}
     values |= {path: x + 0.1 * rng.normal(size=x.shape) for path, x in values.items() if path.startswith("fusion/")}

@@ -1,8 +1,14 @@
 """What an objective is: a loss that is a mean over terms of the global batch.
 
-An objective is an object in a file of this folder, or in your own, named in a config as ``package.module:thing``.
+An objective is an object in a file of this folder, or in your own, named in a config as ``package.module:thing``; or a
+function that returns one and whose keyword-only parameters are its options (registry.py).
+
+An objective that needs a frozen model beside the one that trains has one more attribute, ``teacher``, the folder of
+that model: the workdir of a run or imported weights. Its loss gets the hidden states of both from
+:func:`stf_jax.training.teacher.paired_hidden`, and finds the teacher as ``model.teacher``.
 """
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -10,7 +16,7 @@ import jax
 from stf_jax.config import ModelConfig, UserError
 from stf_jax.data.packing import Batch
 from stf_jax.models.vlm import VLM
-from stf_jax.registry import Registry
+from stf_jax.registry import Registry, call_factory, split_options
 
 
 @runtime_checkable
@@ -33,16 +39,17 @@ class Objective(Protocol):
         ...
 
 
-OBJECTIVES: Registry[Objective] = Registry("objective", "stf_jax.training.objectives")
+OBJECTIVES: Registry[Objective | Callable[..., Objective]] = Registry("objective", "stf_jax.training.objectives")
 
 
 def find_objective(name: str, model: ModelConfig) -> Objective:
-    """The objective of that name, as ``config.objective``.
+    """The objective of that name, as ``config.objective``, with the options in it.
 
     Raises:
-      UserError: an unknown name, or something that is not an objective.
+      UserError: an unknown name, wrong options, or something that is not an objective.
     """
-    found = OBJECTIVES.find(name or ("cells" if model.cells else "next_token"))
+    base, options = split_options(name or ("cells" if model.cells else "next_token"))
+    found = call_factory(OBJECTIVES.find(base), options, name, OBJECTIVES.kind)
     if isinstance(found, type) or not isinstance(found, Objective):
         raise UserError(f"objective={name} is not an object with the methods loss_sum and count_terms.")
     return found
