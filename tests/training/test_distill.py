@@ -306,7 +306,12 @@ def test_a_run_is_opened_without_its_teacher(run, teacher):
     assert {path: leaf.shape for path, leaf in opened.shapes.items()} == {p: x.shape for p, x in plain.shapes.items()}
     assert {name for name in sums if "/teacher/" in name} == {f"frozen/{p}" for p in setup.plan.added}
     layout = {path: leaf for path, leaf in setup.layout.params.items() if path not in setup.plan.added}
-    assert load_params(str(workdir), layout, ()).keys() == plain.shapes.keys()
+    loaded = load_params(str(workdir), layout, ())
+    assert loaded.keys() == plain.shapes.keys()
+    with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+        arrays, _, _ = checkpoints.restore(2, setup.layout)
+    for path, value in loaded.items():
+        np.testing.assert_array_equal(value, (arrays["trainable"] | arrays["frozen"])[path], err_msg=path)
     assert [find_origin(str(workdir), (), part) for part in ("vision", "llm")] == [teacher, str(workdir)]
     assert find_origin(f"{workdir},{teacher}", (), "llm") == teacher
     assert find_origin(teacher, ("llm/norm/.*",), "llm") == find_origin("miniatures/none", (), "llm") == ""
