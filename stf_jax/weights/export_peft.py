@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from stf_jax.checkpointing.params import SavedParams
@@ -53,8 +54,12 @@ def export_peft(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict
         mappings = {path: _rename(mapping, _WEIGHT, _WEIGHT) for path, mapping in fusion.items()}
         for path in adapters:
             mappings |= _map_adapter(path, kernels[path], raw)
-        shapes = {path: raw.shapes[path] for path in mappings}
-        stream = ExportStream(dataclasses.replace(saved, shapes=shapes, read=raw.read), mappings, dtype)
+        shapes = {path: (saved if path in fusion else raw).shapes[path] for path in mappings}
+
+        def read(path: str) -> np.ndarray:
+            return (saved if path in fusion else raw).read(path)
+
+        stream = ExportStream(dataclasses.replace(saved, shapes=shapes, read=read), mappings, dtype)
         write_file(folder / "adapter_model.safetensors", dict(stream))
         modules = {name.removesuffix(_WEIGHT): lora for path, lora in adapters.items() for name in kernels[path].names}
         # A fusion's modules, such as model.mm_projector, are saved whole.
