@@ -3,24 +3,29 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft
 import pytest
 import torch
 from etils import epath
-from make_models import load, make, make_image, turn
+from make_models import load, make, make_image, to_uint8, turn
 from safetensors.torch import load_file, save_file
 from tiny import int8_by_definition
 
 from stf_jax.checkpointing.manager import Checkpoints
+from stf_jax.checkpointing.params import SavedParams
 from stf_jax.cli import run_command
-from stf_jax.config import CheckpointConfig, FusionConfig, default_config, resolve, to_json
+from stf_jax.config import CheckpointConfig, FusionConfig, MeshConfig, default_config, resolve, to_json
 from stf_jax.convert import main
 from stf_jax.models.quantized import scale_path
+from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.state import TrainState, training_blueprint
-from stf_jax.weights.export_hf import export_hf
+from stf_jax.weights.export_hf import export_hf, map_modules
 from stf_jax.weights.export_peft import export_peft
+from stf_jax.weights.exports import require_complete
 from stf_jax.weights.model import open_model
 
 pytestmark = pytest.mark.usefixtures("torch_setup")
@@ -71,13 +76,16 @@ def run(request, tmp_path_factory):
     return root
 
 
-def _logits(model, processor):
+def _inputs(processor):
     content = turn("Which of them is red?", make_image(1), make_image(2, (36, 80)))
-    inputs = processor.apply_chat_template(
+    return processor.apply_chat_template(
         [content], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
+
+
+def _logits(model, processor):
     with torch.no_grad():
-        return model(**inputs).logits.numpy()
+        return model(**_inputs(processor)).logits.numpy()
 
 
 def test_adapters_by_their_definition_on_the_base_are_the_merged_export(run):
@@ -128,6 +136,49 @@ def test_peft_on_the_export_of_the_base_gives_the_logits_of_the_run(run):
     (base, processor), (merged, _) = load(run / "base-hf"), load(run / "run-hf")
     expected, adapted = _logits(merged, processor), peft.PeftModel.from_pretrained(base, run / "adapter")
     np.testing.assert_allclose(_logits(adapted, processor), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("run", ["mbtf_stf"], indirect=True)
+def test_gradients_of_a_and_b_equal_torchs(run):
+    """Of the cross-entropy of the next tokens of text, in float32; measured: 2e-5 of the largest of each array."""
+    base, processor = load(run / "base-hf")
+    adapted = peft.PeftModel.from_pretrained(base, run / "adapter", is_trainable=True).eval()
+    inputs = _inputs(processor)
+    ids = inputs["input_ids"][0]
+    is_image = (ids == processor.image_token_id).numpy()
+    kept = np.flatnonzero(~is_image[1:])
+    torch.nn.functional.cross_entropy(adapted(**inputs).logits[0, kept], ids[kept + 1]).backward()
+
+    saved, raw = open_model(run / "run"), SavedParams(run / "run")
+    rules = tuple((pattern, action.replace(",dropout=0.1", "")) for pattern, action in RULES)
+    plan = training_blueprint(dataclasses.replace(saved.config, remat="none"), rules)
+    trainable, frozen = (
+        {p: jnp.asarray(raw.read(p)) for p in plan.shapes if (p in plan.adapted) == is_adapter}
+        for is_adapter in (True, False)
+    )
+    slots = np.where(is_image, np.cumsum(is_image) - 1, -1)[None]
+    pixels = to_uint8(inputs, saved.description.vision)[None]
+
+    def loss(trainable):
+        tokens = jnp.where(is_image, 0, ids.numpy())[None]
+        logits = plan.merge(trainable, frozen)(
+            tokens, jnp.arange(len(ids))[None], None, jnp.asarray(slots), jnp.asarray(pixels)
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits[0, kept], ids.numpy()[kept + 1]).mean()
+
+    with compute_context(make_mesh(MeshConfig(1, 1, 1)), "float32"):
+        found = jax.jit(jax.grad(loss))(trainable)
+    expected = {name: parameter.grad for name, parameter in adapted.named_parameters() if "lora_" in name}
+    for path, mapping in map_modules(saved, require_complete(saved, run)).items():
+        for name in ("a", "b") if path in plan.adapters else ():
+            gradient = np.asarray(found[f"{path.removesuffix('kernel')}adapter/{name}"])
+            for layer, tensor in enumerate(mapping.names):
+                module = tensor.removesuffix("weight")
+                value = expected.pop(f"base_model.model.{module}lora_{name.upper()}.default.weight").T.numpy()
+                atol = 5e-5 * np.abs(value).max()
+                assert atol > 0
+                np.testing.assert_allclose(gradient[layer].reshape(value.shape), value, atol=atol, err_msg=tensor)
+    assert not expected
 
 
 # ---- Import ----------------------------------------------------------------------------------------------------------
