@@ -11,7 +11,6 @@ import numpy as np
 from etils import epath
 
 from stf_jax.checkpointing.adapted import merge_params
-from stf_jax.checkpointing.base import Base
 from stf_jax.checkpointing.manager import Checkpoints
 from stf_jax.checkpointing.rules import rate_factors
 from stf_jax.config import Stopped, TrainConfig, to_json
@@ -36,18 +35,15 @@ from stf_jax.training.optimizer import check_steps, learning_rate, make_optimize
 from stf_jax.training.programs import StepPrograms
 from stf_jax.training.remat import resolve_remat
 from stf_jax.training.resume import check_changes
+from stf_jax.training.start import load_start
 from stf_jax.training.state import (
     TrainState,
-    base_params,
     init_state,
     learning_rate_factors,
-    quantize_loaded,
-    saved_by_base,
     state_layout,
     training_blueprint,
 )
 from stf_jax.training.step import Metrics
-from stf_jax.weights.folder import absolute_sources, find_unchanged, load_params
 from stf_jax.weights.model import save_description
 from stf_jax.weights.origin import complete_config
 
@@ -124,10 +120,8 @@ def _train(
     stack.callback(programs.close)
 
     def start_state() -> TrainState[jax.Array]:
-        source = config.init_from, base_params(plan, layout), config.init_missing
-        unchanged = set() if config.checkpoint.save_frozen else find_unchanged(*source)
-        checkpoints.set_base(Base(absolute_sources(config.init_from), saved_by_base(plan, layout, unchanged)))
-        loaded = load_params(*source, functools.partial(quantize_loaded, plan, layout))
+        loaded, base = load_start(config, plan, layout)
+        checkpoints.set_base(base)
         return init_state(config, plan, layout, tx, loaded)
 
     restored = checkpoints.restore_newest(layout, lambda: start_state().frozen)
