@@ -38,7 +38,10 @@ class Base:
     shapes: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
 
     def save(self, workdir: epath.Path) -> None:
-        """Writes ``base.json``. Raises OSError if that fails."""
+        """Writes ``base.json``, or deletes it if nothing is read from the base. Raises OSError if that fails."""
+        if not self.shapes:
+            (workdir / BASE).unlink(missing_ok=True)
+            return
         shapes = {path: [leaf.dtype.name, *leaf.shape] for path, leaf in self.shapes.items()}
         write_json(workdir / BASE, {"init_from": self.init_from, "parameters": shapes})
 
@@ -50,7 +53,7 @@ class Base:
         """The error if a parameter differs from the one that the run started from."""
         return UserError(
             f"{', '.join(self.init_from)} no longer has the weights that the run in {workdir} started from and did not "
-            f"save: {path} differs. Put them back, or name their folder in init_from (of the config if the run "
+            f"save: {path} differs; put them back, or name their folder in init_from (of the config if the run "
             f"resumes, else of {workdir / BASE})."
         )
 
@@ -63,6 +66,8 @@ def read_base(workdir: epath.Path) -> Base:
             path: jax.ShapeDtypeStruct(tuple(map(int, shape)), jnp.dtype(dtype))
             for path, (dtype, *shape) in values["parameters"].items()
         }
+        if not isinstance(values["init_from"], list):
+            raise TypeError("init_from is no list")
         return Base(tuple(map(str, values["init_from"])), shapes)
     except (UserError, ValueError, KeyError, TypeError, AttributeError):
         return Base()

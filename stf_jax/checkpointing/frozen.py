@@ -8,7 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from stf_jax.checkpointing.base import BASE, Base, read_base
+from stf_jax.checkpointing.base import Base, read_base
 from stf_jax.checkpointing.items import (
     IO_ERRORS,
     TEMPORARY,
@@ -72,12 +72,10 @@ class FrozenParams:
         if arrays := {path: value for path, value in params.items() if path not in self._base.shapes}:
             items[FROZEN] = ocp.args.StandardSave(arrays)
         try:
-            if self._base.shapes and jax.process_index() == 0:
-                self._base.save(self._workdir)
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
                 writer.save(self._folder, args=ocp.args.Composite(**items), force=True)
-            if not self._base.shapes and jax.process_index() == 0:
-                (self._workdir / BASE).unlink(missing_ok=True)
+            if jax.process_index() == 0:
+                self._base.save(self._workdir)
         except IO_ERRORS as error:
             failure = error
         if hosts.any_process(failure is not None):

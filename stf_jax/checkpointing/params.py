@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import orbax.checkpoint.experimental.v1 as v1
 from etils import epath
 
-from stf_jax.checkpointing.base import Base, read_base
+from stf_jax.checkpointing.base import BASE, Base, read_base
 from stf_jax.checkpointing.checksum import checksum as device_checksum
 from stf_jax.checkpointing.checksum import host_checksum
 from stf_jax.checkpointing.frozen import FROZEN
@@ -89,6 +89,11 @@ class SavedParams:
         }
         outside = {path: leaf for path, leaf in self.base.shapes.items() if path not in self.shapes}
         self.base = dataclasses.replace(self.base, shapes=outside)
+        if lost := sorted(self.frozen_sums.keys() - leaves.keys() - outside.keys()):
+            raise UserError(
+                f"{folder / BASE}, which says where the run did not save {lost[0]}, is damaged or missing; "
+                f"{self._remedy()}."
+            )
 
     def _add_frozen(self, workdir: epath.Path) -> None:
         folder = workdir / FROZEN

@@ -158,3 +158,11 @@ def test_a_missing_base_is_refused_until_it_is_named(made, folder, capsys):
     assert _main(folder, "--config.init_from=moved") == 0
     assert json.loads((folder / "run" / "base.json").read_text())["init_from"] == [str(folder / "moved")]
     assert open_params(folder / "run").shapes.keys() == open_params(made[0] / "run").shapes.keys()
+
+
+def test_a_run_without_its_base_json_is_refused(folder):
+    """An object of another form counts as none."""
+    for text in ("", '{"init_from": "base", "parameters": {}}'):
+        (folder / "run" / "base.json").write_text(text)
+        with pytest.raises(UserError, match=r"run/base.json.* did not save llm/.*, is damaged or missing"):
+            open_params(folder / "run")
