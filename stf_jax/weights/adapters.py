@@ -60,8 +60,8 @@ def load_adapter(
       ``{path: array}`` in the dtypes of the files.
 
     Raises:
-      UserError: the folder cannot be read; it does not adapt what the run's rules adapt, with rank and scale of
-        theirs; it holds other tensors than the model.
+      UserError: the folder cannot be read; it does not adapt what the rules adapt, with the same rank and scale; it
+        holds other tensors than the model.
     """
     adapter = read_adapter(local_copy(to_path(name)))
     assert model.vision_shape is not None  # a run trains a complete model
