@@ -22,7 +22,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from stf_jax.checkpointing.adapted import MergedParams, merge_saved
-from stf_jax.checkpointing.base import BasedParams
+from stf_jax.checkpointing.base import BASE, BasedParams
 from stf_jax.checkpointing.items import to_absolute
 from stf_jax.checkpointing.params import ParamSource, SavedParams
 from stf_jax.checkpointing.renames import current_paths, path_matches
@@ -203,6 +203,8 @@ def open_params(folder: epath.Path) -> SavedParams | BasedParams | MergedParams:
     names = tuple(_find_source(name, folder) for name in saved.base.init_from)
     base = dataclasses.replace(saved.base, init_from=names)
     try:
+        if os.fspath(to_absolute(folder)) in names:
+            raise UserError(f"{folder / BASE} names the run itself.")
         source = _Sources(names)
     except UserError as error:
         raise base.missing(folder, error) from None

@@ -23,7 +23,7 @@ from stf_jax.models.blueprint import blueprint
 from stf_jax.models.quantized import scale_path
 from stf_jax.weights.folder import open_params
 
-RULES = (("llm/.*", "lora:rank=2,dropout=0.1@int8"), ("vision/.*", "freeze"), ("fusion/.*", "train"))
+RULES = (("llm/.*", "lora:rank=2@int8"), ("vision/.*", "freeze"), ("fusion/.*", "train"))
 FRESH = "llm/norm/scale"  # frozen, and not in the base
 CHANGES = {
     "mesh.data": 1,
@@ -160,8 +160,12 @@ def test_a_missing_base_is_refused_until_it_is_named(made, folder, capsys):
     assert open_params(folder / "run").shapes.keys() == open_params(made[0] / "run").shapes.keys()
 
 
-def test_a_run_without_its_base_json_is_refused(folder):
+def test_a_run_with_a_wrong_base_json_is_refused(folder):
     """An object of another form counts as none."""
+    file = folder / "run" / "base.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_from": [str(folder / "run")]}))
+    with pytest.raises(UserError, match=r"run/base.json names the run itself"):
+        open_params(folder / "run")
     for text in ("", '{"init_from": "base", "parameters": {}}'):
         (folder / "run" / "base.json").write_text(text)
         with pytest.raises(UserError, match=r"run/base.json.* did not save llm/.*, is damaged or missing"):
