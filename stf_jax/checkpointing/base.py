@@ -40,7 +40,8 @@ class Base:
     def save(self, workdir: epath.Path) -> None:
         """Writes ``base.json``, or deletes it if nothing is read from the base. Raises OSError if that fails."""
         if not self.shapes:
-            (workdir / BASE).unlink(missing_ok=True)
+            if (workdir / BASE).exists():
+                (workdir / BASE).unlink()
             return
         shapes = {path: [leaf.dtype.name, *leaf.shape] for path, leaf in self.shapes.items()}
         write_json(workdir / BASE, {"init_from": self.init_from, "parameters": shapes})
