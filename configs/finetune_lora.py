@@ -3,6 +3,7 @@
     python -m stf_jax.main --config=configs/finetune_lora.py --workdir=DIR --config.init_from=STAGE_1_WORKDIR \
         --config.data.annotations=llava_v1_5_mix665k.json --config.data.images=DIR
 
+Checkpoints hold the adapters and the fusion; the rest is read from init_from whenever the run is resumed or opened.
 With ``:base=int8``, the kernels of the language model's blocks are frozen in int8, for cards of 24 GB. On several
 cards, lower ``optimizer.accumulation_steps``, so that a microbatch has a row for each.
 """
@@ -27,5 +28,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         ("llm/.*", "lora:rank=128,alpha=256,dropout=0.05" + (f"@{arg.base}" if arg.base else "")),
     )
     config.data.update(template="v1", aspect="pad", max_length=2048, buckets=8, records=665_298)
+    config.checkpoint.save_frozen = False
     config.optimizer.update(learning_rate=2e-4, accumulation_steps=32)
     return config

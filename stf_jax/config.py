@@ -183,6 +183,9 @@ class CheckpointConfig:
     every_steps: Size = 500  # steps between checkpoints; the last step is always saved
     keep_last: Size = 2  # number of newest checkpoints to keep
     keep_every: Count = 0  # keep checkpoints at multiples of this many steps permanently; 0: none
+    # true: the workdir has all frozen parameters, once | false: not those of init_from, which is then needed to resume
+    # and to open the run
+    save_frozen: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,3 +102,9 @@ def load(folder: pathlib.Path, **options):
     options = {"dtype": torch.float32} | options
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **options).eval()
     return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+def to_uint8(inputs, config):
+    """Returns the images of a processor's output as uint8 [M, H, W, 3]."""
+    values = inputs["pixel_values"].permute(0, 2, 3, 1).numpy()
+    return np.rint((values * np.array(config.std) + np.array(config.mean)) * 255).astype(np.uint8)

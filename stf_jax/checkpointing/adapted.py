@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from stf_jax.checkpointing.base import BasedParams
 from stf_jax.checkpointing.params import SavedParams
 from stf_jax.checkpointing.rules import find_kernel_adapters, parse_rules
 from stf_jax.config import TrainConfig, UserError, from_json
@@ -61,7 +62,7 @@ def merge_params(params: Mapping[str, jax.Array], plan: Blueprint) -> Iterator[t
 class MergedParams:
     """The parameters of a run, merged as they are read. The attributes are those of SavedParams."""
 
-    def __init__(self, saved: SavedParams, adapters: Mapping[str, Adapter], precision: str) -> None:
+    def __init__(self, saved: SavedParams | BasedParams, adapters: Mapping[str, Adapter], precision: str) -> None:
         """Prepares to merge.
 
         Args:
@@ -102,13 +103,12 @@ class MergedParams:
                 yield path, value
 
 
-def open_params(folder: epath.Path) -> SavedParams | MergedParams:
-    """Opens a run or an imported folder, as a plain model.
+def merge_saved(folder: epath.Path, saved: SavedParams | BasedParams) -> SavedParams | BasedParams | MergedParams:
+    """The parameters of a run or an imported folder, as those of a plain model.
 
     Raises:
-      UserError: as SavedParams; the run's config does not name its adapters.
+      UserError: the run's config does not name its adapters.
     """
-    saved = SavedParams(folder)
     kernels = {kernel for path in saved.shapes if (kernel := adapted_kernel(path)) in saved.shapes}
     if not kernels and not any(leaf.dtype == jnp.int8 for leaf in saved.shapes.values()):
         return saved

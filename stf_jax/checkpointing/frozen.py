@@ -1,4 +1,4 @@
-"""The frozen parameters of a run, saved once, because no step changes them."""
+"""The frozen parameters of a run, saved once or read from where it started, because no step changes them."""
 
 import logging
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from stf_jax.checkpointing.base import Base, read_base
 from stf_jax.checkpointing.items import (
     IO_ERRORS,
     TEMPORARY,
@@ -20,6 +21,7 @@ from stf_jax.checkpointing.items import (
     to_absolute,
 )
 from stf_jax.config import UserError
+from stf_jax.files import as_user_error
 from stf_jax.parallel import hosts
 
 FROZEN = "frozen"  # the folder in a workdir, and its item with the arrays
@@ -30,8 +32,9 @@ _log = logging.getLogger(__name__)
 class FrozenParams:
     """The frozen parameters of a run, in ``workdir/frozen``, for all of its checkpoints.
 
-    The folder has the items ``frozen`` (arrays by path) and ``sums``, their checksums, of which each step keeps a
-    fingerprint. It is written before the first step of a run is saved.
+    The folder has the items ``frozen`` (arrays by path) and ``sums``, the checksums of all frozen parameters, of which
+    each step keeps a fingerprint. It is written before the first step of a run is saved. Arrays of a base are not in
+    it (:class:`stf_jax.checkpointing.base.Base`).
     """
 
     def __init__(self, workdir: epath.Path, on_event: Callable[..., None] = lambda kind, step, **fields: None) -> None:
@@ -41,12 +44,18 @@ class FrozenParams:
           workdir: the run's folder.
           on_event: called with ``"frozen_reloaded"``, the step 0, and the reason if the folder is damaged.
         """
-        self._folder, self._on_event = epath.Path(to_absolute(workdir)) / FROZEN, on_event
+        self._workdir, self._on_event = epath.Path(to_absolute(workdir)), on_event
+        self._folder = self._workdir / FROZEN
+        self._base = Base()
         self._is_saved = False  # by this process, or verified by it
         self._sums: dict[str, int] = {}
-        if jax.process_index() == 0 and self._folder.parent.exists():
-            for partial in self._folder.parent.glob(f"{FROZEN}{TEMPORARY}*"):
+        if jax.process_index() == 0 and self._workdir.exists():
+            for partial in self._workdir.glob(f"{FROZEN}{TEMPORARY}*"):
                 partial.rmtree()
+
+    def set_base(self, base: Base) -> None:
+        """Sets where the run starts from, and which parameters need not be saved for that reason."""
+        self._base = base
 
     def fingerprint(self, params: dict[str, jax.Array]) -> int:
         """Returns a checksum of all parameters, which is computed once."""
@@ -59,10 +68,14 @@ class FrozenParams:
             return
         self.fingerprint(params)
         failure: Exception | None = None
-        items = ocp.args.Composite(**{FROZEN: ocp.args.StandardSave(params), "sums": ocp.args.JsonSave(self._sums)})
+        items: dict[str, Any] = {"sums": ocp.args.JsonSave(self._sums)}
+        if arrays := {path: value for path, value in params.items() if path not in self._base.shapes}:
+            items[FROZEN] = ocp.args.StandardSave(arrays)
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-                writer.save(self._folder, args=items, force=True)
+                writer.save(self._folder, args=ocp.args.Composite(**items), force=True)
+            if jax.process_index() == 0:
+                self._base.save(self._workdir)
         except IO_ERRORS as error:
             failure = error
         if hosts.any_process(failure is not None):
@@ -72,9 +85,15 @@ class FrozenParams:
     def read_shapes(self) -> dict[str, Any]:
         """Reads the shape and dtype of every parameter; empty if that is not possible."""
         try:
-            return read_shapes(self._folder / FROZEN)
+            base, saved = self._read_shapes()
         except IO_ERRORS:
             return {}
+        return {**base.shapes, **saved}
+
+    def _read_shapes(self) -> tuple[Base, dict[str, Any]]:
+        """The base, and the shapes of the arrays in the folder."""
+        base, item = read_base(self._workdir), self._folder / FROZEN
+        return base, {} if base.shapes and not item.exists() else read_shapes(item)
 
     def restore(
         self,
@@ -86,34 +105,56 @@ class FrozenParams:
 
         Args:
           fingerprint: of the parameters, as a step has it; None if its checksums cannot be read.
-          reload: returns the parameters as the run started.
+          reload: returns the parameters as the run started, and calls :meth:`set_base`.
 
         Raises:
           DamagedCheckpoint: the folder is sound, but the step was saved with other parameters.
-          UserError: the folder is damaged, and ``reload`` does not give the same parameters.
+          UserError: ``reload`` does not give the same parameters, but the folder is damaged or they are not in it.
         """
         try:
-            params = self._read(layout)
+            base, params = self._read(layout)
+            sums = read_sums(self._folder)
+            if len(params) < len(layout) and fingerprint not in (None, crc(sums)):
+                raise DamagedCheckpoint("its checksums are not those of the step")
         except DamagedCheckpoint as error:
             return self._reload(fingerprint, reload, str(error))
-        if fingerprint not in (None, self.fingerprint(params)):
-            raise DamagedCheckpoint("the frozen parameters do not match its checksum")
-        self._is_saved = True
+        if len(params) == len(layout):
+            if fingerprint not in (None, self.fingerprint(params)):
+                raise DamagedCheckpoint("the frozen parameters do not match its checksum")
+            self._is_saved = True
+            return params
+        assert reload is not None  # training always gives it
+        try:
+            params = reload() | params
+        except UserError as error:
+            raise base.missing(self._workdir, error) from None
+        found, _ = compute_sums({FROZEN: params})
+        if wrong := sorted(path for path in params if sums.get(f"{FROZEN}/{path}") != found[f"{FROZEN}/{path}"]):
+            raise self._base.changed(self._workdir, wrong[0])
+        self._sums, self._is_saved = found, bool(self._base.shapes)
+        if self._base.shapes and self._base != base and jax.process_index() == 0:  # the folder was moved
+            with as_user_error(self._workdir):
+                self._base.save(self._workdir)
         return params
 
-    def _read(self, layout: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    def _read(self, layout: dict[str, jax.ShapeDtypeStruct]) -> tuple[Base, dict[str, jax.Array]]:
+        """Reads the base, and the arrays that are in the folder."""
+        params: dict[str, jax.Array] = {}
         with explain_read_errors(self._folder):
-            read_shapes(self._folder / FROZEN)  # reads files that restoring does not need, but SavedParams does
-            items = ocp.args.Composite(**{FROZEN: ocp.args.StandardRestore(layout)})
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-                params: dict[str, jax.Array] = reader.restore(self._folder, args=items)[FROZEN]
+            # Reads files that restoring does not need, but SavedParams does.
+            base, saved = self._read_shapes()
+            wanted = {path: leaf for path, leaf in layout.items() if path in saved or path not in base.shapes}
+            if wanted:
+                items = ocp.args.Composite(**{FROZEN: ocp.args.StandardRestore(wanted)})
+                with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+                    params = reader.restore(self._folder, args=items)[FROZEN]
         sums, _ = compute_sums({FROZEN: params})
-        saved = read_sums(self._folder)
-        wrong = sorted(name for name in sums if saved.get(name) != sums[name])
+        expected = read_sums(self._folder)
+        wrong = sorted(name for name in sums if expected.get(name) != sums[name])
         if wrong:
             raise DamagedCheckpoint(f"{wrong[0]} does not match its checksum")
         self._sums = sums
-        return params
+        return base, params
 
     def _reload(
         self, fingerprint: int | None, reload: Callable[[], dict[str, jax.Array]] | None, reason: str

@@ -12,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from stf_jax.checkpointing.base import Base
 from stf_jax.checkpointing.frozen import FrozenParams
 from stf_jax.checkpointing.items import (
     IO_ERRORS,
@@ -88,6 +89,10 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest complete step, or None."""
         return self._manager.latest_step()
+
+    def set_base(self, base: Base) -> None:
+        """Sets where the run starts from, and which frozen parameters need not be saved for that reason."""
+        self._frozen.set_base(base)
 
     def should_save(self, step: int, *, last: bool = False) -> bool:
         """Whether to save this step: by the interval, to retry a failed save, or as the ``last``. Same on all hosts."""
@@ -214,12 +219,13 @@ class Checkpoints:
         """Restores a step: arrays (``trainable``, ``frozen``, ``moments``) in the given layout, ``data`` and ``clock``.
 
         Args:
-          reload: returns the frozen parameters as the run started, in case what was saved is damaged.
+          reload: returns the frozen parameters as the run started, in case they were not saved, or are damaged. It
+            calls :meth:`set_base`.
 
         Raises:
           DamagedCheckpoint: something is missing, cannot be read, or differs from what was written.
-          UserError: the checkpoint is of another model, or may not be read; or the frozen parameters are damaged and
-            ``reload`` does not give the same ones.
+          UserError: the checkpoint is of another model, or may not be read; or the frozen parameters are damaged, or
+            not saved, and ``reload`` does not give the same ones.
           TryAgain: the disk or bucket fails in a way that may be temporary.
         """
         self._manager.wait_until_finished()

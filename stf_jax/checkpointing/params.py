@@ -1,9 +1,10 @@
 """Reads parameters one by one from a run's checkpoint or an imported folder, and writes imported folders."""
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import orbax.checkpoint as ocp
 import orbax.checkpoint.experimental.v1 as v1
 from etils import epath
 
+from stf_jax.checkpointing.base import BASE, Base, read_base
 from stf_jax.checkpointing.checksum import checksum as device_checksum
 from stf_jax.checkpointing.checksum import host_checksum
 from stf_jax.checkpointing.frozen import FROZEN
@@ -27,13 +29,32 @@ IMPORTED = "params"  # the Orbax checkpoint in a folder of imported weights
 _Array = TypeVar("_Array", np.ndarray, jax.Array)
 
 
+class ParamSource(Protocol):
+    """Parameters of a model that are read when they are asked for."""
+
+    @property
+    def shapes(self) -> Mapping[str, Any]:
+        """What has the shape of each parameter, by path."""
+        ...
+
+    def read(self, path: str) -> np.ndarray:
+        """Reads one parameter into host memory. Raises UserError if that fails."""
+        ...
+
+    def restore(self, shardings: Mapping[str, jax.sharding.Sharding]) -> Iterator[tuple[str, jax.Array]]:
+        """Yields paths and parameters with these shardings, in their order. Raises UserError if that fails."""
+        ...
+
+
 class SavedParams:
     """The parameters, by path, of a run's newest checkpoint or of a folder that ``convert`` imported.
 
     Attributes:
-      shapes: shape and dtype of every parameter. Those of the run's teacher, if it has one, are left out.
+      shapes: shape and dtype of every parameter that the folder has, without those of a teacher.
       frozen: the paths of those that the run did not train; empty for an imported folder.
       step: the run's step; None for an imported folder.
+      base: the frozen parameters of the run that the folder does not have.
+      frozen_sums: checksums of frozen parameters, by path, unless each step saved them.
     """
 
     def __init__(self, folder: epath.Path) -> None:
@@ -43,6 +64,7 @@ class SavedParams:
         self.step: int | None = None
         self._items = [to_absolute(folder) / IMPORTED / "state"]
         self._sums: dict[str, int] = {}
+        self.base, self.frozen_sums = Base(), dict[str, int]()
         if not self._items[0].exists():
             self.step = newest_step(folder)
             if self.step is None:
@@ -51,7 +73,7 @@ class SavedParams:
             self._items = [item for item in (step / "trainable", step / FROZEN) if item.exists()]  # old runs have both
             self._sums = read_sums(step)
             if FROZEN in self._sums:
-                self._add_frozen(to_absolute(folder) / FROZEN)
+                self._add_frozen(to_absolute(folder))
         try:
             trees = [read_shapes(item) for item in self._items]
         except IO_ERRORS as error:
@@ -71,13 +93,24 @@ class SavedParams:
             for path, saved in self._saved_path.items()
         }
         self.frozen = frozenset(path for path, item in self._item_of.items() if item.name == FROZEN)
+        outside = {path: leaf for path, leaf in self.base.shapes.items() if path not in self.shapes}
+        self.base = dataclasses.replace(self.base, shapes=outside)
+        if lost := sorted(self.frozen_sums.keys() - set().union(*trees) - outside.keys()):
+            raise UserError(
+                f"{folder / BASE}, which says where the run did not save {lost[0]}, is damaged or missing; "
+                f"{self._remedy()}."
+            )
 
-    def _add_frozen(self, folder: epath.Path) -> None:
+    def _add_frozen(self, workdir: epath.Path) -> None:
+        folder = workdir / FROZEN
         sums = read_sums(folder)
         if crc(sums) != self._sums[FROZEN]:
             problem = "is damaged, or of another run" if folder.exists() else "is missing"
             raise UserError(f"{folder}, which holds the frozen parameters of the run, {problem}; {self._remedy()}.")
-        self._items.append(folder / FROZEN)
+        self.base = read_base(workdir)
+        self.frozen_sums = {name.removeprefix(f"{FROZEN}/"): value for name, value in sums.items()}
+        if (folder / FROZEN).exists() or not self.base.shapes:
+            self._items.append(folder / FROZEN)
         self._sums |= sums
 
     def _remedy(self) -> str:

@@ -37,19 +37,17 @@ from stf_jax.training.optimizer import check_steps, learning_rate, make_optimize
 from stf_jax.training.programs import StepPrograms
 from stf_jax.training.remat import resolve_remat
 from stf_jax.training.resume import check_changes
+from stf_jax.training.start import load_start
 from stf_jax.training.state import (
     Layout,
     TrainState,
-    base_params,
     init_state,
     learning_rate_factors,
-    quantize_loaded,
     state_layout,
     training_blueprint,
 )
 from stf_jax.training.step import Metrics
 from stf_jax.training.teacher import check_tokenizer, load_teacher
-from stf_jax.weights.folder import load_params
 from stf_jax.weights.model import save_description
 from stf_jax.weights.origin import complete_config
 
@@ -128,8 +126,8 @@ def _train(
     stack.callback(programs.close)
 
     def start_state() -> TrainState[jax.Array]:
-        on_load = functools.partial(quantize_loaded, plan, layout)
-        loaded = load_params(config.init_from, base_params(plan, layout), config.init_missing, on_load)
+        loaded, base = load_start(config, plan, layout)
+        checkpoints.set_base(base)
         loaded |= load_teacher(plan, layout.frozen)
         return init_state(config, plan, layout, tx, loaded)
 

@@ -5,7 +5,7 @@ Trees are flat: ``{"vision/blocks/mlp/up/kernel": array, …}``.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Generic, TypeVar
 
 import jax
@@ -123,6 +123,12 @@ def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransfo
 def base_params(plan: Blueprint, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
     """The layout of the parameters that weights have at the start: without adapters, scales and a teacher."""
     return {path: leaf for path, leaf in layout.params.items() if path not in plan.added}
+
+
+def saved_by_base(plan: Blueprint, layout: Layout, unchanged: Collection[str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The frozen parameters that follow from loaded ones: those that are ``unchanged``, and their scales."""
+    scales = {scale_path(path) for path in plan.quantized.intersection(unchanged)}
+    return {path: leaf for path, leaf in layout.frozen.items() if path in unchanged or path in scales}
 
 
 def quantize_loaded(plan: Blueprint, layout: Layout, path: str, value: jax.Array) -> Params:

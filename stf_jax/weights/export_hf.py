@@ -14,6 +14,7 @@ import string
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -29,7 +30,6 @@ from stf_jax.models.decoders.rope import write_rope
 from stf_jax.models.fusions.base import find_fusion, input_grid, resolve_sizes, tapped_blocks, tokens_per_image
 from stf_jax.models.fusions.mlp import MLP
 from stf_jax.models.spec import find_family
-from stf_jax.models.tensor_names import TensorNames
 from stf_jax.models.towers.base import ACTIVATIONS, TOWERS, VisionConfig
 from stf_jax.registry import is_outside
 from stf_jax.weights.detect import VOCABULARY
@@ -86,7 +86,7 @@ def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[s
         if rows != model.llm.vocab:
             config["stf_vocab"] = model.llm.vocab  # further rows exist only for <image>
         tensors = _with_image_row(stream, rows)
-        torch_file = None if _is_llava(model) else find_torch_file(model.fusion)
+        torch_file = None if _is_llava(model.fusion) else find_torch_file(model.fusion)
         if torch_file is None:
             write_shards(folder, itertools.chain(tensors, _unused_norm(model, config["dtype"])))
             processor = _complete_llava_config(config, model, taps[0], count, image_id)
@@ -133,9 +133,9 @@ def text_config_values(config: LLMConfig, tokenizer: PreTrainedTokenizerFast) ->
     }
 
 
-def _is_llava(model: CompleteModel) -> bool:
+def _is_llava(fusion: FusionConfig) -> bool:
     """Whether transformers' own LLaVA computes the model."""
-    return find_fusion(model.fusion) is MLP
+    return find_fusion(fusion) is MLP
 
 
 def find_torch_file(config: FusionConfig) -> pathlib.Path:
@@ -157,55 +157,41 @@ def find_torch_file(config: FusionConfig) -> pathlib.Path:
     return file
 
 
-def map_modules(saved: SavedModel, model: CompleteModel) -> dict[str, TensorMapping]:
+def map_modules(
+    shapes: Mapping[str, jax.ShapeDtypeStruct], vision: VisionConfig, fusion: FusionConfig, llm: LLMConfig
+) -> dict[str, TensorMapping]:
     """Maps parameters to the names that they have in the model in PyTorch, which are also those in exports of ours.
 
     transformers renames the tensors of its own LLaVA when it reads them.
     """
-    projector = (LLAVA_PROJECTOR, {"": "model.multi_modal_projector."})
-    decoder = DECODERS.find(model.llm.family)
+    decoder = DECODERS.find(llm.family)
+    table = LLAVA_PROJECTOR if _is_llava(fusion) else fusion_table(fusion, vision, llm.width)
+    projector = "model.multi_modal_projector." if _is_llava(fusion) else "model."
     head = decoder.tensor_names["head/kernel"].name
-    return _map_parts(
-        saved,
-        model,
-        {"": "model.vision_tower."},
-        projector if _is_llava(model) else (_fusion_table(model), {"": "model."}),
-        {decoder.root: "model.language_model.", head: head},
-    )
-
-
-def _map_tensors(saved: SavedModel, model: CompleteModel) -> dict[str, TensorMapping]:
-    if not _is_llava(model):
-        return map_modules(saved, model)
-    wrapper = TOWERS.find(model.vision.family).wrapper
-    projector = (LLAVA_PROJECTOR, {"": "multi_modal_projector."})
-    return _map_parts(saved, model, {"": f"vision_tower.{wrapper}"}, projector, {"": "language_model."})
-
-
-def _map_parts(
-    saved: SavedModel,
-    model: CompleteModel,
-    vision: Mapping[str, str],
-    fusion: tuple[TensorNames, Mapping[str, str]],
-    llm: Mapping[str, str],
-) -> dict[str, TensorMapping]:
-    """Maps the parameters of all parts; ``vision`` and ``llm`` are prefixes as for :func:`map_part`."""
     return {
-        **map_part(saved, "vision", TOWERS.find(model.vision.family).tensor_names, vision),
-        **map_part(saved, "fusion/connector", *fusion),
-        **map_part(saved, "llm", DECODERS.find(model.llm.family).tensor_names, llm),
+        **map_part(shapes, "vision", TOWERS.find(vision.family).tensor_names, {"": "model.vision_tower."}),
+        **map_part(shapes, "fusion/connector", table, {"": projector}),
+        **map_part(shapes, "llm", decoder.tensor_names, {decoder.root: "model.language_model.", head: head}),
     }
 
 
-def _fusion_table(model: CompleteModel) -> TensorNames:
-    return fusion_table(model.fusion, model.vision, model.llm.width)
+def _map_tensors(saved: SavedModel, model: CompleteModel) -> dict[str, TensorMapping]:
+    if not _is_llava(model.fusion):
+        return map_modules(saved.shapes, model.vision, model.fusion, model.llm)
+    tower = TOWERS.find(model.vision.family)
+    return {
+        **map_part(saved.shapes, "vision", tower.tensor_names, {"": f"vision_tower.{tower.wrapper}"}),
+        **map_part(saved.shapes, "fusion/connector", LLAVA_PROJECTOR, {"": "multi_modal_projector."}),
+        **map_part(saved.shapes, "llm", DECODERS.find(model.llm.family).tensor_names, {"": "language_model."}),
+    }
 
 
 def _complete_stf_config(
     config: dict[str, Any], model: CompleteModel, taps: tuple[int, ...], count: int, image_id: int
 ) -> dict[str, Any]:
     """Completes the config for our classes; returns the processor's config."""
-    fusion, table = resolve_sizes(model.fusion, model.vision), _fusion_table(model)
+    fusion = resolve_sizes(model.fusion, model.vision)
+    table = fusion_table(model.fusion, model.vision, model.llm.width)
     config |= {
         "model_type": "llava_stf",
         "architectures": ["LlavaSTFForConditionalGeneration"],
@@ -284,7 +270,7 @@ def _write_readme(
 ) -> None:
     """Writes ``README.md``: what the export is, how to use it and how to serve it."""
     text = string.Template((PACKAGE / "README.md").read_text())
-    plain = _is_llava(model)
+    plain = _is_llava(model.fusion)
     values = {
         "architecture": config["architectures"][0],
         "code": "It needs no custom code." if plain else "Loading it runs its code (`*_stf.py`).",

@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
 
 from stf_jax.checkpointing.params import SavedParams
@@ -19,9 +21,9 @@ from stf_jax.weights.exports import ExportStream, require_complete
 from stf_jax.weights.folder import new_folder
 from stf_jax.weights.mapping import TensorMapping
 from stf_jax.weights.model import open_model
+from stf_jax.weights.peft import CONFIG, ROOT
 from stf_jax.weights.shards import write_file
 
-_ROOT = "base_model.model."  # of the names in PEFT's files
 _WEIGHT = ".weight"
 
 
@@ -48,18 +50,22 @@ def export_peft(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict
         rules = from_json(read_json(checkpoint / "config.json")).rules
         decisions = decide(rules, {path: plan.depth(path) for path in plan.shapes}, plan.linears)
         adapters = _find_lora(checkpoint, decisions)
-        kernels = map_modules(saved, model)
+        kernels = map_modules(saved.shapes, model.vision, model.fusion, model.llm)
         fusion = {path: mapping for path, mapping in kernels.items() if path.startswith("fusion/")}
         mappings = {path: _rename(mapping, _WEIGHT, _WEIGHT) for path, mapping in fusion.items()}
         for path in adapters:
-            mappings |= _map_adapter(path, kernels[path], raw)
-        shapes = {path: raw.shapes[path] for path in mappings}
-        stream = ExportStream(dataclasses.replace(saved, shapes=shapes, read=raw.read), mappings, dtype)
+            mappings |= map_adapter(path, kernels[path], raw.shapes)
+        shapes = {path: (saved if path in fusion else raw).shapes[path] for path in mappings}
+
+        def read(path: str) -> np.ndarray:
+            return (saved if path in fusion else raw).read(path)
+
+        stream = ExportStream(dataclasses.replace(saved, shapes=shapes, read=read), mappings, dtype)
         write_file(folder / "adapter_model.safetensors", dict(stream))
         modules = {name.removesuffix(_WEIGHT): lora for path, lora in adapters.items() for name in kernels[path].names}
         # A fusion's modules, such as model.mm_projector, are saved whole.
         whole = {".".join(name.split(".")[:2]) for mapping in fusion.values() for name in mapping.names}
-        write_json(epath.Path(folder, "adapter_config.json"), _adapter_config(modules, sorted(whole)))
+        write_json(epath.Path(folder, CONFIG), _adapter_config(modules, sorted(whole)))
         stream.save_report(folder)
     return stream.report
 
@@ -77,10 +83,15 @@ def _find_lora(checkpoint: epath.Path, decisions: Mapping[str, Decision]) -> dic
     return adapters
 
 
-def _map_adapter(path: str, kernel: TensorMapping, raw: SavedParams) -> dict[str, TensorMapping]:
-    """Maps A and B of a kernel to PEFT's ``lora_A.weight`` [r, inputs] and ``lora_B.weight`` [outputs, r]."""
+def map_adapter(
+    path: str, kernel: TensorMapping, shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, TensorMapping]:
+    """Maps A and B of a kernel to PEFT's ``lora_A.weight`` [r, inputs] and ``lora_B.weight`` [outputs, r].
+
+    Raises UserError if PyTorch has the kernel's axes in another order.
+    """
     paths = [f"{path.removesuffix('kernel')}{ADAPTER}/{name}" for name in "ab"]
-    a, b = (raw.shapes[leaf].shape[1:] for leaf in paths)  # [*inputs, r], [r, *outputs]
+    a, b = (shapes[leaf].shape[1:] for leaf in paths)  # [*inputs, r], [r, *outputs]
     inputs, outputs = tuple(range(len(a) - 1)), tuple(range(1, len(b)))
     if kernel.layout != (tuple(len(inputs) - 1 + axis for axis in outputs), inputs):
         raise UserError(f"{path} has another order of axes in PyTorch than its adapter; export with --format=hf.")
@@ -94,7 +105,7 @@ def _map_adapter(path: str, kernel: TensorMapping, raw: SavedParams) -> dict[str
 def _rename(mapping: TensorMapping, suffix: str, replacement: str) -> TensorMapping:
     """A mapping to PEFT's names for the tensors of a model."""
     names = (name.removesuffix(suffix) + replacement if name.endswith(suffix) else name for name in mapping.names)
-    return dataclasses.replace(mapping, names=tuple(_ROOT + name for name in names))
+    return dataclasses.replace(mapping, names=tuple(ROOT + name for name in names))
 
 
 def _adapter_config(modules: Mapping[str, LoRA], modules_to_save: Sequence[str]) -> dict[str, Any]:

@@ -60,15 +60,15 @@ def export_llava_stf(
         if fusion is None:
             raise UserError(f"{checkpoint} holds no fusion to export.")
         taps = _check_fusion(fusion, saved.description.vision)
-        mappings = map_part(saved, "fusion/connector", MBTFSTF.tensor_names(fusion), {"": "model."})
+        mappings = map_part(saved.shapes, "fusion/connector", MBTFSTF.tensor_names(fusion), {"": "model."})
         if adapter_only:
             stream = ExportStream(saved, mappings, dtype)
             _save_adapter(folder / ADAPTER, stream)
         else:
             model = require_complete(saved, checkpoint)
             _check_llm(model.llm)
-            mappings |= map_part(saved, "vision", CLIP.tensor_names, _TOWER_PREFIX)
-            mappings |= map_part(saved, "llm", LLAMA.tensor_names, {"": ""})
+            mappings |= map_part(saved.shapes, "vision", CLIP.tensor_names, _TOWER_PREFIX)
+            mappings |= map_part(saved.shapes, "llm", LLAMA.tensor_names, {"": ""})
             stream = ExportStream(saved, mappings, dtype)
             write_shards(folder, stream)
             config = _make_config(model, taps[0], dtype or widest_dtype(saved))

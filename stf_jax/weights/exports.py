@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
@@ -49,11 +50,13 @@ def require_complete(saved: SavedModel, checkpoint: epath.Path) -> CompleteModel
     return CompleteModel(vision, fusion, llm, tokenizer, model.template, model.aspect)
 
 
-def map_part(saved: SavedModel, part: str, table: TensorNames, prefixes: Mapping[str, str]) -> dict[str, TensorMapping]:
+def map_part(
+    shapes: Mapping[str, jax.ShapeDtypeStruct], part: str, table: TensorNames, prefixes: Mapping[str, str]
+) -> dict[str, TensorMapping]:
     """Maps one part (``vision``, ``fusion``, ``llm``) of a model, by full parameter paths."""
     root = f"{part}/"
-    shapes = {path.removeprefix(root): leaf.shape for path, leaf in saved.shapes.items() if path.startswith(root)}
-    return {root + path: mapping for path, mapping in map_parameters(table, shapes, prefixes).items()}
+    own = {path.removeprefix(root): leaf.shape for path, leaf in shapes.items() if path.startswith(root)}
+    return {root + path: mapping for path, mapping in map_parameters(table, own, prefixes).items()}
 
 
 def widest_dtype(saved: SavedModel) -> str:

@@ -6,22 +6,25 @@ A folder of weights holds safetensors (weights/locate.py chooses the files) whos
 
 import collections
 import contextlib
+import dataclasses
 import errno
+import os
 import pathlib
 import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from stf_jax.checkpointing.adapted import open_params
+from stf_jax.checkpointing.adapted import MergedParams, merge_saved
+from stf_jax.checkpointing.base import BASE, BasedParams
 from stf_jax.checkpointing.items import to_absolute
-from stf_jax.checkpointing.params import SavedParams
+from stf_jax.checkpointing.params import ParamSource, SavedParams
 from stf_jax.checkpointing.renames import current_paths, path_matches
 from stf_jax.config import UserError, from_json
 from stf_jax.files import in_bucket, local_copy, read_json, to_path, upload
@@ -34,10 +37,6 @@ EMBEDDED = {
     "miniatures/siglip": MINIATURES / "siglip",
     "miniatures/2": MINIATURES / "2",
 }
-
-_Shapes = Mapping[str, tuple[int, ...]]  # by path
-# Reads arrays one by one with their paths, given shardings by path.
-_Read = Callable[[Mapping[str, jax.sharding.Sharding]], Iterator[tuple[str, jax.Array]]]
 
 
 def load_params(
@@ -62,41 +61,39 @@ def load_params(
     Raises:
       UserError: a source cannot be read, or parameters are missing, unknown or of another shape (all are listed).
     """
-    names = [part.strip() for part in sources.split(",") if part.strip()]
-    opened = [_open(EMBEDDED.get(name) or to_path(name)) for name in names]
-    found = {path: (shape, read) for shapes, read in opened for path, shape in shapes.items()}
+    found = _Sources(_split(sources))
+    shapes = {path: tuple(leaf.shape) for path, leaf in found.shapes.items()}
     compiled = [_compile(pattern) for pattern in fresh]
 
     def is_loaded(path: str) -> bool:
         return not any(path_matches(pattern, path) for pattern in compiled)
 
-    if not names and any(is_loaded(path) for path in layout):
+    if not found.folders and any(is_loaded(path) for path in layout):
         raise UserError(
             f"There are no weights to start from, and {next(filter(is_loaded, layout))} must not start at random: set "
             "--config.init_from=DIR, or try training on embedded weights with --config=configs/demo.py."
         )
     problems: dict[str, list[str]] = collections.defaultdict(list)  # by part
-    for path in filter(is_loaded, layout.keys() | found.keys()):
+    for path in filter(is_loaded, layout.keys() | shapes.keys()):
         part = path.split("/")[0]
-        if path not in found:
+        if path not in shapes:
             problems[part].append(f"missing {path} {layout[path].shape}")
         elif path not in layout:
-            problems[part].append(f"unknown {path} {found[path][0]}")
-        elif found[path][0] != layout[path].shape and not _is_resizable(path, found[path][0], layout[path].shape):
-            problems[part].append(f"{path} is {found[path][0]} there and {layout[path].shape} here")
+            problems[part].append(f"unknown {path} {shapes[path]}")
+        elif shapes[path] != layout[path].shape and not _is_resizable(path, shapes[path], layout[path].shape):
+            problems[part].append(f"{path} is {shapes[path]} there and {layout[path].shape} here")
     if problems:
         raise UserError(
-            f"The weights in {sources!r} do not fit the model: {_suggest_fixes(names, opened, layout, problems)} "
+            f"The weights in {sources!r} do not fit the model: {_suggest_fixes(found, layout, problems)} "
             + f"{'; '.join(sorted(line for lines in problems.values() for line in lines))}."
         )
     loaded: dict[str, dict[str, jax.Array]] = {}
-    for _, read in opened:  # each parameter once, from the last source that has it
-        wanted = [path for path in layout if is_loaded(path) and path in found and found[path][1] is read]
-        same_shape = [path for path in wanted if found[path][0] == layout[path].shape]
-        for path, value in read({path: layout[path].sharding for path in same_shape}):
-            loaded[path] = convert(path, value)
-            del value  # before the next is read
-        loaded |= {path: {path: _resize(read, path, layout[path])} for path in wanted if path not in same_shape}
+    wanted = [path for path in layout if is_loaded(path)]
+    same_shape = [path for path in wanted if shapes[path] == layout[path].shape]
+    for path, value in found.restore({path: layout[path].sharding for path in same_shape}):
+        loaded[path] = convert(path, value)
+        del value  # before the next is read
+    loaded |= {path: {path: _resize(found, path, layout[path])} for path in wanted if path not in same_shape}
     return {name: value for path in layout if path in loaded for name, value in loaded[path].items()}
 
 
@@ -113,10 +110,10 @@ def find_origin(sources: str, fresh: Iterable[str], part: str) -> str:
       The absolute path; empty if no folder has the part, or it is not loaded.
     """
     compiled = [_compile(pattern) for pattern in fresh]
-    for name in reversed([name.strip() for name in sources.split(",") if name.strip()]):
+    for name in reversed(_split(sources)):
         folder = epath.Path(EMBEDDED.get(name) or to_path(name))
         try:
-            paths = [path for path in _open(folder)[0] if path.startswith(f"{part}/")]
+            paths = [path for path in _open(folder).shapes if path.startswith(f"{part}/")]
         except UserError:
             return ""
         if any(path_matches(pattern, path) for pattern in compiled for path in paths):
@@ -131,11 +128,28 @@ def _origin_of_run(folder: epath.Path, part: str) -> str:
     if not SavedParams.exists_in(folder):
         return ""
     saved = SavedParams(folder)
-    leaves = {path: leaf for path, leaf in saved.shapes.items() if path.startswith(f"{part}/")}  # adapters too
-    if any(path not in saved.frozen or leaf.dtype == np.int8 for path, leaf in leaves.items()):
+    shapes, frozen = {**saved.shapes, **saved.base.shapes}, saved.frozen | saved.base.shapes.keys()
+    leaves = {path: leaf for path, leaf in shapes.items() if path.startswith(f"{part}/")}  # adapters too
+    if any(path not in frozen or leaf.dtype == np.int8 for path, leaf in leaves.items()):
         return ""
     config = from_json(read_json(folder / "config.json"))
     return find_origin(config.init_from, config.init_missing, part)
+
+
+def find_unchanged(sources: str, layout: Mapping[str, jax.ShapeDtypeStruct], fresh: Iterable[str]) -> set[str]:
+    """The parameters that :func:`load_params` reads as they are, without initializing or interpolating them."""
+    found, compiled = _Sources(_split(sources)).shapes, [_compile(pattern) for pattern in fresh]
+    same = {path for path, leaf in layout.items() if path in found and tuple(found[path].shape) == leaf.shape}
+    return {path for path in same if not any(path_matches(pattern, path) for pattern in compiled)}
+
+
+def absolute_sources(sources: str) -> tuple[str, ...]:
+    """The folders and names of a config's ``init_from``, with absolute paths."""
+    return tuple(name if name in EMBEDDED else os.fspath(to_absolute(to_path(name))) for name in _split(sources))
+
+
+def _split(sources: str) -> list[str]:
+    return [part.strip() for part in sources.split(",") if part.strip()]
 
 
 def _is_resizable(path: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -143,22 +157,16 @@ def _is_resizable(path: str, saved: tuple[int, ...], wanted: tuple[int, ...]) ->
     return path == "vision/position_embed" and saved[1:] == wanted[1:] and same_grid_kind(saved[0], wanted[0])
 
 
-def _resize(read: _Read, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    replicated = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
-    table = interpolate_positions(np.asarray(dict(read({path: replicated}))[path]), leaf.shape[0])
+def _resize(source: ParamSource, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    table = interpolate_positions(source.read(path), leaf.shape[0])
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: table[index])
 
 
-def _suggest_fixes(
-    names: Sequence[str],
-    opened: Sequence[tuple[_Shapes, _Read]],
-    layout: Iterable[str],
-    problems: Iterable[str],
-) -> str:
+def _suggest_fixes(sources: "_Sources", layout: Iterable[str], problems: Iterable[str]) -> str:
     """Returns how to fix each part (``vision``, ``fusion``, ``llm``) that does not fit."""
     clauses = []
     for part in sorted(problems):
-        having = [name for name, (shapes, _) in zip(names, opened, strict=True) if _has_part(shapes, part)]
+        having = [name for name, source in sources.folders if _has_part(source.shapes, part)]
         if not having:
             clauses.append(
                 f"they have no {part} (add a folder that has one to init_from, or name {part}/.* in init_missing)"
@@ -219,22 +227,85 @@ def new_folder(to: epath.Path) -> Iterator[pathlib.Path]:
         raise
 
 
-def _open(folder: epath.Path) -> tuple[_Shapes, _Read]:
-    """Returns shapes by path, and a function that reads arrays by path, given shardings by path."""
+def open_params(folder: epath.Path) -> SavedParams | BasedParams | MergedParams:
+    """Opens a run, with the weights that it started from if it did not save them, or an imported folder.
+
+    Its parameters are those of a plain model.
+
+    Raises:
+      UserError: as SavedParams; the weights that the run started from are gone, or others now; the run's config does
+        not name its adapters.
+    """
+    saved = SavedParams(folder)
+    if not saved.base.shapes:
+        return merge_saved(folder, saved)
+    names = tuple(_find_source(name, folder) for name in saved.base.init_from)
+    base = dataclasses.replace(saved.base, init_from=names)
+    try:
+        if os.fspath(to_absolute(folder)) in names:
+            raise UserError(f"{folder / BASE} names the run itself.")
+        source = _Sources(names)
+    except UserError as error:
+        raise base.missing(folder, error) from None
+    return merge_saved(folder, BasedParams(folder, saved, base, source))
+
+
+def _find_source(name: str, workdir: epath.Path) -> str:
+    """A folder that a run started from, or, if that is gone, the one of its name beside the run, which was moved."""
+    beside = to_absolute(workdir).parent / os.path.basename(name)
+    return name if name in EMBEDDED or to_path(name).exists() or not beside.exists() else os.fspath(beside)
+
+
+class _Sources:
+    """The parameters of several folders, of which later ones win.
+
+    Attributes:
+      folders: each with its name.
+      shapes: what has the shape of each parameter, by path.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        """Opens them. Raises UserError if one cannot be read."""
+        self.folders = [(name, _open(EMBEDDED.get(name) or to_path(name))) for name in names]
+        self._source_of = {path: source for _, source in self.folders for path in source.shapes}
+        self.shapes = {path: source.shapes[path] for path, source in self._source_of.items()}
+
+    def read(self, path: str) -> np.ndarray:
+        """Reads one parameter into host memory. Raises UserError if that fails."""
+        return self._source_of[path].read(path)
+
+    def restore(self, shardings: Mapping[str, jax.sharding.Sharding]) -> Iterator[tuple[str, jax.Array]]:
+        """Yields paths and parameters with these shardings, in their order. Raises UserError if that fails."""
+        readers = [
+            (source, source.restore({path: x for path, x in shardings.items() if self._source_of[path] is source}))
+            for _, source in self.folders
+        ]
+        for path in shardings:
+            yield next(next(reader for source, reader in readers if source is self._source_of[path]))
+
+
+class _TensorParams:
+    """The parameters of a folder with safetensors under their paths."""
+
+    def __init__(self, tensors: TensorFile) -> None:
+        self._tensors, self._names = tensors, current_paths(tensors.names)
+        self.shapes = {path: tensors.entries[name] for path, name in self._names.items()}
+
+    def read(self, path: str) -> np.ndarray:
+        return self._tensors.read(self._names[path])
+
+    def restore(self, shardings: Mapping[str, jax.sharding.Sharding]) -> Iterator[tuple[str, jax.Array]]:
+        for path, sharding in shardings.items():
+            yield path, _load_tensor(self._tensors, self._names[path], sharding)
+
+
+def _open(folder: epath.Path) -> ParamSource:
     if SavedParams.exists_in(folder):
-        saved = open_params(folder)
-        return {path: leaf.shape for path, leaf in saved.shapes.items()}, saved.restore
+        return open_params(folder)
     local = local_copy(folder)
     if not any(local.glob("*.safetensors")):
         raise UserError(f"init_from names {folder}, which holds neither *.safetensors nor the checkpoints of a run.")
-    tensors = open_tensors(local)
-    names = current_paths(tensors.names)
-
-    def read(shardings: Mapping[str, jax.sharding.Sharding]) -> Iterator[tuple[str, jax.Array]]:
-        for path, sharding in shardings.items():
-            yield path, _load_tensor(tensors, names[path], sharding)
-
-    return {path: tensors.shape(name) for path, name in names.items()}, read
+    return _TensorParams(open_tensors(local))
 
 
 def _load_tensor(tensors: TensorFile, path: str, sharding: jax.sharding.Sharding) -> jax.Array:

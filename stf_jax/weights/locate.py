@@ -167,7 +167,7 @@ def _join_names(files: Iterable[pathlib.Path]) -> str:
 def _explain_no_weights(folder: pathlib.Path) -> str:
     for pattern, explanation in _UNSUPPORTED:
         if files := sorted(folder.glob(pattern)):
-            end = f"{_name_base(folder)} (convert import {folder} --base=DIR)" if explanation == _ADAPTER else ""
+            end = f"{name_base(folder)} (convert import {folder} --base=DIR)" if explanation == _ADAPTER else ""
             return f"{folder} holds {files[0].name}, {explanation}{end}."
     subfolders = sorted(
         {file.parent for glob in ("*/*", "snapshots/*/*") for file in folder.glob(glob) if _is_weights(file)}
@@ -178,8 +178,8 @@ def _explain_no_weights(folder: pathlib.Path) -> str:
     return f"{folder} holds no weights: neither *.safetensors, *.bin nor *.gguf."
 
 
-def _name_base(folder: pathlib.Path) -> str:
-    """The base of an adapter, as its config names it, to follow "its base"."""
+def name_base(folder: pathlib.Path) -> str:
+    """The base of an adapter as its config names it, to follow "its base"; empty if it names none."""
     try:
         name = parse_json((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):

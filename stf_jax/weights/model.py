@@ -15,7 +15,6 @@ import numpy as np
 from etils import epath
 from transformers import PreTrainedTokenizerFast
 
-from stf_jax.checkpointing.adapted import open_params
 from stf_jax.checkpointing.params import IMPORTED, SavedParams
 from stf_jax.config import FusionConfig, TrainConfig, UserError, from_json, to_json
 from stf_jax.data.tokenizer import EMBEDDED, FILES, save_tokenizer
@@ -25,6 +24,7 @@ from stf_jax.models.spec import DESCRIPTION, ModelSpec, parse_llm_config, parse_
 from stf_jax.models.towers.base import VisionConfig
 from stf_jax.registry import refuse_code_in
 from stf_jax.weights.detect import DetectedModel
+from stf_jax.weights.folder import open_params
 from stf_jax.weights.foreign import detect_or_raise, open_checkpoint, read_tensors
 
 _log = logging.getLogger(__name__)

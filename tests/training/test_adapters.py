@@ -13,7 +13,7 @@ import torch
 from etils import epath
 from tiny import Setup, batches, random_params, tiny
 
-from stf_jax.checkpointing.adapted import merge_params, open_params
+from stf_jax.checkpointing.adapted import merge_params
 from stf_jax.checkpointing.manager import Checkpoints
 from stf_jax.checkpointing.params import SavedParams
 from stf_jax.checkpointing.rules import decide
@@ -24,7 +24,7 @@ from stf_jax.parallel.mesh import compute_context
 from stf_jax.training.optimizer import make_optimizer
 from stf_jax.training.state import training_blueprint
 from stf_jax.training.step import make_train_step
-from stf_jax.weights.folder import load_params
+from stf_jax.weights.folder import load_params, open_params
 
 LORA = (
     ("llm/.*", "lora:rank=4,alpha=6.5"),

@@ -13,7 +13,7 @@ from etils import epath
 from flax import nnx
 from tiny import Setup, batches, int8_by_definition, random_params
 
-from stf_jax.checkpointing.adapted import merge_params, open_params
+from stf_jax.checkpointing.adapted import merge_params
 from stf_jax.checkpointing.items import read_shapes
 from stf_jax.checkpointing.manager import Checkpoints
 from stf_jax.config import CheckpointConfig, to_json
@@ -21,7 +21,7 @@ from stf_jax.models.layers import Linear
 from stf_jax.models.quantized import dequantize, product, quantize, scale_path
 from stf_jax.parallel.mesh import compute_context
 from stf_jax.training.state import base_params, init_state, quantize_loaded
-from stf_jax.weights.folder import load_params
+from stf_jax.weights.folder import load_params, open_params
 
 RULES = (("llm/.*", "lora:rank=4@int8"), ("vision/blocks/mlp/.*", "freeze@int8"), ("vision/.*", "freeze"))
 RULES += (("fusion/.*", "train"),)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from make_models import CONTROL, DECODERS, LLAMA, TOWERS, load, make, make_image, turn
+from make_models import CONTROL, DECODERS, LLAMA, TOWERS, load, make, make_image, to_uint8, turn
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -97,12 +97,6 @@ def our_logits(folder, ids, is_image, images):
     for i, image in enumerate(images):
         pixels[0, i] = image
     return load_logits(folder)(tokens, slots, pixels)[0, : len(ids)]
-
-
-def to_uint8(inputs, config):
-    """Returns the images of a processor's output as uint8 [M, H, W, 3]."""
-    values = inputs["pixel_values"].permute(0, 2, 3, 1).numpy()
-    return np.rint((values * np.array(config.std) + np.array(config.mean)) * 255).astype(np.uint8)
 
 
 def build_prompt(processor, *turns, **kwargs):

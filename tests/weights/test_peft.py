@@ -3,25 +3,40 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft
 import pytest
 import torch
 from etils import epath
-from make_models import load, make, make_image, turn
+from make_models import load, make, make_image, to_uint8, turn
 from safetensors.torch import load_file, save_file
 from tiny import int8_by_definition
 
 from stf_jax.checkpointing.manager import Checkpoints
+from stf_jax.checkpointing.params import SavedParams
 from stf_jax.cli import run_command
-from stf_jax.config import CheckpointConfig, FusionConfig, default_config, resolve, to_json
+from stf_jax.config import (
+    CheckpointConfig,
+    FusionConfig,
+    MeshConfig,
+    UserError,
+    default_config,
+    from_json,
+    resolve,
+    to_json,
+)
 from stf_jax.convert import main
 from stf_jax.models.quantized import scale_path
-from stf_jax.training.state import TrainState, training_blueprint
-from stf_jax.weights.export_hf import export_hf
+from stf_jax.parallel.mesh import compute_context, make_mesh
+from stf_jax.training.start import load_start
+from stf_jax.training.state import TrainState, state_layout, training_blueprint
+from stf_jax.weights.export_hf import export_hf, map_modules
 from stf_jax.weights.export_peft import export_peft
 from stf_jax.weights.model import open_model
+from stf_jax.weights.origin import complete_config
 
 pytestmark = pytest.mark.usefixtures("torch_setup")
 
@@ -71,13 +86,16 @@ def run(request, tmp_path_factory):
     return root
 
 
-def _logits(model, processor):
+def _inputs(processor):
     content = turn("Which of them is red?", make_image(1), make_image(2, (36, 80)))
-    inputs = processor.apply_chat_template(
+    return processor.apply_chat_template(
         [content], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
+
+
+def _logits(model, processor):
     with torch.no_grad():
-        return model(**inputs).logits.numpy()
+        return model(**_inputs(processor)).logits.numpy()
 
 
 def test_adapters_by_their_definition_on_the_base_are_the_merged_export(run):
@@ -128,6 +146,51 @@ def test_peft_on_the_export_of_the_base_gives_the_logits_of_the_run(run):
     (base, processor), (merged, _) = load(run / "base-hf"), load(run / "run-hf")
     expected, adapted = _logits(merged, processor), peft.PeftModel.from_pretrained(base, run / "adapter")
     np.testing.assert_allclose(_logits(adapted, processor), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("run", ["mbtf_stf"], indirect=True)
+def test_gradients_of_a_and_b_equal_torchs(run):
+    """Of the cross-entropy of the next tokens of text, in float32; measured: 2e-5 of the largest of each array."""
+    base, processor = load(run / "base-hf")
+    adapted = peft.PeftModel.from_pretrained(base, run / "adapter", is_trainable=True).eval()
+    inputs = _inputs(processor)
+    ids = inputs["input_ids"][0]
+    is_image = (ids == processor.image_token_id).numpy()
+    kept = np.flatnonzero(~is_image[1:])
+    torch.nn.functional.cross_entropy(adapted(**inputs).logits[0, kept], ids[kept + 1]).backward()
+
+    saved, raw = open_model(run / "run"), SavedParams(run / "run")
+    rules = tuple((pattern, action.replace(",dropout=0.1", "")) for pattern, action in RULES)
+    plan = training_blueprint(dataclasses.replace(saved.config, remat="none"), rules)
+    trainable, frozen = (
+        {p: jnp.asarray(raw.read(p)) for p in plan.shapes if (p in plan.adapted) == is_adapter}
+        for is_adapter in (True, False)
+    )
+    slots = np.where(is_image, np.cumsum(is_image) - 1, -1)[None]
+    pixels = to_uint8(inputs, saved.description.vision)[None]
+
+    def loss(trainable):
+        tokens = jnp.where(is_image, 0, ids.numpy())[None]
+        logits = plan.merge(trainable, frozen)(
+            tokens, jnp.arange(len(ids))[None], None, jnp.asarray(slots), jnp.asarray(pixels)
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits[0, kept], ids.numpy()[kept + 1]).mean()
+
+    with compute_context(make_mesh(MeshConfig(1, 1, 1)), "float32"):
+        found = jax.jit(jax.grad(loss))(trainable)
+    expected = {name: parameter.grad for name, parameter in adapted.named_parameters() if "lora_" in name}
+    model = saved.config
+    modules = map_modules(saved.shapes, model.vision_shape, model.fusion, model.llm_shape)
+    for path, mapping in modules.items():
+        for name in ("a", "b") if path in plan.adapters else ():
+            gradient = np.asarray(found[f"{path.removesuffix('kernel')}adapter/{name}"])
+            for layer, tensor in enumerate(mapping.names):
+                module = tensor.removesuffix("weight")
+                value = expected.pop(f"base_model.model.{module}lora_{name.upper()}.default.weight").T.numpy()
+                atol = 5e-5 * np.abs(value).max()
+                assert atol > 0
+                np.testing.assert_allclose(gradient[layer].reshape(value.shape), value, atol=atol, err_msg=tensor)
+    assert not expected
 
 
 # ---- Import ----------------------------------------------------------------------------------------------------------
@@ -220,3 +283,60 @@ def test_adapters_that_cannot_be_merged_are_rejected(run, llava, tmp_path, capsy
     fails("lora_alpha=nan, which should be numbers", llava, base)
     _change(llava, use_dora=True)
     fails("does not describe plain LoRA", llava, base)
+
+
+# ---- Continued training ----------------------------------------------------------------------------------------------
+
+
+def _load_start(run, sources, rules):
+    """What a run with these rules starts from."""
+    config = from_json(json.loads((run / "run" / "config.json").read_text()))
+    config = complete_config(dataclasses.replace(config, init_from=",".join(map(str, sources)), rules=rules))
+    plan, tx = training_blueprint(config.model, rules), optax.sgd(0.0)
+    layout = state_layout(config, plan, tx, make_mesh(MeshConfig(1, 1, 1)))
+    loaded, base = load_start(config, plan, layout)
+    assert base.init_from == (str(run / "base"),)
+    return {path: np.asarray(value) for path, value in loaded.items()}, plan
+
+
+def test_a_run_starts_from_the_a_and_b_of_an_export(run):
+    """To the bit, with its fusion, beside the base: the parameters are those of the run that was exported."""
+    found, plan = _load_start(run, (run / "base", run / "adapter"), RULES)
+    expected = SavedParams(run / "run")
+    assert found.keys() == expected.shapes.keys() == plan.shapes.keys()
+    for path, value in found.items():
+        np.testing.assert_array_equal(value, expected.read(path), err_msg=path, strict=True)
+
+
+@pytest.mark.parametrize("run", ["mlp"], indirect=True)
+def test_a_run_starts_from_an_adapter_of_llavas_script(run, llava):
+    """On kernels in int8, which the adapter does not change."""
+    rules = tuple((pattern, action if "lora" not in action else f"{action}@int8") for pattern, action in RULES)
+    found, plan = _load_start(run, (run / "base", llava), (*rules[:2], ("vision/.*", "freeze"), rules[3]))
+    expected, checked = SavedParams(run / "run"), 0
+    for path, value in found.items():
+        if path.startswith("fusion/") or path in plan.adapted:
+            np.testing.assert_array_equal(value, expected.read(path), err_msg=path, strict=True)
+            checked += path in plan.adapted
+        else:
+            assert (value.dtype == np.int8) == (path in plan.quantized)
+    assert checked == len(plan.adapted) == 2 * 7
+
+
+@pytest.mark.parametrize("run", ["mlp"], indirect=True)
+def test_adapters_that_do_not_fit_the_rules_or_lack_their_base_are_rejected(run, llava):
+    def fails(message, *sources, rules=RULES):
+        with pytest.raises(UserError, match=message):
+            _load_start(run, sources, rules)
+
+    base = run / "base"
+    fails(rf"^init_from names {llava}, a LoRA adapter, without its base, lmsys/vicuna-7b-v1.5: import that", llava)
+    fails(rf"{llava} lacks base_model.* of vision/blocks/.*: let the rules adapt only what it adapts", base, llava)
+    rules = (RULES[0], ("llm/.*", "lora:rank=8,alpha=12"), *RULES[2:])
+    fails(r"rank 4 and scale 1.5 .* of rank 8 and scale 1.5: use .* lora:rank=4,alpha=6", base, llava, rules=rules)
+    rules = (RULES[0], ("llm/.*", "lora:rank=4,alpha=4"), *RULES[2:])
+    fails(r"rank 4 and scale 1.5 .* of rank 4 and scale 1: use", base, llava, rules=rules)
+    fails("the rules give it no LoRA", base, llava, rules=(("llm/.*", "freeze"), ("fusion/.*", "train"), *RULES[2:]))
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    save_file(tensors | {"base_model.model.model.other.weight": torch.ones(2)}, llava / "adapter_model.safetensors")
+    fails("has model.other.weight, which the model lacks", base, llava)
