@@ -15,7 +15,6 @@ from etils import epath
 from make_evals import make_model
 from tiny import Setup, batches, tiny
 
-from stf_jax.checkpointing.adapted import open_params
 from stf_jax.checkpointing.manager import Checkpoints
 from stf_jax.checkpointing.params import SavedParams
 from stf_jax.config import CheckpointConfig, MeshConfig, UserError, to_json
@@ -31,7 +30,7 @@ from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.remat import activation_bytes_per_row, bytes_per_device
 from stf_jax.training.state import TrainState, base_params, training_blueprint
 from stf_jax.training.teacher import check_tokenizer, load_teacher, widen_rows
-from stf_jax.weights.folder import find_origin, load_params
+from stf_jax.weights.folder import find_origin, load_params, open_params
 
 STAGE1 = (("fusion/.*", "train"), (".*", "freeze"))
 STAGE2 = (("vision/.*", "freeze"), (".*", "train"))

@@ -22,6 +22,7 @@ from stf_jax.config import (
     CheckpointConfig,
     FusionConfig,
     MeshConfig,
+    TrainConfig,
     UserError,
     default_config,
     from_json,
@@ -161,7 +162,7 @@ def test_gradients_of_a_and_b_equal_torchs(run):
 
     saved, raw = open_model(run / "run"), SavedParams(run / "run")
     rules = tuple((pattern, action.replace(",dropout=0.1", "")) for pattern, action in RULES)
-    plan = training_blueprint(dataclasses.replace(saved.config, remat="none"), rules)
+    plan = training_blueprint(TrainConfig(model=dataclasses.replace(saved.config, remat="none"), rules=rules))
     trainable, frozen = (
         {p: jnp.asarray(raw.read(p)) for p in plan.shapes if (p in plan.adapted) == is_adapter}
         for is_adapter in (True, False)
@@ -292,7 +293,7 @@ def _load_start(run, sources, rules):
     """What a run with these rules starts from."""
     config = from_json(json.loads((run / "run" / "config.json").read_text()))
     config = complete_config(dataclasses.replace(config, init_from=",".join(map(str, sources)), rules=rules))
-    plan, tx = training_blueprint(config.model, rules), optax.sgd(0.0)
+    plan, tx = training_blueprint(config), optax.sgd(0.0)
     layout = state_layout(config, plan, tx, make_mesh(MeshConfig(1, 1, 1)))
     loaded, base = load_start(config, plan, layout)
     assert base.init_from == (str(run / "base"),)
