@@ -337,7 +337,7 @@ def test_the_teacher_is_in_the_flops_and_the_memory(teacher, rules):
     if shared:  # nothing of the teacher is kept for the backward pass
         cost = trace_cost(config, "train", devices)
         assert cost.flops_per_row > counts[0] / 8
-        kept = activation_bytes_per_row(plain, make_mesh(MeshConfig(1, 1, 1), devices), layouts[1], (160, 3))
+        kept = activation_bytes_per_row(plain, make_mesh(MeshConfig(1, 1, 1), devices), layouts[1], 160, 3)
         assert cost.activation_bytes_per_row == kept
 
 
