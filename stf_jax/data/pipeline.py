@@ -18,7 +18,14 @@ from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import DataConfig, ModelConfig, TrainConfig, UserError
-from stf_jax.data.conversation import check_record_ids, check_template, count_tokens, encode, training_items
+from stf_jax.data.conversation import (
+    check_record_ids,
+    check_template,
+    count_tokens,
+    encode,
+    find_unplaced,
+    training_items,
+)
 from stf_jax.data.image import to_square
 from stf_jax.data.packing import Batch, Example, to_batch, to_example, to_row
 from stf_jax.data.records import BadRow, Record, format_reasons
@@ -168,7 +175,7 @@ class Preprocessor:
                 except BadRow as error:
                     bad[error.reason] += 1
                     continue  # it is logged when it is read for a batch
-                ignored.update(record.ignored_keys)
+                ignored.update(record.ignored_keys + find_unplaced(self._config.template, record))
                 good.append(index)
                 image_counts[index] = len(record.images)
             lengths[good] = count_tokens(items, self._tokenizer, self._slots)
