@@ -253,8 +253,10 @@ def count_tokens(conversations: Sequence[Sequence[Item]], tokenizer: PreTrainedT
         new = _split_pieces(items)
         pieces += new
         owners += [i] * len(new)
-    for i, encoding in zip(owners, _tokenize(pieces, tokenizer), strict=True):
-        counts[i] += len(encoding.ids)
+    distinct = list(dict.fromkeys(pieces))  # most conversations begin with the same system text
+    sizes = {piece: len(each.ids) for piece, each in zip(distinct, _tokenize(distinct, tokenizer), strict=True)}
+    for i, piece in zip(owners, pieces, strict=True):
+        counts[i] += sizes[piece]
     return counts
 
 

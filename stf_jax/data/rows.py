@@ -5,6 +5,7 @@ name, so that training never misses content silently. All other keys are ignored
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ TURN_KEYS = ("conversations", "messages")  # keys under which a row has its turn
 PAIRS_KEY = "texts"  # or its questions and answers, as in FineVision and the_cauldron
 _IMAGES, _SYSTEM = ("image", "images"), ("system", "system_prompt")
 _SPEAKER, _TEXT = ("from", "role"), ("value", "content")
+_TURN_READ = {*_SPEAKER, *_TEXT}
 _READ = {*TURN_KEYS, *_IMAGES, *_SYSTEM, "id"}
 # Keys that give a turn a weight; training gives every answer weight 1.
 _WEIGHTS = {"weight", "loss", "loss_weight", "train", "trainable"}
@@ -93,7 +95,7 @@ def read_row(row: Any, name: str) -> Row:
             ignored.append(shorten(key))
     for number, turn in enumerate(raw_turns, start=1):
         for key, value in turn.items():
-            if key not in (*_SPEAKER, *_TEXT) and not is_empty(value):
+            if key not in _TURN_READ and not is_empty(value):
                 if key in _WEIGHTS and value != 1:
                     weight = f"{key}={shorten(str(value))}"
                     message = f"{where}: turn {number} has {weight}, but every answer is trained on with weight 1."
@@ -129,9 +131,11 @@ def turn_to_json(turn: Turn) -> dict[str, Any]:
 
 def is_empty(value: Any) -> bool:
     """Whether a JSON value has no content: null, NaN (which pandas writes), white space, or a container of these."""
+    if isinstance(value, str):
+        return not value or value.isspace()
     if isinstance(value, (list, dict)):
         return all(map(is_empty, value.values() if isinstance(value, dict) else value))
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+    return value is None or value != value
 
 
 def _describe_type(value: Any) -> str:
@@ -141,10 +145,10 @@ def _describe_type(value: Any) -> str:
 
 def _get_alias(values: Mapping[str, Any], keys: Sequence[str], where: str) -> Any:
     """Returns the value under any of several names of one key, or None."""
-    found = [key for key in keys if not is_empty(values.get(key))]
-    if any(values[key] != values[found[0]] for key in found):
+    found = [key for key in keys if key in values and not is_empty(values[key])]
+    if len(found) > 1 and any(values[key] != values[found[0]] for key in found):
         raise BadRow("unread", f"{where} has both {' and '.join(found)}, and they differ.")
-    return next((values[key] for key in [*found, *keys] if key in values), None)
+    return values[found[0]] if found else next((values[key] for key in keys if key in values), None)
 
 
 def _unpair(pairs: Sequence[Any], where: str) -> list[Any]:
@@ -233,17 +237,23 @@ def _check_ignored(key: str, value: Any, has_images: bool, where: str) -> None:
     if _has_embedded(value):
         raise BadRow("unread", f"{where} has {shorten(key)!r}, which is not read; images are under 'image' or 'images'.")
     texts = list(_find_texts(value))
-    words = re.findall(r"[a-z]+|[0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower())
-    media = {word.removesuffix("s") for word in words} & _MEDIA_WORDS
+    media, last = _find_media(key)
     if media and texts:
         facts = _FACTS | _PLACES if media <= _IMAGE_WORDS else _FACTS
-        has_content = not (has_images and words[-1] in facts)
+        has_content = not (has_images and last in facts)
     else:
         has_content = key in _CONTENT and bool(texts)
         has_content |= not has_images and any(_MEDIUM.fullmatch(text) for text in texts)
     if has_content:
         message = f"{where} has {shorten(key)!r}, which is not read; only texts, and images under 'image', are."
         raise BadRow("unread", message)
+
+
+@functools.lru_cache(maxsize=1024)
+def _find_media(key: str) -> tuple[frozenset[str], str]:
+    """Returns the words of a key that mean a medium, and its last word."""
+    words = re.findall(r"[a-z]+|[0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower())
+    return frozenset(word.removesuffix("s") for word in words) & _MEDIA_WORDS, words[-1] if words else ""
 
 
 def _has_embedded(value: Any) -> bool:

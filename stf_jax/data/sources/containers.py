@@ -2,7 +2,7 @@
 
 import fnmatch
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from etils import epath
@@ -69,6 +69,11 @@ def list_files(name: str) -> list[epath.Path]:
 def exists(name: str) -> bool:
     """Whether a path exists, or a pattern matches a file."""
     return to_path(name).exists() or bool(list_files(name))
+
+
+def find_files(name: str, is_kind: Callable[[bytes], bool]) -> list[epath.Path]:
+    """Returns those files of :func:`list_files` whose first bytes are of a kind. Raises UserError if one is unreadable."""
+    return [file for file in list_files(name) if is_kind(read_magic(file))]
 
 
 def read_magic(file: epath.Path) -> bytes:

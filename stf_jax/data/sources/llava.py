@@ -23,8 +23,8 @@ from stf_jax.data.records import BadRow, Embedded, Record
 from stf_jax.data.rows import PAIRS_KEY, TURN_KEYS, read_row
 from stf_jax.data.sources.base import DataNotNamed
 from stf_jax.data.sources.containers import Rows, exists, list_files, name_row, read_magic
-from stf_jax.data.sources.tables import PARQUET_MAGIC, SPLITS, STATE, open_table
-from stf_jax.data.sources.tars import MAGIC, MAGIC_AT, open_tars
+from stf_jax.data.sources.tables import SPLITS, STATE, is_parquet, open_table
+from stf_jax.data.sources.tars import is_tar, open_tars
 from stf_jax.files import local_copy, to_path
 
 KEPT = "kept.json"  # in a prepared folder: its rows, in the order of the images in its shards
@@ -187,12 +187,11 @@ def open_container(name: str) -> Rows | None:
     if (path / INFO).exists():
         return None
     opened: dict[str, Callable[[str], Rows]] = {}
-    files = list_files(name)
-    for file in files:
+    for file in list_files(name):
         magic = read_magic(file)
-        if magic.startswith(PARQUET_MAGIC):
+        if is_parquet(magic):
             opened["Parquet files"] = open_table
-        elif magic[MAGIC_AT:].startswith(MAGIC):
+        elif is_tar(magic):
             opened["tars"] = open_tars
         elif magic.startswith(_COMPRESSED):
             raise UserError(f"{file} is compressed, so its rows cannot be read by index; decompress it first.")

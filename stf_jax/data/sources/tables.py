@@ -4,6 +4,7 @@ Files are memory-mapped. Texts are decoded a group of rows at a time, and recent
 its place in a Parquet file is found when the first image of its group is read.
 """
 
+import bisect
 import collections
 import functools
 import itertools
@@ -18,7 +19,7 @@ from etils import epath
 from stf_jax.config import UserError, short_message
 from stf_jax.data.records import BadRow, Embedded
 from stf_jax.data.rows import PAIRS_KEY, TURN_KEYS
-from stf_jax.data.sources.containers import list_files
+from stf_jax.data.sources.containers import find_files, name_row
 from stf_jax.data.sources.pages import Places, find_values
 from stf_jax.files import in_bucket, local_copy, read_json, to_path
 
@@ -27,13 +28,17 @@ if TYPE_CHECKING:
 
 STATE = "state.json"  # written last by save_to_disk
 SPLITS = "dataset_dict.json"  # in a folder of several that save_to_disk wrote
-PARQUET_MAGIC = b"PAR1"
 _ARROW_MAGIC = b"ARROW1"  # of Arrow's file format; save_to_disk writes streams
 _ERRORS = (OSError, ValueError, NotImplementedError)  # what pyarrow raises for files that it cannot read
 _IMAGE_KEYS = ("image", "images")
 _CACHED_BYTES = 2**28  # of decoded groups
 _BLOCK = 16  # rows converted to Python at once: a neighbor is often next, but need not be
 _METADATA = 64  # files whose footers are kept
+
+
+def is_parquet(magic: bytes) -> bool:
+    """Whether a file that begins with these bytes is a Parquet file."""
+    return magic.startswith(b"PAR1")
 
 
 class _Column(NamedTuple):
@@ -207,10 +212,11 @@ class TableRows:
         self.files = [file.path for file in files]
         self.needs_folder = any(file.has_paths for file in files)
         groups = [(number, group, size) for number, file in enumerate(files) for group, size in enumerate(file.sizes)]
-        self._groups = np.array([group[:2] for group in groups], np.int64).reshape(-1, 2)
-        self._begins = np.cumsum([0, *(size for *_, size in groups)])
-        self._file_begins = np.cumsum([0, *(sum(file.sizes) for file in files)])
+        self._groups = [group[:2] for group in groups]
+        self._begins = [0, *itertools.accumulate(size for *_, size in groups)]
+        self._file_begins = [0, *itertools.accumulate(sum(file.sizes) for file in files)]
         self._texts: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._bytes = 0  # of these texts
         self._lock = threading.Lock()
         self._local = threading.local()
 
@@ -218,28 +224,45 @@ class TableRows:
         return _reopen, (self.name,)
 
     def __len__(self) -> int:
-        return int(self._begins[-1])
+        return self._begins[-1]
 
     def locate(self, index: int) -> tuple[str, int]:
-        file = int(np.searchsorted(self._file_begins, index, side="right")) - 1
-        return os.fspath(self.files[file]), index - int(self._file_begins[file])
+        file = bisect.bisect_right(self._file_begins, index) - 1
+        return os.fspath(self.files[file]), index - self._file_begins[file]
+
+    def _locate_group(self, index: int) -> tuple[int, _File, int, int]:
+        """Returns the number of a row's group among all, its file, its number there, and the row's in the group."""
+        position = bisect.bisect_right(self._begins, index) - 1
+        number, group = self._groups[position]
+        return position, self._files[number], group, index - self._begins[position]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        position = int(np.searchsorted(self._begins, index, side="right")) - 1
-        row = index - int(self._begins[position])
-        number, group = self._groups[position].tolist()
-        file = self._files[number]
+        position, file, group, row = self._locate_group(index)
         block, offset = divmod(row, _BLOCK)
         if getattr(self._local, "at", None) != (position, block):
             texts = self._read_texts(position, file, group, index)
             self._local.rows = texts.slice(block * _BLOCK, _BLOCK).to_pylist()
             self._local.at = position, block
         values = dict(self._local.rows[offset])
+        where = name_row(self, index)
         for name, column in file.columns.items():
             found = values[name] if column.is_list else [values[name]]
-            images = [self._embed(value, index, row, name, i) for i, value in enumerate(found or ())]
+            images = [
+                self._embed(value, f"{i} of {where}", functools.partial(self.read_image, index, name, i))
+                for i, value in enumerate(found or ())
+            ]
             values[name] = images if column.is_list else images[0]
         return values
+
+    @staticmethod
+    def _embed(value: Any, name: str, read: Callable[[], bytes | None]) -> Embedded | None:
+        """Returns the image of a value without its file; of a file itself, if there is no path."""
+        if value is None:
+            return None
+        if isinstance(value, dict) and "bytes" not in value:
+            return Embedded(name, read, value["path"] or "")
+        content = value["bytes"] if isinstance(value, dict) else value
+        return Embedded(name, functools.partial(bytes, content))
 
     def _read_texts(self, position: int, file: _File, group: int, index: int) -> "pyarrow.Table":
         with self._lock:
@@ -249,40 +272,28 @@ class TableRows:
         try:
             texts = file.read_texts(group)
         except _ERRORS as error:
-            name, row = self.locate(index)
-            raise BadRow("corrupt", f"Row {row} of {name} cannot be read: {short_message(error)}.") from None
+            where = name_row(self, index)
+            raise BadRow("corrupt", f"R{where[1:]} cannot be read: {short_message(error)}.") from None
         with self._lock:
+            if position not in self._texts:  # another thread may have read it
+                self._bytes += texts.nbytes
             self._texts[position] = texts
-            while len(self._texts) > 1 and sum(each.nbytes for each in self._texts.values()) > _CACHED_BYTES:
-                self._texts.popitem(last=False)
+            while len(self._texts) > 1 and self._bytes > _CACHED_BYTES:
+                self._bytes -= self._texts.popitem(last=False)[1].nbytes
         return texts
-
-    def _embed(self, value: Any, index: int, row: int, column: str, number: int) -> Embedded | None:
-        """Returns the image of a value without its file; of a file itself, if there is no path."""
-        if value is None:
-            return None
-        file, place = self.locate(index)
-        name = f"{number} of row {place} of {file}"
-        if isinstance(value, dict) and "bytes" not in value:
-            return Embedded(name, functools.partial(self.read_image, index, column, number), value["path"] or "")
-        content = value["bytes"] if isinstance(value, dict) else value
-        return Embedded(name, functools.partial(bytes, content))
 
     def read_image(self, index: int, column: str, number: int) -> bytes | None:
         """Reads the file of an image of a row. Raises BadRow if it cannot be read."""
-        position = int(np.searchsorted(self._begins, index, side="right")) - 1
-        file_number, group = self._groups[position].tolist()
-        file, row = self._files[file_number], index - int(self._begins[position])
+        position, file, group, row = self._locate_group(index)
         texts = self._read_texts(position, file, group, index)
         try:
             return file.read_image(group, row, column, number, texts)
         except _ERRORS as error:
-            name, place = self.locate(index)
-            message = f"Image {number} of row {place} of {name} cannot be read: {short_message(error)}."
-            raise BadRow("corrupt", message, name) from None
+            name = f"{number} of {name_row(self, index)}"
+            raise BadRow("corrupt", f"Image {name} cannot be read: {short_message(error)}.", name) from None
 
     def select(self, keys: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-        for number, group in self._groups.tolist():
+        for number, group in self._groups:
             file = self._files[number]
             if any(key in file.names for key in keys):
                 try:
@@ -311,7 +322,7 @@ def open_table(name: str) -> TableRows:
     if path.is_dir() and (path / STATE).exists():
         folder = epath.Path(local_copy(path))
         return TableRows(name, [_ArrowFile(folder / file) for file in _list_arrow_files(path)])
-    files = list_files(name)
+    files = find_files(name, is_parquet)
     splits = sorted({file.name.partition("-")[0] for file in files if "-of-" in file.name})
     if path.is_dir() and len(splits) > 1:
         patterns = " or ".join(os.path.join(name, f"{split}-*") for split in splits)
@@ -326,7 +337,9 @@ def open_table(name: str) -> TableRows:
     return TableRows(name, [_ParquetFile(file, metadata) for file in files])
 
 
-_reopen = functools.lru_cache(maxsize=8)(open_table)  # prepare's workers unpickle rows with every shard
+@functools.lru_cache(maxsize=8)  # prepare's workers unpickle rows with every shard
+def _reopen(name: str) -> TableRows:
+    return open_table(name)
 
 
 def _list_arrow_files(folder: epath.Path) -> list[str]:

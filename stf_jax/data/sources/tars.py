@@ -3,8 +3,10 @@
 An index of the members is made once for each tar and kept beside it, or in the cache if that folder cannot be written.
 """
 
+import bisect
 import functools
 import hashlib
+import itertools
 import json
 import os
 import posixpath
@@ -20,10 +22,9 @@ from etils import epath
 from stf_jax.config import UserError, short_message
 from stf_jax.data.records import IMAGE_MARK, BadRow, Embedded
 from stf_jax.data.rows import PAIRS_KEY, TURN_KEYS
-from stf_jax.data.sources.containers import list_files
+from stf_jax.data.sources.containers import find_files, name_row
 from stf_jax.files import cache_folder, get_version, parse_json
 
-MAGIC, MAGIC_AT = b"ustar", 257
 _INDEX = ".index.json"  # after the name of a tar
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # WebDataset's: the suffix begins at the first dot of the name
 _IMAGES = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "ppm")
@@ -31,6 +32,11 @@ _CAPTIONS = ("txt", "text", "caption")
 _BLOCK = 512
 _ERRORS = (OSError, tarfile.TarError, ValueError)
 _Sample = tuple[str, dict[str, tuple[int, int]]]  # its key; offset and size of each member, by suffix
+
+
+def is_tar(magic: bytes) -> bool:
+    """Whether a file that begins with these bytes is a tar."""
+    return magic[257:262] == b"ustar"
 
 
 class _TarFile:
@@ -68,23 +74,28 @@ class TarRows:
         """Reads the indices, and makes those that are missing. Raises UserError as :func:`open_tars`."""
         self.name, self.files = name, files
         self._tars = [_TarFile(file) for file in files]
-        self._begins = np.cumsum([0, *map(len, self._tars)])
+        self._begins = [0, *itertools.accumulate(map(len, self._tars))]
 
     def __reduce__(self) -> Any:
         return _reopen, (self.name,)
 
     def __len__(self) -> int:
-        return int(self._begins[-1])
+        return self._begins[-1]
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """Returns the number of a row's tar, and its own there."""
+        number = bisect.bisect_right(self._begins, index) - 1
+        return number, index - self._begins[number]
 
     def locate(self, index: int) -> tuple[str, int]:
-        file = int(np.searchsorted(self._begins, index, side="right")) - 1
-        return os.fspath(self.files[file]), index - int(self._begins[file])
+        number, row = self._find(index)
+        return os.fspath(self.files[number]), row
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        file, number = self.locate(index)
-        tar = self._tars[int(np.searchsorted(self._begins, index, side="right")) - 1]
-        key, members = tar[number]
-        where = f"Row {number} of {file}"
+        number, sample = self._find(index)
+        tar, file = self._tars[number], self.files[number]
+        key, members = tar[sample]
+        where = f"R{name_row(self, index)[1:]}"
         images = [
             Embedded(f"{key}.{suffix} of {file}", functools.partial(self.read_member, index, suffix))
             for suffix in members
@@ -106,12 +117,12 @@ class TarRows:
 
     def read_member(self, index: int, suffix: str) -> bytes:
         """Reads a member of a row. Raises BadRow if it cannot be read."""
-        file = int(np.searchsorted(self._begins, index, side="right")) - 1
-        key, members = self._tars[file][index - int(self._begins[file])]
+        number, sample = self._find(index)
+        key, members = self._tars[number][sample]
         try:
-            return self._tars[file].read(members[suffix])
+            return self._tars[number].read(members[suffix])
         except OSError as error:
-            name = f"{key}.{suffix} of {self.files[file]}"
+            name = f"{key}.{suffix} of {self.files[number]}"
             raise BadRow("missing", f"Image {name} cannot be read: {error.strerror or error}.", name) from None
 
     def select(self, keys: Sequence[str]) -> Iterator[Mapping[str, Any]]:
@@ -142,10 +153,12 @@ def open_tars(name: str) -> TarRows:
       UserError: a tar is cut short or has no sample; a member is no file, has a name that leaves the archive, or occurs
         twice.
     """
-    return TarRows(name, list_files(name))
+    return TarRows(name, find_files(name, is_tar))
 
 
-_reopen = functools.lru_cache(maxsize=8)(open_tars)  # prepare's workers unpickle rows with every shard
+@functools.lru_cache(maxsize=8)  # prepare's workers unpickle rows with every shard
+def _reopen(name: str) -> TarRows:
+    return open_tars(name)
 
 
 # ---- The index -------------------------------------------------------------------------------------------------------
