@@ -95,16 +95,15 @@ def test_captions_beside_images(tmp_path):
     "options",
     [
         {"compression": "none", "use_dictionary": False},
+        {"compression": "none", "use_dictionary": False, "data_page_size": 1000, "write_batch_size": 1},
         {"compression": "snappy", "use_dictionary": False},
-        {"compression": "zstd", "use_dictionary": False, "data_page_size": 1000},
-        {"compression": "none", "use_dictionary": False, "data_page_size": 1000},
         {"compression": "none"},
         {"compression": "none", "use_dictionary": False, "data_page_version": "2.0"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_images_are_found_in_parquet_pages(tmp_path, options):
-    """Those with a dictionary, or of the second version, are read by pyarrow instead."""
+    """Those with a dictionary, compressed, or of the second version are read by pyarrow instead."""
     rows = pair_rows(ROWS)
     pq.write_table(pa.Table.from_pylist(rows, PAIRS), tmp_path / "a.parquet", row_group_size=7, **options)
     container = open_container(str(tmp_path / "a.parquet"))
@@ -112,12 +111,12 @@ def test_images_are_found_in_parquet_pages(tmp_path, options):
     assert found == [images for images, _ in ROWS]
     metadata = pq.read_metadata(tmp_path / "a.parquet")
     places = find_values(epath.Path(tmp_path / "a.parquet"), metadata.row_group(1).column(0), (1, 3))
-    if options.get("use_dictionary", True) or "data_page_version" in options:
+    if options.get("use_dictionary", True) or options["compression"] != "none" or "data_page_version" in options:
         assert places is None
     else:
-        flat = [content for images, _ in ROWS[7:] for content in images]
-        assert [places.read(tmp_path / "a.parquet", i) for i in range(len(places))] == flat
-        assert len(places.pages) > 1 or "data_page_size" not in options
+        content = (tmp_path / "a.parquet").read_bytes()
+        flat = [image for images, _ in ROWS[7:] for image in images]
+        assert [content[begin : begin + size] for begin, size in places] == flat
 
 
 def test_a_column_of_single_images(tmp_path):

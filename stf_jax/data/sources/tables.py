@@ -1,7 +1,7 @@
 """Reads rows of tables with embedded images: Parquet files, and folders that ``datasets`` wrote with ``save_to_disk``.
 
-Files are memory-mapped. Texts are decoded a group of rows at a time, and recent groups are kept. An image is read alone:
-its place in a Parquet file is found when the first image of its group is read.
+Texts are decoded a group of rows at a time, and recent groups are kept. An image is read alone: its place in a Parquet
+file is found when the first image of its group is read (pages.py). Of compressed images the group is decoded.
 """
 
 import bisect
@@ -20,7 +20,7 @@ from stf_jax.config import UserError, short_message
 from stf_jax.data.records import BadRow, Embedded
 from stf_jax.data.rows import PAIRS_KEY, TURN_KEYS
 from stf_jax.data.sources.containers import find_files, name_row
-from stf_jax.data.sources.pages import Places, find_values
+from stf_jax.data.sources.pages import find_values
 from stf_jax.files import in_bucket, local_copy, read_json, to_path
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ _IMAGE_KEYS = ("image", "images")
 _CACHED_BYTES = 2**28  # of decoded groups
 _BLOCK = 16  # rows converted to Python at once: a neighbor is often next, but need not be
 _METADATA = 64  # files whose footers are kept
+_last = threading.local()  # the group of images that a thread decoded last: prepare reads them in order
 
 
 def is_parquet(magic: bytes) -> bool:
@@ -99,7 +100,7 @@ class _ParquetFile(_File):
                 self._files[name] = i
             else:
                 self._leaves.setdefault(name, []).append(leaf.path)
-        self._places: dict[tuple[int, str], tuple[np.ndarray, Places] | None] = {}
+        self._places: dict[tuple[int, str], tuple[np.ndarray, np.ndarray] | None] = {}
 
     def _read(self, group: int, leaves: Sequence[str]) -> "pyarrow.Table":
         import pyarrow
@@ -119,11 +120,16 @@ class _ParquetFile(_File):
         found = self._places[group, column]
         if found is not None:
             begins, places = found
-            return places.read(self.path, int(begins[row]) + number)
-        value = self._read(group, [self._metadata(self.path).schema.column(self._files[column]).path]).column(column)[row].as_py()
+            begin, size = places[begins[row] + number].tolist()
+            with open(self.path, "rb") as file:
+                return os.pread(file.fileno(), size, begin)
+        if getattr(_last, "at", None) != (self, group, column):
+            _last.values = self._read(group, [self._metadata(self.path).schema.column(self._files[column]).path])
+            _last.at = self, group, column
+        value = _last.values.column(column)[row].as_py()
         return (value[number] if self.columns[column].is_list else value)["bytes"]
 
-    def _find_places(self, group: int, column: str, texts: "pyarrow.Table") -> tuple[np.ndarray, Places] | None:
+    def _find_places(self, group: int, column: str, texts: "pyarrow.Table") -> tuple[np.ndarray, np.ndarray] | None:
         """Finds the images of a group in the file: the first of each row, and the places. None if they are not found."""
         import pyarrow.compute
 
