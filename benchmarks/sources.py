@@ -69,9 +69,9 @@ def _measure_speed(folder: pathlib.Path, count: int) -> _Figures:
         readers[name] = read
     seconds: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(_ROUNDS):  # in turns, so that other programs slow all of them
-        for name, read in readers.items():
+        for name, reader in readers.items():
             begin = time.process_time()
-            read()
+            reader()
             seconds[name].append(time.process_time() - begin)
     best = {name: min(values) for name, values in seconds.items()}
     base = next(iter(best.values()))
@@ -105,10 +105,11 @@ def _write_sources(folder: pathlib.Path, count: int) -> dict[str, tuple[pathlib.
     pq.write_table(table, folder / "plain.parquet", compression="none", **plain)
     pq.write_table(table, folder / "snappy.parquet", compression="snappy", **plain)
     (folder / "disk").mkdir()
-    with pa.OSFile(str(folder / "disk" / "data-00000-of-00001.arrow"), "wb") as sink:
-        with pa.ipc.new_stream(sink, _SCHEMA) as writer:
-            writer.write_table(table, max_chunksize=_GROUP)
-    (folder / "disk" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    with pa.ipc.new_stream(str(folder / "disk" / "data-00000-of-00001.arrow"), _SCHEMA) as writer:
+        writer.write_table(table, max_chunksize=_GROUP)
+    (folder / "disk" / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]})
+    )
     with tarfile.open(folder / "samples.tar", "w") as tar:
         for row, content in zip(rows, contents, strict=True):
             for suffix, value in (("jpg", content), ("json", json.dumps(row).encode())):

@@ -129,8 +129,8 @@ class DataConfig:
     # source: llava (files in annotations and images) | scenes (embedded procedural images) | package.module:function of
     # your own (docs/your-own-data.md)
     source: str = "llava"
-    # LLaVA JSON, Parquet, save_to_disk folders, WebDataset tars (docs/your-own-data.md), or folders that stf_jax.prepare
-    # wrote, separated by commas
+    # LLaVA JSON, Parquet, save_to_disk folders, WebDataset tars or folders that stf_jax.prepare wrote, separated by
+    # commas (docs/your-own-data.md)
     annotations: str = ""
     images: str = ""  # image folder of each file with image paths, separated by commas; one folder serves all files
     filter: str = ""  # keep rows and texts with such ratings: relevance>=4 and formatting>=3; no rating is kept

@@ -1,4 +1,4 @@
-"""Writes the same rows as LLaVA's JSON, OpenAI's messages, Parquet, save_to_disk folders and tars, each with its own library."""
+"""Writes the same rows as LLaVA's JSON, messages, Parquet, save_to_disk folders and tars, each with its own library."""
 
 import io
 import json

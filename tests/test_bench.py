@@ -44,6 +44,15 @@ def test_input(tmp_path, capsys):
     assert useful["ours, grouped (8 lengths)"] > useful["LLaVA's group_by_modality_length"]
 
 
+def test_sources(tmp_path):
+    file = tmp_path / "figures.json"
+    assert run_command(main, ["sources", "--images=4", "--rows=3000", f"--json={file}"]) == 0
+    *sources, planned = json.loads(file.read_text())
+    assert (len(sources), sources[0]["ratio"]) == (5, 1)
+    # Eight images of 144 tokens do not fit in 1024 positions; five short conversations do.
+    assert planned["steps"] == -(-3000 // 5 // 128)
+
+
 def test_weights(tmp_path):
     file = tmp_path / "figures.json"
     assert run_command(main, ["weights", "--model=llama-mini", f"--scratch={tmp_path}", f"--json={file}"]) == 0

@@ -42,9 +42,9 @@ def chat_items(chat: Chat, turns: Sequence[Turn]) -> list[Item]:
     """Returns the items of alternating turns; a conversation that ends with a question becomes a prompt.
 
     A turn's images move to its front, each followed by a newline, as in LLaVA; the last newline is left out if the
-    question is empty. Images of a turn with ``in_place`` stay where they are. Turns are stripped of outer white space, in training and inference. LLaVA keeps it in turns
-    without an image, and so trains answers to prompts that nobody types. A first turn by ``gpt`` is dropped, as in
-    LLaVA (:func:`stf_jax.data.rows.read_row` reports it).
+    question is empty. Images of a turn with ``in_place`` stay where they are. Turns are stripped of outer white space,
+    in training and inference. LLaVA keeps it in turns without an image, and so trains answers to prompts that nobody
+    types. A first turn by ``gpt`` is dropped, as in LLaVA (:func:`stf_jax.data.rows.read_row` reports it).
     """
     rounds = list(enumerate(turns, start=1))
     start = (*chat.start, *chat.before_question)

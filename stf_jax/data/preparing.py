@@ -36,7 +36,7 @@ from stf_jax.config import UserError, shorten
 from stf_jax.data.conversation import check_template, count_tokens, find_unplaced, training_items
 from stf_jax.data.image import MAX_ASPECT_RATIO, open_image, read_image, to_rgb
 from stf_jax.data.ratings import Filter
-from stf_jax.data.records import REASONS, BadRow, Embedded, Record, Turn
+from stf_jax.data.records import REASONS, BadRow, Embedded, Record, Turn, name_image
 from stf_jax.data.report import Report, draw_histograms
 from stf_jax.data.rows import read_row, turn_to_json
 from stf_jax.data.sources.containers import Rows
@@ -61,7 +61,7 @@ class Options:
     """Options of :func:`prepare`."""
 
     annotations: tuple[str, ...]  # JSON, tables or tars
-    images: str  # folder of the images; may be empty if the rows contain theirs
+    images: str  # folder of the images; may be empty if the rows contain them
     out: str  # folder of the data set
     workers: int
     limit: int = 0  # rows to read; 0: all
@@ -175,7 +175,9 @@ def _make_plan(options: Options) -> dict[str, Any]:
 
 def _read_rows(options: Options) -> Iterator[_NumberedRow]:
     """Yields the file, the index in it, and the row or a function that reads it."""
-    return itertools.islice(itertools.chain.from_iterable(map(_number_rows, options.annotations)), options.limit or None)
+    return itertools.islice(
+        itertools.chain.from_iterable(map(_number_rows, options.annotations)), options.limit or None
+    )
 
 
 def _number_rows(name: str) -> Iterator[_NumberedRow]:
@@ -326,7 +328,7 @@ class _Worker:
             raise BadRow("over_length", f"Record {parsed.name!r} has {tokens} tokens.")
         files, sizes, formats, names = [], [], [], []
         for each in images:
-            name = each.name if isinstance(each, Embedded) else each
+            name = name_image(each)
             names.append(name)
             content = read_image(self._images, each)
             image = open_image(content, name)
@@ -348,7 +350,7 @@ class _Worker:
         return len(serialized)
 
     def _open(self, image: str | Embedded) -> PIL.Image.Image:
-        return open_image(read_image(self._images, image), image.name if isinstance(image, Embedded) else image)
+        return open_image(read_image(self._images, image), name_image(image))
 
     def _count_tokens(self, items: Sequence[Item], turns: Sequence[Turn], image_count: int) -> int:
         if self._tokenizer is not None:

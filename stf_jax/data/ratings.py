@@ -92,5 +92,7 @@ class Filter:
             return row
         texts = row[PAIRS_KEY]
         if not isinstance(texts, list) or any(len(each) != len(texts) for each in lists):
-            raise BadRow("ratings", f"{where[:1].upper()}{where[1:]} has ratings, but not one for each of its {PAIRS_KEY}.")
+            raise BadRow(
+                "ratings", f"{where[:1].upper()}{where[1:]} has ratings, but not one for each of its {PAIRS_KEY}."
+            )
         return row | {PAIRS_KEY: [text for text, keep in zip(texts, kept, strict=True) if keep]}

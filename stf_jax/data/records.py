@@ -66,6 +66,11 @@ class Embedded:
     path: str = ""
 
 
+def name_image(image: str | Embedded) -> str:
+    """Names an image of a row in messages."""
+    return image.name if isinstance(image, Embedded) else image
+
+
 @dataclasses.dataclass(frozen=True)
 class Turn:
     """A turn of a conversation.

@@ -235,7 +235,9 @@ def _get_images(row: Mapping[str, Any], turn_images: list[str], where: str) -> S
 def _check_ignored(key: str, value: Any, has_images: bool, where: str) -> None:
     """Raises BadRow if a key that is not read has media or conversation text as its value."""
     if _has_embedded(value):
-        raise BadRow("unread", f"{where} has {shorten(key)!r}, which is not read; images are under 'image' or 'images'.")
+        raise BadRow(
+            "unread", f"{where} has {shorten(key)!r}, which is not read; images are under 'image' or 'images'."
+        )
     texts = list(_find_texts(value))
     media, last = _find_media(key)
     if media and texts:

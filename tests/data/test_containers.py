@@ -1,4 +1,4 @@
-"""Rows as the Hub has them: each schema, written by its own library, gives LLaVA's records; defective twins are named."""
+"""Rows as the Hub has them: each schema, written by its own library, gives LLaVA's records, and defects are named."""
 
 import concurrent.futures
 import io
@@ -128,7 +128,9 @@ def test_a_column_of_single_images(tmp_path):
 
 def test_an_image_without_its_file_is_below_the_folder_of_images(tmp_path):
     (tmp_path / "a.png").write_bytes(make_image(3))
-    rows = [{"image": {"bytes": None, "path": path}, "texts": pair_rows(ROWS)[0]["texts"]} for path in ("a.png", "../b")]
+    rows = [
+        {"image": {"bytes": None, "path": path}, "texts": pair_rows(ROWS)[0]["texts"]} for path in ("a.png", "../b")
+    ]
     schema = pa.schema([("image", IMAGE), PAIRS.field("texts")])
     pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "a.parquet")
     records = open_records(tmp_path / "a.parquet", tmp_path)
@@ -375,7 +377,10 @@ DEFECTS = {
         r"a\.tar is compressed, so its rows cannot be read by index; decompress it first",
     ),
     "no samples": (_members("README"), r"a\.tar has no files named KEY\.SUFFIX"),
-    "a name that leaves": (_members("a/../../0.png"), r"a\.tar has 'a/\.\./\.\./0\.png', a name that leaves the archive"),
+    "a name that leaves": (
+        _members("a/../../0.png"),
+        r"a\.tar has 'a/\.\./\.\./0\.png', a name that leaves the archive",
+    ),
     "an absolute name": (_members("/etc/0.png"), r"a\.tar has '/etc/0\.png', a name that leaves the archive"),
     "a member twice": (_members("0.png", "./0.png"), r"a\.tar has '\./0\.png' twice"),
     "a link": (_write_link, r"a\.tar has '0\.png', which is no ordinary file"),
@@ -455,7 +460,12 @@ def test_prepare_needs_the_folder_of_paths(files, tmp_path, capsys):
 def test_a_mixture_resumes_on_another_number_of_hosts(files, packing):
     """LLaVA's JSON, FineVision's Parquet and tars: to the bit, after a batch within an epoch."""
     names = ",".join(str(files[kind]) for kind in ("llava", "pairs", "tars"))
-    changes = {"data.mix": (1.0, 2.0, 0.5), "data.packing": packing, "global_batch_size": 4, "data.filter": "relevance>1"}
+    changes = {
+        "data.mix": (1.0, 2.0, 0.5),
+        "data.packing": packing,
+        "global_batch_size": 4,
+        "data.filter": "relevance>1",
+    }
     config = configure(names, files["llava"].parent / "images", **changes)
 
     def start(host, hosts):
@@ -477,7 +487,12 @@ def test_a_mixture_resumes_on_another_number_of_hosts(files, packing):
             np.testing.assert_array_equal(whole[1::2], second, err_msg=name)
         kinds.add(expected.images.shape)
     assert alone.replaced == sum(host.replaced for host in hosts) == 0
-    ids = {re.sub(r"[0-9]+ of|r[0-9]+", "", each) for batch in range(1, 9) for row in alone.record_ids(batch) for each in row}
+    ids = {
+        re.sub(r"[0-9]+ of|r[0-9]+", "", each)
+        for batch in range(1, 9)
+        for row in alone.record_ids(batch)
+        for each in row
+    }
     assert len(ids) == 3, ids  # named by the Parquet files; r0, …
     for stream in (alone, *hosts):
         stream.close()

@@ -23,9 +23,14 @@ class Rows(Protocol):
       needs_folder: whether rows have paths of images.
     """
 
-    name: str
-    files: Sequence[epath.Path]
-    needs_folder: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def files(self) -> Sequence[epath.Path]: ...
+
+    @property
+    def needs_folder(self) -> bool: ...
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -58,7 +63,7 @@ def list_files(name: str) -> list[epath.Path]:
     path = to_path(name)
     pattern = path.name if any(mark in path.name for mark in _PATTERN) and not path.exists() else ""
     if not pattern and not path.is_dir():
-        return [path] if path.exists() else []
+        return [path] if path.is_file() else []
     folder = path.parent if pattern else path
     if not folder.is_dir():
         return []
@@ -72,7 +77,7 @@ def exists(name: str) -> bool:
 
 
 def find_files(name: str, is_kind: Callable[[bytes], bool]) -> list[epath.Path]:
-    """Returns those files of :func:`list_files` whose first bytes are of a kind. Raises UserError if one is unreadable."""
+    """Returns the files of :func:`list_files` whose first bytes are of a kind. Raises UserError as read_magic."""
     return [file for file in list_files(name) if is_kind(read_magic(file))]
 
 

@@ -1,5 +1,6 @@
-"""Reads training data from files: LLaVA's JSON or JSON lines with a folder of images, a folder that stf_jax.prepare wrote,
-tables (tables.py) and tars (tars.py). Their content tells them apart.
+"""Reads training data from files: LLaVA's JSON or JSON lines with a folder of images, or a folder by stf_jax.prepare.
+
+It also opens tables (tables.py) and tars (tars.py), which their content tells apart.
 """
 
 import functools
@@ -19,7 +20,7 @@ from etils import epath
 from stf_jax.config import TrainConfig, UserError, short_message
 from stf_jax.data.image import open_image, read_image
 from stf_jax.data.ratings import Filter
-from stf_jax.data.records import BadRow, Embedded, Record
+from stf_jax.data.records import BadRow, Embedded, Record, name_image
 from stf_jax.data.rows import PAIRS_KEY, TURN_KEYS, read_row
 from stf_jax.data.sources.base import DataNotNamed
 from stf_jax.data.sources.containers import Rows, exists, list_files, name_row, read_magic
@@ -203,7 +204,9 @@ def open_container(name: str) -> Rows | None:
 class LlavaRecords:
     """Records from rows of ``{id, image, conversations: [{from, value}, …]}`` (data/rows.py) and a folder of images."""
 
-    def __init__(self, annotations: str, images: str = "", keep: Filter | None = None, rows: Rows | None = None) -> None:
+    def __init__(
+        self, annotations: str, images: str = "", keep: Filter | None = None, rows: Rows | None = None
+    ) -> None:
         """
         Args:
           annotations: JSON, tables or tars.
@@ -255,8 +258,9 @@ class LlavaRecords:
 
     def _open(self, image: str | Embedded) -> PIL.Image.Image:
         content = read_image(self._folder, image)
-        path = image.name if isinstance(image, Embedded) or self._folder is None else os.fspath(self._folder / image)
-        return open_image(content, path)
+        if isinstance(image, str) and self._folder is not None:
+            return open_image(content, os.fspath(self._folder / image))
+        return open_image(content, name_image(image))
 
 
 class PreparedRecords:

@@ -1,8 +1,8 @@
 """Finds the values of a Parquet column in its file, so that one can be read without decoding its group of rows.
 
-pyarrow decodes complete groups: 50 MB to read an image of 0.2 MB. But in a plain page the values follow each other, each
-after its length, and ``datasets`` writes images in such pages, not compressed.
-https://parquet.apache.org/docs/file-format describes them.
+pyarrow decodes complete groups: 50 MB to read an image of 0.2 MB. But in a plain page the values follow each other,
+each after its length, and ``datasets`` writes images in such pages, not compressed. The format is described in
+https://parquet.apache.org/docs/file-format.
 """
 
 import mmap

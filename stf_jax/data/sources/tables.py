@@ -130,7 +130,7 @@ class _ParquetFile(_File):
         return (value[number] if self.columns[column].is_list else value)["bytes"]
 
     def _find_places(self, group: int, column: str, texts: "pyarrow.Table") -> tuple[np.ndarray, np.ndarray] | None:
-        """Finds the images of a group in the file: the first of each row, and the places. None if they are not found."""
+        """Finds the images of a group in the file: the first of each row, and the places; None if that fails."""
         import pyarrow.compute
 
         if in_bucket(self.path):
@@ -351,9 +351,11 @@ def _reopen(name: str) -> TableRows:
 def _list_arrow_files(folder: epath.Path) -> list[str]:
     """Returns the names of the files of a folder of save_to_disk."""
     state = read_json(folder / STATE)
-    files = state.get("_data_files") if isinstance(state, dict) else None
-    names = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
-    if not names or not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
+    listed = state.get("_data_files") if isinstance(state, dict) else None
+    files = listed if isinstance(listed, list) else []
+    found = [file.get("filename") for file in files if isinstance(file, dict)]
+    names = [name for name in found if isinstance(name, str) and name == os.path.basename(name)]
+    if not names or len(names) != len(files):
         raise UserError(f"{folder / STATE} does not list the files of a data set; save it again with save_to_disk.")
     for name in names:
         if not (folder / name).exists():

@@ -208,7 +208,6 @@ def _list_samples(path: epath.Path) -> list[_Sample]:
                 name = member.name
                 if not member.isdir():
                     _add_member(samples, member, path)
-                tar.members = []  # it would keep all of them
             file.seek(tar.offset)
             if file.read(_BLOCK) != bytes(_BLOCK):  # the end of an archive; tarfile also stops at damaged headers
                 raise tarfile.ReadError("it has no end mark")
