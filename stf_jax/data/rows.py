@@ -16,6 +16,7 @@ from stf_jax.data.records import IMAGE_MARK, BadRow, Embedded, Turn
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 TURN_KEYS = ("conversations", "messages")  # keys under which a row has its turns
 PAIRS_KEY = "texts"  # or its questions and answers, as in FineVision and the_cauldron
+MAX_DEPTH = 100  # levels of lists and objects in a row; LLaVA's have three
 _IMAGES, _SYSTEM = ("image", "images"), ("system", "system_prompt")
 _SPEAKER, _TEXT = ("from", "role"), ("value", "content")
 _TURN_READ = {*_SPEAKER, *_TEXT}
@@ -136,6 +137,19 @@ def is_empty(value: Any) -> bool:
     if isinstance(value, (list, dict)):
         return all(map(is_empty, value.values() if isinstance(value, dict) else value))
     return value is None or value != value
+
+
+def is_too_deep(value: Any) -> bool:
+    """Whether a JSON value nests over :data:`MAX_DEPTH` levels deep: it could not be read or written recursively."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, (dict, list))
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return bool(level)
 
 
 def _describe_type(value: Any) -> str:

@@ -385,6 +385,10 @@ DEFECTS = {
     "a member twice": (_members("0.png", "./0.png"), r"a\.tar has '\./0\.png' twice"),
     "a link": (_write_link, r"a\.tar has '0\.png', which is no ordinary file"),
     "JSON cut short": (_members("0.png", "0.json"), r"Row 0 of .*a\.tar: 0\.json is not JSON: "),
+    "JSON too deep": (
+        lambda f, _: write_tar(f / "a.tar", [("0.json", b"[" * 900 + b"]" * 900)]),
+        r"Row 0 of .*a\.tar: 0\.json is not JSON: it is nested too deeply",
+    ),
     "no turns": (_members("0.png"), r"Row 0 of .*a\.tar has no list of turns"),
     "a video": (
         lambda f, _: write_tar(f / "a.tar", [("0.mp4", b""), ("0.txt", b"A cat.")]),
@@ -410,6 +414,33 @@ def test_a_damaged_page_affects_only_its_own_rows(tmp_path):
     with pytest.raises(BadRow, match=r"^Image 0 of row 1 of .*a\.parquet cannot be read: .*\.$"):
         records[1].images[0]()
     assert read(records[6])[1] == [np.asarray(PIL.Image.open(io.BytesIO(ROWS[6][0][0]))).tobytes()]
+
+
+def test_damaged_bytes_of_parquet_give_images_or_reasons(tmp_path):
+    """Whatever the headers of pages and the lengths of images say."""
+    content, rng = _write_table(tmp_path).read_bytes(), np.random.default_rng(0)
+    metadata = pq.read_metadata(tmp_path / "a.parquet")
+    columns = [metadata.row_group(group).column(0) for group in range(metadata.num_row_groups)]
+    headers = [column.data_page_offset for column in columns]
+    good = bad = 0
+    for number in range(60):
+        damaged = bytearray(content)
+        begin = headers[number % len(headers)] + int(rng.integers(0, 60))
+        damaged[begin : begin + 1 + number % 7] = (
+            rng.choice([0, 28, 255, 130], 1 + number % 7).astype(np.uint8).tobytes()
+        )
+        (tmp_path / "a.parquet").write_bytes(damaged)
+        rows = open_container(str(tmp_path / "a.parquet"))
+        for index in (0, 6, 10):
+            reason = ""
+            try:
+                good += isinstance(rows[index]["images"][0].read(), bytes)
+            except BadRow as error:
+                reason = error.reason
+            assert reason in ("", "corrupt")
+            bad += bool(reason)
+    assert good > 100
+    assert bad > 10
 
 
 @pytest.mark.parametrize(

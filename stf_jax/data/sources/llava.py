@@ -21,7 +21,7 @@ from stf_jax.config import TrainConfig, UserError, short_message
 from stf_jax.data.image import open_image, read_image
 from stf_jax.data.ratings import Filter
 from stf_jax.data.records import BadRow, Embedded, Record, name_image
-from stf_jax.data.rows import PAIRS_KEY, TURN_KEYS, read_row
+from stf_jax.data.rows import MAX_DEPTH, PAIRS_KEY, TURN_KEYS, is_too_deep, read_row
 from stf_jax.data.sources.base import DataNotNamed
 from stf_jax.data.sources.containers import Rows, exists, list_files, name_row, read_magic
 from stf_jax.data.sources.tables import SPLITS, STATE, is_parquet, open_table
@@ -31,8 +31,7 @@ from stf_jax.files import local_copy, to_path
 KEPT = "kept.json"  # in a prepared folder: its rows, in the order of the images in its shards
 INFO = "dataset_info.json"  # TFDS's; written last
 _CHUNK, _MAX_ROW = 2**16, 2**26  # characters of an annotation file read at once, and of a row
-_MAX_DEPTH = 100  # levels of lists and objects in a row; LLaVA's have three
-_EXTREME = f"it nests over {_MAX_DEPTH} levels deep, or has a number with thousands of digits"
+_EXTREME = f"it nests over {MAX_DEPTH} levels deep, or has a number with thousands of digits"
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _log = logging.getLogger(__name__)
 _SPACE, _DECODER = re.compile(r"\s*"), json.JSONDecoder()
@@ -130,20 +129,8 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _check_depth(row: Any, text: str, *span: int) -> None:
-    if text.count("[", *span) + text.count("{", *span) > _MAX_DEPTH and _is_too_deep(row):
+    if text.count("[", *span) + text.count("{", *span) > MAX_DEPTH and is_too_deep(row):
         raise RecursionError  # it could be read, but writing it again may need more stack
-
-
-def _is_too_deep(row: Any) -> bool:
-    level = [row]
-    for _ in range(_MAX_DEPTH):
-        level = [
-            inner
-            for value in level
-            if isinstance(value, (dict, list))
-            for inner in (value.values() if isinstance(value, dict) else value)
-        ]
-    return bool(level)
 
 
 class JsonRows:

@@ -46,7 +46,14 @@ def find_values(file: epath.Path, column: Any, levels: tuple[int, int]) -> np.nd
                     at += _LENGTH + size
                 if at != page_end:
                     return None
-    except (IndexError, KeyError, TypeError, ValueError, OSError):  # pyarrow reports what is wrong, if anything is
+    except (
+        IndexError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+        RecursionError,
+    ):  # pyarrow reports what is wrong, if anything is
         return None
     return np.array(values, np.int64).reshape(-1, 2)
 
@@ -82,10 +89,11 @@ def _read_integer(data: mmap.mmap, at: int) -> tuple[int, int]:
 
 
 def _read_varint(data: mmap.mmap, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
+    value = 0
+    for shift in range(0, 70, 7):
         byte = data[at]
         value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
+        at += 1
         if byte < 128:
             return value, at
+    raise ValueError("no integer of 64 bits")

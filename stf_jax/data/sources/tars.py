@@ -20,8 +20,9 @@ import numpy as np
 from etils import epath
 
 from stf_jax.config import UserError, short_message
+from stf_jax.data.image import MAX_FILE_BYTES
 from stf_jax.data.records import IMAGE_MARK, BadRow, Embedded
-from stf_jax.data.rows import PAIRS_KEY, TURN_KEYS
+from stf_jax.data.rows import PAIRS_KEY, TURN_KEYS, is_too_deep
 from stf_jax.data.sources.containers import find_files, name_row
 from stf_jax.files import cache_folder, get_version, parse_json
 
@@ -55,8 +56,10 @@ class _TarFile:
         return json.loads(self._text[self._ends[index] : self._ends[index + 1]])
 
     def read(self, place: tuple[int, int]) -> bytes:
-        """Reads a member."""
+        """Reads a member. Raises BadRow if it is too large, and OSError if it cannot be read."""
         offset, size = place
+        if size > MAX_FILE_BYTES:
+            raise BadRow("too_large", f"A member of {self.path} at byte {offset:,} has over {MAX_FILE_BYTES:,} bytes.")
         with self.path.open("rb") as file:
             file.seek(offset)
             content = file.read(size)
@@ -138,7 +141,13 @@ def _read_text(tar: _TarFile, place: tuple[int, int], where: str) -> Any:
     """Reads a member of JSON or of text."""
     try:
         content = tar.read(place)
-        return parse_json(content) if where.endswith(".json") else content.decode()
+        if not where.endswith(".json"):
+            return content.decode()
+        if is_too_deep(value := parse_json(content)):
+            raise ValueError("it is nested too deeply")
+        return value
+    except BadRow:
+        raise
     except OSError as error:
         raise BadRow("member", f"{where} cannot be read: {error.strerror or error}.") from None
     except ValueError as error:
