@@ -46,11 +46,11 @@ def test_input(tmp_path, capsys):
 
 def test_sources(tmp_path):
     file = tmp_path / "figures.json"
-    assert run_command(main, ["sources", "--images=4", "--rows=3000", f"--json={file}"]) == 0
+    assert run_command(main, ["sources", "--images=2", "--rows=1000", f"--json={file}"]) == 0
     *sources, planned = json.loads(file.read_text())
     assert (len(sources), sources[0]["ratio"]) == (5, 1)
-    # Eight images of 144 tokens do not fit in 1024 positions; five short conversations do.
-    assert planned["steps"] == -(-3000 // 5 // 128)
+    # A row has four conversations of over 200 tokens.
+    assert planned["steps"] == 2
 
 
 def test_weights(tmp_path):
