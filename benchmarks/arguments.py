@@ -87,6 +87,12 @@ def plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-mark", action="store_true", help="skip the comparison with MaxText")
 
 
+def sources(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of :mod:`benchmarks.sources`."""
+    parser.add_argument("--images", type=int, default=384, help="JPEG files in each source (%(default)s)")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of Parquet to plan (%(default)s)")
+
+
 def step(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of :mod:`benchmarks.step`."""
     parser.add_argument("--llm", default="smollm2-135m", help="language model preset, random weights (%(default)s)")

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> _Figures:
         raise UserError("--images and --rows must be at least 1.")
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        files = _make_files(pathlib.Path(folder), options.images, rng)
+        files = make_files(pathlib.Path(folder), options.images, rng)
         size = {"what": "JPEG files", "count": len(files), "kilobytes_each": _kilobytes(pathlib.Path(folder))}
         return [size, *_measure_speed(pathlib.Path(folder), files), *_count_positions(options.rows, rng)]
 
@@ -53,7 +53,7 @@ def _kilobytes(folder: pathlib.Path) -> float:
     return float(np.mean([path.stat().st_size for path in (folder / "images").iterdir()])) / 1000
 
 
-def _make_files(folder: pathlib.Path, count: int, rng: np.random.Generator) -> list[_Row]:
+def make_files(folder: pathlib.Path, count: int, rng: np.random.Generator) -> list[_Row]:
     """Writes JPEGs, and conversations of four rounds about them in LLaVA's schema."""
     (folder / "images").mkdir()
     rows = []

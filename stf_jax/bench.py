@@ -22,6 +22,7 @@ _BENCHES = {
     "input": "images per second per core and the fraction of useful positions, compared with LLaVA's pipeline",
     "methods": "evaluated methods in turn: time to the first token, the method's own time, memory; writes cost.json",
     "plan": "memory, FLOPs and time by plan: compared with MaxText's Llama-2-7B, and 144 vision tokens with 576",
+    "sources": "images per second per core from each kind of data source, and the time to plan rows of Parquet",
     "step": "training steps: time, MFU and memory, compared with the export in PyTorch, eager and compiled",
     "weights": "time and peak memory of importing, loading and exporting a model",
 }

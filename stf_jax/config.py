@@ -129,8 +129,11 @@ class DataConfig:
     # source: llava (files in annotations and images) | scenes (embedded procedural images) | package.module:function of
     # your own (docs/your-own-data.md)
     source: str = "llava"
-    annotations: str = ""  # LLaVA JSON files, or folders that stf_jax.prepare wrote, separated by commas
-    images: str = ""  # image folder of each JSON file in annotations, separated by commas; one folder serves all files
+    # LLaVA JSON, Parquet, save_to_disk folders, WebDataset tars or folders that stf_jax.prepare wrote, separated by
+    # commas (docs/your-own-data.md)
+    annotations: str = ""
+    images: str = ""  # image folder of each file with image paths, separated by commas; one folder serves all files
+    filter: str = ""  # keep rows and texts with such ratings: relevance>=4 and formatting>=3; no rating is kept
     records: Count = 0  # records in annotations, for stf_jax.plan where the files are absent; 0: unknown
     mix: tuple[NonNegative, ...] = ()  # one number per data set, see mix_by; (): every record once per epoch
     mix_by: MixBy = "epoch"  # what mix gives. epoch: passes over the item per epoch | weight: its share of all rows

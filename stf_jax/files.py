@@ -212,19 +212,23 @@ def _partial(path: epath.Path) -> epath.Path:
     return path.parent / f".{os.path.basename(path)}.partial"
 
 
+def cache_folder() -> pathlib.Path:
+    """Returns the folder of files that can be made again: ``$XDG_CACHE_HOME/stf_jax``, or ``~/.cache/stf_jax``."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "stf_jax"
+
+
 def local_copy(path: str | os.PathLike[str]) -> pathlib.Path:
     """Returns a local path for a file or folder: the path itself, or an up-to-date cached copy from a bucket.
 
-    For libraries that read only local files. The cache is ``$XDG_CACHE_HOME/stf_jax``, or ``~/.cache/stf_jax``.
+    For libraries that read only local files. The copy is in :func:`cache_folder`.
     """
     remote = to_path(path)
     if not in_bucket(remote):
         return pathlib.Path(remote)
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "stf_jax"
-    local = cache / os.fspath(remote).replace("://", "/")
+    local = cache_folder() / os.fspath(remote).replace("://", "/")
     sources = {local / source.relative_to(remote) if source != remote else local: source for source in _files(remote)}
     for target, source in sources.items():
-        size, modified = source.stat().length, _modified_ns(source)
+        size, modified = get_version(source)
         if not target.exists() or (target.stat().st_size, target.stat().st_mtime_ns) != (size, modified):
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.{os.getpid()}")  # hosts may share a cache
@@ -251,6 +255,14 @@ def in_bucket(path: str | os.PathLike[str]) -> bool:
 def _copy(source: epath.Path | pathlib.Path, target: epath.Path | pathlib.Path) -> None:
     with source.open("rb") as opened, target.open("wb") as file:
         shutil.copyfileobj(opened, file, 2**22)
+
+
+def get_version(path: epath.Path) -> tuple[int, int]:
+    """Returns the size of a file in bytes, and when it was last modified, in nanoseconds."""
+    if in_bucket(path):
+        return path.stat().length, _modified_ns(path)
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
 
 
 def _modified_ns(path: epath.Path) -> int:

@@ -1,4 +1,4 @@
-"""Prepare data: ``python -m stf_jax.prepare --annotations=FILE.json --images=DIR --out=DIR``."""
+"""Prepare data: ``python -m stf_jax.prepare --annotations=FILE --images=DIR --out=DIR``."""
 
 import os
 import sys
@@ -6,7 +6,9 @@ import sys
 from stf_jax.cli import Parser, path_text, run_command
 from stf_jax.config import UserError
 
-DESCRIPTION = """Check LLaVA's JSON and images, and write a TFDS data set that training reads by index.
+DESCRIPTION = """Check annotations and images, and write a TFDS data set that training reads by index.
+
+Annotations are LLaVA's JSON, Parquet files, save_to_disk folders of datasets, or WebDataset tars.
 
 Unusable rows are dropped, with the reasons in report.json. After an interruption, the same command resumes. Train on
 the result with --config.data.annotations=OUT.
@@ -21,12 +23,17 @@ def main(argv: list[str]) -> None:
         type=path_text,
         action="append",
         required=True,
-        metavar="FILE.json",
-        help="JSON array of rows, or one row per line; may be repeated",
+        metavar="FILE",
+        help="file, folder or pattern of rows; may be repeated",
     )
     parser.add_argument(
-        "--images", type=path_text, required=True, metavar="DIR", help="folder that image paths are relative to"
+        "--images",
+        type=path_text,
+        default="",
+        metavar="DIR",
+        help="folder that image paths are relative to (default: images are in the rows)",
     )
+    parser.add_argument("--filter", default="", help="keep rows and texts with such ratings, such as relevance>=4")
     parser.add_argument("--out", type=path_text, required=True, metavar="DIR", help="folder of the prepared data set")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one per core: %(default)s)")
     parser.add_argument("--limit", type=int, default=0, help="read only the first N rows (default: all)")

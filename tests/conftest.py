@@ -32,7 +32,7 @@ jaxtyping.install_import_hook(("stf_jax.models", "stf_jax.training.loss"), "bear
 
 # What only files that --light leaves out contain: uses of torch, of other processes, and of compilers of other chips.
 HEAVY = (
-    r"^ *(import|from) (torch|transformers|make_models|reference|full_disk|run_process|subprocess)\b"
+    r"^ *(import|from) (torch|transformers|make_models|make_containers|reference|full_disk|run_process|subprocess)\b"
     r"|\btorch_setup\b|^from stf_jax import .*\b(bench|plan)\b|^from stf_jax\.evals\.verify import"
 )
 

@@ -44,6 +44,15 @@ def test_input(tmp_path, capsys):
     assert useful["ours, grouped (8 lengths)"] > useful["LLaVA's group_by_modality_length"]
 
 
+def test_sources(tmp_path):
+    file = tmp_path / "figures.json"
+    assert run_command(main, ["sources", "--images=2", "--rows=1000", f"--json={file}"]) == 0
+    *sources, planned = json.loads(file.read_text())
+    assert (len(sources), sources[0]["ratio"]) == (5, 1)
+    # A row has four conversations of over 200 tokens.
+    assert planned["steps"] == 2
+
+
 def test_weights(tmp_path):
     file = tmp_path / "figures.json"
     assert run_command(main, ["weights", "--model=llama-mini", f"--scratch={tmp_path}", f"--json={file}"]) == 0

@@ -16,12 +16,13 @@ from bucket import make_environment
 from etils import epath
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from make_containers import WRITERS, make_rows
 from make_llava import make
 
 from stf_jax.checkpointing.manager import Checkpoints
 from stf_jax.config import CheckpointConfig, UserError
 from stf_jax.data.records import BadRow
-from stf_jax.data.sources.llava import LlavaRecords
+from stf_jax.data.sources.llava import LlavaRecords, open_container
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
 from stf_jax.files import AppendOnlyFile, local_copy, open_atomic, upload
 from stf_jax.runs import lock
@@ -166,6 +167,18 @@ def test_annotations_and_images_are_read_from_s3(s3):
             continue
         for image, reference in zip(records[i].images, expected.images, strict=True):
             assert _open(image) == _open(reference)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "disk", "tars"])
+def test_containers_are_read_from_s3(s3, kind):
+    path = WRITERS[kind](s3 / "containers", make_rows(5))
+    found, local = (
+        LlavaRecords(name, rows=open_container(name)) for name in (f"s3://bucket/containers/{path.name}", str(path))
+    )
+    assert len(found) == 5
+    for i in range(5):
+        assert found[i].turns == local[i].turns
+        assert [_open(image) for image in found[i].images] == [_open(image) for image in local[i].images]
 
 
 def test_weights_and_tokenizers_are_cached(s3):

@@ -42,9 +42,9 @@ def chat_items(chat: Chat, turns: Sequence[Turn]) -> list[Item]:
     """Returns the items of alternating turns; a conversation that ends with a question becomes a prompt.
 
     A turn's images move to its front, each followed by a newline, as in LLaVA; the last newline is left out if the
-    question is empty. Turns are stripped of outer white space, in training and inference. LLaVA keeps it in turns
-    without an image, and so trains answers to prompts that nobody types. A first turn by ``gpt`` is dropped, as in
-    LLaVA (:func:`stf_jax.data.rows.read_row` reports it).
+    question is empty. Images of a turn with ``in_place`` stay where they are. Turns are stripped of outer white space,
+    in training and inference. LLaVA keeps it in turns without an image, and so trains answers to prompts that nobody
+    types. A first turn by ``gpt`` is dropped, as in LLaVA (:func:`stf_jax.data.rows.read_row` reports it).
     """
     rounds = list(enumerate(turns, start=1))
     start = (*chat.start, *chat.before_question)
@@ -64,6 +64,8 @@ def chat_items(chat: Chat, turns: Sequence[Turn]) -> list[Item]:
         if turn.speaker == "human":
             images: list[Item] = [Mark.IMAGE, Text("\n")] * turn.text.count(IMAGE_MARK)
             question = [*images, Text(text)] if text else images[:-1]
+            if turn.in_place:
+                question = document_items([Turn("human", turn.text.strip())])
             items += [*(chat.before_question if i else start), *question, *chat.before_answer]
         elif IMAGE_MARK in turn.text:
             raise BadRow("mark_in_answer", f"turn {number} is an answer that contains {IMAGE_MARK}")
@@ -76,12 +78,10 @@ def plain_items(turns: Sequence[Turn]) -> list[Item]:
     """Returns the items of LLaVA's stage-1 template: ``<image>`` caption newline; caption and newline are targets.
 
     The newline ends the caption, so it is encoded as a separate token; some vocabularies (not Llama's) would merge it
-    with a full stop. The instruction is dropped; without a caption the result is a prompt. A record without an image
-    is a document (:func:`document_items`).
+    with a full stop. The instruction is dropped, and so is a system text (:func:`find_unplaced` reports it); without a
+    caption the result is a prompt. A record without an image is a document (:func:`document_items`).
     """
     if turns and turns[0].speaker == "system":
-        if turns[0].text.strip():
-            raise BadRow("no_system", "template 'plain' does not support a system text")
         turns = turns[1:]
     images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
     if not images:
@@ -196,6 +196,12 @@ def template_items(template: str, record: Record) -> list[Item]:
     return items
 
 
+def find_unplaced(template: str, record: Record) -> tuple[str, ...]:
+    """Returns what the template has no place for, and so leaves out: a system text, in template ``plain``."""
+    has_system = bool(record.turns) and record.turns[0].speaker == "system" and bool(record.turns[0].text.strip())
+    return (f"a system text, for which template {template!r} has no place",) * (has_system and template == "plain")
+
+
 def training_items(template: str, record: Record) -> list[Item]:
     """Like :func:`template_items`, but also raises BadRow if there is no answer."""
     items = template_items(template, record)
@@ -247,8 +253,10 @@ def count_tokens(conversations: Sequence[Sequence[Item]], tokenizer: PreTrainedT
         new = _split_pieces(items)
         pieces += new
         owners += [i] * len(new)
-    for i, encoding in zip(owners, _tokenize(pieces, tokenizer), strict=True):
-        counts[i] += len(encoding.ids)
+    distinct = list(dict.fromkeys(pieces))  # most conversations begin with the same system text
+    sizes = {piece: len(each.ids) for piece, each in zip(distinct, _tokenize(distinct, tokenizer), strict=True)}
+    for i, piece in zip(owners, pieces, strict=True):
+        counts[i] += sizes[piece]
     return counts
 
 

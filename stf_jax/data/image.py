@@ -15,7 +15,7 @@ import PIL.ImageOps
 from etils import epath
 
 from stf_jax.config import shorten
-from stf_jax.data.records import BadRow
+from stf_jax.data.records import BadRow, Embedded
 from stf_jax.files import in_bucket
 
 if TYPE_CHECKING:  # prepare's workers open images and need neither jax nor flax
@@ -31,15 +31,28 @@ _URL = re.compile(r"\s*(data:|[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
 _TRUNCATED = ("truncated", "unexpected end", "not enough image data", "premature")
 
 
-def read_image(folder: epath.Path, name: str) -> bytes:
-    """Reads a file below a folder. ``name`` is relative to the folder, or an absolute path in it.
+def read_image(folder: epath.Path | None, image: str | Embedded) -> bytes:
+    """Reads the file of an image: embedded in its row, or below a folder.
 
-    Links in the folder may lead anywhere.
+    A path is relative to the folder, or an absolute path in it. Links in the folder may lead anywhere.
+
+    Args:
+      folder: None if there is none, because all images are embedded.
+      image: its path, or the image itself.
 
     Raises:
       BadRow: ``url`` if the name is not a path, ``outside`` if it leaves the folder, ``missing``, or ``too_large`` for
         more than :data:`MAX_FILE_BYTES`.
     """
+    if isinstance(image, Embedded):
+        content = image.read()
+        if content is not None:
+            return _check_size(content, image.name, image.name)
+        if not image.path:
+            raise BadRow("missing", f"Image {shorten(image.name)} is empty.", image.name)
+    name = image.path if isinstance(image, Embedded) else image
+    if folder is None:
+        raise BadRow("missing", f"Image {shorten(name)!r} is a path, but no image folder is given.", name)
     path = folder / _relative(os.fspath(folder), name)
     short_name = shorten(os.fspath(path))
     try:
@@ -50,8 +63,12 @@ def read_image(folder: epath.Path, name: str) -> bytes:
     except OSError as error:
         reason = error.strerror or str(error)
         raise BadRow("missing", f"Image {short_name} cannot be opened: {reason}.", name) from None
+    return _check_size(content, short_name, name)
+
+
+def _check_size(content: bytes, shown: str, name: str) -> bytes:
     if len(content) > MAX_FILE_BYTES:
-        raise BadRow("too_large", f"Image {short_name} has over {MAX_FILE_BYTES:,} bytes.", name)
+        raise BadRow("too_large", f"Image {shown} has over {MAX_FILE_BYTES:,} bytes.", name)
     return content
 
 

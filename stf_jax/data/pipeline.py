@@ -1,6 +1,7 @@
 """The input pipeline: measures records, plans rows (sampling.py), then reads and packs them in Grain threads."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
@@ -18,7 +19,14 @@ from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.config import DataConfig, ModelConfig, TrainConfig, UserError
-from stf_jax.data.conversation import check_record_ids, check_template, count_tokens, encode, training_items
+from stf_jax.data.conversation import (
+    check_record_ids,
+    check_template,
+    count_tokens,
+    encode,
+    find_unplaced,
+    training_items,
+)
 from stf_jax.data.image import to_square
 from stf_jax.data.packing import Batch, Example, to_batch, to_example, to_row
 from stf_jax.data.records import BadRow, Record, format_reasons
@@ -157,21 +165,28 @@ class Preprocessor:
                 range(len(records)), "measuring", unit="row", delay=2, leave=False, mininterval=0.5, disable=not log
             )
         )
-        while indices := list(itertools.islice(progress, _CHUNK)):
-            on_chunk()
-            good: list[int] = []
-            items: list[list[Item]] = []
-            for index in indices:
-                try:
-                    record = records[index]
-                    items.append(self._make_items(record))
-                except BadRow as error:
-                    bad[error.reason] += 1
-                    continue  # it is logged when it is read for a batch
-                ignored.update(record.ignored_keys)
-                good.append(index)
-                image_counts[index] = len(record.images)
-            lengths[good] = count_tokens(items, self._tokenizer, self._slots)
+        counting: list[tuple[list[int], concurrent.futures.Future[list[int]]]] = []
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # counts a chunk while the next one is read
+            while indices := list(itertools.islice(progress, _CHUNK)):
+                on_chunk()
+                good: list[int] = []
+                items: list[list[Item]] = []
+                for index in indices:
+                    try:
+                        record = records[index]
+                        items.append(self._make_items(record))
+                    except BadRow as error:
+                        bad[error.reason] += 1
+                        continue  # it is logged when it is read for a batch
+                    ignored.update(record.ignored_keys + find_unplaced(self._config.template, record))
+                    good.append(index)
+                    image_counts[index] = len(record.images)
+                counting.append((good, pool.submit(count_tokens, items, self._tokenizer, self._slots)))
+                if len(counting) > 1:
+                    good, counted = counting.pop(0)
+                    lengths[good] = counted.result()
+            for good, counted in counting:
+                lengths[good] = counted.result()
         if bad and log:
             counts = bad.total(), len(records), records.name, format_reasons(bad)
             _log.warning("%d of the %d rows of %s cannot be used (images not checked yet): %s.", *counts)

@@ -1,4 +1,4 @@
-"""Checks LLaVA's JSON and image folders row by row and writes a TFDS data set of ArrayRecord shards.
+"""Checks annotations and images row by row and writes a TFDS data set of ArrayRecord shards.
 
 Rows are assigned to shards in the order of the files. Worker processes check and write one shard each. A shard gets its
 final name when it is complete, with a note of what was kept and dropped, so an interrupted run continues with the
@@ -33,18 +33,21 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from stf_jax.config import UserError, shorten
-from stf_jax.data.conversation import check_template, count_tokens, training_items
+from stf_jax.data.conversation import check_template, count_tokens, find_unplaced, training_items
 from stf_jax.data.image import MAX_ASPECT_RATIO, open_image, read_image, to_rgb
-from stf_jax.data.records import REASONS, BadRow, Record, Turn
+from stf_jax.data.ratings import Filter
+from stf_jax.data.records import REASONS, BadRow, Embedded, Record, Turn, name_image
 from stf_jax.data.report import Report, draw_histograms
-from stf_jax.data.rows import read_row
-from stf_jax.data.sources.llava import INFO, KEPT, read_rows
+from stf_jax.data.rows import read_row, turn_to_json
+from stf_jax.data.sources.containers import Rows
+from stf_jax.data.sources.llava import INFO, KEPT, open_container, read_rows
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.files import in_bucket, make_folder, move_file, open_atomic, read_json, to_path, write_json
+from stf_jax.files import get_version, in_bucket, make_folder, move_file, open_atomic, read_json, to_path, write_json
 from stf_jax.models.decoders.chat import Item
 from stf_jax.runs.lock import lock_file
 
-_NumberedRow = tuple[str, int, Any]  # a row's file, its index in it, and the row
+# A row's file, its index in it, and the row, or a function that reads it: a worker need not be sent its images.
+_NumberedRow = tuple[str, int, Any]
 NAME = "llava"
 NOTES = "unfinished"  # folder of the shards' notes until the data set is finished
 REPORT, HISTOGRAMS = "report.json", "histograms.png"
@@ -57,8 +60,8 @@ _QUALITY = 95  # of shrunk JPEGs
 class Options:
     """Options of :func:`prepare`."""
 
-    annotations: tuple[str, ...]  # LLaVA JSON files
-    images: str  # folder of the images
+    annotations: tuple[str, ...]  # JSON, tables or tars
+    images: str  # folder of the images; may be empty if the rows contain them
     out: str  # folder of the data set
     workers: int
     limit: int = 0  # rows to read; 0: all
@@ -67,6 +70,7 @@ class Options:
     tokenizer: str = ""  # folder of the tokenizer that counts tokens; empty: tokens are estimated
     template: str = "v1"
     image_tokens: int = 144  # per image
+    filter: str = ""  # of ratings (ratings.py)
     strict: bool = False  # stop at the first row that would be dropped
     shard_rows: int = 8192  # rows of the annotations per shard; a reader keeps a file and two threads open per shard
 
@@ -91,8 +95,13 @@ def prepare(options: Options) -> Report:
         another run is writing it; with ``strict``, a row would be dropped.
     """
     out = to_path(options.out)
-    if not to_path(options.images).is_dir():
+    if options.images and not to_path(options.images).is_dir():
         raise UserError(f"The image folder {options.images} does not exist.")
+    Filter(options.filter)
+    for name in options.annotations:
+        container = open_container(name)
+        if not options.images and (container is None or container.needs_folder):
+            raise UserError(f"{name} has paths of images; give their folder with --images=DIR.")
     check_template(options.template, load_tokenizer(options.tokenizer) if options.tokenizer else None)
     plan = _make_plan(options)
     make_folder(out)
@@ -153,18 +162,33 @@ def _make_plan(options: Options) -> dict[str, Any]:
     """Returns what the result depends on: the options and a digest of the rows."""
     digest, rows = hashlib.sha256(), 0
     for row in tqdm.tqdm(_read_rows(options), "reading", unit="row", delay=2, leave=False):
-        digest.update(json.dumps(row).encode())
+        digest.update(json.dumps(row, default=lambda _: "").encode())  # the sizes of its file stand for a function
         rows += 1
+    for container in filter(None, map(open_container, options.annotations)):
+        sizes = [(os.fspath(file), get_version(file)[0]) for file in container.files]
+        digest.update(json.dumps(sizes).encode())
     keys = ("images", "limit", "max_side", "max_length", "tokenizer", "template", "image_tokens", "shard_rows")
-    values = {key: getattr(options, key) for key in keys}
+    values = {key: getattr(options, key) for key in keys} | ({"filter": options.filter} if options.filter else {})
     shards = -(-rows // options.shard_rows)
     return {"annotations": list(options.annotations)} | values | {"rows": digest.hexdigest(), "shards": shards}
 
 
 def _read_rows(options: Options) -> Iterator[_NumberedRow]:
-    """Yields the file, the index in it, and the row."""
-    rows = ((name, i, row) for name in options.annotations for i, row in enumerate(read_rows(to_path(name))))
-    return itertools.islice(rows, options.limit or None)
+    """Yields the file, the index in it, and the row or a function that reads it."""
+    return itertools.islice(
+        itertools.chain.from_iterable(map(_number_rows, options.annotations)), options.limit or None
+    )
+
+
+def _number_rows(name: str) -> Iterator[_NumberedRow]:
+    container = open_container(name)
+    if container is None:
+        return ((name, i, row) for i, row in enumerate(read_rows(to_path(name))))
+    return ((*container.locate(i), functools.partial(_read_row, container, i)) for i in range(len(container)))
+
+
+def _read_row(rows: Rows, index: int) -> Any:
+    return rows[index]
 
 
 def _make_shards(options: Options, shards: int, notes: epath.Path) -> None:
@@ -248,12 +272,13 @@ class _Worker:
     def __init__(self, options: Options, shards: int) -> None:
         self._options, self._shards, self._features = options, shards, make_features()
         self._tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
-        self._images, self._out = to_path(options.images), to_path(options.out)
+        self._images, self._out = to_path(options.images) if options.images else None, to_path(options.out)
+        self._filter = Filter(options.filter)
 
     def make_shard(self, shard: int, rows: Sequence[_NumberedRow]) -> None:
         """Writes a shard and its note."""
         lists = ("kept", "dropped", "tokens", "sizes", "formats", "ids", "unread")
-        note: dict[str, Any] = {key: [] for key in lists} | {"bytes": 0}
+        note: dict[str, Any] = {key: [] for key in lists} | {"bytes": 0, "filtered": 0}
         name = f"{NAME}-train.array_record-{shard:05}-of-{self._shards:05}"
         with tempfile.TemporaryDirectory() as scratch:
             local = pathlib.Path(scratch) / name
@@ -262,12 +287,15 @@ class _Worker:
                 for file, index, row in rows:
                     if _stop.value:
                         raise InterruptedError
-                    row_id = _to_text(row.get("id")) if isinstance(row, dict) else ""
-                    note["ids"].append(row_id)
-                    where = f"row {index} of {file}"
+                    where, row_id = f"row {index} of {file}", ""
                     try:
-                        note["bytes"] += self._write(writer, row, where, note)
+                        row = row() if callable(row) else row
+                        row_id = _to_text(row.get("id")) if isinstance(row, dict) else ""
+                        note["bytes"] += self._write(writer, self._filter.keep(row, where), where, note)
                     except BadRow as error:
+                        if error.reason == "filtered":  # as wished, and perhaps millions
+                            note["filtered"] += 1
+                            continue
                         if self._options.strict:
                             raise UserError(f"--strict: {where}: {error}") from None
                         note["dropped"].append(
@@ -280,6 +308,7 @@ class _Worker:
                                 "why": str(error),
                             }
                         )
+                    note["ids"].append(row_id)
             finally:
                 writer.close()
             move_file(local, self._out / name)
@@ -288,17 +317,20 @@ class _Worker:
     def _write(self, writer: ArrayRecordWriter, row: Any, where: str, note: dict[str, Any]) -> int:
         parsed = read_row(row, where)
         images = parsed.images
-        openers = tuple(functools.partial(self._open, name) for name in images)  # only counted
-        items = training_items(self._options.template, Record(parsed.name, openers, parsed.turns))
+        openers = tuple(functools.partial(self._open, image) for image in images)  # only counted
+        record = Record(parsed.name, openers, parsed.turns)
+        items = training_items(self._options.template, record)
         tokens = self._count_tokens(items, parsed.turns, len(images))
         if 0 < self._options.max_length < tokens:
             if self._tokenizer is None:
                 message = f"Record {parsed.name!r} has an estimated {tokens} tokens; give --tokenizer to count them."
                 raise BadRow("over_estimate", message)
             raise BadRow("over_length", f"Record {parsed.name!r} has {tokens} tokens.")
-        files, sizes, formats = [], [], []
-        for name in images:
-            content = read_image(self._images, name)
+        files, sizes, formats, names = [], [], [], []
+        for each in images:
+            name = name_image(each)
+            names.append(name)
+            content = read_image(self._images, each)
             image = open_image(content, name)
             max_side = self._options.max_side
             sizes.append(image.size)
@@ -308,16 +340,17 @@ class _Worker:
         example = {"id": parsed.id, "conversations": turns, "images": files}
         serialized = self._features.serialize_example(self._features.encode_example(example))
         writer.write(serialized)
-        image_names = {"image": images[0] if len(images) == 1 else list(images)} if images else {}
-        note["kept"].append({"id": parsed.id} | image_names | {"conversations": turns})
-        note["unread"] += parsed.ignored_keys
+        image_names = {"image": names[0] if len(names) == 1 else names} if names else {}
+        kept = [turn_to_json(turn) for turn in parsed.turns]
+        note["kept"].append({"id": parsed.id} | image_names | {"conversations": kept})
+        note["unread"] += parsed.ignored_keys + find_unplaced(self._options.template, record)
         note["tokens"].append(tokens)
         note["sizes"] += sizes
         note["formats"] += formats
         return len(serialized)
 
-    def _open(self, name: str) -> PIL.Image.Image:
-        return open_image(read_image(self._images, name), name)
+    def _open(self, image: str | Embedded) -> PIL.Image.Image:
+        return open_image(read_image(self._images, image), name_image(image))
 
     def _count_tokens(self, items: Sequence[Item], turns: Sequence[Turn], image_count: int) -> int:
         if self._tokenizer is not None:
@@ -333,7 +366,7 @@ def _to_text(value: Any) -> str:
 
 def _get_image(row: Any) -> str:
     image = (row.get("image") or row.get("images") or "") if isinstance(row, dict) else ""
-    return image if isinstance(image, str) else json.dumps(image)
+    return image if isinstance(image, str) else json.dumps(image, default=lambda each: getattr(each, "name", ""))
 
 
 def _shrink(image: PIL.Image.Image, side: int) -> bytes:
@@ -360,10 +393,11 @@ def _finish(options: Options, plan: dict[str, Any], out: epath.Path, notes: epat
     sizes = np.array([size for note in shards for size in note["sizes"]], np.int64).reshape(-1, 2)
     kept = sum(len(note["kept"]) for note in shards)
     counts = collections.Counter(row["reason"] for row in dropped)
+    counts["filtered"] = sum(note.get("filtered", 0) for note in shards)  # older versions wrote none
     estimated = f"estimated at {_BYTES_PER_TOKEN} bytes of text per token (give --tokenizer to count)"
     report = Report(
         {
-            "rows_read": kept + len(dropped),
+            "rows_read": kept + counts.total(),
             "rows_kept": kept,
             "rows_dropped": {reason: counts[reason] for reason in {**REASONS, **counts} if counts[reason]},
             "dropped": dropped,

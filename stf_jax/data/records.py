@@ -14,7 +14,10 @@ from stf_jax.config import UserError
 IMAGE_MARK = "<image>"  # marks the place of an image in a conversation's text
 REASONS = {
     "no_object": "a row that is not a JSON object",
-    "no_turns": "no list of turns under conversations or messages",
+    "no_turns": "no list of turns under conversations, messages or texts",
+    "ratings": "ratings that are not one number for each text",
+    "filtered": "ratings outside the filter",
+    "member": "a text in an archive that cannot be read",
     "no_turn": "a turn that is not {from, value} or {role, content} with string values",
     "speaker": "a turn by a speaker other than human, gpt, user, assistant and system",
     "image_value": "an image that is neither a path nor a list of paths",
@@ -23,7 +26,6 @@ REASONS = {
     "no_vision": "an image, for a text-only model",
     "no_text": "bytes that are not UTF-8, or half a surrogate pair",
     "roles": "human and gpt do not alternate",
-    "no_system": "a system text, which the template does not support",
     "mark_without_image": f"more {IMAGE_MARK} than images",
     "image_without_mark": f"more images than {IMAGE_MARK}",
     "mark_in_answer": f"{IMAGE_MARK} in an answer or a system text",
@@ -50,11 +52,38 @@ class BadRow(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Embedded:
+    """An image inside a file of rows, such as a Parquet file.
+
+    Attributes:
+      name: names the image in messages.
+      read: returns the image's file, or None if the row has only its path; raises :class:`BadRow`.
+      path: of the file that the image came from; may be empty.
+    """
+
+    name: str
+    read: Callable[[], bytes | None]
+    path: str = ""
+
+
+def name_image(image: str | Embedded) -> str:
+    """Names an image of a row in messages."""
+    return image.name if isinstance(image, Embedded) else image
+
+
+@dataclasses.dataclass(frozen=True)
 class Turn:
-    """A turn of a conversation. ``speaker`` is ``human`` or ``gpt``, as in LLaVA; a first turn may be ``system``."""
+    """A turn of a conversation.
+
+    Attributes:
+      speaker: ``human`` or ``gpt``, as in LLaVA; a first turn may be ``system``.
+      text: contains ``<image>`` once for each image.
+      in_place: whether the images stay where they are in the text, rather than move to its front, as in LLaVA.
+    """
 
     speaker: str
     text: str
+    in_place: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

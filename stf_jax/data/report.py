@@ -35,7 +35,7 @@ class Report:
             lines.append(f"  {count:>9,}  {reason}: {REASONS.get(reason, reason)}")
             examples = [row for row in values["dropped"] if row["reason"] == reason][:_EXAMPLES]
             lines += [f"             row {r['row']}, {r['id'] or 'no id'}: {shorten(r['why'])}" for r in examples]
-            if count > _EXAMPLES:
+            if examples and count > _EXAMPLES:
                 lines.append(f"             … and {count - _EXAMPLES:,} more; report.json lists all")
         lines += [f"{count:,} rows with {key}, which is ignored" for key, count in values.get("not_read", {}).items()]
         lines.append(f"{len(values['duplicate_ids']):,} ids occur in more than one row")

@@ -1,21 +1,25 @@
-"""Parses rows of annotations in LLaVA's format and its variants: id, image paths, turns and ignored keys.
+"""Parses rows of annotations in LLaVA's format, the Hub's and their variants: id, images, turns and ignored keys.
 
 A key that contains an image, other media or conversation text is either read, or the row is rejected with the key's
 name, so that training never misses content silently. All other keys are ignored, but listed, so they can be counted.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stf_jax.config import shorten
-from stf_jax.data.records import IMAGE_MARK, BadRow, Turn
+from stf_jax.data.records import IMAGE_MARK, BadRow, Embedded, Turn
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 TURN_KEYS = ("conversations", "messages")  # keys under which a row has its turns
+PAIRS_KEY = "texts"  # or its questions and answers, as in FineVision and the_cauldron
+MAX_DEPTH = 100  # levels of lists and objects in a row; LLaVA's have three
 _IMAGES, _SYSTEM = ("image", "images"), ("system", "system_prompt")
 _SPEAKER, _TEXT = ("from", "role"), ("value", "content")
+_TURN_READ = {*_SPEAKER, *_TEXT}
 _READ = {*TURN_KEYS, *_IMAGES, *_SYSTEM, "id"}
 # Keys that give a turn a weight; training gives every answer weight 1.
 _WEIGHTS = {"weight", "loss", "loss_weight", "train", "trainable"}
@@ -36,7 +40,7 @@ class Row:
     """A parsed row."""
 
     id: str
-    images: tuple[str, ...]  # paths
+    images: tuple[str | Embedded, ...]  # paths, or the images themselves
     turns: tuple[Turn, ...]
     ignored_keys: tuple[str, ...]  # and a first turn that chat templates drop
 
@@ -51,12 +55,13 @@ def read_row(row: Any, name: str) -> Row:
 
     ``images`` and ``messages`` are aliases of ``image`` and ``conversations``, ``role`` and ``content`` of ``from`` and
     ``value``, ``user`` and ``assistant`` of ``human`` and ``gpt``. A content may be a list of parts of type ``text``
-    and ``image`` (or ``image_url``). ``image`` is a path or a list of paths; if it is absent, null, NaN, ``""`` or
-    ``[]``, the row has no image. A system text is the first turn, by ``system``, or the value of ``system`` or
-    ``system_prompt``.
+    and ``image`` (or ``image_url``): an image that follows text stays there. Without turns, a row may have
+    ``texts: [{user, assistant}, …]``; if they contain no ``<image>``, the first question begins with all images.
+    ``image`` is a path or a list of paths; if it is absent, null, NaN, ``""`` or ``[]``, the row has no image. A system
+    text is the first turn, by ``system``, or the value of ``system`` or ``system_prompt``.
 
     Args:
-      row: any JSON value.
+      row: any JSON value, in which an :class:`Embedded` image may stand for a path.
       name: names the row in messages, and is its id if it has none.
 
     Raises:
@@ -65,28 +70,33 @@ def read_row(row: Any, name: str) -> Row:
     where = f"{name[:1].upper()}{name[1:]}"
     if not isinstance(row, dict):
         raise BadRow("no_object", f"{where} is {_describe_type(row)}, not an object.")
-    raw_turns = _get_alias(row, TURN_KEYS, where)
+    raw_turns, read = _get_alias(row, TURN_KEYS, where), _READ
+    if has_pairs := is_empty(raw_turns) and isinstance(row.get(PAIRS_KEY), list):
+        raw_turns, read = _unpair(row[PAIRS_KEY], where), _READ | {PAIRS_KEY}
     if not isinstance(raw_turns, list):
         keys = shorten(", ".join(row))
-        raise BadRow("no_turns", f"{where} has no list of turns under conversations or messages; its keys: {keys}.")
+        message = f"{where} has no list of turns under conversations, messages or {PAIRS_KEY}; its keys: {keys}."
+        raise BadRow("no_turns", message)
     turns: list[Turn] = []
     turn_images: list[str] = []
     ignored: list[str] = []
     for number, turn in enumerate(raw_turns, start=1):
-        speaker, text, paths = _parse_turn(turn, f"{where}: turn {number}")
-        if speaker == "system" and number > 1:
+        parsed, paths = _parse_turn(turn, f"{where}: turn {number}")
+        if parsed.speaker == "system" and number > 1:
             raise BadRow("roles", f"{where}: turn {number} is by 'system', but only the first turn may be.")
-        turns.append(Turn(speaker, text))
+        turns.append(parsed)
         turn_images += paths
-    turns = _add_system(row, turns, where)
     images = _get_images(row, turn_images, where)
+    if has_pairs and images and not any(IMAGE_MARK in turn.text for turn in turns):
+        turns[:1] = [Turn(turn.speaker, IMAGE_MARK * len(images) + turn.text) for turn in turns[:1]]
+    turns = _add_system(row, turns, where)
     for key, value in row.items():
-        if key not in _READ and not is_empty(value):
+        if key not in read and not is_empty(value):
             _check_ignored(key, value, bool(images), where)
             ignored.append(shorten(key))
     for number, turn in enumerate(raw_turns, start=1):
         for key, value in turn.items():
-            if key not in (*_SPEAKER, *_TEXT) and not is_empty(value):
+            if key not in _TURN_READ and not is_empty(value):
                 if key in _WEIGHTS and value != 1:
                     weight = f"{key}={shorten(str(value))}"
                     message = f"{where}: turn {number} has {weight}, but every answer is trained on with weight 1."
@@ -96,7 +106,7 @@ def read_row(row: Any, name: str) -> Row:
     # LLaVA's own files always have ids.
     row_id = name if is_empty(row.get("id")) else str(row["id"])
     try:
-        "".join([row_id, *images, *(turn.text for turn in turns)]).encode()
+        "".join([row_id, *(x for x in images if isinstance(x, str)), *(turn.text for turn in turns)]).encode()
     except UnicodeEncodeError:
         raise BadRow("no_text", f"{where} has bytes that are not UTF-8, or half a surrogate pair.") from None
     for number, turn in enumerate(turns, start=1):
@@ -110,11 +120,36 @@ def read_row(row: Any, name: str) -> Row:
     return Row(row_id, tuple(images), tuple(turns), tuple(dict.fromkeys(ignored)))
 
 
+def turn_to_json(turn: Turn) -> dict[str, Any]:
+    """Returns a turn from which :func:`read_row` reads the same turn."""
+    if not turn.in_place:
+        return {"from": turn.speaker, "value": turn.text}
+    parts: list[dict[str, str]] = []
+    for number, text in enumerate(turn.text.split(IMAGE_MARK)):
+        parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": text}] * bool(text)
+    return {"from": turn.speaker, "value": parts}
+
+
 def is_empty(value: Any) -> bool:
     """Whether a JSON value has no content: null, NaN (which pandas writes), white space, or a container of these."""
+    if isinstance(value, str):
+        return not value or value.isspace()
     if isinstance(value, (list, dict)):
         return all(map(is_empty, value.values() if isinstance(value, dict) else value))
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+    return value is None or value != value
+
+
+def is_too_deep(value: Any) -> bool:
+    """Whether a JSON value nests over :data:`MAX_DEPTH` levels deep: it could not be read or written recursively."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, (dict, list))
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return bool(level)
 
 
 def _describe_type(value: Any) -> str:
@@ -124,14 +159,26 @@ def _describe_type(value: Any) -> str:
 
 def _get_alias(values: Mapping[str, Any], keys: Sequence[str], where: str) -> Any:
     """Returns the value under any of several names of one key, or None."""
-    found = [key for key in keys if not is_empty(values.get(key))]
-    if any(values[key] != values[found[0]] for key in found):
+    found = [key for key in keys if key in values and not is_empty(values[key])]
+    if len(found) > 1 and any(values[key] != values[found[0]] for key in found):
         raise BadRow("unread", f"{where} has both {' and '.join(found)}, and they differ.")
-    return next((values[key] for key in [*found, *keys] if key in values), None)
+    return values[found[0]] if found else next((values[key] for key in keys if key in values), None)
 
 
-def _parse_turn(turn: Any, where: str) -> tuple[str, str, list[str]]:
-    """Returns the speaker, text and image paths of a turn."""
+def _unpair(pairs: Sequence[Any], where: str) -> list[Any]:
+    """Returns pairs of a question and an answer as turns."""
+    turns: list[Any] = []
+    for number, pair in enumerate(pairs, start=1):
+        if not isinstance(pair, dict):
+            raise BadRow("no_turn", f"{where}: pair {number} of {PAIRS_KEY} is {_describe_type(pair)}, not an object.")
+        rest = {key: value for key, value in pair.items() if key not in ("user", "assistant")}
+        turns += [{"role": "user", "content": pair.get("user")} | rest]
+        turns += [{"role": "assistant", "content": pair.get("assistant")}]
+    return turns
+
+
+def _parse_turn(turn: Any, where: str) -> tuple[Turn, list[str]]:
+    """Returns a turn and the paths of its images."""
     if not isinstance(turn, dict):
         raise BadRow("no_turn", f"{where} is {_describe_type(turn)}, not an object.")
     speaker, text = _get_alias(turn, _SPEAKER, where), _get_alias(turn, _TEXT, where)
@@ -140,13 +187,17 @@ def _parse_turn(turn: Any, where: str) -> tuple[str, str, list[str]]:
     if speaker.lower() not in _SPEAKERS:
         raise BadRow("speaker", f"{where} is by {shorten(speaker)!r}; known speakers: {', '.join(_SPEAKERS)}.")
     paths: list[str] = []
+    in_place = False
     if isinstance(text, list):
         parts = [_parse_part(part, where) for part in text]
         text, paths = "".join(part for part, _ in parts), [path for _, path in parts if path]
+        in_place = bool(text.replace(IMAGE_MARK, " ").strip()) and not text.lstrip().startswith(
+            IMAGE_MARK * text.count(IMAGE_MARK)
+        )
     if not isinstance(text, str):
         found = "no string" if text is None else f"{_describe_type(text)} instead of a string"
         raise BadRow("no_turn", f"{where} has {found} under 'value' or 'content'.")
-    return _SPEAKERS[speaker.lower()], text, paths
+    return Turn(_SPEAKERS[speaker.lower()], text, in_place), paths
 
 
 def _parse_part(part: Any, where: str) -> tuple[str, str]:
@@ -178,16 +229,16 @@ def _add_system(row: Mapping[str, Any], turns: list[Turn], where: str) -> list[T
     return [Turn("system", system), *turns]
 
 
-def _get_images(row: Mapping[str, Any], turn_images: list[str], where: str) -> list[str]:
+def _get_images(row: Mapping[str, Any], turn_images: list[str], where: str) -> Sequence[str | Embedded]:
     value = _get_alias(row, _IMAGES, where)
     if is_empty(value):
         return turn_images
-    paths = [value] if isinstance(value, str) else value
+    paths = [value] if isinstance(value, (str, Embedded)) else value
     if not isinstance(paths, list):
         found = _describe_type(value)
         raise BadRow("image_value", f"{where} has an image that is {found}, neither a path nor a list of paths.")
     for path in paths:
-        if not isinstance(path, str) or is_empty(path):
+        if not isinstance(path, (str, Embedded)) or is_empty(path):
             found = _describe_type(path)
             raise BadRow("image_value", f"{where} has a list of images in which one is {found}, not a path.")
     if turn_images and turn_images != paths:
@@ -197,18 +248,32 @@ def _get_images(row: Mapping[str, Any], turn_images: list[str], where: str) -> l
 
 def _check_ignored(key: str, value: Any, has_images: bool, where: str) -> None:
     """Raises BadRow if a key that is not read has media or conversation text as its value."""
+    if _has_embedded(value):
+        raise BadRow(
+            "unread", f"{where} has {shorten(key)!r}, which is not read; images are under 'image' or 'images'."
+        )
     texts = list(_find_texts(value))
-    words = re.findall(r"[a-z]+|[0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower())
-    media = {word.removesuffix("s") for word in words} & _MEDIA_WORDS
+    media, last = _find_media(key)
     if media and texts:
         facts = _FACTS | _PLACES if media <= _IMAGE_WORDS else _FACTS
-        has_content = not (has_images and words[-1] in facts)
+        has_content = not (has_images and last in facts)
     else:
         has_content = key in _CONTENT and bool(texts)
         has_content |= not has_images and any(_MEDIUM.fullmatch(text) for text in texts)
     if has_content:
         message = f"{where} has {shorten(key)!r}, which is not read; only texts, and images under 'image', are."
         raise BadRow("unread", message)
+
+
+@functools.lru_cache(maxsize=1024)
+def _find_media(key: str) -> tuple[frozenset[str], str]:
+    """Returns the words of a key that mean a medium, and its last word."""
+    words = re.findall(r"[a-z]+|[0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower())
+    return frozenset(word.removesuffix("s") for word in words) & _MEDIA_WORDS, words[-1] if words else ""
+
+
+def _has_embedded(value: Any) -> bool:
+    return isinstance(value, Embedded) or (isinstance(value, list) and any(map(_has_embedded, value)))
 
 
 def _find_texts(value: Any) -> Iterator[str]:

@@ -544,7 +544,6 @@ def test_a_document_uses_no_template(template, tokenizer):
         ("v1", Record("row-7", (), (Turn("gpt", "a"), Turn("gpt", "b"))), r"turn 2 is by 'gpt'"),
         ("v1", Record("row-7", (), 2 * (Turn("system", "a"),)), r"turn 2 is by 'system'"),
         ("v1", Record("row-7", (), (Turn("system", "<image>"), Turn("human", "b"))), r"turn 1 is a system text that"),
-        ("plain", Record("row-7", (), (Turn("system", "a"), Turn("gpt", "b"))), r"'plain' does not support a system"),
         ("v1", record("What?", "A <image>.", images=1), r"turn 2 is an answer that contains <image>"),
         ("v1", record("<image> What?", "A cat."), r"has 0 images but 1 <image> marks"),
         ("v1", record("What?", "A cat.", images=1), r"has 1 images but 0 <image> marks"),

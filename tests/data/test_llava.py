@@ -130,7 +130,7 @@ def system(text="Be brief."):
 
 PARTS = [{"type": "text", "text": "What?"}, {"type": "image"}]
 NOT_ROWS = [
-    ({"id": "a"}, "no_turns", "has no list of turns under conversations or messages; its keys: id"),
+    ({"id": "a"}, "no_turns", "has no list of turns under conversations, messages or texts; its keys: id"),
     ({"id": "a", "conversations": None}, "no_turns", "has no list of turns"),
     ({"id": "a", "conversation": make_turns("Hi")}, "no_turns", "its keys: id, conversation"),
     ({"conversations": ["hello"]}, "no_turn", "turn 1 is a string, not an object"),

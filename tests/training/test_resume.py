@@ -9,6 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from make_containers import make_rows, write_pairs, write_tars
 from make_llava import make
 from run_process import ROOT, Run, metric_lines, read_events, saved_steps, start_hosts
 from tiny import Setup, make_preprocessor
@@ -36,16 +37,17 @@ DATA = {
         "global_batch_size": 2,
         "mesh.fsdp": 2,
     },
-    # Seven of the 32 rows are bad (tests/make_llava.py); four epochs.
-    "LLaVA's files, grouped": {
+    # LLaVA's files, of whose 32 rows seven are bad (tests/make_llava.py), Parquet files and tars; two epochs.
+    "a mixture of files, grouped": {
         "data.source": "llava",
-        "data.annotations": "llava_v1_5_mix665k.json",
+        "data.annotations": "llava_v1_5_mix665k.json,pairs,tars",
         "data.images": "images",
+        "data.images_per_row": 2,
         "data.max_length": 192,
         "global_batch_size": 4,
     },
 }
-REPLACED = {"packed scenes": 0, "LLaVA's files, grouped": 4 * 7}
+REPLACED = {"packed scenes": 0, "a mixture of files, grouped": 2 * 7}
 
 
 def _arguments(kind):
@@ -71,14 +73,16 @@ class Runs:
     terminated: tuple[int, list[str], list[int]]
 
 
-LLAVA = pytest.param("LLaVA's files, grouped", marks=pytest.mark.slow)  # two minutes
+MIXTURE = pytest.param("a mixture of files, grouped", marks=pytest.mark.slow)  # two minutes
 
 
-@pytest.fixture(scope="module", params=["packed scenes", LLAVA])
+@pytest.fixture(scope="module", params=["packed scenes", MIXTURE])
 def runs(request, tmp_path_factory):
     kind, folder = request.param, tmp_path_factory.mktemp("runs")
     if kind != "packed scenes":
         make(folder, captions=1, conversations=24)
+        for write in (write_pairs, write_tars):  # 16 rows with images: a batch of bad rows alone would have a loss of 0
+            write(folder, [row for row in make_rows(24) if row[0]])
     uninterrupted, killed, arguments = folder / "uninterrupted", folder / "killed", _arguments(kind)
     with Run(uninterrupted, *arguments, devices=2) as other:
         with Run(killed, *arguments, devices=2) as run:
@@ -140,7 +144,8 @@ def test_run_resumes_from_its_last_checkpoint(runs):
 
 def _restore(workdir, kind):
     paths = {
-        key: str(workdir.parent / DATA[kind][key]) for key in ("data.annotations", "data.images") & DATA[kind].keys()
+        key: ",".join(str(workdir.parent / name) for name in DATA[kind][key].split(","))
+        for key in ("data.annotations", "data.images") & DATA[kind].keys()
     }
     setup = Setup.of(steps=STEPS, **(CHANGES | DATA[kind] | paths))
     records = load_training_records(setup.config)
@@ -167,7 +172,7 @@ def test_final_state_is_bit_identical(runs):
     jax.tree.map(np.testing.assert_array_equal, next(other), next(iterator))
 
 
-@pytest.mark.parametrize("runs", [LLAVA], indirect=True)  # the case with epochs and bad rows
+@pytest.mark.parametrize("runs", [MIXTURE], indirect=True)  # the case with epochs and bad rows
 def test_two_hosts_resume_the_run_of_one(runs, tmp_path):
     """From the middle checkpoint, with the same rows at each step, each host reading half of them."""
     workdir = tmp_path / "run"
