@@ -3,6 +3,7 @@
 Axis letters: B rows, T positions of prompts, M images per row, G new tokens.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ from stf_jax.inference.decoding import Sampling, split_layers
 from stf_jax.models.blueprint import blueprint
 from stf_jax.models.decoders.chat import Mark, Text
 from stf_jax.models.spec import resolve_model
+from stf_jax.models.vlm import VLM
 from stf_jax.parallel.mesh import BATCH, compute_context, row_shards
 
 GREEDY = Sampling()
@@ -84,9 +86,7 @@ class Generator:
         self._stops = np.array(rules.stops)
         self.load_params(())
         self._prefill, self._extend, self._extend_capacity = decoding.make_programs(rules, self.plan, mesh)
-        self._image_tokens = jax.jit(
-            lambda weights, images: decoding.merge_weights(self.plan, weights).image_tokens(images)
-        )
+        self._compiled: dict[Callable[..., Any], jax.stages.Wrapped] = {}
 
     def load_params(self, params: Iterable[tuple[str, jax.Array]]) -> "Generator":
         """Loads the parameters to answer with, dropping each before it reads the next; returns the generator."""
@@ -127,11 +127,29 @@ class Generator:
                 batch = prefetched or self._prepare_batch(pool, records[:rows], size)
                 next_records = records[start + rows : start + 2 * rows]
                 prefetched = self._prepare_batch(pool, next_records, size) if next_records else None
-                yield from self._generate_batch(*batch, limit, sampling, on_text)
+                yield from (text for text, _ in self._generate_batch(*batch, limit, sampling, on_text))
 
-    def prompt_length(self, record: Record) -> int:
-        """Tokens in the prompt of a record, image tokens included. Raises BadRow as :meth:`generate` does."""
-        return len(self._prompt(record).tokens)
+    def prompt(self, record: Record) -> Encoded:
+        """The prompt of a record, image slots included. Raises BadRow as :meth:`generate` does."""
+        if record.images and self._vision is None:
+            raise BadRow("no_vision", f"Record {record.id!r} has an image, but {NO_VISION_MESSAGE}")
+        prompt = encode(template_items(self._template, record), self._tokenizer, self.slots)
+        check_record_ids(prompt, self._tokenizer, self._vocab, record.id)
+        if len(prompt.tokens) > (max_length := max_positions(self._tokenizer)):
+            raise BadRow(
+                "over_length",
+                f"Prompt {record.id!r} has {len(prompt.tokens):,} tokens, but the model supports {max_length:,}: "
+                "shorten it.",
+            )
+        return prompt
+
+    def answer_tokens(self, record: Record, limit: int) -> np.ndarray:
+        """The tokens of the answer of :meth:`generate` to a record, with the one that ended it, int32 [G]."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            batch = self._prepare_batch(pool, [record], row_shards(self._mesh))
+            ((_, tokens),) = self._generate_batch(*batch, limit, GREEDY, None)
+        ends = np.flatnonzero(np.isin(tokens, self._stops))
+        return tokens[: ends[0] + 1] if len(ends) else tokens
 
     def image_tokens(self, image: PIL.Image.Image) -> np.ndarray:
         """The image tokens of an image as the language model reads them, float32 [N, D].
@@ -142,8 +160,30 @@ class Generator:
         if self._vision is None:
             raise UserError(f"This image has no tokens: {NO_VISION_MESSAGE}")
         pixels = jnp.asarray(to_square(image, self._vision, self._aspect))[None, None]
+        return np.asarray(self.apply(VLM.image_tokens, pixels)[0], np.float32)
+
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls ``function(model, *arguments)``, compiled with the model's weights on the mesh.
+
+        The program is kept for further calls of the same function with arrays of the same shapes.
+        """
+        if function not in self._compiled:
+            self._compiled[function] = jax.jit(
+                lambda weights, *arguments: function(decoding.merge_weights(self.plan, weights), *arguments)
+            )
         with compute_context(self._mesh, self.plan.precision):
-            return np.asarray(self._image_tokens(self._weights, pixels)[0], np.float32)
+            return self._compiled[function](self._weights, *arguments)
+
+    def with_reduction(self, reduce: str, keep: int) -> "Generator":
+        """The same model with another reduction of its image tokens; both share the weights.
+
+        Raises:
+          UserError: the model cannot be reduced as requested.
+        """
+        model = dataclasses.replace(self._model, reduce=reduce, keep=keep)
+        other = Generator(model, self._tokenizer, self._mesh, self._template, self._aspect)
+        other._weights, other._fingerprint = self._weights, self._fingerprint
+        return other
 
     def protocol(self, record: Record) -> dict[str, Any]:
         """Describes the model, its weights (by a fingerprint) and the prompt format, with the prompt of ``record``."""
@@ -171,7 +211,7 @@ class Generator:
         self, pool: ThreadPoolExecutor, records: Sequence[Record], size: int
     ) -> tuple[list[Encoded], _Pending, int]:
         """Prompts of a batch of ``size`` rows, and futures of the images of the rows that belong to this host."""
-        prompts = [self._prompt(record) for record in records]
+        prompts = [self.prompt(record) for record in records]
         indices = self._rows.addressable_devices_indices_map((size,)).values()
         local_rows = {row for index in indices if index is not None for row in _index_range(index[0], size)}
         pending: _Pending = [
@@ -180,21 +220,8 @@ class Generator:
         ]
         return prompts, pending, size
 
-    def _prompt(self, record: Record) -> Encoded:
-        if record.images and self._vision is None:
-            raise BadRow("no_vision", f"Record {record.id!r} has an image, but {NO_VISION_MESSAGE}")
-        prompt = encode(template_items(self._template, record), self._tokenizer, self.slots)
-        check_record_ids(prompt, self._tokenizer, self._vocab, record.id)
-        if len(prompt.tokens) > (max_length := max_positions(self._tokenizer)):
-            raise BadRow(
-                "over_length",
-                f"Prompt {record.id!r} has {len(prompt.tokens):,} tokens, but the model supports {max_length:,}: "
-                "shorten it.",
-            )
-        return prompt
-
     def _open_image(self, image: Callable[[], PIL.Image.Image]) -> np.ndarray:
-        assert self._vision is not None  # _prompt rejects images without it
+        assert self._vision is not None  # prompt rejects images without it
         return to_square(image(), self._vision, self._aspect)
 
     def _generate_batch(
@@ -205,7 +232,8 @@ class Generator:
         limit: int,
         sampling: Sampling,
         on_text: _OnText | None,
-    ) -> Iterator[str]:
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields the text of each answer, and its tokens, int32 [G]."""
         sent = [""] * len(prompts)
         with compute_context(self._mesh, self.plan.precision):
             capacity = min(limit, INITIAL_MAX_NEW_TOKENS)
@@ -214,7 +242,7 @@ class Generator:
                 count, done = int(state.count), np.asarray(state.done)
                 if on_text is not None:
                     for row, tokens in enumerate(np.asarray(state.output_ids)[: len(prompts), :count]):
-                        text = self._decode_text(tokens)
+                        text = self.decode_text(tokens)
                         # Incomplete characters, and text that the next token may still change, are held back.
                         if text.startswith(sent[row]) and not text.endswith("\ufffd") and text != sent[row]:
                             on_text(row, text[len(sent[row]) :])
@@ -227,12 +255,13 @@ class Generator:
                 state = self._extend(self._weights, state, count + 1 if on_text is not None else capacity, sampling)
             output_ids = np.asarray(state.output_ids)[: len(prompts), :count]
         for row, tokens in enumerate(output_ids):
-            text = self._decode_text(tokens)
+            text = self.decode_text(tokens)
             if on_text is not None and text != sent[row]:
                 on_text(row, text.removeprefix(sent[row]))
-            yield text
+            yield text, tokens
 
-    def _decode_text(self, tokens: np.ndarray) -> str:
+    def decode_text(self, tokens: np.ndarray) -> str:
+        """The text of an answer's tokens, up to the one that ends it."""
         ends = np.flatnonzero(np.isin(tokens, self._stops))
         text = self._tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens, skip_special_tokens=True)
         assert isinstance(text, str)  # of one sequence of tokens
