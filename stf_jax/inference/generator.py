@@ -52,6 +52,7 @@ class Generator:
     Compiled programs are kept for each batch size and bucket of prompt lengths.
 
     Attributes:
+      model: its shapes and its reduction.
       plan: the model's structure; :meth:`load_params` gives it weights.
       slots: image tokens per image in a prompt.
     """
@@ -69,7 +70,7 @@ class Generator:
         """
         check_template(template, tokenizer)
         model = resolve_model(model)
-        self.plan, self._reduction, self._model = blueprint(model), model.reduction, model
+        self.plan, self._reduction, self.model = blueprint(model), model.reduction, model
         self.slots = self._reduction.slots
         self._vision, llm = model.vision_shape, model.llm_shape
         assert llm is not None  # its blueprint has one
@@ -157,10 +158,13 @@ class Generator:
         Raises:
           UserError: the model has no vision tower.
         """
+        return np.asarray(self.apply(VLM.image_tokens, jnp.asarray(self.pixels(image))[None, None])[0], np.float32)
+
+    def pixels(self, image: PIL.Image.Image) -> np.ndarray:
+        """The square that the tower reads of an image, uint8 [H, W, 3]. Raises as :meth:`image_tokens` does."""
         if self._vision is None:
             raise UserError(f"This image has no tokens: {NO_VISION_MESSAGE}")
-        pixels = jnp.asarray(to_square(image, self._vision, self._aspect))[None, None]
-        return np.asarray(self.apply(VLM.image_tokens, pixels)[0], np.float32)
+        return to_square(image, self._vision, self._aspect)
 
     def apply(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls ``function(model, *arguments)``, compiled with the model's weights on the mesh.
@@ -180,7 +184,7 @@ class Generator:
         Raises:
           UserError: the model cannot be reduced as requested.
         """
-        model = dataclasses.replace(self._model, reduce=reduce, keep=keep)
+        model = dataclasses.replace(self.model, reduce=reduce, keep=keep)
         other = Generator(model, self._tokenizer, self._mesh, self._template, self._aspect)
         other._weights, other._fingerprint = self._weights, self._fingerprint
         return other
@@ -194,17 +198,17 @@ class Generator:
             for item in items
         )
         details: dict[str, Any] = {
-            "vision": self._model.vision,
-            "fusion": self._model.fusion.fusion,
-            "llm": self._model.llm,
+            "vision": self.model.vision,
+            "fusion": self.model.fusion.fusion,
+            "llm": self.model.llm,
         }
         details |= {"template": self._template, "image_aspect_ratio": self._aspect, "image_tokens": self.slots}
         if self._reduction.name:
             details |= {"reduce": self._reduction.name, "keep": self._reduction.keep}
         if self._reduction.stages:
-            assert self._model.llm_shape is not None  # it drops the tokens
+            assert self.model.llm_shape is not None  # it drops the tokens
             details["kept_after_layer"] = {str(stage.after): stage.keep for stage in self._reduction.stages}
-            details["average_image_tokens"] = self._reduction.average_tokens(self._model.llm_shape.layers)
+            details["average_image_tokens"] = self._reduction.average_tokens(self.model.llm_shape.layers)
         return details | {"precision": self.plan.precision, "weights": self._fingerprint, "first_prompt": prompt}
 
     def _prepare_batch(
@@ -221,8 +225,7 @@ class Generator:
         return prompts, pending, size
 
     def _open_image(self, image: Callable[[], PIL.Image.Image]) -> np.ndarray:
-        assert self._vision is not None  # prompt rejects images without it
-        return to_square(image(), self._vision, self._aspect)
+        return self.pixels(image())
 
     def _generate_batch(
         self,
