@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Show what a model's image tokens hold, and what its answer depends on, in a page that opens from disk.
 
-Several checkpoints, and several untrained reducers with several budgets, answer the same question side by side. OUT gets
-an HTML page for each image, PNGs of its maps, and for a folder of images index.html, in which the images on which the
-methods disagree most come first (docs/looking-inside.md).
+Several checkpoints, and several untrained reducers with several budgets, answer the same question side by side. OUT
+gets an HTML page for each image, PNGs of its maps, and for a folder of images index.html, in which the images on which
+the methods disagree most come first (docs/looking-inside.md).
 """
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 

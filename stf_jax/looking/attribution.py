@@ -63,7 +63,11 @@ class AnswerMaps(NamedTuple):
 class _ShiftedTower:
     """A tower whose states at taps are shifted, so that derivatives with respect to them can be taken anywhere.
 
-    It stands for the tower, under its type, in calls of reducers. ``pixels`` and ``states`` are those of its first call.
+    It stands for the tower, under its type, in calls of reducers.
+
+    Attributes:
+      pixels: images that the first call reads.
+      states_at: the first image's states of that call, without shifts, by tap.
     """
 
     def __init__(self, tower: VisionTower, shifts: Mapping[int, jax.Array]) -> None:
@@ -72,8 +76,8 @@ class _ShiftedTower:
         self.pixels: jax.Array | None = None
         self.states_at: dict[int, jax.Array] = {}
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self._tower)
 
     def __getattr__(self, name: str) -> Any:

@@ -20,7 +20,7 @@ from stf_jax.looking.look import Look
 INDEX = "index.html"
 _PNG_SIDE = 480  # pixels, at least
 _ACCENT = (214, 0, 110)  # of what a map shows, as in the page's style
-_FADED = 0.35  # of the image's contrast beneath a map
+_FADED = 0.5  # of the image's contrast beneath a map
 
 
 def write_pages(looks: Mapping[str, Sequence[Look]], out: pathlib.Path) -> pathlib.Path:
@@ -80,21 +80,22 @@ def patch_values(look: Look, values: np.ndarray) -> np.ndarray:
     return values.astype(np.float64) @ look.sources
 
 
-def owners(look: Look) -> np.ndarray:
+def find_owners(look: Look) -> np.ndarray:
     """The token in which each patch has its largest share, int64 [P]; −1 for patches that no token is made of."""
     return np.where(look.sources.max(0) > 0, look.sources.argmax(0), -1)
 
 
 def draw_tokens(look: Look) -> PIL.Image.Image:
     """Draws the image, with lines between tokens and what was dropped faded."""
-    own, used = owners(look), look.reads.all(0)
-    shown = np.where(own >= 0, used[own], False)
-    return _draw(look, np.zeros(len(own)), shown)
+    own, reaches_last = find_owners(look), np.asarray(look.reads.all(0))
+    return _draw(look, np.zeros(len(own)), (own >= 0) & reaches_last[own])
 
 
 def draw_answer(look: Look) -> PIL.Image.Image:
-    """Draws what the answer depends on, all its tokens together, over the faded image."""
-    values = patch_values(look, look.dependence.sum(0))
+    """Draws what the answer depends on, all its tokens with text together, over the faded image."""
+    with_text = [bool(piece.strip()) for piece in look.pieces]
+    shown = with_text if any(with_text) else [True] * len(with_text)
+    values = patch_values(look, _shares(look.dependence)[shown].sum(0))
     return _draw(look, values / max(values.max(), 1e-30), np.zeros(len(values), bool))
 
 
@@ -108,11 +109,11 @@ def _draw(look: Look, values: np.ndarray, shown: np.ndarray) -> PIL.Image.Image:
 
     size = (columns * side, rows * side)
     pixels = np.asarray(PIL.Image.fromarray(look.pixels).resize(size, PIL.Image.Resampling.NEAREST), np.float64)
-    gray = 255 - _FADED * (255 - pixels.mean(-1, keepdims=True))
+    gray = 128 + _FADED * (pixels.mean(-1, keepdims=True) - 128)
     pixels = np.where(enlarge(shown), pixels, gray)
-    alpha = 0.85 * enlarge(values)
+    alpha = 0.7 * enlarge(values)
     pixels = pixels * (1 - alpha) + np.array(_ACCENT) * alpha
-    own = owners(look).reshape(rows, columns)
+    own = find_owners(look).reshape(rows, columns)
     below, right = own[1:] != own[:-1], own[:, 1:] != own[:, :-1]
     for row, column in zip(*np.nonzero(below), strict=True):
         pixels[(row + 1) * side - 1 : (row + 1) * side + 1, column * side : (column + 1) * side] = 255
@@ -155,7 +156,7 @@ def render_index(pages: Mapping[str, tuple[str, Sequence[Look]]]) -> str:
 
 def _to_json(look: Look) -> dict[str, Any]:
     by_layer = np.concatenate([look.attention.mean(0, keepdims=True), look.attention])
-    total = np.maximum(look.movement.sum((1, 2)), 1e-30)
+    by_tap, dependence = _shares(look.movement.sum(2)), _shares(look.dependence)
     return {
         "name": look.name,
         "answer": look.answer,
@@ -168,19 +169,30 @@ def _to_json(look: Look) -> dict[str, Any]:
         "grid": look.grid,
         "pixels": _png(look.pixels),
         "taps": list(look.taps),
-        "tapShares": (look.movement.sum(2) / total[:, None]).round(4).tolist(),
+        "tapShares": _round(by_tap),
         "stated": look.stated,
-        "owners": owners(look).tolist(),
+        "owners": find_owners(look).tolist(),
         "layersRead": look.reads.sum(0).tolist(),
         "layers": len(look.reads),
         "sources": _encode(look.sources),
         "movement": _encode(look.movement.reshape(len(look.movement), -1)),
         "pieces": list(look.pieces),
-        "probabilities": look.probabilities.round(5).tolist(),
+        "probabilities": _round(look.probabilities),
         "attention": _encode(by_layer),
-        "toImage": by_layer.sum(-1).round(4).tolist(),
-        "dependence": _encode(look.dependence),
+        "attentionScales": _round(by_layer.max(-1)),
+        "toImage": _round(by_layer.sum(-1)),
+        "dependence": _encode(dependence),
+        "dependenceScales": _round(dependence.max(-1)),
     }
+
+
+def _shares(values: np.ndarray) -> np.ndarray:
+    """Values in shares of their sums over the last axis."""
+    return values / np.maximum(values.sum(-1, keepdims=True), 1e-30)
+
+
+def _round(values: np.ndarray) -> Any:
+    return values.astype(np.float64).round(5).tolist()
 
 
 def _encode(values: np.ndarray) -> str:
@@ -238,19 +250,21 @@ h2 { font-size: 1.1rem; margin: 0 0 .5rem; }
 p { margin: .25rem 0; }
 .soft, .soft a { color: var(--soft); }
 button, input { font: inherit; color: inherit; }
-button { background: none; border: 1px solid var(--line); border-radius: .5rem; padding: .35rem .7rem; min-height: 2.5rem;
-  cursor: pointer; }
+[hidden] { display: none !important; }
+button { background: none; border: 1px solid var(--line); border-radius: .5rem; padding: .35rem .7rem;
+  min-height: 2.5rem; cursor: pointer; }
 button:hover { border-color: var(--soft); }
 button[aria-pressed=true], button[aria-checked=true] { border-color: var(--accent);
   box-shadow: inset 0 0 0 1px var(--accent); }
 :focus-visible { outline: 3px solid light-dark(#0b63c5, #6cb6ff); outline-offset: 2px; }
 #methods { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: .75rem;
   margin: 1.25rem 0; }
-#methods button { text-align: left; padding: .7rem .9rem; background: var(--panel); }
-#methods b { display: block; font-size: 1.25rem; line-height: 1.3; }
-#methods span { display: block; font-size: .875rem; color: var(--soft); }
+#methods button { display: flex; flex-direction: column; text-align: left; padding: .7rem .9rem;
+  background: var(--panel); }
+#methods b { font-size: 1.5rem; line-height: 1.3; }
+#methods span { font-size: .875rem; color: var(--soft); }
 #methods .name { color: var(--ink); font-weight: 600; }
-.meter { height: 4px; border-radius: 2px; background: var(--line); margin: .3rem 0 .4rem; overflow: hidden; }
+.meter { width: 100%; height: 4px; border-radius: 2px; background: var(--line); margin: .3rem 0 .4rem; }
 .meter i { display: block; height: 100%; background: var(--accent); }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem 2rem; }
 section { margin: 0 0 1.5rem; min-width: 0; }
@@ -273,7 +287,7 @@ input[type=range] { width: min(100%, 18rem); accent-color: var(--accent); min-he
 details { max-width: 44rem; margin-top: 1rem; }
 .card { display: flex; gap: 1rem; padding: 1rem 0; border-top: 1px solid var(--line); color: inherit;
   text-decoration: none; }
-.card img { width: 7rem; height: 7rem; flex: none; border-radius: .4rem; image-rendering: pixelated; object-fit: cover; }
+.card img { width: 7rem; height: 7rem; flex: none; border-radius: .4rem; image-rendering: pixelated; }
 .card:hover h2 { text-decoration: underline; }
 .card p { color: var(--soft); font-size: .875rem; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 0 .75rem; margin: 0; }
@@ -355,12 +369,10 @@ function setUp() {
     const meter = make("div", undefined, "meter"), level = make("i");
     level.style.width = `${100 * method.probability}%`;
     meter.append(level);
-    const same = method.blankAnswer === method.answer;
     card.append(make("span", method.name, "name"), make("b", method.answer || "(empty)"), meter,
-      make("span", `probability ${percent(method.probability)}`),
-      make("span", `blank image: ${same ? "the same answer" : method.blankAnswer || "(empty)"}, ` +
-        `this one ${percent(method.blankProbability)}`),
-      make("span", `${method.tokens} tokens, ${method.reduction}`),
+      make("span", `${percent(method.probability)} sure; ${percent(method.blankProbability)} with a blank image`),
+      make("span", `blank image: ${method.blankAnswer || "(empty)"}`),
+      make("span", `${method.tokens} tokens: ${method.reduction}`),
       make("span", `${method.milliseconds.toPrecision(3)} ms`));
     card.addEventListener("click", () => choose(method.index));
     find("methods").append(card);
@@ -378,8 +390,9 @@ function setUp() {
 function choose(index) {
   state.method = index;
   const method = methods[index];
-  state.token = Math.max(0, method.owners[Math.floor(method.patches / 2) + Math.floor(method.grid[1] / 2)]);
-  Object.assign(state, {tap: -1, piece: -1, layer: 0});
+  Object.assign(state, {tap: -1, piece: -1, layer: 0, use: "dependence"});
+  const values = answerValues(method);
+  state.token = values.indexOf(Math.max(...values));  // what the answer depends on most
   [...find("methods").children].forEach((card, i) => {
     card.setAttribute("aria-checked", i === index);
     card.tabIndex = i === index ? 0 : -1;
@@ -416,16 +429,27 @@ function scale(values) {
   return values.map(x => x / largest);
 }
 
-// Values of the image tokens, spread over the patches that each is made of.
+// The tokens of the answer that are shown: one, or all that have text.
+function shownPieces({pieces}) {
+  if (state.piece >= 0) return [state.piece];
+  const all = [...pieces.keys()], withText = all.filter(piece => pieces[piece].trim());
+  return withText.length ? withText : all;
+}
+
+// The sum of the shown pieces' maps, of each image token.
+function answerValues(method) {
+  const {tokens} = method, values = new Float64Array(tokens), attends = state.use === "attention";
+  const [source, scales] = attends ? [method.attention, method.attentionScales[state.layer]]
+    : [method.dependence, method.dependenceScales];
+  const first = attends ? state.layer * method.pieces.length : 0;
+  for (const piece of shownPieces(method))
+    for (let s = 0; s < tokens; s++) values[s] += scales[piece] * source[(first + piece) * tokens + s];
+  return values;
+}
+
+// The same, spread over the patches that each token is made of.
 function answerMap(method) {
-  const {tokens, patches, pieces} = method, values = new Float64Array(tokens);
-  const attends = state.use === "attention", source = attends ? method.attention : method.dependence;
-  const first = attends ? state.layer * pieces.length : 0;
-  pieces.forEach((_, piece) => {
-    if (state.piece >= 0 && state.piece !== piece) return;
-    for (let s = 0; s < tokens; s++) values[s] += source[(first + piece) * tokens + s];
-  });
-  const out = new Float64Array(patches);
+  const {tokens, patches} = method, values = answerValues(method), out = new Float64Array(patches);
   for (let s = 0; s < tokens; s++) {
     let total = 0;
     const row = s * patches;
@@ -438,19 +462,18 @@ function answerMap(method) {
 function paint(canvas, method, values, selected) {
   const [rows, columns] = method.grid, width = canvas.clientWidth, ratio = devicePixelRatio || 1;
   canvas.style.aspectRatio = `${columns} / ${rows}`;
-  const cell = width * ratio / columns;
+  const cell = width * ratio / columns, accent = resolve("var(--accent)");
   canvas.width = Math.round(width * ratio);
   canvas.height = Math.round(cell * rows);
-  const context = canvas.getContext("2d"), style = getComputedStyle(document.body);
+  const context = canvas.getContext("2d");
   context.imageSmoothingEnabled = false;
-  context.fillStyle = style.backgroundColor;
+  context.fillStyle = "#808080";
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.filter = "grayscale(1)";
   context.globalAlpha = .5;
   const size = [method.bitmap.naturalWidth / columns, method.bitmap.naturalHeight / rows].map(Math.floor);
   context.drawImage(method.bitmap, 0, 0, size[0] * columns, size[1] * rows, 0, 0, canvas.width, canvas.height);
   context.filter = "none";
-  const accent = resolve("var(--accent)");
   for (let p = 0; p < values.length; p++) {
     const x = p % columns, y = Math.floor(p / columns), owner = method.owners[p];
     const box = [Math.round(x * cell), Math.round(y * cell)];
@@ -459,7 +482,7 @@ function paint(canvas, method, values, selected) {
       context.globalAlpha = 1;  // what reaches the last layer keeps its colors
       context.drawImage(method.bitmap, x * size[0], y * size[1], size[0], size[1], ...box);
     }
-    context.globalAlpha = (selected ? .65 : .85) * values[p];
+    context.globalAlpha = (selected ? .55 : .7) * values[p];
     context.fillStyle = accent;
     context.fillRect(...box);
   }
@@ -526,7 +549,8 @@ function paintStrip(canvas, method, zoom) {
       parts ||= method.owners[y * columns + x] !== method.owners[y * columns + x - 1];
     places.push(places[x - 1] + width + (parts ? gap / zoom : 0));
   }
-  const ratio = devicePixelRatio || 1, size = [(places[columns - 1] + width) * zoom, (last - first + 1) * height * zoom];
+  const ratio = devicePixelRatio || 1;
+  const size = [(places[columns - 1] + width) * zoom, (last - first + 1) * height * zoom];
   [canvas.width, canvas.height] = size.map(x => Math.round(x * ratio));
   [canvas.style.width, canvas.style.height] = size.map(x => `${x}px`);
   const context = canvas.getContext("2d");
@@ -560,10 +584,8 @@ function describeToken(method) {
 
 function draw() {
   const method = methods[state.method];
-  document.querySelectorAll("[data-map]").forEach(one => one.setAttribute("aria-pressed", one.dataset.map === state.map));
-  document.querySelectorAll("[data-use]").forEach(one => one.setAttribute("aria-pressed", one.dataset.use === state.use));
-  document.querySelectorAll("[data-piece]").forEach(
-    one => one.setAttribute("aria-pressed", Number(one.dataset.piece) === state.piece));
+  for (const key of ["map", "use", "piece"]) for (const button of document.querySelectorAll(`[data-${key}]`))
+    button.setAttribute("aria-pressed", button.dataset[key] === String(state[key]));
   paint(find("tokens"), method, tokenMap(method), true);
   paint(find("answer"), method, answerMap(method), false);
   find("token-text").textContent = describeToken(method);
@@ -591,11 +613,11 @@ function draw() {
   find("layer-row").hidden = !attends;
   find("layer-text").textContent = state.layer ? `layer ${state.layer} of ${method.layers}` : "all layers, on average";
   const what = state.piece < 0 ? "The answer" : `“${method.pieces[state.piece].trim() || "…"}”`;
-  const toImage = method.toImage[state.layer];
-  const share = state.piece < 0 ? toImage.reduce((a, b) => a + b, 0) / toImage.length : toImage[state.piece];
+  const shown = shownPieces(method);
+  const share = shown.reduce((sum, piece) => sum + method.toImage[state.layer][piece], 0) / shown.length;
   find("answer-text").textContent = attends
     ? `${what} gives ${percent(share)} of its attention to the image, the rest to text.`
-    : `${what} depends most on the colored tokens.`;
+    : `${what} depends most on the tokens with the strongest color.`;
   const [rows, columns] = method.grid, [width, height] = [method.bitmap.naturalWidth, method.bitmap.naturalHeight];
   find("strip-text").textContent = `The row of the selected token, cut where one token ends and the next begins, as ` +
     `the tower reads it (${width}×${height} pixels, patches of ${Math.floor(width / columns)}×` +
