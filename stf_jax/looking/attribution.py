@@ -24,7 +24,7 @@ from stf_jax.models.reducers.base import DecoderReducer, PatchReducer, Question,
 from stf_jax.models.towers.vit import VisionTower
 from stf_jax.models.vlm import VLM
 
-_BATCH = 16  # gradients computed at a time
+_BATCH = 16  # gradients computed at a time, at most
 
 
 class TokenMaps(NamedTuple):
@@ -214,7 +214,9 @@ def _length(x: jax.Array) -> jax.Array:
 
 
 def _map(function: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:
-    return jax.lax.map(lambda values: function(*values), inputs, batch_size=_BATCH)
+    count = len(inputs[0])
+    batch = max(size for size in range(1, _BATCH + 1) if count % size == 0)  # a remainder would be compiled by itself
+    return jax.lax.map(lambda values: function(*values), inputs, batch_size=batch)
 
 
 def _weights(pull_back: Callable[[jax.Array], jax.Array], outputs: jax.Array) -> jax.Array:

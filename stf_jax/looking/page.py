@@ -16,6 +16,7 @@ from etils import epath
 
 from stf_jax.files import open_atomic
 from stf_jax.looking.look import Look
+from stf_jax.models.reducers.base import PatchReducer
 
 INDEX = "index.html"
 _PNG_SIDE = 480  # pixels, at least
@@ -67,12 +68,12 @@ def describe_reduction(look: Look) -> str:
     """Says in a few words what became of the image's patches and tokens."""
     reduction, patches = look.reduction, look.grid[0] * look.grid[1]
     if reduction.stages:
-        drops = ", ".join(f"{stage.keep} after layer {stage.after}" for stage in reduction.stages)
-        return f"keeps {drops}"
-    if reduction.name:
-        lost = int((look.sources.sum(0) == 0).sum())
-        return f"drops {lost} of {patches} patches" if lost else f"made of all {patches} patches"
-    return f"made of {patches} patches" if reduction.tokens < patches else "one for each patch"
+        return ", ".join(f"{stage.keep} after layer {stage.after}" for stage in reduction.stages)
+    if isinstance(reduction.reducer, PatchReducer) and patches < reduction.tokens:
+        return f"the image reduced to {look.pixels.shape[1]}×{look.pixels.shape[0]} pixels"
+    if lost := int((look.sources.max(0) == 0).sum()):
+        return f"{lost} of {patches} patches dropped"
+    return f"made of {patches} patches" if reduction.slots < patches else "one for each patch"
 
 
 def patch_values(look: Look, values: np.ndarray) -> np.ndarray:
@@ -342,7 +343,7 @@ _SCRIPT = r"""
 const data = JSON.parse(document.getElementById("data").textContent);
 const find = id => document.getElementById(id);
 const decode = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
-const percent = x => x > 0 && x < .01 ? "under 1%" : `${Math.round(100 * x)}%`;
+const percent = x => x > 0 && x < .01 ? "<1%" : `${Math.round(100 * x)}%`;
 const state = {method: 0, token: 0, map: "sources", tap: -1, piece: -1, use: "dependence", layer: 0};
 let methods = [];
 
@@ -370,10 +371,10 @@ function setUp() {
     level.style.width = `${100 * method.probability}%`;
     meter.append(level);
     card.append(make("span", method.name, "name"), make("b", method.answer || "(empty)"), meter,
-      make("span", `${percent(method.probability)} sure; ${percent(method.blankProbability)} with a blank image`),
-      make("span", `blank image: ${method.blankAnswer || "(empty)"}`),
+      make("span", `${percent(method.probability)} sure`),
       make("span", `${method.tokens} tokens: ${method.reduction}`),
-      make("span", `${method.milliseconds.toPrecision(3)} ms`));
+      make("span", `${method.milliseconds.toPrecision(3)} ms`),
+      make("span", `blank image: ${method.blankAnswer || "(empty)"}; this answer ${percent(method.blankProbability)}`));
     card.addEventListener("click", () => choose(method.index));
     find("methods").append(card);
   }
@@ -482,7 +483,7 @@ function paint(canvas, method, values, selected) {
       context.globalAlpha = 1;  // what reaches the last layer keeps its colors
       context.drawImage(method.bitmap, x * size[0], y * size[1], size[0], size[1], ...box);
     }
-    context.globalAlpha = (selected ? .55 : .7) * values[p];
+    context.globalAlpha = (selected ? .45 : .7) * values[p];
     context.fillStyle = accent;
     context.fillRect(...box);
   }
@@ -534,35 +535,40 @@ function resolve(color) {  // light-dark(…) as a color that a canvas understan
   return getComputedStyle(probe).color;
 }
 
-// The rows of tokens at the selected one, with gaps between tokens.
+// The patches in the rows around the selected token, with gaps between tokens.
 function paintStrip(canvas, method, zoom) {
   const [rows, columns] = method.grid, {bitmap} = method, gap = 2;
   const [width, height] = [Math.floor(bitmap.naturalWidth / columns), Math.floor(bitmap.naturalHeight / rows)];
   const own = [...method.owners.keys()].filter(p => method.owners[p] === state.token);
   const lines = own.map(p => Math.floor(p / columns));
-  const first = lines.length ? Math.min(...lines) : 0;
-  const last = lines.length ? Math.min(Math.max(...lines), first + 3) : 0;
-  const places = [0];
-  for (let x = 1; x < columns; x++) {
-    let parts = false;
-    for (let y = first; y <= last; y++)
-      parts ||= method.owners[y * columns + x] !== method.owners[y * columns + x - 1];
-    places.push(places[x - 1] + width + (parts ? gap / zoom : 0));
-  }
+  const top = lines.length ? Math.min(...lines) : 0, bottom = lines.length ? Math.max(...lines) : 0;
+  const around = Math.min(bottom - top + 1, 2);
+  const first = Math.max(0, top - around), last = Math.min(rows - 1, Math.min(bottom, top + 1) + around);
+  // Places of the patches along an axis, with a gap where tokens differ anywhere across it.
+  const findPlaces = (start, end, size, owner) => {
+    const places = {[start]: 0};
+    for (let i = start + 1; i <= end; i++)
+      places[i] = places[i - 1] + size + (owner(i).some((o, j) => o !== owner(i - 1)[j]) ? gap / zoom : 0);
+    return places;
+  };
+  const all = Array.from({length: last - first + 1}, (_, y) =>
+    method.owners.slice((first + y) * columns, (first + y + 1) * columns));
+  const across = findPlaces(0, columns - 1, width, x => all.map(row => row[x]));
+  const down = findPlaces(first, last, height, y => all[y - first]);
   const ratio = devicePixelRatio || 1;
-  const size = [(places[columns - 1] + width) * zoom, (last - first + 1) * height * zoom];
+  const size = [(across[columns - 1] + width) * zoom, (down[last] + height) * zoom];
   [canvas.width, canvas.height] = size.map(x => Math.round(x * ratio));
   [canvas.style.width, canvas.style.height] = size.map(x => `${x}px`);
   const context = canvas.getContext("2d");
   context.imageSmoothingEnabled = false;
+  context.fillStyle = "#8c959f";
+  context.fillRect(0, 0, canvas.width, canvas.height);
   context.scale(ratio * zoom, ratio * zoom);
-  places.forEach((place, x) => context.drawImage(bitmap, x * width, first * height, width, (last - first + 1) * height,
-    place, 0, width, (last - first + 1) * height));
-  if (zoom > 1) for (const p of own) {
-    const y = Math.floor(p / columns) - first;
-    if (y > last - first) continue;
+  for (let y = first; y <= last; y++) for (let x = 0; x < columns; x++) {
+    context.drawImage(bitmap, x * width, y * height, width, height, across[x], down[y], width, height);
+    if (zoom === 1 || method.owners[y * columns + x] !== state.token) continue;
     context.fillStyle = resolve("var(--accent)");
-    context.fillRect(places[p % columns], (last - first + 1) * height - 3 / zoom, width, 3 / zoom);
+    context.fillRect(across[x], down[y] + height - 3 / zoom, width, 3 / zoom);
   }
 }
 
@@ -577,7 +583,7 @@ function describeToken(method) {
   }
   const read = method.layersRead[state.token];
   const made = used === 1 ? "made of one patch" : `made of ${used} patches` +
-    (used * largest > 1.01 * sum ? `, up to ${percent(largest / sum)} from one` : ", all alike");
+    (used * largest > 1.01 * sum ? `, up to ${percent(largest / sum)} from one` : " in equal shares");
   const dropped = read < method.layers ? `; dropped after layer ${read} of ${method.layers}` : "";
   return `Token ${state.token + 1} of ${method.tokens}: ${made}${method.stated ? "" : " (by gradient)"}${dropped}.`;
 }
@@ -619,9 +625,9 @@ function draw() {
     ? `${what} gives ${percent(share)} of its attention to the image, the rest to text.`
     : `${what} depends most on the tokens with the strongest color.`;
   const [rows, columns] = method.grid, [width, height] = [method.bitmap.naturalWidth, method.bitmap.naturalHeight];
-  find("strip-text").textContent = `The row of the selected token, cut where one token ends and the next begins, as ` +
-    `the tower reads it (${width}×${height} pixels, patches of ${Math.floor(width / columns)}×` +
-    `${Math.floor(height / rows)}): at true size, and four times as large.`;
+  find("strip-text").textContent = `The rows around the selected token, as the tower reads them, cut where one ` +
+    `token ends and the next begins (${width}×${height} pixels, patches of ${Math.floor(width / columns)}×` +
+    `${Math.floor(height / rows)}): at true size, and four times as large. The selected token is underlined.`;
   paintStrip(find("strip-true"), method, 1);
   paintStrip(find("strip-large"), method, 4);
 }
