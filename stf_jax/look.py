@@ -101,7 +101,7 @@ def _look(options: argparse.Namespace, images: list[epath.Path]) -> "dict[str, l
     from stf_jax.weights.model import open_model
 
     configs = {checkpoint: open_model(checkpoint).config for checkpoint in options.checkpoint}
-    methods = _plan_methods(configs, options.reduce, options.keep)
+    methods = plan_methods(configs, options.reduce, options.keep)
     mesh = make_mesh(MeshConfig(*options.mesh))
     looks: dict[str, list[Look]] = {image.name: [] for image in images}
     loaded = None
@@ -116,9 +116,7 @@ def _look(options: argparse.Namespace, images: list[epath.Path]) -> "dict[str, l
     return looks
 
 
-def _plan_methods(
-    configs: "dict[epath.Path, ModelSpec]", reducers: list[str], budgets: tuple[int, ...]
-) -> list[Method]:
+def plan_methods(configs: "dict[epath.Path, ModelSpec]", reducers: list[str], budgets: tuple[int, ...]) -> list[Method]:
     """Each checkpoint as it is, then with each reducer that fits it. Raises UserError for one that fits none."""
     methods = {
         checkpoint: [Method(name, checkpoint)]

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from stf_jax.accounting.flops import CONVOLUTION
 from stf_jax.config import FusionConfig
@@ -122,7 +122,7 @@ def average_windows(x: jax.Array, k: int) -> jax.Array:
     return windows(x, k).mean((2, 4))
 
 
-def split_windows(x: Float[Array, "B g g C"], k: int) -> Float[Array, "B N kk C"]:
+def split_windows(x: Shaped[Array, "B g g C"], k: int) -> Shaped[Array, "B N kk C"]:
     """The patches of each window, windows and patches in row-major order."""
     return windows(x, k).swapaxes(2, 3).reshape(len(x), -1, k * k, x.shape[3])
 
