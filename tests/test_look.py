@@ -1,60 +1,126 @@
-"""The command and the API that look inside a model: pages for images and methods, with the answers of the model."""
+"""Looking inside a model: maps agree with its answers, the command and the API write pages, and methods are planned."""
 
+import dataclasses
 import json
 import re
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 from etils import epath
-from make_models import make, make_image
+from make_models import make
+from tiny import large_params, tiny
 
-import stf_jax
-from stf_jax import look
+from stf_jax import api, look
 from stf_jax.cli import run_command
-from stf_jax.config import FusionConfig, UserError
+from stf_jax.config import FusionConfig, MeshConfig, UserError
+from stf_jax.data.records import make_question
+from stf_jax.data.tokenizer import load_tokenizer, untrained_tokens
 from stf_jax.inference import loading
+from stf_jax.inference.generator import Generator
+from stf_jax.looking.attribution import map_answer
+from stf_jax.looking.look import look_at
+from stf_jax.models.blueprint import blueprint
+from stf_jax.models.decoders.transformer import Decoder
+from stf_jax.models.reducers.base import REDUCERS, DecoderReducer, find_reducer
+from stf_jax.models.spec import resolve_model
+from stf_jax.parallel.mesh import make_mesh
+from stf_jax.weights import model as saved_models
 from stf_jax.weights.model import open_model
 
 QUESTION = "What is it?"
+RNG = np.random.default_rng(0)
+TOKENIZER = load_tokenizer("miniature")
+IMAGE = PIL.Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8))
+
+
+def make_generator(reduce="", keep=0, **changes):
+    config = resolve_model(tiny(**{"model.reduce": reduce, "model.keep": keep} | changes).model)
+    config = dataclasses.replace(config, llm_shape=dataclasses.replace(config.llm_shape, layers=2))
+    plan, mesh = blueprint(config), make_mesh(MeshConfig(1, 1, 1))
+    places = plan.shardings(mesh)
+    params = ((path, jax.device_put(x, places[path])) for path, x in large_params(plan.shapes, 1).items())
+    return Generator(config, TOKENIZER, mesh, "v1", "pad").load_params(params)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make(epath.Path(tmp_path_factory.mktemp("models") / "mine"), FusionConfig("mlp"), "clip", "llama")
+def unreduced():
+    return make_generator(**{"model.fusion.fusion": "mlp", "model.fusion.taps": (1,)})
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    for number in (1, 2):
-        make_image(number).save(folder / f"{number}.png")
-    (folder / "notes.txt").write_text("not an image")
-    return folder
+IN_THE_DECODER = [name for name in REDUCERS.known if isinstance(find_reducer(name), DecoderReducer)]
 
 
-def test_the_command_and_the_api_show_the_answer_of_the_model(model, images, tmp_path, capsys, monkeypatch):
-    loaded = stf_jax.load(model)
-    answer = loaded.chat(images / "1.png", QUESTION, max_new_tokens=3)
-    seen = loaded.look(images / "1.png", QUESTION, tmp_path / "one", max_new_tokens=3)
-    assert seen.answer == answer
-    assert "".join(seen.pieces).strip() == answer
-    assert seen.pixels.shape == (36, 36, 3)
-    assert 0 < seen.probability < 1
+@pytest.mark.parametrize("name", ["", *(f"{name}:after=1" for name in IN_THE_DECODER)])
+def test_maps_of_an_answer_are_those_of_the_generator(name, unreduced, monkeypatch):
+    generator = unreduced.with_reduction(name, 9) if name else unreduced
+    question = make_question("", [lambda: IMAGE], QUESTION)
+    answer, prompt = generator.answer_tokens(question, 4), generator.prompt(question)
+    compute, seen = Decoder.logits, []
+
+    def record(self, x):
+        logits = compute(self, x)
+        jax.debug.callback(lambda x: seen.append(np.float64(x)), logits)
+        return logits
+
+    monkeypatch.setattr(Decoder, "logits", record)
+    look = look_at(generator, IMAGE, QUESTION, "tiny", 4)
+    jax.effects_barrier()
+    rows = np.arange(len(answer))
+    logits = next(x for x in seen if len(x) == 8)[: len(answer)]
+    # The answer, from a cache, is that of one complete row.
+    never = np.isin(np.arange(logits.shape[1]), untrained_tokens(TOKENIZER, logits.shape[1]))
+    np.testing.assert_array_equal(np.where(never, -np.inf, logits).argmax(-1), answer)
+    np.testing.assert_allclose(look.probabilities, jax.nn.softmax(logits)[rows, answer], rtol=1e-4)
+    assert list(look.reads.sum(1)) == ([16, 9] if name else [16, 16])
+    np.testing.assert_array_equal((look.attention > 0).all(1), look.reads)
+    assert (look.dependence > 0).all()  # by tokens that are dropped too, which the first layer reads
+    if name:
+        return
+    arguments = jnp.asarray(prompt.tokens), jnp.asarray(prompt.is_image), jnp.pad(answer, (0, 8 - len(answer)))
+    image_tokens, token, step = generator.image_tokens(IMAGE), 5, 2e-1
+    maps = generator.apply(map_answer, jnp.asarray(image_tokens), *arguments)
+    np.testing.assert_allclose(np.asarray(maps.attention).sum(-1), 1, rtol=1e-5)
+    gradient = []
+    for direction in np.eye(image_tokens.shape[1], dtype=np.float32):
+        for sign in (1, -1):
+            moved = image_tokens.copy()
+            moved[token] += sign * step * direction
+            generator.apply(map_answer, jnp.asarray(moved), *arguments)
+            jax.effects_barrier()
+        gradient.append((seen[-2] - seen[-1])[rows, answer] / (2 * step))
+    expected = np.linalg.norm(gradient, axis=0) * np.linalg.norm(image_tokens[token])
+    np.testing.assert_allclose(look.dependence[:, token], expected, rtol=5e-3)
+
+
+def test_the_command_and_the_api_write_pages(unreduced, tmp_path, capsys, monkeypatch):
+    (tmp_path / "images").mkdir()
+    for name in ("1.png", "2.png"):
+        IMAGE.save(tmp_path / "images" / name)
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
+    model = api.Model(unreduced, types.SimpleNamespace(step=None), epath.Path("runs/mine"))
+    seen = model.look(tmp_path / "images" / "1.png", QUESTION, tmp_path / "one", max_new_tokens=4)
+    assert "".join(seen.pieces).strip() == seen.answer == model.chat(IMAGE, QUESTION, max_new_tokens=4)
+    assert seen.pixels.shape == (64, 64, 3)
     assert seen.probability == pytest.approx(np.prod(seen.probabilities))
-    assert seen.sources.tolist() == np.eye(36).tolist()
+    assert seen.sources.tolist() == np.eye(16).tolist()
     assert {file.name for file in (tmp_path / "one").iterdir()} == {"1.html", "1-mine-tokens.png", "1-mine-answer.png"}
-    # The command, with the programs that are compiled already.
-    monkeypatch.setattr(loading, "load_generator", lambda *_: (loaded._generator, None))
-    argv = [f"--checkpoint={model}", f"--image={images}", f"--question={QUESTION}", f"--out={tmp_path / 'all'}"]
-    assert run_command(look.main, [*argv, "--max-new-tokens=3"]) == 0
+    monkeypatch.setattr(loading, "load_generator", lambda *_: (unreduced, None))
+    monkeypatch.setattr(saved_models, "open_model", lambda _: types.SimpleNamespace(config=unreduced.model))
+    places = f"--checkpoint={tmp_path}", f"--image={tmp_path / 'images'}", f"--out={tmp_path / 'all'}"
+    assert run_command(look.main, [*places, f"--question={QUESTION}", "--max-new-tokens=4"]) == 0
     pngs = {f"{number}-mlp-{kind}.png" for number in (1, 2) for kind in ("tokens", "answer")}
     assert {file.name for file in (tmp_path / "all").iterdir()} == {"index.html", "1.html", "2.html", *pngs}
     data = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "all" / "1.html").read_text())[1])
-    assert [(one["name"], one["answer"], one["tokens"]) for one in data["methods"]] == [("mlp", answer, 36)]
-    assert f"1.png  mlp: {answer!r} ({seen.probability:.0%})" in capsys.readouterr().out
+    assert [(one["name"], one["answer"], one["tokens"]) for one in data["methods"]] == [("mlp", seen.answer, 16)]
+    assert f"1.png  mlp: {seen.answer!r} ({seen.probability:.0%})" in capsys.readouterr().out
 
 
-def test_a_reducer_is_used_with_the_models_that_it_fits(model, tmp_path):
+def test_a_reducer_is_used_with_the_models_that_it_fits(tmp_path):
+    model = make(epath.Path(tmp_path / "mine"), FusionConfig("mlp"), "clip", "llama")
     merged = make(epath.Path(tmp_path / "merged"), FusionConfig("stf"), "clip", "llama")
     configs = {folder: open_model(folder).config for folder in (model, merged)}
     planned = look.plan_methods(configs, ["visionzip", "pool"], (4, 9))
