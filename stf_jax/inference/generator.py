@@ -55,6 +55,7 @@ class Generator:
       model: its shapes and its reduction.
       plan: the model's structure; :meth:`load_params` gives it weights.
       slots: image tokens per image in a prompt.
+      row_shards: parts into which the mesh splits a batch.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Generator:
             raise UserError(f"The tokenizer's {len(tokenizer)} tokens exceed the {vocab} of {model.llm}.")
         check_template_ids(template, tokenizer, vocab)
         self._tokenizer, self._mesh, self._template, self._aspect = tokenizer, mesh, template, aspect
-        self._rows = NamedSharding(mesh, BATCH)
+        self._rows, self.row_shards = NamedSharding(mesh, BATCH), row_shards(mesh)
         rules = decoding.TokenRules(stop_tokens(template, tokenizer), untrained_tokens(tokenizer, vocab))
         self._stops = np.array(rules.stops)
         self.load_params(())
@@ -120,8 +121,7 @@ class Generator:
         Raises:
           BadRow: an image cannot be opened, or a conversation does not fit the template or is too long.
         """
-        shards = row_shards(self._mesh)
-        size = -(-min(rows, len(records)) // shards) * shards
+        size = -(-min(rows, len(records)) // self.row_shards) * self.row_shards
         with ThreadPoolExecutor(_THREADS) as pool:
             prefetched = None
             for start in range(0, len(records), rows):
@@ -147,7 +147,7 @@ class Generator:
     def answer_tokens(self, record: Record, limit: int) -> np.ndarray:
         """The tokens of the answer of :meth:`generate` to a record, with the one that ended it, int32 [G]."""
         with ThreadPoolExecutor(_THREADS) as pool:
-            batch = self._prepare_batch(pool, [record], row_shards(self._mesh))
+            batch = self._prepare_batch(pool, [record], self.row_shards)
             ((_, tokens),) = self._generate_batch(*batch, limit, GREEDY, None)
         ends = np.flatnonzero(np.isin(tokens, self._stops))
         return tokens[: ends[0] + 1] if len(ends) else tokens

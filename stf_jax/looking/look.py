@@ -4,15 +4,17 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 
+from stf_jax.config import UserError
 from stf_jax.data.records import make_question
 from stf_jax.evals.benchmark import BLANK_COLOR
 from stf_jax.inference.generator import Generator
-from stf_jax.looking.attribution import AnswerMaps, TokenMaps, map_answer, map_tokens
+from stf_jax.looking.attribution import TokenMaps, map_answer, map_tokens
 from stf_jax.models.reducers.base import Reduction
 
 MAX_NEW_TOKENS = 64
@@ -74,24 +76,32 @@ def look_at(
     """Asks a model about an image, and maps its answer, with greedy decoding.
 
     Raises:
-      UserError: the model has no vision tower, or the question is too long for it.
+      UserError: the model has no vision tower, the question is too long for it, or the mesh splits rows.
     """
+    if generator.row_shards > 1:
+        raise UserError("A look reads one row, which data and fsdp of the mesh would split: use tensor alone (1,1,N).")
     blank = PIL.Image.new("RGB", image.size, BLANK_COLOR)
     record, blank_record = (make_question("look", [one.copy], question) for one in (image, blank))
-    blank_answer = generator.answer_tokens(blank_record, max_new_tokens)  # also compiles what is timed next
+    prompt = generator.prompt(record)
+    tokens, is_image = jnp.asarray(prompt.tokens), jnp.asarray(prompt.is_image)
+
+    def compute_tokens(image: PIL.Image.Image) -> TokenMaps:
+        maps: TokenMaps = generator.apply(map_tokens, jnp.asarray(generator.pixels(image)), tokens, ~is_image)
+        return maps
+
+    with ThreadPoolExecutor(1) as pool:  # compiles the maps of tokens beside the programs that answer
+        mapped = pool.submit(compute_tokens, image)
+        blank_answer = generator.answer_tokens(blank_record, max_new_tokens)
+        made = mapped.result()
     begin = time.perf_counter()
     answer = generator.answer_tokens(record, max_new_tokens)
     milliseconds = 1000 * (time.perf_counter() - begin)
-    prompt, count = generator.prompt(record), len(answer)
-    tokens, is_image = jnp.asarray(prompt.tokens), jnp.asarray(prompt.is_image)
+    count = len(answer)
     # Programs are compiled for powers of two, so that few answers need a new one.
     padded = jnp.asarray(np.pad(answer, (0, max(8, 1 << (count - 1).bit_length()) - count)))
-
-    def compute_maps(image: PIL.Image.Image) -> tuple[TokenMaps, AnswerMaps]:
-        made = generator.apply(map_tokens, jnp.asarray(generator.pixels(image)), tokens, ~is_image)
-        return made, generator.apply(map_answer, made.tokens, tokens, is_image, padded)
-
-    (made, maps), (_, blank_maps) = compute_maps(image), compute_maps(blank)
+    maps, blank_maps = (
+        generator.apply(map_answer, one.tokens, tokens, is_image, padded) for one in (made, compute_tokens(blank))
+    )
     spec = generator.model
     vision = spec.vision_shape
     assert vision is not None  # it has read the image
