@@ -175,7 +175,7 @@ def _to_json(look: Look) -> dict[str, Any]:
         "owners": find_owners(look).tolist(),
         "layersRead": look.reads.sum(0).tolist(),
         "layers": len(look.reads),
-        "sources": _encode(look.sources),
+        "sources": _encode(look.sources, np.uint16),  # a token may be made of hundreds of patches
         "movement": _encode(look.movement.reshape(len(look.movement), -1)),
         "pieces": list(look.pieces),
         "probabilities": _round(look.probabilities),
@@ -196,10 +196,10 @@ def _round(values: np.ndarray) -> Any:
     return values.astype(np.float64).round(5).tolist()
 
 
-def _encode(values: np.ndarray) -> str:
-    """Rows of values as bytes in base64, each row in shares of its largest value."""
-    scaled = 255 * values / np.maximum(values.max(-1, keepdims=True), 1e-30)
-    return base64.b64encode(scaled.round().astype(np.uint8).tobytes()).decode()
+def _encode(values: np.ndarray, dtype: type[np.unsignedinteger[Any]] = np.uint8) -> str:
+    """Rows of values as whole numbers in base64, each row in shares of its largest value."""
+    scaled = np.iinfo(dtype).max * (values / np.maximum(values.max(-1, keepdims=True), 1e-30))
+    return base64.b64encode(scaled.round().astype(np.dtype(dtype).newbyteorder("<")).tobytes()).decode()
 
 
 def _png(pixels: np.ndarray) -> str:
@@ -361,7 +361,8 @@ function setUp() {
     const image = new Image();
     image.src = method.pixels;
     const [rows, columns] = method.grid;
-    return {...method, index, bitmap: image, patches: rows * columns, sources: decode(method.sources),
+    return {...method, index, bitmap: image, patches: rows * columns,
+      sources: new Uint16Array(decode(method.sources).buffer),
       movement: decode(method.movement), attention: decode(method.attention), dependence: decode(method.dependence)};
   });
   for (const method of methods) {
