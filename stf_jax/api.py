@@ -14,7 +14,7 @@ from stf_jax import cli
 from stf_jax.config import MeshConfig, Precision, UserError, did_you_mean
 from stf_jax.data.image import open_image_file
 from stf_jax.data.records import Record, make_question
-from stf_jax.files import make_folder, to_path
+from stf_jax.files import to_path
 from stf_jax.inference.generator import Generator
 from stf_jax.looking.look import MAX_NEW_TOKENS, Look, look_at
 from stf_jax.looking.page import write_pages
@@ -77,13 +77,13 @@ class Model:
           max_new_tokens: of the answer.
 
         Raises:
-          UserError: the image cannot be opened, the model has no vision tower, or the question is too long for it.
+          UserError: the image cannot be opened, the model has no vision tower, the question is too long for it, or
+            the folder cannot be written.
         """
         found = look_at(self._generator, _open_image(image), question, self.checkpoint.name, max_new_tokens)
         if out:
-            make_folder(to_path(os.fspath(out)))
-            name = os.fspath(image) if isinstance(image, str | os.PathLike) else "image"
-            write_pages({pathlib.Path(name).name: [found]}, pathlib.Path(out))
+            name = pathlib.Path(image).name if isinstance(image, str | os.PathLike) else "image"
+            write_pages({name: [found]}, to_path(os.fspath(out)))
         return found
 
 

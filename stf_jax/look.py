@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from stf_jax.cli import Parser, add_device_arguments, local_path, path, require, run_command
+from stf_jax.cli import Parser, add_device_arguments, path, require, run_command
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.data.image import open_image_file
-from stf_jax.files import as_user_error, make_folder
 
 if TYPE_CHECKING:
     from stf_jax.looking.look import Look
@@ -47,7 +46,7 @@ def main(argv: list[str]) -> None:
         "--image", type=path, required=True, metavar="FILE|FOLDER", help="an image, or a folder of them"
     )
     parser.add_argument("--question", required=True, metavar="TEXT", help="asked about each image")
-    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="output folder")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="output folder")
     parser.add_argument(
         "--reduce",
         action="append",
@@ -83,9 +82,7 @@ def main(argv: list[str]) -> None:
     looks = _look(options, images)
     from stf_jax.looking.page import write_pages
 
-    make_folder(epath.Path(options.out))
-    with as_user_error(epath.Path(options.out)):
-        page = write_pages(looks, options.out)
+    page = write_pages(looks, options.out)
     for image, one in looks.items():
         for look in one:
             print(f"{image}  {look.name}: {look.answer!r} ({look.probability:.0%})")

@@ -7,6 +7,7 @@ import itertools
 import json
 import pathlib
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from stf_jax.files import open_atomic
+from stf_jax.files import as_user_error, make_folder, move_file
 from stf_jax.looking.look import Look
 from stf_jax.models.reducers.base import PatchReducer
 
@@ -24,26 +25,34 @@ _ACCENT = (214, 0, 110)  # of what a map shows, as in the page's style
 _FADED = 0.5  # of the image's contrast beneath a map
 
 
-def write_pages(looks: Mapping[str, Sequence[Look]], out: pathlib.Path) -> pathlib.Path:
+def write_pages(looks: Mapping[str, Sequence[Look]], out: epath.Path) -> epath.Path:
     """Writes a page for each image, and an index if there are several; returns the file to open.
 
     Args:
       looks: by the name of the image file, at least one each: one method after another.
-      out: an existing folder.
+      out: the folder, which is created if it does not exist.
+
+    Raises:
+      UserError: the folder cannot be written.
     """
     pages = dict(zip(looks, _unique_names(looks), strict=True))
-    for image, name in pages.items():
-        for look, method in zip(looks[image], _unique_names(look.name for look in looks[image]), strict=True):
-            draw_tokens(look).save(out / f"{name}-{method}-tokens.png")
-            draw_answer(look).save(out / f"{name}-{method}-answer.png")
-        several = len(pages) > 1
-        with open_atomic(epath.Path(out / f"{name}.html")) as file:
-            file.write(render_page(image, looks[image], index=INDEX if several else ""))
-    if len(pages) == 1:
-        return out / f"{next(iter(pages.values()))}.html"
-    with open_atomic(epath.Path(out / INDEX)) as file:
-        file.write(render_index({pages[image]: (image, looks[image]) for image in sort_by_disagreement(looks)}))
-    return out / INDEX
+    with tempfile.TemporaryDirectory() as local, as_user_error(out):
+        folder = pathlib.Path(local)
+        for image, name in pages.items():
+            for look, method in zip(looks[image], _unique_names(look.name for look in looks[image]), strict=True):
+                draw_tokens(look).save(folder / f"{name}-{method}-tokens.png")
+                draw_answer(look).save(folder / f"{name}-{method}-answer.png")
+            text = render_page(image, looks[image], index=INDEX if len(pages) > 1 else "")
+            (folder / f"{name}.html").write_text(text, encoding="utf-8")
+        first = f"{next(iter(pages.values()))}.html"
+        if len(pages) > 1:
+            first, order = INDEX, sort_by_disagreement(looks)
+            text = render_index({pages[image]: (image, looks[image]) for image in order})
+            (folder / INDEX).write_text(text, encoding="utf-8")
+        make_folder(out)
+        for file in sorted(folder.iterdir()):
+            move_file(file, out / file.name)
+    return out / first
 
 
 def disagreement(looks: Sequence[Look]) -> float:

@@ -7,6 +7,7 @@ import browser
 import numpy as np
 import PIL.Image
 import pytest
+from etils import epath
 
 from stf_jax.looking.look import Look
 from stf_jax.looking.page import disagreement, find_owners, patch_values, sort_by_disagreement, write_pages
@@ -62,7 +63,7 @@ LOOKS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("looks")
-    assert write_pages(LOOKS, out) == out / "index.html"
+    assert write_pages(LOOKS, epath.Path(out)) == epath.Path(out) / "index.html"
     return out
 
 
