@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import browser
 import numpy as np
@@ -81,6 +82,9 @@ def chromium(tmp_path_factory):
 def page(folder, chromium):
     chromium.requests.clear()
     chromium.open(folder / "cat.html", WIDE)
+    deadline = time.monotonic() + 20
+    while not text(chromium, "#token-text"):  # images are decoded after the page is loaded
+        assert time.monotonic() < deadline
     return chromium
 
 
