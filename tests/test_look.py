@@ -130,3 +130,8 @@ def test_a_reducer_is_used_with_the_models_that_it_fits(tmp_path):
         look.plan_methods({merged: configs[merged]}, ["visionzip"], (0,))
     same = {epath.Path("runs/a/finetune"): configs[model], epath.Path("runs/b/finetune"): configs[model]}
     assert [method.name for method in look.plan_methods(same, [], (0,))] == ["runs/a/finetune", "runs/b/finetune"]
+
+
+def test_a_mesh_that_splits_rows_is_refused():
+    with pytest.raises(UserError, match="tensor alone"):
+        look_at(types.SimpleNamespace(row_shards=2), IMAGE, QUESTION, "split")
