@@ -412,7 +412,7 @@ function choose(index) {
   find("layer").value = 0;
   find("pieces").replaceChildren(...[-1, ...method.pieces.keys()].map(piece => {
     const text = piece < 0 ? "whole answer" : method.pieces[piece].trim() ||
-      (piece === method.pieces.length - 1 ? "(end)" : "(space)");
+      (piece === method.pieces.length - 1 ? "(end)" : "(no text)");
     const button = make("button", text, "piece");
     if (piece >= 0) button.append(make("small", percent(method.probabilities[piece])));
     button.dataset.piece = piece;
