@@ -11,12 +11,11 @@ import numpy as np
 import PIL.Image
 import pytest
 from etils import epath
-from make_models import make
 from tiny import large_params, tiny
 
 from stf_jax import api, look
 from stf_jax.cli import run_command
-from stf_jax.config import FusionConfig, MeshConfig, UserError
+from stf_jax.config import MeshConfig, UserError
 from stf_jax.data.records import make_question
 from stf_jax.data.tokenizer import load_tokenizer, untrained_tokens
 from stf_jax.inference import loading
@@ -29,7 +28,6 @@ from stf_jax.models.reducers.base import REDUCERS, DecoderReducer, find_reducer
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import make_mesh
 from stf_jax.weights import model as saved_models
-from stf_jax.weights.model import open_model
 
 QUESTION = "What is it?"
 RNG = np.random.default_rng(0)
@@ -67,23 +65,22 @@ def test_maps_of_an_answer_are_those_of_the_generator(name, unreduced, monkeypat
         return logits
 
     monkeypatch.setattr(Decoder, "logits", record)
-    look = look_at(generator, IMAGE, QUESTION, "tiny", 4)
+    arguments = jnp.asarray(prompt.tokens), jnp.asarray(prompt.is_image), jnp.pad(answer, (0, 8 - len(answer)))
+    image_tokens, rows, token, step = unreduced.image_tokens(IMAGE), np.arange(len(answer)), 5, 2e-1
+    maps = generator.apply(map_answer, jnp.asarray(image_tokens), *arguments)
     jax.effects_barrier()
-    rows = np.arange(len(answer))
-    logits = next(x for x in seen if len(x) == 8)[: len(answer)]
+    logits = seen[0][: len(answer)]
     # The answer, from a cache, is that of one complete row.
     never = np.isin(np.arange(logits.shape[1]), untrained_tokens(TOKENIZER, logits.shape[1]))
     np.testing.assert_array_equal(np.where(never, -np.inf, logits).argmax(-1), answer)
-    np.testing.assert_allclose(look.probabilities, jax.nn.softmax(logits)[rows, answer], rtol=1e-4)
-    assert list(look.reads.sum(1)) == ([16, 9] if name else [16, 16])
-    np.testing.assert_array_equal((look.attention > 0).all(1), look.reads)
-    assert (look.dependence > 0).all()  # by tokens that are dropped too, which the first layer reads
+    np.testing.assert_allclose(maps.log_probs[rows], jax.nn.log_softmax(logits)[rows, answer], rtol=1e-4, atol=1e-4)
+    reads, attention, movement = (np.asarray(x) for x in (maps.reads, maps.attention, maps.movement[rows]))
+    assert list(reads.sum(1)) == ([16, 9] if name else [16, 16])
+    np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
+    np.testing.assert_array_equal((attention[:, :, np.flatnonzero(prompt.is_image)] > 0).all(1), reads)
+    assert (movement > 0).all()  # by tokens that are dropped too, which the first layer reads
     if name:
         return
-    arguments = jnp.asarray(prompt.tokens), jnp.asarray(prompt.is_image), jnp.pad(answer, (0, 8 - len(answer)))
-    image_tokens, token, step = generator.image_tokens(IMAGE), 5, 2e-1
-    maps = generator.apply(map_answer, jnp.asarray(image_tokens), *arguments)
-    np.testing.assert_allclose(np.asarray(maps.attention).sum(-1), 1, rtol=1e-5)
     gradient = []
     for direction in np.eye(image_tokens.shape[1], dtype=np.float32):
         for sign in (1, -1):
@@ -93,7 +90,7 @@ def test_maps_of_an_answer_are_those_of_the_generator(name, unreduced, monkeypat
             jax.effects_barrier()
         gradient.append((seen[-2] - seen[-1])[rows, answer] / (2 * step))
     expected = np.linalg.norm(gradient, axis=0) * np.linalg.norm(image_tokens[token])
-    np.testing.assert_allclose(look.dependence[:, token], expected, rtol=5e-3)
+    np.testing.assert_allclose(movement[:, token], expected, rtol=5e-3)
 
 
 def test_the_command_and_the_api_write_pages(unreduced, tmp_path, capsys, monkeypatch):
@@ -119,17 +116,21 @@ def test_the_command_and_the_api_write_pages(unreduced, tmp_path, capsys, monkey
     assert f"1.png  mlp: {seen.answer!r} ({seen.probability:.0%})" in capsys.readouterr().out
 
 
-def test_a_reducer_is_used_with_the_models_that_it_fits(tmp_path):
-    model = make(epath.Path(tmp_path / "mine"), FusionConfig("mlp"), "clip", "llama")
-    merged = make(epath.Path(tmp_path / "merged"), FusionConfig("stf"), "clip", "llama")
-    configs = {folder: open_model(folder).config for folder in (model, merged)}
+def test_a_reducer_is_used_with_the_models_that_it_fits():
+    configs = {
+        epath.Path(f"runs/{fusion}/finetune"): resolve_model(tiny(**{"model.fusion.fusion": fusion}).model)
+        for fusion in ("mlp", "stf")
+    }
     planned = look.plan_methods(configs, ["visionzip", "pool"], (4, 9))
     names = ["mlp", *(f"mlp + {name}, {keep}" for name in ("visionzip", "pool") for keep in (4, 9))]
-    assert [method.name for method in planned] == [*names, "stf", "stf + pool, 4", "stf + pool, 9"]
+    assert [method.name for method in planned] == [*names, "stf", "stf + pool, 4"]  # it has four tokens
+    mlp, stf = configs.values()
     with pytest.raises(UserError, match="visionzip needs a fusion that keeps every patch"):
-        look.plan_methods({merged: configs[merged]}, ["visionzip"], (0,))
-    same = {epath.Path("runs/a/finetune"): configs[model], epath.Path("runs/b/finetune"): configs[model]}
+        look.plan_methods({epath.Path("runs/stf"): stf}, ["visionzip"], (0,))
+    same = {epath.Path("runs/a/finetune"): mlp, epath.Path("runs/b/finetune"): mlp}
     assert [method.name for method in look.plan_methods(same, [], (0,))] == ["runs/a/finetune", "runs/b/finetune"]
+    apart = {epath.Path("runs/a"): mlp, epath.Path("runs/b"): mlp}
+    assert [method.name for method in look.plan_methods(apart, [], (0,))] == ["a", "b"]
 
 
 def test_a_mesh_that_splits_rows_is_refused():
