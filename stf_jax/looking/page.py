@@ -8,7 +8,7 @@ import json
 import pathlib
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ def write_pages(looks: Mapping[str, Sequence[Look]], out: epath.Path) -> epath.P
     Raises:
       UserError: the folder cannot be written.
     """
-    pages = dict(zip(looks, _unique_names(looks), strict=True))
+    pages = dict(zip(looks, _unique_names(pathlib.PurePath(image).stem for image in looks), strict=True))
     with tempfile.TemporaryDirectory() as local, as_user_error(out):
         folder = pathlib.Path(local)
         for image, name in pages.items():
@@ -226,15 +226,14 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f}%"
 
 
-def _unique_names(names: Any) -> list[str]:
+def _unique_names(names: Iterable[str]) -> list[str]:
     """File names made of texts, without suffixes, all different and none that of the index."""
-    found = {"index"}
-    unique = []
+    unique, taken = list[str](), {pathlib.PurePath(INDEX).stem}
     for name in names:
-        base = re.sub(r"[^\w.-]+", "-", pathlib.PurePath(name).stem if "/" not in name else name).strip("-.") or "image"
-        candidates = (base if number == 1 else f"{base}-{number}" for number in itertools.count(1))
-        unique.append(next(one for one in candidates if one.lower() not in found))
-        found.add(unique[-1].lower())
+        base = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "image"
+        candidates = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
+        unique.append(next(one for one in candidates if one.lower() not in taken))
+        taken.add(unique[-1].lower())
     return unique
 
 
@@ -281,13 +280,13 @@ section { margin: 0 0 1.5rem; min-width: 0; }
 .stage { display: block; width: 100%; max-width: 30rem; border-radius: .4rem; touch-action: manipulation; }
 #tokens { cursor: crosshair; }
 .row { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin: .6rem 0; }
-.bars { display: grid; grid-template-columns: auto 1fr auto; gap: .15rem .6rem; max-width: 30rem; align-items: center;
+.bars { display: grid; grid-template-columns: auto 1fr auto; gap: 0 .6rem; max-width: 30rem; align-items: center;
   font-size: .875rem; }
-.bars button { display: contents; }
+.bars button { display: grid; grid-template-columns: subgrid; grid-column: 1 / -1; align-items: center;
+  border: 0; padding: 0; min-height: 1.6rem; text-align: left; }
 .bars .bar { height: 1.1rem; border-radius: 3px; background: var(--panel); }
 .bars .bar i { display: block; height: 100%; border-radius: 3px; background: var(--accent); min-width: 1px; }
-.bars button[aria-pressed=true] > * { font-weight: 700; color: var(--accent); }
-.bars button:focus-visible .bar { outline: 3px solid light-dark(#0b63c5, #6cb6ff); }
+.bars button[aria-pressed=true] { font-weight: 700; color: var(--accent); box-shadow: none; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .piece { padding: .2rem .55rem; }
 .piece small { display: block; color: var(--soft); font-size: .75rem; line-height: 1.1; }
@@ -353,7 +352,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const find = id => document.getElementById(id);
 const decode = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
 const percent = x => x > 0 && x < .01 ? "<1%" : `${Math.round(100 * x)}%`;
-const state = {method: 0, token: 0, map: "sources", tap: -1, piece: -1, use: "dependence", layer: 0};
+const state = {method: 0, token: -1, map: "sources", tap: -1, piece: -1, use: "dependence", layer: 0};
 let methods = [];
 
 const make = (tag, text, name) => {
@@ -363,7 +362,7 @@ const make = (tag, text, name) => {
   return element;
 };
 
-function setUp() {
+async function setUp() {
   find("question").textContent = data.question;
   find("image").textContent = data.image;
   methods = data.methods.map((method, index) => {
@@ -374,6 +373,7 @@ function setUp() {
       sources: new Uint16Array(decode(method.sources).buffer),
       movement: decode(method.movement), attention: decode(method.attention), dependence: decode(method.dependence)};
   });
+  await Promise.all(methods.map(method => method.bitmap.decode()));
   for (const method of methods) {
     const card = make("button");
     card.setAttribute("role", "radio");
@@ -395,21 +395,28 @@ function setUp() {
     choose((state.method + step + methods.length) % methods.length);
     find("methods").children[state.method].focus();
   });
-  Promise.all(methods.map(method => method.bitmap.decode())).then(() => choose(0));
+  listen();
+  choose(0);
 }
 
 function choose(index) {
-  state.method = index;
-  const method = methods[index];
-  Object.assign(state, {tap: -1, piece: -1, layer: 0, use: "dependence"});
-  const values = answerValues(method);
-  state.token = values.indexOf(Math.max(...values));  // what the answer depends on most
+  const method = methods[index], before = methods[state.method], place = before.owners.indexOf(state.token);
+  Object.assign(state, {method: index, tap: -1, piece: -1, layer: Math.min(state.layer, method.layers), token: -1});
+  if (place >= 0) {  // the token at the same place as before
+    const x = Math.floor((place % before.grid[1]) / before.grid[1] * method.grid[1]);
+    const y = Math.floor(Math.floor(place / before.grid[1]) / before.grid[0] * method.grid[0]);
+    state.token = method.owners[y * method.grid[1] + x];
+  }
+  if (state.token < 0) {  // or the one that the answer depends on most
+    const values = answerValues(method, false);
+    state.token = values.indexOf(Math.max(...values));
+  }
   [...find("methods").children].forEach((card, i) => {
     card.setAttribute("aria-checked", i === index);
     card.tabIndex = i === index ? 0 : -1;
   });
   find("layer").max = method.layers;
-  find("layer").value = 0;
+  find("layer").value = state.layer;
   find("pieces").replaceChildren(...[-1, ...method.pieces.keys()].map(piece => {
     const text = piece < 0 ? "whole answer" : method.pieces[piece].trim() ||
       (piece === method.pieces.length - 1 ? "(end)" : "(no text)");
@@ -448,8 +455,8 @@ function shownPieces({pieces}) {
 }
 
 // The sum of the shown pieces' maps, of each image token.
-function answerValues(method) {
-  const {tokens} = method, values = new Float64Array(tokens), attends = state.use === "attention";
+function answerValues(method, attends) {
+  const {tokens} = method, values = new Float64Array(tokens);
   const [source, scales] = attends ? [method.attention, method.attentionScales[state.layer]]
     : [method.dependence, method.dependenceScales];
   const first = attends ? state.layer * method.pieces.length : 0;
@@ -460,7 +467,8 @@ function answerValues(method) {
 
 // The same, spread over the patches that each token is made of.
 function answerMap(method) {
-  const {tokens, patches} = method, values = answerValues(method), out = new Float64Array(patches);
+  const {tokens, patches} = method, out = new Float64Array(patches);
+  const values = answerValues(method, state.use === "attention");
   for (let s = 0; s < tokens; s++) {
     let total = 0;
     const row = s * patches;
@@ -661,33 +669,36 @@ function step(by) {
   draw();
 }
 
-find("tokens").addEventListener("click", event => {
-  const {grid: [rows, columns], owners} = methods[state.method], box = event.target.getBoundingClientRect();
-  const x = Math.floor((event.clientX - box.left) / box.width * columns);
-  const y = Math.floor((event.clientY - box.top) / box.height * rows);
-  const owner = owners[Math.min(rows - 1, Math.max(0, y)) * columns + Math.min(columns - 1, Math.max(0, x))];
-  if (owner < 0) { find("token-text").textContent = "This patch was dropped: no token is made of it."; return; }
-  state.token = owner;
-  draw();
-});
-find("tokens").addEventListener("keydown", event => {
-  const way = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[event.key];
-  if (!way) return;
-  event.preventDefault();
-  move(...way);
-});
-find("previous").addEventListener("click", () => step(-1));
-find("next").addEventListener("click", () => step(1));
-document.querySelectorAll("[data-map]").forEach(button => button.addEventListener("click", () => {
-  Object.assign(state, {map: button.dataset.map, tap: -1});
-  draw();
-}));
-document.querySelectorAll("[data-use]").forEach(button => button.addEventListener("click", () => {
-  state.use = button.dataset.use;
-  draw();
-}));
-find("layer").addEventListener("input", event => { state.layer = Number(event.target.value); draw(); });
-addEventListener("resize", draw);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+function listen() {
+  find("tokens").addEventListener("click", event => {
+    const {grid: [rows, columns], owners} = methods[state.method], box = event.target.getBoundingClientRect();
+    const x = Math.floor((event.clientX - box.left) / box.width * columns);
+    const y = Math.floor((event.clientY - box.top) / box.height * rows);
+    const owner = owners[Math.min(rows - 1, Math.max(0, y)) * columns + Math.min(columns - 1, Math.max(0, x))];
+    if (owner < 0) { find("token-text").textContent = "This patch was dropped: no token is made of it."; return; }
+    state.token = owner;
+    draw();
+  });
+  find("tokens").addEventListener("keydown", event => {
+    const way = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[event.key];
+    if (!way) return;
+    event.preventDefault();
+    move(...way);
+  });
+  find("previous").addEventListener("click", () => step(-1));
+  find("next").addEventListener("click", () => step(1));
+  document.querySelectorAll("[data-map]").forEach(button => button.addEventListener("click", () => {
+    Object.assign(state, {map: button.dataset.map, tap: -1});
+    draw();
+  }));
+  document.querySelectorAll("[data-use]").forEach(button => button.addEventListener("click", () => {
+    state.use = button.dataset.use;
+    draw();
+  }));
+  find("layer").addEventListener("input", event => { state.layer = Number(event.target.value); draw(); });
+  addEventListener("resize", draw);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+}
+
 setUp();
 """
