@@ -584,7 +584,8 @@ function paintStrip(canvas, method, zoom) {
   context.scale(ratio * zoom, ratio * zoom);
   for (let y = first; y <= last; y++) for (let x = 0; x < columns; x++) {
     context.drawImage(bitmap, x * width, y * height, width, height, across[x], down[y], width, height);
-    if (zoom === 1 || method.owners[y * columns + x] !== state.token) continue;
+    const [here, below] = [y, y + 1].map(line => method.owners[line * columns + x] === state.token);
+    if (zoom === 1 || !here || below && y < last) continue;
     context.fillStyle = resolve("var(--accent)");
     context.fillRect(across[x], down[y] + height - 3 / zoom, width, 3 / zoom);
   }
