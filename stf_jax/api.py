@@ -13,9 +13,11 @@ from etils import epath
 from stf_jax import cli
 from stf_jax.config import MeshConfig, Precision, UserError, did_you_mean
 from stf_jax.data.image import open_image_file
-from stf_jax.data.records import IMAGE_MARK, Record, Turn
+from stf_jax.data.records import Record, make_question
 from stf_jax.files import to_path
 from stf_jax.inference.generator import Generator
+from stf_jax.looking.look import MAX_NEW_TOKENS, Look, look_at
+from stf_jax.looking.page import write_pages
 from stf_jax.training.stages import resolve_stages, run_stages
 from stf_jax.weights.model import SavedModel
 
@@ -58,6 +60,31 @@ class Model:
           UserError: the image cannot be opened, or the model has no vision tower.
         """
         return self._generator.image_tokens(_open_image(image))
+
+    def look(
+        self,
+        image: Image,
+        question: str,
+        out: str | os.PathLike[str] = "",
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> Look:
+        """Answers a question, and maps what the image tokens hold and what the answer depends on.
+
+        Args:
+          image: the image.
+          question: about the image.
+          out: a folder, to which the page of ``stf_jax.look`` is written; by default none is.
+          max_new_tokens: of the answer.
+
+        Raises:
+          UserError: the image cannot be opened, the model has no vision tower, the question is too long for it, or
+            the folder cannot be written.
+        """
+        found = look_at(self._generator, _open_image(image), question, self.checkpoint.name, max_new_tokens)
+        if out:
+            name = pathlib.Path(image).name if isinstance(image, str | os.PathLike) else "image"
+            write_pages({name: [found]}, to_path(os.fspath(out)))
+        return found
 
 
 def load(
@@ -210,9 +237,7 @@ def export(
 
 
 def _make_record(number: int, image: Image | None, question: str) -> Record:
-    images = () if image is None else (lambda: _open_image(image),)
-    text = f"{IMAGE_MARK}\n" * len(images) + question.replace(IMAGE_MARK, "")
-    return Record(f"prompt {number}", images, (Turn("human", text),))
+    return make_question(f"prompt {number}", () if image is None else (lambda: _open_image(image),), question)
 
 
 def _open_image(image: Image) -> PIL.Image.Image:

@@ -205,8 +205,8 @@ def _describe_missing(name: str | os.PathLike[str]) -> str:
     return "does not exist"
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of commands that run a model: mesh, precision, token reduction and sampling."""
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of where and how a model computes: mesh and precision."""
     parser.add_argument(
         "--mesh",
         type=_parse_mesh,
@@ -220,6 +220,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="compute precision (default: the run's, or bfloat16)",
     )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of commands that run a model: mesh, precision, token reduction and sampling."""
+    add_device_arguments(parser)
     parser.add_argument(
         "--reduce",
         default="",

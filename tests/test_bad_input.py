@@ -27,7 +27,7 @@ from make_evals import make_gqa
 from make_models import CONTROL, make
 from reference import decoder
 
-from stf_jax import ablate, bench, chat, convert, evaluate, main, plan, prepare
+from stf_jax import ablate, bench, chat, convert, evaluate, look, main, plan, prepare
 from stf_jax.cli import run_command
 from stf_jax.config import FusionConfig
 from stf_jax.data.conversation import TEMPLATES, encode, template_items
@@ -40,7 +40,7 @@ from stf_jax.weights.export_hf import export_hf
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = {
     "main": main, "prepare": prepare, "convert": convert, "evaluate": evaluate, "chat": chat, "plan": plan,
-    "bench": bench, "ablate": ablate,
+    "bench": bench, "ablate": ablate, "look": look,
 }  # fmt: skip
 Make = Callable[[pathlib.Path, types.SimpleNamespace], None]
 
@@ -1011,7 +1011,36 @@ ABLATE = [
         ),
     ),
 ]
-CASES = [*MAIN, *PREPARE, *CONVERT, *EVALUATE, *CHAT, *PLAN, *BENCH, *ABLATE]
+
+
+def look_case(name, argv, *messages, make=no_input):
+    """Looking at a valid image with a valid model; ``argv`` may override all options."""
+    valid = ("--checkpoint={model}", "--image={images}/good.png", "--question=What is it?", "--out={here}/out")
+    return Case(name, "look", make, (*valid, *argv), messages)
+
+
+LOOK = [
+    look_case("no model", ["--checkpoint={model},{here}/lost"], "{here}/lost"),
+    look_case("a missing image", ["--image={here}/lost.png"], "{here}/lost.png"),
+    look_case(
+        "a folder without images", ["--image={here}/texts"], "{here}/texts", ".png", make=write_file("texts/a.txt", "")
+    ),
+    look_case(
+        "a folder with a text named as an image",
+        ["--image={here}/texts"],
+        "{here}/texts/a.png",
+        "format",
+        make=write_file("texts/a.png", "a"),
+    ),
+    look_case("an unknown reducer", ["--reduce=visonzip"], "'visonzip'", "'visionzip'"),
+    look_case("a reducer that fits no model", ["--reduce=visionzip"], "visionzip", "mbtf_stf"),
+    look_case("a budget that is not a number", ["--reduce=fastv", "--keep=1,a"], "'1,a'"),
+    look_case("more tokens than there are", ["--reduce=fastv", "--keep=10"], "keep=10", "9"),
+    look_case("a question that is too long", ["--question=" + "on " * 9999], "shorten it"),
+    look_case("an empty question", ["--question= "], "--question"),
+    look_case("a file in place of its folder", [], "{here}/out", make=write_file("out", "")),
+]
+CASES = [*MAIN, *PREPARE, *CONVERT, *EVALUATE, *CHAT, *PLAN, *BENCH, *ABLATE, *LOOK]
 
 
 @pytest.fixture(scope="module")

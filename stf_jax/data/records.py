@@ -4,7 +4,7 @@ Images are opened lazily, so that conversations can be measured without them.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import PIL.Image
@@ -99,6 +99,11 @@ class Record:
     ignored_keys: tuple[str, ...] = ()  # what was ignored in its row (data/rows.py)
     document: bool = False  # encode the turns without any template
     labels: Callable[[], np.ndarray] | None = None  # labels of the cells of its image, uint8 [S, S, 3]
+
+
+def make_question(id: str, images: Sequence[Callable[[], PIL.Image.Image]], text: str) -> Record:
+    """A conversation of one question about images, which come before its text. Marks in the text are removed."""
+    return Record(id, tuple(images), (Turn("human", f"{IMAGE_MARK}\n" * len(images) + text.replace(IMAGE_MARK, "")),))
 
 
 def format_reasons(counts: Mapping[str, int]) -> str:

@@ -3,6 +3,7 @@
 Axis letters: B rows, T positions of prompts, M images per row, G new tokens.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ from stf_jax.inference.decoding import Sampling, split_layers
 from stf_jax.models.blueprint import blueprint
 from stf_jax.models.decoders.chat import Mark, Text
 from stf_jax.models.spec import resolve_model
+from stf_jax.models.vlm import VLM
 from stf_jax.parallel.mesh import BATCH, compute_context, row_shards
 
 GREEDY = Sampling()
@@ -50,8 +52,10 @@ class Generator:
     Compiled programs are kept for each batch size and bucket of prompt lengths.
 
     Attributes:
+      model: its shapes and its reduction.
       plan: the model's structure; :meth:`load_params` gives it weights.
       slots: image tokens per image in a prompt.
+      row_shards: parts into which the mesh splits a batch.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class Generator:
         """
         check_template(template, tokenizer)
         model = resolve_model(model)
-        self.plan, self._reduction, self._model = blueprint(model), model.reduction, model
+        self.plan, self._reduction, self.model = blueprint(model), model.reduction, model
         self.slots = self._reduction.slots
         self._vision, llm = model.vision_shape, model.llm_shape
         assert llm is not None  # its blueprint has one
@@ -79,14 +83,12 @@ class Generator:
             raise UserError(f"The tokenizer's {len(tokenizer)} tokens exceed the {vocab} of {model.llm}.")
         check_template_ids(template, tokenizer, vocab)
         self._tokenizer, self._mesh, self._template, self._aspect = tokenizer, mesh, template, aspect
-        self._rows = NamedSharding(mesh, BATCH)
+        self._rows, self.row_shards = NamedSharding(mesh, BATCH), row_shards(mesh)
         rules = decoding.TokenRules(stop_tokens(template, tokenizer), untrained_tokens(tokenizer, vocab))
         self._stops = np.array(rules.stops)
         self.load_params(())
         self._prefill, self._extend, self._extend_capacity = decoding.make_programs(rules, self.plan, mesh)
-        self._image_tokens = jax.jit(
-            lambda weights, images: decoding.merge_weights(self.plan, weights).image_tokens(images)
-        )
+        self._compiled: dict[Callable[..., Any], jax.stages.Wrapped] = {}
 
     def load_params(self, params: Iterable[tuple[str, jax.Array]]) -> "Generator":
         """Loads the parameters to answer with, dropping each before it reads the next; returns the generator."""
@@ -119,68 +121,17 @@ class Generator:
         Raises:
           BadRow: an image cannot be opened, or a conversation does not fit the template or is too long.
         """
-        shards = row_shards(self._mesh)
-        size = -(-min(rows, len(records)) // shards) * shards
+        size = -(-min(rows, len(records)) // self.row_shards) * self.row_shards
         with ThreadPoolExecutor(_THREADS) as pool:
             prefetched = None
             for start in range(0, len(records), rows):
                 batch = prefetched or self._prepare_batch(pool, records[:rows], size)
                 next_records = records[start + rows : start + 2 * rows]
                 prefetched = self._prepare_batch(pool, next_records, size) if next_records else None
-                yield from self._generate_batch(*batch, limit, sampling, on_text)
+                yield from (text for text, _ in self._generate_batch(*batch, limit, sampling, on_text))
 
-    def prompt_length(self, record: Record) -> int:
-        """Tokens in the prompt of a record, image tokens included. Raises BadRow as :meth:`generate` does."""
-        return len(self._prompt(record).tokens)
-
-    def image_tokens(self, image: PIL.Image.Image) -> np.ndarray:
-        """The image tokens of an image as the language model reads them, float32 [N, D].
-
-        Raises:
-          UserError: the model has no vision tower.
-        """
-        if self._vision is None:
-            raise UserError(f"This image has no tokens: {NO_VISION_MESSAGE}")
-        pixels = jnp.asarray(to_square(image, self._vision, self._aspect))[None, None]
-        with compute_context(self._mesh, self.plan.precision):
-            return np.asarray(self._image_tokens(self._weights, pixels)[0], np.float32)
-
-    def protocol(self, record: Record) -> dict[str, Any]:
-        """Describes the model, its weights (by a fingerprint) and the prompt format, with the prompt of ``record``."""
-        names = {Mark.IMAGE: IMAGE_MARK, Mark.END: self._tokenizer.eos_token, Mark.NEWLINE: "\n"}
-        items = template_items(self._template, record)
-        prompt = "".join(
-            names[item] if isinstance(item, Mark) else item.text if isinstance(item, Text) else item.token
-            for item in items
-        )
-        details: dict[str, Any] = {
-            "vision": self._model.vision,
-            "fusion": self._model.fusion.fusion,
-            "llm": self._model.llm,
-        }
-        details |= {"template": self._template, "image_aspect_ratio": self._aspect, "image_tokens": self.slots}
-        if self._reduction.name:
-            details |= {"reduce": self._reduction.name, "keep": self._reduction.keep}
-        if self._reduction.stages:
-            assert self._model.llm_shape is not None  # it drops the tokens
-            details["kept_after_layer"] = {str(stage.after): stage.keep for stage in self._reduction.stages}
-            details["average_image_tokens"] = self._reduction.average_tokens(self._model.llm_shape.layers)
-        return details | {"precision": self.plan.precision, "weights": self._fingerprint, "first_prompt": prompt}
-
-    def _prepare_batch(
-        self, pool: ThreadPoolExecutor, records: Sequence[Record], size: int
-    ) -> tuple[list[Encoded], _Pending, int]:
-        """Prompts of a batch of ``size`` rows, and futures of the images of the rows that belong to this host."""
-        prompts = [self._prompt(record) for record in records]
-        indices = self._rows.addressable_devices_indices_map((size,)).values()
-        local_rows = {row for index in indices if index is not None for row in _index_range(index[0], size)}
-        pending: _Pending = [
-            [pool.submit(self._open_image, image) if row in local_rows else None for image in record.images]
-            for row, record in enumerate(records)
-        ]
-        return prompts, pending, size
-
-    def _prompt(self, record: Record) -> Encoded:
+    def prompt(self, record: Record) -> Encoded:
+        """The prompt of a record, image slots included. Raises BadRow as :meth:`generate` does."""
         if record.images and self._vision is None:
             raise BadRow("no_vision", f"Record {record.id!r} has an image, but {NO_VISION_MESSAGE}")
         prompt = encode(template_items(self._template, record), self._tokenizer, self.slots)
@@ -193,9 +144,88 @@ class Generator:
             )
         return prompt
 
+    def answer_tokens(self, record: Record, limit: int) -> np.ndarray:
+        """The tokens of the answer of :meth:`generate` to a record, with the one that ended it, int32 [G]."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            batch = self._prepare_batch(pool, [record], self.row_shards)
+            ((_, tokens),) = self._generate_batch(*batch, limit, GREEDY, None)
+        ends = np.flatnonzero(np.isin(tokens, self._stops))
+        return tokens[: ends[0] + 1] if len(ends) else tokens
+
+    def image_tokens(self, image: PIL.Image.Image) -> np.ndarray:
+        """The image tokens of an image as the language model reads them, float32 [N, D].
+
+        Raises:
+          UserError: the model has no vision tower.
+        """
+        return np.asarray(self.apply(VLM.image_tokens, jnp.asarray(self.pixels(image))[None, None])[0], np.float32)
+
+    def pixels(self, image: PIL.Image.Image) -> np.ndarray:
+        """The square that the tower reads of an image, uint8 [H, W, 3]. Raises as :meth:`image_tokens` does."""
+        if self._vision is None:
+            raise UserError(f"This image has no tokens: {NO_VISION_MESSAGE}")
+        return to_square(image, self._vision, self._aspect)
+
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls ``function(model, *arguments)``, compiled with the model's weights on the mesh.
+
+        The program is kept for further calls of the same function with arrays of the same shapes.
+        """
+        if function not in self._compiled:
+            self._compiled[function] = jax.jit(
+                lambda weights, *arguments: function(decoding.merge_weights(self.plan, weights), *arguments)
+            )
+        with compute_context(self._mesh, self.plan.precision):
+            return self._compiled[function](self._weights, *arguments)
+
+    def with_reduction(self, reduce: str, keep: int) -> "Generator":
+        """The same model with another reduction of its image tokens; both share the weights.
+
+        Raises:
+          UserError: the model cannot be reduced as requested.
+        """
+        model = dataclasses.replace(self.model, reduce=reduce, keep=keep)
+        other = Generator(model, self._tokenizer, self._mesh, self._template, self._aspect)
+        other._weights, other._fingerprint = self._weights, self._fingerprint
+        return other
+
+    def protocol(self, record: Record) -> dict[str, Any]:
+        """Describes the model, its weights (by a fingerprint) and the prompt format, with the prompt of ``record``."""
+        names = {Mark.IMAGE: IMAGE_MARK, Mark.END: self._tokenizer.eos_token, Mark.NEWLINE: "\n"}
+        items = template_items(self._template, record)
+        prompt = "".join(
+            names[item] if isinstance(item, Mark) else item.text if isinstance(item, Text) else item.token
+            for item in items
+        )
+        details: dict[str, Any] = {
+            "vision": self.model.vision,
+            "fusion": self.model.fusion.fusion,
+            "llm": self.model.llm,
+        }
+        details |= {"template": self._template, "image_aspect_ratio": self._aspect, "image_tokens": self.slots}
+        if self._reduction.name:
+            details |= {"reduce": self._reduction.name, "keep": self._reduction.keep}
+        if self._reduction.stages:
+            assert self.model.llm_shape is not None  # it drops the tokens
+            details["kept_after_layer"] = {str(stage.after): stage.keep for stage in self._reduction.stages}
+            details["average_image_tokens"] = self._reduction.average_tokens(self.model.llm_shape.layers)
+        return details | {"precision": self.plan.precision, "weights": self._fingerprint, "first_prompt": prompt}
+
+    def _prepare_batch(
+        self, pool: ThreadPoolExecutor, records: Sequence[Record], size: int
+    ) -> tuple[list[Encoded], _Pending, int]:
+        """Prompts of a batch of ``size`` rows, and futures of the images of the rows that belong to this host."""
+        prompts = [self.prompt(record) for record in records]
+        indices = self._rows.addressable_devices_indices_map((size,)).values()
+        local_rows = {row for index in indices if index is not None for row in _index_range(index[0], size)}
+        pending: _Pending = [
+            [pool.submit(self._open_image, image) if row in local_rows else None for image in record.images]
+            for row, record in enumerate(records)
+        ]
+        return prompts, pending, size
+
     def _open_image(self, image: Callable[[], PIL.Image.Image]) -> np.ndarray:
-        assert self._vision is not None  # _prompt rejects images without it
-        return to_square(image(), self._vision, self._aspect)
+        return self.pixels(image())
 
     def _generate_batch(
         self,
@@ -205,7 +235,8 @@ class Generator:
         limit: int,
         sampling: Sampling,
         on_text: _OnText | None,
-    ) -> Iterator[str]:
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields the text of each answer, and its tokens, int32 [G]."""
         sent = [""] * len(prompts)
         with compute_context(self._mesh, self.plan.precision):
             capacity = min(limit, INITIAL_MAX_NEW_TOKENS)
@@ -214,7 +245,7 @@ class Generator:
                 count, done = int(state.count), np.asarray(state.done)
                 if on_text is not None:
                     for row, tokens in enumerate(np.asarray(state.output_ids)[: len(prompts), :count]):
-                        text = self._decode_text(tokens)
+                        text = self.decode_text(tokens)
                         # Incomplete characters, and text that the next token may still change, are held back.
                         if text.startswith(sent[row]) and not text.endswith("\ufffd") and text != sent[row]:
                             on_text(row, text[len(sent[row]) :])
@@ -227,12 +258,13 @@ class Generator:
                 state = self._extend(self._weights, state, count + 1 if on_text is not None else capacity, sampling)
             output_ids = np.asarray(state.output_ids)[: len(prompts), :count]
         for row, tokens in enumerate(output_ids):
-            text = self._decode_text(tokens)
+            text = self.decode_text(tokens)
             if on_text is not None and text != sent[row]:
                 on_text(row, text.removeprefix(sent[row]))
-            yield text
+            yield text, tokens
 
-    def _decode_text(self, tokens: np.ndarray) -> str:
+    def decode_text(self, tokens: np.ndarray) -> str:
+        """The text of an answer's tokens, up to the one that ends it."""
         ends = np.flatnonzero(np.isin(tokens, self._stops))
         text = self._tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens, skip_special_tokens=True)
         assert isinstance(text, str)  # of one sequence of tokens

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from stf_jax.accounting.flops import CAUSAL
 from stf_jax.config import UserError
@@ -261,15 +261,21 @@ def reference_attention(
     q: Float[Array, "B T H Dh"], k: Float[Array, "B T K Dh"], v: Float[Array, "B T K Dh"], mask: Mask
 ) -> Float[Array, "B T H Dh"]:
     """Attention by its definition, all in float32, which the kernels are tested against."""
-    group = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
-    q, k, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+    values = jnp.repeat(v, q.shape[2] // k.shape[2], axis=2).astype(jnp.float32)
+    weights = attention_weights(q, k, mask)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, values, precision="highest").astype(v.dtype)
+
+
+def attention_weights(
+    q: Float[Array, "B T H Dh"], k: Float[Array, "B S K Dh"], mask: Mask
+) -> Float32[Array, "B H T S"]:
+    """The weight that each query gives to each key, by definition: rows sum to one. S = T where there is a mask."""
+    q, k = q.astype(jnp.float32), jnp.repeat(k, q.shape[2] // k.shape[2], axis=2).astype(jnp.float32)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * q.shape[-1] ** -0.5
     allowed = mask.dense(jnp.arange(q.shape[1]), q.shape[1])
     if allowed is not None:
         scores = jnp.where(allowed, scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v32, precision="highest").astype(v.dtype)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def cached_attention(

@@ -104,7 +104,7 @@ def _time_first_token(generator: Generator, config: TrainConfig) -> tuple[float,
         for _ in generator.generate(records, 1, len(records)):
             pass
         seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[1:]), max(map(generator.prompt_length, records))
+    return statistics.median(seconds[1:]), max(len(generator.prompt(record).tokens) for record in records)
 
 
 def _as_opener(image: PIL.Image.Image) -> Callable[[], PIL.Image.Image]:

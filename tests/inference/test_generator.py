@@ -235,11 +235,11 @@ def test_answers_end_at_stop_tokens(template, tokenizer):
     answers = Generator.__new__(Generator)
     answers._tokenizer, answers._stops = tokenizer, np.array(stop_tokens(template, tokenizer))
     stop = tokenizer.convert_tokens_to_ids(own)
-    assert answers._decode_text(np.array([a, b, stop, c])) == tokenizer.decode([a, b])
-    assert answers._decode_text(np.array([a, other, b, c])) == tokenizer.decode([a, b, c])
+    assert answers.decode_text(np.array([a, b, stop, c])) == tokenizer.decode([a, b])
+    assert answers.decode_text(np.array([a, other, b, c])) == tokenizer.decode([a, b, c])
     # The end of sequence stops every template.
-    assert answers._decode_text(np.array([a, 2, b, c])) == tokenizer.decode([a])
-    assert answers._decode_text(np.array([stop, a, b, c])) == ""
+    assert answers.decode_text(np.array([a, 2, b, c])) == tokenizer.decode([a])
+    assert answers.decode_text(np.array([stop, a, b, c])) == ""
     assert template == "plain" or template in CHATS
 
 
@@ -272,7 +272,7 @@ def test_trained_end_of_an_answer_is_its_only_stop(template, any_tokenizer, word
     assert np.flatnonzero(np.isin(target_tokens, stops)).tolist() == [len(target_tokens) - 1]
     answers = Generator.__new__(Generator)
     answers._tokenizer, answers._stops = any_tokenizer, np.array(stops)
-    assert answers._decode_text(np.concatenate([tokens, [5, 6, 7]])) == answer
+    assert answers.decode_text(np.concatenate([tokens, [5, 6, 7]])) == answer
 
 
 def test_untrained_tokens_are_never_sampled(tokenizer):

@@ -82,7 +82,7 @@ QUESTIONS = [
 def answers_here(folder):
     """Tokens that our generator samples for each question, int [G]; those after a stop are meaningless."""
     generator, _ = load_generator(epath.Path(folder), make_mesh(MeshConfig(1, 1, 1)), "float32")
-    generator._decode_text = np.ndarray.tolist  # returns tokens instead of text
+    generator.decode_text = np.ndarray.tolist  # returns tokens instead of text
     records = [
         Record("asked", tuple(p.copy for p in images), (Turn("human", "<image>\n" * len(images) + text),))
         for text, images in QUESTIONS

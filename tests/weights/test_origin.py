@@ -180,7 +180,7 @@ def test_tokens_beyond_the_rows_are_neither_generated_nor_encoded(extended_token
     generator = Generator(model, extended_tokenizer, make_mesh(MeshConfig(1, 1, 1)), "v1", "pad")
 
     def prompt_length(text):
-        return generator.prompt_length(Record("r", (), (Turn("human", text),)))
+        return len(generator.prompt(Record("r", (), (Turn("human", text),))).tokens)
 
     assert prompt_length("What is <pad> here?") > 20  # encoded as plain text, letter by letter
     with pytest.raises(BadRow, match=r"'r' contains the token zzyzx \(id 502\).* 501 rows"):

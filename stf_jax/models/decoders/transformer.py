@@ -242,6 +242,7 @@ class Decoder(nnx.Module):
         scored_by: Literal["last", "next"] = "last",
         *,
         renumber: bool = False,
+        observe: Callable[[jax.Array, jax.Array], None] | None = None,
     ) -> tuple[Float[Array, "B T1 D"], Cache]:
         """Reads prompts like a call without segments, and keeps each layer's keys and values, one slot per position.
 
@@ -250,6 +251,7 @@ class Decoder(nnx.Module):
           scored_by: whose queries and keys a selection gets: those of the last layer before it, or those that the next
             layer would have without it.
           renumber: whether the positions of the remaining layers are 0, 1, … again; by default they stay.
+          observe: called with the queries and keys of each layer, as a selection is, to see what attends to what.
 
         Returns:
           Hidden states after the final norm of the positions that the last layer read, and the cache (S = T).
@@ -261,6 +263,8 @@ class Decoder(nnx.Module):
             nonlocal last_qk
             cache.append((_constrain_cache(k.swapaxes(1, 2)), _constrain_cache(v.swapaxes(1, 2))))
             last_qk = q, k
+            if observe is not None:
+                observe(q, k)
             return attention(q, k, v, Mask(causal=True), self.attention)
 
         with jax.named_scope("llm"):

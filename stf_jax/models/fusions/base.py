@@ -14,6 +14,7 @@ It may also have
     def resolve(config, grid): ...       # FusionConfig -> the same with sizes in place of zeros, before it is built
     @staticmethod
     def tensor_names(config): ...        # parameter path -> Tensor (models/tensor_names.py); default: by convention
+    def sources(self, x): ...            # [B, g, g, M·C] -> [B, N, P], the share of each patch in each token
     torch_file = "mine_torch.py"         # beside its file, for export --format=hf: a class Connector in PyTorch
 
 Axis letters: B images, P patches (a grid of g×g), N image tokens per image, M taps, C tower width, D language model
@@ -173,16 +174,34 @@ class Fusion(nnx.Module):
           UserError: the fusion's class returns another number or width of tokens than it should.
         """
         with jax.named_scope("fusion"):
-            x = jnp.concatenate(states, axis=-1)
-            batch, patches = x.shape[:2]
-            if not self.per_patch:
-                x = pad_grid(x.reshape(batch, self.side, self.side, -1), self.padded_side)
-            x = self.connector(x)
-            x = x.reshape(batch, -1, x.shape[-1])
-        expected = (patches if self.per_patch else self.tokens), self.out
+            x = self.connector(self._join(states))
+            x = x.reshape(len(x), -1, x.shape[-1])
+        expected = (states[0].shape[1] if self.per_patch else self.tokens), self.out
         if x.shape[1:] != expected:
             raise UserError(
                 f"{self.name} returns {x.shape[1]} tokens of width {x.shape[2]} per image; its spec and the model need "
                 f"{expected[0]} of width {expected[1]}."
             )
         return x
+
+    def sources(self, states: tuple[Float[Array, "B P C"], ...]) -> Float[Array, "B N P"] | None:
+        """The share of each patch in each token: rows sum to one. None if the fusion's class has no ``sources``.
+
+        Patches that pad the grid are left out.
+        """
+        batch, patches = states[0].shape[:2]
+        if self.per_patch:
+            return jnp.broadcast_to(jnp.eye(patches), (batch, patches, patches))
+        if (read := getattr(self.connector, "sources", None)) is None:
+            return None
+        shares = read(self._join(states))
+        padded = math.isqrt(shares.shape[2])
+        shares = shares.reshape(batch, -1, padded, padded)[:, :, : self.side, : self.side].reshape(batch, -1, patches)
+        return shares / shares.sum(-1, keepdims=True)
+
+    def _join(self, states: tuple[Float[Array, "B P C"], ...]) -> jax.Array:
+        """The input of the connector: [B, g, g, M·C], or [B, P, M·C] if it maps each patch by itself."""
+        x = jnp.concatenate(states, axis=-1)
+        if self.per_patch:
+            return x
+        return pad_grid(x.reshape(len(x), self.side, self.side, -1), self.padded_side)

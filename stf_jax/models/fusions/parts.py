@@ -12,10 +12,11 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from stf_jax.accounting.flops import CONVOLUTION
 from stf_jax.config import FusionConfig
+from stf_jax.models.attention import Mask, attention_weights
 from stf_jax.models.layers import Activation, Linear, gelu, initializers, parameter
 from stf_jax.models.tensor_names import FROM_HEADS, HEADS, TO_HEADS, Tensor, name_layer
 
@@ -97,6 +98,10 @@ class CrossAttention(nnx.Module):
         heads = self.query(query), self.key(key), self.value(value)
         return self.out(jax.nn.dot_product_attention(*heads, implementation="xla"))
 
+    def weights(self, query: Float[Array, "B T C"], key: Float[Array, "B S C"]) -> Float[Array, "B T S"]:
+        """The weight of each key for each query, averaged over heads."""
+        return attention_weights(self.query(query), self.key(key), Mask()).mean(1)
+
     @staticmethod
     def name_tensors(path: str, name: str) -> dict[str, Tensor]:
         """Names the projections as transformers does."""
@@ -115,3 +120,23 @@ def windows(x: jax.Array, k: int) -> jax.Array:
 def average_windows(x: jax.Array, k: int) -> jax.Array:
     """The mean of each window: [B, g, g, C] → [B, g/k, g/k, C]."""
     return windows(x, k).mean((2, 4))
+
+
+def split_windows(x: Shaped[Array, "B g g C"], k: int) -> Shaped[Array, "B N kk C"]:
+    """The patches of each window, windows and patches in row-major order."""
+    return windows(x, k).swapaxes(2, 3).reshape(len(x), -1, k * k, x.shape[3])
+
+
+def window_sources(x: Float[Array, "B g g C"], k: int, weights: jax.Array | None = None) -> Float[Array, "B N P"]:
+    """What a fusion's ``sources`` returns if each token reads one window.
+
+    Args:
+      x: the fusion's input.
+      k: side of a window.
+      weights: of the patches of each window, [B, N, k²]; by default all are equal.
+    """
+    batch, side = x.shape[:2]
+    patches = split_windows(jnp.arange(side * side).reshape(1, side, side, 1), k)[0, :, :, 0]
+    rows, tokens = jnp.arange(batch)[:, None, None], jnp.arange(len(patches))[:, None]
+    shares = jnp.float32(1 / k**2) if weights is None else weights
+    return jnp.zeros((batch, len(patches), side * side)).at[rows, tokens, patches].set(shares)

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float
 
 from stf_jax.config import FusionConfig
 from stf_jax.models.fusions.base import FusionSpec, Grid
-from stf_jax.models.fusions.parts import Projector, average_windows, windows
+from stf_jax.models.fusions.parts import Projector, average_windows, window_sources, windows
 from stf_jax.models.tensor_names import TensorNames
 
 
@@ -24,6 +24,10 @@ class AvgPool(nnx.Module):
 
     def __call__(self, x: Float[Array, "B g g C"]) -> Float[Array, "B h h D"]:
         return self.projector(average_windows(x, self.kernel))
+
+    def sources(self, x: Float[Array, "B g g C"]) -> Float[Array, "B N P"]:
+        """The window of each token."""
+        return window_sources(x, self.kernel)
 
     @staticmethod
     def tensor_names(config: FusionConfig) -> TensorNames:
@@ -49,6 +53,10 @@ class PixelShuffle(nnx.Module):
     def __call__(self, x: Float[Array, "B g g C"]) -> Float[Array, "B h h D"]:
         x = windows(x, self.kernel).swapaxes(2, 3)
         return self.projector(x.reshape(*x.shape[:3], -1))
+
+    def sources(self, x: Float[Array, "B g g C"]) -> Float[Array, "B N P"]:
+        """The window of each token."""
+        return window_sources(x, self.kernel)
 
     @staticmethod
     def tensor_names(config: FusionConfig) -> TensorNames:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from stf_jax.config import FusionConfig
 from stf_jax.models.fusions.base import FusionSpec, Grid
 from stf_jax.models.fusions.parts import CrossAttention
-from stf_jax.models.layers import LayerNorm, Linear, apply_layers, initializers, parameter, zeros
+from stf_jax.models.layers import LayerNorm, Linear, apply_layers, initializers, parameter, unroll_layers, zeros
 from stf_jax.models.tensor_names import MATRIX, Tensor, TensorNames, name_layer, name_norm
 
 DEPTH = 6  # number of blocks by default
@@ -46,11 +46,24 @@ class Resampler(nnx.Module):
         self.exit = Linear(rngs, [(width, "embed")], [(out, "mlp")], **initializers(config.init, width, out))
 
     def __call__(self, x: Float[Array, "B g g C"]) -> Float[Array, "B h h D"]:
+        queries, patches = self._enter(x)
+        queries = apply_layers(self.blocks, queries, patches, layers=self.layers, scan=False, remat="none")
+        return self.exit(queries).reshape(len(x), self.side, self.side, -1)
+
+    def sources(self, x: Float[Array, "B g g C"]) -> Float[Array, "B N P"]:
+        """The attention of each query to patches, averaged over heads and blocks, as shares of that to all patches."""
+        queries, patches = self._enter(x)
+        total = jnp.zeros((len(x), self.side**2, patches.shape[1]))
+        for block in unroll_layers(self.blocks, self.layers):
+            total += block.attention.weights(*block.normalize(queries, patches))[:, :, self.side**2 :]
+            queries = block(queries, patches)
+        return total / total.sum(-1, keepdims=True)
+
+    def _enter(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The queries [B, N, C] and patches [B, P, C] that the first block reads."""
         batch, width = x.shape[0], x.shape[-1]
         patches = self.enter(x.reshape(batch, -1, width))
-        queries = jnp.broadcast_to(self.queries[...].astype(x.dtype), (batch, self.side**2, width))
-        queries = apply_layers(self.blocks, queries, patches, layers=self.layers, scan=False, remat="none")
-        return self.exit(queries).reshape(batch, self.side, self.side, -1)
+        return jnp.broadcast_to(self.queries[...].astype(x.dtype), (batch, self.side**2, width)), patches
 
     @staticmethod
     def tensor_names(config: FusionConfig) -> TensorNames:
@@ -91,11 +104,15 @@ class ResamplerBlock(nnx.Module):
         self.down = Linear(rngs, [hidden], [width_axis], stack=stack, **down_init)
 
     def __call__(self, queries: Float[Array, "B N C"], patches: Float[Array, "B P C"]) -> Float[Array, "B N C"]:
-        queries = self.query_norm(queries)
-        context = jnp.concatenate([queries, self.patch_norm(patches)], axis=1)
+        queries, context = self.normalize(queries, patches)
         x = queries + self.attention(queries, context, context)
         y = self.mlp_norm(x)
         return x + self.down(self.hidden_norm(jax.nn.silu(self.gate(y)) * self.up(y)))
+
+    def normalize(self, queries: jax.Array, patches: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The normalized queries, and what they attend to: themselves, then the normalized patches."""
+        queries = self.query_norm(queries)
+        return queries, jnp.concatenate([queries, self.patch_norm(patches)], axis=1)
 
 
 COMPONENTS = {"resampler": Resampler}

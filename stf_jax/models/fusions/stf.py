@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from stf_jax.config import FusionConfig
 from stf_jax.models.fusions.base import FusionSpec, Grid, pad_grid
 from stf_jax.models.fusions.mbtf import MBTF, mbtf_taps
+from stf_jax.models.fusions.parts import window_sources
 from stf_jax.models.layers import Linear, StridedConv, gelu, initializers
 from stf_jax.models.tensor_names import UNFOLDED, TensorNames, name_layer
 
@@ -48,6 +49,10 @@ class STF(nnx.Module):
         x = gelu(self.conv(x))
         return gelu(self.out(gelu(self.mix(x)))) if self.paper else self.out(x)
 
+    def sources(self, x: Float[Array, "B g g C"]) -> Float[Array, "B N P"]:
+        """The window of each token."""
+        return window_sources(x, self.conv.size)
+
     @staticmethod
     def tensor_names(config: FusionConfig) -> TensorNames:
         """Names of the parameters in exports, as in the authors' code.
@@ -78,6 +83,10 @@ class MBTFSTF(nnx.Module):
 
     def __call__(self, x: Float[Array, "B g g MC"]) -> Float[Array, "B h h D"]:
         return self.stf(pad_grid(self.mbtf(x), self.stf.conv.size))
+
+    def sources(self, x: Float[Array, "B g g MC"]) -> Float[Array, "B N P"]:
+        """The window of each token."""
+        return self.stf.sources(pad_grid(x, self.stf.conv.size))
 
     @staticmethod
     def tensor_names(config: FusionConfig) -> TensorNames:

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from stf_jax.config import FusionConfig
 from stf_jax.models.fusions.base import FusionSpec, Grid
-from stf_jax.models.fusions.parts import CrossAttention, Projector, windows
+from stf_jax.models.fusions.parts import CrossAttention, Projector, split_windows, window_sources, windows
 from stf_jax.models.layers import LayerNorm, Linear, initializers
 from stf_jax.models.tensor_names import TensorNames, name_layer, name_norm
 
@@ -42,17 +42,27 @@ class TokenPacker(nnx.Module):
         self.projector = Projector(rngs, config, width, out)
 
     def __call__(self, x: Float[Array, "B g g MC"]) -> Float[Array, "B h h D"]:
+        queries, keys = self._queries_keys(x)
+        values = self._split(self.value_norm(self.values(x)))
+        attended = self.attention(queries, keys, values)
+        side = x.shape[1] // self.kernel
+        return self.projector(attended.reshape(len(x), side, side, -1))
+
+    def sources(self, x: Float[Array, "B g g MC"]) -> Float[Array, "B N P"]:
+        """The attention of each token's query to the patches of its window, averaged over heads."""
+        weights = self.attention.weights(*self._queries_keys(x))
+        return window_sources(x, self.kernel, weights.reshape(len(x), -1, self.kernel**2))
+
+    def _queries_keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The query of each window, [B·N, 1, C], and the keys of its patches, [B·N, k², C]."""
         width, k = self.coarse.inputs[0], self.kernel
         middle = slice((k - 1) // 2, k // 2 + 1)
         queries = windows(x[..., :width], k)[:, :, middle, :, middle].mean((2, 4))
         queries = self.query_norm(self.coarse(queries))
+        return queries.reshape(-1, 1, width), self._split(self.key_norm(self.keys(x)))
 
-        def inwindows(y: jax.Array) -> jax.Array:
-            return windows(y, k).swapaxes(2, 3).reshape(-1, k * k, width)
-
-        keys, values = self.key_norm(self.keys(x)), self.value_norm(self.values(x))
-        attended = self.attention(queries.reshape(-1, 1, width), inwindows(keys), inwindows(values))
-        return self.projector(attended.reshape(queries.shape))
+    def _split(self, x: jax.Array) -> jax.Array:
+        return split_windows(x, self.kernel).reshape(-1, self.kernel**2, x.shape[3])
 
     @staticmethod
     def tensor_names(config: FusionConfig) -> TensorNames:

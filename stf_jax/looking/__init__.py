@@ -1,0 +1,1 @@
+"""What image tokens are made of, and what answers depend on."""

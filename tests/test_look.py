@@ -1,0 +1,138 @@
+"""Looking inside a model: maps agree with its answers, the command and the API write pages, and methods are planned."""
+
+import dataclasses
+import json
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+from etils import epath
+from tiny import large_params, tiny
+
+from stf_jax import api, look
+from stf_jax.cli import run_command
+from stf_jax.config import MeshConfig, UserError
+from stf_jax.data.records import make_question
+from stf_jax.data.tokenizer import load_tokenizer, untrained_tokens
+from stf_jax.inference import loading
+from stf_jax.inference.generator import Generator
+from stf_jax.looking.attribution import map_answer
+from stf_jax.looking.look import look_at
+from stf_jax.models.blueprint import blueprint
+from stf_jax.models.decoders.transformer import Decoder
+from stf_jax.models.reducers.base import REDUCERS, DecoderReducer, find_reducer
+from stf_jax.models.spec import resolve_model
+from stf_jax.parallel.mesh import make_mesh
+from stf_jax.weights import model as saved_models
+
+QUESTION = "What is it?"
+RNG = np.random.default_rng(0)
+TOKENIZER = load_tokenizer("miniature")
+IMAGE = PIL.Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8))
+
+
+def make_generator(reduce="", keep=0, **changes):
+    config = resolve_model(tiny(**{"model.reduce": reduce, "model.keep": keep} | changes).model)
+    config = dataclasses.replace(config, llm_shape=dataclasses.replace(config.llm_shape, layers=2))
+    plan, mesh = blueprint(config), make_mesh(MeshConfig(1, 1, 1))
+    places = plan.shardings(mesh)
+    params = ((path, jax.device_put(x, places[path])) for path, x in large_params(plan.shapes, 1).items())
+    return Generator(config, TOKENIZER, mesh, "v1", "pad").load_params(params)
+
+
+@pytest.fixture(scope="module")
+def unreduced():
+    return make_generator(**{"model.fusion.fusion": "mlp", "model.fusion.taps": (1,)})
+
+
+IN_THE_DECODER = [name for name in REDUCERS.known if isinstance(find_reducer(name), DecoderReducer)]
+
+
+@pytest.mark.parametrize("name", ["", *(f"{name}:after=1" for name in IN_THE_DECODER)])
+def test_maps_of_an_answer_are_those_of_the_generator(name, unreduced, monkeypatch):
+    generator = unreduced.with_reduction(name, 9) if name else unreduced
+    question = make_question("", [lambda: IMAGE], QUESTION)
+    answer, prompt = generator.answer_tokens(question, 4), generator.prompt(question)
+    compute, seen = Decoder.logits, []
+
+    def record(self, x):
+        logits = compute(self, x)
+        jax.debug.callback(lambda x: seen.append(np.float64(x)), logits)
+        return logits
+
+    monkeypatch.setattr(Decoder, "logits", record)
+    arguments = jnp.asarray(prompt.tokens), jnp.asarray(prompt.is_image), jnp.pad(answer, (0, 8 - len(answer)))
+    image_tokens, rows, token, step = unreduced.image_tokens(IMAGE), np.arange(len(answer)), 5, 2e-1
+    maps = generator.apply(map_answer, jnp.asarray(image_tokens), *arguments)
+    jax.effects_barrier()
+    logits = seen[0][: len(answer)]
+    # The answer, from a cache, is that of one complete row.
+    never = np.isin(np.arange(logits.shape[1]), untrained_tokens(TOKENIZER, logits.shape[1]))
+    np.testing.assert_array_equal(np.where(never, -np.inf, logits).argmax(-1), answer)
+    np.testing.assert_allclose(maps.log_probs[rows], jax.nn.log_softmax(logits)[rows, answer], rtol=1e-4, atol=1e-4)
+    reads, attention, movement = (np.asarray(x) for x in (maps.reads, maps.attention, maps.movement[rows]))
+    assert list(reads.sum(1)) == ([16, 9] if name else [16, 16])
+    np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
+    np.testing.assert_array_equal((attention[:, :, np.flatnonzero(prompt.is_image)] > 0).all(1), reads)
+    assert (movement > 0).all()  # by tokens that are dropped too, which the first layer reads
+    if name:
+        return
+    gradient = []
+    for direction in np.eye(image_tokens.shape[1], dtype=np.float32):
+        for sign in (1, -1):
+            moved = image_tokens.copy()
+            moved[token] += sign * step * direction
+            generator.apply(map_answer, jnp.asarray(moved), *arguments)
+            jax.effects_barrier()
+        gradient.append((seen[-2] - seen[-1])[rows, answer] / (2 * step))
+    expected = np.linalg.norm(gradient, axis=0) * np.linalg.norm(image_tokens[token])
+    np.testing.assert_allclose(movement[:, token], expected, rtol=5e-3)
+
+
+def test_the_command_and_the_api_write_pages(unreduced, tmp_path, capsys, monkeypatch):
+    (tmp_path / "images").mkdir()
+    for name in ("1.png", "2.png"):
+        IMAGE.save(tmp_path / "images" / name)
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
+    model = api.Model(unreduced, types.SimpleNamespace(step=None), epath.Path("runs/mine"))
+    seen = model.look(tmp_path / "images" / "1.png", QUESTION, tmp_path / "one", max_new_tokens=4)
+    assert "".join(seen.pieces).strip() == seen.answer == model.chat(IMAGE, QUESTION, max_new_tokens=4)
+    assert seen.pixels.shape == (64, 64, 3)
+    assert seen.probability == pytest.approx(np.prod(seen.probabilities))
+    assert seen.sources.tolist() == np.eye(16).tolist()
+    assert {file.name for file in (tmp_path / "one").iterdir()} == {"1.html", "1-mine-tokens.png", "1-mine-answer.png"}
+    monkeypatch.setattr(loading, "load_generator", lambda *_: (unreduced, None))
+    monkeypatch.setattr(saved_models, "open_model", lambda _: types.SimpleNamespace(config=unreduced.model))
+    places = f"--checkpoint={tmp_path}", f"--image={tmp_path / 'images'}", f"--out={tmp_path / 'all'}"
+    assert run_command(look.main, [*places, f"--question={QUESTION}", "--max-new-tokens=4"]) == 0
+    pngs = {f"{number}-mlp-{kind}.png" for number in (1, 2) for kind in ("tokens", "answer")}
+    assert {file.name for file in (tmp_path / "all").iterdir()} == {"index.html", "1.html", "2.html", *pngs}
+    data = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "all" / "1.html").read_text())[1])
+    assert [(one["name"], one["answer"], one["tokens"]) for one in data["methods"]] == [("mlp", seen.answer, 16)]
+    assert f"1.png  mlp: {seen.answer!r} ({seen.probability:.0%})" in capsys.readouterr().out
+
+
+def test_a_reducer_is_used_with_the_models_that_it_fits():
+    configs = {
+        epath.Path(f"runs/{fusion}/finetune"): resolve_model(tiny(**{"model.fusion.fusion": fusion}).model)
+        for fusion in ("mlp", "stf")
+    }
+    planned = look.plan_methods(configs, ["visionzip", "pool"], (4, 9))
+    names = ["mlp", *(f"mlp + {name}, {keep}" for name in ("visionzip", "pool") for keep in (4, 9))]
+    assert [method.name for method in planned] == [*names, "stf", "stf + pool, 4"]  # it has four tokens
+    mlp, stf = configs.values()
+    with pytest.raises(UserError, match="visionzip needs a fusion that keeps every patch"):
+        look.plan_methods({epath.Path("runs/stf"): stf}, ["visionzip"], (0,))
+    same = {epath.Path("runs/a/finetune"): mlp, epath.Path("runs/b/finetune"): mlp}
+    assert [method.name for method in look.plan_methods(same, [], (0,))] == ["runs/a/finetune", "runs/b/finetune"]
+    apart = {epath.Path("runs/a"): mlp, epath.Path("runs/b"): mlp}
+    assert [method.name for method in look.plan_methods(apart, [], (0,))] == ["a", "b"]
+
+
+def test_a_mesh_that_splits_rows_is_refused():
+    with pytest.raises(UserError, match="tensor alone"):
+        look_at(types.SimpleNamespace(row_shards=2), IMAGE, QUESTION, "split")
