@@ -6,6 +6,7 @@ import pathlib
 import select
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,13 +76,13 @@ class Browser:
         assert "error" not in answer, answer
         return answer["result"]
 
-    def open(self, file: pathlib.Path, width: int, dark: bool = False) -> None:
-        """Opens a file on a screen of this width, and waits until it is loaded."""
+    def open(self, page: pathlib.Path | str, width: int, dark: bool = False) -> None:
+        """Opens a file or address on a screen of this width, and waits until it is loaded."""
         screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **screen)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=file.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while self._next().get("method") != "Page.loadEventFired":
             pass
 
@@ -90,6 +91,14 @@ class Browser:
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
+
+    def wait_for(self, expression: str) -> Any:
+        """Waits until a JavaScript expression is true; returns its value."""
+        end = time.monotonic() + _TIMEOUT
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < end, f"{expression} did not become true"
+            time.sleep(0.02)
+        return value
 
     def close(self) -> None:
         """Ends the browser."""
