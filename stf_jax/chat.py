@@ -69,7 +69,8 @@ def main(argv: list[str]) -> None:
     )
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     if options.web:
-        _serve(generator, os.path.basename(os.path.abspath(options.checkpoint)), options.max_new_tokens, sampling, port)
+        name = "/".join(os.path.abspath(options.checkpoint).split("/")[-2:])
+        _serve(generator, name, options.max_new_tokens, sampling, port)
         return
     conversation = Conversation(
         functools.partial(_stream_answer, generator, options.max_new_tokens, sampling),

@@ -26,15 +26,12 @@ class Browser:
         command_in, self._to = os.pipe()
         self._from, events_out = os.pipe()
 
-        def connect() -> None:  # Chromium reads commands from descriptor 3 and writes answers to 4
-            read, write = os.dup(command_in), os.dup(events_out)
-            os.dup2(read, 3)
-            os.dup2(write, 4)
-
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        # Chromium reads commands from descriptor 3 and writes answers to 4.
+        connect = ["bash", "-c", f'exec "$@" 3<&{command_in} 4>&{events_out}', "bash"]
         self._process = subprocess.Popen(
-            [program, *options, "--remote-debugging-pipe", f"--user-data-dir={profile}"],
-            preexec_fn=connect, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [*connect, program, *options, "--remote-debugging-pipe", f"--user-data-dir={profile}"],
+            pass_fds=(command_in, events_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(command_in)
         os.close(events_out)

@@ -1,6 +1,5 @@
 """Looking inside a model: maps agree with its answers, the command and the API write pages, and methods are planned."""
 
-import dataclasses
 import json
 import re
 import types

@@ -6,9 +6,7 @@ import http.client
 import io
 import json
 import re
-import socket
 import threading
-import time
 
 import browser
 import numpy as np
@@ -18,11 +16,11 @@ from tiny import make_generator
 
 from stf_jax import chat
 from stf_jax.cli import run_command
-from stf_jax.config import UserError
-from stf_jax.data.records import Record, Turn
+from stf_jax.data.image import open_image
+from stf_jax.data.records import Record, Turn, make_question
+from stf_jax.inference import loading
 from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.generator import Generator
-from stf_jax.web import server as web
 from stf_jax.web.server import MAX_BYTES, Server, list_methods
 
 QUESTION, LIMIT = "What is it?", 12
@@ -93,6 +91,7 @@ def test_a_conversation_is_answered_as_by_the_generator(server, monkeypatch, red
     assert not ask(server, body(*TURNS, reduce=reduce, keep=keep))[1][-1]["compiled"]
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_wrong_requests_get_a_status_and_a_sentence(server):
     thin = encode(PIL.Image.new("1", (10_000, 10_000)), "bomb.png")
     broken = {"name": "cut.png", "data": encode(IMAGE)["data"][:4000]}
@@ -128,10 +127,9 @@ def test_wrong_requests_get_a_status_and_a_sentence(server):
         ({"content": body(turn("long " * 9000))}, 400, "shorten it"),
     ]
     for request, expected, message in cases:
-        status, lines = ask(server, **request) if "content" in request else ask(server, "", **request)
+        status, lines = ask(server, **{"content": "", **request})
         assert (status, len(lines)) == (expected, 1), (request, lines)
         assert message in lines[0]["error"]
-        assert re.fullmatch(r"[^\n]+", lines[0]["error"])
 
 
 def test_requests_wait_in_order_and_leave_with_their_clients(server, monkeypatch):
@@ -175,3 +173,101 @@ def test_the_methods_are_those_that_fit(generator):
     assert "fastv" not in methods  # it drops tokens after two layers, and there are two
     started = generator.with_reduction("fastv:after=1", 7)
     assert list_methods(started.model)["fastv:after=1"] == [8, 7, 4, 1]
+
+
+def test_the_command_serves_until_it_is_interrupted(server, generator, monkeypatch, capsys):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "load_generator", lambda *_, **__: (generator, None))
+    monkeypatch.setattr(Server, "serve_forever", interrupt)
+    assert run_command(chat.main, ["--checkpoint=.", "--web", "--port=0"]) == 0
+    assert re.fullmatch(r"open http://127\.0\.0\.1:\d+/ \(Ctrl-C ends it\)\n", capsys.readouterr().out)
+    cases = [
+        (["--web", f"--port={server.server_port}"], "cannot be used: Address already in use; choose another --port."),
+        (["--web", "--port=65536"], "--port=65536 must be 0 to 65,535."),
+        (["--web", "--prompt=What?"], "leave out --image and --prompt."),
+        (["--port=80"], "--port has no effect without --web."),
+    ]
+    for options, message in cases:
+        assert run_command(chat.main, ["--checkpoint=.", *options]) == 2, options
+        assert re.fullmatch(rf"error: [^\n]*{re.escape(message)}\n", capsys.readouterr().err)
+
+
+# ---- The page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(server, tmp_path_factory):
+    program = browser.find_browser()
+    if program is None:
+        pytest.skip(f"none of {', '.join(browser.NAMES)} is installed")
+    found = browser.Browser(program, tmp_path_factory.mktemp("profile"))
+    found.open(server.url, 400, dark=True)
+    found.wait_for('document.querySelectorAll(".sample").length')
+    yield found
+    found.close()
+
+
+def press_ask(page, question=""):
+    """Asks the question, or the one that is there, and waits for the end of the answer."""
+    page.evaluate(f'find("question").value ||= {json.dumps(question)}; find("send").click()')
+    page.wait_for('!document.body.classList.contains("busy")')
+
+
+def shown(page, selector):
+    return page.evaluate(f"[...document.querySelectorAll({json.dumps(selector)})].map(item => item.textContent)")
+
+
+def test_the_page_asks_a_sample_with_a_method(server, page):
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(13, 17, 23)"
+    options = page.evaluate('[...find("method").options].map(option => [option.value, option.text])')
+    assert options == [[name, name or "mlp (as trained)"] for name in server._methods]
+    page.evaluate('find("method").value = "pool"; find("method").dispatchEvent(new Event("change"))')
+    assert page.evaluate('[...find("budget").options].map(option => option.value)') == ["8", "4", "1"]
+    sample = server.about["samples"][3]
+    page.evaluate('document.querySelectorAll(".sample")[3].click()')
+    press_ask(page)
+    image = open_image(base64.b64decode(sample["data"]), "")
+    record = make_question("", [image.copy], sample["question"])
+    (expected,) = server._find_generator("pool", 4).generate([record], LIMIT, 1)
+    assert shown(page, ".answer .text") == [expected]
+    assert re.fullmatch(r"pool · 4 tokens per image · [0-9,]+ ms with compiling", shown(page, ".answer .soft")[0])
+    assert page.errors == []
+    assert {re.match("data:|http://[^/]+/", url)[0] for url in page.requests} == {"data:", server.url}
+
+
+def test_a_broken_file_shows_a_sentence_and_the_question_stays(page):
+    page.evaluate('addFiles([new File(["no image"], "cut.png")])')
+    page.wait_for("pending.length")
+    press_ask(page, "And this?")
+    assert shown(page, "#message") == [
+        "Image cut.png cannot be opened: its format is none of JPEG, PNG, GIF, WEBP, BMP, TIFF, PPM."
+    ]
+    assert page.evaluate('find("question").value') == "And this?"
+    assert shown(page, "#pending figcaption") == ["cut.png"]
+    page.evaluate('document.querySelector("#pending button").click()')
+    page.evaluate(f'addFiles([new File([new Uint8Array({MAX_BYTES})], "large.png")])')
+    assert shown(page, "#message") == ["large.png does not fit: a conversation has at most 20 MiB with its images."]
+    assert page.evaluate("pending.length") == 0
+
+
+def test_a_thousand_quick_clicks_leave_it_working(server, page):
+    page.errors.clear()
+    for start in range(0, 1000, 50):  # answers begin and stop in between
+        page.evaluate(f"""(() => {{
+            for (let i = {start}; i < {start} + 50; i++) {{
+                const buttons = [...document.querySelectorAll("button:not(#add)")];  // that opens a dialog
+                find("question").value ||= "What?";
+                buttons[(i * 48271) % buttons.length].click();
+            }}
+        }})()""")
+    page.evaluate("stop()")
+    page.wait_for('!document.body.classList.contains("busy")')
+    page.evaluate('find("reset").click(); pending = []; find("question").value = ""')
+    press_ask(page, "What?")
+    assert len(shown(page, ".answer")) == 1
+    assert "4 tokens per image" in shown(page, ".answer .soft")[0]
+    assert page.errors == []
+    assert server.queue._requests == []

@@ -15,8 +15,8 @@ from stf_jax.config import MeshConfig, TrainConfig, default_config, parse_arg, r
 from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.models import spec
 from stf_jax.inference.generator import Generator
+from stf_jax.models import spec
 from stf_jax.models.blueprint import Blueprint, blueprint
 from stf_jax.models.quantized import scale_path
 from stf_jax.models.spec import resolve_model

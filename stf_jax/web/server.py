@@ -34,7 +34,7 @@ import jax.monitoring
 from stf_jax.config import UserError
 from stf_jax.data.image import open_image
 from stf_jax.data.records import IMAGE_MARK, Record, Turn, make_question
-from stf_jax.evals.benchmarks.scenes import held_out_questions
+from stf_jax.evals.benchmarks.scenes import HeldOutQuestion, held_out_questions
 from stf_jax.files import parse_json
 from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.generator import NO_VISION_MESSAGE, Generator
@@ -46,6 +46,7 @@ MAX_BYTES = 20 * 2**20  # of a request: a conversation with its images in base64
 _SHARES = (2, 4, 9, 16, 36)  # a budget is one of these parts of the model's image tokens
 _PROGRAMS = 8  # methods whose compiled programs are kept
 _PATIENCE = 30  # seconds without a byte of a request, or for the last answer when the server closes
+_EACH = 8  # questions of a kind among which one has an image that no other kind has
 _PAGE = importlib.resources.files("stf_jax.web").joinpath("page.html")
 _POLICY = (
     "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -88,11 +89,6 @@ class Server(http.server.ThreadingHTTPServer):
         Raises:
           UserError: the port is taken or not allowed.
         """
-        try:
-            super().__init__((HOST, port), _Handler)
-        except OSError as error:
-            raise UserError(f"Port {port} of {HOST} cannot be used: {error.strerror}; choose another --port.") from None
-        self.url = f"http://{HOST}:{self.server_port}/"
         self.queue, self.stopping = _Queue(), threading.Event()
         model, self._limit, self._sampling = generator.model, limit, sampling
         self._methods, chosen = list_methods(model), (model.reduce, model.reduction.keep)
@@ -114,8 +110,13 @@ class Server(http.server.ThreadingHTTPServer):
         }
         self._compiled = 0  # programs, since the start
         jax.monitoring.register_event_duration_secs_listener(self._count_programs)
+        try:
+            super().__init__((HOST, port), _Handler)
+        except OSError as error:
+            raise UserError(f"Port {port} of {HOST} cannot be used: {error.strerror}; choose another --port.") from None
+        self.url = f"http://{HOST}:{self.server_port}/"
 
-    def _count_programs(self, event: str, duration: float, **_: Any) -> None:
+    def _count_programs(self, event: str, duration_secs: float, **_: str | int) -> None:
         self._compiled += event == "/jax/core/compile/backend_compile_duration"
 
     def answer(self, body: bytes, send: Callable[[dict[str, Any]], None]) -> None:
@@ -126,9 +127,7 @@ class Server(http.server.ThreadingHTTPServer):
             generator = self._find_generator(reduce, keep)
             generator.prompt(record)  # an error in it comes before the first line
             send({"ahead": 0})
-            for _ in generator.generate(
-                [record], self._limit, 1, self._sampling, lambda _, text: send({"text": text})
-            ):
+            for _ in generator.generate([record], self._limit, 1, self._sampling, lambda _, text: send({"text": text})):
                 pass
             reduction, llm = generator.model.reduction, generator.model.llm_shape
             assert llm is not None  # it answers
@@ -166,19 +165,16 @@ class _Queue:
         with self._moved:
             self._requests.append(request)
         try:
-            while ahead := self._count_before(request):
+            while ahead := self._requests.index(request):
                 report(ahead)
                 with self._moved:
-                    self._moved.wait_for(lambda before=ahead: self._requests.index(request) < before, timeout=1)
+                    if self._requests.index(request) == ahead:
+                        self._moved.wait(timeout=1)
             yield
         finally:
             with self._moved:
                 self._requests.remove(request)
                 self._moved.notify_all()
-
-    def _count_before(self, request: object) -> int:
-        with self._moved:
-            return self._requests.index(request)
 
     def wait_until_empty(self) -> None:
         """Waits for the last request to end, but not forever: a program may take minutes to compile."""
@@ -271,9 +267,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Prints nothing for a request."""
 
 
-def _parse_request(
-    body: bytes, methods: Mapping[str, Sequence[int]], has_vision: bool
-) -> tuple[Record, str, int]:
+def _parse_request(body: bytes, methods: Mapping[str, Sequence[int]], has_vision: bool) -> tuple[Record, str, int]:
     """The conversation in a request, the name of its reducer, and the budget.
 
     ``{"turns": [{"question": …, "images": [{"name": …, "data": base64}, …], "answer": …}, …], "reduce": …, "keep": …}``
@@ -326,12 +320,15 @@ def _parse_image(file: Any, has_vision: bool) -> Callable[[], Any]:
 
 @functools.cache
 def _samples() -> list[dict[str, str]]:
-    """A held-out image of ``scenes`` for each kind of question, with such a question."""
+    """A question of each kind of ``scenes``, each with another of its held-out images."""
+    chosen: dict[str, HeldOutQuestion] = {}
+    for item in held_out_questions(_EACH):
+        if item.question.kind not in chosen and item.index not in {other.index for other in chosen.values()}:
+            chosen[item.question.kind] = item
     samples = []
-    for item in held_out_questions(1):
+    for kind, item in chosen.items():
         file = io.BytesIO()
         item.image().save(file, "PNG")
-        name = f"{item.question.kind}.png"
         data = base64.b64encode(file.getvalue()).decode()
-        samples.append({"name": name, "data": data, "question": item.question.text})
+        samples.append({"name": f"{kind}.png", "data": data, "question": item.question.text})
     return samples
