@@ -132,21 +132,29 @@ def test_wrong_requests_get_a_status_and_a_sentence(server):
         assert message in lines[0]["error"]
 
 
-def test_requests_wait_in_order_and_leave_with_their_clients(server, monkeypatch):
-    wrote, go_on, texts, generate = threading.Event(), threading.Event(), [], Generator.generate
+@pytest.fixture
+def held(monkeypatch):
+    """Holds the first answer before its second piece; returns when it is held, when it goes on, and all pieces."""
+    reached, go_on, texts, generate = threading.Event(), threading.Event(), [], Generator.generate
 
     def slow(self, records, limit, rows, sampling, on_text):
         def report(row, text):
-            wrote.set()
-            assert go_on.wait(60)
+            if len(texts) == 1:
+                reached.set()
+                assert go_on.wait(60)
             texts.append(text)
             on_text(row, text)
 
         return generate(self, records, limit, rows, sampling, report)
 
     monkeypatch.setattr(Generator, "generate", slow)
+    return reached, go_on, texts
+
+
+def test_requests_wait_in_order_and_leave_with_their_clients(server, held):
+    reached, go_on, texts = held
     connections = [send(server, body(*TURNS))]
-    assert wrote.wait(60)
+    assert reached.wait(60)
     responses = [connections[0].getresponse()]
     assert json.loads(responses[0].readline()) == {"ahead": 0}
     for ahead in (1, 2):
@@ -161,7 +169,7 @@ def test_requests_wait_in_order_and_leave_with_their_clients(server, monkeypatch
     go_on.set()
     lines = [json.loads(line) for line in responses[2]]
     assert lines[-1]["done"]
-    assert texts[1:] == [line["text"] for line in lines if "text" in line]  # the first ended with its first piece
+    assert texts[2:] == [line["text"] for line in lines if "text" in line]  # the first ended at its second piece
     assert server.queue._requests == []
 
 
@@ -230,12 +238,27 @@ def test_the_page_asks_a_sample_with_a_method(server, page):
     page.evaluate('document.querySelectorAll(".sample")[3].click()')
     press_ask(page)
     image = open_image(base64.b64decode(sample["data"]), "")
-    record = make_question("", [image.copy], sample["question"])
-    (expected,) = server._find_generator("pool", 4).generate([record], LIMIT, 1)
+    record, pooled = make_question("", [image.copy], sample["question"]), server._find_generator("pool", 4)
+    (expected,) = pooled.generate([record], LIMIT, 1)
     assert shown(page, ".answer .text") == [expected]
     assert re.fullmatch(r"pool · 4 tokens per image · [0-9,]+ ms with compiling", shown(page, ".answer .soft")[0])
+    press_ask(page, "And now?")
+    record = Record("", record.images, (*record.turns, Turn("gpt", expected), Turn("human", "And now?")))
+    assert shown(page, ".answer .text") == [expected, *pooled.generate([record], LIMIT, 1)]
     assert page.errors == []
     assert {re.match("data:|http://[^/]+/", url)[0] for url in page.requests} == {"data:", server.url}
+
+
+def test_escape_stops_an_answer_and_keeps_its_text(page, held):
+    reached, go_on, texts = held
+    page.evaluate('find("question").value = "Well?"; find("send").click()')
+    assert reached.wait(60)
+    page.wait_for('[...document.querySelectorAll(".answer .text")].at(-1).textContent')
+    assert page.evaluate('find("send").textContent') == "Stop"
+    page.evaluate('dispatchEvent(new KeyboardEvent("keydown", {key: "Escape"}))')
+    page.wait_for('find("send").textContent === "Ask"')
+    assert (shown(page, ".answer .text")[-1], shown(page, ".answer .soft")[-1]) == (texts[0], "stopped")
+    go_on.set()
 
 
 def test_a_broken_file_shows_a_sentence_and_the_question_stays(page):
@@ -270,4 +293,5 @@ def test_a_thousand_quick_clicks_leave_it_working(server, page):
     assert len(shown(page, ".answer")) == 1
     assert "4 tokens per image" in shown(page, ".answer .soft")[0]
     assert page.errors == []
+    server.queue.wait_until_empty()
     assert server.queue._requests == []
