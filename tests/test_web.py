@@ -258,6 +258,7 @@ def test_escape_stops_an_answer_and_keeps_its_text(page, held):
     page.evaluate('dispatchEvent(new KeyboardEvent("keydown", {key: "Escape"}))')
     page.wait_for('find("send").textContent === "Ask"')
     assert (shown(page, ".answer .text")[-1], shown(page, ".answer .soft")[-1]) == (texts[0], "stopped")
+    assert shown(page, "#message") == [""]  # the page stopped it, not the server
     go_on.set()
 
 
