@@ -1,8 +1,9 @@
-"""Chat with a model: ``python -m stf_jax.chat --checkpoint=DIR --image=FILE --prompt=TEXT``."""
+"""Chat with a model: ``python -m stf_jax.chat --checkpoint=DIR --image=FILE --prompt=TEXT``, or ``--web``."""
 
 import contextlib
 import functools
 import io
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -23,7 +24,10 @@ DESCRIPTION = """Ask a model about images: one question with --prompt, or a conv
 
 In a conversation, every line is a question, and the model reads all previous turns. /image FILE adds an image to the
 next question, /reset clears the conversation, /quit (or Ctrl-D) exits.
+
+With --web the conversation is on a page that only this machine can open, and that offers other methods and budgets.
 """
+_PORT = 7860
 _HELP = "/image FILE adds an image to the next question, /reset clears the conversation, /quit exits."
 
 
@@ -38,11 +42,20 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--image", type=path, action="append", default=[], metavar="FILE", help="may be repeated")
     parser.add_argument("--prompt", help="one question; only its answer is printed")
+    parser.add_argument("--web", action="store_true", help="serve a page to try the model, until Ctrl-C")
+    parser.add_argument("--port", type=int, help=f"of --web; 0 means any that is free (default: {_PORT})")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="maximum tokens per answer (%(default)s)")
     add_model_arguments(parser)
     options = parser.parse_args(argv)
     if options.max_new_tokens < 1:
         raise UserError("--max-new-tokens must be at least 1.")
+    if options.web and (options.image or options.prompt is not None):
+        raise UserError("--web takes images and questions on its page: leave out --image and --prompt.")
+    if options.port is not None and not options.web:
+        raise UserError("--port has no effect without --web.")
+    port = _PORT if options.port is None else options.port
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port={port} must be 0 to {2**16 - 1:,}.")
     images = [open_image_file(file) for file in options.image]  # before the model, which takes longer to load
     require(options.checkpoint)
     # These take seconds to import, and checking the arguments does not need them.
@@ -55,6 +68,10 @@ def main(argv: list[str]) -> None:
         options.checkpoint, mesh, options.precision, options.reduce, options.keep, allow_text_only=True
     )
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
+    if options.web:
+        name = "/".join(os.path.abspath(options.checkpoint).split("/")[-2:])
+        _serve(generator, name, options.max_new_tokens, sampling, port)
+        return
     conversation = Conversation(
         functools.partial(_stream_answer, generator, options.max_new_tokens, sampling),
         accepts_images=generator.slots > 0,
@@ -71,6 +88,14 @@ def main(argv: list[str]) -> None:
     print(_HELP)
     while (line := _read_line()) is not None:
         _handle_line(conversation, line)
+
+
+def _serve(generator: "Generator", name: str, max_new_tokens: int, sampling: "Sampling", port: int) -> None:
+    from stf_jax.web.server import Server  # takes seconds to import
+
+    with Server(generator, name, max_new_tokens, sampling, port) as server, contextlib.suppress(KeyboardInterrupt):
+        print(f"open {server.url} (Ctrl-C ends it)", flush=True)
+        server.serve_forever()
 
 
 class Conversation:

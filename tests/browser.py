@@ -6,6 +6,7 @@ import pathlib
 import select
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,15 +26,12 @@ class Browser:
         command_in, self._to = os.pipe()
         self._from, events_out = os.pipe()
 
-        def connect() -> None:  # Chromium reads commands from descriptor 3 and writes answers to 4
-            read, write = os.dup(command_in), os.dup(events_out)
-            os.dup2(read, 3)
-            os.dup2(write, 4)
-
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        # Chromium reads commands from descriptor 3 and writes answers to 4.
+        connect = ["bash", "-c", f'exec "$@" 3<&{command_in} 4>&{events_out}', "bash"]
         self._process = subprocess.Popen(
-            [program, *options, "--remote-debugging-pipe", f"--user-data-dir={profile}"],
-            preexec_fn=connect, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [*connect, program, *options, "--remote-debugging-pipe", f"--user-data-dir={profile}"],
+            pass_fds=(command_in, events_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(command_in)
         os.close(events_out)
@@ -75,13 +73,13 @@ class Browser:
         assert "error" not in answer, answer
         return answer["result"]
 
-    def open(self, file: pathlib.Path, width: int, dark: bool = False) -> None:
-        """Opens a file on a screen of this width, and waits until it is loaded."""
+    def open(self, page: pathlib.Path | str, width: int, dark: bool = False) -> None:
+        """Opens a file or address on a screen of this width, and waits until it is loaded."""
         screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **screen)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=file.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while self._next().get("method") != "Page.loadEventFired":
             pass
 
@@ -90,6 +88,14 @@ class Browser:
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
+
+    def wait_for(self, expression: str) -> Any:
+        """Waits until a JavaScript expression is true; returns its value."""
+        end = time.monotonic() + _TIMEOUT
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < end, f"{expression} did not become true"
+            time.sleep(0.02)
+        return value
 
     def close(self) -> None:
         """Ends the browser."""

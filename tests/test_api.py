@@ -38,12 +38,16 @@ def test_importing_the_package_imports_nothing_heavy():
     assert done.stdout == f"{stf_jax.__version__} []\n"
 
 
-def test_the_wheel_contains_every_package():
+def test_the_wheel_contains_every_package_and_file():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     files = [*(ROOT / "stf_jax").rglob("*.py"), *(ROOT / "configs").rglob("*.py")]
     folders = {file.parent.relative_to(ROOT) for file in files if "torch_package" not in file.parts}
     names = {".".join(folder.parts) for folder in folders}
     assert {*project["packages"]} == {f"stf_jax.{name}" if name.startswith("configs") else name for name in names}
+    places = {ROOT / name.replace(".", "/"): patterns for name, patterns in project["package-data"].items()}
+    packed = {file for place, patterns in places.items() for pattern in patterns for file in place.glob(pattern)}
+    others = {file for file in (ROOT / "stf_jax").rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert others <= packed
 
 
 @pytest.mark.parametrize("name", ["demo:stage=finetune", "small"])

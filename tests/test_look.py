@@ -1,6 +1,5 @@
 """Looking inside a model: maps agree with its answers, the command and the API write pages, and methods are planned."""
 
-import dataclasses
 import json
 import re
 import types
@@ -11,37 +10,24 @@ import numpy as np
 import PIL.Image
 import pytest
 from etils import epath
-from tiny import large_params, tiny
+from tiny import TOKENIZER, make_generator, tiny
 
 from stf_jax import api, look
 from stf_jax.cli import run_command
-from stf_jax.config import MeshConfig, UserError
+from stf_jax.config import UserError
 from stf_jax.data.records import make_question
-from stf_jax.data.tokenizer import load_tokenizer, untrained_tokens
+from stf_jax.data.tokenizer import untrained_tokens
 from stf_jax.inference import loading
-from stf_jax.inference.generator import Generator
 from stf_jax.looking.attribution import map_answer
 from stf_jax.looking.look import look_at
-from stf_jax.models.blueprint import blueprint
 from stf_jax.models.decoders.transformer import Decoder
 from stf_jax.models.reducers.base import REDUCERS, DecoderReducer, find_reducer
 from stf_jax.models.spec import resolve_model
-from stf_jax.parallel.mesh import make_mesh
 from stf_jax.weights import model as saved_models
 
 QUESTION = "What is it?"
 RNG = np.random.default_rng(0)
-TOKENIZER = load_tokenizer("miniature")
 IMAGE = PIL.Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8))
-
-
-def make_generator(reduce="", keep=0, **changes):
-    config = resolve_model(tiny(**{"model.reduce": reduce, "model.keep": keep} | changes).model)
-    config = dataclasses.replace(config, llm_shape=dataclasses.replace(config.llm_shape, layers=2))
-    plan, mesh = blueprint(config), make_mesh(MeshConfig(1, 1, 1))
-    places = plan.shardings(mesh)
-    params = ((path, jax.device_put(x, places[path])) for path, x in large_params(plan.shapes, 1).items())
-    return Generator(config, TOKENIZER, mesh, "v1", "pad").load_params(params)
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,13 @@ import numpy as np
 import optax
 
 from stf_jax.cli import parse
-from stf_jax.config import TrainConfig, default_config, parse_arg, resolve
+from stf_jax.config import MeshConfig, TrainConfig, default_config, parse_arg, resolve
 from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
 from stf_jax.data.tokenizer import load_tokenizer
+from stf_jax.inference.generator import Generator
 from stf_jax.models import spec
-from stf_jax.models.blueprint import Blueprint
+from stf_jax.models.blueprint import Blueprint, blueprint
 from stf_jax.models.quantized import scale_path
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import BATCH, compute_context, make_mesh
@@ -30,6 +31,8 @@ spec.VISION["clip-tiny"] = dataclasses.replace(
 spec.LLM["llama-tiny"] = dataclasses.replace(
     spec.LLM["llama-mini"], width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64
 )
+
+TOKENIZER = load_tokenizer("miniature")
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -132,6 +135,15 @@ def int8_by_definition(path: str, kernel: np.ndarray, outputs: int) -> dict[str,
 def large_params(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -> dict[str, np.ndarray]:
     """Random parameters large enough that answers depend on the prompt."""
     return {path: x if path.endswith("scale") else 4 * x for path, x in random_params(shapes, seed).items()}
+
+
+def make_generator(reduce: str = "", keep: int = 0, **changes) -> Generator:
+    """A generator of the tiny model with large random weights."""
+    config = resolve_model(tiny(**{"model.reduce": reduce, "model.keep": keep} | changes).model)
+    plan, mesh = blueprint(config), make_mesh(MeshConfig(1, 1, 1))
+    places = plan.shardings(mesh)
+    params = ((path, jax.device_put(x, places[path])) for path, x in large_params(plan.shapes, 1).items())
+    return Generator(config, TOKENIZER, mesh, "v1", "pad").load_params(params)
 
 
 def make_preprocessor(config: TrainConfig) -> Preprocessor:

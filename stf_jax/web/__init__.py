@@ -1,0 +1,1 @@
+"""A page to try a model in a browser."""
