@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKDIR ?= runs/demo
 OUT ?= device_check.jsonl
 
-.PHONY: demo device-check docs evidence lint soak test test-light test-random test-serve test-slow
+.PHONY: demo device-check docs evidence lint soak test test-light test-random test-serve test-slow test-web
 
 # Trains, evaluates and exports the model, and checks that the export gives the same answers in PyTorch (if torch is
 # installed). Huge pages make steps on CPUs a seventh faster (docs/BENCHMARKS.md).
@@ -36,6 +36,11 @@ test-light: .venv/ready-light
 # The same tests in random order with a printed seed, to check that no test depends on another.
 test-random: .venv/ready-dev
 	.venv/bin/python -m pytest -p randomly
+
+# Only the pages, driven in Chromium (apt-get install chromium). `make test` has these tests too.
+test-web: .venv/ready-dev
+	.venv/bin/python -m pytest -n 0 tests/test_web.py tests/test_look.py tests/looking/test_page.py \
+	    tests/comparisons/test_page.py
 
 # Fault injection, fuzzing and other tests that take minutes; one at a time, because some measure time.
 test-slow: .venv/ready-dev
