@@ -87,7 +87,7 @@ def test_a_conversation_is_answered_as_by_the_generator(server, monkeypatch, red
     done = lines[-1]
     assert (done["done"], done["tokens"], done["varies"]) == (True, tokens, bool(reduce))
     assert done["milliseconds"] > 0
-    assert done["compiled"]
+    assert done["compiled"] or not reduce  # the model itself may have answered another test
     assert not ask(server, body(*TURNS, reduce=reduce, keep=keep))[1][-1]["compiled"]
 
 
@@ -206,15 +206,23 @@ def test_the_command_serves_until_it_is_interrupted(server, generator, monkeypat
 
 
 @pytest.fixture(scope="module")
-def page(server, tmp_path_factory):
+def chromium(tmp_path_factory):
     program = browser.find_browser()
     if program is None:
         pytest.skip(f"none of {', '.join(browser.NAMES)} is installed")
     found = browser.Browser(program, tmp_path_factory.mktemp("profile"))
-    found.open(server.url, 400, dark=True)
-    found.wait_for('document.querySelectorAll(".sample").length')
     yield found
     found.close()
+
+
+@pytest.fixture
+def page(server, chromium):
+    """The page as it is when it is opened."""
+    chromium.errors.clear()
+    chromium.requests.clear()
+    chromium.open(server.url, 400, dark=True)
+    chromium.wait_for('document.querySelectorAll(".sample").length')
+    return chromium
 
 
 def press_ask(page, question=""):
@@ -241,7 +249,7 @@ def test_the_page_asks_a_sample_with_a_method(server, page):
     record, pooled = make_question("", [image.copy], sample["question"]), server._find_generator("pool", 4)
     (expected,) = pooled.generate([record], LIMIT, 1)
     assert shown(page, ".answer .text") == [expected]
-    assert re.fullmatch(r"pool · 4 tokens per image · [0-9,]+ ms with compiling", shown(page, ".answer .soft")[0])
+    assert re.fullmatch(r"pool · 4 tokens per image · [0-9,]+ ms( with compiling)?", shown(page, ".answer .soft")[0])
     press_ask(page, "And now?")
     record = Record("", record.images, (*record.turns, Turn("gpt", expected), Turn("human", "And now?")))
     assert shown(page, ".answer .text") == [expected, *pooled.generate([record], LIMIT, 1)]
@@ -292,7 +300,7 @@ def test_a_thousand_quick_clicks_leave_it_working(server, page):
     page.evaluate('find("reset").click(); pending = []; find("question").value = ""')
     press_ask(page, "What?")
     assert len(shown(page, ".answer")) == 1
-    assert "4 tokens per image" in shown(page, ".answer .soft")[0]
+    assert "16 tokens per image" in shown(page, ".answer .soft")[0]
     assert page.errors == []
     server.queue.wait_until_empty()
     assert server.queue._requests == []
