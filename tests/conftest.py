@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 import sys
+import tempfile
 
 import jaxtyping
 import pytest
@@ -40,6 +41,19 @@ HEAVY = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds --light."""
     parser.addoption("--light", action="store_true", help="leave out files that need torch, processes or compilers")
+
+
+def pytest_configure() -> None:
+    """Sets a folder for the code of exports that transformers runs, before any test imports transformers.
+
+    A process can import such code from only one folder.
+    """
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
+
+
+def pytest_unconfigure() -> None:
+    """Deletes that folder."""
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
@@ -117,18 +131,28 @@ def llama_3():
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
 
 
-@pytest.fixture(scope="session")  # a process can import such code from only one folder
-def torch_setup(tmp_path_factory):
-    """Sets a folder for the code of exports that transformers runs, and a single thread, enough for small models."""
+@pytest.fixture(scope="session")
+def torch_setup():
+    """Sets a single thread, enough for small models."""
     import torch
-    from transformers import dynamic_module_utils
 
-    folder = str(tmp_path_factory.mktemp("modules"))
-    dynamic_module_utils.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"] = folder
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """A headless browser; tests that need one are skipped where there is none."""
+    import browser
+
+    program = browser.find_browser()
+    if program is None:
+        pytest.skip("no Chromium is installed (apt-get install chromium)")
+    found = browser.Browser(program, tmp_path_factory.mktemp("profile"))
+    yield found
+    found.close()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ import json
 import re
 import threading
 
-import browser
 import numpy as np
 import PIL.Image
 import pytest
@@ -203,16 +202,6 @@ def test_the_command_serves_until_it_is_interrupted(server, generator, monkeypat
 
 
 # ---- The page --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    program = browser.find_browser()
-    if program is None:
-        pytest.skip(f"none of {', '.join(browser.NAMES)} is installed")
-    found = browser.Browser(program, tmp_path_factory.mktemp("profile"))
-    yield found
-    found.close()
 
 
 @pytest.fixture

@@ -2,16 +2,27 @@
 
 import dataclasses
 import itertools
+import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import ml_collections
 import numpy as np
 import optax
+from etils import epath
 
+from stf_jax.checkpointing.manager import Checkpoints
 from stf_jax.cli import parse
-from stf_jax.config import MeshConfig, TrainConfig, default_config, parse_arg, resolve
+from stf_jax.config import (
+    CheckpointConfig,
+    MeshConfig,
+    TrainConfig,
+    default_config,
+    parse_arg,
+    resolve,
+    to_json,
+)
 from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
 from stf_jax.data.tokenizer import load_tokenizer
@@ -99,6 +110,23 @@ class Setup:
                 return step(state, jax.device_put(batch, rows))
 
         return run
+
+
+def train_and_save(workdir: epath.Path, setup: Setup, state: TrainState, data: Sequence[Batch]) -> tuple:
+    """Trains on the batches, and saves the second step in ``workdir``.
+
+    Returns:
+      The train step; the last state, with numpy arrays; the losses.
+    """
+    (workdir / "config.json").write_text(json.dumps(to_json(setup.config)))
+    step, losses = setup.step(), []
+    for number, batch in enumerate(data, 1):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        if number == 2:
+            with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+                checkpoints.save(2, state, {}, {}, last=True)
+    return step, jax.tree.map(np.array, state), losses
 
 
 def load_recipe(file: str, *overrides: str) -> TrainConfig:

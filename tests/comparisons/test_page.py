@@ -1,6 +1,5 @@
 """The page of a comparison in a real browser: no errors or requests, tables sort, plots show, and phones show it."""
 
-import browser
 import make_results
 import numpy as np
 import pytest
@@ -25,16 +24,6 @@ def page(tmp_path_factory):
     status = run_command(compare.main, [*paths, str(unknown), "--resized=resize", f"--out={root / 'out'}"])
     assert status == 0
     return root / "out" / "compare.html"
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    program = browser.find_browser()
-    if program is None:
-        pytest.skip("no Chromium is installed (apt-get install chromium)")
-    found = browser.Browser(program, tmp_path_factory.mktemp("profile"))
-    yield found
-    found.close()
 
 
 def test_there_are_no_errors_and_no_requests(page, chromium):

@@ -68,16 +68,6 @@ def folder(tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    program = browser.find_browser()
-    if program is None:
-        pytest.skip("no Chromium is installed (apt-get install chromium)")
-    found = browser.Browser(program, tmp_path_factory.mktemp("profile"))
-    yield found
-    found.close()
-
-
 @pytest.fixture
 def page(folder, chromium):
     chromium.requests.clear()

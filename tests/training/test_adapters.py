@@ -11,7 +11,7 @@ import optax
 import pytest
 import torch
 from etils import epath
-from tiny import Setup, batches, random_params, tiny
+from tiny import Setup, batches, random_params, tiny, train_and_save
 
 from stf_jax.checkpointing.adapted import merge_params
 from stf_jax.checkpointing.manager import Checkpoints
@@ -228,15 +228,7 @@ def run(tmp_path_factory):
     """The workdir of a run that saved its second step, and the state and losses of four steps."""
     workdir = epath.Path(tmp_path_factory.mktemp("lora"))
     setup = _setup(DROPOUT)
-    (workdir / "config.json").write_text(json.dumps(to_json(setup.config)))
-    state, step, losses = setup.state(), setup.step(), []
-    for number, batch in enumerate(_data(), 1):
-        state, metrics = step(state, batch)
-        losses.append(float(metrics["loss"]))
-        if number == 2:
-            with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
-                checkpoints.save(2, state, {}, {}, last=True)
-    return workdir, setup, step, _copy(state), losses
+    return workdir, setup, *train_and_save(workdir, setup, setup.state(), _data())
 
 
 def test_steps_move_adapters_and_fusion_and_no_frozen_bit(run):

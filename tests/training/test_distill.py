@@ -13,11 +13,11 @@ import pytest
 import torch
 from etils import epath
 from make_evals import make_model
-from tiny import Setup, batches, tiny
+from tiny import Setup, batches, tiny, train_and_save
 
 from stf_jax.checkpointing.manager import Checkpoints
 from stf_jax.checkpointing.params import SavedParams
-from stf_jax.config import CheckpointConfig, MeshConfig, UserError, to_json
+from stf_jax.config import CheckpointConfig, MeshConfig, UserError
 from stf_jax.data.packing import Example, to_batch, to_row
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.blueprint import blueprint
@@ -258,15 +258,7 @@ def test_the_loss_is_that_of_two_models(teacher, rules):
 def run(teacher, tmp_path_factory):
     """The workdir of a run that saved its second step, and the state and losses of four steps."""
     workdir, setup = epath.Path(tmp_path_factory.mktemp("run")), _setup(teacher)
-    (workdir / "config.json").write_text(json.dumps(to_json(setup.config)))
-    state, step, losses = _start(setup), setup.step(), []
-    for number, batch in enumerate(_data(), 1):
-        state, metrics = step(state, batch)
-        losses.append(float(metrics["loss"]))
-        if number == 2:
-            with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
-                checkpoints.save(2, state, {}, {}, last=True)
-    return workdir, setup, step, _copy(state), losses
+    return workdir, setup, *train_and_save(workdir, setup, _start(setup), _data())
 
 
 def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,12 @@ import optax
 import pytest
 from etils import epath
 from flax import nnx
-from tiny import Setup, batches, int8_by_definition, random_params
+from tiny import Setup, batches, int8_by_definition, random_params, train_and_save
 
 from stf_jax.checkpointing.adapted import merge_params
 from stf_jax.checkpointing.items import read_shapes
 from stf_jax.checkpointing.manager import Checkpoints
-from stf_jax.config import CheckpointConfig, to_json
+from stf_jax.config import CheckpointConfig
 from stf_jax.models.layers import Linear
 from stf_jax.models.quantized import dequantize, product, quantize, scale_path
 from stf_jax.parallel.mesh import compute_context
@@ -144,15 +143,7 @@ def run(tmp_path_factory):
     """The workdir of a run that saved its second step, and the state and losses of four steps."""
     workdir = epath.Path(tmp_path_factory.mktemp("int8"))
     setup = _setup()
-    (workdir / "config.json").write_text(json.dumps(to_json(setup.config)))
-    state, step, losses = setup.state(), setup.step(), []
-    for number, batch in enumerate(_data(), 1):
-        state, metrics = step(state, batch)
-        losses.append(float(metrics["loss"]))
-        if number == 2:
-            with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
-                checkpoints.save(2, state, {}, {}, last=True)
-    return workdir, setup, step, _copy(state), losses
+    return workdir, setup, *train_and_save(workdir, setup, setup.state(), _data())
 
 
 def test_steps_change_no_bit_of_int8_kernels(run):
