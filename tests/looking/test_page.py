@@ -10,8 +10,9 @@ import PIL.Image
 import pytest
 from etils import epath
 
+from stf_jax.looking.drawing import find_owners, patch_values
 from stf_jax.looking.look import Look
-from stf_jax.looking.page import disagreement, find_owners, patch_values, sort_by_disagreement, write_pages
+from stf_jax.looking.page import disagreement, sort_by_disagreement, write_pages
 from stf_jax.models.reducers.base import Reduction, Stage
 
 NARROW, WIDE = 400, 1200
