@@ -47,6 +47,14 @@ def flops(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", default="0,64", help="text tokens per prompt (%(default)s)")
 
 
+def look(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of :mod:`benchmarks.look`."""
+    parser.add_argument("--vision", default=LLAVA[0], help="vision tower preset (%(default)s)")
+    parser.add_argument("--llm", default=LLAVA[1], help="language model preset (%(default)s)")
+    parser.add_argument("--text", type=int, default=40, help="text tokens of the prompt (%(default)s)")
+    parser.add_argument("--answer", type=int, default=8, help="tokens of the answer (%(default)s)")
+
+
 def fusion(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of :mod:`benchmarks.fusion`."""
     parser.add_argument("--vision", default="clip-l-14-336", help="vision tower preset (%(default)s)")

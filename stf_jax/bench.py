@@ -20,6 +20,7 @@ _BENCHES = {
     "fusion": "every fusion: output tokens, parameters, FLOPs, forward and backward time, memory",
     "idle": "time that devices wait for the next batch and for the log, if reading is slow",
     "input": "images per second per core and the fraction of useful positions, compared with LLaVA's pipeline",
+    "look": "model FLOPs of the maps of stf_jax.look at any size, for mbtf_stf and mlp",
     "methods": "evaluated methods in turn: time to the first token, the method's own time, memory; writes cost.json",
     "plan": "memory, FLOPs and time by plan: compared with MaxText's Llama-2-7B, and 144 vision tokens with 576",
     "sources": "images per second per core from each kind of data source, and the time to plan rows of Parquet",

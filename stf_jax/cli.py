@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import logging
 import os
 import pathlib
@@ -89,6 +90,13 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
             if hosts.is_peer_lost(error):
                 print(f"error: {hosts.PEER_LOST} ({short_message(error)}).", file=sys.stderr)
                 return _exit_soon(TryAgain.status)
+        if isinstance(error, ModuleNotFoundError) and _is_not_installed(error.name):
+            print(
+                f"error: This command needs {error.name}, which is not installed: make .venv/ready, or pip install -r "
+                "requirements.txt, installs what all commands need.",
+                file=sys.stderr,
+            )
+            return _exit_soon(UserError.status)
         _exit_soon(1)
         raise
     finally:
@@ -102,6 +110,12 @@ def _exit_soon(status: int) -> int:
 
         hosts.exit_soon(status)
     return status
+
+
+def _is_not_installed(module: str | None) -> bool:
+    """Whether a module belongs to a package that is absent as a whole. One that misses a part has a bug."""
+    package = (module or "").partition(".")[0]
+    return bool(package) and importlib.util.find_spec(package) is None
 
 
 def _is_pipe_closed() -> bool:

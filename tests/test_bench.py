@@ -61,6 +61,26 @@ def test_weights(tmp_path):
     assert rows["import, peak"]["gib"] > rows["model, in bfloat16"]["gib"] > rows["its largest parameter"]["gib"] > 0
 
 
+def test_look_counts_a_gradient_for_each_token_of_the_answer(tmp_path):
+    found = []
+    for answer in (1, 2, 3):
+        options = [
+            "--vision=clip-mini-8-96",
+            "--llm=llama-mini-6",
+            f"--answer={answer}",
+            f"--json={tmp_path / 'f.json'}",
+        ]
+        assert run_command(main, ["look", *options]) == 0
+        found.append({row["what"]: row for row in json.loads((tmp_path / "f.json").read_text())})
+    first, second, third = ([rows[name]["answer"] for name in ("mbtf_stf", "mlp")] for rows in found)
+    # The second token adds about as much as the third: a backward pass, and a position to each pass.
+    np.testing.assert_allclose(np.subtract(third, second), np.subtract(second, first), rtol=0.05)
+    assert (np.subtract(second, first) > np.multiply(0.3, first)).all()
+    for row in found[0].values():
+        assert row["both_images"] == pytest.approx(2 * (row["image_tokens"] + row["answer"]))
+    assert [row["tokens"] for row in found[0].values()] == [36, 144]
+
+
 @pytest.mark.usefixtures("torch_setup")
 @pytest.mark.parametrize("fusion", ["mlp", "mbtf_stf"])
 def test_decode_gives_both_programs_the_same_prompts(fusion, tmp_path, monkeypatch):

@@ -235,6 +235,21 @@ def test_help(capsys, file):
         assert capsys.readouterr() == (HELP, "")
 
 
+def test_a_package_that_is_not_installed_is_named(capsys):
+    def main(argv):
+        import absent_package.part  # noqa: F401
+
+    assert run_command(main, []) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: This command needs absent_package, which is not installed: make .venv/ready")
+
+    def buggy(argv):
+        import stf_jax.absent  # noqa: F401
+
+    with pytest.raises(ModuleNotFoundError, match=r"stf_jax\.absent"):
+        run_command(buggy, [])
+
+
 def test_bugs_keep_their_traceback(capsys):
     def main(argv):
         raise RuntimeError("ours")

@@ -7,7 +7,6 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -18,11 +17,10 @@ from etils import epath
 from stf_jax.config import UserError, short_message
 from stf_jax.data.image import open_image
 from stf_jax.data.records import BadRow
-from stf_jax.files import in_bucket
+from stf_jax.data.sources.tables import ERRORS, open_source
 
 Kind = Literal["text", "integer", "list of text", "image", "list of image"]
 Columns = Mapping[str, Sequence[Kind]]  # by name, the kinds that a column may have
-_ERRORS = (OSError, ValueError, NotImplementedError)  # what pyarrow raises for files that it cannot read
 _CACHED_GROUPS = 2  # of rows, decoded: threads that open images in order work on two neighbors at most
 
 
@@ -88,7 +86,7 @@ class Table:
             if key not in self._groups:
                 try:
                     self._groups[key] = self._shards[index].read_group(group, column)
-                except _ERRORS as error:
+                except ERRORS as error:
                     message = f"The image of {row.name} cannot be read: {short_message(error)}."
                     raise BadRow("corrupt", message, row.name) from None
             self._groups.move_to_end(key)
@@ -143,15 +141,13 @@ class _Shard:
 
     def __init__(self, file: epath.Path, columns: Columns) -> None:
         try:
-            import pyarrow
-            import pyarrow.parquet  # both take half a second, and no other files need them
+            import pyarrow.parquet  # takes half a second, and no other files need it
         except ImportError:
             raise UserError(f"{file} is a Parquet file, which needs a package: pip install pyarrow") from None
         self._file = file
         try:
-            source: Any = file.open("rb") if in_bucket(file) else pyarrow.memory_map(os.fspath(file))
-            self._parquet = pyarrow.parquet.ParquetFile(source)
-        except _ERRORS as error:
+            self._parquet = pyarrow.parquet.ParquetFile(open_source(file))
+        except ERRORS as error:
             raise UserError(f"{file} cannot be read as Parquet: {short_message(error)}; download it again.") from None
         schema = self._parquet.schema_arrow
         for column, kinds in columns.items():
@@ -169,7 +165,7 @@ class _Shard:
         """Reads all columns but the images; the first row gets the number ``start``."""
         try:
             found = self._parquet.read(columns=self._columns).to_pylist()
-        except _ERRORS as error:
+        except ERRORS as error:
             raise UserError(f"{self._file} cannot be read: {short_message(error)}; download it again.") from None
         return [Row(start + number, f"{self._file}, row {number + 1}", values) for number, values in enumerate(found)]
 

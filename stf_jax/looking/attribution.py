@@ -76,7 +76,7 @@ class _ShiftedTower:
         self.pixels: jax.Array | None = None
         self.states_at: dict[int, jax.Array] = {}
 
-    @property  # type: ignore[misc]
+    @property  # type: ignore[misc]  # isinstance takes it for the tower that it stands for
     def __class__(self) -> type:
         return type(self._tower)
 

@@ -166,8 +166,8 @@ def _model_flops(config: TrainConfig, program: Program) -> int:
 def _estimate_speed(
     program: Program, devices: Sequence[jax.Device], work: Work, sent: Sequence[Traffic]
 ) -> dict[str, Any]:
-    by_kind: dict[str, dict[str, int]] = {}
     links, network = 0, 0
+    by_kind: dict[str, dict[str, int]] = {}
     for entry in sent:
         by_axes, axes = by_kind.setdefault(entry.kind, {}), "+".join(entry.axes)
         by_axes[axes] = by_axes.get(axes, 0) + entry.bytes  # within and between slices
@@ -269,9 +269,7 @@ def _step_seconds(
     config: TrainConfig, shape: BatchShape, report: Mapping[str, Any], devices: list[jax.Device]
 ) -> float:
     """Estimates a step of another shape than the report's. It sends as much, because it has the same weights."""
-    data = dataclasses.replace(
-        config.data, max_length=shape.length, images_per_row=shape.images, tokens_per_batch=0, buckets=1
-    )
+    data = dataclasses.replace(config.data, max_length=shape.length, images_per_row=shape.images, tokens_per_batch=0)
     config = with_remat(dataclasses.replace(config, data=data, global_batch_size=shape.rows), report["remat"])
     work = trace_cost(config, "train", devices).work(config, make_program(config, "train", devices))
     return _find_bound(report["roofline_seconds"] | _work_seconds(work, devices))[1]

@@ -40,7 +40,7 @@ def step_flops(
       length: T, tokens per row.
       images_per_row: M.
       objective: as ``config.objective``.
-      init_from: as ``config.init_from``, which tells what a teacher shares.
+      init_from: as ``config.init_from``, which decides what a teacher shares.
 
     Raises:
       UserError: as :func:`stf_jax.training.state.training_blueprint`.

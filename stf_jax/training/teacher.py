@@ -39,7 +39,7 @@ def find_teacher(config: TrainConfig, own: Collection[str], workdir: epath.Path 
 
     Args:
       own: the parts (``vision``, ``llm``) that the rules train or quantize, so that a teacher cannot share them.
-      workdir: of the run. If it has a checkpoint, that tells what is shared: the folders of the start may be gone.
+      workdir: of the run. Its checkpoint, if any, decides what is shared: the folders of the start may be gone.
 
     Raises:
       UserError: the folder does not describe a complete model, or one that cannot teach the run's.

@@ -10,7 +10,7 @@ from etils import epath
 from stf_jax.config import UserError
 from stf_jax.files import to_path
 
-_MAGIC_BYTES = 512  # that tell what a file is
+_MAGIC_BYTES = 512  # enough to recognize a file
 _PATTERN = "*?["  # characters of a file name that make it a pattern
 
 

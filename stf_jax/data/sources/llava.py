@@ -1,6 +1,6 @@
 """Reads training data from files: LLaVA's JSON or JSON lines with a folder of images, or a folder by stf_jax.prepare.
 
-It also opens tables (tables.py) and tars (tars.py), which their content tells apart.
+It also opens tables (tables.py) and tars (tars.py), which it recognizes by their content.
 """
 
 import functools

@@ -4,6 +4,7 @@ Texts are decoded a group of rows at a time, and recent groups are kept. An imag
 file is found when the first image of its group is read (pages.py). Of compressed images the group is decoded.
 """
 
+import abc
 import bisect
 import collections
 import functools
@@ -29,12 +30,19 @@ if TYPE_CHECKING:
 STATE = "state.json"  # written last by save_to_disk
 SPLITS = "dataset_dict.json"  # in a folder of several that save_to_disk wrote
 _ARROW_MAGIC = b"ARROW1"  # of Arrow's file format; save_to_disk writes streams
-_ERRORS = (OSError, ValueError, NotImplementedError)  # what pyarrow raises for files that it cannot read
+ERRORS = (OSError, ValueError, NotImplementedError)  # what pyarrow raises for files that it cannot read
 _IMAGE_KEYS = ("image", "images")
 _CACHED_BYTES = 2**28  # of decoded groups
 _BLOCK = 16  # rows converted to Python at once: a neighbor is often next, but need not be
 _METADATA = 64  # files whose footers are kept
 _last = threading.local()  # the group of images that a thread decoded last: prepare reads them in order
+
+
+def open_source(file: epath.Path) -> Any:
+    """Opens a file for pyarrow, which maps it into memory unless it is in a bucket."""
+    import pyarrow
+
+    return file.open("rb") if in_bucket(file) else pyarrow.memory_map(os.fspath(file))
 
 
 def is_parquet(magic: bytes) -> bool:
@@ -49,7 +57,7 @@ class _Column(NamedTuple):
     has_path: bool
 
 
-class _File:
+class _File(abc.ABC):
     """A table in one file.
 
     Attributes:
@@ -71,13 +79,13 @@ class _File:
         self.columns = {field.name: column for field in schema if (column := _find_images(field.type)) is not None}
         self.has_paths = any(key in names and key not in self.columns for key in _IMAGE_KEYS)
 
+    @abc.abstractmethod
     def read_texts(self, group: int, keys: Sequence[str] | None = None) -> "pyarrow.Table":
         """Reads the columns of a group, or some of them, without the images in them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def read_image(self, group: int, row: int, column: str, number: int, texts: "pyarrow.Table") -> bytes | None:
         """Reads an image of a row of a group, whose texts are given."""
-        raise NotImplementedError
 
 
 class _ParquetFile(_File):
@@ -86,7 +94,7 @@ class _ParquetFile(_File):
         try:
             found = metadata(path)
             schema = found.schema.to_arrow_schema()
-        except _ERRORS as error:
+        except ERRORS as error:
             raise UserError(f"{path} cannot be read as Parquet: {short_message(error)}; download it again.") from None
         super().__init__(path, schema)
         self.sizes = [found.row_group(group).num_rows for group in range(found.num_row_groups)]
@@ -103,10 +111,9 @@ class _ParquetFile(_File):
         self._places: dict[tuple[int, str], tuple[np.ndarray, np.ndarray] | None] = {}
 
     def _read(self, group: int, leaves: Sequence[str]) -> "pyarrow.Table":
-        import pyarrow
         import pyarrow.parquet
 
-        source: Any = self.path.open("rb") if in_bucket(self.path) else pyarrow.memory_map(os.fspath(self.path))
+        source = open_source(self.path)
         with pyarrow.parquet.ParquetFile(source, metadata=self._metadata(self.path)) as parquet, source:
             return parquet.read_row_group(group, columns=list(leaves), use_threads=False)
 
@@ -160,7 +167,7 @@ class _ArrowFile(_File):
             source.seek(0)
             opened = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
             table = opened.read_all()
-        except _ERRORS as error:
+        except ERRORS as error:
             raise UserError(f"{path} cannot be read as Arrow: {short_message(error)}; save it again.") from None
         super().__init__(path, table.schema)
         self._batches = table.to_batches()
@@ -277,7 +284,7 @@ class TableRows:
                 return self._texts[position]
         try:
             texts = file.read_texts(group)
-        except _ERRORS as error:
+        except ERRORS as error:
             where = name_row(self, index)
             raise BadRow("corrupt", f"R{where[1:]} cannot be read: {short_message(error)}.") from None
         with self._lock:
@@ -294,7 +301,7 @@ class TableRows:
         texts = self._read_texts(position, file, group, index)
         try:
             return file.read_image(group, row, column, number, texts)
-        except _ERRORS as error:
+        except ERRORS as error:
             name = f"{number} of {name_row(self, index)}"
             raise BadRow("corrupt", f"Image {name} cannot be read: {short_message(error)}.", name) from None
 
@@ -305,7 +312,7 @@ class TableRows:
                 try:
                     yield from file.read_texts(group, keys).to_pylist()
                     continue
-                except _ERRORS:
+                except ERRORS:
                     pass  # reading its rows reports it
             yield from itertools.repeat({}, file.sizes[group])
 
@@ -336,8 +343,7 @@ def open_table(name: str) -> TableRows:
 
     @functools.lru_cache(maxsize=_METADATA)
     def metadata(file: epath.Path) -> Any:
-        source: Any = file.open("rb") if in_bucket(file) else pyarrow.memory_map(os.fspath(file))
-        with source:
+        with open_source(file) as source:
             return pyarrow.parquet.read_metadata(source)
 
     return TableRows(name, [_ParquetFile(file, metadata) for file in files])
