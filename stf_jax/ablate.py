@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--jobs={options.jobs} must be at least 1; omit it for the default.")
     # These take seconds to import.
     from stf_jax.studies.cost import measure_cost
-    from stf_jax.studies.outcomes import read_outcomes
+    from stf_jax.studies.outcomes import read_losses, read_outcomes
     from stf_jax.studies.page import strip_markup
     from stf_jax.studies.report import compute_findings, format_verdicts, write_report
     from stf_jax.studies.runner import make_slots, run_cells
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
     if done:
-        findings = compute_findings(study, read_outcomes(done), costs)
+        findings = compute_findings(study, read_outcomes(done), read_losses(done), costs)
         write_report(findings, done, failed, shlex.join(["python", "-m", "stf_jax.ablate", *argv]), options.out)
         print("\n".join(strip_markup(verdict) for verdict in format_verdicts(findings)))
         print(f"report.md, report.html, report.json and the images are in {options.out}")

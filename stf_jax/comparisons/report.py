@@ -43,7 +43,7 @@ def write_report(comparison: Comparison, command: str, out: pathlib.Path) -> Non
     blocks = _make_blocks(comparison, draw_plots(comparison, out), command)
     for suffix, text in (
         ("md", render_markdown(title, blocks)),
-        ("html", render_html(title, blocks, interactive=True)),
+        ("html", render_html(title, blocks)),
     ):
         with open_atomic(epath.Path(out / f"{NAME}.{suffix}")) as file:
             file.write(text)

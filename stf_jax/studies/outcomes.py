@@ -12,7 +12,7 @@ from etils import epath
 from stf_jax.config import UserError
 from stf_jax.data import scenes, world_text
 from stf_jax.evals.runner import ANSWERS, RESULTS, flatten_metrics, in_display_units
-from stf_jax.files import read_json
+from stf_jax.files import parse_json, read_json
 from stf_jax.studies.study import Cell
 
 ALL = "all"
@@ -98,3 +98,32 @@ def read_outcomes(cells: Sequence[Cell]) -> dict[str, Outcome]:
 
 def _stack(scores: Sequence[dict[_Key, np.ndarray]]) -> dict[_Key, np.ndarray]:
     return {key: np.stack([seed_scores[key] for seed_scores in scores]) for key in scores[0]}
+
+
+@dataclasses.dataclass(frozen=True)
+class LossCurve:
+    """The logged training losses of a variant in one stage: ``steps`` int [K], ``losses`` float [S, K]."""
+
+    steps: np.ndarray
+    losses: np.ndarray
+
+
+def read_losses(cells: Sequence[Cell]) -> dict[str, dict[str, LossCurve]]:
+    """Reads the losses of the cells that were trained, by stage and variant, at the steps that all seeds logged."""
+    logged: dict[str, dict[str, list[dict[int, float]]]] = {}
+    for cell in cells:
+        if cell.source_run is None:
+            for stage in cell.study.resolve_stages(cell.variant, cell.seed):
+                lines = map(parse_json, (cell.folder / stage.name / "metrics.jsonl").read_bytes().splitlines())
+                losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+                logged.setdefault(stage.name, {}).setdefault(cell.variant.name, []).append(losses)
+    curves = {stage: {name: _align(seeds) for name, seeds in by_name.items()} for stage, by_name in logged.items()}
+    found = {
+        stage: {name: curve for name, curve in by_name.items() if curve.steps.size} for stage, by_name in curves.items()
+    }
+    return {stage: by_name for stage, by_name in found.items() if by_name}
+
+
+def _align(seeds: Sequence[dict[int, float]]) -> LossCurve:
+    steps = sorted(set.intersection(*map(set, seeds)))
+    return LossCurve(np.array(steps), np.array([[losses[step] for step in steps] for losses in seeds]))

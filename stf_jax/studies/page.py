@@ -37,7 +37,10 @@ class Code:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table; the first ``text_columns`` columns are left-aligned text, the others right-aligned numbers."""
+    """A table; the first ``text_columns`` columns are left-aligned text, the others right-aligned numbers.
+
+    Line breaks in cells are kept.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -72,45 +75,48 @@ def render_markdown(title: str, blocks: Sequence[Block]) -> str:
             case Table(header, rows, text_columns):
                 lines.append("| " + " | ".join(header) + " |")
                 lines.append("|" + "---|" * text_columns + "--:|" * (len(header) - text_columns))
-                lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+                lines += ["| " + " | ".join(_escape_cell(cell) for cell in row) + " |" for row in rows]
             case Image(file, alt):
                 lines.append(f"![{alt}]({file.name})")
         lines.append("")
     return "\n".join(lines)
 
 
+def _escape_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", "<br>")
+
+
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid #d1d9e0; padding: .25rem .75rem; text-align: right; white-space: nowrap; }
-.text { text-align: left; white-space: normal; }
-pre { background: #f6f8fa; padding: .75rem; overflow-x: auto; }
-img { max-width: 100%; }
-div { overflow-x: auto; }
-"""
-
-
-# Added to interactive pages, which are also read on phones and in dark mode.
-_INTERACTIVE_STYLE = """
 :root { color-scheme: light dark; }
-body { color: light-dark(#1f2328, #e6edf3); background: light-dark(#ffffff, #0d1117); max-width: 72rem;
+body { font: 16px/1.5 system-ui, sans-serif; color: light-dark(#1f2328, #e6edf3);
+  background: light-dark(#ffffff, #0d1117); max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
   overflow-wrap: break-word; }
-th, td { border-color: light-dark(#d1d9e0, #3d444d); }
-pre { background: light-dark(#f6f8fa, #151b23); }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid light-dark(#d1d9e0, #3d444d); padding: .25rem .75rem; text-align: right;
+  white-space: nowrap; }
+.wide { font-size: .72rem; line-height: 1.3; }
+.wide th, .wide td { padding: .25rem; }
+.wide th { white-space: normal; }
+.text { text-align: left; white-space: normal; }
 .text:first-child { position: sticky; left: 0; background: light-dark(#ffffff, #0d1117); }
-th[aria-sort] { background: light-dark(#ddf4ff, #121d2f); }
 th.text { white-space: nowrap; }
+th[aria-sort] { background: light-dark(#ddf4ff, #121d2f); }
 th button { font: inherit; font-weight: bold; color: inherit; background: none; border: 0; padding: 0; cursor: pointer;
   text-align: inherit; }
 th button::after { content: " \\2195"; opacity: .5; }
 th[aria-sort=ascending] button::after { content: " \\2191"; opacity: 1; }
 th[aria-sort=descending] button::after { content: " \\2193"; opacity: 1; }
+pre { background: light-dark(#f6f8fa, #151b23); padding: .75rem; overflow-x: auto; }
+img { max-width: min(100%, 56rem); }
 svg { display: block; width: 100%; max-width: 40rem; height: auto; margin: 1rem 0; }
+div { overflow-x: auto; }
 """
+
+_WIDE = 8  # columns beyond which a table is set in small print
 
 # A click on a column's title sorts by its numbers, largest first, or by its texts; another click reverses the order.
 # Cells without a value stay at the end.
-_INTERACTIVE_SCRIPT = """
+_SCRIPT = """
 for (const table of document.querySelectorAll("table")) {
   const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
   heads.forEach((head, column) => {
@@ -138,13 +144,10 @@ for (const table of document.querySelectorAll("table")) {
 """
 
 
-def render_html(title: str, blocks: Sequence[Block], *, interactive: bool = False) -> str:
+def render_html(title: str, blocks: Sequence[Block]) -> str:
     """Renders a page as HTML that contains its images and needs no network.
 
-    Args:
-      title: the page's title.
-      blocks: the page's content.
-      interactive: tables can be sorted, and the page adapts to narrow screens and dark mode.
+    Tables can be sorted, and the page adapts to narrow screens and dark mode.
     """
     parts = []
     for block in blocks:
@@ -160,20 +163,18 @@ def render_html(title: str, blocks: Sequence[Block], *, interactive: bool = Fals
             case Table(header, rows, text_columns):
                 head = _render_row("th", header, text_columns)
                 body = "".join(f"<tr>{_render_row('td', row, text_columns)}</tr>" for row in rows)
-                parts.append(f"<div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
+                table = '<table class="wide">' if len(header) > _WIDE else "<table>"
+                parts.append(f"<div>{table}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
             case Image(file, alt) if file.suffix == ".svg":
                 parts.append(_render_svg(file.read_text(), alt))
             case Image(file, alt):
                 data = base64.b64encode(file.read_bytes()).decode()
                 parts.append(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
     title = html.escape(title)
-    viewport, style, script = "", _STYLE, ""
-    if interactive:
-        viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        style, script = _STYLE + _INTERACTIVE_STYLE, f"<script>{_INTERACTIVE_SCRIPT}</script>"
+    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">{viewport}<title>{title}</title>'
-        f"<style>{style}</style></head><body><h1>{title}</h1>{''.join(parts)}{script}</body></html>\n"
+        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{''.join(parts)}<script>{_SCRIPT}</script></body></html>\n"
     )
 
 
@@ -189,8 +190,8 @@ def _render_row(tag: str, row: Sequence[str], text_columns: int) -> str:
 
 
 def _render_inline(text: str) -> str:
-    """Escapes text and renders Markdown's ``code`` and **strong**."""
-    parts = html.escape(text).split("`")
+    """Escapes text and renders line breaks, and Markdown's ``code`` and **strong**."""
+    parts = html.escape(text).replace("\n", "<br>").split("`")
     with_code = "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
     parts = with_code.split("**")
     return "".join(f"<strong>{part}</strong>" if i % 2 else part for i, part in enumerate(parts))

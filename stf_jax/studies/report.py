@@ -15,8 +15,8 @@ from etils import epath
 
 from stf_jax.files import open_atomic, parse_json, write_json
 from stf_jax.studies import plots
-from stf_jax.studies.formatting import estimate_to_json, format_margin, format_signed, format_verdict
-from stf_jax.studies.outcomes import BLANK, Outcome
+from stf_jax.studies.formatting import estimate_to_json, format_margin, format_verdict
+from stf_jax.studies.outcomes import BLANK, LossCurve, Outcome
 from stf_jax.studies.page import Block, Code, Heading, Image, Items, Table, Text, render_html, render_markdown
 from stf_jax.studies.statistics import CONFIDENCE, POWER, Difference, Estimate, deviation, difference, mean
 from stf_jax.studies.study import Cell, Study, Variant
@@ -38,6 +38,7 @@ class Findings:
       spread: the standard deviation between seeds for each variant's first kind.
       differences: the difference of each other variant from the baseline, by kind.
       height_differences: the same by height.
+      losses: the training losses of each stage, by variant.
       costs: the cost of each variant (studies/cost.py).
     """
 
@@ -48,6 +49,7 @@ class Findings:
     spread: dict[str, Estimate]
     differences: dict[str, dict[str, Difference]]
     height_differences: dict[str, dict[int, Difference]]
+    losses: Mapping[str, Mapping[str, LossCurve]]
     costs: Mapping[str, Mapping[str, Any]]
 
     @property
@@ -60,7 +62,12 @@ class Findings:
         return self.study.margin if kind == self.kinds[0] else self.study.kind_margin
 
 
-def compute_findings(study: Study, outcomes: Mapping[str, Outcome], costs: Mapping[str, Mapping[str, Any]]) -> Findings:
+def compute_findings(
+    study: Study,
+    outcomes: Mapping[str, Outcome],
+    losses: Mapping[str, Mapping[str, LossCurve]],
+    costs: Mapping[str, Mapping[str, Any]],
+) -> Findings:
     """Computes the results of the variants whose runs are all finished."""
     scores = {name: outcome.scores for name, outcome in outcomes.items()}
     heights = {name: outcome.heights for name, outcome in outcomes.items()}
@@ -72,6 +79,7 @@ def compute_findings(study: Study, outcomes: Mapping[str, Outcome], costs: Mappi
         {name: deviation(next(iter(by_kind.values())).mean(1)) for name, by_kind in scores.items()},
         _differences_from(study.baseline, scores),
         _differences_from(study.baseline, heights),
+        losses,
         costs,
     )
 
@@ -159,7 +167,17 @@ def _quality_section(findings: Findings, images: Mapping[str, Image]) -> list[Bl
         for name, by_kind in findings.quality.items()
     ]
     header = ["", *(["image tokens"] if findings.costs else []), *findings.kinds, "deviation"]
-    return [Heading("Quality"), Text(text), Table(header, rows), *_existing(images, "quality", "kinds")]
+    blocks: list[Block] = [Heading("Quality"), Text(text), Table(header, rows), *_existing(images, "quality")]
+    if "kinds" in images:
+        blocks += [Text(_EXPLAIN_KINDS.format(findings.study.baseline)), images["kinds"]]
+    if "losses" in images:
+        blocks += [Text(f"Training loss, the mean over seeds; blue: {findings.study.baseline}."), images["losses"]]
+    return blocks
+
+
+_EXPLAIN_KINDS = (
+    "Correct answers by kind. Colors are differences from {0}: red is worse, blue is better, and white is within noise."
+)
 
 
 def _heights_section(findings: Findings, images: Mapping[str, Image]) -> list[Block]:
@@ -167,13 +185,17 @@ def _heights_section(findings: Findings, images: Mapping[str, Image]) -> list[Bl
         "Correct answers in percent to questions about printed text, by the height of its capitals in pixels: the mean "
         f"over seeds ± half of Student's {CONFIDENCE:.0%} interval."
     )
+    explain_plot = (
+        f"Black: the variant; blue: {findings.study.baseline}; gray: the others. Filled points differ from "
+        f"{findings.study.baseline} by more than noise."
+    )
     heights = list(next(iter(findings.heights.values())))
     rows = [
         [_bold_baseline(name, findings.study), *(_format_mean(by_height[height]) for height in heights)]
         for name, by_height in findings.heights.items()
     ]
     table = Table(["", *(f"{height} px" for height in heights)], rows)
-    return [Heading("By height of print"), Text(text), table, *_existing(images, "heights")]
+    return [Heading("By height of print"), Text(text), table, Text(explain_plot), images["heights"]]
 
 
 def _differences_section(findings: Findings, images: Mapping[str, Image]) -> list[Block]:
@@ -373,18 +395,18 @@ def _bold_baseline(name: str, study: Study) -> str:
 
 
 def _format_mean(estimate: Estimate) -> str:
-    half_width = "" if math.isnan(estimate.low) else f" ± {estimate.high - estimate.value:.1f}"
+    half_width = "" if math.isnan(estimate.low) else f"\n± {estimate.high - estimate.value:.1f}"
     return f"{estimate.value:.1f}{half_width}"
 
 
 def _format_interval(estimate: Estimate) -> str:
     if math.isnan(estimate.value):
         return ""
-    return f"{estimate.value:.1f} ({estimate.low:.1f} to {estimate.high:.1f})"
+    return f"{estimate.value:.1f}\n{estimate.low:.1f} to {estimate.high:.1f}"
 
 
 def _format_difference(result: Difference, margin: float) -> str:
     if math.isnan(result.low):
         return f"{result.value:+.1f}"
     mark = _EQUAL if result.within_margin(margin) else _INCONCLUSIVE if result.within_noise else ""
-    return f"{format_signed(result)}{mark}"
+    return f"{result.value:+.1f}{mark}\n{result.low:+.1f} to {result.high:+.1f}"

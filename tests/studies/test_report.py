@@ -15,12 +15,12 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from stf_jax.studies import plots, statistics
-from stf_jax.studies.outcomes import Outcome, read_outcomes
+from stf_jax.studies.outcomes import Outcome, read_losses, read_outcomes
 from stf_jax.studies.page import Code, Heading, Image, Items, Table, Text, render_html, render_markdown, strip_markup
 from stf_jax.studies.report import compute_findings, format_verdicts, write_report
 from stf_jax.studies.study import make_cells
 
-PLOTS = ("quality", "kinds", "differences", "cost")
+PLOTS = ("quality", "kinds", "losses", "differences", "cost")
 
 
 class PageParser(html.parser.HTMLParser):
@@ -35,14 +35,15 @@ class PageParser(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.references += [value for key, value in attrs if key in ("src", "href", "srcset", "data", "action")]
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text += data
+        if self.open[-1:] != ["script"]:
+            self.text += data
 
 
 def make_scores(seeds=3, questions=200, **shares):
@@ -58,7 +59,7 @@ def make_scores(seeds=3, questions=200, **shares):
 def make_findings(scores, costs=None, **changes):
     seeds = tuple(range(len(next(iter(next(iter(scores.values())).values())))))
     outcomes = {name: Outcome(by_kind) for name, by_kind in scores.items()}
-    return compute_findings(make_study.study(seeds=seeds, **changes), outcomes, costs or {})
+    return compute_findings(make_study.study(seeds=seeds, **changes), outcomes, {}, costs or {})
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def written(tmp_path_factory):
     failed = {cell: error for cell in cells if cell.variant.name == "avg_pool" and cell.seed == 1}
     outcomes = read_outcomes(done)
     costs = {name: json.loads((out / "cells" / name / "seed_0" / "cost.json").read_text()) for name in outcomes}
-    findings = compute_findings(study, outcomes, costs)
+    findings = compute_findings(study, outcomes, read_losses(done), costs)
     write_report(findings, done, failed, "python -m stf_jax.ablate --config=x --out='a b'", out)
     return out, findings, done
 
@@ -98,7 +99,7 @@ def test_the_html_page_is_self_contained(written):
     assert len(page.references) == len(PLOTS)
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     assert "url(" not in (out / "report.html").read_text()
-    assert set(page.tags).isdisjoint(["script", "link", "b", "fusions"])  # names and logs are escaped
+    assert set(page.tags).isdisjoint(["link", "b", "fusions"])  # names and logs are escaped
     assert page.text.count("Two <fusions> & a baseline") == 2
     assert "error: <b>x</b> & more" in page.text
     assert "*" not in page.text
@@ -145,7 +146,7 @@ def test_its_values_match_the_answers(written):
     assert figures["deviation"]["stf"]["value"] == pytest.approx(np.std(stf, ddof=1))
     assert figures["cost"] == findings.costs
     row = next(line for line in (out / "report.md").read_text().splitlines() if line.startswith("| stf | 36 |"))
-    assert row.split("|")[3].strip().startswith(f"{np.mean(stf):.1f} ± ")
+    assert row.split("|")[3].strip().startswith(f"{np.mean(stf):.1f}<br>± ")
 
 
 def test_a_variant_that_does_not_train_has_no_step_cost(written):
@@ -207,12 +208,12 @@ def test_a_repeated_variant_is_a_control(fewer_resamples, tmp_path):
     cells = make_cells(study, tmp_path)
     for cell in cells:
         make_study.finish(cell, share=0.5, questions=200)
-    verdicts = format_verdicts(compute_findings(study, read_outcomes(cells), {}))
+    verdicts = format_verdicts(compute_findings(study, read_outcomes(cells), {}, {}))
     assert verdicts[-1] == "Control: again is mlp with other seeds; no difference is significant."
     for cell in cells:
         if cell.variant.name == "again":
             make_study.finish(cell, share=0.9, questions=200)
-    verdicts = format_verdicts(compute_findings(study, read_outcomes(cells), {}))
+    verdicts = format_verdicts(compute_findings(study, read_outcomes(cells), {}, {}))
     assert re.fullmatch("Control: again is mlp with other seeds; by chance they differ in all, .*", verdicts[-1])
 
 
@@ -224,7 +225,7 @@ def test_scores_by_height_are_drawn_and_listed(tmp_path):
         luck = np.random.default_rng(0).random((2, 100))
         heights = {height: 100.0 * (luck < share) for height, share in zip((5, 22), shares, strict=True)}
         outcomes[name] = Outcome({"all": np.concatenate(list(heights.values()), axis=1)}, heights)
-    findings = compute_findings(study, outcomes, {})
+    findings = compute_findings(study, outcomes, {}, {})
     write_report(findings, cells, {}, "command", tmp_path)
     assert "| stf | " in (tmp_path / "report.md").read_text().partition("## By height of print")[2].partition("##")[0]
     figures = json.loads((tmp_path / "report.json").read_text())
@@ -232,9 +233,39 @@ def test_scores_by_height_are_drawn_and_listed(tmp_path):
     expected = outcomes["stf"].heights[5].mean() - outcomes["mlp"].heights[5].mean()
     assert figures["height_differences"]["stf"]["5"]["value"] == pytest.approx(expected)
     (axes,) = plots._draw_heights(findings).axes
-    assert [line.get_text() for line in axes.get_legend().get_texts()] == ["mlp", "stf"]
+    assert axes.get_title() == "stf"
+    curves = [line.get_ydata().tolist() for line in axes.lines if len(line.get_xdata()) == 2]
+    for name in ("mlp", "stf"):
+        assert [estimate.value for estimate in findings.heights[name].values()] in curves
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["5", "22"]
     assert (tmp_path / "heights.png").exists()
+
+
+def test_losses_are_read_at_the_steps_of_all_seeds(tmp_path):
+    cells = make_cells(make_study.study(), tmp_path)
+    for cell in cells:
+        make_study.finish(cell)
+    with (cells[0].folder / "finetune" / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 4, "loss": 1.0}\n{"step": 6, "seconds": 3.0}\n')
+    losses = read_losses(cells)
+    assert list(losses) == ["pretrain", "finetune"]
+    assert all(list(by_variant) == ["mlp", "stf"] for by_variant in losses.values())  # fastv trains nothing
+    curve = losses["finetune"]["mlp"]
+    assert curve.steps.tolist() == [2]
+    assert curve.losses.tolist() == [[1.5], [2.5]]
+
+
+def test_colors_of_kinds_are_differences_beyond_noise():
+    scores = make_scores(mlp=0.5, worse=0.2, same=0.5)
+    scores["same"]["all"] = np.random.default_rng(1).permuted(scores["same"]["all"], axis=1)
+    variants = tuple((name, ("model.fusion.fusion=mlp",)) for name in scores)
+    findings = make_findings(scores, variants=variants, asked=())
+    (axes,) = plots._draw_kinds(findings).axes
+    assert [text.get_text() for text in axes.texts] == [
+        f"{findings.quality[name]['count'].value:.0f}" for name in scores
+    ]
+    colors = axes.images[0].get_array()
+    assert colors[:, 0].tolist() == [0, findings.differences["worse"]["count"].value, 0]
 
 
 def test_one_seed_with_one_value_has_no_noise_estimate():
