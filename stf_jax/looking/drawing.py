@@ -10,7 +10,8 @@ from stf_jax.looking.look import Look
 
 _PNG_SIDE = 480  # pixels, at least
 _ACCENT = (214, 0, 110)  # of what a map shows, as in page.css
-_FADED = 0.5  # of the image's contrast beneath a map
+_FADED = 0.6  # of the image's contrast beneath a map
+_STRONGEST = 0.5  # opacity of a map, so that letters stay legible beneath it
 
 
 def to_shares(values: np.ndarray) -> np.ndarray:
@@ -54,7 +55,7 @@ def _draw(look: Look, values: np.ndarray, shown: np.ndarray) -> PIL.Image.Image:
     pixels = np.asarray(PIL.Image.fromarray(look.pixels).resize(size, PIL.Image.Resampling.NEAREST), np.float64)
     gray = 128 + _FADED * (pixels.mean(-1, keepdims=True) - 128)
     pixels = np.where(enlarge(shown), pixels, gray)
-    alpha = 0.7 * enlarge(values)
+    alpha = _STRONGEST * enlarge(values)
     pixels = pixels * (1 - alpha) + np.array(_ACCENT) * alpha
     own = find_owners(look).reshape(rows, columns)
     below, right = own[1:] != own[:-1], own[:, 1:] != own[:, :-1]

@@ -140,7 +140,7 @@ function paint(canvas, method, values, selected) {
   context.fillStyle = "#808080";
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.filter = "grayscale(1)";
-  context.globalAlpha = .5;
+  context.globalAlpha = .6;
   const size = [method.bitmap.naturalWidth / columns, method.bitmap.naturalHeight / rows].map(Math.floor);
   context.drawImage(method.bitmap, 0, 0, size[0] * columns, size[1] * rows, 0, 0, canvas.width, canvas.height);
   context.filter = "none";
@@ -152,7 +152,7 @@ function paint(canvas, method, values, selected) {
       context.globalAlpha = 1;  // what reaches the last layer keeps its colors
       context.drawImage(method.bitmap, x * size[0], y * size[1], size[0], size[1], ...box);
     }
-    context.globalAlpha = (selected ? .45 : .7) * values[p];
+    context.globalAlpha = (selected ? .45 : .5) * values[p];
     context.fillStyle = accent;
     context.fillRect(...box);
   }
