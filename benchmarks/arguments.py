@@ -95,6 +95,22 @@ def plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-mark", action="store_true", help="skip the comparison with MaxText")
 
 
+def serve(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of :mod:`benchmarks.serve`."""
+    parser.add_argument(
+        "exports", nargs="*", type=local_path, metavar="EXPORT",
+        help="exports to serve, the first of which the others are compared with (default: two with random weights)",
+    )  # fmt: skip
+    parser.add_argument("--llm", default="smollm2-135m", help="language model preset, random weights (%(default)s)")
+    parser.add_argument("--vision", default="clip-mini-16-384", help="vision tower preset, a cheap one (%(default)s)")
+    parser.add_argument("--in-flight", default="1,8,32", help="requests at a time (%(default)s)")
+    parser.add_argument("--requests", type=int, default=32, help="requests for each number in flight (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens per request (%(default)s)")
+    parser.add_argument(
+        "--precision", choices=["float32", "bfloat16"], default="float32", help="of weights and compute (%(default)s)"
+    )
+
+
 def sources(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of :mod:`benchmarks.sources`."""
     parser.add_argument("--images", type=int, default=384, help="JPEG files in each source (%(default)s)")

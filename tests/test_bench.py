@@ -1,14 +1,18 @@
 """The benchmarks run, print the figures they write, and measure what they claim; no test depends on time."""
 
 import argparse
+import contextlib
+import http.server
 import json
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 import tiny  # noqa: F401 (its presets)
 
-from benchmarks import arguments, cost, decode, flops, idle, process, step
+from benchmarks import arguments, cost, decode, flops, idle, process, serve, step
 from benchmarks.mixture import SOURCES, jpegs, lengths
 from benchmarks.synthetic import make_export
 from stf_jax.bench import main
@@ -137,6 +141,67 @@ def test_step_compares_programs_within_a_round(monkeypatch):
     ours, small = rows["pretrain, ours"], rows["finetune, ours, small pages"]
     assert (ours["times_torch"], ours["least"], ours["most"], ours["step_ms"], ours["gib"]) == (1.5, 1.5, 1.5, 10, 2.0)
     assert (small["times_torch"], small["step_ms"]) == (0.75, 40)
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch, tmp_path):
+    """A server that streams tokens as vLLM does, more slowly for a longer prompt, instead of vLLM's; its requests."""
+    requests, waiting = [], []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append(body)
+            waiting.append(None)
+            time.sleep(0.05)  # all that are in flight are here
+            body["at_once"] = len(waiting)
+            time.sleep(0.05)
+            waiting.pop()
+            self.send_response(200)
+            self.end_headers()
+            usage = {"prompt_tokens": 640 if "mlp" in body["model"] else 160, "completion_tokens": body["max_tokens"]}
+            for event in (*[{"choices": [{}]}] * body["max_tokens"], {"choices": [], "usage": usage}):
+                self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            self.wfile.write(b"data: [DONE]\n\n")
+
+        def log_message(self, *_):
+            pass
+
+    @contextlib.contextmanager
+    def serve_fake(python, export, dtype, max_length, max_images, options):
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            threading.Thread(target=server.serve_forever).start()
+            yield server.server_port
+            server.shutdown()
+
+    monkeypatch.setattr(serve, "serve", serve_fake)
+    monkeypatch.setattr(serve, "_PYTHON", tmp_path)
+    return requests
+
+
+def test_serve_posts_the_same_load_to_each_export(fake_vllm, tmp_path):
+    text_config = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}
+    exports = [tmp_path / name for name in ("mlp", "mbtf_stf")]
+    for export in exports:
+        export.mkdir()
+        (export / "config.json").write_text(json.dumps({"text_config": text_config}))
+    file = tmp_path / "figures.json"
+    options = ["--in-flight=1,4", "--requests=4", "--tokens=3", f"--json={file}"]
+    assert run_command(main, ["serve", *map(str, exports), *options]) == 0
+    rows = json.loads(file.read_text())
+    assert [(row["what"], row["in_flight"]) for row in rows] == [
+        ("mlp", 1), ("mlp", 4), ("mbtf_stf", 1), ("mbtf_stf", 4)
+    ]  # fmt: skip
+    halves = [[body for body in fake_vllm if body["model"].endswith(f"/{name}")] for name in ("mlp", "mbtf_stf")]
+    for bodies in halves:
+        assert [body["at_once"] for body in bodies] == [1] * 5 + [4] * 4  # a warm-up, then both loads
+    first, second = ([json.dumps(body["messages"]) for body in bodies] for bodies in halves)
+    assert sorted(first) == sorted(second)
+    assert len(set(first)) == 5  # every request of a load has an image of its own
+    per_token = 2 * 4 * 2 * 8 * 4  # bytes of keys and values: layers, heads, width of a head, float32
+    assert [row["kv_cache_mib"] for row in rows[::2]] == [643 * per_token / 2**20, 163 * per_token / 2**20]
+    for slow, fast in zip(rows[:2], rows[2:], strict=True):
+        assert fast["times_first"] == pytest.approx(fast["requests_per_second"] / slow["requests_per_second"])
 
 
 def test_fusion(tmp_path, capsys):
@@ -276,6 +341,7 @@ def test_the_mixture_has_its_documented_statistics():
         (["fusion", "--batch=0"], "--batch must be at least 1"),
         (["flops", "--text=a"], "--text=a must be comma-separated integers"),
         (["flops", "--text=-1"], "--text must not be negative"),
+        (["serve", "--in-flight=0"], "--in-flight, --requests and --tokens must be at least 1"),
         (["step", "--rows=0"], "--rows, --steps and --rounds must be at least 1"),
         (["cost", "--layers=2,1"], "--layers=2,1 must be two numbers, the smaller first"),
         (["cost", "--batches=0"], "--batches=0 must be at least 1"),

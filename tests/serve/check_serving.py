@@ -55,7 +55,7 @@ def served(tmp_path_factory, sentencepiece_model):
             export_hf(model, folder / "export")
         expected[case] = _answer_in_jax(model, folder, case, limit)
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment |= {"HF_MODULES_CACHE": str(root / "modules")}
+    environment |= {"HF_MODULES_CACHE": str(root / "modules"), "PYTHONPATH": str(ROOT)}
     python = ROOT / ".venv-serve" / "bin" / "python"
     for method in METHODS:
         command = [python, pathlib.Path(__file__).with_name("ask.py"), method, *(root / case for case in expected)]
