@@ -35,7 +35,19 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--filter", default="", help="keep rows and texts with such ratings, such as relevance>=4")
     parser.add_argument("--out", type=path_text, required=True, metavar="DIR", help="folder of the prepared data set")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one per core: %(default)s)")
+    parser.add_argument("--workers", type=int, help=f"processes (default: one per core, {os.cpu_count()})")
+    parser.add_argument(
+        "--runner",
+        default="",
+        metavar="NAME",
+        help="make the shards by this runner of Apache Beam, such as DataflowRunner",
+    )
+    parser.add_argument(
+        "--beam-options",
+        default="",
+        metavar="OPTIONS",
+        help="options of the runner: '--project=mine --region=us-west1'",
+    )
     parser.add_argument("--limit", type=int, default=0, help="read only the first N rows (default: all)")
     parser.add_argument(
         "--max-side", type=int, default=0, help="shrink longer sides to N pixels (default: keep images)"
@@ -50,6 +62,11 @@ def main(argv: list[str]) -> None:
         "--max-length", type=int, default=2048, help="drop rows with more tokens (%(default)s); 0: keep all"
     )
     options = parser.parse_args(argv)
+    if options.workers is not None and options.runner:
+        raise UserError("--workers is for processes of this machine; set the workers of --runner by --beam-options.")
+    if options.beam_options and not options.runner:
+        raise UserError("--beam-options has no effect without --runner.")
+    options.workers = os.cpu_count() if options.workers is None else options.workers
     for name, minimum in {"workers": 1, "limit": 0, "max_side": 0, "image_tokens": 1, "max_length": 0}.items():
         if getattr(options, name) < minimum:
             raise UserError(f"--{name.replace('_', '-')} must be at least {minimum}.")

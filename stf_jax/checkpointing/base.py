@@ -5,7 +5,7 @@ They are read from there as they were at the start, and every one is compared wi
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from stf_jax.checkpointing.checksum import checksum as device_checksum
-from stf_jax.checkpointing.checksum import host_checksum
+from stf_jax.checkpointing.checksum import compute_checksum, host_checksum
 from stf_jax.config import UserError
 from stf_jax.files import read_json, write_json
 from stf_jax.models.quantized import quantize, scale_path
@@ -117,7 +116,6 @@ class BasedParams:
 
         Raises UserError if one is damaged, or not as it was.
         """
-        checksum: Callable[[jax.Array], jax.Array] = jax.jit(device_checksum)
         kernels = {path: self._kernel_of.get(path, path) for path in shardings if path in self._base.shapes}
         wanted = {kernel: shardings.get(kernel, shardings[path]) for path, kernel in kernels.items()}
         saved = self._saved.restore({path: sharding for path, sharding in shardings.items() if path not in kernels})
@@ -129,7 +127,7 @@ class BasedParams:
             if path not in pending:
                 pending |= self._convert(*next(based), shardings)
             value = pending.pop(path)
-            self._verify(path, int(checksum(value)))
+            self._verify(path, compute_checksum(value))
             yield path, value
 
     def _convert(

@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from stf_jax.checkpointing.checksum import checksum
+from stf_jax.checkpointing.checksum import checksum, host_checksum, is_quick_on_host
 from stf_jax.config import TryAgain, UserError, short_message
 from stf_jax.files import in_bucket
 
@@ -86,10 +87,13 @@ def compute_sums(trees: Trees) -> tuple[dict[str, int], list[str]]:
         for name, tree in trees.items()
         for path, leaf in jax.tree.leaves_with_path(tree)
     }
-    mesh = next((leaf.sharding.mesh for leaf in arrays.values() if isinstance(leaf.sharding, NamedSharding)), None)
-    found = jax.device_get(_compiled_sums(None if mesh is None else NamedSharding(mesh, PartitionSpec()))(arrays))
+    small = {name: jax.device_get(leaf) for name, leaf in arrays.items() if is_quick_on_host(leaf)}
+    found = {name: (host_checksum(leaf), np.isfinite(leaf).all()) for name, leaf in small.items()}
+    if large := {name: leaf for name, leaf in arrays.items() if name not in small}:
+        mesh = next((leaf.sharding.mesh for leaf in large.values() if isinstance(leaf.sharding, NamedSharding)), None)
+        found |= jax.device_get(_compiled_sums(None if mesh is None else NamedSharding(mesh, PartitionSpec()))(large))
     not_finite = [name for name, (_, finite) in found.items() if not finite and not name.startswith("frozen/")]
-    return {name: int(value) for name, (value, _) in found.items()}, not_finite
+    return {name: int(found[name][0]) for name in arrays}, not_finite
 
 
 @functools.cache

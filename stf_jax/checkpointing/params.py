@@ -13,8 +13,7 @@ import orbax.checkpoint.experimental.v1 as v1
 from etils import epath
 
 from stf_jax.checkpointing.base import BASE, Base, read_base
-from stf_jax.checkpointing.checksum import checksum as device_checksum
-from stf_jax.checkpointing.checksum import host_checksum
+from stf_jax.checkpointing.checksum import compute_checksum, host_checksum
 from stf_jax.checkpointing.frozen import FROZEN
 from stf_jax.checkpointing.items import IO_ERRORS, crc, error_reason, read_shapes, read_sums, to_absolute
 from stf_jax.checkpointing.renames import current_paths
@@ -135,7 +134,7 @@ class SavedParams:
         reader: ocp.PyTreeCheckpointer,
         path: str,
         restore_args: ocp.RestoreArgs,
-        checksum: Callable[[_Array], int | jax.Array],
+        checksum: Callable[[_Array], int],
     ) -> _Array:
         saved = self._saved_path[path]
         args = ocp.args.PyTreeRestore(
@@ -150,7 +149,7 @@ class SavedParams:
                 f"{self._item_of[path]}: parameter {path} cannot be read ({error_reason(error)}); {self._remedy()}."
             ) from None
         written = self._sums.get(f"{self._item_of[path].name}/{saved}")
-        if written is not None and int(checksum(value)) != written:
+        if written is not None and checksum(value) != written:
             raise UserError(
                 f"{self._item_of[path]} is damaged: parameter {path} does not match its checksum; {self._remedy()}."
             )
@@ -161,10 +160,9 @@ class SavedParams:
 
         Raises UserError if one is damaged.
         """
-        checksum: Callable[[jax.Array], jax.Array] = jax.jit(device_checksum)
         with ocp.PyTreeCheckpointer() as reader:
             for path, sharding in shardings.items():
-                yield path, self._read(reader, path, ocp.ArrayRestoreArgs(sharding=sharding), checksum)
+                yield path, self._read(reader, path, ocp.ArrayRestoreArgs(sharding=sharding), compute_checksum)
 
 
 def newest_step(workdir: epath.Path) -> int | None:

@@ -1,8 +1,8 @@
 """Checks annotations and images row by row and writes a TFDS data set of ArrayRecord shards.
 
-Rows are assigned to shards in the order of the files. Worker processes check and write one shard each. A shard gets its
-final name when it is complete, with a note of what was kept and dropped, so an interrupted run continues with the
-missing shards. ``dataset_info.json`` is written last: the data set is finished when it exists.
+Rows are assigned to shards in the order of the files. Worker processes, here or of a Beam runner, check and write one
+shard each. A shard gets its final name when it is complete, with a note of what was kept and dropped, so an interrupted
+run continues with the missing shards. ``dataset_info.json`` is written last: the data set is finished when it exists.
 """
 
 import collections
@@ -22,7 +22,7 @@ import pathlib
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,8 @@ class Options:
     filter: str = ""  # of ratings (ratings.py)
     strict: bool = False  # stop at the first row that would be dropped
     shard_rows: int = 8192  # rows of the annotations per shard; a reader keeps a file and two threads open per shard
+    runner: str = ""  # of Apache Beam, whose workers make the shards; empty: processes of this machine
+    beam_options: str = ""  # of the runner
 
 
 def make_features() -> tfds.features.FeaturesDict:
@@ -191,24 +193,50 @@ def _read_row(rows: Rows, index: int) -> Any:
     return rows[index]
 
 
+_Source = list[Any] | Rows  # a JSON file's rows, or a container whose rows are read one by one
+
+
+def _open_sources(options: Options) -> list[_Source]:
+    containers = {name: open_container(name) for name in options.annotations}
+    return [
+        list(read_rows(to_path(name))) if container is None else container for name, container in containers.items()
+    ]
+
+
+def _read_shard(options: Options, sources: Sequence[_Source], shard: int) -> list[_NumberedRow]:
+    """Returns a shard's rows, numbered as :func:`_read_rows` does."""
+    start, end = shard * options.shard_rows, (shard + 1) * options.shard_rows
+    end = min(end, options.limit or end)
+    rows: list[_NumberedRow] = []
+    for name, source in zip(options.annotations, sources, strict=True):
+        for i in range(max(start, 0), min(end, len(source))):
+            if isinstance(source, list):
+                rows.append((name, i, source[i]))
+            else:
+                rows.append((*source.locate(i), functools.partial(_read_row, source, i)))
+        start, end = start - len(source), end - len(source)
+    return rows
+
+
 def _make_shards(options: Options, shards: int, notes: epath.Path) -> None:
-    """Makes the shards that have no note yet, in worker processes."""
-    missing = [not (notes / f"{shard:05}.json").exists() for shard in range(shards)]
-    rows = _read_rows(options)
-    chunks = ((shard, list(itertools.islice(rows, options.shard_rows))) for shard in range(shards))
-    todo = ((shard, chunk) for shard, chunk in chunks if missing[shard])
-    bar = tqdm.tqdm(total=shards, initial=shards - sum(missing), desc="checking", unit="shard", delay=2)
+    """Makes the shards that have no note yet, in worker processes or by Beam."""
+    missing = [shard for shard in range(shards) if not (notes / f"{shard:05}.json").exists()]
+    if options.runner:
+        _make_shards_by_beam(options, shards, missing, notes)
+        return
+    sources = _open_sources(options)
+    bar = tqdm.tqdm(total=shards, initial=shards - len(missing), desc="checking", unit="shard", delay=2)
     # Spawn, because forked processes would inherit locks that threads of this process hold.
     context = multiprocessing.get_context("spawn")
-    workers, stop = max(1, min(options.workers, sum(missing))), context.RawValue(ctypes.c_bool, False)
+    workers, stop = max(1, min(options.workers, len(missing))), context.RawValue(ctypes.c_bool, False)
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (stop,))
     pending: set[concurrent.futures.Future[None]] = set()
     # A KeyboardInterrupt inside the pool's own code could leave its locks held, and the pool would never end.
     old_handler = signal.signal(signal.SIGINT, lambda *_: setattr(stop, "value", True))
     try:
         with bar:
-            for shard, chunk in todo:
-                pending.add(pool.submit(_make_shard, options, shards, shard, chunk))
+            for shard in missing:
+                pending.add(pool.submit(_make_shard, options, shards, shard, _read_shard(options, sources, shard)))
                 if len(pending) >= 2 * workers:  # limits the rows in memory
                     pending = _wait_for_one(pending, bar)
             while pending:
@@ -237,6 +265,16 @@ def _wait_for_one(
     return pending
 
 
+def _make_shards_by_beam(options: Options, shards: int, missing: Sequence[int], notes: epath.Path) -> None:
+    from stf_jax.data.beam import run_pipeline  # needs a package that the other way does not
+
+    for file in notes.glob("*.error"):
+        file.unlink()
+    run_pipeline(functools.partial(_make_shard_by_beam, options, shards), missing, options.runner, options.beam_options)
+    for file in sorted(notes.glob("*.error")):
+        raise UserError(file.read_text())
+
+
 # ---- In a worker process ---------------------------------------------------------------------------------------------
 
 
@@ -260,7 +298,20 @@ def _exit_with_parent() -> None:
 
 
 def _make_shard(options: Options, shards: int, shard: int, rows: Sequence[_NumberedRow]) -> None:
-    _get_worker(options, shards).make_shard(shard, rows)
+    _get_worker(options, shards).make_shard(shard, rows, lambda: _stop.value)
+
+
+def _make_shard_by_beam(options: Options, shards: int, shard: int) -> None:
+    rows = _read_shard(options, _get_sources(options), shard)
+    try:
+        _get_worker(options, shards).make_shard(shard, rows, lambda: False)
+    except UserError as error:  # a runner would wrap it in traces of its own, and try again
+        (to_path(options.out) / NOTES / f"{shard:05}.error").write_text(str(error))
+
+
+@functools.cache
+def _get_sources(options: Options) -> list[_Source]:
+    return _open_sources(options)
 
 
 @functools.cache
@@ -275,7 +326,7 @@ class _Worker:
         self._images, self._out = to_path(options.images) if options.images else None, to_path(options.out)
         self._filter = Filter(options.filter)
 
-    def make_shard(self, shard: int, rows: Sequence[_NumberedRow]) -> None:
+    def make_shard(self, shard: int, rows: Sequence[_NumberedRow], should_stop: Callable[[], bool]) -> None:
         """Writes a shard and its note."""
         lists = ("kept", "dropped", "tokens", "sizes", "formats", "ids", "unread")
         note: dict[str, Any] = {key: [] for key in lists} | {"bytes": 0, "filtered": 0}
@@ -285,7 +336,7 @@ class _Worker:
             writer = ArrayRecordWriter(str(local), "group_size:1")
             try:
                 for file, index, row in rows:
-                    if _stop.value:
+                    if should_stop():
                         raise InterruptedError
                     where, row_id = f"row {index} of {file}", ""
                     try:
@@ -386,14 +437,26 @@ def _shrink(image: PIL.Image.Image, side: int) -> bytes:
 
 def _finish(options: Options, plan: dict[str, Any], out: epath.Path, notes: epath.Path) -> Report:
     """Writes the report, the rows and, last, TFDS's description; then removes the notes."""
-    shards = [json.loads((notes / f"{shard:05}.json").read_text()) for shard in range(plan["shards"])]
-    dropped = [row for note in shards for row in note["dropped"]]
-    ids = collections.Counter(row_id for note in shards for row_id in note["ids"])
-    tokens = np.array([count for note in shards for count in note["tokens"]], np.int64)
-    sizes = np.array([size for note in shards for size in note["sizes"]], np.int64).reshape(-1, 2)
-    kept = sum(len(note["kept"]) for note in shards)
+    # Read twice, because the rows of a large set would not fit in memory.
+    read_notes = functools.partial(map, read_json, [notes / f"{shard:05}.json" for shard in range(plan["shards"])])
+    dropped: list[dict[str, Any]] = []
+    ids, unread, formats = (collections.Counter[str]() for _ in range(3))
+    shard_tokens, shard_sizes = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int64)]
+    lengths, bytes_written, filtered, text_only = [], 0, 0, 0
+    for note in read_notes():
+        dropped += note["dropped"]
+        ids.update(note["ids"])
+        unread.update(note.get("unread", ()))
+        formats.update(note["formats"])
+        shard_tokens.append(np.array(note["tokens"], np.int64))
+        shard_sizes.append(np.array(note["sizes"], np.int64).reshape(-1, 2))
+        lengths.append(len(note["kept"]))
+        bytes_written += note["bytes"]
+        filtered += note.get("filtered", 0)  # older versions wrote none
+        text_only += sum("image" not in row for row in note["kept"])
+    tokens, sizes, kept = np.concatenate(shard_tokens), np.concatenate(shard_sizes), sum(lengths)
     counts = collections.Counter(row["reason"] for row in dropped)
-    counts["filtered"] = sum(note.get("filtered", 0) for note in shards)  # older versions wrote none
+    counts["filtered"] = filtered
     estimated = f"estimated at {_BYTES_PER_TOKEN} bytes of text per token (give --tokenizer to count)"
     report = Report(
         {
@@ -402,12 +465,10 @@ def _finish(options: Options, plan: dict[str, Any], out: epath.Path, notes: epat
             "rows_dropped": {reason: counts[reason] for reason in {**REASONS, **counts} if counts[reason]},
             "dropped": dropped,
             "duplicate_ids": sorted(shorten(row_id) for row_id, count in ids.items() if row_id and count > 1),
-            "not_read": dict(
-                collections.Counter(key for note in shards for key in note.get("unread", ())).most_common()
-            ),
-            "text_only_rows": sum("image" not in row for note in shards for row in note["kept"]),
+            "not_read": dict(unread.most_common()),
+            "text_only_rows": text_only,
             "images": len(sizes),
-            "image_formats": dict(collections.Counter(name for note in shards for name in note["formats"])),
+            "image_formats": dict(formats),
             "image_sides": _summarize(sizes.max(axis=1)) if len(sizes) else {},
             "tokens": _summarize(tokens),
             "tokens_are": f"counted by {options.tokenizer}" if options.tokenizer else estimated,
@@ -421,12 +482,12 @@ def _finish(options: Options, plan: dict[str, Any], out: epath.Path, notes: epat
         raise UserError(f"No row can be used: {report.reasons()}; {REPORT} in {options.out} lists them all.")
     with open_atomic(out / KEPT) as file:
         file.write("[")
-        for i, row in enumerate(row for note in shards for row in note["kept"]):
+        for i, row in enumerate(row for note in read_notes() for row in note["kept"]):
             file.write((",\n" if i else "\n") + json.dumps(row, ensure_ascii=False))
         file.write("\n]\n")
     draw_histograms(tokens, sizes, out / HISTOGRAMS)
     write_json(out / REPORT, report.values)
-    _write_metadata(out, [len(note["kept"]) for note in shards], sum(note["bytes"] for note in shards))
+    _write_metadata(out, lengths, bytes_written)
     notes.rmtree()
     return report
 

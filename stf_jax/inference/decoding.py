@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stf_jax.checkpointing.checksum import checksum
+from stf_jax.checkpointing.checksum import checksum, host_checksum, is_quick_on_host
 from stf_jax.models.blueprint import Blueprint
 from stf_jax.models.decoders.transformer import Cache
 from stf_jax.models.layers import shard_rows
@@ -109,6 +109,9 @@ def split_layers(
     """
     is_stacked = path.startswith(BLOCKS)
     sharding = NamedSharding(mesh, PartitionSpec(*spec[int(is_stacked) :]))
+    if is_quick_on_host(value):
+        host = jax.device_get(value).astype(dtype)
+        return jax.device_put(tuple(host) if is_stacked else host, sharding), host_checksum(host)
     converted, total = _compile_split(dtype, sharding, is_stacked)(value)
     return converted, int(total)
 

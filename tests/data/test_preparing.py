@@ -71,6 +71,35 @@ def test_bad_rows_are_dropped_for_the_right_reason(data, prepared):
     assert values["text_only_rows"] == ROWS // 16
 
 
+def test_a_beam_pipeline_makes_the_same_data_set(data, prepared, tmp_path):
+    out = tmp_path / "mine" / "1.0.0"
+    beam = options(data[0], out, tokenizer="miniature", image_tokens=9, runner="DirectRunner")
+    assert prepare(beam).values == prepared[1].values
+    assert {file.name for file in out.iterdir()} == {file.name for file in prepared[0].iterdir()}
+    for name in ("report.json", "kept.json", "dataset_info.json", "features.json"):
+        assert (out / name).read_bytes() == (prepared[0] / name).read_bytes()
+    sources = (tfds.builder_from_directory(path).as_data_source("train") for path in (out, prepared[0]))
+    for example, reference in zip(*sources, strict=True):
+        assert (example["id"], example["images"]) == (reference["id"], reference["images"])
+    ends = [prepare(options(data[0], tmp_path / f"to-{name}", limit=21, runner=name)) for name in ("", "DirectRunner")]
+    assert ends[0].values == ends[1].values
+
+
+def test_a_beam_pipeline_resumes_and_is_strict(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [f"--annotations={data[0] / 'llava_v1_5_mix665k.json'}", f"--images={data[0] / 'images'}"]
+    arguments += [f"--out={out}", "--runner=DirectRunner", "--beam-options=--direct_num_workers=1"]
+    assert run_command(main, [*arguments, "--strict"]) == 2
+    assert "error: --strict: row " in capsys.readouterr().err
+    assert not (out / "dataset_info.json").exists()
+    assert run_command(main, arguments) == 0
+    assert not (out / "unfinished").exists()
+    assert run_command(main, [*arguments[:2], f"--out={tmp_path / 'other'}", "--runner=NoSuchRunner"]) == 2
+    assert "error: --runner=NoSuchRunner: Unexpected pipeline runner: NoSuchRunner." in capsys.readouterr().err
+    assert run_command(main, [*arguments, "--workers=2"]) == 2
+    assert "--workers is for processes of this machine" in capsys.readouterr().err
+
+
 def test_file_modes_follow_the_umask(prepared, tmp_path):
     (tmp_path / "file").touch()
     modes = {file.stat().st_mode for file in prepared[0].rglob("*") if file.is_file()}
