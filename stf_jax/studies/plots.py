@@ -83,7 +83,7 @@ def _draw_kinds(findings: "Findings") -> "Figure | None":
             text = f"{findings.quality[name][kind].value:.0f}"
             axes.text(x, y, text, ha="center", va="center", color=INK, fontsize=9, weight=weight)
     limit = 1.5 * max(10, np.abs(colors).max())  # so that the darkest color leaves numbers legible
-    axes.imshow(colors, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    axes.imshow(colors, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")  # codespell:ignore bu
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
