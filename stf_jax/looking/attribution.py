@@ -184,6 +184,7 @@ def map_answer(
             def select(q: jax.Array, k: jax.Array, x: jax.Array) -> jax.Array:
                 nonlocal at
                 end = x.shape[1] - count + 1
+                assert selection.select is not None  # those of reducers have it
                 kept = selection.select(q[:, :end], k[:, :end], x[:, :end])
                 kept = jnp.concatenate([kept, jnp.arange(end, x.shape[1])[None]], axis=1)
                 at = jnp.take_along_axis(at, kept, axis=1)

@@ -173,8 +173,14 @@ def _existing_folder(path: pathlib.Path) -> pathlib.Path | None:
 
 def _config_of_folder(folder: epath.Path, description: Description) -> ModelSpec:
     fusion = description.fusion or FusionConfig()
-    shapes = {"vision_shape": description.vision, "llm_shape": description.llm}
-    return ModelSpec(str(folder), str(folder), fusion, schedule=description.schedule, **shapes)
+    return ModelSpec(
+        str(folder),
+        str(folder),
+        fusion,
+        schedule=description.schedule,
+        vision_shape=description.vision,
+        llm_shape=description.llm,
+    )
 
 
 def _open_export(folder: epath.Path) -> SavedModel:

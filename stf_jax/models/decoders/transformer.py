@@ -168,16 +168,19 @@ class Selection:
             return dataclasses.replace(rows, beside=self.beside, silent=self.silent)
         selected, joining = self.select(q, k, rows.x), self.joining
 
-        def take(values: jax.Array, joined: jax.Array | None) -> jax.Array:
-            values = values if joined is None else jnp.concatenate([values, joined], axis=1)
+        def take(key: str) -> Any:
+            values = getattr(rows, key)
+            if values is None:
+                return None
+            if joining is not None:
+                values = jnp.concatenate([values, getattr(joining, key)], axis=1)
             return jnp.take_along_axis(values, selected.reshape(*selected.shape, *[1] * (values.ndim - 2)), axis=1)
 
-        x = take(rows.x, joining and joining.x)
+        x, segments = take("x"), take("segments")
         if self.weigh is not None:
             x = x * self.weigh(selected)[:, :, None].astype(x.dtype)
-        segments = None if rows.segments is None else take(rows.segments, joining and joining.segments)
         if not self.renumber:
-            positions = take(rows.positions, joining and joining.positions)
+            positions = take("positions")
         else:
             positions = jnp.broadcast_to(jnp.arange(selected.shape[1]), selected.shape)
             positions -= 0 if segments is None else find_starts(segments)
@@ -318,9 +321,7 @@ class Decoder(nnx.Module):
             for selection in selections:
                 rows = read(rows, range(first, selection.after)) if selection.after > first else rows
                 first = selection.after
-                # What is chosen has no gradient.
-                fixed = jax.tree.map(jax.lax.stop_gradient, self._queries_keys(selection, rows))
-                rows = selection.apply(*fixed, rows)
+                rows = selection.apply(*self._next_queries_keys(selection, rows), rows)
             return self.norm(read(rows, range(first, self.config.layers)).x)
 
     def _attend(self, rows: Rows) -> Attend:
@@ -340,11 +341,12 @@ class Decoder(nnx.Module):
             return ()
         return ((rows.beside.x, *rope_angles(self.config, rows.beside.positions)),)
 
-    def _queries_keys(self, selection: Selection, rows: Rows) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
-        """The queries and keys of the next layer, if they decide a selection."""
+    def _next_queries_keys(self, selection: Selection, rows: Rows) -> tuple[Any, Any]:
+        """The queries and keys of the next layer, if they decide a selection, without gradients; else None, twice."""
         if selection.scored_by != "next":
             return None, None
-        return self.query_key(jax.lax.stop_gradient(rows.x), rows.positions, selection.after)
+        q, k = self.query_key(rows.x, rows.positions, selection.after)
+        return jax.lax.stop_gradient(q), jax.lax.stop_gradient(k)
 
     def prefill(
         self,
@@ -390,7 +392,7 @@ class Decoder(nnx.Module):
             rows = Rows(x, positions)
             for selection in selections:
                 rows = read(rows, range(len(cache), selection.after)) if selection.after > len(cache) else rows
-                qk = last_qk if selection.scored_by == "last" else self._queries_keys(selection, rows)
+                qk = last_qk if selection.scored_by == "last" else self._next_queries_keys(selection, rows)
                 rows = selection.apply(*qk, rows)
             return self.norm(read(rows, range(len(cache), self.config.layers)).x), tuple(cache)
 

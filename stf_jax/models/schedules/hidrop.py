@@ -5,11 +5,11 @@ are dropped, ranked as in PyramidDrop (models/schedules/pyramiddrop.py), and bef
 leave. All positions stay those of the complete row.
 
 - For 32 layers and 576 tokens, ``hidrop`` is the authors' schedule for 7B of 64 tokens per layer on average: layers 8
-  and 9 read all, layers 10 to 13 215, then 10, 5 and 1, and the last 8 layers text only. ``keep=87+10+5+1`` is theirs
+  and 9 read all, layers 10 to 13 215, then 10, 5 and 1, and the last 8 layers text only. ``keep=87+10+5+1`` is the one
   of 48.
 - ``enter``, ``layers`` (those before the drops) and ``exit`` count layers; 0 or none: those of 7B in proportion to the
   depth, where at least one layer reads all tokens, and of several drops at one layer the last counts. For 40 layers
-  they are 10, 13, 18, 20, 23 and 30. ``keep`` has the tokens after each drop; none: theirs in proportion to N.
+  they are 10, 13, 18, 20, 23 and 30. ``keep`` has the tokens after each drop; none: those above, in proportion to N.
 - ``soft`` is λ of the soft top-k of the paper: a token of rank r, from 0, of which k are kept, is multiplied by
   y = σ(λ·(k − r)), which is above ½ where it is kept. The released program keeps the same tokens and does not multiply
   them, which is ``soft=0``. The rank has no derivative, so y passes no gradient to the scores in either.

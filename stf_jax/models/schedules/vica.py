@@ -4,11 +4,11 @@ In those layers text sees keys and values made of the fusion's tokens by the lay
 layers it sees text only. Image tokens are in no row: they pass no MLP and get nothing from attention. Positions are
 those of the complete row, so text after an image stays as far from text before it.
 
-- ``layers`` lists the layers that see images, from 0, as ``layers=0+1+7+8``. The authors found theirs by a search on a
-  trained LLaVA-1.5: ``vica_7b`` and ``vica_13b`` are theirs. For another decoder they must be found again; by default
-  ``vica`` takes those of 7B in proportion to the depth, a quarter of the layers of a deep decoder.
+- ``layers`` lists the layers that see images, from 0, as ``layers=0+1+7+8``. The authors found their layers by a search
+  on a trained LLaVA-1.5: ``vica_7b`` and ``vica_13b`` have them. For another decoder they must be found again; by
+  default ``vica`` takes those of 7B in proportion to the depth, a quarter of the layers of a deep decoder.
 - ``vica_7b`` is as in the authors' program also in that text before the image, the system prompt, gets nothing from
-  attention, in any layer, but passes each MLP. Theirs for 13B attends as usual, and so does ``vica``.
+  attention, in any layer, but passes each MLP. In ``vica_13b`` and ``vica`` it attends as usual.
 
 Axis letters: L decoder layers, N image tokens per image.
 """
