@@ -2,18 +2,26 @@
 
 import dataclasses
 import functools
+import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny as tiny_module
 import torch
-from tiny import large_params, spec, tiny
+from etils import epath
+from make_evals import make_model
+from tiny import batches, large_params, spec, tiny
 
+from stf_jax import convert, main
+from stf_jax.cli import run_command
 from stf_jax.config import FusionConfig, MeshConfig, UserError
 from stf_jax.data.packing import Example, to_batch, to_row
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Sampling
+from stf_jax.looking.look import look_at
 from stf_jax.models.blueprint import blueprint
 from stf_jax.models.schedules import vica
 from stf_jax.models.schedules.base import SCHEDULES, Schedule, plan_schedule
@@ -22,6 +30,8 @@ from stf_jax.models.vlm import VLM
 from stf_jax.parallel.mesh import BATCH, compute_context, make_mesh
 from stf_jax.training.flops import decode_flops, step_flops
 from stf_jax.training.objectives.next_token import NextToken
+from stf_jax.training.teacher import find_teacher
+from stf_jax.weights.model import open_model
 
 spec.LLM["llama-deep-tiny"] = dataclasses.replace(spec.LLM["llama-tiny"], layers=4, qkv_bias=True)
 LLM = spec.LLM["llama-deep-tiny"]
@@ -375,7 +385,7 @@ def test_presets_are_the_published_layers():
     [
         ("vca", "Unknown model.schedule 'vca'; did you mean 'vica'?"),
         ("vica:layers=4", "model.schedule=vica:layers=4: layer 4 is to see images, but the language model's layers"),
-        ("hidrop:enter=3,layers=2,keep=1,exit=1", "layer 3, are dropped before layers 2, and leave before layer 1; these"),
+        ("hidrop:enter=3,layers=2,keep=1,exit=1", "enter before layer 3, are dropped before 2, and leave before 1; these"),
         ("hidrop:enter=1,layers=2,keep=17,exit=3", "17 image tokens per image after layer 2 must be 0 to 16"),
         ("pyramiddrop:after=1+2,keep=4+8", "8 image tokens per image after layer 2 must be 0 to 4, the number there."),
         ("pyramiddrop:after=2+1", "its stages begin after layers 2, 1, which must ascend."),
@@ -388,4 +398,62 @@ def test_schedules_that_cannot_be_end_with_a_sentence(name, message):
     with pytest.raises(UserError) as error:
         plan_schedule(name, 4, N)
     assert message in str(error.value)
-    assert str(error.value).count("\n") == 0
+
+
+# ---- Runs and folders ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_have_room_for_their_text_in_every_stage(packing):
+    changes = {"model.fusion.fusion": "mlp", "data.packing": packing, "data.images_per_row": 3, "data.max_length": 220}
+    changes |= {"data.scenes.size": 48}
+
+    def longest_text(schedule):
+        return max(
+            ((batch.segment_ids > 0) & (batch.image_slots < 0)).sum(1).max()
+            for batch in batches(tiny(**changes, **{"model.schedule": schedule}), 3)
+        )
+
+    room = 220 - 3 * N
+    assert longest_text("vica:layers=0") <= room
+    assert longest_text("pyramiddrop:after=1,keep=4") <= 220 - 3 * (N - 4)
+    assert longest_text("") > room
+
+
+def test_rows_without_room_for_text_are_refused(capsys, tmp_path):
+    options = [f"--config={tiny_module.__file__}:fusion=mlp", f"--workdir={tmp_path / 'run'}"]
+    options += ["--config.model.schedule=vica:layers=0", "--config.data.images_per_row=12"]
+    assert run_command(main.main, options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        "error: data.max_length=192 leaves no text: with model.schedule, the image tokens of data.images_per_row=12 "
+        "take up to 192 of it; raise it."
+    )
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_folder_keeps_its_schedule_and_what_cannot_follow_it_says_so(tmp_path, capsys):
+    changes = {"model.fusion.fusion": "mlp", "model.schedule": "vica:layers=0"}
+    folder = make_model(tmp_path / "model", **changes)
+    assert open_model(epath.Path(folder)).config.schedule == "vica:layers=0"
+    assert run_command(convert.main, ["export", str(folder), "--format=hf", f"--to={tmp_path / 'export'}"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "was trained with schedule=vica:layers=0, which PyTorch's classes cannot follow yet; only --format=native "
+        "exports it.\n"
+    )
+    assert not (tmp_path / "export").exists()
+    with pytest.raises(UserError, match=r"Distillation compares all positions, but model.schedule=vica:layers=0 drops"):
+        find_teacher(tiny(objective=f"distill:teacher={folder}"), ())
+    generator = types.SimpleNamespace(model=types.SimpleNamespace(schedule="vica"), row_shards=1)
+    with pytest.raises(UserError, match=r"A look cannot show a model with a schedule \(vica\); choose another\."):
+        look_at(generator, None, "", "")
+    with pytest.raises(
+        UserError, match="reduce=fastv:after=1 drops image tokens in the decoder, where schedule=vica already"
+    ):
+        resolve_model(tiny(**changes | {"model.schedule": "vica", "model.reduce": "fastv:after=1"}).model).reduction  # noqa: B018
+
+
+def test_a_block_that_cannot_see_tokens_beside_is_refused(monkeypatch):
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / "plugins")
+    with pytest.raises(UserError, match="model.schedule=vica needs Llama's block, but olmo:OLMO has another"):
+        blueprint(tiny(**{"model.llm": "olmo:TINY", "model.schedule": "vica"}).model)

@@ -44,12 +44,12 @@ def _plan(
     keep = keep or tuple(max(1, (2 * count * tokens + _TOKENS) // (2 * _TOKENS)) for count in _KEEP)
     if len(keep) != len(after):
         raise ValueError(f"it drops {len(after)} times, but keep has {len(keep)} numbers.")
-    if not enter < min(after) or not max(after) < leave:
-        raise ValueError(
-            f"image tokens enter before layer {enter}, are dropped before layers {', '.join(map(str, after))}, and "
-            f"leave before layer {leave}; these must ascend."
-        )
     kept = dict(zip(after, keep, strict=True))
+    if not enter < min(kept) or not max(kept) < leave:
+        raise ValueError(
+            f"image tokens enter before layer {enter}, are dropped before {', '.join(map(str, kept))}, and leave before "
+            f"{leave}; these must ascend."
+        )
     return [Stage(0, 0), Stage(enter, tokens), *(Stage(layer, count) for layer, count in kept.items()), Stage(leave, 0)]
 
 
