@@ -385,7 +385,7 @@ def test_presets_are_the_published_layers():
     [
         ("vca", "Unknown model.schedule 'vca'; did you mean 'vica'?"),
         ("vica:layers=4", "model.schedule=vica:layers=4: layer 4 is to see images, but the language model's layers"),
-        ("hidrop:enter=3,layers=2,keep=1,exit=1", "enter before layer 3, are dropped before 2, and leave before 1; these"),
+        ("hidrop:enter=3,layers=2,keep=1,exit=1", "enter before layer 3, are dropped before 2, and leave before 1;"),
         ("hidrop:enter=1,layers=2,keep=17,exit=3", "17 image tokens per image after layer 2 must be 0 to 16"),
         ("pyramiddrop:after=1+2,keep=4+8", "8 image tokens per image after layer 2 must be 0 to 4, the number there."),
         ("pyramiddrop:after=2+1", "its stages begin after layers 2, 1, which must ascend."),
@@ -455,5 +455,5 @@ def test_a_folder_keeps_its_schedule_and_what_cannot_follow_it_says_so(tmp_path,
 
 def test_a_block_that_cannot_see_tokens_beside_is_refused(monkeypatch):
     monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / "plugins")
-    with pytest.raises(UserError, match="model.schedule=vica needs Llama's block, but olmo:OLMO has another"):
+    with pytest.raises(UserError, match=r"model.schedule=vica needs Llama's block, but olmo:OLMO has another"):
         blueprint(tiny(**{"model.llm": "olmo:TINY", "model.schedule": "vica"}).model)

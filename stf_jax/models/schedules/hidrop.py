@@ -47,8 +47,8 @@ def _plan(
     kept = dict(zip(after, keep, strict=True))
     if not enter < min(kept) or not max(kept) < leave:
         raise ValueError(
-            f"image tokens enter before layer {enter}, are dropped before {', '.join(map(str, kept))}, and leave before "
-            f"{leave}; these must ascend."
+            f"image tokens enter before layer {enter}, are dropped before {', '.join(map(str, kept))}, and leave "
+            f"before {leave}; these must ascend."
         )
     return [Stage(0, 0), Stage(enter, tokens), *(Stage(layer, count) for layer, count in kept.items()), Stage(leave, 0)]
 
