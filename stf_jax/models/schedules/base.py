@@ -32,8 +32,8 @@ class Schedule:
         It may raise ValueError with a sentence about its options.
       renumber: whether positions are counted from 0 again after a drop; by default they stay.
       soft: λ of the soft top-k: a kept token of rank r, from 0, is multiplied by σ(λ·(k − r)); 0: it stays as it is.
-      silent_prefix: whether text before a conversation's first image gets nothing from attention, if no stage has image
-        tokens in its rows.
+      silent_prefix: whether text before a conversation's first image gets nothing from attention; no layer may then
+        have image tokens in its rows.
     """
 
     plan: Callable[[int, int], Sequence[Stage]]
@@ -63,8 +63,11 @@ def plan_schedule(name: str, layers: int, tokens: int) -> tuple[Stage, ...]:
         tokens than there are, or only some that come back.
     """
     try:
-        stages = tuple(find_schedule(name).plan(layers, tokens))
+        schedule = find_schedule(name)
+        stages = tuple(schedule.plan(layers, tokens))
         _check(stages, layers, tokens)
+        if schedule.silent_prefix and (stages[0].after or any(stage.rows for stage in stages)):
+            raise ValueError("silent_prefix needs stages with image tokens beside or none, from the first layer on.")
     except UserError:
         raise
     except ValueError as error:
@@ -73,10 +76,12 @@ def plan_schedule(name: str, layers: int, tokens: int) -> tuple[Stage, ...]:
 
 
 def _check(stages: Sequence[Stage], layers: int, tokens: int) -> None:
+    if not stages:
+        raise ValueError("it has no stage.")
     afters = [stage.after for stage in stages]
     if not all(a < b for a, b in itertools.pairwise((-1, *afters))):
         raise ValueError(f"its stages begin after layers {', '.join(map(str, afters))}, which must ascend.")
-    if afters and afters[-1] >= layers:
+    if afters[-1] >= layers:
         raise ValueError(f"a stage begins after layer {afters[-1]}, but the language model has {layers} layers.")
     for before, stage in itertools.pairwise((Stage(0, tokens), *stages)):
         most = tokens if stage.beside or not before.rows else before.rows
