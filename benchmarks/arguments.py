@@ -117,21 +117,35 @@ def sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of Parquet to plan (%(default)s)")
 
 
+def schedules(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of :mod:`benchmarks.schedules`."""
+    _step_shapes(parser, fusion="mlp")
+    parser.add_argument(
+        "--schedules",
+        default="vica;pyramiddrop;hidrop",
+        help="values of model.schedule, separated by semicolons (%(default)s)",
+    )
+
+
 def step(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of :mod:`benchmarks.step`."""
-    parser.add_argument("--llm", default="smollm2-135m", help="language model preset, random weights (%(default)s)")
-    parser.add_argument("--vision", default="clip-mini-16-384", help="vision tower preset, a cheap one (%(default)s)")
-    parser.add_argument("--fusion", default="mbtf_stf", help="fusion (%(default)s)")
-    parser.add_argument("--rows", type=int, default=2, help="rows per step (%(default)s)")
-    parser.add_argument("--text", type=int, default=112, help="text tokens per row (%(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="steps to time (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds over all programs (%(default)s)")
+    _step_shapes(parser, fusion="mbtf_stf")
     parser.add_argument(
         "--precision", choices=["float32", "bfloat16"], default="float32", help="of compute (%(default)s)"
     )
     parser.add_argument(
         "--remat", choices=["none", "full"], default="none", help="gradient checkpointing (%(default)s)"
     )
+
+
+def _step_shapes(parser: argparse.ArgumentParser, fusion: str) -> None:
+    parser.add_argument("--llm", default="smollm2-135m", help="language model preset, random weights (%(default)s)")
+    parser.add_argument("--vision", default="clip-mini-16-384", help="vision tower preset, a cheap one (%(default)s)")
+    parser.add_argument("--fusion", default=fusion, help="fusion (%(default)s)")
+    parser.add_argument("--rows", type=int, default=2, help="rows per step (%(default)s)")
+    parser.add_argument("--text", type=int, default=112, help="text tokens per row (%(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="steps to time (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds over all programs (%(default)s)")
 
 
 def weights(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ _BENCHES = {
     "look": "model FLOPs of the maps of stf_jax.look at any size, for mbtf_stf and mlp",
     "methods": "evaluated methods in turn: time to the first token, the method's own time, memory; writes cost.json",
     "plan": "memory, FLOPs and time by plan: compared with MaxText's Llama-2-7B, and 144 vision tokens with 576",
+    "schedules": "training steps with each schedule of image tokens: time and FLOPs, as shares of those without one",
     "serve": "requests per second and time to the first token of exports under vLLM, with 144 and 576 vision tokens",
     "sources": "images per second per core from each kind of data source, and the time to plan rows of Parquet",
     "step": "training steps: time, MFU and memory, compared with the export in PyTorch, eager and compiled",

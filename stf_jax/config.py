@@ -109,6 +109,9 @@ class ModelConfig:
     attention: Attention = "auto"  # attention kernel: auto | reference | xla | cudnn | splash (models/attention.py)
     reduce: str = ""  # untrained reducer at inference (models/reducers), NAME[:key=value,…] or package.module:thing
     keep: Count = 0  # image tokens per image that the reducer keeps; 0: one quarter
+    # image tokens that each decoder layer sees, in training too (models/schedules), NAME[:key=value,…] or
+    # package.module:thing; "": all layers see all
+    schedule: str = ""
     cells: Count = 0  # cells per patch side that a head on the vision tower is trained to label; 0: no such head
 
 

@@ -44,7 +44,8 @@ def make_model(folder: pathlib.Path, seed: int = 0, **changes) -> pathlib.Path:
     """
     folder.mkdir()
     config = tiny(**changes).model
-    Description(vision_preset(config.vision), llm_preset(config.llm), config.fusion).save(folder)
+    shapes = vision_preset(config.vision), llm_preset(config.llm), config.fusion
+    Description(*shapes, schedule=config.schedule).save(folder)
     shutil.copytree(MINIATURE, folder / "tokenizer")
     write_params(folder, large_params(blueprint(config).shapes, seed).items())
     return folder

@@ -177,7 +177,8 @@ def make_generator(reduce: str = "", keep: int = 0, **changes) -> Generator:
 def make_preprocessor(config: TrainConfig) -> Preprocessor:
     """The preprocessor that turns the config's records into examples."""
     tokenizer, tower = load_tokenizer(config.data.tokenizer), spec.vision_preset(config.model.vision)
-    return Preprocessor(config.data, tokenizer, tower, resolve_model(config.model).slots)
+    reduction = resolve_model(config.model).reduction
+    return Preprocessor(config.data, tokenizer, tower, reduction.slots, dropped=reduction.dropped)
 
 
 def batches(config: TrainConfig, count: int) -> list[Batch]:

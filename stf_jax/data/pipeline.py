@@ -103,17 +103,25 @@ class Preprocessor:
         vision: VisionConfig,
         slots: int,
         rows: int = sys.maxsize,
+        dropped: int = 0,
     ) -> None:
         """Checks that the template and the tokenizer fit together.
 
         Args:
           slots: per image.
           rows: of the embedding, if they may be fewer than the tokenizer's tokens.
+          dropped: as of :class:`stf_jax.data.sampling.Plan`.
 
         Raises:
-          UserError: the template is unknown, or needs tokens that the tokenizer lacks.
+          UserError: the template is unknown, or needs tokens that the tokenizer lacks; or rows have no room for text.
         """
         check_template(config.template, tokenizer)
+        if config.max_length <= (unused := config.images_per_row * dropped):
+            raise UserError(
+                f"data.max_length={config.max_length} leaves no text: with model.schedule, the image tokens of "
+                f"data.images_per_row={config.images_per_row} take up to {unused} of it; raise it."
+            )
+        self.dropped = dropped
         self._config, self._tokenizer, self.vision, self._slots, self._rows = config, tokenizer, vision, slots, rows
         self._logged, self._lock = 0, threading.Lock()
 
@@ -125,7 +133,8 @@ class Preprocessor:
         side = self.vision.image_size
         images = np.stack(squares) if squares else np.zeros((0, side, side, 3), np.uint8)
         labels = record.labels()[None] if record.labels else None
-        return to_example(encoded, images, self._config.max_length, record.id, labels)
+        unused = (self._config.images_per_row - len(images)) * self.dropped
+        return to_example(encoded, images, self._config.max_length - unused, record.id, labels)
 
     def _make_items(self, record: Record) -> list[Item]:
         """Checks what can be checked before an image is opened."""
@@ -233,7 +242,8 @@ def plan_rows(
     """
     measured = [preprocess.measure(data_set, log=log, on_chunk=on_chunk) for data_set in records.sets]
     lengths, image_counts = (np.concatenate(counts) for counts in zip(*measured, strict=True))
-    return Plan(config.data, config.seed, config.global_batch_size, lengths, image_counts, records.sizes)
+    sizes, dropped = records.sizes, preprocess.dropped
+    return Plan(config.data, config.seed, config.global_batch_size, lengths, image_counts, sizes, dropped)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,6 +65,7 @@ class Plan:
         lengths: np.ndarray,
         image_counts: np.ndarray,
         sizes: Sequence[int],
+        dropped: int = 0,
     ) -> None:
         """
         Args:
@@ -74,11 +75,15 @@ class Plan:
           lengths: int [R], tokens of each conversation; 0 for one that cannot be used.
           image_counts: int [R], images of each, at most ``data.images_per_row``.
           sizes: conversations of each data set; the sets are concatenated.
+          dropped: image tokens per image that some decoder layer does not have in its rows. A row must have room for
+            its text where each of its image places lacks them, so an image place without an image takes as many.
 
         Raises:
           UserError: ``data.mix`` does not match the sets.
         """
         self._data, self._seed, self._batch = data, seed, batch_size
+        self._unused = dropped * data.images_per_row
+        lengths = np.where(lengths > 0, lengths + self._unused - dropped * image_counts, 0)
         self._lengths, self._image_counts = np.minimum(lengths, data.max_length), image_counts
         self._shares, self._begins = _get_shares(data, sizes), np.cumsum([0, *sizes])
         self._buckets = _choose_buckets(data, self._lengths)
@@ -194,7 +199,8 @@ class Plan:
         data, batch = self._data, self._batch
         if data.packing:
             lengths, image_counts = self._lengths[order], self._image_counts[order]
-            packed = best_fit(lengths, image_counts, data.max_length, data.images_per_row)
+            lengths = np.maximum(lengths - self._unused, 0)
+            packed = best_fit(lengths, image_counts, data.max_length - self._unused, data.images_per_row)
             rows = [order[packed[i]].tolist() for i in rng.permutation(len(packed))]
             shapes = [BatchShape(batch, data.max_length, data.images_per_row)] * -(-len(rows) // batch)
         else:

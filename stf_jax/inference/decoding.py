@@ -55,7 +55,7 @@ class DecodeState(Generic[Leaf]):
 
     cache: tuple[tuple[Leaf, Leaf], ...]  # [B, K, S, Dh], a pair per layer; S may be less in later layers
     lengths: Leaf  # int32 [B], of the prompts
-    cache_lengths: Leaf  # int32 [B], prompt positions in the last layer's cache; others may have more
+    image_counts: Leaf  # int32 [B], of the prompts
     output_ids: Leaf  # int32 [B, G]
     count: Leaf  # int32: new tokens so far; the last of them is not in the cache yet
     done: Leaf  # bool [B]
@@ -151,13 +151,13 @@ def prefill(
         start.
     """
     model = merge_weights(plan, weights)
-    last, cache, cache_lengths = model.prefill(tokens, slots, lengths, images)
+    last, cache, image_counts = model.prefill(tokens, slots, lengths, images)
     first = sample_token(rules, model.llm.logits(last), sampling, jnp.int32(0))
     output_ids = jnp.full((len(tokens), capacity), rules.stops[0], jnp.int32).at[:, 0].set(first)
     return DecodeState(
         _pad_cache(cache, capacity),
         lengths,
-        cache_lengths,
+        image_counts,
         output_ids,
         jnp.int32(1),
         rules.is_stop(first) | (lengths == 0),
@@ -177,9 +177,8 @@ def extend(
 
     def cache_lengths(reduction: Reduction, layer: int) -> jax.Array:
         """Prompt positions in the cache of that layer."""
-        if not (dropped := reduction.dropped_before(layer)):
-            return state.lengths
-        return state.lengths - (state.lengths - state.cache_lengths) // reduction.dropped * dropped
+        dropped = reduction.dropped_before(layer)
+        return state.lengths - state.image_counts * dropped if dropped else state.lengths
 
     def find_slots(reduction: Reduction, layer: int, newest: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The slot of the new token in that layer, and the slots that it attends to."""
@@ -209,7 +208,7 @@ def extend(
         return DecodeState(
             cache,
             state.lengths,
-            state.cache_lengths,
+            state.image_counts,
             output_ids,
             state.count + 1,
             state.done | rules.is_stop(next_token),

@@ -205,6 +205,8 @@ class Generator:
         details |= {"template": self._template, "image_aspect_ratio": self._aspect, "image_tokens": self.slots}
         if self._reduction.name:
             details |= {"reduce": self._reduction.name, "keep": self._reduction.keep}
+        if self.model.schedule:
+            details["schedule"] = self.model.schedule
         if self._reduction.stages:
             assert self.model.llm_shape is not None  # it drops the tokens
             details["kept_after_layer"] = {str(stage.after): stage.keep for stage in self._reduction.stages}

@@ -10,6 +10,7 @@ Axis letters: T positions, S image tokens in the prompt, N those that the fusion
 the answer, L decoder layers, C tower width, D language model width.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from stf_jax.models.attention import Mask, attention_weights
 from stf_jax.models.decoders.transformer import Selection
-from stf_jax.models.reducers.base import DecoderReducer, PatchReducer, Question, TokenReducer
+from stf_jax.models.reducers.base import PatchReducer, Question, TokenReducer
 from stf_jax.models.towers.vit import VisionTower
 from stf_jax.models.vlm import VLM
 
@@ -183,19 +184,17 @@ def map_answer(
             def select(q: jax.Array, k: jax.Array, x: jax.Array) -> jax.Array:
                 nonlocal at
                 end = x.shape[1] - count + 1
+                assert selection.select is not None  # those of reducers have it
                 kept = selection.select(q[:, :end], k[:, :end], x[:, :end])
                 kept = jnp.concatenate([kept, jnp.arange(end, x.shape[1])[None]], axis=1)
                 at = jnp.take_along_axis(at, kept, axis=1)
                 return kept
 
-            return Selection(selection.after, select)
+            return dataclasses.replace(selection, select=select)
 
         x = model.embed(tokens, slots, image_tokens[None])
         selections, _ = reduction.select_tokens(is_image[None], jnp.array([length]), 1, model.llm.norm)
-        how: dict[str, Any] = {}
-        if isinstance(reduction.reducer, DecoderReducer):
-            how = {"scored_by": reduction.reducer.scored_by, "renumber": reduction.reducer.renumber}
-        hidden, _ = model.llm.prefill(x, positions, [*map(with_answer, selections)], observe=observe, **how)
+        hidden, _ = model.llm.prefill(x, positions, [*map(with_answer, selections)], observe=observe)
         logits = model.llm.logits(hidden[0, -count:])
         chosen = logits[jnp.arange(count), answer]
         return chosen, (chosen - jax.nn.logsumexp(logits, axis=-1), jnp.stack(attention), jnp.stack(reads))

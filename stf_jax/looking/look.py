@@ -76,8 +76,11 @@ def look_at(
     """Asks a model about an image, and maps its answer, with greedy decoding.
 
     Raises:
-      UserError: the model has no vision tower, the question is too long for it, or the mesh splits rows.
+      UserError: the model has no vision tower or has a schedule, the question is too long for it, or the mesh splits
+        rows.
     """
+    if generator.model.schedule:
+        raise UserError(f"A look cannot show a model with a schedule ({generator.model.schedule}); choose another.")
     if generator.row_shards > 1:
         raise UserError("A look reads one row, which data and fsdp of the mesh would split: use tensor alone (1,1,N).")
     blank = PIL.Image.new("RGB", image.size, BLANK_COLOR)

@@ -20,6 +20,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,17 +35,29 @@ from stf_jax.models.layers import KEPT_ATTENTION, platform
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Which positions may attend to which. ``segments``: int32 [B, T], or None where each row is one segment."""
+    """Which positions may attend to which.
+
+    Attributes:
+      causal: whether a position sees none to its right.
+      segments: int32 [B, T], or None where each row is one segment.
+      beside: bool [B, T, E], which positions see which of E keys that come before the T of the positions; None: E is 0.
+    """
 
     causal: bool = False
     segments: jax.Array | None = None
+    beside: jax.Array | None = None
 
-    def dense(self, queries: Int[Array, " Q"], length: int) -> Bool[Array, "#B 1 Q T"] | None:
+    @property
+    def keys_beside(self) -> int:
+        """E."""
+        return 0 if self.beside is None else self.beside.shape[2]
+
+    def dense(self, queries: Int[Array, " Q"], length: int) -> Bool[Array, "#B 1 Q S"] | None:
         """The mask as an array, True where attention is allowed; None where it is allowed everywhere.
 
         Args:
           queries: the query positions.
-          length: T, the number of key positions, counted from the left.
+          length: the number of key positions, counted from the left; S is E more.
         """
         allowed = None
         if self.causal:
@@ -52,16 +65,20 @@ class Mask:
         if self.segments is not None:
             same = (self.segments[:, queries, None] == self.segments[:, None, :length])[:, None]
             allowed = same if allowed is None else same & allowed
-        return allowed
+        if self.beside is None:
+            return allowed
+        beside = self.beside[:, None, queries]
+        own = jnp.broadcast_to(True if allowed is None else allowed, (*beside.shape[:3], length))
+        return jnp.concatenate([beside, own], axis=-1)
 
 
-jax.tree_util.register_dataclass(Mask, data_fields=["segments"], meta_fields=["causal"])
+jax.tree_util.register_dataclass(Mask, data_fields=["segments", "beside"], meta_fields=["causal"])
 
 
 def attention(
     q: Float[Array, "B T H Dh"],
-    k: Float[Array, "B T K Dh"],
-    v: Float[Array, "B T K Dh"],
+    k: Float[Array, "B S K Dh"],
+    v: Float[Array, "B S K Dh"],
     mask: Mask,
     implementation: str = "auto",
 ) -> Float[Array, "B T H Dh"]:
@@ -69,7 +86,7 @@ def attention(
 
     Args:
       q: queries.
-      k, v: keys and values; query head h reads kv head h·K//H.
+      k, v: keys and values, those beside first (S = E + T); query head h reads kv head h·K//H.
       mask: which positions may attend to which.
       implementation: ``auto`` (the backend's kernel where it supports the inputs, else XLA), or a kernel by name:
         ``splash``, Pallas' on TPU (interpreted on CPU, for tests); ``cudnn``, flash attention on GPU; ``xla``;
@@ -82,8 +99,7 @@ def attention(
       UserError: the kernel named by ``implementation`` does not support the inputs.
     """
     if implementation == "reference":
-        with jax.named_scope(CAUSAL) if mask.causal else contextlib.nullcontext():
-            return reference_attention(q, k, v, mask)
+        return reference_attention(q, k, v, mask)
     kernel_name, reason = implementation, ""
     if implementation == "auto":
         kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform())
@@ -93,6 +109,7 @@ def attention(
     elif implementation in _REFUSALS and (refusal := _REFUSALS[implementation](q, mask)):
         raise UserError(f"model.attention={implementation} {refusal}; set model.attention=auto.")
     kind = f"{'causal ' * mask.causal}{'packed ' * (mask.segments is not None)}attention"
+    kind += " with keys beside" * bool(mask.keys_beside)
     _log_once(f"{kind} with heads of {q.shape[-1]} in {q.dtype}: {kernel_name}{reason}")
     return _KERNELS[kernel_name](q, k, v, mask)
 
@@ -128,6 +145,8 @@ def _cudnn_refusal(q: jax.Array, mask: Mask) -> str | None:
     if mask.segments is not None:
         # For packed rows it has only a dense bias, which costs the memory that flash attention should save.
         return "does not support packed conversations"
+    if mask.keys_beside:
+        return "does not support keys beside a row"
     return None
 
 
@@ -198,6 +217,8 @@ def _splash_refusal(q: jax.Array, mask: Mask) -> str | None:
         return "needs a TPU"
     if not mask.causal:
         return "supports only causal attention"
+    if mask.keys_beside:
+        return "does not support keys beside a row"
     if q.shape[-1] % 64:
         return f"does not support heads of size {q.shape[-1]}"
     return None
@@ -209,17 +230,18 @@ _MAX_SPANS = 4  # spans of a short row, each of at least 64 queries
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     rows, length, heads, size = q.shape
-    kv_heads = k.shape[2]
+    kv_heads, beside = k.shape[2], mask.keys_beside
     # Heads come first, and the query heads of a kv head are stacked. Both products are then of plain matrices, and
     # scores are never copied into another layout (on a CPU, that and softmax would take longer than the products).
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
 
     def attend_span(positions: jax.Array, q: jax.Array, visible: int) -> jax.Array:
-        """Attends from the queries at these positions to the first ``visible`` keys."""
+        """Attends from the queries at these positions to the keys beside and those of the first ``visible`` ones."""
+        allowed = mask.dense(positions, visible)
+        visible += beside
         stacked = q.reshape(rows, kv_heads, -1, size)
         scores = jnp.einsum("bkqd,bksd->bkqs", stacked, k[:, :, :visible], preferred_element_type=jnp.float32)
         scores *= size**-0.5
-        allowed = mask.dense(positions, visible)
         if allowed is not None:
             by_head = scores.reshape(*q.shape[:3], visible)
             scores = jnp.where(allowed, by_head, -jnp.inf).reshape(scores.shape)
@@ -258,24 +280,44 @@ _REFUSALS: dict[str, Callable[[jax.Array, Mask], str | None]] = {"cudnn": _cudnn
 
 
 def reference_attention(
-    q: Float[Array, "B T H Dh"], k: Float[Array, "B T K Dh"], v: Float[Array, "B T K Dh"], mask: Mask
+    q: Float[Array, "B T H Dh"], k: Float[Array, "B S K Dh"], v: Float[Array, "B S K Dh"], mask: Mask
 ) -> Float[Array, "B T H Dh"]:
     """Attention by its definition, all in float32, which the kernels are tested against."""
     values = jnp.repeat(v, q.shape[2] // k.shape[2], axis=2).astype(jnp.float32)
     weights = attention_weights(q, k, mask)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, values, precision="highest").astype(v.dtype)
+
+    def product(weights: jax.Array, values: jax.Array) -> jax.Array:
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, values, precision="highest")
+
+    with _causal_scope(mask):
+        out = product(weights[..., mask.keys_beside :], values[:, mask.keys_beside :])
+    if mask.keys_beside:
+        out += product(weights[..., : mask.keys_beside], values[:, : mask.keys_beside])
+    return out.astype(v.dtype)
 
 
 def attention_weights(
     q: Float[Array, "B T H Dh"], k: Float[Array, "B S K Dh"], mask: Mask
 ) -> Float32[Array, "B H T S"]:
-    """The weight that each query gives to each key, by definition: rows sum to one. S = T where there is a mask."""
+    """The weight that each query gives to each key, by definition: rows sum to one. S = E + T where there is a mask."""
     q, k = q.astype(jnp.float32), jnp.repeat(k, q.shape[2] // k.shape[2], axis=2).astype(jnp.float32)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * q.shape[-1] ** -0.5
+
+    def product(k: jax.Array) -> jax.Array:
+        return jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * q.shape[-1] ** -0.5
+
+    with _causal_scope(mask):
+        scores = product(k[:, mask.keys_beside :])
+    if mask.keys_beside:
+        scores = jnp.concatenate([product(k[:, : mask.keys_beside]), scores], axis=-1)
     allowed = mask.dense(jnp.arange(q.shape[1]), q.shape[1])
     if allowed is not None:
         scores = jnp.where(allowed, scores, -jnp.inf)
     return jax.nn.softmax(scores, axis=-1)
+
+
+def _causal_scope(mask: Mask) -> contextlib.AbstractContextManager[Any]:
+    """The scope of products of which half counts: all keys beside count."""
+    return jax.named_scope(CAUSAL) if mask.causal else contextlib.nullcontext()
 
 
 def cached_attention(

@@ -8,16 +8,17 @@ from collections.abc import Iterable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
-from stf_jax.config import ModelConfig
+from stf_jax.config import ModelConfig, UserError
 from stf_jax.models.cells import CellHead
 from stf_jax.models.decoders.base import find_decoder_class
-from stf_jax.models.decoders.transformer import Cache
+from stf_jax.models.decoders.transformer import Block, Cache, Rows
 from stf_jax.models.fusions.base import Fusion
 from stf_jax.models.layers import shard_rows
-from stf_jax.models.reducers.base import DecoderReducer, Question
+from stf_jax.models.reducers.base import Question
 from stf_jax.models.spec import resolve_model
+from stf_jax.models.stages import Layout
 from stf_jax.models.towers.base import find_tower_class
 
 States = Mapping[int, jax.Array]  # of a tower, [B·M, P, C] by tap
@@ -38,7 +39,8 @@ class VLM(nnx.Module):
         """Builds the model.
 
         Raises:
-          UserError: an unknown preset or fusion, a kernel that does not divide the grid, or an invalid reduction.
+          UserError: an unknown preset or fusion, a kernel that does not divide the grid, an invalid reduction, or a
+            schedule that the language model's block cannot follow.
         """
         spec = resolve_model(config)
         vision, llm = spec.vision_shape, spec.llm_shape
@@ -55,9 +57,10 @@ class VLM(nnx.Module):
             self.fusion = Fusion(rngs, config.fusion, vision, llm.width)
             if config.cells:
                 self.cells = CellHead(rngs, vision, config.cells)
-        self.llm = find_decoder_class(llm)(
-            rngs, llm, scan=config.scan_layers, remat=config.remat, attention=config.attention
-        )
+        decoder = find_decoder_class(llm)
+        if any(stage.beside for stage in self.reduction.stages) and decoder.block is not Block:
+            raise UserError(f"model.schedule={config.schedule} needs Llama's block, but {llm.family} has another.")
+        self.llm = decoder(rngs, llm, scan=config.scan_layers, remat=config.remat, attention=config.attention)
 
     def image_tokens(
         self,
@@ -132,22 +135,23 @@ class VLM(nnx.Module):
           images: M may be 0.
 
         Returns:
-          The last token's hidden state after the final norm; the cache, one slot per position; and the number of prompt
-          positions in the last layer's cache, after all image tokens that the decoder drops.
+          The last token's hidden state after the final norm; the cache, one slot per position that a layer sees; and
+          the number of images of each prompt.
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         is_image = image_slots >= 0
         question = Question(tokens, ~is_image & (positions < lengths[:, None]))
         image_tokens = self.image_tokens(images, question) if images.shape[1] else None
         x = shard_rows(self.embed(tokens, image_slots, image_tokens))
-        selections, cache_lengths = self.reduction.select_tokens(is_image, lengths, images.shape[1], self.llm.norm)
-        reducer = self.reduction.reducer
-        if isinstance(reducer, DecoderReducer):
-            hidden, cache = self.llm.prefill(x, positions, selections, reducer.scored_by, renumber=reducer.renumber)
+        if self.reduction.schedule is None:
+            selections, _ = self.reduction.select_tokens(is_image, lengths, images.shape[1], self.llm.norm)
         else:
-            hidden, cache = self.llm.prefill(x, positions)
-        last = jnp.maximum(cache_lengths - 1, 0)[:, None, None]
-        return jnp.take_along_axis(hidden, last, axis=1)[:, 0], cache, cache_lengths
+            layout = Layout(is_image, (positions < lengths[:, None]).astype(jnp.int32))
+            selections, _ = self.reduction.follow_schedule(layout, Rows(x, positions), images.shape[1])
+        hidden, cache = self.llm.prefill(x, positions, selections)
+        image_counts = is_image.sum(1) // max(self.reduction.slots, 1)
+        last = lengths - image_counts * self.reduction.rows_dropped_at_end - 1
+        return jnp.take_along_axis(hidden, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0], cache, image_counts
 
     def hidden(
         self,
@@ -166,10 +170,46 @@ class VLM(nnx.Module):
           image_slots: as in :meth:`embed`.
           images: M may be 0.
           states: those of the tower, if they are known.
+
+        Raises:
+          UserError: the model has a schedule, so that not every position has a hidden state; see :meth:`predict`.
         """
+        if self.reduction.schedule is not None:
+            raise UserError("With model.schedule not every position has a hidden state; use VLM.predict.")
+        return self.llm(self._embed_rows(tokens, image_slots, images, states), positions, segment_ids)
+
+    def _embed_rows(
+        self, tokens: jax.Array, image_slots: jax.Array, images: jax.Array, states: States | None = None
+    ) -> jax.Array:
         image_tokens = self.image_tokens(images, states=states) if images.shape[1] else None
-        x = shard_rows(self.embed(tokens, image_slots, image_tokens))
-        return self.llm(x, positions, segment_ids)
+        return shard_rows(self.embed(tokens, image_slots, image_tokens))
+
+    def predict(
+        self,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        loss_mask: Bool[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        image_slots: Int[Array, "B T"],
+        images: UInt8[Array, "B M H W 3"],
+        packed: bool,
+    ) -> tuple[Float[Array, "B T1 D"], Int[Array, "B T1"], Bool[Array, "B T1"]]:
+        """Hidden states of the positions that the last layer reads, the token that follows each, and which are learned.
+
+        Without a schedule, these are all positions.
+
+        Args:
+          targets, loss_mask: the next token of each position, and which are learned.
+          segment_ids: 0 for padding.
+          packed: whether rows hold several conversations.
+          tokens, positions, image_slots, images: as of :meth:`hidden`.
+        """
+        segments, x = segment_ids if packed else None, self._embed_rows(tokens, image_slots, images)
+        layout = Layout(image_slots >= 0, segment_ids, jnp.pad(loss_mask, ((0, 0), (1, 0)))[:, :-1])
+        selections, visible = self.reduction.follow_schedule(layout, Rows(x, positions, segments), images.shape[1])
+        hidden = self.llm(x, positions, segments, selections)
+        return hidden, *(visible.targets(tokens) if selections else (targets, loss_mask))
 
     def __call__(
         self,

@@ -42,7 +42,8 @@ def _plan(config: TrainConfig) -> Plan:
     assert vision is not None  # a run trains a complete model
     assert llm is not None
     tokenizer = load_tokenizer(config.data.tokenizer)
-    return plan_rows(config, records, Preprocessor(config.data, tokenizer, vision, model.slots, llm.vocab))
+    dropped = model.reduction.dropped
+    return plan_rows(config, records, Preprocessor(config.data, tokenizer, vision, model.slots, llm.vocab, dropped))
 
 
 def count_steps(config: TrainConfig) -> int | None:

@@ -149,7 +149,7 @@ def _inference_program(config: TrainConfig, kind: str, plan: Blueprint, mesh: Me
         shapes = decoding.DecodeState(
             cache=tuple((layer, layer) for layer in layers),
             lengths=lengths,
-            cache_lengths=lengths,
+            image_counts=lengths,
             output_ids=jax.ShapeDtypeStruct((rows, INITIAL_MAX_NEW_TOKENS), jnp.int32),
             count=jax.ShapeDtypeStruct((), jnp.int32),
             done=jax.ShapeDtypeStruct((rows,), bool),

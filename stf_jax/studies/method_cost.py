@@ -20,9 +20,10 @@ from jaxtyping import Array, Float, Int, UInt8
 from stf_jax.config import MeshConfig, TrainConfig
 from stf_jax.inference.decoding import Weights, merge_weights
 from stf_jax.models.blueprint import Blueprint, blueprint
-from stf_jax.models.decoders.transformer import drop_positions
-from stf_jax.models.reducers.base import DecoderReducer, Question
+from stf_jax.models.decoders.transformer import Rows
+from stf_jax.models.reducers.base import Question
 from stf_jax.models.spec import ModelSpec, resolve_model
+from stf_jax.models.stages import Layout
 from stf_jax.models.towers.vit import VisionTower
 from stf_jax.parallel.mesh import compute_context
 from stf_jax.planning.program import make_program
@@ -151,15 +152,18 @@ def run_method(
     question = Question(tokens, ~is_image)
     read = reduction.tower_states(_KnownTower(known), images[:, 0], model.taps, model.dtype, question)
     results: list[Any] = [known.seen, reduction.reduce_tokens(model.fusion(read))]
-    selections, _ = reduction.select_tokens(is_image, lengths, 1, model.llm.norm)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    rows = Rows(hidden, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+    if reduction.schedule is None:
+        selections, _ = reduction.select_tokens(is_image, lengths, 1, model.llm.norm)
+    else:
+        layout = Layout(is_image, (rows.positions < lengths[:, None]).astype(jnp.int32))
+        selections, _ = reduction.follow_schedule(layout, rows, 1)
     for selection in selections:
-        assert isinstance(reduction.reducer, DecoderReducer)  # no other has selections
-        q, k = queries[:, : hidden.shape[1]], keys[:, : hidden.shape[1]]
-        if reduction.reducer.scored_by == "next":
-            q, k = model.llm.query_key(hidden, positions, selection.after)
-        hidden, positions = drop_positions(selection, q, k, hidden, positions, renumber=reduction.reducer.renumber)
-        results.append((hidden, positions))
+        q, k = queries[:, : rows.x.shape[1]], keys[:, : rows.x.shape[1]]
+        if selection.scored_by == "next":
+            q, k = model.llm.query_key(rows.x, rows.positions, selection.after)
+        rows = selection.apply(q, k, rows)
+        results.append((rows.x, rows.positions))
     return tuple(results)
 
 

@@ -98,7 +98,7 @@ def _train(
     tokenizer = load_tokenizer(config.data.tokenizer)
     evaluation_mesh = inference_mesh(blueprint(model), mesh)
     generator = Generator(config.model, tokenizer, evaluation_mesh, config.data.template, config.data.aspect)
-    preprocess = Preprocessor(config.data, tokenizer, vision, model.slots, llm.vocab)
+    preprocess = Preprocessor(config.data, tokenizer, vision, model.slots, llm.vocab, model.reduction.dropped)
     host = jax.process_index()
     share, shares = get_row_share(mesh, host)
     on_read = functools.partial(watchdog.heartbeat, "data were read")

@@ -51,6 +51,11 @@ def find_teacher(config: TrainConfig, own: Collection[str], workdir: epath.Path 
     if description.vision is None or description.llm is None or description.fusion is None:
         raise UserError(f"The teacher {folder} is not a complete model: it needs a vision tower, a fusion and an llm.")
     student = resolve_model(config.model)
+    if schedule := student.schedule or teacher.schedule:
+        raise UserError(
+            f"Distillation compares all positions, but model.schedule={schedule} drops some: use another objective, or "
+            "a student and a teacher without a schedule."
+        )
     shapes = {"vision": (student.vision_shape, description.vision), "llm": (student.llm_shape, description.llm)}
     assert student.vision_shape is not None  # only complete models are trained
     assert student.llm_shape is not None

@@ -34,7 +34,14 @@ from stf_jax.models.towers.base import ACTIVATIONS, TOWERS, VisionConfig
 from stf_jax.registry import is_outside
 from stf_jax.weights.detect import VOCABULARY
 from stf_jax.weights.export_tokenizer import load_export_tokenizer, save_export_tokenizer
-from stf_jax.weights.exports import CompleteModel, ExportStream, map_part, require_complete, widest_dtype
+from stf_jax.weights.exports import (
+    CompleteModel,
+    ExportStream,
+    map_part,
+    refuse_schedule,
+    require_complete,
+    widest_dtype,
+)
 from stf_jax.weights.folder import new_folder
 from stf_jax.weights.mapping import LLAVA_PROJECTOR, TensorMapping, fusion_table
 from stf_jax.weights.model import SavedModel, open_model
@@ -63,6 +70,7 @@ def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[s
     with new_folder(to) as folder:
         saved = open_model(checkpoint)
         model = require_complete(saved, checkpoint)
+        refuse_schedule(saved, checkpoint)
         grid = model.vision.grid
         count, taps = tokens_per_image(model.fusion, grid), tapped_blocks(model.fusion, model.vision.layers)
         tokenizer = load_export_tokenizer(model.tokenizer, model.template)

@@ -17,7 +17,7 @@ from stf_jax.models.adapters.base import ADAPTER
 from stf_jax.models.adapters.lora import LoRA
 from stf_jax.models.blueprint import blueprint
 from stf_jax.weights.export_hf import map_modules
-from stf_jax.weights.exports import ExportStream, require_complete
+from stf_jax.weights.exports import ExportStream, refuse_schedule, require_complete
 from stf_jax.weights.folder import new_folder
 from stf_jax.weights.mapping import TensorMapping
 from stf_jax.weights.model import open_model
@@ -46,6 +46,7 @@ def export_peft(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict
         saved = open_model(checkpoint)
         if saved.step is None:
             raise UserError(f"{checkpoint} is no run, so it has no adapters; export it with --format=hf.")
+        refuse_schedule(saved, checkpoint)
         model, plan, raw = require_complete(saved, checkpoint), blueprint(saved.config), SavedParams(checkpoint)
         rules = from_json(read_json(checkpoint / "config.json")).rules
         decisions = decide(rules, {path: plan.depth(path) for path in plan.shapes}, plan.linears)

@@ -21,7 +21,14 @@ from stf_jax.models.fusions.stf import MBTFSTF
 from stf_jax.models.spec import VISION
 from stf_jax.models.towers.base import TOWERS, VisionConfig, find_tower_class
 from stf_jax.models.towers.vit import VisionTower
-from stf_jax.weights.exports import CompleteModel, ExportStream, map_part, require_complete, widest_dtype
+from stf_jax.weights.exports import (
+    CompleteModel,
+    ExportStream,
+    map_part,
+    refuse_schedule,
+    require_complete,
+    widest_dtype,
+)
 from stf_jax.weights.folder import new_folder
 from stf_jax.weights.model import open_model
 from stf_jax.weights.shards import write_shards
@@ -66,6 +73,7 @@ def export_llava_stf(
             _save_adapter(folder / ADAPTER, stream)
         else:
             model = require_complete(saved, checkpoint)
+            refuse_schedule(saved, checkpoint)
             _check_llm(model.llm)
             mappings |= map_part(saved.shapes, "vision", CLIP.tensor_names, _TOWER_PREFIX)
             mappings |= map_part(saved.shapes, "llm", LLAMA.tensor_names, {"": ""})

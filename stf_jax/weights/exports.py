@@ -50,6 +50,15 @@ def require_complete(saved: SavedModel, checkpoint: epath.Path) -> CompleteModel
     return CompleteModel(vision, fusion, llm, tokenizer, model.template, model.aspect)
 
 
+def refuse_schedule(saved: SavedModel, checkpoint: epath.Path) -> None:
+    """Raises UserError if the model's decoder follows a schedule, which no exported class does."""
+    if name := saved.config.schedule:
+        raise UserError(
+            f"{checkpoint} was trained with schedule={name}, which PyTorch's classes cannot follow yet; only "
+            "--format=native exports it."
+        )
+
+
 def map_part(
     shapes: Mapping[str, jax.ShapeDtypeStruct], part: str, table: TensorNames, prefixes: Mapping[str, str]
 ) -> dict[str, TensorMapping]:

@@ -39,6 +39,7 @@ class Description:
     fusion: FusionConfig | None
     template: str = "v1"  # as config.data.template
     aspect: str = "square"  # as config.data.aspect
+    schedule: str = ""  # as config.model.schedule
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes ``model.json``."""
@@ -117,8 +118,8 @@ def describe_folder(folder: epath.Path) -> tuple[Description, ModelSpec, pathlib
             f"The run in {folder} is from before runs saved their shapes, and the weights it started from are gone "
             f"({error}) Import those weights again, and copy the model.json of that folder to {folder / DESCRIPTION}."
         ) from None
+    description = _describe(model, config)
     data = config.data
-    description = Description(model.vision_shape, model.llm_shape, model.fusion, data.template, data.aspect)
     tokenizer = _existing_folder(local_copy(folder / "tokenizer"))
     if tokenizer is None:
         tokenizer = EMBEDDED.get(data.tokenizer)
@@ -132,9 +133,8 @@ def save_description(workdir: epath.Path, config: TrainConfig, tokenizer: PreTra
 
     ``config`` has the model's shapes (:func:`stf_jax.weights.origin.complete_config`) and names the tokenizer.
     """
-    model, data = resolve_model(config.model), config.data
-    description = Description(model.vision_shape, model.llm_shape, model.fusion, data.template, data.aspect)
-    write_json(workdir / DESCRIPTION, dataclasses.asdict(description))
+    data = config.data
+    write_json(workdir / DESCRIPTION, dataclasses.asdict(_describe(resolve_model(config.model), config)))
     source = EMBEDDED.get(data.tokenizer) or local_copy(data.tokenizer)
     if source == local_copy(workdir / "tokenizer"):
         return
@@ -148,6 +148,12 @@ def save_description(workdir: epath.Path, config: TrainConfig, tokenizer: PreTra
         upload(pathlib.Path(local), workdir / "tokenizer")
 
 
+def _describe(model: ModelSpec, config: TrainConfig) -> Description:
+    data = config.data
+    shapes = model.vision_shape, model.llm_shape, model.fusion
+    return Description(*shapes, data.template, data.aspect, model.schedule)
+
+
 def _read_files(folder: epath.Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.is_dir() else {}
 
@@ -158,7 +164,7 @@ def _read_description(file: epath.Path) -> Description:
     fusion = values["fusion"] and FusionConfig(**{**values["fusion"], "taps": tuple(values["fusion"]["taps"])})
     vision = values["vision"] and parse_vision_config(values["vision"])
     llm = values["llm"] and parse_llm_config(values["llm"])
-    return Description(vision, llm, fusion, values["template"], values["aspect"])
+    return Description(vision, llm, fusion, values["template"], values["aspect"], values.get("schedule", ""))
 
 
 def _existing_folder(path: pathlib.Path) -> pathlib.Path | None:
@@ -167,7 +173,14 @@ def _existing_folder(path: pathlib.Path) -> pathlib.Path | None:
 
 def _config_of_folder(folder: epath.Path, description: Description) -> ModelSpec:
     fusion = description.fusion or FusionConfig()
-    return ModelSpec(str(folder), str(folder), fusion, vision_shape=description.vision, llm_shape=description.llm)
+    return ModelSpec(
+        str(folder),
+        str(folder),
+        fusion,
+        schedule=description.schedule,
+        vision_shape=description.vision,
+        llm_shape=description.llm,
+    )
 
 
 def _open_export(folder: epath.Path) -> SavedModel:

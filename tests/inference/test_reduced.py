@@ -173,11 +173,12 @@ def expected():
 def test_dropped_tokens_equal_tokens_hidden_from_later_layers(mesh):
     state, (*_, lengths, _) = final_state("fastv", KEEP, mesh), prompts()
     assert [keys.shape[2] - NEW_TOKENS for keys, _ in state.cache] == [72, 72, 48, 48]
-    assert state.cache_lengths.tolist() == [48, 48, 48, 11]
+    last_lengths = lengths - state.image_counts * DROPPED
+    assert last_lengths.tolist() == [48, 48, 48, 11]
     for row, (token_ids, layers) in enumerate(expected()):
         assert state.output_ids[row].tolist() == token_ids
         for layer, (cached_positions, keys) in enumerate(layers):
-            prompt = lengths[row] if layer < FULL_LAYERS else state.cache_lengths[row]
+            prompt = lengths[row] if layer < FULL_LAYERS else last_lengths[row]
             ours = state.cache[layer][0][row]
             ours = np.concatenate([ours[:, :prompt], ours[:, -NEW_TOKENS:-1]], 1).swapaxes(0, 1)
             assert len(cached_positions) == prompt + NEW_TOKENS - 1
@@ -193,7 +194,9 @@ def test_dropping_matters_and_keeping_all_does_not():
     jax.tree.map(np.testing.assert_array_equal, unreduced, all_kept)
     rows = np.arange(4)
     # The end of each prompt.
-    last = [state.cache[-1][0][rows, :, state.cache_lengths - 1] for state in (unreduced, reduced)]
+    lengths = prompts()[2]
+    ends = lengths, lengths - reduced.image_counts * DROPPED
+    last = [state.cache[-1][0][rows, :, end - 1] for state, end in zip((unreduced, reduced), ends, strict=True)]
     difference = np.abs(last[0] - last[1]).max((1, 2)) / np.abs(last[0]).max()
     assert difference[0] < 1e-5  # no image in this row
     assert (difference[1:] > 1e-3).all()

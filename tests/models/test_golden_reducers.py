@@ -86,7 +86,7 @@ def prefill(name, keep):
     def read(x):
         selections, length = reduction.select_tokens(jnp.asarray(is_image), jnp.array([PROMPT]), 1, model.norm)
         positions = jnp.arange(PROMPT)[None]
-        return *model.prefill(x, positions, selections, reducer.scored_by, renumber=reducer.renumber), length
+        return *model.prefill(x, positions, selections), length
 
     hidden, cache, length = read(x[:, :PROMPT])
     assert length.tolist() == [PROMPT - IMAGE + stages[-1].keep]

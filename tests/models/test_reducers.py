@@ -34,10 +34,10 @@ from stf_jax.models.reducers.base import (
     TokenReducer,
     find_reducer,
     grid_of,
-    kept_positions,
 )
 from stf_jax.models.reducers.random_patches import sample_patches
 from stf_jax.models.spec import resolve_model, vision_preset
+from stf_jax.models.stages import Layout, Stage, Visible, make_selections
 from stf_jax.models.towers.vit import VisionTower
 from stf_jax.planning.program import make_program
 from stf_jax.training.flops import decode_flops, prefill_flops
@@ -332,7 +332,7 @@ LENGTH = 40  # fits three images of four tokens and text
 @st.composite
 def prompts(draw):
     """Rows of text and images of four tokens each, and how many of them to keep."""
-    keep, most = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    keep, most = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     rows = []
     for _ in range(3):
         images = draw(st.integers(0, most))
@@ -344,18 +344,21 @@ def prompts(draw):
     spare = LENGTH - max(len(row) + (most - sum(row) // 4) * (4 - keep) for row in rows)
     rows[0] += [False] * draw(st.integers(0, spare))
     scores = draw(st.lists(st.integers(0, 5), min_size=3 * LENGTH, max_size=3 * LENGTH))  # with ties
-    return rows, LENGTH - most * (4 - keep), keep, np.array(scores, np.float32).reshape(3, LENGTH) / 8
+    return rows, most, keep, np.array(scores, np.float32).reshape(3, LENGTH) / 8
 
 
 @hypothesis.settings(deadline=None, max_examples=60, derandomize=True)
 @hypothesis.given(prompts())
 def test_kept_positions_are_text_and_top_image_tokens(drawn_prompts):
-    rows, shorter, keep, scores = drawn_prompts
+    rows, most, keep, scores = drawn_prompts
     image = np.zeros((3, LENGTH), bool)
     for row, marks in enumerate(rows):
         image[row, : len(marks)] = marks
     lengths, kept = np.array([len(row) for row in rows]), image.sum(1) // 4 * keep
-    found = np.asarray(kept_positions(*map(jnp.asarray, (scores, image, lengths, kept)), shorter))
+    visible = Visible(Layout(jnp.asarray(image), jnp.int32(np.arange(LENGTH) < lengths[:, None])))
+    (selection,) = make_selections([Stage(1, keep)], visible, 4, most, lambda *_: jnp.asarray(scores))
+    found = np.asarray(selection.select(None, None, jnp.zeros(())))
+    shorter = LENGTH - most * (4 - keep)
     assert found.shape == (3, shorter)
     for row, marks in enumerate(rows):
         best = sorted(np.flatnonzero(marks), key=lambda p: (-scores[row, p], p))[: kept[row]]

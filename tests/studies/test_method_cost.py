@@ -72,13 +72,14 @@ def test_the_timed_part_of_resizing_is_the_smaller_image():
 @pytest.mark.parametrize("reduce", ["dart:after=1", "pyramiddrop:after=1"])
 def test_a_drop_in_the_decoder_keeps_what_the_model_keeps(reduce, monkeypatch):
     plan, spec, weights, prompt = make("mlp", reduce, 5)
-    drop, calls = transformer.drop_positions, []
+    apply, calls = transformer.Selection.apply, []
 
-    def record(selection, q, k, x, positions, **options):
-        calls.append((x, q, k, drop(selection, q, k, x, positions, **options)))
-        return calls[-1][-1]
+    def record(selection, q, k, rows):
+        after = apply(selection, q, k, rows)
+        calls.append((rows.x, q, k, (after.x, after.positions)))
+        return after
 
-    monkeypatch.setattr(transformer, "drop_positions", record)
+    monkeypatch.setattr(transformer.Selection, "apply", record)
     plan.merge(weights).prefill(*prompt)
     ((x, q, k, expected),) = calls
     if spec.reduction.reducer.scored_by == "next":  # computed again

@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -95,38 +95,102 @@ def sharded_embedding_lookup(
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) of a layer → [B, T, H, Dh]
-SelectPositions = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, x) → int32 [B, T'], see Selection
+BesideLayer = tuple[jax.Array, jax.Array, jax.Array]  # x, cos and sin of the tokens beside, see Beside
+SelectPositions = Callable[[Any, Any, jax.Array], jax.Array]  # (q, k, x) → int32 [B, T1], see Selection
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each layer, [B, K, S, Dh]
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection:
-    """A place in the decoder where fewer positions go on.
+class Beside:
+    """Tokens that layers see as keys and values, made by each layer's own norm and kernels, and never update.
 
     Attributes:
-      after: number of layers before it, at least 1.
+      x: what the norm gets, [B, E, D].
+      positions: int32 [B, E].
+      visible: which positions see which tokens, bool [B, T, E].
+      order: int32 [B, S], for each slot of a cache its index among the E tokens and then the T positions.
+    """
+
+    x: jax.Array
+    positions: jax.Array
+    visible: jax.Array
+    order: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What layers read.
+
+    Attributes:
+      x: states, [B, T, D].
+      positions: int32 [B, T].
+      segments: the conversation of each position, int32 [B, T]; None where each row is one conversation.
+      beside: what they see besides.
+      silent: positions that get nothing from attention, bool [B, T]; None: there are none.
+    """
+
+    x: jax.Array
+    positions: jax.Array
+    segments: jax.Array | None = None
+    beside: Beside | None = None
+    silent: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """A place in the decoder from where on layers read other positions, mostly fewer.
+
+    Attributes:
+      after: number of layers before it.
       select: called with queries [B, T, H, Dh] and keys [B, T, K, Dh], both with rotary positions, and the hidden
-        states [B, T, D] after those layers; returns the positions that the remaining layers read, which attend to one
-        another causally in the order given.
+        states [B, T, D] after those layers; returns the positions that the following layers read, int32 [B, T1], which
+        attend to one another causally in the order given. None: the same as before.
+      scored_by: whose queries and keys ``select`` gets: those of the last layer before it, those that the next layer
+        would have without it, or None for both (``nothing``).
+      renumber: whether the positions of the following layers are 0, 1, … again in each segment; by default they stay.
+      joining: what ``select`` may add, as positions T, T + 1, …
+      weigh: called with what ``select`` returned; returns factors of the states, [B, T1].
+      beside, silent: those of the following layers.
     """
 
     after: int
-    select: SelectPositions
+    select: SelectPositions | None
+    scored_by: Literal["last", "next", "nothing"] = "last"
+    renumber: bool = False
+    joining: Rows | None = None
+    weigh: Callable[[jax.Array], jax.Array] | None = None
+    beside: Beside | None = None
+    silent: jax.Array | None = None
+
+    def apply(self, q: jax.Array | None, k: jax.Array | None, rows: Rows) -> Rows:
+        """What the following layers read, of what those before have read; ``q`` and ``k`` are those of ``select``."""
+        if self.select is None:
+            return dataclasses.replace(rows, beside=self.beside, silent=self.silent)
+        selected, joining = self.select(q, k, rows.x), self.joining
+
+        def take(key: str) -> Any:
+            values = getattr(rows, key)
+            if values is None:
+                return None
+            if joining is not None:
+                values = jnp.concatenate([values, getattr(joining, key)], axis=1)
+            return jnp.take_along_axis(values, selected.reshape(*selected.shape, *[1] * (values.ndim - 2)), axis=1)
+
+        x, segments = take("x"), take("segments")
+        if self.weigh is not None:
+            x = x * self.weigh(selected)[:, :, None].astype(x.dtype)
+        if not self.renumber:
+            positions = take("positions")
+        else:
+            positions = jnp.broadcast_to(jnp.arange(selected.shape[1]), selected.shape)
+            positions -= 0 if segments is None else find_starts(segments)
+        return Rows(x, positions, segments, self.beside, self.silent)
 
 
-def drop_positions(
-    selection: Selection,
-    q: Float[Array, "B T H Dh"],
-    k: Float[Array, "B T K Dh"],
-    x: Float[Array, "B T D"],
-    positions: Int[Array, "B T"],
-    *,
-    renumber: bool,
-) -> tuple[Float[Array, "B T1 D"], Int[Array, "B T1"]]:
-    """Leaves the states and positions that a selection keeps, as :meth:`Decoder.prefill` does between two layers."""
-    selected = selection.select(q, k, x)
-    kept = jnp.broadcast_to(jnp.arange(selected.shape[1]), selected.shape) if renumber else selected
-    return jnp.take_along_axis(x, selected[:, :, None], axis=1), jnp.take_along_axis(positions, kept, axis=1)
+def find_starts(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The first position of the segment of each position; a segment's positions are consecutive."""
+    is_first = segments != jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    return jax.lax.cummax(jnp.where(is_first, jnp.arange(segments.shape[1]), 0), axis=1)
 
 
 class Attention(nnx.Module):
@@ -143,16 +207,27 @@ class Attention(nnx.Module):
         self.query_norm = RMSNorm(rngs, config.head_dim, config.norm_eps, stack=stack) if config.qk_norm else None
         self.key_norm = RMSNorm(rngs, config.head_dim, config.norm_eps, stack=stack) if config.qk_norm else None
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, beside: BesideLayer | None = None
+    ) -> jax.Array:
         q, k, v = (checkpoint_name(x, KEPT_ATTENTION) for x in (*self.query_key(x, cos, sin), self.value(x)))
+        if beside is not None:
+            own, y = (k, v), beside[0]
+            more = (checkpoint_name(x, KEPT_ATTENTION) for x in (self.rotated_key(*beside), self.value(y)))
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(more, own, strict=True))
         return self.out(attend(q, k, v))
 
     def query_key(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Queries [B, T, H, Dh] and keys [B, T, K, Dh], with rotary positions."""
-        q, k = self.query(x), self.key(x)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        q = self.query(x)
+        if self.query_norm is not None:
+            q = self.query_norm(q)
+        return rotate(q, cos, sin), self.rotated_key(x, cos, sin)
+
+    def rotated_key(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        """Keys [B, T, K, Dh], with rotary positions."""
+        k = self.key(x)
+        return rotate(k if self.key_norm is None else self.key_norm(k), cos, sin)
 
 
 class MLP(nnx.Module):
@@ -178,9 +253,13 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(rngs, config.width, config.norm_eps, stack=config.layers)
         self.mlp = MLP(rngs, config)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, beside: BesideLayer | None = None
+    ) -> jax.Array:
         with jax.named_scope("attention"):
-            x = x + self.attention(self.attention_norm(x), cos, sin, attend)
+            if beside is not None:
+                beside = (self.attention_norm(beside[0]), *beside[1:])
+            x = x + self.attention(self.attention_norm(x), cos, sin, attend, beside)
         with jax.named_scope("mlp"):
             return x + self.mlp(self.mlp_norm(x))
 
@@ -211,69 +290,111 @@ class Decoder(nnx.Module):
         return sharded_embedding_lookup(self.embedding[...], tokens, dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None
-    ) -> Float[Array, "B T D"]:
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None,
+        selections: Sequence[Selection] = (),
+    ) -> Float[Array, "B T1 D"]:
         """Hidden states after the final norm.
 
         Args:
           x: embeddings.
           positions: starting at 0 in each segment.
           segments: the conversation of each position; None where each row is one conversation.
+          selections: in ascending order of their layers.
 
         Returns:
-          Hidden states in x's type; :meth:`logits` converts them.
+          Hidden states, in x's type, of the positions that the last layer reads; :meth:`logits` converts them.
         """
-        mask = Mask(causal=True, segments=segments)
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return attention(q, k, v, mask, self.attention)
+        def read(rows: Rows, layers: range) -> Rows:
+            attend, context = self._attend(rows), rope_angles(self.config, rows.positions)
+            beside = self._beside(rows)
+            x = apply_layers(
+                self.blocks, rows.x, *context, attend, *beside, layers=layers, scan=self.scan, remat=self.remat
+            )
+            return dataclasses.replace(rows, x=x)
 
         with jax.named_scope("llm"):
-            cos, sin = rope_angles(self.config, positions)
-            layers = range(self.config.layers)
-            x = apply_layers(self.blocks, x, cos, sin, attend, layers=layers, scan=self.scan, remat=self.remat)
-            return self.norm(x)
+            rows, first = Rows(x, positions, segments), 0
+            for selection in selections:
+                rows = read(rows, range(first, selection.after)) if selection.after > first else rows
+                first = selection.after
+                rows = selection.apply(*self._next_queries_keys(selection, rows), rows)
+            return self.norm(read(rows, range(first, self.config.layers)).x)
+
+    def _attend(self, rows: Rows) -> Attend:
+        """What the queries of these rows attend to."""
+        visible, silent = None if rows.beside is None else rows.beside.visible, rows.silent
+        mask = Mask(causal=True, segments=rows.segments, beside=visible)
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            out = attention(q, k, v, mask, self.attention)
+            return out if silent is None else jnp.where(silent[:, :, None, None], 0, out)
+
+        return attend
+
+    def _beside(self, rows: Rows) -> tuple[BesideLayer, ...]:
+        """The last argument of a block, if there is one."""
+        if rows.beside is None:
+            return ()
+        return ((rows.beside.x, *rope_angles(self.config, rows.beside.positions)),)
+
+    def _next_queries_keys(self, selection: Selection, rows: Rows) -> tuple[Any, Any]:
+        """The queries and keys of the next layer, if they decide a selection, without gradients; else None, twice."""
+        if selection.scored_by != "next":
+            return None, None
+        q, k = self.query_key(rows.x, rows.positions, selection.after)
+        return jax.lax.stop_gradient(q), jax.lax.stop_gradient(k)
 
     def prefill(
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         selections: Sequence[Selection] = (),
-        scored_by: Literal["last", "next"] = "last",
         *,
-        renumber: bool = False,
         observe: Callable[[jax.Array, jax.Array], None] | None = None,
     ) -> tuple[Float[Array, "B T1 D"], Cache]:
         """Reads prompts like a call without segments, and keeps each layer's keys and values, one slot per position.
 
         Args:
           selections: in ascending order of their layers.
-          scored_by: whose queries and keys a selection gets: those of the last layer before it, or those that the next
-            layer would have without it.
-          renumber: whether the positions of the remaining layers are 0, 1, … again; by default they stay.
           observe: called with the queries and keys of each layer, as a selection is, to see what attends to what.
 
         Returns:
-          Hidden states after the final norm of the positions that the last layer read, and the cache (S = T).
+          Hidden states after the final norm of the positions that the last layer read, and the cache (S = T). Where a
+          layer sees tokens beside, its slots are in the order of :attr:`Beside.order`.
         """
         cache: list[tuple[jax.Array, jax.Array]] = []
-        last_qk: tuple[jax.Array, ...] = ()
+        last_qk: tuple[Any, Any] = None, None
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            nonlocal last_qk
-            cache.append((_constrain_cache(k.swapaxes(1, 2)), _constrain_cache(v.swapaxes(1, 2))))
-            last_qk = q, k
-            if observe is not None:
-                observe(q, k)
-            return attention(q, k, v, Mask(causal=True), self.attention)
+        def read(rows: Rows, layers: range) -> Rows:
+            inner, beside = self._attend(rows), rows.beside
+
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                nonlocal last_qk
+                kept = k, v
+                if beside is not None:
+                    order = beside.order[:, :, None, None]
+                    kept = jnp.take_along_axis(k, order, axis=1), jnp.take_along_axis(v, order, axis=1)
+                keys, values = (_constrain_cache(x.swapaxes(1, 2)) for x in kept)
+                cache.append((keys, values))
+                last_qk = q, k
+                if observe is not None:
+                    observe(q, k)
+                return inner(q, k, v)
+
+            x = self._unroll(rows.x, rows.positions, attend, layers, *self._beside(rows))
+            return dataclasses.replace(rows, x=x)
 
         with jax.named_scope("llm"):
+            rows = Rows(x, positions)
             for selection in selections:
-                x = self._unroll(x, positions, attend, range(len(cache), selection.after))
-                q, k = last_qk if scored_by == "last" else self.query_key(x, positions, selection.after)
-                x, positions = drop_positions(selection, q, k, x, positions, renumber=renumber)
-            x = self._unroll(x, positions, attend, range(len(cache), self.config.layers))
-            return self.norm(x), tuple(cache)
+                rows = read(rows, range(len(cache), selection.after)) if selection.after > len(cache) else rows
+                qk = last_qk if selection.scored_by == "last" else self._next_queries_keys(selection, rows)
+                rows = selection.apply(*qk, rows)
+            return self.norm(read(rows, range(len(cache), self.config.layers)).x), tuple(cache)
 
     def extend(
         self,
@@ -315,11 +436,13 @@ class Decoder(nnx.Module):
                 x = self._unroll(x, positions[first], attend, range(first, first + 1 + len(others)))
             return self.norm(x), tuple(new_cache)
 
-    def _unroll(self, x: jax.Array, positions: jax.Array, attend: Attend, layers: range) -> jax.Array:
+    def _unroll(
+        self, x: jax.Array, positions: jax.Array, attend: Attend, layers: range, *beside: BesideLayer
+    ) -> jax.Array:
         """Applies layers one by one, each with its own call of ``attend``, which may keep what it receives."""
         cos, sin = rope_angles(self.config, positions)
         for block in unroll_layers(self.blocks, layers):
-            x = block(x, cos, sin, attend)
+            x = block(x, cos, sin, attend, *beside)
         return x
 
     def query_key(self, x: jax.Array, positions: jax.Array, layer: int) -> tuple[jax.Array, jax.Array]:

@@ -23,7 +23,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from stf_jax.config import FusionConfig, UserError
-from stf_jax.models.decoders.transformer import Selection
+from stf_jax.models.decoders.transformer import Rows, Selection
 from stf_jax.models.fusions.base import FUSIONS, find_fusion, tokens_per_image
+from stf_jax.models.schedules.base import Schedule, find_schedule, plan_schedule
+from stf_jax.models.stages import Layout, Stage, Visible, make_selections
 from stf_jax.models.towers.base import VisionConfig
 from stf_jax.models.towers.vit import VisionTower
 from stf_jax.registry import Registry, call_factory, split_options
@@ -136,14 +138,6 @@ def find_reducer(name: str) -> Reducer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """A drop in the decoder."""
-
-    after: int  # layers before it
-    keep: int  # image tokens per image that the layers after it read
-
-
-@dataclasses.dataclass(frozen=True)
 class Reduction:
     """How many of the image tokens of an image are kept, and what drops the others."""
 
@@ -151,7 +145,8 @@ class Reduction:
     tokens: int  # N, the output of the fusion
     keep: int  # tokens that are kept, as config.keep; the decoder's average if the reducer counts that
     reducer: Reducer | None = None
-    stages: tuple[Stage, ...] = ()  # of a DecoderReducer
+    stages: tuple[Stage, ...] = ()  # of a DecoderReducer or a schedule
+    schedule: Schedule | None = None
 
     @property
     def slots(self) -> int:
@@ -160,20 +155,25 @@ class Reduction:
 
     @property
     def dropped(self) -> int:
-        """Those of :attr:`slots` that the decoder drops, all stages together."""
-        return self.slots - self.stages[-1].keep if self.stages else 0
+        """Those of :attr:`slots` that are not among the positions of the decoder's shortest stage."""
+        return max((self.slots - stage.rows for stage in self.stages), default=0)
+
+    @property
+    def rows_dropped_at_end(self) -> int:
+        """Those of :attr:`slots` that are not among the positions of the decoder's last stage."""
+        return self.slots - self.stages[-1].rows if self.stages else 0
 
     def dropped_before(self, layer: int) -> int:
-        """Those of :attr:`slots` that this decoder layer, counted from 0, does not read."""
-        return max((self.slots - stage.keep for stage in self.stages if layer >= stage.after), default=0)
+        """Those of :attr:`slots` that this decoder layer, counted from 0, does not see."""
+        return self.slots - next((stage.keep for stage in reversed(self.stages) if layer >= stage.after), self.slots)
 
     def position_shift(self, layer: int) -> int:
         """By how much positions in this decoder layer, counted from 0, are lower for each image before them."""
-        renumbered = isinstance(self.reducer, DecoderReducer) and self.reducer.renumber
-        return self.dropped_before(layer) if renumbered else 0
+        how = self.schedule or self.reducer
+        return self.dropped_before(layer) if isinstance(how, DecoderReducer | Schedule) and how.renumber else 0
 
     def average_tokens(self, layers: int) -> float:
-        """Image tokens per image that a decoder layer reads, on average over L layers."""
+        """Image tokens per image that a decoder layer sees, on average over L layers."""
         return self.slots - sum(map(self.dropped_before, range(layers))) / layers
 
     def tower_states(
@@ -213,6 +213,38 @@ class Reduction:
             raise UserError(f"{self.name} returns tokens of shape {reduced.shape}; expected {expected}.")
         return reduced
 
+    def follow_schedule(self, layout: Layout, rows: Rows, images_per_row: int) -> tuple[list[Selection], Visible]:
+        """What the decoder reads of complete rows, as the schedule says.
+
+        Args:
+          rows: the embeddings.
+          images_per_row: M, the most that a row has.
+
+        Returns:
+          The selections for :class:`stf_jax.models.decoders.transformer.Decoder`, to be called in order; and what the
+          positions are from the last of those that were called on.
+        """
+        visible, schedule = Visible(layout), self.schedule
+        if schedule is None or not images_per_row:
+            return [], visible
+
+        def score(q: jax.Array, k: jax.Array, x: jax.Array, keep: int) -> jax.Array:
+            del x, keep
+            return visible.score(q, k)
+
+        selections = make_selections(
+            self.stages,
+            visible,
+            self.slots,
+            images_per_row,
+            score,
+            rows=rows,
+            renumber=schedule.renumber,
+            soft=schedule.soft,
+            silent_prefix=schedule.silent_prefix,
+        )
+        return selections, visible
+
     def select_tokens(
         self,
         is_image: Bool[Array, "B T"],
@@ -232,34 +264,41 @@ class Reduction:
           The selections for :meth:`stf_jax.models.decoders.transformer.Decoder.prefill`, to be called in order, and the
           number of positions of each prompt after the last of them.
         """
-        reducer, before, selections = self.reducer, self.slots, list[Selection]()
+        reducer = self.reducer
         if not isinstance(reducer, DecoderReducer) or not images_per_row:
-            return selections, lengths
-        image_counts, left, now = is_image.sum(1) // self.slots, is_image, lengths
+            return [], lengths
+        visible = Visible(Layout(is_image, (jnp.arange(is_image.shape[1]) < lengths[:, None]).astype(jnp.int32)))
+        image_counts = is_image.sum(1) // self.slots
 
-        def drop(keep: int, dropped: int, q: jax.Array, k: jax.Array, x: jax.Array) -> jax.Array:
-            nonlocal left, now
-            kept_counts = image_counts * keep
-            more = (norm(x), kept_counts) if reducer.reads_states else ()
-            scores = reducer.score(q, k, left, now, *more)
-            kept = kept_positions(scores, left, now, kept_counts, q.shape[1] - images_per_row * dropped)
-            now = now - image_counts * dropped
-            left = jnp.take_along_axis(left, kept, axis=1) & (jnp.arange(kept.shape[1]) < now[:, None])
-            return kept
+        def score(q: jax.Array, k: jax.Array, x: jax.Array, keep: int) -> jax.Array:
+            more = (norm(x), image_counts * keep) if reducer.reads_states else ()
+            return reducer.score(q, k, visible.is_image, visible.used.sum(1), *more)
 
-        for stage in self.stages:
-            if before > stage.keep:
-                selections.append(Selection(stage.after, functools.partial(drop, stage.keep, before - stage.keep)))
-            before = stage.keep
+        how: Any = {"scored_by": reducer.scored_by, "renumber": reducer.renumber}
+        selections = make_selections(self.stages, visible, self.slots, images_per_row, score, **how)
         return selections, lengths - image_counts * self.dropped
 
 
 def resolve_reduction(model: "ModelSpec") -> Reduction:
-    """The reduction that the model's ``reduce`` and ``keep`` ask for.
+    """The reduction that the model's ``reduce``, ``keep`` and ``schedule`` ask for.
 
     Raises:
       UserError: they do not fit each other or the model, or as :func:`stf_jax.models.fusions.base.tokens_per_image`.
     """
+    reduction, name = _resolve_reducer(model), model.schedule
+    if not name or model.vision_shape is None:
+        return reduction
+    if reduction.stages:
+        raise UserError(
+            f"reduce={model.reduce} drops image tokens in the decoder, where schedule={name} already does; choose a "
+            "reducer that acts before it."
+        )
+    assert model.llm_shape is not None  # a model with image tokens has one
+    stages = plan_schedule(name, model.llm_shape.layers, reduction.slots)
+    return dataclasses.replace(reduction, stages=stages, schedule=find_schedule(name))
+
+
+def _resolve_reducer(model: "ModelSpec") -> Reduction:
     name, fusion, vision = model.reduce, model.fusion.fusion, model.vision_shape
     if vision is None:
         if name or model.keep:
@@ -355,29 +394,3 @@ def grid_of(count: int, side: int) -> tuple[int, int]:
             f"columns as rows; the nearest are {near[0]} and {near[1]}."
         )
     return found
-
-
-def kept_positions(
-    scores: Float[Array, "B T"],
-    is_image: Bool[Array, "B T"],
-    lengths: Int[Array, " B"],
-    keep: Int[Array, " B"],
-    length: int,
-) -> Int[Array, "B {length}"]:
-    """The positions that later layers read: all text, and the image tokens with the highest scores.
-
-    Args:
-      scores: of all positions.
-      is_image: which positions are image tokens.
-      lengths: of prompts.
-      keep: image tokens to keep, at most as many as there are; among equal scores the first are kept.
-      length: the length of the result, no less than any row keeps.
-
-    Returns:
-      Kept positions come first, in ascending order, so that causal attention sees only them; unused
-      positions fill the rest.
-    """
-    positions = jnp.arange(scores.shape[1])
-    rank = jnp.argsort(jnp.argsort(jnp.where(is_image, -scores, jnp.inf), axis=1), axis=1)
-    keeps = (positions < lengths[:, None]) & (~is_image | (rank < keep[:, None]))
-    return jnp.argsort(~keeps, axis=1)[:, :length]

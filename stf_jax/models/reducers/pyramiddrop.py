@@ -1,5 +1,7 @@
 """PyramidDrop (arXiv 2410.17247), without its training: image tokens are dropped at several depths of the decoder.
 
+Trained it is models/schedules/pyramiddrop.py, which has the same computation.
+
 At each drop they are ranked by the attention that the prompt's last token would pay to them in the next layer,
 averaged over heads. (FastV takes the layer just run.) Positions are counted from 0 again after each drop, as in the
 authors' program, and new tokens of the answer continue from there in each layer.
@@ -15,17 +17,10 @@ authors' program, and new tokens of the answer continue from there in each layer
 
 It acts in the decoder and needs one row of attention per drop, but not from the attention kernel. Its own cost is the
 queries and keys of one more layer per drop.
-
-Axis letters: L decoder layers.
 """
 
 from stf_jax.models.reducers.base import Count, DecoderReducer
-from stf_jax.models.reducers.fastv import last_token_attention
-
-
-def quarters(layers: int) -> tuple[int, ...]:
-    """A quarter, a half and three quarters of L, rounded."""
-    return tuple(sorted({max(1, (2 * layers * part + 4) // 8) for part in (1, 2, 3)}))
+from stf_jax.models.stages import last_token_attention, quarters
 
 
 def pyramiddrop(*, after: tuple[int, ...] = (), count: Count = "after") -> DecoderReducer:

@@ -11,11 +11,18 @@ class NextToken:
     """Cross-entropy in nats, over the batch's target tokens."""
 
     def loss_sum(self, model: VLM, batch: Batch[jax.Array], packed: bool) -> jax.Array:
-        segments = batch.segment_ids if packed else None
-        hidden = model.hidden(batch.tokens, batch.positions, segments, batch.image_slots, batch.images)
+        hidden, targets, loss_mask = model.predict(
+            batch.tokens,
+            batch.targets,
+            batch.loss_mask,
+            batch.positions,
+            batch.segment_ids,
+            batch.image_slots,
+            batch.images,
+            packed,
+        )
         with jax.named_scope("loss"):
-            tied = model.llm.config.tied
-            return cross_entropy_sum(hidden, model.llm.head_kernel, batch.targets, batch.loss_mask, tied)
+            return cross_entropy_sum(hidden, model.llm.head_kernel, targets, loss_mask, model.llm.config.tied)
 
     def count_terms(self, batch: Batch[jax.Array]) -> jax.Array:
         return batch.loss_mask.sum()
