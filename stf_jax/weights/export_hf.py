@@ -5,6 +5,7 @@ files, which every release reads. Other fusions need the classes in weights/torc
 folder. Both come with adapters for lmms-eval and VLMEvalKit.
 """
 
+import dataclasses
 import hashlib
 import inspect
 import itertools
@@ -42,7 +43,7 @@ from stf_jax.weights.shards import write_shards
 
 PACKAGE = pathlib.Path(__file__).parent / "torch_package"
 _MODEL_CODE = ("configuration_stf.py", "layers_stf.py", "modeling_stf.py", "processing_stf.py")
-_FUSION_KEYS = ("fusion", "kernel", "mbtf_hidden", "mbtf_width", "stf_hidden", "depth", "variant", "pad_grid")
+_FUSION_KEYS = [field.name for field in dataclasses.fields(FusionConfig) if field.name not in ("taps", "init")]
 _EVALUATION_CODE = ("lmms_eval_stf/lmms_eval_stf.py", "lmms_eval_stf/pyproject.toml", "vlmevalkit_stf.py")
 
 
@@ -135,7 +136,7 @@ def text_config_values(config: LLMConfig, tokenizer: PreTrainedTokenizerFast) ->
 
 def _is_llava(fusion: FusionConfig) -> bool:
     """Whether transformers' own LLaVA computes the model."""
-    return find_fusion(fusion) is MLP
+    return find_fusion(fusion) is MLP and not fusion.budgets
 
 
 def find_torch_file(config: FusionConfig) -> pathlib.Path:
@@ -214,6 +215,7 @@ def _complete_stf_config(
         "processor_class": "LlavaSTFProcessor",
         "auto_map": {"AutoProcessor": "processing_stf.LlavaSTFProcessor"},
         "num_image_tokens": count,
+        "budgets": fusion.budgets,
     }
 
 
