@@ -277,7 +277,7 @@ def _write_readme(
         "architecture": config["architectures"][0],
         "code": "It needs no custom code." if plain else "Loading it runs its code (`*_stf.py`).",
         "template": model.template,
-        "tokens": count,
+        "tokens": " or ".join(map(str, model.fusion.budgets or (count,))),
         "dtype": config["dtype"],
         "source": f"`{checkpoint}`" + (f", step {step:,}" if step is not None else ""),
         "image_size": model.vision.image_size,

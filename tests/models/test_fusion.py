@@ -261,6 +261,11 @@ def test_parameter_count(fusion, llm, count):
     assert count_parameters(FusionConfig(fusion=fusion), llm=llm) == count
 
 
+def test_parameter_count_of_mqt():
+    """That of the authors' program, whose positions are parameters that are not trained."""
+    assert count_parameters(FusionConfig("mqt", budgets=(256, 1))) == 8_660_992
+
+
 def test_parameter_count_of_the_paper_variant():
     mbtf = 8192 * 4096 + 4096 + 4096 * 1024 + 1024
     stf = 4096 * 4096 + 4096 + 4096 * 16384 + 16384 + 16384 * 4096 + 4096
