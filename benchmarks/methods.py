@@ -71,7 +71,8 @@ def read_method(folder: pathlib.Path) -> ModelSpec:
         asking = (results[0] if isinstance(results, list) else results)["protocol"]["asking"]
         origin = asking["model"]
         place = to_path(origin["checkpoint"] if "checkpoint" in origin else origin["workdir"])
-        changes = {"precision": asking["precision"], "reduce": asking.get("reduce", ""), "keep": asking.get("keep", 0)}
+        defaults = {"reduce": "", "keep": 0, "tokens": 0}
+        changes = {"precision": asking["precision"]} | {key: asking.get(key, x) for key, x in defaults.items()}
     except (KeyError, TypeError, IndexError):
         raise UserError(
             f"{folder / RESULTS} does not say which model answered: only results of a model that was asked by "

@@ -93,6 +93,7 @@ def load(
     precision: Precision | Literal[""] = "",
     reduce: str = "",
     keep: int = 0,
+    tokens: int = 0,
     mesh: tuple[int, int, int] = (1, 1, 1),
 ) -> Model:
     """Loads a model from the newest checkpoint of a run, a folder of imported weights, or an export.
@@ -102,6 +103,7 @@ def load(
       reduce: an untrained reducer of image tokens, by a name of docs/evaluating.md or as ``module:thing``, and its
         options, ``:key=value,…``.
       keep: image tokens per image that ``reduce`` keeps; by default a quarter.
+      tokens: image tokens per image, one of the budgets that the model was trained with; by default the most.
       mesh: devices along data, fsdp and tensor.
 
     Raises:
@@ -112,7 +114,7 @@ def load(
 
     folder = to_path(os.fspath(checkpoint))
     devices = make_mesh(MeshConfig(*mesh))
-    generator, saved = load_generator(folder, devices, precision, reduce, keep, allow_text_only=True)
+    generator, saved = load_generator(folder, devices, precision, reduce, keep, tokens, allow_text_only=True)
     return Model(generator, saved, folder)
 
 

@@ -65,7 +65,13 @@ def main(argv: list[str]) -> None:
 
     mesh = make_mesh(MeshConfig(*options.mesh))
     generator, _ = load_generator(
-        options.checkpoint, mesh, options.precision, options.reduce, options.keep, allow_text_only=True
+        options.checkpoint,
+        mesh,
+        options.precision,
+        options.reduce,
+        options.keep,
+        options.tokens,
+        allow_text_only=True,
     )
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     if options.web:

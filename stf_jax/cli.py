@@ -253,6 +253,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="image tokens kept per image with --reduce, as its options count them (default: one quarter)",
     )
     parser.add_argument(
+        "--tokens",
+        type=_number_between(int, 0, 2**31 - 1),
+        default=0,
+        metavar="N",
+        help="image tokens per image, one of the model's budgets (docs/budgets.md; default: the most)",
+    )
+    parser.add_argument(
         "--temperature",
         type=_number_between(float, 0, 100),
         default=0.0,

@@ -72,13 +72,14 @@ Task = Literal["documents", "captions", "mixture", "conversations", "cues", "cel
 MixBy = Literal["epoch", "weight"]
 Aspect = Literal["square", "pad"]
 Schedule = Literal["cosine", "constant"]
+BudgetsPerStep = Literal["all", "one"]
 
 
 @dataclasses.dataclass(frozen=True)
 class FusionConfig:
     """How the tapped states of the vision tower become image tokens of the language model (models/fusions)."""
 
-    # fusion: mlp | avg_pool | pixel_shuffle | ldp_v2 | c_abstractor | resampler | token_packer | stf | mbtf |
+    # fusion: mlp | avg_pool | pixel_shuffle | ldp_v2 | c_abstractor | resampler | token_packer | mqt | stf | mbtf |
     # mbtf_stf | package.module:Class of your own (docs/your-own-fusion.md)
     fusion: str = "mbtf_stf"
     taps: tuple[Count, ...] = ()  # tower blocks to read, deepest first, 1-based (0: embedding); (): 8, evenly spaced
@@ -89,6 +90,8 @@ class FusionConfig:
     depth: Count = 0  # blocks of resampler, and of c_abstractor before and after its pooling; 0: as published, 6 and 3
     variant: Variant = "code"  # code: what the authors' program computes | paper: what the paper's figure shows
     init: Initialization = "torch"  # initialization of the layers: torch | kaiming | xavier | normal
+    # numbers of image tokens per image that one model makes, most first (docs/budgets.md); (): one number
+    budgets: tuple[Size, ...] = ()
     pad_grid: bool = False  # pad a patch grid that kernel does not divide, with zeros at the right and bottom
 
 
@@ -107,6 +110,7 @@ class ModelConfig:
     # MLP's first products) | attention (all but queries, keys and values) | full; auto: the first of these that fits
     remat: Remat = "auto"
     attention: Attention = "auto"  # attention kernel: auto | reference | xla | cudnn | splash (models/attention.py)
+    tokens: Count = 0  # image tokens per image at inference, one of fusion.budgets; 0: the first
     reduce: str = ""  # untrained reducer at inference (models/reducers), NAME[:key=value,…] or package.module:thing
     keep: Count = 0  # image tokens per image that the reducer keeps; 0: one quarter
     # image tokens that each decoder layer sees, in training too (models/schedules), NAME[:key=value,…] or
@@ -253,6 +257,9 @@ class TrainConfig:
     # what is minimized: next_token | distill:teacher=FOLDER,temperature=1,weight=0.5 | cells | package.module:thing;
     # "": as the data demand
     objective: str = ""
+    # the loss of a step with several model.fusion.budgets. all: the mean over all of them | one: that of one, drawn by
+    # the seed and the step
+    budgets_per_step: BudgetsPerStep = "all"
     # (regular expression of parameter path, train | freeze | adapter) pairs; the first match decides. Adapter: lora,
     # lora:rank=16,alpha=32,… or package.module:thing; train*0.1 learns at a tenth of the rate;
     # freeze@int8 or lora@int8 freezes kernels in int8 (checkpointing/rules.py)

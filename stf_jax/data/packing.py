@@ -5,7 +5,7 @@ Axis letters: B rows, T positions, M images per row, N slots per image.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -16,10 +16,21 @@ from stf_jax.data.records import BadRow
 Array = TypeVar("Array")
 
 
+class Budget(NamedTuple):
+    """A number of slots per image, and the length of rows that have so many."""
+
+    tokens: int
+    length: int
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch(Generic[Array]):
-    """A batch of training rows: numpy arrays on a host, jax.Array sharded on B on devices."""
+    """A batch of training rows: numpy arrays on a host, jax.Array sharded on B on devices.
+
+    Attributes:
+      budgets: those at which a step reads the rows (N and T of each); empty if the rows are read as they are.
+    """
 
     tokens: Array  # int32 [B, T]; 0 for padding
     targets: Array  # int32 [B, T]: the next token of the same conversation
@@ -29,6 +40,7 @@ class Batch(Generic[Array]):
     image_slots: Array  # int32 [B, T]: −1 for text, else index into the row's M·N image tokens
     images: Array  # uint8 [B, M, H, W, 3]; unused ones are black
     labels: Array | None = None  # uint8 [B, M, S, S, 3]: labels of S×S cells per image, with model.cells
+    budgets: tuple[Budget, ...] = dataclasses.field(default=(), metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +148,6 @@ def best_fit(lengths: Sequence[int], image_counts: Sequence[int], length: int, i
     return rows
 
 
-def to_batch(rows: Mapping[str, np.ndarray]) -> Batch[np.ndarray]:
+def to_batch(rows: Mapping[str, np.ndarray], budgets: tuple[Budget, ...] = ()) -> Batch[np.ndarray]:
     """Makes a :class:`Batch` of rows that are stacked on B."""
-    return Batch(**rows)
+    return Batch(**rows, budgets=budgets)

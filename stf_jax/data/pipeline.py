@@ -34,7 +34,7 @@ from stf_jax.data.sampling import Plan, PlannedRow
 from stf_jax.data.sources.base import DataSet, open_data_sets
 from stf_jax.data.tokenizer import prefixes_only_start
 from stf_jax.models.decoders.chat import Item
-from stf_jax.models.spec import resolve_model
+from stf_jax.models.spec import resolve_model, training_budgets
 from stf_jax.models.towers.base import VisionConfig
 
 _CHUNK = 1024  # conversations tokenized at once when they are measured
@@ -242,8 +242,18 @@ def plan_rows(
     """
     measured = [preprocess.measure(data_set, log=log, on_chunk=on_chunk) for data_set in records.sets]
     lengths, image_counts = (np.concatenate(counts) for counts in zip(*measured, strict=True))
-    sizes, dropped = records.sizes, preprocess.dropped
-    return Plan(config.data, config.seed, config.global_batch_size, lengths, image_counts, sizes, dropped)
+    data, rows, budgets = config.data, config.global_batch_size, training_budgets(config.model)
+    return Plan(
+        data,
+        config.seed,
+        rows,
+        lengths,
+        image_counts,
+        records.sizes,
+        preprocess.dropped,
+        budgets,
+        config.budgets_per_step,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,8 +360,9 @@ class Batches:
         chunks = [next(self._iterator) for _ in range(count)]
         rows = chunks[0] if count == 1 else {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
         self.replaced += int(rows.pop("replaced").sum())
+        budgets = self.plan.batch_budgets(self._batch)
         self._batch += 1
-        return to_batch(rows)
+        return to_batch(rows, budgets)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position in the stream. It is the same on all hosts, and for any number of hosts."""

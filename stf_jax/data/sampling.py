@@ -17,23 +17,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stf_jax.config import DataConfig, UserError
-from stf_jax.data.packing import best_fit
+from stf_jax.config import BudgetsPerStep, DataConfig, TrainConfig, UserError
+from stf_jax.data.packing import Budget, best_fit
+from stf_jax.models.spec import training_budgets
 
 _GROUP = 32  # batches that are sorted by length together
+_ALIGNMENT = 8  # divides the lengths of rows at lower budgets where it divides that at the first
 
 
 class BatchShape(NamedTuple):
-    """The shape of a batch: its rows, their padded length, and their number of image places."""
+    """The shape of a batch: its rows, their padded length, their number of image places, and the budgets to read at."""
 
     rows: int
     length: int
     images: int
+    budgets: tuple[Budget, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
         """The number of positions, and of image places: the larger, the more work and memory."""
-        return self.rows * self.length, self.rows * self.images
+        length = sum(budget.length for budget in self.budgets) or self.length
+        return self.rows * length, self.rows * self.images
 
 
 class PlannedRow(NamedTuple):
@@ -66,6 +70,8 @@ class Plan:
         image_counts: np.ndarray,
         sizes: Sequence[int],
         dropped: int = 0,
+        budgets: Sequence[int] = (),
+        budgets_per_step: BudgetsPerStep = "all",
     ) -> None:
         """
         Args:
@@ -77,6 +83,9 @@ class Plan:
           sizes: conversations of each data set; the sets are concatenated.
           dropped: image tokens per image that some decoder layer does not have in its rows. A row must have room for
             its text where each of its image places lacks them, so an image place without an image takes as many.
+          budgets: slots per image at which rows are read, most first; ``lengths`` are those at the first. Empty: those
+            are the only ones.
+          budgets_per_step: as in the config.
 
         Raises:
           UserError: ``data.mix`` does not match the sets.
@@ -84,6 +93,7 @@ class Plan:
         self._data, self._seed, self._batch = data, seed, batch_size
         self._unused = dropped * data.images_per_row
         lengths = np.where(lengths > 0, lengths + self._unused - dropped * image_counts, 0)
+        self._token_budgets, self._budgets_per_step = tuple(budgets), budgets_per_step
         self._lengths, self._image_counts = np.minimum(lengths, data.max_length), image_counts
         self._shares, self._begins = _get_shares(data, sizes), np.cumsum([0, *sizes])
         self._buckets = _choose_buckets(data, self._lengths)
@@ -95,8 +105,8 @@ class Plan:
         with self._lock:
             epoch = self._find_epoch(row=index)
             offset, planned = index - self._first[epoch][0], self._get_epoch(epoch)
-        _, length, images = planned.shapes[bisect.bisect(planned.begins, offset) - 1]
-        return PlannedRow(planned.rows[offset], length, images)
+        shape = planned.shapes[bisect.bisect(planned.begins, offset) - 1]
+        return PlannedRow(planned.rows[offset], shape.length, shape.images)
 
     def batch_rows(self, batch: int) -> range:
         """Returns the indices of the rows of a batch."""
@@ -106,6 +116,12 @@ class Plan:
             planned = self._get_epoch(epoch)
             begin = row + planned.begins[batch - first]
             return range(begin, begin + planned.shapes[batch - first].rows)
+
+    def batch_budgets(self, batch: int) -> tuple[Budget, ...]:
+        """Returns the budgets at which a batch is read."""
+        with self._lock:
+            epoch = self._find_epoch(batch=batch)
+            return self._get_epoch(epoch).shapes[batch - self._first[epoch][1]].budgets
 
     def find_batch(self, row: int) -> int:
         """Returns the batch that begins with a row."""
@@ -169,6 +185,8 @@ class Plan:
         if self._data.tokens_per_batch:  # else the fingerprint is that of releases without this key
             keys = (*keys, "tokens_per_batch")
         values = repr((self._seed, self._batch, self._begins.tolist(), [getattr(self._data, key) for key in keys]))
+        if self._token_budgets:
+            values += repr((self._token_budgets, self._budgets_per_step))
         arrays = self._lengths.astype(np.int64).tobytes() + self._image_counts.astype(np.int64).tobytes()
         return hashlib.sha256(values.encode() + arrays).hexdigest()[:16]
 
@@ -202,6 +220,8 @@ class Plan:
             lengths = np.maximum(lengths - self._unused, 0)
             packed = best_fit(lengths, image_counts, data.max_length - self._unused, data.images_per_row)
             rows = [order[packed[i]].tolist() for i in rng.permutation(len(packed))]
+            if self._token_budgets:
+                rows = self._group_by_spare(rows, rng)
             shapes = [BatchShape(batch, data.max_length, data.images_per_row)] * -(-len(rows) // batch)
         else:
             if data.tokens_per_batch:
@@ -212,7 +232,40 @@ class Plan:
             rows, shapes = [[i] for members, _ in batches for i in members], [shape for _, shape in batches]
         begins = list(itertools.accumulate((shape.rows for shape in shapes), initial=0))
         rows += [[]] * (begins.pop() - len(rows))
+        if self._token_budgets:
+            shapes = self._choose_budgets(epoch, rows, shapes, begins)
         return _Epoch(rows, shapes, begins)
+
+    def _choose_budgets(
+        self, epoch: int, rows: list[list[int]], shapes: list[BatchShape], begins: list[int]
+    ) -> list[BatchShape]:
+        """Returns the shapes with the budgets of each step, and the lengths that all rows of its batch fit."""
+        chosen = np.random.default_rng([self._seed, epoch, 2]).integers(len(self._token_budgets), size=len(shapes))
+        result = []
+        for begin, shape, number in zip(begins, shapes, chosen, strict=True):
+            budgets: tuple[Budget, ...] = ()
+            if shape.images:
+                spare = min(self._spare_images(row, shape) for row in rows[begin : begin + shape.rows])
+                budgets = fit_budgets(self._token_budgets, shape.length, spare)
+                budgets = budgets if self._budgets_per_step == "all" else (budgets[number],)
+            result.append(shape._replace(budgets=budgets))
+        return result
+
+    def _spare_images(self, row: list[int], shape: BatchShape) -> int:
+        """Returns the number of images, at most M, by whose slots a row is shortened, padding counted as images."""
+        saved = self._token_budgets[0] - self._token_budgets[-1]  # a row that fits the last budget fits all
+        padding = shape.length - int(self._lengths[row].sum())
+        return min(shape.images, int(self._image_counts[row].sum()) + padding // saved)
+
+    def _group_by_spare(self, rows: list[list[int]], rng: np.random.Generator) -> list[list[int]]:
+        """Orders packed rows so that those of a batch become shorter alike at lower budgets; batches stay shuffled."""
+        shape = BatchShape(self._batch, self._data.max_length, self._data.images_per_row)
+        batches: list[np.ndarray] = []
+        for group in _split(np.arange(len(rows)), self._batch * _GROUP):
+            spare = np.array([self._spare_images(rows[i], shape) for i in group])
+            batches += _split(group[np.argsort(-spare, kind="stable")], self._batch)
+        *full, last = batches
+        return [rows[i] for number in rng.permutation(len(full)) for i in full[number]] + [rows[i] for i in last]
 
     def _get_shape(self, members: np.ndarray, least: int = 0) -> BatchShape:
         """Returns the shape of a batch: the smallest bucket that fits it, and no image places if it has no images.
@@ -285,6 +338,27 @@ class Plan:
                 chosen.append(begin + order[offset : offset + count])
                 index += count
         return np.concatenate(chosen) if chosen else np.zeros(0, np.int64)
+
+
+def fit_budgets(budgets: Sequence[int], length: int, images: int) -> tuple[Budget, ...]:
+    """Returns budgets with the lengths of their rows.
+
+    Args:
+      budgets: slots per image, most first.
+      length: of rows at the first budget.
+      images: by whose slots rows become shorter at the others.
+    """
+    unit = math.gcd(length, _ALIGNMENT)
+    return tuple(Budget(tokens, length - images * (budgets[0] - tokens) // unit * unit) for tokens in budgets)
+
+
+def plan_budgets(config: TrainConfig, length: int, images: int) -> tuple[Budget, ...]:
+    """Returns the budgets of a batch whose rows all have that many images; of those that are drawn, the first."""
+    budgets = training_budgets(config.model)
+    if not budgets or not images:
+        return ()
+    fitted = fit_budgets(budgets, length, min(images, length // budgets[0]))
+    return fitted if config.budgets_per_step == "all" else fitted[:1]
 
 
 def rows_per_batch(data: DataConfig, batch_size: int, length: int) -> int:

@@ -178,13 +178,13 @@ class Generator:
         with compute_context(self._mesh, self.plan.precision):
             return self._compiled[function](self._weights, *arguments)
 
-    def with_reduction(self, reduce: str, keep: int) -> "Generator":
-        """The same model with another reduction of its image tokens; both share the weights.
+    def with_reduction(self, reduce: str, keep: int, tokens: int = 0) -> "Generator":
+        """The same model with another reduction or budget of its image tokens; both share the weights.
 
         Raises:
           UserError: the model cannot be reduced as requested.
         """
-        model = dataclasses.replace(self.model, reduce=reduce, keep=keep)
+        model = dataclasses.replace(self.model, reduce=reduce, keep=keep, tokens=tokens)
         other = Generator(model, self._tokenizer, self._mesh, self._template, self._aspect)
         other._weights, other._fingerprint = self._weights, self._fingerprint
         return other
@@ -203,6 +203,8 @@ class Generator:
             "llm": self.model.llm,
         }
         details |= {"template": self._template, "image_aspect_ratio": self._aspect, "image_tokens": self.slots}
+        if self.model.tokens:
+            details["tokens"] = self.model.tokens
         if self._reduction.name:
             details |= {"reduce": self._reduction.name, "keep": self._reduction.keep}
         if self.model.schedule:

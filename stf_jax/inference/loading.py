@@ -20,6 +20,7 @@ def load_generator(
     precision: Precision | Literal[""] = "",
     reduce: str = "",
     keep: int = 0,
+    tokens: int = 0,
     *,
     allow_text_only: bool = False,
 ) -> tuple[Generator, SavedModel]:
@@ -27,7 +28,7 @@ def load_generator(
 
     Args:
       precision: as ``config.model.precision``; empty: the run's own, bfloat16 for other folders.
-      reduce, keep: as ``config.model.reduce`` and ``keep``.
+      reduce, keep, tokens: as ``config.model.reduce``, ``keep`` and ``tokens``.
       allow_text_only: whether to accept a language model without a vision tower; its chat template is detected from the
         control tokens of its tokenizer.
 
@@ -45,7 +46,8 @@ def load_generator(
         raise UserError(f"{checkpoint} has no tokenizer: copy a tokenizer folder to {checkpoint / 'tokenizer'}.")
     tokenizer, template = load_tokenizer(str(saved.tokenizer)), description.template
     precision = precision or saved.config.precision
-    config = replace(saved.config, "model.", precision=precision, remat="none", reduce=reduce, keep=keep)
+    chosen = {"reduce": reduce, "keep": keep, "tokens": tokens}
+    config = replace(saved.config, "model.", precision=precision, remat="none", **chosen)
     if without_vision:
         config, template = dataclasses.replace(config, vision_shape=None), detect_template(tokenizer)
     generator = Generator(config, tokenizer, mesh, template, description.aspect)

@@ -68,6 +68,12 @@ def resolve_model(config: ModelConfig, vision: VisionConfig | None = None, llm: 
     return ModelSpec(**values, vision_shape=vision, llm_shape=llm)
 
 
+def training_budgets(config: ModelConfig) -> tuple[int, ...]:
+    """The numbers of tokens per image at which a model is trained; empty if there is one."""
+    budgets = config.fusion.budgets
+    return () if config.cells or len(budgets) == 1 else budgets
+
+
 def vision_preset(name: str) -> VisionConfig:
     """The tower of that name, or of that folder of imported weights. Raises UserError for an unknown one."""
     return _lookup(VISION, name, "vision", VisionConfig, parse_vision_config)

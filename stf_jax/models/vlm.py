@@ -3,7 +3,7 @@
 Axis letters: B rows, T positions, M images per row, N tokens per image, D language model width, V vocabulary.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,15 @@ class VLM(nnx.Module):
     under ``teacher/``, without the parts that it shares (models/blueprint.py).
 
     A language model alone (a ModelSpec without ``vision_shape``) has no tower and no fusion, and accepts no images.
+
+    Attributes:
+      slots: image tokens per image in a row.
+      known_tokens: the image tokens of the images that are read, [B, M·N, D], where training has them already
+        (training/budgets.py).
     """
 
     teacher: "VLM"
+    known_tokens: jax.Array | None = None
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig) -> None:
         """Builds the model.
@@ -45,7 +51,7 @@ class VLM(nnx.Module):
         spec = resolve_model(config)
         vision, llm = spec.vision_shape, spec.llm_shape
         self.dtype = jnp.dtype(config.precision)
-        self.reduction = spec.reduction
+        self.reduction, self.slots = spec.reduction, spec.slots
         assert llm is not None  # there is no VLM of a tower alone
         if vision is not None:
             self.taps = spec.taps
@@ -54,7 +60,7 @@ class VLM(nnx.Module):
             self.vision = find_tower_class(vision)(
                 rngs, vision, scan=config.scan_layers, remat=config.remat, attention=vision_attention
             )
-            self.fusion = Fusion(rngs, config.fusion, vision, llm.width)
+            self.fusion = Fusion(rngs, config.fusion, vision, llm.width, spec.reduction.tokens)
             if config.cells:
                 self.cells = CellHead(rngs, vision, config.cells)
         decoder = find_decoder_class(llm)
@@ -74,6 +80,8 @@ class VLM(nnx.Module):
           question: the text of each row, if there is one.
           states: those of the tower, if they are known.
         """
+        if self.known_tokens is not None:
+            return self.known_tokens
         batch, count = images.shape[:2]
         if states is None:
             images = images.reshape(batch * count, *images.shape[2:])
@@ -83,6 +91,14 @@ class VLM(nnx.Module):
             tapped = tuple(states[tap] for tap in self.taps)
         tokens = self.reduction.reduce_tokens(self.fusion(tapped))
         return tokens.reshape(batch, -1, tokens.shape[-1])
+
+    def nested_tokens(
+        self, images: UInt8[Array, "B M H W 3"], budgets: Sequence[int]
+    ) -> tuple[Float[Array, "B _ D"], ...]:
+        """Image tokens of a row's images at each of some budgets; the tower runs once."""
+        states = self.tower_states(images, self.taps)
+        nested = self.fusion.nested(tuple(states[tap] for tap in self.taps), budgets)
+        return tuple(tokens.reshape(len(images), -1, tokens.shape[-1]) for tokens in nested)
 
     def tower_states(self, images: UInt8[Array, "B M H W 3"], taps: Iterable[int]) -> States:
         """The tower's states after these blocks, of all images of all rows."""

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from stf_jax.config import TrainConfig
-from stf_jax.data.sampling import BatchShape, rows_per_batch
+from stf_jax.data.sampling import BatchShape, plan_budgets, rows_per_batch
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import BLOCKS, Sampling, TokenRules
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
@@ -110,8 +110,9 @@ def _train_layout(config: TrainConfig, mesh: Mesh) -> tuple[Blueprint, optax.Gra
 
 def largest_batch(config: TrainConfig) -> BatchShape:
     """The shape of the batches with the longest rows that a run may have."""
-    rows = rows_per_batch(config.data, config.global_batch_size, config.data.max_length)
-    return BatchShape(rows, config.data.max_length, config.data.images_per_row)
+    length, images = config.data.max_length, config.data.images_per_row
+    rows = rows_per_batch(config.data, config.global_batch_size, length)
+    return BatchShape(rows, length, images, plan_budgets(config, length, images))
 
 
 def _train_program(config: TrainConfig, mesh: Mesh, override: int | None) -> Program:
@@ -125,7 +126,7 @@ def _train_program(config: TrainConfig, mesh: Mesh, override: int | None) -> Pro
     batch = jax.tree.map(lambda x: _with_sharding(x, rows), abstract_batch(config.model, *shape))
     call = make_train_step(config, plan, tx, layout)
     parts = {"parameters": layout.params, "optimizer": layout.moments, "batch": batch}
-    return Program("train", *shape, mesh, plan.precision, call, (layout, batch), parts)
+    return Program("train", *shape[:3], mesh, plan.precision, call, (layout, batch), parts)
 
 
 def _inference_program(config: TrainConfig, kind: str, plan: Blueprint, mesh: Mesh, rows: int | None) -> Program:

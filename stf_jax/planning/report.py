@@ -145,7 +145,7 @@ def trace_cost(config: TrainConfig, program_kind: str, devices: list[jax.Device]
     activation_bytes = 0.0
     if program_kind == "train":
         layout = program.arguments[0]
-        activation_bytes = activation_bytes_per_row(config, program.mesh, layout, program.length, program.images)
+        activation_bytes = activation_bytes_per_row(config, program.mesh, layout, largest_batch(config))
     return TracedCost(
         executed.flops / program.rows,
         executed.bytes_by_rows * shards / program.rows,
@@ -157,7 +157,8 @@ def trace_cost(config: TrainConfig, program_kind: str, devices: list[jax.Device]
 def _model_flops(config: TrainConfig, program: Program) -> int:
     shape = program.rows, program.length, program.images
     if program.kind == "train":
-        return step_flops(config.model, config.rules, *shape, config.objective, config.init_from)
+        budgets = program.arguments[1].budgets
+        return step_flops(config.model, config.rules, *shape, config.objective, config.init_from, budgets)
     if program.kind == "decode":
         return decode_flops(config.model, program.rows, program.length, program.images)
     return sum(prefill_flops(config.model, *shape).values())

@@ -17,6 +17,7 @@ from etils import epath
 
 from stf_jax.cli import Parser, add_model_arguments
 from stf_jax.config import RunFailed, TrainConfig, from_json, replace
+from stf_jax.data.sampling import plan_budgets
 from stf_jax.evals.registry import open_benchmarks
 from stf_jax.files import read_json, write_json
 from stf_jax.inference.generator import Generator
@@ -61,12 +62,13 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
     add_model_arguments(parser)
     options = parser.parse_known_args(eval_options)[0]
     config = from_json(read_json(epath.Path(workdir / "config.json")))
-    model = replace(config.model, "model.", reduce=options.reduce, keep=options.keep)
+    model = replace(config.model, "model.", reduce=options.reduce, keep=options.keep, tokens=options.tokens)
     if options.precision:
         model = replace(model, "model.", precision=options.precision)
     rows, length = config.global_batch_size, config.data.max_length
     mesh = make_mesh(config.mesh)
-    generator, saved = load_generator(epath.Path(workdir), mesh, options.precision, options.reduce, options.keep)
+    chosen = options.precision, options.reduce, options.keep, options.tokens
+    generator, saved = load_generator(epath.Path(workdir), mesh, *chosen)
     fusion_parameters = sum(leaf.size for path, leaf in saved.shapes.items() if path.startswith("fusion/"))
     first_token_seconds, prompt_length = _time_first_token(generator, config)
     del generator  # its memory
@@ -74,14 +76,14 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
     method = dataclasses.replace(config, model=model, data=data, global_batch_size=config.eval.batch)
     cost = measure_methods([method], _REPEATS)[0]
     cost |= {"fusion_parameters": fusion_parameters, "first_token_ms": 1e3 * first_token_seconds}
-    if not options.reduce:
-        shape = rows, length, 1
+    if not options.reduce and not options.tokens:
+        start, budgets = (config.objective, config.init_from), plan_budgets(config, length, 1)
         load = functools.partial(load_params, str(workdir), fresh=())
         timing = time_train_steps(config, load, make_batch(config), _STEPS)
         cost |= {
             "step_ms": 1e3 * statistics.median(timing.seconds),
             "step_rows": rows,
-            "step_gflops": step_flops(config.model, config.rules, *shape, config.objective, config.init_from) / 1e9,
+            "step_gflops": step_flops(config.model, config.rules, rows, length, 1, *start, budgets) / 1e9,
             "step_mib": timing.peak_bytes / 2**20,
         }
     return cost

@@ -209,7 +209,8 @@ def _check_components(variant: Variant, stages: Sequence[TrainConfig]) -> None:
         options = parser.parse_args(variant.eval_options)
         for stage in stages:
             find_source(stage.data.source)
-        model = dataclasses.replace(stages[-1].model, reduce=options.reduce, keep=options.keep)
+        chosen = {"reduce": options.reduce, "keep": options.keep, "tokens": options.tokens}
+        model = dataclasses.replace(stages[-1].model, **chosen)
         if variant.source:  # its shapes are those of the source
             resolve_model(model).reduction  # noqa: B018 (it is computed here)
         else:

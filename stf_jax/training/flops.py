@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from stf_jax.accounting.flops import count_model_flops
 from stf_jax.checkpointing.rules import Rules
 from stf_jax.config import ModelConfig, TrainConfig
-from stf_jax.data.packing import Batch
+from stf_jax.data.packing import Batch, Budget
 from stf_jax.models.blueprint import Params, blueprint
 from stf_jax.models.cells import CLASSES
 from stf_jax.models.spec import resolve_model
+from stf_jax.training.budgets import mean_loss_sum
 from stf_jax.training.loss import chunks_of
 from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.state import learning_rate_factors, training_blueprint
@@ -30,6 +31,7 @@ def step_flops(
     images_per_row: int,
     objective: str = "",
     init_from: str = "",
+    budgets: tuple[Budget, ...] = (),
 ) -> int:
     """Counts the model FLOPs of a training step: of its loss and of the gradients of all trainable parameters.
 
@@ -41,12 +43,13 @@ def step_flops(
       images_per_row: M.
       objective: as ``config.objective``.
       init_from: as ``config.init_from``, which decides what a teacher shares.
+      budgets: those at which the batch is read, if the model is trained at several.
 
     Raises:
       UserError: as :func:`stf_jax.training.state.training_blueprint`.
     """
     config = TrainConfig(model=_by_definition(model), rules=rules, objective=objective, init_from=init_from)
-    return rows * _row_step_flops(config, length, images_per_row)
+    return rows * _row_step_flops(config, length, images_per_row, budgets)
 
 
 def prefill_flops(model: ModelConfig, rows: int, length: int, images_per_row: int) -> dict[str, int]:
@@ -65,7 +68,9 @@ def decode_flops(model: ModelConfig, rows: int, slots: int, images_per_row: int 
     return rows * _row_decode_flops(model, slots, images_per_row)
 
 
-def abstract_batch(model: ModelConfig, rows: int, length: int, images_per_row: int) -> Batch[jax.ShapeDtypeStruct]:
+def abstract_batch(
+    model: ModelConfig, rows: int, length: int, images_per_row: int, budgets: tuple[Budget, ...] = ()
+) -> Batch[jax.ShapeDtypeStruct]:
     """A training batch as abstract arrays."""
     vision = resolve_model(model).vision_shape
     assert vision is not None  # only complete models are trained
@@ -73,14 +78,14 @@ def abstract_batch(model: ModelConfig, rows: int, length: int, images_per_row: i
     images = jax.ShapeDtypeStruct((rows, images_per_row, side, side, 3), jnp.uint8)
     cells = vision.grid * model.cells
     labels = jax.ShapeDtypeStruct((rows, images_per_row, cells, cells, len(CLASSES)), jnp.uint8) if cells else None
-    return Batch(row, row, jax.ShapeDtypeStruct(row.shape, bool), row, row, row, images, labels)
+    return Batch(row, row, jax.ShapeDtypeStruct(row.shape, bool), row, row, row, images, labels, budgets)
 
 
 # A trace of a model with billions of parameters takes a second. Everything is linear in the rows.
 
 
 @functools.lru_cache(maxsize=64)
-def _row_step_flops(config: TrainConfig, length: int, images_per_row: int) -> int:
+def _row_step_flops(config: TrainConfig, length: int, images_per_row: int, budgets: tuple[Budget, ...]) -> int:
     plan, model = training_blueprint(config), config.model
     names, minimized = learning_rate_factors(config.rules, plan), find_objective(config.objective, model)
     trainable, frozen = (
@@ -90,12 +95,13 @@ def _row_step_flops(config: TrainConfig, length: int, images_per_row: int) -> in
     def gradients(trainable: Params, frozen: Params, batch: Batch[jax.Array]) -> tuple[jax.Array, Params]:
         def loss(tree: Params) -> jax.Array:
             noise = plan.noise(jax.random.key(0), len(batch.tokens))
-            return minimized.loss_sum(plan.merge(tree, frozen, noise), batch, packed=False)
+            return mean_loss_sum(minimized, plan.merge(tree, frozen, noise), batch, packed=False)
 
         return jax.value_and_grad(loss)(trainable)
 
+    batch = abstract_batch(model, 1, length, images_per_row, budgets)
     with chunks_of(2**62):  # a vocabulary in one chunk needs no padding
-        counts = count_model_flops(gradients, trainable, frozen, abstract_batch(model, 1, length, images_per_row))
+        counts = count_model_flops(gradients, trainable, frozen, batch)
     return sum(counts.values())
 
 

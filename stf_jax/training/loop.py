@@ -32,6 +32,7 @@ from stf_jax.runs.events import Events
 from stf_jax.runs.lock import workdir_lock
 from stf_jax.runs.shutdown import Termination, Watchdog
 from stf_jax.runs.telemetry import INITIAL_CLOCK, Telemetry
+from stf_jax.training.budgets import count_tokens
 from stf_jax.training.monitor import LossMonitor
 from stf_jax.training.optimizer import check_steps, learning_rate, make_optimizer
 from stf_jax.training.programs import StepPrograms
@@ -219,7 +220,7 @@ def _train(
         with telemetry.time_waiting("data"):
             host_batch: Batch[np.ndarray] = next(batches)
         batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), host_batch)
-        shape = BatchShape(len(batch.tokens), batch.tokens.shape[1], batch.images.shape[1])
+        shape = BatchShape(len(batch.tokens), batch.tokens.shape[1], batch.images.shape[1], batch.budgets)
         if not programs.is_ready(shape):  # of a later epoch
             with telemetry.time_waiting("compile"):
                 programs.get(shape)
@@ -232,7 +233,7 @@ def _train(
         evaluation_due = last or (config.eval.every_steps > 0 and step % config.eval.every_steps == 0)
         should_evaluate = bool(benchmarks) and evaluation_due and not stop
         log_due = should_evaluate or last or step % config.log_every_steps == 0
-        tokens = int((host_batch.segment_ids > 0).sum())
+        tokens = count_tokens(host_batch, model.slots)
         telemetry.advance(step, tokens, batches.replaced, program.flops, metrics["loss"], log_due)
         # A step is logged when later ones are dispatched, so that the devices never wait for the log.
         then = functools.partial(log, step, metrics) if log_due and not should_evaluate else lambda: None

@@ -84,8 +84,8 @@ class StepPrograms:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, shape: BatchShape) -> StepProgram:
-        config = self._config
-        flops = step_flops(config.model, config.rules, *shape, config.objective, config.init_from)
+        config, start = self._config, (self._config.objective, self._config.init_from)
+        flops = step_flops(config.model, config.rules, *shape[:3], *start, shape.budgets)
         return StepProgram(compile_step(config, self._plan, self._tx, self._layout, shape), flops)
 
 

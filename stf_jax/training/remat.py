@@ -21,6 +21,7 @@ from stf_jax.data.sampling import BatchShape
 from stf_jax.files import read_json
 from stf_jax.models.blueprint import Blueprint, Params
 from stf_jax.parallel.mesh import compute_context, row_shards
+from stf_jax.training.budgets import mean_loss_sum
 from stf_jax.training.flops import abstract_batch
 from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.optimizer import make_optimizer
@@ -81,24 +82,27 @@ def least_bytes(config: TrainConfig, mesh: Mesh, shape: BatchShape) -> int:
     microbatches = config.optimizer.accumulation_steps
     gradients = bytes_per_device(layout.trainable) * (1 + (microbatches > 1))
     rows = shape.rows / row_shards(mesh) / microbatches
-    activations = rows * activation_bytes_per_row(config, mesh, layout, shape.length, shape.images)
+    activations = rows * activation_bytes_per_row(config, mesh, layout, shape)
     return bytes_per_device(layout) + gradients + int(activations)
 
 
-def activation_bytes_per_row(config: TrainConfig, mesh: Mesh, layout: Layout, length: int, images: int) -> float:
-    """Computes the bytes that a row of a batch adds to what is kept from the forward to the backward pass."""
+def activation_bytes_per_row(config: TrainConfig, mesh: Mesh, layout: Layout, shape: BatchShape) -> float:
+    """Computes the bytes that a row of a batch adds to what is kept from the forward to the backward pass.
+
+    The number of rows does not matter.
+    """
     plan = training_blueprint(config)
     objective = find_objective(config.objective, config.model)
 
     def residuals(trainable: Params, frozen: Params, batch: Batch[jax.Array]) -> Any:
         def loss(tree: Params) -> jax.Array:
             noise = plan.noise(jax.random.key(0), len(batch.tokens))
-            return objective.loss_sum(plan.merge(tree, frozen, noise), batch, config.data.packing)
+            return mean_loss_sum(objective, plan.merge(tree, frozen, noise), batch, config.data.packing)
 
         return jax.vjp(loss, trainable)[1]
 
     def count(rows: int) -> int:
-        batch = abstract_batch(config.model, rows, length, images)
+        batch = abstract_batch(config.model, *shape._replace(rows=rows))
         with compute_context(mesh, plan.precision):
             kept = jax.tree.leaves(jax.eval_shape(residuals, layout.trainable, layout.frozen, batch))
         return sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in kept)

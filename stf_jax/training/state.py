@@ -90,12 +90,17 @@ def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransfo
       plan: of :func:`training_blueprint`.
 
     Raises:
-      UserError: as :func:`decide`; or the model is reduced, which is for inference only.
+      UserError: as :func:`decide`; or the model is reduced or set to one budget, which is for inference only.
     """
     if config.model.reduce:
         raise UserError(
             f"model.reduce={config.model.reduce} is for inference only: train without it, "
             "and give --reduce to stf_jax.evaluate and stf_jax.chat."
+        )
+    if config.model.tokens:
+        raise UserError(
+            f"model.tokens={config.model.tokens} is for inference only: train with model.fusion.budgets, and give "
+            "--tokens to stf_jax.evaluate and stf_jax.chat."
         )
     names = learning_rate_factors(config.rules, plan)
     shardings = plan.shardings(mesh)

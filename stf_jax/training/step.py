@@ -12,6 +12,7 @@ from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
 from stf_jax.models.blueprint import Blueprint, Params
 from stf_jax.parallel.mesh import BATCH
+from stf_jax.training.budgets import mean_loss_sum
 from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.optimizer import scale_layers
 from stf_jax.training.state import Layout, TrainState, learning_rate_factors
@@ -59,7 +60,7 @@ def make_train_step(
 
         def loss(trainable: Params, rows: Batch[jax.Array], noise: Params) -> jax.Array:
             model = plan.merge(trainable, state.frozen, noise)
-            return objective.loss_sum(model, rows, packed) / jnp.maximum(target_count, 1)
+            return mean_loss_sum(objective, model, rows, packed) / jnp.maximum(target_count, 1)
 
         value_and_grad = jax.value_and_grad(loss)
         if accumulation_steps == 1:

@@ -16,7 +16,7 @@ from collections.abc import Collection
 import jax
 import jax.numpy as jnp
 from etils import epath
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.checkpointing.frozen import FROZEN
@@ -29,6 +29,7 @@ from stf_jax.files import to_path
 from stf_jax.models.blueprint import TEACHER, Blueprint, Params, TeacherSpec
 from stf_jax.models.spec import resolve_model
 from stf_jax.models.vlm import VLM
+from stf_jax.training.budgets import change_slots
 from stf_jax.training.objectives.base import find_objective
 from stf_jax.weights.folder import find_origin, load_params
 from stf_jax.weights.model import describe_folder
@@ -147,44 +148,9 @@ def paired_hidden(
         teacher.llm = model.llm
     segments = batch.segment_ids if packed else None
     hidden = model.hidden(batch.tokens, batch.positions, segments, batch.image_slots, images, states)
-    rows, ends = widen_rows(batch, model.reduction.slots, teacher.reduction.slots)
+    longer = images.shape[1] * max(teacher.slots - model.slots, 0)
+    rows, ends = change_slots(batch, model.slots, teacher.slots, batch.tokens.shape[1] + longer)
     segments = rows.segment_ids if packed else None
     with jax.named_scope(TEACHER):
         teacher_hidden = teacher.hidden(rows.tokens, rows.positions, segments, rows.image_slots, images, states)
     return hidden, jnp.take_along_axis(teacher_hidden, ends[:, :, None], axis=1)
-
-
-def widen_rows(batch: Batch[jax.Array], slots: int, wanted: int) -> tuple[Batch[jax.Array], Int[Array, "B T"]]:
-    """The rows with another number of slots per image.
-
-    Args:
-      batch: with ``slots`` slots per image.
-      wanted: slots per image of the result.
-
-    Returns:
-      The rows, without targets: their length U is that of rows in which every image place is used. And for each
-      position of the batch, its position there: for a slot of an image, that of the image's last slot.
-    """
-    count, length = batch.images.shape[1], batch.tokens.shape[1]
-    is_image = batch.image_slots >= 0
-    # How many positions each position becomes: those of an image are all at its first slot.
-    widths = jnp.where(is_image, jnp.where(batch.image_slots % slots == 0, wanted, 0), 1)
-    ends = jnp.cumsum(widths, axis=1)
-    places = jnp.arange(length + count * max(wanted - slots, 0))
-    source = jax.vmap(lambda row: jnp.searchsorted(row, places, side="right"))(ends)  # T at the end of short rows
-
-    def take(x: jax.Array, fill: int) -> jax.Array:
-        return jnp.take_along_axis(x, source, axis=1, mode="fill", fill_value=fill)
-
-    began = jnp.take_along_axis(ends - widths, jnp.arange(length) - batch.positions, axis=1)  # of each conversation
-    segment_ids, is_slot = take(batch.segment_ids, 0), take(batch.image_slots, -1) >= 0
-    rows = dataclasses.replace(
-        batch,
-        tokens=take(batch.tokens, 0),
-        targets=jnp.zeros_like(source),
-        loss_mask=jnp.zeros(source.shape, bool),
-        positions=jnp.where(segment_ids > 0, places - take(began, 0), 0),
-        segment_ids=segment_ids,
-        image_slots=jnp.where(is_slot, jnp.cumsum(is_slot, axis=1) - 1, -1),
-    )
-    return rows, ends - 1

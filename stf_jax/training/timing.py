@@ -9,6 +9,7 @@ import numpy as np
 
 from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
+from stf_jax.data.sampling import plan_budgets
 from stf_jax.models.blueprint import Params
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import compute_context, make_mesh
@@ -93,4 +94,5 @@ def make_batch(config: TrainConfig) -> Batch:
         segment_ids=np.ones_like(tokens),
         image_slots=np.where(positions < slots, positions, -1),
         images=rng.integers(0, 256, (len(tokens), count, side, side, 3), np.uint8),
+        budgets=plan_budgets(config, tokens.shape[1], count),
     )

@@ -55,10 +55,13 @@ _POLICY = (
 
 
 def list_methods(model: ModelSpec) -> dict[str, list[int]]:
-    """Lists the budgets of each reducer that fits a model, by its name: that of the model first, "" for none."""
-    current, base = model.reduction, dataclasses.replace(model, reduce="", keep=0)
+    """Lists the budgets of each reducer that fits a model, by its name: that of the model first, "" for none.
+
+    Without a reducer they are those that the model was trained with.
+    """
+    current, base = model.reduction, dataclasses.replace(model, reduce="", keep=0, tokens=0)
     tokens = base.reduction.tokens
-    methods = {"": [tokens]}
+    methods = {"": list(model.fusion.budgets) or [tokens]}
     names = dict.fromkeys([*filter(None, [model.reduce]), *REDUCERS.known]) if tokens else {}
     for name in names:
         budgets = {tokens // share for share in _SHARES} | ({current.keep} if name == current.name else set())
@@ -96,7 +99,9 @@ class Server(http.server.ThreadingHTTPServer):
 
         @functools.lru_cache(_PROGRAMS)
         def find_generator(reduce: str, keep: int) -> Generator:
-            return generator if (reduce, keep) == chosen else generator.with_reduction(reduce, keep if reduce else 0)
+            if (reduce, keep) == chosen:
+                return generator
+            return generator.with_reduction(reduce, keep) if reduce else generator.with_reduction("", 0, keep)
 
         self._find_generator = find_generator
         self.about = {

@@ -5,6 +5,7 @@ files, which every release reads. Other fusions need the classes in weights/torc
 folder. Both come with adapters for lmms-eval and VLMEvalKit.
 """
 
+import dataclasses
 import hashlib
 import inspect
 import itertools
@@ -49,7 +50,7 @@ from stf_jax.weights.shards import write_shards
 
 PACKAGE = pathlib.Path(__file__).parent / "torch_package"
 _MODEL_CODE = ("configuration_stf.py", "layers_stf.py", "modeling_stf.py", "processing_stf.py")
-_FUSION_KEYS = ("fusion", "kernel", "mbtf_hidden", "mbtf_width", "stf_hidden", "depth", "variant", "pad_grid")
+_FUSION_KEYS = [field.name for field in dataclasses.fields(FusionConfig) if field.name not in ("taps", "init")]
 _EVALUATION_CODE = ("lmms_eval_stf/lmms_eval_stf.py", "lmms_eval_stf/pyproject.toml", "vlmevalkit_stf.py")
 
 
@@ -143,7 +144,7 @@ def text_config_values(config: LLMConfig, tokenizer: PreTrainedTokenizerFast) ->
 
 def _is_llava(fusion: FusionConfig) -> bool:
     """Whether transformers' own LLaVA computes the model."""
-    return find_fusion(fusion) is MLP
+    return find_fusion(fusion) is MLP and not fusion.budgets
 
 
 def find_torch_file(config: FusionConfig) -> pathlib.Path:
@@ -222,6 +223,7 @@ def _complete_stf_config(
         "processor_class": "LlavaSTFProcessor",
         "auto_map": {"AutoProcessor": "processing_stf.LlavaSTFProcessor"},
         "num_image_tokens": count,
+        "budgets": fusion.budgets,
     }
 
 
@@ -283,7 +285,7 @@ def _write_readme(
         "architecture": config["architectures"][0],
         "code": "It needs no custom code." if plain else "Loading it runs its code (`*_stf.py`).",
         "template": model.template,
-        "tokens": count,
+        "tokens": " or ".join(map(str, model.fusion.budgets or (count,))),
         "dtype": config["dtype"],
         "source": f"`{checkpoint}`" + (f", step {step:,}" if step is not None else ""),
         "image_size": model.vision.image_size,

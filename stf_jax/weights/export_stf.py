@@ -95,6 +95,7 @@ def _check_fusion(fusion: FusionConfig, vision: VisionConfig | None) -> tuple[in
         "fusion": (fusion.fusion, "mbtf_stf"),
         "variant": (fusion.variant, "code"),
         "kernel": (fusion.kernel, 2),
+        "budgets": (fusion.budgets, ()),
         "taps": (taps, (taps[0], *_TAPS)),
         "mbtf_hidden": (fusion.mbtf_hidden or 4 * width, 4 * width),
         "mbtf_width": (fusion.mbtf_width or width, width),

@@ -161,10 +161,15 @@ def _read_files(folder: epath.Path) -> dict[str, bytes]:
 def _read_description(file: epath.Path) -> Description:
     values = read_json(file)
     refuse_code_in(file.parent, values)
-    fusion = values["fusion"] and FusionConfig(**{**values["fusion"], "taps": tuple(values["fusion"]["taps"])})
+    fusion = values["fusion"] and FusionConfig(**values["fusion"] | _read_tuples(values["fusion"]))
     vision = values["vision"] and parse_vision_config(values["vision"])
     llm = values["llm"] and parse_llm_config(values["llm"])
     return Description(vision, llm, fusion, values["template"], values["aspect"], values.get("schedule", ""))
+
+
+def _read_tuples(fusion: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The fields of a fusion's config that JSON has as lists; those of earlier versions have no budgets."""
+    return {"taps": tuple(fusion["taps"]), "budgets": tuple(fusion.get("budgets", ()))}
 
 
 def _existing_folder(path: pathlib.Path) -> pathlib.Path | None:

@@ -59,11 +59,13 @@ def _read_exported_fusion(
         return None
     try:
         values = {key: value for key, value in config["stf_config"].items() if key not in _NOT_OF_THE_FUSION}
-        fusion = FusionConfig(**{**values, "taps": tuple(values["taps"])})
+        tuples = {"taps": tuple(values["taps"]), "budgets": tuple(values.get("budgets", ()))}
+        fusion = FusionConfig(**values | tuples)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"config.json does not describe an STF-JAX export: {error!r}.") from None
-    sizes = (*fusion.taps, fusion.mbtf_hidden, fusion.mbtf_width, fusion.stf_hidden, fusion.depth, fusion.kernel)
-    is_valid = isinstance(fusion.fusion, str) and all(type(size) is int and size >= 0 for size in sizes)
+    sizes = *fusion.taps, *fusion.budgets, fusion.mbtf_hidden, fusion.mbtf_width, fusion.stf_hidden, fusion.depth
+    are_sizes = all(type(size) is int and size >= 0 for size in (*sizes, fusion.kernel))
+    is_valid = isinstance(fusion.fusion, str) and are_sizes
     if not is_valid or not fusion.kernel or fusion.depth > 1000:
         raise UserError(f"config.json does not describe an STF-JAX export: its stf_config is {values}.")
     if vision is None:

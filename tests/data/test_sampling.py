@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from stf_jax.config import DataConfig, UserError
 from stf_jax.data import sampling
 from stf_jax.data.packing import best_fit
-from stf_jax.data.sampling import Plan
+from stf_jax.data.sampling import BatchShape, Plan, fit_budgets
 
 MODES = {
     "packed": {"packing": True},
@@ -233,7 +233,7 @@ def test_shapes_of_the_batches_to_come(mode, start, stop):
     """They are all shapes up to the end of the next epoch."""
     plan = planned(buckets=4, **MODES[mode])
     end = min(stop, next(e for e in map(plan.steps, range(1, 9)) if e > start) + plan.steps(1))
-    expected = {(8, plan[8 * batch].length, plan[8 * batch].images) for batch in range(start, end)}
+    expected = {BatchShape(8, plan[8 * batch].length, plan[8 * batch].images) for batch in range(start, end)}
     assert planned(buckets=4, **MODES[mode]).shapes(start, stop) == expected
 
 
@@ -260,7 +260,7 @@ def test_batches_by_tokens(data):
             kinds = {bool(image_counts[i]) for i in members(found)}
             assert {(row.length, row.images) for row in found} == {(length, 2 if True in kinds else 0)}
             assert all(min(lengths[i], LENGTH) <= length for i in members(found))
-            shapes.add((len(found), length, images))
+            shapes.add(BatchShape(len(found), length, images))
             rows, begin, number, mixed = rows + found, indices.stop, number + 1, mixed + (len(kinds) > 1)
         assert sorted(members(rows)) == list(range(count))
         # Only the last batches have empty rows.
@@ -374,6 +374,45 @@ def test_invalid_mixtures_are_refused(mix, sentence, mix_by):
         planned(sizes=[60, 40], mix=mix, mix_by=mix_by)
 
 
+# ---- Budgets of image tokens -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_fit_their_lengths_at_every_budget(mode):
+    text, image_counts = measured(400, longest=20)
+    lengths = np.where(text > 0, text + 16 * image_counts, 0)
+    config = DataConfig(max_length=LENGTH, images_per_row=3, **MODES[mode])
+    options = (), ((16, 4, 1),), ((16, 4, 1), "one")
+    plain, plan, drawn = (Plan(config, 0, 8, lengths, image_counts, [400], 0, *more) for more in options)
+    steps, spare = plan.steps(2), []
+    assert [sorted(members(rows)) for rows in epochs_of(plan, 2)] == [
+        sorted(members(rows)) for rows in epochs_of(plain, 2)
+    ]
+    for batch in range(steps):
+        rows, budgets = [plan[i] for i in plan.batch_rows(batch)], plan.batch_budgets(batch)
+        if mode != "packed":
+            assert rows == [plain[i] for i in plain.batch_rows(batch)]
+        if not rows[0].images:
+            assert budgets == drawn.batch_budgets(batch) == ()
+            continue
+        assert drawn.batch_budgets(batch) in [(budget,) for budget in budgets]
+        longest = [
+            max(int((lengths - (16 - tokens) * image_counts)[list(row.members)].sum()) for row in rows)
+            for tokens, _ in budgets
+        ]
+        assert all(needed <= budget.length for needed, budget in zip(longest, budgets, strict=True))
+        (images,) = (n for n in range(4) if fit_budgets((16, 4, 1), rows[0].length, n) == budgets)
+        assert images == 3 or longest[-1] > rows[0].length - 15 * (images + 1)
+        spare.append(images)
+    assert {budget.tokens for batch in range(steps) for budget in drawn.batch_budgets(batch)} == {16, 4, 1}
+    assert len(set(spare)) > 1 or mode == "grouped"
+    if mode == "packed":  # as if rows were not grouped
+        order = np.random.default_rng(0).permutation(len(rows := [plan[i] for i in range(8 * steps)]))
+        room = [(sum(image_counts[list(row.members)]), LENGTH - lengths[list(row.members)].sum()) for row in rows]
+        alone = [min(3, images + free // 15) for images, free in room]
+        assert np.mean(spare) > np.mean([min(alone[i] for i in batch) for batch in split(order, 8)])
+
+
 # ---- Fingerprints ----------------------------------------------------------------------------------------------------
 
 
@@ -419,6 +458,9 @@ def test_the_fingerprint_covers_all_that_the_order_depends_on():
         but(mix=(1.0, 2.0)),
         but(mix=(2.0, 1.0)),
         but(mix=(2.0, 1.0), mix_by="weight"),
+        of(budgets=(8, 4)),
+        of(budgets=(8, 2)),
+        of(budgets=(8, 4), budgets_per_step="one"),
     ]
     assert len(set(prints)) == len(prints)
     # Nothing else changes the fingerprint.
@@ -427,5 +469,6 @@ def test_the_fingerprint_covers_all_that_the_order_depends_on():
         but(threads=9),
         but(annotations="moved.json", images="elsewhere"),
         of(lengths=lengths.astype(np.int32)),
+        of(budgets_per_step="one"),
     ]
     assert set(same) == {prints[0]}

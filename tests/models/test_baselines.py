@@ -109,7 +109,7 @@ def torch_tensors(config, params):
     return {name: tensor for path, mapping in mappings.items() for name, tensor in mapping.to_hf(params[path])}
 
 
-@pytest.mark.parametrize("name", [*BASELINES, "mlp", "avg_pool", "stf", "mbtf_stf"])
+@pytest.mark.parametrize("name", [*BASELINES, "mqt", "mlp", "avg_pool", "stf", "mbtf_stf"])
 def test_layouts_by_convention_equal_the_published_ones(name):
     """Except where PyTorch has a 1×1 convolution or a linear layer over a window in place of our layer."""
     config = FusionConfig(name, depth=2)
@@ -176,10 +176,10 @@ def assert_equals_torch(config, side, vision):
     assert np.abs(expected[:, 0] - expected[:, -1]).max() > 0.05
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", [*BASELINES, "mqt"])
 def test_mesh_result_is_the_same_and_every_parameter_has_a_gradient(name):
     config = shallow(name)
-    vision = dataclasses.replace(TOWER, width=128 if name == "resampler" else 256)  # tensor divides the heads
+    vision = dataclasses.replace(TOWER, width=256 if name == "token_packer" else 128)  # tensor divides the heads
     fusion, leaves = declare(config, vision)
     params, states = random_values(leaves), random_states(config, 8, vision)
     run = make_function(fusion, params)

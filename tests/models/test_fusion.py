@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from flax import nnx
 
-from stf_jax.config import FusionConfig, UserError
+from stf_jax.config import FusionConfig, ModelConfig, UserError
 from stf_jax.models.fusions.base import FUSIONS, Fusion, tapped_blocks, tokens_per_image
-from stf_jax.models.spec import llm_preset, vision_preset
+from stf_jax.models.spec import llm_preset, resolve_model, vision_preset
 
 # 12 is divided by 1, 2, 3 and 4.
 TOWER = dataclasses.replace(vision_preset("clip-mini-16-96"), image_size=12 * 12, patch_size=12, width=8, heads=2)
@@ -261,6 +261,11 @@ def test_parameter_count(fusion, llm, count):
     assert count_parameters(FusionConfig(fusion=fusion), llm=llm) == count
 
 
+def test_parameter_count_of_mqt():
+    """That of the authors' program, whose positions are parameters that are not trained."""
+    assert count_parameters(FusionConfig("mqt", budgets=(256, 1))) == 8_660_992
+
+
 def test_parameter_count_of_the_paper_variant():
     mbtf = 8192 * 4096 + 4096 + 4096 * 1024 + 1024
     stf = 4096 * 4096 + 4096 + 4096 * 16384 + 16384 + 16384 * 4096 + 4096
@@ -399,3 +404,168 @@ def test_seeds_and_layers_have_different_init():
     assert all(not np.array_equal(a[:64], b[:64]) for i, a in enumerate(first) for b in first[:i])
     one, two = (Fusion(nnx.Rngs(seed), FusionConfig(), TOWER, D).connector.stf.out.kernel[...] for seed in (0, 1))
     assert not np.array_equal(one, two)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several budgets: mean pools (M3), nested STF, the first queries of MQT
+
+
+def nested(fusion, states, budgets):
+    """Tokens of a fusion at each budget, as torch tensors."""
+    made = jax.jit(lambda states: fusion.nested(states, budgets))(states)
+    assert [x.shape for x in made] == [(len(states[0]), budget, D) for budget in budgets]
+    return [torch.from_numpy(np.array(x)) for x in made]
+
+
+def assert_close(found, expected):
+    assert expected.std() > 0.05
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5, rtol=0)
+
+
+def to_grid(x):
+    """Tokens or patches [B, P, C] as [B, C, g, g]."""
+    return torch.as_tensor(x).mT.unflatten(2, (math.isqrt(x.shape[1]), -1))
+
+
+@pytest.mark.parametrize("name", ["mlp", "token_packer"])
+def test_budgets_are_means_of_the_fusions_tokens(name):
+    keys = {"fusion": name, "kernel": 1, "budgets": (144, 36, 16, 9, 1)}
+    fusion, _ = build(**keys)
+    states = tapped_states(FusionConfig(**keys))
+    full, *smaller = nested(fusion, states, keys["budgets"])
+    np.testing.assert_array_equal(full, np.asarray(jax.jit(build(fusion=name, kernel=1)[0])(states)))
+    for budget, found in zip(keys["budgets"][1:], smaller, strict=True):
+        pooled = F.avg_pool2d(to_grid(full), 12 // math.isqrt(budget))
+        np.testing.assert_allclose(found, pooled.flatten(2).mT, atol=1e-6)
+
+
+def unrolled(kernel, window):
+    """The kernel of a larger or smaller window that shares the weights of a 2×2 kernel [2, 2, C, H]."""
+    if window == 1:
+        return kernel.sum((0, 1), keepdim=True)
+    repeats = window // 2
+    return kernel.repeat_interleave(repeats, 0).repeat_interleave(repeats, 1) / repeats**2
+
+
+@pytest.mark.parametrize("variant", ["code", "paper"])
+@pytest.mark.parametrize("name", ["stf", "mbtf_stf"])
+def test_nested_stf_is_a_plain_stf_of_each_window(name, variant):
+    keys = {"fusion": name, "variant": variant, "budgets": (144, 36, 9, 1), "stf_hidden": 24}
+    fusion, params = build(**keys)
+    states = tapped_states(FusionConfig(**keys))
+    x, p = torch.from_numpy(np.concatenate(states, axis=-1)), params["connector"]
+    if name == "mbtf_stf":
+        x = torch_linear(p["mbtf"]["second"])(F.gelu(torch_linear(p["mbtf"]["first"])(x)))
+        x, p = F.gelu(x) if variant == "paper" else x, p["stf"]
+    for budget, found in zip(keys["budgets"], nested(fusion, states, keys["budgets"]), strict=True):
+        window = 12 // math.isqrt(budget)
+        kernel = unrolled(p["conv"]["kernel"], window).permute(3, 2, 0, 1)
+        y = F.gelu(F.conv2d(to_grid(x), kernel, p["conv"]["bias"], stride=window)).flatten(2).mT
+        y = torch_linear(p["out"])(F.gelu(torch_linear(p["mix"])(y)) if variant == "paper" else y)
+        assert_close(found, (F.gelu(y) if variant == "paper" else y).detach())
+
+
+def sine(side, width):
+    """The positions of a grid by the definition, one channel at a time."""
+    table = np.zeros((side, side, width), np.float32)
+    for row in range(side):
+        for column in range(side):
+            for half, place in enumerate((column, row)):
+                for i in range(width // 4):
+                    angle = place / 10_000 ** (i / (width / 4))
+                    first = half * width // 2 + i
+                    table[row, column, first], table[row, column, first + width // 4] = math.sin(angle), math.cos(angle)
+    return torch.from_numpy(table).flatten(0, 1)
+
+
+def test_mqt_is_the_first_of_its_queries():
+    """Keys are positions alone, so they are the same for all images."""
+    tower = dataclasses.replace(TOWER, width=128, heads=2)
+    keys = {"fusion": "mqt", "budgets": (64, 36, 7, 1)}
+    fusion, params = build(tower, **keys)
+    states, p = tapped_states(FusionConfig(**keys), tower), params["connector"]
+    for name in ("query_norm", "key_norm"):  # so large that each query attends to few places
+        p[name]["scale"] *= 10
+        getattr(fusion.connector, name).scale[...] = jnp.asarray(p[name]["scale"])
+    attention, positions = torch.nn.MultiheadAttention(128, 2, batch_first=True), sine(8, 128)
+    projections = [p["attention"][name] for name in ("query", "key", "value")]
+    out = p["attention"]["out"]
+    attention.load_state_dict({
+        "in_proj_weight": torch.cat([each["kernel"].flatten(1).T for each in projections]),
+        "in_proj_bias": torch.cat([each["bias"].flatten() for each in projections]),
+        "out_proj.weight": out["kernel"].flatten(0, 1).T,
+        "out_proj.bias": out["bias"],
+    })  # fmt: skip
+
+    def norm(name, x):
+        return F.layer_norm(x, (128,), p[name]["scale"], p[name]["bias"], 1e-6)
+
+    places = F.interpolate(to_grid(positions[None]), (12, 12), mode="bicubic").flatten(2).mT
+    context = norm("key_norm", places).expand(2, -1, -1), norm("value_norm", torch.from_numpy(states[0]))
+    made, shares = nested(fusion, states, keys["budgets"]), jax.jit(fusion.sources)(states)
+    for budget, found in zip(keys["budgets"], made, strict=True):
+        queries = norm("query_norm", p["queries"][:budget] + positions[:budget]).expand(2, -1, -1)
+        tokens, weights = attention(queries, *context)
+        assert_close(found, (tokens @ p["exit"]["kernel"]).detach())
+        np.testing.assert_allclose(shares[:, :budget], weights.detach(), atol=1e-6)
+    assert made[0].std(0).mean() > 0.02  # images differ
+    assert made[0].std(1).mean() > 0.02  # queries differ
+
+
+@pytest.mark.parametrize("name", ["mlp", "avg_pool", "stf", "mbtf_stf"])
+def test_the_sources_of_a_token_are_its_window(name):
+    vision = dataclasses.replace(TOWER, image_size=11 * 12)  # windows of two pad its grid of 11×11
+    keys = {"fusion": name, "budgets": (1,)} if name == "mlp" else {"fusion": name, "pad_grid": True, "budgets": (9,)}
+    fusion, _ = build(vision, **keys)
+    shares = np.asarray(jax.jit(fusion.sources)(tapped_states(FusionConfig(**keys), vision))).reshape(2, -1, 11, 11)
+    if name == "mlp":
+        np.testing.assert_allclose(shares, 1 / 121, rtol=1e-6)
+        return
+    for row, column in np.ndindex(3, 3):
+        window = np.zeros((11, 11))
+        window[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 1
+        np.testing.assert_allclose(shares[:, 3 * row + column], [window / window.sum()] * 2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (("mlp", (576, 100)), "mlp cannot make 100 tokens of 24×24 patches; the nearest that it can are 144 and 64."),
+        (("stf", (576, 256)), "stf cannot make 256 tokens of 24×24 patches; the nearest that it can are 576 and 144."),
+        (("mbtf_stf", (144, 36, 16, 9, 4, 1)), None),
+        (("mlp", (577,)), "the nearest that it can are 576."),
+        (("resampler", (576,)), "the nearest that it can are 144."),
+        (("mqt", (256, 255, 3)), None),
+        (("mqt", (250, 3)), "mqt cannot make 250 tokens of 24×24 patches; the nearest that it can are 256 and 225."),
+        (("mlp", (36, 144)), "model.fusion.budgets=(36, 144) must be distinct numbers in descending order."),
+        (("mlp", (36, 36)), "must be distinct numbers in descending order."),
+    ],
+)
+def test_budgets_that_cannot_be_are_explained(keys, message):
+    config = FusionConfig(keys[0], budgets=keys[1])
+    if message is None:
+        assert tokens_per_image(config, 24) == keys[1][0]
+        return
+    with pytest.raises(UserError) as error:
+        tokens_per_image(config, 24)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"tokens": 36}, None),
+        ({"tokens": 9}, "tokens=9 is not a budget of the model: mlp makes 576, 36 per image."),
+        ({"tokens": 36, "reduce": "visionzip", "keep": 5}, "reduce=visionzip chooses among all patches: leave out tok"),
+        ({"tokens": 36, "reduce": "pool", "keep": 9}, None),
+        ({"tokens": 36, "reduce": "pool", "keep": 49}, "keep=49 must be 1 to 36"),
+    ],
+)
+def test_a_model_is_set_to_one_of_its_budgets(keys, message):
+    spec = resolve_model(ModelConfig(fusion=FusionConfig("mlp", budgets=(576, 36)), **keys))
+    if message is None:
+        assert (spec.slots, spec.reduction.tokens) == (keys.get("keep", 36), 36)
+        return
+    with pytest.raises(UserError) as error:
+        _ = spec.slots
+    assert message in str(error.value)

@@ -19,17 +19,19 @@ from stf_jax.checkpointing.manager import Checkpoints
 from stf_jax.checkpointing.params import SavedParams
 from stf_jax.config import CheckpointConfig, MeshConfig, UserError
 from stf_jax.data.packing import Example, to_batch, to_row
+from stf_jax.data.sampling import BatchShape
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.models.blueprint import blueprint
 from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.planning.program import abstract_train_state
 from stf_jax.planning.report import trace_cost
+from stf_jax.training.budgets import change_slots
 from stf_jax.training.flops import prefill_flops, step_flops
 from stf_jax.training.loss import Teaching, chunks_of, cross_entropy_sum, distillation_sum
 from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.remat import activation_bytes_per_row, bytes_per_device
 from stf_jax.training.state import TrainState, base_params, training_blueprint
-from stf_jax.training.teacher import check_tokenizer, load_teacher, widen_rows
+from stf_jax.training.teacher import check_tokenizer, load_teacher
 from stf_jax.weights.folder import find_origin, load_params, open_params
 
 STAGE1 = (("fusion/.*", "train"), (".*", "freeze"))
@@ -155,8 +157,8 @@ def test_answers_are_aligned(slots, wanted):
     batch, expected = _batch(students, length), _batch(teachers, length + 4 * max(wanted - slots, 0))
     assert len(set(batch.segment_ids.max(1))) > 2
     assert len(set((batch.image_slots >= 0).sum(1))) > 3
-    rows, ends = jax.jit(widen_rows, static_argnums=(1, 2))(batch, slots, wanted)
-    for key in ("tokens", "positions", "segment_ids", "image_slots"):
+    rows, ends = jax.jit(change_slots, static_argnums=(1, 2, 3))(batch, slots, wanted, expected.tokens.shape[1])
+    for key in ("tokens", "targets", "loss_mask", "positions", "segment_ids", "image_slots"):
         np.testing.assert_array_equal(getattr(rows, key), getattr(expected, key), err_msg=key)
     # Where the student predicts a target token, the teacher does.
     for name in ("targets", "loss_mask"):
@@ -224,7 +226,7 @@ def _apart():
     models = [blueprint(tiny(**{"model.fusion.fusion": name}).model) for name in ("mbtf_stf", "mlp")]
 
     def logits(params, batch):
-        wide, ends = widen_rows(batch, 4, 16)
+        wide, ends = change_slots(batch, 4, 16, batch.tokens.shape[1] + 3 * 12)
         student, teacher = (
             plan.merge(tree)(rows.tokens, rows.positions, rows.segment_ids, rows.image_slots, rows.images)
             for plan, tree, rows in zip(models, params, (batch, wide), strict=True)
@@ -329,7 +331,9 @@ def test_the_teacher_is_in_the_flops_and_the_memory(teacher, rules):
     if shared:  # nothing of the teacher is kept for the backward pass
         cost = trace_cost(config, "train", devices)
         assert cost.flops_per_row > counts[0] / 8
-        kept = activation_bytes_per_row(plain, make_mesh(MeshConfig(1, 1, 1), devices), layouts[1], 160, 3)
+        kept = activation_bytes_per_row(
+            plain, make_mesh(MeshConfig(1, 1, 1), devices), layouts[1], BatchShape(8, 160, 3)
+        )
         assert cost.activation_bytes_per_row == kept
 
 

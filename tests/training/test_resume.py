@@ -37,6 +37,15 @@ DATA = {
         "global_batch_size": 2,
         "mesh.fsdp": 2,
     },
+    "drawn budgets": {
+        "model.fusion.budgets": (16, 4, 1),
+        "budgets_per_step": "one",
+        "data.packing": True,
+        "data.images_per_row": 3,
+        "data.max_length": 384,
+        "global_batch_size": 2,
+        "mesh.fsdp": 2,
+    },
     # LLaVA's files, of whose 32 rows seven are bad (tests/make_llava.py), Parquet files and tars; two epochs.
     "a mixture of files, grouped": {
         "data.source": "llava",
@@ -47,7 +56,7 @@ DATA = {
         "global_batch_size": 4,
     },
 }
-REPLACED = {"packed scenes": 0, "a mixture of files, grouped": 2 * 7}
+REPLACED = {"packed scenes": 0, "drawn budgets": 0, "a mixture of files, grouped": 2 * 7}
 
 
 def _arguments(kind):
@@ -73,13 +82,13 @@ class Runs:
     terminated: tuple[int, list[str], list[int]]
 
 
-MIXTURE = pytest.param("a mixture of files, grouped", marks=pytest.mark.slow)  # two minutes
+DRAWN, MIXTURE = (pytest.param(kind, marks=pytest.mark.slow) for kind in list(DATA)[1:])  # two minutes each
 
 
-@pytest.fixture(scope="module", params=["packed scenes", MIXTURE])
+@pytest.fixture(scope="module", params=["packed scenes", DRAWN, MIXTURE])
 def runs(request, tmp_path_factory):
     kind, folder = request.param, tmp_path_factory.mktemp("runs")
-    if kind != "packed scenes":
+    if "data.source" in DATA[kind]:
         make(folder, captions=1, conversations=24)
         for write in (write_pairs, write_tars):  # 16 rows with images: a batch of bad rows alone would have a loss of 0
             write(folder, [row for row in make_rows(24) if row[0]])

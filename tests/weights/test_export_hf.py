@@ -53,6 +53,13 @@ CASES = {
 }
 
 
+BUDGETS = {
+    "pools": (FusionConfig("mlp", budgets=(36, 4)), "clip", "llama"),
+    "nested windows": (FusionConfig("mbtf_stf", budgets=(36, 9, 1)), "siglip", "qwen2"),
+    "queries": (FusionConfig("mqt", budgets=(9, 2)), "clip", "llama"),
+}
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Returns a function from a case to the folders of the model and of its export."""
@@ -60,7 +67,7 @@ def exported(tmp_path_factory):
     @functools.cache
     def export(case, **settings):
         root = tmp_path_factory.mktemp("case")
-        folder = make(root / "model", *CASES[case], **settings)
+        folder = make(root / "model", *(CASES | BUDGETS)[case], **settings)
         export_hf(folder, root / "export")
         return folder, root / "export"
 
@@ -68,10 +75,10 @@ def exported(tmp_path_factory):
 
 
 @functools.cache
-def load_logits(folder):
-    """Returns a compiled function to our model's logits."""
+def load_logits(folder, tokens=0):
+    """Returns a compiled function to our model's logits, at one of its budgets."""
     saved = open_model(folder)
-    plan = blueprint(dataclasses.replace(saved.config, precision="float32", remat="none"))
+    plan = blueprint(dataclasses.replace(saved.config, precision="float32", remat="none", tokens=tokens))
     mesh = make_mesh(MeshConfig(1, 1, 1))
     shardings = plan.shardings(mesh)
     params = {path: jax.device_put(saved.read(path).astype(np.float32), shardings[path]) for path in plan.shapes}
@@ -87,7 +94,7 @@ def load_logits(folder):
     return call
 
 
-def our_logits(folder, ids, is_image, images):
+def our_logits(folder, ids, is_image, images, budget=0):
     """Our model's logits of one row of ids [T] with images uint8 [M, H, W, 3], two at most."""
     length = -(-len(ids) // 64) * 64  # fewer lengths, fewer compilations
     tokens, slots = np.zeros((1, length), np.int32), np.full((1, length), -1, np.int32)
@@ -96,7 +103,7 @@ def our_logits(folder, ids, is_image, images):
     pixels = np.zeros((1, 2, 36, 36, 3), np.uint8)
     for i, image in enumerate(images):
         pixels[0, i] = image
-    return load_logits(folder)(tokens, slots, pixels)[0, : len(ids)]
+    return load_logits(folder, budget)(tokens, slots, pixels)[0, : len(ids)]
 
 
 def build_prompt(processor, *turns, **kwargs):
@@ -125,6 +132,34 @@ def test_logits_match(exported, case):
     np.testing.assert_allclose(
         logits[:, : saved.description.llm.vocab], our_logits(folder, ids, is_image, squares), atol=1e-4
     )
+
+
+@pytest.mark.parametrize("case", ["pools", "nested windows", "queries"])
+def test_a_request_chooses_its_budget(exported, case):
+    """The model follows the placeholders, or its own argument."""
+    folder, export = exported(case)
+    model, processor = load(export)
+    budgets = open_model(folder).config.fusion.budgets
+    text = processor.apply_chat_template([turn("Which?", *[make_image(1)] * 2)], add_generation_prompt=True)
+    for tokens in (None, *budgets[1:]):
+        images = [make_image(1), make_image(2, (36, 80))]
+        inputs = processor(images, text, num_image_tokens=tokens, return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs).logits[0].numpy()
+            told = model.generate(
+                **inputs, num_image_tokens=tokens, max_new_tokens=2, min_new_tokens=2, do_sample=False
+            )
+        ids = inputs["input_ids"][0].numpy()
+        is_image = ids == processor.image_token_id
+        assert is_image.sum() == 2 * (tokens or budgets[0])
+        squares = to_uint8(inputs, open_model(folder).description.vision)
+        ours = our_logits(folder, ids, is_image, squares, tokens or 0)
+        np.testing.assert_allclose(logits[:, : ours.shape[1]], ours, atol=1e-4)
+        assert told[0, len(ids)] == ours[-1, : processor.image_token_id].argmax()
+    with pytest.raises(ValueError, match="num_image_tokens=8 is not among "):
+        processor(images, text, num_image_tokens=8)
+    with pytest.raises(ValueError, match="tokens per image, not 8"):
+        model.get_image_features(inputs["pixel_values"], num_image_tokens=8)
 
 
 @pytest.mark.parametrize("case", ["the paper's", "widths", "mlp"])

@@ -15,7 +15,13 @@ It may also have
     @staticmethod
     def tensor_names(config): ...        # parameter path -> Tensor (models/tensor_names.py); default: by convention
     def sources(self, x): ...            # [B, g, g, M·C] -> [B, N, P], the share of each patch in each token
+    def nested(self, x, budgets): ...    # [B, g, g, M·C] -> tokens [B, ..., D] for each of some numbers N of tokens
+    @staticmethod
+    def fitting_budgets(config, side): ...  # which numbers nested can make of side×side patches, highest first
+    def nested_sources(self, x, tokens): ...  # sources of nested's tokens
     torch_file = "mine_torch.py"         # beside its file, for export --format=hf: a class Connector in PyTorch
+
+Without ``nested``, any fusion can make fewer tokens: means of windows of its own (M3, arXiv 2405.17430).
 
 Axis letters: B images, P patches (a grid of g×g), N image tokens per image, M taps, C tower width, D language model
 width, k side of a window in patches.
@@ -24,7 +30,7 @@ width, k side of a window in patches.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -33,6 +39,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from stf_jax.config import FusionConfig, UserError
+from stf_jax.models.fusions.parts import average_windows
 from stf_jax.models.towers.base import VisionConfig
 from stf_jax.registry import Registry
 
@@ -133,20 +140,50 @@ def evenly_spaced(layers: int) -> tuple[int, ...]:
 
 
 def tokens_per_image(config: FusionConfig, grid: int) -> int:
-    """N, the image tokens per image of ``grid``×``grid`` patches.
+    """N, the image tokens per image of ``grid``×``grid`` patches: the first of the config's budgets, if it has any.
+
+    Raises:
+      UserError: the kernel does not divide the grid and ``pad_grid`` is off, or a budget does not fit.
+    """
+    if not config.budgets:
+        return own_side(config, grid) ** 2
+    budgets = config.budgets
+    if any(a <= b for a, b in itertools.pairwise(budgets)):
+        raise UserError(f"model.fusion.budgets={budgets} must be distinct numbers in descending order.")
+    find_fitting = getattr(find_fusion(config), "fitting_budgets", _fitting_pools)
+    fitting: Sequence[int] = find_fitting(config, grid)
+    for budget in budgets:
+        if budget not in fitting:
+            higher, lower = [n for n in fitting if n > budget], [n for n in fitting if n < budget]
+            near = " and ".join(str(n) for n in (*higher[-1:], *lower[:1]))
+            raise UserError(
+                f"model.fusion.budgets: {config.fusion} cannot make {budget} tokens of {grid}×{grid} patches; the "
+                f"nearest that it can are {near}."
+            )
+    return budgets[0]
+
+
+def _fitting_pools(config: FusionConfig, grid: int) -> list[int]:
+    """The numbers of windows that divide the grid of a fusion's tokens."""
+    side = own_side(config, grid)
+    return [n**2 for n in range(side, 0, -1) if side % n == 0]
+
+
+def own_side(config: FusionConfig, grid: int) -> int:
+    """Tokens along a side of the grid that a fusion makes of ``grid``×``grid`` patches, whatever its budgets.
 
     Raises:
       UserError: the kernel does not divide the grid and ``pad_grid`` is off.
     """
     if not find_fusion(config).spec.merges:
-        return grid * grid
+        return grid
     if grid % config.kernel and not config.pad_grid:
         fitting = [str(k) for k in range(1, grid + 1) if grid % k == 0]
         raise UserError(
             f"model.fusion.kernel={config.kernel} does not divide the tower's {grid}×{grid} grid; "
             f"choose {', '.join(fitting)}, or set model.fusion.pad_grid=True to pad the grid with zeros."
         )
-    return math.ceil(grid / config.kernel) ** 2
+    return math.ceil(grid / config.kernel)
 
 
 def pad_grid(x: Float[Array, "B g g C"], window: int) -> Float[Array, "B G G C"]:
@@ -155,12 +192,29 @@ def pad_grid(x: Float[Array, "B g g C"], window: int) -> Float[Array, "B G G C"]
     return jnp.pad(x, ((0, 0), (0, pad), (0, pad), (0, 0))) if pad else x
 
 
+def pool_tokens(x: Float[Array, "B *N D"], budgets: Sequence[int]) -> list[Float[Array, "B n n D"]]:
+    """The means of windows of a square grid of tokens, at each of some numbers of windows."""
+    side = math.isqrt(math.prod(x.shape[1:-1]))
+    x = x.reshape(len(x), side, side, x.shape[-1])
+    windows = (side // math.isqrt(budget) for budget in budgets)
+    return [x if window == 1 else average_windows(x, window) for window in windows]
+
+
 class Fusion(nnx.Module):
     """A fusion built by name: ``connector`` is an instance of its class."""
 
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, vision: VisionConfig, out: int) -> None:
-        """``out`` is D. Raises UserError for an unknown name or a kernel that does not divide the grid."""
-        self.name, self.tokens, self.out = config.fusion, tokens_per_image(config, vision.grid), out
+    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, vision: VisionConfig, out: int, tokens: int = 0) -> None:
+        """Builds the fusion.
+
+        Args:
+          out: D.
+          tokens: N, one of the config's budgets; 0: the first of them, or what the fusion makes without budgets.
+
+        Raises:
+          UserError: an unknown name, or as :func:`tokens_per_image`.
+        """
+        self.name, self.out = config.fusion, out
+        self.tokens, self.has_budgets = tokens or tokens_per_image(config, vision.grid), bool(config.budgets)
         fusion, grid = find_fusion(config), input_grid(config, vision)
         self.side, self.padded_side, self.per_patch = vision.grid, grid.side, fusion.spec.per_patch
         self.connector = fusion(rngs, resolve_sizes(config, vision), grid, out)
@@ -173,14 +227,36 @@ class Fusion(nnx.Module):
         Raises:
           UserError: the fusion's class returns another number or width of tokens than it should.
         """
+        patches = states[0].shape[1]
+        if self.has_budgets and patches == self.side**2:
+            return self.nested(states, (self.tokens,))[0]
         with jax.named_scope("fusion"):
             x = self.connector(self._join(states))
-            x = x.reshape(len(x), -1, x.shape[-1])
-        expected = (states[0].shape[1] if self.per_patch else self.tokens), self.out
-        if x.shape[1:] != expected:
+            return self._check(x, patches if self.per_patch else self.tokens)
+
+    def nested(
+        self, states: tuple[Float[Array, "B P C"], ...], budgets: Sequence[int]
+    ) -> tuple[Float[Array, "B _ D"], ...]:
+        """Image tokens at each of some budgets. What is common to all of them is computed once.
+
+        Raises:
+          UserError: as for a call.
+        """
+        with jax.named_scope("fusion"):
+            x = self._join(states)
+            if hasattr(self.connector, "nested"):
+                made = self.connector.nested(x, budgets)
+            else:
+                made = pool_tokens(self.connector(x), budgets)
+            return tuple(self._check(x, budget) for x, budget in zip(made, budgets, strict=True))
+
+    def _check(self, x: jax.Array, count: int) -> jax.Array:
+        """The tokens as [B, N, D], if they are that many."""
+        x = x.reshape(len(x), -1, x.shape[-1])
+        if x.shape[1:] != (count, self.out):
             raise UserError(
                 f"{self.name} returns {x.shape[1]} tokens of width {x.shape[2]} per image; its spec and the model need "
-                f"{expected[0]} of width {expected[1]}."
+                f"{count} of width {self.out}."
             )
         return x
 
@@ -190,12 +266,22 @@ class Fusion(nnx.Module):
         Patches that pad the grid are left out.
         """
         batch, patches = states[0].shape[:2]
-        if self.per_patch:
-            return jnp.broadcast_to(jnp.eye(patches), (batch, patches, patches))
-        if (read := getattr(self.connector, "sources", None)) is None:
+        is_nested = self.has_budgets and patches == self.side**2
+        if is_nested and hasattr(self.connector, "nested"):
+            if (read_nested := getattr(self.connector, "nested_sources", None)) is None:
+                return None
+            shares = read_nested(self._join(states), self.tokens)
+        elif self.per_patch:
+            shares = jnp.broadcast_to(jnp.eye(patches), (batch, patches, patches))
+        elif (read := getattr(self.connector, "sources", None)) is None:
             return None
-        shares = read(self._join(states))
-        padded = math.isqrt(shares.shape[2])
+        else:
+            shares = read(self._join(states))
+        if is_nested and not hasattr(self.connector, "nested"):
+            (shares,) = pool_tokens(shares, (self.tokens,))
+        if self.per_patch:
+            return shares.reshape(batch, -1, patches)
+        padded = math.isqrt(shares.shape[-1])
         shares = shares.reshape(batch, -1, padded, padded)[:, :, : self.side, : self.side].reshape(batch, -1, patches)
         return shares / shares.sum(-1, keepdims=True)
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from stf_jax.config import FusionConfig
 from stf_jax.models.fusions.base import FusionSpec, Grid, evenly_spaced
+from stf_jax.models.fusions.mlp import MLP
 from stf_jax.models.fusions.parts import Projector
 from stf_jax.models.layers import Linear, gelu, initializers
 from stf_jax.models.tensor_names import Tensor, TensorNames, name_layer
@@ -55,7 +56,7 @@ class MBTFProjector(nnx.Module):
     """MBTF, then LLaVA's projector at each patch: [B, P, M·C] → [B, P, D]."""
 
     spec = FusionSpec(taps=mbtf_taps, merges=False, per_patch=True)
-    torch_file = "mbtf_torch.py"
+    torch_file = MLP.torch_file
     resolve = MBTF.resolve
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> None:

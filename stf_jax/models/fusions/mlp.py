@@ -12,6 +12,7 @@ class MLP(Projector):
     """Two linear layers with a GELU between, at each patch: [B, P, C] → [B, P, D]."""
 
     spec = FusionSpec(merges=False, per_patch=True)
+    torch_file = "mlp_torch.py"  # with budgets; transformers' own LLaVA has one
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> None:
         super().__init__(rngs, config, grid.channels, out)

@@ -1,6 +1,7 @@
 """Spatial token fusion (arXiv 2506.07138) in PyTorch, for exports: [I, g, g, C] → [I, h, h, D]."""
 
 import itertools
+import math
 
 from torch import nn
 from torch.nn import functional as F
@@ -22,7 +23,18 @@ class Connector(nn.Sequential):
         self.kernel = fusion["kernel"]
 
     def forward(self, x):
-        pad = -x.shape[1] % self.kernel
-        x = F.pad(x, (0, 0, 0, pad, 0, pad))
+        x = self._pad(x)
         x = x.unflatten(2, (-1, self.kernel)).unflatten(1, (-1, self.kernel))
         return super().forward(x.permute(0, 1, 3, 5, 2, 4).flatten(3))
+
+    def nested(self, x, count):
+        """Returns ``count`` tokens: those of a grid of means of patches, or of copies."""
+        x = self._pad(x)
+        side, wanted = x.shape[1], self.kernel * math.isqrt(count)
+        if wanted > side:
+            x = x.repeat_interleave(wanted // side, 1).repeat_interleave(wanted // side, 2)
+        return self(x.unflatten(2, (wanted, -1)).unflatten(1, (wanted, -1)).mean((2, 4)))
+
+    def _pad(self, x):
+        pad = -x.shape[1] % self.kernel
+        return F.pad(x, (0, 0, 0, pad, 0, pad))

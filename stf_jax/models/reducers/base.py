@@ -142,7 +142,7 @@ class Reduction:
     """How many of the image tokens of an image are kept, and what drops the others."""
 
     name: str  # as config.reduce; "": no reduction
-    tokens: int  # N, the output of the fusion
+    tokens: int  # N, the output of the fusion: of all that it can make, what config.tokens says
     keep: int  # tokens that are kept, as config.keep; the decoder's average if the reducer counts that
     reducer: Reducer | None = None
     stages: tuple[Stage, ...] = ()  # of a DecoderReducer or a schedule
@@ -293,6 +293,11 @@ def resolve_reduction(model: "ModelSpec") -> Reduction:
             f"reduce={model.reduce} drops image tokens in the decoder, where schedule={name} already does; choose a "
             "reducer that acts before it."
         )
+    if len(model.fusion.budgets) > 1:
+        raise UserError(
+            f"model.schedule={name} plans one number of image tokens per image, and model.fusion.budgets has "
+            f"{len(model.fusion.budgets)}; choose one of the two."
+        )
     assert model.llm_shape is not None  # a model with image tokens has one
     stages = plan_schedule(name, model.llm_shape.layers, reduction.slots)
     return dataclasses.replace(reduction, stages=stages, schedule=find_schedule(name))
@@ -301,10 +306,15 @@ def resolve_reduction(model: "ModelSpec") -> Reduction:
 def _resolve_reducer(model: "ModelSpec") -> Reduction:
     name, fusion, vision = model.reduce, model.fusion.fusion, model.vision_shape
     if vision is None:
-        if name or model.keep:
+        if name or model.keep or model.tokens:
             raise UserError("A language model alone has no image tokens to reduce.")
         return Reduction("", 0, 0)
     tokens = tokens_per_image(model.fusion, vision.grid)
+    if model.tokens:
+        if model.tokens not in (budgets := model.fusion.budgets or (tokens,)):
+            made = ", ".join(map(str, budgets))
+            raise UserError(f"tokens={model.tokens} is not a budget of the model: {fusion} makes {made} per image.")
+        tokens = model.tokens
     if not name:
         if model.keep:
             names = ", ".join(REDUCERS.known)
@@ -328,6 +338,8 @@ def _resolve_reducer(model: "ModelSpec") -> Reduction:
         if not find_fusion(model.fusion).spec.per_patch:
             names = ", ".join(name for name, known in FUSIONS.known.items() if known.spec.per_patch)
             raise UserError(f"reduce={name} needs a fusion that keeps every patch ({names}), but {fusion} does not.")
+        if model.tokens:
+            raise UserError(f"reduce={name} chooses among all patches: leave out tokens={model.tokens}.")
         if reducer.check is not None:
             reducer.check(model.fusion, vision, keep)
     return Reduction(name, tokens, keep, reducer)

@@ -9,11 +9,11 @@ class LlavaSTFConfig(PretrainedConfig):
     Args:
       vision_config, text_config: configs of the tower and the language model, or dicts with their ``model_type``.
       stf_config: how the tower's states become image tokens: ``fusion`` (``avg_pool``, ``pixel_shuffle``, ``ldp_v2``,
-        ``c_abstractor``, ``resampler``, ``token_packer``, ``stf``, ``mbtf``, ``mbtf_stf``), ``taps`` (blocks of the
-        tower, 1-based, deepest first; 0 is the embedding), ``kernel`` (side of the window of patches that becomes one
-        token), ``mbtf_hidden``, ``mbtf_width``, ``stf_hidden`` (channels), ``depth`` (blocks of the resampler, and of
-        each side of the abstractor), ``variant`` (``code`` or ``paper``) and ``pad_grid`` (pad grids that the kernel
-        does not divide).
+        ``c_abstractor``, ``resampler``, ``token_packer``, ``mqt``, ``stf``, ``mlp``, ``mbtf``, ``mbtf_stf``), ``taps``
+        (blocks of the tower, 1-based, deepest first; 0 is the embedding), ``kernel`` (side of the window of patches
+        that becomes one token), ``mbtf_hidden``, ``mbtf_width``, ``stf_hidden`` (channels), ``depth`` (blocks of the
+        resampler, and of each side of the abstractor), ``variant`` (``code`` or ``paper``), ``budgets`` (numbers of
+        tokens that the model makes of an image) and ``pad_grid`` (pad grids that the kernel does not divide).
       image_token_id: id of ``<image>``, which occurs once per image token. It needs no row in the embedding, because it
         is never embedded.
     """

@@ -5,6 +5,8 @@ transformers' own. Axis letters: B rows, I images, T positions, P patches (a gri
 image, C tower width, M taps, D language model width, k side of a window in patches.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -65,16 +67,22 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, num_image_tokens: int | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """Computes the image tokens of normalized images [I, 3, H, W]; transformers 5 defines this method.
 
         Args:
           pixel_values: normalized images.
+          num_image_tokens: N, one of the model's budgets, if it has several; by default the first.
           kwargs: passed to the vision tower. ``return_dict=False`` returns a tuple.
 
         Returns:
           ``pooler_output``: the image tokens [I, N, D] in row-major order; and the tower's ``last_hidden_state`` and
           ``hidden_states``.
+
+        Raises:
+          ValueError: the model cannot make so many tokens.
         """
         kwargs |= {"output_hidden_states": True, "return_dict": True}
         outputs = self.vision_tower(pixel_values.to(self.dtype), **kwargs)
@@ -82,13 +90,26 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
         x = torch.cat([states[tap][:, int(self.class_token) :] for tap in self.config.stf_config["taps"]], dim=-1)
         x = self.mm_projector_crosslayer(x).unflatten(1, (self.side, self.side))
         pad = self.config.stf_config["side"] - self.side
-        tokens = self.mm_projector(F.pad(x, (0, 0, 0, pad, 0, pad))).flatten(1, -2)
+        tokens = self._project(F.pad(x, (0, 0, 0, pad, 0, pad)), num_image_tokens).flatten(1, -2)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=tokens,
             hidden_states=states,
             attentions=outputs.attentions,
         )
+
+    def _project(self, x, count):
+        """Returns the tokens [I, ..., D] of patches, ``count`` per image."""
+        budgets = self.config.stf_config["budgets"]
+        if not budgets:
+            return self.mm_projector(x)
+        count = count or budgets[0]
+        if count not in budgets:
+            raise ValueError(f"The model makes {', '.join(map(str, budgets))} tokens per image, not {count}.")
+        if hasattr(self.mm_projector, "nested"):
+            return self.mm_projector.nested(x, count)
+        side = math.isqrt(count)
+        return self.mm_projector(x).unflatten(2, (side, -1)).unflatten(1, (side, -1)).mean((2, 4))
 
     @can_return_tuple
     def forward(
@@ -98,6 +119,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
         attention_mask=None,
         position_ids=None,
         inputs_embeds=None,
+        num_image_tokens=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Runs the language model over text, with image tokens in place of ``<image>``.
@@ -106,6 +128,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
           input_ids: [B, T], with ``config.image_token_id`` N times per image. Alternatively ``inputs_embeds``
             [B, T, D], which already contains the image tokens.
           pixel_values: [I, 3, H, W], the images in the order of the rows.
+          num_image_tokens: N, if the model has several budgets; by default as many as the text has placeholders for.
           kwargs: passed to the language model and its attention. They include its cache, whose name differs between
             releases. ``return_dict=False`` returns a tuple.
 
@@ -119,7 +142,9 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
             is_image = input_ids == self.config.image_token_id
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
             if pixel_values is not None:
-                tokens = self.get_image_features(pixel_values, return_dict=True).pooler_output.flatten(0, 1)
+                count = num_image_tokens or int(is_image.sum()) // len(pixel_values)
+                features = self.get_image_features(pixel_values, count, return_dict=True)
+                tokens = features.pooler_output.flatten(0, 1)
                 if int(is_image.sum()) != len(tokens):
                     raise ValueError(f"The text has {int(is_image.sum())} placeholders for {len(tokens)} image tokens.")
                 tokens = tokens.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -158,9 +183,11 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, GenerationMixin)
     def set_output_embeddings(self, value):
         self.lm_head = value
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, num_image_tokens: int | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """Calls :meth:`LlavaSTFModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, num_image_tokens, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -172,6 +199,7 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, GenerationMixin)
         inputs_embeds=None,
         labels=None,
         logits_to_keep=0,
+        num_image_tokens=None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Computes logits [B, T, V], or those of the last ``logits_to_keep`` positions.
@@ -185,6 +213,7 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, GenerationMixin)
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            num_image_tokens=num_image_tokens,
             return_dict=True,
             **kwargs,
         )

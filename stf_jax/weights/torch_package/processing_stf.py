@@ -11,6 +11,7 @@ class LlavaSTFProcessor(ProcessorMixin):
       image_processor: prepares the images.
       tokenizer: tokenizes the texts.
       num_image_tokens: ids per image.
+      budgets: the numbers of ids per image that a call may choose; empty if it may not.
       image_token: the placeholder of an image in a text.
       begin: a prefix for texts that lack it: the BOS token, if the model was trained with it.
       chat_template: the Jinja template of conversations.
@@ -26,32 +27,38 @@ class LlavaSTFProcessor(ProcessorMixin):
         image_processor=None,
         tokenizer=None,
         num_image_tokens=144,
+        budgets=(),
         image_token="<image>",
         begin="",
         chat_template=None,
         **_,
     ):
-        self.num_image_tokens = num_image_tokens
+        self.num_image_tokens, self.budgets = num_image_tokens, tuple(budgets) or (num_image_tokens,)
         self.begin = begin
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+    def __call__(self, images=None, text=None, num_image_tokens=None, **kwargs) -> BatchFeature:
         """Returns ``input_ids`` and ``attention_mask`` of texts, and ``pixel_values`` of images in the same order.
 
         Args:
           images: one image, a list, a list of lists (one per text), or an array or tensor of several images.
           text: one text or a list. Names of special tokens in it become those tokens.
+          num_image_tokens: ids per image, one of the budgets; by default ``num_image_tokens`` of the processor.
           kwargs: options of the tokenizer's ``pad`` and of the image processor. ``add_special_tokens=False`` omits the
             prefix ``begin``. Servers use ``return_mm_token_type_ids`` (1 for image tokens, 0 for text) and
             ``return_text_replacement_offsets`` (the positions of the images).
 
         Raises:
-          ValueError: the number of ``<image>`` differs from the number of images, or truncation is requested.
+          ValueError: the number of ``<image>`` differs from the number of images, truncation is requested, or
+            ``num_image_tokens`` is no budget.
         """
         if kwargs.pop("truncation", False):
             raise ValueError("Truncation is not supported: it could cut through an image.")
+        count = num_image_tokens or self.num_image_tokens
+        if count not in self.budgets:
+            raise ValueError(f"num_image_tokens={count} is not among {', '.join(map(str, self.budgets))}.")
         images = _flatten(images)
         tensors = kwargs.pop("return_tensors", None)
         if text is None:
@@ -64,7 +71,7 @@ class LlavaSTFProcessor(ProcessorMixin):
         return_types = kwargs.pop("return_mm_token_type_ids", False)
         return_offsets = kwargs.pop("return_text_replacement_offsets", False)
         padding = {key: kwargs.pop(key) for key in ("padding", "padding_side", "max_length") if key in kwargs}
-        ids = {"input_ids": [self._input_ids(one if one.startswith(begin) else begin + one) for one in text]}
+        ids = {"input_ids": [self._input_ids(one if one.startswith(begin) else begin + one, count) for one in text]}
         if len(text) > 1 or padding:
             padding.setdefault("padding", tensors is not None)
             data = self.tokenizer.pad(ids, **padding)
@@ -77,7 +84,7 @@ class LlavaSTFProcessor(ProcessorMixin):
         if images:
             batch.update(self._pixel_values(images, tensors, kwargs))
         if return_offsets:
-            tokens = [self.replace_image_token(batch, i) for i in range(len(images))]
+            tokens = [self.image_token * count] * len(images)
             batch["text_replacement_offsets"] = self.get_text_with_replacements(text, tokens)[1]
         return batch
 
@@ -90,8 +97,8 @@ class LlavaSTFProcessor(ProcessorMixin):
         """Returns the text that replaces ``<image>``; called by transformers 5 and servers."""
         return self.image_token * self.num_image_tokens
 
-    def _input_ids(self, text):
-        text = text.replace(self.image_token, self.image_token * self.num_image_tokens)
+    def _input_ids(self, text, count):
+        text = text.replace(self.image_token, self.image_token * count)
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
