@@ -453,6 +453,12 @@ def test_a_folder_keeps_its_schedule_and_what_cannot_follow_it_says_so(tmp_path,
         resolve_model(tiny(**changes | {"model.schedule": "vica", "model.reduce": "fastv:after=1"}).model).reduction  # noqa: B018
 
 
+def test_several_budgets_are_refused():
+    model = tiny(**{"model.schedule": "vica", "model.fusion.budgets": (4, 1)}).model
+    with pytest.raises(UserError, match=r"plans one number of image tokens per image, and .*budgets has 2; choose one"):
+        resolve_model(model).reduction  # noqa: B018
+
+
 def test_a_block_that_cannot_see_tokens_beside_is_refused(monkeypatch):
     monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / "plugins")
     with pytest.raises(UserError, match=r"model.schedule=vica needs Llama's block, but olmo:OLMO has another"):
