@@ -279,6 +279,17 @@ def apply_layers(
     return x
 
 
+def split_block(block: _Block, sizes: Sequence[int]) -> list[_Block]:
+    """``block`` as several, with the parameters of so many layers each, so that each is applied in its own way."""
+    if len(sizes) == 1:
+        return [block]
+    graph, stacked = nnx.split(block)
+    parts = jax.tree.map(lambda p: jax.lax.split(p, sizes), stacked)  # one split, as in _split_layers
+    return [
+        nnx.merge(graph, jax.tree.map(lambda _, part, i=index: part[i], stacked, parts)) for index in range(len(sizes))
+    ]
+
+
 def unroll_layers(block: _Block, layers: range) -> Iterator[_Block]:
     """Yields ``block`` with the parameters of one of ``layers`` (a step-1 range) at a time."""
     graph, stacked = nnx.split(block)

@@ -186,6 +186,7 @@ class Known:
     """A stand-in for Preprocessor with given conversations; a record is a conversation's number."""
 
     vision = types.SimpleNamespace(image_size=SIDE, grid=1)
+    dropped = 0
 
     def __init__(self, known):
         self.known = known

@@ -44,6 +44,7 @@ class Numbers:
     """A stand-in for Preprocessor: record n is a conversation whose tokens are all n + 1."""
 
     vision = types.SimpleNamespace(image_size=1, grid=1)
+    dropped = 0
 
     def fingerprint(self):
         return "digits"

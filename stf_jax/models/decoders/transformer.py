@@ -35,6 +35,7 @@ from stf_jax.models.layers import (
     constrain,
     normal,
     parameter,
+    split_block,
     unroll_layers,
 )
 
@@ -308,21 +309,20 @@ class Decoder(nnx.Module):
           Hidden states, in x's type, of the positions that the last layer reads; :meth:`logits` converts them.
         """
 
-        def read(rows: Rows, layers: range) -> Rows:
-            attend, context = self._attend(rows), rope_angles(self.config, rows.positions)
-            beside = self._beside(rows)
-            x = apply_layers(
-                self.blocks, rows.x, *context, attend, *beside, layers=layers, scan=self.scan, remat=self.remat
-            )
+        bounds = [0, *(selection.after for selection in selections if selection.after), self.config.layers]
+        sizes = [stop - start for start, stop in itertools.pairwise(bounds)]
+
+        def read(rows: Rows, block: Block, size: int) -> Rows:
+            context = *rope_angles(self.config, rows.positions), self._attend(rows), *self._beside(rows)
+            x = apply_layers(block, rows.x, *context, layers=range(size), scan=self.scan, remat=self.remat)
             return dataclasses.replace(rows, x=x)
 
         with jax.named_scope("llm"):
-            rows, first = Rows(x, positions, segments), 0
+            rows, parts = Rows(x, positions, segments), zip(split_block(self.blocks, sizes), sizes, strict=True)
             for selection in selections:
-                rows = read(rows, range(first, selection.after)) if selection.after > first else rows
-                first = selection.after
+                rows = read(rows, *next(parts)) if selection.after else rows
                 rows = selection.apply(*self._next_queries_keys(selection, rows), rows)
-            return self.norm(read(rows, range(first, self.config.layers)).x)
+            return self.norm(read(rows, *next(parts)).x)
 
     def _attend(self, rows: Rows) -> Attend:
         """What the queries of these rows attend to."""
