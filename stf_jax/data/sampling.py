@@ -72,7 +72,7 @@ class Plan:
           seed: for the order.
           batch_size: rows per batch, on all hosts; with ``data.tokens_per_batch``, all batches have multiples of it.
           lengths: int [R], tokens of each conversation; 0 for one that cannot be used.
-          image_counts: int [R], images of each, at most ``data.images_per_row``.
+          image_counts: int [R], image places of each, at most ``data.image_places``.
           sizes: conversations of each data set; the sets are concatenated.
 
         Raises:
@@ -163,6 +163,8 @@ class Plan:
         )
         if self._data.tokens_per_batch:  # else the fingerprint is that of releases without this key
             keys = (*keys, "tokens_per_batch")
+        if self._data.aspect == "tiles":
+            keys = (*keys, "tiles")
         values = repr((self._seed, self._batch, self._begins.tolist(), [getattr(self._data, key) for key in keys]))
         arrays = self._lengths.astype(np.int64).tobytes() + self._image_counts.astype(np.int64).tobytes()
         return hashlib.sha256(values.encode() + arrays).hexdigest()[:16]
@@ -194,9 +196,9 @@ class Plan:
         data, batch = self._data, self._batch
         if data.packing:
             lengths, image_counts = self._lengths[order], self._image_counts[order]
-            packed = best_fit(lengths, image_counts, data.max_length, data.images_per_row)
+            packed = best_fit(lengths, image_counts, data.max_length, data.image_places)
             rows = [order[packed[i]].tolist() for i in rng.permutation(len(packed))]
-            shapes = [BatchShape(batch, data.max_length, data.images_per_row)] * -(-len(rows) // batch)
+            shapes = [BatchShape(batch, data.max_length, data.image_places)] * -(-len(rows) // batch)
         else:
             if data.tokens_per_batch:
                 batches = self._group_by_bucket(order, rng)
@@ -214,7 +216,7 @@ class Plan:
         Args:
           least: the length that it has at least.
         """
-        images = self._data.images_per_row if self._image_counts[members].any() else 0
+        images = self._data.image_places if self._image_counts[members].any() else 0
         longest = max(least, self._lengths[members].max())
         length = int(self._buckets[np.searchsorted(self._buckets, longest)])
         return BatchShape(rows_per_batch(self._data, self._batch, length), length, images)

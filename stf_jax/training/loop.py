@@ -18,6 +18,7 @@ from stf_jax.config import Stopped, TrainConfig, to_json
 from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
 from stf_jax.data.sampling import BatchShape
+from stf_jax.data.tiles import find_tiles
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.evals.registry import open_benchmarks
 from stf_jax.evals.runner import Results, check_images, evaluate_all, flatten_metrics
@@ -97,7 +98,8 @@ def _train(
     records = load_training_records(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     evaluation_mesh = inference_mesh(blueprint(model), mesh)
-    generator = Generator(config.model, tokenizer, evaluation_mesh, config.data.template, config.data.aspect)
+    data = config.data
+    generator = Generator(config.model, tokenizer, evaluation_mesh, data.template, data.aspect, find_tiles(data))
     preprocess = Preprocessor(config.data, tokenizer, vision, model.slots, llm.vocab)
     host = jax.process_index()
     share, shares = get_row_share(mesh, host)

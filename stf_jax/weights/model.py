@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stf_jax.checkpointing.params import IMPORTED, SavedParams
 from stf_jax.config import FusionConfig, TrainConfig, UserError, from_json, to_json
+from stf_jax.data.tiles import Tiles, find_tiles, with_newline
 from stf_jax.data.tokenizer import EMBEDDED, FILES, save_tokenizer
 from stf_jax.files import local_copy, make_folder, read_json, upload, write_json
 from stf_jax.models.decoders.base import LLMConfig
@@ -39,6 +40,7 @@ class Description:
     fusion: FusionConfig | None
     template: str = "v1"  # as config.data.template
     aspect: str = "square"  # as config.data.aspect
+    tiles: Tiles | None = None  # with the aspect ``tiles``
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes ``model.json``."""
@@ -111,14 +113,14 @@ def describe_folder(folder: epath.Path) -> tuple[Description, ModelSpec, pathlib
         raise UserError(f"{folder} does not describe its model: {error!r}.") from None
     try:
         vision, llm = (None, None) if saved is None else (saved.vision, saved.llm)
-        model = resolve_model(config.model, vision, llm)
+        model = with_newline(resolve_model(config.model, vision, llm), tiles := find_tiles(config.data))
     except UserError as error:
         raise UserError(
             f"The run in {folder} is from before runs saved their shapes, and the weights it started from are gone "
             f"({error}) Import those weights again, and copy the model.json of that folder to {folder / DESCRIPTION}."
         ) from None
     data = config.data
-    description = Description(model.vision_shape, model.llm_shape, model.fusion, data.template, data.aspect)
+    description = Description(model.vision_shape, model.llm_shape, model.fusion, data.template, data.aspect, tiles)
     tokenizer = _existing_folder(local_copy(folder / "tokenizer"))
     if tokenizer is None:
         tokenizer = EMBEDDED.get(data.tokenizer)
@@ -133,7 +135,8 @@ def save_description(workdir: epath.Path, config: TrainConfig, tokenizer: PreTra
     ``config`` has the model's shapes (:func:`stf_jax.weights.origin.complete_config`) and names the tokenizer.
     """
     model, data = resolve_model(config.model), config.data
-    description = Description(model.vision_shape, model.llm_shape, model.fusion, data.template, data.aspect)
+    shapes = model.vision_shape, model.llm_shape, model.fusion
+    description = Description(*shapes, data.template, data.aspect, find_tiles(data))
     write_json(workdir / DESCRIPTION, dataclasses.asdict(description))
     source = EMBEDDED.get(data.tokenizer) or local_copy(data.tokenizer)
     if source == local_copy(workdir / "tokenizer"):
@@ -158,7 +161,8 @@ def _read_description(file: epath.Path) -> Description:
     fusion = values["fusion"] and FusionConfig(**{**values["fusion"], "taps": tuple(values["fusion"]["taps"])})
     vision = values["vision"] and parse_vision_config(values["vision"])
     llm = values["llm"] and parse_llm_config(values["llm"])
-    return Description(vision, llm, fusion, values["template"], values["aspect"])
+    tiles = values.get("tiles") and Tiles(tuple(map(tuple, values["tiles"]["grids"])), values["tiles"]["marks"])
+    return Description(vision, llm, fusion, values["template"], values["aspect"], tiles)
 
 
 def _existing_folder(path: pathlib.Path) -> pathlib.Path | None:
@@ -167,7 +171,8 @@ def _existing_folder(path: pathlib.Path) -> pathlib.Path | None:
 
 def _config_of_folder(folder: epath.Path, description: Description) -> ModelSpec:
     fusion = description.fusion or FusionConfig()
-    return ModelSpec(str(folder), str(folder), fusion, vision_shape=description.vision, llm_shape=description.llm)
+    model = ModelSpec(str(folder), str(folder), fusion, vision_shape=description.vision, llm_shape=description.llm)
+    return with_newline(model, description.tiles)
 
 
 def _open_export(folder: epath.Path) -> SavedModel:

@@ -33,6 +33,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from stf_jax.config import FusionConfig, UserError
+from stf_jax.models.layers import normal, parameter
 from stf_jax.models.towers.base import VisionConfig
 from stf_jax.registry import Registry
 
@@ -60,6 +61,7 @@ class FusionSpec:
     taps: Callable[[int, int], tuple[int, ...]] | None = None  # (layers, deepest) → taps; None: the deepest alone
     merges: bool = True  # whether each token stands for k×k patches
     windows: bool = True  # if it merges, whether it merges windows, so that the grid may need padding
+    orders: bool = True  # whether its tokens are a grid over the image, in row-major order
     per_patch: bool = False  # whether it maps each patch by itself: [B, P, M·C] → [B, P, D] for any P
 
     def __post_init__(self) -> None:
@@ -158,12 +160,24 @@ def pad_grid(x: Float[Array, "B g g C"], window: int) -> Float[Array, "B G G C"]
 class Fusion(nnx.Module):
     """A fusion built by name: ``connector`` is an instance of its class."""
 
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, vision: VisionConfig, out: int) -> None:
-        """``out`` is D. Raises UserError for an unknown name or a kernel that does not divide the grid."""
+    def __init__(
+        self, rngs: nnx.Rngs, config: FusionConfig, vision: VisionConfig, out: int, newline: bool = False
+    ) -> None:
+        """Builds a fusion.
+
+        Args:
+          out: D.
+          newline: whether to declare ``newline``, the token that ends each row of tiles (data/tiles.py).
+
+        Raises:
+          UserError: an unknown name, or a kernel that does not divide the grid.
+        """
         self.name, self.tokens, self.out = config.fusion, tokens_per_image(config, vision.grid), out
         fusion, grid = find_fusion(config), input_grid(config, vision)
         self.side, self.padded_side, self.per_patch = vision.grid, grid.side, fusion.spec.per_patch
         self.connector = fusion(rngs, resolve_sizes(config, vision), grid, out)
+        if newline:
+            self.newline = parameter(rngs, [(out, "embed")], normal(out**-0.5))
 
     def __call__(self, states: tuple[Float[Array, "B P C"], ...]) -> Float[Array, "B N D"]:
         """Image tokens, in row-major order, of tapped states, deepest first.
