@@ -181,7 +181,11 @@ class Generator:
         return np.asarray(tokens, np.float32)[place_slots(slots, 0, len(squares) * self.slots)]
 
     def squares(self, image: PIL.Image.Image) -> np.ndarray:
-        """What the tower reads of an image, one square per place, uint8 [M, H, W, 3]. Raises as :meth:`image_tokens`."""
+        """What the tower reads of an image, uint8 [M, H, W, 3]: one square, or its thumbnail and tiles.
+
+        Raises:
+          UserError: the model has no vision tower.
+        """
         if self._layout is None:
             raise UserError(f"This image has no tokens: {NO_VISION_MESSAGE}")
         return self._layout.squares(image)

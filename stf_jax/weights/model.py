@@ -24,6 +24,7 @@ from stf_jax.models.decoders.base import LLMConfig
 from stf_jax.models.spec import DESCRIPTION, ModelSpec, parse_llm_config, parse_vision_config, resolve_model
 from stf_jax.models.towers.base import VisionConfig
 from stf_jax.registry import refuse_code_in
+from stf_jax.weights.anyres import read_tiles
 from stf_jax.weights.detect import DetectedModel
 from stf_jax.weights.folder import open_params
 from stf_jax.weights.foreign import detect_or_raise, open_checkpoint, read_tensors
@@ -49,9 +50,11 @@ class Description:
 
 def describe_checkpoint(detected: DetectedModel, config: Mapping[str, Any]) -> Description:
     """Returns the description of a foreign checkpoint with that ``config.json``."""
+    tiles = read_tiles(config, detected.vision) if detected.fusion is not None else None
     aspect = "pad" if config.get("image_aspect_ratio") == "pad" else "square"
     template = str(config.get("conversation_template", "v1"))  # checked when it is used
-    return Description(detected.vision, detected.llm, detected.fusion, template, aspect)
+    shapes = detected.vision, detected.llm, detected.fusion
+    return Description(*shapes, template, aspect if tiles is None else "tiles", tiles)
 
 
 @dataclasses.dataclass(frozen=True)

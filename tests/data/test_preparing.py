@@ -264,7 +264,8 @@ def test_paths_outside_the_folder_and_extreme_images_are_refused(tmp_path):
 def test_shrunk_images_can_always_be_opened():
     """399×2 pixels would become 201×1, an aspect ratio over 200."""
     for size, expected in {(399, 2): (201, 2), (2, 399): (2, 201), (4000, 20): (201, 2), (402, 99): (201, 50)}.items():
-        assert open_image(_shrink(PIL.Image.new("RGB", size), 201), "thin").size == expected
+        content, shrunk = _shrink(PIL.Image.new("RGB", size), 201)
+        assert open_image(content, "thin").size == shrunk == expected
 
 
 # ---- Errors, and repeating the command -------------------------------------------------------------------------------
