@@ -59,7 +59,7 @@ def check_tiles(tiles: Tiles | None, model: ModelSpec) -> None:
     if isinstance(model.reduction.reducer, DecoderReducer):
         raise UserError(
             f"reduce={model.reduce} drops the same number of tokens of every image, but images in tiles "
-            "(data.aspect=tiles) differ in theirs: choose a reducer that does not act in the decoder."
+            "(data.aspect=tiles) have different numbers: choose a reducer that does not act in the decoder."
         )
     if model.cells:
         raise UserError("model.cells has labels of square images: choose another data.aspect than tiles.")

@@ -80,10 +80,10 @@ def test_exports_answer_as_we_do(exported, case):
     vision, squares = generator.model.vision_shape, []
     for image, pixels in zip(IMAGES, inputs["pixel_values"], strict=True):
         own = generator.squares(image)
-        theirs = to_uint8({"pixel_values": pixels[: len(own)]}, vision)
-        np.testing.assert_allclose(theirs.astype(int), own, atol=2)  # torchvision's resizing rounds differently
+        found = to_uint8({"pixel_values": pixels[: len(own)]}, vision)
+        np.testing.assert_allclose(found.astype(int), own, atol=2)  # torchvision's resizing rounds differently
         assert not pixels[len(own) :].any()
-        squares.append(theirs)
+        squares.append(found)
     with torch.no_grad():
         logits = model(**inputs).logits[0].numpy()[:, : generator.model.llm_shape.vocab]
     np.testing.assert_allclose(logits, our_logits(generator, prompt, np.concatenate(squares)), atol=1e-4)
@@ -154,6 +154,19 @@ def original_config(**changes):
     } | changes  # fmt: skip
 
 
+COMPILED = {}  # by the model's shapes
+
+
+def forward(config):
+    """A compiled function to the logits of an imported model."""
+    plan = blueprint(dataclasses.replace(config, precision="float32", remat="none"))
+
+    def run(params, tokens, slots, images):
+        return plan.merge(params)(tokens, jnp.arange(tokens.shape[1])[None], None, slots, images)
+
+    return COMPILED.setdefault((config.vision_shape, config.llm_shape), jax.jit(run))
+
+
 @pytest.mark.parametrize("layout", ["saved", "hub", "original"])
 def test_logits_of_llava_next_match(layout, tmp_path):
     state, source = llava_next().state_dict(), tmp_path / "source"
@@ -178,16 +191,11 @@ def test_logits_of_llava_next_match(layout, tmp_path):
     squares = [layout_of_images.squares(image) for image in IMAGES]
     ids = np.where(slots == -1, np.arange(len(slots)) % 60, 60)
 
-    plan = blueprint(dataclasses.replace(saved.config, precision="float32", remat="none"))
-    params = {path: saved.read(path) for path in plan.shapes}
+    params = {path: saved.read(path) for path in saved.shapes}
     pixels, placed = np.concatenate(squares), place_slots(slots, 0, 16 * sum(map(len, squares)))
 
-    @jax.jit
-    def run(params, tokens, slots, images):
-        return plan.merge(params)(tokens, jnp.arange(tokens.shape[1])[None], None, slots, images)
-
     with compute_context(make_mesh(MeshConfig(1, 1, 1)), "float32"):
-        actual = np.asarray(run(params, ids[None].astype(np.int32), placed[None], pixels[None]))
+        actual = np.asarray(forward(saved.config)(params, ids[None].astype(np.int32), placed[None], pixels[None]))
     values = torch.zeros(3, 5, 3, SIDE, SIDE)
     for i, own in enumerate(squares):
         values[i, : len(own)] = normalize(own)
