@@ -122,6 +122,8 @@ def test_prepared_records_match_the_files(data, prepared):
         assert record.turns == expected.turns
         for image, reference in zip(record.images, expected.images, strict=True):
             assert image().tobytes() == reference().tobytes()
+        assert record.sizes or not record.images
+        assert record.image_sizes() == [image().size for image in record.images]
 
 
 def test_token_counts_match_training(prepared):

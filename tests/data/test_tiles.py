@@ -5,20 +5,24 @@ import re
 import shutil
 import types
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import make_preprocessor, tiny
+from safetensors.numpy import save_file
+from tiny import make_preprocessor, random_params, tiny
 from transformers import LlavaNextConfig
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
-from stf_jax.config import UserError
+from stf_jax.config import MeshConfig, UserError
 from stf_jax.data.pipeline import Batches, load_training_records
+from stf_jax.data.records import make_question
 from stf_jax.data.tiles import (
     NEWLINE,
     ImageLayout,
@@ -29,7 +33,13 @@ from stf_jax.data.tiles import (
     order_tokens,
     place_slots,
 )
+from stf_jax.inference.loading import load_generator
+from stf_jax.models.blueprint import blueprint
 from stf_jax.models.spec import VISION
+from stf_jax.models.vlm import VLM
+from stf_jax.parallel.mesh import make_mesh
+from stf_jax.training.loop import train
+from stf_jax.weights.folder import load_params
 from stf_jax.weights.origin import complete_config
 
 SIDE, PATCH = 24, 4  # of a tile and of the patch of one token, in pixels
@@ -215,3 +225,52 @@ def test_what_tiles_cannot_do_is_refused(rows_of_images, changes, message):
 
 def test_fusions_without_a_grid_take_tiles_without_marks(rows_of_images):
     assert not tiled(rows_of_images, **{"model.fusion.fusion": "resampler", "data.tiles.marks": "none"}).model.newline
+
+
+# ---- In a run --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_tiles_trains_its_newline_and_answers_with_tiles(rows_of_images, tmp_path):
+    changes = {
+        "data.packing": True,
+        "steps": 2,
+        "mesh.data": 2,
+        "init_from": str(tmp_path / "start"),
+        "init_missing": (),
+    }
+    config, workdir = tiled(rows_of_images, **changes), epath.Path(tmp_path / "run")
+    start = random_params(blueprint(config.model).shapes)
+    (tmp_path / "start").mkdir()
+    save_file(start, tmp_path / "start" / "model.safetensors")
+    train(config, workdir, workdir)
+    generator, saved = load_generator(workdir, make_mesh(MeshConfig(1, 1, 1)))
+    assert saved.description.tiles == generator.tiles == find_tiles(config.data)
+    newline = saved.read("fusion/newline")
+    assert np.abs(newline - start["fusion/newline"]).min() > 0
+
+    images = [PIL.Image.open(rows_of_images / name) for name in ("1-0.png", "2-0.png", "2-1.png")]
+    tokens = generator.image_tokens(images[0])
+    (slots,) = ImageLayout(config.model.vision_shape, "tiles", generator.slots, generator.tiles).slots([images[0].size])
+    assert len(tokens) == len(slots)
+    np.testing.assert_array_equal(tokens[slots == NEWLINE], np.broadcast_to(newline, ((slots == NEWLINE).sum(), 32)))
+    thumbnail = np.asarray(images[0].resize((64, 64), PIL.Image.Resampling.BICUBIC))[None, None]
+    alone = np.asarray(generator.apply(VLM.image_tokens, thumbnail)[0, : generator.slots], np.float32)
+    np.testing.assert_allclose(tokens[: generator.slots], alone, atol=1e-5)
+
+    records = [make_question("a", [images[0].copy], "Far?"), make_question("b", [i.copy for i in images[1:]], "Far?")]
+    together = list(generator.generate(records, 3, 2))
+    assert together == [answer for record in records for answer in generator.generate([record], 3, 1)]
+
+
+@pytest.mark.parametrize(
+    ("aspect", "weights", "message"),
+    [("tiles", "square", "without tiles \\(name fusion/newline"), ("square", "tiles", "with tiles \\(set data.aspect")],
+)
+def test_weights_of_another_aspect_are_refused(rows_of_images, tmp_path, aspect, weights, message):
+    shapes = blueprint(tiled(rows_of_images, **{"data.aspect": weights}).model).shapes
+    save_file({path: np.zeros(leaf.shape, np.float32) for path, leaf in shapes.items()}, tmp_path / "model.safetensors")
+    plan, mesh = blueprint(tiled(rows_of_images, **{"data.aspect": aspect}).model), make_mesh(MeshConfig(1, 1, 1))
+    places = plan.shardings(mesh)
+    layout = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in plan.shapes.items()}
+    with pytest.raises(UserError, match=message):
+        load_params(str(tmp_path), layout, ())
