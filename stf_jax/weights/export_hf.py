@@ -304,7 +304,7 @@ def _write_readme(
         "architecture": config["architectures"][0],
         "code": "It needs no custom code." if plain else "Loading it runs its code (`*_stf.py`).",
         "template": model.template,
-        "tokens": count,
+        "tokens": f"{count} per image" if model.tiles is None else f"{count} per thumbnail and tile",
         "dtype": config["dtype"],
         "source": f"`{checkpoint}`" + (f", step {step:,}" if step is not None else ""),
         "image_size": model.vision.image_size,

@@ -27,7 +27,6 @@ pytestmark = pytest.mark.usefixtures("torch_setup")
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 CASES = {
     "mlp": (FusionConfig("mlp"), "clip", "llama", "newline"),
-    "mlp, siglip": (FusionConfig("mlp"), "siglip", "qwen3", "newline"),
     "mbtf_stf": (FusionConfig("mbtf_stf"), "clip", "llama", "newline"),
     "resampler": (FusionConfig("resampler", kernel=3, depth=2), "siglip", "llama", "none"),
 }
