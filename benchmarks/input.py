@@ -81,7 +81,7 @@ def _measure_speed(folder: pathlib.Path, rows: Sequence[_Row]) -> _Figures:
 
     def ours() -> None:
         for i in range(len(source)):
-            to_row([preprocessor(source[i])], 1024, 1, vision.image_size)
+            to_row([preprocessor(source[i])], 1024, 1, vision.image_size, preprocessor.layout.tokens)
 
     config = TrainConfig(global_batch_size=16, data=dataclasses.replace(data, max_length=1024))
     batches = Batches(config, source, preprocessor, host=0, hosts=1)
@@ -155,7 +155,7 @@ def _time_parts(
     parts: dict[str, Callable[[int], object]] = {
         "read the file": lambda i: read_image(images, rows[i]["image"]),
         "both: decode the JPEG": lambda i: open_image(files[i], ""),
-        "ours: pad, resize, crop": lambda i: to_square(opened[i], preprocessor.vision, "pad"),
+        "ours: pad, resize, crop": lambda i: to_square(opened[i], preprocessor.layout.vision, "pad"),
         "ours: tokens and masks": lambda i: encode(template_items("v1", records[i]), tokenizer, _SLOTS),
         "reference: pad to a square": lambda i: reference.square(opened[i]),
         "reference: CLIPImageProcessor": lambda i: reference.processor(squares[i], return_tensors="np"),

@@ -61,7 +61,7 @@ def _measure_speed(folder: pathlib.Path, count: int) -> _Figures:
 
         def read(records: Any = records, preprocessor: Preprocessor = preprocessor, order: Any = order) -> None:
             for index in order.tolist():
-                to_row([preprocessor(records[index])], 1024, 1, vision.image_size)
+                to_row([preprocessor(records[index])], 1024, 1, vision.image_size, preprocessor.layout.tokens)
 
         begin = time.process_time()
         read()

@@ -30,7 +30,7 @@ class Model:
     Attributes:
       checkpoint: the folder it was loaded from.
       step: the training step of its weights, or None if they were imported.
-      tokens_per_image: image tokens that the language model reads per image.
+      tokens_per_image: image tokens that the language model reads per image, or with tiles per thumbnail and tile.
     """
 
     def __init__(self, generator: Generator, saved: SavedModel, checkpoint: epath.Path):

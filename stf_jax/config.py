@@ -60,6 +60,7 @@ Decay = Annotated[float, Range(0, 0.9999999)]
 Epochs = Annotated[float, Range(0, 10**5)]  # all are planned at the start
 Seconds = Annotated[float, Range(0, 10**9)]
 Edition = Annotated[int, Range(1, 2)]
+TileCount = Annotated[int, Range(2, 64)]  # one tile would show what the thumbnail shows
 Axis = Annotated[int, Range(-1, 10**6)]  # 0 is rejected with the mesh (parallel/mesh.py)
 
 # Choices; the comments of the fields say what they mean.
@@ -70,7 +71,8 @@ Remat = Literal["auto", "none", "dots", "mlp", "attention", "full"]
 Attention = Literal["auto", "reference", "xla", "cudnn", "splash"]
 Task = Literal["documents", "captions", "mixture", "conversations", "cues", "cells"]
 MixBy = Literal["epoch", "weight"]
-Aspect = Literal["square", "pad"]
+Aspect = Literal["square", "pad", "tiles"]
+Marks = Literal["newline", "none"]
 Schedule = Literal["cosine", "constant"]
 BudgetsPerStep = Literal["all", "one"]
 
@@ -130,6 +132,16 @@ class ScenesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TilesConfig:
+    """How images are cut with ``data.aspect=tiles`` (docs/tiles.md)."""
+
+    most: TileCount = 4  # maximum tiles per image, besides its thumbnail
+    # newline: a learned token ends each row of the tiles' tokens, and those of padding are left out | none: the tokens
+    # of one tile after another
+    marks: Marks = "newline"
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where records come from and how they become rows of tokens and images."""
 
@@ -148,7 +160,9 @@ class DataConfig:
     tokenizer: str = ""  # folder that transformers loads; miniature, miniature/2: embedded; "": that of init_from
     # conversation template (models/decoders): plain | v1 | llama-3 | chatml | mistral | package.module:CHAT
     template: str = "v1"
-    aspect: Aspect = "square"  # square: resize and center-crop | pad: pad to a square with the mean color
+    # square: resize and center-crop | pad: pad to a square with the mean color | tiles: a thumbnail and tiles
+    aspect: Aspect = "square"
+    tiles: TilesConfig = TilesConfig()
     max_length: Size = 2048  # tokens per row, image tokens included
     packing: bool = False  # put several conversations in a row, separated by segment ids
     group_by_modality_length: bool = True  # without packing: batch rows of similar length, images apart, as LLaVA does
@@ -158,6 +172,11 @@ class DataConfig:
     tokens_per_batch: Count = 0
     images_per_row: Count = 1  # maximum images per row (M); 0: text only
     threads: Size = 2  # threads per host that read and decode
+
+    @property
+    def image_places(self) -> int:
+        """The squares per row that the tower reads: one per image, or its thumbnail and tiles."""
+        return self.images_per_row * (1 + self.tiles.most if self.aspect == "tiles" else 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from stf_jax.checkpointing.manager import Checkpoints
 from stf_jax.checkpointing.params import write_params
 from stf_jax.config import CheckpointConfig, FusionConfig, ModelConfig, default_config, resolve, to_json
+from stf_jax.data.tiles import with_newline
 from stf_jax.data.tokenizer import MINIATURE
 from stf_jax.models.blueprint import blueprint
 from stf_jax.models.decoders.base import LLMConfig, RopeScaling
-from stf_jax.models.spec import VISION
+from stf_jax.models.spec import VISION, resolve_model
 from stf_jax.weights.model import Description, open_model
 
 SMALL = dict(image_size=36, patch_size=6, width=32, layers=4, heads=2, mlp=48)
@@ -50,7 +51,8 @@ def make(
     folder.mkdir()
     Description(TOWERS[vision], DECODERS[llm], fusion, **description).save(folder)
     shutil.copytree(MINIATURE, folder / "tokenizer")
-    plan, rng = blueprint(ModelConfig(str(folder), str(folder), fusion)), np.random.default_rng(0)
+    model = resolve_model(ModelConfig(str(folder), str(folder), fusion))
+    plan, rng = blueprint(with_newline(model, description.get("tiles"))), np.random.default_rng(0)
 
     def value(path, leaf):
         # A head's kernel is [.., D, H, Dh]; with larger scores the softmax would magnify rounding errors.

@@ -1,11 +1,13 @@
 """Reference models: small models of transformers' classes, and their weights as parameters of our modules."""
 
 import functools
+import json
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from flax import nnx, traverse_util
+from safetensors.torch import save_file
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -26,6 +28,7 @@ from transformers import (
 from stf_jax.models.decoders import llama
 from stf_jax.models.decoders.base import LLMConfig
 from stf_jax.models.decoders.transformer import Decoder
+from stf_jax.models.spec import vision_preset
 from stf_jax.models.towers import clip
 from stf_jax.models.towers.base import VisionConfig
 from stf_jax.models.towers.vit import VisionTower
@@ -83,6 +86,46 @@ def llava():
         vision_feature_layer=-2,
     )  # fmt: skip
     return make_model(LlavaForConditionalGeneration, config)
+
+
+def normalize(images, family="clip"):
+    """Images uint8 [B, H, W, 3] as that tower reads them in PyTorch."""
+    config = vision_preset("clip-l-14-336" if family == "clip" else "siglip-so400m-14-384")
+    values = (images / 255 - np.array(config.mean)) / np.array(config.std)
+    return torch.from_numpy(values.transpose(0, 3, 1, 2)).float()
+
+
+def to_original_names(state):
+    """Renames tensors of transformers to LLaVA-1.5's own names."""
+    renamed = {}
+    for name, value in state.items():
+        name = name.removeprefix("model.")
+        name = name.replace("language_model.", "model.").replace(
+            "multi_modal_projector.linear_1", "model.mm_projector.0"
+        )
+        name = name.replace("multi_modal_projector.linear_2", "model.mm_projector.2")
+        name = name.replace("vision_tower.vision_model.", "vision_tower.")
+        renamed[name.replace("vision_tower.", "model.vision_tower.vision_tower.vision_model.")] = value.contiguous()
+    return renamed
+
+
+def to_hub_names(state):
+    """Renames tensors to llava-hf's names, those of transformers 4."""
+    renamed = {}
+    for name, value in state.items():
+        name = name.removeprefix("model.").replace("lm_head.", "language_model.lm_head.")
+        name = name.replace("language_model.", "language_model.model.") if "lm_head" not in name else name
+        if "vision_tower.vision_model." not in name:
+            name = name.replace("vision_tower.", "vision_tower.vision_model.")
+        renamed[name] = value.contiguous()
+    return renamed
+
+
+def write(folder, state, config):
+    """Writes a checkpoint."""
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def vision_params(state: Mapping[str, np.ndarray], config: VisionConfig) -> dict:

@@ -28,11 +28,16 @@ _MIN_BATCH = 64  # with fewer texts, the tokenizer's threads cost more than they
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Token ids int32 [T]; for each, whether it is a target and whether it is an image slot, bool [T]."""
+    """Token ids int32 [T]; for each, whether it is a target, bool [T], and its image slot, int32 [T]."""
 
     tokens: np.ndarray
     is_target: np.ndarray
-    is_image: np.ndarray
+    image_slots: np.ndarray  # −1 for text, else as of stf_jax.data.tiles.ImageLayout.slots
+
+    @property
+    def is_image(self) -> np.ndarray:
+        """Which tokens are image slots, bool [T]."""
+        return self.image_slots != -1
 
 
 CHATS: dict[str, Chat] = {name: chat for family in DECODERS.known.values() for name, chat in family.chats.items()}
@@ -210,17 +215,23 @@ def training_items(template: str, record: Record) -> list[Item]:
     return items
 
 
-def encode(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, slots: int) -> Encoded:
+def encode(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, slots: int | Sequence[np.ndarray]) -> Encoded:
     """Encodes a conversation, starting with the tokenizer's initial tokens (BOS, if it has one).
 
     Text between two marks or control tokens is tokenized in one piece, as LLaVA does between images. Names of special
     tokens in it are ordinary text. Each piece begins with SentencePiece's space if the tokenizer has one; with
     ``legacy: false``, only at the start and after an image, as in LLaVA. A token is a target if its last character is
-    in a target span. Each image becomes ``slots`` image slots; their id is the end of sequence's, but is never looked
-    up.
+    in a target span. Each image becomes its image slots; their id is the end of sequence's, but is never looked up.
+
+    Args:
+      slots: of each image (:meth:`stf_jax.data.tiles.ImageLayout.slots`), or the number of slots of every image.
     """
+    if isinstance(slots, int):
+        count = sum(item is Mark.IMAGE for item in items)
+        slots = list(np.arange(count * slots, dtype=np.int32).reshape(count, slots))
+    images = iter(slots)
     initial = initial_tokens(tokenizer)
-    parts = [_Part(initial, [False] * len(initial), is_image=False)]
+    parts = [_Part(initial, [False] * len(initial))]
     encodings = iter(_tokenize(_split_pieces(items), tokenizer))
     for is_text, group in itertools.groupby(items, _is_text):
         if is_text:
@@ -228,28 +239,39 @@ def encode(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, slots: int
             target_chars = np.repeat([span.is_target for span in spans], [len(span.text) for span in spans])
             begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
             # A token that covers no character (a lone prefix mark of SentencePiece) belongs to the next character.
-            parts.append(_Part(encoding.ids, target_chars[np.maximum(ends - 1, begins)], is_image=False))
+            parts.append(_Part(encoding.ids, target_chars[np.maximum(ends - 1, begins)]))
             continue
         for mark in (item for item in group if not isinstance(item, Text)):
             if mark is Mark.IMAGE:
-                parts.append(_Part([tokenizer.eos_token_id] * slots, [False] * slots, is_image=True))
+                own = next(images)
+                parts.append(_Part([tokenizer.eos_token_id] * len(own), [False] * len(own), own))
             else:
                 is_target = isinstance(mark, Mark) or mark.is_target
-                parts.append(_Part([_token_id(mark, tokenizer)], [is_target], is_image=False))
+                parts.append(_Part([_token_id(mark, tokenizer)], [is_target]))
     return Encoded(
         tokens=np.concatenate([np.array(part.tokens, np.int32) for part in parts]),
         is_target=np.concatenate([np.array(part.is_target, bool) for part in parts]),
-        is_image=np.concatenate([np.full(len(part.tokens), part.is_image) for part in parts]),
+        image_slots=np.concatenate(
+            [np.full(len(part.tokens), -1, np.int32) if part.slots is None else part.slots for part in parts]
+        ),
     )
 
 
-def count_tokens(conversations: Sequence[Sequence[Item]], tokenizer: PreTrainedTokenizerFast, slots: int) -> list[int]:
-    """Counts the tokens that :func:`encode` would return for each conversation; one batch, so faster."""
+def count_tokens(
+    conversations: Sequence[Sequence[Item]], tokenizer: PreTrainedTokenizerFast, slots: int | Sequence[int]
+) -> list[int]:
+    """Counts the tokens that :func:`encode` would return for each conversation; one batch, so faster.
+
+    Args:
+      slots: of all images of each conversation, or of every image.
+    """
     pieces: list[_Piece] = []
     owners: list[int] = []
     counts = [len(initial_tokens(tokenizer))] * len(conversations)
     for i, items in enumerate(conversations):
-        counts[i] += sum(slots if item is Mark.IMAGE else 1 for item in items if not _is_text(item))
+        images = sum(item is Mark.IMAGE for item in items)
+        counts[i] += sum(not _is_text(item) for item in items) - images
+        counts[i] += images * slots if isinstance(slots, int) else slots[i]
         new = _split_pieces(items)
         pieces += new
         owners += [i] * len(new)
@@ -263,7 +285,7 @@ def count_tokens(conversations: Sequence[Sequence[Item]], tokenizer: PreTrainedT
 class _Part(NamedTuple):
     tokens: Sequence[int]
     is_target: Sequence[bool] | np.ndarray
-    is_image: bool
+    slots: np.ndarray | None = None  # of an image
 
 
 _Piece = tuple[str, bool]  # a text, and whether it is at the start or after an image

@@ -7,15 +7,17 @@ import posixpath
 import re
 import stat
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 from etils import epath
 
 from stf_jax.config import shorten
-from stf_jax.data.records import BadRow, Embedded
+from stf_jax.data.records import BadRow, Embedded, name_image
 from stf_jax.files import in_bucket
 
 if TYPE_CHECKING:  # prepare's workers open images and need neither jax nor flax
@@ -28,6 +30,7 @@ MAX_ASPECT_RATIO = 200  # of the long side to the short one
 MAX_FILE_BYTES = 2**28
 warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)  # it is refused instead
 _URL = re.compile(r"\s*(data:|[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _TRUNCATED = ("truncated", "unexpected end", "not enough image data", "premature")
 
 
@@ -44,10 +47,38 @@ def read_image(folder: epath.Path | None, image: str | Embedded) -> bytes:
       BadRow: ``url`` if the name is not a path, ``outside`` if it leaves the folder, ``missing``, or ``too_large`` for
         more than :data:`MAX_FILE_BYTES`.
     """
+    with _open_file(folder, image) as (file, name):
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise BadRow("too_large", f"Image {shorten(name)} has over {MAX_FILE_BYTES:,} bytes.", name_image(image))
+    return content
+
+
+def read_size(folder: epath.Path | None, image: str | Embedded) -> tuple[int, int]:
+    """Reads the width and height that :func:`open_image` gives an image, from its header alone.
+
+    Args:
+      folder, image: as for :func:`read_image`.
+
+    Raises:
+      BadRow: as :func:`read_image` and :func:`open_image`.
+    """
+    with _open_file(folder, image) as (file, name), _as_bad_row(name):
+        header = _open_header(file)
+        # A PNG whose EXIF data follow its pixels would have to be decoded to know them.
+        has_exif = header.format != "PNG" or not header.info.keys().isdisjoint(("exif", "Raw profile type exif"))
+        orientation = header.getexif().get(PIL.ExifTags.Base.Orientation) if has_exif else None
+        return header.size[::-1] if orientation in _SIDEWAYS else header.size
+
+
+@contextlib.contextmanager
+def _open_file(folder: epath.Path | None, image: str | Embedded) -> Iterator[tuple[IO[bytes], str]]:
+    """Opens the file of an image; also gives the name that messages call it. Raises BadRow as :func:`read_image`."""
     if isinstance(image, Embedded):
         content = image.read()
         if content is not None:
-            return _check_size(content, image.name, image.name)
+            yield io.BytesIO(content), image.name
+            return
         if not image.path:
             raise BadRow("missing", f"Image {shorten(image.name)} is empty.", image.name)
     name = image.path if isinstance(image, Embedded) else image
@@ -59,17 +90,10 @@ def read_image(folder: epath.Path | None, image: str | Embedded) -> bytes:
         if not in_bucket(path) and not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError("it is not a regular file")  # opening a named pipe would block
         with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+            yield file, os.fspath(path)
     except OSError as error:
         reason = error.strerror or str(error)
         raise BadRow("missing", f"Image {short_name} cannot be opened: {reason}.", name) from None
-    return _check_size(content, short_name, name)
-
-
-def _check_size(content: bytes, shown: str, name: str) -> bytes:
-    if len(content) > MAX_FILE_BYTES:
-        raise BadRow("too_large", f"Image {shown} has over {MAX_FILE_BYTES:,} bytes.", name)
-    return content
 
 
 def _relative(folder: str, name: str) -> str:
@@ -101,16 +125,28 @@ def open_image(content: bytes, name: str) -> PIL.Image.Image:
       BadRow: ``corrupt``, ``truncated``, or ``too_large``: more than :data:`MAX_PIXELS`, or one side more than
         :data:`MAX_ASPECT_RATIO` times the other.
     """
-    short_name = shorten(name)
-    try:
-        image = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
-        width, height = image.size
-        if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            raise PIL.Image.DecompressionBombError(f"it has {width}x{height} pixels")
+    with _as_bad_row(name):
+        image = _open_header(io.BytesIO(content))
         image.load()
         with contextlib.suppress(Exception):  # the pixels are good even if the EXIF data are broken
             PIL.ImageOps.exif_transpose(image, in_place=True)
         return image
+
+
+def _open_header(file: IO[bytes]) -> PIL.Image.Image:
+    image = PIL.Image.open(file, formats=FORMATS)
+    width, height = image.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise PIL.Image.DecompressionBombError(f"it has {width}x{height} pixels")
+    return image
+
+
+@contextlib.contextmanager
+def _as_bad_row(name: str) -> Iterator[None]:
+    """Raises what a decoder raises as a BadRow of the image with this name."""
+    short_name = shorten(name)
+    try:
+        yield
     except PIL.Image.DecompressionBombError as error:
         raise BadRow("too_large", f"Image {short_name} cannot be opened: {_reason(error)}.", name) from None
     except PIL.UnidentifiedImageError:

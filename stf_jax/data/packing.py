@@ -12,6 +12,7 @@ import numpy as np
 
 from stf_jax.data.conversation import Encoded
 from stf_jax.data.records import BadRow
+from stf_jax.data.tiles import place_slots
 
 Array = TypeVar("Array")
 
@@ -37,7 +38,7 @@ class Batch(Generic[Array]):
     loss_mask: Array  # bool [B, T]: whether the loss counts the target
     positions: Array  # int32 [B, T], from 0 in each conversation
     segment_ids: Array  # int32 [B, T]: 1, 2, … for the conversations of a row, 0 for padding
-    image_slots: Array  # int32 [B, T]: −1 for text, else index into the row's M·N image tokens
+    image_slots: Array  # int32 [B, T]: −1 for text, else index into the row's M·N image tokens, newline behind them
     images: Array  # uint8 [B, M, H, W, 3]; unused ones are black
     labels: Array | None = None  # uint8 [B, M, S, S, 3]: labels of S×S cells per image, with model.cells
     budgets: tuple[Budget, ...] = dataclasses.field(default=(), metadata={"static": True})
@@ -50,7 +51,7 @@ class Example:
     tokens: np.ndarray  # int32 [T']
     targets: np.ndarray  # int32 [T']
     loss_mask: np.ndarray  # bool [T']
-    is_image: np.ndarray  # bool [T']
+    image_slots: np.ndarray  # int32 [T'], as of :class:`stf_jax.data.conversation.Encoded`
     images: np.ndarray  # uint8 [M', H, W, 3]
     labels: np.ndarray | None = None  # uint8 [M', S, S, 3]
 
@@ -66,17 +67,17 @@ def to_example(
     if encoded.is_image[max_length:].any():
         message = f"Record {name!r} has images beyond data.max_length={max_length} tokens; raise it."
         raise BadRow("over_length", message)
-    tokens, is_target, is_image = (x[:max_length] for x in (encoded.tokens, encoded.is_target, encoded.is_image))
+    tokens, is_target, slots = (x[:max_length] for x in (encoded.tokens, encoded.is_target, encoded.image_slots))
     if len(tokens) < len(encoded.tokens) and not is_target[1:].any():
         raise BadRow(
             "over_length", f"Record {name!r} has no answer within data.max_length={max_length} tokens; raise it."
         )
     targets, loss_mask = np.append(tokens[1:], 0).astype(np.int32), np.append(is_target[1:], False)
-    return Example(tokens, targets, loss_mask, is_image, images, labels)
+    return Example(tokens, targets, loss_mask, slots, images, labels)
 
 
 def to_row(
-    examples: Sequence[Example], length: int, images_per_row: int, side: int, cells: int = 0
+    examples: Sequence[Example], length: int, images_per_row: int, side: int, slots: int, cells: int = 0
 ) -> dict[str, np.ndarray]:
     """Concatenates conversations into a row: the fields of :class:`Batch` without B.
 
@@ -84,10 +85,11 @@ def to_row(
       length: T.
       images_per_row: M.
       side: H and W of the images.
+      slots: N.
       cells: S of the images' labels; 0 if they have none.
     """
     row = {key: np.zeros(length, np.int32) for key in ("tokens", "targets", "positions", "segment_ids")}
-    row["loss_mask"], is_image = np.zeros(length, bool), np.zeros(length, bool)
+    row["loss_mask"], row["image_slots"] = np.zeros(length, bool), np.full(length, -1, np.int32)
     row["images"] = np.zeros((images_per_row, side, side, 3), np.uint8)
     if cells:
         row["labels"] = np.zeros((images_per_row, cells, cells, 3), np.uint8)
@@ -98,13 +100,11 @@ def to_row(
             row[key][here] = getattr(example, key)
         row["positions"][here] = np.arange(len(example.tokens))
         row["segment_ids"][here] = segment
-        is_image[here] = example.is_image
+        row["image_slots"][here] = place_slots(example.image_slots, first_image * slots, images_per_row * slots)
         row["images"][first_image : first_image + len(example.images)] = example.images
         if example.labels is not None:
             row["labels"][first_image : first_image + len(example.images)] = example.labels
         begin, first_image = here.stop, first_image + len(example.images)
-    # Every image has all its slots, so the n-th slot of a row is image token n.
-    row["image_slots"] = np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)
     return row
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import logging
+import operator
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -27,11 +28,11 @@ from stf_jax.data.conversation import (
     find_unplaced,
     training_items,
 )
-from stf_jax.data.image import to_square
 from stf_jax.data.packing import Batch, Example, to_batch, to_example, to_row
 from stf_jax.data.records import BadRow, Record, format_reasons
 from stf_jax.data.sampling import Plan, PlannedRow
 from stf_jax.data.sources.base import DataSet, open_data_sets
+from stf_jax.data.tiles import ImageLayout, find_tiles
 from stf_jax.data.tokenizer import prefixes_only_start
 from stf_jax.models.decoders.chat import Item
 from stf_jax.models.spec import resolve_model, training_budgets
@@ -108,7 +109,7 @@ class Preprocessor:
         """Checks that the template and the tokenizer fit together.
 
         Args:
-          slots: per image.
+          slots: image tokens of an image, or of each of its places.
           rows: of the embedding, if they may be fewer than the tokenizer's tokens.
           dropped: as of :class:`stf_jax.data.sampling.Plan`.
 
@@ -122,16 +123,20 @@ class Preprocessor:
                 f"data.images_per_row={config.images_per_row} take up to {unused} of it; raise it."
             )
         self.dropped = dropped
-        self._config, self._tokenizer, self.vision, self._slots, self._rows = config, tokenizer, vision, slots, rows
+        self._config, self._tokenizer, self._rows = config, tokenizer, rows
+        self.layout = ImageLayout(vision, config.aspect, slots, find_tiles(config))
         self._logged, self._lock = 0, threading.Lock()
 
     def __call__(self, record: Record) -> Example:
         """Raises BadRow if the record does not fit the template or the row, or an image cannot be opened."""
-        encoded = encode(self._make_items(record), self._tokenizer, self._slots)
+        items, side = self._make_items(record), self.layout.vision.image_size
+        squares, sizes = [np.zeros((0, side, side, 3), np.uint8)], list[tuple[int, int]]()
+        for image in map(operator.call, record.images):
+            squares.append(self.layout.squares(image))
+            sizes.append(image.size)
+        encoded = encode(items, self._tokenizer, self.layout.slots(sizes))
         check_record_ids(encoded, self._tokenizer, self._rows, record.id)
-        squares = [to_square(image(), self.vision, self._config.aspect) for image in record.images]
-        side = self.vision.image_size
-        images = np.stack(squares) if squares else np.zeros((0, side, side, 3), np.uint8)
+        images = np.concatenate(squares)
         labels = record.labels()[None] if record.labels else None
         unused = (self._config.images_per_row - len(images)) * self.dropped
         return to_example(encoded, images, self._config.max_length - unused, record.id, labels)
@@ -153,14 +158,16 @@ class Preprocessor:
     def measure(
         self, records: DataSet, *, log: bool = True, on_chunk: Callable[[], None] = lambda: None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Counts the tokens and images of every record of a data set, without opening images.
+        """Counts the tokens and image places of every record of a data set, without decoding images.
+
+        Only tiles need the sizes of images, which are read from their headers, if the data set does not know them.
 
         Args:
           log: show a progress bar, and log unusable rows and ignored keys.
           on_chunk: called before every chunk of records.
 
         Returns:
-          Two int32 [R] arrays: tokens and images; both are 0 for a record that cannot be used.
+          Two int32 [R] arrays: tokens and image places; both are 0 for a record that cannot be used.
 
         Raises:
           UserError: none of a sample of records can be used.
@@ -180,17 +187,20 @@ class Preprocessor:
                 on_chunk()
                 good: list[int] = []
                 items: list[list[Item]] = []
+                slots: list[int] = []
                 for index in indices:
                     try:
                         record = records[index]
-                        items.append(self._make_items(record))
+                        made = self._make_items(record)
+                        slot_count, image_counts[index] = self._count(record)
                     except BadRow as error:
                         bad[error.reason] += 1
                         continue  # it is logged when it is read for a batch
                     ignored.update(record.ignored_keys + find_unplaced(self._config.template, record))
                     good.append(index)
-                    image_counts[index] = len(record.images)
-                counting.append((good, pool.submit(count_tokens, items, self._tokenizer, self._slots)))
+                    items.append(made)
+                    slots.append(slot_count)
+                counting.append((good, pool.submit(count_tokens, items, self._tokenizer, slots)))
                 if len(counting) > 1:
                     good, counted = counting.pop(0)
                     lengths[good] = counted.result()
@@ -203,6 +213,13 @@ class Preprocessor:
             keys = ", ".join(f"{key} ({count:,} rows)" for key, count in ignored.most_common(_MAX_LOGGED))
             _log.warning("Rows of %s have keys that are ignored: %s.", records.name, keys)
         return lengths, image_counts
+
+    def _count(self, record: Record) -> tuple[int, int]:
+        """Returns how many image slots and places a record has. Raises BadRow if a size is needed and unknown."""
+        if self.layout.tiles is None:
+            return self.layout.tokens * len(record.images), len(record.images)
+        sizes = record.image_sizes()
+        return sum(map(len, self.layout.slots(sizes))), self.layout.count_places(sizes)
 
     def _check_samples(self, records: DataSet) -> None:
         errors: list[BadRow] = []
@@ -266,14 +283,19 @@ class _MakeRow:
 
     def __call__(self, planned: PlannedRow) -> dict[str, np.ndarray | np.int64]:
         examples: list[Example] = []
-        bad = 0
+        bad, tokens, places = 0, planned.length, planned.images
         for index in planned.members:
             try:
-                examples.append(self.preprocess(self.records[index]))
+                example = self.preprocess(record := self.records[index])
+                if len(example.tokens) > tokens or len(example.images) > places:
+                    raise BadRow("resized", f"Record {record.id!r} has grown since its length was measured.")
+                tokens, places = tokens - len(example.tokens), places - len(example.images)
+                examples.append(example)
             except BadRow as error:
                 self.preprocess.log_bad_row(error)
                 bad += 1
-        row = to_row(examples, planned.length, planned.images, self.preprocess.vision.image_size, self.cells)
+        layout = self.preprocess.layout
+        row = to_row(examples, planned.length, planned.images, layout.vision.image_size, layout.tokens, self.cells)
         return row | {"replaced": np.int64(bad)}
 
 
@@ -335,7 +357,7 @@ class Batches:
         self.replaced = 0
         self._threads, self._hosts, self._chunk = config.data.threads, hosts, config.global_batch_size // hosts
         host_rows = grain.MapDataset.source(_HostRows(self.plan, host, hosts))
-        cells = preprocess.vision.grid * config.model.cells
+        cells = preprocess.layout.vision.grid * config.model.cells
         self._host_rows = host_rows.map(_MakeRow(records, preprocess, cells))
         self._start(0)
 

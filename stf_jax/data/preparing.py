@@ -40,7 +40,7 @@ from stf_jax.data.records import REASONS, BadRow, Embedded, Record, Turn, name_i
 from stf_jax.data.report import Report, draw_histograms
 from stf_jax.data.rows import read_row, turn_to_json
 from stf_jax.data.sources.containers import Rows
-from stf_jax.data.sources.llava import INFO, KEPT, open_container, read_rows
+from stf_jax.data.sources.llava import INFO, KEPT, SIZES, open_container, read_rows
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.files import get_version, in_bucket, make_folder, move_file, open_atomic, read_json, to_path, write_json
 from stf_jax.models.decoders.chat import Item
@@ -377,7 +377,7 @@ class _Worker:
                 message = f"Record {parsed.name!r} has an estimated {tokens} tokens; give --tokenizer to count them."
                 raise BadRow("over_estimate", message)
             raise BadRow("over_length", f"Record {parsed.name!r} has {tokens} tokens.")
-        files, sizes, formats, names = [], [], [], []
+        files, sizes, kept_sizes, formats, names = [], [], [], [], []
         for each in images:
             name = name_image(each)
             names.append(name)
@@ -386,14 +386,17 @@ class _Worker:
             max_side = self._options.max_side
             sizes.append(image.size)
             formats.append(image.format or "?")
-            files.append(_shrink(image, max_side) if 0 < max_side < max(image.size) else content)
+            kept_sizes.append(image.size)
+            if 0 < max_side < max(image.size):
+                content, kept_sizes[-1] = _shrink(image, max_side)
+            files.append(content)
         turns = [{"from": turn.speaker, "value": turn.text} for turn in parsed.turns]
         example = {"id": parsed.id, "conversations": turns, "images": files}
         serialized = self._features.serialize_example(self._features.encode_example(example))
         writer.write(serialized)
-        image_names = {"image": names[0] if len(names) == 1 else names} if names else {}
+        about_images = {"image": names[0] if len(names) == 1 else names, SIZES: kept_sizes} if names else {}
         kept = [turn_to_json(turn) for turn in parsed.turns]
-        note["kept"].append({"id": parsed.id} | image_names | {"conversations": kept})
+        note["kept"].append({"id": parsed.id} | about_images | {"conversations": kept})
         note["unread"] += parsed.ignored_keys + find_unplaced(self._options.template, record)
         note["tokens"].append(tokens)
         note["sizes"] += sizes
@@ -420,8 +423,8 @@ def _get_image(row: Any) -> str:
     return image if isinstance(image, str) else json.dumps(image, default=lambda each: getattr(each, "name", ""))
 
 
-def _shrink(image: PIL.Image.Image, side: int) -> bytes:
-    """Encodes the image as a JPEG with the given longer side."""
+def _shrink(image: PIL.Image.Image, side: int) -> tuple[bytes, tuple[int, int]]:
+    """Encodes the image as a JPEG with the given longer side; also returns its width and height."""
     small = to_rgb(image)
     small.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
     min_side = -(-side // MAX_ASPECT_RATIO)  # rounding may make the short side too small for open_image
@@ -429,7 +432,7 @@ def _shrink(image: PIL.Image.Image, side: int) -> bytes:
         small = small.resize([max(length, min_side) for length in small.size])
     file = io.BytesIO()
     small.save(file, "JPEG", quality=_QUALITY)
-    return file.getvalue()
+    return file.getvalue(), small.size
 
 
 # ---- When all shards are complete ------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ REASONS = {
     "corrupt": "the image file cannot be decoded",
     "truncated": "the image file is cut short",
     "too_large": "the image is too large or too thin",
+    "resized": "more tokens than when the row was measured, because an image has changed",
 }  # why a row is dropped when preparing data, or left out in training
 
 
@@ -99,6 +100,12 @@ class Record:
     ignored_keys: tuple[str, ...] = ()  # what was ignored in its row (data/rows.py)
     document: bool = False  # encode the turns without any template
     labels: Callable[[], np.ndarray] | None = None  # labels of the cells of its image, uint8 [S, S, 3]
+    # Each returns the width and height of an image, or raises BadRow; (): it must be opened to know them.
+    sizes: tuple[Callable[[], tuple[int, int]], ...] = ()
+
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """Returns the width and height of each image, in pixels. Raises BadRow as opening an image does."""
+        return [size() for size in self.sizes] if self.sizes else [image().size for image in self.images]
 
 
 def make_question(id: str, images: Sequence[Callable[[], PIL.Image.Image]], text: str) -> Record:

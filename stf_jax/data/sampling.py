@@ -79,7 +79,7 @@ class Plan:
           seed: for the order.
           batch_size: rows per batch, on all hosts; with ``data.tokens_per_batch``, all batches have multiples of it.
           lengths: int [R], tokens of each conversation; 0 for one that cannot be used.
-          image_counts: int [R], images of each, at most ``data.images_per_row``.
+          image_counts: int [R], image places of each, at most ``data.image_places``.
           sizes: conversations of each data set; the sets are concatenated.
           dropped: image tokens per image that some decoder layer does not have in its rows. A row must have room for
             its text where each of its image places lacks them, so an image place without an image takes as many.
@@ -184,6 +184,8 @@ class Plan:
         )
         if self._data.tokens_per_batch:  # else the fingerprint is that of releases without this key
             keys = (*keys, "tokens_per_batch")
+        if self._data.aspect == "tiles":
+            keys = (*keys, "tiles")
         values = repr((self._seed, self._batch, self._begins.tolist(), [getattr(self._data, key) for key in keys]))
         if self._token_budgets:
             values += repr((self._token_budgets, self._budgets_per_step))
@@ -218,11 +220,11 @@ class Plan:
         if data.packing:
             lengths, image_counts = self._lengths[order], self._image_counts[order]
             lengths = np.maximum(lengths - self._unused, 0)
-            packed = best_fit(lengths, image_counts, data.max_length - self._unused, data.images_per_row)
+            packed = best_fit(lengths, image_counts, data.max_length - self._unused, data.image_places)
             rows = [order[packed[i]].tolist() for i in rng.permutation(len(packed))]
             if self._token_budgets:
                 rows = self._group_by_spare(rows, rng)
-            shapes = [BatchShape(batch, data.max_length, data.images_per_row)] * -(-len(rows) // batch)
+            shapes = [BatchShape(batch, data.max_length, data.image_places)] * -(-len(rows) // batch)
         else:
             if data.tokens_per_batch:
                 batches = self._group_by_bucket(order, rng)
@@ -273,7 +275,7 @@ class Plan:
         Args:
           least: the length that it has at least.
         """
-        images = self._data.images_per_row if self._image_counts[members].any() else 0
+        images = self._data.image_places if self._image_counts[members].any() else 0
         longest = max(least, self._lengths[members].max())
         length = int(self._buckets[np.searchsorted(self._buckets, longest)])
         return BatchShape(rows_per_batch(self._data, self._batch, length), length, images)

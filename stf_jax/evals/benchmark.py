@@ -13,7 +13,7 @@ import tqdm
 from etils import epath
 
 from stf_jax.config import UserError
-from stf_jax.data.image import open_image, read_image
+from stf_jax.data.image import open_image, read_image, read_size
 from stf_jax.data.records import IMAGE_MARK, BadRow, Record, Turn
 from stf_jax.data.scenes import SHORT_ANSWER
 from stf_jax.evals.files import read_jsonl
@@ -37,7 +37,9 @@ class Question:
     def to_record(self) -> Record:
         """Returns the conversation that ends with this question."""
         images = () if self.image is None else (self.image,)
-        return Record(str(self.id), images, (Turn("human", f"{IMAGE_MARK}\n" * len(images) + self.text),))
+        sizes = (self.image.size,) if isinstance(self.image, ImageFile) else ()
+        turns = (Turn("human", f"{IMAGE_MARK}\n" * len(images) + self.text),)
+        return Record(str(self.id), images, turns, sizes=sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,10 @@ class ImageFile:
     def __call__(self) -> PIL.Image.Image:
         """Opens it. Raises BadRow if it is missing, outside the folder, or not an image."""
         return open_image(read_image(self.folder, self.name), os.fspath(self.folder / self.name))
+
+    def size(self) -> tuple[int, int]:
+        """Its width and height, without decoding it. Raises as opening it does."""
+        return read_size(self.folder, self.name)
 
 
 @dataclasses.dataclass(frozen=True)

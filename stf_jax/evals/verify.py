@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from stf_jax.config import MeshConfig, UserError, short_message
 from stf_jax.data.conversation import encode, template_items
 from stf_jax.data.records import Record, Turn
+from stf_jax.data.tiles import ImageLayout
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX, Question
 from stf_jax.evals.benchmarks.scenes import held_out_questions
 from stf_jax.inference.loading import load_generator
-from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import make_mesh
 from stf_jax.weights.foreign import open_checkpoint
 from stf_jax.weights.model import open_model
@@ -105,15 +105,18 @@ def check_prompts(checkpoint: epath.Path, processor: Any, questions: Sequence[Qu
       UserError: a prompt differs; the message names how it was built and the first differing tokens.
     """
     saved = open_model(checkpoint)
-    tokenizer, slots = load_tokenizer(str(saved.tokenizer)), resolve_model(saved.config).slots
+    tokenizer, model, description = load_tokenizer(str(saved.tokenizer)), saved.config, saved.description
+    assert model.vision_shape is not None  # an export is a complete model
+    layout = ImageLayout(model.vision_shape, description.aspect, model.slots, description.tiles)
     records = [question.to_record() for question in questions]
     records.append(Record("text alone", (), (Turn("human", questions[0].text),)))
     texts = [question.text for question in questions] + [questions[0].text]
     for record, text in zip(records, texts, strict=True):
         images = [image() for image in record.images]
-        prompt = encode(template_items(saved.description.template, record), tokenizer, slots)
+        slots = layout.slots([image.size for image in images])
+        prompt = encode(template_items(description.template, record), tokenizer, slots)
         expected = np.where(prompt.is_image, processor.image_token_id, prompt.tokens).tolist()
-        for method, ids in _build_prompts(processor, _turns(text, *images), images, slots).items():
+        for method, ids in _build_prompts(processor, _turns(text, *images), images, sum(map(len, slots))).items():
             if ids != expected:
                 first = next((i for i, pair in enumerate(zip(ids, expected, strict=False)) if len(set(pair)) > 1), 0)
                 got, want = (tokenizer.convert_ids_to_tokens(row[first : first + 4]) for row in (ids, expected))
@@ -126,7 +129,7 @@ def check_prompts(checkpoint: epath.Path, processor: Any, questions: Sequence[Qu
 def _build_prompts(
     processor: Any, turns: list[dict[str, Any]], images: list[PIL.Image.Image], slots: int
 ) -> dict[str, list[int]]:
-    """Returns the token ids of a prompt by the method that builds it."""
+    """Returns the token ids of a prompt by the method that builds it; ``slots`` are those of its image, if any."""
     text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     applied = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
     rendered = processor(text=[text], images=images or None)

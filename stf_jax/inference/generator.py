@@ -27,8 +27,8 @@ from stf_jax.data.conversation import (
     stop_tokens,
     template_items,
 )
-from stf_jax.data.image import to_square
 from stf_jax.data.records import IMAGE_MARK, BadRow, Record
+from stf_jax.data.tiles import ImageLayout, Tiles, check_tiles, place_slots
 from stf_jax.data.tokenizer import max_positions, untrained_tokens
 from stf_jax.inference import decoding
 from stf_jax.inference.decoding import Sampling, split_layers
@@ -54,23 +54,32 @@ class Generator:
     Attributes:
       model: its shapes and its reduction.
       plan: the model's structure; :meth:`load_params` gives it weights.
-      slots: image tokens per image in a prompt.
+      slots: image tokens per image in a prompt, or of each place of an image with tiles.
+      tiles: of images; None for another aspect.
       row_shards: parts into which the mesh splits a batch.
     """
 
     def __init__(
-        self, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh, template: str, aspect: str
+        self,
+        model: ModelConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        mesh: Mesh,
+        template: str,
+        aspect: str,
+        tiles: Tiles | None = None,
     ) -> None:
         """Prepares a generator without weights.
 
         Args:
           template, aspect: as in ``config.data``.
+          tiles: with the aspect ``tiles``.
 
         Raises:
-          UserError: the tokenizer does not fit the model or the template.
+          UserError: the tokenizer does not fit the model or the template, or the model cannot read tiles.
         """
         check_template(template, tokenizer)
         model = resolve_model(model)
+        check_tiles(tiles, model)
         self.plan, self._reduction, self.model = blueprint(model), model.reduction, model
         self.slots = self._reduction.slots
         self._vision, llm = model.vision_shape, model.llm_shape
@@ -83,6 +92,8 @@ class Generator:
             raise UserError(f"The tokenizer's {len(tokenizer)} tokens exceed the {vocab} of {model.llm}.")
         check_template_ids(template, tokenizer, vocab)
         self._tokenizer, self._mesh, self._template, self._aspect = tokenizer, mesh, template, aspect
+        self.tiles = tiles
+        self._layout = None if self._vision is None else ImageLayout(self._vision, aspect, self.slots, tiles)
         self._rows, self.row_shards = NamedSharding(mesh, BATCH), row_shards(mesh)
         rules = decoding.TokenRules(stop_tokens(template, tokenizer), untrained_tokens(tokenizer, vocab))
         self._stops = np.array(rules.stops)
@@ -134,7 +145,12 @@ class Generator:
         """The prompt of a record, image slots included. Raises BadRow as :meth:`generate` does."""
         if record.images and self._vision is None:
             raise BadRow("no_vision", f"Record {record.id!r} has an image, but {NO_VISION_MESSAGE}")
-        prompt = encode(template_items(self._template, record), self._tokenizer, self.slots)
+        items, slots = template_items(self._template, record), list[np.ndarray]()
+        if self._layout is not None:
+            # Only tiles need the sizes.
+            sizes = record.image_sizes() if self.tiles is not None else [(1, 1)] * len(record.images)
+            slots = self._layout.slots(sizes)
+        prompt = encode(items, self._tokenizer, slots)
         check_record_ids(prompt, self._tokenizer, self._vocab, record.id)
         if len(prompt.tokens) > (max_length := max_positions(self._tokenizer)):
             raise BadRow(
@@ -158,13 +174,21 @@ class Generator:
         Raises:
           UserError: the model has no vision tower.
         """
-        return np.asarray(self.apply(VLM.image_tokens, jnp.asarray(self.pixels(image))[None, None])[0], np.float32)
+        squares = self.squares(image)
+        tokens = self.apply(VLM.image_tokens, jnp.asarray(squares)[None])[0]
+        assert self._layout is not None  # the tower has read the image
+        (slots,) = self._layout.slots([image.size])
+        return np.asarray(tokens, np.float32)[place_slots(slots, 0, len(squares) * self.slots)]
 
-    def pixels(self, image: PIL.Image.Image) -> np.ndarray:
-        """The square that the tower reads of an image, uint8 [H, W, 3]. Raises as :meth:`image_tokens` does."""
-        if self._vision is None:
+    def squares(self, image: PIL.Image.Image) -> np.ndarray:
+        """What the tower reads of an image, uint8 [M, H, W, 3]: one square, or its thumbnail and tiles.
+
+        Raises:
+          UserError: the model has no vision tower.
+        """
+        if self._layout is None:
             raise UserError(f"This image has no tokens: {NO_VISION_MESSAGE}")
-        return to_square(image, self._vision, self._aspect)
+        return self._layout.squares(image)
 
     def apply(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls ``function(model, *arguments)``, compiled with the model's weights on the mesh.
@@ -185,7 +209,7 @@ class Generator:
           UserError: the model cannot be reduced as requested.
         """
         model = dataclasses.replace(self.model, reduce=reduce, keep=keep, tokens=tokens)
-        other = Generator(model, self._tokenizer, self._mesh, self._template, self._aspect)
+        other = Generator(model, self._tokenizer, self._mesh, self._template, self._aspect, self.tiles)
         other._weights, other._fingerprint = self._weights, self._fingerprint
         return other
 
@@ -205,6 +229,8 @@ class Generator:
         details |= {"template": self._template, "image_aspect_ratio": self._aspect, "image_tokens": self.slots}
         if self.model.tokens:
             details["tokens"] = self.model.tokens
+        if self.tiles is not None:
+            details["tiles"] = dataclasses.asdict(self.tiles)
         if self._reduction.name:
             details |= {"reduce": self._reduction.name, "keep": self._reduction.keep}
         if self.model.schedule:
@@ -229,7 +255,7 @@ class Generator:
         return prompts, pending, size
 
     def _open_image(self, image: Callable[[], PIL.Image.Image]) -> np.ndarray:
-        return self.pixels(image())
+        return self.squares(image())
 
     def _generate_batch(
         self,
@@ -277,6 +303,7 @@ class Generator:
     def _make_arrays(self, prompts: Sequence[Encoded], pending: _Pending, size: int) -> tuple[jax.Array, ...]:
         """Tokens, image slots, lengths and images of a batch, as for :func:`stf_jax.inference.decoding.prefill`."""
         max_images, side = max(map(len, pending)), self._vision.image_size if self._vision else 1
+        places = max_images if self.tiles is None else max_images * self.tiles.places
         # A row with fewer images than others drops fewer tokens, so it needs extra positions to keep all of its text.
         extra = ((max_images - len(row)) * self._reduction.dropped for row in pending)
         length = bucket_length(
@@ -287,20 +314,23 @@ class Generator:
         for i, prompt in enumerate(prompts):
             count = lengths[i] = len(prompt.tokens)
             tokens[i, :count] = prompt.tokens
-            slots[i, :count] = np.where(prompt.is_image, np.cumsum(prompt.is_image) - 1, -1)
+            slots[i, :count] = place_slots(prompt.image_slots, 0, places * self.slots)
 
         def images(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None  # a device of this host has some rows
             rows = list(_index_range(index[0], size))
-            local_images = np.zeros((len(rows), max_images, side, side, 3), np.uint8)
+            local_images = np.zeros((len(rows), places, side, side, 3), np.uint8)
             for i, row in enumerate(rows):
-                for j, future in enumerate(pending[row] if row < len(pending) else ()):
+                first = 0
+                for future in pending[row] if row < len(pending) else ():
                     assert future is not None  # the row belongs to this host
-                    local_images[i, j] = future.result()
+                    squares = future.result()
+                    local_images[i, first : first + len(squares)] = squares
+                    first += len(squares)
             return local_images
 
         arrays = [jax.make_array_from_callback(x.shape, self._rows, x.__getitem__) for x in (tokens, slots, lengths)]
-        shape = (size, max_images, side, side, 3)
+        shape = (size, places, side, side, 3)
         return *arrays, jax.make_array_from_callback(shape, self._rows, images)
 
 

@@ -50,5 +50,5 @@ def load_generator(
     config = replace(saved.config, "model.", precision=precision, remat="none", **chosen)
     if without_vision:
         config, template = dataclasses.replace(config, vision_shape=None), detect_template(tokenizer)
-    generator = Generator(config, tokenizer, mesh, template, description.aspect)
+    generator = Generator(config, tokenizer, mesh, template, description.aspect, description.tiles)
     return generator.load_params(saved.restore(generator.plan.shardings(mesh))), saved

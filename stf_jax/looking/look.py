@@ -76,20 +76,22 @@ def look_at(
     """Asks a model about an image, and maps its answer, with greedy decoding.
 
     Raises:
-      UserError: the model has no vision tower or has a schedule, the question is too long for it, or the mesh splits
-        rows.
+      UserError: the model has no vision tower, has a schedule or reads tiles, the question is too long for it, or the
+        mesh splits rows.
     """
     if generator.model.schedule:
         raise UserError(f"A look cannot show a model with a schedule ({generator.model.schedule}); choose another.")
     if generator.row_shards > 1:
         raise UserError("A look reads one row, which data and fsdp of the mesh would split: use tensor alone (1,1,N).")
+    if generator.tiles is not None:
+        raise UserError("A look maps one square per image, but this model reads images in tiles (data.aspect=tiles).")
     blank = PIL.Image.new("RGB", image.size, BLANK_COLOR)
     record, blank_record = (make_question("look", [one.copy], question) for one in (image, blank))
     prompt = generator.prompt(record)
     tokens, is_image = jnp.asarray(prompt.tokens), jnp.asarray(prompt.is_image)
 
     def compute_tokens(image: PIL.Image.Image) -> TokenMaps:
-        maps: TokenMaps = generator.apply(map_tokens, jnp.asarray(generator.pixels(image)), tokens, ~is_image)
+        maps: TokenMaps = generator.apply(map_tokens, jnp.asarray(generator.squares(image)[0]), tokens, ~is_image)
         return maps
 
     with ThreadPoolExecutor(1) as pool:  # compiles the maps of tokens beside the programs that answer

@@ -34,10 +34,12 @@ class ModelSpec(ModelConfig):
     Attributes:
       vision_shape: None for a language model alone.
       llm_shape: None for a vision tower alone.
+      newline: whether a learned token ends each row of an image's tiles (``data.tiles.marks``).
     """
 
     vision_shape: VisionConfig | None = None
     llm_shape: LLMConfig | None = None
+    newline: bool = False
 
     @functools.cached_property
     def taps(self) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """The complete model: vision tower, fusion, and a language model that reads image tokens among its text tokens.
 
-Axis letters: B rows, T positions, M images per row, N tokens per image, D language model width, V vocabulary.
+Axis letters: B rows, T positions, M images per row (with tiles: squares that the tower reads), N tokens per image,
+S tokens of all images of a row, D language model width, V vocabulary.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,7 +61,7 @@ class VLM(nnx.Module):
             self.vision = find_tower_class(vision)(
                 rngs, vision, scan=config.scan_layers, remat=config.remat, attention=vision_attention
             )
-            self.fusion = Fusion(rngs, config.fusion, vision, llm.width, spec.reduction.tokens)
+            self.fusion = Fusion(rngs, config.fusion, vision, llm.width, spec.reduction.tokens, spec.newline)
             if config.cells:
                 self.cells = CellHead(rngs, vision, config.cells)
         decoder = find_decoder_class(llm)
@@ -73,8 +74,8 @@ class VLM(nnx.Module):
         images: UInt8[Array, "B M H W 3"],
         question: Question | None = None,
         states: States | None = None,
-    ) -> Float[Array, "B MN D"]:
-        """Image tokens of a row's images, one after another.
+    ) -> Float[Array, "B S D"]:
+        """Image tokens of a row's images, one after another; and behind them the newline token, if the model has one.
 
         Args:
           question: the text of each row, if there is one.
@@ -90,7 +91,11 @@ class VLM(nnx.Module):
         else:
             tapped = tuple(states[tap] for tap in self.taps)
         tokens = self.reduction.reduce_tokens(self.fusion(tapped))
-        return tokens.reshape(batch, -1, tokens.shape[-1])
+        tokens = tokens.reshape(batch, -1, tokens.shape[-1])
+        if not hasattr(self.fusion, "newline"):
+            return tokens
+        newline = self.fusion.newline.astype(tokens.dtype)
+        return jnp.concatenate([tokens, jnp.broadcast_to(newline, (batch, 1, len(newline)))], axis=1)
 
     def nested_tokens(
         self, images: UInt8[Array, "B M H W 3"], budgets: Sequence[int]
@@ -114,7 +119,7 @@ class VLM(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         image_slots: Int[Array, "B T"],
-        image_tokens: Float[Array, "B MN D"] | None,
+        image_tokens: Float[Array, "B S D"] | None,
     ) -> Float[Array, "B T D"]:
         """Text embeddings with the image tokens in their slots.
 
@@ -123,7 +128,7 @@ class VLM(nnx.Module):
         Args:
           tokens: of the text; ignored at image slots.
           image_slots: index into the row's image tokens, −1 for text.
-          image_tokens: of all images of a row, or None for rows without images.
+          image_tokens: as of :meth:`image_tokens`, or None for rows without images.
         """
         if image_tokens is None:
             return self.llm.embed(tokens, self.dtype)

@@ -110,7 +110,7 @@ def _train_layout(config: TrainConfig, mesh: Mesh) -> tuple[Blueprint, optax.Gra
 
 def largest_batch(config: TrainConfig) -> BatchShape:
     """The shape of the batches with the longest rows that a run may have."""
-    length, images = config.data.max_length, config.data.images_per_row
+    length, images = config.data.max_length, config.data.image_places
     rows = rows_per_batch(config.data, config.global_batch_size, length)
     return BatchShape(rows, length, images, plan_budgets(config, length, images))
 
@@ -175,7 +175,7 @@ def _abstract_images(config: TrainConfig, rows: int, mesh: Mesh) -> jax.ShapeDty
     vision = resolve_model(config.model).vision_shape
     assert vision is not None  # only models with both parts are planned
     side = vision.image_size
-    return _abstract_array((rows, config.data.images_per_row, side, side, 3), jnp.uint8, mesh)
+    return _abstract_array((rows, config.data.image_places, side, side, 3), jnp.uint8, mesh)
 
 
 _AbstractWeights = dict[str, jax.ShapeDtypeStruct | tuple[jax.ShapeDtypeStruct, ...]]

@@ -270,7 +270,8 @@ def _step_seconds(
     config: TrainConfig, shape: BatchShape, report: Mapping[str, Any], devices: list[jax.Device]
 ) -> float:
     """Estimates a step of another shape than the report's. It sends as much, because it has the same weights."""
-    data = dataclasses.replace(config.data, max_length=shape.length, images_per_row=shape.images, tokens_per_batch=0)
+    data = dataclasses.replace(config.data, max_length=shape.length, tokens_per_batch=0)
+    data = dataclasses.replace(data, images_per_row=shape.images, aspect="square")  # so that an image takes one place
     config = with_remat(dataclasses.replace(config, data=data, global_batch_size=shape.rows), report["remat"])
     work = trace_cost(config, "train", devices).work(config, make_program(config, "train", devices))
     return _find_bound(report["roofline_seconds"] | _work_seconds(work, devices))[1]

@@ -18,6 +18,7 @@ from stf_jax.config import Stopped, TrainConfig, to_json
 from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
 from stf_jax.data.sampling import BatchShape
+from stf_jax.data.tiles import find_tiles
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.evals.registry import open_benchmarks
 from stf_jax.evals.runner import Results, check_images, evaluate_all, flatten_metrics
@@ -98,8 +99,9 @@ def _train(
     records = load_training_records(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     evaluation_mesh = inference_mesh(blueprint(model), mesh)
-    generator = Generator(config.model, tokenizer, evaluation_mesh, config.data.template, config.data.aspect)
-    preprocess = Preprocessor(config.data, tokenizer, vision, model.slots, llm.vocab, model.reduction.dropped)
+    data = config.data
+    generator = Generator(config.model, tokenizer, evaluation_mesh, data.template, data.aspect, find_tiles(data))
+    preprocess = Preprocessor(data, tokenizer, vision, model.slots, llm.vocab, model.reduction.dropped)
     host = jax.process_index()
     share, shares = get_row_share(mesh, host)
     on_read = functools.partial(watchdog.heartbeat, "data were read")

@@ -34,6 +34,7 @@ import jax.monitoring
 from stf_jax.config import UserError
 from stf_jax.data.image import open_image
 from stf_jax.data.records import IMAGE_MARK, Record, Turn, make_question
+from stf_jax.data.tiles import Tiles, check_tiles
 from stf_jax.evals.benchmarks.scenes import HeldOutQuestion, held_out_questions
 from stf_jax.files import parse_json
 from stf_jax.inference.decoding import Sampling
@@ -54,10 +55,10 @@ _POLICY = (
 )
 
 
-def list_methods(model: ModelSpec) -> dict[str, list[int]]:
+def list_methods(model: ModelSpec, tiles: Tiles | None = None) -> dict[str, list[int]]:
     """Lists the budgets of each reducer that fits a model, by its name: that of the model first, "" for none.
 
-    Without a reducer they are those that the model was trained with.
+    Without a reducer they are those that the model was trained with. ``tiles``: those that the model reads.
     """
     current, base = model.reduction, dataclasses.replace(model, reduce="", keep=0, tokens=0)
     tokens = base.reduction.tokens
@@ -67,7 +68,9 @@ def list_methods(model: ModelSpec) -> dict[str, list[int]]:
         budgets = {tokens // share for share in _SHARES} | ({current.keep} if name == current.name else set())
         for keep in sorted(budgets - {0}, reverse=True):
             with contextlib.suppress(UserError):  # it does not fit
-                assert dataclasses.replace(base, reduce=name, keep=keep).reduction
+                reduced = dataclasses.replace(base, reduce=name, keep=keep)
+                assert reduced.reduction
+                check_tiles(tiles, reduced)
                 methods.setdefault(name, []).append(keep)
     return methods
 
@@ -94,7 +97,7 @@ class Server(http.server.ThreadingHTTPServer):
         """
         self.queue, self.stopping = _Queue(), threading.Event()
         model, self._limit, self._sampling = generator.model, limit, sampling
-        self._methods, chosen = list_methods(model), (model.reduce, model.reduction.keep)
+        self._methods, chosen = list_methods(model, generator.tiles), (model.reduce, model.reduction.keep)
         self._has_vision = generator.slots > 0
 
         @functools.lru_cache(_PROGRAMS)

@@ -17,6 +17,7 @@ from stf_jax.models.fusions.base import Fusion
 from stf_jax.models.tensor_names import TensorNames
 from stf_jax.models.towers.base import TOWERS, TowerFamily, VisionConfig, find_tower_class
 from stf_jax.registry import load_object
+from stf_jax.weights.anyres import NEWLINE, read_tiles
 from stf_jax.weights.claims import (
     PartTensors,
     check_supported,
@@ -118,6 +119,10 @@ def detect_model(
             lambda: Fusion(nnx.Rngs(0), fusion, read, out).connector,
             {"": detected.prefix},
         )
+        tiles = read_tiles(config, vision or tower)
+        if tiles is not None and tiles.marks == "newline":
+            name = f"{find_prefix(tensors, NEWLINE, 'newline tokens') or ''}{NEWLINE}"
+            mappings["fusion/newline"] = TensorMapping((name,), ((0,),), (out,), stacked=False)
     if not mappings:
         raise UserError("The checkpoint holds no vision tower, language model or projector that is supported.")
     unused = _check_tensors(tensors, mappings, llm, head, skipped, tower_family if prefix is not None else None)

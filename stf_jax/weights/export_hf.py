@@ -1,8 +1,9 @@
 """Exports a model for PyTorch: a folder that transformers loads, with the code that it needs.
 
-Models with LLaVA's plain projector become an ordinary ``LlavaForConditionalGeneration``, with the tensor names of hub
-files, which every release reads. Other fusions need the classes in weights/torch_package, which are copied to the
-folder. Both come with adapters for lmms-eval and VLMEvalKit.
+Models with LLaVA's plain projector become an ordinary ``LlavaForConditionalGeneration``, or, if they read tiles,
+``LlavaNextForConditionalGeneration``, with the tensor names of hub files, which every release reads. Other fusions need
+the classes in weights/torch_package, which are copied to the folder. Both come with adapters for lmms-eval and
+VLMEvalKit.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from stf_jax.config import FusionConfig, UserError
 from stf_jax.data.conversation import initial_tokens, stop_tokens
 from stf_jax.data.records import IMAGE_MARK
+from stf_jax.data.tiles import Tiles
 from stf_jax.data.tokenizer import max_positions, untrained_tokens
 from stf_jax.files import write_json
 from stf_jax.models.decoders.base import DECODERS, LLMConfig
@@ -33,6 +35,7 @@ from stf_jax.models.fusions.mlp import MLP
 from stf_jax.models.spec import find_family
 from stf_jax.models.towers.base import ACTIVATIONS, TOWERS, VisionConfig
 from stf_jax.registry import is_outside
+from stf_jax.weights.anyres import NEWLINE, write_grids
 from stf_jax.weights.detect import VOCABULARY
 from stf_jax.weights.export_tokenizer import load_export_tokenizer, save_export_tokenizer
 from stf_jax.weights.exports import (
@@ -49,7 +52,7 @@ from stf_jax.weights.model import SavedModel, open_model
 from stf_jax.weights.shards import write_shards
 
 PACKAGE = pathlib.Path(__file__).parent / "torch_package"
-_MODEL_CODE = ("configuration_stf.py", "layers_stf.py", "modeling_stf.py", "processing_stf.py")
+_MODEL_CODE = ("configuration_stf.py", "layers_stf.py", "modeling_stf.py", "processing_stf.py", "tiles_stf.py")
 _FUSION_KEYS = [field.name for field in dataclasses.fields(FusionConfig) if field.name not in ("taps", "init")]
 _EVALUATION_CODE = ("lmms_eval_stf/lmms_eval_stf.py", "lmms_eval_stf/pyproject.toml", "vlmevalkit_stf.py")
 
@@ -89,6 +92,8 @@ def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[s
         }
         if own := [name for name in (model.vision.family, model.llm.family) if is_outside(name)]:
             config["stf_families"] = own  # for our own reader
+        if model.tiles is not None:
+            config["image_grid_pinpoints"] = write_grids(model.tiles, model.vision)
         stream = ExportStream(saved, _map_tensors(saved, model), dtype)
         rows = max(image_id + 1, model.llm.vocab)
         config["text_config"][keys["vocab"]] = rows
@@ -99,6 +104,8 @@ def export_hf(checkpoint: epath.Path, to: epath.Path, dtype: str = "") -> dict[s
         if torch_file is None:
             write_shards(folder, itertools.chain(tensors, _unused_norm(model, config["dtype"])))
             processor = _complete_llava_config(config, model, taps[0], count, image_id)
+            if model.tiles is not None:
+                _complete_llava_next_config(config, model.tiles, processor)
         else:
             write_shards(folder, tensors)
             processor = _complete_stf_config(config, model, taps, count, image_id)
@@ -180,8 +187,16 @@ def map_modules(
     return {
         **map_part(shapes, "vision", TOWERS.find(vision.family).tensor_names, {"": "model.vision_tower."}),
         **map_part(shapes, "fusion/connector", table, {"": projector}),
+        **_map_newline(shapes, "model."),
         **map_part(shapes, "llm", decoder.tensor_names, {decoder.root: "model.language_model.", head: head}),
     }
+
+
+def _map_newline(shapes: Mapping[str, jax.ShapeDtypeStruct], prefix: str) -> dict[str, TensorMapping]:
+    path = "fusion/newline"
+    if path not in shapes:
+        return {}
+    return {path: TensorMapping((prefix + NEWLINE,), ((0,),), shapes[path].shape, stacked=False)}
 
 
 def _map_tensors(saved: SavedModel, model: CompleteModel) -> dict[str, TensorMapping]:
@@ -191,6 +206,7 @@ def _map_tensors(saved: SavedModel, model: CompleteModel) -> dict[str, TensorMap
     return {
         **map_part(saved.shapes, "vision", tower.tensor_names, {"": f"vision_tower.{tower.wrapper}"}),
         **map_part(saved.shapes, "fusion/connector", LLAVA_PROJECTOR, {"": "multi_modal_projector."}),
+        **_map_newline(saved.shapes, ""),
         **map_part(saved.shapes, "llm", DECODERS.find(model.llm.family).tensor_names, {"": "language_model."}),
     }
 
@@ -201,6 +217,7 @@ def _complete_stf_config(
     """Completes the config for our classes; returns the processor's config."""
     fusion = resolve_sizes(model.fusion, model.vision)
     table = fusion_table(model.fusion, model.vision, model.llm.width)
+    tiles = {} if model.tiles is None else {"tiles": {"tokens": count, "marks": model.tiles.marks}}
     config |= {
         "model_type": "llava_stf",
         "architectures": ["LlavaSTFForConditionalGeneration"],
@@ -216,6 +233,7 @@ def _complete_stf_config(
             "side": input_grid(model.fusion, model.vision).side,
             "class_token": model.vision.class_token,
             "unused": list(TOWERS.find(model.vision.family).unused),
+            **tiles,
             "crosslayer": any(name.startswith("mm_projector_crosslayer.") for name, _ in table.values()),
         },
     }
@@ -224,6 +242,7 @@ def _complete_stf_config(
         "auto_map": {"AutoProcessor": "processing_stf.LlavaSTFProcessor"},
         "num_image_tokens": count,
         "budgets": fusion.budgets,
+        **tiles,
     }
 
 
@@ -247,6 +266,16 @@ def _complete_llava_config(
         "vision_feature_select_strategy": strategy,
         "num_additional_image_tokens": int(model.vision.class_token),
     }
+
+
+def _complete_llava_next_config(config: dict[str, Any], tiles: Tiles, processor: dict[str, Any]) -> None:
+    """Changes the configs of transformers' LLaVA to those of its LLaVA-NeXT."""
+    if tiles.marks == "none":
+        raise UserError(
+            "transformers has no class for mlp with data.tiles.marks=none: choose newline, or another fusion."
+        )
+    config |= {"model_type": "llava_next", "architectures": ["LlavaNextForConditionalGeneration"]}
+    processor["processor_class"] = "LlavaNextProcessor"
 
 
 def _with_image_row(stream: ExportStream, rows: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -281,11 +310,12 @@ def _write_readme(
     """Writes ``README.md``: what the export is, how to use it and how to serve it."""
     text = string.Template((PACKAGE / "README.md").read_text())
     plain = _is_llava(model.fusion)
+    counts = " or ".join(map(str, model.fusion.budgets or (count,)))
     values = {
         "architecture": config["architectures"][0],
         "code": "It needs no custom code." if plain else "Loading it runs its code (`*_stf.py`).",
         "template": model.template,
-        "tokens": " or ".join(map(str, model.fusion.budgets or (count,))),
+        "tokens": f"{count} per thumbnail and tile" if model.tiles else f"{counts} per image",
         "dtype": config["dtype"],
         "source": f"`{checkpoint}`" + (f", step {step:,}" if step is not None else ""),
         "image_size": model.vision.image_size,
@@ -301,7 +331,10 @@ def _image_processor(model: CompleteModel) -> dict[str, Any]:
     square = {"height": size, "width": size}
     cropped = {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}
     values: dict[str, Any]
-    if model.aspect == "pad":
+    if model.tiles is not None:
+        pinpoints = write_grids(model.tiles, model.vision)
+        values = {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": pinpoints, **cropped}
+    elif model.aspect == "pad":
         values = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, **cropped}
     elif model.vision.crops:
         values = {"image_processor_type": "CLIPImageProcessor", **cropped}

@@ -75,6 +75,8 @@ def export_llava_stf(
             model = require_complete(saved, checkpoint)
             refuse_schedule(saved, checkpoint)
             _check_llm(model.llm)
+            if model.tiles is not None:
+                raise UserError("The authors' code reads one square per image, not tiles: export this model as hf.")
             mappings |= map_part(saved.shapes, "vision", CLIP.tensor_names, _TOWER_PREFIX)
             mappings |= map_part(saved.shapes, "llm", LLAMA.tensor_names, {"": ""})
             stream = ExportStream(saved, mappings, dtype)

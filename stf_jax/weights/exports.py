@@ -16,6 +16,7 @@ from etils import epath
 
 from stf_jax.checkpointing.renames import path_matches
 from stf_jax.config import FusionConfig, UserError
+from stf_jax.data.tiles import Tiles
 from stf_jax.models.decoders.base import LLMConfig
 from stf_jax.models.tensor_names import Tensor, TensorNames
 from stf_jax.models.towers.base import VisionConfig
@@ -36,6 +37,7 @@ class CompleteModel:
     tokenizer: pathlib.Path
     template: str
     aspect: str
+    tiles: Tiles | None
 
 
 def require_complete(saved: SavedModel, checkpoint: epath.Path) -> CompleteModel:
@@ -47,7 +49,7 @@ def require_complete(saved: SavedModel, checkpoint: epath.Path) -> CompleteModel
         missing = [part for part, value in parts.items() if value is None]
         fix = f" Copy the folder of its tokenizer to {checkpoint / 'tokenizer'}." if missing == ["tokenizer"] else ""
         raise UserError(f"{checkpoint} is not a complete model: it lacks {', '.join(missing)}.{fix}")
-    return CompleteModel(vision, fusion, llm, tokenizer, model.template, model.aspect)
+    return CompleteModel(vision, fusion, llm, tokenizer, model.template, model.aspect, model.tiles)
 
 
 def refuse_schedule(saved: SavedModel, checkpoint: epath.Path) -> None:

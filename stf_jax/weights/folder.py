@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -162,7 +162,7 @@ def _resize(source: ParamSource, path: str, leaf: jax.ShapeDtypeStruct) -> jax.A
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: table[index])
 
 
-def _suggest_fixes(sources: "_Sources", layout: Iterable[str], problems: Iterable[str]) -> str:
+def _suggest_fixes(sources: "_Sources", layout: Collection[str], problems: Mapping[str, Sequence[str]]) -> str:
     """Returns how to fix each part (``vision``, ``fusion``, ``llm``) that does not fit."""
     clauses = []
     for part in sorted(problems):
@@ -171,6 +171,11 @@ def _suggest_fixes(sources: "_Sources", layout: Iterable[str], problems: Iterabl
             clauses.append(
                 f"they have no {part} (add a folder that has one to init_from, or name {part}/.* in init_missing)"
             )
+        elif all("fusion/newline" in problem for problem in problems[part]):
+            if "fusion/newline" in layout:
+                clauses.append(f"{having[-1]} was trained without tiles (name fusion/newline in init_missing)")
+            else:
+                clauses.append(f"{having[-1]} was trained with tiles (set data.aspect=tiles)")
         elif part == "fusion":
             clauses.append(f"model.fusion differs from the one that {having[-1]} was trained with (set it to that)")
         elif _has_part(layout, part):

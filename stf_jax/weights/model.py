@@ -17,12 +17,14 @@ from transformers import PreTrainedTokenizerFast
 
 from stf_jax.checkpointing.params import IMPORTED, SavedParams
 from stf_jax.config import FusionConfig, TrainConfig, UserError, from_json, to_json
+from stf_jax.data.tiles import Tiles, find_tiles, with_newline
 from stf_jax.data.tokenizer import EMBEDDED, FILES, save_tokenizer
 from stf_jax.files import local_copy, make_folder, read_json, upload, write_json
 from stf_jax.models.decoders.base import LLMConfig
 from stf_jax.models.spec import DESCRIPTION, ModelSpec, parse_llm_config, parse_vision_config, resolve_model
 from stf_jax.models.towers.base import VisionConfig
 from stf_jax.registry import refuse_code_in
+from stf_jax.weights.anyres import read_tiles
 from stf_jax.weights.detect import DetectedModel
 from stf_jax.weights.folder import open_params
 from stf_jax.weights.foreign import detect_or_raise, open_checkpoint, read_tensors
@@ -40,6 +42,7 @@ class Description:
     template: str = "v1"  # as config.data.template
     aspect: str = "square"  # as config.data.aspect
     schedule: str = ""  # as config.model.schedule
+    tiles: Tiles | None = None  # with the aspect ``tiles``
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes ``model.json``."""
@@ -48,9 +51,11 @@ class Description:
 
 def describe_checkpoint(detected: DetectedModel, config: Mapping[str, Any]) -> Description:
     """Returns the description of a foreign checkpoint with that ``config.json``."""
+    tiles = read_tiles(config, detected.vision) if detected.fusion is not None else None
     aspect = "pad" if config.get("image_aspect_ratio") == "pad" else "square"
     template = str(config.get("conversation_template", "v1"))  # checked when it is used
-    return Description(detected.vision, detected.llm, detected.fusion, template, aspect)
+    shapes = detected.vision, detected.llm, detected.fusion
+    return Description(*shapes, template, aspect if tiles is None else "tiles", tiles=tiles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +117,7 @@ def describe_folder(folder: epath.Path) -> tuple[Description, ModelSpec, pathlib
         raise UserError(f"{folder} does not describe its model: {error!r}.") from None
     try:
         vision, llm = (None, None) if saved is None else (saved.vision, saved.llm)
-        model = resolve_model(config.model, vision, llm)
+        model = with_newline(resolve_model(config.model, vision, llm), find_tiles(config.data))
     except UserError as error:
         raise UserError(
             f"The run in {folder} is from before runs saved their shapes, and the weights it started from are gone "
@@ -151,7 +156,7 @@ def save_description(workdir: epath.Path, config: TrainConfig, tokenizer: PreTra
 def _describe(model: ModelSpec, config: TrainConfig) -> Description:
     data = config.data
     shapes = model.vision_shape, model.llm_shape, model.fusion
-    return Description(*shapes, data.template, data.aspect, model.schedule)
+    return Description(*shapes, data.template, data.aspect, model.schedule, find_tiles(data))
 
 
 def _read_files(folder: epath.Path) -> dict[str, bytes]:
@@ -164,7 +169,8 @@ def _read_description(file: epath.Path) -> Description:
     fusion = values["fusion"] and FusionConfig(**values["fusion"] | _read_tuples(values["fusion"]))
     vision = values["vision"] and parse_vision_config(values["vision"])
     llm = values["llm"] and parse_llm_config(values["llm"])
-    return Description(vision, llm, fusion, values["template"], values["aspect"], values.get("schedule", ""))
+    tiles = values.get("tiles") and Tiles(tuple(map(tuple, values["tiles"]["grids"])), values["tiles"]["marks"])
+    return Description(vision, llm, fusion, values["template"], values["aspect"], values.get("schedule", ""), tiles)
 
 
 def _read_tuples(fusion: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -178,7 +184,7 @@ def _existing_folder(path: pathlib.Path) -> pathlib.Path | None:
 
 def _config_of_folder(folder: epath.Path, description: Description) -> ModelSpec:
     fusion = description.fusion or FusionConfig()
-    return ModelSpec(
+    model = ModelSpec(
         str(folder),
         str(folder),
         fusion,
@@ -186,6 +192,7 @@ def _config_of_folder(folder: epath.Path, description: Description) -> ModelSpec
         vision_shape=description.vision,
         llm_shape=description.llm,
     )
+    return with_newline(model, description.tiles)
 
 
 def _open_export(folder: epath.Path) -> SavedModel:

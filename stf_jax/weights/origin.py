@@ -10,6 +10,7 @@ from etils import epath
 from stf_jax.checkpointing.params import SavedParams, newest_step
 from stf_jax.config import TrainConfig, UserError
 from stf_jax.data import tokenizer as tokenizers
+from stf_jax.data.tiles import check_tiles, find_tiles, with_newline
 from stf_jax.files import read_json, to_path
 from stf_jax.models.decoders.base import LLMConfig
 from stf_jax.models.spec import DEFAULTS, llm_preset, resolve_model, vision_preset
@@ -48,6 +49,8 @@ def complete_config(config: TrainConfig, workdir: epath.Path | None = None) -> T
     vision, vision_shape = _choose_part("vision", vision_preset, config.model.vision, found.get("vision"), resumed)
     llm, llm_shape = _choose_part("llm", llm_preset, config.model.llm, found.get("llm"), resumed)
     model = resolve_model(dataclasses.replace(config.model, vision=vision, llm=llm), vision_shape, llm_shape)
+    tiles = find_tiles(config.data)
+    check_tiles(tiles, model := with_newline(model, tiles))
     tokenizer = config.data.tokenizer or found.get("tokenizer", "")
     missing = tokenizer not in tokenizers.EMBEDDED and not os.path.isdir(tokenizer)
     if resumed and missing and workdir is not None and (workdir / "tokenizer").is_dir():

@@ -16,7 +16,7 @@ from stf_jax.weights.mapping import LLAVA_PROJECTOR, fusion_table
 from stf_jax.weights.tensors import TensorFile
 
 # Keys of an export's stf_config that do not belong to its FusionConfig.
-_NOT_OF_THE_FUSION = ("side", "crosslayer", "class_token", "unused")
+_NOT_OF_THE_FUSION = ("side", "crosslayer", "class_token", "unused", "tiles")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +137,8 @@ def _check_projector(config: Mapping[str, Any], vision: VisionConfig | None) -> 
         "vision_feature_select_strategy": ("default", "full") if all_patches else ("default",),
         "mm_vision_select_feature": ("patch",),
         "mm_projector_type": ("mlp2x_gelu",),
-        "mm_patch_merge_type": ("flat",),
         "mm_use_im_start_end": (False,),  # no template here puts tokens around images
-        "image_aspect_ratio": get_args(Aspect),
+        "image_aspect_ratio": (*get_args(Aspect), "anyres"),
     }
     for key, values in supported.items():
         if config.get(key) is not None and config[key] not in values:

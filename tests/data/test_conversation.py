@@ -268,7 +268,7 @@ def test_truncation_matches_llava(template, row, sentencepiece_model, llama):
             assert e.value.reason == "over_length"
             continue
         example = to_example(result, np.zeros((0, 2, 2, 3), np.uint8), length, "row-7")
-        assert np.where(example.is_image, -200, example.tokens).tolist() == tokens
+        assert np.where(example.image_slots >= 0, -200, example.tokens).tolist() == tokens
         assert np.where(example.loss_mask, example.targets, -100).tolist() == [*labels[1:], -100]
         compared += 1
     assert compared > 5

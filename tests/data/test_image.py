@@ -17,7 +17,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from stf_jax.data import image
-from stf_jax.data.image import open_image, read_image, to_rgb, to_square
+from stf_jax.data.image import open_image, read_image, read_size, to_rgb, to_square
 from stf_jax.data.records import BadRow
 from stf_jax.models.spec import VISION
 
@@ -237,7 +237,7 @@ def test_images_are_rotated_by_their_exif_orientation(tmp_path, case, orientatio
     exif[0x0112] = orientation
     (tmp_path / "a.jpg").write_bytes(saved(image, "JPEG", exif=exif))
     opened = open_image((tmp_path / "a.jpg").read_bytes(), "a.jpg")
-    assert opened.size == ((90, 61) if orientation < 5 else (61, 90))
+    assert opened.size == ((90, 61) if orientation < 5 else (61, 90)) == read_size(epath.Path(tmp_path), "a.jpg")
     expected = load_image(str(tmp_path / "a.jpg"))
     assert np.array_equal(np.asarray(opened), np.asarray(expected))
     np.testing.assert_allclose(to_square(opened, config, aspect), reference(processor, expected, config), atol=1)

@@ -43,7 +43,7 @@ def conversation(number, parts, seed=0):
     is_target = (np.random.default_rng([seed, number]).random(length) < 0.5) & ~is_image
     images = np.zeros((count, SIDE, SIDE, 3), np.uint8)
     images += (1 + M * number + np.arange(count)).astype(np.uint8)[:, None, None, None]
-    return Conversation(number, Encoded(tokens, is_target, is_image), images)
+    return Conversation(number, Encoded(tokens, is_target, np.where(is_image, np.cumsum(is_image) - 1, -1)), images)
 
 
 @st.composite
@@ -123,7 +123,7 @@ def packed(known, images_per_row=M):
 
 
 def stacked(rows, images_per_row=M, length=T):
-    made = [to_row(row, length, images_per_row, SIDE) for row in rows]
+    made = [to_row(row, length, images_per_row, SIDE, N) for row in rows]
     return rows_of(to_batch({key: np.stack([row[key] for row in made]) for key in made[0]}))
 
 
@@ -185,7 +185,7 @@ def test_a_conversation_is_the_same_in_any_row():
 class Known:
     """A stand-in for Preprocessor with given conversations; a record is a conversation's number."""
 
-    vision = types.SimpleNamespace(image_size=SIDE, grid=1)
+    layout = types.SimpleNamespace(vision=types.SimpleNamespace(image_size=SIDE, grid=1), tokens=N)
     dropped = 0
 
     def __init__(self, known):

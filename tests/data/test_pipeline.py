@@ -43,7 +43,7 @@ def same(a: Batch, b: Batch) -> bool:
 class Numbers:
     """A stand-in for Preprocessor: record n is a conversation whose tokens are all n + 1."""
 
-    vision = types.SimpleNamespace(image_size=1, grid=1)
+    layout = types.SimpleNamespace(vision=types.SimpleNamespace(image_size=1, grid=1), tokens=0)
     dropped = 0
 
     def fingerprint(self):
@@ -54,7 +54,7 @@ class Numbers:
 
     def __call__(self, number):
         size = 2 + number * 7 % 5
-        encoded = Encoded(np.full(size, number + 1, np.int32), np.ones(size, bool), np.zeros(size, bool))
+        encoded = Encoded(np.full(size, number + 1, np.int32), np.ones(size, bool), np.full(size, -1))
         return to_example(encoded, np.zeros((0, 1, 1, 3), np.uint8), 12, str(number))
 
 

@@ -151,6 +151,8 @@ def test_prepared_records_match_the_files(data, prepared):
         assert record.turns == expected.turns
         for image, reference in zip(record.images, expected.images, strict=True):
             assert image().tobytes() == reference().tobytes()
+        assert record.sizes or not record.images
+        assert record.image_sizes() == [image().size for image in record.images]
 
 
 def test_token_counts_match_training(prepared):
@@ -293,7 +295,8 @@ def test_paths_outside_the_folder_and_extreme_images_are_refused(tmp_path):
 def test_shrunk_images_can_always_be_opened():
     """399×2 pixels would become 201×1, an aspect ratio over 200."""
     for size, expected in {(399, 2): (201, 2), (2, 399): (2, 201), (4000, 20): (201, 2), (402, 99): (201, 50)}.items():
-        assert open_image(_shrink(PIL.Image.new("RGB", size), 201), "thin").size == expected
+        content, shrunk = _shrink(PIL.Image.new("RGB", size), 201)
+        assert open_image(content, "thin").size == shrunk == expected
 
 
 # ---- Errors, and repeating the command -------------------------------------------------------------------------------

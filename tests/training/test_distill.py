@@ -136,11 +136,13 @@ def _example(items, slots, text):
             text -= len(item[:text])
     tokens, is_target, is_image = (np.array(column) for column in zip(*rows, strict=True))
     targets, loss_mask = np.append(tokens[1:], 0), np.append(is_target[1:], False)
-    return Example(tokens, targets, loss_mask, is_image, np.zeros((images, 1, 1, 3), np.uint8))
+    image_slots = np.where(is_image, np.cumsum(is_image) - 1, -1)
+    return Example(tokens, targets, loss_mask, image_slots, np.zeros((images, 1, 1, 3), np.uint8))
 
 
-def _batch(rows, length):
-    return to_batch({key: np.stack([to_row(row, length, 4, 1)[key] for row in rows]) for key in to_row([], 1, 1, 1)})
+def _batch(rows, length, slots):
+    made = [to_row(row, length, 4, 1, slots) for row in rows]
+    return to_batch({key: np.stack([row[key] for row in made]) for key in made[0]})
 
 
 @pytest.mark.parametrize(("slots", "wanted"), [(4, 16), (1, 3), (4, 4), (9, 4)])
@@ -154,7 +156,7 @@ def test_answers_are_aligned(slots, wanted):
         for rows, count in ((students, slots), (teachers, wanted)):
             rows.append([_example(items, count, cut) for items, cut in row])
     length = max(sum(len(example.tokens) for example in row) for row in students)
-    batch, expected = _batch(students, length), _batch(teachers, length + 4 * max(wanted - slots, 0))
+    batch, expected = _batch(students, length, slots), _batch(teachers, length + 4 * max(wanted - slots, 0), wanted)
     assert len(set(batch.segment_ids.max(1))) > 2
     assert len(set((batch.image_slots >= 0).sum(1))) > 3
     rows, ends = jax.jit(change_slots, static_argnums=(1, 2, 3))(batch, slots, wanted, expected.tokens.shape[1])

@@ -214,8 +214,9 @@ def _packed_and_not():
     packed = batches(config, 1)[0]
     records, prepare = load_training_records(config), make_preprocessor(config)
     examples = {bytes(e.tokens): e for e in (prepare(records[i]) for i in range(len(records)))}
+    side, slots = prepare.layout.vision.image_size, prepare.layout.tokens
     rows = [
-        to_row([examples[bytes(tokens[segments == segment])]], 256, 1, prepare.vision.image_size)
+        to_row([examples[bytes(tokens[segments == segment])]], 256, 1, side, slots)
         for tokens, segments in zip(packed.tokens, packed.segment_ids, strict=True)
         for segment in range(1, segments.max() + 1)
     ]

@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from reference import DECODERS, TEXT, VISION, decoder, llava, tower
+from reference import (
+    DECODERS,
+    TEXT,
+    VISION,
+    decoder,
+    llava,
+    normalize,
+    to_hub_names,
+    to_original_names,
+    tower,
+    write,
+)
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
@@ -75,12 +86,6 @@ def our_logits(model, mesh, ids, images=None, slots=None):
 
 def make_images(rows=2):
     return np.random.default_rng(3).integers(0, 256, (rows, 28, 28, 3), np.uint8)
-
-
-def normalize(images, family="clip"):
-    config = vision_preset("clip-l-14-336" if family == "clip" else "siglip-so400m-14-384")
-    values = (images / 255 - np.array(config.mean)) / np.array(config.std)
-    return torch.from_numpy(values.transpose(0, 3, 1, 2)).float()
 
 
 # ---- Language models and towers --------------------------------------------------------------------------------------
@@ -173,38 +178,6 @@ def test_old_pickles_are_read_without_running_code(tmp_path):
 
 
 # ---- LLaVA -----------------------------------------------------------------------------------------------------------
-
-
-def to_original_names(state):
-    """Renames tensors of transformers to LLaVA-1.5's own names."""
-    renamed = {}
-    for name, value in state.items():
-        name = name.removeprefix("model.")
-        name = name.replace("language_model.", "model.").replace(
-            "multi_modal_projector.linear_1", "model.mm_projector.0"
-        )
-        name = name.replace("multi_modal_projector.linear_2", "model.mm_projector.2")
-        name = name.replace("vision_tower.vision_model.", "vision_tower.")
-        renamed[name.replace("vision_tower.", "model.vision_tower.vision_tower.vision_model.")] = value.contiguous()
-    return renamed
-
-
-def to_hub_names(state):
-    """Renames tensors to llava-hf's names, those of transformers 4."""
-    renamed = {}
-    for name, value in state.items():
-        name = name.removeprefix("model.").replace("lm_head.", "language_model.lm_head.")
-        name = name.replace("language_model.", "language_model.model.") if "lm_head" not in name else name
-        if "vision_tower.vision_model." not in name:
-            name = name.replace("vision_tower.", "vision_tower.vision_model.")
-        renamed[name] = value.contiguous()
-    return renamed
-
-
-def write(folder, state, config):
-    folder.mkdir()
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def make_original_config():

@@ -174,7 +174,7 @@ def test_either_key_of_a_composite_config_ties_the_head(tmp_path, inner, outer, 
         ("mm_projector_type", "linear"),
         ("mm_patch_merge_type", "spatial_unpad"),
         ("mm_use_im_start_end", True),
-        ("image_aspect_ratio", "anyres"),
+        ("image_aspect_ratio", "anyres_max_9"),
     ],
 )
 def test_unsupported_fusion_options_are_refused(tmp_path, key, value):

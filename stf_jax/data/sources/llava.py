@@ -18,7 +18,7 @@ import PIL.Image
 from etils import epath
 
 from stf_jax.config import TrainConfig, UserError, short_message
-from stf_jax.data.image import open_image, read_image
+from stf_jax.data.image import open_image, read_image, read_size
 from stf_jax.data.ratings import Filter
 from stf_jax.data.records import BadRow, Embedded, Record, name_image
 from stf_jax.data.rows import MAX_DEPTH, PAIRS_KEY, TURN_KEYS, is_too_deep, read_row
@@ -29,6 +29,7 @@ from stf_jax.data.sources.tars import is_tar, open_tars
 from stf_jax.files import local_copy, to_path
 
 KEPT = "kept.json"  # in a prepared folder: its rows, in the order of the images in its shards
+SIZES = "image_sizes"  # in its rows: the width and height of each image
 INFO = "dataset_info.json"  # TFDS's; written last
 _CHUNK, _MAX_ROW = 2**16, 2**26  # characters of an annotation file read at once, and of a row
 _EXTREME = f"it nests over {MAX_DEPTH} levels deep, or has a number with thousands of digits"
@@ -241,7 +242,8 @@ class LlavaRecords:
         name, values = name_row(self._rows, index), self._rows[index]
         row = read_row(values if self._keep is None else self._keep.keep(values, name), name)
         images = tuple(functools.partial(self._open, image) for image in row.images)
-        return Record(row.name, images, row.turns, row.ignored_keys)
+        sizes = tuple(functools.partial(read_size, self._folder, image) for image in row.images)
+        return Record(row.name, images, row.turns, row.ignored_keys, sizes=sizes)
 
     def _open(self, image: str | Embedded) -> PIL.Image.Image:
         content = read_image(self._folder, image)
@@ -276,9 +278,12 @@ class PreparedRecords:
 
     def __getitem__(self, index: int) -> Record:
         """Returns a record; opening its images reads the shard."""
-        row = read_row(self._rows[index], f"row {index} of {self.name}")
+        values = self._rows[index]
+        sizes = values.pop(SIZES, ())  # folders of versions before tiles have none
+        row = read_row(values, f"row {index} of {self.name}")
         images = tuple(functools.partial(self._open, index, i, str(name)) for i, name in enumerate(row.images))
-        return Record(row.name, images, row.turns, row.ignored_keys)
+        known = tuple(functools.partial(tuple[int, int], size) for size in sizes)
+        return Record(row.name, images, row.turns, row.ignored_keys, sizes=known)
 
     def _open(self, index: int, image_index: int, name: str) -> PIL.Image.Image:
         try:

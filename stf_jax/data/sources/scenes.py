@@ -105,7 +105,8 @@ class SceneRecords:
                 turns = [t for q in questions for t in (Turn("human", q.text), Turn("gpt", q.answer))]
                 turns[0] = Turn("human", f"{IMAGE_MARK}\n{turns[0].text}\n{SHORT_ANSWER}")
         images = () if as_text else (functools.partial(world.draw, scene, index),)
-        return Record(f"scene-{self._seed}-{index}", images, tuple(turns), document=document)
+        sizes = (_get_size,) * len(images)
+        return Record(f"scene-{self._seed}-{index}", images, tuple(turns), document=document, sizes=sizes)
 
     def _make_cells_record(self, index: int) -> Record:
         # The scene is made when its image or labels are needed; planning rows needs neither.
@@ -123,6 +124,10 @@ class SceneRecords:
         if index % _DRILL_CYCLE:
             return make_drill(self._seed, index)
         return world_text.make_scene(self._seed, index, max_things=self._max_things)
+
+
+def _get_size() -> tuple[int, int]:
+    return scenes.SIDE, scenes.SIDE
 
 
 def open_scenes(config: TrainConfig) -> list[SceneRecords]:

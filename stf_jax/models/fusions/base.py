@@ -40,6 +40,7 @@ from jaxtyping import Array, Float
 
 from stf_jax.config import FusionConfig, UserError
 from stf_jax.models.fusions.parts import average_windows
+from stf_jax.models.layers import normal, parameter
 from stf_jax.models.towers.base import VisionConfig
 from stf_jax.registry import Registry
 
@@ -67,6 +68,7 @@ class FusionSpec:
     taps: Callable[[int, int], tuple[int, ...]] | None = None  # (layers, deepest) → taps; None: the deepest alone
     merges: bool = True  # whether each token stands for k×k patches
     windows: bool = True  # if it merges, whether it merges windows, so that the grid may need padding
+    orders: bool = True  # whether its tokens are a grid over the image, in row-major order
     per_patch: bool = False  # whether it maps each patch by itself: [B, P, M·C] → [B, P, D] for any P
 
     def __post_init__(self) -> None:
@@ -203,12 +205,21 @@ def pool_tokens(x: Float[Array, "B *N D"], budgets: Sequence[int]) -> list[Float
 class Fusion(nnx.Module):
     """A fusion built by name: ``connector`` is an instance of its class."""
 
-    def __init__(self, rngs: nnx.Rngs, config: FusionConfig, vision: VisionConfig, out: int, tokens: int = 0) -> None:
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: FusionConfig,
+        vision: VisionConfig,
+        out: int,
+        tokens: int = 0,
+        newline: bool = False,
+    ) -> None:
         """Builds the fusion.
 
         Args:
           out: D.
           tokens: N, one of the config's budgets; 0: the first of them, or what the fusion makes without budgets.
+          newline: whether to declare ``newline``, the token that ends each row of tiles (data/tiles.py).
 
         Raises:
           UserError: an unknown name, or as :func:`tokens_per_image`.
@@ -218,6 +229,8 @@ class Fusion(nnx.Module):
         fusion, grid = find_fusion(config), input_grid(config, vision)
         self.side, self.padded_side, self.per_patch = vision.grid, grid.side, fusion.spec.per_patch
         self.connector = fusion(rngs, resolve_sizes(config, vision), grid, out)
+        if newline:
+            self.newline = parameter(rngs, [(out, "embed")], normal(out**-0.5))
 
     def __call__(self, states: tuple[Float[Array, "B P C"], ...]) -> Float[Array, "B N D"]:
         """Image tokens, in row-major order, of tapped states, deepest first.

@@ -29,7 +29,7 @@ class MQT(nnx.Module):
     has 256 for 24×24 patches; its second stage draws an even number of them per step.
     """
 
-    spec = FusionSpec(windows=False)
+    spec = FusionSpec(windows=False, orders=False)
     torch_file = "mqt_torch.py"
 
     def __init__(self, rngs: nnx.Rngs, config: FusionConfig, grid: Grid, out: int) -> None:

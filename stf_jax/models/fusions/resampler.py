@@ -28,7 +28,7 @@ class Resampler(nnx.Module):
     sine positions and no MLP.
     """
 
-    spec = FusionSpec(windows=False)
+    spec = FusionSpec(windows=False, orders=False)
     torch_file = "resampler_torch.py"
 
     @staticmethod

@@ -13,7 +13,8 @@ class LlavaSTFConfig(PretrainedConfig):
         (blocks of the tower, 1-based, deepest first; 0 is the embedding), ``kernel`` (side of the window of patches
         that becomes one token), ``mbtf_hidden``, ``mbtf_width``, ``stf_hidden`` (channels), ``depth`` (blocks of the
         resampler, and of each side of the abstractor), ``variant`` (``code`` or ``paper``), ``budgets`` (numbers of
-        tokens that the model makes of an image) and ``pad_grid`` (pad grids that the kernel does not divide).
+        tokens that the model makes of an image) and ``pad_grid`` (pad grids that the kernel does not divide); and
+        ``tiles``, if images have them: ``tokens`` of each tile, and ``marks`` (``newline`` or ``none``).
       image_token_id: id of ``<image>``, which occurs once per image token. It needs no row in the embedding, because it
         is never embedded.
     """

@@ -20,6 +20,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_stf import LlavaSTFConfig
 from .connector_stf import Connector
+from .tiles_stf import choose_grid, count_tokens, join_tiles
 
 
 class LlavaSTFPreTrainedModel(PreTrainedModel):
@@ -58,6 +59,10 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
             self.mm_projector_crosslayer = nn.Identity()
         self.side = vision.image_size // vision.patch_size
         self.mm_projector = Connector(config, fusion["side"])
+        self.tiles = fusion.get("tiles")  # None: images have no tiles
+        self.image_newline = None
+        if self.tiles and self.tiles["marks"] == "newline":
+            self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
         self.post_init()
 
     def get_input_embeddings(self):
@@ -68,22 +73,34 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, num_image_tokens: int | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+        num_image_tokens: int | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Computes the image tokens of normalized images [I, 3, H, W]; transformers 5 defines this method.
 
         Args:
-          pixel_values: normalized images.
+          pixel_values: normalized images; with tiles [I, S, 3, H, W], a thumbnail, then tiles, then padding.
+          image_sizes: with tiles the height and width of each image [I, 2].
           num_image_tokens: N, one of the model's budgets, if it has several; by default the first.
           kwargs: passed to the vision tower. ``return_dict=False`` returns a tuple.
 
         Returns:
-          ``pooler_output``: the image tokens [I, N, D] in row-major order; and the tower's ``last_hidden_state`` and
-          ``hidden_states``.
+          ``pooler_output``: the image tokens [I, N, D] in row-major order, with tiles a list of tokens [N, D]; and the
+          tower's ``last_hidden_state`` and ``hidden_states``.
 
         Raises:
           ValueError: the model cannot make so many tokens.
         """
+        sizes, grids = [], []
+        if self.tiles:
+            sizes, side = image_sizes.tolist(), self.config.vision_config.image_size
+            grids = [choose_grid(size, self.config.image_grid_pinpoints, side) for size in sizes]
+            pixel_values = torch.cat(
+                [image[: 1 + math.prod(grid)] for image, grid in zip(pixel_values, grids, strict=True)]
+            )
         kwargs |= {"output_hidden_states": True, "return_dict": True}
         outputs = self.vision_tower(pixel_values.to(self.dtype), **kwargs)
         states = outputs.hidden_states
@@ -91,6 +108,9 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
         x = self.mm_projector_crosslayer(x).unflatten(1, (self.side, self.side))
         pad = self.config.stf_config["side"] - self.side
         tokens = self._project(F.pad(x, (0, 0, 0, pad, 0, pad)), num_image_tokens).flatten(1, -2)
+        if self.tiles:
+            images = tokens.split([1 + math.prod(grid) for grid in grids])
+            tokens = [join_tiles(*image, self.image_newline) for image in zip(images, grids, sizes, strict=True)]
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=tokens,
@@ -119,6 +139,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
         attention_mask=None,
         position_ids=None,
         inputs_embeds=None,
+        image_sizes=None,
         num_image_tokens=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -127,7 +148,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
         Args:
           input_ids: [B, T], with ``config.image_token_id`` N times per image. Alternatively ``inputs_embeds``
             [B, T, D], which already contains the image tokens.
-          pixel_values: [I, 3, H, W], the images in the order of the rows.
+          pixel_values, image_sizes: as of :meth:`get_image_features`, the images in the order of the rows.
           num_image_tokens: N, if the model has several budgets; by default as many as the text has placeholders for.
           kwargs: passed to the language model and its attention. They include its cache, whose name differs between
             releases. ``return_dict=False`` returns a tuple.
@@ -142,9 +163,9 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel):
             is_image = input_ids == self.config.image_token_id
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
             if pixel_values is not None:
-                count = num_image_tokens or int(is_image.sum()) // len(pixel_values)
-                features = self.get_image_features(pixel_values, count, return_dict=True)
-                tokens = features.pooler_output.flatten(0, 1)
+                count = None if self.tiles else num_image_tokens or int(is_image.sum()) // len(pixel_values)
+                features = self.get_image_features(pixel_values, image_sizes, count, return_dict=True)
+                tokens = torch.cat(list(features.pooler_output))
                 if int(is_image.sum()) != len(tokens):
                     raise ValueError(f"The text has {int(is_image.sum())} placeholders for {len(tokens)} image tokens.")
                 tokens = tokens.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -184,10 +205,14 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, GenerationMixin)
         self.lm_head = value
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, num_image_tokens: int | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+        num_image_tokens: int | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Calls :meth:`LlavaSTFModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, num_image_tokens, **kwargs)
+        return self.model.get_image_features(pixel_values, image_sizes, num_image_tokens, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -199,6 +224,7 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, GenerationMixin)
         inputs_embeds=None,
         labels=None,
         logits_to_keep=0,
+        image_sizes=None,
         num_image_tokens=None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
@@ -213,6 +239,7 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, GenerationMixin)
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            image_sizes=image_sizes,
             num_image_tokens=num_image_tokens,
             return_dict=True,
             **kwargs,
@@ -227,20 +254,34 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, GenerationMixin)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         """Repeats each row with its images for beam search: rows a, a, b, b get the images of a, a, b, b."""
-        pixels = kwargs.pop("pixel_values", None)
+        pixels, sizes = kwargs.pop("pixel_values", None), kwargs.pop("image_sizes", None)
         rows, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
         if pixels is not None and expand_size > 1:
             slots = (input_ids == self.config.image_token_id).sum(-1)
             counts = slots * len(pixels) // slots.sum()
-            pixels = torch.cat([images.repeat(expand_size, 1, 1, 1) for images in pixels.split(counts.tolist())])
-        return rows, kwargs | {"pixel_values": pixels}
+            if sizes is not None:
+                lengths = slots.new_tensor([self._count_tokens(size) for size in sizes.tolist()])
+                counts = torch.searchsorted(lengths.cumsum(0), slots.cumsum(0), right=True)
+                counts = counts.diff(prepend=slots.new_zeros(1))
+                sizes = torch.cat([images.repeat(expand_size, 1) for images in sizes.split(counts.tolist())])
+            repeats = (expand_size, *[1] * (pixels.dim() - 1))
+            pixels = torch.cat([images.repeat(repeats) for images in pixels.split(counts.tolist())])
+        return rows, kwargs | {"pixel_values": pixels} | ({} if sizes is None else {"image_sizes": sizes})
 
-    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, **kwargs):
+    def _count_tokens(self, size):
+        """Returns how many tokens an image of that height and width has."""
+        config = self.config
+        grids = {"pinpoints": config.image_grid_pinpoints, "side": config.vision_config.image_size}
+        return count_tokens(size, **config.stf_config["tiles"], **grids)
+
+    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, image_sizes=None, **kwargs):
         """Passes images only with positions that refer to them; with a cache, that is once."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         ids = inputs.get("input_ids")
         if ids is not None and (ids == self.config.image_token_id).any():
             inputs["pixel_values"] = pixel_values
+            if image_sizes is not None:
+                inputs["image_sizes"] = image_sizes
         return inputs
