@@ -214,7 +214,7 @@ def test_an_image_that_has_grown_is_left_out_and_counted(rows_of_images, tmp_pat
         ({"model.fusion.fusion": "resampler"}, "the tokens of model.fusion.fusion=resampler are none"),
         ({"model.fusion.fusion": "mlp", "model.reduce": "resize"}, "reduce=resize leaves none"),
         ({"model.fusion.fusion": "mlp", "model.reduce": "fastv:after=1"}, "a method that does not act in the decoder"),
-        ({"model.schedule": "pyramiddrop"}, "^model.schedule=pyramiddrop drops the same number"),
+        ({"model.schedule": "pyramiddrop"}, "model.schedule=pyramiddrop drops the same number"),
         ({"model.fusion.budgets": (4, 1)}, "model.fusion.budgets are for square images"),
         ({"model.cells": 2}, "labels of square images"),
     ],
