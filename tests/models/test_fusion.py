@@ -427,7 +427,7 @@ def to_grid(x):
     return torch.as_tensor(x).mT.unflatten(2, (math.isqrt(x.shape[1]), -1))
 
 
-@pytest.mark.parametrize("name", ["mlp", "token_packer"])
+@pytest.mark.parametrize("name", ["mlp", "avg_pool"])
 def test_budgets_are_means_of_the_fusions_tokens(name):
     keys = {"fusion": name, "kernel": 1, "budgets": (144, 36, 16, 9, 1)}
     fusion, _ = build(**keys)
@@ -447,8 +447,7 @@ def unrolled(kernel, window):
     return kernel.repeat_interleave(repeats, 0).repeat_interleave(repeats, 1) / repeats**2
 
 
-@pytest.mark.parametrize("variant", ["code", "paper"])
-@pytest.mark.parametrize("name", ["stf", "mbtf_stf"])
+@pytest.mark.parametrize(("name", "variant"), [("stf", "code"), ("mbtf_stf", "paper")])
 def test_nested_stf_is_a_plain_stf_of_each_window(name, variant):
     keys = {"fusion": name, "variant": variant, "budgets": (144, 36, 9, 1), "stf_hidden": 24}
     fusion, params = build(**keys)

@@ -55,7 +55,7 @@ CASES = {
 
 BUDGETS = {
     "pools": (FusionConfig("mlp", budgets=(36, 4)), "clip", "llama"),
-    "nested windows": (FusionConfig("mbtf_stf", budgets=(36, 9, 1)), "siglip", "qwen2"),
+    "nested windows": (FusionConfig("mbtf_stf", budgets=(36, 1)), "siglip", "qwen2"),
     "queries": (FusionConfig("mqt", budgets=(9, 2)), "clip", "llama"),
 }
 
