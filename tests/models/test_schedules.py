@@ -187,8 +187,9 @@ def make_batch(rows):
             tokens[row, used : used + count] = image_tokens[member, :count]
             used += count
             images = np.zeros((count // N, SIDE, SIDE, 3), np.uint8)
-            examples.append(Example(ids, np.append(ids[1:], 0), np.append(target[1:], False), image, images))
-        made.append(to_row(examples, LENGTH, IMAGES, SIDE))
+            slots = np.where(image, np.cumsum(image) - 1, -1)
+            examples.append(Example(ids, np.append(ids[1:], 0), np.append(target[1:], False), slots, images))
+        made.append(to_row(examples, LENGTH, IMAGES, SIDE, N))
     return to_batch({key: np.stack([row[key] for row in made]) for key in made[0]}), tokens
 
 

@@ -32,11 +32,11 @@ def _laid_out():
     """A batch, and its rows as the pipeline makes them with the slots and lengths of each budget."""
     stream = _batches()
     batch, records, model = next(stream), stream._records, resolve_model(tiny().model)
-    rows = []
+    rows, side = [], model.vision_shape.image_size
     for tokens, length in batch.budgets:
         preprocess = Preprocessor(tiny(**PACKED).data, TOKENIZER, model.vision_shape, tokens)
         made = [
-            to_row([preprocess(records[i]) for i in stream.plan[row].members], length, 3, model.vision_shape.image_size)
+            to_row([preprocess(records[i]) for i in stream.plan[row].members], length, 3, side, tokens)
             for row in stream.plan.batch_rows(0)
         ]
         rows.append(to_batch({key: np.stack([row[key] for row in made]) for key in made[0]}))

@@ -312,7 +312,7 @@ class Decoder(nnx.Module):
         bounds = [0, *(selection.after for selection in selections if selection.after), self.config.layers]
         sizes = [stop - start for start, stop in itertools.pairwise(bounds)]
 
-        def read(rows: Rows, block: Block, size: int) -> Rows:
+        def read(rows: Rows, block: nnx.Module, size: int) -> Rows:
             context = *rope_angles(self.config, rows.positions), self._attend(rows), *self._beside(rows)
             x = apply_layers(block, rows.x, *context, layers=range(size), scan=self.scan, remat=self.remat)
             return dataclasses.replace(rows, x=x)
