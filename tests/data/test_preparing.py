@@ -16,6 +16,8 @@ import tracemalloc
 import grain
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 from etils import epath
@@ -25,7 +27,8 @@ from stf_jax.cli import run_command
 from stf_jax.config import UserError
 from stf_jax.data.conversation import encode, template_items
 from stf_jax.data.image import open_image
-from stf_jax.data.preparing import Options, _shrink, prepare
+from stf_jax.data.preparing import Options, prepare
+from stf_jax.data.shard_writer import number_rows, open_sources, read_shard, shrink
 from stf_jax.data.sources.llava import LlavaRecords, PreparedRecords, read_rows
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.prepare import main
@@ -83,6 +86,24 @@ def test_a_beam_pipeline_makes_the_same_data_set(data, prepared, tmp_path):
         assert (example["id"], example["images"]) == (reference["id"], reference["images"])
     ends = [prepare(options(data[0], tmp_path / f"to-{name}", limit=21, runner=name)) for name in ("", "DirectRunner")]
     assert ends[0].values == ends[1].values
+
+
+@pytest.mark.parametrize("limit", [0, 7])
+def test_shards_read_by_number_are_those_read_in_order(tmp_path, limit):
+    """Over the end of a file, of two kinds."""
+    rows = [{"id": str(i), "conversations": []} for i in range(9)]
+    (tmp_path / "a.json").write_text(json.dumps(rows[:4]))
+    texts = [{"user": "Who?", "assistant": "Me."}]
+    pq.write_table(pa.Table.from_pylist([{"id": r["id"], "texts": texts} for r in rows[4:]]), tmp_path / "b.parquet")
+    names = tuple(str(tmp_path / name) for name in ("a.json", "b.parquet"))
+    made = Options(names, "", "", 1, limit=limit, shard_rows=3)
+
+    def read(rows):
+        return [(*place, (row() if callable(row) else row)["id"]) for *place, row in rows]
+
+    expected = read(number_rows(made))
+    assert [number for _, _, number in expected] == [row["id"] for row in rows[: limit or None]]
+    assert [row for shard in range(3) for row in read(read_shard(made, open_sources(made), shard))] == expected
 
 
 def test_a_beam_pipeline_resumes_and_is_strict(data, tmp_path, capsys):
@@ -295,7 +316,7 @@ def test_paths_outside_the_folder_and_extreme_images_are_refused(tmp_path):
 def test_shrunk_images_can_always_be_opened():
     """399×2 pixels would become 201×1, an aspect ratio over 200."""
     for size, expected in {(399, 2): (201, 2), (2, 399): (2, 201), (4000, 20): (201, 2), (402, 99): (201, 50)}.items():
-        content, shrunk = _shrink(PIL.Image.new("RGB", size), 201)
+        content, shrunk = shrink(PIL.Image.new("RGB", size), 201)
         assert open_image(content, "thin").size == shrunk == expected
 
 
