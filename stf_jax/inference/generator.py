@@ -195,12 +195,20 @@ class Generator:
 
         The program is kept for further calls of the same function with arrays of the same shapes.
         """
+        with compute_context(self._mesh, self.plan.precision):
+            return self._program(function)(self._weights, *arguments)
+
+    def compile(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Compiles what :meth:`apply` calls for such arguments, which the program does not read."""
+        with compute_context(self._mesh, self.plan.precision):
+            self._program(function).lower(self._weights, *arguments).compile()
+
+    def _program(self, function: Callable[..., Any]) -> jax.stages.Wrapped:
         if function not in self._compiled:
             self._compiled[function] = jax.jit(
                 lambda weights, *arguments: function(decoding.merge_weights(self.plan, weights), *arguments)
             )
-        with compute_context(self._mesh, self.plan.precision):
-            return self._compiled[function](self._weights, *arguments)
+        return self._compiled[function]
 
     def with_reduction(self, reduce: str, keep: int, tokens: int = 0) -> "Generator":
         """The same model with another reduction or budget of its image tokens; both share the weights.

@@ -18,6 +18,7 @@ from stf_jax.looking.attribution import TokenMaps, map_answer, map_tokens
 from stf_jax.models.reducers.base import Reduction
 
 MAX_NEW_TOKENS = 64
+_ANSWER = 8  # tokens of an answer for which the maps are compiled; more if it is longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +95,13 @@ def look_at(
         maps: TokenMaps = generator.apply(map_tokens, jnp.asarray(generator.squares(image)[0]), tokens, ~is_image)
         return maps
 
-    with ThreadPoolExecutor(1) as pool:  # compiles the maps of tokens beside the programs that answer
-        mapped = pool.submit(compute_tokens, image)
+    def compute_tokens_first(image: PIL.Image.Image) -> TokenMaps:
+        maps = compute_tokens(image)
+        generator.compile(map_answer, maps.tokens, tokens, is_image, jnp.zeros(_ANSWER, jnp.int32))
+        return maps
+
+    with ThreadPoolExecutor(1) as pool:  # compiles the maps beside the programs that answer
+        mapped = pool.submit(compute_tokens_first, image)
         blank_answer = generator.answer_tokens(blank_record, max_new_tokens)
         made = mapped.result()
     begin = time.perf_counter()
@@ -103,7 +109,7 @@ def look_at(
     milliseconds = 1000 * (time.perf_counter() - begin)
     count = len(answer)
     # Programs are compiled for powers of two, so that few answers need a new one.
-    padded = jnp.asarray(np.pad(answer, (0, max(8, 1 << (count - 1).bit_length()) - count)))
+    padded = jnp.asarray(np.pad(answer, (0, max(_ANSWER, 1 << (count - 1).bit_length()) - count)))
     maps, blank_maps = (
         generator.apply(map_answer, one.tokens, tokens, is_image, padded) for one in (made, compute_tokens(blank))
     )
