@@ -80,10 +80,10 @@ def look_at(
       UserError: the model has no vision tower, has a schedule or reads tiles, the question is too long for it, or the
         mesh splits rows.
     """
-    if generator.model.schedule:
-        raise UserError(f"A look cannot show a model with a schedule ({generator.model.schedule}); choose another.")
     if generator.row_shards > 1:
         raise UserError("A look reads one row, which data and fsdp of the mesh would split: use tensor alone (1,1,N).")
+    if generator.model.schedule:
+        raise UserError(f"A look cannot show a model with a schedule ({generator.model.schedule}); choose another.")
     if generator.tiles is not None:
         raise UserError("A look maps one square per image, but this model reads images in tiles (data.aspect=tiles).")
     blank = PIL.Image.new("RGB", image.size, BLANK_COLOR)
