@@ -15,7 +15,7 @@ from flax import nnx
 
 from benchmarks.process import measure_process
 from benchmarks.timing import median_seconds
-from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError
+from stf_jax.config import FusionConfig, MeshConfig, ModelConfig, UserError, fusion_from_json
 from stf_jax.models.fusions.base import FUSIONS, Fusion, tapped_blocks, tokens_per_image
 from stf_jax.models.spec import llm_preset, vision_preset
 from stf_jax.parallel.mesh import compute_context, make_mesh
@@ -106,5 +106,5 @@ def _measure_memory(compiled: jax.stages.Compiled) -> tuple[float, str]:
 
 if __name__ == "__main__":
     task, batch = json.loads(sys.argv[1]), int(sys.argv[2])
-    fusion_config = FusionConfig(**task.pop("fusion") | {"taps": ()})
+    fusion_config = fusion_from_json(task.pop("fusion"))
     print(json.dumps(measure(ModelConfig(**task, fusion=fusion_config), batch)))

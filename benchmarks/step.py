@@ -19,7 +19,7 @@ from benchmarks.recipes import LEARNING_RATE, LLM_RULE, make_stage
 from benchmarks.synthetic import make_export
 from benchmarks.timing import time_torch_steps
 from stf_jax.accounting.chips import find_chip
-from stf_jax.config import FusionConfig, ModelConfig, Precision, Remat, TrainConfig, UserError
+from stf_jax.config import FusionConfig, ModelConfig, Precision, Remat, TrainConfig, UserError, fusion_from_json
 from stf_jax.models.spec import resolve_model, vision_preset
 from stf_jax.training.flops import step_flops
 from stf_jax.training.timing import make_batch, time_train_steps
@@ -97,7 +97,7 @@ def _make_config(task: Task) -> TrainConfig:
 
 
 def _read_fusion(folder: str) -> FusionConfig:
-    return FusionConfig(**json.loads((pathlib.Path(folder) / "model.json").read_text())["fusion"])
+    return fusion_from_json(json.loads((pathlib.Path(folder) / "model.json").read_text())["fusion"])
 
 
 def _make_figures(config: TrainConfig, losses: Sequence[float], seconds: Sequence[float]) -> dict[str, Any]:

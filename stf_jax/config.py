@@ -432,6 +432,11 @@ def from_json(data: Mapping[str, Any]) -> TrainConfig:
     return _build(TrainConfig, data, "")
 
 
+def fusion_from_json(values: Mapping[str, Any]) -> FusionConfig:
+    """Returns a fusion's config from JSON, whose lists are tuples. Raises UserError for a wrong key or value."""
+    return _build(FusionConfig, values, "model.fusion.")
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one flat dict with dotted keys."""
     flat: dict[str, Any] = {}

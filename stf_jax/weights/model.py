@@ -16,7 +16,7 @@ from etils import epath
 from transformers import PreTrainedTokenizerFast
 
 from stf_jax.checkpointing.params import IMPORTED, SavedParams
-from stf_jax.config import FusionConfig, TrainConfig, UserError, from_json, to_json
+from stf_jax.config import FusionConfig, TrainConfig, UserError, from_json, fusion_from_json, to_json
 from stf_jax.data.tiles import Tiles, find_tiles, with_newline
 from stf_jax.data.tokenizer import EMBEDDED, FILES, save_tokenizer
 from stf_jax.files import local_copy, make_folder, read_json, upload, write_json
@@ -166,16 +166,11 @@ def _read_files(folder: epath.Path) -> dict[str, bytes]:
 def _read_description(file: epath.Path) -> Description:
     values = read_json(file)
     refuse_code_in(file.parent, values)
-    fusion = values["fusion"] and FusionConfig(**values["fusion"] | _read_tuples(values["fusion"]))
+    fusion = values["fusion"] and fusion_from_json(values["fusion"])
     vision = values["vision"] and parse_vision_config(values["vision"])
     llm = values["llm"] and parse_llm_config(values["llm"])
     tiles = values.get("tiles") and Tiles(tuple(map(tuple, values["tiles"]["grids"])), values["tiles"]["marks"])
     return Description(vision, llm, fusion, values["template"], values["aspect"], values.get("schedule", ""), tiles)
-
-
-def _read_tuples(fusion: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The fields of a fusion's config that JSON has as lists; those of earlier versions have no budgets."""
-    return {"taps": tuple(fusion["taps"]), "budgets": tuple(fusion.get("budgets", ()))}
 
 
 def _existing_folder(path: pathlib.Path) -> pathlib.Path | None:

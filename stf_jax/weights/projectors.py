@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from stf_jax.config import Aspect, FusionConfig, UserError
+from stf_jax.config import Aspect, FusionConfig, UserError, fusion_from_json
 from stf_jax.models.decoders.base import LLMConfig
 from stf_jax.models.fusions.base import TAPS, tapped_blocks, tokens_per_image
 from stf_jax.models.spec import VISION
@@ -59,8 +59,7 @@ def _read_exported_fusion(
         return None
     try:
         values = {key: value for key, value in config["stf_config"].items() if key not in _NOT_OF_THE_FUSION}
-        tuples = {"taps": tuple(values["taps"]), "budgets": tuple(values.get("budgets", ()))}
-        fusion = FusionConfig(**values | tuples)
+        fusion = fusion_from_json(values)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"config.json does not describe an STF-JAX export: {error!r}.") from None
     sizes = *fusion.taps, *fusion.budgets, fusion.mbtf_hidden, fusion.mbtf_width, fusion.stf_hidden, fusion.depth
