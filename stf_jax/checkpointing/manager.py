@@ -79,7 +79,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0 and self._folder.exists():
             for partial in self._folder.glob(f"*{TEMPORARY}*"):
-                partial.rmtree()
+                _remove(partial)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._config.keep_last, keep_period=self._config.keep_every or None
         )
@@ -309,3 +309,18 @@ def _unused_path(folder: epath.Path, name: str) -> epath.Path:
     """Returns a path in the folder that does not exist yet."""
     names = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(2)))
     return next(folder / candidate for candidate in names if not (folder / candidate).exists())
+
+
+def _remove(partial: epath.Path) -> None:
+    """Deletes a partly written checkpoint, in which threads of the failed save may still add and remove files."""
+    for pause in (0.1, 0.4, 1.6, 0.0):
+        try:
+            partial.rmtree()
+        except OSError:
+            if not partial.exists():
+                return
+            if not pause:
+                raise
+            time.sleep(pause)
+        else:
+            return

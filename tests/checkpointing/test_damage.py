@@ -307,6 +307,28 @@ def test_run_that_cannot_be_saved_for_long_ends(tmp_path, reported):
         assert checkpoints.restore(10, _layout(_state(size=5000)))
 
 
+@pytest.mark.parametrize("failures", [2, 4])
+def test_a_partial_checkpoint_is_deleted_while_threads_of_its_save_end(tmp_path, reported, monkeypatch, failures):
+    """They remove a file, or add one, while the folder is deleted."""
+    partial, rmtree = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp", shutil.rmtree
+    partial.mkdir(parents=True)
+    errors = [FileNotFoundError(errno.ENOENT, "a file"), OSError(errno.ENOTEMPTY, "a folder")] * 2
+
+    def fail_at_first(path, *arguments, **options):
+        if os.fspath(path) == os.fspath(partial) and len(errors) > 4 - failures:
+            raise errors.pop()
+        return rmtree(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", fail_at_first)
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda _: None)
+    if failures == 4:
+        with pytest.raises(FileNotFoundError):
+            _checkpoints(tmp_path, reported)
+        return
+    with _checkpoints(tmp_path, reported):
+        assert not partial.exists()
+
+
 def test_last_step_is_retried_before_giving_up(tmp_path, reported):
     with _checkpoints(tmp_path, reported) as checkpoints:
         _run(checkpoints, range(1, 11))
