@@ -49,6 +49,11 @@ class Registry(Generic[_Component]):
             raise UserError(f"Unknown {self.kind} {name!r}; {did_you_mean(name, self.known)}")
         return self.known[name]
 
+    def make(self, name: str) -> Any:
+        """Returns the component that ``NAME:key=value,…`` describes. Raises UserError for a wrong name or option."""
+        base, options = split_options(name)
+        return _call_factory(self.find(base), options, name, self.kind)
+
 
 def is_outside(name: str) -> bool:
     """Whether a name is of the form ``package.module:Thing`` (a bucket's address is not)."""
@@ -61,7 +66,7 @@ def split_options(name: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (name, "")
 
 
-def call_factory(found: Any, options: str, name: str, kind: str) -> Any:
+def _call_factory(found: Any, options: str, name: str, kind: str) -> Any:
     """The component that a factory makes of ``key=value,…``; anything but a factory is returned as it is.
 
     Values are numbers, several whole ones joined by ``+``, one of the words of a Literal, or text without commas, as

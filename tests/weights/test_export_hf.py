@@ -146,7 +146,7 @@ def test_a_request_chooses_its_budget(exported, case):
         inputs = processor(images, text, num_image_tokens=tokens, return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs).logits[0].numpy()
-            told = model.generate(
+            generated = model.generate(
                 **inputs, num_image_tokens=tokens, max_new_tokens=2, min_new_tokens=2, do_sample=False
             )
         ids = inputs["input_ids"][0].numpy()
@@ -155,7 +155,7 @@ def test_a_request_chooses_its_budget(exported, case):
         squares = to_uint8(inputs, open_model(folder).description.vision)
         ours = our_logits(folder, ids, is_image, squares, tokens or 0)
         np.testing.assert_allclose(logits[:, : ours.shape[1]], ours, atol=1e-4)
-        assert told[0, len(ids)] == ours[-1, : processor.image_token_id].argmax()
+        assert generated[0, len(ids)] == ours[-1, : processor.image_token_id].argmax()
     with pytest.raises(ValueError, match="num_image_tokens=8 is not among "):
         processor(images, text, num_image_tokens=8)
     with pytest.raises(ValueError, match="tokens per image, not 8"):

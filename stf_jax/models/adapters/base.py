@@ -17,7 +17,7 @@ from flax import nnx
 
 from stf_jax.config import UserError
 from stf_jax.models.layers import Linear
-from stf_jax.registry import Registry, call_factory, split_options
+from stf_jax.registry import Registry
 
 ADAPTER = "adapter"  # the attribute of a layer, and so a part of paths: llm/blocks/mlp/up/adapter/a
 Array = TypeVar("Array", np.ndarray, jax.Array)
@@ -50,8 +50,7 @@ ADAPTERS: Registry[Adapter | Callable[..., Adapter]] = Registry("adapter", "stf_
 @functools.lru_cache
 def find_adapter(name: str) -> Adapter:
     """The adapter of that name, with the options in it. Raises UserError for a wrong one, or what is no adapter."""
-    base, options = split_options(name)
-    found = call_factory(ADAPTERS.find(base), options, name, ADAPTERS.kind)
+    found = ADAPTERS.make(name)
     if isinstance(found, type) or not isinstance(found, Adapter):
         raise UserError(f"adapter={name} is not an object with the methods build and change.")
     return found

@@ -37,7 +37,7 @@ from stf_jax.models.schedules.base import Schedule, find_schedule, plan_schedule
 from stf_jax.models.stages import Layout, Stage, Visible, make_selections
 from stf_jax.models.towers.base import VisionConfig
 from stf_jax.models.towers.vit import VisionTower
-from stf_jax.registry import Registry, call_factory, split_options
+from stf_jax.registry import Registry
 
 if TYPE_CHECKING:  # spec.py imports this file
     from stf_jax.models.spec import ModelSpec
@@ -129,8 +129,7 @@ REDUCERS: Registry[Reducer | Callable[..., Reducer]] = Registry("model.reduce", 
 @functools.lru_cache
 def find_reducer(name: str) -> Reducer:
     """The reducer of that name, with the options in it. Raises UserError for a wrong one, or what is no reducer."""
-    base, options = split_options(name)
-    found = call_factory(REDUCERS.find(base), options, name, REDUCERS.kind)
+    found = REDUCERS.make(name)
     if not isinstance(found, Reducer):
         kinds = "PatchReducer, TokenReducer or DecoderReducer"
         raise UserError(f"model.reduce={name} is not a {kinds} of stf_jax.models.reducers.base.")

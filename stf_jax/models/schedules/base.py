@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 from stf_jax.config import UserError
 from stf_jax.models.stages import Stage
-from stf_jax.registry import Registry, call_factory, split_options
+from stf_jax.registry import Registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,7 @@ SCHEDULES: Registry[Schedule | Callable[..., Schedule]] = Registry("model.schedu
 @functools.lru_cache
 def find_schedule(name: str) -> Schedule:
     """The schedule of that name, with the options in it. Raises UserError for a wrong one, or what is no schedule."""
-    base, options = split_options(name)
-    found = call_factory(SCHEDULES.find(base), options, name, SCHEDULES.kind)
+    found = SCHEDULES.make(name)
     if not isinstance(found, Schedule):
         raise UserError(f"model.schedule={name} is not a Schedule of stf_jax.models.schedules.base.")
     return found

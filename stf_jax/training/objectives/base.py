@@ -16,7 +16,7 @@ import jax
 from stf_jax.config import ModelConfig, UserError
 from stf_jax.data.packing import Batch
 from stf_jax.models.vlm import VLM
-from stf_jax.registry import Registry, call_factory, split_options
+from stf_jax.registry import Registry
 
 
 @runtime_checkable
@@ -48,8 +48,7 @@ def find_objective(name: str, model: ModelConfig) -> Objective:
     Raises:
       UserError: an unknown name, wrong options, or something that is not an objective.
     """
-    base, options = split_options(name or ("cells" if model.cells else "next_token"))
-    found = call_factory(OBJECTIVES.find(base), options, name, OBJECTIVES.kind)
+    found = OBJECTIVES.make(name or ("cells" if model.cells else "next_token"))
     if isinstance(found, type) or not isinstance(found, Objective):
         raise UserError(f"objective={name} is not an object with the methods loss_sum and count_terms.")
     return found
