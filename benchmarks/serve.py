@@ -46,6 +46,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         raise UserError(f"--in-flight={options.in_flight} must be comma-separated integers.") from None
     if min(levels) < 1 or options.tokens < 1 or options.requests < 1:
         raise UserError("--in-flight, --requests and --tokens must be at least 1.")
+    for export in options.exports:
+        if not (export / "config.json").exists():
+            raise UserError(f"{export} is not an export: it has no config.json.")
     if not _PYTHON.exists():
         raise UserError(f"{_PYTHON} does not exist: run `make .venv-serve/ready` first.")
     rows: list[dict[str, Any]] = []

@@ -341,6 +341,7 @@ def test_the_mixture_has_its_documented_statistics():
         (["fusion", "--batch=0"], "--batch must be at least 1"),
         (["flops", "--text=a"], "--text=a must be comma-separated integers"),
         (["flops", "--text=-1"], "--text must not be negative"),
+        (["serve", "no/such/export"], "is not an export: it has no config.json"),
         (["serve", "--in-flight=0"], "--in-flight, --requests and --tokens must be at least 1"),
         (["step", "--rows=0"], "--rows, --steps and --rounds must be at least 1"),
         (["cost", "--layers=2,1"], "--layers=2,1 must be two numbers, the smaller first"),

@@ -1,5 +1,7 @@
 """Making shards as an Apache Beam pipeline, on the runner of a cluster or of this machine."""
 
+import contextlib
+import io
 import shlex
 from collections.abc import Callable, Sequence
 
@@ -9,23 +11,35 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from stf_jax.config import UserError
 
 
-def run_pipeline(make_shard: Callable[[int], None], shards: Sequence[int], runner: str, options: str) -> None:
-    """Calls ``make_shard`` for each shard, on the workers of a runner, and waits for all.
+def open_pipeline(runner: str, options: str) -> apache_beam.Pipeline:
+    """Returns an empty pipeline; nothing runs yet.
 
     Args:
-      make_shard: what a worker does; it is pickled, so workers need this package.
-      shards: their numbers.
       runner: its name, such as ``DirectRunner`` or ``DataflowRunner``.
       options: of the runner, as on a command line.
 
     Raises:
-      UserError: there is no such runner.
+      UserError: there is no such runner, or its options are malformed.
     """
-    arguments = [f"--runner={runner}", *shlex.split(options)]
+    printed = io.StringIO()
     try:
-        pipeline = apache_beam.Pipeline(options=PipelineOptions(arguments))
-    except (ValueError, ImportError) as error:
-        raise UserError(f"--runner={runner}: {error}") from None
+        arguments = PipelineOptions([f"--runner={runner}", *shlex.split(options)])
+        with contextlib.redirect_stderr(printed):  # Beam's parser prints all of its options and exits
+            arguments.get_all_options()
+        return apache_beam.Pipeline(options=arguments)
+    except (ValueError, ImportError, SystemExit) as error:
+        reason = printed.getvalue().rpartition("error: ")[2].strip() if isinstance(error, SystemExit) else error
+        raise UserError(f"--runner={runner} with --beam-options={options!r}: {reason}") from None
+
+
+def run_pipeline(pipeline: apache_beam.Pipeline, make_shard: Callable[[int], None], shards: Sequence[int]) -> None:
+    """Calls ``make_shard`` for each shard, on the workers of the pipeline's runner, and waits for all.
+
+    Args:
+      pipeline: an empty one.
+      make_shard: what a worker does; it is pickled, so workers need this package.
+      shards: their numbers.
+    """
     # Without a reshuffle, a runner would make all shards on the worker that has the list.
     _ = (
         pipeline

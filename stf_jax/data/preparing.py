@@ -20,6 +20,7 @@ import pathlib
 import signal
 import tempfile
 import threading
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,6 +49,7 @@ from stf_jax.data.shard_writer import (
 )
 from stf_jax.data.sources.llava import INFO, KEPT, open_container
 from stf_jax.data.tokenizer import load_tokenizer
+from stf_jax.environment import suppress_stderr
 from stf_jax.files import get_version, in_bucket, make_folder, move_file, open_atomic, read_json, to_path, write_json
 from stf_jax.runs.lock import lock_file
 
@@ -70,6 +72,8 @@ def prepare(options: Options) -> Report:
         container = open_container(name)
         if not options.images and (container is None or container.needs_folder):
             raise UserError(f"{name} has paths of images; give their folder with --images=DIR.")
+    if options.runner:
+        _import_beam().open_pipeline(options.runner, options.beam_options)  # checks them before anything is written
     check_template(options.template, load_tokenizer(options.tokenizer) if options.tokenizer else None)
     plan = _make_plan(options)
     make_folder(out)
@@ -191,12 +195,19 @@ def _wait_for_one(
     return pending
 
 
-def _make_shards_by_beam(options: Options, shards: int, missing: Sequence[int], notes: epath.Path) -> None:
-    from stf_jax.data.beam import run_pipeline  # needs a package that the other way does not
+def _import_beam() -> types.ModuleType:
+    """Imports what needs Apache Beam, which warns about packages of runners that may not be used."""
+    with suppress_stderr():
+        from stf_jax.data import beam
+    return beam
 
+
+def _make_shards_by_beam(options: Options, shards: int, missing: Sequence[int], notes: epath.Path) -> None:
+    beam = _import_beam()
+    pipeline = beam.open_pipeline(options.runner, options.beam_options)
     for file in notes.glob("*.error"):
         file.unlink()
-    run_pipeline(functools.partial(_make_shard_by_beam, options, shards), missing, options.runner, options.beam_options)
+    beam.run_pipeline(pipeline, functools.partial(_make_shard_by_beam, options, shards), missing)
     for file in sorted(notes.glob("*.error")):
         raise UserError(file.read_text())
 
@@ -228,8 +239,8 @@ def _make_shard(options: Options, shards: int, shard: int, rows: Sequence[Number
 
 
 def _make_shard_by_beam(options: Options, shards: int, shard: int) -> None:
-    rows = read_shard(options, _get_sources(options), shard)
     try:
+        rows = read_shard(options, _get_sources(options), shard)
         _get_writer(options, shards).write(shard, rows, lambda: False)
     except UserError as error:  # a runner would wrap it in traces of its own, and try again
         (to_path(options.out) / NOTES / f"{shard:05}.error").write_text(str(error))

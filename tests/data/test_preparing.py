@@ -116,7 +116,26 @@ def test_a_beam_pipeline_resumes_and_is_strict(data, tmp_path, capsys):
     assert run_command(main, arguments) == 0
     assert not (out / "unfinished").exists()
     assert run_command(main, [*arguments[:2], f"--out={tmp_path / 'other'}", "--runner=NoSuchRunner"]) == 2
-    assert "error: --runner=NoSuchRunner: Unexpected pipeline runner: NoSuchRunner." in capsys.readouterr().err
+    assert "NoSuchRunner with --beam-options='': Unexpected pipeline runner" in capsys.readouterr().err
+    assert (
+        run_command(main, [*arguments[:2], f"--out={tmp_path / 'other'}", "--runner=DirectRunner", "--beam-options='"])
+        == 2
+    )
+    assert "No closing quotation" in capsys.readouterr().err
+    assert (
+        run_command(
+            main,
+            [
+                *arguments[:2],
+                f"--out={tmp_path / 'other'}",
+                "--runner=DirectRunner",
+                "--beam-options=--direct_num_workers=x",
+            ],
+        )
+        == 2
+    )
+    assert "--direct_num_workers: invalid int value: 'x'\n" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
     assert run_command(main, [*arguments, "--workers=2"]) == 2
     assert "--workers is for processes of this machine" in capsys.readouterr().err
 
