@@ -197,8 +197,14 @@ def _wait_for_one(
 
 def _import_beam() -> types.ModuleType:
     """Imports what needs Apache Beam, which warns about packages of runners that may not be used."""
-    with suppress_stderr():
-        from stf_jax.data import beam
+    try:
+        with suppress_stderr():
+            from stf_jax.data import beam
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--runner needs Apache Beam, but there is no module {error.name}: install apache-beam as "
+            "requirements-data.txt does (docs/your-own-data.md)."
+        ) from None
     return beam
 
 

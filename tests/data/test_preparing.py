@@ -140,6 +140,15 @@ def test_a_beam_pipeline_resumes_and_is_strict(data, tmp_path, capsys):
     assert "--workers is for processes of this machine" in capsys.readouterr().err
 
 
+def test_without_beam_a_runner_is_refused(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "stf_jax.data.beam", raising=False)
+    monkeypatch.delattr("stf_jax.data.beam", raising=False)  # of the package, if another test has imported it
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    arguments = [f"--annotations={data[0] / 'llava_v1_5_mix665k.json'}", f"--images={data[0] / 'images'}"]
+    assert run_command(main, [*arguments, f"--out={tmp_path / 'out'}", "--runner=DirectRunner"]) == 2
+    assert "--runner needs Apache Beam, but there is no module apache_beam: install" in capsys.readouterr().err
+
+
 def test_file_modes_follow_the_umask(prepared, tmp_path):
     (tmp_path / "file").touch()
     modes = {file.stat().st_mode for file in prepared[0].rglob("*") if file.is_file()}
