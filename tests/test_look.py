@@ -16,6 +16,7 @@ from stf_jax import api, look
 from stf_jax.cli import run_command
 from stf_jax.config import UserError
 from stf_jax.data.records import make_question
+from stf_jax.data.tiles import Tiles
 from stf_jax.data.tokenizer import untrained_tokens
 from stf_jax.inference import loading
 from stf_jax.looking.attribution import map_answer
@@ -26,21 +27,33 @@ from stf_jax.models.spec import resolve_model
 from stf_jax.weights import model as saved_models
 
 QUESTION = "What is it?"
+MLP = {"model.fusion.fusion": "mlp", "model.fusion.taps": (1,)}
 RNG = np.random.default_rng(0)
 IMAGE = PIL.Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
 def unreduced():
-    return make_generator(**{"model.fusion.fusion": "mlp", "model.fusion.taps": (1,)})
+    return make_generator(**MLP)
 
 
 IN_THE_DECODER = [name for name in REDUCERS.known if isinstance(find_reducer(name), DecoderReducer)]
 
 
-@pytest.mark.parametrize("name", ["", *(f"{name}:after=1" for name in IN_THE_DECODER)])
+SCHEDULES = {
+    "vica:layers=0+3": [16, 0, 0, 16],
+    "pyramiddrop:after=1+3,keep=7+2": [16, 7, 7, 2],
+    "hidrop:enter=1,layers=2,keep=5,exit=3,soft=0.5": [0, 16, 5, 0],
+}
+READ = {"": [16, 16], **{f"{name}:after=1": [16, 9] for name in IN_THE_DECODER}, **SCHEDULES}  # tokens, by layer
+
+
+@pytest.mark.parametrize("name", READ)
 def test_maps_of_an_answer_are_those_of_the_generator(name, unreduced, monkeypatch):
-    generator = unreduced.with_reduction(name, 9) if name else unreduced
+    if name in SCHEDULES:
+        generator = unreduced = make_generator(**MLP | {"model.llm": "llama-deep-tiny", "model.schedule": name})
+    else:
+        generator = unreduced.with_reduction(name, 9) if name else unreduced
     question = make_question("", [lambda: IMAGE], QUESTION)
     answer, prompt = generator.answer_tokens(question, 4), generator.prompt(question)
     compute, seen = Decoder.logits, []
@@ -61,7 +74,7 @@ def test_maps_of_an_answer_are_those_of_the_generator(name, unreduced, monkeypat
     np.testing.assert_array_equal(np.where(never, -np.inf, logits).argmax(-1), answer)
     np.testing.assert_allclose(maps.log_probs[rows], jax.nn.log_softmax(logits)[rows, answer], rtol=1e-4, atol=1e-4)
     reads, attention, movement = (np.asarray(x) for x in (maps.reads, maps.attention, maps.movement[rows]))
-    assert list(reads.sum(1)) == ([16, 9] if name else [16, 16])
+    assert list(reads.sum(1)) == READ[name]
     np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
     np.testing.assert_array_equal((attention[:, :, np.flatnonzero(prompt.is_image)] > 0).all(1), reads)
     assert (movement > 0).all()  # by tokens that are dropped too, which the first layer reads
@@ -100,6 +113,39 @@ def test_the_command_and_the_api_write_pages(unreduced, tmp_path, capsys, monkey
     data = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "all" / "1.html").read_text())[1])
     assert [(one["name"], one["answer"], one["tokens"]) for one in data["methods"]] == [("mlp", seen.answer, 16)]
     assert f"1.png  mlp: {seen.answer!r} ({seen.probability:.0%})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("marks", ["newline", "none"])
+def test_a_look_at_tiles_shows_all_squares(marks, tmp_path):
+    """Each token's patch on the canvas is the one of its square, and the answer is the generator's."""
+    generator = make_generator(tiles=Tiles(((1, 2), (2, 1), (2, 2)), marks), **MLP)
+    wide = PIL.Image.fromarray(RNG.integers(0, 256, (50, 150, 3), np.uint8))
+    question = make_question("", [lambda: wide], QUESTION)
+    seen, prompt = look_at(generator, wide, QUESTION, "tiles", 4), generator.prompt(question)
+    squares, (rows, columns) = generator.squares(wide), seen.grid
+    assert (seen.tiles, seen.grid, seen.patches, len(squares)) == ((1, 2), (4, 13), 48, 3)
+    patches = seen.pixels.reshape(rows, 16, columns, 16, 3).swapaxes(1, 2).reshape(-1, 16, 16, 3)
+    of_squares = squares.reshape(3, 4, 16, 4, 16, 3).swapaxes(2, 3).reshape(-1, 16, 16, 3)
+    slots = prompt.image_slots[prompt.is_image]
+    assert len(slots) == {"newline": 16 + 2 * (8 + 1), "none": 48}[marks]  # two of four rows are padding alone
+    for slot, shares, moved in zip(slots, seen.sources, seen.movement, strict=True):
+        if slot < 0:
+            assert not shares.any()
+            assert not moved.any()
+            continue
+        (place,) = np.flatnonzero(shares)
+        np.testing.assert_array_equal(patches[place], of_squares[slot])
+        assert list(np.flatnonzero(moved[0])) == [place]
+    drawn = {place for place, patch in enumerate(patches) if (patch != 128).any()}
+    assert len(drawn) == 48
+    (answer,) = generator.generate([question], 4, 1)
+    assert seen.answer == answer
+    ids = jnp.pad(generator.answer_tokens(question, 4), (0, 8 - len(seen.pieces)))
+    inputs = generator.image_tokens(wide), jnp.asarray(prompt.tokens), jnp.asarray(prompt.is_image), ids
+    maps = generator.apply(map_answer, *inputs)
+    np.testing.assert_allclose(seen.probabilities, np.exp(maps.log_probs)[: len(seen.pieces)], rtol=1e-5)
+    np.testing.assert_allclose(seen.dependence, maps.movement[: len(seen.pieces)], rtol=1e-4)
+    assert seen.dependence.all()  # on newline tokens too
 
 
 def test_a_reducer_is_used_with_the_models_that_it_fits():

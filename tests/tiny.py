@@ -25,6 +25,7 @@ from stf_jax.config import (
 )
 from stf_jax.data.packing import Batch
 from stf_jax.data.pipeline import Batches, Preprocessor, load_training_records
+from stf_jax.data.tiles import Tiles, with_newline
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.inference.generator import Generator
 from stf_jax.models import spec
@@ -42,6 +43,7 @@ spec.VISION["clip-tiny"] = dataclasses.replace(
 spec.LLM["llama-tiny"] = dataclasses.replace(
     spec.LLM["llama-mini"], width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64
 )
+spec.LLM["llama-deep-tiny"] = dataclasses.replace(spec.LLM["llama-tiny"], layers=4, qkv_bias=True)
 
 TOKENIZER = load_tokenizer("miniature")
 
@@ -165,13 +167,15 @@ def large_params(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -> d
     return {path: x if path.endswith("scale") else 4 * x for path, x in random_params(shapes, seed).items()}
 
 
-def make_generator(reduce: str = "", keep: int = 0, **changes) -> Generator:
+def make_generator(reduce: str = "", keep: int = 0, tiles: Tiles | None = None, **changes) -> Generator:
     """A generator of the tiny model with large random weights."""
     config = resolve_model(tiny(**{"model.reduce": reduce, "model.keep": keep} | changes).model)
+    config = with_newline(config, tiles)
     plan, mesh = blueprint(config), make_mesh(MeshConfig(1, 1, 1))
     places = plan.shardings(mesh)
     params = ((path, jax.device_put(x, places[path])) for path, x in large_params(plan.shapes, 1).items())
-    return Generator(config, TOKENIZER, mesh, "v1", "pad").load_params(params)
+    aspect = "pad" if tiles is None else "tiles"
+    return Generator(config, TOKENIZER, mesh, "v1", aspect, tiles).load_params(params)
 
 
 def make_preprocessor(config: TrainConfig) -> Preprocessor:

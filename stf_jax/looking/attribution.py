@@ -20,8 +20,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from stf_jax.models.attention import Mask, attention_weights
-from stf_jax.models.decoders.transformer import Selection
+from stf_jax.models.decoders.transformer import Rows, Selection
 from stf_jax.models.reducers.base import PatchReducer, Question, TokenReducer
+from stf_jax.models.stages import Layout
 from stf_jax.models.towers.vit import VisionTower
 from stf_jax.models.vlm import VLM
 
@@ -166,24 +167,30 @@ def map_answer(
       answer: tokens of the answer. What follows a token does not change its maps.
     """
     reduction, length, count = model.reduction, len(prompt), len(answer)
-    tokens = jnp.concatenate([prompt, answer[:-1]])[None]
-    slots = jnp.pad(jnp.where(is_image, jnp.cumsum(is_image) - 1, -1), (0, count - 1), constant_values=-1)[None]
+    tokens = jnp.concatenate([prompt, answer])[None]
+    slots = jnp.pad(jnp.where(is_image, jnp.cumsum(is_image) - 1, -1), (0, count), constant_values=-1)[None]
     positions = jnp.arange(tokens.shape[1])[None]
+    image_positions = jnp.nonzero(is_image, size=len(image_tokens))[0]
+    predicting = slice(-count - 1, -1)  # of the positions, which end with the answer
 
     def read(image_tokens: jax.Array) -> Any:
         at, attention, reads = positions, list[jax.Array](), list[jax.Array]()
 
-        def observe(q: jax.Array, k: jax.Array) -> None:
-            weights = attention_weights(q, k, Mask(causal=True))[0, :, -count:].mean(0)
-            attention.append(jnp.zeros((count, tokens.shape[1])).at[:, at[0]].set(weights))
-            reads.append(jnp.zeros(tokens.shape[1], bool).at[at[0]].set(True))
+        def observe(rows: Rows, q: jax.Array, k: jax.Array) -> None:
+            beside, seen = rows.beside, at[0] if reduction.schedule is None else visible.places[0]
+            if beside is not None:
+                seen = jnp.concatenate([image_positions, seen])
+            mask = Mask(causal=True, beside=None if beside is None else beside.visible)
+            weights = attention_weights(q, k, mask)[0, :, predicting].mean(0)
+            attention.append(jnp.zeros((count, tokens.shape[1])).at[:, seen].set(weights))
+            reads.append(jnp.zeros(tokens.shape[1], bool).at[seen].set(True))
 
         def with_answer(selection: Selection) -> Selection:
             """The selection of the prompt's positions, followed by those of the answer."""
 
             def select(q: jax.Array, k: jax.Array, x: jax.Array) -> jax.Array:
                 nonlocal at
-                end = x.shape[1] - count + 1
+                end = x.shape[1] - count
                 assert selection.select is not None  # those of reducers have it
                 kept = selection.select(q[:, :end], k[:, :end], x[:, :end])
                 kept = jnp.concatenate([kept, jnp.arange(end, x.shape[1])[None]], axis=1)
@@ -193,9 +200,14 @@ def map_answer(
             return dataclasses.replace(selection, select=select)
 
         x = model.embed(tokens, slots, image_tokens[None])
-        selections, _ = reduction.select_tokens(is_image[None], jnp.array([length]), 1, model.llm.norm)
-        hidden, _ = model.llm.prefill(x, positions, [*map(with_answer, selections)], observe=observe)
-        logits = model.llm.logits(hidden[0, -count:])
+        # A schedule ranks by the position before a token that is learned, which is the prompt's last.
+        layout = Layout(slots >= 0, jnp.ones_like(tokens), positions >= length)
+        selections, visible = reduction.follow_schedule(layout, Rows(x, positions), 1)
+        if reduction.schedule is None:
+            dropping, _ = reduction.select_tokens(is_image[None], jnp.array([length]), 1, model.llm.norm)
+            selections = [*map(with_answer, dropping)]
+        hidden, _ = model.llm.prefill(x, positions, selections, observe=observe)
+        logits = model.llm.logits(hidden[0, predicting])
         chosen = logits[jnp.arange(count), answer]
         return chosen, (chosen - jax.nn.logsumexp(logits, axis=-1), jnp.stack(attention), jnp.stack(reads))
 
@@ -204,7 +216,6 @@ def map_answer(
     def move(cotangent: jax.Array) -> jax.Array:
         return _length(pull_back(cotangent)[0]) * _length(image_tokens)
 
-    image_positions = jnp.nonzero(is_image, size=len(image_tokens))[0]
     return AnswerMaps(log_probs, attention, _map(move, jnp.eye(count)), reads[:, image_positions])
 
 

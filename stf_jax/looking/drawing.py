@@ -1,6 +1,6 @@
 """Draws the maps of a look over its image.
 
-Axis letters: S tokens, P patches.
+Axis letters: S tokens, Q patches of the canvas.
 """
 
 import numpy as np
@@ -20,19 +20,22 @@ def to_shares(values: np.ndarray) -> np.ndarray:
 
 
 def patch_values(look: Look, values: np.ndarray) -> np.ndarray:
-    """Spreads values of tokens [S] over the patches that they are made of, float64 [P]; their sum stays the same."""
+    """Spreads values of tokens [S] over the patches that they are made of, float64 [Q]; their sum stays the same.
+
+    Values of tokens without patches, those at the ends of rows of tiles, are not among them.
+    """
     return values.astype(np.float64) @ look.sources
 
 
 def find_owners(look: Look) -> np.ndarray:
-    """The token in which each patch has its largest share, int64 [P]; −1 for patches that no token is made of."""
+    """The token in which each patch has its largest share, int64 [Q]; −1 for patches that no token is made of."""
     return np.where(look.sources.max(0) > 0, look.sources.argmax(0), -1)
 
 
 def draw_tokens(look: Look) -> PIL.Image.Image:
-    """Draws the image, with lines between tokens and what was dropped faded."""
-    own, reaches_last = find_owners(look), np.asarray(look.reads.all(0))
-    return _draw(look, np.zeros(len(own)), (own >= 0) & reaches_last[own])
+    """Draws the image, with lines between tokens, faded except for the tokens that most layers read."""
+    own, layers = find_owners(look), look.reads.sum(0)
+    return _draw(look, np.zeros(len(own)), (own >= 0) & (layers[own] == layers.max()))
 
 
 def draw_answer(look: Look) -> PIL.Image.Image:
@@ -44,7 +47,7 @@ def draw_answer(look: Look) -> PIL.Image.Image:
 
 
 def _draw(look: Look, values: np.ndarray, shown: np.ndarray) -> PIL.Image.Image:
-    """Draws a map [P] in 0..1 over the image, which is faded except for patches that are ``shown``."""
+    """Draws a map [Q] in 0..1 over the image, which is faded except for patches that are ``shown``."""
     rows, columns = look.grid
     side = -(-_PNG_SIDE // look.pixels.shape[0]) * look.pixels.shape[0] // rows  # of a patch
 

@@ -1,21 +1,29 @@
-"""One look: a model's answer to a question about an image, with the maps that explain it, as numpy arrays."""
+"""One look: a model's answer to a question about an image, with the maps that explain it, as numpy arrays.
+
+Axis letters: as in attribution.py; Q patches of the canvas on which an image's squares are (canvas.py).
+"""
 
 import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 
 from stf_jax.config import UserError
 from stf_jax.data.records import make_question
+from stf_jax.data.tiles import Grid, choose_grid, place_slots
 from stf_jax.evals.benchmark import BLANK_COLOR
 from stf_jax.inference.generator import Generator
 from stf_jax.looking.attribution import TokenMaps, map_answer, map_tokens
+from stf_jax.looking.canvas import Canvas, make_canvas
 from stf_jax.models.reducers.base import Reduction
+from stf_jax.models.vlm import VLM
 
 MAX_NEW_TOKENS = 64
 _ANSWER = 8  # tokens of an answer for which the maps are compiled; more if it is longer
@@ -23,7 +31,7 @@ _ANSWER = 8  # tokens of an answer for which the maps are compiled; more if it i
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What a model answered, and why. Axis letters: as in attribution.py; the patches are those of ``pixels``.
+    """What a model answered, and why.
 
     Attributes:
       name: of the method.
@@ -34,12 +42,14 @@ class Look:
       blank_probability: of ``answer``, if the image is blank.
       milliseconds: from the question to the answer, without compilation.
       reduction: what was dropped.
-      pixels: what the tower reads, uint8 [H, W, 3].
-      grid: rows and columns of patches.
+      pixels: the canvas of what the tower reads, uint8 [H, W, 3].
+      grid: rows and columns of patches of ``pixels``.
+      tiles: rows and columns of the image's tiles; None for an image of one square.
+      patches: those that the tower reads, in all squares. The canvas may have more.
       taps: the tower's blocks that the fusion reads, deepest first.
-      sources: the share of each patch in each token, float32 [S, P]; rows sum to one.
+      sources: the share of each patch in each token, float32 [S, Q]; rows sum to one, but those of newline tokens to 0.
       stated: whether ``sources`` are what the fusion's class states, or shares of ``movement``.
-      movement: of each token's length, by the state of each tap at each patch, float32 [S, M, P].
+      movement: of each token's length, by the state of each tap at each patch, float32 [S, M, Q].
       attention: of the position that predicts each token of the answer to each image token, in each layer, averaged
         over heads, float32 [L, A, S]. The rest, up to one, is attention to text.
       dependence: movement of the logit of each token of the answer by each image token, float32 [A, S].
@@ -57,6 +67,8 @@ class Look:
     reduction: Reduction
     pixels: np.ndarray
     grid: tuple[int, int]
+    tiles: Grid | None
+    patches: int
     taps: Sequence[int]
     sources: np.ndarray
     stated: bool
@@ -77,33 +89,38 @@ def look_at(
     """Asks a model about an image, and maps its answer, with greedy decoding.
 
     Raises:
-      UserError: the model has no vision tower, has a schedule or reads tiles, the question is too long for it, or the
-        mesh splits rows.
+      UserError: the model has no vision tower, the question is too long for it, or the mesh splits rows.
     """
     if generator.row_shards > 1:
         raise UserError("A look reads one row, which data and fsdp of the mesh would split: use tensor alone (1,1,N).")
-    if generator.model.schedule:
-        raise UserError(f"A look cannot show a model with a schedule ({generator.model.schedule}); choose another.")
-    if generator.tiles is not None:
-        raise UserError("A look maps one square per image, but this model reads images in tiles (data.aspect=tiles).")
     blank = PIL.Image.new("RGB", image.size, BLANK_COLOR)
     record, blank_record = (make_question("look", [one.copy], question) for one in (image, blank))
     prompt = generator.prompt(record)
     tokens, is_image = jnp.asarray(prompt.tokens), jnp.asarray(prompt.is_image)
 
-    def compute_tokens(image: PIL.Image.Image) -> TokenMaps:
-        maps: TokenMaps = generator.apply(map_tokens, jnp.asarray(generator.squares(image)[0]), tokens, ~is_image)
-        return maps
+    def compute_squares(image: PIL.Image.Image) -> list[TokenMaps]:
+        return [generator.apply(map_tokens, jnp.asarray(one), tokens, ~is_image) for one in generator.squares(image)]
 
-    def compute_tokens_first(image: PIL.Image.Image) -> TokenMaps:
-        maps = compute_tokens(image)
-        generator.compile(map_answer, maps.tokens, tokens, is_image, jnp.zeros(_ANSWER, jnp.int32))
-        return maps
+    def read_tokens(squares: Sequence[TokenMaps]) -> np.ndarray:
+        """The image tokens that the language model reads, [S, D]."""
+        made = [np.asarray(square.tokens) for square in squares]
+        if generator.model.newline:
+            made.append(np.asarray(generator.apply(_find_newline))[None].astype(made[0].dtype))
+        return np.concatenate(made)[find_slots(squares)]
+
+    def find_slots(squares: Sequence[TokenMaps]) -> np.ndarray:
+        slots = place_slots(prompt.image_slots, 0, len(squares) * generator.slots)
+        return slots[prompt.is_image]
+
+    def compute_first(image: PIL.Image.Image) -> list[TokenMaps]:
+        squares = compute_squares(image)
+        generator.compile(map_answer, read_tokens(squares), tokens, is_image, jnp.zeros(_ANSWER, jnp.int32))
+        return squares
 
     with ThreadPoolExecutor(1) as pool:  # compiles the maps beside the programs that answer
-        mapped = pool.submit(compute_tokens_first, image)
+        mapped = pool.submit(compute_first, image)
         blank_answer = generator.answer_tokens(blank_record, max_new_tokens)
-        made = mapped.result()
+        squares = mapped.result()
     begin = time.perf_counter()
     answer = generator.answer_tokens(record, max_new_tokens)
     milliseconds = 1000 * (time.perf_counter() - begin)
@@ -111,14 +128,22 @@ def look_at(
     # Programs are compiled for powers of two, so that few answers need a new one.
     padded = jnp.asarray(np.pad(answer, (0, max(_ANSWER, 1 << (count - 1).bit_length()) - count)))
     maps, blank_maps = (
-        generator.apply(map_answer, one.tokens, tokens, is_image, padded) for one in (made, compute_tokens(blank))
+        generator.apply(map_answer, read_tokens(one), tokens, is_image, padded)
+        for one in (squares, compute_squares(blank))
     )
     spec = generator.model
     vision = spec.vision_shape
     assert vision is not None  # it has read the image
-    movement, pixels = np.asarray(made.movement), np.asarray(made.pixels)
-    moved = movement.sum(1)
-    sources = moved / np.maximum(moved.sum(1, keepdims=True), 1e-30) if made.sources is None else made.sources
+    pixels = np.stack([square.pixels for square in squares])
+    tiles = None if generator.tiles is None else choose_grid(image.size, generator.tiles.grids, vision.image_size)
+    canvas = make_canvas((pixels.shape[1] // vision.patch_size, pixels.shape[2] // vision.patch_size), tiles)
+    slots, stated = find_slots(squares), squares[0].sources is not None
+    movement = _put_on(canvas, [square.movement for square in squares], slots)
+    if stated:
+        sources = _put_on(canvas, [square.sources for square in squares], slots)
+    else:
+        moved = movement.sum(1)
+        sources = moved / np.maximum(moved.sum(1, keepdims=True), 1e-30)
     log_probs, blank_log_probs = (np.asarray(one.log_probs)[:count] for one in (maps, blank_maps))
     texts = [generator.decode_text(answer[:end]) for end in range(count + 1)]
     return Look(
@@ -131,13 +156,26 @@ def look_at(
         blank_probability=float(np.exp(blank_log_probs.sum())),
         milliseconds=milliseconds,
         reduction=spec.reduction,
-        pixels=pixels,
-        grid=(pixels.shape[0] // vision.patch_size, pixels.shape[1] // vision.patch_size),
+        pixels=canvas.draw(pixels, vision.patch_size),
+        grid=canvas.grid,
+        tiles=tiles,
+        patches=canvas.places.size,
         taps=spec.taps,
-        sources=np.asarray(sources),
-        stated=made.sources is not None,
+        sources=sources,
+        stated=stated,
         movement=movement,
         attention=np.asarray(maps.attention)[:, :count, np.flatnonzero(prompt.is_image)],
         dependence=np.asarray(maps.movement)[:count],
         reads=np.asarray(maps.reads),
     )
+
+
+def _find_newline(model: VLM) -> jax.Array:
+    return model.fusion.newline[...]
+
+
+def _put_on(canvas: Canvas, maps: Sequence[Any], slots: np.ndarray) -> np.ndarray:
+    """Puts maps of the tokens of squares, [N, …, P] each, on the canvas for the tokens of these slots: [S, …, Q]."""
+    values = np.concatenate([np.asarray(one) for one in maps])
+    count, squares = len(values), slots // len(maps[0])
+    return canvas.spread(values[np.minimum(slots, count - 1)], squares)  # newline tokens have no map

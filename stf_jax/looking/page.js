@@ -1,7 +1,11 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const find = id => document.getElementById(id);
-const decode = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
+const decode = async text => {
+  const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
+  const inflated = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Uint8Array(await new Response(inflated).arrayBuffer());
+};
 const percent = x => x > 0 && x < .01 ? "<1%" : `${Math.round(100 * x)}%`;
 const state = {method: 0, token: -1, map: "sources", tap: -1, piece: -1, use: "dependence", layer: 0};
 let methods = [];
@@ -16,15 +20,15 @@ const make = (tag, text, name) => {
 async function setUp() {
   find("question").textContent = data.question;
   find("image").textContent = data.image;
-  methods = data.methods.map((method, index) => {
-    const image = new Image();
-    image.src = method.pixels;
-    const [rows, columns] = method.grid;
-    return {...method, index, bitmap: image, patches: rows * columns,
-      sources: new Uint16Array(decode(method.sources).buffer),
-      movement: decode(method.movement), attention: decode(method.attention), dependence: decode(method.dependence)};
-  });
-  await Promise.all(methods.map(method => method.bitmap.decode()));
+  methods = await Promise.all(data.methods.map(async (method, index) => {
+    const bitmap = new Image();
+    bitmap.src = method.pixels;
+    await bitmap.decode();
+    const [rows, columns] = method.grid, maps = {};
+    for (const key of ["sources", "movement", "attention", "dependence"]) maps[key] = await decode(method[key]);
+    maps.sources = new Uint16Array(maps.sources.buffer);
+    return {...method, ...maps, index, bitmap, patches: rows * columns, mostRead: Math.max(...method.layersRead)};
+  }));
   for (const method of methods) {
     const card = make("button");
     card.setAttribute("role", "radio");
@@ -148,8 +152,8 @@ function paint(canvas, method, values, selected) {
     const x = p % columns, y = Math.floor(p / columns), owner = method.owners[p];
     const box = [Math.round(x * cell), Math.round(y * cell)];
     box.push(Math.round((x + 1) * cell) - box[0], Math.round((y + 1) * cell) - box[1]);
-    if (selected && owner >= 0 && method.layersRead[owner] === method.layers) {
-      context.globalAlpha = 1;  // what reaches the last layer keeps its colors
+    if (selected && owner >= 0 && method.layersRead[owner] === method.mostRead) {
+      context.globalAlpha = 1;  // what most layers read keeps its colors
       context.drawImage(method.bitmap, x * size[0], y * size[1], size[0], size[1], ...box);
     }
     context.globalAlpha = (selected ? .45 : .5) * values[p];
@@ -251,11 +255,11 @@ function describeToken(method) {
     used += value > 0;
     largest = Math.max(largest, value);
   }
-  const read = method.layersRead[state.token];
-  const made = used === 1 ? "made of one patch" : `made of ${used} patches` +
+  const readBy = method.readBy[state.token];
+  const made = !used ? "the end of a row of tiles, made of no patch" : used === 1 ? "made of one patch" : `made of ${used} patches` +
     (used * largest > 1.01 * sum ? `, up to ${percent(largest / sum)} from one` : " in equal shares");
-  const dropped = read < method.layers ? `; dropped after layer ${read} of ${method.layers}` : "";
-  return `Token ${state.token + 1} of ${method.tokens}: ${made}${method.stated ? "" : " (by gradient)"}${dropped}.`;
+  const how = method.stated || !used ? "" : " (by gradient)", read = readBy && `; read by ${readBy} of ${method.layers}`;
+  return `Token ${state.token + 1} of ${method.tokens}: ${made}${how}${read}.`;
 }
 
 function draw() {
@@ -327,7 +331,7 @@ function listen() {
     const x = Math.floor((event.clientX - box.left) / box.width * columns);
     const y = Math.floor((event.clientY - box.top) / box.height * rows);
     const owner = owners[Math.min(rows - 1, Math.max(0, y)) * columns + Math.min(columns - 1, Math.max(0, x))];
-    if (owner < 0) { find("token-text").textContent = "This patch was dropped: no token is made of it."; return; }
+    if (owner < 0) { find("token-text").textContent = "No token is made of this patch."; return; }
     state.token = owner;
     draw();
   });

@@ -9,6 +9,7 @@ import json
 import pathlib
 import re
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -75,14 +76,33 @@ def sort_by_disagreement(looks: Mapping[str, Sequence[Look]]) -> list[str]:
 
 def describe_reduction(look: Look) -> str:
     """Says in a few words what became of the image's patches and tokens."""
-    reduction, patches = look.reduction, look.grid[0] * look.grid[1]
+    reduction, patches, tokens = look.reduction, look.patches, len(look.sources)
+    if look.tiles is not None:
+        rows, columns = look.tiles
+        return f"of {patches} patches of a thumbnail and {rows}×{columns} tiles"
+    if reduction.schedule is not None:
+        return f"{look.reads.sum() / len(look.reads):.3g} read by a layer, on average"
     if reduction.stages:
         return ", ".join(f"{stage.keep} after layer {stage.after}" for stage in reduction.stages)
     if isinstance(reduction.reducer, PatchReducer) and patches < reduction.tokens:
         return f"the image reduced to {look.pixels.shape[1]}×{look.pixels.shape[0]} pixels"
     if lost := int((look.sources.max(0) == 0).sum()):
         return f"{lost} of {patches} patches dropped"
-    return f"made of {patches} patches" if reduction.slots < patches else "one for each patch"
+    return f"made of {patches} patches" if tokens < patches else "one for each patch"
+
+
+def describe_layers(reads: np.ndarray) -> str:
+    """Says which layers read a token, bool [L]: ``layers 1 to 8``; empty if all do."""
+    if reads.all():
+        return ""
+    groups = [
+        [index for index, _ in group] for read, group in itertools.groupby(enumerate(reads, 1), lambda x: x[1]) if read
+    ]
+    spans = [str(group[0]) if len(group) == 1 else f"{group[0]} to {group[-1]}" for group in groups]
+    if not spans:
+        return "no layer"
+    several = len(spans) > 1 or " to " in spans[0]
+    return f"layer{'s' * several} {', '.join(spans)}"
 
 
 def render_page(image: str, looks: Sequence[Look], index: str = "") -> str:
@@ -127,7 +147,7 @@ def _to_json(look: Look) -> dict[str, Any]:
         "blankAnswer": look.blank_answer,
         "blankProbability": look.blank_probability,
         "milliseconds": look.milliseconds,
-        "tokens": look.reduction.slots,
+        "tokens": len(look.sources),
         "reduction": describe_reduction(look),
         "grid": look.grid,
         "pixels": _png(look.pixels),
@@ -136,6 +156,7 @@ def _to_json(look: Look) -> dict[str, Any]:
         "stated": look.stated,
         "owners": find_owners(look).tolist(),
         "layersRead": look.reads.sum(0).tolist(),
+        "readBy": [describe_layers(reads) for reads in look.reads.T],
         "layers": len(look.reads),
         "sources": _encode(look.sources, np.uint16),  # a token may be made of hundreds of patches
         "movement": _encode(look.movement.reshape(len(look.movement), -1)),
@@ -154,9 +175,9 @@ def _round(values: np.ndarray) -> Any:
 
 
 def _encode(values: np.ndarray, dtype: type[np.unsignedinteger[Any]] = np.uint8) -> str:
-    """Rows of values as whole numbers in base64, each row in shares of its largest value."""
+    """Rows of values as whole numbers, each row in shares of its largest value; deflated, in base64."""
     scaled = np.iinfo(dtype).max * (values / np.maximum(values.max(-1, keepdims=True), 1e-30))
-    return base64.b64encode(scaled.round().astype(np.dtype(dtype).newbyteorder("<")).tobytes()).decode()
+    return base64.b64encode(zlib.compress(scaled.round().astype(np.dtype(dtype).newbyteorder("<")).tobytes())).decode()
 
 
 def _png(pixels: np.ndarray) -> str:

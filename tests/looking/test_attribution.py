@@ -14,6 +14,7 @@ from flax import nnx
 from stf_jax.config import FusionConfig
 from stf_jax.looking.attribution import map_answer, map_tokens
 from stf_jax.models import spec
+from stf_jax.models.decoders.transformer import Rows
 from stf_jax.models.fusions.base import FUSIONS, Fusion, FusionSpec, tapped_blocks
 from stf_jax.models.reducers.base import REDUCERS, DecoderReducer, Reduction, TokenReducer, find_reducer
 from stf_jax.models.reducers.pool import pooling_weights
@@ -211,7 +212,7 @@ class ReadsOneSlot:
         self.position = position
 
     def prefill(self, x, positions, selections, observe):
-        observe(jnp.zeros((1, x.shape[1], 2, 4)), jnp.zeros((1, x.shape[1], 1, 4)))
+        observe(Rows(x, positions), jnp.zeros((1, x.shape[1], 2, 4)), jnp.zeros((1, x.shape[1], 1, 4)))
         return jnp.broadcast_to(x[:, self.position, None], x.shape) ** 2, None
 
     def logits(self, x):
@@ -233,4 +234,4 @@ def test_an_answer_that_reads_one_slot_depends_on_it_alone():
     np.testing.assert_allclose(maps.movement, expected, rtol=1e-5)
     np.testing.assert_allclose(maps.log_probs, np.log(softmax(token**2))[[5, 0]], rtol=1e-5)
     # Equal keys get equal attention; a position sees those up to it.
-    np.testing.assert_allclose(maps.attention[0], [[1 / 6] * 6 + [0], [1 / 7] * 7], rtol=1e-6)
+    np.testing.assert_allclose(maps.attention[0], [[1 / 6] * 6 + [0] * 2, [1 / 7] * 7 + [0]], rtol=1e-6)

@@ -1,5 +1,6 @@
 """The pages of looks in a real browser: tokens are clicked, keys and screens work, and nothing is loaded."""
 
+import dataclasses
 import json
 import re
 import time
@@ -12,7 +13,7 @@ from etils import epath
 
 from stf_jax.looking.drawing import find_owners, patch_values
 from stf_jax.looking.look import Look
-from stf_jax.looking.page import disagreement, sort_by_disagreement, write_pages
+from stf_jax.looking.page import describe_layers, disagreement, sort_by_disagreement, write_pages
 from stf_jax.models.reducers.base import Reduction, Stage
 
 NARROW, WIDE = 400, 1200
@@ -42,6 +43,8 @@ def make_look(name, answer=ANSWER, *, sources=None, taps=(8, 4), reduction=None,
         reduction=reduction,
         pixels=rng.integers(0, 256, (8 * SIDE, 8 * SIDE, 3), np.uint8),
         grid=(SIDE, SIDE),
+        tiles=None,
+        patches=SIDE**2,
         taps=taps,
         sources=sources,
         stated=True,
@@ -133,11 +136,11 @@ def test_tokens_are_chosen_by_clicks_and_arrows(page):
     assert press(page, "ArrowUp").startswith("Token 2 ")  # the border
     page.evaluate('document.querySelectorAll("#methods button")[1].click()')
     assert text(page, "#token-text").startswith("Token 2 of 9")  # at the same place
-    assert click_patch(page, 5, 5) == "Token 9 of 9: made of 4 patches in equal shares; dropped after layer 1 of 3."
+    assert click_patch(page, 5, 5) == "Token 9 of 9: made of 4 patches in equal shares; read by layer 1 of 3."
     page.evaluate('document.querySelectorAll("#methods button")[2].click()')
     assert click_patch(page, 0, 0) == "Token 1 of 4: made of one patch."
     assert press(page, "ArrowRight").startswith("Token 2 ")  # over two dropped patches
-    assert click_patch(page, 5, 5) == "This patch was dropped: no token is made of it."
+    assert click_patch(page, 5, 5) == "No token is made of this patch."
     assert page.errors == []
 
 
@@ -202,6 +205,33 @@ def test_the_index_lists_disagreements_first(folder, chromium):
     assert disagreement(LOOKS["index.png"]) == 0
     single = {str(p): [make_look("x", probability=p)] for p in (0.9, 0.2, 0.5)}
     assert sort_by_disagreement(single) == ["0.2", "0.5", "0.9"]
+
+
+def test_tokens_of_tiles_and_those_that_end_their_rows_are_shown(tmp_path, chromium):
+    """Three squares of 2×2 patches in a row, the thumbnail apart, and a newline token after the tiles' second row."""
+    places = [0, 1, 7, 8, 3, 4, 5, 6, 10, 11, 12, 13]
+    sources = np.zeros((len(places) + 1, 2 * 7))
+    sources[range(len(places)), places] = 1
+    tokens = len(sources)
+    made = dataclasses.replace(
+        make_look("tiles", sources=np.eye(SIDE**2)[:tokens]),
+        **{"sources": sources, "grid": (2, 7), "tiles": (1, 2), "patches": 12, "stated": False},
+        movement=np.ones((tokens, 2, 14)) * sources[:, None],
+        pixels=np.zeros((16, 56, 3), np.uint8),
+        dependence=np.eye(tokens)[[tokens - 1] * 4],
+    )
+    open_page(chromium, write_pages({"wide.png": [made]}, epath.Path(tmp_path)), WIDE)
+    assert "13 tokens: of 12 patches of a thumbnail and 1×2 tiles" in text(chromium, "#methods")
+    assert text(chromium, "#token-text") == "Token 13 of 13: the end of a row of tiles, made of no patch."
+    assert press(chromium, "ArrowRight") == "Token 1 of 13: made of one patch (by gradient)."
+    assert press(chromium, "ArrowRight").startswith("Token 2 ")
+    assert press(chromium, "ArrowRight").startswith("Token 5 ")  # over the gap
+    assert chromium.errors == []
+
+
+def test_layers_that_read_a_token_are_named():
+    names = {"1111": "", "1100": "layers 1 to 2", "0100": "layer 2", "1011": "layers 1, 3 to 4", "0000": "no layer"}
+    assert {key: describe_layers(np.array([*map(int, key)])) for key in names} == names
 
 
 def test_values_of_tokens_keep_their_sum_on_patches():

@@ -354,13 +354,13 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         selections: Sequence[Selection] = (),
         *,
-        observe: Callable[[jax.Array, jax.Array], None] | None = None,
+        observe: Callable[[Rows, jax.Array, jax.Array], None] | None = None,
     ) -> tuple[Float[Array, "B T1 D"], Cache]:
         """Reads prompts like a call without segments, and keeps each layer's keys and values, one slot per position.
 
         Args:
           selections: in ascending order of their layers.
-          observe: called with the queries and keys of each layer, as a selection is, to see what attends to what.
+          observe: called for each layer with what it reads, and its queries and keys, those beside first.
 
         Returns:
           Hidden states after the final norm of the positions that the last layer read, and the cache (S = T). Where a
@@ -382,7 +382,7 @@ class Decoder(nnx.Module):
                 cache.append((keys, values))
                 last_qk = q, k
                 if observe is not None:
-                    observe(q, k)
+                    observe(rows, q, k)
                 return inner(q, k, v)
 
             x = self._unroll(rows.x, rows.positions, attend, layers, *self._beside(rows))
