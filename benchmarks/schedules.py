@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     }
     return [
         {
-            "schedule": name or "none",
+            "what": name or "no schedule",
             "step_ms": 1000 * statistics.median(seconds[name]),
             "time_share": statistics.median(own / full for own, full in zip(seconds[name], seconds[""], strict=True)),
             "flops_share": flops[name] / flops[""],

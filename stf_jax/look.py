@@ -28,12 +28,13 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to answer: a checkpoint, and what reduces its image tokens."""
+    """A way to answer: a checkpoint, and its budget or what reduces its image tokens."""
 
     name: str
     checkpoint: epath.Path
     reduce: str = ""
     keep: int = 0
+    tokens: int = 0
 
 
 def main(argv: list[str]) -> None:
@@ -60,6 +61,13 @@ def main(argv: list[str]) -> None:
         default=(0,),
         metavar="N[,N…]",
         help="image tokens kept per image with --reduce; each number is one more method (default: one quarter)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=_parse_budgets,
+        default=(),
+        metavar="N[,N…]",
+        help="also answer with these budgets of a model that has several (docs/budgets.md)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="maximum tokens per answer (%(default)s)")
     add_device_arguments(parser)
@@ -98,7 +106,7 @@ def _look(options: argparse.Namespace, images: list[epath.Path]) -> "dict[str, l
     from stf_jax.weights.model import open_model
 
     configs = {checkpoint: open_model(checkpoint).config for checkpoint in options.checkpoint}
-    methods = plan_methods(configs, options.reduce, options.keep)
+    methods = plan_methods(configs, options.reduce, options.keep, options.tokens)
     mesh = make_mesh(MeshConfig(*options.mesh))
     looks: dict[str, list[Look]] = {image.name: [] for image in images}
     loaded = None
@@ -106,32 +114,43 @@ def _look(options: argparse.Namespace, images: list[epath.Path]) -> "dict[str, l
         if loaded is None or loaded[0] != method.checkpoint:
             loaded = None  # frees the weights before the next are read
             loaded = method.checkpoint, load_generator(method.checkpoint, mesh, options.precision)[0]
-        generator = loaded[1].with_reduction(method.reduce, method.keep) if method.reduce else loaded[1]
+        generator = loaded[1]
+        if method.reduce or method.tokens:
+            generator = generator.with_reduction(method.reduce, method.keep, method.tokens)
         for image in images:
             opened = open_image_file(image)
             looks[image.name].append(look_at(generator, opened, options.question, method.name, options.max_new_tokens))
     return looks
 
 
-def plan_methods(configs: "dict[epath.Path, ModelSpec]", reducers: list[str], budgets: tuple[int, ...]) -> list[Method]:
-    """Each checkpoint as it is, then with each reducer that fits it. Raises UserError for one that fits none."""
+def plan_methods(
+    configs: "dict[epath.Path, ModelSpec]", reducers: list[str], keeps: tuple[int, ...], budgets: tuple[int, ...] = ()
+) -> list[Method]:
+    """Each checkpoint as it is, then with each other budget and each reducer that fits it.
+
+    Raises:
+      UserError: a budget or a reducer fits none.
+    """
     methods = {
         checkpoint: [Method(name, checkpoint)]
         for checkpoint, name in zip(configs, _name_checkpoints(configs), strict=True)
     }
-    for reduce in reducers:
-        for keep in budgets:
-            refusals = []
-            for checkpoint, config in configs.items():
-                try:
-                    reduction = dataclasses.replace(config, reduce=reduce, keep=keep).reduction
-                except UserError as error:
-                    refusals.append(error)
-                    continue
-                name = f"{methods[checkpoint][0].name} + {reduce}, {reduction.keep}"
-                methods[checkpoint].append(Method(name, checkpoint, reduce, keep))
-            if len(refusals) == len(configs):
-                raise refusals[0]
+    choices = [("", 0, tokens) for tokens in budgets] + [(reduce, keep, 0) for reduce in reducers for keep in keeps]
+    for reduce, keep, tokens in choices:
+        refusals = []
+        for checkpoint, config in configs.items():
+            try:
+                reduction = dataclasses.replace(config, reduce=reduce, keep=keep, tokens=tokens).reduction
+            except UserError as error:
+                refusals.append(error)
+                continue
+            if tokens != config.reduction.tokens:  # which it answers with as it is
+                more = f" + {reduce}, {reduction.keep}" if reduce else f", {tokens} token{'s' * (tokens > 1)}"
+                methods[checkpoint].append(
+                    Method(f"{methods[checkpoint][0].name}{more}", checkpoint, reduce, keep, tokens)
+                )
+        if len(refusals) == len(configs):
+            raise refusals[0]
     return [method for some in methods.values() for method in some]
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import http.server
 import json
 import sys
@@ -14,6 +15,7 @@ import tiny  # noqa: F401 (its presets)
 
 from benchmarks import arguments, cost, decode, flops, idle, process, serve, step
 from benchmarks.mixture import SOURCES, jpegs, lengths
+from benchmarks.recipes import make_stage
 from benchmarks.synthetic import make_export
 from stf_jax.bench import main
 from stf_jax.cli import run_command
@@ -24,6 +26,7 @@ from stf_jax.models.fusions.stf import MBTFSTF
 from stf_jax.models.spec import llm_preset, resolve_model, vision_preset
 from stf_jax.planning.topology import topology_devices
 from stf_jax.table import format_table
+from stf_jax.training.flops import step_flops
 from stf_jax.weights.model import Description
 
 
@@ -119,6 +122,20 @@ def test_step_runs_the_same_steps_in_both_programs(stage, tmp_path):
     assert len(ours["losses"]) == len(torch["losses"]) == 4
     np.testing.assert_allclose(ours["losses"], torch["losses"], rtol=2e-4)
     assert ours["losses"][-1] < ours["losses"][0]
+
+
+def test_schedules_are_compared_with_none(tmp_path, capsys):
+    file, schedule = tmp_path / "figures.json", "vica:layers=0"
+    sizes = ["--vision=clip-tiny", "--llm=llama-tiny", "--rows=2", "--text=12", "--steps=1", "--rounds=1"]
+    assert run_command(main, ["schedules", *sizes, f"--schedules={schedule}", f"--json={file}"]) == 0
+    rows = json.loads(file.read_text())
+    assert capsys.readouterr().out == format_table(rows) + "\n"
+    assert [row["what"] for row in rows] == ["no schedule", schedule]
+    assert rows[0]["time_share"] == rows[0]["flops_share"] == 1
+    model = ModelConfig("clip-tiny", "llama-tiny", FusionConfig("mlp"), "float32", remat="none")
+    stages = [make_stage(dataclasses.replace(model, schedule=name), "finetune", 2, 12) for name in (schedule, "")]
+    counts = [step_flops(stage.model, stage.rules, 2, stage.data.max_length, 1) for stage in stages]
+    assert rows[1]["flops_share"] == counts[0] / counts[1] < 1
 
 
 def test_step_compares_programs_within_a_round(monkeypatch):
@@ -343,6 +360,7 @@ def test_the_mixture_has_its_documented_statistics():
         (["flops", "--text=-1"], "--text must not be negative"),
         (["serve", "no/such/export"], "is not an export: it has no config.json"),
         (["serve", "--in-flight=0"], "--in-flight, --requests and --tokens must be at least 1"),
+        (["schedules", "--text=1"], "--text at least 2"),
         (["step", "--rows=0"], "--rows, --steps and --rounds must be at least 1"),
         (["cost", "--layers=2,1"], "--layers=2,1 must be two numbers, the smaller first"),
         (["cost", "--batches=0"], "--batches=0 must be at least 1"),

@@ -161,6 +161,13 @@ def test_a_reducer_is_used_with_the_models_that_it_fits():
         look.plan_methods({epath.Path("runs/stf"): stf}, ["visionzip"], (0,))
     same = {epath.Path("runs/a/finetune"): mlp, epath.Path("runs/b/finetune"): mlp}
     assert [method.name for method in look.plan_methods(same, [], (0,))] == ["runs/a/finetune", "runs/b/finetune"]
+    many = resolve_model(tiny(**{"model.fusion.fusion": "mlp", "model.fusion.budgets": (16, 4, 1)}).model)
+    models = {epath.Path("runs/mlp"): mlp, epath.Path("runs/many"): many}
+    planned = look.plan_methods(models, ["pool"], (4,), (16, 1))
+    assert [method.name for method in planned] == ["mlp", "mlp + pool, 4", "many", "many, 1 token", "many + pool, 4"]
+    assert [method.tokens for method in planned] == [0, 0, 0, 1, 0]
+    with pytest.raises(UserError, match="tokens=9 is not a budget of the model: mlp makes 16, 4, 1 per image"):
+        look.plan_methods({epath.Path("runs/many"): many}, [], (0,), (9,))
     apart = {epath.Path("runs/a"): mlp, epath.Path("runs/b"): mlp}
     assert [method.name for method in look.plan_methods(apart, [], (0,))] == ["a", "b"]
 

@@ -97,30 +97,28 @@ def look_at(
     record, blank_record = (make_question("look", [one.copy], question) for one in (image, blank))
     prompt = generator.prompt(record)
     tokens, is_image = jnp.asarray(prompt.tokens), jnp.asarray(prompt.is_image)
+    squares, blank_squares = generator.squares(image), generator.squares(blank)
+    slots = place_slots(prompt.image_slots, 0, len(squares) * generator.slots)[prompt.is_image]
 
-    def compute_squares(image: PIL.Image.Image) -> list[TokenMaps]:
-        return [generator.apply(map_tokens, jnp.asarray(one), tokens, ~is_image) for one in generator.squares(image)]
+    def map_squares(squares: np.ndarray) -> list[TokenMaps]:
+        return [generator.apply(map_tokens, jnp.asarray(square), tokens, ~is_image) for square in squares]
 
-    def read_tokens(squares: Sequence[TokenMaps]) -> np.ndarray:
+    def read_tokens(made: Sequence[TokenMaps]) -> np.ndarray:
         """The image tokens that the language model reads, [S, D]."""
-        made = [np.asarray(square.tokens) for square in squares]
+        each = [np.asarray(maps.tokens) for maps in made]
         if generator.model.newline:
-            made.append(np.asarray(generator.apply(_find_newline))[None].astype(made[0].dtype))
-        return np.concatenate(made)[find_slots(squares)]
+            each.append(np.asarray(generator.apply(_find_newline))[None].astype(each[0].dtype))
+        return np.concatenate(each)[slots]
 
-    def find_slots(squares: Sequence[TokenMaps]) -> np.ndarray:
-        slots = place_slots(prompt.image_slots, 0, len(squares) * generator.slots)
-        return slots[prompt.is_image]
-
-    def compute_first(image: PIL.Image.Image) -> list[TokenMaps]:
-        squares = compute_squares(image)
-        generator.compile(map_answer, read_tokens(squares), tokens, is_image, jnp.zeros(_ANSWER, jnp.int32))
-        return squares
+    def map_first() -> list[TokenMaps]:
+        made = map_squares(squares)
+        generator.compile(map_answer, read_tokens(made), tokens, is_image, jnp.zeros(_ANSWER, jnp.int32))
+        return made
 
     with ThreadPoolExecutor(1) as pool:  # compiles the maps beside the programs that answer
-        mapped = pool.submit(compute_first, image)
+        mapped = pool.submit(map_first)
         blank_answer = generator.answer_tokens(blank_record, max_new_tokens)
-        squares = mapped.result()
+        made = mapped.result()
     begin = time.perf_counter()
     answer = generator.answer_tokens(record, max_new_tokens)
     milliseconds = 1000 * (time.perf_counter() - begin)
@@ -129,18 +127,17 @@ def look_at(
     padded = jnp.asarray(np.pad(answer, (0, max(_ANSWER, 1 << (count - 1).bit_length()) - count)))
     maps, blank_maps = (
         generator.apply(map_answer, read_tokens(one), tokens, is_image, padded)
-        for one in (squares, compute_squares(blank))
+        for one in (made, map_squares(blank_squares))
     )
     spec = generator.model
     vision = spec.vision_shape
     assert vision is not None  # it has read the image
-    pixels = np.stack([square.pixels for square in squares])
+    pixels = np.stack([one.pixels for one in made])
     tiles = None if generator.tiles is None else choose_grid(image.size, generator.tiles.grids, vision.image_size)
     canvas = make_canvas((pixels.shape[1] // vision.patch_size, pixels.shape[2] // vision.patch_size), tiles)
-    slots, stated = find_slots(squares), squares[0].sources is not None
-    movement = _put_on(canvas, [square.movement for square in squares], slots)
+    movement, stated = _put_on(canvas, [one.movement for one in made], slots), made[0].sources is not None
     if stated:
-        sources = _put_on(canvas, [square.sources for square in squares], slots)
+        sources = _put_on(canvas, [one.sources for one in made], slots)
     else:
         moved = movement.sum(1)
         sources = moved / np.maximum(moved.sum(1, keepdims=True), 1e-30)
