@@ -10,11 +10,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = miniature_study(arg, "LoRA in the second stage")
     config.question = (
         "How much of the second stage is lost if the language model learns by LoRA? In `lora` its linear layers have "
-        "adapters of rank 16 that learn at three times the rate of `mbtf_stf`, and its other parameters are frozen; "
+        "adapters of rank 16, with the learning rate of `mbtf_stf`, and its other parameters are frozen; "
         "the fusion learns whole in both."
     )
     config.baseline = "mbtf_stf"
     whole = ("model.fusion.fusion=mbtf_stf", *row_lengths(36))
-    rules = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "lora:rank=16*3"))
+    rules = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "lora:rank=16"))
     config.variants = (("mbtf_stf", whole), ("lora", (*whole, f"stages.finetune.rules={rules!r}")))
     return config

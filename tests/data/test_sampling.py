@@ -101,6 +101,19 @@ def test_any_epoch_is_exact(data):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_rows_have_room_for_their_text_where_layers_drop_image_tokens(mode):
+    """Of a row's positions, layers lack ``dropped`` for each image place, those without an image included."""
+    dropped, places = 7, 4
+    lengths, image_counts = measured(200, longest=LENGTH - places * dropped)
+    config = DataConfig(max_length=LENGTH, images_per_row=places, buckets=3, **MODES[mode])
+    plan = Plan(config, 0, 8, lengths + dropped * image_counts, image_counts, [200], dropped=dropped)
+    (rows,) = epochs_of(plan, 1)
+    assert sorted(members(rows)) == list(range(200))
+    for row in rows:
+        assert sum(lengths[i] for i in row.members) <= row.length - dropped * (places if row.images else 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_epochs_and_seeds_have_different_orders(mode):
     orders = [members(rows) for seed in (0, 1) for rows in epochs_of(planned(1200, seed=seed, **MODES[mode]), 3)]
     assert [members(rows) for rows in epochs_of(planned(1200, **MODES[mode]), 3)] == orders[:3]

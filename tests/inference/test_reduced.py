@@ -1,6 +1,5 @@
 """Answers with fewer image tokens: FastV equals a full decoder that hides dropped tokens; both also on meshes."""
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -28,7 +27,6 @@ from stf_jax.parallel.mesh import compute_context, make_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = ", ".join(REDUCERS.known)
-spec.LLM["llama-deep-tiny"] = dataclasses.replace(spec.LLM["llama-tiny"], layers=4, qkv_bias=True)
 LLM = spec.LLM["llama-deep-tiny"]
 FULL_LAYERS = find_reducer("fastv").after_layers
 N, KEEP, IMAGES = 16, 4, 2  # a 4×4 grid

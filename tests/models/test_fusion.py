@@ -507,6 +507,7 @@ def test_mqt_is_the_first_of_its_queries():
         tokens, weights = attention(queries, *context)
         assert_close(found, (tokens @ p["exit"]["kernel"]).detach())
         np.testing.assert_allclose(shares[:, :budget], weights.detach(), atol=1e-6)
+    assert_close(nested(fusion, states, (7,))[0], made[2])
     assert made[0].std(0).mean() > 0.02  # images differ
     assert made[0].std(1).mean() > 0.02  # queries differ
 

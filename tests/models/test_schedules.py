@@ -31,13 +31,13 @@ from stf_jax.training.objectives.next_token import NextToken
 from stf_jax.training.teacher import find_teacher
 from stf_jax.weights.model import open_model
 
-LLM = spec.LLM["llama-deep-tiny"]
+LLM = spec.LLM["llama-deeper-tiny"] = dataclasses.replace(spec.LLM["llama-deep-tiny"], layers=5)
 N, IMAGES, SIDE = 16, 2, 64
 SILENT = Schedule(functools.partial(vica._plan, (0, 3)), silent_prefix=True)  # as vica_7b, whose decoder is deeper
 NAMES = {
     "vica": "silent",
     "pyramiddrop": "pyramiddrop:after=1+3,keep=7+2",
-    "hidrop": "hidrop:enter=1,layers=2,keep=5,exit=3,soft=0.5",
+    "hidrop": "hidrop:enter=1,layers=2,keep=5,exit=4,soft=0.5",
 }
 
 
@@ -47,7 +47,7 @@ def registered(monkeypatch):
 
 
 def model_config(method, **changes):
-    changed = {"llm": "llama-deep-tiny", "fusion.fusion": "mlp", "schedule": NAMES[method], **changes}
+    changed = {"llm": "llama-deeper-tiny", "fusion.fusion": "mlp", "schedule": NAMES[method], **changes}
     return resolve_model(tiny(**{f"model.{key}": value for key, value in changed.items()}).model)
 
 
@@ -149,7 +149,7 @@ class Reference:
                     y[j] = 1 / (1 + np.exp(-0.5 * (len(kept) - rank)))
                 rows = [j for j in range(len(left)) if j in kept or not image[left[j]]]
                 left, x = [left[j] for j in rows], (x * y)[rows]
-            if i == 3:
+            if i == 4:
                 rows = [j for j in range(len(left)) if not image[left[j]]]
                 left, x = [left[j] for j in rows], x[rows]
             x = self.layer(i, x, left, torch.tril(torch.ones(len(x), len(x), dtype=bool)))
@@ -282,9 +282,9 @@ def test_answers_with_caches_equal_those_of_reading_all_again(method, monkeypatc
         state = extend(weights, state, NEW_TOKENS, Sampling())
     sizes = [keys.shape[2] - NEW_TOKENS - tokens.shape[1] + IMAGES * N for keys, _ in state.cache]
     assert [size // IMAGES for size in sizes] == {
-        "vica": [N, 0, 0, N],
-        "pyramiddrop": [N, 7, 7, 2],
-        "hidrop": [0, N, 5, 0],
+        "vica": [N, 0, 0, N, 0],
+        "pyramiddrop": [N, 7, 7, 2, 2],
+        "hidrop": [0, N, 5, 5, 0],
     }[method]
     reference = Reference(params)
     for row, length in enumerate(lengths):
@@ -329,9 +329,9 @@ def layer_flops(rows, keys_beside=0):
 @pytest.mark.parametrize(
     ("method", "layers", "ranked"),
     [
-        ("vica", [(N, N), (N, 0), (N, 0), (N, N)], ()),
-        ("pyramiddrop", [(0, 0), (9, 0), (9, 0), (14, 0)], (0, 9)),
-        ("hidrop", [(N, 0), (0, 0), (11, 0), (N, 0)], (0,)),
+        ("vica", [(N, N), (N, 0), (N, 0), (N, N), (N, 0)], ()),
+        ("pyramiddrop", [(0, 0), (9, 0), (9, 0), (14, 0), (14, 0)], (0, 9)),
+        ("hidrop", [(N, 0), (0, 0), (11, 0), (11, 0), (N, 0)], (0,)),
     ],
 )
 def test_flops_of_a_step_are_those_of_the_schedule(method, layers, ranked):
@@ -352,7 +352,7 @@ def test_flops_of_a_step_are_those_of_the_schedule(method, layers, ranked):
             total += projections + 2 * rows * rows * LLM.heads * LLM.head_dim
         return total
 
-    assert counted[1] - counted[0] == decoder(layers, ranked) - decoder([(0, 0)] * 4, ())
+    assert counted[1] - counted[0] == decoder(layers, ranked) - decoder([(0, 0)] * LLM.layers, ())
     assert decode_flops(config, 1, length, IMAGES) <= decode_flops(dataclasses.replace(config, schedule=""), 1, length)
 
 
