@@ -25,7 +25,7 @@ DESCRIPTION = """Ask a model about images: one question with --prompt, or a conv
 In a conversation, every line is a question, and the model reads all previous turns. /image FILE adds an image to the
 next question, /reset clears the conversation, /quit (or Ctrl-D) exits.
 
-With --web the conversation is on a page that only this machine can open, and that offers other methods and budgets.
+With --web the conversation is on a page, which only this machine can open and which offers other methods and budgets.
 """
 _PORT = 7860
 _HELP = "/image FILE adds an image to the next question, /reset clears the conversation, /quit exits."
