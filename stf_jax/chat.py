@@ -40,7 +40,9 @@ def main(argv: list[str]) -> None:
         required=True,
         help="workdir of a run, folder of imported weights, or export",
     )
-    parser.add_argument("--image", type=path, action="append", default=[], metavar="FILE", help="may be repeated")
+    parser.add_argument(
+        "--image", type=path, action="append", default=[], metavar="FILE", help="an image; may be repeated"
+    )
     parser.add_argument("--prompt", help="one question; only its answer is printed")
     parser.add_argument("--web", action="store_true", help="serve a page to try the model, until Ctrl-C")
     parser.add_argument("--port", type=int, help=f"of --web; 0 means any that is free (default: {_PORT})")
