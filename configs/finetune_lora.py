@@ -1,4 +1,4 @@
-"""Stage 2 on one card: LoRA of the language model, and a fusion that learns whole, as LLaVA's finetune_lora script.
+"""Stage 2 on one card: LoRA of the language model, and full training of the fusion, as in LLaVA's finetune_lora.
 
     python -m stf_jax.main --config=configs/finetune_lora.py --workdir=DIR --config.init_from=STAGE_1_WORKDIR \
         --config.data.annotations=llava_v1_5_mix665k.json --config.data.images=DIR

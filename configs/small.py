@@ -4,8 +4,8 @@
         --config.data.annotations=rows.json --config.data.images=DIR
 
 MODEL is a model that already answers questions about images: a run, or an imported folder. The recipes of the paper
-(configs/pretrain.py, configs/finetune.py) are for half a million rows: with 300 rows their batch of 256 gives 2 updates
-per epoch, the first of which has learning rate 0.
+configs/pretrain.py and configs/finetune.py are for half a million rows: with 300 rows, a batch of 256 gives 2 updates
+per epoch, and the first of them has learning rate 0.
 """
 
 import ml_collections

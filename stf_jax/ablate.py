@@ -31,7 +31,7 @@ HELP = """Train variants of a model with several seeds, and report how they diff
   --jobs=N             runs at once (default: one per GPU, or one per CPU as memory permits)
   --topology=NAME      run nothing; print the hours of the training runs on that machine, as stf_jax.plan
   --price-per-chip-hour=X   with --topology: also print what they cost
-  -v                   also show the logs of libraries
+  -v                   also show the log messages of libraries
 
 Every run is an ordinary run of stf_jax.main or stf_jax.evaluate; report.json lists the commands. After an interruption,
 the same command continues where it stopped, and finished runs are not repeated. Exit status: 0 success; 2 invalid
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--config is missing; see --help.")
     config = cli.parse(rest, HELP, workdir=False, defaults=default_study)[1]
     if not 0 <= options.price_per_chip_hour < float("inf"):
-        raise UserError("--price-per-chip-hour must be a price; see --help.")
+        raise UserError("--price-per-chip-hour must be finite and at least 0; see --help.")
     if options.price_per_chip_hour and not options.topology:
         raise UserError("--price-per-chip-hour has no effect without --topology; see --help.")
     if options.topology:

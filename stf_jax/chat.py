@@ -25,7 +25,7 @@ DESCRIPTION = """Ask a model about images: one question with --prompt, or a conv
 In a conversation, every line is a question, and the model reads all previous turns. /image FILE adds an image to the
 next question, /reset clears the conversation, /quit (or Ctrl-D) exits.
 
-With --web the conversation is on a page that only this machine can open, and that offers other methods and budgets.
+With --web the conversation is on a page, which only this machine can open and which offers other methods and budgets.
 """
 _PORT = 7860
 _HELP = "/image FILE adds an image to the next question, /reset clears the conversation, /quit exits."
@@ -40,7 +40,9 @@ def main(argv: list[str]) -> None:
         required=True,
         help="workdir of a run, folder of imported weights, or export",
     )
-    parser.add_argument("--image", type=path, action="append", default=[], metavar="FILE", help="may be repeated")
+    parser.add_argument(
+        "--image", type=path, action="append", default=[], metavar="FILE", help="an image; may be repeated"
+    )
     parser.add_argument("--prompt", help="one question; only its answer is printed")
     parser.add_argument("--web", action="store_true", help="serve a page to try the model, until Ctrl-C")
     parser.add_argument("--port", type=int, help=f"of --web; 0 means any that is free (default: {_PORT})")

@@ -176,7 +176,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **options)
         if self.add_help:
             self.add_argument(
-                _VERBOSE, action="store_true", default=argparse.SUPPRESS, help="also show what libraries log"
+                _VERBOSE, action="store_true", default=argparse.SUPPRESS, help="also show the log messages of libraries"
             )
 
     def error(self, message: str) -> NoReturn:

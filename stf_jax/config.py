@@ -136,7 +136,7 @@ class TilesConfig:
     """How images are cut with ``data.aspect=tiles`` (docs/tiles.md)."""
 
     most: TileCount = 4  # maximum tiles per image, besides its thumbnail
-    # newline: a learned token ends each row of the tiles' tokens, and those of padding are left out | none: the tokens
+    # newline: a learned token ends each row of the tiles' tokens, and tokens of padding are left out | none: the tokens
     # of one tile after another
     marks: Marks = "newline"
 
@@ -152,10 +152,10 @@ class DataConfig:
     # commas (docs/your-own-data.md)
     annotations: str = ""
     images: str = ""  # image folder of each file with image paths, separated by commas; one folder serves all files
-    filter: str = ""  # keep rows and texts with such ratings: relevance>=4 and formatting>=3; no rating is kept
+    filter: str = ""  # keep rows and texts by ratings: relevance>=4 and formatting>=3; those without a rating stay
     records: Count = 0  # records in annotations, for stf_jax.plan where the files are absent; 0: unknown
     mix: tuple[NonNegative, ...] = ()  # one number per data set, see mix_by; (): every record once per epoch
-    mix_by: MixBy = "epoch"  # what mix gives. epoch: passes over the item per epoch | weight: its share of all rows
+    mix_by: MixBy = "epoch"  # what mix gives. epoch: passes over the data set | weight: its share of all rows
     scenes: ScenesConfig = ScenesConfig()
     tokenizer: str = ""  # folder that transformers loads; miniature, miniature/2: embedded; "": that of init_from
     # conversation template (models/decoders): plain | v1 | llama-3 | chatml | mistral | package.module:CHAT
@@ -200,8 +200,8 @@ class MeshConfig:
 
     data: Axis = -1  # splits the batch; parameters are replicated. -1 with fsdp -1: the number of slices
     fsdp: Axis = -1  # splits the batch, parameters and moments. -1 with data -1: all devices of a slice
-    # splits attention heads, feed-forward and vocabulary; if data and fsdp are -1 and a batch has fewer rows than there
-    # are devices, 1 means: the devices that remain
+    # splits attention heads, feed-forward and vocabulary. If data and fsdp are -1 and a batch has fewer rows than there
+    # are devices, 1 becomes the number of devices per row
     tensor: Axis = 1
 
 
@@ -212,8 +212,8 @@ class CheckpointConfig:
     every_steps: Size = 500  # steps between checkpoints; the last step is always saved
     keep_last: Size = 2  # number of newest checkpoints to keep
     keep_every: Count = 0  # keep checkpoints at multiples of this many steps permanently; 0: none
-    # true: the workdir has all frozen parameters, once | false: not those of init_from, which is then needed to resume
-    # and to open the run
+    # true: save all frozen parameters in the workdir, once | false: not those that init_from has; its folders are then
+    # needed to resume and to open the run
     save_frozen: bool = True
 
 
@@ -221,8 +221,7 @@ class CheckpointConfig:
 class EvalConfig:
     """Benchmarks that evaluate a run during and after training (evals/)."""
 
-    # benchmarks: gqa | scienceqa | vqav2 | vizwiz | textvqa | pope | mmbench | mmbench_cn | mme | scenes | prints |
-    # shapes
+    # benchmarks, or groups of them: paper | ocr | general | all (docs/evaluating.md); package.module:Class of your own
     benchmarks: tuple[str, ...] = ()
     data: str = ""  # folder with the evaluation files; scenes, prints and shapes need none
     limit: Count = 0  # evaluate only the first N questions of each benchmark; 0: all
@@ -274,10 +273,10 @@ class TrainConfig:
     init_from: str = ""
     init_missing: tuple[str, ...] = ()  # regular expressions of parameters to initialize; init_from has all others
     # what is minimized: next_token | distill:teacher=FOLDER,temperature=1,weight=0.5 | cells | package.module:thing;
-    # "": as the data demand
+    # "": cells with model.cells, else next_token
     objective: str = ""
-    # the loss of a step with several model.fusion.budgets. all: the mean over all of them | one: that of one, drawn by
-    # the seed and the step
+    # the loss of a step with several model.fusion.budgets. all: the mean over all of them | one: the loss at one
+    # budget, drawn from the seed and the step
     budgets_per_step: BudgetsPerStep = "all"
     # (regular expression of parameter path, train | freeze | adapter) pairs; the first match decides. Adapter: lora,
     # lora:rank=16,alpha=32,… or package.module:thing; train*0.1 learns at a tenth of the rate;

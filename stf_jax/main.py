@@ -14,13 +14,14 @@ HELP = """Train a model, stage by stage, and evaluate it.
   python -m stf_jax.main --config=FILE[:key=value,...] --workdir=DIR [--config.KEY=VALUE ...]
   python -m stf_jax.main --workdir=DIR --status
 
-  --config=FILE        a Python file with get_config(arg), or the name of a file in configs/: demo, pretrain, finetune
+  --config=FILE        a Python file with get_config(arg), or the name of a file in configs/: demo, pretrain,
+                       finetune, finetune_lora, small, paper
   --config=FILE:ARG    with arguments for that file, e.g. configs/demo.py:stage=pretrain,steps=60
   --config.KEY=VALUE   override any key, e.g. --config.mesh.fsdp=8 --config.optimizer.learning_rate=1e-4
   --workdir=DIR        folder of the run: config.json, metrics.jsonl, checkpoints/, tensorboard/, results.json.
                        A run with a checkpoint resumes from it.
   --status             only print the status of the run in that workdir, which may be running
-  -v                   also show the logs of libraries
+  -v                   also show the log messages of libraries
 
 On several hosts, start the same command on each, with a workdir that all of them can access. TPU pods, SLURM and Open
 MPI identify the processes; elsewhere add:

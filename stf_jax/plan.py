@@ -18,17 +18,17 @@ HELP = """Compile the program of a run for devices that this machine does not ha
   --topology=NAME          v4, v5e, v5p or v6e with the layout of a slice, such as v5e:4x8 or v5p:2x2x4; l4, 4090,
                            a6000, a100-40, a100-80, h100, h200 or b200 with the GPUs of one machine, such as h100:8
   --slices=N               number of TPU slices of that layout (default: 1)
-  --what=WHAT              train (default); or for eval.batch questions of data.max_length tokens prefill, decode (one
-                           token) or evaluate (complete answers, with the training state in memory if
-                           eval.benchmarks is set)
+  --what=WHAT              what to plan. train (default); or for eval.batch questions of data.max_length tokens:
+                           prefill, decode (one token), or evaluate (complete answers, with the training state in
+                           memory if eval.benchmarks is set)
   --search                 try meshes, rematerialization and microbatches, and rank those that fit
   --price-per-chip-hour=X  also report the cost of the run
   --json                   one JSON object on standard output, and nothing else
-  -v                       also show the logs of libraries
+  -v                       also show the log messages of libraries
 
 Times are roofline estimates: the slowest of compute, memory and links, each at the fraction of the vendor's figure that
-good programs attain, with every row data.max_length long. Nothing is allocated and no accelerator is needed, only the
-compilers: pip install --no-deps -r requirements-plan.txt
+good programs attain. Every row counts as data.max_length long, unless the config names data that are here. Nothing is
+allocated and no accelerator is needed, only the compilers: pip install --no-deps -r requirements-plan.txt
 
 Exit status: 0 done, whether it fits or not; 2 wrong input; 1 a bug.
 """
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     if not options.topology:
         raise UserError("--topology is missing; see --help.")
     if options.slices < 1 or not 0 <= options.price_per_chip_hour < float("inf"):
-        raise UserError("--slices must be at least 1, and --price-per-chip-hour a price; see --help.")
+        raise UserError("--slices must be at least 1, and --price-per-chip-hour finite and at least 0; see --help.")
     if options.search and options.what != "train":
         raise UserError("--search requires --what=train.")
     check_paths(stages[0])

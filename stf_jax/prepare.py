@@ -6,7 +6,7 @@ import sys
 from stf_jax.cli import Parser, path_text, run_command
 from stf_jax.config import UserError
 
-DESCRIPTION = """Check annotations and images, and write a TFDS data set that training reads by index.
+DESCRIPTION = """Check annotations and images, and write ArrayRecord shards that training reads by index.
 
 Annotations are LLaVA's JSON, Parquet files, save_to_disk folders of datasets, or WebDataset tars.
 
@@ -33,20 +33,20 @@ def main(argv: list[str]) -> None:
         metavar="DIR",
         help="folder that image paths are relative to (default: images are in the rows)",
     )
-    parser.add_argument("--filter", default="", help="keep rows and texts with such ratings, such as relevance>=4")
+    parser.add_argument("--filter", default="", help="keep rows and texts by their ratings, for example relevance>=4")
     parser.add_argument("--out", type=path_text, required=True, metavar="DIR", help="folder of the prepared data set")
     parser.add_argument("--workers", type=int, help=f"processes (default: one per core, {os.cpu_count()})")
     parser.add_argument(
         "--runner",
         default="",
         metavar="NAME",
-        help="make the shards by this runner of Apache Beam, such as DataflowRunner",
+        help="make the shards with this runner of Apache Beam, such as DataflowRunner",
     )
     parser.add_argument(
         "--beam-options",
         default="",
         metavar="OPTIONS",
-        help="options of the runner: '--project=mine --region=us-west1'",
+        help="options of the runner, such as '--project=mine --region=us-west1'",
     )
     parser.add_argument("--limit", type=int, default=0, help="read only the first N rows (default: all)")
     parser.add_argument(

@@ -53,8 +53,8 @@ class Base:
         """The error if a parameter differs from the one that the run started from."""
         return UserError(
             f"{', '.join(self.init_from)} no longer has the weights that the run in {workdir} started from and did not "
-            f"save: {path} differs; put them back, or name their folder in init_from (of the config if the run "
-            f"resumes, else of {workdir / BASE})."
+            f"save: {path} differs; put them back, or give their folder: in --config.init_from if the run resumes, "
+            f"otherwise in {workdir / BASE}."
         )
 
 

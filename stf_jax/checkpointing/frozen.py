@@ -168,9 +168,7 @@ class FrozenParams:
             raise UserError(f"{message}, and those that the run started from cannot be read: {error}") from None
         self._sums = {}
         if fingerprint != self.fingerprint(params):
-            raise UserError(
-                f"{message}, and init_from has others now; copy the weights that the run started from there."
-            )
+            raise UserError(f"{message}, and init_from has others now; put back the weights that the run started from.")
         _log.warning("%s; they were loaded from init_from again.", message)
         self._on_event("frozen_reloaded", 0, reason=reason)
         return params

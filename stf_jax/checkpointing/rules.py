@@ -96,11 +96,13 @@ def _parse_rule(label: str, action: str) -> Rule:
         except ValueError:
             factor = math.nan
         if not 0 < factor < math.inf or name == "freeze":
-            raise UserError(f"{rule} must say 'freeze', or what trains times a positive number, as 'train*0.1'.")
+            raise UserError(
+                f"{rule} must be 'freeze', or 'train' or an adapter times a positive number, such as 'train*0.1'."
+            )
         action = name
     action, at, kind = action.partition("@")
     if at and (kind != "int8" or action == "train"):
-        raise UserError(f"{rule} may freeze kernels in int8 only, as 'freeze@int8' or 'lora@int8'.")
+        raise UserError(f"{rule} can only freeze kernels, and only in int8: write 'freeze@int8' or 'lora@int8'.")
     match = _LAYERS.fullmatch(label)
     pattern, layers = label, None
     if match:
@@ -146,7 +148,10 @@ def decide(rules: Rules, depths: Mapping[str, int | None], linears: Collection[s
         actions = [rule.action if path in linears or not rule.adapter_name else "freeze" for rule in chosen]
         training = set(actions) - {"freeze"}
         if len(training) > 1:
-            raise UserError(f"The layers of {path!r} can train or have one adapter, but the freeze rules say several.")
+            raise UserError(
+                f"The freeze rules train the layers of {path!r} in different ways: those that are not frozen must all "
+                "train, or all have the same adapter."
+            )
         types = {rule.quantizes for rule in chosen if path in linears}
         if len(types) > 1:
             raise UserError(f"The layers of {path!r} can be frozen in int8 only together; give all of them '@int8'.")

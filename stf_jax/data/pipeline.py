@@ -119,8 +119,8 @@ class Preprocessor:
         check_template(config.template, tokenizer)
         if config.max_length <= (unused := config.images_per_row * dropped):
             raise UserError(
-                f"data.max_length={config.max_length} leaves no text: with model.schedule, the image tokens of "
-                f"data.images_per_row={config.images_per_row} take up to {unused} of it; raise it."
+                f"data.max_length={config.max_length} leaves no room for text: with model.schedule, the image tokens "
+                f"of data.images_per_row={config.images_per_row} take up to {unused} of it; raise it."
             )
         self.dropped = dropped
         self._config, self._tokenizer, self._rows = config, tokenizer, rows

@@ -89,7 +89,9 @@ class Generator:
         # are never sampled, and a text that needs one is rejected.
         added = tokenizer.get_added_vocab()
         if any(token >= vocab for name, token in tokenizer.get_vocab().items() if name not in added):
-            raise UserError(f"The tokenizer's {len(tokenizer)} tokens exceed the {vocab} of {model.llm}.")
+            raise UserError(
+                f"The tokenizer's {len(tokenizer)} tokens exceed the {vocab} of {model.llm}; use the model's own."
+            )
         check_template_ids(template, tokenizer, vocab)
         self._tokenizer, self._mesh, self._template, self._aspect = tokenizer, mesh, template, aspect
         self.tiles = tiles

@@ -92,7 +92,7 @@ def look_at(
       UserError: the model has no vision tower, the question is too long for it, or the mesh splits rows.
     """
     if generator.row_shards > 1:
-        raise UserError("A look reads one row, which data and fsdp of the mesh would split: use tensor alone (1,1,N).")
+        raise UserError("A look reads one row, so data and fsdp of the mesh must be 1 (--mesh=1,1,N).")
     blank = PIL.Image.new("RGB", image.size, BLANK_COLOR)
     record, blank_record = (make_question("look", [one.copy], question) for one in (image, blank))
     prompt = generator.prompt(record)

@@ -49,7 +49,7 @@ def find_teacher(config: TrainConfig, own: Collection[str], workdir: epath.Path 
     if not folder:
         return None
     if config.data.aspect == "tiles":
-        raise UserError("A teacher's rows have the same places for every image: choose another data.aspect than tiles.")
+        raise UserError("Distillation does not support tiles: choose another data.aspect than tiles.")
     description, teacher, _ = describe_folder(to_path(folder))
     if description.vision is None or description.llm is None or description.fusion is None:
         raise UserError(f"The teacher {folder} is not a complete model: it needs a vision tower, a fusion and an llm.")

@@ -79,7 +79,7 @@ def load_adapter(
     for path, mapping in mappings.items():
         for tensor in mapping.names:
             if tensor not in tensors:
-                raise UserError(f"{name} lacks {tensor} of {path}: let the rules adapt only what it adapts.")
+                raise UserError(f"{name} lacks {tensor} of {path}: let the rules adapt only what the adapter has.")
             shape, rows = tensors.shape(tensor), path in VOCABULARY
             if shape[rows:] != mapping.hf_shape[rows:] or (rows and shape[0] < mapping.hf_shape[0]):
                 raise UserError(f"{name} has {tensor} {shape}, but in the base it is {mapping.hf_shape}.")

@@ -26,7 +26,7 @@ def read_tiles(config: Mapping[str, Any], vision: VisionConfig | None) -> Tiles 
     if marks is None:
         return None
     if vision is None:
-        raise UserError("The config has tiles of the tower's size: give the tower's folder as --vision=DIR.")
+        raise UserError("The size of the tiles is the tower's, which is missing: give its folder as --vision=DIR.")
     side = vision.image_size
     sizes: Any = config.get("image_grid_pinpoints")
     try:

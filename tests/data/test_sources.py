@@ -127,8 +127,8 @@ def test_other_names_of_all_stages_are_checked_before_the_first(key, value, reas
 @pytest.mark.parametrize(
     ("data_sets", "reason"),
     [
-        (Short("a"), "returns no list of data sets with name, __len__ and __getitem__."),
-        ([Short("a"), "b"], "returns no list of data sets with name, __len__ and __getitem__."),
+        (Short("a"), "must return a list of data sets with name, __len__ and __getitem__."),
+        ([Short("a"), "b"], "must return a list of data sets with name, __len__ and __getitem__."),
         ([], "opens a data set without records."),
         ([Short("a"), Short()], "opens a data set without records."),
         ([Short("a")], "go together"),  # the model has no head for cells

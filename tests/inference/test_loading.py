@@ -327,7 +327,7 @@ DAMAGES = {
     ),
     "no projector": (remove_tensor("model.mm_projector.0.weight"), "mm_projector.0.weight"),
     "cut short": (truncate, "model.safetensors cannot be read as safetensors"),
-    "another tokenizer": (another_vocabulary, "The tokenizer's 522 tokens exceed the 501 of {folder}."),
+    "another tokenizer": (another_vocabulary, "522 tokens exceed the 501 of {folder}; use the model's own."),
     "more layers": (config(text_config={"num_hidden_layers": 4}), "num_hidden_layers 4, but the tensors hold 3 layers"),
     "no such template": (config(conversation_template="v2"), "Unknown data.template='v2'"),
     "a template of templates": (config(conversation_template=["v1"]), "Unknown data.template=\"['v1']\""),

@@ -381,7 +381,7 @@ def test_presets_are_the_published_layers():
     ("name", "message"),
     [
         ("vca", "Unknown model.schedule 'vca'; did you mean 'vica'?"),
-        ("vica:layers=4", "model.schedule=vica:layers=4: layer 4 is to see images, but the language model's layers"),
+        ("vica:layers=4", "model.schedule=vica:layers=4: layers contains 4, but the language model's layers"),
         ("hidrop:enter=3,layers=2,keep=1,exit=1", "enter before layer 3, are dropped before 2, and leave before 1;"),
         ("hidrop:enter=1,layers=2,keep=17,exit=3", "17 image tokens per image after layer 2 must be 0 to 16"),
         ("pyramiddrop:after=1+2,keep=4+8", "8 image tokens per image after layer 2 must be 0 to 4, the number there."),
@@ -423,8 +423,8 @@ def test_rows_without_room_for_text_are_refused(capsys, tmp_path):
     assert run_command(main.main, options) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == (
-        "error: data.max_length=192 leaves no text: with model.schedule, the image tokens of data.images_per_row=12 "
-        "take up to 192 of it; raise it."
+        "error: data.max_length=192 leaves no room for text: with model.schedule, the image tokens "
+        "of data.images_per_row=12 take up to 192 of it; raise it."
     )
     assert not (tmp_path / "run" / "checkpoints").exists()
 

@@ -93,7 +93,7 @@ def test_the_command_runs_nothing(reports, tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["study.py"]
     for argv, message in (
         (["--topology=h1000:1"], "unknown device 'h1000'"),
-        (["--topology=h100:1", "--price-per-chip-hour=-1"], "--price-per-chip-hour must be a price"),
+        (["--topology=h100:1", "--price-per-chip-hour=-1"], "--price-per-chip-hour must be finite and at least 0"),
         (["--price-per-chip-hour=1", f"--out={tmp_path}"], "--price-per-chip-hour has no effect without --topology"),
     ):
         assert run_command(ablate.main, [option, *argv]) == 2

@@ -177,12 +177,12 @@ def test_each_layer_follows_the_first_rule_that_covers_it():
 @pytest.mark.parametrize(
     ("pattern", "action", "message"),
     [
-        ("llm/.*", "train*0", "must say 'freeze', or what trains times a positive number"),
-        ("llm/.*", "train*nan", "must say 'freeze', or what trains times a positive number"),
-        ("llm/.*", "train*", "must say 'freeze', or what trains times a positive number"),
-        ("llm/.*", "freeze*2", "must say 'freeze', or what trains times a positive number"),
-        ("llm/.*", "lora@int4", "may freeze kernels in int8 only, as 'freeze@int8' or 'lora@int8'"),
-        ("llm/.*", "train@int8", "may freeze kernels in int8 only"),
+        ("llm/.*", "train*0", "must be 'freeze', or 'train' or an adapter times a positive number"),
+        ("llm/.*", "train*nan", "must be 'freeze', or 'train' or an adapter times a positive number"),
+        ("llm/.*", "train*", "must be 'freeze', or 'train' or an adapter times a positive number"),
+        ("llm/.*", "freeze*2", "must be 'freeze', or 'train' or an adapter times a positive number"),
+        ("llm/.*", "lora@int4", "can only freeze kernels, and only in int8: write 'freeze@int8' or 'lora@int8'"),
+        ("llm/.*", "train@int8", "can only freeze kernels, and only in int8"),
         (
             "llm/emb.*",
             "freeze@int8",
@@ -209,7 +209,7 @@ def test_each_layer_follows_the_first_rule_that_covers_it():
         ("llm/blocks[2:9]/.*", "train", "names layers that 'llm/blocks/up/kernel' lacks; it has 0 to 3"),
         ("llm/blocks[2:2]/.*", "train", "names layers that 'llm/blocks/up/kernel' lacks; it has 0 to 3"),
         ("llm[0:2]/.*", "train", "names layers, but 'llm/embedding' is not in a block"),
-        ("llm/blocks[2:]/.*", "lora", "can train or have one adapter, but the freeze rules say several"),
+        ("llm/blocks[2:]/.*", "lora", "those that are not frozen must all train, or all have the same adapter"),
     ],
 )
 def test_rules_that_cannot_be_followed_are_rejected(pattern, action, message):

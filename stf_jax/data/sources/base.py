@@ -89,7 +89,7 @@ def open_data_sets(config: TrainConfig) -> Sequence[DataSet]:
     name = config.data.source
     data_sets = find_source(name)(config)
     if not isinstance(data_sets, (list, tuple)) or not all(isinstance(data_set, DataSet) for data_set in data_sets):
-        raise UserError(f"data.source={name} returns no list of data sets with name, __len__ and __getitem__.")
+        raise UserError(f"data.source={name} must return a list of data sets with name, __len__ and __getitem__.")
     if not data_sets or not all(len(data_set) for data_set in data_sets):
         raise UserError(f"data.source={name} opens a data set without records.")
     return data_sets

@@ -290,7 +290,7 @@ def resolve_reduction(model: "ModelSpec") -> Reduction:
     if reduction.stages:
         raise UserError(
             f"reduce={model.reduce} drops image tokens in the decoder, where schedule={name} already does; choose a "
-            "reducer that acts before it."
+            "reducer that acts before the decoder."
         )
     if len(model.fusion.budgets) > 1:
         raise UserError(

@@ -30,7 +30,7 @@ def vica(*, layers: tuple[int, ...] = ()) -> Schedule:
 def _plan(seeing: tuple[int, ...], layers: int, tokens: int) -> list[Stage]:
     seeing = seeing or tuple(sorted({layer * layers // 32 for layer in _LAYERS_7B}))
     if beyond := [layer for layer in seeing if layer >= layers]:
-        raise ValueError(f"layer {beyond[0]} is to see images, but the language model's layers are 0 to {layers - 1}.")
+        raise ValueError(f"layers contains {beyond[0]}, but the language model's layers are 0 to {layers - 1}.")
     sees = [layer in seeing for layer in range(layers)]
     changes = [layer for layer in range(layers) if layer == 0 or sees[layer] != sees[layer - 1]]
     return [Stage(layer, tokens if sees[layer] else 0, beside=sees[layer]) for layer in changes]
