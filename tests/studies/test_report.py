@@ -221,13 +221,15 @@ def test_scores_by_height_are_drawn_and_listed(tmp_path):
     study = make_study.study(asked=())
     cells = make_cells(study, tmp_path)
     outcomes = {}
-    for name, shares in (("mlp", (0.2, 0.9)), ("stf", (0.1, 0.8))):
+    for name, shares in (("mlp", (0.5, 0.9)), ("stf", (0.1, 0.9))):
         luck = np.random.default_rng(0).random((2, 100))
         heights = {height: 100.0 * (luck < share) for height, share in zip((5, 22), shares, strict=True)}
         outcomes[name] = Outcome({"all": np.concatenate(list(heights.values()), axis=1)}, heights)
     findings = compute_findings(study, outcomes, {}, {})
     write_report(findings, cells, {}, "command", tmp_path)
-    assert "| stf | " in (tmp_path / "report.md").read_text().partition("## By height of print")[2].partition("##")[0]
+    section = (tmp_path / "report.md").read_text().partition("## By height of print")[2].partition("##")[0]
+    assert "| stf | " in section
+    assert "Filled points differ from mlp by more than noise." in section
     figures = json.loads((tmp_path / "report.json").read_text())
     assert figures["heights"]["stf"]["22"]["value"] == pytest.approx(outcomes["stf"].heights[22].mean())
     expected = outcomes["stf"].heights[5].mean() - outcomes["mlp"].heights[5].mean()
@@ -237,6 +239,8 @@ def test_scores_by_height_are_drawn_and_listed(tmp_path):
     curves = [line.get_ydata().tolist() for line in axes.lines if len(line.get_xdata()) == 2]
     for name in ("mlp", "stf"):
         assert [estimate.value for estimate in findings.heights[name].values()] in curves
+    points = {line.get_xdata()[0]: line.get_markerfacecolor() for line in axes.lines if len(line.get_xdata()) == 1}
+    assert points == {5: plots.INK, 22: plots.PAPER}
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["5", "22"]
     assert (tmp_path / "heights.png").exists()
 
