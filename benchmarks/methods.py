@@ -78,6 +78,8 @@ def read_method(folder: pathlib.Path) -> ModelSpec:
             f"{folder / RESULTS} does not say which model answered: only results of a model that was asked by "
             "stf_jax.evaluate or main can be measured."
         ) from None
+    if changes["tokens"] == "auto":
+        raise UserError(f"{folder}: --tokens=auto chose tokens for each image, so no one number can be measured.")
     saved = open_model(place)
     require_complete(saved, place)
     return replace(saved.config, "model.", **changes)

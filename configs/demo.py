@@ -1,7 +1,8 @@
 """The complete method in miniature, in minutes on two cores: both stages, an evaluation and a contact sheet.
 
 It uses the embedded miniature backbones (stf_jax/weights/miniatures) and embedded scenes. ``stage=pretrain`` or
-``stage=finetune`` runs one stage, ``steps=N`` sets its steps, ``fusion=NAME`` selects another fusion.
+``stage=finetune`` runs one stage, ``steps=N`` sets its steps, ``fusion=NAME`` selects another fusion. ``chooser=true``
+adds a stage, ``choose``, that trains the head for ``--tokens=auto`` of a model with several budgets (docs/budgets.md).
 """
 
 import ml_collections
@@ -11,7 +12,7 @@ from stf_jax.config import default_config, parse_arg, single_stage
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The recipe of configs/pretrain.py and configs/finetune.py on the miniatures."""
-    arg = parse_arg(arg, stage="", steps=0, fusion="mbtf_stf")
+    arg = parse_arg(arg, stage="", steps=0, fusion="mbtf_stf", chooser=False)
     config = default_config()
     config.model.update(vision="clip-mini-8-96", llm="llama-mini-6")
     # CPUs compute in float32 and have enough memory not to recompute.
@@ -55,4 +56,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             "eval": {"benchmarks": ("scenes",), "batch": 64},
         },
     }
+    if arg.chooser:
+        config.run = (*config.run, "choose")
+        config.stages.choose = {
+            **config.stages.finetune.copy_and_resolve_references(),
+            "init_missing": ("chooser/.*",),
+            "rules": (("chooser/.*", "train"), (".*", "freeze")),
+            "model": {"chooser": True},
+            "eval": {"benchmarks": ()},
+        }
     return single_stage(config, arg.stage) if arg.stage else config

@@ -15,6 +15,7 @@ from stf_jax.config import MeshConfig, Precision, UserError, did_you_mean
 from stf_jax.data.image import open_image_file
 from stf_jax.data.records import Record, make_question
 from stf_jax.files import to_path
+from stf_jax.inference.choosing import ChoosingGenerator
 from stf_jax.inference.generator import Generator
 from stf_jax.looking.look import MAX_NEW_TOKENS, Look, look_at
 from stf_jax.looking.page import write_pages
@@ -30,7 +31,8 @@ class Model:
     Attributes:
       checkpoint: the folder it was loaded from.
       step: the training step of its weights, or None if they were imported.
-      tokens_per_image: image tokens that the language model reads per image, or with tiles per thumbnail and tile.
+      tokens_per_image: image tokens that the language model reads per image, or with tiles per thumbnail and tile; the
+        most if they are chosen for each image.
     """
 
     def __init__(self, generator: Generator, saved: SavedModel, checkpoint: epath.Path):
@@ -80,7 +82,10 @@ class Model:
           UserError: the image cannot be opened, the model has no vision tower, the question is too long for it, or
             the folder cannot be written.
         """
-        found = look_at(self._generator, _open_image(image), question, self.checkpoint.name, max_new_tokens)
+        generator, opened = self._generator, _open_image(image)
+        if isinstance(generator, ChoosingGenerator):
+            generator = generator.choose_for(opened)
+        found = look_at(generator, opened, question, self.checkpoint.name, max_new_tokens)
         if out:
             name = pathlib.Path(image).name if isinstance(image, str | os.PathLike) else "image"
             write_pages({name: [found]}, to_path(os.fspath(out)))
@@ -93,7 +98,8 @@ def load(
     precision: Precision | Literal[""] = "",
     reduce: str = "",
     keep: int = 0,
-    tokens: int = 0,
+    tokens: int | Literal["auto"] = 0,
+    tolerance: float | None = None,
     mesh: tuple[int, int, int] = (1, 1, 1),
 ) -> Model:
     """Loads a model from the newest checkpoint of a run, a folder of imported weights, or an export.
@@ -103,7 +109,10 @@ def load(
       reduce: an untrained reducer of image tokens, by a name of docs/evaluating.md or as ``module:thing``, and its
         options, ``:key=value,…``.
       keep: image tokens per image that ``reduce`` keeps; by default a quarter.
-      tokens: image tokens per image, one of the budgets that the model was trained with; by default the most.
+      tokens: image tokens per image, one of the budgets that the model was trained with; by default the most. ``auto``
+        chooses them for each image (docs/budgets.md).
+      tolerance: with ``tokens="auto"``, how far answers may be from those with the most tokens, in nats per answer
+        token.
       mesh: devices along data, fsdp and tensor.
 
     Raises:
@@ -114,7 +123,8 @@ def load(
 
     folder = to_path(os.fspath(checkpoint))
     devices = make_mesh(MeshConfig(*mesh))
-    generator, saved = load_generator(folder, devices, precision, reduce, keep, tokens, allow_text_only=True)
+    chosen = reduce, keep, tokens, tolerance
+    generator, saved = load_generator(folder, devices, precision, *chosen, allow_text_only=True)
     return Model(generator, saved, folder)
 
 

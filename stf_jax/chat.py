@@ -53,6 +53,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--max-new-tokens must be at least 1.")
     if options.web and (options.image or options.prompt is not None):
         raise UserError("--web takes images and questions on its page: leave out --image and --prompt.")
+    if options.web and options.tokens == "auto":
+        raise UserError("--web has a menu of numbers of tokens: leave out --tokens=auto.")
     if options.port is not None and not options.web:
         raise UserError("--port has no effect without --web.")
     port = _PORT if options.port is None else options.port
@@ -73,6 +75,7 @@ def main(argv: list[str]) -> None:
         options.reduce,
         options.keep,
         options.tokens,
+        options.tolerance,
         allow_text_only=True,
     )
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)

@@ -254,10 +254,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokens",
-        type=_number_between(int, 0, 2**31 - 1),
+        type=_parse_tokens,
         default=0,
-        metavar="N",
-        help="image tokens per image, one of the model's budgets (docs/budgets.md; default: the most)",
+        metavar="N|auto",
+        help="image tokens per image, one of the model's budgets, or chosen for each image (docs/budgets.md; default: "
+        "the most)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="NATS",
+        help="with --tokens=auto, how far answers may be from those with the most tokens, per answer token",
     )
     parser.add_argument(
         "--temperature",
@@ -289,6 +296,13 @@ def add_host_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--processes", type=int, metavar="N", help="number of processes")
     parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
+
+
+def _parse_tokens(text: str) -> float | str:
+    try:
+        return text if text == "auto" else _number_between(int, 0, 2**31 - 1)(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 def _parse_mesh(text: str) -> tuple[int, ...]:

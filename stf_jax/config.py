@@ -119,6 +119,7 @@ class ModelConfig:
     # package.module:thing; "": all layers see all
     schedule: str = ""
     cells: Count = 0  # cells per patch side that a head on the vision tower is trained to label; 0: no such head
+    chooser: bool = False  # whether a head on the vision tower chooses each image's number of tokens (docs/budgets.md)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,8 +273,8 @@ class TrainConfig:
     # folders of weights or runs, separated by commas; embedded: miniatures, miniatures/2, miniatures/siglip
     init_from: str = ""
     init_missing: tuple[str, ...] = ()  # regular expressions of parameters to initialize; init_from has all others
-    # what is minimized: next_token | distill:teacher=FOLDER,temperature=1,weight=0.5 | cells | package.module:thing;
-    # "": cells with model.cells, else next_token
+    # what is minimized: next_token | distill:teacher=FOLDER,temperature=1,weight=0.5 | cells | choose |
+    # package.module:thing; "": cells with model.cells, choose with model.chooser, else next_token
     objective: str = ""
     # the loss of a step with several model.fusion.budgets. all: the mean over all of them | one: the loss at one
     # budget, drawn from the seed and the step

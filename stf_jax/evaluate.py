@@ -91,9 +91,8 @@ def _evaluate_or_score(
     join(options.coordinator, options.processes, options.process)
     check_images(benchmarks)
     mesh = make_mesh(MeshConfig(*options.mesh))
-    generator, saved = load_generator(
-        options.checkpoint, mesh, options.precision, options.reduce, options.keep, options.tokens
-    )
+    chosen = options.reduce, options.keep, options.tokens, options.tolerance
+    generator, saved = load_generator(options.checkpoint, mesh, options.precision, *chosen)
     name = pathlib.Path(os.path.abspath(options.checkpoint)).name  # abspath: a name even for "."
     origin = {"checkpoint": str(options.checkpoint), "step": saved.step}
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)

@@ -35,7 +35,8 @@ def read_folder(folder: epath.Path) -> Run:
             benchmarks[name] = _read_benchmark(place, results)
             asking = protocol.get("asking", {})
             blank = blank or asking.get("images") == "blank"
-            tokens = asking.get("keep") or asking.get("image_tokens")
+            chosen = results.get("image_tokens")  # for each image
+            tokens = chosen["mean"] if chosen else asking.get("keep") or asking.get("image_tokens")
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{folder / RESULTS} is not a file of results; evaluate again to replace it.") from None
         cost |= {"image_tokens": tokens} if tokens else {}

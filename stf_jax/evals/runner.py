@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,10 +17,11 @@ from jax.experimental import multihost_utils
 
 from stf_jax.config import UserError, flatten
 from stf_jax.evals.answers import answer_line, match_answers, read_answers
-from stf_jax.evals.benchmark import Benchmark
+from stf_jax.evals.benchmark import Benchmark, Question
 from stf_jax.evals.files import ANSWERS, RESULTS, sha256
 from stf_jax.evals.scores import SCORES, write_scores
 from stf_jax.files import AppendOnlyFile, as_user_error, make_folder, parse_json, write_json
+from stf_jax.inference.choosing import WINDOW, ChoosingGenerator
 from stf_jax.inference.decoding import Sampling
 from stf_jax.inference.generator import GREEDY, Generator
 from stf_jax.parallel.hosts import run_on_host0
@@ -64,18 +66,21 @@ def evaluate(
     if benchmark.blank:
         protocol["asking"]["images"] = "blank"
     questions, lines = benchmark.questions, []
+    together = WINDOW * rows if isinstance(generator, ChoosingGenerator) else rows
     if active:
         make_folder(out)
         lines = _read_kept_lines(benchmark, out, model, protocol, overwrite)
         if len(lines) < len(questions):
-            # Keep full batches, and leave at least one full batch: a smaller one is another program, which may round
-            # differently.
-            lines = lines[: min(len(lines), len(questions) - rows) // rows * rows]
+            # Keep what was asked together, and leave at least one full batch: a smaller one is another program, which
+            # may round differently.
+            lines = lines[: min(len(lines), len(questions) - rows) // together * together]
         with as_user_error(out):
             write_json(out / PROTOCOL, protocol)
     done = int(multihost_utils.broadcast_one_to_all(np.int32(len(lines))))
-    records = [question.to_record() for question in questions[done:]]
-    texts = generator.generate(records, benchmark.max_new_tokens, rows, sampling)
+    records = [question.to_record() for question in questions]
+    chosen = generator.choose(records, rows) if isinstance(generator, ChoosingGenerator) else []
+    options: dict[str, Any] = {"chosen": chosen[done:]} if chosen else {}
+    texts = generator.generate(records[done:], benchmark.max_new_tokens, rows, sampling, **options)
     texts = _call_after_batches(texts, rows, on_batch_end)
     texts = tqdm.tqdm(
         texts, benchmark.name, len(questions), initial=done, unit="question", disable=not active, mininterval=0.5
@@ -87,7 +92,8 @@ def evaluate(
         for index, text in enumerate(texts, start=done):
             lines.append(answer_line(questions[index], index, text, model))
             file.append(lines[-1])
-    return _write_results(benchmark, [json.loads(line)["text"] for line in lines], out, model, protocol)
+    found = {"image_tokens": _count_chosen(questions, chosen)} if chosen else {}
+    return _write_results(benchmark, [json.loads(line)["text"] for line in lines], out, model, protocol, found)
 
 
 def check_images(benchmarks: Sequence[Benchmark]) -> None:
@@ -177,6 +183,9 @@ def format_results(results: Results) -> str:
     rows += [{key: format_metric(key, value) for key, value in row.items()} for row in groups]
     blank = ", blank images" if results.get("images") == "blank" else ""
     lines = [f"{results['benchmark']}, {results['questions']} questions{blank}: {results['model']}"]
+    if chosen := results.get("image_tokens"):
+        shares = ", ".join(f"{share:.0%} with {tokens}" for tokens, share in chosen["shares"].items())
+        lines[0] += f"; {chosen['mean']} tokens per image: {shares}"
     lines.append(format_table(rows) if results["metrics"] else "There are no labels here, so there are no metrics.")
     lines += [f"also written: {file}" for file in results["submission"]]
     return "\n".join(lines)
@@ -249,8 +258,31 @@ def _read_kept_lines(
         ) from None
 
 
+def _count_chosen(questions: Sequence[Question], chosen: Sequence[int]) -> dict[str, Any]:
+    """Counts the tokens of the images that were asked about: their mean, and the share of images with each number.
+
+    A blank image that a benchmark shows beside every image is left out.
+    """
+    blank = [question.metadata.get("shown") == "blank" for question in questions]
+    counts = collections.Counter(
+        tokens
+        for question, hidden, tokens in zip(questions, blank, chosen, strict=True)
+        if question.image is not None and (all(blank) or not hidden)
+    )
+    total = max(counts.total(), 1)
+    return {
+        "mean": round(sum(tokens * count for tokens, count in counts.items()) / total, 2),
+        "shares": {str(tokens): count / total for tokens, count in sorted(counts.items(), reverse=True)},
+    }
+
+
 def _write_results(
-    benchmark: Benchmark, texts: Sequence[str], out: epath.Path, model: str, protocol: Mapping[str, Any]
+    benchmark: Benchmark,
+    texts: Sequence[str],
+    out: epath.Path,
+    model: str,
+    protocol: Mapping[str, Any],
+    found: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Results:
     with as_user_error(out):
         files = benchmark.write_submission(texts, out)
@@ -262,6 +294,7 @@ def _write_results(
         "model": model,
         "submission": [str(file.relative_to(out)) for file in files],
         "protocol": protocol,
+        **found,
     }
     if benchmark.blank:
         results["images"] = "blank"

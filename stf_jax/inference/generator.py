@@ -42,8 +42,9 @@ GREEDY = Sampling()
 INITIAL_MAX_NEW_TOKENS = 128  # initial slots for new tokens; doubled when they are full
 _THREADS = 2  # threads that prefetch images
 NO_VISION_MESSAGE = "the model has no vision tower: leave images out, or choose a model that has one."
-_OnText = Callable[[int, str], None]
+OnText = Callable[[int, str], None]
 _Pending = list[list[Future[np.ndarray] | None]]  # by row: its images, None on other hosts
+_Batch = tuple[list[Encoded], _Pending, int]  # prompts, images, and rows with padding
 
 
 class Generator:
@@ -120,7 +121,7 @@ class Generator:
         limit: int,
         rows: int,
         sampling: Sampling = GREEDY,
-        on_text: _OnText | None = None,
+        on_text: OnText | None = None,
     ) -> Iterator[str]:
         """Yields answers in the order of the records, batch by batch, and prefetches the images of the next batch.
 
@@ -134,14 +135,35 @@ class Generator:
         Raises:
           BadRow: an image cannot be opened, or a conversation does not fit the template or is too long.
         """
-        size = -(-min(rows, len(records)) // self.row_shards) * self.row_shards
+        size = self._batch_size(min(rows, len(records)))
+        yield from self.answer_batches(records, limit, rows, size, sampling, on_text)
+
+    def answer_batches(
+        self,
+        records: Sequence[Record],
+        limit: int,
+        rows: int,
+        size: int,
+        sampling: Sampling,
+        on_text: OnText | None = None,
+    ) -> Iterator[str]:
+        """Yields answers as :meth:`generate` does, from batches that are all padded to ``size`` rows."""
+        for batch in self._prepare_batches(records, rows, size):
+            yield from (text for text, _ in self._generate_batch(*batch, limit, sampling, on_text))
+
+    def _batch_size(self, rows: int) -> int:
+        """The rows of a batch with its padding."""
+        return -(-rows // self.row_shards) * self.row_shards
+
+    def _prepare_batches(self, records: Sequence[Record], rows: int, size: int) -> Iterator[_Batch]:
+        """Yields batches of ``rows`` records, and opens the images of the next one meanwhile."""
         with ThreadPoolExecutor(_THREADS) as pool:
             prefetched = None
             for start in range(0, len(records), rows):
                 batch = prefetched or self._prepare_batch(pool, records[:rows], size)
                 next_records = records[start + rows : start + 2 * rows]
                 prefetched = self._prepare_batch(pool, next_records, size) if next_records else None
-                yield from (text for text, _ in self._generate_batch(*batch, limit, sampling, on_text))
+                yield batch
 
     def prompt(self, record: Record) -> Encoded:
         """The prompt of a record, image slots included. Raises BadRow as :meth:`generate` does."""
@@ -251,9 +273,7 @@ class Generator:
             details["average_image_tokens"] = self._reduction.average_tokens(self.model.llm_shape.layers)
         return details | {"precision": self.plan.precision, "weights": self._fingerprint, "first_prompt": prompt}
 
-    def _prepare_batch(
-        self, pool: ThreadPoolExecutor, records: Sequence[Record], size: int
-    ) -> tuple[list[Encoded], _Pending, int]:
+    def _prepare_batch(self, pool: ThreadPoolExecutor, records: Sequence[Record], size: int) -> _Batch:
         """Prompts of a batch of ``size`` rows, and futures of the images of the rows that belong to this host."""
         prompts = [self.prompt(record) for record in records]
         indices = self._rows.addressable_devices_indices_map((size,)).values()
@@ -274,7 +294,7 @@ class Generator:
         size: int,
         limit: int,
         sampling: Sampling,
-        on_text: _OnText | None,
+        on_text: OnText | None,
     ) -> Iterator[tuple[str, np.ndarray]]:
         """Yields the text of each answer, and its tokens, int32 [G]."""
         sent = [""] * len(prompts)
@@ -312,8 +332,7 @@ class Generator:
 
     def _make_arrays(self, prompts: Sequence[Encoded], pending: _Pending, size: int) -> tuple[jax.Array, ...]:
         """Tokens, image slots, lengths and images of a batch, as for :func:`stf_jax.inference.decoding.prefill`."""
-        max_images, side = max(map(len, pending)), self._vision.image_size if self._vision else 1
-        places = max_images if self.tiles is None else max_images * self.tiles.places
+        max_images, places = max(map(len, pending)), self._count_places(pending)
         # A row with fewer images than others drops fewer tokens, so it needs extra positions to keep all of its text.
         extra = ((max_images - len(row)) * self._reduction.dropped for row in pending)
         length = bucket_length(
@@ -325,6 +344,17 @@ class Generator:
             count = lengths[i] = len(prompt.tokens)
             tokens[i, :count] = prompt.tokens
             slots[i, :count] = place_slots(prompt.image_slots, 0, places * self.slots)
+
+        arrays = [jax.make_array_from_callback(x.shape, self._rows, x.__getitem__) for x in (tokens, slots, lengths)]
+        return *arrays, self._make_images(pending, size)
+
+    def _count_places(self, pending: _Pending) -> int:
+        """The squares per row of a batch."""
+        return max(map(len, pending)) * (1 if self.tiles is None else self.tiles.places)
+
+    def _make_images(self, pending: _Pending, size: int) -> jax.Array:
+        """The images of a batch, uint8 [B, M, H, W, 3]."""
+        places, side = self._count_places(pending), self._vision.image_size if self._vision else 1
 
         def images(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None  # a device of this host has some rows
@@ -339,9 +369,7 @@ class Generator:
                     first += len(squares)
             return local_images
 
-        arrays = [jax.make_array_from_callback(x.shape, self._rows, x.__getitem__) for x in (tokens, slots, lengths)]
-        shape = (size, places, side, side, 3)
-        return *arrays, jax.make_array_from_callback(shape, self._rows, images)
+        return jax.make_array_from_callback((size, places, side, side, 3), self._rows, images)
 
 
 def _index_range(part: slice, size: int) -> range:

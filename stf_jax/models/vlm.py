@@ -1,7 +1,7 @@
 """The complete model: vision tower, fusion, and a language model that reads image tokens among its text tokens.
 
 Axis letters: B rows, T positions, M images per row (with tiles: squares that the tower reads), N tokens per image,
-S tokens of all images of a row, D language model width, V vocabulary.
+S tokens of all images of a row, K budgets but the first, D language model width, V vocabulary.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from stf_jax.config import ModelConfig, UserError
 from stf_jax.models.cells import CellHead
+from stf_jax.models.chooser import Chooser
 from stf_jax.models.decoders.base import find_decoder_class
 from stf_jax.models.decoders.transformer import Block, Cache, Rows
 from stf_jax.models.fusions.base import Fusion
@@ -28,8 +29,9 @@ States = Mapping[int, jax.Array]  # of a tower, [B·M, P, C] by tap
 class VLM(nnx.Module):
     """Vision tower, fusion and decoder, with parameters under ``vision/``, ``fusion/`` and ``llm/``.
 
-    With ``model.cells``, the head that trains a tower is under ``cells/``. A frozen teacher of the model's training is
-    under ``teacher/``, without the parts that it shares (models/blueprint.py).
+    With ``model.cells``, the head that trains a tower is under ``cells/``; with ``model.chooser``, the head that
+    chooses an image's budget is under ``chooser/``. A frozen teacher of the model's training is under ``teacher/``,
+    without the parts that it shares (models/blueprint.py).
 
     A language model alone (a ModelSpec without ``vision_shape``) has no tower and no fusion, and accepts no images.
 
@@ -47,7 +49,7 @@ class VLM(nnx.Module):
 
         Raises:
           UserError: an unknown preset or fusion, a kernel that does not divide the grid, an invalid reduction, or a
-            schedule that the language model's block cannot follow.
+            schedule that the language model's block cannot follow; or a chooser without several budgets.
         """
         spec = resolve_model(config)
         vision, llm = spec.vision_shape, spec.llm_shape
@@ -64,6 +66,8 @@ class VLM(nnx.Module):
             self.fusion = Fusion(rngs, config.fusion, vision, llm.width, spec.reduction.tokens, spec.newline)
             if config.cells:
                 self.cells = CellHead(rngs, vision, config.cells)
+            if config.chooser:
+                self.chooser = Chooser(rngs, config.fusion.budgets, vision.width, len(self.taps))
         decoder = find_decoder_class(llm)
         if any(stage.beside for stage in self.reduction.stages) and decoder.block is not Block:
             raise UserError(f"model.schedule={config.schedule} needs Llama's block, but {llm.family} has another.")
@@ -98,10 +102,10 @@ class VLM(nnx.Module):
         return jnp.concatenate([tokens, jnp.broadcast_to(newline, (batch, 1, len(newline)))], axis=1)
 
     def nested_tokens(
-        self, images: UInt8[Array, "B M H W 3"], budgets: Sequence[int]
+        self, images: UInt8[Array, "B M H W 3"], budgets: Sequence[int], states: States | None = None
     ) -> tuple[Float[Array, "B _ D"], ...]:
-        """Image tokens of a row's images at each of some budgets; the tower runs once."""
-        states = self.tower_states(images, self.taps)
+        """Image tokens of a row's images at each of some budgets; the tower runs once, or not if states are known."""
+        states = self.tower_states(images, self.taps) if states is None else states
         nested = self.fusion.nested(tuple(states[tap] for tap in self.taps), budgets)
         return tuple(tokens.reshape(len(images), -1, tokens.shape[-1]) for tokens in nested)
 
@@ -109,6 +113,18 @@ class VLM(nnx.Module):
         """The tower's states after these blocks, of all images of all rows."""
         taps = tuple(taps)
         return dict(zip(taps, self.vision(images.reshape(-1, *images.shape[2:]), taps, self.dtype), strict=True))
+
+    def expected_divergences(
+        self, images: UInt8[Array, "B M H W 3"], states: States | None = None
+    ) -> Float32[Array, "B M K"]:
+        """What the chooser expects answers to lose at each budget but the first (models/chooser.py).
+
+        Args:
+          states: those of the tower, if they are known.
+        """
+        states = self.tower_states(images, self.taps) if states is None else states
+        expected = self.chooser(tuple(states[tap] for tap in self.taps))
+        return expected.reshape(*images.shape[:2], -1)
 
     def cell_scores(self, images: UInt8[Array, "B M H W 3"]) -> Float32[Array, "B*M S S classes"]:
         """Scores of all cells (models/cells.py)."""

@@ -19,9 +19,10 @@ from stf_jax.training.objectives.base import Objective
 def mean_loss_sum(objective: Objective, model: VLM, batch: Batch[jax.Array], packed: bool) -> Float32[Array, ""]:
     """The objective's sum of losses of a batch, or the mean of those at the batch's budgets.
 
-    All have the same terms. The model is that of one call: its budget changes.
+    All have the same terms. The model is that of one call: its budget changes. An objective that compares budgets gets
+    the batch as it is.
     """
-    if not batch.budgets:
+    if not batch.budgets or getattr(objective, "compares_budgets", False):
         return objective.loss_sum(model, batch, packed)
     slots, losses = model.slots, []
     made = model.nested_tokens(batch.images, [budget.tokens for budget in batch.budgets])

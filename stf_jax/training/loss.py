@@ -142,13 +142,44 @@ def _backward_distillation(
 distillation_sum.defvjp(_forward_distillation, _backward_distillation, symbolic_zeros=True)
 
 
+def divergences(
+    hidden: Float[Array, "B T D"],
+    kernel: Float[Array, "..."],
+    loss_mask: Bool[Array, "B T"],
+    teacher_hidden: Float[Array, "B T D"],
+    vocab_first: bool = False,
+) -> Float[Array, "B T"]:
+    """KL(teacher ‖ student) at each target token, in nats, float32, and 0 elsewhere. It has no gradient.
+
+    Args:
+      hidden, kernel, loss_mask, vocab_first: as of :func:`cross_entropy_sum`.
+      teacher_hidden: the teacher's hidden states at the student's positions; its head is the same.
+    """
+    arguments = (hidden, kernel, jnp.zeros_like(loss_mask, jnp.int32), loss_mask, teacher_hidden, kernel)
+    arguments = jax.lax.stop_gradient(arguments)
+    return _loss_and_grads(arguments, vocab_first, (), Teaching(1.0, 1.0, vocab_first), summed=False)[0]
+
+
 def _loss_and_grads(
-    arguments: tuple[jax.Array, ...], vocab_first: bool, requested: tuple[str, ...], teaching: Teaching | None = None
+    arguments: tuple[jax.Array, ...],
+    vocab_first: bool,
+    requested: tuple[str, ...],
+    teaching: Teaching | None = None,
+    *,
+    summed: bool = True,
 ) -> tuple[jax.Array, _Gradients]:
-    """The sum, and its gradients for hidden and kernel, None where they are not requested."""
+    """The sum, and its gradients for hidden and kernel, None where they are not requested.
+
+    With ``summed=False`` it is the loss of each position [B, T], which has no gradients.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     local = functools.partial(
-        _local_loss_and_grads, vocab_first=vocab_first, requested=requested, axes=mesh.axis_names, teaching=teaching
+        _local_loss_and_grads,
+        vocab_first=vocab_first,
+        requested=requested,
+        axes=mesh.axis_names,
+        teaching=teaching,
+        summed=summed,
     )
     if mesh.empty:
         return local(*arguments)
@@ -162,7 +193,7 @@ def _loss_and_grads(
     return jax.shard_map(
         local,
         in_specs=(rows, vocab_spec(vocab_first), rows, rows, *teacher_specs),
-        out_specs=(PartitionSpec(), gradients),
+        out_specs=(PartitionSpec() if summed else rows, gradients),
         check_vma=False,  # nothing is differentiated through it
     )(*arguments)
 
@@ -185,6 +216,7 @@ def _local_loss_and_grads(
     requested: tuple[str, ...],
     axes: tuple[str, ...],
     teaching: Teaching | None,
+    summed: bool,
 ) -> tuple[jax.Array, _Gradients]:
     """Computes :func:`_loss_and_grads` on one device, which has its rows and its slices of the kernels."""
 
@@ -296,7 +328,10 @@ def _local_loss_and_grads(
         gap = apply_collective(jax.lax.psum, gap * jnp.exp(teacher[0] - warm_logs[1]), "tensor")
         divergence = gap + warm_logs[0] - warm_logs[1]
         losses = (1 - teaching.weight) * losses + teaching.weight * teaching.temperature**2 * divergence
-    value = apply_collective(jax.lax.psum, jnp.where(loss_mask, losses, 0).sum(), *_ROWS)
+    losses = jnp.where(loss_mask, losses, 0)
+    if not summed:
+        return losses.reshape(shape[:2]), (None, None)
+    value = apply_collective(jax.lax.psum, losses.sum(), *_ROWS)
     if not requested:
         return value, (None, None)
 

@@ -19,6 +19,7 @@ from stf_jax.checkpointing.rules import Decision, Rules, decide
 from stf_jax.config import TrainConfig, UserError
 from stf_jax.models.blueprint import Blueprint, Params, blueprint, build_model
 from stf_jax.models.quantized import quantize, scale_path
+from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.optimizer import map_moments
 from stf_jax.training.teacher import find_teacher
 
@@ -90,8 +91,12 @@ def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransfo
       plan: of :func:`training_blueprint`.
 
     Raises:
-      UserError: as :func:`decide`; or the model is reduced or set to one budget, which is for inference only.
+      UserError: as :func:`decide`; the model is reduced or set to one budget, which is for inference only; or the
+        config's objective refuses it.
     """
+    check = getattr(find_objective(config.objective, config.model), "check", None)
+    if check is not None:
+        check(config)
     if config.model.reduce:
         raise UserError(
             f"model.reduce={config.model.reduce} is for inference only: train without it, "

@@ -178,6 +178,8 @@ def _suggest_fixes(sources: "_Sources", layout: Collection[str], problems: Mappi
                 clauses.append(f"{having[-1]} was trained with tiles (set data.aspect=tiles)")
         elif part == "fusion":
             clauses.append(f"model.fusion differs from the one that {having[-1]} was trained with (set it to that)")
+        elif part == "chooser":
+            clauses.append(f"{having[-1]} has a chooser (set model.chooser=True, or name chooser/.* in init_missing)")
         elif _has_part(layout, part):
             clauses.append(f"model.{part} is a different model (set model.{part}={having[-1]}, or leave it out)")
         else:

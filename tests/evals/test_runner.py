@@ -14,6 +14,7 @@ from stf_jax.data.records import BadRow
 from stf_jax.evals import runner
 from stf_jax.evals.benchmark import Question
 from stf_jax.evals.runner import evaluate, evaluate_all, flatten_metrics, format_results, score
+from stf_jax.inference.choosing import ChoosingGenerator
 from stf_jax.inference.decoding import Sampling
 
 FILES = ("answers.jsonl", "protocol.json", "results.json")
@@ -121,6 +122,38 @@ def test_a_run_interrupted_anywhere_ends_with_the_same_files(complete, tmp_path)
         # Full batches of four are kept, except the one needed to fill up the last batch.
         first = 11 if lines == 11 else 4 * (lines >= 4)
         assert generator.asked == list(range(first, 11)), cut
+
+
+class FakeChooser(FakeGenerator, ChoosingGenerator):
+    """It answers windows of two batches, each in batches of one number of tokens."""
+
+    def choose(self, records, rows):
+        return [(9, 1)[int(record.id) % 3 == 0] for record in records]
+
+    def generate(self, records, limit, rows, sampling, chosen):
+        assert chosen == self.choose(records, rows)
+        for start in range(0, len(records), 2 * rows):
+            window = records[start : start + 2 * rows]
+            sorted_by_tokens = sorted(window, key=lambda record: chosen[records.index(record)])
+            texts = zip(sorted_by_tokens, super().generate(sorted_by_tokens, limit, 2 * rows, sampling), strict=True)
+            by_id = {record.id: text for record, text in texts}
+            yield from (by_id[record.id] for record in window)
+
+
+def test_where_tokens_are_chosen_windows_are_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "WINDOW", 2)
+    folders = [epath.Path(tmp_path) / name for name in ("complete", "cut")]
+    for out in folders:
+        results = evaluate(make_benchmark(13), FakeChooser(), out, **SETTINGS | {"rows": 3})
+    # The first question has no image.
+    assert results["image_tokens"] == {"mean": round((8 * 9 + 4) / 12, 2), "shares": {"9": 8 / 12, "1": 4 / 12}}
+    complete, cut = folders
+    lines = (complete / "answers.jsonl").read_bytes().splitlines(True)
+    (cut / "answers.jsonl").write_bytes(b"".join(lines[:11]))
+    generator = FakeChooser()
+    evaluate(make_benchmark(13), generator, cut, **SETTINGS | {"rows": 3})
+    assert contents(cut) == contents(complete)
+    assert sorted(generator.asked) == list(range(6, 13))  # not from 9 on, in the middle of a window
 
 
 def test_fewer_questions_than_a_batch_are_all_asked_again(tmp_path):

@@ -6,6 +6,11 @@ function that returns one and whose keyword-only parameters are its options (reg
 An objective that needs a frozen model beside the one that trains has one more attribute, ``teacher``, the folder of
 that model: the workdir of a run or imported weights. Its loss gets the hidden states of both from
 :func:`stf_jax.training.teacher.paired_hidden`, and finds the teacher as ``model.teacher``.
+
+An objective that compares what a model answers at several budgets has the attribute ``compares_budgets = True``. Its
+loss gets each batch as it is planned, with all its budgets, where that of others gets the rows of one.
+
+An objective that not every config can have has a method ``check(config)``, which raises UserError.
 """
 
 from collections.abc import Callable
@@ -48,7 +53,7 @@ def find_objective(name: str, model: ModelConfig) -> Objective:
     Raises:
       UserError: an unknown name, wrong options, or something that is not an objective.
     """
-    found = OBJECTIVES.make(name or ("cells" if model.cells else "next_token"))
+    found = OBJECTIVES.make(name or ("cells" if model.cells else "choose" if model.chooser else "next_token"))
     if isinstance(found, type) or not isinstance(found, Objective):
         raise UserError(f"objective={name} is not an object with the methods loss_sum and count_terms.")
     return found
