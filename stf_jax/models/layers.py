@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stf_jax.models import quantized
+from stf_jax.models.quantized import Quantization, find_quantization
 
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 Axis = tuple[int, str]  # size, logical name
@@ -105,7 +105,7 @@ class Linear(nnx.Module):
 
     ``adapter`` may be set to a module that maps the same axes (models/adapters); what it returns is added.
 
-    After :meth:`quantize`, the kernel is int8 (models/quantized.py).
+    After :meth:`quantize`, the kernel has few bits, and scales beside it (models/quantized.py).
     """
 
     def __init__(
@@ -127,21 +127,26 @@ class Linear(nnx.Module):
         self.adapter: Callable[[jax.Array], jax.Array] | None = None
         self.scale: nnx.Param | None = None
 
-    def quantize(self, rngs: nnx.Rngs) -> None:
-        """Declares that the kernel is int8."""
-        shape, names = self.kernel.get_value().shape, self.kernel.get_metadata()["axes"]
-        stack, *axes = zip(shape, names, strict=True)
-        self.scale = nnx.data(parameter(rngs, [stack, *axes[len(self.inputs) :]], ones))
+    def quantize(self, kind: Quantization) -> None:
+        """Quantizes the kernel of a stack of layers."""
+        kernel, names = self.kernel.get_value(), self.kernel.get_metadata()["axes"]
+        stack, *axes = zip(kernel.shape, names, strict=True)
+        scales = [stack, *kind.scale_axes(axes[: len(self.inputs)], axes[len(self.inputs) :])]
+        kernel, scale = kind.quantize(kernel, tuple(size for size, _ in scales))
+        self.kernel = nnx.Param(kernel, axes=names)
+        self.scale = nnx.data(nnx.Param(scale, axes=tuple(name for _, name in scales)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # One product of two matrices: XLA's CPU backward pass of a product over more axes takes twice the time.
         lead = x.shape[: x.ndim - len(self.inputs)]
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
-        rows, kernel = x.reshape(-1, fan_in), self.kernel[...].reshape(fan_in, fan_out)
+        rows, kernel = x.reshape(-1, fan_in), self.kernel[...]
         if self.scale is None:
-            y = rows @ kernel.astype(x.dtype)
+            y = rows @ kernel.reshape(fan_in, fan_out).astype(x.dtype)
         else:
-            y = (quantized.product(rows, kernel) * self.scale[...].reshape(fan_out)).astype(x.dtype)
+            kind = find_quantization(kernel.dtype)
+            assert kind is not None
+            y = kind.product(rows, kernel, self.scale[...])
         y = y.reshape(*lead, *self.outputs)
         if self.adapter is not None:
             y = y + self.adapter(x)
