@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from stf_jax.models.quantized import Quantization, find_quantization
+from stf_jax.parallel.mesh import constrain
 
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 Axis = tuple[int, str]  # size, logical name
@@ -122,6 +123,7 @@ class Linear(nnx.Module):
         lead = [] if stack is None else [(stack, "layers")]
         fan_in = math.prod(size for size, _ in inputs)
         self.inputs, self.outputs = (tuple(size for size, _ in axes) for axes in (inputs, outputs))
+        self.axes = tuple(name for _, name in (*inputs, *outputs))
         self.kernel = parameter(rngs, [*lead, *inputs, *outputs], kernel_init or normal(fan_in**-0.5))
         self.bias = parameter(rngs, [*lead, *outputs], bias_init) if bias else None
         self.adapter: Callable[[jax.Array], jax.Array] | None = None
@@ -146,7 +148,7 @@ class Linear(nnx.Module):
         else:
             kind = find_quantization(kernel.dtype)
             assert kind is not None
-            y = kind.product(rows, kernel, self.scale[...])
+            y = kind.product(rows, kernel, self.scale[...], self.axes)
         y = y.reshape(*lead, *self.outputs)
         if self.adapter is not None:
             y = y + self.adapter(x)
@@ -223,13 +225,6 @@ def platform() -> str:
     """The platform to compile for, ``cpu``, ``gpu`` or ``tpu``: that of the active mesh, else the default backend."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-
-
-def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
-    """Constrains the layout of ``x`` on the active mesh, by mesh axis; returns ``x`` unchanged without a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))
 
 
 def shard_rows(x: jax.Array) -> jax.Array:

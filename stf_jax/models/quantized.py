@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stf_jax.parallel.mesh import BLOCKS
+from stf_jax.parallel.mesh import BLOCKS, gather
 
 SCALE = "scale"  # the attribute of a layer, and so the end of paths: llm/blocks/mlp/up/scale
 _SMALL = 1e-30  # of channels and blocks below it, the kernel becomes 0
@@ -81,8 +81,11 @@ class Quantization(abc.ABC):
         """The kernel of one layer that a quantized one stands for, float32 [*inputs, *outputs]."""
 
     @abc.abstractmethod
-    def product(self, x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    def product(self, x: jax.Array, kernel: jax.Array, scale: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         """The product of ``x`` with the quantized kernel of one layer: [B, inputs] → [B, outputs].
+
+        Args:
+          axes: the logical axes of the kernel.
 
         It is in the type of ``x`` and differentiable in ``x`` only. The backward pass keeps the quantized kernel.
         """
@@ -112,7 +115,8 @@ class _Int8(Quantization):
     def dequantize(self, kernel: _Array, scale: _Array) -> _Array:
         return kernel.astype(np.float32) * scale
 
-    def product(self, x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    def product(self, x: jax.Array, kernel: jax.Array, scale: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        del axes  # a compiler gathers int8 before it converts it
         y = _product(_cast, x, kernel)
         return (y * scale.reshape(-1)).astype(x.dtype)
 
@@ -155,11 +159,13 @@ class _NF4(Quantization):
         values: _Array = _VALUES[codes] if isinstance(codes, np.ndarray) else _look_up(codes)
         return values * _spread(scale, axis, size)
 
-    def product(self, x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-        return _product(self._convert, x, kernel, scale)
+    def product(self, x: jax.Array, kernel: jax.Array, scale: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        def convert(dtype: Any, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+            axis = _find_axis(kernel.shape, scale.shape)
+            blocks = *axes[:axis], BLOCKS + axes[axis], *axes[axis + 1 :]
+            return self.dequantize(gather(kernel, axes), gather(scale, blocks)).astype(dtype)
 
-    def _convert(self, dtype: Any, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-        return self.dequantize(kernel, scale).astype(dtype)
+        return _product(convert, x, kernel, scale)
 
 
 QUANTIZATIONS: dict[str, Quantization] = {kind.name: kind for kind in (_Int8(), _NF4())}

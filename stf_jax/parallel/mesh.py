@@ -175,6 +175,22 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
         )
 
 
+def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
+    """Constrains the layout of ``x`` on the active mesh, by mesh axis; returns ``x`` unchanged without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def gather(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Gathers a layer's parameter with these logical axes over ``fsdp``; an axis of blocks becomes whole.
+
+    Compilers gather what a product reads. So this is for parameters that are smaller than what is made of them.
+    """
+    spec = [LOGICAL_TO_MESH.get(axis) for axis in axes]
+    return constrain(x, *(axis if axis == "tensor" else None for axis in spec))
+
+
 def parameter_sharding(
     path: str, shape: Sequence[int], axes: Sequence[str], mesh: Mesh | AbstractMesh
 ) -> NamedSharding:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -142,9 +144,14 @@ def test_a_mesh_splits_nf4_kernels_and_computes_the_same(inputs, outputs, kernel
     x = jax.random.normal(jax.random.key(0), (8, inputs[0]))
     values = {path: leaf.get_value() for (path,), leaf in nnx.to_flat_state(params)}
     expected = jax.jit(call)(values, x)
+    arguments = jax.device_put(values, placed), jax.device_put(x, jax.NamedSharding(mesh, BATCH))
     with compute_context(mesh, "float32"):
-        found = jax.jit(call)(jax.device_put(values, placed), jax.device_put(x, jax.NamedSharding(mesh, BATCH)))
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        program = jax.jit(call).lower(*arguments).compile()
+    gathered = re.findall(r" = (\w+)\[([\d,]+)\]\S* all-gather\(", program.as_text())
+    sizes = {name: math.prod(map(int, shape.split(","))) for name, shape in gathered}
+    assert sizes.keys() == {"u8", "f32"}
+    assert sizes["f32"] <= values["scale"].size  # no converted kernel
+    for one, other in zip(jax.tree.leaves(program(*arguments)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
@@ -164,7 +171,7 @@ def _kept_matrices(kind, wrap):
     """Shapes and types of what the backward pass of a product keeps, but for scales."""
 
     def kept(x, *parts):
-        return jax.vjp(wrap(lambda x: QUANTIZATIONS[kind].product(2 * x, *parts)), x)[1]
+        return jax.vjp(wrap(lambda x: QUANTIZATIONS[kind].product(2 * x, *parts, ("embed", "mlp"))), x)[1]
 
     leaves = jax.tree.leaves(jax.eval_shape(kept, jnp.zeros((4, 16)), *PARTS[kind]))
     return {(leaf.shape, str(leaf.dtype)) for leaf in leaves if leaf.size > 8}
