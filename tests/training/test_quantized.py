@@ -304,6 +304,15 @@ def test_a_run_is_opened_as_a_plain_model(run):
             np.testing.assert_allclose(value, expected, atol=1e-6, err_msg=path)
 
 
+def test_a_kernel_is_read_onto_a_mesh_that_divides_it_but_not_its_codes(run):
+    """Eight inputs of a head on eight devices, which are four bytes."""
+    opened, path = open_params(run[0]), "llm/blocks/attention/out/kernel"
+    sharding = jax.NamedSharding(make_mesh(MeshConfig(8, 1, 1)), P(None, None, "data"))
+    ((_, found),) = opened.restore({path: sharding})
+    assert found.sharding == sharding
+    np.testing.assert_allclose(found, opened.read(path), atol=1e-6)
+
+
 def test_loaded_kernels_are_quantized_the_same_on_every_mesh():
     setup = _setup(mesh=(2, 2, 2))
     base = base_params(setup.plan, setup.layout)
