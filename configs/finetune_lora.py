@@ -4,8 +4,8 @@
         --config.data.annotations=llava_v1_5_mix665k.json --config.data.images=DIR
 
 Checkpoints hold the adapters and the fusion; the rest is read from init_from whenever the run is resumed or opened.
-With ``:base=int8``, the kernels of the language model's blocks are frozen in int8, for cards of 24 GB. On several
-cards, lower ``optimizer.accumulation_steps``, so that a microbatch has a row for each.
+With ``:base=int8`` or ``:base=nf4``, the kernels of the language model's blocks are frozen in 8 or 4 bits, for cards of
+24 GB. On several cards, lower ``optimizer.accumulation_steps``, so that a microbatch has a row for each.
 """
 
 import ml_collections

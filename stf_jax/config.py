@@ -281,7 +281,7 @@ class TrainConfig:
     budgets_per_step: BudgetsPerStep = "all"
     # (regular expression of parameter path, train | freeze | adapter) pairs; the first match decides. Adapter: lora,
     # lora:rank=16,alpha=32,… or package.module:thing; train*0.1 learns at a tenth of the rate;
-    # freeze@int8 or lora@int8 freezes kernels in int8 (checkpointing/rules.py)
+    # freeze@int8 or lora@nf4 freezes kernels in 8 or 4 bits (checkpointing/rules.py)
     rules: tuple[tuple[str, str], ...] = ((".*", "train"),)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
 
 import jax
 import ml_collections
@@ -92,9 +93,10 @@ class Setup:
 
     def state(self, seed: int = 0) -> TrainState:
         """An initial state filled by numpy, which compiles nothing, unlike the initializers."""
-        values = random_params(self.plan.shapes, seed)
+        plain = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in self.plan.plain.items()}
+        values = random_params(self.plan.shapes | plain, seed)
         for path in self.plan.quantized:
-            values |= int8_by_definition(path, values[path], values[scale_path(path)].ndim - 1)
+            values |= quantized_by_definition(self.plan, path, values[path])
 
         def put(leaf, value):
             return jax.device_put(np.asarray(value).astype(leaf.dtype), leaf.sharding)
@@ -145,6 +147,36 @@ def random_params(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -> 
         path: 0.1 * rng.standard_normal(leaf.shape, np.float32) + np.float32(path.endswith("scale"))
         for path, leaf in sorted(shapes.items())
     }
+
+
+def quantized_by_definition(plan: Blueprint, path: str, kernel: np.ndarray) -> dict[str, np.ndarray]:
+    """The quantized kernels and float32 scales of stacked kernels [L, *inputs, *outputs] of a plan, by path."""
+    quantized, scale = (plan.shapes[name].shape for name in (path, scale_path(path)))
+    if plan.quantized[path].name == "int8":
+        return int8_by_definition(path, kernel, len(scale) - 1)
+    (axis,) = np.flatnonzero(np.subtract(quantized, kernel.shape))
+    return nf4_by_definition(path, kernel, axis)
+
+
+def nf4_values() -> np.ndarray:
+    """NF4 by its definition: quantiles of the normal distribution for 8 numbers above 0 and 7 below, relative to ±1."""
+    last = 1 - (1 / 30 + 1 / 32) / 2
+    above, below = ([NormalDist().inv_cdf(p) for p in np.linspace(0.5, last, count)[1:]] for count in (9, 8))
+    return np.array([*(-x for x in reversed(below)), 0, *above]) / above[-1]
+
+
+def nf4_by_definition(path: str, kernel: np.ndarray, axis: int) -> dict[str, np.ndarray]:
+    """The NF4 codes, two in a byte, and float32 scales of kernels in blocks of 64 along an axis, by path."""
+    kernel = np.moveaxis(np.float64(kernel), axis, -1)
+    codes, scales = [], []
+    for start in range(0, kernel.shape[-1], 64):
+        block = kernel[..., start : start + 64]
+        scales.append(np.abs(block).max(-1))
+        shares = block / np.where(scales[-1], scales[-1], 1)[..., None]
+        codes.append(np.abs(shares[..., None] - nf4_values()).argmin(-1))
+    whole = np.concatenate(codes, -1)
+    packed = np.moveaxis(16 * whole[..., ::2] + whole[..., 1::2], -1, axis).astype(np.uint8)
+    return {path: packed, scale_path(path): np.float32(np.stack(scales, axis))}
 
 
 def int8_by_definition(path: str, kernel: np.ndarray, outputs: int) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Merges adapters into the kernels that they adapt, so that only training knows adapters and int8 kernels.
+"""Merges adapters into the kernels that they adapt, so that only training knows adapters and quantized kernels.
 
 A merged kernel is W + change, computed in float32, in the type of W. A quantized kernel counts as the W that it stands
 for (models/quantized.py), in the compute type of the run.
@@ -22,7 +22,7 @@ from stf_jax.config import TrainConfig, UserError, from_json
 from stf_jax.files import read_json
 from stf_jax.models.adapters.base import Adapter, Array, adapted_kernel
 from stf_jax.models.blueprint import Blueprint
-from stf_jax.models.quantized import dequantize, scale_path
+from stf_jax.models.quantized import Quantization, find_quantization, scale_path
 from stf_jax.registry import refuse_code_in
 
 
@@ -31,6 +31,7 @@ class _Merging:
     """How a kernel of the plain model follows from what a run has."""
 
     adapter: Adapter | None
+    quantization: Quantization | None
     dtype: np.dtype  # of the merged kernel
     # Paths of the adapter's parameters by name, and of the scales under an empty name.
     parts: Mapping[str, str] = dataclasses.field(compare=False)
@@ -38,10 +39,12 @@ class _Merging:
     def merge_layer(self, kernel: Array, parts: Mapping[str, Array]) -> Array:
         """Merges one layer, given its parts by name."""
         leaves = dict(parts)
-        scale = leaves.pop("", None)
-        merged = kernel.astype(np.float32) if scale is None else dequantize(kernel, scale)
+        if self.quantization is None:
+            merged = kernel.astype(np.float32)
+        else:
+            merged = self.quantization.dequantize(kernel, leaves.pop(""))
         if self.adapter is not None:
-            merged = merged + self.adapter.change(leaves).reshape(kernel.shape)
+            merged = merged + self.adapter.change(leaves).reshape(merged.shape)
         return merged.astype(self.dtype)
 
 
@@ -54,7 +57,8 @@ def merge_params(params: Mapping[str, jax.Array], plan: Blueprint) -> Iterator[t
     merging = _plan_merging(params, plan.adapters, plan.precision)
     for path, value in params.items():
         if path in merging:
-            value = _merge(merging[path], value, {name: params[part] for name, part in merging[path].parts.items()})
+            parts = {name: params[part] for name, part in merging[path].parts.items()}
+            value = _merge(merging[path], value, parts, value.sharding)
         if path not in plan.added:
             yield path, value
 
@@ -74,7 +78,10 @@ class MergedParams:
         added = {part for merging in self._merging.values() for part in merging.parts.values()}
         self.shapes = {path: leaf for path, leaf in saved.shapes.items() if path not in added}
         for path, merging in self._merging.items():
-            self.shapes[path] = jax.ShapeDtypeStruct(self.shapes[path].shape, merging.dtype)
+            shape = self.shapes[path].shape
+            if merging.quantization is not None:
+                shape = merging.quantization.kernel_shape(shape, saved.shapes[merging.parts[""]].shape)
+            self.shapes[path] = jax.ShapeDtypeStruct(shape, merging.dtype)
 
     def read(self, path: str) -> np.ndarray:
         """Reads one parameter into host memory, merged layer by layer. Raises UserError if it is damaged."""
@@ -82,7 +89,7 @@ class MergedParams:
         if (merging := self._merging.get(path)) is None:
             return value
         parts = {name: self._saved.read(part) for name, part in merging.parts.items()}
-        merged = np.empty(value.shape, merging.dtype)
+        merged = np.empty(self.shapes[path].shape, merging.dtype)
         for layer, kernel in enumerate(value):
             merged[layer] = merging.merge_layer(kernel, {name: part[layer] for name, part in parts.items()})
         return merged
@@ -92,13 +99,15 @@ class MergedParams:
         wanted: dict[str, jax.sharding.Sharding] = {}
         for path, sharding in shardings.items():
             parts = self._merging[path].parts.values() if path in self._merging else ()
-            wanted |= dict.fromkeys(parts, _replicated(sharding)) | {path: sharding}
+            wanted |= dict.fromkeys(parts, _replicated(sharding))
+            wanted[path] = _fit(sharding, self._saved.shapes[path].shape)
         pending: dict[str, jax.Array] = {}
         for path, value in self._saved.restore(wanted):  # a kernel comes after its parts
             if path not in shardings:
                 pending[path] = value
             elif (merging := self._merging.get(path)) is not None:
-                yield path, _merge(merging, value, {name: pending.pop(part) for name, part in merging.parts.items()})
+                leaves = {name: pending.pop(part) for name, part in merging.parts.items()}
+                yield path, _merge(merging, value, leaves, shardings[path])
             else:
                 yield path, value
 
@@ -110,7 +119,7 @@ def merge_saved(folder: epath.Path, saved: SavedParams | BasedParams) -> SavedPa
       UserError: the run's config does not name its adapters.
     """
     kernels = {kernel for path in saved.shapes if (kernel := adapted_kernel(path)) in saved.shapes}
-    if not kernels and not any(leaf.dtype == jnp.int8 for leaf in saved.shapes.values()):
+    if not kernels and not any(find_quantization(leaf.dtype) for leaf in saved.shapes.values()):
         return saved
     values = read_json(folder / "config.json")
     config = from_json(values) if isinstance(values, dict) else TrainConfig()
@@ -128,11 +137,11 @@ def _plan_merging(
     leaves = _adapter_leaves(params, adapters)
     merging: dict[str, _Merging] = {}
     for path, value in params.items():
-        if value.dtype == jnp.int8:
+        if (kind := find_quantization(value.dtype)) is not None:
             parts = leaves.get(path, {}) | {"": scale_path(path)}
-            merging[path] = _Merging(adapters.get(path), jnp.dtype(precision), parts)
+            merging[path] = _Merging(adapters.get(path), kind, jnp.dtype(precision), parts)
         elif path in leaves:
-            merging[path] = _Merging(adapters[path], value.dtype, leaves[path])
+            merging[path] = _Merging(adapters[path], None, value.dtype, leaves[path])
     return merging
 
 
@@ -145,9 +154,11 @@ def _adapter_leaves(paths: Iterable[str], adapters: Mapping[str, Adapter]) -> di
     return found
 
 
-def _merge(merging: _Merging, kernel: jax.Array, parts: dict[str, jax.Array]) -> jax.Array:
+def _merge(
+    merging: _Merging, kernel: jax.Array, parts: dict[str, jax.Array], sharding: jax.sharding.Sharding
+) -> jax.Array:
     with jax.default_matmul_precision("highest"):
-        return _compile_merge(merging, kernel.sharding)(kernel, parts)
+        return _compile_merge(merging, sharding)(kernel, parts)
 
 
 @functools.cache
@@ -160,6 +171,15 @@ def _compile_merge(
         return merged
 
     return jax.jit(merge, out_shardings=sharding)
+
+
+def _fit(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """The sharding of a kernel, for what is saved of it, which is whole if the mesh does not divide it."""
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return _replicated(sharding)
+    return sharding
 
 
 def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:

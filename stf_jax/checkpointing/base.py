@@ -16,7 +16,7 @@ from etils import epath
 from stf_jax.checkpointing.checksum import compute_checksum, host_checksum
 from stf_jax.config import UserError
 from stf_jax.files import read_json, write_json
-from stf_jax.models.quantized import quantize, scale_path
+from stf_jax.models.quantized import find_quantization, scale_path
 
 if TYPE_CHECKING:
     from stf_jax.checkpointing.params import ParamSource, SavedParams
@@ -90,10 +90,16 @@ class BasedParams:
         self._workdir, self._saved, self._source, self.step = workdir, saved, source, saved.step
         self._base = base
         self.shapes = {**saved.shapes, **base.shapes}
-        kernels = (path for path, leaf in base.shapes.items() if leaf.dtype == jnp.int8)
-        self._kernel_of = {scale_path(path): path for path in kernels}
+        kinds = ((path, find_quantization(leaf.dtype)) for path, leaf in base.shapes.items())
+        self._quantized = {path: kind for path, kind in kinds if kind is not None}
+        self._kernel_of = {scale_path(path): path for path in self._quantized}
         for path, leaf in base.shapes.items():
-            if path not in self._kernel_of and (path not in source.shapes or source.shapes[path].shape != leaf.shape):
+            if path in self._kernel_of:
+                continue
+            shape = leaf.shape
+            if path in self._quantized:
+                shape = self._quantized[path].kernel_shape(shape, base.shapes[scale_path(path)].shape)
+            if path not in source.shapes or source.shapes[path].shape != shape:
                 raise base.changed(workdir, path)
 
     def read(self, path: str) -> np.ndarray:
@@ -102,10 +108,10 @@ class BasedParams:
             return self._saved.read(path)
         kernel, dtype = self._kernel_of.get(path, path), self._base.shapes[path].dtype
         value = self._source.read(kernel)
-        if self._base.shapes[kernel].dtype == jnp.int8:
-            outputs = self._base.shapes[scale_path(kernel)].ndim - 1
+        if (kind := self._quantized.get(kernel)) is not None:
+            scales = 1, *self._base.shapes[scale_path(kernel)].shape[1:]
             # Layer by layer, because in float32 it takes twice the memory.
-            layers = (quantize(jnp.asarray(layer[None]), outputs)[path != kernel] for layer in value)
+            layers = (kind.quantize(jnp.asarray(layer[None]), scales)[path != kernel] for layer in value)
             value = np.concatenate([np.asarray(layer) for layer in layers])
         value = value.astype(dtype, copy=False)
         self._verify(path, host_checksum(value))
@@ -134,12 +140,11 @@ class BasedParams:
         self, path: str, value: jax.Array, shardings: Mapping[str, jax.sharding.Sharding]
     ) -> dict[str, jax.Array]:
         """A parameter of the source as the run has it, and its scales if it is quantized."""
-        if (leaf := self._base.shapes[path]).dtype != jnp.int8:
-            return {path: _cast(value, leaf.dtype)}
+        if (kind := self._quantized.get(path)) is None:
+            return {path: _cast(value, self._base.shapes[path].dtype)}
         scale = scale_path(path)
-        outputs = self._base.shapes[scale].ndim - 1
-        compiled = jax.jit(quantize, static_argnums=1, out_shardings=(value.sharding, shardings.get(scale)))
-        return dict(zip((path, scale), compiled(value, outputs), strict=True))
+        compiled = jax.jit(kind.quantize, static_argnums=1, out_shardings=(value.sharding, shardings.get(scale)))
+        return dict(zip((path, scale), compiled(value, self._base.shapes[scale].shape), strict=True))
 
     def _verify(self, path: str, checksum: int) -> None:
         if self._saved.frozen_sums.get(path) != checksum:

@@ -8,7 +8,7 @@ A rule is a pattern of parameter paths and an action:
     ("llm/.*", "lora:rank=16")          an adapter (models/adapters) of each linear layer in blocks trains
     ("llm/.*", "lora*0.5")              at half of the learning rate
     ("llm/.*", "lora@int8")             kernels of linear layers in blocks are frozen in int8 (models/quantized.py)
-    ("vision/.*", "freeze@int8")
+    ("vision/.*", "freeze@nf4")         in 4 bits
     (".*", "freeze")
 
 For each parameter, and each layer of a block, the first rule whose pattern matches all of its path decides.
@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterable, Mapping
 from stf_jax.checkpointing.renames import path_matches
 from stf_jax.config import UserError, did_you_mean
 from stf_jax.models.adapters.base import ADAPTERS, Adapter, find_adapter
+from stf_jax.models.quantized import QUANTIZATIONS, Quantization
 from stf_jax.registry import is_outside
 
 Rules = tuple[tuple[str, str], ...]
@@ -38,7 +39,7 @@ class Rule:
       layers: the range as (first, last + 1), where None is the end; None for a rule without one.
       action: ``train``, ``freeze`` or the name of an adapter.
       factor: what multiplies the learning rate.
-      quantizes: whether frozen kernels are int8.
+      quantization: of frozen kernels, if they are quantized.
     """
 
     label: str
@@ -46,7 +47,7 @@ class Rule:
     layers: tuple[int, int | None] | None
     action: str
     factor: float
-    quantizes: bool
+    quantization: Quantization | None
 
     @property
     def adapter_name(self) -> str:
@@ -69,20 +70,20 @@ class Decision:
       factors: what multiplies the learning rate, of each layer for a parameter of a block, else of all of it; 0 where
         it is frozen. With an adapter, the factors are the adapter's.
       adapter: what trains beside the frozen parameter.
-      quantized: whether it is a kernel that is frozen in int8.
+      quantization: of a kernel that is frozen in few bits.
     """
 
     factors: tuple[float, ...]
     adapter: Adapter | None = None
-    quantized: bool = False
+    quantization: Quantization | None = None
 
 
 def parse_rules(rules: Rules) -> list[Rule]:
     """Parses the rules of a config.
 
     Raises:
-      UserError: a pattern that is not a regular expression, an unknown action, a factor that is not positive, or
-        another type than int8.
+      UserError: a pattern that is not a regular expression, an unknown action or quantization, or a factor that is not
+        positive.
     """
     return [_parse_rule(pattern, action) for pattern, action in rules]
 
@@ -101,8 +102,8 @@ def _parse_rule(label: str, action: str) -> Rule:
             )
         action = name
     action, at, kind = action.partition("@")
-    if at and (kind != "int8" or action == "train"):
-        raise UserError(f"{rule} can only freeze kernels, and only in int8: write 'freeze@int8' or 'lora@int8'.")
+    if at and (kind not in QUANTIZATIONS or action == "train"):
+        raise UserError(f"{rule} can only freeze kernels, in int8 or nf4: write 'freeze@int8' or 'lora@nf4'.")
     match = _LAYERS.fullmatch(label)
     pattern, layers = label, None
     if match:
@@ -113,7 +114,7 @@ def _parse_rule(label: str, action: str) -> Rule:
             raise UserError(f"{rule} must say 'train' or 'freeze', or name an adapter; {did_you_mean(action, known)}")
         find_adapter(action)
     try:
-        return Rule(label, re.compile(pattern), layers, action, factor, bool(at))
+        return Rule(label, re.compile(pattern), layers, action, factor, QUANTIZATIONS.get(kind))
     except re.error as error:
         raise UserError(f"Freeze rule pattern {pattern!r} is not a regular expression: {error}.") from None
 
@@ -123,12 +124,12 @@ def decide(rules: Rules, depths: Mapping[str, int | None], linears: Collection[s
 
     Args:
       depths: layers that each parameter stacks, by path; None for one of no block.
-      linears: paths of the kernels that an adapter may adapt, and that may be int8.
+      linears: paths of the kernels that an adapter may adapt, and that may be quantized.
 
     Raises:
       UserError: as :func:`parse_rules`; a parameter that no rule covers; a rule that covers nothing, adapts nothing,
         quantizes nothing or has a range of layers that some parameter lacks; a parameter that trains in some layers
-        and is adapted in others, or is int8 in some; nothing is left to train.
+        and is adapted in others, or is quantized in some; nothing is left to train.
     """
     parsed = parse_rules(rules)
     for rule in parsed:
@@ -152,15 +153,17 @@ def decide(rules: Rules, depths: Mapping[str, int | None], linears: Collection[s
                 f"The freeze rules train the layers of {path!r} in different ways: those that are not frozen must all "
                 "train, or all have the same adapter."
             )
-        types = {rule.quantizes for rule in chosen if path in linears}
-        if len(types) > 1:
-            raise UserError(f"The layers of {path!r} can be frozen in int8 only together; give all of them '@int8'.")
+        kinds = {rule.quantization for rule in chosen if path in linears}
+        if len(kinds) > 1:
+            raise UserError(
+                f"The layers of {path!r} can be quantized only together; give all of them '@int8' or '@nf4'."
+            )
         deciding |= {rule for rule in chosen if path in linears}
         factors = (rule.factor if action != "freeze" else 0.0 for rule, action in zip(chosen, actions, strict=True))
         name = next(iter(training - {"train"}), None)
-        decisions[path] = Decision(tuple(factors), find_adapter(name) if name else None, True in types)
+        decisions[path] = Decision(tuple(factors), find_adapter(name) if name else None, next(iter(kinds), None))
     for rule in parsed:
-        if (rule.adapter_name or rule.quantizes) and rule not in deciding:
+        if (rule.adapter_name or rule.quantization) and rule not in deciding:
             what = f"({rule.label!r}, {rule.action!r}) adapts" if rule.adapter_name else f"{rule.label!r} quantizes"
             raise UserError(f"Freeze rule {what} nothing: it decides on no kernel of a linear layer in blocks.")
     if not any(any(decision.factors) for decision in decisions.values()):

@@ -3,23 +3,24 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import flax
 import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from stf_jax.config import ModelConfig
+from stf_jax.config import ModelConfig, UserError
 from stf_jax.models.adapters.base import Adapter, adapted_kernel
 from stf_jax.models.layers import Linear
-from stf_jax.models.quantized import scale_path
+from stf_jax.models.quantized import Quantization, scale_path
 from stf_jax.models.spec import ModelSpec
 from stf_jax.models.vlm import VLM
 from stf_jax.parallel.mesh import parameter_sharding
 
 Params = dict[str, jax.Array]  # by path
 Adapters = Mapping[str, Adapter]  # by the path of the kernel that each adapts
+Quantizations = Mapping[str, Quantization]  # by the path of the kernel
 TEACHER = "teacher"  # the attribute of a model, and so a part of paths: teacher/fusion/…
 
 
@@ -45,7 +46,7 @@ class Blueprint:
     Attributes:
       linears: paths of the kernels that an adapter may adapt, those of linear layers in blocks.
       adapters: those that the model has, each with its parameters beside the kernel's.
-      quantized: paths of the kernels that are int8, each with its scales beside it.
+      quantized: of the kernels that are quantized, each with its scales beside it.
       teacher: the frozen model beside it, if it has one.
     """
 
@@ -55,7 +56,7 @@ class Blueprint:
     axes: Mapping[str, tuple[str, ...]]
     linears: frozenset[str]
     adapters: Adapters
-    quantized: frozenset[str]
+    quantized: Quantizations
     teacher: TeacherSpec | None
     _noise: Mapping[str, int]  # layers of each stack of keys, by path
 
@@ -84,6 +85,15 @@ class Blueprint:
         teacher = (path for path in self.shapes if path.startswith(f"{TEACHER}/"))
         return frozenset(self.adapted) | frozenset(map(scale_path, self.quantized)) | frozenset(teacher)
 
+    @functools.cached_property
+    def plain(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of the plain model's parameters: without what is added, and before kernels are quantized."""
+        shapes = {path: leaf.shape for path, leaf in self.shapes.items()}
+        whole = {
+            path: kind.kernel_shape(shapes[path], shapes[scale_path(path)]) for path, kind in self.quantized.items()
+        }
+        return {path: whole.get(path, shape) for path, shape in shapes.items() if path not in self.added}
+
     def depth(self, path: str) -> int | None:
         """How many layers a parameter stacks; None if it belongs to no block."""
         return self.shapes[path].shape[0] if self.axes[path][:1] == ("layers",) else None
@@ -97,12 +107,15 @@ def build_model(
     rngs: nnx.Rngs,
     config: ModelConfig,
     adapters: Adapters,
-    quantized: Collection[str] = (),
+    quantized: Quantizations,
     teacher: TeacherSpec | None = None,
 ) -> VLM:
-    """A model with adapters, scales of quantized kernels and a teacher; the rest is that of ``VLM(rngs, config)``.
+    """A model with adapters, quantized kernels and a teacher; the rest is that of ``VLM(rngs, config)``.
 
     What adapters start as does not depend on what is quantized.
+
+    Raises:
+      UserError: as :class:`stf_jax.models.vlm.VLM`; a kernel has a size that its quantization cannot have.
     """
     model = VLM(rngs, config)
 
@@ -113,8 +126,14 @@ def build_model(
     for path, adapter in adapters.items():
         layer = layer_of(path)
         layer.adapter = nnx.data(adapter.build(rngs, layer))
-    for path in sorted(quantized):
-        layer_of(path).quantize(rngs)
+    for path, kind in quantized.items():
+        layer = layer_of(path)
+        if (size := layer.inputs[-1]) % kind.multiple:
+            raise UserError(
+                f"{path} cannot be frozen in {kind.name}: its input axis has {size} elements, which must be a multiple "
+                f"of {kind.multiple}."
+            )
+        layer.quantize(kind)
     if teacher is not None:
         model.teacher = VLM(rngs, teacher.model)
         for part in teacher.shared:
@@ -125,11 +144,11 @@ def build_model(
 def blueprint(
     config: ModelConfig,
     adapters: Adapters | None = None,
-    quantized: Collection[str] = (),
+    quantized: Quantizations | None = None,
     teacher: TeacherSpec | None = None,
 ) -> Blueprint:
-    """The blueprint of a model, without allocating arrays. Raises UserError as :class:`stf_jax.models.vlm.VLM` does."""
-    model = nnx.eval_shape(lambda: build_model(nnx.Rngs(0), config, adapters or {}, quantized, teacher))
+    """The blueprint of a model, without allocating arrays. Raises UserError as :func:`build_model` does."""
+    model = nnx.eval_shape(lambda: build_model(nnx.Rngs(0), config, adapters or {}, quantized or {}, teacher))
     graph, params, noise = nnx.split(model, nnx.Param, ...)
     leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(params)}
     axes = {path: leaf.get_metadata()["axes"] for path, leaf in leaves.items()}
@@ -145,7 +164,7 @@ def blueprint(
         axes=axes,
         linears=frozenset(path for path in kernels if axes[path][0] == "layers"),
         adapters=adapters or {},
-        quantized=frozenset(quantized),
+        quantized=quantized or {},
         teacher=teacher,
         _noise={"/".join(map(str, path)): leaf.get_value().shape[0] for path, leaf in nnx.to_flat_state(noise)},
     )

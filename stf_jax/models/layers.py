@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stf_jax.models import quantized
+from stf_jax.models.quantized import Quantization, find_quantization
+from stf_jax.parallel.mesh import constrain
 
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 Axis = tuple[int, str]  # size, logical name
@@ -105,7 +106,7 @@ class Linear(nnx.Module):
 
     ``adapter`` may be set to a module that maps the same axes (models/adapters); what it returns is added.
 
-    After :meth:`quantize`, the kernel is int8 (models/quantized.py).
+    After :meth:`quantize`, the kernel has few bits, and scales beside it (models/quantized.py).
     """
 
     def __init__(
@@ -122,26 +123,32 @@ class Linear(nnx.Module):
         lead = [] if stack is None else [(stack, "layers")]
         fan_in = math.prod(size for size, _ in inputs)
         self.inputs, self.outputs = (tuple(size for size, _ in axes) for axes in (inputs, outputs))
+        self.axes = tuple(name for _, name in (*inputs, *outputs))
         self.kernel = parameter(rngs, [*lead, *inputs, *outputs], kernel_init or normal(fan_in**-0.5))
         self.bias = parameter(rngs, [*lead, *outputs], bias_init) if bias else None
         self.adapter: Callable[[jax.Array], jax.Array] | None = None
         self.scale: nnx.Param | None = None
 
-    def quantize(self, rngs: nnx.Rngs) -> None:
-        """Declares that the kernel is int8."""
-        shape, names = self.kernel.get_value().shape, self.kernel.get_metadata()["axes"]
-        stack, *axes = zip(shape, names, strict=True)
-        self.scale = nnx.data(parameter(rngs, [stack, *axes[len(self.inputs) :]], ones))
+    def quantize(self, kind: Quantization) -> None:
+        """Quantizes the kernel of a stack of layers."""
+        kernel, names = self.kernel.get_value(), self.kernel.get_metadata()["axes"]
+        stack, *axes = zip(kernel.shape, names, strict=True)
+        scales = [stack, *kind.scale_axes(axes[: len(self.inputs)], axes[len(self.inputs) :])]
+        kernel, scale = kind.quantize(kernel, tuple(size for size, _ in scales))
+        self.kernel = nnx.Param(kernel, axes=names)
+        self.scale = nnx.data(nnx.Param(scale, axes=tuple(name for _, name in scales)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # One product of two matrices: XLA's CPU backward pass of a product over more axes takes twice the time.
         lead = x.shape[: x.ndim - len(self.inputs)]
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
-        rows, kernel = x.reshape(-1, fan_in), self.kernel[...].reshape(fan_in, fan_out)
+        rows, kernel = x.reshape(-1, fan_in), self.kernel[...]
         if self.scale is None:
-            y = rows @ kernel.astype(x.dtype)
+            y = rows @ kernel.reshape(fan_in, fan_out).astype(x.dtype)
         else:
-            y = (quantized.product(rows, kernel) * self.scale[...].reshape(fan_out)).astype(x.dtype)
+            kind = find_quantization(kernel.dtype)
+            assert kind is not None
+            y = kind.product(rows, kernel, self.scale[...], self.axes)
         y = y.reshape(*lead, *self.outputs)
         if self.adapter is not None:
             y = y + self.adapter(x)
@@ -218,13 +225,6 @@ def platform() -> str:
     """The platform to compile for, ``cpu``, ``gpu`` or ``tpu``: that of the active mesh, else the default backend."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-
-
-def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
-    """Constrains the layout of ``x`` on the active mesh, by mesh axis; returns ``x`` unchanged without a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))
 
 
 def shard_rows(x: jax.Array) -> jax.Array:

@@ -31,6 +31,7 @@ LOGICAL_TO_MESH: Mapping[str, str | None] = {
     "window": None,  # sides of a convolution's window
     "channel": None,  # colors; input channels of a convolution whose output is sharded
 }
+BLOCKS = "blocks of "  # begins the names of axes whose elements are blocks of another axis (models/quantized.py)
 BATCH = PartitionSpec(("data", "fsdp"))
 _log = logging.getLogger(__name__)
 _LARGE = 2**20  # elements; larger parameters must not be replicated on a mesh that shards
@@ -174,22 +175,43 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
         )
 
 
+def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
+    """Constrains the layout of ``x`` on the active mesh, by mesh axis; returns ``x`` unchanged without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def gather(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Gathers a layer's parameter with these logical axes over ``fsdp``; an axis of blocks becomes whole.
+
+    Compilers gather what a product reads. So this is for parameters that are smaller than what is made of them.
+    """
+    spec = [LOGICAL_TO_MESH.get(axis) for axis in axes]
+    return constrain(x, *(axis if axis == "tensor" else None for axis in spec))
+
+
 def parameter_sharding(
     path: str, shape: Sequence[int], axes: Sequence[str], mesh: Mesh | AbstractMesh
 ) -> NamedSharding:
     """Returns the sharding of a parameter with these logical axes.
+
+    An axis of blocks is sharded as the axis that they divide, or stays whole if the mesh does not divide it.
 
     Raises:
       UserError: the mesh does not divide one of its axes.
       ValueError: a large parameter would be replicated although the mesh shards parameters, or an axis has no rule.
         Both are bugs in the declaration of the axes.
     """
-    unknown = [axis for axis in axes if axis not in LOGICAL_TO_MESH]
+    unknown = [axis for axis in axes if axis.removeprefix(BLOCKS) not in LOGICAL_TO_MESH]
     if unknown:
         raise ValueError(f"Parameter {path} has axes without a rule: {unknown}.")
-    spec = [LOGICAL_TO_MESH[axis] for axis in axes]
-    for size, axis, mesh_axis in zip(shape, axes, spec, strict=True):
+    spec = [LOGICAL_TO_MESH[axis.removeprefix(BLOCKS)] for axis in axes]
+    for place, (size, axis, mesh_axis) in enumerate(zip(shape, axes, spec, strict=True)):
         if mesh_axis and size % mesh.shape[mesh_axis]:
+            if axis.startswith(BLOCKS):
+                spec[place] = None
+                continue
             raise UserError(
                 f"mesh.{mesh_axis}={mesh.shape[mesh_axis]} does not divide the {axis} axis of {path}, which is {size}."
             )

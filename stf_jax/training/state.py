@@ -1,4 +1,4 @@
-"""The training state: trainable parameters in float32, frozen ones in the compute type or int8, moments.
+"""The training state: trainable parameters in float32, frozen ones in the compute type or quantized, moments.
 
 Trees are flat: ``{"vision/blocks/mlp/up/kernel": array, …}``.
 """
@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stf_jax.checkpointing.rules import Decision, Rules, decide
 from stf_jax.config import TrainConfig, UserError
 from stf_jax.models.blueprint import Blueprint, Params, blueprint, build_model
-from stf_jax.models.quantized import quantize, scale_path
+from stf_jax.models.quantized import scale_path
 from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.optimizer import map_moments
 from stf_jax.training.teacher import find_teacher
@@ -33,7 +33,7 @@ class TrainState(Generic[Leaf]):
 
     step: Leaf  # int32: optimizer steps taken
     trainable: dict[str, Leaf]  # float32
-    frozen: dict[str, Leaf]  # in the compute type; quantized kernels in int8, and their scales in float32
+    frozen: dict[str, Leaf]  # in the compute type; quantized kernels (models/quantized.py), and their scales in float32
     moments: optax.OptState  # of the trainable tree
 
     @property
@@ -46,19 +46,20 @@ Layout = TrainState[jax.ShapeDtypeStruct]  # with types and shardings
 
 
 def training_blueprint(config: TrainConfig, workdir: epath.Path | None = None) -> Blueprint:
-    """The blueprint of a run's model with the adapters and int8 kernels of its rules, and its objective's teacher.
+    """The blueprint of a run's model with the adapters and quantized kernels of its rules, and its objective's teacher.
 
     Args:
       workdir: of the run, which goes on with the parts that its teacher had at the start.
 
     Raises:
-      UserError: as :func:`decide` and :func:`stf_jax.training.teacher.find_teacher`.
+      UserError: as :func:`decide`, :func:`stf_jax.training.teacher.find_teacher` and
+        :func:`stf_jax.models.blueprint.build_model`.
     """
     plan = blueprint(config.model)
     decisions = _decide(config.rules, plan)
     adapters = {path: choice.adapter for path, choice in decisions.items() if choice.adapter is not None}
-    quantized = [path for path, choice in decisions.items() if choice.quantized]
-    own = {path.split("/")[0] for path, choice in decisions.items() if any(choice.factors) or choice.quantized}
+    quantized = {path: choice.quantization for path, choice in decisions.items() if choice.quantization is not None}
+    own = {path.split("/")[0] for path, choice in decisions.items() if any(choice.factors) or path in quantized}
     teacher = find_teacher(config, own, workdir)
     return blueprint(config.model, adapters, quantized, teacher) if adapters or quantized or teacher else plan
 
@@ -111,7 +112,7 @@ def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransfo
     shardings = plan.shardings(mesh)
     dtypes = dict.fromkeys(plan.shapes, jnp.dtype(config.model.precision)) | dict.fromkeys(names, jnp.dtype("float32"))
     for path in plan.quantized:
-        dtypes |= {path: jnp.dtype("int8"), scale_path(path): jnp.dtype("float32")}
+        dtypes |= {name: plan.shapes[name].dtype for name in (path, scale_path(path))}
 
     def abstract_leaf(path: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(plan.shapes[path].shape, dtypes[path], sharding=shardings[path])
@@ -131,18 +132,18 @@ def state_layout(config: TrainConfig, plan: Blueprint, tx: optax.GradientTransfo
 
 
 def base_params(plan: Blueprint, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
-    """The layout of the parameters that weights have at the start: without adapters, scales and a teacher."""
-    return {path: leaf for path, leaf in layout.params.items() if path not in plan.added}
+    """The layout of the parameters that weights have at the start: those of the plain model, not quantized."""
+    return {path: layout.params[path].update(shape=shape) for path, shape in plan.plain.items()}
 
 
 def saved_by_base(plan: Blueprint, layout: Layout, unchanged: Collection[str]) -> dict[str, jax.ShapeDtypeStruct]:
     """The frozen parameters that follow from loaded ones: those that are ``unchanged``, and their scales."""
-    scales = {scale_path(path) for path in plan.quantized.intersection(unchanged)}
+    scales = {scale_path(path) for path in plan.quantized.keys() & unchanged}
     return {path: leaf for path, leaf in layout.frozen.items() if path in unchanged or path in scales}
 
 
 def quantize_loaded(plan: Blueprint, layout: Layout, path: str, value: jax.Array) -> Params:
-    """A loaded parameter as the state has it: a kernel that the rules quantize as int8 with its scales, by path."""
+    """A loaded parameter as the state has it: a kernel that the rules quantize with its scales, by path."""
     if path not in plan.quantized:
         return {path: value}
     shardings = {name: layout.frozen[name].sharding for name in (path, scale_path(path))}
@@ -150,12 +151,12 @@ def quantize_loaded(plan: Blueprint, layout: Layout, path: str, value: jax.Array
 
 
 def _quantize(plan: Blueprint, params: Params) -> Params:
-    """The parameters with kernels that are not int8 yet, but should be, quantized."""
+    """The parameters with kernels that are not quantized yet, but should be, quantized."""
     quantized: Params = {}
-    for path in plan.quantized & params.keys():
-        if params[path].dtype != jnp.int8:
-            scale = scale_path(path)
-            quantized[path], quantized[scale] = quantize(params[path], len(plan.shapes[scale].shape) - 1)
+    for path in plan.quantized.keys() & params.keys():
+        kind, scale = plan.quantized[path], scale_path(path)
+        if params[path].dtype != kind.dtype:
+            quantized[path], quantized[scale] = kind.quantize(params[path], plan.shapes[scale].shape)
     return params | quantized
 
 
@@ -174,8 +175,8 @@ def init_state(
         initial = nnx.state(
             build_model(nnx.Rngs(key), config.model, plan.adapters, plan.quantized, plan.teacher), nnx.Param
         )
-        params = {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(initial)} | loaded
-        params = _quantize(plan, params)
+        params = {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(initial)}
+        params |= _quantize(plan, loaded)
 
         def cast(tree: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
             return {path: params[path].astype(leaf.dtype) for path, leaf in tree.items()}

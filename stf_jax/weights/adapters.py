@@ -66,7 +66,7 @@ def load_adapter(
     adapter = read_adapter(local_copy(to_path(name)))
     assert model.vision_shape is not None  # a run trains a complete model
     assert model.llm_shape is not None
-    plain = {path: leaf for path, leaf in plan.shapes.items() if path not in plan.added}
+    plain = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in plan.plain.items()}
     modules = map_modules(plain, model.vision_shape, model.fusion, model.llm_shape)
     path_of = {tensor: path for path, mapping in modules.items() for tensor in mapping.names}
     mappings: dict[str, TensorMapping] = {}

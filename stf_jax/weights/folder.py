@@ -29,6 +29,7 @@ from stf_jax.checkpointing.renames import current_paths, path_matches
 from stf_jax.config import UserError, from_json
 from stf_jax.files import in_bucket, local_copy, read_json, to_path, upload
 from stf_jax.models.positions import interpolate_positions, same_grid_kind
+from stf_jax.models.quantized import find_quantization
 from stf_jax.weights.tensors import TensorFile, open_tensors
 
 MINIATURES = pathlib.Path(__file__).parent / "miniatures"
@@ -130,7 +131,7 @@ def _origin_of_run(folder: epath.Path, part: str) -> str:
     saved = SavedParams(folder)
     shapes, frozen = {**saved.shapes, **saved.base.shapes}, saved.frozen | saved.base.shapes.keys()
     leaves = {path: leaf for path, leaf in shapes.items() if path.startswith(f"{part}/")}  # adapters too
-    if any(path not in frozen or leaf.dtype == np.int8 for path, leaf in leaves.items()):
+    if any(path not in frozen or find_quantization(leaf.dtype) for path, leaf in leaves.items()):
         return ""
     config = from_json(read_json(folder / "config.json"))
     return find_origin(config.init_from, config.init_missing, part)

@@ -13,6 +13,7 @@ from stf_jax.accounting.chips import CHIPS, find_chip
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.models.attention import Mask, attention
 from stf_jax.models.layers import Linear, apply_layers
+from stf_jax.models.quantized import QUANTIZATIONS
 from stf_jax.parallel.mesh import BATCH, compute_context, make_mesh
 from stf_jax.planning.program import make_program
 from stf_jax.planning.topology import memory_limit, topology_devices
@@ -140,25 +141,23 @@ def test_deterministic_steps_on_gpus_add_in_one_order():
     assert all("unique_indices=true" in line for line in scatters)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_a_step_has_no_converted_copy_of_int8_kernels(remat):
-    """Forward and backward convert the kernels layer by layer; a copy of all would take more than int8 saves."""
+@pytest.mark.parametrize(("kind", "remat"), [("int8", "none"), ("int8", "full"), ("nf4", "none"), ("nf4", "full")])
+def test_a_step_has_no_converted_copy_of_quantized_kernels(kind, remat):
+    """Forward and backward convert the kernels layer by layer; a copy of all would take more than it saves."""
     sharding = NamedSharding(make_mesh(MeshConfig(), topology_devices("a6000:1")), PartitionSpec())
     layers, width = 16, 1024
 
-    def peak_bytes(kernel_type):
+    def peak_bytes(kind):
         def build():
             block = Linear(nnx.Rngs(0), [(width, "embed")], [(width, "mlp")], stack=layers)
-            if kernel_type == "int8":
-                block.quantize(nnx.Rngs(0))
+            if kind:
+                block.quantize(QUANTIZATIONS[kind])
             return block
 
         graph, params = nnx.split(nnx.eval_shape(build))
-        dtypes = {"kernel": kernel_type, "bias": "float32", "scale": "float32"}
-        params = {
-            path[0]: jax.ShapeDtypeStruct(leaf.get_value().shape, dtypes[path[0]], sharding=sharding)
-            for path, leaf in nnx.to_flat_state(params)
-        }
+        params = {path[0]: leaf.get_value().update(sharding=sharding) for path, leaf in nnx.to_flat_state(params)}
+        if not kind:
+            params["kernel"] = params["kernel"].update(dtype=jnp.bfloat16)
 
         def loss(bias, frozen, x):
             block = nnx.merge(graph, frozen | {"bias": bias})
@@ -169,8 +168,8 @@ def test_a_step_has_no_converted_copy_of_int8_kernels(remat):
         step = jax.jit(jax.grad(loss)).lower(params.pop("bias"), params, x)
         return step.compile().memory_analysis().peak_memory_in_bytes
 
-    saved = peak_bytes("bfloat16") - peak_bytes("int8")
-    assert saved > 0.95 * layers * width**2
+    saved = peak_bytes("") - peak_bytes(kind)
+    assert saved > 0.95 * {"int8": 8, "nf4": 11.5}[kind] / 8 * layers * width**2
 
 
 def test_the_compilers_are_installed():

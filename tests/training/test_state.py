@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import Setup, batches, int8_by_definition, random_params
+from tiny import Setup, batches, quantized_by_definition, random_params
 
 from stf_jax.checkpointing.rules import decide
 from stf_jax.config import ModelConfig, UserError
 from stf_jax.models import spec
 from stf_jax.models.blueprint import blueprint
-from stf_jax.models.quantized import scale_path
 from stf_jax.training.state import init_state, learning_rate_factors
 
 STAGE_1 = (("fusion/.*", "train"), ("vision/.*", "freeze"), ("llm/.*", "freeze"))
@@ -200,13 +199,14 @@ def test_loaded_parameters_are_kept_and_the_others_initialized(initial):
 
 def test_adapters_start_as_pefts_and_change_no_other_parameter(initial):
     """A is U(±1/√inputs), B is 0. The kernels beside them are quantized as loaded ones are."""
-    setup = Setup.of(**{"mesh.data": 1, "rules": (("llm/.*", "lora:rank=16@int8"), (".*", "train"))})
+    rules = (("llm/blocks/mlp/.*", "lora:rank=16@nf4"), ("llm/.*", "lora:rank=16@int8"), (".*", "train"))
+    setup = Setup.of(**{"mesh.data": 1, "rules": rules})
     params = jax.tree.map(np.asarray, init_state(setup.config, setup.plan, setup.layout, setup.tx, {})).params
     assert len(setup.plan.adapted) == 2 * 7
-    assert setup.plan.quantized == set(setup.plan.adapters)
+    assert setup.plan.quantized.keys() == setup.plan.adapters.keys()
     expected = initial.params
     for path in setup.plan.quantized:
-        expected |= int8_by_definition(path, expected[path], params[scale_path(path)].ndim - 1)
+        expected |= quantized_by_definition(setup.plan, path, expected[path])
     for path, value in params.items():
         if path not in setup.plan.adapted:
             np.testing.assert_array_equal(value, expected[path], strict=True)

@@ -13,7 +13,7 @@ import torch
 from etils import epath
 from make_models import load, make, make_image, to_uint8, turn
 from safetensors.torch import load_file, save_file
-from tiny import int8_by_definition
+from tiny import nf4_values, quantized_by_definition
 
 from stf_jax.checkpointing.manager import Checkpoints
 from stf_jax.checkpointing.params import SavedParams
@@ -30,7 +30,6 @@ from stf_jax.config import (
     to_json,
 )
 from stf_jax.convert import main
-from stf_jax.models.quantized import scale_path
 from stf_jax.parallel.mesh import compute_context, make_mesh
 from stf_jax.training.start import load_start
 from stf_jax.training.state import TrainState, state_layout, training_blueprint
@@ -65,8 +64,8 @@ def make_lora_run(folder, start, rules=RULES):
     values = {path: jnp.asarray(value, jnp.float32) for path, value in values.items()}
     trainable = {path for path in values if path in plan.adapted or path.startswith("fusion/")}
     for path in plan.quantized:
-        int8 = int8_by_definition(path, values[path], len(plan.shapes[scale_path(path)].shape) - 1)
-        values |= {name: jnp.asarray(value) for name, value in int8.items()}
+        quantized = quantized_by_definition(plan, path, values[path])
+        values |= {name: jnp.asarray(value) for name, value in quantized.items()}
     trees = [{p: x for p, x in values.items() if (p in trainable) == trains} for trains in (True, False)]
     with Checkpoints(epath.Path(folder), CheckpointConfig()) as checkpoints:
         state = TrainState(jnp.int32(3), *trees, {})
@@ -122,11 +121,19 @@ def test_adapters_by_their_definition_on_the_base_are_the_merged_export(run):
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0, msg=name)
 
 
-def test_the_export_of_a_run_on_int8_kernels_has_what_they_stand_for(run, tmp_path):
-    """Row by row of PyTorch's weights: they are rounded to 127 steps of their largest magnitude, then merged."""
-    make_lora_run(tmp_path / "int8", run / "base", (("llm/.*", "lora:rank=4,alpha=6@int8"), *RULES[2:]))
-    export_hf(tmp_path / "int8", tmp_path / "hf")
-    export_peft(tmp_path / "int8", tmp_path / "adapter")
+def _in_nf4(weight):
+    """PyTorch's weight [outputs, inputs], as the nearest values of NF4 in blocks of up to 64 inputs."""
+    values = torch.tensor(nf4_values(), dtype=torch.float32)
+    largest = weight.abs().amax(-1, keepdim=True)
+    return values[((weight / largest)[..., None] - values).abs().argmin(-1)] * largest
+
+
+def test_the_export_of_a_run_on_quantized_kernels_has_what_they_stand_for(run, tmp_path):
+    """Row by row of PyTorch's weights: in 127 steps of their largest magnitude or in NF4, then merged."""
+    rules = ("llm/blocks/mlp/.*", "lora:rank=4,alpha=6@nf4"), ("llm/.*", "lora:rank=4,alpha=6@int8"), *RULES[2:]
+    make_lora_run(tmp_path / "run", run / "base", rules)
+    export_hf(tmp_path / "run", tmp_path / "hf")
+    export_peft(tmp_path / "run", tmp_path / "adapter")
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     (base, _), (found, _) = load(run / "base-hf"), load(tmp_path / "hf")
     before, checked = base.state_dict(), 0
@@ -135,7 +142,9 @@ def test_the_export_of_a_run_on_int8_kernels_has_what_they_stand_for(run, tmp_pa
         if f"{prefix}.lora_A.weight" in adapter:
             a, b = (adapter[f"{prefix}.lora_{part}.weight"] for part in "AB")
             whole = before[name]
-            if "vision" not in prefix:
+            if ".mlp." in prefix and "vision" not in prefix:
+                whole, checked = torch.cat([_in_nf4(block) for block in whole.split(64, 1)], 1), checked + 1
+            elif "vision" not in prefix:
                 step = whole.abs().amax(1, keepdim=True) / 127
                 whole, checked = torch.round(whole / step) * step, checked + 1
             scale = 6 / 4 if a.shape[0] == 4 else 2
@@ -311,8 +320,8 @@ def test_a_run_starts_from_the_a_and_b_of_an_export(run):
 
 @pytest.mark.parametrize("run", ["mlp"], indirect=True)
 def test_a_run_starts_from_an_adapter_of_llavas_script(run, llava):
-    """On kernels in int8, which the adapter does not change."""
-    rules = tuple((pattern, action if "lora" not in action else f"{action}@int8") for pattern, action in RULES)
+    """On kernels in NF4, which the adapter does not change."""
+    rules = tuple((pattern, action if "lora" not in action else f"{action}@nf4") for pattern, action in RULES)
     found, plan = _load_start(run, (run / "base", llava), (*rules[:2], ("vision/.*", "freeze"), rules[3]))
     expected, checked = SavedParams(run / "run"), 0
     for path, value in found.items():
@@ -320,7 +329,7 @@ def test_a_run_starts_from_an_adapter_of_llavas_script(run, llava):
             np.testing.assert_array_equal(value, expected.read(path), err_msg=path, strict=True)
             checked += path in plan.adapted
         else:
-            assert (value.dtype == np.int8) == (path in plan.quantized)
+            assert (value.dtype == np.uint8) == (path in plan.quantized)
     assert checked == len(plan.adapted) == 2 * 7
 
 

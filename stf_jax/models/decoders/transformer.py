@@ -32,12 +32,12 @@ from stf_jax.models.layers import (
     Linear,
     RMSNorm,
     apply_layers,
-    constrain,
     normal,
     parameter,
     split_block,
     unroll_layers,
 )
+from stf_jax.parallel.mesh import constrain
 
 
 def rope_angles(
