@@ -173,5 +173,5 @@ def test_a_reducer_is_used_with_the_models_that_it_fits():
 
 
 def test_a_mesh_that_splits_rows_is_refused():
-    with pytest.raises(UserError, match="tensor alone"):
+    with pytest.raises(UserError, match="data and fsdp of the mesh must be 1"):
         look_at(types.SimpleNamespace(row_shards=2), IMAGE, QUESTION, "split")
