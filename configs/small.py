@@ -3,8 +3,8 @@
     python -m stf_jax.main --config=configs/small.py --workdir=DIR --config.init_from=MODEL \
         --config.data.annotations=rows.json --config.data.images=DIR
 
-MODEL is a model that already answers questions about images: a run, or an imported folder. The recipes of the paper
-configs/pretrain.py and configs/finetune.py are for half a million rows: with 300 rows, a batch of 256 gives 2 updates
+MODEL is a model that already answers questions about images: a run, or an imported folder. The paper's recipes,
+configs/pretrain.py and configs/finetune.py, are for half a million rows: with 300 rows, a batch of 256 gives 2 updates
 per epoch, and the first of them has learning rate 0.
 """
 

@@ -11,7 +11,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.question = (
         "How much of the second stage is lost if the language model learns by LoRA? In `lora` its linear layers have "
         "adapters of rank 16, with the learning rate of `mbtf_stf`, and its other parameters are frozen; "
-        "the fusion learns whole in both."
+        "the fusion is fully trained in both."
     )
     config.baseline = "mbtf_stf"
     whole = ("model.fusion.fusion=mbtf_stf", *row_lengths(36))
