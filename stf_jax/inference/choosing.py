@@ -63,7 +63,7 @@ class ChoosingGenerator(Generator):
         self._expect = jax.jit(expect, out_shardings=replicated)
 
     def load_params(self, params: Iterable[tuple[str, jax.Array]]) -> "Generator":
-        self._at: dict[int, Generator] = {}  # each has the weights of before
+        self._at: dict[int, Generator] = {}  # drops those with the old weights
         return super().load_params(params)
 
     def at(self, tokens: int) -> Generator:
