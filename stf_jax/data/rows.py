@@ -159,10 +159,13 @@ def _describe_type(value: Any) -> str:
 
 def _get_alias(values: Mapping[str, Any], keys: Sequence[str], where: str) -> Any:
     """Returns the value under any of several names of one key, or None."""
-    found = [key for key in keys if key in values and not is_empty(values[key])]
-    if len(found) > 1 and any(values[key] != values[found[0]] for key in found):
+    present = [key for key in keys if key in values]
+    if len(present) < 2:
+        return values[present[0]] if present else None
+    found = [key for key in present if not is_empty(values[key])] or present[:1]
+    if any(values[key] != values[found[0]] for key in found[1:]):
         raise BadRow("unread", f"{where} has both {' and '.join(found)}, and they differ.")
-    return values[found[0]] if found else next((values[key] for key in keys if key in values), None)
+    return values[found[0]]
 
 
 def _unpair(pairs: Sequence[Any], where: str) -> list[Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stf_jax.data import world
-from stf_jax.data.conversation import document_items, encode, template_items
+from stf_jax.data.conversation import count_tokens, document_items, encode, template_items
 from stf_jax.data.records import IMAGE_MARK, Record, Turn
 from stf_jax.data.scenes import COLORS, HELD_OUT_WORDS, SHAPES, TRAINING_WORDS
 from stf_jax.data.sources.scenes import SceneRecords
@@ -112,7 +112,7 @@ def test_captions_of_the_mixture_match_the_plain_template():
 def test_rows_of_studies_fit_the_same_records_for_any_tokens_per_image(task, template, stage):
     """Otherwise the variants of a study would see different images in the same steps."""
     tokenizer, records = load_tokenizer("miniature/2"), SceneRecords(task, 4000, seed=0, edition=2)
-    texts = max(len(encode(template_items(template, records[i]), tokenizer, 0).tokens) for i in range(4000))
+    texts = max(count_tokens([template_items(template, records[i]) for i in range(4000)], tokenizer, 0))
     for count in (1, 36, 144):
         length = int(row_lengths(count)[stage].partition("=")[2])
         assert length >= (1 + stage) * (texts + count)

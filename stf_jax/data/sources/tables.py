@@ -223,6 +223,7 @@ class TableRows:
         """
         self.name, self._files = name, files
         self.files = [file.path for file in files]
+        self._names = [os.fspath(file.path) for file in files]
         self.needs_folder = any(file.has_paths for file in files)
         groups = [(number, group, size) for number, file in enumerate(files) for group, size in enumerate(file.sizes)]
         self._groups = [group[:2] for group in groups]
@@ -241,7 +242,7 @@ class TableRows:
 
     def locate(self, index: int) -> tuple[str, int]:
         file = bisect.bisect_right(self._file_begins, index) - 1
-        return os.fspath(self.files[file]), index - self._file_begins[file]
+        return self._names[file], index - self._file_begins[file]
 
     def _locate_group(self, index: int) -> tuple[int, _File, int, int]:
         """Returns the number of a row's group among all, its file, its number there, and the row's in the group."""
