@@ -12,9 +12,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from stf_jax.config import ModelConfig, UserError
 from stf_jax.models.adapters.base import Adapter, adapted_kernel
-from stf_jax.models.layers import Linear
+from stf_jax.models.layers import Linear, make_rngs
 from stf_jax.models.quantized import Quantization, scale_path
-from stf_jax.models.spec import ModelSpec
+from stf_jax.models.spec import ModelSpec, resolve_model
 from stf_jax.models.vlm import VLM
 from stf_jax.parallel.mesh import parameter_sharding
 
@@ -148,7 +148,20 @@ def blueprint(
     teacher: TeacherSpec | None = None,
 ) -> Blueprint:
     """The blueprint of a model, without allocating arrays. Raises UserError as :func:`build_model` does."""
-    model = nnx.eval_shape(lambda: build_model(nnx.Rngs(0), config, adapters or {}, quantized or {}, teacher))
+    if adapters or quantized or teacher:
+        return _make_blueprint(config, adapters or {}, quantized or {}, teacher)
+    return _plain_blueprint(resolve_model(config))
+
+
+@functools.lru_cache(maxsize=32)  # a run asks for the same one several times
+def _plain_blueprint(spec: ModelSpec) -> Blueprint:
+    return _make_blueprint(spec, {}, {}, None)
+
+
+def _make_blueprint(
+    config: ModelConfig, adapters: Adapters, quantized: Quantizations, teacher: TeacherSpec | None
+) -> Blueprint:
+    model = nnx.eval_shape(lambda: build_model(make_rngs(0), config, adapters, quantized, teacher))
     graph, params, noise = nnx.split(model, nnx.Param, ...)
     leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(params)}
     axes = {path: leaf.get_metadata()["axes"] for path, leaf in leaves.items()}
@@ -163,8 +176,8 @@ def blueprint(
         shapes={path: leaf.get_value() for path, leaf in leaves.items()},
         axes=axes,
         linears=frozenset(path for path in kernels if axes[path][0] == "layers"),
-        adapters=adapters or {},
-        quantized=quantized or {},
+        adapters=adapters,
+        quantized=quantized,
         teacher=teacher,
         _noise={"/".join(map(str, path)): leaf.get_value().shape[0] for path, leaf in nnx.to_flat_state(noise)},
     )

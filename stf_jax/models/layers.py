@@ -30,6 +30,26 @@ def parameter(rngs: nnx.Rngs, axes: Sequence[Axis], init: Init) -> nnx.Param:
     return nnx.Param(init(rngs.params(), shape), axes=tuple(name for _, name in axes))
 
 
+class _CountedKeys(nnx.RngStream):
+    """The keys of flax's stream. Its counter is a Python number, so tracing a model does not trace additions to it."""
+
+    def __init__(self, key: jax.Array | int, *, tag: str) -> None:
+        super().__init__(key, tag=tag)
+        self.drawn = 0
+
+    def __call__(self) -> jax.Array:
+        key = jax.random.fold_in(self.key.get_value(), self.drawn)
+        self.drawn += 1
+        return key
+
+
+def make_rngs(key: jax.Array | int) -> nnx.Rngs:
+    """``nnx.Rngs(key)``, but a model is traced with it in two thirds of the time."""
+    rngs = nnx.Rngs()
+    rngs.default = _CountedKeys(key, tag="default")
+    return rngs
+
+
 class Noise(nnx.Variable):
     """Keys of the random numbers of a training step: uint32 [L, B, 2], one for each layer and row."""
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stf_jax.checkpointing.rules import Decision, Rules, decide
 from stf_jax.config import TrainConfig, UserError
 from stf_jax.models.blueprint import Blueprint, Params, blueprint, build_model
+from stf_jax.models.layers import make_rngs
 from stf_jax.models.quantized import scale_path
 from stf_jax.training.objectives.base import find_objective
 from stf_jax.training.optimizer import map_moments
@@ -173,7 +174,7 @@ def init_state(
 
     def init(loaded: Params, key: jax.Array) -> TrainState[jax.Array]:
         initial = nnx.state(
-            build_model(nnx.Rngs(key), config.model, plan.adapters, plan.quantized, plan.teacher), nnx.Param
+            build_model(make_rngs(key), config.model, plan.adapters, plan.quantized, plan.teacher), nnx.Param
         )
         params = {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(initial)}
         params |= _quantize(plan, loaded)

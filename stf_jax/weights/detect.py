@@ -14,6 +14,7 @@ from flax import nnx
 from stf_jax.config import FusionConfig, UserError
 from stf_jax.models.decoders.base import DECODERS, DecoderFamily, LLMConfig, find_decoder_class
 from stf_jax.models.fusions.base import Fusion
+from stf_jax.models.layers import make_rngs
 from stf_jax.models.tensor_names import TensorNames
 from stf_jax.models.towers.base import TOWERS, TowerFamily, VisionConfig, find_tower_class
 from stf_jax.registry import load_object
@@ -96,7 +97,7 @@ def detect_model(
         part = PartTensors(tensors, tower_family.tensor_names, {"": prefix})
         vision = infer_vision_config(part, tower_name, config, notes)
         mappings |= _map_part(
-            "vision", part.names, lambda: find_tower_class(vision)(nnx.Rngs(0), vision), part.prefixes
+            "vision", part.names, lambda: find_tower_class(vision)(make_rngs(0), vision), part.prefixes
         )
     names, head = _find_decoder_names(tensors, decoders), None
     if names is not None:
@@ -107,7 +108,7 @@ def detect_model(
         prefixes = {family.root: body, family.tensor_names["embedding"].name: embedding, default: head or default}
         part = PartTensors(tensors, family.tensor_names, prefixes)
         llm = infer_llm_config(part, embedding, head, llm_name, config, notes)
-        mappings |= _map_part("llm", part.names, lambda: find_decoder_class(llm)(nnx.Rngs(0), llm), prefixes)
+        mappings |= _map_part("llm", part.names, lambda: find_decoder_class(llm)(make_rngs(0), llm), prefixes)
     detected = detect_fusion(tensors, config, vision or tower, llm)
     if detected is not None:
         fusion, read, out = detected.config, detected.vision, detected.out
@@ -116,7 +117,7 @@ def detect_model(
         mappings |= _map_part(
             "fusion/connector",
             detected.table,
-            lambda: Fusion(nnx.Rngs(0), fusion, read, out).connector,
+            lambda: Fusion(make_rngs(0), fusion, read, out).connector,
             {"": detected.prefix},
         )
         tiles = read_tiles(config, vision or tower)

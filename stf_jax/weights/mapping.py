@@ -13,6 +13,7 @@ from flax import nnx
 
 from stf_jax.config import FusionConfig
 from stf_jax.models.fusions.base import Fusion, find_fusion
+from stf_jax.models.layers import make_rngs
 from stf_jax.models.tensor_names import Layout, TensorNames, name_by_convention, name_layer
 from stf_jax.models.towers.base import VisionConfig
 
@@ -25,7 +26,7 @@ def fusion_table(config: FusionConfig, vision: VisionConfig, out: int) -> Tensor
     names = getattr(find_fusion(config), "tensor_names", None)
     if names is not None:
         return names(config)
-    connector = nnx.eval_shape(lambda: Fusion(nnx.Rngs(0), config, vision, out)).connector
+    connector = nnx.eval_shape(lambda: Fusion(make_rngs(0), config, vision, out)).connector
     leaves = nnx.to_flat_state(nnx.state(connector))
     axes = {"/".join(map(str, path)): leaf.get_metadata()["axes"] for path, leaf in leaves}
     return name_by_convention(axes, "mm_projector")
