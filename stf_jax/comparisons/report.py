@@ -23,7 +23,7 @@ from stf_jax.studies.page import (
     render_html,
     render_markdown,
 )
-from stf_jax.studies.statistics import CONFIDENCE, Difference
+from stf_jax.studies.statistics import CONFIDENCE, ClusteredMean
 
 NAME = "compare"
 _ABSENT = "–"
@@ -217,7 +217,7 @@ def _format_value(value: float | None) -> str:
     return _ABSENT if value is None else f"{value:.1f}"
 
 
-def _format_interval(estimate: Difference | None) -> str:
+def _format_interval(estimate: ClusteredMean | None) -> str:
     if estimate is None:
         return _ABSENT
     if not estimate.error > 0:  # by definition, or there is a single question
@@ -225,13 +225,13 @@ def _format_interval(estimate: Difference | None) -> str:
     return f"{estimate.value:.1f} ({estimate.low:.1f} to {estimate.high:.1f})"
 
 
-def _format_difference(result: Difference | None, margin: float) -> str:
+def _format_difference(result: ClusteredMean | None, margin: float) -> str:
     if result is None:
         return _ABSENT
     return f"{result.value:+.1f}" if math.isnan(result.low) else f"{format_signed(result)} {describe(result, margin)}"
 
 
-def describe(result: Difference, margin: float) -> str:
+def describe(result: ClusteredMean, margin: float) -> str:
     """Returns a word for a difference: better, worse, equal or noise."""
     if not result.within_noise:
         return "better" if result.value > 0 else "worse"

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from stf_jax.studies.statistics import Difference, Estimate
+from stf_jax.studies.statistics import ClusteredMean, Estimate
 
 
 def format_margin(points: float) -> str:
@@ -22,7 +22,7 @@ def format_points(estimate: Estimate) -> str:
     return f"{estimate.value:+.1f} points ({estimate.low:+.1f} to {estimate.high:+.1f})"
 
 
-def format_verdict(name: str, baseline: str, result: Difference, margin: float) -> str:
+def format_verdict(name: str, baseline: str, result: ClusteredMean, margin: float) -> str:
     """Returns a sentence about a difference from a baseline; equal if it is smaller than ``margin`` points."""
     points = format_points(result)
     if not result.within_noise:
@@ -35,4 +35,4 @@ def format_verdict(name: str, baseline: str, result: Difference, margin: float) 
 
 def estimate_to_json(estimate: Estimate) -> dict[str, Any]:
     """Returns the fields of an estimate; None for bounds that do not exist."""
-    return {key: None if math.isnan(x) else x for key, x in dataclasses.asdict(estimate).items()}
+    return {key: x if math.isfinite(x) else None for key, x in dataclasses.asdict(estimate).items()}

@@ -18,7 +18,7 @@ from stf_jax.studies import plots
 from stf_jax.studies.formatting import estimate_to_json, format_margin, format_verdict
 from stf_jax.studies.outcomes import BLANK, LossCurve, Outcome
 from stf_jax.studies.page import Block, Code, Heading, Image, Items, Table, Text, render_html, render_markdown
-from stf_jax.studies.statistics import CONFIDENCE, POWER, Difference, Estimate, deviation, difference, mean
+from stf_jax.studies.statistics import CONFIDENCE, POWER, ClusteredMean, Estimate, deviation, difference, mean
 from stf_jax.studies.study import Cell, Study, Variant
 from stf_jax.table import format_duration
 
@@ -47,8 +47,8 @@ class Findings:
     quality: dict[str, dict[str, Estimate]]
     heights: dict[str, dict[int, Estimate]]
     spread: dict[str, Estimate]
-    differences: dict[str, dict[str, Difference]]
-    height_differences: dict[str, dict[int, Difference]]
+    differences: dict[str, dict[str, ClusteredMean]]
+    height_differences: dict[str, dict[int, ClusteredMean]]
     losses: Mapping[str, Mapping[str, LossCurve]]
     costs: Mapping[str, Mapping[str, Any]]
 
@@ -90,7 +90,7 @@ def _means(scores: Mapping[str, Mapping[_Key, np.ndarray]]) -> dict[str, dict[_K
 
 def _differences_from(
     baseline: str, scores: Mapping[str, Mapping[_Key, np.ndarray]]
-) -> dict[str, dict[_Key, Difference]]:
+) -> dict[str, dict[_Key, ClusteredMean]]:
     base = scores.get(baseline, {})
     return {
         name: {key: difference(by_key[key], base[key]) for key in base}
@@ -347,7 +347,7 @@ def _format_command(command: Sequence[str]) -> str:
 
 
 def _make_json(findings: Findings, cells: Sequence[Cell]) -> dict[str, Any]:
-    def difference_to_json(result: Difference, margin: float) -> dict[str, Any]:
+    def difference_to_json(result: ClusteredMean, margin: float) -> dict[str, Any]:
         detectable = result.detectable()
         return estimate_to_json(result) | {
             "within_noise": result.within_noise,
@@ -405,7 +405,7 @@ def _format_interval(estimate: Estimate) -> str:
     return f"{estimate.value:.1f}\n{estimate.low:.1f} to {estimate.high:.1f}"
 
 
-def _format_difference(result: Difference, margin: float) -> str:
+def _format_difference(result: ClusteredMean, margin: float) -> str:
     if math.isnan(result.low):
         return f"{result.value:+.1f}"
     mark = _EQUAL if result.within_margin(margin) else _INCONCLUSIVE if result.within_noise else ""

@@ -12,8 +12,6 @@ import scipy.stats
 
 CONFIDENCE = 0.95  # of every interval
 POWER = 0.8  # the probability of finding a difference of the detectable size
-_RESAMPLES = 10_000
-_CHUNK = 500  # resamples in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,18 +24,27 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference(Estimate):
-    """A difference of means, with its standard error.
+class ClusteredMean(Estimate):
+    """A mean of scores or of differences over questions, which may come in clusters, with its standard error.
 
     Attributes:
       error: the standard error; NaN if there are too few values for one.
       seed_error: the part of the standard error due to seeds.
       seeds: S.
+      degrees: the degrees of freedom of its Student's distribution.
     """
 
     error: float
     seed_error: float
     seeds: int
+    degrees: float
+
+    @property
+    def p_value(self) -> float:
+        """The probability of a mean at least this far from zero if the true one is zero; NaN without an error."""
+        if not self.error:
+            return 0.0 if self.value else 1.0
+        return float(2 * scipy.stats.t.sf(abs(self.value) / self.error, self.degrees))
 
     @property
     def within_noise(self) -> bool:
@@ -51,12 +58,8 @@ class Difference(Estimate):
         """
         if math.isnan(self.error):
             return False
-        half_width = self.error * float(scipy.stats.t.ppf(CONFIDENCE, self._degrees))
+        half_width = self.error * float(scipy.stats.t.ppf(CONFIDENCE, self.degrees))
         return abs(self.value) + half_width < margin
-
-    @property
-    def _degrees(self) -> float:
-        return _degrees_of_freedom(self.error, self.seed_error, self.seeds)
 
     def detectable(self, seeds: int | None = None) -> float:
         """Returns the true difference that a study like this one, with ``seeds`` seeds, finds with :data:`POWER`.
@@ -71,28 +74,6 @@ class Difference(Estimate):
         error = math.sqrt(max(self.error**2 - self.seed_error**2, 0) + seed_error**2)
         degrees = _degrees_of_freedom(error, seed_error, seeds)
         return error * float(sum(scipy.stats.t.ppf([(1 + CONFIDENCE) / 2, POWER], degrees)))
-
-
-@dataclasses.dataclass(frozen=True)
-class ClusteredMean(Difference):
-    """A mean of scores or of differences over questions that come in clusters.
-
-    Attributes:
-      degrees: the degrees of freedom of its Student's distribution.
-    """
-
-    degrees: float
-
-    @property
-    def p_value(self) -> float:
-        """The probability of a mean at least this far from zero if the true one is zero; NaN without an error."""
-        if not self.error:
-            return 0.0 if self.value else 1.0
-        return float(2 * scipy.stats.t.sf(abs(self.value) / self.error, self.degrees))
-
-    @property
-    def _degrees(self) -> float:
-        return self.degrees
 
 
 def mean(values: np.ndarray) -> Estimate:
@@ -117,43 +98,25 @@ def deviation(values: np.ndarray) -> Estimate:
     return Estimate(value, value * math.sqrt((count - 1) / low), value * math.sqrt((count - 1) / high))
 
 
-def difference(scores: np.ndarray, others: np.ndarray) -> Difference:
-    """Computes the mean of ``scores − others``, float [S, Q], paired by seed and question, with a bootstrap interval.
-
-    Seeds and questions are resampled independently, because both are samples (Owen's pigeonhole bootstrap, arXiv
-    0712.1111, whose intervals tend to be too wide). Each resample draws S − 1 of S seeds; drawing S would underestimate
-    the variance for few seeds (Rao and Wu, JASA 83:401, 1988). With one seed, only questions are resampled.
-
-    The interval is Student's, with the bootstrap's standard error: a percentile interval for the mean of few seeds
-    misses too often (one time in four with three seeds). The degrees of freedom are Satterthwaite's: S − 1 if all
-    variance is due to seeds, and more if some is due to the many questions.
-    """
-    paired = np.asarray(scores, np.float64) - others
-    seeds, questions = paired.shape
-    rng = np.random.default_rng(0)
-    means = []
-    for _ in range(_RESAMPLES // _CHUNK):
-        seed_counts = rng.multinomial(max(1, seeds - 1), np.full(seeds, 1 / seeds), _CHUNK)
-        question_counts = rng.multinomial(questions, np.full(questions, 1 / questions), _CHUNK)
-        means.append(((seed_counts @ paired) * question_counts).sum(1) / (max(1, seeds - 1) * questions))
-    value = float(paired.mean())
-    if seeds == questions == 1:
-        return Difference(value, math.nan, math.nan, math.nan, math.nan, seeds)
-    error = float(np.std(np.concatenate(means)))
-    seed_error = float(np.std(paired.mean(1), ddof=1)) / math.sqrt(seeds) if seeds > 1 else 0.0
-    degrees = _degrees_of_freedom(error, seed_error, seeds)
-    half_width = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
-    return Difference(value, value - half_width, value + half_width, error, seed_error, seeds)
+def difference(scores: np.ndarray, others: np.ndarray) -> ClusteredMean:
+    """Computes the mean of ``scores − others``, float [S, Q], each question alone in its cluster."""
+    return clustered_mean([np.asarray(scores, np.float64) - others], [np.arange(scores.shape[1])])
 
 
 def clustered_mean(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> ClusteredMean:
     """Computes the mean over benchmarks of their mean scores or differences, with a bootstrap's interval.
 
-    As in :func:`difference`, the bootstrap resamples seeds and questions independently. Answers about one image are not
-    independent, so images are resampled, each with all its questions. Seeds are drawn once for all benchmarks. The
-    standard error of such a bootstrap has a closed form, which this computes: nothing is drawn, because benchmarks may
-    have 100,000 questions. Of S seeds and C images it would draw S − 1 and C − 1. So with one seed and one question per
-    image, this is the paired t-test.
+    The bootstrap resamples seeds and questions independently, because both are samples (Owen's pigeonhole bootstrap,
+    arXiv 0712.1111, whose intervals tend to be too wide). Answers about one image are not independent, so images are
+    resampled, each with all its questions. Seeds are drawn once for all benchmarks; with one seed, only images are. Of
+    S seeds and C images it would draw S − 1 and C − 1; drawing S would underestimate the variance for few seeds (Rao
+    and Wu, JASA 83:401, 1988). The standard error of such a bootstrap has a closed form, which this computes: nothing
+    is drawn, because benchmarks may have 100,000 questions. With one seed and one question per image, this is the
+    paired t-test.
+
+    The interval is Student's, with that standard error: a percentile interval for the mean of few seeds misses too
+    often (one time in four with three seeds). The degrees of freedom are Satterthwaite's: S − 1 if all variance is due
+    to seeds, and more if some is due to the many questions.
 
     Args:
       values: float [S, Q] for each benchmark.

@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from stf_jax.studies import plots, statistics
+from stf_jax.studies import plots
 from stf_jax.studies.outcomes import Outcome, read_losses, read_outcomes
 from stf_jax.studies.page import Code, Heading, Image, Items, Table, Text, render_html, render_markdown, strip_markup
 from stf_jax.studies.report import compute_findings, format_verdicts, write_report
@@ -170,13 +170,7 @@ def test_verdicts_tell_differences_from_noise():
     assert "noise" not in verdicts["better"] + verdicts["worse"]
 
 
-@pytest.fixture
-def fewer_resamples(monkeypatch):
-    """Shortens the bootstrap, for differences that are far from the limits of a verdict."""
-    monkeypatch.setattr(statistics, "_RESAMPLES", 1000)
-
-
-def test_verdicts_tell_equality_from_noise(fewer_resamples):
+def test_verdicts_tell_equality_from_noise():
     luck = np.random.default_rng(0).random((5, 4000))
     hits, lucky = 100.0 * (luck < 0.8), np.array([[0.76], [0.79], [0.8], [0.81], [0.84]])
     scores = {name: {"all": hits.copy()} for name in ("mlp", "same", "bit_worse", "unclear")}
@@ -203,7 +197,7 @@ def test_detectable_differences_are_listed(written):
     assert (figures["margin"], figures["kind_margin"]) == (2, 5)
 
 
-def test_a_repeated_variant_is_a_control(fewer_resamples, tmp_path):
+def test_a_repeated_variant_is_a_control(tmp_path):
     study = make_study.study(repeated=(("again", ("mlp",)),), seeds=(0, 1, 2))
     cells = make_cells(study, tmp_path)
     for cell in cells:
