@@ -29,7 +29,7 @@ os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # Calls of model functions check the axes and types in their signatures.
-jaxtyping.install_import_hook(("stf_jax.models", "stf_jax.training.loss"), "beartype.beartype")
+jaxtyping.install_import_hook(("stf_jax.models", "stf_jax.training.loss"), "typecheck.check")
 
 # What only files that --light leaves out contain: uses of torch, of other processes, and of compilers of other chips.
 HEAVY = (

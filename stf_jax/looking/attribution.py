@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from stf_jax.models.attention import Mask, attention_weights
-from stf_jax.models.decoders.transformer import Rows, Selection
+from stf_jax.models.decoders.rows import Rows, Selection
 from stf_jax.models.reducers.base import PatchReducer, Question, TokenReducer
 from stf_jax.models.stages import Layout
 from stf_jax.models.towers.vit import VisionTower

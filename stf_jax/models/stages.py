@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from stf_jax.models.decoders.transformer import Beside, Rows, Selection, find_starts
+from stf_jax.models.decoders.rows import Beside, Rows, Selection, find_starts
 
 _QUERIES = 128  # queries whose attention is in memory at a time
 

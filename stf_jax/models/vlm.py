@@ -15,7 +15,8 @@ from stf_jax.config import ModelConfig, UserError
 from stf_jax.models.cells import CellHead
 from stf_jax.models.chooser import Chooser
 from stf_jax.models.decoders.base import find_decoder_class
-from stf_jax.models.decoders.transformer import Block, Cache, Rows
+from stf_jax.models.decoders.rows import Rows
+from stf_jax.models.decoders.transformer import Block, Cache
 from stf_jax.models.fusions.base import Fusion
 from stf_jax.models.layers import shard_rows
 from stf_jax.models.reducers.base import Question

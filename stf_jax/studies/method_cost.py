@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from stf_jax.config import MeshConfig, TrainConfig
 from stf_jax.inference.decoding import Weights, merge_weights
 from stf_jax.models.blueprint import Blueprint, blueprint
-from stf_jax.models.decoders.transformer import Rows
+from stf_jax.models.decoders.rows import Rows
 from stf_jax.models.reducers.base import Question
 from stf_jax.models.spec import ModelSpec, resolve_model
 from stf_jax.models.stages import Layout

@@ -109,8 +109,6 @@ def test_flops_with_fewer_image_tokens(reduce, keep, vision, fusion_options):
 
 
 REAL = {
-    "c_abstractor": (ModelConfig(fusion=FusionConfig("c_abstractor")), 2048, 1),
-    "13b": (ModelConfig(llm="vicuna-13b"), 2048, 1),
     "llama-3-8b, 2 images": (ModelConfig(llm="llama-3-8b"), 4096, 2),
     "siglip-so400m and qwen2.5-0.5b": (
         ModelConfig("siglip-so400m-14-384", "qwen2.5-0.5b", FusionConfig(kernel=3)), 2048, 1,

@@ -14,7 +14,7 @@ from flax import nnx
 from stf_jax.config import FusionConfig
 from stf_jax.looking.attribution import map_answer, map_tokens
 from stf_jax.models import spec
-from stf_jax.models.decoders.transformer import Rows
+from stf_jax.models.decoders.rows import Rows
 from stf_jax.models.fusions.base import FUSIONS, Fusion, FusionSpec, tapped_blocks
 from stf_jax.models.reducers.base import REDUCERS, DecoderReducer, Reduction, TokenReducer, find_reducer
 from stf_jax.models.reducers.pool import pooling_weights

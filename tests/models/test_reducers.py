@@ -23,7 +23,8 @@ from flax import nnx
 
 from stf_jax.config import DataConfig, FusionConfig, MeshConfig, ModelConfig, TrainConfig, UserError, to_json
 from stf_jax.models.decoders.base import LLMConfig
-from stf_jax.models.decoders.transformer import Decoder, Selection
+from stf_jax.models.decoders.rows import Selection
+from stf_jax.models.decoders.transformer import Decoder
 from stf_jax.models.fusions.base import Fusion
 from stf_jax.models.reducers import dart, divprune, fastv, pool, random_patches, resize, uniform, visionzip
 from stf_jax.models.reducers.base import (

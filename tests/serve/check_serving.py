@@ -16,6 +16,7 @@ from make_models import CONTROL, DECODERS, make, make_image
 
 from stf_jax.config import FusionConfig, MeshConfig
 from stf_jax.data.records import Record, Turn
+from stf_jax.data.tiles import Tiles
 from stf_jax.data.tokenizer import MINIATURE, load_tokenizer
 from stf_jax.evals.benchmark import SHORT_ANSWER_SUFFIX
 from stf_jax.evals.benchmarks.scenes import held_out_questions
@@ -30,13 +31,19 @@ METHODS = ("generate", "pipeline", "chat", "serve")
 # Heads of 32, the smallest that vLLM supports on CPUs. Vocabularies as large as their tokenizers, without <image>.
 DECODER = LLMConfig(506, width=64, layers=2, heads=2, kv_heads=1, head_dim=32, mlp=96, norm_eps=1e-4)
 DECODERS["served"], DECODERS["served, llama"] = DECODER, dataclasses.replace(DECODER, vocab=32_005)
-CASES = {  # template → fusion, tower, decoder
-    "v1": ("mlp", "clip", "served, llama"),
-    "plain": ("mbtf_stf", "clip", "served"),
-    "llama-3": ("mbtf_stf", "siglip", "served"),
-    "chatml": ("mlp", "clip", "served"),
-    "mistral": ("mbtf_stf", "clip", "served, llama"),
+CASES = {  # template, fusion, tower, decoder
+    "v1": ("v1", "mlp", "clip", "served, llama"),
+    "plain": ("plain", "mbtf_stf", "clip", "served"),
+    "llama-3": ("llama-3", "mbtf_stf", "siglip", "served"),
+    "chatml": ("chatml", "mlp", "clip", "served"),
+    "mistral": ("mistral", "mbtf_stf", "clip", "served, llama"),
+    "tiles": ("v1", "mbtf_stf", "clip", "served, llama"),
+    "tiles without newlines": ("chatml", "mbtf_stf", "clip", "served"),
+    "tiles, mlp": ("v1", "mlp", "clip", "served, llama"),
 }
+MARKS = {"tiles": "newline", "tiles without newlines": "none", "tiles, mlp": "newline"}
+GRIDS = ((1, 2), (2, 1), (2, 2))
+SIZES = ((50, 41), (90, 33), (20, 61))  # heights and widths of images, with another grid of tiles each
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +70,10 @@ def served(tmp_path_factory, sentencepiece_model):
     return root, expected
 
 
-def _make_model(folder, template, sentencepiece_model):
-    fusion, tower, decoder = CASES[template]
-    make(folder, FusionConfig(fusion), tower, decoder, template=template)
+def _make_model(folder, case, sentencepiece_model):
+    template, fusion, tower, decoder = CASES[case]
+    tiles = {"aspect": "tiles", "tiles": Tiles(GRIDS, MARKS[case])} if case in MARKS else {}
+    make(folder, FusionConfig(fusion), tower, decoder, template=template, **tiles)
     source = MINIATURE
     if decoder == "served, llama":
         source = folder.with_name("sentencepiece")
@@ -83,7 +91,8 @@ def _answer_in_jax(model, folder, case, limit):
     questions, records = [], []
     scenes = held_out_questions() if case == "demo" else [None] * QUESTIONS
     for i, scene in enumerate(scenes[:QUESTIONS]):
-        images = [scene.image()] if scene else [make_image(100 * i + j) for j in range((1, 0, 2)[i % 3])]
+        noise = [make_image(100 * i + j, SIZES[(i + j) % 3]) for j in range((1, 0, 2)[i % 3])]
+        images = [scene.image()] if scene else noise
         text = (
             scene.question.text + SHORT_ANSWER_SUFFIX if scene else f"Which {'very ' * (i % 7)}odd thing is number {i}?"
         )

@@ -31,7 +31,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from stf_jax.config import FusionConfig, UserError
-from stf_jax.models.decoders.transformer import Rows, Selection
+from stf_jax.models.decoders.rows import Rows, Selection
 from stf_jax.models.fusions.base import FUSIONS, find_fusion, tokens_per_image
 from stf_jax.models.schedules.base import Schedule, find_schedule, plan_schedule
 from stf_jax.models.stages import Layout, Stage, Visible, make_selections
