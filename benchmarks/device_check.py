@@ -154,8 +154,7 @@ def _attention(size: Size) -> Iterator[Case]:
     for shape in size.shapes:
         length, heads, kv_heads, head_dim, causal, packed = shape
         kind = f"{'causal ' * causal}{'packed ' * packed}{length} × {heads}/{kv_heads} × {head_dim}"
-        # Packed rows have one path on GPUs, others also the one that is used where cuDNN refuses.
-        for implementation in ("auto",) if packed else ("auto", "xla"):
+        for implementation in ("auto", "xla"):  # also what is used where cuDNN refuses
             for quantity in _LIMITS:
                 call = functools.partial(_compare_attention, shape, implementation, quantity)
                 yield f"{kind}, {implementation}, {quantity}", call
@@ -423,7 +422,7 @@ def _random_weights(model: ModelConfig) -> Weights:
 # Name, cases, and seconds. A part that ends early leaves its seconds to those after it.
 _PARTS: tuple[tuple[str, Callable[[Size], Iterator[Case]], float], ...] = (
     ("device", _device, 20),
-    ("attention", _attention, 70),
+    ("attention", _attention, 85),
     ("stage 1", _stage1, 90),
     ("stage 2", _stage2, 60),
     ("remat", _remat, 90),

@@ -115,22 +115,42 @@ def attention(
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+    if mask.segments is not None:
+        # Per device, because jax may not split the mask by rows where it splits the queries.
+        return _by_device(functools.partial(_cudnn_even, causal=mask.causal), q, k, v, mask.segments)
+    if mask.causal or q.shape[1] % 2 == 0:
+        return _cudnn_even(q, k, v, None, mask.causal)
+    return _cudnn_odd(q, k, v)
+
+
+def _cudnn_even(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, causal: bool = False
+) -> jax.Array:
+    """cuDNN's attention, padded to an even length, because jax refuses gradients at odd ones."""
     length = q.shape[1]
-    if length % 2 and not mask.causal:
-        return _cudnn_or_xla(q, k, v)
-    # cuDNN has no gradients for odd lengths; padding at the right is hidden by the causal mask.
-    q, k, v = (jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, is_causal=mask.causal, implementation="cudnn")[:, :length]
+    padding = (0, 0), (0, length % 2)
+    q, k, v = (jnp.pad(x, (*padding, (0, 0), (0, 0))) for x in (q, k, v))
+    # Padding at the right is hidden by the causal mask, a segment of its own, or the number of keys.
+    allowed = lengths = None
+    if segments is not None:
+        segments = jnp.pad(segments, padding, constant_values=-1)
+        allowed = Mask(segments=segments).dense(jnp.arange(q.shape[1]), q.shape[1])
+    elif length % 2 and not causal:
+        lengths = jnp.full(len(q), length, jnp.int32)
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=allowed, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return out[:, :length]
 
 
 @jax.custom_vjp
-def _cudnn_or_xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention without a mask for odd lengths: cuDNN's, or where gradients are needed (a trainable tower) XLA's."""
+def _cudnn_odd(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """cuDNN's attention without a mask, padded only where gradients are needed (a trainable tower)."""
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
-_cudnn_or_xla.defvjp(
-    lambda q, k, v: jax.vjp(lambda q, k, v: _xla(q, k, v, Mask()), q, k, v),
+_cudnn_odd.defvjp(
+    lambda q, k, v: jax.vjp(lambda q, k, v: _by_device(_cudnn_even, q, k, v, None), q, k, v),
     lambda pull_back, cotangent: pull_back(cotangent),
 )
 
@@ -142,12 +162,25 @@ def _cudnn_refusal(q: jax.Array, mask: Mask) -> str | None:
         return f"does not compute in {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         return f"does not support heads of size {q.shape[-1]}"
-    if mask.segments is not None:
-        # For packed rows it has only a dense bias, which costs the memory that flash attention should save.
-        return "does not support packed conversations"
+    if mask.segments is not None and jax.__version_info__ < (0, 11, 2):
+        # Conversations are kept apart by a mask [B, 1, T, T]. Older versions have cuDNN compute its gradient, for which
+        # it takes scratch memory for all scores, [B, H, T, T].
+        return "needs jax 0.11.2 for packed conversations"
     if mask.keys_beside:
         return "does not support keys beside a row"
     return None
+
+
+def _by_device(
+    kernel: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
+) -> jax.Array:
+    """Applies a kernel to each device's rows and heads."""
+    rows = PartitionSpec(("data", "fsdp"))
+    heads = PartitionSpec(("data", "fsdp"), None, "tensor")
+    if not jax.sharding.get_abstract_mesh().empty:
+        # check_vma is off because Pallas does not declare over which mesh axes its outputs vary.
+        kernel = jax.shard_map(kernel, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    return kernel(q, k, v, segments)
 
 
 _LANES = 128  # lanes of a TPU's vector registers; splash's blocks are multiples of it
@@ -193,12 +226,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
         q, k, v = (x.swapaxes(1, 2) for x in (scaled, k, v))
         return jax.vmap(row)(q, k, v, segments).swapaxes(1, 2)
 
-    rows = PartitionSpec(("data", "fsdp"))
-    heads = PartitionSpec(("data", "fsdp"), None, "tensor")
-    if not jax.sharding.get_abstract_mesh().empty:
-        # check_vma is off because Pallas does not declare over which mesh axes its outputs vary.
-        local = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-    return local(q, k, v, segments)[:, :length]
+    return _by_device(local, q, k, v, segments)[:, :length]
 
 
 def _splash_blocks(length: int) -> tuple[int, int]:

@@ -17,6 +17,8 @@ from stf_jax.models.attention import Mask, attention, cached_attention, referenc
 from stf_jax.parallel.mesh import compute_context, make_mesh
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 2, 2, 2, 2, 2, 2, 2]])
+# Older versions compute a gradient of the mask.
+PACKED_ON_GPU = "cudnn" if jax.__version_info__ >= (0, 11, 2) else "xla"
 MASKS = {
     "full": Mask(),
     "causal": Mask(causal=True),
@@ -125,17 +127,53 @@ def test_splash_equals_reference_in_value_and_gradients(segments, mesh):
     assert_equals_reference("splash", case, Mask(True, packed_segments(4, 200) if segments else None), mesh)
 
 
-@pytest.mark.parametrize("length", [7, 8])
-def test_odd_lengths_are_padded_for_cudnn(length, monkeypatch):
-    real_attention = jax.nn.dot_product_attention
+@pytest.fixture
+def cudnn_on_cpu(monkeypatch):
+    """Stands in for cuDNN, and refuses what jax refuses: gradients at odd lengths. Has the keywords of all calls."""
+    real_attention, calls = jax.nn.dot_product_attention, []
 
-    def cudnn(q, k, v, is_causal, implementation):
-        assert (q.shape[1] % 2, k.shape[1] % 2, implementation) == (0, 0, "cudnn")
-        return real_attention(q, k, v, is_causal=is_causal)
+    def cudnn(q, k, v, *, implementation, **keywords):
+        assert implementation == "cudnn"
+        calls.append(keywords)
+        if q.shape[1] % 2 == 0:
+            return real_attention(q, k, v, **keywords)
+
+        @jax.custom_vjp
+        def odd(q, k, v):
+            return real_attention(q, k, v, **keywords)
+
+        odd.defvjp(lambda q, k, v: (odd(q, k, v), None), lambda *_: pytest.fail("gradients at an odd length"))
+        return odd(q, k, v)
 
     monkeypatch.setitem(module._REFUSALS, "cudnn", lambda q, mask: None)
     monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
-    assert_equals_reference("cudnn", inputs(4, 2, length=length), Mask(causal=True))
+    return calls
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
+@pytest.mark.parametrize("length", [31, 32])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_cudnn_equals_reference_in_value_and_gradients(causal, packed, length, mesh, cudnn_on_cpu):
+    mask = Mask(causal, packed_segments(4, length) if packed else None)
+    assert_equals_reference("cudnn", inputs(4, 2, rows=4, length=length), mask, mesh)
+    assert {keywords.get("is_causal", False) for keywords in cudnn_on_cpu} == {causal}  # it skips hidden blocks
+
+
+def test_odd_lengths_are_padded_for_gradients_only(cudnn_on_cpu):
+    q, k, v = inputs(length=7)
+    out = attention(q, k, v, Mask(), "cudnn")
+    np.testing.assert_allclose(out, reference_attention(q, k, v, Mask()), atol=1e-5)
+    assert cudnn_on_cpu == [{}]
+
+
+def test_cudnn_in_bfloat16_is_close_to_reference(cudnn_on_cpu):
+    case, mask = inputs(4, 2, jnp.bfloat16, rows=4, length=31), Mask(True, packed_segments(4, 31))
+    ours, expected = (value_and_gradients(name, case, mask)[1] for name in ("cudnn", "reference"))
+    for x, y in zip(ours, expected, strict=True):
+        assert x.dtype == jnp.bfloat16
+        x, y = (np.asarray(z, np.float64) for z in (x, y))
+        assert np.linalg.norm(x - y) < 0.02 * np.linalg.norm(y)
 
 
 @pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
@@ -202,7 +240,8 @@ def test_named_kernel_rejects_unsupported_inputs(implementation, case, mask, mes
             "gpu",
             {"dtype": jnp.bfloat16},
             MASKS["causal-segments"],
-            "xla: cudnn does not support packed conversations",
+            "causal packed attention with heads of 16 in bfloat16: "
+            + ("cudnn" if PACKED_ON_GPU == "cudnn" else "xla: cudnn needs jax 0.11.2 for packed conversations"),
         ),
         ("gpu", {"dtype": jnp.bfloat16, "size": 256}, Mask(), "xla: cudnn does not support heads of size 256"),
         (

@@ -103,20 +103,29 @@ def test_splash_attention_compiles_for_tpus_with_packed_rows_and_gradients(name,
     assert compiled.as_text().count("tpu_custom_call") == 3  # forward, backward of q, backward of k and v
 
 
-def test_cudnn_is_chosen_for_gpus_of_a_topology():
-    mesh = make_mesh(MeshConfig(), topology_devices("h100:2"))
-    x = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16, sharding=NamedSharding(mesh, BATCH))
+@pytest.mark.parametrize("packed", [False, True])
+def test_cudnn_is_chosen_for_gpus_of_a_topology(packed):
+    """Also for packed rows, where jax does not compute the gradient of their mask."""
+    mesh = make_mesh(MeshConfig(tensor=2), topology_devices("h100:4"))
+    q, k, segments = (
+        jax.ShapeDtypeStruct((8, 255, *rest), dtype, sharding=NamedSharding(mesh, BATCH))
+        for rest, dtype in (((4, 64), jnp.bfloat16), ((2, 64), jnp.bfloat16), ((), jnp.int32))
+    )
 
-    def loss(q, k, v):
-        return attention(q, k, v, Mask(causal=True)).astype(jnp.float32).sum()
+    def loss(q, k, v, segments):
+        return attention(q, k, v, Mask(True, segments if packed else None)).astype(jnp.float32).sum()
 
     with compute_context(mesh, "bfloat16"):
-        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
-    assert "__cudnn$fmha" in compiled.as_text()
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, segments).compile().as_text()
+    calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]
+    assert len(calls) == (0 if packed and jax.__version_info__ < (0, 11, 2) else 2)
+    # Each device has the mask of its own rows.
+    assert all("[4,1,256,256]" not in line.split(" custom-call(")[0] for line in calls)
+    assert ("bf16[4,1,256,256]" in text) == (packed and bool(calls))
 
 
-def test_gradients_without_a_mask_compile_for_gpus_at_an_odd_length():
-    """A trainable tower of CLIP-L/14-336 has 577 positions; cuDNN has no gradients for them."""
+def test_gradients_without_a_mask_use_cudnn_at_an_odd_length():
+    """A trainable tower of CLIP-L/14-336 has 577 positions; jax refuses gradients for them."""
     mesh = make_mesh(MeshConfig(), topology_devices("h100:1"))
     x = jax.ShapeDtypeStruct((2, 577, 4, 64), jnp.bfloat16, sharding=NamedSharding(mesh, BATCH))
 
@@ -125,8 +134,9 @@ def test_gradients_without_a_mask_compile_for_gpus_at_an_odd_length():
 
     with compute_context(mesh, "bfloat16"):
         forward, backward = (jax.jit(call).lower(x, x, x).compile().as_text() for call in (loss, jax.grad(loss)))
-    assert "__cudnn$fmha" in forward
-    assert "__cudnn$fmha" not in backward
+    assert "__cudnn$fmhaSoftmax" in forward
+    assert "bf16[2,4,577,64]" in forward  # not padded
+    assert "__cudnn$fmhaSoftmaxBackward" in backward
 
 
 def test_deterministic_steps_on_gpus_add_in_one_order():
