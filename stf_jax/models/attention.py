@@ -24,7 +24,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int
 
@@ -189,6 +188,8 @@ _BLOCKS = 512, 384, 640, 768, 896, 256  # sides of splash's blocks, in positions
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """Pallas' splash attention on each device's rows and heads."""
+    from jax.experimental.pallas.ops.tpu import splash_attention  # takes a third of a second to import
+
     length = q.shape[1]
     padded, block = _splash_blocks(length)
     # Padding at the right is hidden by the causal mask.
