@@ -70,29 +70,32 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
     chosen = options.precision, options.reduce, options.keep, options.tokens
     generator, saved = load_generator(epath.Path(workdir), mesh, *chosen)
     fusion_parameters = sum(leaf.size for path, leaf in saved.shapes.items() if path.startswith("fusion/"))
-    first_token_seconds, prompt_length = _time_first_token(generator, config)
+    first_token_seconds, prompt_length, image_tokens = _time_first_token(generator, config)
     del generator  # its memory
     data = dataclasses.replace(config.data, max_length=prompt_length, images_per_row=1)
     method = dataclasses.replace(config, model=model, data=data, global_batch_size=config.eval.batch)
     cost = measure_methods([method], _REPEATS)[0]
     cost |= {"fusion_parameters": fusion_parameters, "first_token_ms": 1e3 * first_token_seconds}
+    if data.aspect == "tiles":
+        cost["image_tokens"] = image_tokens
     if not options.reduce and not options.tokens:
         start, budgets = (config.objective, config.init_from), plan_budgets(config, length, 1)
+        places = data.image_places
         load = functools.partial(load_params, str(workdir), fresh=())
         timing = time_train_steps(config, load, make_batch(config), _STEPS)
         cost |= {
             "step_ms": 1e3 * statistics.median(timing.seconds),
             "step_rows": rows,
-            "step_gflops": step_flops(config.model, config.rules, rows, length, 1, *start, budgets) / 1e9,
+            "step_gflops": step_flops(config.model, config.rules, rows, length, places, *start, budgets) / 1e9,
             "step_mib": timing.peak_bytes / 2**20,
         }
     return cost
 
 
-def _time_first_token(generator: Generator, config: TrainConfig) -> tuple[float, int]:
-    """Returns the median seconds from a batch of questions to the first tokens of all answers, and the prompt length.
+def _time_first_token(generator: Generator, config: TrainConfig) -> tuple[float, int, int]:
+    """Returns the median seconds from a batch of questions to the first tokens of all answers, and two lengths.
 
-    The images are already in memory. The length is the longest prompt's, in tokens.
+    The images are already in memory. The lengths are those of the longest prompt and of the image tokens in a prompt.
     """
     (benchmark, *_) = open_benchmarks(config.eval.benchmarks, config.eval.data, config.eval.limit)
     records = []
@@ -106,7 +109,9 @@ def _time_first_token(generator: Generator, config: TrainConfig) -> tuple[float,
         for _ in generator.generate(records, 1, len(records)):
             pass
         seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[1:]), max(len(generator.prompt(record).tokens) for record in records)
+    prompts = [generator.prompt(record) for record in records]
+    image_tokens = max(int(prompt.is_image.sum()) for prompt in prompts)
+    return statistics.median(seconds[1:]), max(len(prompt.tokens) for prompt in prompts), image_tokens
 
 
 def _as_opener(image: PIL.Image.Image) -> Callable[[], PIL.Image.Image]:

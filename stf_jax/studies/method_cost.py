@@ -1,7 +1,7 @@
 """What reading a prompt costs, and the part of it that is the method's own: its fusion and its reducer.
 
-Axis letters: B rows, T positions, P patches, S tokens in the tower, C tower width, D language model width, H heads,
-K kv heads, Dh head size.
+Axis letters: B rows, M images per row (or the tiles of one), T positions, P patches, S tokens in the tower, C tower
+width, D language model width, H heads, K kv heads, Dh head size.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ def _describe(config: TrainConfig) -> dict[str, Any]:
     model = resolve_model(config.model)
     cost: dict[str, Any] = {
         "image_tokens": model.reduction.keep,
-        "prefill_gflops": sum(prefill_flops(model, 1, config.data.max_length, 1).values()) / 1e9,
+        "prefill_gflops": sum(prefill_flops(model, 1, config.data.max_length, config.data.image_places).values()) / 1e9,
         "first_token_rows": config.global_batch_size,
         "device": jax.devices()[0].device_kind,
     }
@@ -102,20 +102,20 @@ def _compile(config: TrainConfig, leaves: dict[Any, jax.Array]) -> tuple[_Call, 
         lengths = np.full(program.rows, program.length, np.int32)
         prompt = jax.device_put((batch.tokens, batch.image_slots, lengths, batch.images), jax.devices()[0])
         prefill = functools.partial(compiled, weights, *prompt, program.arguments[-1])
-        known = _make_states(model, program.rows, program.length, noise)
+        known = _make_states(model, program.rows, program.images, program.length, noise)
         own = jax.jit(functools.partial(run_method, plan)).lower(weights, *prompt, *known).compile()
     call = functools.partial(own, weights, *prompt, *known)
     return prefill, call, compiled_bytes(compiled)
 
 
 def _make_states(
-    model: ModelSpec, rows: int, length: int, noise: Callable[[str, Sequence[int]], jax.Array]
+    model: ModelSpec, rows: int, images: int, length: int, noise: Callable[[str, Sequence[int]], jax.Array]
 ) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array, jax.Array]:
     """Makes what :func:`run_method` gets from tower and decoder: states, hidden states, queries and keys."""
     vision, llm = model.vision_shape, model.llm_shape
     assert vision is not None  # only complete models are measured
     assert llm is not None
-    state = noise("states", (rows, vision.grid**2 + vision.class_token, vision.width))
+    state = noise("states", (rows * images, vision.grid**2 + vision.class_token, vision.width))
     # One array for all blocks: only those that a method reads are passed on to its program.
     return (
         (state,) * (vision.layers + 1),
@@ -131,8 +131,8 @@ def run_method(
     tokens: Int[Array, "B T"],
     slots: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    images: UInt8[Array, "B 1 side side 3"],
-    states: tuple[Float[Array, "B S C"], ...],
+    images: UInt8[Array, "B M side side 3"],
+    states: tuple[Float[Array, "B*M S C"], ...],
     hidden: Float[Array, "B T D"],
     queries: Float[Array, "B T H Dh"],
     keys: Float[Array, "B T K Dh"],
@@ -149,8 +149,9 @@ def run_method(
     """
     model = merge_weights(plan, weights)
     reduction, known, is_image = model.reduction, _Known(model.vision, states), slots >= 0
-    question = Question(tokens, ~is_image)
-    read = reduction.tower_states(_KnownTower(known), images[:, 0], model.taps, model.dtype, question)
+    question = jax.tree.map(lambda x: jnp.repeat(x, images.shape[1], axis=0), Question(tokens, ~is_image))
+    squares = images.reshape(-1, *images.shape[2:])
+    read = reduction.tower_states(_KnownTower(known), squares, model.taps, model.dtype, question)
     results: list[Any] = [known.seen, reduction.reduce_tokens(model.fusion(read))]
     rows = Rows(hidden, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
     if reduction.schedule is None:

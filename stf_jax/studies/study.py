@@ -169,8 +169,6 @@ def read_study(config: ml_collections.ConfigDict) -> Study:
         last = stages[-1]
         if any(stage.seed != study.get_trained(variant).run_seed(seed) for stage in stages):
             raise UserError(f"Variant {variant.name!r} sets its seed; use the study's seeds instead.")
-        if any(stage.data.aspect == "tiles" for stage in stages):
-            raise UserError(f"Variant {variant.name!r} has data.aspect=tiles, whose cost a study cannot measure.")
         if not last.eval.benchmarks:
             raise UserError(f"Variant {variant.name!r} is not evaluated: set eval.benchmarks in its last stage.")
         if seed == seeds[0]:

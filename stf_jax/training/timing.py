@@ -10,6 +10,7 @@ import numpy as np
 from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
 from stf_jax.data.sampling import plan_budgets
+from stf_jax.data.tiles import ImageLayout, find_tiles, place_slots
 from stf_jax.models.blueprint import Params
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import compute_context, make_mesh
@@ -78,12 +79,17 @@ def compiled_bytes(program: jax.stages.Compiled) -> int:
 def make_batch(config: TrainConfig) -> Batch:
     """A global batch of random numpy arrays: one image per row, then text, which is all target tokens.
 
-    There are no images if ``config.data.images_per_row`` is 0.
+    There are no images if ``config.data.images_per_row`` is 0. With ``data.aspect=tiles``, an image fills two by two
+    tiles if ``data.tiles.most`` allows it.
     """
     rng, model = np.random.default_rng(1), resolve_model(config.model)
     assert model.vision_shape is not None  # a complete model is timed
-    side, count = model.vision_shape.image_size, min(config.data.images_per_row, 1)
-    slots = count * model.slots
+    side, data = model.vision_shape.image_size, config.data
+    data = dataclasses.replace(data, images_per_row=min(data.images_per_row, 1))
+    layout = ImageLayout(model.vision_shape, data.aspect, model.slots, find_tiles(data))
+    image_slots = np.concatenate([np.zeros(0, np.int32), *layout.slots([(2 * side, 2 * side)] * data.images_per_row)])
+    image_slots, slots = place_slots(image_slots, 0, data.image_places * model.slots), len(image_slots)
+    image_slots = np.concatenate([image_slots, np.full(data.max_length, -1, np.int32)])[: data.max_length]
     tokens = rng.integers(3, 500, (config.global_batch_size, config.data.max_length)).astype(np.int32)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     return Batch(
@@ -92,7 +98,7 @@ def make_batch(config: TrainConfig) -> Batch:
         loss_mask=(positions >= slots - 1) & (positions < tokens.shape[1] - 1),
         positions=positions,
         segment_ids=np.ones_like(tokens),
-        image_slots=np.where(positions < slots, positions, -1),
-        images=rng.integers(0, 256, (len(tokens), count, side, side, 3), np.uint8),
-        budgets=plan_budgets(config, tokens.shape[1], count),
+        image_slots=np.broadcast_to(image_slots, tokens.shape),
+        images=rng.integers(0, 256, (len(tokens), data.image_places, side, side, 3), np.uint8),
+        budgets=plan_budgets(config, tokens.shape[1], data.image_places),
     )

@@ -6,12 +6,15 @@ import subprocess
 import types
 
 import make_study
+import numpy as np
 import pytest
+from tiny import batches, tiny
 
 from stf_jax.config import RunFailed
 from stf_jax.studies import cost
 from stf_jax.studies.runner import Slot
 from stf_jax.studies.study import make_cells
+from stf_jax.training.timing import make_batch
 
 
 @pytest.fixture
@@ -63,3 +66,12 @@ def test_a_failed_measurement_names_its_log(cells, measurements):
     assert len(os.sched_getaffinity(0)) >= 1
     measurements.status = 0
     assert cost.measure_cost(cells[0], Slot(frozenset(os.sched_getaffinity(0)), {})) == make_study.COST
+
+
+@pytest.mark.parametrize("marks", ["newline", "none"])
+def test_the_batch_that_is_timed_has_the_tiles_of_a_run(marks):
+    config = tiny(**{"data.aspect": "tiles", "data.tiles.marks": marks, "data.max_length": 256})
+    (batch,), timed = batches(config, 1), make_batch(config)
+    assert timed.images.shape == batch.images.shape == (8, 5, 64, 64, 3)
+    for expected, found in zip(batch.image_slots, timed.image_slots, strict=True):
+        np.testing.assert_array_equal(found[found != -1], expected[expected != -1])

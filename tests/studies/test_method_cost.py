@@ -25,15 +25,18 @@ from stf_jax.weights.model import Description
 ROWS = 2
 
 
-def make(fusion, reduce="", keep=0):
-    """A tiny model with a batch of prompts: its plan, its weights and the arguments of a prefill."""
+def make(fusion, reduce="", keep=0, images=1):
+    """A tiny model with a batch of prompts: its plan, its weights and the arguments of a prefill.
+
+    ``images``: of each row; only the first is in the prompt.
+    """
     config = ModelConfig("clip-tiny", "llama-tiny", FusionConfig(fusion), "float32", reduce=reduce, keep=keep)
     plan, spec, rng = blueprint(config), resolve_model(config), np.random.default_rng(0)
     weights = {path: jnp.asarray(x) for path, x in tiny.large_params(plan.shapes).items()}
     length, side = spec.slots + 5, spec.vision_shape.image_size
     tokens = rng.integers(3, 60, (ROWS, length))
     slots = np.broadcast_to(np.where(np.arange(length) < spec.slots, np.arange(length), -1), tokens.shape)
-    images = rng.integers(0, 256, (ROWS, 1, side, side, 3), np.uint8)
+    images = rng.integers(0, 256, (ROWS, images, side, side, 3), np.uint8)
     prompt = jnp.asarray(tokens), jnp.asarray(slots), jnp.full(ROWS, length), jnp.asarray(images)
     return plan, spec, weights, prompt
 
@@ -46,18 +49,21 @@ def hidden(spec, length):
 
 
 @pytest.mark.parametrize(
-    ("fusion", "reduce"),
-    [("mbtf_stf", ""), ("mlp", "visionzip"), ("mlp", "random:per=question"), ("mlp", "divprune")],
+    ("fusion", "reduce", "count"),
+    [("mbtf_stf", "", 3), ("mlp", "visionzip", 1), ("mlp", "random:per=question", 2), ("mlp", "divprune", 1)],
 )
-def test_image_tokens_are_those_of_the_model(fusion, reduce):
-    plan, spec, weights, prompt = make(fusion, reduce)
+def test_image_tokens_are_those_of_the_model(fusion, reduce, count):
+    """Also of several images in a row, such as tiles."""
+    plan, spec, weights, prompt = make(fusion, reduce, images=count)
     model, (tokens, slots, _, images) = plan.merge(weights), prompt
-    states = model.vision.states(images[:, 0], tuple(range(spec.vision_shape.layers + 1)), jnp.float32)
+    squares = images.reshape(-1, *images.shape[2:])
+    states = model.vision.states(squares, tuple(range(spec.vision_shape.layers + 1)), jnp.float32)
     (seen,), found = run_method(plan, weights, *prompt, states, *hidden(spec, tokens.shape[1]))
     expected = model.image_tokens(images, Question(tokens, slots < 0))
     # The model runs several blocks in a loop, which rounds otherwise: by 3e-7 of the largest value at most.
+    found = found.reshape(expected.shape)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
-    np.testing.assert_array_equal(seen, images[:, 0])
+    np.testing.assert_array_equal(seen, squares)
 
 
 def test_the_timed_part_of_resizing_is_the_smaller_image():
