@@ -5,7 +5,9 @@ import html.parser
 import itertools
 import json
 import math
+import pathlib
 import re
+import tarfile
 
 import make_study
 import matplotlib.text
@@ -14,12 +16,14 @@ import PIL.Image
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from stf_jax.studies import plots
+from stf_jax import cli
+from stf_jax.studies import plots, report
 from stf_jax.studies.outcomes import Outcome, read_losses, read_outcomes
 from stf_jax.studies.page import Code, Heading, Image, Items, Table, Text, render_html, render_markdown, strip_markup
 from stf_jax.studies.report import compute_findings, format_verdicts, write_report
-from stf_jax.studies.study import make_cells
+from stf_jax.studies.study import default_study, make_cells, read_study
 
+ROOT = pathlib.Path(__file__).parent.parent.parent
 PLOTS = ("quality", "kinds", "losses", "differences", "cost")
 
 
@@ -355,3 +359,31 @@ def test_names_in_the_cost_plot_do_not_overlap(count):
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
         assert all(area.x0 < box.x0 and box.x1 < area.x1 for box in boxes)
         assert all(area.y0 < box.y0 and box.y1 < area.y1 for box in boxes)
+
+
+def test_the_committed_runs_give_the_committed_report(tmp_path, monkeypatch):
+    """docs/evidence/runs has the answers of all runs of the teacher's study."""
+    for run in (ROOT / "docs" / "evidence" / "runs").glob("*.tar.xz"):
+        with tarfile.open(run) as archive:
+            archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(ROOT)
+    argument = "--config=configs/ablations/teacher.py"
+    study = read_study(cli.parse([argument], "", workdir=False, defaults=default_study)[1])
+    cells = make_cells(study, tmp_path)
+    assert len(cells) == 10
+    assert all(cell.done for cell in cells)
+    costs = {cell.variant.name: json.loads((cell.folder / "cost.json").read_text()) for cell in cells if not cell.seed}
+    findings = compute_findings(study, read_outcomes(cells), read_losses(cells), costs)
+    found = json.loads(json.dumps(report._make_json(findings, cells)))
+    expected = json.loads((ROOT / "docs" / "evidence" / "teacher" / "report.json").read_text())
+    for key in {*expected} - {"folders", "commands"}:  # which name another folder
+        assert found[key] == approx(expected[key]), key
+
+
+def approx(value):
+    """The value, with its numbers to nine digits."""
+    if isinstance(value, dict):
+        return {key: approx(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [approx(one) for one in value]
+    return pytest.approx(value, rel=1e-9) if isinstance(value, float) else value
