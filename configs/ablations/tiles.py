@@ -12,7 +12,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         "How small may print be if the tower reads an image of 96×96 pixels in tiles of 48×48, rather than reduced to "
         "48×48? `resize` has all 36 tokens of the reduced image (LLaVA-1.5's projector). The others read a thumbnail "
         "and four tiles, with MBTF and STF: `tiles` in windows of 2×2, 51 tokens with those that end rows, and "
-        "`tiles_24` in windows of 3×3, 24 tokens. So the number of tokens of `resize` lies between theirs."
+        "`tiles_24` in windows of 3×3, 24 tokens. `resize` has more tokens than one of them, and fewer than the other."
     )
     config.baseline = "resize"
     tower = "model.vision=clip-mini-8-48"

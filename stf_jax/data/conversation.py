@@ -276,8 +276,8 @@ def count_tokens(
         pieces += new
         owners += [i] * len(new)
     distinct = list(dict.fromkeys(pieces))  # most conversations begin with the same system text
-    backend, befores = _find_prefixes(distinct, tokenizer)
-    texts = [before + text for before, (text, _) in zip(befores, distinct, strict=True)]
+    backend, prefixes = _find_prefixes(distinct, tokenizer)
+    texts = [prefix + text for prefix, (text, _) in zip(prefixes, distinct, strict=True)]
     sizes = dict(zip(distinct, map(len, _encode_texts(backend, texts, with_offsets=False)), strict=True))
     for i, piece in zip(owners, pieces, strict=True):
         counts[i] += sizes[piece]
@@ -332,9 +332,11 @@ class _Encoding(NamedTuple):
 
 def _tokenize(pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerFast) -> Sequence[Encoding | _Encoding]:
     """Returns ids and offsets of pieces, from the backend: transformers' own call takes 1.5 times as long."""
-    backend, befores = _find_prefixes(pieces, tokenizer)
-    encodings = _encode_texts(backend, [before + text for before, (text, _) in zip(befores, pieces, strict=True)])
-    return [_shift_offsets(one, len(before)) if before else one for before, one in zip(befores, encodings, strict=True)]
+    backend, prefixes = _find_prefixes(pieces, tokenizer)
+    encodings = _encode_texts(backend, [prefix + text for prefix, (text, _) in zip(prefixes, pieces, strict=True)])
+    return [
+        _shift_offsets(one, len(before)) if before else one for before, one in zip(prefixes, encodings, strict=True)
+    ]
 
 
 def _find_prefixes(pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerFast) -> tuple[Tokenizer, Sequence[str]]:
