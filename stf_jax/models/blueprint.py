@@ -14,7 +14,7 @@ from stf_jax.config import ModelConfig, UserError
 from stf_jax.models.adapters.base import Adapter, adapted_kernel
 from stf_jax.models.layers import Linear, make_rngs
 from stf_jax.models.quantized import Quantization, scale_path
-from stf_jax.models.spec import ModelSpec, resolve_model
+from stf_jax.models.spec import ModelSpec
 from stf_jax.models.vlm import VLM
 from stf_jax.parallel.mesh import parameter_sharding
 
@@ -148,19 +148,7 @@ def blueprint(
     teacher: TeacherSpec | None = None,
 ) -> Blueprint:
     """The blueprint of a model, without allocating arrays. Raises UserError as :func:`build_model` does."""
-    if adapters or quantized or teacher:
-        return _make_blueprint(config, adapters or {}, quantized or {}, teacher)
-    return _plain_blueprint(resolve_model(config))
-
-
-@functools.lru_cache(maxsize=32)  # a run asks for the same one several times
-def _plain_blueprint(spec: ModelSpec) -> Blueprint:
-    return _make_blueprint(spec, {}, {}, None)
-
-
-def _make_blueprint(
-    config: ModelConfig, adapters: Adapters, quantized: Quantizations, teacher: TeacherSpec | None
-) -> Blueprint:
+    adapters, quantized = adapters or {}, quantized or {}
     model = nnx.eval_shape(lambda: build_model(make_rngs(0), config, adapters, quantized, teacher))
     graph, params, noise = nnx.split(model, nnx.Param, ...)
     leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(params)}
