@@ -101,14 +101,14 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
         raise
     finally:
         log.handlers, log.propagate = [], True
-    return 0
+    return _exit_soon(0)
 
 
 def _exit_soon(status: int) -> int:
     if "jax" in sys.modules:  # without jax there are no other hosts
         from stf_jax.parallel import hosts
 
-        hosts.exit_soon(status)
+        (hosts.exit_soon if status else hosts.skip_finalization)(status)
     return status
 
 

@@ -1,5 +1,7 @@
 """Runs on several hosts: each starts the same command, and they connect before any device is used."""
 
+import atexit
+import contextlib
 import glob
 import importlib.util
 import os
@@ -133,6 +135,25 @@ def exit_soon(status: int) -> None:
     """
     if jax.distributed.is_initialized():
         _exit_after(_GRACE, status=status)
+        skip_finalization(status)
+
+
+def skip_finalization(status: int) -> None:
+    """Makes a process of several exit with this status when Python would begin to destroy its objects.
+
+    There, jax's client for CPUs now and then waits forever for one of its threads (jaxlib 0.10.2).
+    """
+    if jax.distributed.is_initialized():
+        atexit.register(_exit_now, status)
+
+
+def _exit_now(status: int) -> None:
+    with contextlib.suppress(Exception):  # others may be gone
+        jax.distributed.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _exit_after(seconds: float, message: str = "", *, status: int) -> threading.Timer:
