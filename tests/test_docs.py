@@ -41,9 +41,11 @@ EXTERNAL = {
     "curl": "queries a server, which make test-serve tests",
     "docker": "needs a daemon; tests/launch checks the Dockerfile",
     "echo": "writes to a file of the reader",
+    "find": "unpacks archives of runs; tests/studies/test_report.py makes a report of what they contain",
     "gcloud": "needs an account",
     "pip": "installs packages; the requirement files must exist",
     "hf": "downloads data sets from the Hub",
+    "mkdir": "makes a folder of the reader",
     "mpirun": "needs Open MPI",
     "vllm": "has a separate environment, which make test-serve tests",
 }
