@@ -422,7 +422,7 @@ def _random_weights(model: ModelConfig) -> Weights:
 # Name, cases, and seconds. A part that ends early leaves its seconds to those after it.
 _PARTS: tuple[tuple[str, Callable[[Size], Iterator[Case]], float], ...] = (
     ("device", _device, 20),
-    ("attention", _attention, 85),
+    ("attention", _attention, 80),
     ("stage 1", _stage1, 90),
     ("stage 2", _stage2, 60),
     ("remat", _remat, 90),

@@ -139,9 +139,9 @@ def exit_soon(status: int) -> None:
 
 
 def skip_finalization(status: int) -> None:
-    """Makes a process of several exit with this status when Python would begin to destroy its objects.
+    """Makes a process of several exit with this status before Python destroys its objects.
 
-    There, jax's client for CPUs now and then waits forever for one of its threads (jaxlib 0.10.2).
+    While it does, jax's client for CPUs now and then waits forever for one of its threads (jaxlib 0.10.2).
     """
     if jax.distributed.is_initialized():
         atexit.register(_exit_now, status)

@@ -18,10 +18,12 @@ from etils import epath
 from stf_jax.cli import Parser, add_model_arguments
 from stf_jax.config import RunFailed, TrainConfig, from_json, replace
 from stf_jax.data.sampling import plan_budgets
+from stf_jax.data.tiles import find_tiles, with_newline
 from stf_jax.evals.registry import open_benchmarks
 from stf_jax.files import read_json, write_json
 from stf_jax.inference.generator import Generator
 from stf_jax.inference.loading import load_generator
+from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import make_mesh
 from stf_jax.studies.method_cost import measure_methods
 from stf_jax.studies.runner import Slot
@@ -62,6 +64,8 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
     add_model_arguments(parser)
     options = parser.parse_known_args(eval_options)[0]
     config = from_json(read_json(epath.Path(workdir / "config.json")))
+    shapes = with_newline(resolve_model(config.model), find_tiles(config.data))
+    config = dataclasses.replace(config, model=shapes)
     model = replace(config.model, "model.", reduce=options.reduce, keep=options.keep, tokens=options.tokens)
     if options.precision:
         model = replace(model, "model.", precision=options.precision)

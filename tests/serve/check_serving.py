@@ -1,7 +1,7 @@
 """Exports in transformers and vLLM, in .venv-serve, give the same answers as in JAX: `make test-serve`.
 
-Tested are the export of the demo (``DEMO``, its workdir), and a small model of random weights for each template, with
-both kinds of exports and tokenizers. Decoding is greedy, in float32.
+Tested are the export of the demo (``DEMO``, its workdir), and small models of random weights for each template, with
+both kinds of exports and tokenizers, and for images in tiles. Decoding is greedy, in float32.
 """
 
 import dataclasses
