@@ -1,6 +1,7 @@
 """Tests tiles against transformers' LLaVA-NeXT: grids, pixels, the order of tokens and their number."""
 
 import json
+import pathlib
 import re
 import shutil
 import types
@@ -37,6 +38,7 @@ from stf_jax.inference.loading import load_generator
 from stf_jax.models.blueprint import blueprint
 from stf_jax.models.spec import VISION
 from stf_jax.parallel.mesh import make_mesh
+from stf_jax.studies import cost
 from stf_jax.training.loop import train
 from stf_jax.weights.folder import load_params
 from stf_jax.weights.origin import complete_config
@@ -231,8 +233,9 @@ def test_fusions_without_a_grid_take_tiles_without_marks(rows_of_images):
 # ---- In a run --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_with_tiles_trains_its_newline_and_answers_with_tiles(rows_of_images, tmp_path):
+def test_a_run_with_tiles_trains_its_newline_and_answers_with_tiles(rows_of_images, tmp_path, monkeypatch):
     changes = {"mesh.data": 1, "steps": 2, "init_from": str(tmp_path / "start"), "init_missing": ()}
+    changes |= {"eval.benchmarks": ("scenes",), "eval.limit": 2, "eval.batch": 2}
     config, workdir = tiled(rows_of_images, **changes), epath.Path(tmp_path / "run")
     start = random_params(blueprint(config.model).shapes)
     (tmp_path / "start").mkdir()
@@ -252,6 +255,11 @@ def test_a_run_with_tiles_trains_its_newline_and_answers_with_tiles(rows_of_imag
     records = [make_question("a", [images[0].copy], "Far?"), make_question("b", [i.copy for i in images[1:]], "Far?")]
     together = list(generator.generate(records, 1, 2))
     assert together[1:] == list(generator.generate(records[1:], 1, 1))
+
+    for name in ("_STEPS", "_REPEATS"):
+        monkeypatch.setattr(cost, name, 1)
+    (slots,) = generator._layout.slots([(96, 96)])
+    assert cost._measure(pathlib.Path(workdir), [])["image_tokens"] == len(slots)
 
 
 @pytest.mark.parametrize(

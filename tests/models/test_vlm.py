@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from stf_jax.config import FusionConfig, ModelConfig, UserError
+from stf_jax.models.layers import make_rngs
 from stf_jax.models.spec import resolve_model
 from stf_jax.models.vlm import VLM
 
@@ -193,3 +194,17 @@ def test_splash_applies_only_to_the_decoder():
     images = jax.ShapeDtypeStruct((1, 1, 96, 96, 3), jnp.uint8)
     tokens = jax.eval_shape(lambda state, images: nnx.merge(graph, state).image_tokens(images), state, images)
     assert tokens.shape == (1, N, 128)
+
+
+def test_keys_are_those_of_flax():
+    def draw(make):
+        return jax.jit(lambda key: [jax.random.key_data(make(key).params()) for _ in range(2)] + draws(make(key)))
+
+    def draws(rngs):
+        return [jax.random.key_data(rngs.params()), jax.random.key_data(rngs())]
+
+    key = jax.random.key(3)
+    for ours, expected in zip(draw(make_rngs)(key), draw(nnx.Rngs)(key), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    first, second = draws(make_rngs(3))
+    assert (first != second).any()
