@@ -128,22 +128,15 @@ def exit_status(error: BaseException) -> int:
 
 
 def exit_soon(status: int) -> None:
-    """Makes a failed process of several exit with this status within seconds.
+    """Makes a process of several exit with this status; within seconds if it has failed.
 
     On its own, jax would wait five minutes for the others, and they for this one. The delay lets processes that fail
     for the same reason report it; jax ends the rest when this one's connections are lost.
     """
     if jax.distributed.is_initialized():
-        _exit_after(_GRACE, status=status)
-        skip_finalization(status)
-
-
-def skip_finalization(status: int) -> None:
-    """Makes a process of several exit with this status before Python destroys its objects.
-
-    While it does, jax's client for CPUs now and then waits forever for one of its threads (jaxlib 0.10.2).
-    """
-    if jax.distributed.is_initialized():
+        if status:
+            _exit_after(_GRACE, status=status)
+        # Not later: when Python destroys jax's client for CPUs, that now and then waits forever (jaxlib 0.10.2).
         atexit.register(_exit_now, status)
 
 

@@ -232,3 +232,32 @@ def test_hosts_add_their_counts_and_end_when_one_fails():
     assert processes[1].returncode == 2
     assert outputs[1][1].strip().splitlines()[-1] == "error: This one fails."
     assert processes[0].returncode != 0
+
+
+ENDS = """
+import sys, time
+import jax
+from stf_jax.cli import run_command
+from stf_jax.config import UserError
+
+class Stuck:
+    def __del__(self):
+        time.sleep(1000)
+
+def main(argv):
+    if argv:
+        raise UserError("An error.")
+
+jax.distributed.initialize(sys.argv[1], num_processes=1, process_id=0)
+sys.stuck = Stuck()  # destroyed after everything that is done at exit, like jax's client
+sys.exit(run_command(main, sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("arguments", "status"), [([], 0), (["fail"], 2)])
+def test_a_process_ends_before_python_destroys_its_objects(arguments, status):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", ENDS, address, *arguments]
+    assert subprocess.run(command, timeout=60).returncode == status
