@@ -241,15 +241,15 @@ from stf_jax.cli import run_command
 from stf_jax.config import UserError
 
 class Stuck:
-    def __del__(self):
-        time.sleep(1000)
+    def __del__(self, sleep=time.sleep):
+        sleep(1000)
 
 def main(argv):
     if argv:
         raise UserError("An error.")
 
 jax.distributed.initialize(sys.argv[1], num_processes=1, process_id=0)
-sys.stuck = Stuck()  # destroyed after everything that is done at exit, like jax's client
+stuck = Stuck()  # destroyed after everything that is done at exit, like jax's client
 sys.exit(run_command(main, sys.argv[2:]))
 """
 
