@@ -194,7 +194,7 @@ def template_items(template: str, record: Record) -> list[Item]:
             items = plain_items(record.turns) if chat is None else chat_items(chat, record.turns)
     except BadRow as error:
         raise BadRow(error.reason, f"Record {record.id!r}: {error}.") from None
-    marks, images = sum(item is Mark.IMAGE for item in items), len(record.images)
+    marks, images = len([item for item in items if item is Mark.IMAGE]), len(record.images)
     if marks != images:
         reason = "mark_without_image" if marks > images else "image_without_mark"
         raise BadRow(reason, f"Record {record.id!r} has {images} images but {marks} {IMAGE_MARK} marks.")
@@ -210,7 +210,7 @@ def find_unplaced(template: str, record: Record) -> tuple[str, ...]:
 def training_items(template: str, record: Record) -> list[Item]:
     """Like :func:`template_items`, but also raises BadRow if there is no answer."""
     items = template_items(template, record)
-    if not any(isinstance(item, Text) and item.is_target for item in items):
+    if not [item for item in items if isinstance(item, Text) and item.is_target]:
         raise BadRow("no_answer", f"Record {record.id!r} has no answer to train on with template {template!r}.")
     return items
 
@@ -269,8 +269,9 @@ def count_tokens(
     owners: list[int] = []
     counts = [len(initial_tokens(tokenizer))] * len(conversations)
     for i, items in enumerate(conversations):
-        images = sum(item is Mark.IMAGE for item in items)
-        counts[i] += sum(not _is_text(item) for item in items) - images
+        marks = [item for item in items if not isinstance(item, Text)]
+        images = len([item for item in marks if item is Mark.IMAGE])
+        counts[i] += len(marks) - images
         counts[i] += images * slots if isinstance(slots, int) else slots[i]
         new = _split_pieces(items)
         pieces += new
@@ -308,14 +309,16 @@ def _token_id(item: Control | Mark, tokenizer: PreTrainedTokenizerFast) -> int:
 def _split_pieces(items: Sequence[Item]) -> list[_Piece]:
     """Returns the texts to tokenize in one piece each, and whether each is at the start or after an image."""
     pieces: list[_Piece] = []
-    before: Item = Mark.IMAGE
-    for is_text, members in itertools.groupby(items, _is_text):
-        group = list(members)
-        if is_text:
-            text = "".join(span.text for span in group if isinstance(span, Text))
-            pieces.append((text, before is Mark.IMAGE))
-        before = group[-1]
-    return pieces
+    spans: list[str] = []  # since the last item that is not text
+    before: Item = Mark.IMAGE  # that item
+    for item in items:
+        if isinstance(item, Text):
+            spans.append(item.text)
+            continue
+        if spans:
+            pieces.append(("".join(spans), before is Mark.IMAGE))
+        spans, before = [], item
+    return [*pieces, ("".join(spans), before is Mark.IMAGE)] if spans else pieces
 
 
 @functools.lru_cache(maxsize=4)

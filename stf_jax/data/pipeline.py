@@ -196,7 +196,8 @@ class Preprocessor:
                     except BadRow as error:
                         bad[error.reason] += 1
                         continue  # it is logged when it is read for a batch
-                    ignored.update(record.ignored_keys + find_unplaced(self._config.template, record))
+                    for key in record.ignored_keys + find_unplaced(self._config.template, record):
+                        ignored[key] += 1
                     good.append(index)
                     items.append(made)
                     slots.append(slot_count)

@@ -52,7 +52,7 @@ class BadRow(UserError):
         self.reason, self.image = reason, image
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Embedded:
     """An image inside a file of rows, such as a Parquet file.
 

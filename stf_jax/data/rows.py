@@ -21,6 +21,7 @@ _IMAGES, _SYSTEM = ("image", "images"), ("system", "system_prompt")
 _SPEAKER, _TEXT = ("from", "role"), ("value", "content")
 _TURN_READ = {*_SPEAKER, *_TEXT}
 _READ = {*TURN_KEYS, *_IMAGES, *_SYSTEM, "id"}
+_READ_WITH_PAIRS = {*_READ, PAIRS_KEY}
 # Keys that give a turn a weight; training gives every answer weight 1.
 _WEIGHTS = {"weight", "loss", "loss_weight", "train", "trainable"}
 _CONTENT = {"tools", "functions", "tool_calls", "function_call", "reasoning_content", "thinking", "history"}
@@ -72,7 +73,7 @@ def read_row(row: Any, name: str) -> Row:
         raise BadRow("no_object", f"{where} is {_describe_type(row)}, not an object.")
     raw_turns, read = _get_alias(row, TURN_KEYS, where), _READ
     if has_pairs := is_empty(raw_turns) and isinstance(row.get(PAIRS_KEY), list):
-        raw_turns, read = _unpair(row[PAIRS_KEY], where), _READ | {PAIRS_KEY}
+        raw_turns, read = _unpair(row[PAIRS_KEY], where), _READ_WITH_PAIRS
     if not isinstance(raw_turns, list):
         keys = shorten(", ".join(row))
         message = f"{where} has no list of turns under conversations, messages or {PAIRS_KEY}; its keys: {keys}."
@@ -106,7 +107,7 @@ def read_row(row: Any, name: str) -> Row:
     # LLaVA's own files always have ids.
     row_id = name if is_empty(row.get("id")) else str(row["id"])
     try:
-        "".join([row_id, *(x for x in images if isinstance(x, str)), *(turn.text for turn in turns)]).encode()
+        "".join([row_id, *[x for x in images if isinstance(x, str)], *[turn.text for turn in turns]]).encode()
     except UnicodeEncodeError:
         raise BadRow("no_text", f"{where} has bytes that are not UTF-8, or half a surrogate pair.") from None
     for number, turn in enumerate(turns, start=1):
@@ -159,9 +160,18 @@ def _describe_type(value: Any) -> str:
 
 def _get_alias(values: Mapping[str, Any], keys: Sequence[str], where: str) -> Any:
     """Returns the value under any of several names of one key, or None."""
+    first = None
+    for key in keys:
+        if key in values:
+            if first is not None:
+                return _get_filled(values, keys, where)
+            first = key
+    return None if first is None else values[first]
+
+
+def _get_filled(values: Mapping[str, Any], keys: Sequence[str], where: str) -> Any:
+    """Returns the value under the names that are present and not empty."""
     present = [key for key in keys if key in values]
-    if len(present) < 2:
-        return values[present[0]] if present else None
     found = [key for key in present if not is_empty(values[key])] or present[:1]
     if any(values[key] != values[found[0]] for key in found[1:]):
         raise BadRow("unread", f"{where} has both {' and '.join(found)}, and they differ.")
