@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks.process import measure_process
 from benchmarks.recipes import TEXT, make_task
 from benchmarks.timing import median_seconds
+from stf_jax.accounting.memory import compiled_bytes
 from stf_jax.config import FusionConfig, MeshConfig, TrainConfig, UserError
 from stf_jax.data.packing import Batch
 from stf_jax.models.spec import llm_preset, vision_preset
@@ -32,7 +33,7 @@ from stf_jax.planning.report import make_report
 from stf_jax.planning.topology import topology_devices
 from stf_jax.training.state import TrainState
 from stf_jax.training.step import Metrics
-from stf_jax.training.timing import compiled_bytes, make_batch
+from stf_jax.training.timing import make_batch
 from stf_jax.weights.model import Description
 
 _FUSIONS = "mlp", "mbtf_stf"

@@ -67,7 +67,7 @@ Axis = Annotated[int, Range(-1, 10**6)]  # 0 is rejected with the mesh (parallel
 Variant = Literal["code", "paper"]
 Initialization = Literal["torch", "kaiming", "xavier", "normal"]
 Precision = Literal["bfloat16", "float32"]
-Remat = Literal["auto", "none", "dots", "mlp", "attention", "full"]
+Remat = Literal["auto", "none", "dots", "mlp", "attention", "full", "offload"]
 Attention = Literal["auto", "reference", "xla", "cudnn", "splash"]
 Task = Literal["documents", "captions", "mixture", "conversations", "cues", "cells"]
 MixBy = Literal["epoch", "weight"]
@@ -109,7 +109,8 @@ class ModelConfig:
     precision: Precision = "bfloat16"  # bfloat16: of frozen weights and compute | float32: of everything
     scan_layers: bool = True  # true: compile one block and loop over the layers | false: unroll the layers
     # what the backward pass recomputes, from least to most: none | dots (all but matrix products) | mlp (all but the
-    # MLP's first products) | attention (all but queries, keys and values) | full; auto: the first of these that fits
+    # MLP's first products) | attention (all but queries, keys and values) | full | offload (full, with the inputs
+    # of layers in the host's memory); auto: the first of these that fits
     remat: Remat = "auto"
     attention: Attention = "auto"  # attention kernel: auto | reference | xla | cudnn | splash (models/attention.py)
     tokens: Count = 0  # image tokens per image at inference, one of fusion.budgets; 0: the first

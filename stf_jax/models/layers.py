@@ -14,6 +14,7 @@ from typing import Any, TypedDict, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from stf_jax.models.quantized import Quantization, find_quantization
 from stf_jax.parallel.mesh import constrain
@@ -256,8 +257,8 @@ def shard_rows(x: jax.Array) -> jax.Array:
 
 
 # Names (checkpoint_name) of what a block may keep for its backward pass: rotated queries and keys, values, and what an
-# attention kernel keeps itself; the products before the MLP's activation function.
-KEPT_ATTENTION, KEPT_MLP = "attention", "mlp"
+# attention kernel keeps itself; the products before the MLP's activation function; its input.
+KEPT_ATTENTION, KEPT_MLP, _KEPT_INPUT = "attention", "mlp", "input"
 _keep = jax.checkpoint_policies.save_only_these_names
 _REMAT: dict[str, Callable[..., bool]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -265,6 +266,12 @@ _REMAT: dict[str, Callable[..., bool]] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": _keep(KEPT_ATTENTION),
     "mlp": _keep(KEPT_MLP),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(),
+        names_which_can_be_offloaded=(_KEPT_INPUT,),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -284,7 +291,7 @@ def apply_layers(
     graph, stacked = nnx.split(block)
 
     def apply_one(x: jax.Array, layer: nnx.State) -> jax.Array:
-        return nnx.merge(graph, layer)(x, *context)
+        return nnx.merge(graph, layer)(checkpoint_name(x, _KEPT_INPUT), *context)
 
     if remat != "none":
         # Inside a scan, XLA cannot merge the recomputation with the forward pass, so CSE need not be prevented.

@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
+from stf_jax.accounting.memory import compiled_bytes
 from stf_jax.config import MeshConfig, TrainConfig
 from stf_jax.inference.decoding import Weights, merge_weights
 from stf_jax.models.blueprint import Blueprint, blueprint
@@ -28,7 +29,7 @@ from stf_jax.models.towers.vit import VisionTower
 from stf_jax.parallel.mesh import compute_context
 from stf_jax.planning.program import make_program
 from stf_jax.training.flops import prefill_flops
-from stf_jax.training.timing import compiled_bytes, make_batch
+from stf_jax.training.timing import make_batch
 
 _Call = Callable[[], object]
 

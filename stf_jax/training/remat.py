@@ -15,6 +15,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
+from stf_jax.accounting.memory import peak_bytes
 from stf_jax.config import Remat, TrainConfig
 from stf_jax.data.packing import Batch
 from stf_jax.data.sampling import BatchShape
@@ -58,7 +59,7 @@ def resolve_remat(config: TrainConfig, workdir: epath.Path, mesh: Mesh, shape: B
 def choose_remat(
     config: TrainConfig, mesh: Mesh, shape: BatchShape, limit: float, fits: Callable[[TrainConfig], bool]
 ) -> Remat:
-    """Returns the fastest setting whose training step fits; ``full`` if none does.
+    """Returns the fastest setting whose training step fits; ``offload`` if none does.
 
     Args:
       limit: bytes per device. Settings that certainly need more are not tried.
@@ -87,7 +88,7 @@ def least_bytes(config: TrainConfig, mesh: Mesh, shape: BatchShape) -> int:
 
 
 def activation_bytes_per_row(config: TrainConfig, mesh: Mesh, layout: Layout, shape: BatchShape) -> float:
-    """Computes the bytes that a row of a batch adds to what is kept from the forward to the backward pass.
+    """Computes the bytes that a row adds to what devices keep from the forward to the backward pass.
 
     The number of rows does not matter.
     """
@@ -104,8 +105,9 @@ def activation_bytes_per_row(config: TrainConfig, mesh: Mesh, layout: Layout, sh
     def count(rows: int) -> int:
         batch = abstract_batch(config.model, *shape._replace(rows=rows))
         with compute_context(mesh, plan.precision):
-            kept = jax.tree.leaves(jax.eval_shape(residuals, layout.trainable, layout.frozen, batch))
-        return sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in kept)
+            kept = jax.make_jaxpr(residuals)(layout.trainable, layout.frozen, batch).out_avals
+        on_device = [aval for aval in kept if aval.memory_space != jax.memory.Space.Host]  # not offloaded
+        return sum(aval.dtype.itemsize * math.prod(aval.shape) for aval in on_device)
 
     shards = row_shards(mesh)
     return (count(2 * shards) - count(shards)) / shards
@@ -146,10 +148,8 @@ def _memory_limit(device: jax.Device) -> float:
 def _peak_bytes(config: TrainConfig, mesh: Mesh, shape: BatchShape) -> float:
     """Compiles the step and returns the bytes that it needs on a device; infinity if the compiler refuses it."""
     try:
-        memory = compile_step(config, *_prepare(config, mesh), shape).memory_analysis()
+        return peak_bytes(compile_step(config, *_prepare(config, mesh), shape))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return math.inf
-    assert memory is not None  # CPUs, GPUs and TPUs report it
-    return float(memory.peak_memory_in_bytes)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
+from stf_jax.accounting.memory import compiled_bytes, peak_bytes
 from stf_jax.config import TrainConfig
 from stf_jax.data.packing import Batch
 from stf_jax.data.sampling import plan_budgets
@@ -62,18 +63,8 @@ def time_train_steps(
             losses.append(float(metrics["loss"]))
             seconds.append(time.perf_counter() - begin)
     stats = jax.devices()[0].memory_stats()  # None on CPUs
-    peak_bytes = stats["peak_bytes_in_use"] if stats else compiled_bytes(step)
-    memory = step.memory_analysis()
-    assert memory is not None  # CPUs, GPUs and TPUs report it
-    return StepTiming(losses, seconds[1:], compile_seconds, memory.peak_memory_in_bytes, peak_bytes, state)
-
-
-def compiled_bytes(program: jax.stages.Compiled) -> int:
-    """Bytes of a compiled program's arguments, results and temporaries; on CPUs its own peak leaves these out."""
-    memory = program.memory_analysis()
-    assert memory is not None  # CPUs, GPUs and TPUs report it
-    planned = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return planned - memory.alias_size_in_bytes
+    in_use = stats["peak_bytes_in_use"] if stats else compiled_bytes(step)
+    return StepTiming(losses, seconds[1:], compile_seconds, peak_bytes(step), in_use, state)
 
 
 def make_batch(config: TrainConfig) -> Batch:

@@ -154,7 +154,7 @@ def test_bfloat16_is_close(family):
         assert 0 < np.linalg.norm(error) < 0.02 * np.linalg.norm(expected(family)[exact])
 
 
-@pytest.mark.parametrize("remat", ["dots", "mlp", "attention", "full"])
+@pytest.mark.parametrize("remat", ["dots", "mlp", "attention", "full", "offload"])
 def test_remat_changes_nothing(remat):
     images = make_images("clip")
     for a, b in zip(

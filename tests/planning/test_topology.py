@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny import tiny
 
 from stf_jax.accounting.chips import CHIPS, find_chip
+from stf_jax.accounting.memory import peak_bytes
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.models.attention import Mask, attention
 from stf_jax.models.layers import Linear, apply_layers
@@ -157,7 +158,7 @@ def test_a_step_has_no_converted_copy_of_quantized_kernels(kind, remat):
     sharding = NamedSharding(make_mesh(MeshConfig(), topology_devices("a6000:1")), PartitionSpec())
     layers, width = 16, 1024
 
-    def peak_bytes(kind):
+    def measure(kind):
         def build():
             block = Linear(nnx.Rngs(0), [(width, "embed")], [(width, "mlp")], stack=layers)
             if kind:
@@ -176,10 +177,39 @@ def test_a_step_has_no_converted_copy_of_quantized_kernels(kind, remat):
 
         x = jax.ShapeDtypeStruct((64, width), jnp.bfloat16, sharding=sharding)
         step = jax.jit(jax.grad(loss)).lower(params.pop("bias"), params, x)
-        return step.compile().memory_analysis().peak_memory_in_bytes
+        return peak_bytes(step.compile())
 
-    saved = peak_bytes("") - peak_bytes(kind)
+    saved = measure("") - measure(kind)
     assert saved > 0.95 * {"int8": 8, "nf4": 11.5}[kind] / 8 * layers * width**2
+
+
+@pytest.mark.parametrize("name", ["a6000:1", "v5e:1x1"])
+def test_offloaded_inputs_of_layers_leave_the_devices_memory(name):
+    sharding = NamedSharding(make_mesh(MeshConfig(), topology_devices(name)), PartitionSpec())
+    layers, width, rows = 16, 512, 2**14
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.up = Linear(rngs, [(width, "embed")], [(width, "mlp")], stack=layers)
+            self.down = Linear(rngs, [(width, "mlp")], [(width, "embed")], stack=layers)
+
+        def __call__(self, x):
+            return x + self.down(jnp.tanh(self.up(x)))
+
+    graph, params = nnx.split(nnx.eval_shape(lambda: Block(nnx.Rngs(0))))
+    params = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.bfloat16, sharding=sharding), params)
+    x = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16, sharding=sharding)
+
+    def measure(remat):
+        def loss(params, x):
+            y = apply_layers(nnx.merge(graph, params), x, layers=range(layers), scan=True, remat=remat)
+            return jnp.square(y.astype(jnp.float32)).sum()
+
+        return peak_bytes(jax.jit(jax.grad(loss)).lower(params, x).compile())
+
+    inputs = layers * rows * width * 2
+    saved = measure("full") - measure("offload")
+    assert 0.7 * inputs < saved <= inputs
 
 
 def test_the_compilers_are_installed():

@@ -32,17 +32,17 @@ def test_settings_are_ordered_by_what_they_keep(setup):
 @pytest.mark.parametrize("fitting", [*SETTINGS, "nothing"])
 def test_fastest_setting_that_fits_is_chosen(fitting, setup, monkeypatch):
     """Settings that cannot fit are not compiled."""
-    monkeypatch.setattr(remat, "least_bytes", lambda config, *_: 5 - SETTINGS.index(config.model.remat))
+    monkeypatch.setattr(remat, "least_bytes", lambda config, *_: 6 - SETTINGS.index(config.model.remat))
     tried = []
 
     def fits(config):
         tried.append(config.model.remat)
         return config.model.remat == fitting
 
-    chosen = choose_remat(setup.config, setup.mesh, SHAPE, 4, fits)
-    possible = SETTINGS[1:]  # none needs 5 bytes
-    assert chosen == (fitting if fitting in possible else "full")
-    assert tried == list(possible[: possible.index(chosen) + 1])[:3]  # full is the last resort
+    chosen = choose_remat(setup.config, setup.mesh, SHAPE, 5, fits)
+    possible = SETTINGS[1:]  # none needs 6 bytes
+    assert chosen == (fitting if fitting in possible else "offload")
+    assert tried == list(possible[: possible.index(chosen) + 1])[:4]  # offload is the last resort
 
 
 def test_compiled_steps_decide_on_accelerators(setup, tmp_path, monkeypatch):
