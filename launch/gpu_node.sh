@@ -23,7 +23,8 @@ if ! nvidia-smi --list-gpus > /dev/null; then
     echo "error: nvidia-smi finds no GPU on $(hostname)." >&2
     exit 2
 fi
-if ! "$here/.venv/bin/python" -c 'import jax_cuda12_plugin' 2> /dev/null; then
+# The plugin alone is not enough: requirements-plan.txt has it without CUDA's libraries.
+if ! "$here/.venv/bin/python" -c 'import jax_cuda12_plugin, nvidia.cublas' 2> /dev/null; then
     "$here/launch/install.sh" cuda12
 fi
 # By default, jax allocates only 75 % of a GPU's memory.

@@ -1,10 +1,13 @@
 """Properties of all scripts of launch/, and install.sh, restart.sh, gpu_node.sh, slurm.sbatch and local.sh."""
 
+import importlib
 import os
 import pathlib
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -355,6 +358,17 @@ def test_job_without_jax_for_gpus_is_refused(job):
     assert done.returncode == 2
     assert "launch/install.sh cuda12" in done.stderr
     assert job.calls("srun") == []
+
+
+@pytest.mark.parametrize("script", ["gpu_node.sh", "slurm.sbatch"])
+def test_the_compilers_of_plan_are_not_jax_for_gpus(script, tmp_path):
+    """This environment has jax's plugin for GPUs without CUDA's libraries."""
+    (check,) = re.findall(r"-c '(import .*)' 2>", (ROOT / "launch" / script).read_text())
+    (tmp_path / "nvidia" / "cublas").mkdir(parents=True)
+    for path, status in (("", 1), (str(tmp_path), 0)):
+        done = subprocess.run([sys.executable, "-c", check], env={"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == status
+    importlib.import_module("jax_cuda12_plugin")
 
 
 # ---- local.sh --------------------------------------------------------------------------------------------------------
