@@ -136,7 +136,7 @@ def default(program, argv):
         binaries = pathlib.Path(argv[2]) / "bin"
         binaries.mkdir(parents=True)
         shutil.copy(FOLDER / "bin" / "python", binaries)
-    if program == "python" and argv[0] == "-c":
+    if program == "python" and argv[0] == "-c" and "cuda" not in argv[1]:  # it has jax for GPUs, this machine has not
         return subprocess.run([sys.executable, *argv]).returncode
     return 0
 

@@ -366,7 +366,9 @@ def test_the_compilers_of_plan_are_not_jax_for_gpus(script, tmp_path):
     (check,) = re.findall(r"-c '(import .*)' 2>", (ROOT / "launch" / script).read_text())
     (tmp_path / "nvidia" / "cublas").mkdir(parents=True)
     for path, status in (("", 1), (str(tmp_path), 0)):
-        done = subprocess.run([sys.executable, "-c", check], env={"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", check], env={"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
+        )
         assert done.returncode == status
     importlib.import_module("jax_cuda12_plugin")
 
