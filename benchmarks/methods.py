@@ -7,9 +7,9 @@ from typing import Any
 
 from etils import epath
 
-from stf_jax.comparisons.runs import COST_FILE, read_cost
+from stf_jax.comparisons.runs import read_cost
 from stf_jax.config import DataConfig, TrainConfig, UserError, replace
-from stf_jax.evals.files import RESULTS
+from stf_jax.evals.files import COST_FILE, RESULTS
 from stf_jax.files import as_user_error, read_json, to_path, write_json
 from stf_jax.models.spec import ModelSpec
 from stf_jax.studies.method_cost import measure_methods

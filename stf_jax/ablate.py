@@ -15,7 +15,7 @@ from stf_jax.cli import Parser, local_path, run_command
 from stf_jax.config import RunFailed, Stopped, UserError, short_message
 from stf_jax.environment import suppress_stderr
 from stf_jax.evals.files import RESULTS
-from stf_jax.files import make_folder
+from stf_jax.files import as_user_error, make_folder
 from stf_jax.planning.topology import check_topology
 from stf_jax.studies.study import default_study, make_cells, read_study
 from stf_jax.table import format_table
@@ -89,7 +89,8 @@ def main(argv: list[str]) -> None:
         signal.signal(signal.SIGTERM, previous_handler)
     if done:
         findings = compute_findings(study, read_outcomes(done), read_losses(done), costs)
-        write_report(findings, done, failed, shlex.join(["python", "-m", "stf_jax.ablate", *argv]), options.out)
+        with as_user_error(epath.Path(options.out)):
+            write_report(findings, done, failed, shlex.join(["python", "-m", "stf_jax.ablate", *argv]), options.out)
         print("\n".join(strip_markup(verdict) for verdict in format_verdicts(findings)))
         print(f"report.md, report.html, report.json and the images are in {options.out}")
     if failed:

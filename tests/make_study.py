@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import ml_collections
 import numpy as np
 
-from stf_jax.config import to_json
+from stf_jax.config import stage_workdir, to_json
 from stf_jax.data.scenes import KINDS
 from stf_jax.studies.runner import Slot, run_cells
 from stf_jax.studies.study import Cell, Study, default_study, make_cells, read_study
@@ -102,9 +102,11 @@ def finish(cell: Cell, folder: pathlib.Path | None = None, share: float = 0.5, q
     (folder / "answers.jsonl").write_text(answers(correct, rng.random(questions) < 1 / 3))
     put(folder / "cost.json", {key: COST[key] for key in COST if cell.source_run is None or not key.startswith("step")})
     if cell.source_run is None:
-        for stage in cell.study.resolve_stages(cell.variant, cell.seed):
-            put(folder / stage.name / "config.json", to_json(stage))
-            put(folder / stage.name / "metrics.jsonl", {"step": 2, "seconds": 60.0, "loss": 1.5 + cell.seed})
+        stages = cell.study.resolve_stages(cell.variant, cell.seed)
+        for stage in stages:
+            workdir = stage_workdir(folder, stages, stage)
+            put(workdir / "config.json", to_json(stage))
+            put(workdir / "metrics.jsonl", {"step": 2, "seconds": 60.0, "loss": 1.5 + cell.seed})
     else:
         put(folder / "asked.json", list(cell.variant.eval_options))
     return folder

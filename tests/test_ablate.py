@@ -1,5 +1,6 @@
 """The ablate command: its arguments, its output, and a complete study."""
 
+import errno
 import json
 import os
 import re
@@ -106,6 +107,15 @@ def test_a_study_with_failed_runs_has_a_report(study, no_plots, tmp_path, capsys
     assert run_command(ablate.main, [study.option, f"--out={tmp_path}"]) == 0
     assert len(study.starts()) == 7
     assert list(json.loads((tmp_path / "report.json").read_text())["quality"]) == ["mlp", "stf", "fastv"]
+
+
+def test_a_full_disk_is_reported_in_one_line(study, tmp_path, capsys, monkeypatch):
+    def draw(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(plots, "draw_plots", draw)
+    assert run_command(ablate.main, [study.option, f"--out={tmp_path}"]) != 0
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
 def test_a_study_whose_runs_all_fail_has_no_report(study, tmp_path, capsys):

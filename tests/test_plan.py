@@ -270,6 +270,17 @@ def test_a_search_finds_settings_that_fit(monkeypatch, capsys):
     assert 1 <= found["compiled"] <= 2 < found["tried"]
 
 
+def test_what_is_wrong_with_all_candidates_ends_a_search(capsys):
+    assert run_command(plan.main, [*TINY, "--topology=h100:8", "--search", "--config.global_batch_size=6"]) == 2
+    assert "global_batch_size=6 is not a multiple of 8" in capsys.readouterr().err
+
+
+def test_batches_of_tokens_do_not_limit_the_trace():
+    config = tiny(**{"global_batch_size": 8, "data.tokens_per_batch": 8 * 192, "mesh.data": 1})
+    devices, plain = topology_devices("h100:8"), tiny(**{"global_batch_size": 8, "mesh.data": 1})
+    assert report_module.trace_cost(config, "train", devices) == report_module.trace_cost(plain, "train", devices)
+
+
 @pytest.mark.usefixtures("small_search")
 def test_a_search_may_find_nothing(monkeypatch, capsys):
     for module in (report_module, search_module):

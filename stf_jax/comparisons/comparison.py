@@ -117,7 +117,9 @@ def _expand_study(argument: str) -> list[str]:
     if name or (place / RESULTS).exists() or not (place / _STUDY).exists():
         return [argument]
     try:
-        return [str(folder) for runs in read_json(place / _STUDY)["folders"].values() for folder in runs]
+        folders = [folder for runs in read_json(place / _STUDY)["folders"].values() for folder in runs]
+        # Earlier reports have paths from the folder in which the study ran.
+        return [str(place / folder if (place / folder).exists() else folder) for folder in folders]
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{place / _STUDY} lists no folders of runs; run the study's command again.") from None
 

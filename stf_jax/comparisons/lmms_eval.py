@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from stf_jax.comparisons.runs import COST_FILE, Run, ScoredBenchmark, make_benchmark, read_cost
+from stf_jax.comparisons.runs import Run, ScoredBenchmark, make_benchmark, read_cost
 from stf_jax.config import UserError, shorten
-from stf_jax.evals.files import read_jsonl
+from stf_jax.evals.files import COST_FILE, read_jsonl
 from stf_jax.files import read_json
 
 TOOL = "lmms-eval"

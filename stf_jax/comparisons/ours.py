@@ -1,14 +1,15 @@
 """Reads result folders of ``stf_jax.evaluate``, ``main`` and ``ablate``."""
 
 import json
+import statistics
 from typing import Any
 
 from etils import epath
 
-from stf_jax.comparisons.runs import COST_FILE, Run, ScoredBenchmark, make_benchmark, read_cost
+from stf_jax.comparisons.runs import Run, ScoredBenchmark, make_benchmark, read_cost
 from stf_jax.config import UserError, flatten
 from stf_jax.evals.answers import match_answers, read_answers
-from stf_jax.evals.files import ANSWERS, RESULTS
+from stf_jax.evals.files import ANSWERS, COST_FILE, RESULTS
 from stf_jax.evals.registry import BENCHMARKS
 from stf_jax.evals.scores import SCORES, ScoredQuestion, read_scores, score_questions
 from stf_jax.files import read_json
@@ -27,7 +28,8 @@ def read_folder(folder: epath.Path) -> Run:
     several = values if isinstance(values, list) else [values]
     benchmarks: dict[str, ScoredBenchmark] = {}
     cost: dict[str, Any] = {}
-    blank = False
+    found: list[float] = []  # image tokens
+    blank = chooses = False
     for results in several:
         try:
             name, protocol = results["benchmark"], results["protocol"]
@@ -35,12 +37,16 @@ def read_folder(folder: epath.Path) -> Run:
             benchmarks[name] = _read_benchmark(place, results)
             asking = protocol.get("asking", {})
             blank = blank or asking.get("images") == "blank"
-            chosen = results.get("image_tokens")  # for each image
-            tokens = chosen["mean"] if chosen else asking.get("keep") or asking.get("image_tokens")
+            if chosen := results.get("image_tokens"):  # for each image
+                chooses = True
+                found.append(chosen["mean"])
+            elif "tiles" not in asking and (tokens := asking.get("keep") or asking.get("image_tokens")):
+                found.append(tokens)  # with tiles they depend on the image's size
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{folder / RESULTS} is not a file of results; evaluate again to replace it.") from None
-        cost |= {"image_tokens": tokens} if tokens else {}
-    return Run(TOOL, str(folder), benchmarks, cost | read_cost(folder / COST_FILE), blank)
+    if found:
+        cost["image_tokens"] = statistics.fmean(found) if chooses else found[-1]
+    return Run(TOOL, str(folder), benchmarks, cost | read_cost(folder / COST_FILE), blank, chooses)
 
 
 def _score_again(folder: epath.Path, results: dict[str, Any]) -> list[ScoredQuestion]:

@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import re
+import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,7 @@ from etils import epath
 from stf_jax.config import UserError, flatten, shorten
 from stf_jax.files import read_json
 
-COST_FILE = "cost.json"  # next to a run's results; ablate writes it
-COSTS = (  # its keys that comparisons read, besides the device
+COSTS = (  # keys of cost.json that comparisons read, besides the device
     "image_tokens",
     "prefill_gflops",
     "first_token_ms",
@@ -66,6 +66,7 @@ class Run:
       benchmarks: the scores by benchmark.
       cost: those of :data:`COSTS` that are known, and ``device``.
       blank: whether all its images were blank.
+      chooses: whether it chose the number of tokens for each image; the cost has their mean.
     """
 
     tool: str
@@ -73,6 +74,7 @@ class Run:
     benchmarks: dict[str, ScoredBenchmark]
     cost: dict[str, Any]
     blank: bool = False
+    chooses: bool = False
 
 
 def make_benchmark(
@@ -172,8 +174,11 @@ class Method:
 
     @property
     def cost(self) -> Mapping[str, Any]:
-        """The cost of the first run that has a measured one: seeds do not change it."""
-        return max(self.runs, key=lambda run: len(run.cost)).cost
+        """The cost of the first run that has a measured one: seeds change only chosen numbers of tokens."""
+        cost = max(self.runs, key=lambda run: len(run.cost)).cost
+        if all(run.chooses for run in self.runs):
+            cost = cost | {"image_tokens": statistics.fmean(run.cost["image_tokens"] for run in self.runs)}
+        return cost
 
     def benchmark(self, name: str) -> ScoredBenchmark:
         """Returns the first seed's scores of a benchmark."""
@@ -218,7 +223,7 @@ def make_methods(runs: Sequence[tuple[str, int | None, bool, Run]]) -> list[Meth
                     f"B={run.place}; results with the same given name are seeds of one method."
                 )
             tokens = run.cost.get("image_tokens"), first.cost.get("image_tokens")
-            if None not in tokens and tokens[0] != tokens[1]:
+            if None not in tokens and tokens[0] != tokens[1] and not (run.chooses and first.chooses):
                 raise UserError(
                     f"{run.place} has {tokens[0]} image tokens and {first.place} {tokens[1]}, so they are no seeds of "
                     f"one method; give them different names."

@@ -13,6 +13,7 @@ from stf_jax.files import parse_json, read_json
 
 RESULTS = "results.json"  # the metrics and protocol of an evaluation
 ANSWERS = "answers.jsonl"  # its answers
+COST_FILE = "cost.json"  # what the method costs; ablate writes it
 _Label = TypeVar("_Label")
 
 

@@ -6,6 +6,7 @@ same tokens as training.
 """
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -118,7 +119,8 @@ def check_prompts(checkpoint: epath.Path, processor: Any, questions: Sequence[Qu
         expected = np.where(prompt.is_image, processor.image_token_id, prompt.tokens).tolist()
         for method, ids in _build_prompts(processor, _turns(text, *images), images, sum(map(len, slots))).items():
             if ids != expected:
-                first = next((i for i, pair in enumerate(zip(ids, expected, strict=False)) if len(set(pair)) > 1), 0)
+                pairs = enumerate(itertools.zip_longest(ids, expected))
+                first = next(i for i, (one, other) in pairs if one != other)
                 got, want = (tokenizer.convert_ids_to_tokens(row[first : first + 4]) for row in (ids, expected))
                 raise UserError(
                     f"The export's prompts differ from those of training: {method} gives {got} where training has "

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -24,8 +23,8 @@ from stf_jax.models.blueprint import Blueprint, blueprint
 from stf_jax.models.spec import resolve_model
 from stf_jax.parallel.mesh import BATCH, check_batch, compute_context, fit_mesh, make_mesh, row_shards
 from stf_jax.training.flops import abstract_batch
-from stf_jax.training.optimizer import make_optimizer
-from stf_jax.training.state import Layout, learning_rate_factors, state_layout, training_blueprint
+from stf_jax.training.programs import abstract_training
+from stf_jax.training.state import Layout
 from stf_jax.training.step import make_train_step
 
 _RULES = TokenRules(stops=(2,), suppressed_tokens=())  # the shapes do not depend on them
@@ -99,13 +98,7 @@ def make_program(config: TrainConfig, kind: str, devices: list[jax.Device], rows
 
 def abstract_train_state(config: TrainConfig, devices: list[jax.Device]) -> Layout:
     """The training state, which stays in memory during evaluation. Raises UserError as :func:`make_program`."""
-    return _train_layout(config, make_mesh(fit_mesh(config, devices).mesh, devices))[2]
-
-
-def _train_layout(config: TrainConfig, mesh: Mesh) -> tuple[Blueprint, optax.GradientTransformation, Layout]:
-    plan = training_blueprint(config)
-    tx = make_optimizer(config.optimizer, 1000, learning_rate_factors(config.rules, plan))
-    return plan, tx, state_layout(config, plan, tx, mesh)
+    return abstract_training(config, make_mesh(fit_mesh(config, devices).mesh, devices))[2]
 
 
 def largest_batch(config: TrainConfig) -> BatchShape:
@@ -121,7 +114,7 @@ def _train_program(config: TrainConfig, mesh: Mesh, override: int | None) -> Pro
         shape = shape._replace(rows=override)
         config = dataclasses.replace(config, global_batch_size=override)
     check_batch(config, mesh)
-    plan, tx, layout = _train_layout(config, mesh)
+    plan, tx, layout = abstract_training(config, mesh)
     rows = NamedSharding(mesh, BATCH)
     batch = jax.tree.map(lambda x: _with_sharding(x, rows), abstract_batch(config.model, *shape))
     call = make_train_step(config, plan, tx, layout)

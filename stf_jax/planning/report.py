@@ -137,7 +137,9 @@ class TracedCost:
 def trace_cost(config: TrainConfig, program_kind: str, devices: list[jax.Device]) -> TracedCost:
     """Traces a program, without compiling it, with a number of rows that identifies the axes of rows."""
     config = fit_mesh(config, devices)
-    unsplit = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, accumulation_steps=1))
+    optimizer = dataclasses.replace(config.optimizer, accumulation_steps=1)
+    data = dataclasses.replace(config.data, tokens_per_batch=0)  # of other numbers of rows
+    unsplit = dataclasses.replace(config, optimizer=optimizer, data=data)
     program = make_program(unsplit, program_kind, devices, rows=PRIME * row_shards(make_mesh(config.mesh, devices)))
     shards = row_shards(program.mesh)
     executed = count_executed(program.trace(), shards, len(devices))

@@ -38,6 +38,8 @@ def search(
     """
     blueprint(config.model)  # raises if the model is invalid; errors below concern only one candidate
     candidates = list(_candidates(config, devices))
+    if not candidates:
+        make_program(with_remat(config, SETTINGS[0]), "train", devices)  # raises what is wrong with all of them
     feasible = [candidate for candidate in candidates if candidate.min_bytes <= memory_limit(devices[0])]
     fastest = sorted(feasible, key=lambda candidate: (candidate.seconds, candidate.min_bytes))
     leanest = sorted(fastest[COMPILES:], key=lambda candidate: candidate.min_bytes)

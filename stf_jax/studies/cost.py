@@ -19,6 +19,7 @@ from stf_jax.cli import Parser, add_model_arguments
 from stf_jax.config import RunFailed, TrainConfig, from_json, replace
 from stf_jax.data.sampling import plan_budgets
 from stf_jax.data.tiles import find_tiles, with_newline
+from stf_jax.evals.files import COST_FILE
 from stf_jax.evals.registry import open_benchmarks
 from stf_jax.files import read_json, write_json
 from stf_jax.inference.generator import Generator
@@ -32,7 +33,6 @@ from stf_jax.training.flops import step_flops
 from stf_jax.training.timing import make_batch, time_train_steps
 from stf_jax.weights.folder import load_params
 
-COST_FILE = "cost.json"  # next to a cell's results
 _STEPS, _REPEATS = 20, 10  # timed training steps, and timed batches of questions
 
 
@@ -74,12 +74,13 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
     chosen = options.precision, options.reduce, options.keep, options.tokens
     generator, saved = load_generator(epath.Path(workdir), mesh, *chosen)
     fusion_parameters = sum(leaf.size for path, leaf in saved.shapes.items() if path.startswith("fusion/"))
-    first_token_seconds, prompt_length, image_tokens = _time_first_token(generator, config)
+    first_token_seconds, rows_timed, prompt_length, image_tokens = _time_first_token(generator, config)
     del generator  # its memory
     data = dataclasses.replace(config.data, max_length=prompt_length, images_per_row=1)
     method = dataclasses.replace(config, model=model, data=data, global_batch_size=config.eval.batch)
     cost = measure_methods([method], _REPEATS)[0]
-    cost |= {"fusion_parameters": fusion_parameters, "first_token_ms": 1e3 * first_token_seconds}
+    cost |= {"first_token_ms": 1e3 * first_token_seconds, "first_token_rows": rows_timed}
+    cost["fusion_parameters"] = fusion_parameters
     if data.aspect == "tiles":
         cost["image_tokens"] = image_tokens
     if not options.reduce and not options.tokens:
@@ -96,10 +97,11 @@ def _measure(workdir: pathlib.Path, eval_options: list[str]) -> dict[str, Any]:
     return cost
 
 
-def _time_first_token(generator: Generator, config: TrainConfig) -> tuple[float, int, int]:
-    """Returns the median seconds from a batch of questions to the first tokens of all answers, and two lengths.
+def _time_first_token(generator: Generator, config: TrainConfig) -> tuple[float, int, int, int]:
+    """Returns the median seconds from a batch of questions to the first tokens of all answers, and three numbers.
 
-    The images are already in memory. The lengths are those of the longest prompt and of the image tokens in a prompt.
+    The images are already in memory. The numbers are the questions, the tokens of the longest prompt, and the largest
+    number of image tokens in a prompt.
     """
     (benchmark, *_) = open_benchmarks(config.eval.benchmarks, config.eval.data, config.eval.limit)
     records = []
@@ -115,7 +117,8 @@ def _time_first_token(generator: Generator, config: TrainConfig) -> tuple[float,
         seconds.append(time.perf_counter() - begin)
     prompts = [generator.prompt(record) for record in records]
     image_tokens = max(int(prompt.is_image.sum()) for prompt in prompts)
-    return statistics.median(seconds[1:]), max(len(prompt.tokens) for prompt in prompts), image_tokens
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    return statistics.median(seconds[1:]), len(records), longest, image_tokens
 
 
 def _as_opener(image: PIL.Image.Image) -> Callable[[], PIL.Image.Image]:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from etils import epath
 
-from stf_jax.config import UserError
+from stf_jax.config import UserError, stage_workdir
 from stf_jax.data import scenes, world_text
 from stf_jax.evals.runner import ANSWERS, RESULTS, flatten_metrics, in_display_units
 from stf_jax.files import parse_json, read_json
@@ -113,9 +113,12 @@ def read_losses(cells: Sequence[Cell]) -> dict[str, dict[str, LossCurve]]:
     logged: dict[str, dict[str, list[dict[int, float]]]] = {}
     for cell in cells:
         if cell.source_run is None:
-            for stage in cell.study.resolve_stages(cell.variant, cell.seed):
-                lines = map(parse_json, (cell.folder / stage.name / "metrics.jsonl").read_bytes().splitlines())
-                losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+            stages = cell.study.resolve_stages(cell.variant, cell.seed)
+            for stage in stages:
+                file = stage_workdir(cell.folder, stages, stage) / "metrics.jsonl"
+                lines = map(parse_json, file.read_bytes().splitlines())
+                # A loss that is not finite is null.
+                losses = {line["step"]: line["loss"] for line in lines if line.get("loss") is not None}
                 logged.setdefault(stage.name, {}).setdefault(cell.variant.name, []).append(losses)
     curves = {stage: {name: _align(seeds) for name, seeds in by_name.items()} for stage, by_name in logged.items()}
     found = {

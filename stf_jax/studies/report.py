@@ -119,7 +119,7 @@ def write_report(
     ):
         with open_atomic(epath.Path(out / name)) as file:
             file.write(text)
-    write_json(epath.Path(out / "report.json"), _make_json(findings, cells))
+    write_json(epath.Path(out / "report.json"), _make_json(findings, cells, out))
 
 
 def _make_blocks(
@@ -346,7 +346,7 @@ def _format_command(command: Sequence[str]) -> str:
     return shlex.join(["python", *command[1:]])
 
 
-def _make_json(findings: Findings, cells: Sequence[Cell]) -> dict[str, Any]:
+def _make_json(findings: Findings, cells: Sequence[Cell], out: pathlib.Path) -> dict[str, Any]:
     def difference_to_json(result: ClusteredMean, margin: float) -> dict[str, Any]:
         detectable = result.detectable()
         return estimate_to_json(result) | {
@@ -383,8 +383,9 @@ def _make_json(findings: Findings, cells: Sequence[Cell]) -> dict[str, Any]:
             for name, by_height in findings.height_differences.items()
         },
         "cost": findings.costs,
-        "folders": {
-            name: [str(cell.folder) for cell in cells if cell.variant.name == name] for name in findings.scores
+        "folders": {  # relative to the report's
+            name: [os.path.relpath(cell.folder, out) for cell in cells if cell.variant.name == name]
+            for name in findings.scores
         },
         "commands": {cell.name: _format_command(cell.command) for cell in cells},
     }

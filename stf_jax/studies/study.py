@@ -13,7 +13,7 @@ from etils import epath
 
 from stf_jax import cli
 from stf_jax.cli import Parser
-from stf_jax.config import TrainConfig, UserError, did_you_mean, flatten, from_json, resolve, to_json
+from stf_jax.config import TrainConfig, UserError, did_you_mean, flatten, from_json, resolve, stage_workdir, to_json
 from stf_jax.data.sources.base import find_source
 from stf_jax.evals.files import RESULTS
 from stf_jax.files import read_json
@@ -209,6 +209,8 @@ def _check_components(variant: Variant, stages: Sequence[TrainConfig]) -> None:
         options = parser.parse_args(variant.eval_options)
         for stage in stages:
             find_source(stage.data.source)
+        if options.tokens == "auto":
+            raise UserError("a study cannot evaluate with --tokens=auto; do it by itself, and compare the results.")
         chosen = {"reduce": options.reduce, "keep": options.keep, "tokens": options.tokens}
         model = dataclasses.replace(stages[-1].model, **chosen)
         if variant.source:  # its shapes are those of the source
@@ -242,7 +244,7 @@ class Cell:
     def checkpoint(self) -> pathlib.Path:
         """The workdir of the last stage, which is evaluated."""
         stages = self.study.resolve_stages(self.variant, self.seed)
-        return _stage_workdir(self.source_run or self.folder, stages, stages[-1])
+        return stage_workdir(self.source_run or self.folder, stages, stages[-1])
 
     @property
     def command(self) -> list[str]:
@@ -279,19 +281,15 @@ class Cell:
         keys: list[str] = []
         stages = self.study.resolve_stages(self.variant, self.seed)
         for stage in stages:
-            saved = from_json(read_json(epath.Path(_stage_workdir(self.folder, stages, stage) / "config.json")))
+            saved = from_json(read_json(epath.Path(stage_workdir(self.folder, stages, stage) / "config.json")))
             if stage is not stages[0]:  # stf_jax.main sets it to the previous stage
                 saved = dataclasses.replace(saved, init_from=stage.init_from)
             values, wanted = flatten(to_json(saved)), flatten(to_json(stage))
             # Where the study leaves these keys empty, the run took them from its init_from.
             inherited = [key for key in _INHERITED_KEYS if not wanted[key]]
+            inherited += ["model.remat"] * (wanted["model.remat"] == "auto")  # the run chose
             keys += [key for key in wanted if values[key] != wanted[key] and key not in inherited]
         return sorted(set(keys))
-
-
-def _stage_workdir(folder: pathlib.Path, stages: Sequence[TrainConfig], stage: TrainConfig) -> pathlib.Path:
-    """Returns the folder that ``stf_jax.main`` uses for a stage."""
-    return folder / stage.name if len(stages) > 1 else folder
 
 
 def _same_evaluation(folder: pathlib.Path, other: pathlib.Path) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import jax
 import optax
 from etils import epath
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from stf_jax.config import TrainConfig
 from stf_jax.data.sampling import BatchShape
@@ -16,7 +16,8 @@ from stf_jax.files import in_bucket
 from stf_jax.models.blueprint import Blueprint
 from stf_jax.parallel.mesh import BATCH, compute_context
 from stf_jax.training.flops import abstract_batch, step_flops
-from stf_jax.training.state import Layout
+from stf_jax.training.optimizer import make_optimizer
+from stf_jax.training.state import Layout, learning_rate_factors, state_layout, training_blueprint
 from stf_jax.training.step import make_train_step
 
 _THREADS = 4  # compilations at a time: the compiler itself has threads
@@ -87,6 +88,13 @@ class StepPrograms:
         config, start = self._config, (self._config.objective, self._config.init_from)
         flops = step_flops(config.model, config.rules, *shape[:3], *start, shape.budgets)
         return StepProgram(compile_step(config, self._plan, self._tx, self._layout, shape), flops)
+
+
+def abstract_training(config: TrainConfig, mesh: Mesh) -> tuple[Blueprint, optax.GradientTransformation, Layout]:
+    """Returns what :func:`compile_step` needs, for programs whose number of steps does not matter."""
+    plan = training_blueprint(config)
+    tx = make_optimizer(config.optimizer, 1000, learning_rate_factors(config.rules, plan))
+    return plan, tx, state_layout(config, plan, tx, mesh)
 
 
 def compile_step(

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
-import optax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -20,14 +19,13 @@ from stf_jax.config import Remat, TrainConfig
 from stf_jax.data.packing import Batch
 from stf_jax.data.sampling import BatchShape
 from stf_jax.files import read_json
-from stf_jax.models.blueprint import Blueprint, Params
+from stf_jax.models.blueprint import Params
 from stf_jax.parallel.mesh import compute_context, row_shards
 from stf_jax.training.budgets import mean_loss_sum
 from stf_jax.training.flops import abstract_batch
 from stf_jax.training.objectives.base import find_objective
-from stf_jax.training.optimizer import make_optimizer
-from stf_jax.training.programs import compile_step
-from stf_jax.training.state import Layout, learning_rate_factors, state_layout, training_blueprint
+from stf_jax.training.programs import abstract_training, compile_step
+from stf_jax.training.state import Layout, training_blueprint
 
 SETTINGS: tuple[Remat, ...] = get_args(Remat)[1:]  # without auto; the fastest, which needs the most memory, first
 
@@ -79,7 +77,7 @@ def with_remat(config: TrainConfig, remat: Remat) -> TrainConfig:
 
 def least_bytes(config: TrainConfig, mesh: Mesh, shape: BatchShape) -> int:
     """Computes what a step holds at least on each device: state, gradients, and activations for the backward pass."""
-    layout = _prepare(config, mesh)[2]
+    layout = abstract_training(config, mesh)[2]
     microbatches = config.optimizer.accumulation_steps
     gradients = bytes_per_device(layout.trainable) * (1 + (microbatches > 1))
     rows = shape.rows / row_shards(mesh) / microbatches
@@ -122,12 +120,6 @@ def bytes_per_device(tree: Any) -> int:
     )
 
 
-def _prepare(config: TrainConfig, mesh: Mesh) -> tuple[Blueprint, optax.GradientTransformation, Layout]:
-    plan = training_blueprint(config)
-    tx = make_optimizer(config.optimizer, 1000, learning_rate_factors(config.rules, plan))  # for any number of steps
-    return plan, tx, state_layout(config, plan, tx, mesh)
-
-
 def _read_choice(workdir: epath.Path) -> Remat | None:
     """Returns the setting of the run's last start, so that a resumed run rounds in the same way."""
     try:
@@ -148,7 +140,7 @@ def _memory_limit(device: jax.Device) -> float:
 def _peak_bytes(config: TrainConfig, mesh: Mesh, shape: BatchShape) -> float:
     """Compiles the step and returns the bytes that it needs on a device; infinity if the compiler refuses it."""
     try:
-        return peak_bytes(compile_step(config, *_prepare(config, mesh), shape))
+        return peak_bytes(compile_step(config, *abstract_training(config, mesh), shape))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

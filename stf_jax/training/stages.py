@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from stf_jax.config import TrainConfig, UserError, resolve
+from stf_jax.config import TrainConfig, UserError, resolve, stage_workdir
 from stf_jax.data.sources.base import find_source
 from stf_jax.files import check_paths
 
@@ -54,4 +54,4 @@ def run_stages(stages: Sequence[TrainConfig], workdir: epath.Path) -> Iterator[l
     for previous, stage in zip([None, *stages], stages, strict=False):
         if previous is not None:
             stage = dataclasses.replace(stage, init_from=str(workdir / previous.name))
-        yield train(stage, workdir / stage.name if len(stages) > 1 else workdir, workdir)
+        yield train(stage, stage_workdir(workdir, stages, stage), workdir)

@@ -214,6 +214,10 @@ def new_folder(to: epath.Path) -> Iterator[pathlib.Path]:
             upload(pathlib.Path(local), to)
         return
     to = pathlib.Path(to).absolute()
+    if to.is_symlink() or os.path.ismount(to):
+        raise UserError(
+            f"{to} is a link or a mount point, so it cannot be replaced; choose a new folder in it for --to."
+        )
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         partial = to.with_name(f"{to.name}.{uuid.uuid4().hex[:8]}.partial")

@@ -84,6 +84,25 @@ def test_folders_of_seeds_are_one_method(make):
     assert [one.name for one in named] == ["stf"]
 
 
+def test_tokens_that_a_model_chooses_may_differ_between_seeds_and_benchmarks(make, tmp_path):
+    paths = []
+    for seed, means in enumerate(([30, 10], [20, 8])):
+        path = make(f"auto/seed_{seed}", {"gqa": draw(seed), "pope": draw(seed + 2)})
+        results = json.loads((tmp_path / path / "results.json").read_text())
+        for one, mean in zip(results, means, strict=True):
+            one["image_tokens"] = {"mean": mean}
+        (tmp_path / path / "results.json").write_text(json.dumps(results))
+        paths.append(path)
+    (method,) = read_results(paths)
+    assert method.runs[0].cost == {"image_tokens": 20}
+    assert method.cost == {"image_tokens": 17}
+
+
+def test_tokens_of_tiles_depend_on_the_image(make):
+    (method,) = read_results([make("tiles", draw(0), asking=make_results.ASKING | {"tiles": {"most": 4}})])
+    assert method.cost == {}
+
+
 def test_hard_questions_are_the_groups_of_vtc_bench(make):
     full, resized, method = [1, 1, 1, 0, 0, 1], [1, 0, 0, 0, 1, 1], [1, 1, 0, 1, 1, 0]
     comparison = compare(
@@ -151,14 +170,19 @@ def test_the_scores_that_evaluate_writes_are_read(tmp_path):
     np.testing.assert_array_equal(again.clusters, scored.clusters)
 
 
-def test_the_output_folder_of_a_study_stands_for_its_runs(make, tmp_path):
+def test_the_output_folder_of_a_study_stands_for_its_runs(make, tmp_path, monkeypatch):
     folders = {name: [make(f"cells/{name}/seed_{seed}", draw(seed)) for seed in (0, 1)] for name in ("mlp", "k=3")}
     (tmp_path / "study").mkdir()
     report = tmp_path / "study" / "report.json"
     report.write_text(json.dumps({"title": "A study", "folders": folders}))
     single = make("single", draw(0))
-    methods = read_results(["study", single])
+    methods = read_results(["study", single])  # earlier reports have paths from the current folder
     assert [(method.name, method.seeds) for method in methods] == [("mlp", (0, 1)), ("k=3", (0, 1)), ("single", (0,))]
+    from_report = {name: [f"../{path}" for path in paths] for name, paths in folders.items()}
+    report.write_text(json.dumps({"title": "A study", "folders": from_report}))
+    monkeypatch.chdir(tmp_path / "cells")
+    assert [(method.name, method.seeds) for method in read_results(["../study"])] == [("mlp", (0, 1)), ("k=3", (0, 1))]
+    monkeypatch.chdir(tmp_path)
     for wrong in ({"title": "A study"}, [], {"folders": [1]}):
         report.write_text(json.dumps(wrong))
         refuse("lists no folders of runs", ["study"])

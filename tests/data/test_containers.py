@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -23,6 +24,7 @@ from stf_jax.data.pipeline import Batches, load_training_records
 from stf_jax.data.ratings import Filter
 from stf_jax.data.records import BadRow, Record, Turn
 from stf_jax.data.rows import read_row, turn_to_json
+from stf_jax.data.sources.containers import list_files
 from stf_jax.data.sources.llava import PreparedRecords, open_container, open_llava
 from stf_jax.data.sources.pages import find_values
 from stf_jax.data.sources.tars import open_tars
@@ -79,6 +81,26 @@ def test_records_without_ids_are_named_by_file_and_row(files):
 def test_a_pattern_names_some_files_of_a_folder(files):
     assert len(open_records(f"{files['pairs']}/train-00001-*")) == 6
     assert len(open_records(f"{files['tars']}/*1.tar")) == 7
+
+
+def test_a_pattern_may_name_folders(files, tmp_path):
+    for name in ("b", "a", "[c]", ".hidden"):
+        shutil.copytree(files["pairs"], tmp_path / "sets" / name)
+    found = list_files(f"{tmp_path}/sets/*/train-00001-*")
+    assert [file.parent.name for file in found] == ["[c]", "a", "b"]
+    assert len(open_records(f"{tmp_path}/*/[ab]/train-00001-*")) == 2 * 6
+    assert len(list_files(f"{tmp_path}/sets/[c]")) == len(list_files(f"{tmp_path}/sets/a"))
+    assert list_files(f"{tmp_path}/sets/*/nothing-*") == list_files(f"{tmp_path}/nowhere/*/train-*") == []
+
+
+def test_an_image_without_its_file_in_a_column_without_paths(tmp_path):
+    schema = pa.schema([("images", pa.list_(pa.struct([("bytes", pa.binary())]))), PAIRS.field("texts")])
+    rows = [{"images": [{"bytes": content}], "texts": pair_rows(ROWS)[0]["texts"]} for content in (make_image(0), None)]
+    pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "a.parquet")
+    records = open_records(tmp_path / "a.parquet")
+    assert records[0].images[0]().size
+    with pytest.raises(BadRow):
+        records[1].images[0]()
 
 
 def test_captions_beside_images(tmp_path):

@@ -12,7 +12,7 @@ from stf_jax.data.scenes import KINDS
 from stf_jax.data.world import LARGE
 from stf_jax.evals.benchmarks.scenes import Scenes
 from stf_jax.studies.outcomes import KINDS as ALL_KINDS
-from stf_jax.studies.outcomes import read_outcome, read_outcomes
+from stf_jax.studies.outcomes import read_losses, read_outcome, read_outcomes
 from stf_jax.studies.study import make_cells
 
 
@@ -20,6 +20,19 @@ from stf_jax.studies.study import make_cells
 def cell(tmp_path):
     """A cell without files."""
     return make_cells(make_study.study(), tmp_path)[0]
+
+
+def test_losses_of_a_single_stage_without_those_that_are_not_finite(tmp_path):
+    study = make_study.study(base=f"{make_study.DEMO}:stage=finetune", common=("steps=2",), asked=())
+    cells = make_cells(study, tmp_path)
+    for cell in cells:
+        make_study.finish(cell)
+    file = cells[0].folder / "metrics.jsonl"
+    lines = [{"step": 1, "loss": None}, {"step": 2, "loss": 1.5}, {"step": 3, "scenes/accuracy": 0.5}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (losses,) = read_losses(cells).values()
+    assert losses["mlp"].steps.tolist() == [2]
+    assert losses["mlp"].losses.tolist() == [[1.5], [2.5]]
 
 
 @pytest.mark.parametrize("key", ["shown", "picture"])  # older runs' key; codespell:ignore picture

@@ -5,6 +5,7 @@ import html.parser
 import itertools
 import json
 import math
+import os
 import pathlib
 import re
 import tarfile
@@ -118,7 +119,7 @@ def test_it_says_how_to_reproduce_it(written):
     assert "| fastv | runs of mlp, evaluated with `--reduce=fastv` |" in text
     report = json.loads((out / "report.json").read_text())
     assert [path for paths in report["folders"].values() for path in paths] == [
-        str(cell.folder) for name in report["folders"] for cell in done if cell.variant.name == name
+        os.path.relpath(cell.folder, out) for name in report["folders"] for cell in done if cell.variant.name == name
     ]
     commands = report["commands"]
     assert set(commands) == {cell.name for cell in done}
@@ -374,7 +375,7 @@ def test_the_committed_runs_give_the_committed_report(tmp_path, monkeypatch):
     assert all(cell.done for cell in cells)
     costs = {cell.variant.name: json.loads((cell.folder / "cost.json").read_text()) for cell in cells if not cell.seed}
     findings = compute_findings(study, read_outcomes(cells), read_losses(cells), costs)
-    found = json.loads(json.dumps(report._make_json(findings, cells)))
+    found = json.loads(json.dumps(report._make_json(findings, cells, tmp_path)))
     expected = json.loads((ROOT / "docs" / "evidence" / "teacher" / "report.json").read_text())
     for key in {*expected} - {"folders", "commands"}:  # which name another folder
         assert found[key] == approx(expected[key]), key

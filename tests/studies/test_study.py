@@ -179,6 +179,10 @@ INVALID = {
         {"asked": (("fastv", ("mlp", "--out=elsewhere")),)},
         "Variant 'fastv': Unrecognized",
     ),
+    "tokens that the model chooses": (
+        {"asked": (("auto", ("mlp", "--tokens=auto")),)},
+        "Variant 'auto': a study cannot evaluate with --tokens=auto",
+    ),
     "an unknown repeated variant": ({"repeated": (("again", ("mpl",)),)}, "repeats 'mpl': did you mean 'mlp'?"),
     "repeated as a string": ({"repeated": (("again", "mlp"),)}, "repeated must be pairs"),
     "no margin": ({"margin": 0}, "margin and kind_margin are (0.0, 5.0); they must be above 0 points"),
@@ -220,6 +224,17 @@ def test_a_run_from_before_a_config_key_existed_is_done(cells):
     edit(file, lambda saved: saved["model"].pop("attention"))
     edit(file, lambda saved: saved.pop("wandb"))
     assert cells[0].done
+
+
+def test_what_a_run_recomputes_is_its_own_choice(tmp_path):
+    common = (*make_study.VALUES["common"], "model.remat=auto")
+    cell, *_ = make_cells(make_study.study(common=common), tmp_path)
+    file = make_study.finish(cell) / "pretrain" / "config.json"
+    edit(file, lambda saved: saved["model"].update(remat="attention"))
+    assert cell.done
+    edit(file, lambda saved: saved["model"].update(scan_layers=True))
+    with pytest.raises(UserError, match=r"in model\.scan_layers: choose"):
+        cell.done  # noqa: B018
 
 
 def test_the_second_stages_init_from_is_ignored_but_not_the_firsts(cells):

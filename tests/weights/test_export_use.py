@@ -237,6 +237,17 @@ def test_verify_detects_a_template_without_bos(exports, tmp_path, capsys):
     assert "(token 0 of " in message
 
 
+def test_verify_names_the_end_of_a_prompt_that_is_cut(exports, tmp_path, capsys):
+    model, folder = exports["mbtf_stf"]
+    broken = shutil.copytree(folder, tmp_path / "hf")
+    file = broken / "chat_template.jinja"
+    file.write_text(file.read_text().replace(" ASSISTANT:", ""))
+    assert run_command(main, ["verify", str(model), str(broken), "--questions=1"]) == 2
+    got, number = re.search(r"gives (\[.*\]) where training has .* \(token (\d+) of ", capsys.readouterr().err).groups()
+    assert got == "[]"
+    assert int(number) > 0
+
+
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 

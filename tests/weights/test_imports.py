@@ -416,5 +416,9 @@ def test_a_folder_with_files_is_not_overwritten(tmp_path, capsys):
     assert run_command(main, ["import", str(tmp_path / "source"), f"--to={tmp_path / 'imported'}"]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "imported").iterdir()] == ["thesis.txt"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert run_command(main, ["import", str(tmp_path / "source"), f"--to={tmp_path / 'link'}"]) == 2
+    assert "link is a link or a mount point" in capsys.readouterr().err
     assert run_command(main, ["import", str(tmp_path / "nowhere"), f"--to={tmp_path / 'new'}"]) == 2
     assert "does not exist" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from stf_jax.config import UserError
 from stf_jax.files import to_path
 
 _MAGIC_BYTES = 512  # enough to recognize a file
-_PATTERN = "*?["  # characters of a file name that make it a pattern
+_PATTERN = "*?["  # characters that make a path a pattern
 
 
 class Rows(Protocol):
@@ -56,19 +56,26 @@ def name_row(rows: Rows, index: int) -> str:
 
 
 def list_files(name: str) -> list[epath.Path]:
-    """Returns the file of that path, or the files of a folder or a pattern such as ``FOLDER/train-*``, sorted by name.
+    """Returns the file of that path, or the files of a folder or of a pattern, sorted by path.
 
-    Hidden files are left out. There may be none.
+    Patterns are such as ``FOLDER/train-*`` and ``FOLDER/*/*.parquet``. Hidden files are left out. There may be none.
     """
     path = to_path(name)
-    pattern = path.name if any(mark in path.name for mark in _PATTERN) and not path.exists() else ""
-    if not pattern and not path.is_dir():
-        return [path] if path.is_file() else []
-    folder = path.parent if pattern else path
-    if not folder.is_dir():
-        return []
-    found = [each for each in folder.iterdir() if not each.name.startswith(".")]
-    return sorted((x for x in found if fnmatch.fnmatchcase(x.name, pattern or "*") and x.is_file()), key=os.fspath)
+    if path.is_file():
+        return [path]
+    patterns: list[str] = []  # of names below ``path``, the last one first
+    while _is_pattern(path):
+        patterns.append(path.name)
+        path = path.parent
+    found = [path]
+    for pattern in reversed(patterns or ["*"]):
+        inside = [each for folder in found if folder.is_dir() for each in folder.iterdir()]
+        found = [x for x in inside if fnmatch.fnmatchcase(x.name, pattern) and not x.name.startswith(".")]
+    return sorted((x for x in found if x.is_file()), key=os.fspath)
+
+
+def _is_pattern(path: epath.Path) -> bool:
+    return any(mark in os.fspath(path) for mark in _PATTERN) and not path.exists()
 
 
 def exists(name: str) -> bool:

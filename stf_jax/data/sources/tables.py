@@ -276,7 +276,7 @@ class TableRows:
         if isinstance(value, dict) and "bytes" not in value:
             return Embedded(name, read, value["path"] or "")
         content = value["bytes"] if isinstance(value, dict) else value
-        return Embedded(name, functools.partial(bytes, content))
+        return Embedded(name, functools.partial(_give, content))
 
     def _read_texts(self, position: int, file: _File, group: int, index: int) -> "pyarrow.Table":
         with self._lock:
@@ -348,6 +348,10 @@ def open_table(name: str) -> TableRows:
             return pyarrow.parquet.read_metadata(source)
 
     return TableRows(name, [_ParquetFile(file, metadata) for file in files])
+
+
+def _give(content: bytes | None) -> bytes | None:
+    return content
 
 
 @functools.lru_cache(maxsize=8)  # prepare's workers unpickle rows with every shard
