@@ -1,4 +1,4 @@
-"""Savings of a quarter of the vision tokens: `mlp` and `mbtf_stf` measured here, and estimated for the paper's machine.
+"""Savings of a quarter of the image tokens: `mlp` and `mbtf_stf` measured here, and estimated for the paper's machine.
 
 The measurements run the programs of a run in float32, with the full vision tower and few decoder layers, because more
 layers would not fit in memory here. All layers cost the same, so two such models give the cost per layer, and linear

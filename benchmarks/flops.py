@@ -12,7 +12,7 @@ from stf_jax.models.fusions.base import FUSIONS
 from stf_jax.models.spec import resolve_model
 from stf_jax.training.flops import decode_flops, prefill_flops
 
-# Published TFLOPs of LLaVA-1.5 7B with CLIP-L/14-336: source, a fusion with the same number of vision tokens, TFLOPs.
+# Published TFLOPs of LLaVA-1.5 7B with CLIP-L/14-336: source, a fusion with the same number of image tokens, TFLOPs.
 _PUBLISHED = (
     ("the paper's bound (arXiv 2506.07138)", "mbtf_stf", 1.9),
     ("LLaVA-Mini's table 6 (arXiv 2501.03895)", "mlp", 8.55),
@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     Returns:
       For each fusion and text length: image ``tokens``, GFLOPs of the vision tower and the fusion, TFLOPs of
       ``prefill`` (decoder, and head at the last position) and of ``all`` three, and GFLOPs of a ``decoded`` token.
-      With the default models also each ``published`` figure, in TFLOPs: FLOPs of the decoder for the vision tokens
+      With the default models also each ``published`` figure, in TFLOPs: FLOPs of the decoder for the image tokens
       alone, and the text length at which the decoder, or all parts, reach the figure, and at which the decoder does
       if the figure counts a multiply-add as 1. None if no text length does.
     """

@@ -1,4 +1,4 @@
-"""STF-JAX: vision-language models with a quarter of the vision tokens (LLaVA-STF, arXiv 2506.07138), in JAX.
+"""STF-JAX: vision-language models with a quarter of the image tokens (LLaVA-STF, arXiv 2506.07138), in JAX.
 
     import stf_jax
 

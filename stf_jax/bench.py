@@ -14,7 +14,7 @@ from stf_jax.table import format_table
 
 _BENCHES = {
     "backbone": "accuracy of a vision tower trained on cell labels: colors, shapes, characters by height",
-    "cost": "cost of 144 vision tokens compared with 576: measured with few layers, estimated for the paper's machine",
+    "cost": "cost of 144 image tokens compared with 576: measured with few layers, estimated for the paper's machine",
     "decode": "prefill, time to first token, decode speed and memory, compared with generate in transformers",
     "flops": "model FLOPs with every fusion: tower, fusion, prefill, decoded token; compared with published figures",
     "fusion": "every fusion: output tokens, parameters, FLOPs, forward and backward time, memory",
@@ -22,9 +22,9 @@ _BENCHES = {
     "input": "images per second per core and the fraction of useful positions, compared with LLaVA's pipeline",
     "look": "model FLOPs of the maps of stf_jax.look at any size, for mbtf_stf and mlp",
     "methods": "evaluated methods in turn: time to the first token, the method's own time, memory; writes cost.json",
-    "plan": "memory, FLOPs and time by plan: compared with MaxText's Llama-2-7B, and 144 vision tokens with 576",
+    "plan": "memory, FLOPs and time by plan: compared with MaxText's Llama-2-7B, and 144 image tokens with 576",
     "schedules": "training steps with each schedule of image tokens: time and FLOPs, as shares of those without one",
-    "serve": "requests per second and time to the first token of exports under vLLM, with 144 and 576 vision tokens",
+    "serve": "requests per second and time to the first token of exports under vLLM, with 144 and 576 image tokens",
     "sources": "images per second per core from each kind of data source, and the time to plan rows of Parquet",
     "step": "training steps: time, MFU and memory, compared with the export in PyTorch, eager and compiled",
     "weights": "time and peak memory of importing, loading and exporting a model",

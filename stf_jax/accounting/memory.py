@@ -13,6 +13,13 @@ def peak_bytes(program: jax.stages.Compiled) -> int:
     return min(memory.peak_memory_in_bytes, compiled_bytes(program))
 
 
+def host_bytes(program: jax.stages.Compiled) -> int:
+    """Returns the bytes that a program keeps in the host's memory for a device (``model.remat=offload``)."""
+    memory = program.memory_analysis()
+    assert memory is not None
+    return memory.host_temp_size_in_bytes
+
+
 def compiled_bytes(program: jax.stages.Compiled) -> int:
     """Returns the bytes of a program's arguments, results and temporaries."""
     memory = program.memory_analysis()

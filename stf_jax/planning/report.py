@@ -9,7 +9,7 @@ import jax
 
 from stf_jax.accounting.chips import CHIPS
 from stf_jax.accounting.flops import PRIME, count_executed
-from stf_jax.accounting.memory import peak_bytes
+from stf_jax.accounting.memory import host_bytes, peak_bytes
 from stf_jax.config import TrainConfig
 from stf_jax.data.sampling import BatchShape
 from stf_jax.inference.generator import INITIAL_MAX_NEW_TOKENS
@@ -80,6 +80,8 @@ def _report_program(config: TrainConfig, program: Program, devices: list[jax.Dev
         "activations": activations,
         "temporaries": max(peak - sum(parts.values()) - activations, 0),
     }
+    if host := host_bytes(compiled):
+        report["memory"]["host"] = host
     trips = 1 if program.kind == "decode" else None  # one token
     sent = count_traffic(text, program.mesh, trips)
     jax.clear_caches()  # a compiled program of a large model takes a gigabyte, and there may be more to compile

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny import tiny
 
 from stf_jax.accounting.chips import CHIPS, find_chip
-from stf_jax.accounting.memory import peak_bytes
+from stf_jax.accounting.memory import host_bytes, peak_bytes
 from stf_jax.config import MeshConfig, UserError
 from stf_jax.models.attention import Mask, attention
 from stf_jax.models.layers import Linear, apply_layers
@@ -200,15 +200,17 @@ def test_offloaded_inputs_of_layers_leave_the_devices_memory(name):
     params = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.bfloat16, sharding=sharding), params)
     x = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16, sharding=sharding)
 
-    def measure(remat):
+    def compile_gradient(remat):
         def loss(params, x):
             y = apply_layers(nnx.merge(graph, params), x, layers=range(layers), scan=True, remat=remat)
             return jnp.square(y.astype(jnp.float32)).sum()
 
-        return peak_bytes(jax.jit(jax.grad(loss)).lower(params, x).compile())
+        return jax.jit(jax.grad(loss)).lower(params, x).compile()
 
     inputs = layers * rows * width * 2
-    saved = measure("full") - measure("offload")
+    full, offload = map(compile_gradient, ("full", "offload"))
+    assert (host_bytes(full), host_bytes(offload)) == (0, inputs)
+    saved = peak_bytes(full) - peak_bytes(offload)
     assert 0.7 * inputs < saved <= inputs
 
 
