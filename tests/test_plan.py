@@ -275,6 +275,15 @@ def test_what_is_wrong_with_all_candidates_ends_a_search(capsys):
     assert "global_batch_size=6 is not a multiple of 8" in capsys.readouterr().err
 
 
+def test_a_search_prefers_what_copies_nothing_to_the_host():
+    full, offload = (
+        search_module._Candidate(tiny(**{"model.remat": remat}), 1.0, size)
+        for remat, size in (("full", 9), ("offload", 1))
+    )
+    faster = search_module._Candidate(full.config, 0.9, 99)
+    assert sorted([offload, full, faster], key=search_module._Candidate.order) == [faster, full, offload]
+
+
 def test_batches_of_tokens_do_not_limit_the_trace():
     config = tiny(**{"global_batch_size": 8, "data.tokens_per_batch": 8 * 192, "mesh.data": 1})
     devices, plain = topology_devices("h100:8"), tiny(**{"global_batch_size": 8, "mesh.data": 1})
