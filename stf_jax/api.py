@@ -156,7 +156,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
       RunFailed, TryAgain, Stopped: the run ended before its last step (docs/operations.md).
     """
     folder = to_path(os.fspath(workdir))
-    results = [result for result in run_stages(resolve_stages(config, folder), folder) if result]
+    results = [result for _, result in run_stages(resolve_stages(config, folder), folder) if result]
     return results[-1] if results else []
 
 
@@ -221,7 +221,7 @@ def import_weights(
     """
     from stf_jax.weights import imports
 
-    return imports.import_weights(os.fspath(source), pathlib.Path(to), vision, dtype, families, base)
+    return imports.import_weights(os.fspath(source), to_path(os.fspath(to)), vision, dtype, families, base)
 
 
 def export(

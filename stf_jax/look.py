@@ -72,6 +72,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="maximum tokens per answer (%(default)s)")
     add_device_arguments(parser)
     options = parser.parse_args(argv)
+    if options.keep != (0,) and not options.reduce:
+        raise UserError("--keep has no effect without --reduce.")
     if options.max_new_tokens < 1:
         raise UserError("--max-new-tokens must be at least 1.")
     if not options.question.strip():
@@ -167,7 +169,8 @@ def _find_images(place: epath.Path) -> list[epath.Path]:
     """The image itself, or the images in a folder, by name."""
     if not place.is_dir():
         return [place]
-    found = [file for file in place.iterdir() if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")]
+    named = [file for file in place.iterdir() if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")]
+    found = [file for file in named if file.is_file()]
     if not found:
         raise UserError(f"{place} has no images: no file in it ends with {', '.join(_SUFFIXES)}.")
     return sorted(found)

@@ -54,10 +54,10 @@ def main(argv: list[str]) -> None:
     for stage in stages:
         import_wandb(stage.wandb)  # fails before training if it is not installed
     join(options.coordinator, options.processes, options.process, silent=stages[0].faults.host_seconds)
-    for results in run_stages(stages, workdir):
+    for folder, results in run_stages(stages, workdir):
         if results and jax.process_index() == 0:
             print("\n".join(map(format_results, results)))
-            print(f"results.json and all answers (answers.jsonl) are in {workdir}")
+            print(f"results.json and all answers (answers.jsonl) are in {folder}")
 
 
 def _parse_workdir(argv: list[str]) -> epath.Path:

@@ -16,6 +16,7 @@ import stf_jax
 from stf_jax import chat, evaluate
 from stf_jax.cli import run_command
 from stf_jax.config import FusionConfig, UserError
+from stf_jax.files import to_path
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUESTION = "How many shapes are there?"
@@ -30,6 +31,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     return stf_jax.load(folder)
+
+
+@pytest.mark.parametrize("to", ["gs://bucket/weights", "~/weights"])
+def test_weights_are_imported_into_buckets_and_home_folders(to, monkeypatch):
+    monkeypatch.setattr("stf_jax.weights.imports.import_weights", lambda source, to, *_: to)
+    assert stf_jax.import_weights("model", to) == to_path(to)
 
 
 def test_importing_the_package_imports_nothing_heavy():

@@ -172,6 +172,19 @@ def test_a_reducer_is_used_with_the_models_that_it_fits():
     assert [method.name for method in look.plan_methods(apart, [], (0,))] == ["a", "b"]
 
 
+def test_images_of_a_folder_are_files(tmp_path):
+    for name in ("b.png", "a.jpg", ".hidden.png", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "old.jpg").mkdir()
+    assert [image.name for image in look._find_images(epath.Path(tmp_path))] == ["a.jpg", "b.png"]
+
+
+def test_a_number_of_tokens_without_a_reducer_is_refused(tmp_path, capsys):
+    argv = [f"--checkpoint={tmp_path}", f"--image={tmp_path}", "--question=What?", f"--out={tmp_path}", "--keep=4"]
+    assert run_command(look.main, argv) == 2
+    assert "--keep has no effect without --reduce" in capsys.readouterr().err
+
+
 def test_a_mesh_that_splits_rows_is_refused():
     with pytest.raises(UserError, match="data and fsdp of the mesh must be 1"):
         look_at(types.SimpleNamespace(row_shards=2), IMAGE, QUESTION, "split")

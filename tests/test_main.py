@@ -1,5 +1,6 @@
 """The training command: the files of a run, and error messages for invalid input."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,14 +8,19 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
+from etils import epath
 from make_llava import make
 from tiny import tiny
 
 from stf_jax.cli import run_command
 from stf_jax.config import from_json
 from stf_jax.main import main
+from stf_jax.runs import profiler
+from stf_jax.training import loop
 from stf_jax.training.flops import step_flops
+from stf_jax.training.stages import run_stages
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = f"--config={ROOT}/tests/tiny.py"
@@ -71,6 +77,28 @@ def test_invalid_input_is_reported_in_one_sentence(case, tmp_path, capsys):
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+def test_each_stage_has_a_folder_for_its_results(tmp_path, monkeypatch):
+    """That of the last one with benchmarks is the run's."""
+    evaluated = tiny(**{"eval.benchmarks": ("scenes",)})
+    stages = [dataclasses.replace(evaluated, name=name) for name in ("a", "b")]
+    stages.append(dataclasses.replace(tiny(), name="c"))
+    monkeypatch.setattr(loop, "train", lambda stage, workdir, results_dir: results_dir.relative_to(tmp_path))
+    folders = [str(results) for _, results in run_stages(stages, epath.Path(tmp_path))]
+    assert folders == ["a", ".", "c"]
+
+
+def test_a_profile_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, caplog):
+    def fail():
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(profiler.jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(profiler.jax.profiler, "stop_trace", fail)
+    profile = profiler.Profile(epath.Path(tmp_path), 2, 1)
+    profile.before_step(2)
+    profile.after_step(2, jax.numpy.zeros(()))
+    assert "The profile cannot be written (No space left on device); the run continues." in caplog.text
 
 
 def test_the_recipe_without_data_reports_what_to_provide(tmp_path):

@@ -93,6 +93,8 @@ def plain_items(turns: Sequence[Turn]) -> list[Item]:
         return document_items(turns)
     if len(turns) > 2 or any(turn.speaker != "gpt" for turn in turns[1:]):
         raise BadRow("roles", "template 'plain' takes one instruction and one caption")
+    if any(IMAGE_MARK in turn.text for turn in turns[1:]):
+        raise BadRow("mark_in_answer", f"the caption contains {IMAGE_MARK}")
     caption: list[Item] = [
         item for turn in turns[1:] for item in (Text(turn.text.strip(), is_target=True), Mark.NEWLINE)
     ]

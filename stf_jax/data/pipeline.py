@@ -353,7 +353,7 @@ class Batches:
         """
         self._records = records
         self._tokenizer = preprocess.fingerprint()
-        self.plan = plan_rows(config, records, preprocess, log=host == 0, on_chunk=on_chunk)
+        self.plan = plan_rows(config, records, preprocess, log=jax.process_index() == 0, on_chunk=on_chunk)
         _check_agreement(self.plan.fingerprint())
         self.replaced = 0
         self._threads, self._hosts, self._chunk = config.data.threads, hosts, config.global_batch_size // hosts
@@ -419,7 +419,8 @@ class Batches:
             )
         if state.get("plan") != self.plan.fingerprint():
             raise UserError(
-                "The checkpoint was made with different data, or a different order (seed, global_batch_size, data.*): "
+                "The checkpoint was made with different data, or a different order (seed, global_batch_size, "
+                "budgets_per_step, data.*): "
                 "continue with the values of its config.json, or start in another workdir with init_from."
             )
         self.close()

@@ -8,7 +8,7 @@ from typing import Any
 
 from stf_jax.config import UserError
 from stf_jax.data.records import BadRow
-from stf_jax.data.rows import PAIRS_KEY
+from stf_jax.data.rows import PAIRS_KEY, is_empty
 
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -34,11 +34,11 @@ class _Condition:
 
     def check(self, row: Mapping[str, Any]) -> list[bool] | bool:
         """Returns whether the row meets the condition, or whether each of its texts does."""
-        rating = next((row[key] for key in self.keys if row.get(key) is not None), None)
+        rating = next((row[key] for key in self.keys if not is_empty(row.get(key))), None)
         return [self._check_rating(each) for each in rating] if isinstance(rating, list) else self._check_rating(rating)
 
     def _check_rating(self, rating: Any) -> bool:
-        return rating is None or self.compare(rating, self.number)
+        return is_empty(rating) or self.compare(rating, self.number)
 
 
 class Filter:

@@ -222,7 +222,7 @@ class Plan:
             lengths = np.maximum(lengths - self._unused, 0)
             packed = best_fit(lengths, image_counts, data.max_length - self._unused, data.image_places)
             rows = [order[packed[i]].tolist() for i in rng.permutation(len(packed))]
-            if self._token_budgets:
+            if self._token_budgets and rows:
                 rows = self._group_by_spare(rows, rng)
             shapes = [BatchShape(batch, data.max_length, data.image_places)] * -(-len(rows) // batch)
         else:

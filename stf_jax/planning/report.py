@@ -76,12 +76,10 @@ def _report_program(config: TrainConfig, program: Program, devices: list[jax.Dev
     peak, text = peak_bytes(compiled), compiled.as_text()
     assert text is not None  # all compilers that plan uses report it
     report |= {"fits": peak <= limit, "peak_bytes_per_device": peak}
-    report["memory"] = parts | {
-        "activations": activations,
-        "temporaries": max(peak - sum(parts.values()) - activations, 0),
-    }
-    if host := host_bytes(compiled):
-        report["memory"]["host"] = host
+    temporaries, host = max(peak - sum(parts.values()) - activations, 0), host_bytes(compiled)
+    report["memory"] = (
+        parts | {"activations": activations, "temporaries": temporaries} | ({"host": host} if host else {})
+    )
     trips = 1 if program.kind == "decode" else None  # one token
     sent = count_traffic(text, program.mesh, trips)
     jax.clear_caches()  # a compiled program of a large model takes a gigabyte, and there may be more to compile

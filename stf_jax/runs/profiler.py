@@ -1,5 +1,6 @@
 """Records a profile of selected steps."""
 
+import logging
 import pathlib
 import shutil
 import tempfile
@@ -7,7 +8,10 @@ import tempfile
 import jax
 from etils import epath
 
+from stf_jax.config import short_message
 from stf_jax.files import in_bucket, upload
+
+_log = logging.getLogger(__name__)
 
 
 class Profile:
@@ -35,8 +39,13 @@ class Profile:
         """Stops the trace if one is being recorded: a run may end before its selected steps do."""
         if self._trace_folder is None:
             return
-        jax.profiler.stop_trace()
-        if in_bucket(self._folder):
-            upload(self._trace_folder, self._folder)
-            shutil.rmtree(self._trace_folder)
-        self._trace_folder = None
+        folder, self._trace_folder = self._trace_folder, None
+        try:
+            jax.profiler.stop_trace()
+            if in_bucket(self._folder):
+                upload(folder, self._folder)
+        except Exception as error:  # disks, buckets and the profiler raise many types
+            _log.warning("The profile cannot be written (%s); the run continues.", short_message(error))
+        finally:
+            if in_bucket(self._folder):
+                shutil.rmtree(folder, ignore_errors=True)

@@ -250,6 +250,9 @@ def _train(
                 results = evaluate_and_log(step, values)
             except Stopped:
                 stop, pending_values = True, values
+        elif stop and benchmarks and evaluation_due:  # the next start evaluates
+            monitor.drain()
+            pending_values = read_values(step, metrics)
         if checkpoints.should_save(step, last=last or stop):
             monitor.drain()
             with telemetry.time_waiting("save"):

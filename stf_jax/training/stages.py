@@ -30,11 +30,12 @@ def resolve_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> li
     return stages
 
 
-def run_stages(stages: Sequence[TrainConfig], workdir: epath.Path) -> Iterator[list[dict[str, Any]]]:
-    """Trains one stage after the other, and yields the evaluation results of each at its end.
+def run_stages(stages: Sequence[TrainConfig], workdir: epath.Path) -> Iterator[tuple[epath.Path, list[dict[str, Any]]]]:
+    """Trains one stage after the other; yields the evaluation results of each at its end, and the folder with them.
 
-    A single stage runs in ``workdir`` itself, each of several in a subfolder with its name. Names of components are
-    checked for all stages before the first. Raises as :func:`stf_jax.training.loop.train`.
+    A single stage runs in ``workdir`` itself, each of several in a subfolder with its name. The results of the last
+    stage with benchmarks are in ``workdir``, those of others in their subfolder. Names of components are checked for
+    all stages before the first. Raises as :func:`stf_jax.training.loop.train`.
     """
     from stf_jax.checkpointing.rules import parse_rules  # these take seconds to import
     from stf_jax.data.conversation import check_template
@@ -51,7 +52,10 @@ def run_stages(stages: Sequence[TrainConfig], workdir: epath.Path) -> Iterator[l
         parse_rules(stage.rules)
         check_template(stage.data.template, None)
         find_benchmarks(stage.eval.benchmarks)
+    last_evaluated = next((stage.name for stage in reversed(stages) if stage.eval.benchmarks), None)
     for previous, stage in zip([None, *stages], stages, strict=False):
         if previous is not None:
             stage = dataclasses.replace(stage, init_from=str(workdir / previous.name))
-        yield train(stage, stage_workdir(workdir, stages, stage), workdir)
+        own = stage_workdir(workdir, stages, stage)
+        results_dir = workdir if stage.name == last_evaluated else own
+        yield results_dir, train(stage, own, results_dir)

@@ -3,6 +3,7 @@
 import concurrent.futures
 import io
 import json
+import math
 import os
 import random
 import re
@@ -211,6 +212,9 @@ def test_a_system_text_without_a_place_is_left_out_and_counted(tmp_path, caplog)
         ("relevance>=4 and form<3", {"relevance_ratings": [5, 5], "form_ratings": [3, 2], "texts": ["a", "b"]}, ["b"]),
         ("relevance>=4", {"relevance_ratings": [5, None], "texts": ["a", "b"]}, ["a", "b"]),
         ("relevance>=4", {"relevance": 4, "texts": ["a", "b"]}, ["a", "b"]),
+        ("relevance>=4", {"relevance_ratings": [math.nan, 5, 1], "texts": ["a", "b", "c"]}, ["a", "b"]),
+        ("relevance>=4", {"relevance": math.nan, "texts": ["a", "b"]}, ["a", "b"]),
+        ("relevance>=4", {"relevance_ratings": [], "relevance_min": 5, "texts": ["a"]}, ["a"]),
         ("relevance == 4.5", {"relevance_min": 4.5, "texts": ["a"]}, ["a"]),
         ("relevance>4", {"relevance_min": 4, "texts": ["a"]}, "filtered"),
         ("relevance>=4 and form<3", {"relevance_ratings": [5, 1], "form_ratings": [3, 2], "texts": []}, "filtered"),

@@ -554,6 +554,7 @@ def test_a_document_uses_no_template(template, tokenizer):
         ("plain", record("<image>", "A cat.", "Sure?", "Yes", images=1), r"one instruction and one caption"),
         ("plain", record("<image>", "A cat.", "Sure?", images=1), r"one instruction and one caption"),
         ("plain", record("A cat.", "<image>", first="gpt", images=1), r"one instruction and one caption"),
+        ("plain", record("Describe.", "<image> A cat.", images=1), r"the caption contains <image>"),
     ],
 )
 def test_records_that_do_not_fit_are_refused_by_id(template, row, sentence):

@@ -367,6 +367,14 @@ def test_mixture_by_weight_is_exact(mode, weights):
             assert np.ptp(total) <= 1  # all rows are used equally often
 
 
+def test_an_epoch_of_a_small_share_may_be_empty():
+    """Packed, with several budgets."""
+    data = DataConfig(packing=True, max_length=100, images_per_row=2, mix=(0.05,))
+    plan = Plan(data, 0, 4, np.full(10, 40), np.ones(10, int), [10], budgets=(9, 4))
+    assert plan.steps(4) == 2
+    assert [len(members(plan[i] for i in range(4 * step, 4 * step + 4))) for step in range(2)] == [1, 1]
+
+
 def test_without_a_mixture_each_set_is_used_once():
     for found in counts(planned(sizes=[60, 40]), 3, [60, 40]):
         assert all((one == 1).all() for one in found)

@@ -8,7 +8,8 @@ import threading
 import time
 
 import pytest
-from run_process import ROOT, read_events, read_metrics, saved_steps
+import tiny
+from run_process import read_events, read_metrics, saved_steps
 
 from stf_jax.cli import run_command
 from stf_jax.evals import runner
@@ -16,7 +17,7 @@ from stf_jax.main import main
 from stf_jax.training import loop
 
 STEPS, EVALUATED = 6, 3
-TINY = f"--config={ROOT}/tests/tiny.py:steps="
+TINY = f"--config={tiny.__file__}:steps="
 ARGUMENTS = [
     f"{TINY}{STEPS}",
     "--config.mesh.data=1",
@@ -78,6 +79,28 @@ def _run(arguments, status):
     for thread in left:
         thread.join(60)  # threads that were asked to stop may take a moment
     assert not any(thread.is_alive() for thread in left)
+
+
+@pytest.mark.slow
+def test_evaluation_of_the_step_that_sigterm_ends_is_left_to_the_next_start(tmp_path, monkeypatch):
+    workdir, real, steps = tmp_path / "run", loop.Telemetry.advance, itertools.count(1)
+
+    def advance(*args):
+        if next(steps) == EVALUATED - 1:  # it is seen after the next step
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        return real(*args)
+
+    monkeypatch.setattr(loop.Telemetry, "advance", advance)
+    arguments = [f"{TINY}{EVALUATED + 1}", *ARGUMENTS[1:], f"--workdir={workdir}"]
+    _run(arguments, 143)
+    assert saved_steps(workdir) == [EVALUATED]
+    assert not (workdir / "evals").exists()
+    _run(arguments, 0)
+    assert (workdir / "evals" / f"step_{EVALUATED}" / "results.json").exists()
+    metrics = read_metrics(workdir)
+    assert [line["step"] for line in metrics] == list(range(1, EVALUATED + 2))
+    assert ["scenes/accuracy" in line for line in metrics] == [False, False, True, True]
 
 
 @pytest.mark.slow  # a minute
