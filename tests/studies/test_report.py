@@ -362,21 +362,22 @@ def test_names_in_the_cost_plot_do_not_overlap(count):
         assert all(area.y0 < box.y0 and box.y1 < area.y1 for box in boxes)
 
 
-def test_the_committed_runs_give_the_committed_report(tmp_path, monkeypatch):
-    """docs/evidence/runs has the answers of all runs of the teacher's study."""
+@pytest.mark.parametrize(("name", "runs"), [("teacher", 10), ("tiles", 15)])
+def test_the_committed_runs_give_the_committed_report(name, runs, tmp_path, monkeypatch):
+    """docs/evidence/runs has the answers of all runs of these studies."""
     for run in (ROOT / "docs" / "evidence" / "runs").glob("*.tar.xz"):
         with tarfile.open(run) as archive:
             archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(ROOT)
-    argument = "--config=configs/ablations/teacher.py"
+    argument = f"--config=configs/ablations/{name}.py"
     study = read_study(cli.parse([argument], "", workdir=False, defaults=default_study)[1])
     cells = make_cells(study, tmp_path)
-    assert len(cells) == 10
+    assert len(cells) == runs
     assert all(cell.done for cell in cells)
     costs = {cell.variant.name: json.loads((cell.folder / "cost.json").read_text()) for cell in cells if not cell.seed}
     findings = compute_findings(study, read_outcomes(cells), read_losses(cells), costs)
     found = json.loads(json.dumps(report._make_json(findings, cells, tmp_path)))
-    expected = json.loads((ROOT / "docs" / "evidence" / "teacher" / "report.json").read_text())
+    expected = json.loads((ROOT / "docs" / "evidence" / name / "report.json").read_text())
     for key in {*expected} - {"folders", "commands"}:  # which name another folder
         assert found[key] == approx(expected[key]), key
 
