@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import json
+import os
 import pathlib
 import re
 import zlib
@@ -36,8 +37,9 @@ class DamagedCheckpoint(Exception):
 
 def error_reason(error: BaseException) -> str:
     """Returns, in a few words, why a read or a write failed."""
-    system = re.search(r"([^:]+) \[os_error_code", str(error))  # tensorstore lists many file names before the reason
-    return system[1].strip() if system else getattr(error, "strerror", None) or short_message(error)
+    # tensorstore's messages have many file names around the reason, and sometimes a specification in JSON.
+    code = re.search(r"\[os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or short_message(error)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import pytest
 from full_disk import limit_file_size
 
 from stf_jax.checkpointing import manager as checkpoint
+from stf_jax.checkpointing.items import error_reason
 from stf_jax.checkpointing.manager import Checkpoints, DamagedCheckpoint
 from stf_jax.checkpointing.params import SavedParams
 from stf_jax.config import CheckpointConfig, FaultsConfig, RunFailed, TryAgain, UserError
@@ -291,6 +292,12 @@ def test_failed_save_is_retried(tmp_path, reported, caplog):
     assert "Step 20 could not be saved (File too large); the newest complete checkpoint: step 10." in caplog.text
     # Partly written checkpoints do not take up disk space.
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["24", "30"]
+
+
+@pytest.mark.parametrize("specification", ["", r"""[tensorstore_spec='{\"a\":{},\"open\":true}'] """])
+def test_the_reason_of_tensorstore_is_the_systems(specification):
+    message = f"Error writing 'a' at local file '/b:c/': File too large {specification}[os_error_code='27']"
+    assert error_reason(ValueError(message)) == "File too large"
 
 
 def test_run_that_cannot_be_saved_for_long_ends(tmp_path, reported):
