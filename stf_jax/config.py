@@ -9,12 +9,10 @@ these steps rejects an unknown key and suggests the closest known one. The type 
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
-    import pathlib
-
     import ml_collections  # imported where config files are read: benchmarks/device_check.py runs without it
     from _typeshed import DataclassInstance
 
@@ -411,14 +409,6 @@ def resolve(config: Mapping[str, Any]) -> list[TrainConfig]:
             flat[key] = value
         resolved.append(_build(TrainConfig, _unflatten(flat | {"name": name}), ""))
     return resolved
-
-
-_Path = TypeVar("_Path", bound="pathlib.PurePath")
-
-
-def stage_workdir(workdir: _Path, stages: Sequence[TrainConfig], stage: TrainConfig) -> _Path:
-    """Returns the folder of a stage of a run: a subfolder with its name, or the workdir if it is the only one."""
-    return workdir / stage.name if len(stages) > 1 else workdir
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

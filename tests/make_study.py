@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 import ml_collections
 import numpy as np
 
-from stf_jax.config import stage_workdir, to_json
+from stf_jax.config import to_json
 from stf_jax.data.scenes import KINDS
 from stf_jax.studies.runner import Slot, run_cells
 from stf_jax.studies.study import Cell, Study, default_study, make_cells, read_study
+from stf_jax.training.stages import stage_workdir
 
 DEMO = pathlib.Path(__file__).parent.parent / "configs" / "demo.py"
 VALUES = {

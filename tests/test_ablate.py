@@ -114,8 +114,9 @@ def test_a_full_disk_is_reported_in_one_line(study, tmp_path, capsys, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(plots, "draw_plots", draw)
-    assert run_command(ablate.main, [study.option, f"--out={tmp_path}"]) != 0
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert run_command(ablate.main, [study.option, f"--out={tmp_path}"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: {tmp_path} cannot be written: No space left on device."
 
 
 def test_a_study_whose_runs_all_fail_has_no_report(study, tmp_path, capsys):

@@ -9,11 +9,12 @@ from typing import TypeVar
 import numpy as np
 from etils import epath
 
-from stf_jax.config import UserError, stage_workdir
+from stf_jax.config import UserError
 from stf_jax.data import scenes, world_text
 from stf_jax.evals.runner import ANSWERS, RESULTS, flatten_metrics, in_display_units
 from stf_jax.files import parse_json, read_json
 from stf_jax.studies.study import Cell
+from stf_jax.training.stages import stage_workdir
 
 ALL = "all"
 BLANK = "blank image"

@@ -13,10 +13,11 @@ from etils import epath
 
 from stf_jax import cli
 from stf_jax.cli import Parser
-from stf_jax.config import TrainConfig, UserError, did_you_mean, flatten, from_json, resolve, stage_workdir, to_json
+from stf_jax.config import TrainConfig, UserError, did_you_mean, flatten, from_json, resolve, to_json
 from stf_jax.data.sources.base import find_source
 from stf_jax.evals.files import RESULTS
 from stf_jax.files import read_json
+from stf_jax.training.stages import stage_workdir
 
 EVAL_OPTIONS_FILE = "asked.json"  # in the folder of a cell that does not train
 _REPEAT_SEED_OFFSET = 1000  # between the seeds of a variant and those of its repetition

@@ -1,15 +1,18 @@
 """The stages of a run in order, each starting from the end of the previous one."""
 
 import dataclasses
+import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_collections
 from etils import epath
 
-from stf_jax.config import TrainConfig, UserError, resolve, stage_workdir
+from stf_jax.config import TrainConfig, UserError, resolve
 from stf_jax.data.sources.base import find_source
 from stf_jax.files import check_paths
+
+_Path = TypeVar("_Path", bound=pathlib.PurePath)
 
 
 def resolve_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> list[TrainConfig]:
@@ -28,6 +31,11 @@ def resolve_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> li
             "separate folders; choose another name."
         )
     return stages
+
+
+def stage_workdir(workdir: _Path, stages: Sequence[TrainConfig], stage: TrainConfig) -> _Path:
+    """Returns the folder of a stage of a run: a subfolder with its name, or the workdir if it is the only one."""
+    return workdir / stage.name if len(stages) > 1 else workdir
 
 
 def run_stages(stages: Sequence[TrainConfig], workdir: epath.Path) -> Iterator[tuple[epath.Path, list[dict[str, Any]]]]:

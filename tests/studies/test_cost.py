@@ -68,6 +68,23 @@ def test_a_failed_measurement_names_its_log(cells, measurements):
     assert cost.measure_cost(cells[0], Slot(frozenset(os.sched_getaffinity(0)), {})) == make_study.COST
 
 
+def test_the_questions_that_are_timed_may_be_fewer_than_a_batch():
+    """The prompts' lengths are those of the questions, too."""
+    asked = []
+
+    def generate(records, most, rows):
+        asked.append((len(records), most, rows))
+        return iter(())
+
+    prompt = types.SimpleNamespace(tokens=np.zeros(7), is_image=np.array([True, True, False]))
+    generator = types.SimpleNamespace(generate=generate, prompt=lambda record: prompt)
+    config = tiny(**{"eval.benchmarks": ("scenes",), "eval.limit": 3, "eval.batch": 64})
+    _, rows, longest, image_tokens = cost._time_first_token(generator, config)
+    assert (longest, image_tokens) == (7, 2)
+    assert set(asked) == {(rows, 1, rows)}
+    assert rows < 64
+
+
 @pytest.mark.parametrize("marks", ["newline", "none"])
 def test_the_batch_that_is_timed_has_the_tiles_of_a_run(marks):
     config = tiny(**{"data.aspect": "tiles", "data.tiles.marks": marks, "data.max_length": 256})
