@@ -420,8 +420,8 @@ class Batches:
         if state.get("plan") != self.plan.fingerprint():
             raise UserError(
                 "The checkpoint was made with different data, or a different order (seed, global_batch_size, "
-                "budgets_per_step, data.*): continue with the values of its config.json, or start in another workdir with "
-                "init_from."
+                "budgets_per_step, data.*): continue with the values of its config.json, or start in another workdir "
+                "with init_from."
             )
         self.close()
         self._start(self.plan.find_batch(state["rows"]))
