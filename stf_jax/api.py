@@ -1,7 +1,9 @@
 """The Python API: saved models that answer questions about images, and the commands as functions."""
 
+import contextlib
 import os
 import pathlib
+import tempfile
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -145,7 +147,8 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Trains the stages of a config in order, each from the result of the previous one, as ``stf_jax.main`` does.
 
     Args:
-      config: the return value of :func:`load_config`, or of ``get_config`` in a config file.
+      config: the return value of :func:`load_config`, or of ``get_config`` in a config file; or a name, as
+        :func:`load_config` takes it.
       workdir: the folder of the run, which resumes from its newest checkpoint, if any.
 
     Returns:
@@ -156,6 +159,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
       RunFailed, TryAgain, Stopped: the run ended before its last step (docs/operations.md).
     """
     folder = to_path(os.fspath(workdir))
+    config = load_config(config) if isinstance(config, str) else config
     results = [result for _, result in run_stages(resolve_stages(config, folder), folder) if result]
     return results[-1] if results else []
 
@@ -163,7 +167,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def evaluate(
     model: Model,
     benchmark: str,
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] = "",
     *,
     data: str = "",
     limit: int = 0,
@@ -175,7 +179,7 @@ def evaluate(
     Args:
       benchmark: a name of docs/evaluating.md; ``scenes`` needs no files.
       out: the folder for results.json, answers.jsonl and the submission file of the benchmark. After an
-        interruption, the same call continues.
+        interruption, the same call continues. By default nothing is kept.
       data: the folder with the evaluation files.
       limit: evaluate only the first N questions; 0: all.
       blank: make all images blank, to see what can be guessed.
@@ -194,7 +198,8 @@ def evaluate(
     check_images([opened])
     origin = {"checkpoint": str(model.checkpoint), "step": model.step}
     name = pathlib.Path(os.path.abspath(model.checkpoint)).name
-    return evaluate(opened, model._generator, to_path(os.fspath(out)), name, origin, rows=batch_size)
+    with tempfile.TemporaryDirectory() if not out else contextlib.nullcontext(os.fspath(out)) as folder:
+        return evaluate(opened, model._generator, to_path(folder), name, origin, rows=batch_size)
 
 
 def import_weights(

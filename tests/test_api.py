@@ -134,6 +134,7 @@ def test_an_invalid_image_raises_a_user_error(model, tmp_path):
 
 def test_evaluate_agrees_with_the_command(model, folder, tmp_path):
     results = stf_jax.evaluate(model, "scenes", tmp_path / "api", limit=2, batch_size=4)
+    assert stf_jax.evaluate(model, "scenes", limit=2, batch_size=4) == results  # keeps no files
     options = [
         f"--checkpoint={folder}",
         "--benchmark=scenes",

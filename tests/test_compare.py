@@ -17,7 +17,10 @@ def run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_results.write(tmp_path / "full", [1, 1, 1, 0] * 20, blank=[0, 1], cost={"image_tokens": 576})
     make_results.write(tmp_path / "half", [1, 1, 0, 0] * 20, cost={"image_tokens": 192})
-    make_results.write(tmp_path / "resize", [1, 0, 0, 0] * 20, cost={"image_tokens": 192})
+    dark = make_results.ASKING | {"images": "blank"}
+    make_results.write(tmp_path / "dark", [1, 0, 0, 0] * 20, asking=dark)
+    reduced = make_results.ASKING | {"reduce": "visionzip", "keep": 192}
+    make_results.write(tmp_path / "resize", [1, 0, 0, 0] * 20, cost={"image_tokens": 192}, asking=reduced)
 
     def run(*argv):
         status = run_command(compare.main, list(argv))
@@ -27,7 +30,7 @@ def run(tmp_path, capsys, monkeypatch):
 
 
 def test_files_and_output(run, tmp_path):
-    status, output, _ = run("full", "half", "resize", "--resized=resize", "--blank=half=resize", "--out=out")
+    status, output, _ = run("full", "half", "resize", "--resized=resize", "--blank=half=dark", "--out=out")
     assert status == 0
     assert output.splitlines() == [
         "half is worse than full: -25.0 points (-34.7 to -15.3).",
@@ -46,7 +49,7 @@ def test_files_and_output(run, tmp_path):
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "| half | 50.0 (38.8 to 61.2) | -25.0 (-34.7 to -15.3) worse | 192 | 66.7% | 1 | 75.0 | 25.0 |" in text
     assert "| **full** | 75.0 (65.3 to 84.7) | – | 576 | 0.0% | 1 | – | 50.0 |" in text
-    assert "| half | 192 |\n" in text
+    assert "| half | – | 192 |\n| resize | visionzip, keep=192 | 192 |\n" in text
     assert "Not measured in any of these folders: GFLOP per prompt, ms to first tokens" in text
 
 

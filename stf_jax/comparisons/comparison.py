@@ -12,9 +12,10 @@ import numpy as np
 from etils import epath
 
 from stf_jax.comparisons import lmms_eval, ours
-from stf_jax.comparisons.runs import Method, Run, agreement, check_same, default_name, make_methods
+from stf_jax.comparisons.runs import Method, Run, ScoredBenchmark, agreement, check_same, default_name, make_methods
 from stf_jax.config import UserError, did_you_mean
 from stf_jax.evals.files import RESULTS
+from stf_jax.evals.registry import benchmark_groups
 from stf_jax.files import read_json, to_path
 from stf_jax.studies.statistics import ClusteredMean, clustered_mean
 
@@ -59,7 +60,7 @@ class Comparison:
       baseline: the method that others are compared with.
       resized: the method that defines hard questions; empty if there is none.
       margin: the difference in points below which two methods count as equal.
-      results: by group of benchmarks and method.
+      results: by group of benchmarks and method: all, groups such as ``ocr`` of which several are there, and each.
       questions: the number of questions by group.
       hard_questions: the number of questions that the resized image gets wrong, and of VTC-Bench's groups A and B.
     """
@@ -173,7 +174,13 @@ def compare(
         for run in method.runs:
             check_same(first.runs[0], first.name, run, method.name)
         if method.name in blank:
-            check_same(method.runs[0], method.name, blank[method.name], f"its blank run {blank[method.name].place}")
+            dark = blank[method.name]
+            check_same(method.runs[0], method.name, dark, f"its blank run {dark.place}")
+            if dark.tool == ours.TOOL and not dark.blank:
+                raise UserError(
+                    f"--blank={method.name}={dark.place} has answers about the images themselves: evaluate with "
+                    "--blank."
+                )
     base = by_name[baseline]
     for method in methods:
         for other in (method, by_name[resized]) if resized else (method,):
@@ -183,7 +190,12 @@ def compare(
                     "are paired by seed, so give the same seeds of both, or one."
                 )
     benchmarks = list(first.runs[0].benchmarks)
-    groups = ({ALL: benchmarks} if len(benchmarks) > 1 else {}) | {name: [name] for name in benchmarks}
+    groups = {ALL: benchmarks} | {
+        f"Mean of {group}": members
+        for group, names in benchmark_groups().items()
+        if 1 < len(members := [name for name in benchmarks if name in names]) < len(benchmarks)
+    }
+    groups = (groups if len(benchmarks) > 1 else {}) | {name: [name] for name in benchmarks}
     masks = {name: _make_masks(base, by_name.get(resized), name) for name in benchmarks}
     results = {
         group: {method.name: _compute_result(method, base, names, masks, blank.get(method.name)) for method in methods}
@@ -236,9 +248,7 @@ def _compute_result(
     if method is not base:
         difference = clustered_mean([one - base.scores(n) for one, n in zip(scores, names, strict=True)], clusters)
         agreed = float(np.mean([_mean_agreement(method, base, name) for name in names]))
-    blanks = [
-        float(np.mean(blank.benchmarks[name].scores)) if blank else method.benchmark(name).blank for name in names
-    ]
+    blanks = [_find_blank(method.benchmark(name), blank.benchmarks[name] if blank else None) for name in names]
     return Result(
         clustered_mean(scores, clusters),
         np.mean([one.mean(1) for one in scores], 0).tolist(),
@@ -249,6 +259,13 @@ def _compute_result(
         mean_where(2),
         None if None in blanks else float(np.mean([one for one in blanks if one is not None])),
     )
+
+
+def _find_blank(own: ScoredBenchmark, blank: ScoredBenchmark | None) -> float | None:
+    """Returns the mean score with blank images. A benchmark that asks both shows images in a blank run too."""
+    if blank is None:
+        return own.blank
+    return float(np.mean(blank.scores)) if blank.blank is None else blank.blank
 
 
 def _mean_agreement(method: Method, base: Method, benchmark: str) -> float:

@@ -29,24 +29,41 @@ def read_folder(folder: epath.Path) -> Run:
     benchmarks: dict[str, ScoredBenchmark] = {}
     cost: dict[str, Any] = {}
     found: list[float] = []  # image tokens
-    blank = chooses = False
+    unscored: list[str] = []
+    reduced, blank, chooses = "", False, False
     for results in several:
         try:
             name, protocol = results["benchmark"], results["protocol"]
             place = folder / name if isinstance(values, list) else folder
-            benchmarks[name] = _read_benchmark(place, results)
+            if (benchmark := _read_benchmark(place, results)) is None:
+                unscored.append(name)
+                continue
+            benchmarks[name] = benchmark
             asking = protocol.get("asking", {})
             blank = blank or asking.get("images") == "blank"
+            reduced = reduced or _describe_reduction(asking)
             if chosen := results.get("image_tokens"):  # for each image
                 chooses = True
                 found.append(chosen["mean"])
-            elif "tiles" not in asking and (tokens := asking.get("keep") or asking.get("image_tokens")):
-                found.append(tokens)  # with tiles they depend on the image's size
+            elif "tiles" not in asking:  # with tiles they depend on the image's size
+                keys = ("average_image_tokens", "keep", "image_tokens")
+                found += [asking[key] for key in keys if asking.get(key)][:1]
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{folder / RESULTS} is not a file of results; evaluate again to replace it.") from None
+    if not benchmarks:
+        raise UserError(f"{folder} has no scores, because the labels of {', '.join(unscored)} are not public.")
     if found:
         cost["image_tokens"] = statistics.fmean(found) if chooses else found[-1]
-    return Run(TOOL, str(folder), benchmarks, cost | read_cost(folder / COST_FILE), blank, chooses)
+    cost |= read_cost(folder / COST_FILE)
+    return Run(TOOL, str(folder), benchmarks, cost, blank, chooses, reduced, tuple(unscored))
+
+
+def _describe_reduction(asking: dict[str, Any]) -> str:
+    """Returns the reducer and the schedule of a protocol, and what each leaves."""
+    found = [f"{asking['reduce']}, keep={asking['keep']}"] if asking.get("reduce") else []
+    found += [asking["schedule"]] if asking.get("schedule") else []
+    stages = ", ".join(f"{keep} after layer {layer}" for layer, keep in asking.get("kept_after_layer", {}).items())
+    return " and ".join(found) + (f" ({stages})" if stages else "")
 
 
 def _score_again(folder: epath.Path, results: dict[str, Any]) -> list[ScoredQuestion]:
@@ -60,13 +77,14 @@ def _score_again(folder: epath.Path, results: dict[str, Any]) -> list[ScoredQues
     return score_questions(benchmark, match_answers(benchmark, read_answers(folder / ANSWERS), folder / ANSWERS))
 
 
-def _read_benchmark(folder: epath.Path, results: dict[str, Any]) -> ScoredBenchmark:
+def _read_benchmark(folder: epath.Path, results: dict[str, Any]) -> ScoredBenchmark | None:
+    """Reads a benchmark's scores; None if its labels are not public."""
     name, protocol = results["benchmark"], results["protocol"]
     file = folder / SCORES
     rows = read_scores(file) if file.exists() else _score_again(folder, results)
     if not rows:
         if not results["metrics"]:
-            raise UserError(f"{folder} has no scores, because the labels of {name} are not public.")
+            return None
         raise UserError(
             f"{folder} has no {SCORES}: an earlier version made it, or {name} cannot score single questions. Score its "
             f"answers again (python -m stf_jax.evaluate --answers={folder / ANSWERS} --benchmark={name} "

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from stf_jax.comparisons import lmms_eval
 from stf_jax.comparisons.comparison import ALL, BUDGETS, Comparison, Result
 from stf_jax.comparisons.plots import draw_plots
 from stf_jax.comparisons.runs import Method
@@ -28,7 +29,7 @@ from stf_jax.studies.statistics import CONFIDENCE, ClusteredMean
 NAME = "compare"
 _ABSENT = "–"
 _COSTS = {
-    "image_tokens": ("image tokens", "{:,}"),
+    "image_tokens": ("image tokens", "{:,.4g}"),  # a mean, where layers or images differ
     "prefill_gflops": ("GFLOP per prompt", "{:,.3f}"),
     "first_token_ms": ("ms to first tokens", "{:,.1f}"),
     "method_ms": ("ms of the method itself", "{:,.2f}"),
@@ -90,6 +91,7 @@ def _explain(comparison: Comparison) -> list[str]:
         "interval in twenty misses by chance.",
         "**better**, **worse**: the interval excludes zero. **equal**: two one-sided tests find the difference smaller "
         f"than {format_margin(comparison.margin)}. **noise**: neither.",
+        "**Image tokens** are those of an image that a layer of the language model reads, on average over its layers.",
         f"**Fewer tokens** is in percent of {comparison.baseline}'s; within a point of one of UniPruneBench's budgets "
         f"({', '.join(f'{budget:g}%' for budget in BUDGETS)}) it is that budget.",
         f"**Same answer** is the share of questions with the answer of {comparison.baseline}, in percent. **Blank** is "
@@ -162,26 +164,39 @@ def _cost_section(comparison: Comparison) -> list[Block]:
     has_device = any("device" in method.cost for method in comparison.methods)
     if unknown:
         text += f" Not measured in any of these folders: {', '.join(unknown)}."
+    has_reduced = any(method.runs[0].reduced for method in comparison.methods)
     rows = [
         [
             _bold_baseline(method.name, comparison),
+            *([method.runs[0].reduced or _ABSENT] if has_reduced else []),
             *(_format_cost(method, key) for key in known),
             *([method.cost.get("device", _ABSENT)] if has_device else []),
         ]
         for method in comparison.methods
     ]
-    header = ["method", *(_COSTS[key][0] for key in known), *(["device"] if has_device else [])]
-    return [Heading("Cost"), Text(text), *([Table(header, rows)] if known else [])]
+    header = ["method", *(["reducer or schedule"] if has_reduced else [])]
+    header += [*(_COSTS[key][0] for key in known), *(["device"] if has_device else [])]
+    table = Table(header, rows, text_columns=1 + has_reduced)
+    return [Heading("Cost"), Text(text), *([table] if known or has_reduced else [])]
 
 
 def _format_notes(comparison: Comparison) -> list[str]:
     """Returns a sentence for each setting that is not the same for all methods."""
     notes = []
+    unscored = dict.fromkeys(name for method in comparison.methods for run in method.runs for name in run.unscored)
+    notes += [f"Not compared, because their labels are not public: {', '.join(unscored)}."] if unscored else []
     for benchmark in comparison.benchmarks:
         settings = {method.name: method.benchmark(benchmark) for method in comparison.methods}
         for key in dict.fromkeys(key for one in settings.values() for key in one.details):
             values = {name: one.details.get(key, "unknown") for name, one in settings.items()}
             notes += _describe_values(key.replace("_", " "), values)
+        if any(method.runs[0].tool == lmms_eval.TOOL for method in comparison.methods) and all(
+            len(set(one.clusters.tolist())) == len(one.ids) for one in settings.values()
+        ):
+            notes.append(
+                f"{benchmark}: the samples do not say which questions are about one image, so each counts as if it had "
+                "an image of its own. If some share one, the intervals are too narrow."
+            )
         unknown = [name for name, one in settings.items() if len(one.protocol) < len(_largest_protocol(settings))]
         notes += [f"The decoding of {', '.join(unknown)} is unknown: existing answers were scored."] if unknown else []
         notes += [
@@ -271,6 +286,7 @@ def _make_json(comparison: Comparison, command: str) -> dict[str, Any]:
             method.name: {
                 "seeds": list(method.seeds),
                 "folders": [run.place for run in method.runs],
+                "reduced": method.runs[0].reduced or None,
                 "cost": dict(method.cost),
                 "fewer_tokens_percent": comparison.budget(method),
                 "details": {name: method.benchmark(name).details for name in comparison.benchmarks},

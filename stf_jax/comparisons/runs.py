@@ -20,6 +20,7 @@ from stf_jax.files import read_json
 
 COSTS = (  # keys of cost.json that comparisons read, besides the device
     "image_tokens",
+    "average_image_tokens",
     "prefill_gflops",
     "first_token_ms",
     "first_token_rows",
@@ -64,9 +65,12 @@ class Run:
       tool: the program that evaluated it.
       place: the folder or file, for messages.
       benchmarks: the scores by benchmark.
-      cost: those of :data:`COSTS` that are known, and ``device``.
+      cost: those of :data:`COSTS` that are known, and ``device``. ``image_tokens`` are those that a layer of the
+        language model reads, on average.
       blank: whether all its images were blank.
       chooses: whether it chose the number of tokens for each image; the cost has their mean.
+      reduced: how a reducer or a schedule left fewer image tokens; empty if none did.
+      unscored: benchmarks whose labels are not public.
     """
 
     tool: str
@@ -75,6 +79,8 @@ class Run:
     cost: dict[str, Any]
     blank: bool = False
     chooses: bool = False
+    reduced: str = ""
+    unscored: tuple[str, ...] = ()
 
 
 def make_benchmark(
@@ -121,7 +127,11 @@ def read_cost(file: epath.Path) -> dict[str, Any]:
         value = values.get(key, 1)
         if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
             raise UserError(f"{file}: {key} is {shorten(repr(value))}, not a number that is at least 0.")
-    return {key: values[key] for key in (*COSTS, "device") if key in values}
+    cost = {key: values[key] for key in (*COSTS, "device") if key in values}
+    # Where layers read different numbers of tokens, what the last of them read would make the method look cheaper.
+    if (average := cost.pop("average_image_tokens", None)) is not None:
+        cost["image_tokens"] = average
+    return cost
 
 
 def check_same(one: Run, name: str, other: Run, other_name: str) -> None:

@@ -183,12 +183,21 @@ def format_results(results: Results) -> str:
     rows += [{key: format_metric(key, value) for key, value in row.items()} for row in groups]
     blank = ", blank images" if results.get("images") == "blank" else ""
     lines = [f"{results['benchmark']}, {results['questions']} questions{blank}: {results['model']}"]
+    lines[0] += _format_reduction(results.get("protocol", {}).get("asking", {}))
     if chosen := results.get("image_tokens"):
         shares = ", ".join(f"{share:.0%} with {tokens}" for tokens, share in chosen["shares"].items())
         lines[0] += f"; {chosen['mean']} tokens per image: {shares}"
     lines.append(format_table(rows) if results["metrics"] else "There are no labels here, so there are no metrics.")
     lines += [f"also written: {file}" for file in results["submission"]]
     return "\n".join(lines)
+
+
+def _format_reduction(asking: Mapping[str, Any]) -> str:
+    """Formats what a reducer left, with the average over layers where the decoder drops tokens."""
+    if not asking.get("reduce"):
+        return ""
+    average = f", {asking['average_image_tokens']:.4g} on average" if "average_image_tokens" in asking else ""
+    return f"; {asking['reduce']} keeps {asking['keep']} tokens per image{average}"
 
 
 _POINTS = ("perception", "cognition", "score")  # MME's sums; all other metrics are shares

@@ -43,8 +43,9 @@ def _set_variant_ticks(axes: "Axes", names: Sequence[str], findings: "Findings")
 
 
 def _format_label(name: str, findings: "Findings") -> str:
-    tokens = findings.costs.get(name, {}).get("image_tokens")
-    return name if tokens is None else f"{name} ({tokens})"
+    cost = findings.costs.get(name, {})
+    tokens = cost.get("average_image_tokens", cost.get("image_tokens"))  # where layers read different numbers
+    return name if tokens is None else f"{name} ({tokens:.4g})"
 
 
 def _format_score_label(findings: "Findings") -> str:

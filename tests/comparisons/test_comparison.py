@@ -1,5 +1,6 @@
 """Comparisons: accuracy, paired differences, seeds, hard questions, agreement, budgets, and what is refused."""
 
+import dataclasses
 import json
 import re
 
@@ -15,6 +16,8 @@ from stf_jax.comparisons.runs import read_cost
 from stf_jax.config import UserError
 from stf_jax.evals.registry import open_benchmarks
 from stf_jax.evals.runner import score
+
+BLANK = make_results.ASKING | {"images": "blank"}
 
 
 @pytest.fixture
@@ -122,9 +125,45 @@ def test_agreement_counts_equal_answers_right_or_wrong(make):
 
 def test_blank_scores_are_of_the_same_folder_or_another(make):
     paths = [make("mlp", [1, 1, 0], blank=[1, 0]), make("stf", [1, 1, 0])]
-    dark = read_run(epath.Path(make("dark", [0, 0, 1])))
+    dark = read_run(epath.Path(make("dark", [0, 0, 1], asking=BLANK)))
     results = compare(read_results(paths), blank={"stf": dark}).results["pope"]
     assert (results["mlp"].blank, results["stf"].blank) == (50, pytest.approx(100 / 3))
+
+
+def test_a_benchmark_that_asks_about_blank_images_too_does_so_in_a_blank_run(make):
+    # `evaluate --blank` leaves the images of `scenes`, which has blank questions of its own.
+    path = make("mlp", {"pope": [1, 1], "scenes": [1, 1]})
+    dark = read_run(epath.Path(make("dark", {"pope": [0, 1], "scenes": [1, 1]}, asking=BLANK)))
+    dark.benchmarks["scenes"] = dataclasses.replace(dark.benchmarks["scenes"], blank=25.0)
+    comparison = compare(read_results([path]), blank={"mlp": dark})
+    assert [result["mlp"].blank for result in comparison.results.values()] == [37.5, 50, 25]
+
+
+def test_shown_images_are_refused_as_blank_ones(make):
+    path = make("mlp", [1, 1, 0])
+    with pytest.raises(UserError, match=r"^--blank=mlp=mlp has answers about the images themselves: evaluate with"):
+        compare(read_results([path]), blank={"mlp": read_run(epath.Path(path))})
+
+
+def test_benchmarks_without_public_labels_are_left_out(make, tmp_path):
+    paths = [make(name, {"pope": [1, 0], "vqav2": [0, 0]}) for name in ("mlp", "stf")]
+    for path in paths:
+        results = json.loads((tmp_path / path / "results.json").read_text())
+        results[1]["metrics"] = {}
+        (tmp_path / path / "results.json").write_text(json.dumps(results))
+        (tmp_path / path / "vqav2" / "scores.jsonl").unlink()
+    methods = read_results(paths)
+    assert list(compare(methods).results) == ["pope"]
+    assert [run.unscored for method in methods for run in method.runs] == [("vqav2",)] * 2
+
+
+def test_groups_of_benchmarks_have_their_means(make):
+    scores = {"pope": [1, 0], "ocrbench": [1, 1], "chartqa": [0, 0]}
+    results = compare(read_results([make("mlp", scores)])).results
+    assert list(results) == [ALL, "Mean of ocr", "pope", "ocrbench", "chartqa"]
+    assert [result["mlp"].accuracy.value for result in results.values()] == [50, 50, 50, 100, 0]
+    alone = compare(read_results([make("ocr", {"ocrbench": [1, 1], "chartqa": [0, 0]})])).results
+    assert list(alone) == [ALL, "ocrbench", "chartqa"]
 
 
 def test_budgets_near_those_of_uniprunebench_are_named_after_them(make):
@@ -137,9 +176,32 @@ def test_budgets_near_those_of_uniprunebench_are_named_after_them(make):
 
 
 def test_tokens_are_those_of_the_protocol_without_a_cost_file(make):
-    asking = make_results.ASKING | {"keep": 144}
-    full, kept = read_results([make("mlp", [1, 0]), make("fastv", [1, 0], asking=asking)])
+    asking = make_results.ASKING | {"reduce": "visionzip", "keep": 144}
+    full, kept = read_results([make("mlp", [1, 0]), make("zip", [1, 0], asking=asking)])
     assert (full.cost, kept.cost) == ({"image_tokens": 576}, {"image_tokens": 144})
+    assert (full.runs[0].reduced, kept.runs[0].reduced) == ("", "visionzip, keep=144")
+
+
+def test_tokens_that_the_decoder_drops_count_on_average_over_its_layers(make):
+    """And not those that its last layers read, which would make the method look cheaper than it is."""
+    dropped = {"kept_after_layer": {"2": 144}, "average_image_tokens": 171.0}
+    reduced = make_results.ASKING | {"reduce": "fastv:after=2", "keep": 144} | dropped
+    scheduled = make_results.ASKING | {"schedule": "vica"} | dropped
+    methods = read_results(
+        [
+            make("mlp", [1, 0]),
+            make("fastv", [1, 0], asking=reduced),
+            make("vica", [1, 0], asking=scheduled),
+            make("measured", [1, 0], asking=reduced, cost={"image_tokens": 144, "average_image_tokens": 171.0}),
+        ]
+    )
+    assert [method.cost for method in methods] == [{"image_tokens": 576}, *[{"image_tokens": 171}] * 3]
+    assert [method.runs[0].reduced for method in methods[1:3]] == [
+        "fastv:after=2, keep=144 (144 after layer 2)",
+        "vica (144 after layer 2)",
+    ]
+    comparison = compare(methods)
+    assert comparison.budget(methods[1]) == pytest.approx(100 * (1 - 171 / 576))
 
 
 def test_pareto_front():
