@@ -11,10 +11,12 @@ TEXT = {"pretrain": 64, "finetune": 304, "prefill": 64}  # mean text tokens per 
 
 
 def load_recipe(name: str, llm: str) -> TrainConfig:
-    """Loads the config of that name in configs/ with another language model."""
+    """Loads the config of that name in configs/ with another language model, rematerialized in full."""
     from stf_jax.cli import parse  # needs ml_collections, which device_check runs without
 
-    (config,) = resolve(parse([f"--config={name}:llm={llm}"], "", workdir=False)[1])
+    # With auto, each model would get the setting that it has memory for.
+    options = [f"--config={name}:llm={llm}", "--config.model.remat=full"]
+    (config,) = resolve(parse(options, "", workdir=False)[1])
     return config
 
 

@@ -15,7 +15,7 @@ import tiny  # noqa: F401 (its presets)
 
 from benchmarks import arguments, cost, decode, flops, idle, process, serve, step
 from benchmarks.mixture import SOURCES, jpegs, lengths
-from benchmarks.recipes import make_stage
+from benchmarks.recipes import TEXT, make_stage, make_task
 from benchmarks.synthetic import make_export
 from stf_jax.bench import main
 from stf_jax.cli import run_command
@@ -392,3 +392,8 @@ def test_idle_compares_runs_with_slow_reading_to_one_without(monkeypatch):
     assert reading == [0.0, *[pytest.approx(0.8 * 0.2 / 16)] * 2]  # per row
     assert [row.get("idle") for row in rows] == [None, 0.0, pytest.approx(0.2)]
     assert [row["seconds_per_step"] for row in rows] == [0.2, 0.2, 0.25]
+
+
+def test_fusions_are_compared_with_the_same_rematerialization():
+    """With auto, the smaller model might keep more, and its times and memory would not be comparable."""
+    assert {make_task(task, fusion).model.remat for task in TEXT for fusion in ("mlp", "mbtf_stf")} == {"full"}

@@ -216,7 +216,8 @@ def _train(
     if pending_values:  # the run was stopped during this evaluation
         results = evaluate_and_log(start_step, pending_values)
     with telemetry.time_waiting("compile"):
-        programs.wait()
+        # Several programs may take longer than a run may seem to hang.
+        programs.wait(on_compiled=functools.partial(watchdog.heartbeat, "a program was compiled"))
     for step in range(start_step + 1, steps + 1):
         watchdog.heartbeat(f"step {step}")
         with telemetry.time_waiting("data"):

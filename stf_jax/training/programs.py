@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import optax
@@ -65,10 +65,11 @@ class StepPrograms:
         for shape in sorted(shapes, key=lambda shape: shape.size, reverse=True):
             self._programs[shape] = self._executor.submit(self._compile, shape)
 
-    def wait(self) -> None:
-        """Waits until all shapes are compiled. Raises the error of one that cannot be."""
-        for program in self._programs.values():
+    def wait(self, on_compiled: Callable[[], None]) -> None:
+        """Waits until all shapes are compiled, with a call after each. Raises the error of one that cannot be."""
+        for program in concurrent.futures.as_completed(self._programs.values()):
             program.result()
+            on_compiled()
 
     def is_ready(self, shape: BatchShape) -> bool:
         """Whether :meth:`get` returns at once."""

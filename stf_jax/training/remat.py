@@ -15,6 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from stf_jax.accounting.memory import peak_bytes
+from stf_jax.checkpointing.params import newest_step
 from stf_jax.config import Remat, TrainConfig
 from stf_jax.data.packing import Batch
 from stf_jax.data.sampling import BatchShape
@@ -33,21 +34,21 @@ _log = logging.getLogger(__name__)
 
 
 def resolve_remat(config: TrainConfig, workdir: epath.Path, mesh: Mesh, shape: BatchShape) -> TrainConfig:
-    """Replaces ``auto`` by the setting of the run's last start, or else by the fastest that fits.
+    """Replaces ``auto`` by the setting that the run has used, if it fits, or else by the fastest that fits.
 
     Args:
       shape: of the largest batch.
     """
     if config.model.remat != "auto":
         return config
+    device = mesh.local_devices[0]
+    limit = _memory_limit(device)
+
+    def fits(candidate: TrainConfig) -> bool:
+        return device.platform == "cpu" or _peak_bytes(candidate, mesh, shape) <= limit
+
     chosen = _read_choice(workdir)
-    if chosen is None:
-        device = mesh.local_devices[0]
-        limit = _memory_limit(device)
-
-        def fits(candidate: TrainConfig) -> bool:
-            return device.platform == "cpu" or _peak_bytes(candidate, mesh, shape) <= limit
-
+    if chosen is None or not fits(with_remat(config, chosen)):  # the run goes on with less memory
         chosen = choose_remat(config, mesh, shape, limit, fits)
         if jax.process_index() == 0:
             _log.info("model.remat=%s: the fastest setting for %.1f GiB per device.", chosen, limit / 2**30)
@@ -121,7 +122,9 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def _read_choice(workdir: epath.Path) -> Remat | None:
-    """Returns the setting of the run's last start, so that a resumed run rounds in the same way."""
+    """Returns the setting that led to the run's checkpoint, so that it rounds alike after it; None without one."""
+    if newest_step(workdir) is None:  # the setting may have failed in the first step
+        return None
     try:
         remat = read_json(workdir / "config.json")["model"]["remat"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -124,7 +124,7 @@ def test_methods_are_measured_in_turn_and_compared(folders, monkeypatch):
     assert run_command(main, [*arguments, f"--json={folders / 'rows.json'}"]) == 0
     mlp, fastv = (read_cost(epath.Path(folders / name / "cost.json")) for name in ("mlp", "fastv"))
     tokens = resolve_model(ModelConfig("clip-tiny", "llama-tiny", FusionConfig("mlp"))).slots
-    assert (mlp["image_tokens"], fastv["image_tokens"]) == (tokens, 4)
+    assert (mlp["image_tokens"], fastv["image_tokens"]) == (tokens, (tokens + 4) / 2)  # one of two layers reads all
     for cost in (mlp, fastv):
         assert cost["method_ms"] > 0
         assert cost["first_token_ms"] > 0

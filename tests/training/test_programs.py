@@ -42,6 +42,18 @@ def test_every_shape_is_compiled_before_the_first_step(tmp_path, monkeypatch):
     assert happened[len(shapes) :] == ["step"] * 12
 
 
+def test_each_compiled_program_is_a_sign_of_life(monkeypatch):
+    """Several may take longer together than a run may seem to hang."""
+    setup, calls = Setup.of(), []
+    monkeypatch.setattr(StepPrograms, "_compile", lambda *_: None)
+    programs = StepPrograms(
+        setup.config, setup.plan, setup.tx, setup.layout, [BatchShape(8, length, 1) for length in (64, 128, 192)]
+    )
+    programs.wait(lambda: calls.append("compiled"))
+    programs.close()
+    assert calls == ["compiled"] * 3
+
+
 def test_error_of_a_compilation_is_raised_before_the_first_step():
     setup = Setup.of()
 
@@ -53,7 +65,7 @@ def test_error_of_a_compilation_is_raised_before_the_first_step():
 
     programs = Programs(setup.config, setup.plan, setup.tx, setup.layout, [BatchShape(8, 64, 1), BatchShape(8, 192, 1)])
     with pytest.raises(MemoryError, match="does not fit"):
-        programs.wait()
+        programs.wait(lambda: None)
     programs.close()
 
 

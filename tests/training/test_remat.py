@@ -61,6 +61,11 @@ def test_compiled_steps_decide_on_accelerators(setup, tmp_path, monkeypatch):
 
     mesh = types.SimpleNamespace(local_devices=[Device()])
     assert resolve_remat(setup.config, epath.Path(tmp_path), mesh, SHAPE).model.remat == "dots"
+    # A run that resumes keeps its setting, unless there is less memory now.
+    monkeypatch.setattr(remat, "newest_step", lambda _: 2)
+    for saved, expected in (("full", "full"), ("none", "dots")):
+        (tmp_path / "config.json").write_text(json.dumps({"model": {"remat": saved}}))
+        assert resolve_remat(setup.config, epath.Path(tmp_path), mesh, SHAPE).model.remat == expected
 
 
 @pytest.mark.parametrize(
@@ -73,9 +78,12 @@ def test_compiled_steps_decide_on_accelerators(setup, tmp_path, monkeypatch):
         (None, "none"),  # on CPUs there is memory enough for this model
     ],
 )
-def test_choice_stands_when_a_run_resumes(setup, tmp_path, content, expected):
+def test_choice_stands_when_a_run_resumes(setup, tmp_path, monkeypatch, content, expected):
+    monkeypatch.setattr(remat, "newest_step", lambda _: 2)
     if content is not None:
         (tmp_path / "config.json").write_text(json.dumps(content))
     assert resolve_remat(setup.config, epath.Path(tmp_path), setup.mesh, SHAPE).model.remat == expected
+    monkeypatch.setattr(remat, "newest_step", lambda _: None)  # without a checkpoint, its first step may have failed
+    assert resolve_remat(setup.config, epath.Path(tmp_path), setup.mesh, SHAPE).model.remat == "none"
     explicit = tiny(**{"model.remat": "full"})
     assert resolve_remat(explicit, epath.Path(tmp_path), setup.mesh, SHAPE) is explicit
