@@ -93,6 +93,7 @@ def plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", default="v5e:4x8", help="devices to compare 144 tokens with 576 on (%(default)s)")
     parser.add_argument("--llm", default="vicuna-7b", help="language model preset (%(default)s)")
     parser.add_argument("--no-mark", action="store_true", help="skip the comparison with MaxText")
+    parser.add_argument("--methods", action="store_true", help="also plan schedules, and models with several budgets")
 
 
 def serve(parser: argparse.ArgumentParser) -> None:

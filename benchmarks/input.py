@@ -33,6 +33,7 @@ from stf_jax.models.decoders.llama import SYSTEM
 from stf_jax.models.spec import vision_preset
 
 _SLOTS = 144
+_ROWS = 16  # of a batch
 _BATCH, _DEVICES = 128, 8  # rows per step and devices in LLaVA's recipe
 _Row = dict[str, Any]  # of LLaVA's JSON files
 _Figures = list[dict[str, Any]]
@@ -40,8 +41,8 @@ _Figures = list[dict[str, Any]]
 
 def run(options: argparse.Namespace) -> _Figures:
     """Measures both pipelines on the same files, in one process except for the workers of torch."""
-    if options.images < 1 or options.rows < 1:
-        raise UserError("--images and --rows must be at least 1.")
+    if options.images < 1 or options.images % _ROWS or options.rows < 1:
+        raise UserError(f"--images must be a multiple of {_ROWS}, the rows of a batch, and --rows at least 1.")
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         files = make_files(pathlib.Path(folder), options.images, rng)
@@ -83,11 +84,11 @@ def _measure_speed(folder: pathlib.Path, rows: Sequence[_Row]) -> _Figures:
         for i in range(len(source)):
             to_row([preprocessor(source[i])], 1024, 1, vision.image_size, preprocessor.layout.tokens)
 
-    config = TrainConfig(global_batch_size=16, data=dataclasses.replace(data, max_length=1024))
+    config = TrainConfig(global_batch_size=_ROWS, data=dataclasses.replace(data, max_length=1024))
     batches = Batches(config, source, preprocessor, host=0, hosts=1)
 
     def pipeline() -> None:
-        for _ in range(len(source) // 16):
+        for _ in range(len(source) // _ROWS):
             next(batches)
 
     reference = _LlavaDataset(folder, rows, tokenizer)
@@ -101,7 +102,7 @@ def _measure_speed(folder: pathlib.Path, rows: Sequence[_Row]) -> _Figures:
 
         loader: DataLoader[Any] = DataLoader(
             reference,  # type: ignore[arg-type]  # torch accepts any object with a length and items
-            batch_size=16,
+            batch_size=_ROWS,
             num_workers=2,
             collate_fn=list,
             multiprocessing_context="fork",
@@ -110,6 +111,8 @@ def _measure_speed(folder: pathlib.Path, rows: Sequence[_Row]) -> _Figures:
     figures: dict[str, dict[str, Any]] = {}
     for name, call in pipelines.items():
         seconds, cpu_seconds = _time(call)
+        if call is pipeline:
+            batches.close()  # or its threads would read on while the others are timed
         figures[name] = {
             "what": name,
             "images_per_second_per_core": len(rows) / cpu_seconds,

@@ -35,7 +35,7 @@ def lengths(rows: int, image_tokens: int, rng: np.random.Generator) -> tuple[np.
     totals = np.full(rows, _SYSTEM)
     for kind, (_, rounds, question, answer) in enumerate(SOURCES.values()):
         members = np.flatnonzero(kinds == kind)
-        round_counts = np.maximum(1, rng.poisson(rounds - 1, len(members)) + 1)
+        round_counts = rng.poisson(rounds - 1, len(members)) + 1
         spread = 0.9 if kind == text_only else 0.35
         round_tokens = (
             question * rng.lognormal(0, 0.3, len(members)) + answer * rng.lognormal(0, spread, len(members)) + _ROUND

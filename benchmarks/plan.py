@@ -5,11 +5,13 @@ import collections
 import dataclasses
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from benchmarks.recipes import TEXT, load_recipe, make_task
+from stf_jax.config import FusionConfig, TrainConfig
 from stf_jax.models.blueprint import blueprint
 from stf_jax.planning.report import make_report
 from stf_jax.planning.topology import topology_devices
@@ -23,6 +25,8 @@ _MAXTEXT = {
     ("v5p:2x2x4", 1): 8.14,
     ("v5p:2x2x4", 4): 11.14,
 }
+_SCHEDULES = ("pyramiddrop", "hidrop", "vica_7b")
+_BUDGETS = (576, 144, 36, 9, 1)
 _GIB = 2**30
 
 
@@ -39,11 +43,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     devices = topology_devices(options.topology)
     for task in TEXT:
         mlp_seconds: float | None = None
-        for fusion in ("mlp", "mbtf_stf"):
-            config = make_task(task, fusion, options.llm)
+        for name, config in make_variants(task, options.llm, options.methods):
             report = make_report(config, "prefill" if task == "prefill" else "train", devices)
             row = {
-                "what": f"{task}, {fusion}, {report['rows']} rows",
+                "what": f"{task}, {name}, {report['rows']} rows",
                 "positions": config.data.max_length,
                 "peak_gib": (report["peak_bytes_per_device"] or 0) / _GIB,
                 "petaflop": report["executed_flops"] / 1e15,
@@ -53,6 +56,22 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             mlp_seconds = mlp_seconds or row["seconds"]
             rows.append(_print_row(row))
     return rows
+
+
+def make_variants(task: str, llm: str, methods: bool) -> Iterator[tuple[str, TrainConfig]]:
+    """Yields configs by name: each fusion, and with ``methods`` each fusion with each schedule and with budgets."""
+    for fusion in ("mlp", "mbtf_stf"):
+        config = make_task(task, fusion, llm)
+        yield fusion, config
+        if not methods:
+            continue
+        for name in _SCHEDULES:
+            model = dataclasses.replace(config.model, schedule=name)
+            yield f"{fusion} with {name}", dataclasses.replace(config, model=model)
+        if task != "prefill":  # which reads one number of tokens
+            model = dataclasses.replace(config.model, fusion=FusionConfig(fusion, budgets=_BUDGETS))
+            data = dataclasses.replace(config.data, max_length=_BUDGETS[0] + TEXT[task])
+            yield f"{fusion} with budgets", dataclasses.replace(config, model=model, data=data)
 
 
 def _compare_maxtext(topology: str, rows: int, maxtext_gib: float) -> dict[str, Any]:

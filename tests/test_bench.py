@@ -15,6 +15,7 @@ import tiny  # noqa: F401 (its presets)
 
 from benchmarks import arguments, cost, decode, flops, idle, process, serve, step
 from benchmarks.mixture import SOURCES, jpegs, lengths
+from benchmarks.plan import make_variants
 from benchmarks.recipes import TEXT, make_stage, make_task
 from benchmarks.synthetic import make_export
 from stf_jax.bench import main
@@ -397,3 +398,18 @@ def test_idle_compares_runs_with_slow_reading_to_one_without(monkeypatch):
 def test_fusions_are_compared_with_the_same_rematerialization():
     """With auto, the smaller model might keep more, and its times and memory would not be comparable."""
     assert {make_task(task, fusion).model.remat for task in TEXT for fusion in ("mlp", "mbtf_stf")} == {"full"}
+
+
+def test_plans_of_methods_read_the_tokens_that_they_should():
+    variants = dict(make_variants("finetune", "vicuna-7b", methods=True))
+    assert [*variants] == [
+        f"{fusion}{method}"
+        for fusion in ("mlp", "mbtf_stf")
+        for method in ("", " with pyramiddrop", " with hidrop", " with vica_7b", " with budgets")
+    ]
+    for name, config in variants.items():
+        tokens = 144 if name.startswith("mbtf_stf") and "budgets" not in name else 576
+        assert resolve_model(config.model).slots == tokens, name
+        assert config.data.max_length == tokens + TEXT["finetune"], name
+        assert config.model.schedule == (name.split(" with ")[-1] if "_7b" in name or "drop" in name else ""), name
+    assert [*dict(make_variants("prefill", "vicuna-7b", methods=False))] == ["mlp", "mbtf_stf"]

@@ -15,4 +15,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.baseline = "mbtf_stf"
     others = [(init, (f"model.fusion.init={init}", *row_lengths(36))) for init in ("torch", "xavier", "normal")]
     config.variants = (("mbtf_stf", ("model.fusion.fusion=mbtf_stf", *row_lengths(36))), *others)
+    config.repeated = (("mbtf_stf_again", ("mbtf_stf",)),)
     return config
