@@ -114,11 +114,9 @@ def attention(
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-    if mask.segments is not None:
-        # Per device, because jax may not split the mask by rows where it splits the queries.
+    if mask.causal or mask.segments is not None or q.shape[1] % 2 == 0:
+        # Per device, because jax refuses queries, keys, values and masks that XLA has split in different ways.
         return _by_device(functools.partial(_cudnn_even, causal=mask.causal), q, k, v, mask.segments)
-    if mask.causal or q.shape[1] % 2 == 0:
-        return _cudnn_even(q, k, v, None, mask.causal)
     return _cudnn_odd(q, k, v)
 
 
@@ -145,7 +143,11 @@ def _cudnn_even(
 @jax.custom_vjp
 def _cudnn_odd(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """cuDNN's attention without a mask, padded only where gradients are needed (a trainable tower)."""
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: None) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+    return _by_device(local, q, k, v, None)
 
 
 _cudnn_odd.defvjp(

@@ -125,6 +125,19 @@ def test_cudnn_is_chosen_for_gpus_of_a_topology(packed):
     assert ("bf16[4,1,256,256]" in text) == (packed and bool(calls))
 
 
+@pytest.mark.parametrize(("causal", "length"), [(True, 64), (False, 64), (False, 63)])
+def test_cudnn_takes_queries_and_keys_that_are_split_in_different_ways(causal, length):
+    """XLA splits them so in a decoder with HiDrop at 7B, where jax's own rule ends with an error."""
+    mesh = make_mesh(MeshConfig(fsdp=4), topology_devices("h100:4"))
+    q, k = (
+        jax.ShapeDtypeStruct((8, length, 4, 64), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+        for spec in (BATCH, PartitionSpec())
+    )
+    with compute_context(mesh, "bfloat16"):
+        call = jax.jit(lambda q, k, v: attention(q, k, v, Mask(causal), "cudnn"))
+        assert "__cudnn$fmha" in call.lower(q, k, k).compile().as_text()
+
+
 def test_gradients_without_a_mask_use_cudnn_at_an_odd_length():
     """A trainable tower of CLIP-L/14-336 has 577 positions; jax refuses gradients for them."""
     mesh = make_mesh(MeshConfig(), topology_devices("h100:1"))
